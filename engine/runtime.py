@@ -1,0 +1,140 @@
+"""Device, precision, seeds and threads of a run, and what it used of the machine."""
+
+import logging
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from dream_fast.engine.config import Config
+from dream_fast.engine.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where a run computes and how.
+
+    ``dtype`` is the dtype of the guidance model's weights and of autocast; the field's parameters, the optimiser and
+    the losses stay fp32 everywhere. ``description`` is one phrase for a person, such as "cpu (2 threads), fp32".
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    description: str
+
+    @property
+    def fp16(self) -> bool:
+        return self.dtype == torch.float16
+
+
+def choose_runtime(config: Config) -> Runtime:
+    """The device and precision that ``config`` asks for; UserError when it names a GPU that is not there.
+
+    fp16 is a matter of GPUs: a CPU computes in fp32 whatever is asked, because its fp16 is emulated and slow.
+    """
+    wanted = config.run.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this machine has no GPU that torch can use; leave --device out to use the CPU")
+        dtype = torch.float16 if config.run.fp16 else torch.float32
+        device = torch.device("cuda", torch.cuda.current_device())
+        name = torch.cuda.get_device_name(device)
+        return Runtime(device=device, dtype=dtype, description=f"{name}, {'fp16' if config.run.fp16 else 'fp32'}")
+    threads = torch.get_num_threads()
+    description = f"cpu ({threads} thread{'s' if threads != 1 else ''}), fp32"
+    if config.run.fp16:
+        description += " (no GPU used, so fp16 does not apply)"
+    return Runtime(device=torch.device("cpu"), dtype=torch.float32, description=description)
+
+
+def prepare(runtime: Runtime, seed: int) -> None:
+    """Process-wide settings of a run: global seeds, TF32 on a GPU, subnormals flushed to zero on a CPU.
+
+    Every draw of the engine takes its own generator; the global seeds only cover what a library draws behind our back.
+    Subnormal numbers cost a CPU a hundred times an ordinary one and appear in the moments of the optimiser.
+    """
+    torch.manual_seed(seed)
+    if runtime.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        torch.set_flush_denormal(True)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step: a 63-bit mix (splitmix64) of the run's seed and the step.
+
+    Every step seeds its generators anew, so that a resumed run draws what the uninterrupted one would have drawn and
+    no generator state has to be saved.
+    """
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1B54A32D192ED03) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 1
+
+
+def draw_seed() -> int:
+    """A seed for a run whose user gave none: small enough to type."""
+    return int.from_bytes(os.urandom(4), "little") >> 1
+
+
+class _XformersNotice(logging.Filter):
+    """Drops the one notice of xformers that its compiled operators do not load beside this torch."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("WARNING[XFORMERS]")
+
+
+_XFORMERS_NOTICE = _XformersNotice()
+
+
+def quiet_diffusers() -> None:
+    """Call before ``import diffusers``: keeps xformers' notice about its CUDA operators off the terminal.
+
+    diffusers imports xformers when it is installed, and beside a CPU torch xformers then prints six lines about
+    operators that nobody asked for. Which attention a run uses is said by the run itself. Other warnings pass.
+    """
+    logging.getLogger("xformers").addFilter(_XFORMERS_NOTICE)  # adding the same filter twice does nothing
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for ``device``, so that a clock read next to it means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of this process: ``host`` (resident), and ``device`` (allocated by torch) on a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def machine() -> dict[str, str | int]:
+    """Facts of the machine that can change a result: for the manifest."""
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:  # not a Linux machine
+        pass
+    return platform.processor() or platform.machine()
