@@ -1,0 +1,120 @@
+"""Fixtures that several test files share.
+
+`tiny_model` is a text-to-image model that nobody trained, in the folder layout that every Stable Diffusion has: small
+enough that a guided step costs a few milliseconds, yet made of the very classes that the loader expects.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Nothing in the tests may wait for a network; the hub's client reads this once, when it is first imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY_IMAGE = 32  # pixels
+TINY_WIDTH = 32  # of the text embedding
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 printable characters that byte-level BPE writes bytes as (GPT-2's table), sorted."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = 256 - len(printable)
+    return sorted(chr(code) for code in printable + [256 + i for i in range(others)])
+
+
+def write_tokenizer(folder: Path, *, window: int = 77, vocabulary_size: int | None = None) -> int:
+    """Write a CLIP tokenizer without merges (a token a byte) in `folder`; returns the number of its tokens.
+
+    `vocabulary_size` fills the vocabulary up to that size with words that never occur, end of text last, as in CLIP.
+    """
+    folder.mkdir(parents=True)
+    tokens = [character + ending for ending in ("", "</w>") for character in byte_alphabet()]
+    if vocabulary_size is not None:
+        tokens += [f"\u0120unused{i}" for i in range(vocabulary_size - 2 - len(tokens))]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": window,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(tokens)
+
+
+def write_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Save a random model in the Stable Diffusion folder layout: images 32 x 32, latents 4 x 8 x 8, width 32."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokens = write_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=tokens,
+                hidden_size=TINY_WIDTH,
+                intermediate_size=2 * TINY_WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+                bos_token_id=tokens - 2,
+                eos_token_id=tokens - 1,
+                pad_token_id=tokens - 1,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=TINY_IMAGE // 4,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=TINY_WIDTH,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(16, 16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=TINY_IMAGE,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    text_encoder.save_pretrained(folder / "text_encoder")
+    unet.save_pretrained(folder / "unet")
+    vae.save_pretrained(folder / "vae")
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random noise-predicting model that loads with `load_components` in a fraction of a second."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
