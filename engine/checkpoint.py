@@ -1,0 +1,135 @@
+"""Checkpoints: the whole state of a run in one safetensors file, no pickle.
+
+A state is a nested dict of tensors and plain values (numbers, strings, booleans, None, lists of them). Tensors are stored under
+their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata beside the format version and the
+architecture of the field. A file is written aside and renamed, so that a run that is killed leaves the previous one whole.
+"""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dream_fast.engine.errors import UserError
+
+FORMAT = "dream-fast checkpoint"
+VERSION = 1
+KEEP = 2
+
+_NAME = re.compile(r"step_(\d+)\.safetensors")
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:06d}.safetensors"
+
+
+def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], architecture: Mapping[str, Any]) -> Path:
+    """Writes ``state`` after ``step`` steps and removes all but the last two checkpoints of ``directory``."""
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    _flatten(state, "", tensors, values)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "step": str(step),
+        "architecture": json.dumps(architecture, sort_keys=True),
+        "values": json.dumps(values, sort_keys=True),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    path = checkpoint_path(directory, step)
+    aside = directory / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        save_file(tensors, aside, metadata=metadata)
+        with open(aside, "rb") as handle:
+            os.fsync(handle.fileno())  # on disk before it takes the name
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    for old in list_checkpoints(directory)[:-KEEP]:
+        if old != path:
+            old.unlink()
+    return path
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of ``directory``, oldest step first."""
+    if not directory.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def read_step(path: Path) -> int:
+    """The step of the checkpoint at ``path``, from its metadata alone."""
+    with _open(path) as file:
+        return int(_metadata(path, file)["step"])
+
+
+def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The step and the state (tensors on the CPU) of ``path``; UserError when it cannot be used for ``architecture``."""
+    with _open(path) as file:
+        metadata = _metadata(path, file)
+        _check_architecture(path, json.loads(metadata["architecture"]), json.loads(json.dumps(architecture)))
+        try:
+            flat: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise UserError(f"the checkpoint {path} is damaged or cut short ({error})") from error
+    flat.update(json.loads(metadata["values"]))
+    return int(metadata["step"]), _nest(flat)
+
+
+def _open(path: Path):
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({error})") from error
+
+
+def _metadata(path: Path, file) -> dict[str, str]:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is a safetensors file, but not a checkpoint of dream-fast")
+    if metadata.get("version") != str(VERSION):
+        raise UserError(
+            f"the checkpoint {path} has format version {metadata.get('version')}; this program reads version {VERSION}"
+        )
+    return metadata
+
+
+def _check_architecture(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    names = sorted(saved.keys() | wanted.keys())
+    differences = [f"{n} {saved.get(n)} there, {wanted.get(n)} here" for n in names if saved.get(n) != wanted.get(n)]
+    if differences:
+        raise UserError(f"the checkpoint {path} is of another architecture: {'; '.join(differences)}")
+
+
+def _flatten(state: Mapping[str, Any], prefix: str, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    for name, value in state.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, torch.Tensor):
+            # a copy each: parameters that are views of one buffer share storage, which safetensors refuses
+            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        elif isinstance(value, Mapping):
+            _flatten(value, f"{path}/", tensors, values)
+        else:
+            values[path] = value
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return nested

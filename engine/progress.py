@@ -1,0 +1,120 @@
+"""What a person sees of a run: lines on the terminal and in log.txt, a live bar, the table of files at the end."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
+
+
+class Reporter:
+    """Says things once, on the console and in the log. Until ``open_log`` the lines wait: no file is made before."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._log: Path | None = None
+        self._waiting: list[str] = []
+
+    def open_log(self, path: Path) -> None:
+        self._log = path
+        for line in self._waiting:
+            self._write(line)
+        self._waiting.clear()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+        self._write(line)
+
+    def warn(self, line: str) -> None:
+        self.say(f"warning: {line}")
+
+    @contextmanager
+    def bar(self, what: str, total: int, done: int = 0):
+        """A ``Bar`` of ``total`` steps: drawn on a terminal, a line now and then elsewhere."""
+        if not self.console.is_terminal:
+            yield QuietBar(self, what, total, done)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[terms]}", style="dim", markup=False),
+        )
+        # four redraws a second: more would take time from a two-core machine
+        with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
+            yield LiveBar(progress, progress.add_task(what, total=total, completed=done, speed="", terms=""))
+
+    def files(self, root: Path, files: Sequence[Path]) -> None:
+        """The table of what the run wrote, with sizes."""
+        table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
+        table.columns[1].justify = "right"
+        for path in files:
+            size = _size(path.stat().st_size)
+            table.add_row(str(path), size)
+            self._write(f"{path.relative_to(root)} {size}")
+        self.console.print(table, soft_wrap=True)
+
+    def _write(self, line: str) -> None:
+        if self._log is None:
+            self._waiting.append(line)
+            return
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+class LiveBar:
+    """Drawn in place by rich."""
+
+    def __init__(self, progress: Progress, task):
+        self._progress, self._task = progress, task
+
+    def advance(self, done: int) -> None:
+        self._progress.update(self._task, completed=done)
+
+    def show(self, what: str, per_second: float, terms: Mapping[str, float]) -> None:
+        self._progress.update(
+            self._task, description=what, speed=f"{per_second:.2f} it/s", terms=format_terms(terms)
+        )
+
+
+class QuietBar:
+    """For a file or a pipe: a line every ``QUIET_SECONDS`` and one when all is done."""
+
+    def __init__(self, reporter: Reporter, what: str, total: int, done: int):
+        self._reporter, self._what, self._total, self._done = reporter, what, total, done
+        self._speed, self._terms = 0.0, ""
+        self._said = time.monotonic()
+
+    def advance(self, done: int) -> None:
+        self._done = done
+        if done < self._total and time.monotonic() - self._said < QUIET_SECONDS:
+            return
+        self._said = time.monotonic()
+        line = f"{self._what}: {self._done}/{self._total}"
+        if self._speed:
+            left = (self._total - self._done) / self._speed
+            line += f", {self._speed:.2f} it/s, {left:.0f} s left, {self._terms}"
+        self._reporter.say(line)
+
+    def show(self, what: str, per_second: float, terms: Mapping[str, float]) -> None:
+        self._what, self._speed, self._terms = what, per_second, format_terms(terms)
+
+
+def format_terms(terms: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

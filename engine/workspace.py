@@ -1,0 +1,197 @@
+"""The folder of a run: where each file goes, whose run it is, and what may change when it is taken up again.
+
+    config.json      the resolved configuration       log.txt       what the terminal showed, without the bar
+    manifest.json    versions, device, seed, command  metrics.jsonl a row every few steps
+    checkpoints/     the last two                     validation/   a view now and then during the run
+    results/         video and six views              mesh/         the mesh, when asked for
+
+Everything here is plain files; what a run has reached is read from its checkpoints and never kept twice.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from dream_fast.engine.checkpoint import list_checkpoints, read_step
+from dream_fast.engine.config import Config
+from dream_fast.engine.errors import UserError
+
+# What a resumed run may be asked differently: how long, what it writes, where it finds memory. A name alone is a whole
+# room of the configuration. The preset only chose defaults, whose values are compared themselves.
+MAY_CHANGE = frozenset(
+    {
+        "output",
+        "run.workspace",
+        "run.iters",
+        "run.preset",
+        "run.test",
+        "run.six_views",
+        "run.save_mesh",
+        "run.ckpt",
+        "run.vram_O",
+        "run.device",
+        "run.log_every",
+        "run.O",
+        "run.print_config",
+        "camera.W",
+        "camera.H",
+        "camera.default_radius",
+        "camera.default_polar",
+        "camera.default_azimuth",
+        "camera.default_fovy",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """The folder at ``path`` and the names of the things in it. Making one touches no disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def validation(self) -> Path:
+        return self.path / "validation"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    @property
+    def mesh(self) -> Path:
+        return self.path / "mesh"
+
+    def _everything(self) -> list[Path]:
+        files = [self.config, self.manifest, self.metrics, self.log]
+        return [*files, self.validation, self.checkpoints, self.results, self.mesh]
+
+    def check_usable(self) -> None:
+        """UserError when the folder cannot be this run's: a file in its place, no right to write, another's files.
+
+        Writes nothing: the model may still turn out to be missing.
+        """
+        existing = self.path
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(f"--workspace {self.path}: {existing} is a file, not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"--workspace {self.path}: no permission to write in {existing}")
+        if not self.config.exists():
+            foreign = [path.name for path in self._everything() if path.exists()]
+            if foreign:
+                raise UserError(
+                    f"--workspace {self.path} holds {', '.join(foreign)} but no config.json, so it is not a run of "
+                    "dream-fast; choose another folder"
+                )
+
+    def stored_config(self) -> Config | None:
+        """The configuration of the run that lives here, or None in a fresh folder."""
+        stored = self._stored()
+        return None if stored is None else Config.from_dict(stored)
+
+    def check_same_run(self, config: Config) -> None:
+        """UserError, saying what differs, when the run that lives here is not the one that ``config`` describes."""
+        stored = self._stored()
+        if stored is None:
+            return
+        differences = config_differences(stored, _as_json(config))
+        if differences:
+            raise UserError(
+                f"--workspace {self.path} holds another run: {'; '.join(differences)}. Choose another --workspace, "
+                "or replace that run with --ckpt scratch"
+            )
+
+    def write_config(self, config: Config) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workspace {self.path} cannot be made ({error})") from error
+        write_text(self.config, json.dumps(_as_json(config), indent=1) + "\n")
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_text(self.manifest, json.dumps(manifest, indent=1) + "\n")
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest, or an empty one where none was written yet."""
+        return json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.exists() else {}
+
+    def clear(self) -> None:
+        """Removes the run that lives here: what ``--ckpt scratch`` asks for."""
+        for path in self._everything():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was recorded after ``step``: a run that resumes there records it again."""
+        for path in list_checkpoints(self.checkpoints):
+            if read_step(path) > step:
+                path.unlink()
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            if len(kept) < len(lines):
+                write_text(self.metrics, "".join(kept))
+
+    def _stored(self) -> dict[str, Any] | None:
+        if not self.config.exists():
+            return None
+        try:
+            return json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.config} cannot be read ({error})") from error
+
+
+def config_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What differs between two configurations (as JSON) and may not: "--text 'a cat' there, 'a dog' here"."""
+    differences = []
+    for room in sorted(stored.keys() | wanted.keys()):
+        theirs, ours = stored.get(room, {}), wanted.get(room, {})
+        for name in sorted(theirs.keys() | ours.keys()):
+            if MAY_CHANGE & {room, f"{room}.{name}"} or theirs.get(name) == ours.get(name):
+                continue
+            if (room, name) == ("run", "seed") and ours.get(name) is None:  # none was typed: the run keeps its own
+                continue
+            differences.append(f"--{name} {_shown(theirs.get(name))} there, {_shown(ours.get(name))} here")
+    return differences
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside and renames, so that ``path`` is never half a file."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(config.to_dict()))  # tuples become lists, as they are in the file
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else repr(value)

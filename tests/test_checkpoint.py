@@ -1,0 +1,81 @@
+"""A checkpoint gives back what was put in, and says in a sentence why it cannot."""
+
+import json
+
+import pytest
+import torch
+from dream_fast.engine.checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    read_step,
+    save_checkpoint,
+)
+from dream_fast.engine.errors import UserError
+from safetensors.torch import load_file, save_file
+
+ARCHITECTURE = {"levels": 8, "hidden": [32, 1]}
+
+
+def make_state():
+    flat = torch.arange(12, dtype=torch.float32)
+    return {
+        "field": {"table": flat[:8].view(4, 2), "bias": flat[8:]},  # views of one buffer, as the optimiser keeps them
+        "bits": torch.tensor([1, 255], dtype=torch.uint8),
+        "schedule": {"start_step": 3, "start_progress": 0.1 + 0.2},
+        "scale": 65536.0,
+        "name": None,
+    }
+
+
+def test_state_comes_back_bit_for_bit(tmp_path):
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    step, state = load_checkpoint(path, ARCHITECTURE)
+    wanted = make_state()
+    assert step == 7 == read_step(path)
+    assert state.keys() == wanted.keys()
+    assert torch.equal(state["field"]["table"], wanted["field"]["table"])
+    assert torch.equal(state["field"]["bias"], wanted["field"]["bias"])
+    assert torch.equal(state["bits"], wanted["bits"])
+    assert state["schedule"] == wanted["schedule"]
+    assert (state["scale"], state["name"]) == (65536.0, None)
+
+
+def test_last_two_are_kept_and_nothing_else_is_left(tmp_path):
+    for step in (5, 10, 1000000):
+        save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)
+    assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 10), checkpoint_path(tmp_path, 1000000)]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_starting_over_keeps_the_new_checkpoint_although_older_ones_have_later_steps(tmp_path):
+    for step in (100, 200, 5):
+        save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)
+    assert checkpoint_path(tmp_path, 5).is_file()
+
+
+@pytest.mark.parametrize("keep", [4, 200, -8])
+def test_truncated_file_is_refused(tmp_path, keep):
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(path, ARCHITECTURE)
+
+
+def test_other_architecture_is_refused_naming_both_values(tmp_path):
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    with pytest.raises(UserError, match="levels 8 there, 16 here"):
+        load_checkpoint(path, ARCHITECTURE | {"levels": 16})
+
+
+def test_other_version_and_foreign_file_are_refused(tmp_path):
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    metadata = {"format": "dream-fast checkpoint", "version": "99", "step": "7", "architecture": json.dumps(ARCHITECTURE)}
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(UserError, match="version 99"):
+        load_checkpoint(path, ARCHITECTURE)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(path, ARCHITECTURE)
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "gone.safetensors", ARCHITECTURE)
