@@ -1,0 +1,422 @@
+"""Every setting of a run, in one frozen dataclass a room; the command line is generated from the fields.
+
+A field's name is its flag (``iters`` is ``--iters``), so names are unique over all rooms. The values written here are
+the reference's (``--preset reference``); the embedded model's own stand together in :func:`mini_cpu_defaults` and
+:func:`mini_cuda_defaults`. This module imports nothing heavy, so that ``--help`` and a refused argument answer at once.
+
+Units: angles in degrees, lengths in scene units, ratios in fractions of the run. Axes: docs/conventions.md.
+Errors: every value is checked when a room is made; a bad one raises :class:`UserError` naming the flag and the value.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from dream_fast.engine.errors import UserError
+
+Range = tuple[float, float]
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    may_change: bool = False,
+) -> Any:
+    """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
+
+    ``may_change``: a resumed run may have another value (it shapes what is written, not what is learned).
+    """
+    metadata = dict(help=help, choices=choices, low=low, above=above, high=high, below=below, may_change=may_change)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if get_origin(kind) is tuple:
+        return "two numbers" if get_args(kind)[-1] is not Ellipsis else "a list of words"
+    return names[kind]
+
+
+def value_type(field: dataclasses.Field) -> Any:
+    """The field's type without ``| None``: int, float, str, bool, ``tuple[float, float]`` or ``tuple[str, ...]``."""
+    if isinstance(field.type, UnionType):
+        return next(kind for kind in get_args(field.type) if kind is not type(None))
+    return field.type
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        if not isinstance(value, tuple) or (items[-1] is not Ellipsis and len(value) != len(items)):
+            return False
+        return all(_has_type(item, items[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_value(field: dataclasses.Field, value: Any) -> None:
+    """Raise UserError unless ``value`` has the field's type and lies within its bounds; a range is not reversed."""
+    flag, meta = f"--{field.name}", field.metadata
+    if value is None and isinstance(field.type, UnionType):
+        return
+    kind = value_type(field)
+    if not _has_type(value, kind):
+        raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
+    for item in value if isinstance(value, tuple) else (value,):
+        if meta["choices"] is not None and item not in meta["choices"]:
+            raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
+        if isinstance(item, str | bool):
+            continue
+        if not math.isfinite(item):
+            raise UserError(f"{flag} must be a finite number, not {item}")
+        for bound, good, words in (
+            (meta["low"], lambda b, x: x >= b, "at least"),
+            (meta["above"], lambda b, x: x > b, "more than"),
+            (meta["high"], lambda b, x: x <= b, "at most"),
+            (meta["below"], lambda b, x: x < b, "less than"),
+        ):
+            if bound is not None and not good(bound, item):
+                raise UserError(f"{flag} must be {words} {bound:g}, not {item:g}")
+    if kind == Range and value[0] > value[1]:
+        raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
+    if kind == tuple[str, ...] and not value:
+        raise UserError(f"{flag} needs at least one value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Base of the rooms: checks every field when it is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Room):
+    """Run control."""
+
+    text: str | None = option(None, "the prompt")
+    negative: str = option("", "what the pictures should not show; takes the place of the empty prompt")
+    workspace: str = option("workspace", "folder of everything that the run writes", may_change=True)
+    seed: int | None = option(None, "seed of all random numbers; drawn when not given", low=0, high=2**32 - 1)
+    iters: int = option(10000, "optimisation steps", low=1, may_change=True)
+    preset: str = option(
+        "auto",
+        "auto: defaults of the model and the device; reference: those of stable-dreamfusion",
+        choices=("auto", "reference"),
+        may_change=True,
+    )
+    test: bool = option(False, "no optimisation: write the outputs of the workspace's checkpoint", may_change=True)
+    six_views: bool = option(False, "write the six views only, no video", may_change=True)
+    save_mesh: bool = option(False, "export mesh/mesh.glb with vertex colours at the end", may_change=True)
+    ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
+    fp16: bool = option(False, "half precision on a CUDA GPU; a CPU runs in fp32")
+    vram_O: bool = option(False, "less memory: VAE in slices, memory-efficient attention", may_change=True)
+    device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraConfig(Room):
+    """Training cameras, and the camera that looks at the result."""
+
+    radius_range: Range = option((3.0, 3.5), "distance of the training cameras", above=0)
+    theta_range: Range = option((45.0, 105.0), "polar angle: 0 is above, 90 the horizon", low=0, high=180)
+    phi_range: Range = option((-180.0, 180.0), "azimuth: 0 is in front (+z), 90 at +x", low=-360, high=360)
+    fovy_range: Range = option((10.0, 30.0), "vertical field of view", above=0, below=180)
+    uniform_sphere_rate: float = option(
+        0.0, "probability of a batch spread evenly over the upper half of the sphere", low=0, high=1
+    )
+    angle_overhead: float = option(30.0, "polar angle up to which the prompt says overhead view", low=0, high=180)
+    w: int = option(64, "width of a training render", low=1)
+    h: int = option(64, "height of a training render", low=1)
+    batch_size: int = option(1, "views in a step", low=1)
+    default_radius: float = option(3.2, "distance of the output camera", above=0, may_change=True)
+    default_polar: float = option(90.0, "polar angle of the output camera", low=0, high=180, may_change=True)
+    default_azimuth: float = option(
+        0.0, "azimuth at which the output camera starts", low=-360, high=360, may_change=True
+    )
+    default_fovy: float = option(
+        20.0, "vertical field of view of the output camera", above=0, below=180, may_change=True
+    )
+    W: int = option(800, "width of the output pictures", low=1, may_change=True)
+    H: int = option(800, "height of the output pictures", low=1, may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldConfig(Room):
+    """The field: hash grid, MLP, density, background."""
+
+    backbone: str = option("grid", "the field: a hash grid and an MLP", choices=("grid", "grid_torch"))
+    levels: int = option(16, "levels of the hash grid", low=1, high=32)
+    features: int = option(2, "features of a level", low=1, high=8)
+    log2_entries: int = option(19, "log2 of the table's entries in a level", low=4, high=24)
+    base_resolution: int = option(16, "resolution of the coarsest level", low=2)
+    max_resolution: int = option(2048, "resolution of the finest level", low=2)
+    interpolation: str = option(
+        "smoothstep", "interpolation inside a cell of the grid", choices=("smoothstep", "linear")
+    )
+    hidden_width: int = option(64, "width of the MLP's hidden layers", low=1)
+    hidden_layers: int = option(2, "number of the MLP's hidden layers", low=0, high=8)
+    density_activation: str = option("exp", "activation of the density", choices=("exp", "softplus"))
+    blob_density: float = option(5.0, "density of the blob at the centre from which a run starts", low=0)
+    blob_radius: float = option(0.2, "radius of that blob", above=0)
+    bg_radius: float = option(1.4, "more than 0: a small MLP learns a background; else a plain colour")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderConfig(Room):
+    """Ray marching through the occupancy grid."""
+
+    bound: float = option(1.0, "the scene is the cube [-bound, bound]^3", above=0)
+    max_steps: int = option(1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1)
+    dt_gamma: float = option(0.0, "the step grows with distance by this factor; 0: even steps", low=0)
+    min_near: float = option(0.01, "nearest distance of a sample from the camera", low=0)
+    density_thresh: float = option(10.0, "density above which a cell of the grid is occupied", above=0)
+    update_extra_interval: int = option(16, "steps between two updates of the occupancy grid", low=1)
+    occupancy_resolution: int = option(128, "cells of the occupancy grid along an edge", low=8, high=512)
+    normals: str = option("finite_difference", "how normals are computed", choices=("finite_difference", "analytic"))
+    normal_epsilon: float = option(0.01, "step of finite-difference normals", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadingConfig(Room):
+    """Phases of the run and the light."""
+
+    latent_iter_ratio: float = option(
+        0.2, "first part of the run, in which normals and opacity are the latent", low=0, high=1
+    )
+    albedo_iter_ratio: float = option(0.0, "part of the run up to which colour is not shaded", low=0, high=1)
+    min_ambient_ratio: float = option(0.1, "least ambient light of a shaded step", low=0, high=1)
+    textureless_ratio: float = option(0.2, "probability that a shaded step has no colour", low=0, high=1)
+    light_theta: float = option(60.0, "polar angle of the light in shaded output", low=0, high=180, may_change=True)
+    light_phi: float = option(0.0, "azimuth of that light", low=-360, high=360, may_change=True)
+    progressive_level: bool = option(False, "finer levels of the grid join during the run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig(Room):
+    """The image model that guides, and how."""
+
+    guidance: tuple[str, ...] = option(
+        ("dream-mini",), "the model that guides: the embedded one, or Stable Diffusion", choices=("dream-mini", "SD")
+    )
+    sd_version: str | None = option(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
+    hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by name")
+    guidance_scale: float = option(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
+    t_range: Range = option((0.02, 0.98), "range of the noise level t", low=0, high=1)
+    t_anneal: str = option(
+        "none", "t is drawn from the whole range, or falls with progress", choices=("none", "linear", "sqrt")
+    )
+    guidance_rescale: float = option(
+        0.0, "how far the guided prediction takes the spread of the unguided one; 0: not", low=0, high=1
+    )
+    lambda_guidance: float = option(1.0, "weight of the guidance", low=0)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model inside the package guides, and nothing has to be found or downloaded."""
+        return self.sd_version is None and self.hf_key is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Room):
+    """Regularisers and gradient limits."""
+
+    lambda_entropy: float = option(1e-3, "entropy of the rays' opacity: empty or full", low=0)
+    lambda_entropy_weights: float = option(0.0, "entropy of the samples' weights, as the reference has it", low=0)
+    lambda_opacity: float = option(0.0, "mean square of the opacity", low=0)
+    lambda_orient: float = option(1e-2, "normals that look away from the camera", low=0)
+    lambda_tv: float = option(0.0, "total variation of the hash table", low=0)
+    lambda_wd: float = option(0.0, "weight decay of the hash table, level by level", low=0)
+    lambda_2d_normal_smooth: float = option(0.0, "total variation of the normal image", low=0)
+    lambda_3d_normal_smooth: float = option(0.0, "difference of normals at near points", low=0)
+    grad_clip: float = option(-1.0, "largest gradient of a parameter; -1: no limit", low=-1)
+    grad_clip_rgb: float = option(-1.0, "largest gradient of a pixel; -1: no limit", low=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Room):
+    """The optimiser."""
+
+    optim: str = option("adan", "the optimiser", choices=("adan", "adam"))
+    lr: float = option(1e-3, "learning rate; the MLP takes 5 lr with adan and lr with adam, the table 10 x", above=0)
+    ema_decay: float = option(0.9995, "decay of the averaged weights, a step", low=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(Room):
+    """What is written, and how finely."""
+
+    eval_interval: int = option(
+        1, "epochs between two sets of validation pictures; an epoch is 100 steps", low=1, may_change=True
+    )
+    dataset_size_valid: int = option(8, "pictures in a validation set", low=1, may_change=True)
+    dataset_size_test: int = option(100, "frames of the 360-degree video", low=1, may_change=True)
+    mcubes_resolution: int = option(256, "cells along an edge for the mesh", low=8, high=1024, may_change=True)
+    video_fps: int = option(25, "frames a second of the video", low=1, high=240, may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All rooms. ``Config()`` holds the reference's values."""
+
+    run: RunConfig = RunConfig()
+    camera: CameraConfig = CameraConfig()
+    field: FieldConfig = FieldConfig()
+    render: RenderConfig = RenderConfig()
+    shading: ShadingConfig = ShadingConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    output: OutputConfig = OutputConfig()
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain dictionaries, room by room, ready for JSON."""
+        return {room.name: dataclasses.asdict(getattr(self, room.name)) for room in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> "Config":
+        """Inverse of :meth:`to_dict`, also through JSON. UserError: unknown or missing settings, bad values."""
+        if not isinstance(data, Mapping) or not all(isinstance(values, Mapping) for values in data.values()):
+            raise UserError("a saved configuration must map rooms to their settings")
+        known = {(room.name, field.name) for room, field in settings()}
+        given = {(room, name) for room, values in data.items() for name in values}
+        if known != given:
+            listed = ", ".join(f"{room}.{name}" for room, name in sorted(known ^ given))
+            raise UserError(f"the saved configuration is of another version; missing or unknown: {listed}")
+        rooms = {}
+        for room in dataclasses.fields(cls):
+            values = data[room.name]
+            rooms[room.name] = room.type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**rooms)
+
+    def override(self, typed: Mapping[str, Any]) -> "Config":
+        """A copy with the settings in ``typed`` (by flag name) replaced. UserError: an unknown name or a bad value."""
+        unknown = sorted(set(typed) - {field.name for _, field in settings()})
+        if unknown:
+            raise UserError(f"unknown setting: {', '.join(unknown)}")
+        rooms = {}
+        for room in dataclasses.fields(self):
+            names = {field.name for field in dataclasses.fields(room.type)}
+            values = {name: value for name, value in typed.items() if name in names}
+            rooms[room.name] = dataclasses.replace(getattr(self, room.name), **values)
+        return Config(**rooms)
+
+    def differences(self, other: "Config") -> list[str]:
+        """The settings that make this another run than ``other``, as sentences' parts: ``--lr 0.001, not 0.002``."""
+        found = []
+        for room, field in settings():
+            mine, theirs = (getattr(getattr(config, room.name), field.name) for config in (self, other))
+            if mine != theirs and not field.metadata["may_change"]:
+                found.append(f"--{field.name} {mine}, not {theirs}")
+        return found
+
+
+def settings() -> Iterator[tuple[dataclasses.Field, dataclasses.Field]]:
+    """Every setting as (room's field in Config, the setting's field), in the order of this file."""
+    for room in dataclasses.fields(Config):
+        for field in dataclasses.fields(room.type):
+            yield room, field
+
+
+def reference_defaults() -> Config:
+    """stable-dreamfusion's values; its EMA decay of 0.95 in 100 steps is 0.9995 a step."""
+    return Config()
+
+
+def sd_defaults() -> Config:
+    """Stable Diffusion starts from the reference's values."""
+    return reference_defaults()
+
+
+def mini_cpu_defaults() -> Config:
+    """dream-mini on a CPU: a small field and small pictures, so that two cores finish in minutes."""
+    return Config().override(
+        dict(
+            iters=600,
+            radius_range=(3.0, 3.5),
+            theta_range=(50.0, 95.0),
+            fovy_range=(20.0, 26.0),
+            default_fovy=23.0,
+            default_polar=75.0,
+            w=64,
+            h=64,
+            W=128,
+            H=128,
+            levels=8,
+            log2_entries=15,
+            max_resolution=128,
+            hidden_width=32,
+            hidden_layers=1,
+            bg_radius=-1.0,
+            bound=0.6,
+            max_steps=128,
+            occupancy_resolution=64,
+            latent_iter_ratio=0.0,
+            albedo_iter_ratio=0.5,
+            guidance_scale=20.0,
+            t_anneal="linear",
+            lambda_entropy=1e-3,
+            lr=1e-3,
+            ema_decay=0.99,
+            dataset_size_test=48,
+            mcubes_resolution=128,
+        )
+    )
+
+
+def mini_cuda_defaults() -> Config:
+    """dream-mini on a GPU: the same run, with a finer grid and larger pictures."""
+    return mini_cpu_defaults().override(
+        dict(W=256, H=256, occupancy_resolution=128, dataset_size_test=100, mcubes_resolution=256)
+    )
+
+
+def chosen_model(typed: Mapping[str, Any]) -> str:
+    """``"sd"`` when the typed settings name Stable Diffusion, else ``"dream-mini"``. UserError: a contradiction."""
+    if "hf_key" in typed and "sd_version" in typed:
+        raise UserError("--hf_key and --sd_version both name a model: give one of them")
+    named = typed.get("guidance", ())
+    by_source = "hf_key" in typed or "sd_version" in typed
+    if len(named) > 1:
+        raise UserError(f"--guidance takes one model here, not {len(named)}: {' '.join(named)}")
+    if "dream-mini" in named and by_source:
+        raise UserError("--guidance dream-mini is the embedded model: leave out --hf_key and --sd_version")
+    return "sd" if by_source or "SD" in named else "dream-mini"
+
+
+def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
+    """The configuration of a run: defaults of the model and the device, then the preset, then what the user typed.
+
+    typed: values by flag name, only those that were typed. model: "dream-mini" or "sd" (:func:`chosen_model`).
+    device: "cpu" or "cuda", where the run really takes place; ``fp16`` is off on a CPU. The seed stays None when none
+    was typed: it is drawn when a new run starts.
+    """
+    if model not in ("dream-mini", "sd") or device not in ("cpu", "cuda"):
+        raise ValueError(f"resolve: model {model!r} must be dream-mini or sd, device {device!r} cpu or cuda")
+    if typed.get("preset") == "reference":
+        base = reference_defaults()
+    elif model == "sd":
+        base = sd_defaults()
+    else:
+        base = mini_cuda_defaults() if device == "cuda" else mini_cpu_defaults()
+    values = {**typed, "device": device}
+    if device == "cpu":
+        values["fp16"] = False
+    if model == "sd":
+        values["guidance"] = ("SD",)
+        if "hf_key" not in typed:
+            values.setdefault("sd_version", "2.1")
+    return base.override(values)
