@@ -1,8 +1,9 @@
 """Checkpoints: the whole state of a run in one safetensors file, no pickle.
 
-A state is a nested dict of tensors and plain values (numbers, strings, booleans, None, lists of them). Tensors are stored under
-their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata beside the format version and the
-architecture of the field. A file is written aside and renamed, so that a run that is killed leaves the previous one whole.
+A state is a nested dict of tensors and plain values (numbers, strings, booleans, None, lists of them). Tensors are
+stored under their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata, beside the
+format version and the architecture of the field. A file is written aside and renamed, so that a run that is killed
+leaves the previous one whole.
 """
 
 import json
@@ -53,8 +54,7 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
     finally:
         aside.unlink(missing_ok=True)
     for old in list_checkpoints(directory)[:-KEEP]:
-        if old != path:
-            old.unlink()
+        old.unlink()
     return path
 
 
@@ -73,7 +73,7 @@ def read_step(path: Path) -> int:
 
 
 def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The step and the state (tensors on the CPU) of ``path``; UserError when it cannot be used for ``architecture``."""
+    """The step and the state (tensors on the CPU) of ``path``; UserError when it does not fit ``architecture``."""
     with _open(path) as file:
         metadata = _metadata(path, file)
         _check_architecture(path, json.loads(metadata["architecture"]), json.loads(json.dumps(architecture)))

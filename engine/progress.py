@@ -79,9 +79,7 @@ class LiveBar:
         self._progress.update(self._task, completed=done)
 
     def show(self, what: str, per_second: float, terms: Mapping[str, float]) -> None:
-        self._progress.update(
-            self._task, description=what, speed=f"{per_second:.2f} it/s", terms=format_terms(terms)
-        )
+        self._progress.update(self._task, description=what, speed=f"{per_second:.2f} it/s", terms=format_terms(terms))
 
 
 class QuietBar:

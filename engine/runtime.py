@@ -40,7 +40,7 @@ def choose_runtime(config: Config) -> Runtime:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("--device cuda: this machine has no GPU that torch can use; leave --device out to use the CPU")
+            raise UserError("--device cuda: torch finds no GPU on this machine; leave --device out to use the CPU")
         dtype = torch.float16 if config.run.fp16 else torch.float32
         device = torch.device("cuda", torch.cuda.current_device())
         name = torch.cuda.get_device_name(device)
@@ -101,12 +101,6 @@ def quiet_diffusers() -> None:
     operators that nobody asked for. Which attention a run uses is said by the run itself. Other warnings pass.
     """
     logging.getLogger("xformers").addFilter(_XFORMERS_NOTICE)  # adding the same filter twice does nothing
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for ``device``, so that a clock read next to it means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -20,32 +20,6 @@ from dream_fast.engine.checkpoint import list_checkpoints, read_step
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 
-# What a resumed run may be asked differently: how long, what it writes, where it finds memory. A name alone is a whole
-# room of the configuration. The preset only chose defaults, whose values are compared themselves.
-MAY_CHANGE = frozenset(
-    {
-        "output",
-        "run.workspace",
-        "run.iters",
-        "run.preset",
-        "run.test",
-        "run.six_views",
-        "run.save_mesh",
-        "run.ckpt",
-        "run.vram_O",
-        "run.device",
-        "run.log_every",
-        "run.O",
-        "run.print_config",
-        "camera.W",
-        "camera.H",
-        "camera.default_radius",
-        "camera.default_polar",
-        "camera.default_azimuth",
-        "camera.default_fovy",
-    }
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Workspace:
@@ -111,19 +85,20 @@ class Workspace:
 
     def stored_config(self) -> Config | None:
         """The configuration of the run that lives here, or None in a fresh folder."""
-        stored = self._stored()
-        return None if stored is None else Config.from_dict(stored)
+        if not self.config.exists():
+            return None
+        try:
+            return Config.from_dict(json.loads(self.config.read_text(encoding="utf-8")))
+        except (OSError, ValueError, UserError) as error:
+            raise UserError(f"{self.config} cannot be used: {error}") from error
 
     def check_same_run(self, config: Config) -> None:
         """UserError, saying what differs, when the run that lives here is not the one that ``config`` describes."""
-        stored = self._stored()
-        if stored is None:
-            return
-        differences = config_differences(stored, _as_json(config))
-        if differences:
+        stored = self.stored_config()
+        if stored is not None and (differences := stored.differences(config)):
             raise UserError(
-                f"--workspace {self.path} holds another run: {'; '.join(differences)}. Choose another --workspace, "
-                "or replace that run with --ckpt scratch"
+                f"--workspace {self.path} holds another run: it has {'; '.join(differences)}. Choose another "
+                "--workspace, or replace that run with --ckpt scratch"
             )
 
     def write_config(self, config: Config) -> None:
@@ -131,7 +106,7 @@ class Workspace:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--workspace {self.path} cannot be made ({error})") from error
-        write_text(self.config, json.dumps(_as_json(config), indent=1) + "\n")
+        write_text(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_text(self.manifest, json.dumps(manifest, indent=1) + "\n")
@@ -159,39 +134,9 @@ class Workspace:
             if len(kept) < len(lines):
                 write_text(self.metrics, "".join(kept))
 
-    def _stored(self) -> dict[str, Any] | None:
-        if not self.config.exists():
-            return None
-        try:
-            return json.loads(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.config} cannot be read ({error})") from error
-
-
-def config_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs between two configurations (as JSON) and may not: "--text 'a cat' there, 'a dog' here"."""
-    differences = []
-    for room in sorted(stored.keys() | wanted.keys()):
-        theirs, ours = stored.get(room, {}), wanted.get(room, {})
-        for name in sorted(theirs.keys() | ours.keys()):
-            if MAY_CHANGE & {room, f"{room}.{name}"} or theirs.get(name) == ours.get(name):
-                continue
-            if (room, name) == ("run", "seed") and ours.get(name) is None:  # none was typed: the run keeps its own
-                continue
-            differences.append(f"--{name} {_shown(theirs.get(name))} there, {_shown(ours.get(name))} here")
-    return differences
-
 
 def write_text(path: Path, text: str) -> None:
     """Writes aside and renames, so that ``path`` is never half a file."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
-
-
-def _as_json(config: Config) -> dict[str, Any]:
-    return json.loads(json.dumps(config.to_dict()))  # tuples become lists, as they are in the file
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else repr(value)

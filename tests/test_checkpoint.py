@@ -1,9 +1,9 @@
 """A checkpoint gives back what was put in, and says in a sentence why it cannot."""
 
-import json
-
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from dream_fast.engine.checkpoint import (
     checkpoint_path,
     list_checkpoints,
@@ -12,7 +12,6 @@ from dream_fast.engine.checkpoint import (
     save_checkpoint,
 )
 from dream_fast.engine.errors import UserError
-from safetensors.torch import load_file, save_file
 
 ARCHITECTURE = {"levels": 8, "hidden": [32, 1]}
 
@@ -48,12 +47,6 @@ def test_last_two_are_kept_and_nothing_else_is_left(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_starting_over_keeps_the_new_checkpoint_although_older_ones_have_later_steps(tmp_path):
-    for step in (100, 200, 5):
-        save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)
-    assert checkpoint_path(tmp_path, 5).is_file()
-
-
 @pytest.mark.parametrize("keep", [4, 200, -8])
 def test_truncated_file_is_refused(tmp_path, keep):
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
@@ -70,7 +63,7 @@ def test_other_architecture_is_refused_naming_both_values(tmp_path):
 
 def test_other_version_and_foreign_file_are_refused(tmp_path):
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
-    metadata = {"format": "dream-fast checkpoint", "version": "99", "step": "7", "architecture": json.dumps(ARCHITECTURE)}
+    metadata = {"format": "dream-fast checkpoint", "version": "99", "step": "7", "architecture": "{}", "values": "{}"}
     save_file(load_file(path), path, metadata=metadata)
     with pytest.raises(UserError, match="version 99"):
         load_checkpoint(path, ARCHITECTURE)
