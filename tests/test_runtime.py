@@ -1,0 +1,51 @@
+"""Device choice, per-step seeds, and a quiet import of diffusers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dream_fast.engine.config import Config
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.runtime import choose_runtime, draw_seed, peak_memory, step_seed
+
+
+def test_cpu_computes_in_fp32_whatever_is_asked_and_says_so():
+    runtime = choose_runtime(Config().override({"device": "cpu", "fp16": True}))
+    assert (runtime.device.type, runtime.dtype, runtime.fp16) == ("cpu", torch.float32, False)
+    assert "fp16 does not apply" in runtime.description
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda"):
+        choose_runtime(Config().override({"device": "cuda"}))
+    assert choose_runtime(Config()).device.type == "cpu"
+
+
+def test_step_seeds_differ_from_step_to_step_and_from_seed_to_seed():
+    seeds = {step_seed(seed, step) for seed in (0, 1, 2**32 - 1) for step in range(1000)}
+    assert len(seeds) == 3000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    first = [torch.rand((), generator=torch.Generator().manual_seed(step_seed(0, step))) for step in range(200)]
+    assert abs(torch.stack(first).mean() - 0.5) < 0.08  # four standard errors of 200 uniform draws
+
+
+def test_a_drawn_seed_is_a_seed_that_can_be_typed():
+    Config().override({"seed": draw_seed()})
+
+
+def test_peak_memory_is_in_bytes():
+    assert 50e6 < peak_memory(torch.device("cpu"))["host"] < 1e12  # a process with torch in it
+
+
+def test_importing_diffusers_says_nothing_about_xformers():
+    program = (
+        "from dream_fast.engine.runtime import quiet_diffusers; quiet_diffusers(); quiet_diffusers();"
+        "from diffusers import UNet2DConditionModel; import logging;"
+        "logging.getLogger('xformers').warning('another matter')"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert "XFORMERS" not in done.stderr + done.stdout
+    assert "another matter" in done.stderr

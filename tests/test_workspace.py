@@ -1,0 +1,95 @@
+"""A workspace refuses what would mix two runs, and loses nothing."""
+
+import json
+
+import pytest
+import torch
+
+from dream_fast.engine.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint
+from dream_fast.engine.config import Config
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.workspace import Workspace
+
+CONFIG = Config().override({"text": "a hamburger", "seed": 3})
+
+
+def make_workspace(path):
+    workspace = Workspace(path)
+    workspace.check_usable()
+    workspace.write_config(CONFIG)
+    return workspace
+
+
+def test_a_fresh_folder_is_usable_and_checking_it_writes_nothing(tmp_path):
+    workspace = Workspace(tmp_path / "a" / "b")
+    workspace.check_usable()
+    workspace.check_same_run(CONFIG)
+    assert workspace.stored_config() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_its_place_is_refused(tmp_path):
+    (tmp_path / "trial").write_text("notes")
+    for path in (tmp_path / "trial", tmp_path / "trial" / "inner"):
+        with pytest.raises(UserError, match="is a file"):
+            Workspace(path).check_usable()
+    assert (tmp_path / "trial").read_text() == "notes"
+
+
+def test_a_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere, so a mode bit shows nothing
+    with pytest.raises(UserError, match="permission"):
+        Workspace(tmp_path).check_usable()
+
+
+def test_files_of_others_are_refused_and_unrelated_files_are_not(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    Workspace(tmp_path).check_usable()
+    (tmp_path / "results").mkdir()
+    with pytest.raises(UserError, match="results"):
+        Workspace(tmp_path).check_usable()
+
+
+def test_configuration_comes_back(tmp_path):
+    assert make_workspace(tmp_path).stored_config() == CONFIG
+
+
+def test_another_run_is_refused_saying_what_differs(tmp_path):
+    workspace = make_workspace(tmp_path)
+    with pytest.raises(UserError) as refused:
+        workspace.check_same_run(CONFIG.override({"text": "a donut", "lr": 0.5}))
+    for part in ("--text a hamburger, not a donut", "--lr 0.001, not 0.5", "--ckpt scratch"):
+        assert part in str(refused.value)
+
+
+def test_iterations_output_and_memory_flags_may_change(tmp_path):
+    changed = {"iters": 7, "save_mesh": True, "W": 32, "video_fps": 5, "vram_O": True, "log_every": 1}
+    make_workspace(tmp_path).check_same_run(CONFIG.override(changed))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"run": {}}'])
+def test_a_damaged_configuration_is_refused(tmp_path, text):
+    workspace = make_workspace(tmp_path)
+    workspace.config.write_text(text)
+    with pytest.raises(UserError, match="config.json cannot be used"):
+        workspace.check_same_run(CONFIG)
+
+
+def test_rewind_drops_what_came_later(tmp_path):
+    workspace = make_workspace(tmp_path)
+    for step in (5, 10):
+        save_checkpoint(workspace.checkpoints, step, {"x": torch.zeros(1)}, {})
+    rows = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6, 8)]
+    workspace.metrics.write_text("".join(rows) + '{"ste')  # the last row was being written when the machine stopped
+    workspace.rewind(5)
+    assert list_checkpoints(workspace.checkpoints) == [checkpoint_path(workspace.checkpoints, 5)]
+    assert workspace.metrics.read_text() == "".join(rows[:2])
+
+
+def test_clear_removes_the_run_and_nothing_else(tmp_path):
+    workspace = make_workspace(tmp_path)
+    workspace.results.mkdir()
+    (workspace.results / "video.mp4").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    workspace.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
