@@ -75,6 +75,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         if meta["choices"] is not None and item not in meta["choices"]:
             raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
+        if isinstance(item, str) and not item.strip() and field.default != "":
+            raise UserError(f"{flag} is empty")
         if isinstance(item, str | bool):
             continue
         if not math.isfinite(item):
@@ -123,7 +125,9 @@ class RunConfig(Room):
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
     fp16: bool = option(False, "half precision on a CUDA GPU; a CPU runs in fp32")
     vram_O: bool = option(False, "less memory: VAE in slices, memory-efficient attention", may_change=True)
-    device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"), may_change=True
+    )
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
 
 

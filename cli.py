@@ -1,0 +1,182 @@
+"""The command ``dream-fast``: checks what was typed, settles the configuration, and hands it to the engine.
+
+Nothing heavy is imported before the arguments are good, so that help and a refused argument answer at once.
+Exit status: 0 done, 2 a mistake of the user (one sentence on stderr), 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+import dream_fast
+from dream_fast.engine.config import Config, check_value, chosen_model, resolve, settings, value_type
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.prior import check_prompt
+from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
+
+_EXAMPLES = """examples:
+  dream-fast --text "a hamburger" -O --save_mesh
+  dream-fast --text "a red teapot" -O --workspace teapot --iters 1000
+  dream-fast --text "a photo of an owl" -O --sd_version 2.1     (downloads Stable Diffusion)
+  dream-fast --test --workspace teapot --six_views
+
+Defaults depend on the model and the device; --print-config shows them."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints as UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _whole(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number") from None
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One group a room, one flag a field. The namespace holds only what was typed."""
+    parser = _Parser(
+        prog="dream-fast",
+        usage="dream-fast --text PROMPT [-O] [--save_mesh] [--workspace FOLDER] [FLAG ...]",
+        description=dream_fast.__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dream-fast {dream_fast.__version__}")
+    parser.add_argument(
+        "--print-config", "--print_config", action="store_true", help="print the settings as JSON and stop"
+    )
+    parser.add_argument("-O", dest="fp16", action="store_const", const=True, help="--fp16 and --cuda_ray")
+    parser.add_argument(
+        "--cuda_ray", action="store_true", help="march through the occupancy grid: always on, accepted for old commands"
+    )
+    groups: dict[str, Any] = {}
+    for room, field in settings():
+        if room.name not in groups:
+            groups[room.name] = parser.add_argument_group(room.type.__doc__.rstrip("."))
+        groups[room.name].add_argument(f"--{field.name}", **_argument(field))
+    return parser
+
+
+def _argument(field: dataclasses.Field) -> dict[str, Any]:
+    kind, choices = value_type(field), field.metadata["choices"]
+    text = field.metadata["help"].replace("%", "%%")
+    if kind is bool:
+        return dict(help=text, action=argparse.BooleanOptionalAction)
+    if get_origin(kind) is tuple:
+        if get_args(kind)[-1] is Ellipsis:
+            return dict(help=text, nargs="+", metavar="|".join(choices))
+        return dict(help=text, nargs=2, type=_number, metavar=("LOW", "HIGH"))
+    reader, metavar = {int: (_whole, "N"), float: (_number, "X"), str: (str, "|".join(choices or ["TEXT"]))}[kind]
+    return dict(help=text, type=reader, metavar=metavar)
+
+
+def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """UserError for a flag or a value that we refuse, or a flag that nobody knows (with the nearest one)."""
+    known = list(parser._option_string_actions)
+    flag = ""
+    for word in words:
+        if re.match(r"-[^\d.]", word):  # not a negative number
+            flag, _, word = word.partition("=")
+            if flag in REFUSED_FLAGS:
+                raise UserError(f"{flag} is not available: {REFUSED_FLAGS[flag]}")
+            if flag not in known:
+                near = difflib.get_close_matches(flag, known, n=1)
+                raise UserError(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        if (flag, word) in REFUSED_VALUES:
+            raise UserError(f"{flag} {word} is not available: {REFUSED_VALUES[flag, word]}")
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """What was typed, by setting name, checked one by one. UserError: anything that is not good."""
+    parser = build_parser()
+    _check_words(parser, words)
+    namespace, rest = parser.parse_known_args(words)
+    if rest:
+        raise UserError(f"unexpected {rest[0]!r}: a prompt of several words stands in quotes after --text")
+    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    for _, field in settings():
+        if field.name in typed:
+            check_value(field, typed[field.name])
+    return typed
+
+
+def _device(wanted: str) -> str:
+    """Where the run takes place. torch is imported only when it has to be asked."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _stored(typed: dict[str, Any]) -> Config:
+    """``--test``: the workspace's own settings, with what was typed on top; the precision is that of the run."""
+    from dream_fast.engine.workspace import Workspace
+
+    folder = typed.get("workspace", Config().run.workspace)
+    stored = Workspace(Path(folder)).stored_config()
+    if stored is None:
+        raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
+    values = {name: value for name, value in typed.items() if name != "fp16"}
+    return stored.override({**values, "device": _device(typed.get("device", "auto"))})
+
+
+def _settle(typed: dict[str, Any], print_only: bool) -> Config:
+    """The configuration of the run. UserError: no prompt, or one that the embedded model does not know."""
+    if typed.get("test"):
+        return _stored(typed)
+    model = chosen_model(typed)
+    if "text" not in typed and not print_only:
+        raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
+    if "text" in typed and model == "dream-mini":
+        for warning in check_prompt(typed["text"]):
+            print(f"dream-fast: warning: {warning}", file=sys.stderr)
+    device = _device(typed.get("device", "auto"))
+    if typed.get("fp16") and device == "cpu":
+        print("dream-fast: note: no GPU in use, so this runs on the CPU, in fp32", file=sys.stderr)
+    return resolve(typed, model, device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command on ``argv`` (default: the process's arguments) and return its exit status."""
+    try:
+        typed = parse(sys.argv[1:] if argv is None else argv)
+        typed.pop("cuda_ray", None)
+        print_only = typed.pop("print_config", False)
+        config = _settle(typed, print_only)
+        if print_only:
+            print(json.dumps(config.to_dict(), indent=2))
+            return 0
+        from dream_fast.engine.run import run
+
+        return run(config)
+    except UserError as error:
+        print(f"dream-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dream-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
