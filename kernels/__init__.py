@@ -1,0 +1,43 @@
+"""Operators of text-to-3D: hash grid, occupancy, ray marching, compositing, the field, rendering and the optimiser step."""
+
+from dream_fast.kernels.composite import Composited, composite, composite_reference
+from dream_fast.kernels.field import FieldSpec, field, field_normals, field_normals_reference, field_reference
+from dream_fast.kernels.hash_grid import (
+    HashGridSpec,
+    hash_grid,
+    hash_grid_reference,
+    hash_grid_total_variation_grad,
+    hash_grid_weight_decay_grad,
+)
+from dream_fast.kernels.march import Samples, march, march_reference
+from dream_fast.kernels.occupancy import (
+    cascades,
+    occupancy_points,
+    occupancy_query,
+    occupancy_update,
+    occupancy_update_reference,
+)
+
+__all__ = [
+    "Composited",
+    "FieldSpec",
+    "HashGridSpec",
+    "Samples",
+    "cascades",
+    "composite",
+    "composite_reference",
+    "field",
+    "field_normals",
+    "field_normals_reference",
+    "field_reference",
+    "hash_grid",
+    "hash_grid_reference",
+    "hash_grid_total_variation_grad",
+    "hash_grid_weight_decay_grad",
+    "march",
+    "march_reference",
+    "occupancy_points",
+    "occupancy_query",
+    "occupancy_update",
+    "occupancy_update_reference",
+]
