@@ -1,5 +1,6 @@
 """Operators of text-to-3D: hash grid, occupancy, ray marching, compositing, the field, rendering and the optimiser step."""
 
+from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
 from dream_fast.kernels.composite import Composited, composite, composite_reference
 from dream_fast.kernels.field import FieldSpec, field, field_normals, field_normals_reference, field_reference
 from dream_fast.kernels.hash_grid import (
@@ -17,12 +18,17 @@ from dream_fast.kernels.occupancy import (
     occupancy_update,
     occupancy_update_reference,
 )
+from dream_fast.kernels.render import View, render, render_reference
 
 __all__ = [
+    "AdanState",
     "Composited",
     "FieldSpec",
     "HashGridSpec",
     "Samples",
+    "View",
+    "adan_step",
+    "adan_step_reference",
     "cascades",
     "composite",
     "composite_reference",
@@ -40,4 +46,6 @@ __all__ = [
     "occupancy_query",
     "occupancy_update",
     "occupancy_update_reference",
+    "render",
+    "render_reference",
 ]
