@@ -1,0 +1,41 @@
+# `make demo` and `make test` do everything on a fresh machine; the first of them prepares .venv, later ones use it.
+# Another Python: make PYTHON=python3.12 ...    Another environment: make VENV=/path ...
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+TORCH_BUILD := .ci/torch_build.py
+
+.PHONY: demo test
+demo: $(VENV)/.installed
+	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest
+
+# An environment around a Python that has a good torch of its own uses that one.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dream-fast needs Python 3.11 or newer")'
+	case $$($(PYTHON) $(TORCH_BUILD)) in cpu|gpu) site=--system-site-packages;; *) site=;; esac; \
+	$(PYTHON) -m venv $$site $(VENV)
+
+# torch first, because its build decides about triton: a GPU build brings its own and keeps it. A torch that is there and
+# good stays. Without an NVIDIA GPU it is the version that we test with.
+$(VENV)/.torch: $(TORCH_BUILD) constraints-cpu.txt | $(BIN)/python
+	case $$($(BIN)/python $(TORCH_BUILD)) in none|old) \
+	  if nvidia-smi -L >/dev/null 2>&1; then $(PIP) 'torch>=2.10'; else $(PIP) torch -c constraints-cpu.txt; fi;; \
+	esac
+	touch $@
+
+install = case $$($(BIN)/python $(TORCH_BUILD)) in cpu) $(PIP) -e '$(1)' triton==3.6.0;; *) $(PIP) -e '$(1)';; esac
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	$(call install,.)
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.torch
+	$(call install,.[test])
+	touch $(VENV)/.installed $@

@@ -1,0 +1,180 @@
+"""The command: what it refuses, with which sentence, and what it hands to the engine."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dream_fast.cli import build_parser, main, parse
+from dream_fast.engine.config import mini_cpu_defaults, resolve, settings
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.workspace import Workspace
+
+# Every flag of stable-dreamfusion's main command.
+REFERENCE_FLAGS = """
+    --file --text --negative -O -O2 --test --six_views --eval_interval --test_interval --workspace --seed --image
+    --image_config --known_view_interval --IF --guidance --guidance_scale --save_mesh --mcubes_resolution
+    --decimate_target --dmtet --tet_grid_size --init_with --lock_geo --perpneg --negative_w --front_decay_factor
+    --side_decay_factor --iters --lr --ckpt --cuda_ray --taichi_ray --max_steps --num_steps --upsample_steps
+    --update_extra_interval --max_ray_batch --latent_iter_ratio --albedo_iter_ratio --min_ambient_ratio
+    --textureless_ratio --jitter_pose --jitter_center --jitter_target --jitter_up --uniform_sphere_rate --grad_clip
+    --grad_clip_rgb --bg_radius --density_activation --density_thresh --blob_density --blob_radius --backbone --optim
+    --sd_version --hf_key --fp16 --vram_O --w --h --known_view_scale --known_view_noise_scale --dmtet_reso_scale
+    --batch_size --bound --dt_gamma --min_near --radius_range --theta_range --phi_range --fovy_range --default_radius
+    --default_polar --default_azimuth --default_fovy --progressive_view --progressive_view_init_ratio
+    --progressive_level --angle_overhead --angle_front --t_range --dont_override_stuff --lambda_entropy --lambda_opacity
+    --lambda_orient --lambda_tv --lambda_wd --lambda_mesh_normal --lambda_mesh_laplacian --lambda_guidance --lambda_rgb
+    --lambda_mask --lambda_normal --lambda_depth --lambda_2d_normal_smooth --lambda_3d_normal_smooth --save_guidance
+    --save_guidance_interval --gui --W --H --radius --fovy --light_theta --light_phi --max_spp --zero123_config
+    --zero123_ckpt --zero123_grad_scale --dataset_size_train --dataset_size_valid --dataset_size_test --exp_start_iter
+    --exp_end_iter
+""".split()
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """Stands in for the engine: what the command hands over is kept in ``configs``. Runs in an empty folder."""
+    configs = []
+    fake = SimpleNamespace(run=lambda config: configs.append(config) or 0)
+    monkeypatch.setitem(sys.modules, "dream_fast.engine.run", fake)
+    monkeypatch.chdir(tmp_path)
+    return configs
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "no prompt: say what to make with --text"),
+        (["-O", "--save_mesh"], "no prompt: say what to make with --text"),
+        (["--text", ""], "--text is empty"),
+        (["--text", "   "], "--text is empty"),
+        (["--text"], "--text: expected one argument"),
+        (["--text", "a", "hamburger"], "unexpected 'hamburger': a prompt of several words stands in quotes"),
+        (["--text", "a qwzxlp"], "qwzxlp"),
+        (["--text", "a cat", "--iter", "5"], "unknown flag --iter; did you mean --iters?"),
+        (["--text", "a cat", "--guidence_scale=5"], "unknown flag --guidence_scale; did you mean --guidance_scale?"),
+        (["--text", "a cat", "--zorble"], "unknown flag --zorble; see --help"),
+        (["--text", "a cat", "-x"], "unknown flag -x; see --help"),
+        (["--text", "a cat", "-O2"], "-O2 is not available: the vanilla backbone is not there yet"),
+        (["--text", "a cat", "--dmtet"], "--dmtet is not available: there is no mesh refinement yet"),
+        (["--image", "a_rgba.png"], "--image is not available: a run starts from a prompt"),
+        (["--text", "a cat", "--lambda_rgb=3"], "--lambda_rgb is not available"),
+        (["--text", "a cat", "--backbone", "vanilla"], "--backbone vanilla is not available"),
+        (["--text", "a cat", "--backbone=grid_tcnn"], "--backbone grid_tcnn is not available"),
+        (["--text", "a cat", "--guidance", "SD", "clip"], "--guidance clip is not available"),
+        (["--text", "a cat", "--ckpt", "best"], "--ckpt best is not available"),
+        (["--text", "a cat", "--iters", "0"], "--iters must be at least 1, not 0"),
+        (["--text", "a cat", "--iters", "many"], "--iters: 'many' is not a whole number"),
+        (["--text", "a cat", "--iters", "1e3"], "--iters: '1e3' is not a whole number"),
+        (["--text", "a cat", "--lr", "nan"], "--lr must be a finite number, not nan"),
+        (["--text", "a cat", "--lr", "fast"], "--lr: 'fast' is not a number"),
+        (["--text", "a cat", "--guidance_scale", "inf"], "--guidance_scale must be a finite number, not inf"),
+        (["--text", "a cat", "--t_range", "0.9", "0.1"], "--t_range is reversed"),
+        (["--text", "a cat", "--t_range", "0.9"], "--t_range: expected 2 arguments"),
+        (["--text", "a cat", "--optim", "sgd"], "--optim is one of adan, adam, not 'sgd'"),
+        (["--text", "a cat", "--sd_version", "3"], "--sd_version is one of 1.5, 2.0, 2.1, not '3'"),
+        (["--text", "a cat", "--hf_key", "x", "--sd_version", "2.1"], "give one of them"),
+        (["--test", "--workspace", "empty"], "--test needs a run to look at, and --workspace empty holds none"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(words, sentence, engine, tmp_path, capsys):
+    assert main([*words, "--device", "cpu"] if words not in (["--text"],) else words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("dream-fast: error: ") and said.err.count("\n") == 1
+    assert sentence in said.err
+    assert engine == [] and list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_of_the_reference_works_or_is_refused_with_a_reason():
+    ours = set(build_parser()._option_string_actions)
+    refused = set(REFUSED_FLAGS)
+    assert set(REFERENCE_FLAGS) - ours == refused
+    assert not refused & ours
+    assert all(len(reason) > 15 for reason in [*REFUSED_FLAGS.values(), *REFUSED_VALUES.values()])
+    assert {flag for flag, _ in REFUSED_VALUES} <= ours
+
+
+def test_the_whole_configuration_reaches_the_engine(engine):
+    words = (
+        "--workspace trial -O --save_mesh --iters 5 --seed 3 --phi_range -90 -0.5 --w 32 --lambda_orient 0 --cuda_ray"
+    )
+    assert main(["--text", "a hamburger", "--device", "cpu", *words.split()]) == 0
+    typed = dict(
+        text="a hamburger", workspace="trial", save_mesh=True, iters=5, seed=3, phi_range=(-90.0, -0.5), w=32,
+        lambda_orient=0.0,
+    )  # fmt: skip
+    assert engine == [resolve(typed, "dream-mini", "cpu")]
+
+
+def test_only_what_was_typed_is_typed():
+    assert parse(["--text", "a cat"]) == {"text": "a cat"}
+    assert parse(["--text", "a cat", "--no-save_mesh", "-O"]) == {"text": "a cat", "save_mesh": False, "fp16": True}
+
+
+def test_a_prompt_for_stable_diffusion_is_free(engine):
+    assert main(["--text", "a qwzxlp", "--hf_key", "folder", "--device", "cpu"]) == 0
+    assert engine[0].guidance.hf_key == "folder"
+
+
+def test_O_without_a_gpu_says_that_the_cpu_runs_in_fp32(engine, capsys):
+    assert main(["--text", "a cat", "-O", "--device", "cpu"]) == 0
+    assert "runs on the CPU, in fp32" in capsys.readouterr().err
+    assert main(["--text", "a cat", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_print_config_needs_no_prompt_and_runs_nothing(engine, capsys):
+    assert main(["--print-config", "--device", "cpu", "--lr", "0.5"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["optim"]["lr"] == 0.5
+    assert shown["run"]["iters"] == mini_cpu_defaults().run.iters
+    assert engine == []
+
+
+def test_test_takes_the_settings_of_the_workspace(engine, tmp_path):
+    stored = resolve({"text": "a cat", "lr": 0.25, "hf_key": "folder", "seed": 1}, "sd", "cpu")
+    Workspace(tmp_path / "trial").write_config(stored)
+    assert main("--test --workspace trial -O --W 48 --device cpu".split()) == 0
+    assert engine == [stored.override({"test": True, "workspace": "trial", "W": 48})]
+
+
+def test_the_engines_mistakes_and_interrupts_have_their_status(monkeypatch, capsys):
+    def fail(error):
+        def run(config):
+            raise error
+
+        monkeypatch.setitem(sys.modules, "dream_fast.engine.run", SimpleNamespace(run=run))
+        return main(["--text", "a cat", "--device", "cpu"])
+
+    assert fail(UserError("the disk is full")) == 2
+    assert capsys.readouterr().err == "dream-fast: error: the disk is full\n"
+    assert fail(KeyboardInterrupt()) == 130
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
+
+
+def test_help_lists_every_setting_by_room(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{field.name}" in shown for _, field in settings())
+    assert all(room.type.__doc__.rstrip(".") in shown for room, _ in settings())
+
+
+@pytest.mark.parametrize("words", ["--help", "--text ''", "--iters 0", "--gui", "--text qwzxlp", "--text cat --lr nan"])
+def test_help_and_refusals_load_nothing_heavy(words):
+    code = f"""
+import sys
+from dream_fast.cli import main
+try:
+    main({words.replace("''", "").split(" ")!r})
+finally:
+    print([name for name in ("torch", "numpy", "diffusers", "transformers", "rich") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

@@ -1,0 +1,201 @@
+"""Settings: their checks, the order in which defaults and typed values count, and saving."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dream_fast.engine.config import (
+    CameraConfig,
+    Config,
+    GuidanceConfig,
+    OptimConfig,
+    chosen_model,
+    mini_cpu_defaults,
+    mini_cuda_defaults,
+    reference_defaults,
+    resolve,
+    sd_defaults,
+    settings,
+)
+from dream_fast.engine.errors import UserError
+
+DEFAULTS = (reference_defaults, sd_defaults, mini_cpu_defaults, mini_cuda_defaults)
+
+# What a run of stable-dreamfusion starts from when nothing is typed.
+REFERENCE = dict(
+    negative="",
+    workspace="workspace",
+    seed=None,
+    iters=10000,
+    ckpt="latest",
+    radius_range=(3.0, 3.5),
+    theta_range=(45, 105),
+    phi_range=(-180, 180),
+    fovy_range=(10, 30),
+    uniform_sphere_rate=0,
+    angle_overhead=30,
+    w=64,
+    h=64,
+    W=800,
+    H=800,
+    batch_size=1,
+    default_radius=3.2,
+    default_polar=90,
+    default_azimuth=0,
+    default_fovy=20,
+    backbone="grid",
+    density_activation="exp",
+    blob_density=5,
+    blob_radius=0.2,
+    bg_radius=1.4,
+    bound=1,
+    max_steps=1024,
+    dt_gamma=0,
+    min_near=0.01,
+    density_thresh=10,
+    update_extra_interval=16,
+    latent_iter_ratio=0.2,
+    albedo_iter_ratio=0,
+    min_ambient_ratio=0.1,
+    textureless_ratio=0.2,
+    progressive_level=False,
+    guidance_scale=100,
+    t_range=(0.02, 0.98),
+    lambda_guidance=1,
+    lambda_entropy=1e-3,
+    lambda_opacity=0,
+    lambda_orient=1e-2,
+    lambda_tv=0,
+    lambda_wd=0,
+    lambda_2d_normal_smooth=0,
+    lambda_3d_normal_smooth=0,
+    grad_clip=-1,
+    grad_clip_rgb=-1,
+    optim="adan",
+    lr=1e-3,
+    eval_interval=1,
+    dataset_size_valid=8,
+    dataset_size_test=100,
+    mcubes_resolution=256,
+)
+
+
+def flat(config: Config) -> dict:
+    return {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+
+
+def test_a_name_means_one_setting_and_each_has_a_help():
+    names = [field.name for _, field in settings()]
+    assert len(set(names)) == len(names)
+    assert all(field.metadata["help"] for _, field in settings())
+
+
+def test_the_reference_preset_holds_the_references_values():
+    preset = flat(resolve({"preset": "reference"}, "dream-mini", "cpu"))
+    assert {name: preset[name] for name in REFERENCE} == REFERENCE
+
+
+@pytest.mark.parametrize("defaults", DEFAULTS)
+def test_defaults_survive_json(defaults):
+    config = defaults()
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_what_was_typed_counts_more_than_the_model_and_the_device():
+    cpu, cuda = resolve({}, "dream-mini", "cpu"), resolve({}, "dream-mini", "cuda")
+    assert cpu.output != cuda.output
+    assert (cpu.run.device, cuda.run.device) == ("cpu", "cuda")
+    assert cpu.run.iters == mini_cpu_defaults().run.iters != reference_defaults().run.iters
+    typed = resolve({"iters": 7, "lr": 0.5, "W": 33}, "dream-mini", "cpu")
+    assert (typed.run.iters, typed.optim.lr, typed.camera.W) == (7, 0.5, 33)
+    assert typed.camera.H == cpu.camera.H
+    assert resolve({"preset": "reference", "iters": 7}, "dream-mini", "cuda").run.iters == 7
+
+
+def test_half_precision_is_a_gpus():
+    assert resolve({"fp16": True}, "dream-mini", "cuda").run.fp16
+    assert not resolve({"fp16": True}, "dream-mini", "cpu").run.fp16
+
+
+def test_which_model_guides():
+    assert resolve({}, chosen_model({}), "cpu").guidance.embedded
+    named = {"guidance": ("SD",)}
+    config = resolve(named, chosen_model(named), "cpu")
+    assert (config.guidance.sd_version, config.guidance.embedded) == ("2.1", False)
+    keyed = {"hf_key": "folder"}
+    config = resolve(keyed, chosen_model(keyed), "cpu")
+    assert (config.guidance.hf_key, config.guidance.sd_version) == ("folder", None)
+    assert config.guidance.guidance == ("SD",)
+    assert config.optim == sd_defaults().optim
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ({"hf_key": "a", "sd_version": "2.1"}, "give one of them"),
+        ({"guidance": ("dream-mini",), "hf_key": "a"}, "leave out"),
+        ({"guidance": ("SD", "dream-mini")}, "takes one model"),
+    ],
+)
+def test_two_models_at_once_are_refused(typed, words):
+    with pytest.raises(UserError, match=words):
+        chosen_model(typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ({"iters": 0}, "--iters must be at least 1, not 0"),
+        ({"iters": 2.5}, "--iters takes a whole number, not 2.5"),
+        ({"batch_size": True}, "--batch_size takes a whole number, not True"),
+        ({"save_mesh": 1}, "--save_mesh takes true or false, not 1"),
+        ({"text": 3}, "--text takes text, not 3"),
+        ({"text": " "}, "--text is empty"),
+        ({"lr": float("nan")}, "--lr must be a finite number, not nan"),
+        ({"lr": 0.0}, "--lr must be more than 0, not 0"),
+        ({"bound": float("inf")}, "--bound must be a finite number, not inf"),
+        ({"t_range": (0.9, 0.1)}, "--t_range is reversed: its lower end 0.9 is more than its upper end 0.1"),
+        ({"t_range": (0.1, 1.5)}, "--t_range must be at most 1, not 1.5"),
+        ({"t_range": (0.1, float("nan"))}, "--t_range must be a finite number, not nan"),
+        ({"radius_range": (3.0,)}, r"--radius_range takes two numbers, not \(3.0,\)"),
+        ({"fovy_range": (20.0, 180.0)}, "--fovy_range must be less than 180, not 180"),
+        ({"optim": "sgd"}, "--optim is one of adan, adam, not 'sgd'"),
+        ({"guidance": ()}, "--guidance needs at least one value"),
+        ({"guidance": ("IF",)}, "--guidance is one of dream-mini, SD, not 'IF'"),
+        ({"ema_decay": 1.0}, "--ema_decay must be less than 1, not 1"),
+        ({"itres": 5}, "unknown setting: itres"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(typed, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}$"):
+        reference_defaults().override(typed)
+
+
+def test_rooms_made_in_python_are_checked_too_and_stay_as_they_are():
+    with pytest.raises(UserError, match="--lr must be more than 0"):
+        OptimConfig(lr=-1.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OptimConfig().lr = 3.0
+    assert GuidanceConfig(hf_key="folder").embedded is False
+    assert CameraConfig(theta_range=(60, 60)).theta_range == (60, 60)
+
+
+def test_a_saved_configuration_of_another_version_is_refused():
+    data = Config().to_dict()
+    data["run"]["itres"] = 3
+    del data["optim"]["lr"]
+    with pytest.raises(UserError, match="optim.lr, run.itres"):
+        Config.from_dict(data)
+    with pytest.raises(UserError, match="map rooms"):
+        Config.from_dict([1, 2])
+
+
+def test_what_makes_it_another_run():
+    base = Config()
+    free = base.override(dict(iters=5, workspace="w", W=9, H=9, vram_O=True, save_mesh=True, dataset_size_test=3))
+    assert base.differences(free) == []
+    assert base.differences(base.override(dict(lr=0.5, text="a cat"))) == [
+        "--text None, not a cat",
+        "--lr 0.001, not 0.5",
+    ]
