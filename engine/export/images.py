@@ -1,0 +1,68 @@
+"""PNG pictures: the six views and strips of pictures beside one another."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dream_fast.engine.camera import SIX_VIEWS, six_views, turntable
+from dream_fast.engine.config import CameraConfig
+from dream_fast.engine.export.files import written_aside
+from dream_fast.engine.renderer import Renderer, View
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """Values in [0, 1], any shape, as rounded uint8 on the host."""
+    return (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def save_png(path: Path, image: Tensor | np.ndarray) -> None:
+    """Write [H, W, 3] or [H, W], uint8 or a tensor in [0, 1]."""
+    pixels = to_uint8(image) if isinstance(image, Tensor) else image
+    with written_aside(path) as aside:
+        Image.fromarray(pixels).save(aside)
+
+
+def normal_image(view: View) -> Tensor:
+    """World normals as colours, [..., 3] in [0, 1], white where nothing is."""
+    opacity = view.opacity[..., None]
+    return opacity * (view.normal + 1) / 2 + (1 - opacity)
+
+
+def depth_image(view: View, radius: Tensor, bound: float) -> Tensor:
+    """Depth of B views as brightness [B, H, W, 3]: white at the near side of the scene's sphere, black at the far side
+    and where nothing is. The range follows from the camera's distance `radius` [B] alone, so a video does not flicker.
+    """
+    reach = bound * 3**0.5
+    expected = view.depth / view.opacity.clamp(min=1e-6)
+    brightness = 0.5 - (expected - radius.view(-1, 1, 1)) / (2 * reach)
+    return (brightness.clamp(0, 1) * view.opacity)[..., None].expand(*view.depth.shape, 3)
+
+
+def strip(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures [H, W, 3] of one height side by side."""
+    return np.concatenate(list(images), axis=1)
+
+
+def write_six_views(folder: Path, renderer: Renderer, config: CameraConfig) -> list[Path]:
+    """Write <name>.png and <name>_normal.png of each of SIX_VIEWS, and six_views.png with all; returns their paths."""
+    cameras = six_views(config, renderer.field.table.device)
+    view = renderer.view(cameras, config.H, config.W)
+    colours, normals = to_uint8(view.rgb), to_uint8(normal_image(view))
+    paths = []
+    for name, colour, normal in zip(SIX_VIEWS, colours, normals, strict=True):
+        for suffix, picture in (("", colour), ("_normal", normal)):
+            paths.append(Path(folder) / f"{name}{suffix}.png")
+            save_png(paths[-1], picture)
+    paths.append(Path(folder) / "six_views.png")
+    save_png(paths[-1], np.concatenate([strip(colours), strip(normals)], axis=0))
+    return paths
+
+
+def write_validation(path: Path, renderer: Renderer, config: CameraConfig, count: int) -> None:
+    """Write `count` views around the object as one picture: colours above, normals below."""
+    view = renderer.view(turntable(config, count, renderer.field.table.device), config.H, config.W)
+    save_png(path, np.concatenate([strip(to_uint8(view.rgb)), strip(to_uint8(normal_image(view)))], axis=0))

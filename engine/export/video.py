@@ -1,0 +1,52 @@
+"""Videos: the turntable with colour, normals and depth side by side, as mp4."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+
+from dream_fast.engine.camera import Cameras, turntable
+from dream_fast.engine.config import CameraConfig
+from dream_fast.engine.export.files import written_aside
+from dream_fast.engine.export.images import depth_image, normal_image, strip, to_uint8
+from dream_fast.engine.renderer import Renderer
+
+
+def turntable_frames(renderer: Renderer, config: CameraConfig, frames: int) -> Iterator[np.ndarray]:
+    """Frames [H, 3 W, 3] uint8 of one turn around the object: colour | normals | depth."""
+    cameras = turntable(config, frames, renderer.field.table.device)
+    for index in range(frames):
+        camera = Cameras(*(part[index : index + 1] for part in cameras))
+        view = renderer.view(camera, config.H, config.W)
+        depth = depth_image(view, camera.radius, renderer.config.bound)
+        yield strip([to_uint8(part)[0] for part in (view.rgb, normal_image(view), depth)])
+
+
+def write_video(
+    path: Path, frames: Iterable[np.ndarray], fps: int, on_frame: Callable[[], None] | None = None
+) -> str:
+    """Write frames [H, W, 3] uint8 as mp4 and return the codec: h264 where the library has it, else mpeg4.
+
+    Both codecs need even sides, so an odd side is padded by repeating its last row or column. `on_frame` is called
+    after each frame.
+    """
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    # The container is chosen by name, since the file is not called .mp4 until it is whole.
+    with written_aside(path) as aside, av.open(str(aside), "w", format="mp4") as container:
+        stream = None
+        for frame in frames:
+            height, width = frame.shape[:2]
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            if stream is None:
+                stream = container.add_stream(codec, rate=fps)
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": "18"} if codec == "libx264" else {"qscale": "3"}
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            if on_frame is not None:
+                on_frame()
+        if stream is None:
+            raise ValueError("a video needs at least one frame")
+        container.mux(stream.encode())
+    return codec

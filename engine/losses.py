@@ -1,0 +1,142 @@
+"""Regularisers beside the guidance: each a scalar with its formula, and `regularizers`, which weights them by a config.
+
+S rows of samples, of which the first `count` are real; R rays. Means over samples divide by the count (at least 1), so
+a batch of rays that meets nothing costs 0. The formulas and the ramp are stable-dreamfusion's.
+"""
+
+import torch
+from torch import Tensor
+
+from dream_fast import kernels
+from dream_fast.engine.config import LossConfig
+from dream_fast.engine.field import Field
+from dream_fast.engine.renderer import Rendered
+
+TV_POINTS = 1_000_000  # in each level
+SMOOTH_REACH = 0.01  # world units, standard deviation of the neighbour in the 3D smoothness term
+
+
+def ramp(step: int, iters: int) -> float:
+    """0 at the start, 1 from the middle of the run on."""
+    return min(1.0, 2.0 * step / iters)
+
+
+def binary_entropy(p: Tensor) -> Tensor:
+    """Entropy in bits of a coin with probability p, clamped to [1e-5, 1 - 1e-5]; elementwise."""
+    p = p.clamp(1e-5, 1 - 1e-5)
+    return -p * p.log2() - (1 - p) * (1 - p).log2()
+
+
+def sample_mean(values: Tensor, count: Tensor) -> Tensor:
+    """Mean of the first `count` of values [S]; 0 when there are none."""
+    real = torch.arange(values.shape[0], device=values.device) < count
+    return torch.where(real, values, 0).sum() / count.clamp(min=1)
+
+
+def opacity_entropy(opacity: Tensor) -> Tensor:
+    """Rays [R] should be empty or full: mean entropy of their opacity."""
+    return binary_entropy(opacity).mean()
+
+
+def weights_entropy(weights: Tensor, count: Tensor) -> Tensor:
+    """Weights [S] should be 0 or 1: mean entropy over samples, the form that stable-dreamfusion computes."""
+    return sample_mean(binary_entropy(weights), count)
+
+
+def opacity_square(opacity: Tensor) -> Tensor:
+    """Mean square of the opacity [R]: less is better."""
+    return opacity.square().mean()
+
+
+def orientation(weights: Tensor, normals: Tensor, directions: Tensor, count: Tensor) -> Tensor:
+    """Seen normals should face the camera: mean of w max(0, n.d)^2, with no gradient into the weights w.
+
+    weights [S], normals and ray directions [S, 3]. Source: Verbin et al., Ref-NeRF, 2022, equation 11.
+    """
+    away = (normals * directions).sum(dim=-1).clamp(min=0)
+    return sample_mean(weights.detach() * away.square(), count)
+
+
+def normal_image_smoothness(image: Tensor) -> Tensor:
+    """Mean squared difference of neighbours in normal images [B, H, W, 3], down plus across."""
+    down = image[:, 1:] - image[:, :-1]
+    across = image[:, :, 1:] - image[:, :, :-1]
+    return down.square().mean() + across.square().mean()
+
+
+def normal_smoothness(normals: Tensor, near_normals: Tensor, count: Tensor) -> Tensor:
+    """Mean absolute difference of normals [S, 3] and those of near points [S, 3]."""
+    return sample_mean((normals - near_normals).abs().mean(dim=-1), count)
+
+
+def needs_normals(config: LossConfig) -> bool:
+    """Whether a term asks for normals in steps whose shading has none. (The orientation term takes what is there.)"""
+    return config.lambda_2d_normal_smooth > 0 or config.lambda_3d_normal_smooth > 0
+
+
+def regularizers(
+    rendered: Rendered,
+    config: LossConfig,
+    *,
+    step: int,
+    iters: int,
+    height: int,
+    width: int,
+    field: Field,
+    normals: str,
+    normal_epsilon: float,
+    active_levels: int | Tensor | None = None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The weighted terms of this step, by name. Terms of weight 0, or without the normals they need, are left out.
+
+    `field`, `normals`, `normal_epsilon` and `active_levels` serve the 3D smoothness, which evaluates the field again.
+    """
+    count = rendered.samples.count
+    up = ramp(step, iters)
+    terms = {}
+    if config.lambda_entropy > 0:
+        terms["entropy"] = config.lambda_entropy * up * opacity_entropy(rendered.opacity)
+    if config.lambda_entropy_weights > 0:
+        terms["entropy_weights"] = config.lambda_entropy_weights * up * weights_entropy(rendered.weights, count)
+    if config.lambda_opacity > 0:
+        terms["opacity"] = config.lambda_opacity * opacity_square(rendered.opacity)
+    if rendered.sample_normals is None:
+        return terms
+    if config.lambda_orient > 0:
+        terms["orient"] = config.lambda_orient * orientation(
+            rendered.weights, rendered.sample_normals, rendered.sample_directions, count
+        )
+    if config.lambda_2d_normal_smooth > 0:
+        image = rendered.normal.view(-1, height, width, 3)
+        terms["2d_normal_smooth"] = config.lambda_2d_normal_smooth * normal_image_smoothness(image)
+    if config.lambda_3d_normal_smooth > 0:
+        positions = rendered.samples.positions.detach()
+        noise = torch.randn(positions.shape, generator=generator, device=generator.device).to(positions.device)
+        near = field(
+            positions + SMOOTH_REACH * noise,
+            active_levels=active_levels,
+            count=count,
+            normals=normals,
+            normal_epsilon=normal_epsilon,
+        ).normal
+        smooth = normal_smoothness(rendered.sample_normals, near, count)
+        terms["3d_normal_smooth"] = config.lambda_3d_normal_smooth * smooth
+    return terms
+
+
+@torch.no_grad()
+def add_table_gradients(
+    field: Field, config: LossConfig, *, step: int, iters: int, scale: float | Tensor, generator: torch.Generator
+) -> None:
+    """Add total variation and weight decay of the hash table straight to its gradient (after `backward`).
+
+    `scale` is the loss scale by which the gradient there is already multiplied.
+    """
+    spec = field.spec.grid
+    if config.lambda_tv > 0:
+        points = torch.rand(TV_POINTS, 3, generator=generator, device=generator.device).to(field.table.device)
+        weight = config.lambda_tv * ramp(step, iters)
+        field.table.grad += scale * kernels.hash_grid_total_variation_grad(field.table, spec, points, weight)
+    if config.lambda_wd > 0:
+        field.table.grad += scale * kernels.hash_grid_weight_decay_grad(field.table, spec, config.lambda_wd)

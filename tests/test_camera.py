@@ -1,0 +1,125 @@
+"""Where the axes point: every test projects known world points into the image of a camera."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dream_fast.engine.camera import (
+    SIX_VIEWS,
+    look_at,
+    make_cameras,
+    project,
+    rays,
+    sample_cameras,
+    six_views,
+    turntable,
+)
+from dream_fast.engine.config import CameraConfig
+
+X, Y, Z = torch.eye(3)
+SIZE = 64
+
+
+def camera(polar, azimuth, radius=3.0, fovy=20.0):
+    return make_cameras(*(torch.tensor([float(v)]) for v in (polar, azimuth, radius, fovy)))
+
+
+def direction_in_image(polar, azimuth, point):
+    """(right, up) of a small displacement along `point`, as seen in the image."""
+    row, column = (project(camera(polar, azimuth), 0.1 * point[None], SIZE, SIZE)[0, 0] - SIZE / 2).tolist()
+    return column, -row
+
+
+def config(**changes):
+    return dataclasses.replace(CameraConfig(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("polar", "azimuth", "right", "up"),
+    [
+        (90, 0, X, Y),  # front: the object's +x is on the image's right
+        (90, 90, -Z, Y),  # from +x: the object's front (+z) is on the left
+        (90, 180, -X, Y),
+        (90, -90, Z, Y),
+        (0, 0, X, -Z),  # from above: the front is at the bottom of the image
+        (180, 0, X, Z),
+    ],
+)
+def test_image_axes(polar, azimuth, right, up):
+    toward = torch.cross(right, up, dim=0)
+    x, y = direction_in_image(polar, azimuth, right)
+    assert x > 5 and abs(y) < 1e-3
+    x, y = direction_in_image(polar, azimuth, up)
+    assert y > 5 and abs(x) < 1e-3
+    x, y = direction_in_image(polar, azimuth, toward)
+    assert abs(x) < 1e-3 and abs(y) < 1e-3
+    torch.testing.assert_close(camera(polar, azimuth).c2w[0, :3, 3], 3.0 * toward, atol=1e-5, rtol=0)
+
+
+def test_camera_is_a_rotation_that_looks_at_the_origin():
+    angles = torch.rand(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    polar, azimuth, radius = angles[0] * 180, angles[1] * 360, 1 + angles[2]
+    c2w = look_at(polar, azimuth, radius)
+    rotation = c2w[:, :3, :3]
+    torch.testing.assert_close(torch.linalg.det(rotation), torch.ones_like(polar))
+    torch.testing.assert_close(rotation @ rotation.transpose(1, 2), torch.eye(3, dtype=polar.dtype).expand(50, 3, 3))
+    torch.testing.assert_close(c2w[:, :3, 3] - radius[:, None] * rotation[:, :, 2], torch.zeros_like(c2w[:, :3, 3]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (30, 50), (51, 20)])
+def test_rays_meet_their_pixels(height, width):
+    cameras = make_cameras(*torch.tensor([[70.0, 30.0], [20.0, -120.0], [3.0, 2.0], [20.0, 60.0]]))
+    origins, directions = rays(cameras, height, width)
+    assert origins.shape == directions.shape == (2, height * width, 3)
+    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(2, height * width))
+    for b in range(2):
+        pixels = project(cameras, origins[b] + 1.7 * directions[b], height, width)[b].reshape(height, width, 2)
+        rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        torch.testing.assert_close(pixels, torch.stack([rows, columns], dim=-1), atol=2e-3, rtol=0)
+
+
+def test_principal_point_and_field_of_view_of_a_wide_image():
+    cameras = camera(90, 0, fovy=40)
+    _, directions = rays(cameras, 20, 60)
+    centre = directions[0].mean(dim=0)
+    torch.testing.assert_close(centre / centre.norm(), torch.tensor([0.0, 0.0, -1.0]), atol=1e-5, rtol=0)
+    top = project(cameras, torch.tensor([[0.0, 3 * torch.tan(torch.deg2rad(torch.tensor(20.0))), 0.0]]), 20, 60)
+    torch.testing.assert_close(top[0, 0], torch.tensor([0.0, 30.0]), atol=1e-4, rtol=0)
+
+
+def test_sampled_cameras_stay_in_their_ranges_and_are_stratified():
+    limits = config(radius_range=(2.0, 2.5), theta_range=(50.0, 80.0), phi_range=(-90.0, 90.0), fovy_range=(15.0, 25.0))
+    seen = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
+    for values, (low, high) in [
+        (seen.radius, limits.radius_range),
+        (seen.polar, limits.theta_range),
+        (seen.azimuth, limits.phi_range),
+        (seen.fovy, limits.fovy_range),
+    ]:
+        assert low <= values.min() and values.max() <= high
+        assert values.max() - values.min() > 0.8 * (high - low)
+    sector = ((seen.azimuth + 90) / 180 * 64).floor()
+    assert torch.equal(sector, torch.arange(64.0))
+    again = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
+    assert torch.equal(seen.c2w, again.c2w)
+
+
+def test_uniform_sphere_covers_the_upper_hemisphere_evenly():
+    seen = sample_cameras(config(uniform_sphere_rate=1.0), 4000, torch.Generator().manual_seed(2))
+    height = seen.c2w[:, 1, 3] / seen.radius
+    assert height.min() > -1e-6
+    torch.testing.assert_close(height.mean(), torch.tensor(0.5), atol=0.02, rtol=0)  # uniform in y
+
+
+def test_turntable_starts_at_the_front_and_goes_round_once():
+    frames = turntable(config(default_azimuth=0.0, default_polar=80.0), 8)
+    torch.testing.assert_close(frames.azimuth, torch.tensor([0.0, 45, 90, 135, -180, -135, -90, -45]))
+    assert (frames.polar == 80).all()
+
+
+def test_six_views_follow_their_names():
+    views = six_views(config(default_radius=2.0))
+    expected = {"front": Z, "right": X, "back": -Z, "left": -X, "top": Y, "bottom": -Y}
+    for name, position in zip(SIX_VIEWS, views.c2w[:, :3, 3], strict=True):
+        torch.testing.assert_close(position, 2 * expected[name], atol=1e-5, rtol=0)

@@ -1,0 +1,170 @@
+"""Every regulariser against its formula, and the direction of its gradient."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from dream_fast.engine import losses
+from dream_fast.engine.camera import make_cameras, rays
+from dream_fast.engine.config import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.field import Field
+from dream_fast.engine.renderer import Renderer
+
+COUNT = torch.tensor(3)
+NONE = torch.tensor(0)
+
+
+def leaf(*values):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+
+def test_ramp():
+    assert [losses.ramp(step, 100) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+
+
+def test_opacity_entropy_pushes_away_from_one_half():
+    opacity = leaf(0.3, 0.7, 0.5)
+    loss = losses.opacity_entropy(opacity)
+    entropies = [-p * math.log2(p) - (1 - p) * math.log2(1 - p) for p in (0.3, 0.7, 0.5)]
+    assert loss.item() == pytest.approx(sum(entropies) / 3)
+    loss.backward()
+    assert opacity.grad[0] > 0 > opacity.grad[1] and opacity.grad[2].abs() < 1e-12
+    assert torch.autograd.gradcheck(losses.opacity_entropy, opacity)
+    assert losses.opacity_entropy(torch.tensor([0.0, 1.0])).isfinite()
+
+
+def test_weights_entropy_ignores_padding():
+    weights = leaf(0.3, 0.7, 0.2, 0.5, 0.5)
+    loss = losses.weights_entropy(weights, COUNT)
+    torch.testing.assert_close(loss, losses.binary_entropy(weights[:3]).mean())
+    loss.backward()
+    assert (weights.grad[3:] == 0).all() and (weights.grad[:3] != 0).all()
+    assert torch.autograd.gradcheck(lambda w: losses.weights_entropy(w, COUNT), weights)
+    assert losses.weights_entropy(weights, NONE) == 0
+
+
+def test_opacity_square():
+    opacity = leaf(0.5, 1.0)
+    assert losses.opacity_square(opacity).item() == pytest.approx(0.625)
+    assert torch.autograd.gradcheck(losses.opacity_square, opacity)
+
+
+def test_orientation_turns_normals_to_the_camera_and_leaves_the_weights():
+    normals = leaf([0.0, 0, 1], [0.0, 0, -1], [0.0, 0.6, 0.8], [0.0, 0, 1])
+    directions = torch.tensor([[0.0, 0, -1]] * 2 + [[0.0, 1, 0]] * 2, dtype=torch.float64)
+    weights = leaf(1.0, 0.5, 0.25, 1.0)
+    loss = losses.orientation(weights, normals, directions, COUNT)
+    assert loss.item() == pytest.approx((0.5 * 1 + 0.25 * 0.36) / 3)
+    loss.backward()
+    assert weights.grad is None
+    assert (normals.grad[0] == 0).all() and (normals.grad[3] == 0).all()
+    assert normals.grad[1] @ directions[1] > 0
+    weights = weights.detach()
+    assert torch.autograd.gradcheck(lambda n: losses.orientation(weights, n, directions, COUNT), normals)
+
+
+def test_normal_image_smoothness():
+    image = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    image[0, 0, 0, 0] = 2.0
+    image.requires_grad_()
+    assert losses.normal_image_smoothness(image).item() == pytest.approx(4 / 9 + 4 / 12)
+    assert torch.autograd.gradcheck(losses.normal_image_smoothness, image)
+
+
+def test_normal_smoothness_ignores_padding():
+    normals = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    near = torch.zeros_like(normals)
+    loss = losses.normal_smoothness(normals, near, COUNT)
+    torch.testing.assert_close(loss, normals[:3].abs().mean())
+    assert torch.autograd.gradcheck(lambda n: losses.normal_smoothness(n, near, COUNT), normals)
+
+
+# --------------------------------------------------------------------------------------------------- on a true render
+
+ALL = dict(
+    lambda_entropy=1.0,
+    lambda_entropy_weights=1.0,
+    lambda_opacity=1.0,
+    lambda_orient=1.0,
+    lambda_2d_normal_smooth=1.0,
+    lambda_3d_normal_smooth=1.0,
+)
+NOTHING = dict.fromkeys([*ALL, "lambda_tv", "lambda_wd"], 0.0)
+
+
+def small_renderer():
+    field_config = dataclasses.replace(
+        FieldConfig(), levels=2, log2_entries=9, base_resolution=4, max_resolution=8, hidden_width=8, hidden_layers=1
+    )
+    render_config = dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16)
+    field = Field(field_config, 1.0, torch.Generator().manual_seed(0))
+    field.table.data.normal_(generator=torch.Generator().manual_seed(1))
+    return Renderer(field, render_config)
+
+
+def terms_of(renderer, need_normals=True, empty=False, **weights):
+    if empty:
+        renderer.bits.zero_()
+    cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.0, 30.0)))
+    background = torch.ones(3)
+    rendered = renderer.train_rays(*rays(cameras, 6, 8), background=background, need_normals=need_normals)
+    return losses.regularizers(
+        rendered,
+        dataclasses.replace(LossConfig(), **{**NOTHING, **weights}),
+        step=50,
+        iters=100,
+        height=6,
+        width=8,
+        field=renderer.field,
+        normals="finite_difference",
+        normal_epsilon=0.01,
+        generator=torch.Generator().manual_seed(2),
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_term_reaches_the_field_and_scales_with_its_weight(name):
+    renderer = small_renderer()
+    terms = terms_of(renderer, **{name: 1.0})
+    assert list(terms) == [name.removeprefix("lambda_")]
+    (loss,) = terms.values()
+    assert loss > 0
+    torch.testing.assert_close(terms_of(renderer, **{name: 3.0})[name.removeprefix("lambda_")], 3 * loss)
+    loss.backward()
+    gradient = renderer.field.table.grad
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_terms_without_normals_are_left_out():
+    assert set(terms_of(small_renderer(), need_normals=False, **ALL)) == {"entropy", "entropy_weights", "opacity"}
+    assert terms_of(small_renderer()) == {}
+
+
+def test_a_batch_without_samples_costs_nothing_to_normals():
+    terms = terms_of(small_renderer(), empty=True, **ALL)
+    assert all(term.isfinite() for term in terms.values())
+    assert terms["orient"] == terms["2d_normal_smooth"] == terms["3d_normal_smooth"] == terms["opacity"] == 0
+
+
+def test_needs_normals():
+    assert not losses.needs_normals(LossConfig(lambda_orient=1.0))
+    assert losses.needs_normals(LossConfig(lambda_2d_normal_smooth=1.0))
+    assert losses.needs_normals(LossConfig(lambda_3d_normal_smooth=1.0))
+
+
+def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
+    monkeypatch.setattr(losses, "TV_POINTS", 2000)
+    for name in ("lambda_tv", "lambda_wd"):
+        field = small_renderer().field
+        field.table.grad = torch.ones_like(field.table)
+        config = dataclasses.replace(LossConfig(), **{**NOTHING, name: 1e-2})
+        options = dict(step=50, iters=100, scale=4.0, generator=torch.Generator().manual_seed(0))
+        losses.add_table_gradients(field, config, **options)
+        added = field.table.grad - 1
+        assert (added * field.table).sum() > 0  # descending shrinks the random table
+        assert added.abs().max() > 0
+    torch.testing.assert_close(
+        added[: field.spec.grid.offsets[1]], 4 * 2e-2 * field.table[: field.spec.grid.offsets[1]] / 64, atol=1e-5, rtol=0
+    )  # weight decay, the last: 2 lambda e / rows of the level, times the loss scale

@@ -1,0 +1,198 @@
+"""Rendering through the engine: known scenes, shadings, gradients, empty batches, capacity, the view without gradient."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dream_fast.engine.camera import make_cameras, rays
+from dream_fast.engine.config import FieldConfig, RenderConfig
+from dream_fast.engine.field import Field
+from dream_fast.engine.renderer import Renderer, shade
+
+WHITE = torch.ones(3)
+BLACK = torch.zeros(3)
+
+
+def make_renderer(seed=0, background=-1.0, **changes):
+    field_config = dataclasses.replace(
+        FieldConfig(),
+        levels=3,
+        log2_entries=10,
+        base_resolution=4,
+        max_resolution=16,
+        hidden_width=16,
+        hidden_layers=1,
+        bg_radius=background,
+    )
+    render_config = dataclasses.replace(
+        RenderConfig(), **{"max_steps": 128, "occupancy_resolution": 32, "bound": 1.0, **changes}
+    )
+    field = Field(field_config, render_config.bound, torch.Generator().manual_seed(seed))
+    return Renderer(field, render_config)
+
+
+def camera(polar=90.0, azimuth=0.0, radius=3.0, fovy=30.0):
+    return make_cameras(*(torch.tensor([v]) for v in (polar, azimuth, radius, fovy)))
+
+
+def render(renderer, size=16, cameras=None, **options):
+    return renderer.train_rays(*rays(cameras or camera(), size, size), **{"background": WHITE, **options})
+
+
+def gradients(renderer):
+    return torch.cat([p.grad.reshape(-1) for p in renderer.field.parameters() if p.grad is not None])
+
+
+def test_the_blob_is_seen_in_the_middle_at_its_distance():
+    renderer = make_renderer()
+    renderer.update_occupancy(None)
+    out = render(renderer, generator=torch.Generator().manual_seed(0))
+    opacity = out.opacity.view(16, 16)
+    assert opacity[7:9, 7:9].min() > 0.95 > 2 * opacity[0, 0]
+    depth = (out.depth / out.opacity).view(16, 16)[8, 8]
+    assert 2.6 < depth < 3.0  # the blob's near side, seen from distance 3
+    assert out.rgb.shape == (256, 3) and not out.overflow
+
+
+def test_occupancy_leaves_out_empty_space_and_keeps_the_picture():
+    renderer = make_renderer()
+    before = render(renderer)
+    renderer.update_occupancy(torch.Generator().manual_seed(0))
+    after = render(renderer)
+    assert after.samples.count < 0.5 * before.samples.count
+    # The blob's tail has a density of 1 and is cut off; its body is the same.
+    middle = torch.arange(256).view(16, 16)[6:10, 6:10].reshape(-1)
+    torch.testing.assert_close(after.opacity[middle], before.opacity[middle], atol=0.02, rtol=0)
+
+
+def test_capacity_does_not_change_the_picture_on_a_cpu():
+    renderer, small = make_renderer(), make_renderer()
+    small.samples_per_ray = 1
+    one, other = (render(r, generator=torch.Generator().manual_seed(4)) for r in (renderer, small))
+    assert torch.equal(one.rgb, other.rgb) and torch.equal(one.samples.offsets, other.samples.offsets)
+    assert one.weights.shape[0] == one.samples.count
+
+
+def test_adapt_capacity_follows_use():
+    renderer = make_renderer()
+    out = render(renderer)
+    assert not renderer.adapt_capacity(out)
+    used = int(out.samples.count) / 256
+    assert used < renderer.samples_per_ray <= 128
+    overflowing = out._replace(overflow=torch.tensor(True))
+    assert renderer.adapt_capacity(overflowing)
+    assert renderer.samples_per_ray > used * 1.9 or renderer.samples_per_ray == 128
+
+
+def test_background_colour_and_network():
+    renderer = make_renderer(background=1.4)
+    directions = rays(camera(), 16, 16)[1][0]
+    out = render(renderer, background=None)
+    expected = renderer.field.background(directions)
+    on_black = render(renderer, background=BLACK)
+    torch.testing.assert_close(out.rgb, on_black.rgb + (1 - out.opacity)[:, None] * expected)
+    per_ray = torch.rand(256, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        render(renderer, background=per_ray).rgb, on_black.rgb + (1 - out.opacity)[:, None] * per_ray
+    )
+
+
+def test_shadings_follow_their_formulas():
+    albedo = torch.tensor([[0.2, 0.4, 0.8]])
+    normal = torch.tensor([[0.0, 0.6, 0.8]])
+    light = torch.tensor([0.0, 0.0, 1.0])
+    strength = 0.1 + 0.9 * 0.8
+    assert torch.equal(shade("albedo", albedo, None, None, 0.1), albedo)
+    torch.testing.assert_close(shade("lambertian", albedo, normal, light, 0.1), albedo * strength)
+    torch.testing.assert_close(shade("textureless", albedo, normal, light, 0.1), torch.full((1, 3), strength))
+    torch.testing.assert_close(shade("normal", albedo, normal, None, 0.1), torch.tensor([[0.5, 0.8, 0.9]]))
+    torch.testing.assert_close(shade("textureless", albedo, normal, -light, 0.1), torch.full((1, 3), 0.1))
+    with pytest.raises(ValueError, match="needs a light"):
+        shade("lambertian", albedo, normal, None, 0.1)
+
+
+def test_light_from_the_side_lights_that_side():
+    renderer = make_renderer()
+    renderer.update_occupancy(None)
+    left = torch.tensor([-1.0, 0.0, 0.0]).expand(256, 3)
+    out = render(renderer, shading="textureless", ambient=0.0, light=left, background=BLACK)
+    image = out.rgb.view(16, 16, 3)[..., 0]
+    assert image[:, :8].sum() > 5 * image[:, 8:].sum()
+    assert out.normal.shape == (256, 3)
+
+
+def test_normals_only_when_asked():
+    renderer = make_renderer()
+    assert render(renderer).normal is None
+    out = render(renderer, need_normals=True)
+    facing = (out.sample_normals * out.sample_directions).sum(-1)
+    assert (out.weights * facing).sum() < 0  # what is seen faces the camera
+
+
+@pytest.mark.parametrize("shading", ["albedo", "lambertian", "textureless", "normal"])
+def test_gradients_reach_the_field_and_repeat_bit_for_bit(shading):
+    found = []
+    for _ in range(2):
+        renderer = make_renderer(background=1.4)
+        out = render(
+            renderer,
+            shading=shading,
+            ambient=0.3,
+            light=torch.tensor([0.0, 0.6, 0.8]),
+            background=None,
+            generator=torch.Generator().manual_seed(0),
+        )
+        (out.rgb.square().sum() + out.opacity.sum()).backward()
+        found.append(gradients(renderer))
+    assert found[0].isfinite().all() and found[0].abs().sum() > 0
+    assert torch.equal(*found)
+
+
+def test_rays_that_meet_nothing():
+    renderer = make_renderer()
+    renderer.bits.zero_()
+    out = render(renderer, shading="lambertian", light=torch.tensor([0.0, 0.0, 1.0]), background=torch.tensor([0.25] * 3))
+    assert out.samples.count == 0
+    assert (out.rgb == 0.25).all() and (out.opacity == 0).all()
+    out.rgb.sum().backward()
+
+
+def test_state_continues_another_renderer():
+    renderer = make_renderer()
+    renderer.update_occupancy(torch.Generator().manual_seed(0))
+    other = make_renderer()
+    other.load_state_dict({name: tensor.clone() for name, tensor in renderer.state_dict().items()})
+    assert torch.equal(render(renderer).rgb, render(other).rgb)
+    with pytest.raises(ValueError, match="density has shape"):
+        make_renderer(occupancy_resolution=16).load_state_dict(renderer.state_dict())
+
+
+def test_view_agrees_with_the_training_renderer():
+    renderer = make_renderer(background=1.4)
+    renderer.update_occupancy(None)
+    cameras = make_cameras(*torch.tensor([[70.0, 90.0], [20.0, -60.0], [3.0, 3.0], [30.0, 30.0]]))
+    view = renderer.view(cameras, 12, 20)
+    out = renderer.train_rays(*rays(cameras, 12, 20), need_normals=True)
+    assert view.rgb.shape == (2, 12, 20, 3) and view.depth.shape == (2, 12, 20)
+    torch.testing.assert_close(view.rgb.view(-1, 3), out.rgb, atol=0.01, rtol=0)
+    torch.testing.assert_close(view.opacity.view(-1), out.opacity, atol=0.01, rtol=0)
+    torch.testing.assert_close(view.depth.view(-1), out.depth, atol=0.03, rtol=0)
+
+
+def test_view_shadings_use_the_light():
+    renderer = make_renderer()
+    renderer.update_occupancy(None)
+    up = torch.tensor([0.0, 1.0, 0.0])
+    image = renderer.view(camera(), 16, 16, shading="textureless", light=up, ambient=0.0, background=BLACK).rgb[0]
+    assert image[:8].sum() > 5 * image[8:].sum()
+    head = renderer.view(camera(), 16, 16, shading="lambertian", background=BLACK).rgb[0, 8, 8]
+    plain = renderer.view(camera(), 16, 16, background=BLACK).rgb[0, 8, 8]
+    assert (0.7 * plain < head).all() and (head <= plain + 1e-6).all()
+    normals = renderer.view(camera(), 16, 16, shading="normal", background=BLACK).rgb[0, 8, 8]
+    assert normals[2] > 0.9  # the front faces +z
+
+
+def test_unknown_shading_is_refused():
+    with pytest.raises(ValueError, match="shading is 'flat'"):
+        render(make_renderer(), shading="flat")
