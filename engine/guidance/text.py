@@ -1,0 +1,32 @@
+"""Guidance by a prompt, in the form that the trainer calls."""
+
+import torch
+from torch import Tensor
+
+from dream_fast.engine.camera import Cameras
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
+from dream_fast.engine.guidance.sds import GuidanceResult, ScoreDistillation
+
+
+class TextGuidance:
+    """Pulls pictures towards a prompt, seen from where their cameras stand.
+
+    The trainer takes anything that is called like this and returns a ``loss`` that is differentiable in the pictures,
+    beside ``t`` and ``grad_norm`` for the log.
+    """
+
+    def __init__(self, score: ScoreDistillation, prompts: PromptEmbeddings, angle_overhead: float):
+        self.score, self.prompts, self.angle_overhead = score, prompts, angle_overhead
+
+    def __call__(
+        self,
+        pictures: Tensor,
+        cameras: Cameras,
+        *,
+        progress: float,
+        generator: torch.Generator,
+        latents: bool = False,
+    ) -> GuidanceResult:
+        """``pictures`` [B, 3, H, W] in [0, 1] of B cameras, or with ``latents`` [B, 4, H, W] in the scale of latents."""
+        cond, uncond = self.prompts.embeddings(cameras.azimuth, cameras.polar, self.angle_overhead)
+        return self.score(pictures, cond, uncond, progress=progress, generator=generator, latents=latents)
