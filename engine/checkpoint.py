@@ -9,7 +9,6 @@ leaves the previous one whole.
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.files import written_aside
 
 FORMAT = "dream-fast checkpoint"
 VERSION = 1
@@ -43,16 +43,11 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
         "architecture": json.dumps(architecture, sort_keys=True),
         "values": json.dumps(values, sort_keys=True),
     }
-    directory.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(directory, step)
-    aside = directory / f".{path.name}.{uuid.uuid4().hex[:8]}"
-    try:
+    with written_aside(path) as aside:
         save_file(tensors, aside, metadata=metadata)
         with open(aside, "rb") as handle:
             os.fsync(handle.fileno())  # on disk before it takes the name
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     for old in list_checkpoints(directory)[:-KEEP]:
         old.unlink()
     return path

@@ -1,13 +1,16 @@
 """What a person sees of a run: lines on the terminal and in log.txt, a live bar, the table of files at the end."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+T = TypeVar("T")
 
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
 
@@ -34,7 +37,7 @@ class Reporter:
         self.say(f"warning: {line}")
 
     @contextmanager
-    def bar(self, what: str, total: int, done: int = 0):
+    def bar(self, what: str, total: int, done: int = 0) -> Iterator["Bar"]:
         """A ``Bar`` of ``total`` steps: drawn on a terminal, a line now and then elsewhere."""
         if not self.console.is_terminal:
             yield QuietBar(self, what, total, done)
@@ -51,14 +54,14 @@ class Reporter:
         with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
             yield LiveBar(progress, progress.add_task(what, total=total, completed=done, speed="", terms=""))
 
-    def files(self, root: Path, files: Sequence[Path]) -> None:
-        """The table of what the run wrote, with sizes."""
+    def files(self, files: Sequence[Path]) -> None:
+        """The table of what there is now, with sizes."""
         table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
         table.columns[1].justify = "right"
         for path in files:
             size = _size(path.stat().st_size)
             table.add_row(str(path), size)
-            self._write(f"{path.relative_to(root)} {size}")
+            self._write(f"{path} {size}")
         self.console.print(table, soft_wrap=True)
 
     def _write(self, line: str) -> None:
@@ -69,7 +72,23 @@ class Reporter:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
-class LiveBar:
+class Bar:
+    """What both bars do: ``advance`` to a number of steps done, ``show`` how it goes."""
+
+    def advance(self, done: int) -> None:
+        raise NotImplementedError
+
+    def show(self, what: str, per_second: float, terms: Mapping[str, float]) -> None:
+        raise NotImplementedError
+
+    def count(self, items: Iterable[T]) -> Iterator[T]:
+        """``items``, each advancing the bar by one once it has been used."""
+        for done, item in enumerate(items, start=1):
+            yield item
+            self.advance(done)
+
+
+class LiveBar(Bar):
     """Drawn in place by rich."""
 
     def __init__(self, progress: Progress, task):
@@ -82,7 +101,7 @@ class LiveBar:
         self._progress.update(self._task, description=what, speed=f"{per_second:.2f} it/s", terms=format_terms(terms))
 
 
-class QuietBar:
+class QuietBar(Bar):
     """For a file or a pipe: a line every ``QUIET_SECONDS`` and one when all is done."""
 
     def __init__(self, reporter: Reporter, what: str, total: int, done: int):

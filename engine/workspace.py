@@ -12,13 +12,13 @@ import dataclasses
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from dream_fast.engine.checkpoint import list_checkpoints, read_step
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.files import written_aside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,14 @@ class Workspace:
     def mesh(self) -> Path:
         return self.path / "mesh"
 
+    def files(self) -> list[Path]:
+        """Every file of the run, in the order of this class; of the validation pictures only the last."""
+        found: list[Path] = []
+        for path in self._everything():
+            inside = sorted(path.glob("*.*")) if path.is_dir() else [path] * path.exists()
+            found += inside[-1:] if path == self.validation else inside
+        return found
+
     def _everything(self) -> list[Path]:
         files = [self.config, self.manifest, self.metrics, self.log]
         return [*files, self.validation, self.checkpoints, self.results, self.mesh]
@@ -97,8 +105,8 @@ class Workspace:
         stored = self.stored_config()
         if stored is not None and (differences := stored.differences(config)):
             raise UserError(
-                f"--workspace {self.path} holds another run: it has {'; '.join(differences)}. Choose another "
-                "--workspace, or replace that run with --ckpt scratch"
+                f"--workspace {self.path} holds another run: it has {'; '.join(differences)} (choose another "
+                "--workspace, or replace that run with --ckpt scratch)"
             )
 
     def write_config(self, config: Config) -> None:
@@ -136,7 +144,6 @@ class Workspace:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes aside and renames, so that ``path`` is never half a file."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    """Writes ``text`` so that ``path`` is never half a file."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")

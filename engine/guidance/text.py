@@ -27,6 +27,6 @@ class TextGuidance:
         generator: torch.Generator,
         latents: bool = False,
     ) -> GuidanceResult:
-        """``pictures`` [B, 3, H, W] in [0, 1] of B cameras, or with ``latents`` [B, 4, H, W] in the scale of latents."""
+        """``pictures`` [B, 3, H, W] in [0, 1] of B cameras; with ``latents``, [B, 4, H, W] in the scale of latents."""
         cond, uncond = self.prompts.embeddings(cameras.azimuth, cameras.polar, self.angle_overhead)
         return self.score(pictures, cond, uncond, progress=progress, generator=generator, latents=latents)

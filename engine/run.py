@@ -1,0 +1,247 @@
+"""A whole run, from a configuration to the files: what the command calls once its arguments are good."""
+
+import logging
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dream_fast
+from dream_fast.engine.camera import SIX_VIEWS
+from dream_fast.engine.checkpoint import list_checkpoints
+from dream_fast.engine.config import Config
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.images import write_six_views
+from dream_fast.engine.export.mesh import write_mesh
+from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.guidance.loader import Components, choose_source, load_components
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
+from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.progress import Reporter
+from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
+from dream_fast.engine.trainer import Trainer
+from dream_fast.engine.workspace import Workspace
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "safetensors", "numpy")
+
+
+def run(config: Config) -> int:
+    """Optimises (unless ``--test``, or all iterations are done) and writes the outputs; returns the exit status.
+
+    Everything that can be refused is refused before anything is written.
+    """
+    started = time.monotonic()
+    reporter = Reporter()
+    runtime = choose_runtime(config)
+    workspace = Workspace(Path(config.run.workspace))
+    workspace.check_usable()
+    fresh = config.run.ckpt == "scratch"
+    stored = None if fresh else workspace.stored_config()
+    config = _with_seed(config, stored)
+    if stored is not None:
+        # Looking at a run is no part of it, so that may happen on another device.
+        asked = config.override({"device": stored.run.device}) if config.run.test else config
+        workspace.check_same_run(asked)
+    prepare(runtime, config.run.seed)
+    trainer = Trainer(config, runtime, config.run.seed)
+    checkpoint = _find_checkpoint(config, workspace)
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+
+    with _warnings_to(reporter):
+        if config.run.test or trainer.step >= config.run.iters:
+            reporter.open_log(workspace.log)
+            reporter.say(_looking_line(config, runtime, trainer.step))
+            write_outputs(trainer, workspace, reporter, only_missing=not config.run.test)
+            reporter.files(workspace.files())
+            return 0
+
+        components = _load_guidance(config, runtime)
+        prompts = PromptEmbeddings(components, config.run.text, config.run.negative)
+        score = ScoreDistillation(components, config.guidance)
+        trainer.guidance = TextGuidance(score, prompts, config.camera.angle_overhead)
+
+        if fresh:
+            workspace.clear()
+        workspace.write_config(config)
+        workspace.rewind(trainer.step)
+        reporter.open_log(workspace.log)
+        manifest = _manifest(config, runtime, components, workspace, trainer.step)
+        workspace.write_manifest(manifest)
+        reporter.say(_start_line(config, runtime, components, trainer.step))
+        trainer.fit(workspace, reporter)
+        trainer.guidance = None
+        del components, prompts, score  # their memory is the outputs' now
+        write_outputs(trainer, workspace, reporter)
+        manifest["runs"][-1] |= {
+            "finished": _now(),
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_bytes": peak_memory(runtime.device),
+        }
+        workspace.write_manifest(manifest)
+        reporter.files(workspace.files())
+        return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- outputs
+
+
+class Output(NamedTuple):
+    """Files that a finished run should have, and what writes them."""
+
+    paths: list[Path]
+    write: Callable[[], object]
+
+
+def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[Output]:
+    """The outputs that were asked for: six views; the video, unless six views alone were asked; the mesh."""
+    config = trainer.config
+    camera, output = config.camera, config.output
+    views = [workspace.results / f"{name}.png" for name in SIX_VIEWS]
+    video, mesh = workspace.results / "turntable.mp4", workspace.mesh / "mesh.glb"
+
+    def write_turntable() -> None:
+        with reporter.bar("video", output.dataset_size_test) as bar:
+            frames = turntable_frames(trainer.renderer, camera, output.dataset_size_test)
+            write_video(video, bar.count(frames), output.video_fps)
+
+    wanted = [Output(views, lambda: write_six_views(workspace.results, trainer.renderer, camera))]
+    if not config.run.six_views:
+        wanted.append(Output([video], write_turntable))
+    if config.run.save_mesh:
+        write = partial(write_mesh, mesh, trainer.field, output.mcubes_resolution, config.render.density_thresh)
+        wanted.append(Output([mesh], write))
+    return wanted
+
+
+def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> None:
+    """Writes the outputs from the averaged weights."""
+    with trainer.optimizer.ema_weights():
+        for output in outputs(trainer, workspace, reporter):
+            if not (only_missing and all(path.exists() for path in output.paths)):
+                output.write()
+
+
+# ---------------------------------------------------------------------------------------------------------------- start
+
+
+def _with_seed(config: Config, stored: Config | None) -> Config:
+    """The seed that was typed, else that of the run that is taken up, else a drawn one."""
+    if config.run.seed is not None:
+        return config
+    return config.override({"seed": draw_seed() if stored is None else stored.run.seed})
+
+
+def _find_checkpoint(config: Config, workspace: Workspace) -> Path | None:
+    """The checkpoint to start from, or None to start at the beginning."""
+    if config.run.ckpt not in ("latest", "scratch"):
+        return Path(config.run.ckpt).expanduser()
+    found = list_checkpoints(workspace.checkpoints) if config.run.ckpt == "latest" else []
+    if config.run.test and not found:
+        raise UserError(f"--test needs a checkpoint, and --workspace {workspace.path} has none yet")
+    return found[-1] if found else None
+
+
+def _load_guidance(config: Config, runtime: Runtime) -> Components:
+    guidance = config.guidance
+    source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
+    components = load_components(source, runtime.device, runtime.dtype, vram_O=config.run.vram_O)
+    if config.shading.latent_iter_ratio > 0 and components.latent_channels != 4:
+        raise UserError(
+            f"the latents of {components.name} have {components.latent_channels} channels; the phase in which normals "
+            "and opacity are the latent needs 4, so give --latent_iter_ratio 0"
+        )
+    return components
+
+
+def _start_line(config: Config, runtime: Runtime, components: Components, step: int) -> str:
+    camera, guidance = config.camera, config.guidance
+    views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
+    return (
+        f"{config.run.text!r}: {components.name} (attention {components.attention}) on {runtime.description}; "
+        f"steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, guidance scale "
+        f"{guidance.guidance_scale:g}, {config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
+    )
+
+
+def _looking_line(config: Config, runtime: Runtime, step: int) -> str:
+    if config.run.test:
+        return f"{config.run.text!r} after {step} steps, on {runtime.description}"
+    return (
+        f"this run is finished ({step} of {config.run.iters} steps): only files that are missing are written; "
+        "--iters takes it further, --ckpt scratch starts over"
+    )
+
+
+def _manifest(
+    config: Config, runtime: Runtime, components: Components, workspace: Workspace, step: int
+) -> dict[str, Any]:
+    """What made this run, so that it can be made again; each time it is taken up adds to ``runs``."""
+    this = {
+        "command": shlex.join(["dream-fast", *sys.argv[1:]]),
+        "started": _now(),
+        "from_step": step,
+        "to_step": config.run.iters,
+        "device": runtime.description,
+        "attention": components.attention,
+        "machine": machine(),
+        "versions": _versions(),
+        "git": _git_revision(),
+    }
+    return {
+        "text": config.run.text,
+        "seed": config.run.seed,
+        "model": components.name,
+        "runs": [*workspace.read_manifest().get("runs", []), this],
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    ours = {"dream_fast": dream_fast.__version__, "python": platform.python_version()}
+    return ours | {package: version(package) for package in PACKAGES}
+
+
+def _git_revision() -> str | None:
+    """The commit that this code was checked out at ("-dirty" with changes), or None for an installed package."""
+    root = Path(dream_fast.__file__).parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git program, or no commit yet
+        return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+@contextmanager
+def _warnings_to(reporter: Reporter):
+    """Warnings that our modules log (a truncated prompt) are said where the rest is said."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            reporter.warn(record.getMessage())
+
+    handler, logger = Handler(logging.WARNING), logging.getLogger("dream_fast")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

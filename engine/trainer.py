@@ -1,0 +1,334 @@
+"""The optimisation: one step readable from top to bottom, and the loop around it.
+
+Every random number of a step comes from generators that are seeded by the run's seed and the step's number, so a
+resumed run draws what the uninterrupted one would have drawn. Nothing in a step waits for the device; numbers are read
+when a row is logged.
+"""
+
+import dataclasses
+import json
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dream_fast.engine.camera import Cameras, rays, sample_cameras
+from dream_fast.engine.checkpoint import load_checkpoint, save_checkpoint
+from dream_fast.engine.config import Config, ShadingConfig
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.images import write_validation
+from dream_fast.engine.field import Field
+from dream_fast.engine.guidance.sds import GuidanceResult
+from dream_fast.engine.losses import add_table_gradients, needs_normals, regularizers
+from dream_fast.engine.optim import LossScaler, Optimizer
+from dream_fast.engine.progress import Bar, Reporter
+from dream_fast.engine.renderer import Rendered, Renderer
+from dream_fast.engine.runtime import Runtime, step_seed
+from dream_fast.engine.workspace import Workspace
+
+EPOCH = 100  # steps; validation pictures and checkpoints fall on its multiples
+CHECKPOINT_SECONDS = 30.0  # a fast run does not write a checkpoint every epoch
+DIVERGED = 50  # steps in a row without a finite gradient: more than a loss scale needs to find its place
+NEUTRAL = 0.5  # background of the latent phase: the middle of the latents' range
+
+Guidance = Callable[..., GuidanceResult]  # called like engine.guidance.text.TextGuidance
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How far a run is, from 0 to 1. More iterations asked later stretch what is left; nothing starts over."""
+
+    iters: int
+    start_step: int = 0
+    start_progress: float = 0.0
+
+    def progress(self, step: int) -> float:
+        if step >= self.iters:
+            return 1.0
+        done = (step - self.start_step) / (self.iters - self.start_step)
+        return self.start_progress + (1.0 - self.start_progress) * done
+
+    def stretched(self, step: int, iters: int) -> "Schedule":
+        """The schedule of a run of ``iters`` steps that continues this one at ``step``."""
+        return self if iters == self.iters else Schedule(iters, step, self.progress(step))
+
+
+class Phase(NamedTuple):
+    """What a step shows the guidance."""
+
+    name: str  # "latent" or "albedo" or "shaded"
+    shading: str
+    ambient: float
+
+
+def choose_phase(config: ShadingConfig, progress: float, dice: random.Random) -> Phase:
+    """First normals as latents, then colour alone, then light on the shape (some steps without colour)."""
+    if progress < config.latent_iter_ratio:
+        return Phase("latent", "normal", 1.0)
+    if progress < config.albedo_iter_ratio:
+        return Phase("albedo", "albedo", 1.0)
+    ambient = dice.uniform(config.min_ambient_ratio, 1.0)
+    textureless = dice.random() < config.textureless_ratio
+    return Phase("shaded", "textureless" if textureless else "lambertian", ambient)
+
+
+class Step(NamedTuple):
+    """What a step did, still on the device."""
+
+    phase: Phase
+    terms: dict[str, Tensor]  # weighted losses by name; the guidance first
+    guidance: GuidanceResult
+    rendered: Rendered
+
+
+class Trainer:
+    """Field, renderer and optimiser of a run. Without ``guidance`` it can be loaded and looked at, not trained."""
+
+    def __init__(self, config: Config, runtime: Runtime, seed: int, guidance: Guidance | None = None):
+        self.config, self.device, self.seed, self.guidance = config, runtime.device, seed, guidance
+        first = torch.Generator().manual_seed(step_seed(seed, -1))
+        self.field = Field(config.field, config.render.bound, first).to(runtime.device)
+        if runtime.fp16:
+            self.field.compute_dtype = torch.float16
+        self.renderer = Renderer(self.field, config.render)
+        others = [parameter for parameter in self.field.parameters() if parameter is not self.field.table]
+        self.optimizer = Optimizer(self.field.table, others, config.optim)
+        self.scaler = LossScaler(runtime.fp16, runtime.device)
+        self.generator = torch.Generator(runtime.device)
+        self.schedule = Schedule(config.run.iters)
+        self.step = 0
+        self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
+        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def train_step(self) -> Step:
+        """One step of the optimisation."""
+        config, progress = self.config, self.schedule.progress(self.step)
+        dice = random.Random(step_seed(self.seed, self.step))
+        generator = self.generator.manual_seed(step_seed(self.seed, self.step))
+        height, width, batch = config.camera.h, config.camera.w, config.camera.batch_size
+        phase = choose_phase(config.shading, progress, dice)
+        levels = self._active_levels(progress)
+        if self.step % config.render.update_extra_interval == 0:
+            self.renderer.update_occupancy(generator, active_levels=levels)
+
+        cameras = sample_cameras(config.camera, batch, generator, self.device)
+        origins, directions = rays(cameras, height, width)
+        rendered = self.renderer.train_rays(
+            origins,
+            directions,
+            shading=phase.shading,
+            ambient=phase.ambient,
+            light=self._light(cameras, height * width),
+            background=self._background(phase, dice),
+            need_normals=needs_normals(config.loss),
+            active_levels=levels,
+            generator=generator,
+        )
+        pictures = self._pictures(rendered, phase, batch, height, width)
+        guided = self.guidance(
+            pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent"
+        )
+        terms = {"guidance": guided.loss} | regularizers(
+            rendered,
+            config.loss,
+            step=self.step,
+            iters=config.run.iters,
+            height=height,
+            width=width,
+            field=self.field,
+            normals=config.render.normals,
+            normal_epsilon=config.render.normal_epsilon,
+            active_levels=levels,
+            generator=generator,
+        )
+
+        self.optimizer.zero_grad()
+        (torch.stack(list(terms.values())).sum() * self.scaler.scale).backward()
+        add_table_gradients(
+            self.field,
+            config.loss,
+            step=self.step,
+            iters=config.run.iters,
+            scale=self.scaler.scale,
+            generator=generator,
+        )
+        skipped = self.optimizer.step(inverse_scale=self.scaler.inverse, grad_clip=config.loss.grad_clip)
+        self.scaler.update(skipped)
+        self.skipped += skipped
+        self.skipped_in_a_row.add_(1).mul_(skipped)
+        self.step += 1
+        return Step(phase, terms, guided, rendered)
+
+    def _active_levels(self, progress: float) -> int | None:
+        if not self.config.shading.progressive_level:
+            return None
+        levels = self.config.field.levels
+        return max(1, math.ceil(levels * min(1.0, 0.25 + 2.0 * progress)))
+
+    def _light(self, cameras: Cameras, pixels: int) -> Tensor:
+        """Unit directions [R, 3] to a light near each camera: the camera's place, moved by one random vector."""
+        noise = torch.randn(3, generator=self.generator, device=self.device)
+        return F.normalize(cameras.c2w[:, :3, 3] + noise, dim=-1).repeat_interleave(pixels, dim=0)
+
+    def _background(self, phase: Phase, dice: random.Random) -> Tensor | None:
+        """One random colour [3], or None for the background network, which gets half of the steps if there is one."""
+        if phase.name == "latent":
+            return torch.full((3,), NEUTRAL, device=self.device)
+        colour = torch.rand(3, generator=self.generator, device=self.device)
+        return None if self.field.has_background and dice.random() < 0.5 else colour
+
+    def _pictures(self, rendered: Rendered, phase: Phase, batch: int, height: int, width: int) -> Tensor:
+        """What the guidance sees: colours in [0, 1] [B, 3, H, W], or normals and opacity in [-1, 1] [B, 4, H, W]."""
+        pixels = rendered.rgb
+        limit = self.config.loss.grad_clip_rgb
+        if limit > 0:
+            reach = limit * self.scaler.scale
+            pixels.register_hook(lambda gradient: torch.clamp(gradient, -reach, reach))
+        if phase.name == "latent":
+            pixels = torch.cat([pixels, rendered.opacity[:, None]], dim=-1) * 2 - 1
+        return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    # ----------------------------------------------------------------------------------------------------- the loop
+
+    def fit(self, workspace: Workspace, reporter: Reporter) -> None:
+        """Trains up to the configured iterations. Ctrl-C ends after the current step, with a checkpoint.
+
+        Raises KeyboardInterrupt then, and UserError when the gradients stay non-finite.
+        """
+        run, output = self.config.run, self.config.output
+        evaluation = output.eval_interval * EPOCH
+        saved = started = time.monotonic()
+        logged_step, logged = self.step, started
+        with (
+            stopped_by_signal() as stop,
+            workspace.metrics.open("a", encoding="utf-8") as metrics,
+            reporter.bar("start", run.iters, self.step) as bar,
+        ):
+            while self.step < run.iters and not stop.is_set():
+                result = self.train_step()
+                last = self.step == run.iters
+                if self.step % run.log_every == 0 or last:
+                    row = self._row(result)  # waits for the device
+                    now = time.monotonic()
+                    speed = (self.step - logged_step) / (now - logged)
+                    logged_step, logged = self.step, now
+                    row |= {"it_per_s": round(speed, 3), "seconds": round(now - started, 3)}
+                    metrics.write(json.dumps(row) + "\n")
+                    metrics.flush()
+                    self._show(bar, row)
+                    self._check_alive()
+                bar.advance(self.step)
+                if self.step % evaluation == 0 or last:
+                    self.validate(workspace)
+                if self.step % EPOCH == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS and not last:
+                    self.save(workspace)
+                    saved = time.monotonic()
+        self.save(workspace)
+        if stop.is_set():
+            reporter.say(f"stopped after step {self.step} of {run.iters}; the same command takes it up again")
+            raise KeyboardInterrupt
+
+    def _row(self, result: Step) -> dict[str, Any]:
+        """A row of metrics.jsonl: numbers of the last step, and the count of skipped steps. Reads the device."""
+        self.renderer.adapt_capacity(result.rendered)
+        terms = {name: _number(term) for name, term in result.terms.items()}
+        return {
+            "step": self.step,
+            "phase": result.phase.name,
+            "shading": result.phase.shading,
+            "loss": _number(torch.stack(list(result.terms.values())).sum()),
+            **{f"loss_{name}": value for name, value in terms.items()},
+            "t": result.guidance.t.tolist(),
+            "grad_norm": _number(result.guidance.grad_norm),
+            "opacity": _number(result.rendered.opacity.mean()),
+            "samples": int(result.rendered.samples.count),
+            "skipped": int(self.skipped),
+        }
+
+    def _show(self, bar: Bar, row: dict[str, Any]) -> None:
+        terms = {name.removeprefix("loss_"): value for name, value in row.items() if name.startswith("loss_")}
+        bar.show(row["phase"], row["it_per_s"], terms | {"opacity": row["opacity"]})
+
+    def _check_alive(self) -> None:
+        bad = int(self.skipped_in_a_row)
+        if bad >= DIVERGED:
+            raise UserError(
+                f"the gradients of the last {bad} steps were not finite, so the run cannot go on (a lower --lr or "
+                "--guidance_scale may help); its last checkpoint is kept"
+            )
+
+    @torch.no_grad()
+    def validate(self, workspace: Workspace) -> Path:
+        """A strip of pictures around the object as it is now, from the averaged weights."""
+        path = workspace.validation / f"step_{self.step:06d}.png"
+        with self.optimizer.ema_weights():
+            write_validation(path, self.renderer, self.config.camera, self.config.output.dataset_size_valid)
+        return path
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def architecture(self) -> dict[str, Any]:
+        """What two runs must share for one to load the other's checkpoint: everything that shapes the state."""
+        config = self.config
+        return dataclasses.asdict(config.field) | {
+            "bound": config.render.bound,
+            "occupancy_resolution": config.render.occupancy_resolution,
+            "optim": config.optim.optim,
+        }
+
+    def save(self, workspace: Workspace) -> Path:
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "renderer": self.renderer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "schedule": dataclasses.asdict(self.schedule),
+            "skipped": self.skipped,
+        }
+        return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
+
+    def load(self, path: Path) -> None:
+        """Continue from the checkpoint at ``path``; UserError when it is damaged or of another architecture."""
+        self.step, state = load_checkpoint(path, self.architecture())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.renderer.load_state_dict(state["renderer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
+        self.skipped.copy_(state["skipped"])
+
+
+def _number(tensor: Tensor) -> float | None:
+    """A number for JSON, which knows no infinity."""
+    value = tensor.item()
+    return value if math.isfinite(value) else None
+
+
+@contextmanager
+def stopped_by_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or a request to terminate sets; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
