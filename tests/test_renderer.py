@@ -1,4 +1,4 @@
-"""Rendering through the engine: known scenes, shadings, gradients, empty batches, capacity, the view without gradient."""
+"""Rendering through the engine: shadings, gradients, empty batches, capacity, the view without gradient."""
 
 import dataclasses
 
@@ -152,7 +152,7 @@ def test_gradients_reach_the_field_and_repeat_bit_for_bit(shading):
 def test_rays_that_meet_nothing():
     renderer = make_renderer()
     renderer.bits.zero_()
-    out = render(renderer, shading="lambertian", light=torch.tensor([0.0, 0.0, 1.0]), background=torch.tensor([0.25] * 3))
+    out = render(renderer, shading="lambertian", light=torch.tensor([0.0, 0.0, 1.0]), background=WHITE / 4)
     assert out.samples.count == 0
     assert (out.rgb == 0.25).all() and (out.opacity == 0).all()
     out.rgb.sum().backward()

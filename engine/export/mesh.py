@@ -5,7 +5,8 @@ six tetrahedra around its main diagonal (Kuhn's subdivision, the same in every c
 faces), and each tetrahedron yields no, one or two triangles. No case is ambiguous, so the surface is a closed manifold;
 the grid is padded with empty space to close it at the border too. Source: Doi and Koide, 1991.
 
-World axes are glTF's (y up, the front faces +z), so nothing is turned. Triangles run counter-clockwise seen from outside.
+World axes are glTF's (y up, the front faces +z), so nothing is turned. Triangles run counter-clockwise seen from
+outside.
 """
 
 from functools import lru_cache
