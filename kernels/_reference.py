@@ -1,8 +1,8 @@
 """Row gather and row scatter-add for the references: each is the other's gradient, to any order.
 
-torch's own index_select and embedding have a CPU backward that repeats bit for bit, but visits one row at a time through
-the general machinery: rows here are 1 to 8 numbers, and adding a column at a time is several times quicker. Both add in
-the order of the index, so the result does not depend on the number of threads.
+torch's own index_select and embedding have a CPU backward that repeats bit for bit, but visits one row at a time
+through the general machinery: rows here are 1 to 8 numbers, and adding a column at a time is several times quicker.
+Both add in the order of the index, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
 
 
 def scatter_rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
-    """values [n] or [n, C], index [n] -> [rows] or [rows, C]: out[r] = sum of values[i] with index[i] = r, in order of i."""
+    """values [n] or [n, C], index [n] -> [rows] or [rows, C]: out[r] = sum of values[i] with index[i] = r, in order of
+    i.
+    """
     return _Scatter.apply(values, index, rows)
 
 

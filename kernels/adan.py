@@ -7,8 +7,8 @@ p = (p - lr (m / c1 + b2 v / c2) / (sqrt(n / c3) + eps)) / (1 + lr weight_decay)
 ema += (1 - ema_decay)(p - ema).
 A gradient with a value that is not finite changes nothing at all, and the step is not counted.
 
-Legend: P parameters, fp32, in groups [0, e_0), [e_0, e_1), ... with a learning rate each. All state is on the device and
-nothing asks the host. No gradients.
+Legend: P parameters, fp32, in groups [0, e_0), [e_0, e_1), ... with a learning rate each. All state is on the device
+and nothing asks the host. No gradients.
 Source: Xie et al., Adan: Adaptive Nesterov Momentum Algorithm, 2022, algorithm 1.
 """
 

@@ -2,13 +2,14 @@
 
 h = MLP(hash_grid((x + bound) / (2 bound))), ReLU between layers, 4 outputs.
 sigma = exp(min(h_0 + b exp(-|x|^2 / (2 r^2)), 15)) or softplus(h_0 + b (1 - |x| / r)); albedo = sigmoid(h_1..3).
-The exponent is clamped in the forward, so that differences of sigma stay finite; its gradient is sigma * upstream on both
-sides of the clamp, so that a density that went past it can come back.
+The exponent is clamped in the forward, so that differences of sigma stay finite; its gradient is sigma * upstream on
+both sides of the clamp, so that a density that went past it can come back.
 normal = -grad sigma / |grad sigma|, zero where the gradient is: by central differences of step epsilon along the axes
 (taps are held inside the cube), or by differentiating the field.
 
 Legend: N points, P = outputs of a layer. Units: world units in [-bound, bound]; sigma per world unit.
-Gradients: table, weights, biases and x; through finite-difference normals, and through analytic ones by double backward.
+Gradients: table, weights, biases and x; through finite-difference normals, and through analytic ones by double
+backward.
 Numerics: hash grid and MLP in `dtype`; blob, activations and outputs in fp32 (fp64 when x is).
 Source: Poole et al., DreamFusion, 2022 (density blob); Mueller et al., 2022 (grid + MLP, clamped exponential).
 """
@@ -16,7 +17,8 @@ Source: Poole et al., DreamFusion, 2022 (density blob); Mueller et al., 2022 (gr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field as dataclass_field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +36,8 @@ class FieldSpec:
     """Shape of a field.
 
     grid: the hash grid. bound: half the edge of the scene cube. density_activation: "exp" (its argument is clamped to
-    MAX_EXPONENT = 15) or "softplus". blob_density, blob_radius: height b and radius r of the blob added to the density's
-    logit at the origin.
+    MAX_EXPONENT = 15) or "softplus". blob_density, blob_radius: height b and radius r of the blob added to the
+    density's logit at the origin.
     """
 
     grid: HashGridSpec = dataclass_field(default_factory=HashGridSpec)
@@ -210,7 +212,8 @@ def field_normals(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `field`, with normals: sigma [N], albedo [N, 3], normal [N, 3] (unit, pointing out of the matter).
 
-    mode "finite_difference" (central, `epsilon` world units: six more fields a point) or "analytic" (one more backward).
+    mode "finite_difference" (central, `epsilon` world units: six more fields a point) or "analytic" (one more
+    backward).
     Raises as `field`, and ValueError for an unknown mode.
     """
     check_field(x, table, weights, biases, spec, count, dtype)

@@ -1,15 +1,17 @@
-"""Multiresolution hash grid: features of a point by trilinear interpolation in a table of trainable rows, level by level.
+"""Multiresolution hash grid: features of a point by trilinear interpolation in a table of trainable rows, level by
+level.
 
 Level l has R_l vertices a side, R_l = ceil(base * (max / base)^(l / (levels - 1))). A point x in [0,1]^3 lies at
 p = clamp(x R_l - 1/2, 0, R_l - 1); its cell is floor(p), at most R_l - 2, so that no corner lies past the grid.
-With f = p - cell, or f = s^2 (3 - 2 s) of that s for "smoothstep", the level's features are the sum over the eight corners
-of prod_axis (f or 1 - f) * table[row(corner)].
-row(i, j, k) = i + R j + R^2 k where R^3 rows fit into 2^log2_entries, else (i ^ 2654435761 j ^ 805459861 k) mod 2^log2_entries.
+With f = p - cell, or f = s^2 (3 - 2 s) of that s for "smoothstep", the level's features are the sum over the eight
+corners of prod_axis (f or 1 - f) * table[row(corner)].
+row(i, j, k) = i + R j + R^2 k where R^3 rows fit into 2^log2_entries, else (i ^ 2654435761 j ^ 805459861 k) mod
+2^log2_entries.
 
 Legend: N points, F features a level, L levels, rows = sum of the levels' rows.
 Units: x is a fraction of the scene cube. Gradients: table (accumulated in the table's dtype) and x, to any order.
-Numerics: table entries are rounded to `dtype`, weights and sums are in the wider of fp32 and the table's dtype, the result
-is rounded to `dtype`.
+Numerics: table entries are rounded to `dtype`, weights and sums are in the wider of fp32 and the table's dtype, the
+result is rounded to `dtype`.
 Source: Mueller et al., Instant Neural Graphics Primitives, 2022, section 3 (smoothstep: appendix A).
 """
 
@@ -166,8 +168,8 @@ def hash_grid(
 ) -> Tensor:
     """x [N, 3], table [rows, F] -> features [N, L * F] of `dtype` (the table's when None), level by level.
 
-    Points outside [0,1]^3 give zeros. Levels from `active_levels` on (an int, or an int scalar tensor on the device) give
-    zeros. Rows from `count` on (an int64 scalar tensor on the device) give zeros and take no gradient.
+    Points outside [0,1]^3 give zeros. Levels from `active_levels` on (an int, or an int scalar tensor on the device)
+    give zeros. Rows from `count` on (an int64 scalar tensor on the device) give zeros and take no gradient.
     Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
     """
     check_tensor("x", x, ("N", 3), dtypes=(torch.float32, torch.float64))
@@ -182,11 +184,13 @@ def hash_grid(
 
 @torch.no_grad()
 def hash_grid_total_variation_grad(table: Tensor, spec: HashGridSpec, points: Tensor, weight: float | Tensor) -> Tensor:
-    """Gradient of the total variation of the table near random points: table [rows, F], points [P, 3] in [0,1] -> [rows, F].
+    """Gradient of the total variation of the table near random points: table [rows, F], points [P, 3] in [0,1] ->
+    [rows, F].
 
-    Each point picks, in every level, the low vertex v of its cell. With e the entry of v and e_n those of its neighbours
-    along the axes that lie in the grid (3 to 6), v's gradient grows by
-    weight / 6 * sum_n (e - e_n) / sqrt(sum_n (e - e_n)^2 + 1e-9), each feature by itself. Add it to the table's gradient.
+    Each point picks, in every level, the low vertex v of its cell. With e the entry of v and e_n those of its
+    neighbours along the axes that lie in the grid (3 to 6), v's gradient grows by
+    weight / 6 * sum_n (e - e_n) / sqrt(sum_n (e - e_n)^2 + 1e-9), each feature by itself. Add it to the table's
+    gradient.
     """
     check_tensor("table", table, (spec.rows, spec.features), dtypes=(torch.float32, torch.float64))
     check_tensor("points", points, ("P", 3), dtypes=(torch.float32, torch.float64), like=("table", table))

@@ -3,11 +3,11 @@
 A ray o + t d is cut to the cube [-bound, bound]^3 and to t >= min_near, which gives near and far. From
 t_0 = near + perturb * dt_0 it advances in a lattice t_{k+1} = t_k + dt_k with
 dt_k = clamp(t_k dt_gamma, 2 sqrt(3) / max_steps, 2 sqrt(3) bound / resolution), where the upper limit wins. An interval
-[t_k, t_k + dt_k] is a sample when its middle lies before far and in an occupied cell (of the smallest cascade that holds
-it); a ray keeps its first max_steps samples.
+[t_k, t_k + dt_k] is a sample when its middle lies before far and in an occupied cell (of the smallest cascade that
+holds it); a ray keeps its first max_steps samples.
 
-The samples of ray r are the rows offsets[r]:offsets[r + 1] of buffers of a fixed capacity, near to far. What does not fit
-is dropped and `overflow` says so. Rows from `count` on are padding: zeros everywhere.
+The samples of ray r are the rows offsets[r]:offsets[r + 1] of buffers of a fixed capacity, near to far. What does not
+fit is dropped and `overflow` says so. Rows from `count` on are padding: zeros everywhere.
 
 Legend: R rays, cap capacity. Units: world units. Gradients: positions = o + t d, with t held constant, into o and d.
 Numerics: fp32 (fp64 when the rays are). The result's shape does not depend on the data.
@@ -130,7 +130,9 @@ def march_reference(
     min_near: float = 0.01,
     perturb: Tensor | None = None,
 ) -> Samples:
-    """The definition of `march` in plain PyTorch, fp32 or fp64. It asks the device for sizes, which a kernel must not."""
+    """The definition of `march` in plain PyTorch, fp32 or fp64. It asks the device for sizes, which a kernel must
+    not.
+    """
     ray, t, dt, samples = packed_intervals(
         origins,
         directions,
@@ -170,13 +172,9 @@ def check_rays(
 ) -> None:
     """Checks of the arguments that marching and rendering share."""
     check_tensor("origins", origins, ("R", 3), dtypes=(torch.float32, torch.float64))
-    check_tensor(
-        "directions", directions, tuple(origins.shape), dtypes=(origins.dtype,), like=("origins", origins)
-    )
+    check_tensor("directions", directions, tuple(origins.shape), dtypes=(origins.dtype,), like=("origins", origins))
     check_resolution(resolution)
-    check_tensor(
-        "bits", bits, (cascades(bound), resolution**3 // 8), dtypes=(torch.uint8,), like=("origins", origins)
-    )
+    check_tensor("bits", bits, (cascades(bound), resolution**3 // 8), dtypes=(torch.uint8,), like=("origins", origins))
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     if not dt_gamma >= 0:

@@ -1,8 +1,8 @@
 """Rendering for looking: any number of rays without gradients, in bounded memory; opaque rays stop costing.
 
-The same samples, field and compositing as in training, a few samples of each ray at a time: rays whose transmittance fell
-below `stop`, and rays without samples left, drop out of the next round. The normal is the field's, by finite differences,
-at the expected depth o + d depth / opacity.
+The same samples, field and compositing as in training, a few samples of each ray at a time: rays whose transmittance
+fell below `stop`, and rays without samples left, drop out of the next round. The normal is the field's, by finite
+differences, at the expected depth o + d depth / opacity.
 
 Legend: R rays. Units: world units. Numerics: fp32 (fp64 when the rays are). No gradients.
 """
@@ -26,7 +26,9 @@ _ROUND = 8
 
 
 class View(NamedTuple):
-    """rgb [R, 3] over the background, normal [R, 3] world (unit; 0 where empty), depth [R] (sum of w t), opacity [R]."""
+    """rgb [R, 3] over the background, normal [R, 3] world (unit; 0 where empty), depth [R] (sum of w t), opacity
+    [R].
+    """
 
     rgb: Tensor
     normal: Tensor

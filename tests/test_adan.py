@@ -1,0 +1,128 @@
+"""The Adan step: against pytorch_optimizer's Adan, the loss scale, skipped steps, the average."""
+
+import math
+
+import pytest
+import torch
+from pytorch_optimizer import Adan
+
+from dream_fast.kernels import AdanState, adan_step
+
+ENDS, LRS = (40, 100), (0.05, 0.005)
+
+
+def start(seed=0):
+    params = torch.randn(100, generator=torch.Generator().manual_seed(seed))
+    return params, AdanState.zeros(params)
+
+
+def gradients(number, scale=1.0, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(100, generator=generator) for _ in range(number)]
+
+
+def copy_of(params, state):
+    return [params.clone(), *(value.clone() for value in vars(state).values())]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 5.0])
+def test_oracle(max_grad_norm):
+    params, state = start()
+    groups = [torch.nn.Parameter(params[:40].clone()), torch.nn.Parameter(params[40:].clone())]
+    oracle = Adan(
+        [{"params": [p], "lr": lr} for p, lr in zip(groups, LRS, strict=True)],
+        betas=(0.98, 0.92, 0.99),
+        eps=1e-8,
+        weight_decay=0.02,
+        max_grad_norm=max_grad_norm,
+    )
+    for grads in gradients(20):
+        adan_step(params, grads, state, group_ends=ENDS, lrs=LRS, weight_decay=0.02, max_grad_norm=max_grad_norm)
+        groups[0].grad, groups[1].grad = grads[:40].clone(), grads[40:].clone()
+        oracle.step()
+        torch.testing.assert_close(params, torch.cat([p.detach() for p in groups]), rtol=1e-5, atol=1e-6)
+    assert float(state.step) == 20
+
+
+def test_the_norm_is_clipped_over_all_groups():
+    """Gradients ten times over the limit take the same step as gradients at the limit."""
+    results = []
+    for scale in (1.0, 100.0):
+        params, state = start()
+        for grads in gradients(3):
+            adan_step(params, scale * 50 * grads / grads.norm(), state, group_ends=ENDS, lrs=LRS)
+        results.append(params)
+        assert float(state.previous_grad.norm()) == pytest.approx(5.0)
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_loss_scale_cancels(as_tensor):
+    results = []
+    for scale in (1.0, 1024.0):
+        params, state = start()
+        inverse = torch.tensor(1 / scale) if as_tensor else 1 / scale
+        for grads in gradients(5, 0.1):
+            adan_step(params, scale * grads, state, group_ends=ENDS, lrs=LRS, inverse_scale=inverse)
+        results.append(params)
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(poison, steps_before):
+    params, state = start()
+    for grads in gradients(steps_before):
+        assert not adan_step(params, grads, state, group_ends=ENDS, lrs=LRS)
+    before = copy_of(params, state)
+    bad = gradients(1)[0]
+    bad[17] = poison
+    found = adan_step(params, bad, state, group_ends=ENDS, lrs=LRS)
+    assert found.dtype == torch.bool and found.shape == () and bool(found)
+    assert all(torch.equal(one, other) for one, other in zip(before, copy_of(params, state), strict=True))
+    good = gradients(1, seed=9)[0]
+    other_params, other_state = start()
+    for grads in [*gradients(steps_before), good]:
+        adan_step(other_params, grads, other_state, group_ends=ENDS, lrs=LRS)
+    assert not adan_step(params, good, state, group_ends=ENDS, lrs=LRS)
+    assert torch.equal(params, other_params), "the skipped step left a trace"
+
+
+def test_gradients_are_left_alone():
+    params, state = start()
+    grads = gradients(1)[0]
+    kept = grads.clone()
+    adan_step(params, grads, state, group_ends=ENDS, lrs=LRS, inverse_scale=0.5)
+    assert torch.equal(grads, kept)
+
+
+def test_average():
+    params, state = start()
+    expected = params.clone()
+    for step, grads in enumerate(gradients(6)):
+        decay = (1 + step) / (10 + step)
+        given = torch.tensor(decay) if step % 2 else decay
+        adan_step(params, grads, state, group_ends=ENDS, lrs=LRS, ema_decay=given)
+        expected = decay * expected + (1 - decay) * params
+        torch.testing.assert_close(state.ema, expected)
+    assert not torch.allclose(state.ema, params)
+
+
+def test_entries_without_gradient_only_decay():
+    params, state = start()
+    first = params.clone()
+    grads = gradients(1)[0]
+    grads[:40] = 0
+    adan_step(params, grads, state, group_ends=ENDS, lrs=LRS, weight_decay=0.0)
+    assert torch.equal(params[:40], first[:40]) and not torch.equal(params[40:], first[40:])
+
+
+def test_complaints_name_the_argument():
+    params, state = start()
+    grads = gradients(1)[0]
+    with pytest.raises(ValueError, match=r"grads must have shape \[100\], got \[99\]"):
+        adan_step(params, grads[:99], state, group_ends=ENDS, lrs=LRS)
+    with pytest.raises(ValueError, match=r"group_ends must rise to 100, got \(40, 99\)"):
+        adan_step(params, grads, state, group_ends=(40, 99), lrs=LRS)
+    with pytest.raises(ValueError, match="group_ends and lrs must be as many, got 2 and 1"):
+        adan_step(params, grads, state, group_ends=ENDS, lrs=(0.1,))

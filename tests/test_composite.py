@@ -1,0 +1,147 @@
+"""Compositing: against a loop, fp64 gradients of all four outputs, the stop, padding, long buffers."""
+
+import math
+
+import pytest
+import torch
+
+from dream_fast.kernels import composite
+
+LENGTHS = (3, 0, 1, 7, 0, 40, 2)
+
+
+def inputs(lengths=LENGTHS, padding=0, channels=3, dtype=torch.float64, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    cap = sum(lengths) + padding
+    sigma = torch.rand(cap, generator=generator, dtype=dtype) * scale
+    values = torch.rand(cap, channels, generator=generator, dtype=dtype)
+    dt = torch.rand(cap, generator=generator, dtype=dtype) * 0.2 + 0.05
+    t = dt.cumsum(0)
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    return sigma, values, t, dt, offsets
+
+
+def by_hand(sigma, values, t, dt, offsets, stop):
+    """Ray by ray and sample by sample, with Python numbers."""
+    rays, channels = len(offsets) - 1, values.shape[1]
+    out, opacity, depth = torch.zeros(rays, channels).double(), torch.zeros(rays).double(), torch.zeros(rays).double()
+    weights = torch.zeros(len(sigma)).double()
+    for ray in range(rays):
+        transmittance = 1.0
+        for i in range(int(offsets[ray]), int(offsets[ray + 1])):
+            if transmittance < stop:
+                break
+            alpha = 1 - math.exp(-float(sigma[i]) * float(dt[i]))
+            weights[i] = transmittance * alpha
+            out[ray] += weights[i] * values[i].double()
+            opacity[ray] += weights[i]
+            depth[ray] += weights[i] * float(t[i])
+            transmittance *= 1 - alpha
+    return out, opacity, depth, weights
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize("stop", [0.0, 1e-4, 0.3])
+def test_definition(channels, stop):
+    arguments = inputs(channels=channels, scale=10.0)
+    for got, expected in zip(composite(*arguments, stop=stop), by_hand(*arguments, stop), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("stop", [0.0, 0.3])
+@pytest.mark.parametrize("output", range(4))
+def test_gradients(stop, output):
+    sigma, values, t, dt, offsets = inputs(lengths=(3, 0, 5, 1), channels=2, padding=2)
+    sigma.requires_grad_(), values.requires_grad_()
+    function = lambda s, v: composite(s, v, t, dt, offsets, stop=stop)[output]  # noqa: E731
+    assert torch.autograd.gradcheck(function, (sigma, values))
+
+
+def test_gradient_of_weights_by_the_formula():
+    """dL/dsigma_i = dt_i (g_i T_{i+1} - sum_{j>i} g_j w_j) for a gradient g that differs from sample to sample."""
+    sigma, values, t, dt, offsets = inputs(lengths=(6,))
+    sigma.requires_grad_()
+    upstream = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = composite(sigma, values, t, dt, offsets, stop=0).weights
+    weights.backward(upstream)
+    after = torch.exp(-(sigma * dt).cumsum(0))
+    for i in range(6):
+        expected = dt[i] * (upstream[i] * after[i] - (upstream * weights)[i + 1 :].sum())
+        torch.testing.assert_close(sigma.grad[i], expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_samples_behind_the_stop_take_no_gradient():
+    sigma, values, t, dt, offsets = inputs(lengths=(40,), scale=20.0)
+    sigma.requires_grad_()
+    out = composite(sigma, values, t, dt, offsets, stop=1e-2)
+    ended = out.weights == 0
+    assert 0 < int(ended.sum()) < 40
+    (out.values.sum() + out.opacity.sum() + out.depth.sum()).backward()
+    assert torch.equal(sigma.grad == 0, ended)
+
+
+def test_padding_does_not_matter():
+    clean = inputs(padding=0)
+    sigma, values, t, dt, offsets = inputs(padding=9)
+    count = int(offsets[-1])
+    for tensor, source in zip((sigma, values, t, dt), clean, strict=False):
+        tensor[:count] = source
+        tensor[count:] = math.nan
+    sigma.requires_grad_(), values.requires_grad_()
+    out = composite(sigma, values, t, dt, offsets, count=torch.tensor(count))
+    expected = composite(*clean)
+    for got, want in zip(out[:3], expected[:3], strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(out.weights, torch.cat([expected.weights, torch.zeros(9, dtype=torch.float64)]))
+    (out.values.sum() + out.opacity.sum() + out.depth.sum() + out.weights.sum()).backward()
+    assert torch.isfinite(sigma.grad).all() and not sigma.grad[count:].any() and not values.grad[count:].any()
+
+
+def test_count_cuts_rays_short():
+    sigma, values, t, dt, offsets = inputs(lengths=(4, 4))
+    out = composite(sigma, values, t, dt, offsets, count=torch.tensor(6))
+    expected = composite(sigma[:6], values[:6], t[:6], dt[:6], offsets.clamp(max=6))
+    assert torch.equal(out.values, expected.values) and torch.equal(out.weights[:6], expected.weights)
+    assert not out.weights[6:].any()
+
+
+def test_empty():
+    sigma, values, t, dt, offsets = inputs(lengths=(0, 0), padding=3)
+    sigma.requires_grad_(), values.requires_grad_()
+    out = composite(sigma, values, t, dt, offsets)
+    assert out.values.shape == (2, 3) and not out.values.any() and not out.weights.any() and out.weights.shape == (3,)
+    (out.values.sum() + out.weights.sum()).backward()
+    assert not sigma.grad.any()
+    out = composite(*inputs(lengths=()))
+    assert out.values.shape == (0, 3) and out.opacity.shape == (0,)
+
+
+def test_single_precision_far_into_a_long_buffer():
+    """An optical depth of 1e9 in front of a thin ray must not blur it: sums run in fp64."""
+    thick, thin = 200, 50
+    sigma = torch.cat([torch.full((thick,), 1e8), torch.full((thin,), 1e-3)])
+    values, t, dt = torch.ones(thick + thin, 1), torch.ones(thick + thin), torch.full((thick + thin,), 0.05)
+    out = composite(sigma, values, t, dt, torch.tensor([0, thick, thick + thin]))
+    assert float(out.opacity[1]) == pytest.approx(1 - math.exp(-1e-3 * 0.05 * thin), rel=1e-5)
+    assert float(out.opacity[0]) == 1.0
+
+
+def test_backward_repeats_bit_for_bit():
+    sigma, values, t, dt, offsets = inputs(lengths=(50,) * 200, dtype=torch.float32)
+    grads = []
+    for _ in range(2):
+        leaf, colours = sigma.clone().requires_grad_(), values.clone().requires_grad_()
+        out = composite(leaf, colours, t, dt, offsets)
+        (out.values.square().sum() + out.depth.sum() + out.weights.square().sum()).backward()
+        grads.append((leaf.grad, colours.grad))
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+
+
+def test_complaints_name_the_argument():
+    sigma, values, t, dt, offsets = inputs()
+    with pytest.raises(ValueError, match=rf"values must have shape \[{len(sigma)}, C\], got \[4, 3\]"):
+        composite(sigma, values[:4], t, dt, offsets)
+    with pytest.raises(TypeError, match="offsets must be int64, got int32"):
+        composite(sigma, values, t, dt, offsets.int())
+    with pytest.raises(ValueError, match=r"stop must be in \[0, 1\), got 1.5"):
+        composite(sigma, values, t, dt, offsets, stop=1.5)

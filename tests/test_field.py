@@ -1,0 +1,204 @@
+"""The field: activations, blob, clamped exponential, gradients, normals of a known density, padding."""
+
+import math
+
+import pytest
+import torch
+
+from dream_fast.kernels import FieldSpec, HashGridSpec, field, field_normals
+
+GRID = HashGridSpec(levels=3, features=2, log2_entries=6, base_resolution=3, max_resolution=8)
+# For gradients by differences: few entries, one dense level and one hashed.
+TINY = HashGridSpec(levels=2, features=1, log2_entries=3, base_resolution=2, max_resolution=4)
+
+
+def parameters(grid=GRID, hidden=5, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    weights = [random(hidden, grid.channels), random(4, hidden)]
+    return random(grid.rows, grid.features), weights, [random(hidden), random(4)]
+
+
+def points(n=6, bound=0.6, seed=1, dtype=torch.float64):
+    return (torch.rand(n, 3, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1) * bound
+
+
+def flat(*, constant=0.0):
+    """Parameters of a field whose logits are constant: only the blob shapes the density."""
+    table, weights, biases = parameters()
+    weights[-1].zero_(), biases[-1].fill_(constant)
+    return table, weights, biases
+
+
+@pytest.mark.parametrize("activation", ["exp", "softplus"])
+def test_blob(activation):
+    spec = FieldSpec(grid=GRID, density_activation=activation, blob_density=4.0, blob_radius=0.3)
+    sigma, albedo = field(torch.tensor([[0.0, 0, 0], [0.3, 0, 0], [0, 0.4, 0.3]]).double(), *flat(), spec)
+    if activation == "exp":
+        expected = [math.exp(4 * math.exp(-(r**2) / (2 * 0.09))) for r in (0, 0.3, 0.5)]
+    else:
+        expected = [math.log1p(math.exp(4 * (1 - r / 0.3))) for r in (0, 0.3, 0.5)]
+    torch.testing.assert_close(sigma, torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(albedo, torch.full_like(albedo, 0.5))
+
+
+def test_definition():
+    """The whole pipeline written out once more with torch's own layers."""
+    from dream_fast.kernels import hash_grid
+
+    table, weights, biases = parameters()
+    spec, x = FieldSpec(grid=GRID, bound=0.6), points()
+    first, second = torch.nn.Linear(6, 5, dtype=torch.float64), torch.nn.Linear(5, 4, dtype=torch.float64)
+    for layer, weight, bias in zip((first, second), weights, biases, strict=True):
+        layer.load_state_dict({"weight": weight, "bias": bias})
+    h = second(torch.relu(first(hash_grid((x + 0.6) / 1.2, table, GRID))))
+    sigma, albedo = field(x, table, weights, biases, spec)
+    torch.testing.assert_close(sigma, torch.exp(h[:, 0] + 5 * torch.exp(-x.square().sum(1) / 0.08)))
+    torch.testing.assert_close(albedo, torch.sigmoid(h[:, 1:]))
+
+
+def test_exponential_is_clamped_and_keeps_its_gradient():
+    table, weights, biases = flat(constant=200.0)
+    biases[-1].requires_grad_()
+    spec = FieldSpec(grid=GRID)
+    sigma, _ = field(points(), table, weights, biases, spec)
+    torch.testing.assert_close(sigma, torch.full_like(sigma, math.exp(15.0)))
+    sigma.sum().backward()
+    assert float(biases[-1].grad[0]) == pytest.approx(6 * math.exp(15.0))
+    normal = field_normals(points(), table, weights, biases, spec)[2]
+    assert torch.isfinite(normal).all()
+
+
+@pytest.mark.parametrize("activation", ["exp", "softplus"])
+def test_gradients(activation):
+    spec = FieldSpec(grid=TINY, bound=0.6, density_activation=activation, blob_density=2.0, blob_radius=0.3)
+    table, weights, biases = parameters(TINY, hidden=2)
+    leaves = [points(2), table, *weights, *biases]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def function(x, table, first, second, third, fourth):
+        return field(x, table, [first, second], [third, fourth], spec)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
+def test_gradients_through_normals(mode):
+    spec = FieldSpec(grid=TINY, bound=0.6, blob_density=2.0, blob_radius=0.3)
+    table, weights, biases = parameters(TINY, hidden=2)
+    table, weights = table * 0.3, [0.3 * weight for weight in weights]
+    leaves = [points(2), table, *weights, *biases]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def function(x, table, first, second, third, fourth):
+        return field_normals(x, table, [first, second], [third, fourth], spec, mode=mode, epsilon=0.05)[2]
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
+@pytest.mark.parametrize("activation", ["exp", "softplus"])
+def test_normals_of_the_blob_point_outwards(mode, activation):
+    spec = FieldSpec(grid=GRID, density_activation=activation, blob_radius=0.4)
+    x = torch.nn.functional.normalize(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    normal = field_normals(0.3 * x, *flat(), spec, mode=mode, epsilon=1e-3)[2]
+    torch.testing.assert_close(normal, x, rtol=0, atol=1e-4)
+
+
+def test_modes_agree_for_small_steps():
+    table, weights, biases = parameters()
+    spec, x = FieldSpec(grid=GRID, bound=0.6), points(40)
+    one = field_normals(x, table, weights, biases, spec, epsilon=1e-6)
+    other = field_normals(x, table, weights, biases, spec, mode="analytic")
+    for got, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other[2].norm(dim=1), torch.ones(40).double())
+
+
+@pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
+def test_normal_of_a_flat_density_is_zero(mode):
+    spec = FieldSpec(grid=GRID, blob_density=0.0)
+    table, weights, biases = flat()
+    table.requires_grad_()
+    normal = field_normals(points(), table, weights, biases, spec, mode=mode)[2]
+    assert not normal.any()
+    normal.sum().backward()
+    assert torch.isfinite(table.grad).all()
+
+
+def test_analytic_normals_without_gradients_leave_no_graph():
+    with torch.no_grad():
+        out = field_normals(points(), *parameters(), FieldSpec(grid=GRID), mode="analytic")
+    assert not any(value.requires_grad for value in out)
+
+
+@pytest.mark.parametrize("mode", [None, "finite_difference", "analytic"])
+def test_count_hides_padding(mode):
+    spec, count = FieldSpec(grid=GRID, bound=0.6), torch.tensor(4)
+    grads, results = [], []
+    for x, options in ((points(6), {"count": count}), (points(6)[:4], {})):
+        table, weights, biases = parameters()
+        x[4:] = math.nan
+        x.requires_grad_(), biases[-1].requires_grad_()
+        if mode is None:
+            out = field(x, table, weights, biases, spec, **options)
+        else:
+            out = field_normals(x, table, weights, biases, spec, mode=mode, **options)
+        sum(value.sum() for value in out).backward()
+        grads.append((x.grad, biases[-1].grad))
+        results.append(out)
+    for padded, live in zip(*results, strict=True):
+        assert padded.shape[0] == 6 and torch.equal(padded[:4], live) and not padded[4:].any()
+    assert torch.equal(grads[0][1], grads[1][1])
+    assert torch.equal(grads[0][0][:4], grads[1][0]) and not grads[0][0][4:].any()
+
+
+@pytest.mark.parametrize("mode", [None, "finite_difference", "analytic"])
+def test_no_points(mode):
+    x = points(0)
+    if mode is None:
+        out = field(x, *parameters(), FieldSpec(grid=GRID))
+    else:
+        out = field_normals(x, *parameters(), FieldSpec(grid=GRID), mode=mode)
+    assert [value.shape for value in out] == [(0,), (0, 3), (0, 3)][: len(out)]
+
+
+def test_compute_dtype():
+    table, weights, biases = parameters(dtype=torch.float32)
+    spec, x = FieldSpec(grid=GRID, bound=0.6), points(50, dtype=torch.float32)
+    exact = field(x, table, weights, biases, spec)
+    table.requires_grad_(), weights[0].requires_grad_()
+    out = field(x, table, weights, biases, spec, dtype=torch.bfloat16)
+    for got, expected in zip(out, exact, strict=True):
+        assert got.dtype == torch.float32 and not torch.equal(got, expected)
+    torch.testing.assert_close(out[1], exact[1], rtol=0, atol=0.05)
+    out[1].sum().backward()
+    assert table.grad.dtype == weights[0].grad.dtype == torch.float32
+
+
+def test_active_levels():
+    table, weights, biases = parameters()
+    cut = table.clone()
+    cut[GRID.offsets[1] :] = 0
+    spec = FieldSpec(grid=GRID, bound=0.6)
+    got = field(points(), table, weights, biases, spec, active_levels=1)
+    for value, expected in zip(got, field(points(), cut, weights, biases, spec), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_complaints_name_the_argument():
+    table, weights, biases = parameters()
+    spec = FieldSpec(grid=GRID)
+    with pytest.raises(ValueError, match=r"weights\[0\] must have shape \[P, 6\], got \[5, 7\]"):
+        field(points(), table, [torch.zeros(5, 7).double(), weights[1]], biases, spec)
+    with pytest.raises(ValueError, match=r"weights\[0\] must have shape \[4, 6\], got \[5, 6\]"):
+        field(points(), table, weights[:1], biases[:1], spec)
+    with pytest.raises(ValueError, match='mode must be "finite_difference" or "analytic", got "exact"'):
+        field_normals(points(), table, weights, biases, spec, mode="exact")
+    with pytest.raises(ValueError, match='density_activation must be "exp" or "softplus", got "relu"'):
+        FieldSpec(density_activation="relu")

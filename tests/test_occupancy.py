@@ -1,0 +1,81 @@
+"""Occupancy grid: cells and points agree, cascades, the decaying maximum, the threshold, the packed bits."""
+
+import pytest
+import torch
+
+from dream_fast.kernels import cascades, occupancy_points, occupancy_query, occupancy_update
+
+
+def test_number_of_cascades():
+    assert [cascades(b) for b in (0.3, 1, 1.01, 2, 3, 4, 16)] == [1, 1, 2, 2, 3, 3, 5]
+
+
+def test_points_lie_in_their_cells_in_order():
+    points = occupancy_points(4, 1, 0.5)
+    assert points.shape == (64, 3)
+    # z runs fastest, then y, then x.
+    assert points[0].tolist() == [-0.375, -0.375, -0.375]
+    assert points[1].tolist() == [-0.375, -0.375, -0.125]
+    assert points[4].tolist() == [-0.375, -0.125, -0.375]
+    assert points[16].tolist() == [-0.125, -0.375, -0.375]
+
+
+def test_cascades_cover_their_cubes_up_to_the_bound():
+    points = occupancy_points(2, 3, 3.0).view(3, 8, 3)
+    assert [float(points[c].abs().max()) for c in range(3)] == [0.5, 1.0, 1.5]
+    noise = torch.rand(3 * 8, 3, generator=torch.Generator().manual_seed(0))
+    noisy = occupancy_points(2, 3, 3.0, noise).view(3, 8, 3)
+    for cascade, half in enumerate((1.0, 2.0, 3.0)):
+        low = points[cascade] - half / 2
+        assert ((noisy[cascade] >= low) & (noisy[cascade] < low + half)).all()
+    with pytest.raises(ValueError, match=r"cascades must be 3 for bound = 3.0, got 1"):
+        occupancy_points(2, 1, 3.0)
+    with pytest.raises(ValueError, match="resolution must be even and at least 2, got 5"):
+        occupancy_points(5, 1, 1.0)
+
+
+@pytest.mark.parametrize("bound", [0.6, 1.0, 2.5])
+def test_every_cell_is_found_at_its_own_points(bound):
+    """Set a random half of the cells; ask at random points of each cell that no smaller cascade holds."""
+    resolution, count = 8, cascades(bound)
+    generator = torch.Generator().manual_seed(0)
+    density = torch.zeros(count, resolution**3)
+    fresh = torch.randint(0, 2, density.shape, generator=generator).float()
+    bits, mean = occupancy_update(density, fresh)
+    assert bits.dtype == torch.uint8 and bits.shape == (count, resolution**3 // 8)
+    assert float(mean) == pytest.approx(float(fresh.mean()))
+    noise = torch.rand(count * resolution**3, 3, generator=generator)
+    points = occupancy_points(resolution, count, bound, noise)
+    owner = torch.arange(count).repeat_interleave(resolution**3)
+    inner = torch.tensor([0.0] + [2.0**c for c in range(count - 1)])[owner]
+    mine = points.abs().amax(1) > inner
+    assert mine.sum() > 300
+    found = occupancy_query(bits, points, bound, resolution)
+    assert torch.equal(found[mine], fresh.view(-1)[mine] > 0)
+
+
+def test_bits_are_little_endian():
+    fresh = torch.zeros(1, 64)
+    fresh[0, [0, 9, 15]] = 1
+    bits, _ = occupancy_update(torch.zeros(1, 64), fresh)
+    assert bits[0].tolist() == [1, 0b10000010, 0, 0, 0, 0, 0, 0]
+
+
+def test_outside_is_empty():
+    bits = torch.full((1, 8), 255, dtype=torch.uint8)
+    x = torch.tensor([[0.0, 0, 0], [0.6, 0.6, -0.6], [0.61, 0, 0], [0, -0.7, 0], [0, 0, float("nan")]])
+    assert occupancy_query(bits, x, 0.6, 4).tolist() == [True, True, False, False, False]
+
+
+def test_update_decays_and_thresholds():
+    density = torch.tensor([[8.0, 0, 0, 0, 100, 0, 0, 0]])
+    fresh = torch.tensor([[2.0, 3, 0, 0, 0, 0, 0, 40]])
+    bits, mean = occupancy_update(density, fresh, decay=0.5, threshold=10.0)
+    assert density.tolist() == [[4, 3, 0, 0, 50, 0, 0, 40]]
+    assert float(mean) == pytest.approx(97 / 8)
+    assert bits.tolist() == [[0b10010000]]  # above 10, which is below the mean
+    bits, mean = occupancy_update(density, torch.zeros_like(density), decay=0.1, threshold=10.0)
+    assert float(mean) == pytest.approx(9.7 / 8)
+    assert bits.tolist() == [[0b10010000]]  # above the mean, 1.2
+    bits, mean = occupancy_update(torch.zeros(1, 8), torch.zeros(1, 8))
+    assert bits.tolist() == [[0]] and float(mean) == 0
