@@ -177,9 +177,7 @@ def _download(name: str, *, half: bool) -> Path:
                 patterns += [f"{part}/{stem}-0*.safetensors"]
         return fetch(patterns) if patterns else folder
     except GatedRepoError as error:
-        raise UserError(
-            f"the hub model {name} asks for its licence to be accepted (and for `hf auth login`)"
-        ) from error
+        raise UserError(f"the hub model {name} asks to accept its licence (and for `hf auth login`)") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"there is no folder and no model on the hub called {name}") from error
     except LocalEntryNotFoundError as error:
@@ -296,7 +294,7 @@ def _facts(folder: Path, text: Any, unet: Any, vae: Any, scheduler: Any) -> dict
 
 
 def _xformers_works(device: torch.device) -> bool:
-    """Whether xformers' memory-efficient attention really runs on ``device`` in fp16: its wheel is built for one torch."""
+    """Whether xformers' attention really runs on ``device`` in fp16: its wheel is built for one version of torch."""
     if device.type != "cuda":
         return False
     try:

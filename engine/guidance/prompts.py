@@ -29,9 +29,7 @@ class PromptEmbeddings:
         self, components: Components, text: str, negative: str = "", *, keep_text_encoder: bool = False
     ) -> None:
         if components.text_encoder is None:
-            raise ValueError(
-                "components.text_encoder was freed; load the components again or use keep_text_encoder=True"
-            )
+            raise ValueError("components.text_encoder was freed: load the components again, or keep_text_encoder=True")
         endings = [f", {view} view" for view in VIEWS]
         prompts = [_fit(components, text, endings) + ending for ending in endings]
         encoded = encode(components, [*prompts, _fit(components, negative, [""])])
@@ -65,7 +63,7 @@ def view_weights(azimuth: Tensor, polar: Tensor, angle_overhead: float) -> Tenso
 
 @torch.no_grad()
 def encode(components: Components, prompts: list[str]) -> Tensor:
-    """Last hidden states [len(prompts), T, D] of the text encoder, each prompt padded or cut to its window of T tokens."""
+    """Last hidden states [len(prompts), T, D] of the text encoder, prompts padded or cut to its window of T tokens."""
     window = _window(components)
     tokens = components.tokenizer(
         prompts, padding="max_length", max_length=window, truncation=True, return_tensors="pt"

@@ -18,7 +18,7 @@ def sample(
     guidance_rescale: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Images [B, 3, S, S] in [0, 1], fp32, for embeddings ``cond`` and ``uncond`` [B, T, D], by deterministic DDIM steps.
+    """Images [B, 3, S, S] in [0, 1], fp32, for embeddings ``cond`` and ``uncond`` [B, T, D], by deterministic DDIM.
 
     S is the model's image_size; ``generator`` belongs to its device. The levels run evenly from the noisiest one down
     to the clean image (DDIM, Song et al. 2020, equation 12 with sigma 0). Raises ValueError for components without the

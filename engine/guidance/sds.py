@@ -30,8 +30,8 @@ ANNEAL_JITTER = 0.05
 
 
 class GuidanceResult(NamedTuple):
-    """``loss`` scalar 1/2 |g|^2 / B, differentiable in the picture; ``t`` [B] int64; ``grad_norm`` scalar |g|, not finite
-    when the gradient is not; ``gradient`` g [B, C, h, w] of the latents, before the division by B."""
+    """``loss`` scalar 1/2 |g|^2 / B, differentiable in the picture; ``t`` [B] int64; ``grad_norm`` scalar |g|, not
+    finite when the gradient is not; ``gradient`` g [B, C, h, w] of the latents, before the division by B."""
 
     loss: Tensor
     t: Tensor
@@ -137,7 +137,7 @@ def guided_prediction(
     scale: float,
     rescale: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The guided noise and clean latent, (eps, z0) each [B, C, h, w] fp32, that the UNet sees in ``noisy`` at ``t`` [B].
+    """The guided noise and clean latent, (eps, z0) each [B, C, h, w] fp32, that ``noisy`` holds at ``t`` [B].
 
     One call of the UNet on 2B rows. ``rescale`` in [0, 1] moves the standard deviation of z0 that far towards that of
     the prediction without guidance.
@@ -167,7 +167,7 @@ def guided_prediction(
 
 
 class _InjectGradient(torch.autograd.Function):
-    """The scalar ``value``, whose derivative in ``picture`` is declared to be ``gradient`` (times what comes upstream)."""
+    """The scalar ``value``, whose derivative in ``picture`` is declared to be ``gradient``."""
 
     @staticmethod
     def forward(ctx, picture: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
