@@ -31,8 +31,8 @@ class PromptEmbeddings:
         if components.text_encoder is None:
             raise ValueError("components.text_encoder was freed: load the components again, or keep_text_encoder=True")
         endings = [f", {view} view" for view in VIEWS]
-        prompts = [_fit(components, text, endings) + ending for ending in endings]
-        encoded = encode(components, [*prompts, _fit(components, negative, [""])])
+        text, negative = _fit(components, text, endings), _fit(components, negative, [""])
+        encoded = encode(components, [*(text + ending for ending in endings), negative])
         self.views = encoded[:-1]
         self.negative = encoded[-1:]
         if not keep_text_encoder:

@@ -1,0 +1,98 @@
+"""Prompts: the weights of the sides, the embeddings, and what happens to words that do not fit."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from dream_fast.engine.guidance.loader import Components, load_components
+from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings, encode, view_weights
+
+
+@pytest.fixture
+def components(tiny_model: Path) -> Components:
+    return load_components(tiny_model, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("azimuth", "polar", "weights"),
+    [
+        (0, 90, [1, 0, 0, 0]),
+        (45, 90, [0.5, 0.5, 0, 0]),
+        (-45, 90, [0.5, 0.5, 0, 0]),
+        (90, 90, [0, 1, 0, 0]),
+        (-90, 90, [0, 1, 0, 0]),
+        (108, 60, [0, 0.8, 0.2, 0]),
+        (180, 90, [0, 0, 1, 0]),
+        (-180, 90, [0, 0, 1, 0]),
+        (270, 90, [0, 1, 0, 0]),  # turned once around
+        (-350, 90, [8 / 9, 1 / 9, 0, 0]),
+        (180, 30, [0, 0, 0, 1]),  # overhead, its limit included
+        (180, 30.5, [0, 0, 1, 0]),
+        (20, 0, [0, 0, 0, 1]),
+    ],
+)
+def test_weights_of_the_views(azimuth: float, polar: float, weights: list[float]) -> None:
+    got = view_weights(torch.tensor([float(azimuth)]), torch.tensor([float(polar)]), 30.0)
+    torch.testing.assert_close(got, torch.tensor([weights], dtype=torch.float32), rtol=0, atol=1e-6)
+
+
+def test_embeddings_are_the_encoded_prompts_blended(components: Components) -> None:
+    prompts = PromptEmbeddings(components, "a red mug", "blurry", keep_text_encoder=True)
+    front, side, back, overhead = encode(components, [f"a red mug, {view} view" for view in VIEWS])
+    torch.testing.assert_close(prompts.negative, encode(components, ["blurry"]))
+    assert not torch.allclose(prompts.negative, encode(components, [""]), atol=1e-3)
+    azimuth, polar = torch.tensor([0.0, 30.0, -135.0, 180.0]), torch.tensor([90.0, 60.0, 90.0, 10.0])
+    cond, uncond = prompts.embeddings(azimuth, polar, 30.0)
+    expected = torch.stack([front, front * 2 / 3 + side / 3, side / 2 + back / 2, overhead])
+    torch.testing.assert_close(cond, expected, rtol=1e-5, atol=1e-5)
+    assert cond.shape == uncond.shape == (4, 77, 32)
+    assert all(torch.equal(row, prompts.negative[0]) for row in uncond)
+    assert (front - back).abs().max() > 1e-2  # the sides differ at all
+
+
+def test_encoding_is_that_of_the_model_itself(components: Components) -> None:
+    """Token by token, against the plain use of tokenizer and encoder."""
+    ids = components.tokenizer("a red mug").input_ids
+    ids += [components.tokenizer.pad_token_id] * (77 - len(ids))
+    with torch.no_grad():
+        expected = components.text_encoder(torch.tensor([ids])).last_hidden_state
+    torch.testing.assert_close(encode(components, ["a red mug"]), expected)
+
+
+def test_text_encoder_is_freed_once_the_prompts_are_embedded(components: Components) -> None:
+    PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
+    PromptEmbeddings(components, "a red mug")
+    assert components.text_encoder is None
+    with pytest.raises(ValueError, match="freed"):
+        PromptEmbeddings(components, "a red mug")
+
+
+def test_embeddings_take_the_dtype_of_the_model(tiny_model: Path) -> None:
+    prompts = PromptEmbeddings(load_components(tiny_model, "cpu", torch.bfloat16), "a red mug")
+    cond, uncond = prompts.embeddings(torch.tensor([10.0]), torch.tensor([90.0]), 30.0)
+    assert cond.dtype == uncond.dtype == torch.bfloat16
+
+
+def test_words_that_do_not_fit_are_named_and_the_side_is_kept(
+    components: Components, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tiny model's tokens are bytes: 75 letters fit beside the two markers, and ", overhead view" takes 14."""
+    fitting = "a " + "b" * 30 + " " + "c" * 29  # 60 letters
+    with caplog.at_level(logging.WARNING):
+        whole = PromptEmbeddings(components, fitting, keep_text_encoder=True)
+        assert not caplog.records
+        cut = PromptEmbeddings(components, f"{fitting} dragon in a teapot", keep_text_encoder=True)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "77 tokens" in message and message.endswith("left out: dragon in a teapot")
+    assert torch.equal(cut.views, whole.views)
+    assert not torch.equal(cut.views[0], cut.views[2])
+
+
+def test_long_negative_prompt_and_endless_word(components: Components, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        prompts = PromptEmbeddings(components, "x" * 300, "ugly " * 30)
+    assert prompts.views.shape == (4, 77, 32) and torch.isfinite(prompts.views).all()
+    assert any("left out: ugly" in record.getMessage() for record in caplog.records)
