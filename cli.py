@@ -130,7 +130,7 @@ def _device(wanted: str) -> str:
 
 
 def _stored(typed: dict[str, Any]) -> Config:
-    """``--test``: the workspace's own settings, with what was typed on top; the precision is that of the run."""
+    """``--test``: the workspace's own settings, with what was typed on top; precision as the run had it."""
     from dream_fast.engine.workspace import Workspace
 
     folder = typed.get("workspace", Config().run.workspace)
@@ -138,7 +138,8 @@ def _stored(typed: dict[str, Any]) -> Config:
     if stored is None:
         raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
     values = {name: value for name, value in typed.items() if name != "fp16"}
-    return stored.override({**values, "device": _device(typed.get("device", "auto"))})
+    asked_each_time = dict(six_views=False, save_mesh=False, ckpt="latest", workspace=folder)
+    return stored.override({**asked_each_time, **values, "device": _device(typed.get("device", "auto"))})
 
 
 def _settle(typed: dict[str, Any], print_only: bool) -> Config:

@@ -125,9 +125,7 @@ class RunConfig(Room):
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
     fp16: bool = option(False, "half precision on a CUDA GPU; a CPU runs in fp32")
     vram_O: bool = option(False, "less memory: VAE in slices, memory-efficient attention", may_change=True)
-    device: str = option(
-        "auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"), may_change=True
-    )
+    device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
 
 
@@ -196,7 +194,7 @@ class RenderConfig(Room):
 
 @dataclass(frozen=True, kw_only=True)
 class ShadingConfig(Room):
-    """Phases of the run and the light."""
+    """Phases of the run and their shading."""
 
     latent_iter_ratio: float = option(
         0.2, "first part of the run, in which normals and opacity are the latent", low=0, high=1
@@ -204,8 +202,6 @@ class ShadingConfig(Room):
     albedo_iter_ratio: float = option(0.0, "part of the run up to which colour is not shaded", low=0, high=1)
     min_ambient_ratio: float = option(0.1, "least ambient light of a shaded step", low=0, high=1)
     textureless_ratio: float = option(0.2, "probability that a shaded step has no colour", low=0, high=1)
-    light_theta: float = option(60.0, "polar angle of the light in shaded output", low=0, high=180, may_change=True)
-    light_phi: float = option(0.0, "azimuth of that light", low=-360, high=360, may_change=True)
     progressive_level: bool = option(False, "finer levels of the grid join during the run")
 
 

@@ -42,6 +42,8 @@ REFUSED_FLAGS: dict[str, str] = {
     "--lambda_mesh_normal": _MESH,
     "--lambda_normal": _IMAGE,
     "--lambda_rgb": _IMAGE,
+    "--light_phi": _VIEWER,
+    "--light_theta": _VIEWER,
     "--lock_geo": _MESH,
     "--max_ray_batch": "it never did anything; memory is bounded without it",
     "--max_spp": _VIEWER,

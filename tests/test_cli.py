@@ -136,10 +136,11 @@ def test_print_config_needs_no_prompt_and_runs_nothing(engine, capsys):
 
 
 def test_test_takes_the_settings_of_the_workspace(engine, tmp_path):
-    stored = resolve({"text": "a cat", "lr": 0.25, "hf_key": "folder", "seed": 1}, "sd", "cpu")
+    typed = {"text": "a cat", "lr": 0.25, "hf_key": "folder", "seed": 1, "W": 32}
+    stored = resolve(typed | {"save_mesh": True, "ckpt": "scratch", "workspace": "old"}, "sd", "cpu")
     Workspace(tmp_path / "trial").write_config(stored)
     assert main("--test --workspace trial -O --W 48 --device cpu".split()) == 0
-    assert engine == [stored.override({"test": True, "workspace": "trial", "W": 48})]
+    assert engine == [resolve(typed | {"test": True, "workspace": "trial", "W": 48}, "sd", "cpu")]
 
 
 def test_the_engines_mistakes_and_interrupts_have_their_status(monkeypatch, capsys):
