@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.files import written_aside
 
-FORMAT = "dream-fast checkpoint"
+FORMAT = "dream-fast checkpoint"  # the key of the header in the file's metadata
 VERSION = 1
 KEEP = 2
 
@@ -36,13 +36,9 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     _flatten(state, "", tensors, values)
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "step": str(step),
-        "architecture": json.dumps(architecture, sort_keys=True),
-        "values": json.dumps(values, sort_keys=True),
-    }
+    header = {"version": VERSION, "step": step, "architecture": architecture, "values": values}
+    # one entry, since safetensors writes several in no fixed order and the same run should give the same file
+    metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     path = checkpoint_path(directory, step)
     with written_aside(path) as aside:
         save_file(tensors, aside, metadata=metadata)
@@ -64,20 +60,19 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def read_step(path: Path) -> int:
     """The step of the checkpoint at ``path``, from its metadata alone."""
     with _open(path) as file:
-        return int(_metadata(path, file)["step"])
+        return _header(path, file)["step"]
 
 
 def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """The step and the state (tensors on the CPU) of ``path``; UserError when it does not fit ``architecture``."""
     with _open(path) as file:
-        metadata = _metadata(path, file)
-        _check_architecture(path, json.loads(metadata["architecture"]), json.loads(json.dumps(architecture)))
+        header = _header(path, file)
+        _check_architecture(path, header["architecture"], json.loads(json.dumps(architecture)))
         try:
             flat: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise UserError(f"the checkpoint {path} is damaged or cut short ({error})") from error
-    flat.update(json.loads(metadata["values"]))
-    return int(metadata["step"]), _nest(flat)
+    return header["step"], _nest(flat | header["values"])
 
 
 def _open(path: Path):
@@ -89,15 +84,16 @@ def _open(path: Path):
         raise UserError(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({error})") from error
 
 
-def _metadata(path: Path, file) -> dict[str, str]:
+def _header(path: Path, file) -> dict[str, Any]:
     metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise UserError(f"{path} is a safetensors file, but not a checkpoint of dream-fast")
-    if metadata.get("version") != str(VERSION):
+    header = json.loads(metadata[FORMAT])
+    if header["version"] != VERSION:
         raise UserError(
-            f"the checkpoint {path} has format version {metadata.get('version')}; this program reads version {VERSION}"
+            f"the checkpoint {path} has format version {header['version']}; this program reads version {VERSION}"
         )
-    return metadata
+    return header
 
 
 def _check_architecture(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

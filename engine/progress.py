@@ -78,7 +78,7 @@ class Bar:
     def advance(self, done: int) -> None:
         raise NotImplementedError
 
-    def show(self, what: str, per_second: float, terms: Mapping[str, float]) -> None:
+    def show(self, what: str, per_second: float, terms: Mapping[str, float | None]) -> None:
         raise NotImplementedError
 
     def count(self, items: Iterable[T]) -> Iterator[T]:
@@ -97,7 +97,7 @@ class LiveBar(Bar):
     def advance(self, done: int) -> None:
         self._progress.update(self._task, completed=done)
 
-    def show(self, what: str, per_second: float, terms: Mapping[str, float]) -> None:
+    def show(self, what: str, per_second: float, terms: Mapping[str, float | None]) -> None:
         self._progress.update(self._task, description=what, speed=f"{per_second:.2f} it/s", terms=format_terms(terms))
 
 
@@ -120,12 +120,13 @@ class QuietBar(Bar):
             line += f", {self._speed:.2f} it/s, {left:.0f} s left, {self._terms}"
         self._reporter.say(line)
 
-    def show(self, what: str, per_second: float, terms: Mapping[str, float]) -> None:
+    def show(self, what: str, per_second: float, terms: Mapping[str, float | None]) -> None:
         self._what, self._speed, self._terms = what, per_second, format_terms(terms)
 
 
-def format_terms(terms: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
+def format_terms(terms: Mapping[str, float | None]) -> str:
+    """ "guidance 12.3  opacity 0.2"; a term without a finite value has none."""
+    return "  ".join(f"{name} {'not finite' if value is None else f'{value:.3g}'}" for name, value in terms.items())
 
 
 def _size(count: int) -> str:

@@ -81,12 +81,11 @@ def run(config: Config) -> int:
         trainer.guidance = None
         del components, prompts, score  # their memory is the outputs' now
         write_outputs(trainer, workspace, reporter)
-        manifest["runs"][-1] |= {
-            "finished": _now(),
-            "seconds": round(time.monotonic() - started, 1),
-            "peak_bytes": peak_memory(runtime.device),
-        }
+        seconds, peak = time.monotonic() - started, peak_memory(runtime.device)
+        manifest["runs"][-1] |= {"finished": _now(), "seconds": round(seconds, 1), "peak_bytes": peak}
         workspace.write_manifest(manifest)
+        memory = ", ".join(f"{count / 1e9:.2f} GB of {place} memory" for place, count in peak.items())
+        reporter.say(f"done in {seconds:.0f} s, at most {memory}")
         reporter.files(workspace.files())
         return 0
 

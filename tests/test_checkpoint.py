@@ -1,10 +1,13 @@
 """A checkpoint gives back what was put in, and says in a sentence why it cannot."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dream_fast.engine.checkpoint import (
+    FORMAT,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
@@ -38,6 +41,8 @@ def test_state_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(state["bits"], wanted["bits"])
     assert state["schedule"] == wanted["schedule"]
     assert (state["scale"], state["name"]) == (65536.0, None)
+    again = save_checkpoint(tmp_path / "again", 7, make_state(), ARCHITECTURE)
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_last_two_are_kept_and_nothing_else_is_left(tmp_path):
@@ -63,8 +68,7 @@ def test_other_architecture_is_refused_naming_both_values(tmp_path):
 
 def test_other_version_and_foreign_file_are_refused(tmp_path):
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
-    metadata = {"format": "dream-fast checkpoint", "version": "99", "step": "7", "architecture": "{}", "values": "{}"}
-    save_file(load_file(path), path, metadata=metadata)
+    save_file(load_file(path), path, metadata={FORMAT: json.dumps({"version": 99, "step": 7})})
     with pytest.raises(UserError, match="version 99"):
         load_checkpoint(path, ARCHITECTURE)
     save_file({"x": torch.zeros(1)}, path)

@@ -1,0 +1,240 @@
+"""The loop: phases, schedule, metrics that repeat, resume that equals the uninterrupted run, interruption."""
+
+import filecmp
+import json
+import os
+import random
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from dream_fast.engine.config import Config, ShadingConfig
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.loader import load_components
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
+from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.progress import Reporter
+from dream_fast.engine.runtime import choose_runtime
+from dream_fast.engine.trainer import DIVERGED, Schedule, Trainer, choose_phase
+from dream_fast.engine.workspace import Workspace
+
+SMALL = {
+    "text": "a hamburger",
+    "device": "cpu",
+    "iters": 8,
+    "log_every": 1,
+    "batch_size": 2,
+    "w": 12,
+    "h": 10,
+    "W": 16,
+    "H": 16,
+    "dataset_size_valid": 2,
+    "levels": 3,
+    "log2_entries": 10,
+    "max_resolution": 32,
+    "hidden_width": 16,
+    "hidden_layers": 1,
+    "bound": 0.6,
+    "max_steps": 48,
+    "occupancy_resolution": 16,
+    "update_extra_interval": 3,
+    "latent_iter_ratio": 0.25,
+    "albedo_iter_ratio": 0.5,
+}
+# Steps of colour alone, without regularisers.
+CHEAP = {"albedo_iter_ratio": 1.0, "latent_iter_ratio": 0.0, "lambda_entropy": 0.0, "bg_radius": -1.0}
+
+
+def small_config(**changes) -> Config:
+    return Config().override(SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def text_guidance(tiny_model):
+    components = load_components(tiny_model, "cpu")
+    prompts = PromptEmbeddings(components, "a hamburger")
+    return lambda config: TextGuidance(ScoreDistillation(components, config.guidance), prompts, 30.0)
+
+
+def make_trainer(text_guidance, seed=0, **changes) -> Trainer:
+    config = small_config(**changes)
+    return Trainer(config, choose_runtime(config), seed, text_guidance(config))
+
+
+def fit(trainer: Trainer, path) -> Workspace:
+    workspace = Workspace(path)
+    workspace.write_config(trainer.config)
+    workspace.rewind(trainer.step)
+    trainer.fit(workspace, Reporter(Console(quiet=True)))
+    return workspace
+
+
+def rows_without_times(workspace: Workspace) -> bytes:
+    rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]
+    for row in rows:
+        del row["it_per_s"], row["seconds"]
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def same_state(a: Trainer, b: Trainer) -> bool:
+    pairs = [
+        (one[name], other[name])
+        for one, other in (
+            (a.optimizer.state_dict(), b.optimizer.state_dict()),
+            (a.renderer.state_dict(), b.renderer.state_dict()),
+        )
+        for name in one
+    ]
+    return a.step == b.step and all(torch.equal(one, other) for one, other in pairs)
+
+
+# ------------------------------------------------------------------------------------------------- schedule and phases
+
+
+def test_progress_runs_from_zero_and_a_longer_run_never_falls_back():
+    schedule = Schedule(100)
+    assert [schedule.progress(step) for step in (0, 50, 100)] == [0.0, 0.5, 1.0]
+    longer = schedule.stretched(60, 200)
+    assert longer.progress(60) == pytest.approx(0.6)
+    assert longer.progress(130) == pytest.approx(0.8)
+    assert longer.progress(200) == 1.0
+    assert schedule.stretched(60, 100) == schedule
+
+
+def test_phases_follow_each_other():
+    config = ShadingConfig(latent_iter_ratio=0.2, albedo_iter_ratio=0.5, min_ambient_ratio=0.3, textureless_ratio=0.4)
+    dice = random.Random(0)
+    assert choose_phase(config, 0.1, dice) == ("latent", "normal", 1.0)
+    assert choose_phase(config, 0.3, dice) == ("albedo", "albedo", 1.0)
+    shaded = [choose_phase(config, 0.9, dice) for _ in range(1000)]
+    assert {phase.shading for phase in shaded} == {"textureless", "lambertian"}
+    assert all(0.3 <= phase.ambient <= 1.0 for phase in shaded)
+    assert sum(phase.shading == "textureless" for phase in shaded) / 1000 == pytest.approx(0.4, abs=0.06)
+
+
+def test_a_ratio_of_zero_leaves_the_phase_out_from_the_first_step_on():
+    config = ShadingConfig(latent_iter_ratio=0.0, albedo_iter_ratio=0.0)
+    assert choose_phase(config, 0.0, random.Random(0)).name == "shaded"
+
+
+# ------------------------------------------------------------------------------------------------------------- a step
+
+
+def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidance, tmp_path):
+    trainer = make_trainer(text_guidance, lambda_opacity=0.1, lambda_2d_normal_smooth=0.1, bg_radius=1.0)
+    before = trainer.optimizer.params.clone()
+    workspace = fit(trainer, tmp_path)
+    rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["phase"] for row in rows] == ["latent"] * 2 + ["albedo"] * 2 + ["shaded"] * 4
+    for row in rows:
+        assert row["skipped"] == 0 and row["grad_norm"] > 0 and row["samples"] > 0 and len(row["t"]) == 2
+        assert {"loss_guidance", "loss_opacity", "loss_entropy", "loss_2d_normal_smooth"} <= row.keys()
+        assert row["loss"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("loss_")), rel=1e-5)
+    assert not torch.equal(trainer.optimizer.params, before)
+    assert not torch.equal(trainer.optimizer.state.ema, trainer.optimizer.params)
+    assert (workspace.validation / "step_000008.png").is_file()
+
+
+def test_progressive_levels_join_during_the_run(text_guidance):
+    trainer = make_trainer(text_guidance, progressive_level=True, levels=8)
+    assert [trainer._active_levels(progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
+    assert make_trainer(text_guidance)._active_levels(0.0) is None
+
+
+def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
+    """The gradient of the table after one step under a guidance whose gradient in every pixel is ``gradient``."""
+
+    def guidance(pictures, cameras, **_):
+        return SimpleNamespace(loss=(pictures * gradient).sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+
+    trainer.guidance = guidance
+    trainer.train_step()
+    return trainer.optimizer.grads.clone()
+
+
+def test_grad_clip_rgb_limits_the_gradient_of_a_pixel(text_guidance):
+    free = constant_pull(make_trainer(text_guidance, **CHEAP), 2.0)
+    limited = constant_pull(make_trainer(text_guidance, grad_clip_rgb=0.5, **CHEAP), 2.0)
+    assert free.abs().max() > 0
+    assert torch.allclose(limited, free / 4, rtol=1e-4, atol=1e-8)
+
+
+def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_reason(text_guidance, tmp_path):
+    trainer = make_trainer(text_guidance, iters=3 * DIVERGED, log_every=DIVERGED, **CHEAP)
+
+    def guidance(pictures, cameras, **_):
+        loss = pictures.sum() * float("nan")
+        return SimpleNamespace(loss=loss, t=torch.zeros(2), grad_norm=loss.detach())
+
+    trainer.guidance = guidance
+    before = trainer.optimizer.params.clone()
+    with pytest.raises(UserError, match=f"last {DIVERGED} steps were not finite"):
+        fit(trainer, tmp_path)
+    assert torch.equal(trainer.optimizer.params, before)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["skipped"] == DIVERGED and row["grad_norm"] is None
+
+
+# --------------------------------------------------------------------------------------------- repetition and resuming
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(text_guidance, tmp_path):
+    torch.manual_seed(1)  # what the process drew before is no part of the run
+    first = make_trainer(text_guidance)
+    one = rows_without_times(fit(first, tmp_path / "a"))
+    torch.manual_seed(2)
+    second = make_trainer(text_guidance)
+    two = rows_without_times(fit(second, tmp_path / "b"))
+    assert one == two
+    assert same_state(first, second)
+    other = make_trainer(text_guidance, seed=1)
+    assert rows_without_times(fit(other, tmp_path / "c")) != one
+    for name in ("validation/step_000008.png", "checkpoints/step_000008.safetensors"):
+        assert filecmp.cmp(tmp_path / "a" / name, tmp_path / "b" / name, shallow=False)
+
+
+class Interrupting:
+    """Sends Ctrl-C to the process in the middle of the step with number ``at``."""
+
+    def __init__(self, guidance, at: int):
+        self.guidance, self.at, self.calls = guidance, at, 0
+
+    def __call__(self, *args, **kwargs):
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.calls += 1
+        return self.guidance(*args, **kwargs)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(text_guidance, tmp_path):
+    whole = make_trainer(text_guidance)
+    expected = rows_without_times(fit(whole, tmp_path / "whole"))
+
+    stopped = make_trainer(text_guidance)
+    stopped.guidance = Interrupting(stopped.guidance, at=4)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, tmp_path / "parts")
+    assert signal.getsignal(signal.SIGINT) is handler
+    workspace = Workspace(tmp_path / "parts")
+    checkpoint = workspace.checkpoints / "step_000005.safetensors"
+    assert [path.name for path in workspace.checkpoints.iterdir()] == [checkpoint.name]
+
+    resumed = make_trainer(text_guidance)
+    resumed.load(checkpoint)
+    assert same_state(resumed, stopped)
+    assert rows_without_times(fit(resumed, tmp_path / "parts")) == expected
+    assert same_state(resumed, whole)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path):
+    workspace = fit(make_trainer(text_guidance, iters=1), tmp_path)
+    with pytest.raises(UserError, match="levels 3 there, 4 here"):
+        make_trainer(text_guidance, levels=4).load(workspace.checkpoints / "step_000001.safetensors")
+    with pytest.raises(UserError, match="optim adan there, adam here"):
+        make_trainer(text_guidance, optim="adam").load(workspace.checkpoints / "step_000001.safetensors")
