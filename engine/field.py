@@ -43,6 +43,11 @@ def _uniform(shape: tuple[int, ...], reach: float, generator: torch.Generator) -
     return nn.Parameter((torch.rand(shape, generator=generator, device=generator.device) * 2 - 1) * reach)
 
 
+def _chunk(x: Tensor) -> int:
+    """Points evaluated together: on a CPU their temporaries stay in the cache (a fifth quicker), a GPU wants many."""
+    return 1 << 20 if x.is_cuda else 1 << 16
+
+
 class Field(nn.Module):
     """Density and albedo in the cube [-bound, bound]^3, with normals on demand.
 
@@ -96,14 +101,17 @@ class Field(nn.Module):
         return FieldValues(*kernels.field_normals(*inputs, mode=normals, epsilon=normal_epsilon, **options))
 
     @torch.no_grad()
-    def density(self, x: Tensor, *, active_levels: int | Tensor | None = None, chunk: int = 1 << 18) -> Tensor:
+    def density(
+        self, x: Tensor, *, active_levels: int | Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
         """Densities [N] at world points [N, 3], without gradient, `chunk` points at a time."""
+        chunk = chunk or _chunk(x)
         return torch.cat([self(part, active_levels=active_levels).sigma for part in x.split(chunk)])
 
     @torch.no_grad()
-    def albedo(self, x: Tensor, *, chunk: int = 1 << 18) -> Tensor:
-        """Albedo [N, 3] at world points [N, 3], without gradient, `chunk` points at a time."""
-        return torch.cat([self(part).albedo for part in x.split(chunk)])
+    def albedo(self, x: Tensor) -> Tensor:
+        """Albedo [N, 3] at world points [N, 3], without gradient, in chunks."""
+        return torch.cat([self(part).albedo for part in x.split(_chunk(x))])
 
     def background(self, directions: Tensor) -> Tensor:
         """Background colour [R, 3] in (0, 1) of unit directions [R, 3]; needs `bg_radius` > 0."""

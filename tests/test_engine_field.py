@@ -64,6 +64,18 @@ def test_count_and_active_levels_reach_the_operator():
     assert not torch.allclose(coarse, fine)
 
 
+def test_compute_dtype_leaves_parameters_and_results_in_fp32():
+    field = make_field()
+    field.table.data.normal_(generator=torch.Generator().manual_seed(0))
+    exact = field(points(20))
+    field.compute_dtype = torch.bfloat16
+    rounded = field(points(20), normals="finite_difference")
+    assert rounded.sigma.dtype == rounded.albedo.dtype == rounded.normal.dtype == torch.float32
+    assert not torch.equal(rounded.albedo, exact.albedo)
+    (rounded.sigma.sum() + rounded.albedo.sum()).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in [field.table, *field.weights])
+
+
 def test_background_depends_on_the_direction_and_learns():
     field = make_field(bg_radius=1.4)
     directions = torch.nn.functional.normalize(points(20), dim=-1)

@@ -98,6 +98,17 @@ def test_background_colour_and_network():
     )
 
 
+def test_the_background_teaches_the_opacity():
+    renderer = make_renderer()
+    found = []
+    for background, value in ((WHITE, "rgb"), (BLACK, "rgb"), (BLACK, "opacity")):
+        renderer.field.zero_grad(set_to_none=True)
+        getattr(render(renderer, background=background), value).sum().backward()
+        found.append(gradients(renderer))
+    # rgb on white = rgb on black + 1 - opacity, in three channels
+    torch.testing.assert_close(found[0], found[1] - 3 * found[2], atol=1e-3, rtol=1e-4)
+
+
 def test_shadings_follow_their_formulas():
     albedo = torch.tensor([[0.2, 0.4, 0.8]])
     normal = torch.tensor([[0.0, 0.6, 0.8]])
@@ -115,11 +126,17 @@ def test_shadings_follow_their_formulas():
 def test_light_from_the_side_lights_that_side():
     renderer = make_renderer()
     renderer.update_occupancy(None)
-    left = torch.tensor([-1.0, 0.0, 0.0]).expand(256, 3)
-    out = render(renderer, shading="textureless", ambient=0.0, light=left, background=BLACK)
-    image = out.rgb.view(16, 16, 3)[..., 0]
-    assert image[:, :8].sum() > 5 * image[:, 8:].sum()
-    assert out.normal.shape == (256, 3)
+    left = torch.tensor([-1.0, 0.0, 0.0])
+    outwards = torch.where(torch.arange(256)[:, None] % 16 < 8, left, -left)  # another light for each half
+
+    def halves(light):
+        out = render(renderer, shading="textureless", ambient=0.0, light=light, background=BLACK)
+        image = out.rgb.view(16, 16, 3)[..., 0]
+        return image[:, :8].sum(), image[:, 8:].sum()
+
+    bright, dark = halves(left)
+    assert bright > 5 * dark
+    torch.testing.assert_close(halves(outwards), (bright, bright), rtol=0.1, atol=0)
 
 
 def test_normals_only_when_asked():
@@ -186,6 +203,7 @@ def test_view_shadings_use_the_light():
     up = torch.tensor([0.0, 1.0, 0.0])
     image = renderer.view(camera(), 16, 16, shading="textureless", light=up, ambient=0.0, background=BLACK).rgb[0]
     assert image[:8].sum() > 5 * image[8:].sum()
+    assert image[:, 0].max() < 0.05  # nothing is there, so nothing is lit
     head = renderer.view(camera(), 16, 16, shading="lambertian", background=BLACK).rgb[0, 8, 8]
     plain = renderer.view(camera(), 16, 16, background=BLACK).rgb[0, 8, 8]
     assert (0.7 * plain < head).all() and (head <= plain + 1e-6).all()
