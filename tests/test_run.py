@@ -1,0 +1,195 @@
+"""The whole command on a model that nobody trained: what it writes, when it refuses, and that it repeats."""
+
+import filecmp
+import json
+from pathlib import Path
+
+import av
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from dream_fast.cli import main
+
+SIDE, FRAMES = 24, 5
+SMALL = f"""
+    --device cpu --iters 4 --log_every 2 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}
+    --dataset_size_valid 2 --levels 3 --log2_entries 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --bound 0.6 --max_steps 48 --occupancy_resolution 16 --mcubes_resolution 24
+""".split()
+
+
+def command(workspace: Path, model: Path, *more: str, text: str = "a hamburger") -> list[str]:
+    return ["--text", text, "--hf_key", str(model), "--workspace", str(workspace), *SMALL, *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
+    """The sentence with which the command refuses ``arguments``."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("dream-fast: error: ") and "\n" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory) -> Path:
+    """The workspace of a finished run; tests that change it work on a copy."""
+    workspace = tmp_path_factory.mktemp("runs") / "trial"
+    assert main(command(workspace, tiny_model, "--save_mesh")) == 0
+    return workspace
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    for name, data in contents(finished).items():
+        (tmp_path / "trial" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "trial" / name).write_bytes(data)
+    return tmp_path / "trial"
+
+
+def test_a_run_writes_everything(finished, tiny_model):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    (this,) = manifest["runs"]
+    assert (manifest["text"], manifest["seed"], manifest["model"]) == ("a hamburger", 7, str(tiny_model))
+    assert (this["from_step"], this["to_step"]) == (0, 4)
+    assert this["peak_bytes"]["host"] > 0 and this["seconds"] > 0 and this["versions"]["torch"] == torch.__version__
+    assert json.loads((finished / "config.json").read_text())["run"]["seed"] == 7
+    assert [json.loads(row)["step"] for row in (finished / "metrics.jsonl").read_text().splitlines()] == [2, 4]
+    log = (finished / "log.txt").read_text()
+    assert "'a hamburger'" in log and "fp32" in log and "seed 7" in log and "mesh.glb" in log
+
+    assert Image.open(finished / "validation" / "step_000004.png").size == (2 * SIDE, 2 * SIDE)
+    for name in ("front", "right", "back", "left", "top", "bottom"):
+        assert Image.open(finished / "results" / f"{name}.png").size == (SIDE, SIDE)
+    with av.open(str(finished / "results" / "turntable.mp4")) as video:
+        frames = list(video.decode(video=0))
+    assert len(frames) == FRAMES and (frames[0].width, frames[0].height) == (3 * SIDE, SIDE)
+    mesh = trimesh.load(finished / "mesh" / "mesh.glb", force="mesh")
+    assert len(mesh.faces) > 0 and mesh.is_watertight
+    assert not [path for path in finished.rglob(".*")]  # nothing half-written is left
+
+
+def test_a_finished_run_says_so_and_writes_only_what_is_missing(copy, tiny_model, capsys):
+    before = contents(copy)
+    (copy / "mesh" / "mesh.glb").unlink()
+    (copy / "results" / "back.png").write_bytes(b"kept")
+    assert main(command(copy, tiny_model, "--save_mesh")) == 0
+    assert "this run is finished (4 of 4 steps)" in capsys.readouterr().out
+    after = contents(copy)
+    assert after["mesh/mesh.glb"] == before["mesh/mesh.glb"]
+    assert after["results/back.png"] == b"kept"
+    assert {name for name in after if after[name] != before.get(name)} == {"results/back.png", "log.txt"}
+
+
+def test_a_finished_run_needs_no_model(copy, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("dream_fast.engine.run.load_components", lambda *_, **__: pytest.fail("loaded a model"))
+    assert main(command(copy, tiny_model)) == 0
+    assert main(["--test", "--workspace", str(copy)]) == 0
+
+
+def test_more_iterations_take_a_run_further_with_its_own_seed(copy, tiny_model):
+    longer = command(copy, tiny_model, "--iters", "6")
+    at = longer.index("--seed")
+    assert main(longer[:at] + longer[at + 2 :]) == 0  # no seed typed
+    rows = [json.loads(row)["step"] for row in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [2, 4, 6]
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert manifest["seed"] == 7
+    assert [(run["from_step"], run["to_step"]) for run in manifest["runs"]] == [(0, 4), (4, 6)]
+
+
+def test_test_writes_outputs_again_at_another_size(copy):
+    assert main(["--test", "--six_views", "--workspace", str(copy), "--W", "32", "--H", "20"]) == 0
+    assert Image.open(copy / "results" / "front.png").size == (32, 20)
+    with av.open(str(copy / "results" / "turntable.mp4")) as video:
+        assert video.streams.video[0].height == SIDE  # six views alone leave the video as it is
+
+
+def test_six_views_alone_make_no_video(tmp_path, tiny_model):
+    assert main(command(tmp_path, tiny_model, "--six_views", "--iters", "1")) == 0
+    assert (tmp_path / "results" / "top.png").is_file()
+    assert not (tmp_path / "results" / "turntable.mp4").exists()
+
+
+def test_scratch_replaces_the_run(copy, tiny_model):
+    assert main(command(copy, tiny_model, "--ckpt", "scratch", "--iters", "2", text="a donut")) == 0
+    assert json.loads((copy / "manifest.json").read_text())["text"] == "a donut"
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step_000002.safetensors"]
+    assert not (copy / "mesh").exists()
+
+
+def test_a_checkpoint_elsewhere_is_where_a_new_run_starts(finished, tmp_path, tiny_model):
+    checkpoint = finished / "checkpoints" / "step_000004.safetensors"
+    assert main(command(tmp_path, tiny_model, "--ckpt", str(checkpoint), "--iters", "6")) == 0
+    assert json.loads((tmp_path / "manifest.json").read_text())["runs"][0]["from_step"] == 4
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_another_runs_workspace_is_refused_and_left_as_it_is(copy, tiny_model, capsys):
+    before = contents(copy)
+    sentence = refused(capsys, command(copy, tiny_model, "--lr", "0.5", text="a donut"))
+    assert "--text a hamburger, not a donut" in sentence and "--lr 0.001, not 0.5" in sentence
+    assert contents(copy) == before
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, tiny_model, capsys):
+    workspace = tmp_path / "new"
+    assert "lacks" in refused(capsys, command(workspace, tmp_path))
+    assert "does not exist" in refused(capsys, command(workspace, tmp_path / "gone"))
+    assert "no checkpoint" in refused(capsys, command(workspace, tiny_model, "--ckpt", str(tmp_path / "gone")))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("notes")
+    assert "is a file" in refused(capsys, command(tmp_path / "file", tiny_model))
+    assert (tmp_path / "file").read_text() == "notes"
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(copy, tiny_model, capsys):
+    checkpoint = copy / "checkpoints" / "step_000004.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    before = contents(copy)
+    assert "damaged" in refused(capsys, command(copy, tiny_model, "--iters", "6"))
+    assert "damaged" in refused(capsys, ["--test", "--workspace", str(copy)])
+    assert contents(copy) == before
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, tiny_model, capsys):
+    checkpoint = str(finished / "checkpoints" / "step_000004.safetensors")
+    arguments = command(tmp_path / "new", tiny_model, "--ckpt", checkpoint, "--levels", "4")
+    assert "levels 3 there, 4 here" in refused(capsys, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- repetition
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_same_seed_gives_the_same_files_with_two_threads(tmp_path, tiny_model, two_threads):
+    size = ["--w", "48", "--h", "48", "--iters", "3", "--log_every", "1"]  # enough samples to be shared by two threads
+    for name in ("a", "b"):
+        assert main(command(tmp_path / name, tiny_model, *size, "--save_mesh")) == 0
+
+    def metrics(name: str) -> list[str]:
+        rows = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert all(row.pop("seconds") > 0 and row.pop("it_per_s") > 0 for row in rows)
+        return [json.dumps(row) for row in rows]
+
+    assert metrics("a") == metrics("b")
+    names = sorted(name for name in contents(tmp_path / "a") if "/" in name)
+    same, different, missing = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)
+    assert (different, missing) == ([], [])
+    assert {"results/turntable.mp4", "mesh/mesh.glb", "checkpoints/step_000003.safetensors"} <= set(same)
