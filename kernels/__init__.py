@@ -1,6 +1,4 @@
-"""Operators of text-to-3D: hash grid, occupancy, ray marching, compositing, the field, rendering and the optimiser
-step.
-"""
+"""Operators of text-to-3D: hash grid, occupancy, marching, compositing, the field, rendering, the optimiser step."""
 
 from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
 from dream_fast.kernels.composite import Composited, composite, composite_reference

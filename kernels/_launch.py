@@ -16,8 +16,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...] | None = None,
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Raise TypeError or ValueError unless `value` is a tensor of this shape, one of these dtypes, on the device of
-    `like`.
+    """Raise TypeError or ValueError unless `value` has this shape, one of these dtypes, and the device of `like`.
 
     An int in `shape` must match; a string only names a free axis in the message.
     """

@@ -5,7 +5,7 @@ d = g - g_previous (0 in the first step);
 m += (1 - b1)(g - m); v += (1 - b2)(d - v); n += (1 - b3)((g + b2 d)^2 - n);
 p = (p - lr (m / c1 + b2 v / c2) / (sqrt(n / c3) + eps)) / (1 + lr weight_decay), c_i = 1 - b_i^step;
 ema += (1 - ema_decay)(p - ema).
-A gradient with a value that is not finite changes nothing at all, and the step is not counted.
+A gradient whose norm is not finite changes nothing at all, and the step is not counted.
 
 Legend: P parameters, fp32, in groups [0, e_0), [e_0, e_1), ... with a learning rate each. All state is on the device
 and nothing asks the host. No gradients.
@@ -59,13 +59,14 @@ def adan_step_reference(
     """The definition of `adan_step` in plain PyTorch."""
     beta1, beta2, beta3 = betas
     grad = grads * inverse_scale
-    finite = torch.isfinite(grad).all()
+    norm = torch.linalg.vector_norm(grad)
+    finite = torch.isfinite(norm)
     keep = finite.to(params.dtype)
     if max_grad_norm > 0:
-        grad *= (max_grad_norm / (torch.linalg.vector_norm(grad) + eps)).clamp(max=1)
+        grad *= (max_grad_norm / (norm + eps)).clamp(max=1)
     # With a weight of 0 a lerp leaves its start bit for bit, as long as its end is finite.
     grad = torch.where(finite, grad, 0)
-    diff = torch.where(state.step > 0, grad - state.previous_grad, 0)
+    diff = (grad - state.previous_grad).mul_(state.step > 0)
     state.exp_avg.lerp_(grad, (1 - beta1) * keep)
     state.exp_avg_diff.lerp_(diff, (1 - beta2) * keep)
     state.exp_avg_sq.lerp_(diff.mul_(beta2).add_(grad).square_(), (1 - beta3) * keep)

@@ -1,14 +1,13 @@
 """Volumetric compositing of the samples of every ray, front to back.
 
-alpha_i = 1 - exp(-sigma_i dt_i); T_i = exp(-sum_{j<i} sigma_j dt_j), the sum over the ray's own samples; w_i = T_i
-alpha_i where T_i >= stop, else 0. Per ray: values = sum w_i v_i, opacity = sum w_i, depth = sum w_i t_i (not divided
-by opacity).
+alpha_i = 1 - exp(-sigma_i dt_i); T_i = exp(-sum_{j<i} sigma_j dt_j), the sum over the ray's own samples;
+w_i = T_i alpha_i where T_i >= stop, else 0.
+Per ray: values = sum w_i v_i, opacity = sum w_i, depth = sum w_i t_i (not divided by opacity).
 There is no background here: add (1 - opacity) * background outside.
 
 Gradients: into sigma and values, from all four outputs; with g_i the gradient that reaches w_i,
 dL/dsigma_i = dt_i (g_i T_{i+1} - sum_{j>i} g_j w_j). t, dt and the rule that ends a ray are constants.
-Legend: cap rows of buffer, R rays, C channels; ray r owns rows offsets[r]:offsets[r + 1]; rows past offsets[R] are
-padding.
+Legend: cap rows of buffer, R rays, C channels; ray r owns rows offsets[r]:offsets[r + 1]; the rest is padding.
 Units: t and dt in world units, sigma per world unit.
 Numerics: sums in fp64; results in the dtype of sigma. Whatever padding rows hold does not matter.
 Source: Max, Optical models for direct volume rendering, 1995; Mildenhall et al., NeRF, 2020, equation 3.

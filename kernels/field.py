@@ -8,8 +8,7 @@ normal = -grad sigma / |grad sigma|, zero where the gradient is: by central diff
 (taps are held inside the cube), or by differentiating the field.
 
 Legend: N points, P = outputs of a layer. Units: world units in [-bound, bound]; sigma per world unit.
-Gradients: table, weights, biases and x; through finite-difference normals, and through analytic ones by double
-backward.
+Gradients: table, weights, biases and x, also through normals (through analytic ones by double backward).
 Numerics: hash grid and MLP in `dtype`; blob, activations and outputs in fp32 (fp64 when x is).
 Source: Poole et al., DreamFusion, 2022 (density blob); Mueller et al., 2022 (grid + MLP, clamped exponential).
 """
@@ -82,7 +81,7 @@ def _logits(
     coordinates = (x + spec.bound) / (2 * spec.bound)
     h = hash_grid_reference(coordinates, table, spec.grid, active_levels=active_levels, dtype=dtype)
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        h = F.linear(h if layer == 0 else F.relu(h), weight.to(h.dtype), bias.to(h.dtype))
+        h = F.linear(h if layer == 0 else F.relu_(h), weight.to(h.dtype), bias.to(h.dtype))
     return h.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -130,9 +130,7 @@ def march_reference(
     min_near: float = 0.01,
     perturb: Tensor | None = None,
 ) -> Samples:
-    """The definition of `march` in plain PyTorch, fp32 or fp64. It asks the device for sizes, which a kernel must
-    not.
-    """
+    """The definition of `march` in plain PyTorch. It asks the device for sizes, which a kernel must not."""
     ray, t, dt, samples = packed_intervals(
         origins,
         directions,

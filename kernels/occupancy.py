@@ -1,8 +1,7 @@
 """Occupancy grid: which cells of the scene hold density, one bit a cell, in nested cubes.
 
 Cascade c covers [-h_c, h_c]^3 with h_c = min(2^c, bound) and has G^3 cells. Cell (i, j, k) of the axes (x, y, z) has
-the linear index (i G + j) G + k; bit b of byte n is cell 8 n + b. A point belongs to the smallest cascade that holds
-it.
+the linear index (i G + j) G + k; bit b of byte n is cell 8 n + b. A point belongs to the smallest cascade around it.
 Every so often fresh densities come in: grid = max(decay * grid, fresh), and a cell is set when its density exceeds
 min(mean of the grid, threshold).
 
@@ -84,9 +83,7 @@ def occupancy_update_reference(
 def occupancy_update(
     density: Tensor, fresh: Tensor, *, decay: float = 0.95, threshold: float = 10.0
 ) -> tuple[Tensor, Tensor]:
-    """density [C, G^3] (changed in place), fresh [C, G^3] -> bits uint8 [C, G^3 / 8], mean of the grid (scalar
-    tensor).
-    """
+    """density [C, G^3] (changed in place), fresh [C, G^3] -> bits uint8 [C, G^3 / 8], mean of the grid (scalar)."""
     check_tensor("density", density, ("C", "G^3"), dtypes=(torch.float32, torch.float64))
     check_tensor("fresh", fresh, tuple(density.shape), dtypes=(density.dtype,), like=("density", density))
     if density.shape[1] % 8:
@@ -95,9 +92,7 @@ def occupancy_update(
 
 
 def cell_of(axes: tuple[Tensor, Tensor, Tensor], bound: float, resolution: int) -> Tensor:
-    """Linear index into [C, G^3] of points given as three coordinates of one shape; points outside take the nearest
-    cell.
-    """
+    """Linear index into [C, G^3] of points given as three coordinates; points outside take the nearest cell."""
     sizes = half_sizes(bound)
     if len(sizes) == 1:
         cascade, half = 0, sizes[0]

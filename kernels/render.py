@@ -26,9 +26,7 @@ _ROUND = 8
 
 
 class View(NamedTuple):
-    """rgb [R, 3] over the background, normal [R, 3] world (unit; 0 where empty), depth [R] (sum of w t), opacity
-    [R].
-    """
+    """rgb [R, 3] over the background, normal [R, 3] (unit; 0 where empty), depth [R] (sum of w t), opacity [R]."""
 
     rgb: Tensor
     normal: Tensor

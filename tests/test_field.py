@@ -120,6 +120,22 @@ def test_modes_agree_for_small_steps():
     torch.testing.assert_close(other[2].norm(dim=1), torch.ones(40).double())
 
 
+def test_differences_stay_inside_the_cube():
+    """The grid is zero outside, which must not look like a wall to a point on the face."""
+    table, weights, biases = parameters()
+    spec = FieldSpec(grid=GRID, bound=0.6, blob_density=0.0)
+    face = torch.tensor([[0.6, 0.1, 0.2]]).double()
+    normal = field_normals(face, table, weights, biases, spec, epsilon=0.01)[2]
+    taps = [
+        face.clone().index_add_(1, torch.tensor([axis]), torch.full((1, 1), step).double()).clamp(max=0.6)
+        for axis in range(3)
+        for step in (0.01, -0.01)
+    ]
+    sigma = field(torch.cat(taps), table, weights, biases, spec)[0].view(3, 2)
+    expected = torch.nn.functional.normalize(sigma[:, 1] - sigma[:, 0], dim=0)
+    torch.testing.assert_close(normal[0], expected)
+
+
 @pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
 def test_normal_of_a_flat_density_is_zero(mode):
     spec = FieldSpec(grid=GRID, blob_density=0.0)

@@ -104,12 +104,11 @@ def test_active_levels(active):
     expected[:, active * 2 :] = 0
     assert torch.equal(hash_grid(x, table, SMALL, active_levels=active), expected)
     on_device = torch.tensor(active)
-    table.requires_grad_()
-    out = hash_grid(x, table, SMALL, active_levels=on_device)
-    assert torch.equal(out, expected)
-    out.sum().backward()
-    assert torch.equal(table.grad[SMALL.offsets[active] :], torch.zeros_like(table[SMALL.offsets[active] :]))
-    assert active == 0 or table.grad[: SMALL.offsets[active]].abs().sum() > 0
+    assert torch.equal(hash_grid(x, table, SMALL, active_levels=on_device), expected)
+    if active:
+        table.requires_grad_()
+        hash_grid(x, table, SMALL, active_levels=on_device).sum().backward()
+        assert not table.grad[SMALL.offsets[active] :].any() and table.grad[: SMALL.offsets[active]].any()
 
 
 def test_count_hides_padding():
@@ -148,7 +147,7 @@ def test_compute_dtype_rounds_but_keeps_an_exact_master(dtype):
     plain = table.detach().clone().requires_grad_()
     hash_grid(x, plain, SMALL).sum().backward()
     assert table.grad.dtype == torch.float32
-    torch.testing.assert_close(table.grad, plain.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(table.grad, plain.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_backward_repeats_bit_for_bit_with_any_threads():
@@ -186,12 +185,12 @@ def test_total_variation_gradient():
     """One point, one dense level: the gradient of sqrt-like total variation at that vertex, computed with numbers."""
     spec = HashGridSpec(levels=1, features=2, log2_entries=8, base_resolution=4, max_resolution=4)
     table = random_table(spec)
-    grad = hash_grid_total_variation_grad(table, spec, torch.tensor([[0.4, 0.6, 0.01]]).double(), 3.0)
-    vertex, expected = (1, 1, 0), torch.zeros_like(table)
+    grad = hash_grid_total_variation_grad(table, spec, torch.tensor([[0.4, 0.49, 0.99]]).double(), 3.0)
+    vertex, expected = (1, 1, 3), torch.zeros_like(table)
     grid = table[:64].view(4, 4, 4, 2).permute(2, 1, 0, 3)
-    neighbours = [(0, 1, 0), (2, 1, 0), (1, 0, 0), (1, 2, 0), (1, 1, 1)]
+    neighbours = [(0, 1, 3), (2, 1, 3), (1, 0, 3), (1, 2, 3), (1, 1, 2)]
     difference = torch.stack([grid[vertex] - grid[n] for n in neighbours])
-    expected[1 + 4] = 3.0 / 6 * difference.sum(0) / (difference.square().sum(0) + 1e-9).sqrt()
+    expected[1 + 4 + 3 * 16] = 3.0 / 6 * difference.sum(0) / (difference.square().sum(0) + 1e-9).sqrt()
     torch.testing.assert_close(grad, expected)
 
 

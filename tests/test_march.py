@@ -55,14 +55,15 @@ def by_hand(o, d, bits, bound, resolution, max_steps, dt_gamma, min_near, pertur
     ("bound", "dt_gamma", "max_steps"), [(1.0, 0.0, 64), (0.6, 0.0, 256), (1.0, 0.02, 128), (2.5, 0.01, 100)]
 )
 @pytest.mark.parametrize("shifted", [False, True])
-def test_definition(bound, dt_gamma, max_steps, shifted):
+@pytest.mark.parametrize("dense", [False, True])
+def test_definition(bound, dt_gamma, max_steps, shifted, dense):
     origins, directions = rays(12)
     origins[0], directions[0] = torch.tensor([0.1, 0.2, 3.0]), torch.tensor([0.0, 0.0, -1.0])  # two components are zero
     origins[1] = 0.0  # starts inside
     origins[2], directions[2] = torch.tensor([5.0, 5, 5]), torch.tensor([0.0, 1, 0])  # misses
     generator = torch.Generator().manual_seed(3)
     perturb = torch.rand(12, generator=generator, dtype=torch.float64)
-    bits = sphere(bound=bound, radius=0.6 * bound)
+    bits = full(bound=bound) if dense else sphere(bound=bound, radius=0.6 * bound)
     options = {"bound": bound, "resolution": 16, "max_steps": max_steps, "dt_gamma": dt_gamma, "min_near": 0.05}
     out = march(origins, directions, bits, capacity=4096, perturb=perturb if shifted else None, **options)
     assert not out.overflow and int(out.count) == int(out.offsets[-1]) > 50

@@ -69,13 +69,13 @@ def test_outside_is_empty():
 
 def test_update_decays_and_thresholds():
     density = torch.tensor([[8.0, 0, 0, 0, 100, 0, 0, 0]])
-    fresh = torch.tensor([[2.0, 3, 0, 0, 0, 0, 0, 40]])
+    fresh = torch.tensor([[2.0, 11, 0, 0, 0, 0, 0, 40]])
     bits, mean = occupancy_update(density, fresh, decay=0.5, threshold=10.0)
-    assert density.tolist() == [[4, 3, 0, 0, 50, 0, 0, 40]]
-    assert float(mean) == pytest.approx(97 / 8)
-    assert bits.tolist() == [[0b10010000]]  # above 10, which is below the mean
+    assert density.tolist() == [[4, 11, 0, 0, 50, 0, 0, 40]]
+    assert float(mean) == pytest.approx(105 / 8)
+    assert bits.tolist() == [[0b10010010]]  # above 10, which is below the mean
     bits, mean = occupancy_update(density, torch.zeros_like(density), decay=0.1, threshold=10.0)
-    assert float(mean) == pytest.approx(9.7 / 8)
-    assert bits.tolist() == [[0b10010000]]  # above the mean, 1.2
+    assert float(mean) == pytest.approx(10.5 / 8)
+    assert bits.tolist() == [[0b10010000]]  # above the mean, 1.3
     bits, mean = occupancy_update(torch.zeros(1, 8), torch.zeros(1, 8))
     assert bits.tolist() == [[0]] and float(mean) == 0

@@ -1,4 +1,4 @@
-"""Rendering for looking: the picture that march, field and composite give together, at any chunk; empty scenes; normals."""
+"""Rendering for looking: the picture that march, field and composite give together; empty scenes; normals."""
 
 import math
 import sys
@@ -11,6 +11,7 @@ from dream_fast.kernels import (
     HashGridSpec,
     composite,
     field,
+    field_normals,
     march,
     occupancy_points,
     occupancy_update,
@@ -64,6 +65,10 @@ def test_same_as_the_operators_one_by_one(chunk, stop):
     torch.testing.assert_close(view.rgb, expected.values + (1 - expected.opacity)[:, None] * background)
     torch.testing.assert_close(view.opacity, expected.opacity)
     torch.testing.assert_close(view.depth, expected.depth)
+    hit = expected.opacity > 1e-3
+    surface = origins[hit] + (expected.depth / expected.opacity)[hit, None] * directions[hit]
+    torch.testing.assert_close(view.normal[hit], field_normals(surface, *parameters, spec)[2])
+    assert not view.normal[~hit].any()
 
 
 def test_normals_of_a_hard_ball():
