@@ -41,7 +41,10 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     path = checkpoint_path(directory, step)
     with written_aside(path) as aside:
-        save_file(tensors, aside, metadata=metadata)
+        aside.touch()
+        mode = aside.stat().st_mode  # what the umask gives to any other file of the run
+        save_file(tensors, aside, metadata=metadata)  # always makes a file that its owner alone can read
+        aside.chmod(mode)
         with open(aside, "rb") as handle:
             os.fsync(handle.fileno())  # on disk before it takes the name
     for old in list_checkpoints(directory)[:-KEEP]:

@@ -45,6 +45,12 @@ def test_state_comes_back_bit_for_bit(tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_others_may_read_a_checkpoint_as_far_as_the_umask_says(tmp_path):
+    (tmp_path / "any").touch()
+    path = save_checkpoint(tmp_path / "c", 7, make_state(), ARCHITECTURE)
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_last_two_are_kept_and_nothing_else_is_left(tmp_path):
     for step in (5, 10, 1000000):
         save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)

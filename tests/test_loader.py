@@ -72,6 +72,34 @@ def test_sharded_and_half_precision_files_load_alike(tiny_model: Path, broken: P
         load_components(broken, "cpu")
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_shows_no_bars_and_leaves_the_libraries_settings(broken: Path, capsys, shown: bool) -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    def settings() -> list[bool]:
+        bars = [library.is_progress_bar_enabled() for library in (diffusers_logging, transformers_logging)]
+        return [*bars, not hub.are_progress_bars_disabled()]
+
+    load_components(broken, "cpu").unet.save_pretrained(broken / "unet", max_shard_size="300KB")
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    before = settings()
+    assert before == [True] * 3
+    try:
+        if not shown:
+            hub.disable_progress_bars()
+            diffusers_logging.disable_progress_bar()
+        wanted = settings()
+        capsys.readouterr()
+        load_components(broken, "cpu")
+        assert capsys.readouterr().err == ""
+        assert settings() == wanted
+    finally:
+        hub.enable_progress_bars()
+        diffusers_logging.enable_progress_bar()
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_missing_component(broken: Path, part: str) -> None:
     shutil.rmtree(broken / part)

@@ -311,16 +311,25 @@ def _xformers_works(device: torch.device) -> bool:
 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    """Keeps transformers' bar of a load that takes a blink off the terminal; a download keeps its own bars."""
+    """Keeps the libraries' bars of a load that takes a blink off the terminal; a download keeps its own bars.
+
+    What a caller has set is set again afterwards: transformers switches the hub's bars together with its own.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    downloads_shown = not are_progress_bars_disabled()
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
+        if not downloads_shown:
+            disable_progress_bars()
 
 
 def _first_line(error: BaseException) -> str:
