@@ -39,6 +39,8 @@ from dream_fast.engine.prior.world import KINDS, RADIUS, Primitive, Scene, make_
         ("a top hat", "hat"),
         ("a cat wearing a red hat", "cat"),
         ("a red hat on a cat", "hat"),
+        ("a wizard wearing a red hat", None),
+        ("a wizard with a top hat, front view", None),
         ("a table with a lamp on it", "table"),
         ("something with a mug", "mug"),
         ("a mug and a teapot", "mug"),
