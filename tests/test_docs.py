@@ -1,0 +1,81 @@
+"""The page about Python: its code runs as it is printed, and does what the page says."""
+
+import re
+from pathlib import Path
+
+import av
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+import dream_fast
+
+PAGE = Path(dream_fast.__file__).parent / "docs" / "python.md"
+pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
+
+
+def sections() -> dict[str, str]:
+    """The code of each section, by its title."""
+    parts = re.split(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return {title: code for title, text in zip(parts[::2], parts[1::2], strict=True) for code in blocks(text)}
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def names(monkeypatch, tmp_path):
+    """Runs the code of a section in an empty folder and gives what it names."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(title: str) -> dict:
+        torch.manual_seed(0)
+        names = {"__name__": "page"}
+        exec(compile(sections()[title], f"{PAGE.name}: {title}", "exec"), names)
+        return names
+
+    return run
+
+
+def test_every_block_is_run_and_short() -> None:
+    assert list(sections()) == ["The operators", "The field", "A guidance of your own", "A whole run"]
+    assert len(blocks(PAGE.read_text(encoding="utf-8"))) == len(sections())
+    for code in sections().values():
+        assert sum(bool(line.strip()) and "import" not in line for line in code.splitlines()) <= 22
+        assert max(map(len, code.splitlines())) <= 120
+
+
+def test_the_operators_learn_a_disc(names) -> None:
+    page = names("The operators")
+    opacity, colour, inside = page["seen"].opacity, page["seen"].values, page["inside"] > 0
+    assert opacity[inside].min() > 0.5 > opacity[~inside].max()
+    assert (colour[inside].mean(0) - torch.tensor([1.0, 0.2, 0.1])).abs().max() < 0.15
+    assert not page["rays"].overflow and page["table"].grad.abs().sum() > 0
+
+
+def test_the_field_is_a_blob_in_pictures_and_as_a_mesh(names, tmp_path) -> None:
+    page = names("The field")
+    assert page["sigma"][0] > page["sigma"][1] > 0
+    assert torch.allclose(page["normal"], torch.tensor([[0.0, 1, 0], [1, 0, 0]]), atol=0.05)
+    opacity = page["view"].opacity
+    assert opacity.shape == (6, 48, 48) and opacity[:, 24, 24].min() > 0.95 and opacity[:, 0, 0].max() < 0.05
+    assert Image.open(tmp_path / "front.png").size == (48, 48)
+    mesh = trimesh.load(tmp_path / "blob.glb", force="mesh")
+    assert mesh.is_watertight and 0.1 < mesh.extents.min() and len(mesh.faces) == len(page["mesh"].faces)
+
+
+def test_a_guidance_of_ones_own_makes_a_red_ball(names) -> None:
+    page = names("A guidance of your own")
+    losses, view = page["losses"], page["view"]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    middle, corner = view.rgb[:, 24, 24], view.opacity[:, 2, 2]
+    assert (middle[:, 0] > middle[:, 1] + 0.2).all() and corner.max() < 0.1
+
+
+def test_a_whole_run_writes_its_workspace(names, tmp_path) -> None:
+    names("A whole run")
+    assert Image.open(tmp_path / "trial" / "results" / "front.png").size == (32, 32)
+    with av.open(str(tmp_path / "trial" / "results" / "turntable.mp4")) as video:
+        assert len(list(video.decode(video=0))) == 4
