@@ -252,6 +252,7 @@ class OptimConfig(Room):
 
     optim: str = option("adan", "the optimiser", choices=("adan", "adam"))
     lr: float = option(1e-3, "learning rate; the MLP takes 5 lr with adan and lr with adam, the table 10 x", above=0)
+    lr_decay: float = option(1.0, "factor of the learning rate at the end, reached exponentially", above=0, high=1)
     ema_decay: float = option(0.9995, "decay of the averaged weights, a step", low=0, below=1)
 
 

@@ -53,10 +53,12 @@ class Optimizer:
         """Set the gradients to 0, in place."""
         self.grads.zero_()
 
-    def step(self, *, inverse_scale: float | Tensor = 1.0, grad_clip: float = -1.0) -> Tensor:
+    def step(
+        self, *, inverse_scale: float | Tensor = 1.0, grad_clip: float = -1.0, lr_scale: float = 1.0
+    ) -> Tensor:
         """One step with the gradients times `inverse_scale`; returns on the device whether it was skipped.
 
-        `grad_clip` > 0 limits each component of the unscaled gradient.
+        `grad_clip` > 0 limits each component of the unscaled gradient; `lr_scale` multiplies both learning rates.
         """
         if grad_clip > 0:
             # Clamping would turn an infinity into a usable number; adding NaN keeps the step recognisable as bad.
@@ -71,7 +73,7 @@ class Optimizer:
             self.grads,
             self.state,
             group_ends=self.group_ends,
-            lrs=self.lrs,
+            lrs=tuple(lr * lr_scale for lr in self.lrs),
             inverse_scale=inverse_scale,
             ema_decay=decay,
         )

@@ -163,7 +163,11 @@ class Trainer:
             scale=self.scaler.scale,
             generator=generator,
         )
-        skipped = self.optimizer.step(inverse_scale=self.scaler.inverse, grad_clip=config.loss.grad_clip)
+        skipped = self.optimizer.step(
+            inverse_scale=self.scaler.inverse,
+            grad_clip=config.loss.grad_clip,
+            lr_scale=config.optim.lr_decay**progress,
+        )
         self.scaler.update(skipped)
         self.skipped += skipped
         self.skipped_in_a_row.add_(1).mul_(skipped)

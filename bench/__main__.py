@@ -1,0 +1,19 @@
+"""`python -m dream_fast.bench COMMAND`: measurements that anyone can repeat."""
+
+import importlib
+import sys
+
+COMMANDS = {"quality": "whole runs with default settings, looked at by the judge"}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        print("usage: python -m dream_fast.bench COMMAND [--help]\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:10} {text}")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    return importlib.import_module(f"dream_fast.bench.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
