@@ -90,12 +90,16 @@ def _argument(field: dataclasses.Field) -> dict[str, Any]:
     return dict(help=text, type=reader, metavar=metavar)
 
 
+def _looks_like_flag(word: str) -> bool:
+    return re.match(r"-[^\d.]", word) is not None  # and not a negative number
+
+
 def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """UserError for a flag or a value that we refuse, or a flag that nobody knows (with the nearest one)."""
     known = list(parser._option_string_actions)
     flag = ""
     for word in words:
-        if re.match(r"-[^\d.]", word):  # not a negative number
+        if _looks_like_flag(word):
             flag, _, word = word.partition("=")
             if flag in REFUSED_FLAGS:
                 raise UserError(f"{flag} is not available: {REFUSED_FLAGS[flag]}")
@@ -106,13 +110,21 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             raise UserError(f"{flag} {word} is not available: {REFUSED_VALUES[flag, word]}")
 
 
+def _why_unexpected(words: Sequence[str], word: str) -> str:
+    """The end of the sentence about a word that belongs to no flag."""
+    flags = [before for before in words[: list(words).index(word)] if _looks_like_flag(before)]
+    if flags and flags[-1] != "--text":
+        return f" after {flags[-1]}"
+    return ": a prompt of several words stands in quotes after --text"
+
+
 def parse(words: Sequence[str]) -> dict[str, Any]:
     """What was typed, by setting name, checked one by one. UserError: anything that is not good."""
     parser = build_parser()
     _check_words(parser, words)
     namespace, rest = parser.parse_known_args(words)
     if rest:
-        raise UserError(f"unexpected {rest[0]!r}: a prompt of several words stands in quotes after --text")
+        raise UserError(f"unexpected {rest[0]!r}{_why_unexpected(words, rest[0])}")
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     for _, field in settings():
         if field.name in typed:
@@ -134,7 +146,7 @@ def _stored(typed: dict[str, Any]) -> Config:
     from dream_fast.engine.workspace import Workspace
 
     folder = typed.get("workspace", Config().run.workspace)
-    stored = Workspace(Path(folder)).stored_config()
+    stored = Workspace(Path(folder).expanduser()).stored_config()
     if stored is None:
         raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
     values = {name: value for name, value in typed.items() if name != "fp16"}

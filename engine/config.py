@@ -176,6 +176,14 @@ class FieldConfig(Room):
     blob_radius: float = option(0.2, "radius of that blob", above=0)
     bg_radius: float = option(1.4, "more than 0: a small MLP learns a background; else a plain colour")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_resolution < self.base_resolution:
+            raise UserError(
+                f"--max_resolution {self.max_resolution} is less than --base_resolution {self.base_resolution}: the "
+                "levels of the hash grid go from coarse to fine"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RenderConfig(Room):
@@ -190,6 +198,11 @@ class RenderConfig(Room):
     occupancy_resolution: int = option(128, "cells of the occupancy grid along an edge", low=8, high=512)
     normals: str = option("finite_difference", "how normals are computed", choices=("finite_difference", "analytic"))
     normal_epsilon: float = option(0.01, "step of finite-difference normals", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.occupancy_resolution % 2:
+            raise UserError(f"--occupancy_resolution must be even, not {self.occupancy_resolution}")
 
 
 @dataclass(frozen=True, kw_only=True)

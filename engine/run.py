@@ -41,7 +41,7 @@ def run(config: Config) -> int:
     started = time.monotonic()
     reporter = Reporter()
     runtime = choose_runtime(config)
-    workspace = Workspace(Path(config.run.workspace))
+    workspace = Workspace(Path(config.run.workspace).expanduser())
     workspace.check_usable()
     fresh = config.run.ckpt == "scratch"
     stored = None if fresh else workspace.stored_config()
@@ -64,6 +64,7 @@ def run(config: Config) -> int:
             reporter.files(workspace.files())
             return 0
 
+        earlier = [] if fresh else workspace.read_manifest().get("runs", [])
         components = _load_guidance(config, runtime)
         prompts = PromptEmbeddings(components, config.run.text, config.run.negative)
         score = ScoreDistillation(components, config.guidance)
@@ -74,7 +75,7 @@ def run(config: Config) -> int:
         workspace.write_config(config)
         workspace.rewind(trainer.step)
         reporter.open_log(workspace.log)
-        manifest = _manifest(config, runtime, components, workspace, trainer.step)
+        manifest = _manifest(config, runtime, components, earlier, trainer.step)
         workspace.write_manifest(manifest)
         reporter.say(_start_line(config, runtime, components, trainer.step))
         trainer.fit(workspace, reporter)
@@ -141,9 +142,16 @@ def _with_seed(config: Config, stored: Config | None) -> Config:
 
 def _find_checkpoint(config: Config, workspace: Workspace) -> Path | None:
     """The checkpoint to start from, or None to start at the beginning."""
+    own = list_checkpoints(workspace.checkpoints)
     if config.run.ckpt not in ("latest", "scratch"):
-        return Path(config.run.ckpt).expanduser()
-    found = list_checkpoints(workspace.checkpoints) if config.run.ckpt == "latest" else []
+        path = Path(config.run.ckpt).expanduser()
+        if own and not config.run.test and path.resolve() not in [mine.resolve() for mine in own]:
+            raise UserError(
+                f"--ckpt {path} would replace the run that --workspace {workspace.path} holds; leave it out to go on "
+                "with that run, or choose another --workspace"
+            )
+        return path
+    found = own if config.run.ckpt == "latest" else []
     if config.run.test and not found:
         raise UserError(f"--test needs a checkpoint, and --workspace {workspace.path} has none yet")
     return found[-1] if found else None
@@ -181,9 +189,9 @@ def _looking_line(config: Config, runtime: Runtime, step: int) -> str:
 
 
 def _manifest(
-    config: Config, runtime: Runtime, components: Components, workspace: Workspace, step: int
+    config: Config, runtime: Runtime, components: Components, earlier: list[dict[str, Any]], step: int
 ) -> dict[str, Any]:
-    """What made this run, so that it can be made again; each time it is taken up adds to ``runs``."""
+    """What made this run, so that it can be made again; each time it is taken up adds to the ``earlier`` ones."""
     this = {
         "command": shlex.join(["dream-fast", *sys.argv[1:]]),
         "started": _now(),
@@ -199,7 +207,7 @@ def _manifest(
         "text": config.run.text,
         "seed": config.run.seed,
         "model": components.name,
-        "runs": [*workspace.read_manifest().get("runs", []), this],
+        "runs": [*earlier, this],
     }
 
 

@@ -120,8 +120,13 @@ class Workspace:
         write_text(self.manifest, json.dumps(manifest, indent=1) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
-        """The manifest, or an empty one where none was written yet."""
-        return json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.exists() else {}
+        """The manifest, or an empty one where none was written yet. UserError: it is damaged."""
+        if not self.manifest.exists():
+            return {}
+        try:
+            return json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.manifest} cannot be used: {error}") from error
 
     def clear(self) -> None:
         """Removes the run that lives here: what ``--ckpt scratch`` asks for."""

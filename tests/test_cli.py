@@ -53,7 +53,11 @@ def engine(monkeypatch, tmp_path):
         (["--text", "   "], "--text is empty"),
         (["--text"], "--text: expected one argument"),
         (["--text", "a", "hamburger"], "unexpected 'hamburger': a prompt of several words stands in quotes"),
-        (["--text", "a qwzxlp"], "qwzxlp"),
+        (["a hamburger"], "unexpected 'a hamburger': a prompt of several words stands in quotes after --text"),
+        (["--text", "a cat", "--save_mesh", "yes"], "unexpected 'yes' after --save_mesh"),
+        (["--text", "a cat", "--phi_range", "-90", "90", "3"], "unexpected '3' after --phi_range"),
+        (["--text", "a qwzxlp"], 'does not know what "a qwzxlp" is; it knows hamburger, donut'),
+        (["--text", "a wizard\nwith a hat"], 'does not know what "a wizard with a hat" is'),
         (["--text", "a cat", "--iter", "5"], "unknown flag --iter; did you mean --iters?"),
         (["--text", "a cat", "--guidence_scale=5"], "unknown flag --guidence_scale; did you mean --guidance_scale?"),
         (["--text", "a cat", "--zorble"], "unknown flag --zorble; see --help"),
@@ -74,6 +78,16 @@ def engine(monkeypatch, tmp_path):
         (["--text", "a cat", "--guidance_scale", "inf"], "--guidance_scale must be a finite number, not inf"),
         (["--text", "a cat", "--t_range", "0.9", "0.1"], "--t_range is reversed"),
         (["--text", "a cat", "--t_range", "0.9"], "--t_range: expected 2 arguments"),
+        (["--text", "a cat", "--t_range", "nan", "1"], "--t_range must be a finite number, not nan"),
+        (["--text", "a cat", "--radius_range", "3", "2"], "--radius_range is reversed: its lower end 3 is more than"),
+        (["--text", "a cat", "--iters", "nan"], "--iters: 'nan' is not a whole number"),
+        (["--text", "a cat", "--max_resolution", "8"], "--max_resolution 8 is less than --base_resolution 16"),
+        (["--text", "a cat", "--base_resolution", "999"], "is less than --base_resolution 999"),
+        (["--text", "a cat", "--occupancy_resolution", "9"], "--occupancy_resolution must be even, not 9"),
+        (["--text", "a cat", "--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--text", "a cat", "--workspace", ""], "--workspace is empty"),
+        (["--text", "a cat", "--hf_key", ""], "--hf_key is empty"),
+        (["--text", "a cat", "--ckpt", ""], "--ckpt is empty"),
         (["--text", "a cat", "--optim", "sgd"], "--optim is one of adan, adam, not 'sgd'"),
         (["--text", "a cat", "--sd_version", "3"], "--sd_version is one of 1.5, 2.0, 2.1, not '3'"),
         (["--text", "a cat", "--hf_key", "x", "--sd_version", "2.1"], "give one of them"),
@@ -115,6 +129,15 @@ def test_only_what_was_typed_is_typed():
     assert parse(["--text", "a cat", "--no-save_mesh", "-O"]) == {"text": "a cat", "save_mesh": False, "fp16": True}
 
 
+def test_words_that_the_embedded_model_does_not_know_are_warned_about(engine, capsys):
+    assert main(["--text", "a shiny hamburger", "--device", "cpu"]) == 0
+    warning = 'dream-fast: warning: the embedded model does not know the word "shiny" and will ignore it\n'
+    assert capsys.readouterr().err == warning
+    assert engine[0].run.text == "a shiny hamburger"
+    assert main(["--text", "a shiny hamburger", "--hf_key", "folder", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_prompt_for_stable_diffusion_is_free(engine):
     assert main(["--text", "a qwzxlp", "--hf_key", "folder", "--device", "cpu"]) == 0
     assert engine[0].guidance.hf_key == "folder"
@@ -141,6 +164,13 @@ def test_test_takes_the_settings_of_the_workspace(engine, tmp_path):
     Workspace(tmp_path / "trial").write_config(stored)
     assert main("--test --workspace trial -O --W 48 --device cpu".split()) == 0
     assert engine == [resolve(typed | {"test": True, "workspace": "trial", "W": 48}, "sd", "cpu")]
+
+
+def test_a_workspace_may_lie_at_home(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Workspace(tmp_path / "home" / "trial").write_config(resolve({"text": "a cat"}, "dream-mini", "cpu"))
+    assert main("--test --workspace=~/trial --device cpu".split()) == 0
+    assert engine[0].run.text == "a cat"
 
 
 def test_the_engines_mistakes_and_interrupts_have_their_status(monkeypatch, capsys):

@@ -164,6 +164,9 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"guidance": ()}, "--guidance needs at least one value"),
         ({"guidance": ("IF",)}, "--guidance is one of dream-mini, SD, not 'IF'"),
         ({"ema_decay": 1.0}, "--ema_decay must be less than 1, not 1"),
+        ({"max_resolution": 8}, "--max_resolution 8 is less than --base_resolution 16: the levels .* coarse to fine"),
+        ({"max_resolution": 40, "base_resolution": 41}, "--max_resolution 40 is less than --base_resolution 41: .*"),
+        ({"occupancy_resolution": 65}, "--occupancy_resolution must be even, not 65"),
         ({"itres": 5}, "unknown setting: itres"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -9,8 +10,11 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dream_fast.cli import main
+from dream_fast.engine.checkpoint import FORMAT
 
 SIDE, FRAMES = 24, 5
 SMALL = f"""
@@ -149,6 +153,60 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, tiny_m
     (tmp_path / "file").write_text("notes")
     assert "is a file" in refused(capsys, command(tmp_path / "file", tiny_model))
     assert (tmp_path / "file").read_text() == "notes"
+
+
+def test_a_workspace_that_cannot_be_made_is_refused(tiny_model, capsys):
+    nowhere = Path("/proc/sys/dream-fast")  # no folder can be made there, whoever asks
+    if not nowhere.parent.is_dir():
+        pytest.skip("no /proc on this machine")
+    assert "--workspace /proc/sys/dream-fast" in refused(capsys, command(nowhere, tiny_model))
+
+
+def test_a_broken_model_is_refused_before_anything_is_written(tmp_path, tiny_model, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(model / "vae")
+    assert "lacks its component vae/" in refused(capsys, command(tmp_path / "new", model))
+    shutil.copytree(tiny_model / "vae", model / "vae")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "is damaged or incomplete" in refused(capsys, command(tmp_path / "new", model))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_hub_name_without_a_network_is_refused(tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    assert "the hub cannot be reached" in refused(capsys, command(tmp_path / "new", Path("nobody/nothing")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_from_elsewhere_replaces_no_run(copy, finished, tiny_model, capsys):
+    before = contents(copy)
+    elsewhere = str(finished / "checkpoints" / "step_000004.safetensors")
+    sentence = refused(capsys, command(copy, tiny_model, "--iters", "6", "--ckpt", elsewhere))
+    assert "would replace the run" in sentence and "leave it out" in sentence
+    assert contents(copy) == before
+    own = str(copy / "checkpoints" / "step_000004.safetensors")
+    assert main(command(copy, tiny_model, "--iters", "5", "--ckpt", own)) == 0
+
+
+def test_a_damaged_manifest_is_refused_and_left_as_it_is(copy, tiny_model, capsys):
+    (copy / "manifest.json").write_text("{")
+    before = contents(copy)
+    assert "manifest.json cannot be used" in refused(capsys, command(copy, tiny_model, "--iters", "6"))
+    assert contents(copy) == before
+
+
+def test_a_checkpoint_of_another_version_is_refused(copy, tiny_model, capsys):
+    path = copy / "checkpoints" / "step_000004.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[FORMAT])
+    save_file(load_file(path), path, metadata={FORMAT: json.dumps(header | {"version": 0})})
+    before = contents(copy)
+    assert "has format version 0; this program reads version" in refused(capsys, ["--test", "--workspace", str(copy)])
+    assert "has format version 0" in refused(capsys, command(copy, tiny_model, "--iters", "6"))
+    assert contents(copy) == before
 
 
 def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(copy, tiny_model, capsys):

@@ -75,6 +75,14 @@ def test_a_damaged_configuration_is_refused(tmp_path, text):
         workspace.check_same_run(CONFIG)
 
 
+def test_a_damaged_manifest_is_refused(tmp_path):
+    workspace = make_workspace(tmp_path)
+    assert workspace.read_manifest() == {}
+    workspace.manifest.write_text("{")
+    with pytest.raises(UserError, match="manifest.json cannot be used"):
+        workspace.read_manifest()
+
+
 def test_rewind_drops_what_came_later(tmp_path):
     workspace = make_workspace(tmp_path)
     for step in (5, 10):
