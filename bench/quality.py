@@ -1,8 +1,8 @@
 """Quality: whole runs with default settings, looked at by the judge. `python -m dream_fast.bench quality`.
 
-R-precision over all captions (object, and object x colour): the share of pictures, eight azimuths around each object, whose
-most likely caption is the prompt's. `janus_rate`: for objects with a face, the share of pictures from behind that show
-the front. The prompts were fixed before any setting was tuned.
+R-precision over all captions (object, and object x colour): the share of pictures, eight azimuths around each object,
+whose most likely caption is the prompt's. `janus_rate`: for objects with a face, the share of pictures from behind that
+show the front. The prompts were fixed before any setting was tuned.
 """
 
 import argparse

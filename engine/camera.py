@@ -106,9 +106,7 @@ def turntable(config: CameraConfig, frames: int, device: torch.device | str | No
     """`frames` default cameras evenly around the object, the first at the default azimuth, moving towards +x."""
     azimuth = config.default_azimuth + torch.arange(frames, device=device) * (360.0 / frames)
     full = torch.ones_like(azimuth)
-    return make_cameras(
-        full * config.default_polar, azimuth, full * config.default_radius, full * config.default_fovy
-    )
+    return make_cameras(full * config.default_polar, azimuth, full * config.default_radius, full * config.default_fovy)
 
 
 def six_views(config: CameraConfig, device: torch.device | str | None = None) -> Cameras:

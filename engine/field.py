@@ -101,9 +101,7 @@ class Field(nn.Module):
         return FieldValues(*kernels.field_normals(*inputs, mode=normals, epsilon=normal_epsilon, **options))
 
     @torch.no_grad()
-    def density(
-        self, x: Tensor, *, active_levels: int | Tensor | None = None, chunk: int | None = None
-    ) -> Tensor:
+    def density(self, x: Tensor, *, active_levels: int | Tensor | None = None, chunk: int | None = None) -> Tensor:
         """Densities [N] at world points [N, 3], without gradient, `chunk` points at a time."""
         chunk = chunk or _chunk(x)
         return torch.cat([self(part, active_levels=active_levels).sigma for part in x.split(chunk)])

@@ -53,9 +53,7 @@ class Optimizer:
         """Set the gradients to 0, in place."""
         self.grads.zero_()
 
-    def step(
-        self, *, inverse_scale: float | Tensor = 1.0, grad_clip: float = -1.0, lr_scale: float = 1.0
-    ) -> Tensor:
+    def step(self, *, inverse_scale: float | Tensor = 1.0, grad_clip: float = -1.0, lr_scale: float = 1.0) -> Tensor:
         """One step with the gradients times `inverse_scale`; returns on the device whether it was skipped.
 
         `grad_clip` > 0 limits each component of the unscaled gradient; `lr_scale` multiplies both learning rates.

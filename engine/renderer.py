@@ -63,9 +63,7 @@ class Renderer:
     # ------------------------------------------------------------------------------------------------ occupancy
 
     @torch.no_grad()
-    def update_occupancy(
-        self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None
-    ) -> None:
+    def update_occupancy(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
         """Look at the density once in every cell (at a random point, or the centre without a generator)."""
         resolution = self.config.occupancy_resolution
         noise = None
@@ -144,9 +142,7 @@ class Renderer:
         channels = shade(shading, values.albedo, values.normal, light, ambient)
         if values.normal is not None:
             channels = torch.cat([channels, values.normal], dim=-1)
-        out = kernels.composite(
-            values.sigma, channels, samples.t, samples.dt, samples.offsets, count=samples.count
-        )
+        out = kernels.composite(values.sigma, channels, samples.t, samples.dt, samples.offsets, count=samples.count)
         if background is None:
             background = self.field.background(directions)
         return Rendered(
@@ -251,9 +247,7 @@ class Renderer:
         return torch.ones_like(directions)
 
 
-def shade(
-    shading: str, albedo: Tensor, normal: Tensor | None, light: Tensor | None, ambient: float | Tensor
-) -> Tensor:
+def shade(shading: str, albedo: Tensor, normal: Tensor | None, light: Tensor | None, ambient: float | Tensor) -> Tensor:
     """Colours [N, 3] of points with this albedo and normal [N, 3] under a light ([3] or [N, 3] unit, toward it)."""
     if shading == "albedo":
         return albedo

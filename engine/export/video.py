@@ -23,9 +23,7 @@ def turntable_frames(renderer: Renderer, config: CameraConfig, frames: int) -> I
         yield strip([to_uint8(part)[0] for part in (view.rgb, normal_image(view), depth)])
 
 
-def write_video(
-    path: Path, frames: Iterable[np.ndarray], fps: int, on_frame: Callable[[], None] | None = None
-) -> str:
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, on_frame: Callable[[], None] | None = None) -> str:
     """Write frames [H, W, 3] uint8 as mp4 and return the codec: h264 where the library has it, else mpeg4.
 
     Both codecs need even sides, so an odd side is padded by repeating its last row or column. `on_frame` is called
