@@ -3,6 +3,7 @@
 Light, shading and cameras are the engine's, so that a rendered field can look like what the model was trained on.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -164,7 +165,7 @@ def trace(
     compiled=False,
 ) -> Traced:  # fmt: skip
     """Trace rays [B, R, 3] of unit direction through scenes inside the sphere of RADIUS."""
-    step, surface, far = _COMPILED if compiled else (_step, _surface, distance)
+    step, surface, far = _compiled() if compiled else (_step, _surface, distance)
     b = (origins * directions).sum(-1)
     inside = b * b - (origins * origins).sum(-1) + (1.04 * RADIUS) ** 2
     entry = -b - inside.clamp(min=0).sqrt()
@@ -177,7 +178,10 @@ def trace(
     return Traced(hit, normal, albedo)
 
 
-_COMPILED = tuple(torch.compile(function, dynamic=False) for function in (_step, _surface, distance))
+@cache
+def _compiled() -> tuple:
+    """The parts of `trace`, fused; made when first asked for, because the compiler alone takes seconds to import."""
+    return tuple(torch.compile(function, dynamic=False) for function in (_step, _surface, distance))
 
 
 def render(
