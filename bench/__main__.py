@@ -3,7 +3,10 @@
 import importlib
 import sys
 
-COMMANDS = {"quality": "whole runs with default settings, looked at by the judge"}
+COMMANDS = {
+    "main_job": "time and memory of the main command",
+    "quality": "whole runs with default settings, looked at by the judge",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -77,6 +77,7 @@ def make(prompt: str, seed: int, workspace: Path, device: str) -> dict:
 
     shutil.rmtree(workspace, ignore_errors=True)
     typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
+    typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
     config = resolve(typed, "dream-mini", device)
     start = time.monotonic()
     run(config)
@@ -131,7 +132,8 @@ def prior_scores(device: str) -> dict[str, float]:
 
 def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
     """Four views of each prompt's first seed, two prompts a row, in the order of PROMPTS."""
-    strips = [Image.open(work / _name(prompt, 0) / "views.png") for prompt in prompts]
+    files = [work / _name(prompt, 0) / "views.png" for prompt in prompts]
+    strips = [Image.open(file) for file in files if file.exists()]
     high = -(-len(strips) // 2)
     sheet = Image.new("RGB", (2 * 4 * SIZE + 8, high * SIZE), "white")
     for n, image in enumerate(strips):
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         **prior_scores(args.device),
         "judge": json.loads((Path(__file__).parent / "judge" / "judge.json").read_text())["held_out"],
         "device": torch.cuda.get_device_name() if args.device == "cuda" else machine()["processor"],
-        "settings": resolve({"text": "", "device": args.device}, "dream-mini", args.device).to_dict(),
+        "settings": resolve({}, "dream-mini", args.device).to_dict(),
         "seconds": round(time.monotonic() - start, 1),
         "jobs": args.jobs,
         "rows": rows,

@@ -228,6 +228,9 @@ class GuidanceConfig(Room):
     sd_version: str | None = option(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
     hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by name")
     guidance_scale: float = option(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
+    guidance_scale_end: float | None = option(
+        None, "s at the end of the run, reached linearly; default: no change", low=0
+    )
     t_range: Range = option((0.02, 0.98), "range of the noise level t", low=0, high=1)
     t_anneal: str = option(
         "none", "t is drawn from the whole range, or falls with progress", choices=("none", "linear", "sqrt")
@@ -359,14 +362,14 @@ def mini_cpu_defaults() -> Config:
     """dream-mini on a CPU: a small field and small pictures, so that two cores finish in minutes."""
     return Config().override(
         dict(
-            iters=600,
+            iters=800,
             radius_range=(3.0, 3.5),
             theta_range=(50.0, 95.0),
             fovy_range=(20.0, 26.0),
             default_fovy=23.0,
             default_polar=75.0,
-            w=64,
-            h=64,
+            w=80,
+            h=80,
             W=128,
             H=128,
             levels=8,
@@ -379,11 +382,15 @@ def mini_cpu_defaults() -> Config:
             max_steps=128,
             occupancy_resolution=64,
             latent_iter_ratio=0.0,
-            albedo_iter_ratio=0.5,
-            guidance_scale=20.0,
+            albedo_iter_ratio=0.75,
+            guidance_scale=8.0,
+            guidance_scale_end=2.0,
+            guidance_rescale=0.5,
+            t_range=(0.02, 0.9),
             t_anneal="linear",
-            lambda_entropy=1e-3,
+            lambda_entropy=30.0,
             lr=1e-3,
+            lr_decay=0.3,
             ema_decay=0.99,
             dataset_size_test=48,
             mcubes_resolution=128,
@@ -394,7 +401,16 @@ def mini_cpu_defaults() -> Config:
 def mini_cuda_defaults() -> Config:
     """dream-mini on a GPU: the same run, with a finer grid and larger pictures."""
     return mini_cpu_defaults().override(
-        dict(W=256, H=256, occupancy_resolution=128, dataset_size_test=100, mcubes_resolution=256)
+        dict(
+            iters=600,
+            w=128,
+            h=128,
+            W=256,
+            H=256,
+            occupancy_resolution=128,
+            dataset_size_test=100,
+            mcubes_resolution=256,
+        )
     )
 
 
@@ -429,6 +445,8 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     values = {**typed, "device": device}
     if device == "cpu":
         values["fp16"] = False
+    if "guidance_scale" in typed:
+        values.setdefault("guidance_scale_end", None)  # one typed number is meant for the whole run
     if model == "sd":
         values["guidance"] = ("SD",)
         if "hf_key" not in typed:

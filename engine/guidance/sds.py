@@ -81,7 +81,7 @@ class ScoreDistillation:
             with torch.enable_grad():
                 z = self._latents(picture, generator) if not latents else _resize(picture, self.components.latent_size)
             t = self.timesteps(batch, progress, generator)
-            gradient = self._gradient(z.detach(), t, cond, uncond, generator)
+            gradient = self._gradient(z.detach(), t, cond, uncond, self.scale(progress), generator)
             if self.method == "mse":
                 loss = 0.5 * (z - (z - gradient).detach()).square().sum() / batch
             else:
@@ -104,6 +104,11 @@ class ScoreDistillation:
             low, high = max(low, round(level - jitter)), min(high, round(level + jitter))
         return torch.randint(low, high + 1, (batch,), generator=generator, device=self.components.device)
 
+    def scale(self, progress: float) -> float:
+        """The guidance scale s at ``progress``. A strong start finds the shape; a weak end keeps colours natural."""
+        start, end = self.config.guidance_scale, self.config.guidance_scale_end
+        return start if end is None else start + (end - start) * progress
+
     def _latents(self, rgb: Tensor, generator: torch.Generator | None) -> Tensor:
         """A draw [B, C, h, w] from the VAE's posterior of ``rgb`` [B, 3, H, W], in the scale of latents."""
         model = self.components
@@ -115,13 +120,13 @@ class ScoreDistillation:
 
     @torch.no_grad()
     def _gradient(
-        self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, generator: torch.Generator | None
+        self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, scale: float, generator: torch.Generator | None
     ) -> Tensor:
         """g [B, C, h, w] of the module's docstring."""
         alpha = self.components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
         noise = torch.randn(z.shape, generator=generator, device=z.device)
         noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
-        scale, rescale = self.config.guidance_scale, self.config.guidance_rescale
+        rescale = self.config.guidance_rescale
         eps, _ = guided_prediction(self.components, noisy, t, cond, uncond, scale=scale, rescale=rescale)
         return self.config.lambda_guidance * (1 - alpha) * (eps - noise)
 
