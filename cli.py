@@ -162,7 +162,7 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
     if "text" not in typed and not print_only:
         raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
     if "text" in typed and model == "dream-mini":
-        for warning in check_prompt(typed["text"]):
+        for warning in check_prompt(typed["text"], typed.get("negative", "")):
             print(f"dream-fast: warning: {warning}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
     if typed.get("fp16") and device == "cpu":

@@ -21,10 +21,11 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import write_six_views
 from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.guidance.loader import Components, choose_source, load_components
+from dream_fast.engine.guidance.loader import EMBEDDED_MODEL, Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
 from dream_fast.engine.trainer import Trainer
@@ -66,7 +67,7 @@ def run(config: Config) -> int:
 
         earlier = [] if fresh else workspace.read_manifest().get("runs", [])
         components = _load_guidance(config, runtime)
-        prompts = PromptEmbeddings(components, config.run.text, config.run.negative)
+        prompts = PromptEmbeddings(components, *_texts(config))
         score = ScoreDistillation(components, config.guidance)
         trainer.guidance = TextGuidance(score, prompts, config.camera.angle_overhead)
 
@@ -167,6 +168,14 @@ def _load_guidance(config: Config, runtime: Runtime) -> Components:
             "and opacity are the latent needs 4, so give --latent_iter_ratio 0"
         )
     return components
+
+
+def _texts(config: Config) -> tuple[str, str]:
+    """The prompt and the negative prompt as the model reads them: the embedded one only the words that it knows."""
+    text, negative = config.run.text, config.run.negative
+    if choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key) == EMBEDDED_MODEL:
+        return known_words(text), known_words(negative)
+    return text, negative
 
 
 def _start_line(config: Config, runtime: Runtime, components: Components, step: int) -> str:

@@ -18,7 +18,7 @@ from dream_fast.engine.prior import MODEL_FOLDER, check_prompt, data
 from dream_fast.engine.prior.captions import caption, view_of
 from dream_fast.engine.prior.model import save_tokenizer
 from dream_fast.engine.prior.tracer import distance, pack, render
-from dream_fast.engine.prior.vocabulary import COLORS, SHADES, THINGS, VIEWS, find_object, words
+from dream_fast.engine.prior.vocabulary import COLORS, SHADES, THINGS, VIEWS, find_object, known_words, words
 from dream_fast.engine.prior.world import KINDS, RADIUS, Primitive, Scene, make_scene, rotation
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -66,6 +66,28 @@ def test_a_word_that_the_model_does_not_know_is_warned_about_once() -> None:
     assert check_prompt("a small grey robot wearing a blue hat, back view") == []
     warnings = check_prompt("a glorious, glorious DSLR photo of a velvet hamburger")
     assert len(warnings) == 2 and '"glorious"' in warnings[0] and '"velvet"' in warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("a red robot with a blue hat", "a red robot with a blue hat"),
+        ("A glorious DSLR photo of a velvet Hamburger!", "a dslr photo of a hamburger"),
+        ("a robot, shiny, 8k, side view.", "a robot side view"),
+        ("an ice-cream cone (pink)", "an ice cream cone pink"),
+        ("blurry, low quality", ""),
+        ("", ""),
+    ],
+)
+def test_what_the_model_reads_of_a_prompt(text: str, read: str) -> None:
+    assert known_words(text) == read
+    assert known_words(read) == read
+
+
+def test_words_of_the_negative_prompt_are_warned_about_too() -> None:
+    assert check_prompt("a cat", "blue, side view") == []
+    (warning,) = check_prompt("a cat", "blurry")
+    assert '"blurry"' in warning
 
 
 def test_every_name_is_understood_as_its_thing() -> None:

@@ -115,16 +115,26 @@ def words() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
+def _split(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
 def find_object(text: str) -> str | None:
     """The first known object that a prompt names (by its own name), or None. A hat that is worn is no object."""
-    plain = " " + " ".join(re.findall(r"[a-z0-9]+", text.lower())) + " "
+    plain = f" {' '.join(_split(text))} "
     plain = re.sub(r" (?:with|wearing) (?:\w+ ){0,3}hat ", " ", plain)
     found = [(plain.find(f" {name} "), name) for name in _LONGEST_FIRST if f" {name} " in plain]
     return _NAMES[min(found, key=lambda place: place[0])[1]] if found else None
 
 
-def check_prompt(text: str) -> list[str]:
-    """Check a prompt for dream-mini; returns warnings about words that it will ignore.
+def known_words(text: str) -> str:
+    """What dream-mini reads of a prompt: the words that it knows, in lower case, without punctuation."""
+    known = set(words())
+    return " ".join(word for word in _split(text) if word in known)
+
+
+def check_prompt(text: str, negative: str = "") -> list[str]:
+    """Check a prompt for dream-mini; returns warnings about words, also of ``negative``, that it will ignore.
 
     Raises UserError when the prompt names no object that dream-mini knows.
     """
@@ -135,5 +145,5 @@ def check_prompt(text: str) -> list[str]:
             "for anything else use Stable Diffusion: --sd_version 2.1, or --hf_key FOLDER_OR_HUB_NAME"
         )
     known = set(words())
-    unknown = dict.fromkeys(word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in known)
+    unknown = dict.fromkeys(word for word in _split(f"{text} {negative}") if word not in known)
     return [f'the embedded model does not know the word "{word}" and will ignore it' for word in unknown]
