@@ -56,14 +56,12 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of ``directory``, oldest step first."""
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def read_step(path: Path) -> int:
-    """The step of the checkpoint at ``path``, from its metadata alone."""
-    with _open(path) as file:
-        return _header(path, file)["step"]
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint, which may be damaged."""
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -74,7 +72,7 @@ def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, d
         try:
             flat: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise UserError(f"the checkpoint {path} is damaged or cut short ({error})") from error
+            raise _damaged(path, error) from error
     return header["step"], _nest(flat | header["values"])
 
 
@@ -84,7 +82,14 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({error})") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    beside = list_checkpoints(path.parent)
+    earlier = beside[: beside.index(path)] if path in beside else []
+    advice = f"remove it to go on from {earlier[-1].name}" if earlier else "--ckpt scratch starts over"
+    return UserError(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({error}); {advice}")
 
 
 def _header(path: Path, file) -> dict[str, Any]:

@@ -10,15 +10,18 @@ Everything here is plain files; what a run has reached is read from its checkpoi
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from dream_fast.engine.checkpoint import list_checkpoints, read_step
+from dream_fast.engine.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.files import written_aside
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +140,31 @@ class Workspace:
                 path.unlink(missing_ok=True)
 
     def rewind(self, step: int) -> None:
-        """Drops what was recorded after ``step``: a run that resumes there records it again."""
+        """Drops what was recorded after ``step``: a run that resumes there records it again.
+
+        Rows of the metrics that cannot be read are dropped too, with a logged warning; the last one may be cut short by
+        whatever stopped the run, so it goes without one.
+        """
         for path in list_checkpoints(self.checkpoints):
-            if read_step(path) > step:
+            if step_of(path) > step:
                 path.unlink()
         if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            if len(kept) < len(lines):
-                write_text(self.metrics, "".join(kept))
+            text = self.metrics.read_text(encoding="utf-8", errors="replace")
+            rows = [(line, _step_of(line)) for line in text.split("\n")[:-1]]
+            if damaged := sum(reached is None for _, reached in rows):
+                logger.warning("%s: rows that cannot be read are left out: %d", self.metrics, damaged)
+            kept = "".join(f"{line}\n" for line, reached in rows if reached is not None and reached <= step)
+            if kept != text:
+                write_text(self.metrics, kept)
+
+
+def _step_of(row: str) -> int | None:
+    """The step of a row of the metrics, or None when it is no such row."""
+    try:
+        step = json.loads(row)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,8 +11,8 @@ from dream_fast.engine.checkpoint import (
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
-    read_step,
     save_checkpoint,
+    step_of,
 )
 from dream_fast.engine.errors import UserError
 
@@ -34,7 +34,7 @@ def test_state_comes_back_bit_for_bit(tmp_path):
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     step, state = load_checkpoint(path, ARCHITECTURE)
     wanted = make_state()
-    assert step == 7 == read_step(path)
+    assert step == 7 == step_of(path)
     assert state.keys() == wanted.keys()
     assert torch.equal(state["field"]["table"], wanted["field"]["table"])
     assert torch.equal(state["field"]["bias"], wanted["field"]["bias"])
@@ -62,7 +62,15 @@ def test_last_two_are_kept_and_nothing_else_is_left(tmp_path):
 def test_truncated_file_is_refused(tmp_path, keep):
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged.*--ckpt scratch starts over"):
+        load_checkpoint(path, ARCHITECTURE)
+
+
+def test_the_refusal_of_a_damaged_checkpoint_names_the_one_before_it(tmp_path):
+    for step in (999999, 1000000):
+        path = save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="step_1000000.*remove it to go on from step_999999"):
         load_checkpoint(path, ARCHITECTURE)
 
 

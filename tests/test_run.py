@@ -4,6 +4,7 @@ import filecmp
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -134,6 +135,25 @@ def test_a_checkpoint_elsewhere_is_where_a_new_run_starts(finished, tmp_path, ti
     assert json.loads((tmp_path / "manifest.json").read_text())["runs"][0]["from_step"] == 4
 
 
+def test_unknown_words_reach_stable_diffusion_and_not_the_embedded_model(tmp_path, tiny_model, monkeypatch):
+    read = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(components, text, negative):
+        read.append((text, negative))
+        raise Stop
+
+    monkeypatch.setattr("dream_fast.engine.run.PromptEmbeddings", stop)
+    monkeypatch.setattr("dream_fast.engine.run.load_components", lambda *_, **__: SimpleNamespace(latent_channels=4))
+    words = ["--text", "A shiny, red robot!", "--negative", "blurry, blue", "--workspace", str(tmp_path / "new")]
+    for model in ([], ["--hf_key", str(tiny_model)]):
+        with pytest.raises(Stop):
+            main([*words, *model, "--device", "cpu"])
+    assert read == [("a red robot", "blue"), ("A shiny, red robot!", "blurry, blue")]
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -216,6 +236,21 @@ def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(copy, tiny_model, cap
     assert "damaged" in refused(capsys, command(copy, tiny_model, "--iters", "6"))
     assert "damaged" in refused(capsys, ["--test", "--workspace", str(copy)])
     assert contents(copy) == before
+
+
+def test_without_its_damaged_newest_checkpoint_a_run_goes_on_from_the_one_before(copy, tiny_model, capsys):
+    longer = command(copy, tiny_model, "--iters", "6")
+    assert main(longer) == 0
+    newest = copy / "checkpoints" / "step_000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    with (copy / "metrics.jsonl").open("a") as metrics:
+        metrics.write("junk\n")
+    sentence = refused(capsys, longer)
+    assert f"{newest} is damaged" in sentence and "remove it to go on from step_000004.safetensors" in sentence
+    newest.unlink()
+    assert main(longer) == 0
+    assert "warning: " in (said := capsys.readouterr().out) and "cannot be read" in said
+    assert [json.loads(row)["step"] for row in (copy / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, tiny_model, capsys):
