@@ -131,12 +131,13 @@ def prior_scores(device: str) -> dict[str, float]:
 
 
 def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
-    """Four views of each prompt's first seed, two prompts a row, in the order of PROMPTS."""
-    files = [work / _name(prompt, 0) / "views.png" for prompt in prompts]
-    strips = [Image.open(file) for file in files if file.exists()]
-    high = -(-len(strips) // 2)
-    sheet = Image.new("RGB", (2 * 4 * SIZE + 8, high * SIZE), "white")
-    for n, image in enumerate(strips):
+    """Four views of each prompt's first seed, two prompts a row in their order; the place of a missing run is white."""
+    sheet = Image.new("RGB", (2 * 4 * SIZE + 8, -(-len(prompts) // 2) * SIZE), "white")
+    for n, prompt in enumerate(prompts):
+        file = work / _name(prompt, 0) / "views.png"
+        if not file.exists():
+            continue
+        image = Image.open(file)
         for k in range(4):
             view = image.crop((2 * k * SIZE, 0, (2 * k + 1) * SIZE, SIZE))
             sheet.paste(view, ((n % 2) * (4 * SIZE + 8) + k * SIZE, n // 2 * SIZE))
