@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import dream_fast
-from dream_fast.engine.camera import SIX_VIEWS
 from dream_fast.engine.checkpoint import list_checkpoints
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.images import write_six_views
+from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.guidance.loader import EMBEDDED_MODEL, Components, choose_source, load_components
@@ -106,7 +105,6 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
     """The outputs that were asked for: six views; the video, unless six views alone were asked; the mesh."""
     config = trainer.config
     camera, output = config.camera, config.output
-    views = [workspace.results / f"{name}.png" for name in SIX_VIEWS]
     video, mesh = workspace.results / "turntable.mp4", workspace.mesh / "mesh.glb"
 
     def write_turntable() -> None:
@@ -114,7 +112,9 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
             frames = turntable_frames(trainer.renderer, camera, output.dataset_size_test)
             write_video(video, bar.count(frames), output.video_fps)
 
-    wanted = [Output(views, lambda: write_six_views(workspace.results, trainer.renderer, camera))]
+    wanted = [
+        Output(six_view_paths(workspace.results), lambda: write_six_views(workspace.results, trainer.renderer, camera))
+    ]
     if not config.run.six_views:
         wanted.append(Output([video], write_turntable))
     if config.run.save_mesh:

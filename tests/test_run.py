@@ -2,7 +2,10 @@
 
 import filecmp
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +93,14 @@ def test_a_finished_run_says_so_and_writes_only_what_is_missing(copy, tiny_model
     assert after["mesh/mesh.glb"] == before["mesh/mesh.glb"]
     assert after["results/back.png"] == b"kept"
     assert {name for name in after if after[name] != before.get(name)} == {"results/back.png", "log.txt"}
+
+
+def test_a_missing_picture_of_the_six_views_is_written_again(copy, tiny_model):
+    before = contents(copy)
+    for name in ("top_normal.png", "six_views.png"):
+        (copy / "results" / name).unlink()
+        assert main(command(copy, tiny_model)) == 0
+        assert contents(copy)[f"results/{name}"] == before[f"results/{name}"]
 
 
 def test_a_finished_run_needs_no_model(copy, tiny_model, tmp_path, monkeypatch):
@@ -272,17 +283,23 @@ def two_threads():
 
 
 def test_the_same_seed_gives_the_same_files_with_two_threads(tmp_path, tiny_model, two_threads):
+    """Once in this process and once in a fresh one, as two evenings at the same machine are."""
     size = ["--w", "48", "--h", "48", "--iters", "3", "--log_every", "1"]  # enough samples to be shared by two threads
-    for name in ("a", "b"):
-        assert main(command(tmp_path / name, tiny_model, *size, "--save_mesh")) == 0
+    assert main(command(tmp_path / "a", tiny_model, *size, "--save_mesh")) == 0
+    words = command(tmp_path / "b", tiny_model, *size, "--save_mesh")
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-P", "-m", "dream_fast.cli", *words], env=environment, cwd=tmp_path, check=True)
 
     def metrics(name: str) -> list[str]:
         rows = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert all(row.pop("seconds") > 0 and row.pop("it_per_s") > 0 for row in rows)
         return [json.dumps(row) for row in rows]
 
-    assert metrics("a") == metrics("b")
+    assert metrics("a") == metrics("b") and len(metrics("a")) == 3
+    assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
     names = sorted(name for name in contents(tmp_path / "a") if "/" in name)
     same, different, missing = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)
     assert (different, missing) == ([], [])
-    assert {"results/turntable.mp4", "mesh/mesh.glb", "checkpoints/step_000003.safetensors"} <= set(same)
+    expected = {"results/turntable.mp4", "results/six_views.png", "results/front.png", "results/front_normal.png"}
+    expected |= {"mesh/mesh.glb", "checkpoints/step_000003.safetensors", "validation/step_000003.png"}
+    assert expected <= set(same)

@@ -47,18 +47,21 @@ def strip(images: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(images), axis=1)
 
 
+def six_view_paths(folder: Path) -> list[Path]:
+    """<name>.png of each of SIX_VIEWS, <name>_normal.png of each, and six_views.png with all."""
+    names = [f"{name}{suffix}" for suffix in ("", "_normal") for name in SIX_VIEWS]
+    return [Path(folder) / f"{name}.png" for name in [*names, "six_views"]]
+
+
 def write_six_views(folder: Path, renderer: Renderer, config: CameraConfig) -> list[Path]:
-    """Write <name>.png and <name>_normal.png of each of SIX_VIEWS, and six_views.png with all; returns their paths."""
+    """Write the files of `six_view_paths`; returns their paths."""
     cameras = six_views(config, renderer.field.table.device)
     view = renderer.view(cameras, config.H, config.W)
     colours, normals = to_uint8(view.rgb), to_uint8(normal_image(view))
-    paths = []
-    for name, colour, normal in zip(SIX_VIEWS, colours, normals, strict=True):
-        for suffix, picture in (("", colour), ("_normal", normal)):
-            paths.append(Path(folder) / f"{name}{suffix}.png")
-            save_png(paths[-1], picture)
-    paths.append(Path(folder) / "six_views.png")
-    save_png(paths[-1], np.concatenate([strip(colours), strip(normals)], axis=0))
+    pictures = [*colours, *normals, np.concatenate([strip(colours), strip(normals)], axis=0)]
+    paths = six_view_paths(folder)
+    for path, picture in zip(paths, pictures, strict=True):
+        save_png(path, picture)
     return paths
 
 
