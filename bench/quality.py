@@ -21,6 +21,7 @@ from dream_fast.bench.judge import Judge, load_judge, verdicts
 from dream_fast.engine.camera import turntable
 from dream_fast.engine.config import Config, resolve
 from dream_fast.engine.export.images import to_uint8
+from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS, find_object
 from dream_fast.engine.runtime import Runtime, choose_runtime, machine
 from dream_fast.engine.trainer import Trainer
@@ -114,12 +115,12 @@ def summary(rows: list[dict]) -> dict[str, float | None]:
 
 def prior_scores(device: str) -> dict[str, float]:
     """dream-mini's own 2D samples: every object from front, side and back; the view counts for objects with a face."""
-    from dream_fast.engine.guidance.loader import EMBEDDED_MODEL, load_components
+    from dream_fast.engine.guidance.loader import load_components
     from dream_fast.engine.prior.sample import sample_views
 
-    components = load_components(EMBEDDED_MODEL, device, need_vae_decoder=True)
-    prompts = [f"a {color} {name}" for name in THINGS for color in ("red", "blue")]
-    images = sample_views(components, prompts)[:, :3].cpu()
+    components = load_components(MODEL_FOLDER, device, need_vae_decoder=True)
+    prompts = [f"a {('red', 'blue')[k % 2]} {name}" for k, name in enumerate(THINGS)]
+    images = sample_views(components, prompts, views=VIEWS[:3]).cpu()
     found = verdicts(load_judge(), images.flatten(0, 1))
     objects = found.object.view(-1, 3) == torch.tensor([wanted(prompt)[0] for prompt in prompts])[:, None]
     faces = torch.tensor([THINGS[find_object(prompt)].face for prompt in prompts])

@@ -20,10 +20,11 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.guidance.loader import EMBEDDED_MODEL, Components, choose_source, load_components
+from dream_fast.engine.guidance.loader import Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
@@ -173,7 +174,7 @@ def _load_guidance(config: Config, runtime: Runtime) -> Components:
 def _texts(config: Config) -> tuple[str, str]:
     """The prompt and the negative prompt as the model reads them: the embedded one only the words that it knows."""
     text, negative = config.run.text, config.run.negative
-    if choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key) == EMBEDDED_MODEL:
+    if choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key) == MODEL_FOLDER:
         return known_words(text), known_words(negative)
     return text, negative
 

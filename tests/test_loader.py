@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.guidance.loader import EMBEDDED_MODEL, SD_VERSIONS, choose_source, load_components
+from dream_fast.engine.guidance.loader import SD_VERSIONS, choose_source, load_components
+from dream_fast.engine.prior import MODEL_FOLDER
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -47,7 +48,7 @@ def test_sizes_and_constants_come_from_the_configurations(broken: Path) -> None:
 
 
 def test_source() -> None:
-    assert choose_source() == EMBEDDED_MODEL
+    assert choose_source() == MODEL_FOLDER
     assert choose_source(sd_version="2.0") == SD_VERSIONS["2.0"]
     assert choose_source(sd_version="2.0", hf_key="a/b") == "a/b"
 

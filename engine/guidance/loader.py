@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import quiet_diffusers
 
 logger = logging.getLogger(__name__)
-
-EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "prior" / "dream-mini"
 
 # The names of 2022 ("runwayml/...", "stabilityai/stable-diffusion-2...") are gone from the hub; these are the copies.
 SD_VERSIONS = {
@@ -81,7 +80,7 @@ def choose_source(*, sd_version: str | None = None, hf_key: str | None = None) -
     """Where the wanted model comes from: ``hf_key`` (a folder or a hub name), else ``sd_version``, else the package."""
     if hf_key is not None:
         return hf_key
-    return EMBEDDED_MODEL if sd_version is None else SD_VERSIONS[sd_version]
+    return MODEL_FOLDER if sd_version is None else SD_VERSIONS[sd_version]
 
 
 def load_components(
@@ -128,7 +127,7 @@ def load_components(
             unet.enable_xformers_memory_efficient_attention()
             attention = "xformers"
     return Components(
-        name=EMBEDDED_MODEL.name if folder == EMBEDDED_MODEL else str(source),
+        name=MODEL_FOLDER.name if folder == MODEL_FOLDER else str(source),
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         unet=unet,
