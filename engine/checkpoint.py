@@ -70,7 +70,7 @@ def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, d
         header = _header(path, file)
         _check_architecture(path, header["architecture"], json.loads(json.dumps(architecture)))
         try:
-            flat: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            flat: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise _damaged(path, error) from error
     return header["step"], _nest(flat | header["values"])

@@ -426,7 +426,7 @@ def test_the_model_is_small_and_in_half_precision() -> None:
     assert max(path.stat().st_size for path in weights) <= 12e6
     for path in weights:
         with safe_open(path, framework="pt") as file:
-            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}, path  # noqa: SIM118
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}, path
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}  # nothing pickled
 
 

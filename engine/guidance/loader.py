@@ -89,7 +89,7 @@ def load_components(
     dtype: torch.dtype = torch.float32,
     *,
     need_vae_decoder: bool = False,
-    vram_O: bool = False,  # noqa: N803 - the flag's name
+    vram_O: bool = False,
 ) -> Components:
     """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
 
