@@ -88,9 +88,9 @@ def test_a_summary_averages_what_each_row_has():
 
 
 def test_the_contact_sheet_keeps_the_place_of_a_missing_run(tmp_path):
-    prompts = ("a hamburger", "a red robot", "a blue car")
+    prompts = ("a hamburger", "a red robot", "a blue car", "a snowman")
     side = quality.SIZE
-    for prompt, level in zip(prompts[::2], (10, 100), strict=True):  # nothing of the robot
+    for prompt, level in zip(prompts[::3], (10, 100), strict=True):  # nothing of robot and car
         strip = np.repeat(np.arange(AZIMUTHS, dtype=np.uint8), side)[None, :, None] + np.uint8(level)
         folder = tmp_path / f"{prompt.replace(' ', '-')}-0"
         folder.mkdir()
@@ -100,8 +100,8 @@ def test_the_contact_sheet_keeps_the_place_of_a_missing_run(tmp_path):
     assert sheet.shape == (2 * side, 8 * side + 8, 3)
     middles = np.arange(4) * side + side // 2
     assert sheet[side // 2, middles, 0].tolist() == [10, 12, 14, 16]
-    assert sheet[side + side // 2, middles, 0].tolist() == [100, 102, 104, 106]
-    assert (sheet[:, 4 * side :] == 255).all()
+    assert sheet[side + side // 2, middles + 4 * side + 8, 0].tolist() == [100, 102, 104, 106]
+    assert (sheet[:side, 4 * side :] == 255).all() and (sheet[side:, : 4 * side + 8] == 255).all()
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
