@@ -224,6 +224,7 @@ class Renderer:
                 normals=normals or shading != "albedo",
                 normal_epsilon=self.config.normal_epsilon,
                 dtype=self.field.compute_dtype,
+                chunk=1 << (16 if directions.is_cuda else 12),  # a GPU is idle below, a CPU's cache is full above
                 **self._lattice(),
             )
             rgb = seen.rgb

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dream_fast.engine.prior.data import NATURAL
-from dream_fast.engine.prior.vocabulary import THINGS, VIEWS
+from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS
 
 SIZE = 64
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
@@ -69,8 +69,19 @@ def load_judge(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> J
 def verdicts(judge: Judge, pictures: Tensor) -> Verdicts:
     """The judge's verdicts on pictures [N, 3, H, W] in [0, 1] of any size; they are averaged down to 64 x 64.
 
-    The colour is one of COLORS: captions without a colour are no candidates.
+    The colour is one of COLORS. Where "in its natural colours" is most likely, it is the likeliest natural colour of
+    the object found: brown bears are brown, whether a caption says so or not.
     """
     small = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
     objects, colors, views = judge(small)
-    return Verdicts(objects.argmax(-1), colors[:, :NATURAL].argmax(-1), views.argmax(-1))
+    found = objects.argmax(-1)
+    natural = colors[:, :NATURAL].masked_fill(~_natural(found), -torch.inf).argmax(-1)
+    color = torch.where(colors.argmax(-1) == NATURAL, natural, colors[:, :NATURAL].argmax(-1))
+    return Verdicts(found, color, views.argmax(-1))
+
+
+def _natural(found: Tensor) -> Tensor:
+    """Which of COLORS each object [N] has by nature, [N, 12] bool; all where none of its natural shades has a name."""
+    rows = [[color in (thing.natural or ()) for color in COLORS] for thing in THINGS.values()]
+    named = torch.tensor([row if any(row) else [True] * len(COLORS) for row in rows], device=found.device)
+    return named[found]

@@ -16,16 +16,18 @@ from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import THINGS, VIEWS
 
 
-def sample_views(components: Components, prompts: list[str], *, seed: int = 0, scale: float = 4.0) -> torch.Tensor:
-    """Images [len(prompts), 4, 3, S, S] in [0, 1]: each prompt from the four VIEWS."""
-    texts = [f"{prompt}, {view} view" for prompt in prompts for view in VIEWS]
+def sample_views(
+    components: Components, prompts: list[str], *, views: tuple[str, ...] = VIEWS, seed: int = 0, scale: float = 4.0
+) -> torch.Tensor:
+    """Images [len(prompts), len(views), 3, S, S] in [0, 1]: each prompt from each of the views."""
+    texts = [f"{prompt}, {view} view" for prompt in prompts for view in views]
     cond, uncond = encode(components, texts), encode(components, [""]).expand(len(texts), -1, -1)
     generator = torch.Generator(components.device).manual_seed(seed)
     images = [
         sample(components, c, u, steps=30, guidance_scale=scale, generator=generator)
         for c, u in zip(cond.split(64), uncond.split(64), strict=True)
     ]
-    return torch.cat(images).unflatten(0, (len(prompts), len(VIEWS)))
+    return torch.cat(images).unflatten(0, (len(prompts), len(views)))
 
 
 def sheet(images: torch.Tensor, columns: int = 3) -> Image.Image:
