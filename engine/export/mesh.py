@@ -185,6 +185,15 @@ def linear_from_srgb(colour: np.ndarray) -> np.ndarray:
     return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
 
 
+def smooth_normals(mesh: Mesh) -> np.ndarray:
+    """Unit normals [V, 3] of the vertices: the sum of the faces' normals, each weighted by its area."""
+    a, b, c = (mesh.vertices[mesh.faces[:, k]] for k in range(3))
+    face = np.cross(b - a, c - a)
+    corners, values = mesh.faces.ravel(), np.repeat(face, 3, axis=0)
+    normals = np.stack([np.bincount(corners, values[:, k], len(mesh.vertices)) for k in range(3)], axis=1)
+    return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
+
+
 def write_mesh(path: Path, field: Field, resolution: int, threshold: float) -> Mesh:
     """Write the field's surface as GLB: vertex colours from the albedo, a matt white material, smooth normals."""
     mesh = extract_mesh(field, resolution, threshold)
@@ -194,8 +203,9 @@ def write_mesh(path: Path, field: Field, resolution: int, threshold: float) -> M
     material = trimesh.visual.material.PBRMaterial(metallicFactor=0.0, roughnessFactor=1.0)
     visual = trimesh.visual.TextureVisuals(material=material)
     visual.vertex_attributes["color"] = (colours * 255).round().astype(np.uint8)
-    # process=False: merging near vertices would break the manifold.
-    shape = trimesh.Trimesh(mesh.vertices, mesh.faces, visual=visual, process=False)
+    # process=False: merging near vertices would break the manifold. Normals of our own: trimesh wants SciPy for its.
+    normals = smooth_normals(mesh)
+    shape = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=normals, visual=visual, process=False)
     with written_aside(path) as aside:
         shape.export(aside, file_type="glb", include_normals=True)
     return mesh
