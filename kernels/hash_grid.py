@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -219,7 +220,7 @@ def hash_grid_reference(
     inside = (x.detach().clamp(0, 1) == x).all(0)
     x = torch.where(inside, x, 0)
     columns = to_columns(table if dtype == table.dtype else _Rounded.apply(table, dtype))
-    sizes = [end - start for start, end in zip(spec.offsets, spec.offsets[1:], strict=False)]
+    sizes = [end - start for start, end in pairwise(spec.offsets)]
     active = spec.levels if active_levels is None else min(max(int(active_levels), 0), spec.levels)
     parts = [_level(x, inside, entries, level, spec) for level, entries in enumerate(columns.split(sizes, 1)[:active])]
     parts.append(columns.new_zeros((spec.levels - active) * spec.features, live))
@@ -289,6 +290,6 @@ def hash_grid_weight_decay_grad(table: Tensor, spec: HashGridSpec, weight: float
     """Gradient of weight * sum over levels of (sum of squares / rows of the level): table [rows, F] -> [rows, F]."""
     check_tensor("table", table, (spec.rows, spec.features), dtypes=(torch.float32, torch.float64))
     grad = 2 * weight * table
-    for start, end in zip(spec.offsets, spec.offsets[1:], strict=False):
+    for start, end in pairwise(spec.offsets):
         grad[start:end] /= end - start
     return grad

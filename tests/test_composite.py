@@ -84,7 +84,7 @@ def test_padding_does_not_matter():
     clean = inputs(padding=0)
     sigma, values, t, dt, offsets = inputs(padding=9)
     count = int(offsets[-1])
-    for tensor, source in zip((sigma, values, t, dt), clean, strict=False):
+    for tensor, source in zip((sigma, values, t, dt), clean[:4], strict=True):
         tensor[:count] = source
         tensor[count:] = math.nan
     sigma.requires_grad_(), values.requires_grad_()

@@ -1,6 +1,7 @@
 """Hash grid: against an independent loop, fp64 gradients to second order, masks, repeatability, table regularisers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -209,9 +210,6 @@ def test_total_variation_never_leaves_the_grid():
 
 def test_weight_decay_gradient():
     table = random_table(SMALL).requires_grad_()
-    loss = sum(
-        table[start:end].square().sum() / (end - start)
-        for start, end in zip(SMALL.offsets, SMALL.offsets[1:], strict=False)
-    )
+    loss = sum(table[start:end].square().sum() / (end - start) for start, end in pairwise(SMALL.offsets))
     (0.7 * loss).backward()
     torch.testing.assert_close(hash_grid_weight_decay_grad(table.detach(), SMALL, 0.7), table.grad)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.loader import load_components
 from dream_fast.engine.guidance.prompts import encode
 from dream_fast.engine.guidance.sampling import sample
-from dream_fast.engine.prior import MODEL_FOLDER, check_prompt, data
+from dream_fast.engine.prior import MODEL_FOLDER, check_prompt, data, model
 from dream_fast.engine.prior.captions import caption, view_of
 from dream_fast.engine.prior.model import save_tokenizer
 from dream_fast.engine.prior.tracer import distance, pack, render
@@ -235,7 +236,7 @@ def rounded_frustum(x: np.ndarray, r0: float, r1: float, h: float, edge: float) 
     q = np.stack([np.hypot(x[:, 0], x[:, 2]), x[:, 1]], 1)
     corners = np.array([(0, -h), (r0, -h), (r1, h), (0, h)])
     nearest = np.full(len(x), np.inf)
-    for a, b in zip(corners, corners[1:], strict=False):
+    for a, b in pairwise(corners):
         along = np.clip((q - a) @ (b - a) / ((b - a) @ (b - a)), 0, 1)
         nearest = np.minimum(nearest, np.linalg.norm(q - a - along[:, None] * (b - a), axis=1))
     wall = (r0 - q[:, 0]) * 2 * h + (r1 - r0) * (q[:, 1] + h)  # > 0 on the axis' side
@@ -496,3 +497,16 @@ def test_kinds_are_all_drawn() -> None:
     """Every kind of primitive occurs in the world, so the tests above speak of what it is made of."""
     used = {p.kind for name in THINGS for p in make_scene(np.random.default_rng(0), name).primitives}
     assert used == set(KINDS)
+
+
+def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    model.make_vae().save_pretrained(tmp_path / "cache")
+    vae = model.AutoencoderKL.from_pretrained(tmp_path / "cache")
+    assert str(tmp_path) in vae.to_json_string()  # what diffusers would write
+    parts = (model.make_text_encoder(tokenizer), model.make_unet(), vae)
+    model.save_model(tmp_path / "out", tokenizer, *parts, model.make_scheduler())
+    for folder in (tmp_path / "out", MODEL_FOLDER):
+        for config in folder.glob("*/config.json"):
+            assert "_name_or_path" not in json.loads(config.read_text()), config
+    assert load_components(tmp_path / "out", "cpu").latent_size == model.LATENT

@@ -90,6 +90,9 @@ def save_model(folder: Path, tokenizer, text_encoder, unet, vae, scheduler) -> N
     for name, part in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
         shutil.rmtree(folder / name, ignore_errors=True)
         part.half().save_pretrained(folder / name, max_shard_size="12MB")
+        config = json.loads((folder / name / "config.json").read_text())
+        config.pop("_name_or_path", None)  # where a part was loaded from is nobody's business
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in (folder / name).iterdir():
             file.chmod(0o644)
     tokenizer.save_pretrained(folder / "tokenizer")
