@@ -21,7 +21,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.files import written_aside
 
 FORMAT = "dream-fast checkpoint"  # the key of the header in the file's metadata
-VERSION = 1
+VERSION = 2
 KEEP = 2
 
 _NAME = re.compile(r"step_(\d+)\.safetensors")

@@ -125,6 +125,7 @@ class RunConfig(Room):
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
     fp16: bool = option(False, "half precision on a CUDA GPU; a CPU runs in fp32")
     vram_O: bool = option(False, "less memory: VAE in slices, memory-efficient attention", may_change=True)
+    deterministic: bool = option(False, "on a GPU, the same seed gives the same bits, somewhat slower")
     device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
 

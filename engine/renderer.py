@@ -58,7 +58,10 @@ class Renderer:
         self.cascades = kernels.cascades(config.bound)
         self.density = torch.zeros(self.cascades, cells, device=device)
         self.bits = torch.full((self.cascades, cells // 8), 255, dtype=torch.uint8, device=device)
-        self.samples_per_ray = min(config.max_steps, 128)
+        self.samples_per_ray = min(config.max_steps, 256)
+        # Since the capacity was last adapted, on the device: the fullest step, and whether one did not fit.
+        self.most_samples = torch.zeros((), dtype=torch.int64, device=device)
+        self.overflowed = torch.zeros((), dtype=torch.bool, device=device)
 
     # ------------------------------------------------------------------------------------------------ occupancy
 
@@ -77,16 +80,18 @@ class Renderer:
         bits, _ = kernels.occupancy_update(self.density, fresh, threshold=self.config.density_thresh)
         self.bits.copy_(bits)
 
-    def adapt_capacity(self, rendered: Rendered) -> bool:
-        """Fit the sample buffers to what a step needed; True when the step had dropped samples.
+    def adapt_capacity(self, rays: int) -> None:
+        """Fit the sample buffers to the fullest step of `rays` rays since the last call, with room to spare.
 
         Reads the device, so call it where the host waits anyway (when a line is logged).
         """
-        overflowed = bool(rendered.overflow)
-        used = int(rendered.samples.count) / max(1, rendered.rgb.shape[0])
-        wanted = used * 2 if overflowed else used * 1.5
-        self.samples_per_ray = max(8, min(self.config.max_steps, int(wanted) + 1))
-        return overflowed
+        wanted = int(1.5 * int(self.most_samples) / max(1, rays)) + 1
+        if self.overflowed:
+            wanted = max(wanted, 2 * self.samples_per_ray)
+        if not self.samples_per_ray / 2 <= wanted <= self.samples_per_ray:
+            self.samples_per_ray = max(8, min(self.config.max_steps, wanted))
+        self.most_samples.zero_()
+        self.overflowed.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The occupancy grid and the capacity, as tensors."""
@@ -164,6 +169,8 @@ class Renderer:
             perturb = torch.rand(count, generator=generator, device=generator.device).to(origins.device)
         options = {**self._lattice(), "bound": self.config.bound, "perturb": perturb}
         samples = kernels.march(origins, directions, self.bits, capacity=count * self.samples_per_ray, **options)
+        torch.maximum(self.most_samples, samples.count, out=self.most_samples)
+        self.overflowed |= samples.overflow
         if origins.is_cuda:
             return samples
         # On a CPU reading the count is free: nothing is dropped, and the buffers hold no padding.

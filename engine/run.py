@@ -51,7 +51,7 @@ def run(config: Config) -> int:
         # Looking at a run is no part of it, so that may happen on another device.
         asked = config.override({"device": stored.run.device}) if config.run.test else config
         workspace.check_same_run(asked)
-    prepare(runtime, config.run.seed)
+    prepare(runtime, config.run.seed, deterministic=config.run.deterministic)
     trainer = Trainer(config, runtime, config.run.seed)
     checkpoint = _find_checkpoint(config, workspace)
     if checkpoint is not None:

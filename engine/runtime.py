@@ -52,16 +52,22 @@ def choose_runtime(config: Config) -> Runtime:
     return Runtime(device=torch.device("cpu"), dtype=torch.float32, description=description)
 
 
-def prepare(runtime: Runtime, seed: int) -> None:
+def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False) -> None:
     """Process-wide settings of a run: global seeds, TF32 on a GPU, subnormals flushed to zero on a CPU.
 
     Every draw of the engine takes its own generator; the global seeds only cover what a library draws behind our back.
-    Subnormal numbers cost a CPU a hundred times an ordinary one and appear in the moments of the optimiser.
+    ``deterministic`` makes a GPU repeat bit for bit (a CPU always does). Subnormal numbers cost a CPU a hundred times
+    an ordinary one and appear in the moments of the optimiser.
     """
     torch.manual_seed(seed)
     if runtime.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+        if deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for, before its first use
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
     else:
         torch.set_flush_denormal(True)
 

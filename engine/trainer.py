@@ -108,6 +108,7 @@ class Trainer:
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
 
     # ------------------------------------------------------------------------------------------------------- a step
 
@@ -163,13 +164,17 @@ class Trainer:
             scale=self.scaler.scale,
             generator=generator,
         )
+        # A step whose samples did not fit their buffers is not taken: not a number tells the optimiser so.
+        overflow = rendered.overflow
         skipped = self.optimizer.step(
-            inverse_scale=self.scaler.inverse,
+            inverse_scale=torch.where(overflow, torch.nan, self.scaler.inverse),
             grad_clip=config.loss.grad_clip,
             lr_scale=config.optim.lr_decay**progress,
         )
+        skipped = skipped & ~overflow
         self.scaler.update(skipped)
         self.skipped += skipped
+        self.overflowed += overflow
         self.skipped_in_a_row.add_(1).mul_(skipped)
         self.step += 1
         return Step(phase, terms, guided, rendered)
@@ -245,7 +250,7 @@ class Trainer:
 
     def _row(self, result: Step) -> dict[str, Any]:
         """A row of metrics.jsonl: numbers of the last step, and the count of skipped steps. Reads the device."""
-        self.renderer.adapt_capacity(result.rendered)
+        self.renderer.adapt_capacity(len(result.rendered.opacity))
         terms = {name: _number(term) for name, term in result.terms.items()}
         return {
             "step": self.step,
@@ -258,6 +263,7 @@ class Trainer:
             "opacity": _number(result.rendered.opacity.mean()),
             "samples": int(result.rendered.samples.count),
             "skipped": int(self.skipped),
+            "overflowed": int(self.overflowed),
         }
 
     def _show(self, bar: Bar, row: dict[str, Any]) -> None:
@@ -298,6 +304,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "schedule": dataclasses.asdict(self.schedule),
             "skipped": self.skipped,
+            "overflowed": self.overflowed,
         }
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
 
@@ -309,6 +316,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
+        self.overflowed.copy_(state["overflowed"])
 
 
 def _number(tensor: Tensor) -> float | None:

@@ -76,13 +76,28 @@ def test_capacity_does_not_change_the_picture_on_a_cpu():
 
 def test_adapt_capacity_follows_use():
     renderer = make_renderer()
-    out = render(renderer)
-    assert not renderer.adapt_capacity(out)
-    used = int(out.samples.count) / 256
-    assert used < renderer.samples_per_ray <= 128
-    overflowing = out._replace(overflow=torch.tensor(True))
-    assert renderer.adapt_capacity(overflowing)
-    assert renderer.samples_per_ray > used * 1.9 or renderer.samples_per_ray == 128
+    used = int(render(renderer).samples.count) / 256
+    renderer.samples_per_ray = 4 * int(used)
+    renderer.adapt_capacity(256)
+    assert used < renderer.samples_per_ray <= 1.5 * used + 1
+    kept = renderer.samples_per_ray
+    render(renderer)
+    renderer.adapt_capacity(256)
+    assert renderer.samples_per_ray == kept  # it fits, so buffers and captured graphs stay
+
+
+def test_capacity_grows_after_an_overflow():
+    renderer = make_renderer()
+    renderer.samples_per_ray = 2
+    used = int(render(renderer).samples.count) / 256
+    for _ in range(8):
+        assert renderer.overflowed
+        renderer.adapt_capacity(256)
+        assert not renderer.overflowed
+        render(renderer)
+        if not renderer.overflowed:
+            break
+    assert used < renderer.samples_per_ray <= 4 * used
 
 
 def test_background_colour_and_network():

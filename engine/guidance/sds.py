@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dream_fast.engine.config import GuidanceConfig
+from dream_fast.engine.cuda_graph import CudaGraphed
 from dream_fast.engine.guidance.loader import Components
 
 # Half the width of the window that an annealed t is drawn from, in fractions of the whole range.
@@ -45,16 +46,25 @@ class ScoreDistillation:
     ``method`` "sds" computes the picture's gradient on the spot and injects it by a custom autograd function, so the
     encoder's graph lives no longer than this call and a loss scale never enters fp16 activations; "mse" is the same
     gradient as the derivative of 1/2 |z - stopgrad(z - g)|^2 / B, through a graph that lives until ``backward``.
+    On a GPU "sds" replays the encoder, forward and backward, and the UNet as one CUDA graph a picture size, unless
+    ``cuda_graphs`` is False.
     """
 
     def __init__(
-        self, components: Components, config: GuidanceConfig, *, method: Literal["sds", "mse"] = "sds"
+        self,
+        components: Components,
+        config: GuidanceConfig,
+        *,
+        method: Literal["sds", "mse"] = "sds",
+        cuda_graphs: bool = True,
     ) -> None:
         if method not in ("sds", "mse"):
             raise ValueError(f"method must be 'sds' or 'mse', not {method!r}")
         self.components = components
         self.config = config
         self.method = method
+        graphed = cuda_graphs and components.device.type == "cuda"
+        self._score_of = CudaGraphed(self._score) if graphed else self._score
 
     def __call__(
         self,
@@ -76,22 +86,42 @@ class ScoreDistillation:
         if rgb.ndim != 4 or rgb.shape[1] != channels:
             raise ValueError(f"rgb must be [B, {channels}, H, W], not {list(rgb.shape)}")
         batch = len(rgb)
+        device, size = self.components.device, self.components.latent_size
+        shape = (batch, self.components.latent_channels, size, size)
+        draw = None if latents else torch.randn(shape, generator=generator, device=device)
+        t = self.timesteps(batch, progress, generator)
+        noise = torch.randn(shape, generator=generator, device=device)
+        scale = torch.full((), self.scale(progress), device=device)
         with torch.autocast(rgb.device.type, enabled=False):
-            picture = rgb.detach().requires_grad_() if self.method == "sds" else rgb
-            with torch.enable_grad():
-                z = self._latents(picture, generator) if not latents else _resize(picture, self.components.latent_size)
-            t = self.timesteps(batch, progress, generator)
-            gradient = self._gradient(z.detach(), t, cond, uncond, self.scale(progress), generator)
             if self.method == "mse":
+                z = self._latents(rgb, draw)
+                gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise)
                 loss = 0.5 * (z - (z - gradient).detach()).square().sum() / batch
             else:
-                # The encoder's backward may run in fp16: its upstream gradient gets a peak of 1, to stay in range.
-                peak = gradient.abs().amax().clamp_min(1e-12)
-                (image_gradient,) = torch.autograd.grad(z, picture, gradient / peak)
-                loss = _InjectGradient.apply(
-                    rgb, image_gradient * (peak / batch), 0.5 * gradient.square().sum() / batch
-                )
+                image_gradient, gradient, value = self._score_of(rgb.detach(), t, cond, uncond, scale, draw, noise)
+                loss = _InjectGradient.apply(rgb, image_gradient, value)
         return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient)
+
+    def _score(
+        self,
+        rgb: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        uncond: Tensor,
+        scale: Tensor,
+        draw: Tensor | None,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of the picture, g of the latents, and the loss; a function of tensors alone."""
+        batch = len(rgb)
+        with torch.enable_grad():
+            picture = rgb.detach().requires_grad_()
+            z = self._latents(picture, draw)
+        gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise)
+        # The encoder's backward may run in fp16: its upstream gradient gets a peak of 1, to stay in range.
+        peak = gradient.abs().amax().clamp_min(1e-12)
+        (image_gradient,) = torch.autograd.grad(z, picture, gradient / peak)
+        return image_gradient * (peak / batch), gradient, 0.5 * gradient.square().sum() / batch
 
     def timesteps(self, batch: int, progress: float, generator: torch.Generator | None = None) -> Tensor:
         """Noise levels [batch] int64: uniform in t_range, or near a level that falls from its end to its start."""
@@ -109,22 +139,20 @@ class ScoreDistillation:
         start, end = self.config.guidance_scale, self.config.guidance_scale_end
         return start if end is None else start + (end - start) * progress
 
-    def _latents(self, rgb: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A draw [B, C, h, w] from the VAE's posterior of ``rgb`` [B, 3, H, W], in the scale of latents."""
+    def _latents(self, picture: Tensor, draw: Tensor | None) -> Tensor:
+        """Latents [B, C, h, w] of ``picture``: from the VAE's posterior by the normal ``draw``; None: it is latents."""
         model = self.components
-        images = _resize(rgb, model.image_size) * 2 - 1
+        if draw is None:
+            return _resize(picture, model.latent_size)
+        images = _resize(picture, model.image_size) * 2 - 1
         posterior = model.vae.encode(images.to(model.dtype)).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
-        draw = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
-        return (draw - model.shift_factor) * model.scaling_factor
+        z = posterior.mean.float() + posterior.std.float() * draw
+        return (z - model.shift_factor) * model.scaling_factor
 
     @torch.no_grad()
-    def _gradient(
-        self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, scale: float, generator: torch.Generator | None
-    ) -> Tensor:
+    def _gradient(self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
         """g [B, C, h, w] of the module's docstring."""
         alpha = self.components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
-        noise = torch.randn(z.shape, generator=generator, device=z.device)
         noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
         rescale = self.config.guidance_rescale
         eps, _ = guided_prediction(self.components, noisy, t, cond, uncond, scale=scale, rescale=rescale)
@@ -139,7 +167,7 @@ def guided_prediction(
     cond: Tensor,
     uncond: Tensor,
     *,
-    scale: float,
+    scale: float | Tensor,
     rescale: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The guided noise and clean latent, (eps, z0) each [B, C, h, w] fp32, that ``noisy`` holds at ``t`` [B].

@@ -1,0 +1,153 @@
+"""A whole step on a GPU: no wait for the device, gradients of the kernels against the references, repeatable bits."""
+
+import pytest
+import torch
+
+from dream_fast import kernels
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.camera import rays, sample_cameras
+from dream_fast.engine.config import Config, GuidanceConfig, resolve
+from dream_fast.engine.guidance.loader import load_components
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
+from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.prior import MODEL_FOLDER
+from dream_fast.engine.runtime import choose_runtime, prepare
+from dream_fast.engine.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels of a whole step run on a GPU only"),
+]
+
+
+def make_trainer(**changes) -> Trainer:
+    """dream-mini's run of a hamburger with the GPU's defaults."""
+    typed = {"text": "a hamburger", "seed": 0, "fp16": True, **changes}
+    config: Config = resolve(typed, "dream-mini", "cuda")
+    runtime = choose_runtime(config)
+    components = load_components(MODEL_FOLDER, runtime.device, runtime.dtype)
+    prompts = PromptEmbeddings(components, config.run.text)
+    score = ScoreDistillation(components, config.guidance)
+    return Trainer(config, runtime, 0, TextGuidance(score, prompts, config.camera.angle_overhead))
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    made = make_trainer()
+    for _ in range(40):  # every kernel compiled, every graph captured
+        made.train_step()
+    return made
+
+
+# Shaded steps take the field with normals; the others are the defaults.
+@pytest.mark.parametrize("changes", [{}, {"albedo_iter_ratio": 0.0}, {"albedo_iter_ratio": 0.0, "normals": "analytic"}])
+def test_twenty_steps_never_wait_for_the_device(changes):
+    trainer = make_trainer(**changes)
+    for _ in range(20):
+        trainer.train_step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(trainer.skipped) < 20 and trainer.step == 40
+
+
+def test_a_trace_of_twenty_steps_shows_no_wait_and_no_copy_to_the_host(trainer):
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        with record_function("twenty steps"):
+            for _ in range(20):
+                trainer.train_step()
+    events = trace.events()
+    (span,) = (event.time_range for event in events if event.name == "twenty steps" and event.device_type.name == "CPU")
+    inside = [event.name for event in events if span.start <= event.time_range.start <= span.end]
+    assert any("_kernel" in name for name in inside)  # the trace did see the device's work
+    waits = [name for name in inside if "Synchronize" in name or "DtoH" in name]
+    assert waits == []
+
+
+def test_gradients_of_two_hundred_steps(trainer):
+    """Same parameters, samples and upstream gradient: kernels in fp16 against the references in fp16 and fp64."""
+    field, renderer, config = trainer.field, trainer.renderer, trainer.config
+    spec, params = field.spec, [field.table, *field.weights, *field.biases]
+    layers = len(field.weights)
+
+    def gradients(operators, samples, upstream, dtype, compute):
+        leaves = [parameter.detach().to(dtype).requires_grad_() for parameter in params]
+        table, weights, biases = leaves[0], leaves[1 : 1 + layers], leaves[1 + layers :]
+        evaluate, composite = operators
+        x, t, dt = (part.to(dtype) for part in (samples.positions, samples.t, samples.dt))
+        sigma, albedo = evaluate(x, table, weights, biases, spec, count=samples.count, dtype=compute)
+        out = composite(sigma, albedo, t, dt, samples.offsets, count=samples.count)
+        pixels = torch.cat([out.values, out.opacity[:, None]], 1)
+        return torch.autograd.grad(pixels, leaves, upstream.to(dtype))
+
+    triton = (kernels.field, kernels.composite)
+    reference = (kernels.field_reference, kernels.composite_reference)
+    for step in range(200):
+        trainer.train_step()
+        generator = torch.Generator("cuda").manual_seed(step)
+        cameras = sample_cameras(config.camera, 1, generator, trainer.device)
+        origins, directions = (part.reshape(-1, 3).contiguous() for part in rays(cameras, 64, 64))
+        with torch.no_grad():
+            samples = renderer._march(origins, directions, generator)
+        upstream = torch.randn(len(origins), 4, generator=generator, device="cuda")
+        got, same, exact = (
+            gradients(operators, samples, upstream, dtype, compute)
+            for operators, dtype, compute in (
+                (triton, torch.float32, torch.float16),
+                (reference, torch.float32, torch.float16),
+                (reference, torch.float64, torch.float64),
+            )
+        )
+        for name, values in enumerate(zip(got, same, exact, strict=True)):
+            check(f"step {step}, parameter {name}", *values)
+
+
+def test_guidance_in_a_graph_is_the_guidance(trainer):
+    components = trainer.guidance.score.components
+    drawn = torch.randn(2, 1, *trainer.guidance.prompts.negative.shape[1:], device="cuda")
+    results = []
+    for graphs in (False, True):
+        score = ScoreDistillation(components, GuidanceConfig(guidance_scale=8.0), cuda_graphs=graphs)
+        picture = torch.rand(1, 3, 96, 96, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+        for draw in range(3):  # the second and third call replay, with other noise
+            picture.requires_grad_().grad = None
+            score(picture, *drawn, generator=torch.Generator("cuda").manual_seed(draw)).loss.backward()
+            results.append(picture.grad.clone())
+    for plain, graphed in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(graphed, plain, rtol=0, atol=2e-3 * float(plain.abs().max()))
+    assert not torch.equal(results[3], results[4])
+
+
+def test_a_step_that_overflows_is_not_taken(trainer):
+    before, counted = trainer.optimizer.params.clone(), int(trainer.overflowed)
+    scale, kept = trainer.scaler.scale.clone(), trainer.renderer.samples_per_ray
+    trainer.renderer.samples_per_ray = 1
+    trainer.train_step()
+    assert torch.equal(trainer.optimizer.params, before) and int(trainer.overflowed) == counted + 1
+    assert torch.equal(trainer.scaler.scale, scale)
+    trainer.renderer.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
+    assert trainer.renderer.samples_per_ray > 1
+    trainer.renderer.samples_per_ray = kept
+    trainer.train_step()
+    assert not torch.equal(trainer.optimizer.params, before)
+
+
+def test_deterministic_runs_repeat_bit_for_bit():
+    states = []
+    try:
+        for _ in range(2):
+            trainer = make_trainer(deterministic=True, albedo_iter_ratio=0.2, iters=30)
+            prepare(choose_runtime(trainer.config), 0, deterministic=True)
+            for _ in range(30):
+                trainer.train_step()
+            states.append(trainer.optimizer.params.clone())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*states)
