@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH_BUILD := .ci/torch_build.py
 
-.PHONY: demo test
+.PHONY: demo test sanitize
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
@@ -15,6 +15,13 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton
+
+# Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
+TOOL ?= memcheck
+sanitize: $(VENV)/.installed-test
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(TOOL) --error-exitcode 1 \
+	  $(BIN)/python -m pytest tests/triton -m gpu -k small_shapes
 
 # An environment around a Python that has a good torch of its own uses that one.
 $(BIN)/python:

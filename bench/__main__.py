@@ -4,6 +4,10 @@ import importlib
 import sys
 
 COMMANDS = {
+    "aot": "registers, spills and instructions of every kernel, compiled without a GPU",
+    "kernels": "accuracy and speed of every operator on a GPU",
+    "compare": "whether a result of `kernels` is slower than an earlier one",
+    "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
     "main_job": "time and memory of the main command",
     "quality": "whole runs with default settings, looked at by the judge",
 }

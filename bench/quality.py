@@ -2,22 +2,34 @@
 
 R-precision over all captions (object, and object x colour): the share of pictures, eight azimuths around each object,
 whose most likely caption is the prompt's. `janus_rate`: for objects with a face, the share of pictures from behind that
-show the front. The prompts were fixed before any setting was tuned.
+show the front; it means something where `front_rate` and `back_rate`, the shares of fronts seen as fronts and of backs
+seen as backs, are high. The prompts were fixed before any setting was tuned.
+
+--work holds what is done: rows.jsonl (a row a run, written as it ends), views/ (its pictures), runs/ (its workspace).
+The same command started again goes on from there, and ends by writing quality.json from the rows there are, all scored
+again by today's judge; `--seconds 0` starts no run and only does that.
 """
 
 import argparse
+import gc
+import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dream_fast.bench.judge import Judge, load_judge, verdicts
+from dream_fast.bench.judge import WEIGHTS, Judge, load_judge, verdicts
 from dream_fast.engine.camera import turntable
 from dream_fast.engine.config import Config, resolve
 from dream_fast.engine.export.images import to_uint8
@@ -38,8 +50,9 @@ HELD_OUT = (
     "a red apple", "a green turtle",
 )  # fmt: skip
 AZIMUTHS, SIZE = 8, 128
-BEHIND = (3, 4, 5)  # of the azimuths 0, 45, ... 315: those whose side is the back
+FRONT, BEHIND, BACK = 0, (3, 4, 5), 4  # of the azimuths 0, 45, ... 315: the front, those from behind, the back
 BACKGROUND = 0.75
+SCORES = ("object", "object_color", "janus", "front", "back")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -48,6 +61,53 @@ def wanted(prompt: str) -> tuple[int, int | None]:
     words = prompt.split()
     color = next((k for k, name in enumerate(COLORS) if name in words), None)
     return list(THINGS).index(find_object(prompt)), color
+
+
+def assess(judge: Judge, pictures: Tensor, prompt: str) -> dict[str, float | None]:
+    """Shares of the pictures [8, 3, H, W] that are right; None where the prompt says nothing about it."""
+    found = verdicts(judge, pictures)
+    thing, color = wanted(prompt)
+    right = found.object == thing
+    both = None if color is None else (right & (found.color == color)).float().mean().item()
+    janus = front = back = None
+    if list(THINGS.values())[thing].face:
+        janus = (found.view[list(BEHIND)] == VIEWS.index("front")).float().mean().item()
+        front = float(found.view[FRONT] == VIEWS.index("front"))
+        back = float(found.view[BACK] == VIEWS.index("back"))
+    return {"object": right.float().mean().item(), "object_color": both, "janus": janus, "front": front, "back": back}
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def make(prompt: str, seed: int, work: Path, device: str) -> dict:
+    """One run of the command's own path in this process, and its pictures; returns its row."""
+    from dream_fast.engine.run import run
+
+    workspace = work / "runs" / _name(prompt, seed)
+    shutil.rmtree(workspace, ignore_errors=True)
+    typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
+    typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
+    config = resolve(typed, "dream-mini", device)
+    start = time.monotonic()
+    run(config)
+    seconds = time.monotonic() - start
+    strip = torch.cat(list(pictures_of(finished(config, workspace))), dim=2).permute(1, 2, 0)
+    path = _views(work, prompt, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_uint8(strip)).save(path)
+    gc.collect()
+    torch.cuda.empty_cache()
+    scores = assess(load_judge(), read_views(path), prompt)
+    return {"prompt": prompt, "seed": seed, **scores, "seconds": round(seconds, 1), "iters": config.run.iters}
+
+
+def finished(config: Config, workspace: Path) -> Trainer:
+    """The trainer of a finished run, loaded from its last checkpoint."""
+    runtime: Runtime = choose_runtime(config)
+    trainer = Trainer(config, runtime, config.run.seed)
+    trainer.load(max(Workspace(workspace).checkpoints.glob("*.safetensors")))
+    return trainer
 
 
 @torch.no_grad()
@@ -60,43 +120,94 @@ def pictures_of(trainer: Trainer) -> Tensor:
         return trainer.renderer.view(cameras, SIZE, SIZE, background=background, normals=False).rgb.permute(0, 3, 1, 2)
 
 
-def assess(judge: Judge, pictures: Tensor, prompt: str) -> dict[str, float | None]:
-    """Shares of the pictures that are right; None where the prompt says nothing about it."""
-    found = verdicts(judge, pictures.float().cpu())
-    thing, color = wanted(prompt)
-    right = found.object == thing
-    both = None if color is None else (right & (found.color == color)).float().mean().item()
-    janus = None
-    if list(THINGS.values())[thing].face:
-        janus = (found.view[list(BEHIND)] == VIEWS.index("front")).float().mean().item()
-    return {"object": right.float().mean().item(), "object_color": both, "janus": janus}
+def read_views(path: Path) -> Tensor:
+    """The pictures of a run as they were written: [8, 3, 128, 128] in [0, 1]."""
+    strip = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    return torch.stack(strip.split(SIZE, dim=2)).float() / 255
 
 
-def make(prompt: str, seed: int, workspace: Path, device: str) -> dict:
-    """One run of the command's own path in this process; returns its row, and keeps views.png in the workspace."""
-    from dream_fast.engine.run import run
-
-    shutil.rmtree(workspace, ignore_errors=True)
-    typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
-    typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
-    config = resolve(typed, "dream-mini", device)
-    start = time.monotonic()
-    run(config)
-    seconds = time.monotonic() - start
-    trainer = finished(config, workspace)
-    pictures = pictures_of(trainer)
-    strip = torch.cat(list(pictures), dim=2).permute(1, 2, 0)
-    Image.fromarray(to_uint8(strip)).save(workspace / "views.png")
-    scores = assess(load_judge(), pictures, prompt)
-    return {"prompt": prompt, "seed": seed, **scores, "seconds": round(seconds, 1), "iters": config.run.iters}
+def _name(prompt: str, seed: int) -> str:
+    return f"{prompt.replace(' ', '-')}-{seed}"
 
 
-def finished(config: Config, workspace: Path) -> Trainer:
-    """The trainer of a finished run, loaded from its last checkpoint."""
-    runtime: Runtime = choose_runtime(config)
-    trainer = Trainer(config, runtime, config.run.seed)
-    trainer.load(max(Workspace(workspace).checkpoints.glob("*.safetensors")))
-    return trainer
+def _views(work: Path, prompt: str, seed: int) -> Path:
+    return work / "views" / f"{_name(prompt, seed)}.png"
+
+
+# ----------------------------------------------------------------------------------------------------------- many runs
+
+
+def make_all(jobs: list[tuple[str, int]], work: Path, device: str, at_once: int, seconds: float) -> Iterator[dict]:
+    """Rows of the jobs as they end, `at_once` processes each taking one job after the other.
+
+    A job is started only if, by the time that the last one took, it ends within `seconds`. A job that fails is said
+    and left out; a process that dies ends the rest.
+    """
+    deadline, queue, running, last = time.monotonic() + seconds, deque(jobs), {}, 0.0
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=context, initializer=_start, initargs=(work, threads)) as pool:
+        while True:
+            while queue and len(running) < at_once and time.monotonic() + last < deadline:
+                prompt, seed = queue.popleft()
+                running[pool.submit(make, prompt, seed, work, device)] = prompt, seed, time.monotonic()
+            if not running:
+                return
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                prompt, seed, began = running.pop(job)
+                last = time.monotonic() - began
+                try:
+                    yield job.result()
+                except BrokenProcessPool:
+                    print(f"a process died during {prompt!r}, seed {seed}; see {work}/worker-*.log", flush=True)
+                    return
+                except Exception as error:  # of any kind: one run that fails does not take the others with it
+                    print(f"{prompt!r}, seed {seed}, failed: {error!r}; see {work}/worker-*.log", flush=True)
+
+
+def _start(work: Path, threads: int) -> None:
+    """A worker process writes what it says to a log of its own, and shares the cores with the others."""
+    log = os.open(work / f"worker-{os.getpid()}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    torch.set_num_threads(threads)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows that were written, the last of each run; a line that was cut off is left out."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["prompt"], row["seed"]] = row
+    return list(rows.values())
+
+
+def same_work(work: Path, facts: dict) -> bool:
+    """Whether `work` is fresh, or holds runs of these facts (settings, device, model)."""
+    work.mkdir(parents=True, exist_ok=True)
+    path, facts = work / "settings.json", json.loads(json.dumps(facts))
+    if path.exists():
+        return json.loads(path.read_text()) == facts
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    return True
+
+
+def facts_of(device: str) -> dict:
+    """What all runs of one measurement share: settings, device and the embedded model's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(MODEL_FOLDER.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else machine()["processor"],
+        "model": digest.hexdigest()[:16],
+        "settings": resolve({"fp16": True}, "dream-mini", device).to_dict(),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- summary
 
 
 def _mean(rows: list[dict], name: str) -> float | None:
@@ -105,37 +216,33 @@ def _mean(rows: list[dict], name: str) -> float | None:
 
 
 def summary(rows: list[dict]) -> dict[str, float | None]:
-    return {
-        "object": _mean(rows, "object"),
-        "object_color": _mean(rows, "object_color"),
-        "janus_rate": _mean(rows, "janus"),
-        "runs": len(rows),
-    }
+    names = {"janus": "janus_rate", "front": "front_rate", "back": "back_rate"}
+    return {**{names.get(name, name): _mean(rows, name) for name in SCORES}, "runs": len(rows)}
 
 
-def prior_scores(device: str) -> dict[str, float]:
-    """dream-mini's own 2D samples: every object from front, side and back; the view counts for objects with a face."""
-    from dream_fast.engine.guidance.loader import load_components
-    from dream_fast.engine.prior.sample import sample_views
+def by_prompt(rows: list[dict], prompts: tuple[str, ...]) -> list[dict]:
+    """A row a prompt: the means over its seeds."""
+    table = []
+    for prompt in prompts:
+        if mine := [row for row in rows if row["prompt"] == prompt]:
+            table.append({"prompt": prompt, **summary(mine), "seconds": _mean(mine, "seconds")})
+    return table
 
-    components = load_components(MODEL_FOLDER, device, need_vae_decoder=True)
-    prompts = [f"a {('red', 'blue')[k % 2]} {name}" for k, name in enumerate(THINGS)]
-    images = sample_views(components, prompts, views=VIEWS[:3]).cpu()
-    found = verdicts(load_judge(), images.flatten(0, 1))
-    objects = found.object.view(-1, 3) == torch.tensor([wanted(prompt)[0] for prompt in prompts])[:, None]
-    faces = torch.tensor([THINGS[find_object(prompt)].face for prompt in prompts])
-    views = found.view.view(-1, 3)[faces] == torch.arange(3)
-    return {
-        "prior_object": round(objects.float().mean().item(), 4),
-        "prior_view": round(views.float().mean().item(), 4),
-    }
+
+def scored_again(rows: list[dict], work: Path) -> list[dict]:
+    """The rows with the scores that today's judge gives their pictures."""
+    judge, fresh = load_judge(), []
+    for row in rows:
+        path = _views(work, row["prompt"], row["seed"])
+        fresh.append(row | assess(judge, read_views(path), row["prompt"]) if path.exists() else row)
+    return fresh
 
 
 def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
     """Four views of each prompt's first seed, two prompts a row in their order; the place of a missing run is white."""
     sheet = Image.new("RGB", (2 * 4 * SIZE + 8, -(-len(prompts) // 2) * SIZE), "white")
     for n, prompt in enumerate(prompts):
-        file = work / _name(prompt, 0) / "views.png"
+        file = _views(work, prompt, 0)
         if not file.exists():
             continue
         image = Image.open(file)
@@ -146,55 +253,66 @@ def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
     sheet.save(path)
 
 
-def _name(prompt: str, seed: int) -> str:
-    return f"{prompt.replace(' ', '-')}-{seed}"
+def prior(work: Path, device: str) -> dict:
+    """dream-mini's own pictures before the judge, once for each judge: four seeds on a GPU, one on a CPU."""
+    from dream_fast.bench.judge.prior import prior_scores
+
+    path = work / f"prior-{hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:8]}.json"
+    if not path.exists():
+        path.write_text(json.dumps(prior_scores(device, 4 if device == "cuda" else 1), indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench quality", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of quality.json and the contact sheet")
-    parser.add_argument("--work", type=Path, default=Path("quality"), help="folder of the runs' workspaces")
+    parser.add_argument("--work", type=Path, default=Path("quality"), help="folder of what is done; taken up again")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no run after so long; the rows tell")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no run that would end later; 0: none at all")
+    parser.add_argument("--no_prior", action="store_true", help="leave dream-mini's own pictures out")
     args = parser.parse_args(argv)
     held_out = () if args.prompts else HELD_OUT
     prompts = tuple(args.prompts or PROMPTS)
-    start = time.monotonic()
+    facts = facts_of(args.device)
+    if not same_work(args.work, facts):
+        parser.error(f"--work {args.work} holds runs of other settings, another device or another model: name another")
+    written = args.work / "rows.jsonl"
+    done = {(row["prompt"], row["seed"]) for row in read_rows(written)}
     jobs = [(prompt, seed) for seed in range(args.seeds) for prompt in (*prompts, *held_out)]
-    rows = []
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {
-            pool.submit(_timed, start + args.seconds, prompt, seed, args.work / _name(prompt, seed), args.device)
-            for prompt, seed in jobs
-        }
-        for job in as_completed(waiting):
-            row = job.result()
-            if row is not None:
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+    with written.open("a") as file:
+        if written.stat().st_size and not written.read_text().endswith("\n"):
+            file.write("\n")  # after a line that a killed command left
+        for row in make_all([j for j in jobs if j not in done], args.work, args.device, args.jobs, args.seconds):
+            line = json.dumps(row)
+            print(line, flush=True)
+            file.write(f"{line}\n")
+            file.flush()
+    rows = scored_again([row for row in read_rows(written) if (row["prompt"], row["seed"]) in jobs], args.work)
     rows.sort(key=lambda row: jobs.index((row["prompt"], row["seed"])))
-    fixed = [row for row in rows if row["prompt"] in prompts]
-    others = [row for row in rows if row["prompt"] in held_out]
     record = {
-        **summary(fixed),
-        "held_out": summary(others),
-        **prior_scores(args.device),
+        **summary([row for row in rows if row["prompt"] in prompts]),
+        "held_out": summary([row for row in rows if row["prompt"] in held_out]),
+        **({} if args.no_prior else prior(args.work, args.device)),
         "judge": json.loads((Path(__file__).parent / "judge" / "judge.json").read_text())["held_out"],
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else machine()["processor"],
-        "settings": resolve({}, "dream-mini", args.device).to_dict(),
-        "seconds": round(time.monotonic() - start, 1),
+        **facts,
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
         "jobs": args.jobs,
+        "prompts": by_prompt(rows, (*prompts, *held_out)),
         "rows": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
     contact_sheet(args.work, prompts, args.out / "quality.png")
+    if held_out:
+        contact_sheet(args.work, held_out, args.work / "held_out.png")
     print(json.dumps({k: v for k, v in record.items() if k not in ("rows", "settings")}, indent=1))
+    missing = len(jobs) - len(rows)
+    if missing:
+        print(f"{missing} of {len(jobs)} runs are missing: start the same command again to go on")
     return 0
-
-
-def _timed(deadline: float, prompt: str, seed: int, workspace: Path, device: str) -> dict | None:
-    return make(prompt, seed, workspace, device) if time.monotonic() < deadline else None

@@ -100,6 +100,11 @@ class Field(nn.Module):
             return FieldValues(*kernels.field(*inputs, **options), None)
         return FieldValues(*kernels.field_normals(*inputs, mode=normals, epsilon=normal_epsilon, **options))
 
+    @property
+    def plan(self) -> str:
+        """How a GPU computes this field: "fused", or "unfused: " and the reason."""
+        return kernels.field_plan(self.spec, list(self.weights))
+
     @torch.no_grad()
     def density(self, x: Tensor, *, active_levels: int | Tensor | None = None, chunk: int | None = None) -> Tensor:
         """Densities [N] at world points [N, 3], without gradient, `chunk` points at a time."""

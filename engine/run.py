@@ -20,6 +20,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.field import Field
 from dream_fast.engine.guidance.loader import Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -78,7 +79,7 @@ def run(config: Config) -> int:
         reporter.open_log(workspace.log)
         manifest = _manifest(config, runtime, components, earlier, trainer.step)
         workspace.write_manifest(manifest)
-        reporter.say(_start_line(config, runtime, components, trainer.step))
+        reporter.say(_start_line(config, runtime, components, trainer.field, trainer.step))
         trainer.fit(workspace, reporter)
         trainer.guidance = None
         del components, prompts, score  # their memory is the outputs' now
@@ -179,12 +180,13 @@ def _texts(config: Config) -> tuple[str, str]:
     return text, negative
 
 
-def _start_line(config: Config, runtime: Runtime, components: Components, step: int) -> str:
+def _start_line(config: Config, runtime: Runtime, components: Components, field: Field, step: int) -> str:
     camera, guidance = config.camera, config.guidance
+    kernels = f"field {field.plan}, " if runtime.device.type == "cuda" else ""
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
     return (
         f"{config.run.text!r}: {components.name} (attention {components.attention}) on {runtime.description}; "
-        f"steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, guidance scale "
+        f"{kernels}steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, guidance scale "
         f"{guidance.guidance_scale:g}, {config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
     )
 

@@ -2,14 +2,10 @@
 
 from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
 from dream_fast.kernels.composite import Composited, composite, composite_reference
-from dream_fast.kernels.field import FieldSpec, field, field_normals, field_normals_reference, field_reference
-from dream_fast.kernels.hash_grid import (
-    HashGridSpec,
-    hash_grid,
-    hash_grid_reference,
-    hash_grid_total_variation_grad,
-    hash_grid_weight_decay_grad,
-)
+from dream_fast.kernels.field import FieldSpec, field, field_plan, field_reference
+from dream_fast.kernels.field_normals import field_normals, field_normals_reference
+from dream_fast.kernels.grid_regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
+from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
 from dream_fast.kernels.march import Samples, march, march_reference
 from dream_fast.kernels.occupancy import (
     cascades,
@@ -35,6 +31,7 @@ __all__ = [
     "field",
     "field_normals",
     "field_normals_reference",
+    "field_plan",
     "field_reference",
     "hash_grid",
     "hash_grid_reference",

@@ -1,11 +1,89 @@
-"""Argument checks shared by the operators: every complaint names the argument, what was expected and what came."""
+"""What the operators share around a kernel: argument checks, the choice between Triton and the reference, launching.
+
+Every complaint names the argument, what was expected and what came. Every kernel starts through `launch`, which takes
+the device of its tensors and torch's current stream, and which can hand the launches to a recorder instead
+(`recorded_launches`), so that a machine without a GPU can compile exactly what a GPU would run.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # the references work without
+    triton = tl = None
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Triton decides when a kernel is defined whether it will be interpreted, so this cannot change later.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Launch(NamedTuple):
+    """One recorded launch: the kernel, its grid, its arguments and constants by name, warps and stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+_recorded: list[Launch] | None = None
+
+
+def jit(function: Callable) -> Any:
+    """`triton.jit`; without triton the plain function, which nothing calls."""
+    return function if triton is None else triton.jit(function)
+
+
+def constant(value: Any) -> Any:
+    """A module-level number that kernels may use."""
+    return value if triton is None else tl.constexpr(value)
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether an operator on this tensor runs its kernels: on a GPU, in the interpreter, and while recording.
+
+    Raises RuntimeError for a GPU tensor where triton is missing.
+    """
+    if tensor.is_cuda and triton is None:
+        raise RuntimeError("tensors on a GPU need triton, which is not installed: pip install triton")
+    return tensor.is_cuda or INTERPRETED or _recorded is not None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *, num_warps: int = 4, num_stages: int = 1, **arguments
+) -> None:
+    """Start `kernel` over `grid` (at least one program, or nothing happens) on `device` and torch's current stream."""
+    if not all(grid):
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, options))
+    elif device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, **options)
+    else:
+        kernel[grid](**arguments, **options)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside the `with` block operators on CPU tensors take their kernels, which are listed here and not run."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
 
 
 def check_tensor(
@@ -33,6 +111,12 @@ def check_tensor(
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
     if like is not None and value.device != like[1].device:
         raise ValueError(f"{name} is on {value.device} but {like[0]} is on {like[1].device}")
+
+
+def check_kernel_dtype(name: str, value: Tensor) -> None:
+    """Raise TypeError for float64, which only the references compute in."""
+    if value.dtype == torch.float64:
+        raise TypeError(f"{name} is float64, which the kernels do not compute in: call the operator's reference")
 
 
 def check_count(count: Tensor | None, like: tuple[str, Tensor]) -> None:

@@ -1,14 +1,12 @@
-"""The scene's field: hash grid, then a small MLP, to density and albedo; and surface normals from the density.
+"""The scene's field: hash grid, then a small MLP, to density and albedo.
 
 h = MLP(hash_grid((x + bound) / (2 bound))), ReLU between layers, 4 outputs.
 sigma = exp(min(h_0 + b exp(-|x|^2 / (2 r^2)), 15)) or softplus(h_0 + b (1 - |x| / r)); albedo = sigmoid(h_1..3).
 The exponent is clamped in the forward, so that differences of sigma stay finite; its gradient is sigma * upstream on
 both sides of the clamp, so that a density that went past it can come back.
-normal = -grad sigma / |grad sigma|, zero where the gradient is: by central differences of step epsilon along the axes
-(taps are held inside the cube), or by differentiating the field.
 
 Legend: N points, P = outputs of a layer. Units: world units in [-bound, bound]; sigma per world unit.
-Gradients: table, weights, biases and x, also through normals (through analytic ones by double backward).
+Gradients: table, weights, biases and x.
 Numerics: hash grid and MLP in `dtype`; blob, activations and outputs in fp32 (fp64 when x is).
 Source: Poole et al., DreamFusion, 2022 (density blob); Mueller et al., 2022 (grid + MLP, clamped exponential).
 """
@@ -18,14 +16,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dream_fast.kernels._launch import FLOATS, check_count, check_positive, check_tensor
-from dream_fast.kernels._reference import live_rows, pad_rows
-from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid_reference
+from dream_fast.kernels._grid import position_gradient, scatter_features
+from dream_fast.kernels._launch import (
+    FLOATS,
+    INTERPRETED,
+    check_count,
+    check_kernel_dtype,
+    check_positive,
+    check_tensor,
+    jit,
+    launch,
+    tl,
+    use_triton,
+)
+from dream_fast.kernels._mlp import mlp, mlp_learn, mlp_store, mlp_sums, mlp_weights
+from dream_fast.kernels._reference import live_rows as live_rows_of
+from dream_fast.kernels._reference import pad_rows
+from dream_fast.kernels._tile import (
+    activate,
+    aligned_rows,
+    blob,
+    blob_slope,
+    density_slope,
+    encode,
+    flatten_parameters,
+    fusable,
+    level_table,
+    live_rows,
+    load_point,
+    outputs_gradient,
+    tile_constants,
+    unit_scale,
+)
+from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
 
 MAX_EXPONENT = 15.0
 
@@ -74,7 +103,7 @@ def _blob(x: Tensor, spec: FieldSpec) -> Tensor:
     return spec.blob_density * (1 - squared.clamp(min=1e-12).sqrt() / spec.blob_radius)
 
 
-def _logits(
+def logits_reference(
     x: Tensor, table: Tensor, weights, biases, spec: FieldSpec, active_levels, dtype: torch.dtype | None
 ) -> Tensor:
     """x [n, 3] -> outputs of the MLP [n, 4], the blob in the first, in fp32 or the dtype of x."""
@@ -85,7 +114,7 @@ def _logits(
     return h.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _sigma(x: Tensor, logits: Tensor, spec: FieldSpec) -> Tensor:
+def sigma_reference(x: Tensor, logits: Tensor, spec: FieldSpec) -> Tensor:
     raw = logits[:, 0] + _blob(x, spec)
     return _ClampedExp.apply(raw) if spec.density_activation == "exp" else F.softplus(raw)
 
@@ -103,49 +132,9 @@ def field_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition of `field` in plain PyTorch, for any float dtype."""
     rows = x.shape[0]
-    x = x[: live_rows(rows, count)]
-    logits = _logits(x, table, weights, biases, spec, active_levels, dtype)
-    return pad_rows(_sigma(x, logits, spec), rows), pad_rows(torch.sigmoid(logits[:, 1:]), rows)
-
-
-def field_normals_reference(
-    x: Tensor,
-    table: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    spec: FieldSpec,
-    *,
-    active_levels: int | Tensor | None = None,
-    count: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    mode: str = "finite_difference",
-    epsilon: float = 0.01,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of `field_normals` in plain PyTorch, for any float dtype."""
-    rows = x.shape[0]
-    x = x[: live_rows(rows, count)]
-    options = {"active_levels": active_levels, "dtype": dtype}
-    if mode == "analytic":
-        keep = torch.is_grad_enabled()
-        with torch.enable_grad():
-            at = x if x.requires_grad else x.detach().requires_grad_()
-            sigma, albedo = field_reference(at, table, weights, biases, spec, **options)
-            (gradient,) = torch.autograd.grad(sigma.sum(), at, create_graph=keep)
-        if not keep:
-            sigma, albedo = sigma.detach(), albedo.detach()
-    else:
-        sigma, albedo = field_reference(x, table, weights, biases, spec, **options)
-        differences = []
-        for axis in range(3):
-            step = torch.zeros(3, dtype=x.dtype, device=x.device)
-            step[axis] = epsilon
-            taps = [(x + sign * step).clamp(-spec.bound, spec.bound) for sign in (1, -1)]
-            plus, minus = (_sigma(tap, _logits(tap, table, weights, biases, spec, **options), spec) for tap in taps)
-            differences.append((plus - minus) / (2 * epsilon))
-        gradient = torch.stack(differences, 1)
-    # Below the floor the normal shrinks to zero instead of dividing 0 by 0.
-    normal = -gradient * gradient.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
-    return pad_rows(sigma, rows), pad_rows(albedo, rows), pad_rows(normal, rows)
+    x = x[: live_rows_of(rows, count)]
+    logits = logits_reference(x, table, weights, biases, spec, active_levels, dtype)
+    return pad_rows(sigma_reference(x, logits, spec), rows), pad_rows(torch.sigmoid(logits[:, 1:]), rows)
 
 
 def check_field(
@@ -175,6 +164,391 @@ def check_field(
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
 
 
+@jit
+def _field_fwd_kernel(
+    x,
+    table,
+    levels,
+    active,
+    parameters,
+    count,
+    sigma,
+    albedo,
+    rows,
+    scale,
+    blob_density,
+    blob_radius,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAYERS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PADDED: tl.constexpr,
+    LOG2_ENTRIES: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Each program takes every num_programs-th tile of BLOCK points."""
+    live = live_rows(count, rows)
+    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    while start < rows:
+        n = start + tl.arange(0, BLOCK)
+        red, stored = albedo + n * 3, n < rows
+        if start < live:
+            px, py, pz = load_point(x, n, n < live)
+            features = encode(
+                px * scale + 0.5,
+                py * scale + 0.5,
+                pz * scale + 0.5,
+                table,
+                levels,
+                active,
+                LEVELS,
+                FEATURES,
+                PADDED,
+                LOG2_ENTRIES,
+                SMOOTH,
+                WIDE,
+                PAIRS=PAIRS,
+            )
+            outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
+            s, r, g, b, _ = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
+            tl.store(sigma + n, tl.where(n < live, s, 0.0), mask=stored)
+            tl.store(red, tl.where(n < live, r, 0.0), mask=stored)
+            tl.store(red + 1, tl.where(n < live, g, 0.0), mask=stored)
+            tl.store(red + 2, tl.where(n < live, b, 0.0), mask=stored)
+        else:
+            zero = tl.zeros([BLOCK], tl.float32)
+            tl.store(sigma + n, zero, mask=stored)
+            tl.store(red, zero, mask=stored)
+            tl.store(red + 1, zero, mask=stored)
+            tl.store(red + 2, zero, mask=stored)
+        start += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+@jit
+def _field_bwd_kernel(
+    x,
+    table,
+    levels,
+    active,
+    parameters,
+    count,
+    to_sigma,
+    to_albedo,
+    to_features,
+    to_x,
+    partials,
+    rows,
+    size,
+    scale,
+    blob_density,
+    blob_radius,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAYERS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PADDED: tl.constexpr,
+    LOG2_ENTRIES: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Everything up to the features is computed again. Sums of layers FIRST to LAST go to row `program` of partials.
+
+    to_features [L * F, N] and to_x [N, 3] (the blob's part) are written where they are given.
+    """
+    DTYPE: tl.constexpr = parameters.dtype.element_ty
+    live = live_rows(count, rows)
+    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    sums = mlp_sums(BLOCK, DTYPE, FIRST, LAST, WIDTH, LAYERS, FEATURES, PADDED)
+    program = tl.program_id(0).to(tl.int64)
+    start = program * BLOCK
+    while start < live:
+        n = start + tl.arange(0, BLOCK)
+        inner = n < live
+        px, py, pz = load_point(x, n, inner)
+        features = encode(
+            px * scale + 0.5,
+            py * scale + 0.5,
+            pz * scale + 0.5,
+            table,
+            levels,
+            active,
+            LEVELS,
+            FEATURES,
+            PADDED,
+            LOG2_ENTRIES,
+            SMOOTH,
+            WIDE,
+            PAIRS=PAIRS,
+        )
+        outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
+        s, r, g, b, raw = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
+        to_raw = tl.load(to_sigma + n, mask=inner, other=0.0) * density_slope(raw, s, SOFTPLUS)
+        to_red, to_green, to_blue = load_point(to_albedo, n, inner)
+        to_outputs = outputs_gradient(
+            to_raw, to_red * (r * (1.0 - r)), to_green * (g * (1.0 - g)), to_blue * (b * (1.0 - b))
+        )
+        sums, by_feature = mlp_learn(
+            sums, to_outputs, features, hidden, weights, BLOCK, DTYPE, FIRST, LAST, LAYERS, FEATURES
+        )
+        if to_features is not None:
+            # Transposed before the store, for the reason that `mlp_weights` gives.
+            level = tl.arange(0, PADDED)
+            for f in tl.static_range(FEATURES):
+                at = to_features + (level * FEATURES + f).to(tl.int64)[:, None] * rows + n[None, :]
+                keep = (level[:, None] < LEVELS) & inner[None, :]
+                tl.store(at, tl.trans(by_feature[f].to(DTYPE)), mask=keep)
+        if to_x is not None:
+            slope = to_raw * blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)
+            tl.store(to_x + n * 3, slope * px, mask=inner)
+            tl.store(to_x + n * 3 + 1, slope * py, mask=inner)
+            tl.store(to_x + n * 3 + 2, slope * pz, mask=inner)
+        start += tl.num_programs(0).to(tl.int64) * BLOCK
+    mlp_store(sums, partials + program * size, DTYPE, FIRST, LAST, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+
+
+def _fwd_config(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Points a tile, warps, and programs a multiprocessor."""
+    # 64 points are the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
+    return {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8, "programs": 4, "PAIRS": False}
+
+
+def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
+    """Points a tile, warps, programs a multiprocessor, and of how many layers a pass adds up the gradients."""
+    # The sums of all layers stay in registers where they fit.
+    together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
+    return {"BLOCK": 64, "num_warps": 8, "programs": 2, "PAIRS": False, "together": together}
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    """Of the GPU; the interpreter goes through programs one by one, so there they are few."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if INTERPRETED else 132
+
+
+@lru_cache(maxsize=64)
+def _spec_of(grid: tuple[int, ...], scene: tuple[float, ...]) -> FieldSpec:
+    levels, features, log2_entries, base, largest, smooth, softplus = grid
+    return FieldSpec(
+        grid=HashGridSpec(
+            levels=levels,
+            features=features,
+            log2_entries=log2_entries,
+            base_resolution=base,
+            max_resolution=largest,
+            interpolation="smoothstep" if smooth else "linear",
+        ),
+        bound=scene[0],
+        density_activation="softplus" if softplus else "exp",
+        blob_density=scene[1],
+        blob_radius=scene[2],
+    )
+
+
+def spec_numbers(spec: FieldSpec) -> tuple[list[int], list[float]]:
+    """The spec as a custom operator takes it."""
+    grid = spec.grid
+    whole = [grid.levels, grid.features, grid.log2_entries, grid.base_resolution, grid.max_resolution]
+    choices = [int(grid.interpolation == "smoothstep"), int(spec.density_activation == "softplus")]
+    return whole + choices, [float(spec.bound), float(spec.blob_density), float(spec.blob_radius)]
+
+
+@torch.library.custom_op("dream_fast::field", mutates_args=())
+def _field(
+    x: Tensor,
+    table: Tensor,
+    parameters: Tensor,
+    entries: Tensor,
+    packed: Tensor,
+    active: Tensor | None,
+    levels: int,
+    count: Tensor | None,
+    width: int,
+    layers: int,
+    grid: list[int],
+    scene: list[float],
+) -> tuple[Tensor, Tensor]:
+    """table and parameters (all weights, then all biases) are what gradients go to; entries and packed are the same in
+    the compute dtype."""
+    spec, rows = _spec_of(tuple(grid), tuple(scene)), x.shape[0]
+    sigma, albedo = x.new_empty(rows), x.new_empty(rows, 3)
+    config = _fwd_config(width, entries.dtype)
+    programs = config.pop("programs") * _multiprocessors(x.device)
+    launch(
+        _field_fwd_kernel,
+        (min(programs, -(-rows // config["BLOCK"])),),
+        x.device,
+        x=x.contiguous(),
+        table=aligned_rows(entries),
+        levels=level_table(spec.grid, x.device, levels),
+        active=active,
+        parameters=packed,
+        count=count,
+        sigma=sigma,
+        albedo=albedo,
+        rows=rows,
+        scale=unit_scale(spec.bound),
+        blob_density=spec.blob_density,
+        blob_radius=spec.blob_radius,
+        SOFTPLUS=spec.density_activation == "softplus",
+        WIDTH=width,
+        LAYERS=layers,
+        **config,
+        **tile_constants(spec.grid),
+    )
+    return sigma, albedo
+
+
+@_field.register_fake
+def _(x, table, parameters, entries, packed, active, levels, count, width, layers, grid, scene):
+    return x.new_empty(x.shape[0]), x.new_empty(x.shape[0], 3)
+
+
+@torch.library.custom_op("dream_fast::field_backward", mutates_args=())
+def _field_backward(
+    to_sigma: Tensor,
+    to_albedo: Tensor,
+    x: Tensor,
+    entries: Tensor,
+    packed: Tensor,
+    active: Tensor | None,
+    levels: int,
+    count: Tensor | None,
+    width: int,
+    layers: int,
+    grid: list[int],
+    scene: list[float],
+    into: list[bool],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, table and parameters in fp32, those that `into` asks for; the others come empty."""
+    spec, rows, size = _spec_of(tuple(grid), tuple(scene)), x.shape[0], packed.numel()
+    into_x, into_table, into_parameters = into
+    x, scale = x.contiguous(), unit_scale(spec.bound)
+    entries = aligned_rows(entries)
+    config = _bwd_config(width, layers, entries.dtype)
+    programs = config.pop("programs") * _multiprocessors(x.device)
+    programs = min(programs, -(-rows // config["BLOCK"]))
+    together = config.pop("together")
+    to_features = None
+    if into_x or into_table:
+        to_features = x.new_empty(spec.grid.channels, rows, dtype=entries.dtype)
+    to_x = torch.zeros_like(x) if into_x else None
+    partials = x.new_empty(programs, size)
+    passes = range(0, layers + 1, together) if into_parameters else (0,)
+    for first in passes:
+        launch(
+            _field_bwd_kernel,
+            (programs,),
+            x.device,
+            x=x,
+            table=entries,
+            levels=level_table(spec.grid, x.device, levels),
+            active=active,
+            parameters=packed,
+            count=count,
+            to_sigma=to_sigma.contiguous(),
+            to_albedo=to_albedo.contiguous(),
+            to_features=to_features if first == 0 else None,
+            to_x=to_x if first == 0 else None,
+            partials=partials,
+            rows=rows,
+            size=size,
+            scale=scale,
+            blob_density=spec.blob_density,
+            blob_radius=spec.blob_radius,
+            FIRST=first,
+            LAST=min(first + together - 1, layers) if into_parameters else -1,
+            SOFTPLUS=spec.density_activation == "softplus",
+            WIDTH=width,
+            LAYERS=layers,
+            **config,
+            **tile_constants(spec.grid),
+        )
+    common = {
+        "scale": scale,
+        "shift": 0.5,
+        "count": count,
+        "active_levels": levels if active is None else active,
+    }
+    nothing = x.new_empty(0)
+    if into_x:
+        to_x.add_(position_gradient(to_features, x, entries, spec.grid, **common), alpha=scale)
+    to_table = nothing
+    if into_table:
+        to_table = scatter_features(x, spec.grid, features=to_features, deterministic=deterministic, **common)
+    to_parameters = partials.sum(0) if into_parameters else x.new_empty(0)
+    return (to_x if into_x else x.new_empty(0)), to_table, to_parameters
+
+
+@_field_backward.register_fake
+def _(to_sigma, to_albedo, x, entries, packed, active, levels, count, width, layers, grid, scene, into, deterministic):
+    into_x, into_table, into_parameters = into
+    return (
+        x.new_empty(x.shape if into_x else 0),
+        x.new_empty(entries.shape if into_table else 0),
+        x.new_empty(packed.shape if into_parameters else 0),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    x, _, _, entries, packed, active, levels, count, *shape = inputs
+    ctx.save_for_backward(x, entries, packed, active, count)
+    ctx.levels, ctx.shape = levels, shape
+    ctx.parameters_dtype = inputs[2].dtype
+
+
+def _backward(ctx, to_sigma: Tensor, to_albedo: Tensor):
+    x, entries, packed, active, count = ctx.saved_tensors
+    into = list(ctx.needs_input_grad[:3])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    inputs = (x, entries, packed, active, ctx.levels, count, *ctx.shape)
+    found = _field_backward(to_sigma, to_albedo, *inputs, into, deterministic)
+    to_x, to_table, to_parameters = (g if wanted else None for g, wanted in zip(found, into, strict=True))
+    if to_parameters is not None:
+        to_parameters = to_parameters.to(ctx.parameters_dtype)
+    return to_x, to_table, to_parameters, *[None] * 9
+
+
+_field.register_autograd(_backward, setup_context=_save)
+
+
+def _unfused(
+    x: Tensor, table: Tensor, weights, biases, spec: FieldSpec, active_levels, count: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The field from the hash grid's operator and torch's products, for shapes that have no fused kernel."""
+    live = None
+    if count is not None:
+        live = torch.arange(x.shape[0], device=x.device) < count
+        x = torch.where(live[:, None], x, 0)
+    coordinates = (x + spec.bound) / (2 * spec.bound)
+    h = hash_grid(coordinates, table, spec.grid, active_levels=active_levels, count=count, dtype=dtype)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        h = F.linear(h if layer == 0 else F.relu(h), weight.to(h.dtype), bias.to(h.dtype))
+    logits = h.float()
+    sigma, albedo = sigma_reference(x, logits, spec), torch.sigmoid(logits[:, 1:])
+    if live is None:
+        return sigma, albedo
+    return torch.where(live, sigma, 0), torch.where(live[:, None], albedo, 0)
+
+
+def field_plan(spec: FieldSpec, weights: Sequence[Tensor]) -> str:
+    """How a GPU computes this field: "fused", or "unfused: " and the reason."""
+    reason = fusable(spec.grid, weights)
+    return f"unfused: {reason}" if reason else "fused"
+
+
 def field(
     x: Tensor,
     table: Tensor,
@@ -193,41 +567,19 @@ def field(
     Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
     """
     check_field(x, table, weights, biases, spec, count, dtype)
-    return field_reference(x, table, weights, biases, spec, active_levels=active_levels, count=count, dtype=dtype)
-
-
-def field_normals(
-    x: Tensor,
-    table: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    spec: FieldSpec,
-    *,
-    active_levels: int | Tensor | None = None,
-    count: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    mode: str = "finite_difference",
-    epsilon: float = 0.01,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `field`, with normals: sigma [N], albedo [N, 3], normal [N, 3] (unit, pointing out of the matter).
-
-    mode "finite_difference" (central, `epsilon` world units: six more fields a point) or "analytic" (one more
-    backward).
-    Raises as `field`, and ValueError for an unknown mode.
-    """
-    check_field(x, table, weights, biases, spec, count, dtype)
-    if mode not in ("finite_difference", "analytic"):
-        raise ValueError(f'mode must be "finite_difference" or "analytic", got "{mode}"')
-    check_positive("epsilon", epsilon)
-    return field_normals_reference(
-        x,
-        table,
-        weights,
-        biases,
-        spec,
-        active_levels=active_levels,
-        count=count,
-        dtype=dtype,
-        mode=mode,
-        epsilon=epsilon,
-    )
+    if not use_triton(x):
+        return field_reference(x, table, weights, biases, spec, active_levels=active_levels, count=count, dtype=dtype)
+    dtype = table.dtype if dtype is None else dtype
+    check_kernel_dtype("x", x)
+    check_kernel_dtype("table", table)
+    if dtype == torch.float64:
+        raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
+    if fusable(spec.grid, weights):
+        return _unfused(x, table, weights, biases, spec, active_levels, count, dtype)
+    parameters = flatten_parameters(weights, biases)
+    active = active_levels if isinstance(active_levels, Tensor) else None
+    levels = spec.grid.levels if active_levels is None or active is not None else int(active_levels)
+    grid, scene = spec_numbers(spec)
+    compute = (table.detach().to(dtype), parameters.detach().to(dtype))
+    shape = (weights[0].shape[0], len(weights) - 1, grid, scene)
+    return _field(x, table, parameters, *compute, active, levels, count, *shape)

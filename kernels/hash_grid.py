@@ -7,7 +7,8 @@ corners of prod_axis (f or 1 - f) * table[row(corner)].
 row(i, j, k) = i + R j + R^2 k where R^3 <= 2^log2_entries, else (i ^ 2654435761 j ^ 805459861 k) mod 2^log2_entries.
 
 Legend: N points, F features a level, L levels, rows = sum of the levels' rows.
-Units: x is a fraction of the scene cube. Gradients: table (accumulated in the table's dtype) and x, to any order.
+Units: x is a fraction of the scene cube. Gradients: table (accumulated in the table's dtype) and x, to any order in
+the reference, to second order in the kernels, where a third raises.
 Numerics: table entries are rounded to `dtype`, weights and sums are in the wider of fp32 and the table's dtype, the
 result is rounded to `dtype`.
 Source: Mueller et al., Instant Neural Graphics Primitives, 2022, section 3 (smoothstep: appendix A).
@@ -16,18 +17,28 @@ Source: Mueller et al., Instant Neural Graphics Primitives, 2022, section 3 (smo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._launch import FLOATS, check_count, check_tensor
-from dream_fast.kernels._reference import live_rows, pad_rows, scatter_rows, to_columns
-
-# The first is 2654435761 as an int32: only the low bits of a product count.
-PRIMES = (1, 2654435761 - 2**32, 805459861)
+from dream_fast.kernels import _corners
+from dream_fast.kernels._corners import PRIMES
+from dream_fast.kernels._grid import position_gradient, scatter_features
+from dream_fast.kernels._launch import (
+    FLOATS,
+    check_count,
+    check_kernel_dtype,
+    check_tensor,
+    jit,
+    launch,
+    tl,
+    use_triton,
+)
+from dream_fast.kernels._reference import live_rows, pad_rows, to_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +102,12 @@ class HashGridSpec:
         return self.resolutions[level] ** 3 <= 1 << self.log2_entries
 
 
-def _combine(i: Tensor, j: Tensor, k: Tensor, dense: bool) -> Tensor:
+def combine_rows(i: Tensor, j: Tensor, k: Tensor, dense: bool) -> Tensor:
     """Row of a vertex from what each of its coordinates adds (dense) or mixes in (hashed); they broadcast."""
     return i + (j + k) if dense else i ^ (j ^ k)
 
 
-def _axis_rows(vertices: Tensor, level: int, spec: HashGridSpec) -> tuple[Tensor, Tensor, Tensor]:
+def axis_rows(vertices: Tensor, level: int, spec: HashGridSpec) -> tuple[Tensor, Tensor, Tensor]:
     """What the coordinates of vertices, int32 [..., 3, n], contribute to their row: a tensor [..., n] an axis."""
     i, j, k = vertices.unbind(-2)
     if spec.dense(level):
@@ -199,8 +210,8 @@ def _level(x: Tensor, inside: Tensor, columns: Tensor, level: int, spec: HashGri
     # Axes of the products: z, y and x of the corner (0 low, 1 high), then the point.
     wx, wy, wz = torch.stack([1 - fraction, fraction]).unbind(1)
     weights = (wz[:, None] * wy)[:, :, None] * (wx * inside)
-    i, j, k = _axis_rows(torch.stack([cells, cells + 1]), level, spec)
-    rows = _combine(i, j[:, None], k[:, None, None], spec.dense(level))
+    i, j, k = axis_rows(torch.stack([cells, cells + 1]), level, spec)
+    rows = combine_rows(i, j[:, None], k[:, None, None], spec.dense(level))
     return _Interpolate.apply(columns, weights.flatten(0, 2).to(columns.dtype), rows.flatten(0, 2).long())
 
 
@@ -227,6 +238,292 @@ def hash_grid_reference(
     return pad_rows(torch.cat(parts).t().to(dtype), total)
 
 
+# Kernels. Features are stored by channel, [L * F, N], so that every level writes and reads along memory; the public
+# function returns the transposed view.
+
+
+@jit
+def _hash_grid_fwd_kernel(
+    x,
+    table,
+    tangent,
+    out,
+    levels,
+    count,
+    active,
+    n,
+    active_levels,
+    FEATURES: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    STORED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    JOINED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One level (two features of it) of a block of points; the level changes slowest: its entries stay in the cache."""
+    PAIRS: tl.constexpr = (FEATURES + 1) // 2
+    level = tl.program_id(1) // PAIRS
+    pair = tl.program_id(1) % PAIRS
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    limit = _corners.live_rows(count, n)
+    if active is not None:
+        active_levels = tl.load(active).to(tl.int32)
+    # Blocks and levels that are not live write their zeros and read nothing.
+    ux, uy, uz, inside = _corners.load_point(x, row, (row < limit) & (level < active_levels), 1.0, 0.0)
+    numbers = _corners.load_level(levels, level)
+    i, wx, dx, _ = _corners.locate(ux, numbers[1], SMOOTH)
+    j, wy, dy, _ = _corners.locate(uy, numbers[1], SMOOTH)
+    k, wz, dz, _ = _corners.locate(uz, numbers[1], SMOOTH)
+    if tangent is None:
+        weights = _corners.corner_weights(1 - wx, wx, 1 - wy, wy, 1 - wz, wz)
+    else:
+        dx *= tl.load(tangent + row * 3, mask=inside, other=0.0)
+        dy *= tl.load(tangent + row * 3 + 1, mask=inside, other=0.0)
+        dz *= tl.load(tangent + row * 3 + 2, mask=inside, other=0.0)
+        weights = _corners.tangent_weights(wx, wy, wz, dx, dy, dz)
+    rows = _corners.corner_rows(i, j, k, numbers)
+    entries = table + numbers[0] * PAIRS + pair
+    low = tl.zeros((BLOCK,), tl.float32)
+    high = tl.zeros((BLOCK,), tl.float32)
+    if JOINED:
+        for edge in tl.static_range(4):
+            a0, b0, a1, b1 = _corners.load_neighbours(entries, rows[2 * edge], rows[2 * edge + 1], inside, STORED)
+            low += weights[2 * edge] * a0 + weights[2 * edge + 1] * a1
+            high += weights[2 * edge] * b0 + weights[2 * edge + 1] * b1
+    else:
+        for corner in tl.static_range(8):
+            first, second = _corners.load_entry(entries, rows[corner] * PAIRS, inside, STORED, ROUNDED)
+            low += weights[corner] * first
+            high += weights[corner] * second
+    column = (level * FEATURES + pair * 2).to(tl.int64) * n
+    tl.store(out + column + row, low, mask=row < n)
+    if FEATURES > 1:
+        tl.store(out + column + n + row, high, mask=row < n)
+
+
+def _fwd_config() -> dict[str, int]:
+    """One point a lane: its eight gathers are in flight together. JOINED: x-neighbours in one load where possible."""
+    return {"BLOCK": 256, "num_warps": 8, "JOINED": False}
+
+
+def _copies_table(n: int, rows: int) -> bool:
+    """Whether to round the whole table before the gathers, or each entry after its gather.
+
+    The copy moves 6 bytes an entry once and halves what the gathers fetch.
+    """
+    return 4 * n >= rows
+
+
+# Custom operators take a spec as `_numbers` gives it.
+
+
+def _numbers(spec: HashGridSpec) -> list[int]:
+    smooth = int(spec.interpolation == "smoothstep")
+    return [spec.levels, spec.features, spec.log2_entries, spec.base_resolution, spec.max_resolution, smooth]
+
+
+@lru_cache(maxsize=64)
+def _cached_spec(levels: int, features: int, log2_entries: int, base: int, largest: int, smooth: int) -> HashGridSpec:
+    return HashGridSpec(
+        levels=levels,
+        features=features,
+        log2_entries=log2_entries,
+        base_resolution=base,
+        max_resolution=largest,
+        interpolation="smoothstep" if smooth else "linear",
+    )
+
+
+def _spec(numbers: Sequence[int]) -> HashGridSpec:
+    return _cached_spec(*numbers)
+
+
+@torch.library.custom_op("dream_fast::hash_grid", mutates_args=())
+def _encode(
+    x: Tensor,
+    table: Tensor,
+    tangent: Tensor | None,
+    active_levels: Tensor | None,
+    count: Tensor | None,
+    numbers: Sequence[int],
+    active: int,
+    dtype: str,
+    rounded: str,
+) -> Tensor:
+    """Features [L * F, N] of `dtype`; with `tangent` [N, 3], their derivative along it.
+
+    Entries are rounded to `rounded` (a name, "" for none). Levels from `active` and from `active_levels` on give zeros.
+    """
+    spec, n = _spec(numbers), x.shape[0]
+    if rounded and _copies_table(n, spec.rows):
+        table, rounded = table.to(getattr(torch, rounded)), ""
+    entries, stored = _corners.packed(table.contiguous())
+    out = torch.empty(spec.channels, n, dtype=getattr(torch, dtype), device=x.device)
+    config = _fwd_config()
+    # Only rows of four bytes adjoin in eight, and only those of a table that is rounded already.
+    config["JOINED"] = config["JOINED"] and spec.features == 2 and entries.dtype == torch.int32
+    launch(
+        _hash_grid_fwd_kernel,
+        (-(-n // config["BLOCK"]), spec.levels * max(spec.features // 2, 1)),
+        x.device,
+        x=x.contiguous(),
+        table=entries,
+        tangent=None if tangent is None else tangent.contiguous(),
+        out=out,
+        levels=_corners.level_table(spec, x.device),
+        count=count,
+        active=active_levels,
+        n=n,
+        active_levels=active,
+        FEATURES=spec.features,
+        SMOOTH=spec.interpolation == "smoothstep",
+        STORED=stored,
+        ROUNDED=rounded,
+        **config,
+    )
+    return out
+
+
+@_encode.register_fake
+def _(x, table, tangent, active_levels, count, numbers, active, dtype, rounded):
+    return x.new_empty(numbers[0] * numbers[1], x.shape[0], dtype=getattr(torch, dtype))
+
+
+@torch.library.custom_op("dream_fast::hash_grid_table_gradient", mutates_args=())
+def _table_gradient(
+    x: Tensor,
+    features: Tensor,
+    tangent: Tensor | None,
+    active_levels: Tensor | None,
+    count: Tensor | None,
+    numbers: Sequence[int],
+    active: int,
+) -> Tensor:
+    """Gradient [rows, F] of sum(features * encoding) into the table; with `tangent`, of its derivative along that."""
+    return scatter_features(
+        x,
+        _spec(numbers),
+        scale=1.0,
+        shift=0.0,
+        features=features if tangent is None else None,
+        tangent=tangent,
+        tangent_features=None if tangent is None else features,
+        count=count,
+        active_levels=active if active_levels is None else active_levels,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@_table_gradient.register_fake
+def _(x, features, tangent, active_levels, count, numbers, active):
+    return x.new_empty(_spec(numbers).rows, numbers[1])
+
+
+@torch.library.custom_op("dream_fast::hash_grid_position_gradient", mutates_args=())
+def _position_gradient(
+    x: Tensor,
+    table: Tensor,
+    features: Tensor,
+    tangent: Tensor | None,
+    active_levels: Tensor | None,
+    count: Tensor | None,
+    numbers: Sequence[int],
+    active: int,
+    rounded: str,
+) -> Tensor:
+    """Gradient [N, 3] of sum(features * encoding) into x; with `tangent`, of its derivative along that."""
+    return position_gradient(
+        features,
+        x,
+        table,
+        _spec(numbers),
+        scale=1.0,
+        shift=0.0,
+        tangent=tangent,
+        rounded=rounded,
+        count=count,
+        active_levels=active if active_levels is None else active_levels,
+    )
+
+
+@_position_gradient.register_fake
+def _(x, table, features, tangent, active_levels, count, numbers, active, rounded):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# Each gradient of one of the three is another of them, along a tangent in second order.
+
+
+def _save_encode(ctx, inputs, output):
+    x, table, tangent, active_levels, count, ctx.numbers, ctx.active, _, ctx.rounded = inputs
+    ctx.save_for_backward(x, table, tangent, active_levels, count)
+
+
+def _save_table_gradient(ctx, inputs, output):
+    x, features, tangent, active_levels, count, ctx.numbers, ctx.active = inputs
+    ctx.save_for_backward(x, features, tangent, active_levels, count)
+
+
+def _save_position_gradient(ctx, inputs, output):
+    x, table, features, tangent, active_levels, count, ctx.numbers, ctx.active, ctx.rounded = inputs
+    ctx.save_for_backward(x, table, features, tangent, active_levels, count)
+
+
+def _refuse_third_order(tangent: Tensor | None) -> None:
+    if tangent is not None:
+        raise NotImplementedError("the hash grid's kernels have no third derivative: call hash_grid_reference")
+
+
+def _backward_encode(ctx, grad):
+    x, table, tangent, active_levels, count = ctx.saved_tensors
+    _refuse_third_order(tangent)
+    masks = (None, active_levels, count, ctx.numbers, ctx.active)
+    to_x = to_table = None
+    if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+        grad = grad.contiguous()  # once for both
+    if ctx.needs_input_grad[0]:
+        to_x = _position_gradient(x, table, grad, *masks, ctx.rounded)
+    if ctx.needs_input_grad[1]:
+        to_table = _table_gradient(x, grad, *masks)
+    return to_x, to_table, None, None, None, None, None, None, None
+
+
+def _backward_table_gradient(ctx, grad):
+    x, features, tangent, active_levels, count = ctx.saved_tensors
+    _refuse_third_order(tangent)
+    masks = (None, active_levels, count, ctx.numbers, ctx.active)
+    to_x = _position_gradient(x, grad, features, *masks, "") if ctx.needs_input_grad[0] else None
+    to_features = None
+    if ctx.needs_input_grad[1]:
+        to_features = _encode(x, grad, *masks, "float32", "").to(features.dtype)
+    return to_x, to_features, None, None, None, None, None
+
+
+def _backward_position_gradient(ctx, grad):
+    x, table, features, tangent, active_levels, count = ctx.saved_tensors
+    _refuse_third_order(tangent)
+    masks = (grad.contiguous(), active_levels, count, ctx.numbers, ctx.active)
+    to_x = to_table = to_features = None
+    if ctx.needs_input_grad[0]:
+        to_x = _position_gradient(x, table, features, *masks, ctx.rounded)
+    if ctx.needs_input_grad[1]:
+        to_table = _table_gradient(x, features, *masks)
+    if ctx.needs_input_grad[2]:
+        to_features = _encode(x, table, *masks, "float32", ctx.rounded).to(features.dtype)
+    return to_x, to_table, to_features, None, None, None, None, None, None
+
+
+_encode.register_autograd(_backward_encode, setup_context=_save_encode)
+_table_gradient.register_autograd(_backward_table_gradient, setup_context=_save_table_gradient)
+_position_gradient.register_autograd(_backward_position_gradient, setup_context=_save_position_gradient)
+
+
+def check_features(spec: HashGridSpec) -> None:
+    """Raise ValueError unless the kernels take this many features a level."""
+    if spec.features not in (1, 2, 4):
+        raise ValueError(f"the kernels take 1, 2 or 4 features a level, got {spec.features}: call the reference")
+
+
 def hash_grid(
     x: Tensor,
     table: Tensor,
@@ -249,47 +546,17 @@ def hash_grid(
         check_tensor("active_levels", active_levels, (), dtypes=(torch.int32, torch.int64), like=("x", x))
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
-    return hash_grid_reference(x, table, spec, active_levels=active_levels, count=count, dtype=dtype).contiguous()
-
-
-@torch.no_grad()
-def hash_grid_total_variation_grad(table: Tensor, spec: HashGridSpec, points: Tensor, weight: float | Tensor) -> Tensor:
-    """Gradient of the table's total variation near points: table [rows, F], points [P, 3] in [0,1] -> [rows, F].
-
-    Each point picks, in every level, the vertex v nearest to it. With e the entry of v and e_n those of its
-    neighbours along the axes that lie in the grid (3 to 6), v's gradient grows by
-    weight / 6 * sum_n (e - e_n) / sqrt(sum_n (e - e_n)^2 + 1e-9), each feature by itself.
-    """
-    check_tensor("table", table, (spec.rows, spec.features), dtypes=(torch.float32, torch.float64))
-    check_tensor("points", points, ("P", 3), dtypes=(torch.float32, torch.float64), like=("table", table))
-
-    def rows_of(vertices: Tensor, level: int) -> Tensor:
-        return _combine(*_axis_rows(vertices, level, spec), spec.dense(level)).long()
-
-    parts = []
-    for level, resolution in enumerate(spec.resolutions):
-        entries = table[spec.offsets[level] : spec.offsets[level + 1]]
-        nearest = (points.t() * resolution).int().clamp_(0, resolution - 1)
-        own_rows = rows_of(nearest, level)
-        own = entries.index_select(0, own_rows)
-        total, squares = torch.zeros_like(own), torch.zeros_like(own)
-        for axis in range(3):
-            for step in (-1, 1):
-                vertex = nearest.clone()
-                # Past the grid, the vertex is its own neighbour and the difference is 0.
-                vertex[axis] = (vertex[axis] + step).clamp_(0, resolution - 1)
-                difference = own - entries.index_select(0, rows_of(vertex, level))
-                total += difference
-                squares += difference.square()
-        parts.append(scatter_rows(total * (squares + 1e-9).rsqrt(), own_rows, entries.shape[0]))
-    return torch.cat(parts) * (weight / 6)
-
-
-@torch.no_grad()
-def hash_grid_weight_decay_grad(table: Tensor, spec: HashGridSpec, weight: float | Tensor) -> Tensor:
-    """Gradient of weight * sum over levels of (sum of squares / rows of the level): table [rows, F] -> [rows, F]."""
-    check_tensor("table", table, (spec.rows, spec.features), dtypes=(torch.float32, torch.float64))
-    grad = 2 * weight * table
-    for start, end in pairwise(spec.offsets):
-        grad[start:end] /= end - start
-    return grad
+    if not use_triton(x):
+        return hash_grid_reference(x, table, spec, active_levels=active_levels, count=count, dtype=dtype).contiguous()
+    check_kernel_dtype("x", x)
+    check_kernel_dtype("table", table)
+    if dtype == torch.float64:
+        raise TypeError("dtype is float64, which the kernels do not compute in: call hash_grid_reference")
+    check_features(spec)
+    dtype = torch.float32 if dtype is None else dtype
+    on_device = isinstance(active_levels, Tensor)
+    active = spec.levels if active_levels is None or on_device else min(max(int(active_levels), 0), spec.levels)
+    name = str(dtype).removeprefix("torch.")
+    rounded = "" if dtype == torch.float32 else name
+    masks = (active_levels if on_device else None, count, _numbers(spec), active)
+    return _encode(x, table, None, *masks, name, rounded).t()

@@ -10,7 +10,9 @@ The samples of ray r are the rows offsets[r]:offsets[r + 1] of buffers of a fixe
 fit is dropped and `overflow` says so. Rows from `count` on are padding: zeros everywhere.
 
 Legend: R rays, cap capacity. Units: world units. Gradients: positions = o + t d, with t held constant, into o and d.
-Numerics: fp32 (fp64 when the rays are). The result's shape does not depend on the data.
+Numerics: fp32 (fp64 when the rays are). The result's shape does not depend on the data. The kernels compute each
+sample with the reference's operations in the reference's order, without fused multiply-adds, so that both agree on
+samples at a cell's edge: their samples are equal bit for bit.
 Source: Mueller et al., Instant Neural Graphics Primitives, 2022, appendix E.1.
 """
 
@@ -22,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._launch import check_positive, check_tensor
+from dream_fast.kernels import _march_kernels as march_kernels
+from dream_fast.kernels._launch import check_kernel_dtype, check_positive, check_tensor, launch, use_triton
 from dream_fast.kernels._reference import gather_rows, pad_rows
-from dream_fast.kernels.occupancy import cascades, cell_of, check_resolution, occupied
+from dream_fast.kernels.occupancy import cascades, cell_of, check_resolution, half_sizes, occupied
 
 # Lattice points looked at together: a few temporaries of this many numbers stay in the cache.
 _BLOCK = 1 << 17
@@ -157,6 +160,179 @@ def march_reference(
     )
 
 
+def _march_config(rays: int, even: bool) -> dict[str, int]:
+    """Tiles of the passes. One warp a program: rays of very uneven length then wait for nobody."""
+    return {
+        # Lanes along a ray: neighbouring steps read the same bytes. Growing steps cost a sequential pass over the tile.
+        "COUNT_RAYS": 1,
+        "COUNT_STEPS": 128 if even else 32,
+        "WRITE_RAYS": 1,
+        "WRITE_STEPS": 128 if even else 32,
+        "BACKWARD_RAYS": 1,
+        "BACKWARD_STEPS": 64,
+        "PADDING": 2048,
+        # Up to 4096 rays one program adds up all counts, which saves a launch.
+        "SCAN": 4096 if rays <= 4096 else 1024,
+        "scan_warps": 16 if rays <= 4096 else 4,
+        "num_warps": 1,
+    }
+
+
+@torch.library.custom_op("dream_fast::march", mutates_args=())
+def _march(
+    origins: Tensor,
+    directions: Tensor,
+    bits: Tensor,
+    perturb: Tensor | None,
+    bound: float,
+    resolution: int,
+    capacity: int,
+    max_steps: int,
+    dt_gamma: float,
+    min_near: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    device, rays, even = origins.device, origins.shape[0], dt_gamma == 0
+    config = _march_config(rays, even)
+    shortest, longest = step_limits(bound, resolution, max_steps)
+    counts, spans = torch.empty(2, rays, dtype=torch.int32, device=device)
+    common = {
+        "origins": origins.contiguous(),
+        "directions": directions.contiguous(),
+        "bits": bits.contiguous(),
+        "perturb": None if perturb is None else perturb.contiguous(),
+        "counts": counts,
+        "spans": spans,
+        "first": torch.empty(rays, dtype=torch.int32 if even else torch.float32, device=device),
+        "rays": rays,
+        "bound": bound,
+        "min_near": min_near,
+        "shortest": shortest,
+        "longest": longest,
+        "dt_gamma": dt_gamma,
+        "outer_scale": resolution / (2 * half_sizes(bound)[-1]),
+        "EVEN": even,
+        "CASCADES": cascades(bound),
+        "RESOLUTION": resolution,
+        "num_warps": config["num_warps"],
+        "enable_fp_fusion": False,
+    }
+    launch(
+        march_kernels.march_count_kernel,
+        (-(-rays // config["COUNT_RAYS"]),),
+        device,
+        **common,
+        max_steps=min(max_steps, 2**31 - 1),
+        RAYS=config["COUNT_RAYS"],
+        STEPS=config["COUNT_STEPS"],
+    )
+    blocks = max(1, -(-rays // config["SCAN"]))
+    sums = None
+    if blocks > 1:
+        sums = torch.empty(blocks, dtype=torch.int64, device=device)
+        launch(
+            march_kernels.march_sums_kernel,
+            (blocks,),
+            device,
+            counts=counts,
+            sums=sums,
+            rays=rays,
+            BLOCK=config["SCAN"],
+        )
+    offsets = torch.empty(rays + 1, dtype=torch.int64, device=device)
+    count = torch.empty((), dtype=torch.int64, device=device)
+    overflow = torch.empty((), dtype=torch.bool, device=device)
+    launch(
+        march_kernels.march_offsets_kernel,
+        (blocks,),
+        device,
+        counts=counts,
+        sums=sums,
+        offsets=offsets,
+        count=count,
+        overflow=overflow,
+        rays=rays,
+        capacity=capacity,
+        num_warps=config["scan_warps"],
+        BLOCK=config["SCAN"],
+        BLOCKS=1024,
+    )
+    positions = torch.empty(capacity, 3, dtype=torch.float32, device=device)
+    ray_ids = torch.empty(capacity, dtype=torch.int64, device=device)
+    t, dt = (torch.empty(capacity, dtype=torch.float32, device=device) for _ in range(2))
+    ray_programs = -(-rays // config["WRITE_RAYS"])
+    launch(
+        march_kernels.march_write_kernel,
+        (ray_programs + -(-capacity // config["PADDING"]),),
+        device,
+        **common,
+        offsets=offsets,
+        positions=positions,
+        ray_ids=ray_ids,
+        t_out=t,
+        dt_out=dt,
+        ray_programs=ray_programs,
+        capacity=capacity,
+        RAYS=config["WRITE_RAYS"],
+        STEPS=config["WRITE_STEPS"],
+        PADDING=config["PADDING"],
+    )
+    return positions, ray_ids, t, dt, offsets, count, overflow
+
+
+@_march.register_fake
+def _(origins, directions, bits, perturb, bound, resolution, capacity, max_steps, dt_gamma, min_near):
+    return (
+        origins.new_empty(capacity, 3),
+        origins.new_empty(capacity, dtype=torch.int64),
+        origins.new_empty(capacity),
+        origins.new_empty(capacity),
+        origins.new_empty(origins.shape[0] + 1, dtype=torch.int64),
+        origins.new_empty((), dtype=torch.int64),
+        origins.new_empty((), dtype=torch.bool),
+    )
+
+
+@torch.library.custom_op("dream_fast::march_backward", mutates_args=())
+def _march_backward(grad: Tensor, t: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    rays = offsets.shape[0] - 1
+    config = _march_config(rays, True)
+    grad_origins, grad_directions = (torch.empty(rays, 3, dtype=grad.dtype, device=grad.device) for _ in range(2))
+    launch(
+        march_kernels.march_backward_kernel,
+        (-(-rays // config["BACKWARD_RAYS"]),),
+        grad.device,
+        num_warps=config["num_warps"],
+        grad=grad.contiguous(),
+        t=t,
+        offsets=offsets,
+        grad_origins=grad_origins,
+        grad_directions=grad_directions,
+        rays=rays,
+        RAYS=config["BACKWARD_RAYS"],
+        STEPS=config["BACKWARD_STEPS"],
+    )
+    return grad_origins, grad_directions
+
+
+@_march_backward.register_fake
+def _(grad, t, offsets):
+    return tuple(grad.new_empty(offsets.shape[0] - 1, 3) for _ in range(2))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], output[4])
+
+
+def _backward(ctx, grad, *_):
+    # Of the outputs only positions depend on the rays: the public function detaches t and dt.
+    rays = (None, None) if grad is None else _march_backward(grad, *ctx.saved_tensors)
+    return (*rays, *(None,) * 8)
+
+
+_march.register_autograd(_backward, setup_context=_setup_context)
+
+
 def check_rays(
     origins: Tensor,
     directions: Tensor,
@@ -214,6 +390,11 @@ def march(
         raise ValueError(f"capacity must be at least 0, got {capacity}")
     if perturb is not None:
         check_tensor("perturb", perturb, (origins.shape[0],), dtypes=(origins.dtype,), like=("origins", origins))
+    if use_triton(origins):
+        check_kernel_dtype("origins", origins)
+        options = (bound, resolution, capacity, max_steps, dt_gamma, min_near)
+        positions, ray_ids, t, dt, *sizes = _march(origins, directions, bits, perturb, *options)
+        return Samples(positions, ray_ids, t.detach(), dt.detach(), *sizes)
     return march_reference(
         origins,
         directions,

@@ -6,7 +6,8 @@ Every so often fresh densities come in: grid = max(decay * grid, fresh), and a c
 min(mean of the grid, threshold).
 
 Legend: C cascades, G resolution (cells a side, even). Units: world units; density per world unit.
-Numerics: fp32; no gradients. Nothing asks the host.
+Numerics: fp32, the kernels' mean in fp64 (so that the mean of equal densities is that density, and no cell exceeds it);
+no gradients. Nothing asks the host.
 Source: Mueller et al., Instant Neural Graphics Primitives, 2022, appendix E.2.
 """
 
@@ -17,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._launch import check_positive, check_tensor
+from dream_fast.kernels._launch import check_kernel_dtype, check_positive, check_tensor, jit, launch, tl, use_triton
 
 
 def cascades(bound: float) -> int:
@@ -29,6 +30,11 @@ def cascades(bound: float) -> int:
 def half_sizes(bound: float) -> tuple[float, ...]:
     """Half the edge of each cascade's cube, smallest first."""
     return tuple(min(2.0**cascade, float(bound)) for cascade in range(cascades(bound)))
+
+
+def _per_cascade(values: list[float], like: Tensor) -> Tensor:
+    """A number for each cascade, with dtype and device of `like`; filled on the device, not copied from the host."""
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def check_resolution(resolution: int) -> None:
@@ -63,7 +69,7 @@ def occupancy_points(
     axis = torch.arange(resolution, dtype=dtype, device=device)
     corners = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).view(1, cells, 3)
     unit = (corners + (0.5 if noise is None else noise.view(cascades, cells, 3))) * (2 / resolution) - 1
-    return (unit * torch.tensor(sizes, dtype=dtype, device=device)[:, None, None]).view(-1, 3)
+    return (unit * _per_cascade(list(sizes), unit)[:, None, None]).view(-1, 3)
 
 
 @torch.no_grad()
@@ -80,6 +86,92 @@ def occupancy_update_reference(
     return bits, mean
 
 
+@jit
+def _decay_kernel(density, fresh, sums, cells, decay, BLOCK: tl.constexpr):
+    """density = max(decay * density, fresh), and the sum of each block's new densities."""
+    block = tl.program_id(0).to(tl.int64)
+    cell = block * BLOCK + tl.arange(0, BLOCK)
+    here = cell < cells
+    kept = tl.load(density + cell, mask=here, other=0.0) * decay
+    kept = tl.maximum(kept, tl.load(fresh + cell, mask=here, other=0.0), propagate_nan=tl.PropagateNan.ALL)
+    tl.store(density + cell, kept, mask=here)
+    tl.store(sums + block, tl.sum(tl.where(here, kept, 0.0).to(tl.float64)))
+
+
+@jit
+def _threshold_kernel(density, sums, bits, mean, cells, blocks, threshold, BLOCKS: tl.constexpr, BYTES: tl.constexpr):
+    """Bits of the cells above min(mean, threshold). Every program adds up the blocks' sums, in the same order."""
+    total = tl.zeros([BLOCKS], tl.float64)
+    first = 0
+    while first < blocks:
+        block = first + tl.arange(0, BLOCKS)
+        total += tl.load(sums + block, mask=block < blocks, other=0.0)
+        first += BLOCKS
+    average = (tl.sum(total) / cells).to(tl.float32)
+    program = tl.program_id(0).to(tl.int64)
+    if program == 0:
+        tl.store(mean, average)
+    byte = program * BYTES + tl.arange(0, BYTES)
+    here = byte < cells // 8
+    bit = tl.arange(0, 8)
+    values = tl.load(density + byte[:, None] * 8 + bit[None, :], mask=here[:, None], other=0.0)  # [BYTES, 8]
+    above = values > tl.minimum(average, threshold, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(bits + byte, tl.sum(above.to(tl.int32) << bit[None, :], axis=1).to(tl.uint8), mask=here)
+
+
+def _update_config() -> dict[str, int]:
+    # 4096 cells a program: 512 of them for one cascade of 128^3, about four on each multiprocessor, and as few sums
+    # for each program of the second kernel to add up.
+    return {"BLOCK": 4096, "BLOCKS": 1024, "BYTES": 512, "num_warps": 4}
+
+
+@torch.library.custom_op("dream_fast::occupancy_update", mutates_args=("density",))
+def _update(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> tuple[Tensor, Tensor]:
+    config = _update_config()
+    cells = density.numel()
+    blocks = -(-cells // config["BLOCK"])
+    values = density.contiguous()
+    sums = torch.empty(blocks, dtype=torch.float64, device=density.device)
+    bits = torch.empty(density.shape[0], density.shape[1] // 8, dtype=torch.uint8, device=density.device)
+    mean = torch.empty((), dtype=torch.float32, device=density.device)
+    launch(
+        _decay_kernel,
+        (blocks,),
+        density.device,
+        num_warps=config["num_warps"],
+        density=values,
+        fresh=fresh.contiguous(),
+        sums=sums,
+        cells=cells,
+        decay=decay,
+        BLOCK=config["BLOCK"],
+    )
+    launch(
+        _threshold_kernel,
+        (max(1, -(-cells // (8 * config["BYTES"]))),),  # the mean of no cells is NaN, as in the reference
+        density.device,
+        num_warps=config["num_warps"],
+        density=values,
+        sums=sums,
+        bits=bits,
+        mean=mean,
+        cells=cells,
+        blocks=blocks,
+        threshold=threshold,
+        BLOCKS=config["BLOCKS"],
+        BYTES=config["BYTES"],
+    )
+    if values is not density:
+        density.copy_(values)
+    return bits, mean
+
+
+@_update.register_fake
+def _(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> tuple[Tensor, Tensor]:
+    return density.new_empty(density.shape[0], density.shape[1] // 8, dtype=torch.uint8), density.new_empty(())
+
+
+@torch.no_grad()
 def occupancy_update(
     density: Tensor, fresh: Tensor, *, decay: float = 0.95, threshold: float = 10.0
 ) -> tuple[Tensor, Tensor]:
@@ -88,6 +180,9 @@ def occupancy_update(
     check_tensor("fresh", fresh, tuple(density.shape), dtypes=(density.dtype,), like=("density", density))
     if density.shape[1] % 8:
         raise ValueError(f"density must have a multiple of 8 cells a cascade, got {density.shape[1]}")
+    if use_triton(density):
+        check_kernel_dtype("density", density)
+        return _update(density, fresh, decay, threshold)
     return occupancy_update_reference(density, fresh, decay=decay, threshold=threshold)
 
 
@@ -104,7 +199,7 @@ def cell_of(axes: tuple[Tensor, Tensor, Tensor], bound: float, resolution: int) 
     cascade = torch.zeros_like(reach, dtype=torch.int64)
     for half in sizes[:-1]:
         cascade += reach > half
-    scale = torch.tensor([resolution / (2 * half) for half in sizes], dtype=reach.dtype, device=reach.device)[cascade]
+    scale = _per_cascade([resolution / (2 * half) for half in sizes], reach)[cascade]
     index = [(axis * scale + resolution / 2).long().clamp_(0, resolution - 1) for axis in axes]
     return ((cascade * resolution + index[0]) * resolution + index[1]) * resolution + index[2]
 

@@ -1,8 +1,11 @@
 """The judge: a small classifier that says what a picture shows, trained apart from dream-mini.
 
-A residual network on 64 x 64 pictures, trained on renders of the procedural world with other seeds; it shares no
+A residual network on 96 x 96 pictures, trained on renders of the procedural world with other seeds; it shares no
 weights, no architecture and no latents with the model that it judges. `python -m dream_fast.bench.judge.train` repeats
-it.
+it, `python -m dream_fast.bench.judge.prior` shows it dream-mini's own pictures.
+
+It tells views by sectors of azimuth, for objects whose front can be told from their back; the words front, side, back
+and overhead are sums over sectors.
 """
 
 from pathlib import Path
@@ -13,11 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dream_fast.engine.prior.data import NATURAL
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS
 
-SIZE = 64
+SIZE = 96
+SECTORS = 24  # of 15 degrees, from azimuth -180 on; one class more is the view from above
+WIDTHS = (32, 64, 120)
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
+FACES = frozenset(name for name, thing in THINGS.items() if thing.face)
+FRONTS = FACES | {"fish", "house", "castle", "windmill", "car", "truck", "airplane", "boat", "chair"}  # not round
 
 
 class Verdicts(NamedTuple):
@@ -26,6 +32,7 @@ class Verdicts(NamedTuple):
     object: Tensor
     color: Tensor
     view: Tensor
+    turned: Tensor  # [N] degrees in [0, 180], middle of the likeliest sector: how far the front is turned away
 
 
 class _Block(nn.Module):
@@ -43,15 +50,18 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures [N, 3, 64, 64] in [0, 1] to logits: objects [N, 48], colours [N, 13], views [N, 4]."""
+    """Pictures [N, 3, 96, 96] in [0, 1] to logits: objects [N, 48], colours [N, 12], sectors and overhead [N, 25]."""
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 24, 5, 2, 2)
-        self.blocks = nn.Sequential(_Block(24, 48, 2), _Block(48, 96, 2), _Block(96, 96, 1), _Block(96, 160, 2))
-        self.object = nn.Linear(160, len(THINGS))
-        self.color = nn.Linear(160, NATURAL + 1)
-        self.view = nn.Linear(160, len(VIEWS))
+        a, b, c = WIDTHS
+        self.stem = nn.Conv2d(3, a, 5, 2, 2)
+        self.blocks = nn.Sequential(
+            _Block(a, a, 1), _Block(a, b, 2), _Block(b, b, 1), _Block(b, c, 2), _Block(c, c, 1), _Block(c, c, 2)
+        )
+        self.object = nn.Linear(c, len(THINGS))
+        self.color = nn.Linear(c, len(COLORS))
+        self.view = nn.Linear(c, SECTORS + 1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = self.blocks(F.relu(self.stem(pictures * 2 - 1))).mean((2, 3))
@@ -67,21 +77,25 @@ def load_judge(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> J
 
 @torch.no_grad()
 def verdicts(judge: Judge, pictures: Tensor) -> Verdicts:
-    """The judge's verdicts on pictures [N, 3, H, W] in [0, 1] of any size; they are averaged down to 64 x 64.
+    """The judge's verdicts on pictures [N, 3, H, W] in [0, 1] of any size; they are brought to 96 x 96."""
+    if pictures.shape[-2:] != (SIZE, SIZE):
+        pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
+    objects, colors, views = judge(pictures)
+    sectors = views.softmax(-1)
+    words = sectors @ _words().to(sectors)
+    either_side = sectors[:, :SECTORS].unflatten(1, (2, -1))
+    turned = either_side[:, 0].flip(1) + either_side[:, 1]  # [N, 12] from the front to the back
+    middle = (turned.argmax(-1) + 0.5) * (360 / SECTORS)
+    return Verdicts(objects.argmax(-1), colors.argmax(-1), words.argmax(-1), middle)
 
-    The colour is one of COLORS. Where "in its natural colours" is most likely, it is the likeliest natural colour of
-    the object found: brown bears are brown, whether a caption says so or not.
-    """
-    small = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
-    objects, colors, views = judge(small)
-    found = objects.argmax(-1)
-    natural = colors[:, :NATURAL].masked_fill(~_natural(found), -torch.inf).argmax(-1)
-    color = torch.where(colors.argmax(-1) == NATURAL, natural, colors[:, :NATURAL].argmax(-1))
-    return Verdicts(found, color, views.argmax(-1))
+
+def sector_middles() -> Tensor:
+    """Azimuth in the middle of each sector: [SECTORS] degrees, from -172.5 to 172.5."""
+    return (torch.arange(SECTORS) + 0.5) * (360 / SECTORS) - 180
 
 
-def _natural(found: Tensor) -> Tensor:
-    """Which of COLORS each object [N] has by nature, [N, 12] bool; all where none of its natural shades has a name."""
-    rows = [[color in (thing.natural or ()) for color in COLORS] for thing in THINGS.values()]
-    named = torch.tensor([row if any(row) else [True] * len(COLORS) for row in rows], device=found.device)
-    return named[found]
+def _words() -> Tensor:
+    """Which of VIEWS each sector and the view from above are: [SECTORS + 1, 4], a row a one-hot."""
+    turned = sector_middles().abs()
+    names = ["front" if angle < 45 else "back" if angle > 135 else "side" for angle in turned.tolist()] + ["overhead"]
+    return F.one_hot(torch.tensor([VIEWS.index(name) for name in names]), len(VIEWS)).float()

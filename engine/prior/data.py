@@ -9,7 +9,7 @@ import torch
 
 from dream_fast.engine.camera import make_cameras
 from dream_fast.engine.prior.captions import caption, view_of
-from dream_fast.engine.prior.tracer import Primitives, pack, render
+from dream_fast.engine.prior.tracer import MAIN, Primitives, pack, render
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS
 from dream_fast.engine.prior.world import make_scene
 
@@ -23,6 +23,9 @@ class Views(NamedTuple):
     images: torch.Tensor  # [B, size, size, 3] uint8 on the device
     captions: list[list[str]]  # [B][CAPTIONS]
     labels: np.ndarray
+    angles: np.ndarray  # [B, 2] float32 degrees: polar, azimuth
+    shading: np.ndarray  # [B] 0 albedo, 1 lambertian, 2 textureless
+    paint: np.ndarray  # [B, 3] float32, the object's own colour, named or not
 
 
 def _draw(seed: int, views: int):
@@ -52,6 +55,13 @@ def _draw(seed: int, views: int):
     return {kind: tuple(t.numpy() for t in p) for kind, p in primitives.items()}, pattern.numpy(), rounds
 
 
+def _paint(arrays: dict[str, tuple[np.ndarray, ...]]) -> np.ndarray:
+    """The colour [B, 3] of each packed scene's main primitives, which share one."""
+    color = np.concatenate([Primitives(*part).color for part in arrays.values()], axis=1)  # [B, K, 3]
+    role = np.concatenate([Primitives(*part).role for part in arrays.values()], axis=2)[:, 0]  # [B, K]
+    return color[np.arange(len(color)), (role == MAIN).argmax(1)]
+
+
 def rendered(
     seed: int, batches: int, views: int, size: int, device: torch.device, pool: ProcessPoolExecutor
 ) -> Iterator[Views]:
@@ -60,14 +70,15 @@ def rendered(
     for job in jobs:
         arrays, pattern, rounds = job.result()
         primitives = {k: Primitives(*(torch.from_numpy(a).to(device) for a in p)) for k, p in arrays.items()}
-        packed = primitives, torch.from_numpy(pattern).to(device)
-        for camera, shading, light, texts, labels in rounds:
+        packed, paint = (primitives, torch.from_numpy(pattern).to(device)), _paint(arrays)
+        for camera, drawn, light, texts, labels in rounds:
             polar, azimuth, radius, fovy = torch.from_numpy(camera).to(device)
             light = torch.from_numpy(light).to(device)
             with torch.no_grad():
                 images = render(
                     packed, make_cameras(polar, azimuth, radius, fovy), size,
-                    shading=torch.from_numpy(shading).to(device), ambient=light[:, 0], light_noise=light[:, 1:4],
+                    shading=torch.from_numpy(drawn).to(device), ambient=light[:, 0], light_noise=light[:, 1:4],
                     background=light[:, 4:], compiled=device.type == "cuda",
                 )  # fmt: skip
-            yield Views((images * 255 + 0.5).clamp(0, 255).to(torch.uint8), texts, labels)
+            images = (images * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+            yield Views(images, texts, labels, camera[:2].T, drawn, paint)

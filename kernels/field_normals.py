@@ -1,0 +1,439 @@
+"""The field with surface normals from its density.
+
+normal = -grad sigma / |grad sigma|, zero where the gradient is: by central differences of step epsilon along the axes
+(taps are held inside the cube), or by differentiating the field.
+
+Legend, units and numerics: as in the field.
+Gradients: table, weights, biases and x, also through normals (through analytic ones by double backward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dream_fast.kernels._grid import position_gradient, scatter_features
+from dream_fast.kernels._launch import check_kernel_dtype, check_positive, launch, use_triton
+from dream_fast.kernels._normals_kernels import (
+    TAPS,
+    analytic_bwd_kernel,
+    analytic_fwd_kernel,
+    differences_bwd_kernel,
+    differences_fwd_kernel,
+    differences_points_kernel,
+)
+from dream_fast.kernels._reference import live_rows, pad_rows
+from dream_fast.kernels._tile import (
+    aligned_rows,
+    flatten_parameters,
+    fusable,
+    level_table,
+    tile_constants,
+    unit_scale,
+)
+from dream_fast.kernels.field import (
+    FieldSpec,
+    check_field,
+    field,
+    field_reference,
+    logits_reference,
+    sigma_reference,
+    spec_numbers,
+)
+from dream_fast.kernels.field import _multiprocessors as multiprocessors
+from dream_fast.kernels.field import _spec_of as spec_of
+
+
+def field_normals_reference(
+    x: Tensor,
+    table: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    spec: FieldSpec,
+    *,
+    active_levels: int | Tensor | None = None,
+    count: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    mode: str = "finite_difference",
+    epsilon: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of `field_normals` in plain PyTorch, for any float dtype."""
+    rows = x.shape[0]
+    x = x[: live_rows(rows, count)]
+    options = {"active_levels": active_levels, "dtype": dtype}
+    if mode == "analytic":
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            at = x if x.requires_grad else x.detach().requires_grad_()
+            sigma, albedo = field_reference(at, table, weights, biases, spec, **options)
+            (gradient,) = torch.autograd.grad(sigma.sum(), at, create_graph=keep)
+        if not keep:
+            sigma, albedo = sigma.detach(), albedo.detach()
+    else:
+        sigma, albedo = field_reference(x, table, weights, biases, spec, **options)
+        differences = []
+        for axis in range(3):
+            step = torch.zeros(3, dtype=x.dtype, device=x.device)
+            step[axis] = epsilon
+            taps = [(x + sign * step).clamp(-spec.bound, spec.bound) for sign in (1, -1)]
+            plus, minus = (
+                sigma_reference(tap, logits_reference(tap, table, weights, biases, spec, **options), spec)
+                for tap in taps
+            )
+            differences.append((plus - minus) / (2 * epsilon))
+        gradient = torch.stack(differences, 1)
+    # Below the floor the normal shrinks to zero instead of dividing 0 by 0.
+    normal = -gradient * gradient.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
+    return pad_rows(sigma, rows), pad_rows(albedo, rows), pad_rows(normal, rows)
+
+
+# 64 points a tile are the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight. fp32
+# products run without the tensor cores, where a smaller tile keeps sums and features in registers.
+
+
+def _fwd_config(mode: str, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Points a tile and warps."""
+    # The Jacobian needs as many registers again.
+    warps = 4 if width <= 64 and mode == "finite_difference" else 8
+    return {"BLOCK": 64, "num_warps": warps, "PAIRS": False}
+
+
+def _bwd_config(mode: str, width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
+    """Points a tile, warps, programs a multiprocessor, and of how many layers a pass adds up the gradients."""
+    # By differences, the sums of all layers stay in registers where they fit; analytic ones go to memory tile by tile.
+    together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
+    warps = 4 if width <= 64 and layers <= 2 and dtype != torch.float32 else 8
+    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "PAIRS": False, "together": together}
+
+
+def _constants(spec: FieldSpec, width: int, layers: int) -> dict[str, int | bool | float]:
+    """What every kernel over tiles takes."""
+    return {
+        "scale": unit_scale(spec.bound),
+        "blob_density": spec.blob_density,
+        "blob_radius": spec.blob_radius,
+        "SOFTPLUS": spec.density_activation == "softplus",
+        "WIDTH": width,
+        "LAYERS": layers,
+        **tile_constants(spec.grid),
+    }
+
+
+@torch.library.custom_op("dream_fast::field_normals", mutates_args=())
+def _field_normals(
+    x: Tensor,
+    table: Tensor,
+    parameters: Tensor,
+    entries: Tensor,
+    packed: Tensor,
+    active: Tensor | None,
+    levels: int,
+    count: Tensor | None,
+    width: int,
+    layers: int,
+    grid: list[int],
+    scene: list[float],
+    mode: str,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sigma, albedo, normal, and the gradient of sigma where backward needs it: by differences.
+
+    table and parameters (all weights, then all biases) are what gradients go to; entries and packed are the same in
+    the compute dtype.
+    """
+    spec, rows = spec_of(tuple(grid), tuple(scene)), x.shape[0]
+    sigma, albedo, normal = x.new_empty(rows), x.new_empty(rows, 3), x.new_empty(rows, 3)
+    differences = mode == "finite_difference"
+    # Zeros below the count: whatever is never read may be looked at by torch's own checks.
+    gradient = x.new_zeros(rows, 3) if differences else x.new_empty(0)
+    config = _fwd_config(mode, width, entries.dtype)
+    arguments = {
+        "x": x.contiguous(),
+        "table": aligned_rows(entries),
+        "parameters": packed,
+        "levels": level_table(spec.grid, x.device, levels),
+        "active": active,
+        "count": count,
+        "sigma": sigma,
+        "albedo": albedo,
+        "normal": normal,
+        "n": rows,
+        **_constants(spec, width, layers),
+        **config,
+    }
+    programs = (-(-rows // config["BLOCK"]),)
+    if differences:
+        arguments |= {"gradient": gradient, "bound": spec.bound, "epsilon": epsilon}
+        launch(differences_fwd_kernel, programs, x.device, **arguments)
+    else:
+        launch(analytic_fwd_kernel, programs, x.device, **arguments)
+    return sigma, albedo, normal, gradient
+
+
+@_field_normals.register_fake
+def _(x, table, parameters, entries, packed, active, levels, count, width, layers, grid, scene, mode, epsilon):
+    rows = x.shape[0]
+    gradient = x.new_empty(rows, 3) if mode == "finite_difference" else x.new_empty(0)
+    return x.new_empty(rows), x.new_empty(rows, 3), x.new_empty(rows, 3), gradient
+
+
+@torch.library.custom_op("dream_fast::field_normals_backward", mutates_args=())
+def _field_normals_backward(
+    to_sigma: Tensor,
+    to_albedo: Tensor,
+    to_normal: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    entries: Tensor,
+    packed: Tensor,
+    active: Tensor | None,
+    levels: int,
+    count: Tensor | None,
+    width: int,
+    layers: int,
+    grid: list[int],
+    scene: list[float],
+    mode: str,
+    epsilon: float,
+    into: list[bool],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, table and parameters in fp32, those that `into` asks for; the others come empty."""
+    spec, rows, size = spec_of(tuple(grid), tuple(scene)), x.shape[0], packed.numel()
+    into_x, into_table, into_parameters = into
+    nothing = x.new_empty(0)
+    if rows == 0:
+        to_table = torch.zeros_like(entries, dtype=torch.float32) if into_table else nothing
+        return x.new_empty(0, 3) if into_x else nothing, to_table, x.new_zeros(size if into_parameters else 0)
+    x, entries = x.contiguous(), aligned_rows(entries)
+    config = _bwd_config(mode, width, layers, entries.dtype)
+    together, programs = config.pop("together"), config.pop("programs") * multiprocessors(x.device)
+    tiles = -(-rows // config["BLOCK"])
+    differences = mode == "finite_difference"
+    programs = min(programs, tiles * TAPS if differences else tiles)
+    # By differences each program stores its sums; analytic ones are added there tile by tile.
+    stride = -(-size // 16) * 16  # aligned rows are written several numbers at once
+    partial = x.new_empty(programs, stride) if differences else x.new_zeros(programs, stride)
+    arguments = {
+        "x": x,
+        "table": entries,
+        "parameters": packed,
+        "levels": level_table(spec.grid, x.device, levels),
+        "active": active,
+        "count": count,
+        "to_sigma": to_sigma.contiguous(),
+        "to_albedo": to_albedo.contiguous(),
+        "to_normal": to_normal.contiguous(),
+        "partial": partial,
+        "n": rows,
+        "size": stride,
+        **_constants(spec, width, layers),
+        **config,
+    }
+    columns = tiles * config["BLOCK"] * TAPS if differences else rows
+    to_features = x.new_empty(spec.grid.channels, columns, dtype=entries.dtype)
+    to_x, to_table = nothing, nothing
+    if differences:
+        positions, to_raw = x.new_empty(columns, 3), x.new_empty(columns) if into_x else None
+        live = torch.empty((), dtype=torch.int64, device=x.device)
+        arguments |= {"gradient": gradient, "to_features": to_features, "positions": positions, "to_raw": to_raw}
+        arguments |= {"rows": live, "columns": columns, "bound": spec.bound, "epsilon": epsilon}
+        for first in range(0, layers + 1, together) if into_parameters else (0,):
+            last = min(first + together - 1, layers) if into_parameters else -1
+            launch(differences_bwd_kernel, (programs,), x.device, FIRST=first, LAST=last, **arguments)
+    else:
+        backs, tangent = torch.empty_like(to_features), torch.empty_like(x)
+        to_points = torch.zeros_like(x) if into_x else None
+        arguments |= {"to_features": to_features, "backs": backs, "tangent": tangent, "to_points": to_points}
+        launch(analytic_bwd_kernel, (programs,), x.device, ADD=into_parameters, **arguments)
+    active_levels = levels if active is None else active
+    if differences:
+        common = {"scale": 1.0, "shift": 0.0, "count": live, "active_levels": active_levels}
+        if into_x:
+            to_x = torch.empty_like(x)
+            launch(
+                differences_points_kernel,
+                (-(-rows // 128),),
+                x.device,
+                x=x,
+                to_units=position_gradient(to_features, positions, entries, spec.grid, **common),
+                to_raw=to_raw,
+                count=count,
+                rows=live,
+                out=to_x,
+                n=rows,
+                scale=unit_scale(spec.bound),
+                bound=spec.bound,
+                epsilon=epsilon,
+                blob_density=spec.blob_density,
+                blob_radius=spec.blob_radius,
+                SOFTPLUS=spec.density_activation == "softplus",
+                BLOCK=128,
+            )
+        if into_table:
+            to_table = scatter_features(
+                positions, spec.grid, features=to_features, deterministic=deterministic, **common
+            )
+    else:
+        scale = unit_scale(spec.bound)
+        common = {"scale": scale, "shift": 0.5, "count": count, "active_levels": active_levels}
+        if into_x:
+            to_units = position_gradient(to_features, x, entries, spec.grid, **common)
+            to_units += position_gradient(backs, x, entries, spec.grid, tangent=tangent, **common)
+            to_x = to_points.add_(to_units, alpha=scale)
+        if into_table:
+            to_table = scatter_features(
+                x,
+                spec.grid,
+                features=to_features,
+                tangent=tangent,
+                tangent_features=backs,
+                deterministic=deterministic,
+                **common,
+            )
+    return to_x, to_table, partial[:, :size].sum(0) if into_parameters else x.new_empty(0)
+
+
+@_field_normals_backward.register_fake
+def _(
+    to_sigma,
+    to_albedo,
+    to_normal,
+    gradient,
+    x,
+    entries,
+    packed,
+    active,
+    levels,
+    count,
+    width,
+    layers,
+    grid,
+    scene,
+    mode,
+    epsilon,
+    into,
+    deterministic,
+):
+    into_x, into_table, into_parameters = into
+    return (
+        x.new_empty(x.shape if into_x else 0),
+        x.new_empty(entries.shape if into_table else 0),
+        x.new_empty(packed.shape if into_parameters else 0),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    x, _, parameters, entries, packed, active, levels, count, *shape = inputs
+    ctx.save_for_backward(x, entries, packed, active, count, output[3])
+    ctx.levels, ctx.shape, ctx.parameters_dtype = levels, shape, parameters.dtype
+
+
+def _backward(ctx, to_sigma: Tensor, to_albedo: Tensor, to_normal: Tensor, _to_gradient: Tensor):
+    x, entries, packed, active, count, gradient = ctx.saved_tensors
+    into = list(ctx.needs_input_grad[:3])
+    found = _field_normals_backward(
+        to_sigma,
+        to_albedo,
+        to_normal,
+        gradient,
+        x,
+        entries,
+        packed,
+        active,
+        ctx.levels,
+        count,
+        *ctx.shape,
+        into,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    to_x, to_table, to_parameters = (g if wanted else None for g, wanted in zip(found, into, strict=True))
+    if to_parameters is not None:
+        to_parameters = to_parameters.to(ctx.parameters_dtype)
+    return to_x, to_table, to_parameters, *[None] * 11
+
+
+_field_normals.register_autograd(_backward, setup_context=_save)
+
+
+def _unfused(
+    x: Tensor,
+    table: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    spec: FieldSpec,
+    count: Tensor | None,
+    mode: str,
+    epsilon: float,
+    options: dict[str, object],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition over the operator of the field, for shapes that have no fused kernel."""
+    live = None
+    if count is not None:
+        live = torch.arange(x.shape[0], device=x.device)[:, None] < count
+        x = torch.where(live, x, 0)
+    if mode == "analytic":
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            at = x if x.requires_grad else x.detach().requires_grad_()
+            sigma, albedo = field(at, table, weights, biases, spec, count=count, **options)
+            (gradient,) = torch.autograd.grad(sigma.sum(), at, create_graph=keep)
+        if not keep:
+            sigma, albedo = sigma.detach(), albedo.detach()
+    else:
+        sigma, albedo = field(x, table, weights, biases, spec, count=count, **options)
+        differences = []
+        for axis in range(3):
+            step = torch.zeros_like(x)
+            step[:, axis] = epsilon
+            taps = [(x + sign * step).clamp(-spec.bound, spec.bound) for sign in (1, -1)]
+            plus, minus = (field(tap, table, weights, biases, spec, count=count, **options)[0] for tap in taps)
+            differences.append((plus - minus) / (2 * epsilon))
+        gradient = torch.stack(differences, 1)
+    normal = -gradient * gradient.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
+    return sigma, albedo, normal if live is None else torch.where(live, normal, 0)
+
+
+def field_normals(
+    x: Tensor,
+    table: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    spec: FieldSpec,
+    *,
+    active_levels: int | Tensor | None = None,
+    count: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    mode: str = "finite_difference",
+    epsilon: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `field`, with normals: sigma [N], albedo [N, 3], normal [N, 3] (unit, pointing out of the matter).
+
+    mode "finite_difference" (central, `epsilon` world units: six more fields a point) or "analytic" (one more
+    backward).
+    Raises as `field`, and ValueError for an unknown mode.
+    """
+    check_field(x, table, weights, biases, spec, count, dtype)
+    if mode not in ("finite_difference", "analytic"):
+        raise ValueError(f'mode must be "finite_difference" or "analytic", got "{mode}"')
+    check_positive("epsilon", epsilon)
+    options = {"active_levels": active_levels, "dtype": dtype}
+    if not use_triton(x):
+        return field_normals_reference(
+            x, table, weights, biases, spec, count=count, mode=mode, epsilon=epsilon, **options
+        )
+    dtype = table.dtype if dtype is None else dtype
+    check_kernel_dtype("x", x)
+    check_kernel_dtype("table", table)
+    if dtype == torch.float64:
+        raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
+    if fusable(spec.grid, weights):
+        return _unfused(x, table, weights, biases, spec, count, mode, epsilon, options)
+    parameters = flatten_parameters(weights, biases)
+    active = active_levels if isinstance(active_levels, Tensor) else None
+    levels = spec.grid.levels if active_levels is None or active is not None else int(active_levels)
+    compute = (table.detach().to(dtype), parameters.detach().to(dtype))
+    shape = (weights[0].shape[0], len(weights) - 1, *spec_numbers(spec))
+    return _field_normals(x, table, parameters, *compute, active, levels, count, *shape, mode, float(epsilon))[:3]

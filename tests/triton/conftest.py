@@ -1,0 +1,30 @@
+"""Kernels against their references: on a GPU (`pytest -m gpu`), or interpreted on a CPU (`TRITON_INTERPRET=1`).
+
+Without either there is nothing to test here, and nothing is collected.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+if not (GPU or INTERPRETED):
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("gpu")
+            if INTERPRETED and (marker := item.get_closest_marker("full_size")):
+                item.add_marker(pytest.mark.skip(reason=f"only on a GPU: {marker.args[0]}"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels run."""
+    return torch.device("cuda" if GPU else "cpu")

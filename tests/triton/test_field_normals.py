@@ -1,0 +1,403 @@
+"""The kernels of the field with normals against the reference: both modes, every output and every gradient."""
+
+import os
+import random
+
+import pytest
+import torch
+
+from dream_fast.bench.accuracy import check
+from dream_fast.kernels import FieldSpec, HashGridSpec, _grid, field_normals, field_normals_reference, field_reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SEEDS = 12 if INTERPRETED else 150
+MODES = ["finite_difference", "analytic"]
+HALF = torch.float16
+# A dense level and hashed ones.
+GRID = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=5, max_resolution=20)
+SPEC = FieldSpec(grid=GRID, blob_radius=0.5)
+FUSED = [(width, layers) for width in (16, 32, 64, 128) for layers in (1, 2, 3, 4)]
+if INTERPRETED:
+    FUSED = [(16, 4), (32, 2), (64, 3), (128, 1)]
+NAMES = ("sigma", "albedo", "normal")
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch):
+    """The interpreter takes as long for a step of one lane as for one of all of them."""
+    if INTERPRETED:
+        config = _grid._scatter_config
+        monkeypatch.setattr(_grid, "_scatter_config", lambda *args: config(*args) | {"RUN": 8})
+
+
+def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0):
+    """Random x, table, weights, biases, and upstream gradients. x reaches `reach` bounds; `logit` shifts the density's.
+
+    The direction of a small gradient is rounding noise, of which the largest would decide every comparison: of twice
+    as many points, those are taken where the density changes most for its size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator) * 2 - 1
+
+    sizes = [spec.grid.channels, *hidden, 4]
+    x = uniform(2 * n, 3) * spec.bound * reach
+    table = uniform(spec.grid.rows, spec.grid.features)
+    weights = [uniform(o, i) * (3 / i) ** 0.5 for i, o in zip(sizes, sizes[1:], strict=False)]
+    biases = [uniform(o) * 0.3 for o in sizes[1:]]
+    upstream = [uniform(n), uniform(n, 3), uniform(n, 3)]
+    at = x.double().requires_grad_()
+    parameters = (table.double(), [w.double() for w in weights], [b.double() for b in biases])
+    sigma, _ = field_reference(at, *parameters, spec)
+    (gradient,) = torch.autograd.grad(sigma.sum(), at)
+    x = x[(gradient.norm(dim=1) / sigma.detach()).topk(n).indices.sort().values]
+    biases[-1][0] += logit
+    inputs = [x.to(device), table.to(device), [w.to(device) for w in weights], [b.to(device) for b in biases]]
+    return inputs, [u.to(device) for u in upstream]
+
+
+def run(function, inputs, upstream, spec, *, points=False, precise=False, **options):
+    """Outputs and gradients by name. `precise` runs in fp64; `points` asks for the gradient of x as well."""
+
+    def leaf(value, wanted=True):
+        value = value.detach().double() if precise else value.detach()
+        return value.clone().requires_grad_(wanted)
+
+    x, table, weights, biases = inputs
+    x, table = leaf(x, points), leaf(table)
+    weights, biases = [leaf(w) for w in weights], [leaf(b) for b in biases]
+    outputs = function(x, table, weights, biases, spec, **options)
+    torch.autograd.backward(outputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
+    found = dict(zip(NAMES, (o.detach() for o in outputs), strict=True))
+    # No active level is no path from the table.
+    found["gradient of table"] = torch.zeros_like(table) if table.grad is None else table.grad
+    if points:
+        found["gradient of x"] = x.grad
+    # Most of a layer's bias gradient may be one number, whose error can be small by chance: with the weights it is not.
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        found[f"gradient of layer {layer}"] = torch.cat([weight.grad.flatten(), bias.grad])
+    return found
+
+
+def compare(inputs, upstream, spec, *, dtype=None, **options):
+    got = run(field_normals, inputs, upstream, spec, dtype=dtype, **options)
+    own = run(field_normals_reference, inputs, upstream, spec, dtype=dtype, **options)
+    exact = run(field_normals_reference, inputs, upstream, spec, precise=True, **options)
+    for name, value in got.items():
+        assert value.dtype == torch.float32
+        check(name, value, own[name], exact[name])
+    return got
+
+
+def skip_bf16(dtype):
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies bf16 matrices wrongly")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16])
+def test_outputs_and_gradients(mode, dtype, device):
+    skip_bf16(dtype)
+    inputs, upstream = make(70, device=device)
+    compare(inputs, upstream, SPEC, dtype=dtype, mode=mode, epsilon=0.05)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("activation", ["exp", "softplus"])
+def test_activations(mode, activation, device):
+    """The origin is a kink of the cone; points outside the cube have no features."""
+    spec = FieldSpec(grid=GRID, bound=0.7, density_activation=activation, blob_density=2.0, blob_radius=0.4)
+    inputs, upstream = make(30, spec, device=device, reach=1.1, seed=1)
+    inputs[0][3], inputs[0][4] = 0, 0.72
+    compare(inputs, upstream, spec, mode=mode, epsilon=0.03)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("logit", [-26.0, 30.0], ids=["floor", "clamp"])
+def test_density_at_the_ends_of_its_range(mode, logit, device):
+    """Below the floor the normal's length carries a gradient; past the clamp sigma is flat and its slope is not."""
+    inputs, upstream = make(30, device=device, logit=logit, seed=2)
+    if logit > 0 and mode == "finite_difference":
+        upstream[2].zero_()  # differences of a flat sigma have no direction
+    got = compare(inputs, upstream, SPEC, mode=mode, epsilon=0.05)
+    length = got["normal"].norm(dim=1)
+    if logit < 0:
+        assert (length < 0.9).any() and (length > 0).all()
+    elif mode == "finite_difference":
+        assert not length.any()
+
+
+@pytest.mark.parametrize("points", [False, True])
+def test_gradient_of_x_through_differences(points, device):
+    """Points on the cube's faces and past them: a tap that was held takes no gradient along that axis."""
+    spec = FieldSpec(grid=GRID, bound=0.6, blob_radius=0.4)
+    inputs, upstream = make(30, spec, device=device, reach=1.05, seed=3)
+    inputs[0][:4, 1] = 0.6
+    inputs[0][4:8, 2] = -0.6
+    got = compare(inputs, upstream, spec, epsilon=0.05, points=points)
+    assert ("gradient of x" in got) == points
+
+
+@pytest.mark.parametrize("activation", ["exp", "softplus"])
+def test_gradient_of_x_through_analytic_normals(activation, device):
+    spec = FieldSpec(grid=GRID, bound=0.6, density_activation=activation, blob_radius=0.5)
+    inputs, upstream = make(30, spec, device=device, reach=1.05, seed=4)
+    inputs[0][3] = 0
+    compare(inputs, upstream, spec, mode="analytic", points=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("width", "layers"), FUSED)
+def test_fused_shapes(mode, width, layers, device):
+    inputs, upstream = make(20, device=device, hidden=(width,) * layers, seed=width + layers)
+    dtype = None if INTERPRETED else HALF
+    compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, dtype=dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("hidden", [(24,), (16, 32), (), (16,) * 5], ids=str)
+def test_unfused_shapes(mode, hidden, device):
+    inputs, upstream = make(20, device=device, hidden=hidden, seed=5)
+    compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", [0, 1, 7, 65])
+def test_small_shapes(mode, n, device):
+    """Empty, one, odd, one past a block; also what runs under compute-sanitizer."""
+    inputs, upstream = make(n, device=device, seed=n)
+    compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, points=n == 7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [0, 1, 65, 99])
+def test_padding_rows_do_not_matter(mode, count, device):
+    inputs, upstream = make(80, device=device, seed=6)
+    options = {"mode": mode, "epsilon": 0.1, "count": torch.tensor(count, device=device)}
+    inputs[0][count:] = float("nan")
+    for value in upstream:
+        value[count:] = float("nan")
+    clean = [torch.nan_to_num(value) for value in upstream]
+    points = count == 65
+    got = run(field_normals, inputs, upstream, SPEC, points=points, **options)
+    own = run(field_normals_reference, inputs, clean, SPEC, points=points, **options)
+    exact = run(field_normals_reference, inputs, clean, SPEC, points=points, precise=True, **options)
+    for name, value in got.items():
+        check(name, value, own[name], exact[name])
+    for name in (*NAMES, *(["gradient of x"] if points else [])):
+        assert not got[name][count:].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("active", [0, 2, 9, "tensor"])
+def test_active_levels(mode, active, device):
+    inputs, upstream = make(30, device=device, seed=7)
+    active = torch.tensor(3, device=device) if active == "tensor" else active
+    compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, active_levels=active)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strides_do_not_matter(mode, device):
+    inputs, upstream = make(30, device=device, seed=8)
+    x, table, weights, biases = inputs
+    strided = [x.t().contiguous().t(), table.t().contiguous().t(), [w.t().contiguous().t() for w in weights], biases]
+    slanted = [u.repeat_interleave(2, 0)[::2] for u in upstream]
+    spec = SPEC
+    for one, other in zip(
+        run(field_normals, inputs, upstream, spec, mode=mode).items(),
+        run(field_normals, strided, slanted, spec, mode=mode).items(),
+        strict=True,
+    ):
+        assert one[0] == other[0]
+        torch.testing.assert_close(one[1], other[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_normal_of_a_flat_density_is_zero(mode, device):
+    inputs, upstream = make(20, device=device)
+    inputs[2][-1].zero_()
+    got = run(field_normals, inputs, upstream, FieldSpec(grid=GRID, blob_density=0.0), mode=mode)
+    assert not got["normal"].any()
+    assert all(torch.isfinite(value).all() for value in got.values())
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_settings(seed, device):
+    choose = random.Random(seed)
+    features = choose.choice([1, 2, 4])
+    base = choose.choice([2, 3, 5, 16])
+    grid = HashGridSpec(
+        levels=choose.randint(1, 3 if INTERPRETED else 16),
+        features=features,
+        log2_entries=choose.choice([4, 8, 12] if INTERPRETED else [12, 15, 19]),
+        base_resolution=base,
+        max_resolution=base * choose.choice([1, 2, 8]),
+        interpolation=choose.choice(["smoothstep", "linear"]),
+    )
+    bound = choose.choice([0.5, 0.7, 1.0, 2.0])
+    spec = FieldSpec(
+        grid=grid,
+        bound=bound,
+        density_activation=choose.choice(["exp", "softplus"]),
+        blob_density=choose.choice([2.0, 5.0]),
+        blob_radius=bound * choose.choice([0.4, 0.7]),
+    )
+    mode = choose.choice(MODES)
+    dtype = choose.choice([None, torch.float32, HALF, *([] if INTERPRETED else [torch.bfloat16])])
+    n = choose.randint(1, 64) if INTERPRETED else choose.randint(1000, 6000)
+    hidden = (choose.choice([16, 32, 64, 128]),) * choose.randint(1, 4)
+    # A few points past the cube, but none so near a face that fp32 and fp64 could see it on different sides.
+    inputs, upstream = make(n, spec, hidden, device=device, seed=seed, reach=choose.choice([0.7, 1.02]))
+    compare(
+        inputs,
+        upstream,
+        spec,
+        dtype=dtype,
+        mode=mode,
+        epsilon=bound * choose.choice([0.03, 0.1]),
+        active_levels=choose.choice([None, 1, grid.levels]),
+        count=choose.choice([None, torch.tensor(max(1, n - 5), device=device)]),
+        points=choose.random() < 0.3,
+    )
+
+
+@pytest.fixture
+def deterministic():
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_repeats_bit_for_bit(mode, device, deterministic):
+    """Outputs always do; gradients where torch is asked for it, which also fills every new buffer with NaN."""
+    n = 40 if INTERPRETED else 50_000
+    inputs, upstream = make(n, device=device, seed=9)
+    count = torch.tensor(n - 9, device=device)
+    options = {"mode": mode, "dtype": HALF, "count": count, "points": True}
+    first = run(field_normals, inputs, upstream, SPEC, **options)
+    assert all(torch.isfinite(value).all() for value in first.values())
+    for _ in range(2 if INTERPRETED else 9):
+        again = run(field_normals, inputs, upstream, SPEC, **options)
+        assert all(torch.equal(value, first[name]) for name, value in again.items())
+
+
+def test_no_gradient_leaves_no_graph(device):
+    inputs, _ = make(5, device=device)
+    for mode in MODES:
+        with torch.no_grad():
+            outputs = field_normals(*inputs, SPEC, mode=mode)
+        assert not any(value.requires_grad for value in outputs)
+
+
+def test_complaints_name_the_argument(device):
+    (x, table, weights, biases), _ = make(5, device=device)
+    with pytest.raises(TypeError, match="x is float64, which the kernels do not compute in"):
+        field_normals(x.double(), table, weights, biases, SPEC)
+    with pytest.raises(TypeError, match="dtype is float64, which the kernels do not compute in"):
+        field_normals(x, table, weights, biases, SPEC, dtype=torch.float64)
+
+
+FULL = HashGridSpec()
+
+
+@pytest.mark.full_size("a captured graph")
+@pytest.mark.parametrize("mode", MODES)
+def test_cuda_graph(mode, device):
+    inputs, upstream = make(20_000, FieldSpec(grid=FULL), (64, 64), device=device)
+    count = torch.tensor(15_000, device=device)
+    x, table, weights, biases = inputs
+    leaves = [value.requires_grad_() for value in (table, *weights, *biases)]
+
+    def step():
+        outputs = field_normals(*inputs, FieldSpec(grid=FULL), mode=mode, dtype=HALF, count=count)
+        return outputs, torch.autograd.grad(outputs, leaves, upstream)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs, gradients = step()
+    x.copy_(x.roll(1, 0))
+    count.fill_(12_000)
+    graph.replay()
+    expected_outputs, expected_gradients = step()
+    for got, expected in zip(outputs, expected_outputs, strict=True):
+        assert torch.equal(got, expected)
+    for got, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.full_size("the device's synchronisation")
+@pytest.mark.parametrize("mode", MODES)
+def test_no_synchronisation(mode, device):
+    inputs, upstream = make(20_000, FieldSpec(grid=FULL), (64, 64), device=device)
+    options = {"mode": mode, "dtype": HALF, "count": torch.tensor(15_000, device=device)}
+    run(field_normals, inputs, upstream, FieldSpec(grid=FULL), **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(field_normals, inputs, upstream, FieldSpec(grid=FULL), **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.full_size("torch.compile for a GPU")
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled(mode, device):
+    inputs, upstream = make(3000, device=device)
+
+    def function(x, table, weights, biases, spec, **options):
+        return torch.compile(field_normals, fullgraph=True)(x, table, weights, biases, spec, **options)
+
+    spec = SPEC
+    eager = run(field_normals, inputs, upstream, spec, mode=mode)
+    compiled = run(function, inputs, upstream, spec, mode=mode)
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
+
+
+@pytest.mark.full_size("streams")
+@pytest.mark.parametrize("mode", MODES)
+def test_another_stream(mode, device):
+    inputs, upstream = make(20_000, FieldSpec(grid=FULL), (64, 64), device=device)
+    spec = FieldSpec(grid=FULL)
+    expected = run(field_normals, inputs, upstream, spec, mode=mode, dtype=HALF)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        got = run(field_normals, inputs, upstream, spec, mode=mode, dtype=HALF)
+    side.synchronize()
+    for name in NAMES:
+        assert torch.equal(got[name], expected[name])
+
+
+@pytest.mark.full_size("a second GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_second_device():
+    inputs, upstream = make(500, device=torch.device("cuda:1"))
+    compare(inputs, upstream, SPEC)
+
+
+@pytest.mark.full_size("buffers of more than 2^31 elements")
+@pytest.mark.parametrize("mode", MODES)
+def test_long_buffers(mode, device):
+    """7 taps of 32 features pass 2^31 elements at 9.6 M points; only the last ones are looked at."""
+    tail, n = 1000, 10_000_000 if mode == "finite_difference" else 68_000_000
+    inputs, upstream = make(tail, FieldSpec(grid=FULL), (16,), device=device)
+    x = torch.zeros(n, 3, device=device)
+    x[-tail:] = inputs[0]
+    longer = [torch.zeros(n, *u.shape[1:], device=device) for u in upstream]
+    for value, last in zip(longer, upstream, strict=True):
+        value[-tail:] = last
+    spec = FieldSpec(grid=FULL, blob_density=0.0)
+    expected = run(field_normals, inputs, upstream, spec, mode=mode, dtype=HALF)
+    got = run(field_normals, [x, *inputs[1:]], longer, spec, mode=mode, dtype=HALF)
+    for name, value in expected.items():
+        found = got[name][-tail:] if name in NAMES else got[name]
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name)
