@@ -313,6 +313,13 @@ def render_shade_kernel(
 
 
 @jit
+def _store_normal(normal, row, mask, gx, gy, gz):
+    """Against the gradient of sigma, of length 1 or, where that vanishes, 0."""
+    inverse = -tl.rsqrt(tl.maximum(gx * gx + gy * gy + gz * gz, 1e-20))
+    _store_vector(normal, row, mask, (gx * inverse, gy * inverse, gz * inverse))
+
+
+@jit
 def render_normals_kernel(
     origins,
     directions,
@@ -389,8 +396,10 @@ def render_normals_kernel(
         gx += tl.where(tap // 2 == 0, change, 0.0)
         gy += tl.where(tap // 2 == 1, change, 0.0)
         gz += tl.where(tap // 2 == 2, change, 0.0)
-        if tap == 5:
-            # In the loop, because only in front of a store the compiler leaves the biases where they are: all of them
-            # in registers are too many.
-            inverse = -tl.rsqrt(tl.maximum(gx * gx + gy * gy + gz * gz, 1e-20))
-            _store_vector(normal, row, solid, (gx * inverse, gy * inverse, gz * inverse))
+        if parameters.dtype.element_ty != tl.float32:
+            if tap == 5:
+                # Behind a store the compiler does not move the loads of the biases out of the loop, where all of them
+                # together take up to 128 registers.
+                _store_normal(normal, row, solid, gx, gy, gz)
+    if parameters.dtype.element_ty == tl.float32:
+        _store_normal(normal, row, solid, gx, gy, gz)

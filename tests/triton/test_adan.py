@@ -31,9 +31,9 @@ def compare(size, device, *, steps=2, seed=0, scale=1.0, **options):
     for step in range(steps):
         grads = normal(size, seed + step + 1, scale).to(device)
         found = {}
-        for name, dtype, run in (("fp32", torch.float32, adan_step_reference), ("fp64", torch.float64, None)):
+        for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
             p, s = params.to(dtype, copy=True), to(state, dtype)
-            (run or adan_step_reference)(p, grads.to(dtype), s, **options)
+            adan_step_reference(p, grads.to(dtype), s, **options)
             found[name] = {"params": p, **vars(s)}
         skipped = adan_step(params, grads, state, **options)
         assert skipped.dtype == torch.bool and skipped.shape == () and not bool(skipped)
