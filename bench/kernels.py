@@ -39,14 +39,15 @@ QUICK_CASES = ("rays_64", "uniform_2^20", "rays_64_finite_difference", "rays_64_
 
 def git_state() -> tuple[str, bool | None]:
     """Commit and whether the tree differs from it. A copy without git is told by GIT_STATE ("SHA" or "SHA-dirty")."""
+    if told := os.environ.get("GIT_STATE"):
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
     try:
         git = ["git", "-C", str(ROOT)]
         sha = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
         changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
         return sha, bool(changes.strip())
     except (OSError, subprocess.CalledProcessError):
-        told = os.environ.get("GIT_STATE", "")
-        return told.removesuffix("-dirty") or "unknown", told.endswith("-dirty") if told else None
+        return "unknown", None
 
 
 def driver_version() -> str | None:

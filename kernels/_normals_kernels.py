@@ -378,7 +378,8 @@ def _backward_and_add(
     backs,
     weights,
     partial,
-    ADD: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -389,7 +390,7 @@ def _backward_and_add(
 ):
     """Gradient of the outputs -> gradients of the features, FEATURES tiles [BLOCK, PADDED] in fp32.
 
-    With ADD also adds to partial what the tile gives the weights, through values and through tangents, and the biases.
+    Adds to partial what the tile gives layers FIRST to LAST: weights, through values and through tangents, and biases.
     Sums that stayed in registers from tile to tile would not leave enough for the Jacobian.
     """
     row = tl.arange(0, WIDTH)[:, None]
@@ -398,7 +399,7 @@ def _backward_and_add(
     biases = partial + WIDTH * LEVELS * FEATURES + (LAYERS - 1) * WIDTH * WIDTH + 4 * WIDTH
     gradient = to_outputs.to(DTYPE)
     for layer in tl.static_range(LAYERS, -1, -1):
-        if ADD:
+        if layer >= FIRST and layer <= LAST:
             if layer == 0:
                 for f in tl.static_range(FEATURES):
                     part = dot(tl.trans(gradient), features[f].to(DTYPE))
@@ -535,12 +536,13 @@ def analytic_bwd_kernel(
     LAYERS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     PAIRS: tl.constexpr,
-    ADD: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program takes every so many-th tile and, with ADD, adds what the parameters get to its row of partial.
+    """Each program takes every so many-th tile and adds what layers FIRST to LAST get to its row of partial.
 
-    Writes to_features and backs (W_1^T c_1) [L * F, n], tangent (g, in unit coordinates) [n, 3] and
+    With FIRST = 0 also writes to_features and backs (W_1^T c_1) [L * F, n], tangent (g, in unit coordinates) [n, 3] and
     to_points [n, 3] (the blob's part of the gradient into x, or None), up to the last live point.
     """
     DTYPE: tl.constexpr = parameters.dtype.element_ty
@@ -606,7 +608,8 @@ def analytic_bwd_kernel(
             back,
             weights,
             partial,
-            ADD,
+            FIRST,
+            LAST,
             DTYPE,
             BLOCK,
             WIDTH,
@@ -615,21 +618,22 @@ def analytic_bwd_kernel(
             FEATURES,
             PADDED,
         )
-        _store_channels(to_features, to_inputs, row, live, n, LEVELS, FEATURES, PADDED)
-        _store_channels(backs, into_features, row, live, n, LEVELS, FEATURES, PADDED)
-        _store(tangent, row, live, gx * scale, gy * scale, gz * scale)
-        if to_points is not None:
-            # Through the blob's gradient, outward * x, into x.
-            squared = px * px + py * py + pz * pz
-            if SOFTPLUS:
-                width = tl.maximum(squared, 1e-12)
-            else:
-                width = blob_radius * blob_radius + squared * 0.0
-            radial = (px * gx + py * gy + pz * gz) / width
-            bx = outward * (to_logit * px + gx - px * radial)
-            by = outward * (to_logit * py + gy - py * radial)
-            bz = outward * (to_logit * pz + gz - pz * radial)
-            _store(to_points, row, live, bx, by, bz)
+        if FIRST == 0:
+            _store_channels(to_features, to_inputs, row, live, n, LEVELS, FEATURES, PADDED)
+            _store_channels(backs, into_features, row, live, n, LEVELS, FEATURES, PADDED)
+            _store(tangent, row, live, gx * scale, gy * scale, gz * scale)
+            if to_points is not None:
+                # Through the blob's gradient, outward * x, into x.
+                squared = px * px + py * py + pz * pz
+                if SOFTPLUS:
+                    width = tl.maximum(squared, 1e-12)
+                else:
+                    width = blob_radius * blob_radius + squared * 0.0
+                radial = (px * gx + py * gy + pz * gz) / width
+                bx = outward * (to_logit * px + gx - px * radial)
+                by = outward * (to_logit * py + gy - py * radial)
+                bz = outward * (to_logit * pz + gz - pz * radial)
+                _store(to_points, row, live, bx, by, bz)
         # Other lanes may read next what this tile added to `partial`.
         tl.debug_barrier()
         tile += tl.num_programs(0)

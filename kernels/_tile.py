@@ -49,11 +49,15 @@ _MAX_EXPONENT = constant(15.0)
 
 @lru_cache(maxsize=64)
 def unit_scale(bound: float) -> float:
-    """The fp32 number s by which x in [-bound, bound] falls into [0, 1] as x * s + 0.5, both ends included."""
+    """The fp32 number s by which x in [-bound, bound] falls into [0, 1] as x * s + 0.5, both ends included.
+
+    Also where the product is not rounded before the sum: bound, as fp32, times s is at most 0.5 exactly.
+    """
     (bits,) = struct.unpack("<i", struct.pack("<f", 0.5 / bound))
-    (scale,) = struct.unpack("<f", struct.pack("<i", bits))
-    if scale * bound > 0.5:  # rounded up: -bound would fall below 0
-        (scale,) = struct.unpack("<f", struct.pack("<i", bits - 1))
+    (scale, single) = struct.unpack("<ff", struct.pack("<if", bits, bound))
+    while scale * single > 0.5:  # fp64 holds the product exactly
+        bits -= 1
+        (scale,) = struct.unpack("<f", struct.pack("<i", bits))
     return scale
 
 

@@ -240,14 +240,15 @@ def _field_normals_backward(
         live = torch.empty((), dtype=torch.int64, device=x.device)
         arguments |= {"gradient": gradient, "to_features": to_features, "positions": positions, "to_raw": to_raw}
         arguments |= {"rows": live, "columns": columns, "bound": spec.bound, "epsilon": epsilon}
-        for first in range(0, layers + 1, together) if into_parameters else (0,):
-            last = min(first + together - 1, layers) if into_parameters else -1
-            launch(differences_bwd_kernel, (programs,), x.device, FIRST=first, LAST=last, **arguments)
+        kernel = differences_bwd_kernel
     else:
         backs, tangent = torch.empty_like(to_features), torch.empty_like(x)
         to_points = torch.zeros_like(x) if into_x else None
         arguments |= {"to_features": to_features, "backs": backs, "tangent": tangent, "to_points": to_points}
-        launch(analytic_bwd_kernel, (programs,), x.device, ADD=into_parameters, **arguments)
+        kernel = analytic_bwd_kernel
+    for first in range(0, layers + 1, together) if into_parameters else (0,):
+        last = min(first + together - 1, layers) if into_parameters else -1
+        launch(kernel, (programs,), x.device, FIRST=first, LAST=last, **arguments)
     active_levels = levels if active is None else active
     if differences:
         common = {"scale": 1.0, "shift": 0.0, "count": live, "active_levels": active_levels}

