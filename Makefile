@@ -15,7 +15,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton
+	ls tests/triton/test_*.py | TRITON_INTERPRET=1 OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/pytest -q --no-header
 
 # Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
 TOOL ?= memcheck

@@ -103,7 +103,7 @@ class Field(nn.Module):
     @property
     def plan(self) -> str:
         """How a GPU computes this field: "fused", or "unfused: " and the reason."""
-        return kernels.field_plan(self.spec, list(self.weights))
+        return kernels.field_plan(self.spec, list(self.weights), self.compute_dtype or self.table.dtype)
 
     @torch.no_grad()
     def density(self, x: Tensor, *, active_levels: int | Tensor | None = None, chunk: int | None = None) -> Tensor:

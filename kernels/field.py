@@ -326,8 +326,12 @@ def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile, warps, programs a multiprocessor, and of how many layers a pass adds up the gradients."""
     # The sums of all layers stay in registers where they fit.
     together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
-    # Two programs of 4 warps a multiprocessor beat one of 8 by a quarter, although a few sums spill.
-    warps = 4 if together == 5 and layers <= 2 and dtype != torch.float32 else 8
+    if dtype == torch.float32:
+        # With 8 warps, Triton 3.6 multiplies matrices of 32 columns in three bf16 parts wrongly on sm_90; 4 are right.
+        warps = 4 if width <= 32 else 8
+    else:
+        # Two programs of 4 warps a multiprocessor beat one of 8 by a quarter, although a few sums spill.
+        warps = 4 if together == 5 and layers <= 2 else 8
     return {"BLOCK": 64, "num_warps": warps, "programs": 2, "PAIRS": False, "together": together}
 
 
@@ -545,9 +549,9 @@ def _unfused(
     return torch.where(live, sigma, 0), torch.where(live[:, None], albedo, 0)
 
 
-def field_plan(spec: FieldSpec, weights: Sequence[Tensor]) -> str:
-    """How a GPU computes this field: "fused", or "unfused: " and the reason."""
-    reason = fusable(spec.grid, weights)
+def field_plan(spec: FieldSpec, weights: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> str:
+    """How a GPU computes this field in a compute dtype: "fused", or "unfused: " and the reason."""
+    reason = fusable(spec.grid, weights, dtype)
     return f"unfused: {reason}" if reason else "fused"
 
 
@@ -576,7 +580,7 @@ def field(
     check_kernel_dtype("table", table)
     if dtype == torch.float64:
         raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
-    if fusable(spec.grid, weights):
+    if fusable(spec.grid, weights, dtype):
         return _unfused(x, table, weights, biases, spec, active_levels, count, dtype)
     parameters = flatten_parameters(weights, biases)
     active = active_levels if isinstance(active_levels, Tensor) else None

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from dream_fast.kernels._grid import position_gradient, scatter_features
 from dream_fast.kernels._launch import check_kernel_dtype, check_positive, launch, use_triton
-from dream_fast.kernels._normals_kernels import (
+from dream_fast.kernels._normals_analytic import analytic_bwd_kernel, analytic_fwd_kernel
+from dream_fast.kernels._normals_differences import (
     TAPS,
-    analytic_bwd_kernel,
-    analytic_fwd_kernel,
     differences_bwd_kernel,
     differences_fwd_kernel,
     differences_points_kernel,
@@ -89,22 +88,27 @@ def field_normals_reference(
     return pad_rows(sigma, rows), pad_rows(albedo, rows), pad_rows(normal, rows)
 
 
-# 64 points a tile are the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight. fp32
-# products run without the tensor cores, where a smaller tile keeps sums and features in registers.
+# 64 points a tile are the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
 
 
 def _fwd_config(mode: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile and warps."""
-    # The Jacobian needs as many registers again.
-    warps = 4 if width <= 64 and mode == "finite_difference" else 8
+    # The Jacobian needs as many registers again. Narrow fp32 takes 4 warps for the reason in `_bwd_config`.
+    differences, narrow = mode == "finite_difference", dtype == torch.float32 and width <= 32
+    warps = 4 if narrow or (differences and width <= 64) else 8
     return {"BLOCK": 64, "num_warps": warps, "PAIRS": False}
 
 
 def _bwd_config(mode: str, width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile, warps, programs a multiprocessor, and of how many layers a pass adds up the gradients."""
     # By differences, the sums of all layers stay in registers where they fit; analytic ones go to memory tile by tile.
+    # In either mode a pass over fewer layers needs less shared memory.
     together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
-    warps = 4 if width <= 64 and layers <= 2 and dtype != torch.float32 else 8
+    if dtype == torch.float32:
+        # With 8 warps, Triton 3.6 multiplies matrices of 32 columns in three bf16 parts wrongly on sm_90; 4 are right.
+        warps = 4 if width <= 32 else 8
+    else:
+        warps = 4 if width <= 64 and layers <= 2 else 8
     return {"BLOCK": 64, "num_warps": warps, "programs": 2, "PAIRS": False, "together": together}
 
 
@@ -430,7 +434,7 @@ def field_normals(
     check_kernel_dtype("table", table)
     if dtype == torch.float64:
         raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
-    if fusable(spec.grid, weights):
+    if fusable(spec.grid, weights, dtype):
         return _unfused(x, table, weights, biases, spec, count, mode, epsilon, options)
     parameters = flatten_parameters(weights, biases)
     active = active_levels if isinstance(active_levels, Tensor) else None

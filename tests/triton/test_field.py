@@ -122,7 +122,9 @@ def test_widths_and_layers_are_fused(width, layers, dtype, device):
         pytest.skip("kernels of fp32 compile for minutes; each width and each number of layers once")
     spec = FieldSpec(grid=GRID)
     inputs, upstream = make(40 if INTERPRETED else 3000, hidden=(width,) * layers, device=device)
-    assert field_plan(spec, inputs[2]) == "fused"
+    if dtype == SINGLE and width == 128:
+        pytest.skip("in fp32 this width is not fused: see the test of other shapes")
+    assert field_plan(spec, inputs[2], dtype) == "fused"
     compare(inputs, upstream, spec, dtype=dtype, into=("mlp",) if INTERPRETED else ("x", "table", "mlp"))
 
 
@@ -237,7 +239,7 @@ def test_too_large_gradients_are_not_hidden(device):
     assert not torch.isfinite(got["gradient of weights[1]"]).all()
 
 
-@pytest.mark.parametrize("hidden", [(), (48,), (16, 32), (8,), (16,) * 5, (256,)])
+@pytest.mark.parametrize("hidden", [(), (48,), (16, 32), (8,), (16,) * 5, (256,), (128,)])
 def test_other_shapes_take_the_unfused_path(hidden, device):
     spec = FieldSpec(grid=GRID)
     inputs, upstream = make(40, hidden=hidden, device=device)
@@ -249,12 +251,15 @@ def test_other_shapes_take_the_unfused_path(hidden, device):
 
 
 def test_plan_says_why():
-    def plan(*hidden, **grid):
+    def plan(*hidden, dtype=HALF, **grid):
         grid = HashGridSpec(**grid)
         sizes = [grid.channels, *hidden, 4]
-        return field_plan(FieldSpec(grid=grid), [torch.empty(o, i) for i, o in itertools.pairwise(sizes)])
+        weights = [torch.empty(o, i) for i, o in itertools.pairwise(sizes)]
+        return field_plan(FieldSpec(grid=grid), weights, dtype)
 
     assert plan(64, 64) == plan(16) == plan(*[128] * 4, features=4, levels=1) == "fused"
+    assert plan(64, dtype=SINGLE) == "fused"
+    assert plan(128, dtype=SINGLE) == "unfused: hidden width 128 takes fp16 or bf16"
     assert plan(48) == "unfused: hidden width 48 is not 16, 32, 64 or 128"
     assert plan(64, 32) == "unfused: hidden widths 64, 32 differ"
     assert plan() == "unfused: 0 hidden layers are not from 1 to 4"

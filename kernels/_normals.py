@@ -1,0 +1,61 @@
+"""Device functions that both kinds of kernels of the field with normals share."""
+
+from __future__ import annotations
+
+from dream_fast.kernels._grid import live_rows
+from dream_fast.kernels._launch import constant, jit, tl
+
+_FLOOR = constant(1e-20)  # of the squared gradient
+
+
+@jit
+def limit_rows(count, n):
+    """Rows that hold points, as int64."""
+    return tl.maximum(tl.zeros((), tl.int64) + live_rows(count, n), 0)
+
+
+@jit
+def load_vector(pointer, row, live):
+    """Three numbers of each row."""
+    return (
+        tl.load(pointer + row * 3, mask=live, other=0.0),
+        tl.load(pointer + row * 3 + 1, mask=live, other=0.0),
+        tl.load(pointer + row * 3 + 2, mask=live, other=0.0),
+    )
+
+
+@jit
+def store_vector(pointer, row, mask, x, y, z):
+    tl.store(pointer + row * 3, x, mask=mask)
+    tl.store(pointer + row * 3 + 1, y, mask=mask)
+    tl.store(pointer + row * 3 + 2, z, mask=mask)
+
+
+@jit
+def normal_of(gx, gy, gz):
+    inverse = tl.rsqrt(tl.maximum(gx * gx + gy * gy + gz * gz, _FLOOR))
+    return -gx * inverse, -gy * inverse, -gz * inverse
+
+
+@jit
+def normal_backward(gx, gy, gz, tx, ty, tz):
+    """Gradient of sigma and gradient into the normal -> gradient into the former, and whether it is above the floor."""
+    squared = gx * gx + gy * gy + gz * gz
+    above = squared >= _FLOOR
+    inverse = tl.rsqrt(tl.maximum(squared, _FLOOR))
+    nx, ny, nz = -gx * inverse, -gy * inverse, -gz * inverse
+    along = tl.where(above, nx * tx + ny * ty + nz * tz, 0.0)
+    return inverse * (along * nx - tx), inverse * (along * ny - ty), inverse * (along * nz - tz), above
+
+
+@jit
+def store_channels(
+    pointer, tiles, row, mask, columns, LEVELS: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr
+):
+    """FEATURES tiles [BLOCK, PADDED] -> rows of a buffer [L * F, columns]."""
+    # Transposed before the store, for the reason that `mlp_weights` gives.
+    level = tl.arange(0, PADDED)
+    for f in tl.static_range(FEATURES):
+        at = pointer + (level.to(tl.int64) * FEATURES + f)[:, None] * columns + row[None, :]
+        keep = mask[None, :] & (level[:, None] < LEVELS)
+        tl.store(at, tl.trans(tiles[f].to(pointer.dtype.element_ty)), mask=keep)
