@@ -11,6 +11,7 @@ from dream_fast.kernels._launch import INTERPRETED, jit, launch, recorded_launch
 
 triton = pytest.importorskip("triton")
 if INTERPRETED:
+    # The interpreter takes the place of the compiler when a kernel is defined, and that cannot be undone here.
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 GOLDEN = aot.golden_path()
@@ -203,6 +204,7 @@ def test_every_kernel_compiles_and_no_forward_kernel_spills(compiled):
 
 def test_the_kernels_are_as_in_the_golden_file(compiled):
     if not GOLDEN.exists() and list(aot.RESULTS.glob("aot-*.json")):
+        # Registers and instructions belong to one compiler; the version that CI pins has its file and is compared.
         pytest.skip(f"Triton {triton.__version__} has no golden file; another compiler makes other code")
     told = aot.differences(aot.load_golden(), aot.gated(compiled))
     assert told == [], "better or worse? If better: python -m dream_fast.bench aot --write\n" + "\n".join(told)

@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items):
         if HERE in item.path.parents:
             item.add_marker("gpu")
             if INTERPRETED and (marker := item.get_closest_marker("full_size")):
+                # What only the real device has (graphs, streams, its memory) or what would take the interpreter hours.
                 item.add_marker(pytest.mark.skip(reason=f"only on a GPU: {marker.args[0]}"))
 
 

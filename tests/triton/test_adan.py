@@ -278,5 +278,6 @@ def test_beyond_32_bits(device):
 @pytest.mark.full_size("a second GPU")
 def test_second_device():
     if torch.cuda.device_count() < 2:
+        # That a kernel starts on its tensors' device shows only where another one is current.
         pytest.skip("there is one GPU")
     compare(5000, torch.device("cuda:1"))
