@@ -62,18 +62,14 @@ def color_labels(views: Views) -> np.ndarray:
     return np.array(found)
 
 
-def dataset(
-    seed: int, batches: int, device: torch.device, pool: ProcessPoolExecutor, seconds: float = float("inf")
-) -> Examples:
-    """Renders that a seed names, their number cut short when `seconds` have passed."""
-    parts, start = [], time.perf_counter()
+def dataset(seed: int, batches: int, device: torch.device, pool: ProcessPoolExecutor) -> Examples:
+    """Renders that a seed names."""
+    parts = []
     for views in rendered(seed, batches, VIEWS_A_SCENE, SIZE, device, pool):
         labels = torch.from_numpy(views.labels).long()
         angles = torch.from_numpy(views.angles)
         columns = (labels[:, 0], torch.from_numpy(color_labels(views)), labels[:, 2], angles[:, 0], angles[:, 1])
         parts.append(Examples(views.images.permute(0, 3, 1, 2), *(column.to(device) for column in columns)))
-        if time.perf_counter() - start > seconds:
-            break
     return Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -196,8 +192,8 @@ class Average:
         torch._foreach_lerp_(mine, theirs, max(1 - AVERAGE, 1 / self.steps))
 
 
-def train(examples: Examples, seconds: float, batch: int = BATCH) -> tuple[Judge, int]:
-    """A judge trained for so long, ready to look, and the number of its steps."""
+def train(examples: Examples, steps: int, batch: int = BATCH) -> Judge:
+    """A judge trained for so many steps, ready to look."""
     device = examples.pictures.device
     torch.manual_seed(TRAIN_SEED)
     judge = Judge().to(device, memory_format=torch.channels_last)
@@ -205,8 +201,9 @@ def train(examples: Examples, seconds: float, batch: int = BATCH) -> tuple[Judge
     optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.05)
     generator = torch.Generator(device).manual_seed(TRAIN_SEED)
     fronts = membership(FRONTS, device)
-    start, step = time.perf_counter(), 0
-    while (done := (time.perf_counter() - start) / seconds) < 1:
+    start = time.perf_counter()
+    for step in range(steps):
+        done = step / steps
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, 20 * done, 1.01 - done)
         index = torch.randint(len(examples.pictures), (batch,), device=device, generator=generator)
@@ -220,8 +217,7 @@ def train(examples: Examples, seconds: float, batch: int = BATCH) -> tuple[Judge
         average.update(judge)
         if step % 500 == 0:
             print(f"judge step {step}, {time.perf_counter() - start:.0f} s, loss {loss.item():.3f}", flush=True)
-        step += 1
-    return average.judge.eval(), step
+    return average.judge.eval()
 
 
 def halved(judge: Judge) -> dict[str, Tensor]:
@@ -248,10 +244,9 @@ def report(judge: Judge, held: Examples) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--batches", type=int, default=800, help="most batches of 64 objects, four views of each")
+    parser.add_argument("--batches", type=int, default=620, help="batches of 64 objects, four views of each")
     parser.add_argument("--held_out", type=int, default=40, help="such batches to measure on")
-    parser.add_argument("--render_seconds", type=float, default=60.0, help="render what is learned from for so long")
-    parser.add_argument("--seconds", type=float, default=115.0, help="train for so long")
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--workers", type=int, default=14)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -261,10 +256,10 @@ def main(argv: list[str] | None = None) -> None:
     pool = ProcessPoolExecutor(args.workers)
     held = dataset(HELD_OUT_SEED, args.held_out, device, pool)
     print(f"rendered {len(held.pictures)} pictures to measure on, {time.perf_counter() - start:.0f} s", flush=True)
-    examples = dataset(TRAIN_SEED, args.batches, device, pool, args.render_seconds)
-    pool.shutdown(wait=False, cancel_futures=True)
+    examples = dataset(TRAIN_SEED, args.batches, device, pool)
+    pool.shutdown()
     print(f"rendered {len(examples.pictures)} to learn from, {time.perf_counter() - start:.0f} s", flush=True)
-    judge, steps = train(examples, args.seconds)
+    judge = train(examples, args.steps)
     state = halved(judge)
     judge.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         **report(judge, held),
         "pictures": len(examples.pictures),
         "picture_size": SIZE,
-        "steps": steps,
+        "steps": args.steps,
         "parameters": sum(p.numel() for p in judge.parameters()),
         "seconds": round(time.perf_counter() - start, 1),
     }

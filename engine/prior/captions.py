@@ -6,13 +6,14 @@ from dream_fast.engine.prior.vocabulary import COLOR_SYNONYMS, THINGS
 from dream_fast.engine.prior.world import Scene
 
 PREFIXES = ("", "", "", "", "a photo of ", "a 3d render of ", "a dslr photo of ", "one ")
+BORDER = 5.0  # degrees to either side of 45 and 135 in which a caption may call a view either name
 _SPELLINGS = {color: [name for name, of in COLOR_SYNONYMS.items() if of == color] for color in COLOR_SYNONYMS.values()}
 
 
 def view_of(polar: float, azimuth: float, overhead: float = 30.0, rng: np.random.Generator | None = None) -> str:
-    """front | side | back | overhead of a camera in degrees. With `rng` the borders vary by up to 15 degrees, because
-    guidance blends neighbouring views there."""
-    border = 0.0 if rng is None else rng.uniform(-15, 15)
+    """front | side | back | overhead of a camera in degrees. With `rng` the borders vary by up to BORDER degrees,
+    because guidance blends neighbouring views there."""
+    border = 0.0 if rng is None else rng.uniform(-BORDER, BORDER)
     if polar <= overhead:
         return "overhead"
     turned = abs((azimuth + 180) % 360 - 180)

@@ -52,6 +52,13 @@ def _unit(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def _compile(*parts: torch.nn.Module) -> None:
+    """Compile in place, which halves the time of a step; a CPU trains only in tests, where compiling takes longer."""
+    for part in parts:
+        if next(part.parameters()).is_cuda:
+            part.compile()
+
+
 def _rate(progress: float, peak: float, warm_up: float = 0.03) -> float:
     """Linear warm-up, then a cosine to zero."""
     if progress < warm_up:
@@ -65,10 +72,11 @@ def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
     vae = make_vae().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed)
-    start, step = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < 60 * args.vae_minutes:
+    _compile(vae.encoder, vae.decoder)
+    start = time.perf_counter()
+    for step in range(args.vae_steps):
         for group in optimizer.param_groups:
-            group["lr"] = _rate(elapsed / (60 * args.vae_minutes), 1e-3)
+            group["lr"] = _rate(step / args.vae_steps, 1e-3)
         index = torch.randint(len(images), (args.vae_batch,), device=device, generator=generator)
         x = _unit(images[index]).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
@@ -82,8 +90,8 @@ def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
         optimizer.step()
         if step % 100 == 0:
             psnr = -10 * torch.log10(((y - x) / 2).square().mean()).item()
+            elapsed = time.perf_counter() - start
             print(f"vae step {step}, {elapsed:.0f} s, loss {loss.item():.4f}, psnr {psnr:.1f} dB", flush=True)
-        step += 1
     vae.eval()
     with torch.no_grad():
         mean = torch.cat(
@@ -111,6 +119,7 @@ class DiffusionTraining:
         self.args, self.device = args, device
         self.models = torch.nn.ModuleList([make_text_encoder(tokenizer), make_unet()]).to(device)
         self.models.to(memory_format=torch.channels_last)
+        _compile(*self.models)
         self.average = [p.detach().clone() for p in self.models.parameters()]
         self.optimizer = torch.optim.AdamW(self.models.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
         self.alphas = make_scheduler().alphas_cumprod.to(device)
@@ -153,12 +162,12 @@ class DiffusionTraining:
         return (predicted.float() - (signal * noise[1] - sigma * x0)).square().mean()
 
     def train(self, latents, tokens, until: float):
-        """Train until the wall-clock `until` (perf_counter) or the budget is used up. Returns True when it is."""
-        budget, start, before = 60 * self.args.minutes, time.perf_counter(), self.seconds
+        """Train until the last step or the wall-clock `until` (perf_counter). Returns True when all steps are done."""
+        start, before = time.perf_counter(), self.seconds
         parameters = list(self.models.parameters())
-        while self.seconds < budget and time.perf_counter() < until:
+        while self.step < self.args.steps and time.perf_counter() < until:
             for group in self.optimizer.param_groups:
-                group["lr"] = _rate(self.seconds / budget, self.args.rate)
+                group["lr"] = _rate(self.step / self.args.steps, self.args.rate)
             loss = self.loss(latents, tokens)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -170,7 +179,7 @@ class DiffusionTraining:
                 print(f"unet step {self.step}, {self.seconds:.0f} s, loss {loss.item():.4f}", flush=True)
             self.step += 1
             self.seconds = before + time.perf_counter() - start
-        return self.seconds >= budget
+        return self.step >= self.args.steps
 
     @torch.no_grad()
     def averaged(self):
@@ -185,8 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("prior-cache"), help="what the stages leave for a next call")
     parser.add_argument("--scenes", type=int, default=20_000, help="objects")
     parser.add_argument("--views", type=int, default=6, help="images of each object")
-    parser.add_argument("--vae_minutes", type=float, default=2.0)
-    parser.add_argument("--minutes", type=float, default=8.0, help="training time of UNet and text encoder")
+    parser.add_argument("--vae_steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=9000, help="steps of UNet and text encoder")
     parser.add_argument(
         "--stop_after", type=float, default=1e9, help="leave after so many seconds; a next call goes on"
     )

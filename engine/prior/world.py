@@ -72,9 +72,11 @@ class Builder:
         r1 = r1 or r0
         self._add("cone", (start + end) / 2, (r0, r1, length / 2, 0.4 * min(r0, r1)), color, axes, False)
 
-    def eyes(self, y, z, dx, size, color="dark"):
+    def eyes(self, y, z, dx, size):
+        """Dark pupils of radius `size` before white balls, which show on a head of any colour."""
         for side in (-1, 1):
-            self.ball(side * dx, y, z, size, color=color)
+            self.ball(side * dx, y, z, 1.6 * size, 1.6 * size, 1.1 * size, "white")
+            self.ball(side * 0.97 * dx, y, z + 0.7 * size, size, size, 0.7 * size, "dark")
 
     def _add(self, kind, center, size, color, axes, cut):
         rgb = self.main if color == "main" else np.array(COLORS.get(color) or SHADES[color])
