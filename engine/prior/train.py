@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=20_000, help="objects")
     parser.add_argument("--views", type=int, default=6, help="images of each object")
     parser.add_argument("--vae_steps", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=9000, help="steps of UNet and text encoder")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of UNet and text encoder")
     parser.add_argument(
         "--stop_after", type=float, default=1e9, help="leave after so many seconds; a next call goes on"
     )
