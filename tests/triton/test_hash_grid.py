@@ -34,19 +34,6 @@ SMALL = HashGridSpec(levels=5, features=2, log2_entries=8, base_resolution=4, ma
 TINY = HashGridSpec(levels=2, features=2, log2_entries=6, base_resolution=4, max_resolution=7)
 
 
-@pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    """In the interpreter a step takes the same time for any number of lanes: few steps."""
-    if INTERPRETED:
-        config = GRID._scatter_config
-
-        def short(n, features, deterministic):
-            found = config(n, features, deterministic)
-            return found | {"RUN": 2, "WIDTH": min(found["WIDTH"], 2)}
-
-        monkeypatch.setattr(GRID, "_scatter_config", short)
-
-
 @pytest.fixture
 def deterministic():
     """Whole-number sums; and what torch.empty gives is filled with NaN, so that rows nobody wrote show."""
