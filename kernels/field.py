@@ -179,7 +179,6 @@ def _field_fwd_kernel(
     blob_density,
     blob_radius,
     BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     WIDTH: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -212,7 +211,6 @@ def _field_fwd_kernel(
                 LOG2_ENTRIES,
                 SMOOTH,
                 WIDE,
-                PAIRS=PAIRS,
             )
             outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
             s, r, g, b, _ = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
@@ -248,7 +246,6 @@ def _field_bwd_kernel(
     blob_density,
     blob_radius,
     BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -288,7 +285,6 @@ def _field_bwd_kernel(
             LOG2_ENTRIES,
             SMOOTH,
             WIDE,
-            PAIRS=PAIRS,
         )
         outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
         s, r, g, b, raw = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
@@ -319,7 +315,7 @@ def _field_bwd_kernel(
 def _fwd_config(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile, warps, and programs a multiprocessor."""
     # 64 points are the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
-    return {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8, "programs": 4, "PAIRS": False}
+    return {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8, "programs": 4}
 
 
 def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
@@ -332,7 +328,7 @@ def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
     else:
         # Two programs of 4 warps a multiprocessor beat one of 8 by a quarter, although a few sums spill.
         warps = 4 if together == 5 and layers <= 2 else 8
-    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "PAIRS": False, "together": together}
+    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "together": together}
 
 
 @lru_cache(maxsize=16)
