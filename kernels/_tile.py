@@ -20,19 +20,7 @@ from torch import Tensor
 
 from dream_fast.kernels._grid import PRIMES
 from dream_fast.kernels._launch import constant, jit, tl
-from dream_fast.kernels._mlp import (  # noqa: F401  (kernels take all they need of a tile from here)
-    COLUMNS,
-    dot,
-    mlp,
-    mlp_accumulate,
-    mlp_backward,
-    mlp_learn,
-    mlp_store,
-    mlp_sums,
-    mlp_weights,
-    pick,
-    weight,
-)
+from dream_fast.kernels._mlp import COLUMNS, pick
 from dream_fast.kernels.hash_grid import HashGridSpec
 
 WIDTHS = (16, 32, 64, 128)
@@ -116,15 +104,6 @@ def fusable(spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype) -
 
 
 # Points.
-
-
-@jit
-def live_rows(count, rows):
-    """How many leading rows hold points: rows, or what `count` points to."""
-    if count is None:
-        return rows
-    else:
-        return tl.minimum(tl.load(count), rows)
 
 
 @jit

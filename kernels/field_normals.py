@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.kernels._grid import position_gradient, scatter_features
-from dream_fast.kernels._launch import check_kernel_dtype, check_positive, launch, use_triton
+from dream_fast.kernels._launch import check_kernel_dtype, check_positive, launch, multiprocessors, use_triton
 from dream_fast.kernels._normals_analytic import analytic_bwd_kernel, analytic_fwd_kernel
 from dream_fast.kernels._normals_differences import (
     TAPS,
@@ -40,9 +40,8 @@ from dream_fast.kernels.field import (
     logits_reference,
     sigma_reference,
     spec_numbers,
+    spec_of,
 )
-from dream_fast.kernels.field import _multiprocessors as multiprocessors
-from dream_fast.kernels.field import _spec_of as spec_of
 
 
 def field_normals_reference(
