@@ -246,6 +246,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
 
 
+# ptxas places what does not fit into registers by the addresses of its own memory, which are random: of the same PTX,
+# field/float32/_field_bwd_kernel 3 came out with 110 and with 112 spills. Nothing else was seen to vary.
+VARYING = {"spills": 0.05, "local_bytes": 0.05}
 GATED_FIELDS = ("registers", "spills", "local_bytes", "shared", "loads", "stores", "atomics", "matrix")
 # Kernels that only a backward pass starts, by what their names say.
 BACKWARD = re.compile(r"bwd|backward|grad|scatter")
@@ -280,7 +283,7 @@ def spilling_forwards(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def differences(golden: dict[str, dict[str, dict[str, Any]]], found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """Where what was compiled differs from the golden file, a sentence each. The compiler is exact, so is this."""
+    """Where what was compiled differs from the golden file, a sentence each. Exact, but for `VARYING`."""
     told = []
     for target in sorted({*golden, *found}):
         before, after = golden.get(target, {}), found.get(target, {})
@@ -294,9 +297,13 @@ def differences(golden: dict[str, dict[str, dict[str, Any]]], found: dict[str, d
                 told += [
                     f"{target} {name}: {field} {_cell(old.get(field))} -> {_cell(new.get(field))}"
                     for field in GATED_FIELDS
-                    if old.get(field) != new.get(field)
+                    if not _same(field, old.get(field), new.get(field))
                 ]
     return told
+
+
+def _same(field: str, old: Any, new: Any) -> bool:
+    return old == new or (field in VARYING and bool(old and new) and abs(new - old) <= VARYING[field] * old)
 
 
 def _cell(value: Any) -> str:

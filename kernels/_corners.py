@@ -176,19 +176,6 @@ def load_entry(table, index, live, STORED: tl.constexpr, ROUNDED: tl.constexpr):
 
 
 @jit
-def load_neighbours(table, row0, row1, live, STORED: tl.constexpr):
-    """The entries of two x-neighbours whose rows are four bytes: one load where they share eight bytes."""
-    both = tl.load(table.to(tl.pointer_type(tl.int64), bitcast=True) + (row0 >> 1), mask=live, other=0)
-    joined = (row0 ^ row1) == 1
-    alone = tl.load(table + row1, mask=live & (joined == 0), other=0)
-    even, odd = both.to(tl.int32), (both >> 32).to(tl.int32)
-    is_odd = (row0 & 1) == 1
-    low0, high0 = unpack(tl.where(is_odd, odd, even), STORED)
-    low1, high1 = unpack(tl.where(joined, tl.where(is_odd, even, odd), alone), STORED)
-    return low0, high0, low1, high1
-
-
-@jit
 def differences(v, wx, wy, wz):
     """Corner values and weights of the high side -> slopes by (wx, wy, wz, wx and wy, wx and wz, wy and wz)."""
     x00, x10, x01, x11 = v[1] - v[0], v[3] - v[2], v[5] - v[4], v[7] - v[6]

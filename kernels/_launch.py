@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,14 @@ def use_triton(tensor: Tensor) -> bool:
     if tensor.is_cuda and triton is None:
         raise RuntimeError("tensors on a GPU need triton, which is not installed: pip install triton")
     return tensor.is_cuda or INTERPRETED or _recorded is not None
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; the interpreter goes through programs one by one, so there they are few."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if INTERPRETED else 132
 
 
 def launch(

@@ -12,30 +12,21 @@ first [R]: of its first sample the number of the step (int32) or, in a lattice o
 from __future__ import annotations
 
 from dream_fast.kernels._launch import constant, jit, tl
+from dream_fast.kernels._rays import occupied, ray_span
 
 # A ray that is none (with a direction of 0, say) never leaves the cube: no more steps of it are looked at.
 _MOST_STEPS = constant(1 << 24)
 
 
 @jit
-def _axis(origins, directions, ray, axis, here, near, far, bound):
-    """One coordinate of rays, [RAYS] each, and near and far cut to its two planes."""
-    origin = tl.load(origins + ray * 3 + axis, mask=here, other=0.0)
-    direction = tl.load(directions + ray * 3 + axis, mask=here, other=1.0)
-    safe = tl.where(tl.abs(direction) < 1e-15, 1e-15, direction)
-    low, high = tl.div_rn(-bound - origin, safe), tl.div_rn(bound - origin, safe)
-    return origin, direction, tl.maximum(near, tl.minimum(low, high)), tl.minimum(far, tl.maximum(low, high))
-
-
-@jit
 def _rays(origins, directions, ray, here, bound, min_near):
-    """Origins and directions of rays, near and far, [RAYS] each."""
-    near = tl.where(here, min_near, 0.0)
-    far = tl.where(here, float("inf"), -1.0)
-    ox, dx, near, far = _axis(origins, directions, ray, 0, here, near, far, bound)
-    oy, dy, near, far = _axis(origins, directions, ray, 1, here, near, far, bound)
-    oz, dz, near, far = _axis(origins, directions, ray, 2, here, near, far, bound)
-    return ox, oy, oz, dx, dy, dz, near, far
+    """Origins and directions of rays, near and far, [RAYS] each; far is behind near where not `here`."""
+    at, along = origins + ray * 3, directions + ray * 3
+    ox, dx = tl.load(at, mask=here, other=0.0), tl.load(along, mask=here, other=1.0)
+    oy, dy = tl.load(at + 1, mask=here, other=0.0), tl.load(along + 1, mask=here, other=1.0)
+    oz, dz = tl.load(at + 2, mask=here, other=0.0), tl.load(along + 2, mask=here, other=1.0)
+    near, far = ray_span(ox, oy, oz, dx, dy, dz, bound, min_near)
+    return ox, oy, oz, dx, dy, dz, tl.where(here, near, 0.0), tl.where(here, far, -1.0)
 
 
 @jit
@@ -62,32 +53,6 @@ def _growing_steps(t, column, shortest, longest, dt_gamma, STEPS: tl.constexpr):
         t += _step(t, shortest, longest, dt_gamma)
     length = _step(begin, shortest, longest, dt_gamma)
     return begin, begin + 0.5 * length, length, t
-
-
-@jit
-def _index(coordinate, scale, RESOLUTION: tl.constexpr):
-    cell = (coordinate * scale + RESOLUTION * 0.5).to(tl.int32)
-    return tl.minimum(tl.maximum(cell, 0), RESOLUTION - 1)
-
-
-@jit
-def _occupied(bits, x, y, z, here, bound, outer_scale, CASCADES: tl.constexpr, RESOLUTION: tl.constexpr):
-    """Whether the cells of points are set: int32, 0 where not `here`. outer_scale: cells a unit of the last cascade."""
-    x = tl.minimum(tl.maximum(x, -bound), bound)
-    y = tl.minimum(tl.maximum(y, -bound), bound)
-    z = tl.minimum(tl.maximum(z, -bound), bound)
-    reach = tl.maximum(tl.maximum(tl.abs(x), tl.abs(y)), tl.abs(z))
-    scale = outer_scale
-    cascade = tl.zeros_like(reach).to(tl.int64 if CASCADES * RESOLUTION * RESOLUTION * RESOLUTION > 2**31 else tl.int32)
-    for inner in tl.static_range(1, CASCADES):  # from large to small
-        half = 2.0 ** (CASCADES - 1 - inner)
-        beyond = reach > half
-        scale = tl.where(beyond, scale, RESOLUTION / (2 * half))
-        cascade += beyond.to(tl.int32)
-    row = cascade * RESOLUTION + _index(x, scale, RESOLUTION)
-    cell = (row * RESOLUTION + _index(y, scale, RESOLUTION)) * RESOLUTION + _index(z, scale, RESOLUTION)
-    byte = tl.load(bits + (cell >> 3), mask=here, other=0).to(tl.int32)
-    return (byte >> (cell & 7).to(tl.int32)) & 1
 
 
 @jit
@@ -142,7 +107,7 @@ def march_count_kernel(
             oy[:, None] + t * dy[:, None],
             oz[:, None] + t * dz[:, None],
         )
-        kept = _occupied(bits, x, y, z, t < far[:, None], bound, outer_scale, CASCADES, RESOLUTION)
+        kept = occupied(x, y, z, bits, t < far[:, None], bound, outer_scale, RESOLUTION, CASCADES).to(tl.int32)
         samples += kept
         step = (number + column)[None, :]
         lowest = tl.where(kept > 0, tl.minimum(lowest, step), lowest)
@@ -268,7 +233,7 @@ def march_write_kernel(
                 oz[:, None] + t * dz[:, None],
             )
             inside = (t < far[:, None]) & ((number + column)[None, :] < span[:, None])
-            kept = _occupied(bits, x, y, z, inside, bound, outer_scale, CASCADES, RESOLUTION)
+            kept = occupied(x, y, z, bits, inside, bound, outer_scale, RESOLUTION, CASCADES).to(tl.int32)
             rank = done[:, None] + tl.cumsum(kept, axis=1) - 1
             done += tl.sum(kept, axis=1)
             row = offset + rank

@@ -155,7 +155,6 @@ def analytic_fwd_kernel(
     WIDTH: tl.constexpr,
     LAYERS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = parameters.dtype.element_ty
@@ -184,7 +183,6 @@ def analytic_fwd_kernel(
         SMOOTH,
         WIDE,
         True,
-        PAIRS,
     )
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
     outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
@@ -233,7 +231,6 @@ def analytic_bwd_kernel(
     WIDTH: tl.constexpr,
     LAYERS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    PAIRS: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -267,7 +264,6 @@ def analytic_bwd_kernel(
             SMOOTH,
             WIDE,
             True,
-            PAIRS,
         )
         outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
         bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS)

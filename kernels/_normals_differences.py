@@ -73,7 +73,6 @@ def differences_fwd_kernel(
     WIDTH: tl.constexpr,
     LAYERS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -95,9 +94,7 @@ def differences_fwd_kernel(
         py = _step(y0, tap, 3, epsilon, bound)[0]
         pz = _step(z0, tap, 5, epsilon, bound)[0]
         u, v, w = _unit(px, tap, scale), _unit(py, tap, scale), _unit(pz, tap, scale)
-        features = encode(
-            u, v, w, table, levels, active, LEVELS, FEATURES, PADDED, LOG2_ENTRIES, SMOOTH, WIDE, False, PAIRS
-        )
+        features = encode(u, v, w, table, levels, active, LEVELS, FEATURES, PADDED, LOG2_ENTRIES, SMOOTH, WIDE)
         outputs = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)[0]
         bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS)
         if tap == 0:
@@ -151,7 +148,6 @@ def differences_bwd_kernel(
     WIDTH: tl.constexpr,
     LAYERS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    PAIRS: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -181,9 +177,7 @@ def differences_bwd_kernel(
         py = _step(y0, tap, 3, epsilon, bound)[0]
         pz = _step(z0, tap, 5, epsilon, bound)[0]
         u, v, w = _unit(px, tap, scale), _unit(py, tap, scale), _unit(pz, tap, scale)
-        features = encode(
-            u, v, w, table, levels, active, LEVELS, FEATURES, PADDED, LOG2_ENTRIES, SMOOTH, WIDE, False, PAIRS
-        )
+        features = encode(u, v, w, table, levels, active, LEVELS, FEATURES, PADDED, LOG2_ENTRIES, SMOOTH, WIDE)
         outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
         bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS)
         density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS)

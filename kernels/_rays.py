@@ -1,7 +1,8 @@
 """Device functions over a tile of rays: the cube, the lattice of intervals, the occupancy of a point.
 
 `march_reference` is the definition. Whether an interval is a sample hangs on comparisons, so every number that they
-see is rounded as torch rounds it, one operation at a time.
+see is rounded as torch rounds it, one operation at a time. Marching also takes its span of a ray and the
+occupancy from here; the lattice it walks a tile of steps at a time, where rendering follows a cursor.
 
 Legend: a cursor names an interval of a ray's lattice: its number (as fp32) where steps are constant, and where they
 grow with the distance (GROWS) the t at which it starts.

@@ -11,8 +11,9 @@ Legend: R rays. A cursor names an interval of a ray's lattice (`_rays`). Units: 
 from __future__ import annotations
 
 from dream_fast.kernels._launch import constant, jit, tl
+from dream_fast.kernels._mlp import mlp, mlp_weights, pick
 from dream_fast.kernels._rays import first_cursor, interval, occupied, ray_span, rounded
-from dream_fast.kernels._tile import activate_density, blob, encode, mlp, mlp_weights, pick
+from dream_fast.kernels._tile import activate_density, blob, encode
 
 # A ray that gathers less than this has no surface worth a normal.
 EMPTY_OPACITY = 1e-3

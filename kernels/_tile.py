@@ -20,19 +20,7 @@ from torch import Tensor
 
 from dream_fast.kernels._grid import PRIMES
 from dream_fast.kernels._launch import constant, jit, tl
-from dream_fast.kernels._mlp import (  # noqa: F401  (kernels take all they need of a tile from here)
-    COLUMNS,
-    dot,
-    mlp,
-    mlp_accumulate,
-    mlp_backward,
-    mlp_learn,
-    mlp_store,
-    mlp_sums,
-    mlp_weights,
-    pick,
-    weight,
-)
+from dream_fast.kernels._mlp import COLUMNS, pick
 from dream_fast.kernels.hash_grid import HashGridSpec
 
 WIDTHS = (16, 32, 64, 128)
@@ -116,15 +104,6 @@ def fusable(spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype) -
 
 
 # Points.
-
-
-@jit
-def live_rows(count, rows):
-    """How many leading rows hold points: rows, or what `count` points to."""
-    if count is None:
-        return rows
-    else:
-        return tl.minimum(tl.load(count), rows)
 
 
 @jit
@@ -216,26 +195,6 @@ def level_numbers(levels, active, PADDED: tl.constexpr):
 
 
 @jit
-def _fetch_pair(table, rows, others, mask):
-    """Rows of two numbers of 16 bits: two neighbours of a row of cells, which mostly lie in one aligned word of 64.
-
-    The second is loaded by itself only where they do not.
-    """
-    ELEMENT: tl.constexpr = table.dtype.element_ty
-    pairs = table.to(tl.pointer_type(tl.int64), bitcast=True) + (rows >> 1)
-    both = tl.load(pairs, mask=mask, other=None if mask is None else 0)
-    low, high = both.to(tl.int32), (both >> 32).to(tl.int32)
-    one = tl.where((rows & 1) == 0, low, high)
-    apart = (rows ^ others) > 1
-    if mask is not None:
-        apart = apart & mask
-    beside = tl.where((others & 1) == 0, low, high)
-    other = tl.load(table.to(tl.pointer_type(tl.int32), bitcast=True) + others, mask=apart, other=beside)
-    first = (_unpack(one, ELEMENT, 0), _unpack(one, ELEMENT, 1))
-    return first, (_unpack(other, ELEMENT, 0), _unpack(other, ELEMENT, 1))
-
-
-@jit
 def _place(i, jk_sum, jk_mixed, first, dense, LAST: tl.constexpr, WIDE: tl.constexpr):
     """Row in the table of a corner."""
     row = tl.where(dense, i + jk_sum, (i ^ jk_mixed) & LAST)
@@ -260,13 +219,11 @@ def encode(
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
     JACOBIAN: tl.constexpr = False,
-    PAIRS: tl.constexpr = False,
 ):
     """Unit coordinates u, v, w [BLOCK] -> FEATURES tiles [BLOCK, PADDED] in fp32; zeros outside the cube.
 
     With JACOBIAN also three tuples of FEATURES tiles: the derivatives with respect to u, v and w.
     levels: `level_table`; active: None or a pointer to the number of used levels; table: in the compute dtype.
-    PAIRS: load neighbours along u together, where a row is two numbers of 16 bits.
     """
     inside = (u >= 0.0) & (u <= 1.0) & (v >= 0.0) & (v <= 1.0) & (w >= 0.0) & (w <= 1.0)
     u, v, w = tl.where(inside, u, 0.0), tl.where(inside, v, 0.0), tl.where(inside, w, 0.0)
@@ -281,7 +238,6 @@ def encode(
     step_k = tl.where(dense, resolution * resolution, _PRIME_Z)
     j, k = j * step_j, k * step_k
     LAST: tl.constexpr = (1 << LOG2_ENTRIES) - 1
-    TOGETHER: tl.constexpr = PAIRS and FEATURES * table.dtype.element_ty.primitive_bitwidth == 32
     zero = fx * 0.0
     out, to_u, to_v, to_w = (), (), (), ()
     for _ in tl.static_range(FEATURES):
@@ -295,10 +251,7 @@ def encode(
             ck, wz, sz = k + step_k, fz, dz
         rows = _place(i, cj + ck, cj ^ ck, first, dense, LAST, WIDE)
         others = _place(i + 1, cj + ck, cj ^ ck, first, dense, LAST, WIDE)
-        if TOGETHER:
-            low, high = _fetch_pair(table, rows, others, mask)
-        else:
-            low, high = fetch(table, rows, mask, FEATURES), fetch(table, others, mask, FEATURES)
+        low, high = fetch(table, rows, mask, FEATURES), fetch(table, others, mask, FEATURES)
         yz = wy * wz
         w0, w1 = (1.0 - fx) * yz, fx * yz
         new, new_u, new_v, new_w = (), (), (), ()

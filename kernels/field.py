@@ -22,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dream_fast.kernels._grid import position_gradient, scatter_features
+from dream_fast.kernels._grid import live_rows, position_gradient, scatter_features
 from dream_fast.kernels._launch import (
     FLOATS,
-    INTERPRETED,
     check_count,
     check_kernel_dtype,
     check_positive,
     check_tensor,
     jit,
     launch,
+    multiprocessors,
     tl,
     use_triton,
 )
@@ -48,7 +48,6 @@ from dream_fast.kernels._tile import (
     flatten_parameters,
     fusable,
     level_table,
-    live_rows,
     load_point,
     outputs_gradient,
     tile_constants,
@@ -179,7 +178,6 @@ def _field_fwd_kernel(
     blob_density,
     blob_radius,
     BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     WIDTH: tl.constexpr,
     LAYERS: tl.constexpr,
@@ -212,7 +210,6 @@ def _field_fwd_kernel(
                 LOG2_ENTRIES,
                 SMOOTH,
                 WIDE,
-                PAIRS=PAIRS,
             )
             outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
             s, r, g, b, _ = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
@@ -248,7 +245,6 @@ def _field_bwd_kernel(
     blob_density,
     blob_radius,
     BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -288,7 +284,6 @@ def _field_bwd_kernel(
             LOG2_ENTRIES,
             SMOOTH,
             WIDE,
-            PAIRS=PAIRS,
         )
         outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
         s, r, g, b, raw = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
@@ -319,7 +314,7 @@ def _field_bwd_kernel(
 def _fwd_config(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile, warps, and programs a multiprocessor."""
     # 64 points are the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
-    return {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8, "programs": 4, "PAIRS": False}
+    return {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8, "programs": 4}
 
 
 def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
@@ -332,19 +327,12 @@ def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
     else:
         # Two programs of 4 warps a multiprocessor beat one of 8 by a quarter, although a few sums spill.
         warps = 4 if together == 5 and layers <= 2 else 8
-    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "PAIRS": False, "together": together}
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    """Of the GPU; the interpreter goes through programs one by one, so there they are few."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 if INTERPRETED else 132
+    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "together": together}
 
 
 @lru_cache(maxsize=64)
-def _spec_of(grid: tuple[int, ...], scene: tuple[float, ...]) -> FieldSpec:
+def spec_of(grid: tuple[int, ...], scene: tuple[float, ...]) -> FieldSpec:
+    """The spec whose `spec_numbers` these are."""
     levels, features, log2_entries, base, largest, smooth, softplus = grid
     return FieldSpec(
         grid=HashGridSpec(
@@ -387,10 +375,10 @@ def _field(
 ) -> tuple[Tensor, Tensor]:
     """table and parameters (all weights, then all biases) are what gradients go to; entries and packed are the same in
     the compute dtype."""
-    spec, rows = _spec_of(tuple(grid), tuple(scene)), x.shape[0]
+    spec, rows = spec_of(tuple(grid), tuple(scene)), x.shape[0]
     sigma, albedo = x.new_empty(rows), x.new_empty(rows, 3)
     config = _fwd_config(width, entries.dtype)
-    programs = config.pop("programs") * _multiprocessors(x.device)
+    programs = config.pop("programs") * multiprocessors(x.device)
     launch(
         _field_fwd_kernel,
         (min(programs, -(-rows // config["BLOCK"])),),
@@ -439,12 +427,12 @@ def _field_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, table and parameters in fp32, those that `into` asks for; the others come empty."""
-    spec, rows, size = _spec_of(tuple(grid), tuple(scene)), x.shape[0], packed.numel()
+    spec, rows, size = spec_of(tuple(grid), tuple(scene)), x.shape[0], packed.numel()
     into_x, into_table, into_parameters = into
     x, scale = x.contiguous(), unit_scale(spec.bound)
     entries = aligned_rows(entries)
     config = _bwd_config(width, layers, entries.dtype)
-    programs = config.pop("programs") * _multiprocessors(x.device)
+    programs = config.pop("programs") * multiprocessors(x.device)
     programs = min(programs, -(-rows // config["BLOCK"]))
     together = config.pop("together")
     to_features = None

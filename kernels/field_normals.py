@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.kernels._grid import position_gradient, scatter_features
-from dream_fast.kernels._launch import check_kernel_dtype, check_positive, launch, use_triton
+from dream_fast.kernels._launch import check_kernel_dtype, check_positive, launch, multiprocessors, use_triton
 from dream_fast.kernels._normals_analytic import analytic_bwd_kernel, analytic_fwd_kernel
 from dream_fast.kernels._normals_differences import (
     TAPS,
@@ -40,9 +40,8 @@ from dream_fast.kernels.field import (
     logits_reference,
     sigma_reference,
     spec_numbers,
+    spec_of,
 )
-from dream_fast.kernels.field import _multiprocessors as multiprocessors
-from dream_fast.kernels.field import _spec_of as spec_of
 
 
 def field_normals_reference(
@@ -96,7 +95,7 @@ def _fwd_config(mode: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     # The Jacobian needs as many registers again. Narrow fp32 takes 4 warps for the reason in `_bwd_config`.
     differences, narrow = mode == "finite_difference", dtype == torch.float32 and width <= 32
     warps = 4 if narrow or (differences and width <= 64) else 8
-    return {"BLOCK": 64, "num_warps": warps, "PAIRS": False}
+    return {"BLOCK": 64, "num_warps": warps}
 
 
 def _bwd_config(mode: str, width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
@@ -109,7 +108,7 @@ def _bwd_config(mode: str, width: int, layers: int, dtype: torch.dtype) -> dict[
         warps = 4 if width <= 32 else 8
     else:
         warps = 4 if width <= 64 and layers <= 2 else 8
-    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "PAIRS": False, "together": together}
+    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "together": together}
 
 
 def _constants(spec: FieldSpec, width: int, layers: int) -> dict[str, int | bool | float]:

@@ -257,7 +257,6 @@ def _hash_grid_fwd_kernel(
     SMOOTH: tl.constexpr,
     STORED: tl.constexpr,
     ROUNDED: tl.constexpr,
-    JOINED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One level (two features of it) of a block of points; the level changes slowest: its entries stay in the cache."""
@@ -285,16 +284,10 @@ def _hash_grid_fwd_kernel(
     entries = table + numbers[0] * PAIRS + pair
     low = tl.zeros((BLOCK,), tl.float32)
     high = tl.zeros((BLOCK,), tl.float32)
-    if JOINED:
-        for edge in tl.static_range(4):
-            a0, b0, a1, b1 = _corners.load_neighbours(entries, rows[2 * edge], rows[2 * edge + 1], inside, STORED)
-            low += weights[2 * edge] * a0 + weights[2 * edge + 1] * a1
-            high += weights[2 * edge] * b0 + weights[2 * edge + 1] * b1
-    else:
-        for corner in tl.static_range(8):
-            first, second = _corners.load_entry(entries, rows[corner] * PAIRS, inside, STORED, ROUNDED)
-            low += weights[corner] * first
-            high += weights[corner] * second
+    for corner in tl.static_range(8):
+        first, second = _corners.load_entry(entries, rows[corner] * PAIRS, inside, STORED, ROUNDED)
+        low += weights[corner] * first
+        high += weights[corner] * second
     column = (level * FEATURES + pair * 2).to(tl.int64) * n
     tl.store(out + column + row, low, mask=row < n)
     if FEATURES > 1:
@@ -302,8 +295,8 @@ def _hash_grid_fwd_kernel(
 
 
 def _fwd_config() -> dict[str, int]:
-    """One point a lane: its eight gathers are in flight together. JOINED: x-neighbours in one load where possible."""
-    return {"BLOCK": 256, "num_warps": 8, "JOINED": False}
+    """One point a lane: its eight gathers are in flight together."""
+    return {"BLOCK": 256, "num_warps": 8}
 
 
 def _copies_table(n: int, rows: int) -> bool:
@@ -361,8 +354,6 @@ def _encode(
     entries, stored = _corners.packed(table.contiguous())
     out = torch.empty(spec.channels, n, dtype=getattr(torch, dtype), device=x.device)
     config = _fwd_config()
-    # Only rows of four bytes adjoin in eight, and only those of a table that is rounded already.
-    config["JOINED"] = config["JOINED"] and spec.features == 2 and entries.dtype == torch.int32
     launch(
         _hash_grid_fwd_kernel,
         (-(-n // config["BLOCK"]), spec.levels * max(spec.features // 2, 1)),

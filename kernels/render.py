@@ -25,8 +25,7 @@ from dream_fast.kernels._render_kernels import (
 )
 from dream_fast.kernels._tile import aligned_rows, flatten_parameters, fusable, level_table, tile_constants, unit_scale
 from dream_fast.kernels.composite import composite
-from dream_fast.kernels.field import FieldSpec, check_field, field, field_reference, spec_numbers
-from dream_fast.kernels.field import _spec_of as spec_of
+from dream_fast.kernels.field import FieldSpec, check_field, field, field_reference, spec_numbers, spec_of
 from dream_fast.kernels.field_normals import field_normals, field_normals_reference
 from dream_fast.kernels.march import check_rays, march, packed_intervals, step_limits
 from dream_fast.kernels.occupancy import cascades, half_sizes

@@ -6,7 +6,7 @@ today's classes. No trained weight is involved; what is tested is that the shape
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -137,10 +137,8 @@ def random_weights(module: torch.nn.Module, generator: torch.Generator) -> dict[
     return weights
 
 
-def write_model(
-    folder: Path, write_tokenizer: Callable[..., int], unet: dict, vae: dict, text: dict, schedule: dict
-) -> None:
-    """Write a model of these configurations in the Stable Diffusion layout, as its repositories on the hub have it."""
+def write_weights(folder: Path, unet: dict, vae: dict, text: dict) -> None:
+    """Write random weights of these shapes in the Stable Diffusion layout, 2.6 GB."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -149,14 +147,8 @@ def write_model(
         unet_model = UNet2DConditionModel.from_config(unet)
         vae_model = AutoencoderKL.from_config(vae)
         text_model = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in text.items() if k != "torch_dtype"}))
-    for part, config, file in (
-        ("unet", unet, "config.json"),
-        ("vae", vae, "config.json"),
-        ("text_encoder", text, "config.json"),
-        ("scheduler", schedule, "scheduler_config.json"),
-    ):
-        (folder / part).mkdir(parents=True)
-        (folder / part / file).write_text(json.dumps(config))
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        (folder / part).mkdir()
     save_file(random_weights(unet_model, generator), folder / "unet" / "diffusion_pytorch_model.safetensors")
 
     weights = {}
@@ -173,7 +165,16 @@ def write_model(
     weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(weights, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
 
-    write_tokenizer(folder / "tokenizer", vocabulary_size=text["vocab_size"])
+
+def write_configurations(folder: Path, unet: dict, vae: dict, text: dict, schedule: dict) -> None:
+    """Write what is beside the weights and the tokenizer, as the repositories on the hub have it."""
+    for part, config, file in (
+        ("unet", unet, "config.json"),
+        ("vae", vae, "config.json"),
+        ("text_encoder", text, "config.json"),
+        ("scheduler", schedule, "scheduler_config.json"),
+    ):
+        (folder / part / file).write_text(json.dumps(config))
     if text is TEXT_2:  # these pad with another token than their tokenizer_config.json says
         (folder / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
     (folder / "model_index.json").write_text(
@@ -193,17 +194,37 @@ def write_model(
     )
 
 
+@pytest.fixture(scope="module")
+def write_model(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_writer: Callable[..., int]
+) -> Iterator[Callable[[str], Path]]:
+    """Writes a version's model and gives its folder. Versions of the same shapes share weights, one after the other."""
+    folders: dict[str, Path] = {}
+
+    def remove() -> None:
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        folders.clear()
+
+    def write(version: str) -> Path:
+        unet, vae, text, schedule = MODELS[version]
+        shapes = version[0]
+        if shapes not in folders:
+            remove()
+            folders[shapes] = tmp_path_factory.mktemp("model")
+            write_weights(folders[shapes], unet, vae, text)
+            tokenizer_writer(folders[shapes] / "tokenizer", vocabulary_size=text["vocab_size"])
+        write_configurations(folders[shapes], unet, vae, text, schedule)
+        return folders[shapes]
+
+    yield write
+    remove()
+
+
 @pytest.mark.parametrize("version", MODELS)
-def test_true_configuration_loads_and_guides(
-    version: str, tmp_path: Path, tokenizer_writer: Callable[..., int]
-) -> None:
-    unet, vae, text, schedule = MODELS[version]
-    folder = tmp_path / "model"
-    try:
-        write_model(folder, tokenizer_writer, unet, vae, text, schedule)
-        components = load_components(folder, "cpu", torch.bfloat16)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # 2.6 GB
+def test_true_configuration_loads_and_guides(version: str, write_model: Callable[[str], Path]) -> None:
+    unet, _, text, schedule = MODELS[version]
+    components = load_components(write_model(version), "cpu", torch.bfloat16)
 
     latent_size = unet["sample_size"]
     assert (components.latent_size, components.image_size) == (latent_size, 8 * latent_size)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dream_fast.kernels import _grid
+
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -29,3 +31,16 @@ def pytest_collection_modifyitems(items):
 def device() -> torch.device:
     """Where the kernels run."""
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch):
+    """The interpreter takes as long for one lane as for a thousand: many lanes, few steps and few instructions."""
+    if INTERPRETED:
+        config = _grid._scatter_config
+
+        def short(*shape):
+            found = config(*shape)
+            return found | {"BLOCK": 512, "RUN": 2, "WIDTH": min(found["WIDTH"], 2)}
+
+        monkeypatch.setattr(_grid, "_scatter_config", short)

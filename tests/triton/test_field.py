@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import sys
 
 import pytest
 import torch
@@ -306,19 +305,6 @@ def test_random_settings(seed, device):
     options = {"active_levels": pick.choice([None, levels // 2]), "count": count, "dtype": dtype}
     into = pick.choice([("x",), ("mlp",), ("x", "mlp")]) if INTERPRETED else ("x", "table", "mlp")
     compare(inputs, upstream, spec, into=into, **options)
-
-
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
-def test_loading_pairs_changes_nothing(dtype, device, monkeypatch):
-    module = sys.modules["dream_fast.kernels.field"]
-    inputs, upstream = make(70, device=device)
-    single = run(field, inputs, upstream, FieldSpec(grid=GRID), dtype=dtype, into=("mlp",))
-    for name in ("_fwd_config", "_bwd_config"):
-        config = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *shape, config=config: config(*shape) | {"PAIRS": True})
-    pairs = run(field, inputs, upstream, FieldSpec(grid=GRID), dtype=dtype, into=("mlp",))
-    for name in single:
-        torch.testing.assert_close(pairs[name], single[name], rtol=1e-3, atol=1e-3)
 
 
 def test_forward_repeats(device):

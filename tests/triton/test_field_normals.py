@@ -7,28 +7,27 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.kernels import FieldSpec, HashGridSpec, _grid, field_normals, field_normals_reference, field_reference
+from dream_fast.kernels import (
+    FieldSpec,
+    HashGridSpec,
+    field_normals,
+    field_normals_reference,
+    field_plan,
+    field_reference,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SEEDS = 6 if INTERPRETED else 150
 MODES = ["finite_difference", "analytic"]
 HALF = torch.float16
-# A dense level and hashed ones.
-GRID = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=5, max_resolution=20)
+# A dense level and hashed ones. The interpreter takes its time for every level, and for every tile of 64 points.
+GRID = HashGridSpec(levels=2 if INTERPRETED else 3, features=2, log2_entries=8, base_resolution=5, max_resolution=20)
 SPEC = FieldSpec(grid=GRID, blob_radius=0.5)
 FUSED = [(width, layers) for width in (16, 32, 64, 128) for layers in (1, 2, 3, 4)]
 UNFUSED = [(24,), (16, 32), (), (16,) * 5]
 if INTERPRETED:
     FUSED, UNFUSED = [(16, 4), (32, 2), (64, 3), (128, 1)], [(24,)]
 NAMES = ("sigma", "albedo", "normal")
-
-
-@pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    """The interpreter takes as long for a step of one lane as for one of all of them."""
-    if INTERPRETED:
-        config = _grid._scatter_config
-        monkeypatch.setattr(_grid, "_scatter_config", lambda *args: config(*args) | {"RUN": 8})
 
 
 def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0):
@@ -100,7 +99,7 @@ def skip_bf16(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16])
 def test_outputs_and_gradients(mode, dtype, device):
     skip_bf16(dtype)
-    inputs, upstream = make(70, device=device)
+    inputs, upstream = make(60, device=device)
     compare(inputs, upstream, SPEC, dtype=dtype, mode=mode, epsilon=0.05)
 
 
@@ -109,7 +108,7 @@ def test_outputs_and_gradients(mode, dtype, device):
 def test_activations(mode, activation, device):
     """The origin is a kink of the cone; points outside the cube have no features."""
     spec = FieldSpec(grid=GRID, bound=0.7, density_activation=activation, blob_density=2.0, blob_radius=0.4)
-    inputs, upstream = make(30, spec, device=device, reach=1.1, seed=1)
+    inputs, upstream = make(60, spec, device=device, reach=1.1, seed=1)
     inputs[0][3], inputs[0][4] = 0, 0.72
     compare(inputs, upstream, spec, mode=mode, epsilon=0.03)
 
@@ -118,7 +117,7 @@ def test_activations(mode, activation, device):
 @pytest.mark.parametrize("logit", [-26.0, 30.0], ids=["floor", "clamp"])
 def test_density_at_the_ends_of_its_range(mode, logit, device):
     """Below the floor the normal's length carries a gradient; past the clamp sigma is flat and its slope is not."""
-    inputs, upstream = make(30, device=device, logit=logit, seed=2)
+    inputs, upstream = make(60, device=device, logit=logit, seed=2)
     if logit > 0 and mode == "finite_difference":
         upstream[2].zero_()  # differences of a flat sigma have no direction
     got = compare(inputs, upstream, SPEC, mode=mode, epsilon=0.05)
@@ -133,7 +132,7 @@ def test_density_at_the_ends_of_its_range(mode, logit, device):
 def test_gradient_of_x_through_differences(points, device):
     """Points on the cube's faces and past them: a tap that was held takes no gradient along that axis."""
     spec = FieldSpec(grid=GRID, bound=0.75, blob_radius=0.5)  # a face that is the same in every dtype
-    inputs, upstream = make(30, spec, device=device, reach=1.05, seed=3)
+    inputs, upstream = make(60, spec, device=device, reach=1.05, seed=3)
     inputs[0][:4, 1] = 0.75
     inputs[0][4:8, 2] = -0.75
     got = compare(inputs, upstream, spec, epsilon=0.05, points=points)
@@ -143,7 +142,7 @@ def test_gradient_of_x_through_differences(points, device):
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
 def test_gradient_of_x_through_analytic_normals(activation, device):
     spec = FieldSpec(grid=GRID, bound=0.6, density_activation=activation, blob_radius=0.5)
-    inputs, upstream = make(30, spec, device=device, reach=1.05, seed=4)
+    inputs, upstream = make(60, spec, device=device, reach=1.05, seed=4)
     inputs[0][3] = 0
     compare(inputs, upstream, spec, mode="analytic", points=True)
 
@@ -151,15 +150,16 @@ def test_gradient_of_x_through_analytic_normals(activation, device):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("width", "layers"), FUSED)
 def test_fused_shapes(mode, width, layers, device):
-    inputs, upstream = make(20, device=device, hidden=(width,) * layers, seed=width + layers)
-    dtype = None if INTERPRETED else HALF
+    inputs, upstream = make(60, device=device, hidden=(width,) * layers, seed=width + layers)
+    dtype = torch.float32 if INTERPRETED and width < 128 else HALF
+    assert field_plan(SPEC, inputs[2], dtype) == "fused"
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, dtype=dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("hidden", UNFUSED, ids=str)
 def test_unfused_shapes(mode, hidden, device):
-    inputs, upstream = make(20, device=device, hidden=hidden, seed=5)
+    inputs, upstream = make(60, device=device, hidden=hidden, seed=5)
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1)
 
 
@@ -172,9 +172,9 @@ def test_small_shapes(mode, n, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("count", [0, 1, 65, 99])
-def test_padding_rows_do_not_matter(mode, count, device):
-    inputs, upstream = make(80, device=device, seed=6)
+@pytest.mark.parametrize(("n", "count"), [(80, 0), (60, 1), (80, 65), (60, 99)])
+def test_padding_rows_do_not_matter(mode, n, count, device):
+    inputs, upstream = make(n, device=device, seed=6)
     options = {"mode": mode, "epsilon": 0.1, "count": torch.tensor(count, device=device)}
     inputs[0][count:] = float("nan")
     for value in upstream:
@@ -191,16 +191,16 @@ def test_padding_rows_do_not_matter(mode, count, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("active", [0, 2, 9, "tensor"])
+@pytest.mark.parametrize("active", [0, 1, 9, "tensor"])
 def test_active_levels(mode, active, device):
-    inputs, upstream = make(30, device=device, seed=7)
-    active = torch.tensor(3, device=device) if active == "tensor" else active
+    inputs, upstream = make(60, device=device, seed=7)
+    active = torch.tensor(1, device=device) if active == "tensor" else active
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, active_levels=active)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_strides_do_not_matter(mode, device):
-    inputs, upstream = make(30, device=device, seed=8)
+    inputs, upstream = make(60, device=device, seed=8)
     x, table, weights, biases = inputs
     strided = [x.t().contiguous().t(), table.t().contiguous().t(), [w.t().contiguous().t() for w in weights], biases]
     slanted = [u.repeat_interleave(2, 0)[::2] for u in upstream]
@@ -216,7 +216,7 @@ def test_strides_do_not_matter(mode, device):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_normal_of_a_flat_density_is_zero(mode, device):
-    inputs, upstream = make(20, device=device)
+    inputs, upstream = make(60, device=device)
     inputs[2][-1].zero_()
     got = run(field_normals, inputs, upstream, FieldSpec(grid=GRID, blob_density=0.0), mode=mode)
     assert not got["normal"].any()
@@ -280,7 +280,7 @@ def test_repeats_bit_for_bit(mode, device, deterministic):
     options = {"mode": mode, "dtype": HALF, "count": count, "points": True}
     first = run(field_normals, inputs, upstream, SPEC, **options)
     assert all(torch.isfinite(value).all() for value in first.values())
-    for _ in range(2 if INTERPRETED else 9):
+    for _ in range(1 if INTERPRETED else 9):
         again = run(field_normals, inputs, upstream, SPEC, **options)
         assert all(torch.equal(value, first[name]) for name, value in again.items())
 

@@ -34,19 +34,6 @@ SMALL = HashGridSpec(levels=5, features=2, log2_entries=8, base_resolution=4, ma
 TINY = HashGridSpec(levels=2, features=2, log2_entries=6, base_resolution=4, max_resolution=7)
 
 
-@pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    """In the interpreter a step takes the same time for any number of lanes: few steps."""
-    if INTERPRETED:
-        config = GRID._scatter_config
-
-        def short(n, features, deterministic):
-            found = config(n, features, deterministic)
-            return found | {"RUN": 2, "WIDTH": min(found["WIDTH"], 2)}
-
-        monkeypatch.setattr(GRID, "_scatter_config", short)
-
-
 @pytest.fixture
 def deterministic():
     """Whole-number sums; and what torch.empty gives is filled with NaN, so that rows nobody wrote show."""
@@ -114,11 +101,9 @@ def test_all_gradients(device, features, interpolation):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("features", "copies", "joined"), [(1, True, False), (2, False, False), (2, True, True)])
-def test_half_precision(device, features, copies, joined, dtype, monkeypatch):
+@pytest.mark.parametrize(("features", "copies"), [(1, True), (2, False), (2, True)])
+def test_half_precision(device, features, copies, dtype, monkeypatch):
     monkeypatch.setattr(MODULE, "_copies_table", lambda n, rows: copies)
-    config = MODULE._fwd_config
-    monkeypatch.setattr(MODULE, "_fwd_config", lambda: config() | {"JOINED": joined})
     spec = HashGridSpec(levels=2, features=features, log2_entries=6, base_resolution=4, max_resolution=7)
     out = compare(inputs(spec, 60, device, dtype=dtype), spec, dtype=dtype)[0]
     assert out.dtype == dtype
