@@ -124,10 +124,35 @@ class RunConfig(Room):
     save_mesh: bool = option(False, "export mesh/mesh.glb with vertex colours at the end", may_change=True)
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
     fp16: bool = option(False, "half precision on a CUDA GPU; a CPU runs in fp32")
-    vram_O: bool = option(False, "less memory: VAE in slices, memory-efficient attention", may_change=True)
+    vram_O: bool = option(
+        False,
+        "less memory: xformers attention, VAE in slices, parts of its encoder computed again in the backward pass",
+        may_change=True,
+    )
+    attention: str = option(
+        "auto",
+        "what computes the image model's attention; auto: the fastest here, measured at the start of a run (torch's "
+        "sdpa on a CPU), and the same again when the run is taken up",
+        choices=("auto", "xformers", "sdpa", "cudnn"),
+        may_change=True,
+    )
+    compile: bool = option(
+        False,
+        "torch.compile of the image model, on a GPU: faster steps, after one to three minutes of compiling at each "
+        "start (less with a warm cache), so for long runs with Stable Diffusion",
+        may_change=True,
+    )
     deterministic: bool = option(False, "on a GPU, the same seed gives the same bits, somewhat slower")
     device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.deterministic:
+            raise UserError(
+                "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "
+                "in another order the next time"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

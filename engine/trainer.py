@@ -27,6 +27,7 @@ from dream_fast.engine.config import Config, ShadingConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.field import Field
+from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.losses import add_table_gradients, needs_normals, regularizers
 from dream_fast.engine.optim import LossScaler, Optimizer
@@ -105,6 +106,7 @@ class Trainer:
         self.scaler = LossScaler(runtime.fp16, runtime.device)
         self.generator = torch.Generator(runtime.device)
         self.schedule = Schedule(config.run.iters)
+        self.attention: Chosen | None = None  # of the guidance; kept, so that a resumed run computes alike
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
@@ -305,6 +307,7 @@ class Trainer:
             "schedule": dataclasses.asdict(self.schedule),
             "skipped": self.skipped,
             "overflowed": self.overflowed,
+            "attention": None if self.attention is None else list(self.attention),
         }
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
 
@@ -317,6 +320,8 @@ class Trainer:
         self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
         self.overflowed.copy_(state["overflowed"])
+        kept = state.get("attention")  # checkpoints of earlier versions have none
+        self.attention = None if kept is None else Chosen(*kept)
 
 
 def _number(tensor: Tensor) -> float | None:

@@ -28,7 +28,7 @@ def test_facts(tiny_model: Path) -> None:
     components = load_components(tiny_model, "cpu")
     assert (components.image_size, components.latent_size, components.latent_channels) == (32, 8, 4)
     assert (components.prediction_type, components.num_train_timesteps) == ("epsilon", 1000)
-    assert components.scaling_factor == 0.18215 and components.attention == "sdpa"
+    assert components.scaling_factor == 0.18215 and str(components.attention) == "sdpa"
     assert components.alphas_cumprod.shape == (1000,) and components.alphas_cumprod.dtype == torch.float32
     assert components.vae.decoder is None
     for model in (components.unet, components.vae, components.text_encoder):
