@@ -111,12 +111,14 @@ class Trainer:
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
         self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
+        self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part of a step, to time it
 
     # ------------------------------------------------------------------------------------------------------- a step
 
     def train_step(self) -> Step:
         """One step of the optimisation."""
         config, progress = self.config, self.schedule.progress(self.step)
+        self.mark("start")
         dice = random.Random(step_seed(self.seed, self.step))
         generator = self.generator.manual_seed(step_seed(self.seed, self.step))
         height, width, batch = config.camera.h, config.camera.w, config.camera.batch_size
@@ -139,6 +141,7 @@ class Trainer:
             generator=generator,
         )
         pictures = self._pictures(rendered, phase, batch, height, width)
+        self.mark("render")
         guided = self.guidance(
             pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent"
         )
@@ -166,6 +169,7 @@ class Trainer:
             scale=self.scaler.scale,
             generator=generator,
         )
+        self.mark("backward")
         # A step whose samples did not fit their buffers is not taken: not a number tells the optimiser so.
         overflow = rendered.overflow
         skipped = self.optimizer.step(
@@ -178,6 +182,7 @@ class Trainer:
         self.skipped += skipped
         self.overflowed += overflow
         self.skipped_in_a_row.add_(1).mul_(skipped)
+        self.mark("optimiser")
         self.step += 1
         return Step(phase, terms, guided, rendered)
 

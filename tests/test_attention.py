@@ -101,7 +101,7 @@ def test_matrix_products_are_attention_forward_and_backward(dtype: torch.dtype) 
 
 
 def test_gradients_of_small_weights_survive_half_precision() -> None:
-    """4096 keys of about equal weight: the gradients of their scores, about 3e-6, are among fp16's subnormal numbers."""
+    """4096 keys of about equal weight: the gradients of their scores, about 3e-6, are subnormal in fp16."""
     q, k, v, upstream = draws((1, 4, 1, 32), (1, 4096, 1, 32), (1, 4096, 1, 32), (1, 4, 1, 32), dtype=torch.float16)
     inputs = [0.1 * q, k, v]
     _, got, *_ = attend("matmul", inputs, 0.01 * upstream)

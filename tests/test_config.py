@@ -197,8 +197,14 @@ def test_a_saved_configuration_of_another_version_is_refused():
 def test_what_makes_it_another_run():
     base = Config()
     free = base.override(dict(iters=5, workspace="w", W=9, H=9, vram_O=True, save_mesh=True, dataset_size_test=3))
+    free = free.override(dict(attention="sdpa", compile=True))
     assert base.differences(free) == []
     assert base.differences(base.override(dict(lr=0.5, text="a cat"))) == [
         "--text None, not a cat",
         "--lr 0.001, not 0.5",
     ]
+
+
+def test_compiled_kernels_do_not_repeat_bits():
+    with pytest.raises(UserError, match="--compile does not go with --deterministic"):
+        Config().override(dict(compile=True, deterministic=True))

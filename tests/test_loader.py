@@ -108,6 +108,11 @@ def test_missing_component(broken: Path, part: str) -> None:
         load_components(broken, "cpu")
 
 
+def test_compiling_is_for_gpus(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="--compile needs a GPU"):
+        load_components(tiny_model, "cpu", compiled=True)
+
+
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -15,6 +15,7 @@ Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class ScoreDistillation:
         self.config = config
         self.method = method
         graphed = cuda_graphs and components.device.type == "cuda"
+        self.mark: Callable[[str], None] = lambda part: None  # called inside the graph when it is captured
         self._score_of = CudaGraphed(self._score) if graphed else self._score
 
     def __call__(
@@ -117,7 +119,9 @@ class ScoreDistillation:
         with torch.enable_grad():
             picture = rgb.detach().requires_grad_()
             z = self._latents(picture, draw)
+        self.mark("encode")
         gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise)
+        self.mark("unet")
         # The encoder's backward may run in fp16: its upstream gradient gets a peak of 1, to stay in range.
         peak = gradient.abs().amax().clamp_min(1e-12)
         (image_gradient,) = torch.autograd.grad(z, picture, gradient / peak)
