@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,6 +246,8 @@ class Clock:
         trainer.mark = score.mark = self.mark
         if hasattr(score._score_of, "captured"):
             score._score_of.captured.clear()  # captured again, with the marks
+        if trainer._graphs is not None:
+            trainer._graphs.clear()
 
     def mark(self, part: str) -> None:
         if self.device.type == "cuda":
@@ -315,7 +317,7 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
         print(f"{case.name}: {lost} of the timed steps were not taken", flush=True)
     step = trainer.train_step()
     row = make_row(case, "triton" if device.type == "cuda" else "torch", trainer, timing, peak, exact, head)
-    row |= {"max_err": float(f"{found:.3g}"), "samples": int(step.rendered.samples.count)}
+    row |= {"max_err": float(f"{found:.3g}"), "samples": int(step.samples)}
     row |= {"attention": str(score.components.attention), "start_s": round(start_s, 1)}
     try:
         row["split_ms"] = Clock(trainer, device).split()
@@ -381,6 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="only this case (may be given several times)")
     parser.add_argument("--no-peer", action="store_true", help="without plain diffusers and the references")
+    parser.add_argument("--step_graph", action="store_true", help="our steps with --step_graph; give --out as well")
     parser.add_argument("--limit", type=float, help="GiB that our step may reserve; it fails where that is too little")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of 16 steps that are timed")
     parser.add_argument("--out", type=Path, help="file to write (default results/<gpu>.json of the package)")
@@ -395,6 +398,8 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = [], []
     exact: dict[bool, Exact] = {}
     chosen = [case for case in CASES if not args.case or case.name in args.case]
+    if args.step_graph:
+        chosen = [replace(case, typed=case.typed | {"step_graph": True}) for case in chosen]
     for case in chosen:
         bound_memory(None, device)
         if device.type == "cpu" and case.typed.get("compile"):

@@ -144,6 +144,12 @@ class RunConfig(Room):
     )
     deterministic: bool = option(False, "on a GPU, the same seed gives the same bits, somewhat slower")
     device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    step_graph: bool = option(
+        False,
+        "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
+        "wait for the host",
+        may_change=True,
+    )
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
 
     def __post_init__(self) -> None:
@@ -344,6 +350,15 @@ class Config:
             values = data[room.name]
             rooms[room.name] = room.type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         return cls(**rooms)
+
+    def __post_init__(self) -> None:
+        changing = [name for name, on in self._read_on_the_host().items() if on]
+        if self.run.step_graph and changing:
+            raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
+
+    def _read_on_the_host(self) -> dict[str, bool]:
+        """Settings by which a kernel gets other numbers of the host in each step."""
+        return {"--progressive_level": self.shading.progressive_level, "--lambda_tv": self.loss.lambda_tv > 0}
 
     def override(self, typed: Mapping[str, Any]) -> "Config":
         """A copy with the settings in ``typed`` (by flag name) replaced. UserError: an unknown name or a bad value."""

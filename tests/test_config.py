@@ -208,3 +208,10 @@ def test_what_makes_it_another_run():
 def test_compiled_kernels_do_not_repeat_bits():
     with pytest.raises(UserError, match="--compile does not go with --deterministic"):
         Config().override(dict(compile=True, deterministic=True))
+
+
+@pytest.mark.parametrize("other", [{"progressive_level": True}, {"lambda_tv": 0.1}])
+def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
+    flag = f"--{next(iter(other))}"
+    with pytest.raises(UserError, match=f"--step_graph does not go with {flag}"):
+        Config().override({"step_graph": True, **other})

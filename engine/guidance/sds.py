@@ -41,6 +41,13 @@ class GuidanceResult(NamedTuple):
     gradient: Tensor
 
 
+class Settled(NamedTuple):
+    """What else would depend on numbers of the host: noise levels ``t`` [B] and the guidance scale, a scalar."""
+
+    t: Tensor
+    scale: Tensor
+
+
 class ScoreDistillation:
     """Guides pictures by ``components`` as ``config`` says.
 
@@ -77,12 +84,15 @@ class ScoreDistillation:
         progress: float = 0.0,
         generator: torch.Generator | None = None,
         latents: bool = False,
+        settled: Settled | None = None,
     ) -> GuidanceResult:
         """Guide ``rgb`` [B, 3, H, W] in [0, 1] towards ``cond`` [B, T, D] and away from ``uncond`` [B, T, D].
 
         ``progress`` is the fraction of the run that is done. ``generator`` belongs to the model's device. With
         ``latents``, ``rgb`` is [B, C, h, w] in the scale of latents and is only resized. A loss scale enters as the
-        upstream gradient of ``loss``. Raises ValueError for a picture of the wrong shape.
+        upstream gradient of ``loss``. With ``settled`` the call can be captured in a CUDA graph: it takes level and
+        scale from there instead of ``progress`` and makes no graph of its own. Raises ValueError for a picture of the
+        wrong shape.
         """
         channels = self.components.latent_channels if latents else 3
         if rgb.ndim != 4 or rgb.shape[1] != channels:
@@ -91,16 +101,17 @@ class ScoreDistillation:
         device, size = self.components.device, self.components.latent_size
         shape = (batch, self.components.latent_channels, size, size)
         draw = None if latents else torch.randn(shape, generator=generator, device=device)
-        t = self.timesteps(batch, progress, generator)
+        t = self.timesteps(batch, progress, generator) if settled is None else settled.t
         noise = torch.randn(shape, generator=generator, device=device)
-        scale = torch.full((), self.scale(progress), device=device)
+        scale = torch.full((), self.scale(progress), device=device) if settled is None else settled.scale
         with torch.autocast(rgb.device.type, enabled=False):
             if self.method == "mse":
                 z = self._latents(rgb, draw)
                 gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise)
                 loss = 0.5 * (z - (z - gradient).detach()).square().sum() / batch
             else:
-                image_gradient, gradient, value = self._score_of(rgb.detach(), t, cond, uncond, scale, draw, noise)
+                score = self._score_of if settled is None else self._score
+                image_gradient, gradient, value = score(rgb.detach(), t, cond, uncond, scale, draw, noise)
                 loss = _InjectGradient.apply(rgb, image_gradient, value)
         return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient)
 
