@@ -30,6 +30,7 @@ from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.field import Field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult, Settled
+from dream_fast.engine.guidance.text import TextGuidance
 from dream_fast.engine.losses import add_table_gradients, needs_normals, ramp, regularizers
 from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
@@ -144,7 +145,7 @@ class Trainer:
         levels = self._active_levels(progress)
         if self.step % config.render.update_extra_interval == 0:
             self.renderer.update_occupancy(generator, active_levels=levels)
-        if self._graphs is None:
+        if self._graphs is None or not isinstance(self.guidance, TextGuidance):
             dials = Dials(phase.ambient, ramp(self.step, config.run.iters), None)
             done = self._gradients(phase, network, dials, progress, levels)
         else:
