@@ -34,7 +34,7 @@ from dream_fast.bench.accuracy import error, tolerance
 from dream_fast.bench.kernels import RESULTS, file_name, header
 from dream_fast.bench.sd_model import TOKENS, RandomPrompt, in_dtype, random_components
 from dream_fast.engine.config import Config, resolve
-from dream_fast.engine.guidance.loader import Components, load_components, prepare_components
+from dream_fast.engine.guidance.loader import CHANNELS_LAST, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
@@ -76,7 +76,10 @@ TINY = {
 
 @dataclass(frozen=True)
 class StepCase:
-    """A name, the embedded model or Stable Diffusion's, flags, what it must reach (ms, GiB), whether it has a peer."""
+    """A name, the embedded model or Stable Diffusion's, flags, what it must reach (ms, GiB), whether it has a peer.
+
+    channels_last: which of Stable Diffusion's modules compute so, to try another choice than a run's.
+    """
 
     name: str
     mini: bool = False
@@ -84,6 +87,7 @@ class StepCase:
     must_ms: float | None = None
     must_gib: float | None = None
     peer: bool = False
+    channels_last: tuple[str, ...] = CHANNELS_LAST
 
     def config(self, device: torch.device) -> Config:
         typed = (MINI if self.mini else BALL) | self.typed | (TINY if device.type == "cpu" else {})
@@ -126,7 +130,7 @@ def our_components(case: StepCase, config: Config, device: torch.device, dtype: 
     if case.mini:
         return load_components(MODEL_FOLDER, device, dtype, **options)
     components = random_components(device, dtype, tiny=device.type == "cpu")
-    prepare_components(components, TOKENS, **options)
+    prepare_components(components, TOKENS, **options, channels_last=case.channels_last)
     return components
 
 
@@ -308,6 +312,8 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     score = trainer.guidance.score
     tokens = trainer.guidance.prompts.negative.shape[1]
     found = error(picture_gradient(score, trainer.config.camera.h, tokens), exact.gradient)
+    if trainer._graphs is not None:
+        score._score_of.captured.clear()  # of the picture alone; the steps have graphs of their own
     settle(trainer, 3 if device.type == "cuda" else 1)
     skipped, overflowed = int(trainer.skipped), int(trainer.overflowed)
     timing = time_steps(trainer, device, blocks)
@@ -383,6 +389,8 @@ def main(argv: list[str] | None = None) -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="only this case (may be given several times)")
     parser.add_argument("--no-peer", action="store_true", help="without plain diffusers and the references")
+    layouts = "modules of Stable Diffusion in channels last (unet, vae, or none); give --out as well"
+    parser.add_argument("--channels_last", nargs="+", choices=("unet", "vae", "none"), help=layouts)
     parser.add_argument("--step_graph", action="store_true", help="our steps with --step_graph; give --out as well")
     parser.add_argument("--limit", type=float, help="GiB that our step may reserve; it fails where that is too little")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of 16 steps that are timed")
@@ -398,6 +406,8 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = [], []
     exact: dict[bool, Exact] = {}
     chosen = [case for case in CASES if not args.case or case.name in args.case]
+    if args.channels_last:
+        chosen = [replace(case, channels_last=tuple(args.channels_last)) for case in chosen]
     if args.step_graph:
         chosen = [replace(case, typed=case.typed | {"step_graph": True}) for case in chosen]
     for case in chosen:

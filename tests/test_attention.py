@@ -12,7 +12,7 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance import attention
 from dream_fast.engine.guidance.attention import OPERATORS, Chosen, Shape, choose_attention, set_attention
-from dream_fast.engine.guidance.loader import Components, load_components
+from dream_fast.engine.guidance.loader import Components, load_components, prepare_components
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -73,6 +73,19 @@ def test_the_model_computes_what_it_does_with_diffusers_own_processors(
     assert replaced == 9  # self and cross in four blocks of the UNet, and the encoder's own
     for mine, theirs in zip(got, outputs(components), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_gives_the_same_and_stays_so(tiny_model: Path) -> None:
+    results, strides = [], []
+    for layout in ((), ("unet", "vae")):
+        components = load_components(tiny_model, DEVICE, attention="sdpa")
+        prepare_components(components, 77, attention="sdpa", channels_last=layout)
+        attn = components.vae.encoder.mid_block.attentions[0]
+        attn.register_forward_hook(lambda module, inputs, out: strides.append(out.stride()))
+        results.append(outputs(components))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    assert strides == [(2048, 64, 8, 1), (2048, 1, 256, 32)]  # no copy between the blocks around the attention
 
 
 def attend(kind: str, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
