@@ -141,6 +141,8 @@ def prompt_of(case: StepCase, components: Components) -> PromptEmbeddings:
 def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -> Trainer:
     """The trainer of a run with the flags of ``case``; ``plain`` guides by diffusers alone, call by call."""
     config = case.config(device)
+    if plain:
+        config = config.override({"step_graph": False})  # the references ask the device for sizes
     runtime = choose_runtime(config)
     prepare(runtime, config.run.seed)
     if plain:
