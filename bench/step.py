@@ -34,7 +34,7 @@ from dream_fast.bench.accuracy import error, tolerance
 from dream_fast.bench.kernels import RESULTS, file_name, header
 from dream_fast.bench.sd_model import TOKENS, RandomPrompt, in_dtype, random_components
 from dream_fast.engine.config import Config, resolve
-from dream_fast.engine.guidance.loader import CHANNELS_LAST, Components, load_components, prepare_components
+from dream_fast.engine.guidance.loader import CHANNELS_LAST, COMPILED, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
@@ -78,7 +78,7 @@ TINY = {
 class StepCase:
     """A name, the embedded model or Stable Diffusion's, flags, what it must reach (ms, GiB), whether it has a peer.
 
-    channels_last: which of Stable Diffusion's modules compute so, to try another choice than a run's.
+    channels_last, compiled: which of the image model's modules compute so, to try another choice than a run's.
     """
 
     name: str
@@ -88,6 +88,7 @@ class StepCase:
     must_gib: float | None = None
     peer: bool = False
     channels_last: tuple[str, ...] = CHANNELS_LAST
+    compiled: tuple[str, ...] = COMPILED
 
     def config(self, device: torch.device) -> Config:
         typed = (MINI if self.mini else BALL) | self.typed | (TINY if device.type == "cpu" else {})
@@ -126,7 +127,8 @@ def plain_components(mini: bool, device: torch.device, dtype: torch.dtype) -> Co
 def our_components(case: StepCase, config: Config, device: torch.device, dtype: torch.dtype) -> Components:
     """The same weights, prepared as a run prepares them."""
     run = config.run
-    options = dict(vram_O=run.vram_O, attention=run.attention, compiled=run.compile)
+    compiled = case.compiled if run.compile else ()
+    options = dict(vram_O=run.vram_O, attention=run.attention, compiled=compiled)
     if case.mini:
         return load_components(MODEL_FOLDER, device, dtype, **options)
     components = random_components(device, dtype, tiny=device.type == "cpu")
@@ -393,6 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-peer", action="store_true", help="without plain diffusers and the references")
     layouts = "modules of Stable Diffusion in channels last (unet, vae, or none); give --out as well"
     parser.add_argument("--channels_last", nargs="+", choices=("unet", "vae", "none"), help=layouts)
+    parser.add_argument("--compiled", nargs="+", choices=COMPILED, help="modules that the compiled cases compile")
     parser.add_argument("--step_graph", action="store_true", help="our steps with --step_graph; give --out as well")
     parser.add_argument("--limit", type=float, help="GiB that our step may reserve; it fails where that is too little")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of 16 steps that are timed")
@@ -410,6 +413,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [case for case in CASES if not args.case or case.name in args.case]
     if args.channels_last:
         chosen = [replace(case, channels_last=tuple(args.channels_last)) for case in chosen]
+    if args.compiled:
+        chosen = [replace(case, compiled=tuple(args.compiled)) for case in chosen]
     if args.step_graph:
         chosen = [replace(case, typed=case.typed | {"step_graph": True}) for case in chosen]
     for case in chosen:

@@ -22,7 +22,7 @@ from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.field import Field
 from dream_fast.engine.guidance.attention import Chosen
-from dream_fast.engine.guidance.loader import Components, choose_source, load_components
+from dream_fast.engine.guidance.loader import COMPILED, Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
@@ -168,7 +168,7 @@ def _load_guidance(config: Config, runtime: Runtime, kept: Chosen | None) -> Com
     source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
     # A measurement may end differently the next time.
     attention = "sdpa" if run.deterministic and run.attention == "auto" else run.attention
-    options = dict(vram_O=run.vram_O, attention=attention, kept=kept, compiled=run.compile)
+    options = dict(vram_O=run.vram_O, attention=attention, kept=kept, compiled=COMPILED if run.compile else ())
     components = load_components(source, runtime.device, runtime.dtype, **options)
     if config.shading.latent_iter_ratio > 0 and components.latent_channels != 4:
         raise UserError(

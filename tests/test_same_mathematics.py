@@ -23,7 +23,7 @@ KINDS = {
     "default": {},
     "vram_O": {"vram_O": True},
     "channels_last": {"channels_last": ("unet", "vae")},
-} | ({"compiled": {"compiled": True}} if GPU else {})
+} | ({"compiled": {"compiled": ("unet", "vae")}} if GPU else {})
 
 pytestmark = pytest.mark.gpu
 

@@ -37,6 +37,8 @@ SD_VERSIONS = {
 
 # On a GPU convolutions want channels last, but torch's group norm is slow there (34 for 25 ms in the VAE's encoder).
 CHANNELS_LAST: tuple[str, ...] = ()
+# What --compile compiles.
+COMPILED = ("unet", "vae")
 
 # Folder of each component -> (class name in model_index.json, its configuration, stem of its weights or None).
 _PARTS = {
@@ -98,7 +100,7 @@ def load_components(
     vram_O: bool = False,
     attention: str = "auto",
     kept: Chosen | None = None,
-    compiled: bool = False,
+    compiled: Sequence[str] = (),
 ) -> Components:
     """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
 
@@ -149,16 +151,16 @@ def prepare_components(
     vram_O: bool = False,
     attention: str = "auto",
     kept: Chosen | None = None,
-    compiled: bool = False,
+    compiled: Sequence[str] = (),
     channels_last: Sequence[str] = CHANNELS_LAST,
 ) -> None:
     """Make loaded modules ready to guide with prompts of ``tokens``: frozen, on their device, with their attention.
 
     ``attention`` and ``kept`` are those of :func:`~dream_fast.engine.guidance.attention.choose_attention`. ``vram_O``
     encodes one image at a time, computes the encoder's blocks again in its backward instead of keeping them, and takes
-    xformers' attention where nothing else is wanted and it works. ``compiled`` leaves the UNet and the encoder to
-    torch.compile (with ``vram_O`` the UNet alone, since compiling undoes the recomputation). ``channels_last`` names
-    the modules, "unet" and "vae", whose pictures lie in memory channel by channel within a pixel.
+    xformers' attention where nothing else is wanted and it works. ``compiled`` names what is left to torch.compile,
+    "unet" and "vae" (not the latter with ``vram_O``: compiling undoes the recomputation); ``channels_last`` names those
+    whose pictures lie in memory with the channels of a pixel together.
 
     Raises UserError for an attention that does not work on the device, and for ``compiled`` without a GPU.
     """
@@ -180,10 +182,10 @@ def prepare_components(
         if vram_O and attention == "auto" and kept is None and components.device.type == "cuda"
         else choose(attention, kept)
     )
-    if compiled:
+    if "unet" in compiled:
         unet.compile(dynamic=False)
-        if not vram_O:
-            vae.encoder.compile(dynamic=False)
+    if "vae" in compiled and not vram_O:
+        vae.encoder.compile(dynamic=False)
 
 
 def _frugal(choose: Callable[[str, Chosen | None], Chosen]) -> Chosen:
