@@ -1,6 +1,7 @@
 """Attention inside the image model: every operator against diffusers' own, and which one is taken."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,6 +169,12 @@ def test_a_named_choice_that_does_not_work_is_one_sentence(kind: str, choose) ->
     assert "\n" not in str(refused.value) and str(refused.value).endswith("--attention sdpa always does")
 
 
+def test_little_attention_is_not_measured() -> None:
+    small = Counter({Shape(2, 256, 256, 4, 32): 6, Shape(2, 256, 24, 4, 32): 6})  # the embedded model's
+    kinds = ("cudnn", "xformers")  # neither of which would work here
+    assert attention.fastest(kinds, small, torch.device("cpu"), torch.float32, gradient=False) == "sdpa"
+
+
 def test_a_named_choice_that_works_is_taken_for_both(choose, xformers_of_torch: list) -> None:
     assert choose("xformers") == ("xformers", "xformers")
     assert set(xformers_of_torch) == {(2, 16, 2, 16), (1, 64, 1, 32)}
@@ -233,6 +240,22 @@ def test_an_operator_in_a_cuda_graph_replays_with_other_inputs(kind: str) -> Non
         own, true = attend("sdpa", fresh, upstream), exact(fresh, upstream)
         for name, mine, theirs, expected in zip(("out", "q", "k", "v"), results, own, true, strict=True):
             check(name, mine, theirs, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_fastest_is_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Stable Diffusion's shapes."""
+
+    def refuses(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError("no operator for this")
+
+    monkeypatch.setitem(OPERATORS, "cudnn", refuses)
+    device, half = torch.device("cuda", 0), torch.float16
+    unet = Counter({Shape(2, 4096, 4096, 5, 64): 5, Shape(2, 4096, 77, 5, 64): 5})
+    encoder = Counter({Shape(1, 4096, 4096, 1, 512): 1})
+    assert attention.fastest(attention.KINDS, unet, device, half, gradient=False) in ("sdpa", "xformers")
+    assert attention.fastest(("cudnn", "matmul"), encoder, device, half, gradient=True) == "matmul"
 
 
 @pytest.mark.gpu
