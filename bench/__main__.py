@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "aot": "registers, spills and instructions of every kernel, compiled without a GPU",
     "kernels": "accuracy and speed of every operator on a GPU",
+    "step": "time, memory and parts of a whole step, also at Stable Diffusion's size",
     "compare": "whether a result of `kernels` is slower than an earlier one",
     "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
     "main_job": "time and memory of the main command",

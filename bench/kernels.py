@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dream_fast.bench import measure
+from dream_fast.bench import measure, record
 from dream_fast.bench.cases import FULL, SMALL, Case, run
 from dream_fast.bench.gate import Verdict, judge, judged_case
 from dream_fast.bench.targets import GPU, TARGETS
@@ -283,8 +283,6 @@ def main(argv: list[str] | None = None) -> int:
     for reason in suite.inaccurate:
         print(f"FAILED: {reason}")
     out = args.out or RESULTS / file_name(suite.head["gpu"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join("  " + json.dumps(row) for row in suite.rows)
-    out.write_text(json.dumps(suite.head, indent=1)[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}\n")
+    record.write_kernels(out, suite.head, suite.rows)
     print(json.dumps({"out": str(out), "rows": len(suite.rows), "failed": len(suite.inaccurate)}))
     return int(bool(suite.inaccurate))

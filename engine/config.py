@@ -124,10 +124,41 @@ class RunConfig(Room):
     save_mesh: bool = option(False, "export mesh/mesh.glb with vertex colours at the end", may_change=True)
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
     fp16: bool = option(False, "half precision on a CUDA GPU; a CPU runs in fp32")
-    vram_O: bool = option(False, "less memory: VAE in slices, memory-efficient attention", may_change=True)
+    vram_O: bool = option(
+        False,
+        "less memory: xformers attention, VAE in slices, parts of its encoder computed again in the backward pass",
+        may_change=True,
+    )
+    attention: str = option(
+        "auto",
+        "what computes the image model's attention; auto: the fastest here, measured at the start of a run (torch's "
+        "sdpa on a CPU), and the same again when the run is taken up",
+        choices=("auto", "xformers", "sdpa", "cudnn"),
+        may_change=True,
+    )
+    compile: bool = option(
+        False,
+        "torch.compile of the image model, on a GPU: faster steps, after one to three minutes of compiling at each "
+        "start (less with a warm cache), so for long runs with Stable Diffusion",
+        may_change=True,
+    )
     deterministic: bool = option(False, "on a GPU, the same seed gives the same bits, somewhat slower")
     device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    step_graph: bool = option(
+        False,
+        "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
+        "wait for the host",
+        may_change=True,
+    )
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.deterministic:
+            raise UserError(
+                "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "
+                "in another order the next time"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +350,15 @@ class Config:
             values = data[room.name]
             rooms[room.name] = room.type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         return cls(**rooms)
+
+    def __post_init__(self) -> None:
+        changing = [name for name, on in self._read_on_the_host().items() if on]
+        if self.run.step_graph and changing:
+            raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
+
+    def _read_on_the_host(self) -> dict[str, bool]:
+        """Settings by which a kernel gets other numbers of the host in each step."""
+        return {"--progressive_level": self.shading.progressive_level, "--lambda_tv": self.loss.lambda_tv > 0}
 
     def override(self, typed: Mapping[str, Any]) -> "Config":
         """A copy with the settings in ``typed`` (by flag name) replaced. UserError: an unknown name or a bad value."""

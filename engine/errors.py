@@ -7,3 +7,9 @@ class UserError(Exception):
     The command prints ``dream-fast: error: <sentence>`` and exits with status 2. Anything else that escapes is our own
     defect and keeps its traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says, or its name: libraries explain over several lines."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -78,8 +78,7 @@ def regularizers(
     rendered: Rendered,
     config: LossConfig,
     *,
-    step: int,
-    iters: int,
+    up: float | Tensor,
     height: int,
     width: int,
     field: Field,
@@ -90,10 +89,10 @@ def regularizers(
 ) -> dict[str, Tensor]:
     """The weighted terms of this step, by name. Terms of weight 0, or without the normals they need, are left out.
 
+    `up` is the `ramp` of the step, by which the entropies join.
     `field`, `normals`, `normal_epsilon` and `active_levels` serve the 3D smoothness, which evaluates the field again.
     """
     count = rendered.samples.count
-    up = ramp(step, iters)
     terms = {}
     if config.lambda_entropy > 0:
         terms["entropy"] = config.lambda_entropy * up * opacity_entropy(rendered.opacity)

@@ -21,7 +21,8 @@ from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.field import Field
-from dream_fast.engine.guidance.loader import Components, choose_source, load_components
+from dream_fast.engine.guidance.attention import Chosen
+from dream_fast.engine.guidance.loader import COMPILED, Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
@@ -67,10 +68,11 @@ def run(config: Config) -> int:
             return 0
 
         earlier = [] if fresh else workspace.read_manifest().get("runs", [])
-        components = _load_guidance(config, runtime)
+        components = _load_guidance(config, runtime, trainer.attention)
         prompts = PromptEmbeddings(components, *_texts(config))
         score = ScoreDistillation(components, config.guidance)
         trainer.guidance = TextGuidance(score, prompts, config.camera.angle_overhead)
+        trainer.attention = components.attention
 
         if fresh:
             workspace.clear()
@@ -160,10 +162,14 @@ def _find_checkpoint(config: Config, workspace: Workspace) -> Path | None:
     return found[-1] if found else None
 
 
-def _load_guidance(config: Config, runtime: Runtime) -> Components:
-    guidance = config.guidance
+def _load_guidance(config: Config, runtime: Runtime, kept: Chosen | None) -> Components:
+    """The image model; ``kept`` is the attention that a run which is taken up has computed with."""
+    guidance, run = config.guidance, config.run
     source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
-    components = load_components(source, runtime.device, runtime.dtype, vram_O=config.run.vram_O)
+    # A measurement may end differently the next time.
+    attention = "sdpa" if run.deterministic and run.attention == "auto" else run.attention
+    options = dict(vram_O=run.vram_O, attention=attention, kept=kept, compiled=COMPILED if run.compile else ())
+    components = load_components(source, runtime.device, runtime.dtype, **options)
     if config.shading.latent_iter_ratio > 0 and components.latent_channels != 4:
         raise UserError(
             f"the latents of {components.name} have {components.latent_channels} channels; the phase in which normals "
@@ -184,8 +190,9 @@ def _start_line(config: Config, runtime: Runtime, components: Components, field:
     camera, guidance = config.camera, config.guidance
     kernels = f"field {field.plan}, " if runtime.device.type == "cuda" else ""
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
+    attention = f"attention {components.attention}{', compiled' * config.run.compile}"
     return (
-        f"{config.run.text!r}: {components.name} (attention {components.attention}) on {runtime.description}; "
+        f"{config.run.text!r}: {components.name} ({attention}) on {runtime.description}; "
         f"{kernels}steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, guidance scale "
         f"{guidance.guidance_scale:g}, {config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
     )
@@ -210,7 +217,7 @@ def _manifest(
         "from_step": step,
         "to_step": config.run.iters,
         "device": runtime.description,
-        "attention": components.attention,
+        "attention": str(components.attention),
         "machine": machine(),
         "versions": _versions(),
         "git": _git_revision(),

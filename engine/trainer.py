@@ -24,11 +24,14 @@ from torch.nn import functional as F
 from dream_fast.engine.camera import Cameras, rays, sample_cameras
 from dream_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.config import Config, ShadingConfig
+from dream_fast.engine.cuda_graph import CudaGraphs
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.field import Field
-from dream_fast.engine.guidance.sds import GuidanceResult
-from dream_fast.engine.losses import add_table_gradients, needs_normals, regularizers
+from dream_fast.engine.guidance.attention import Chosen
+from dream_fast.engine.guidance.sds import GuidanceResult, Settled
+from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.losses import add_table_gradients, needs_normals, ramp, regularizers
 from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
 from dream_fast.engine.renderer import Rendered, Renderer
@@ -82,12 +85,23 @@ def choose_phase(config: ShadingConfig, progress: float, dice: random.Random) ->
 
 
 class Step(NamedTuple):
-    """What a step did, still on the device."""
+    """What a step did, still on the device; with --step_graph only until the next step."""
 
     phase: Phase
     terms: dict[str, Tensor]  # weighted losses by name; the guidance first
-    guidance: GuidanceResult
-    rendered: Rendered
+    t: Tensor  # [B] noise levels
+    grad_norm: Tensor  # of the guidance, in the latents
+    opacity: Tensor  # [R]
+    samples: Tensor  # how many there were
+    overflow: Tensor  # whether they did not all fit
+
+
+class Dials(NamedTuple):
+    """Numbers that change from step to step: the host's, or scalars on the device, where a CUDA graph reads them."""
+
+    ambient: float | Tensor
+    up: float | Tensor  # the ramp of the regularisers
+    settled: Settled | None  # None: the guidance settles them
 
 
 class Trainer:
@@ -105,46 +119,80 @@ class Trainer:
         self.scaler = LossScaler(runtime.fp16, runtime.device)
         self.generator = torch.Generator(runtime.device)
         self.schedule = Schedule(config.run.iters)
+        self.attention: Chosen | None = None  # of the guidance; kept, so that a resumed run computes alike
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
         self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
+        self._graphs: CudaGraphs | None = None  # of the gradient of a step, one a kind of step
+        self._graphs_capacity = 0
+        self._dials: Dials | None = None
+        if config.run.step_graph and runtime.device.type == "cuda":
+            self._graphs = CudaGraphs(self.generator)
+        self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part of a step, to time it
 
     # ------------------------------------------------------------------------------------------------------- a step
 
     def train_step(self) -> Step:
         """One step of the optimisation."""
+        self.mark("start")
         config, progress = self.config, self.schedule.progress(self.step)
         dice = random.Random(step_seed(self.seed, self.step))
         generator = self.generator.manual_seed(step_seed(self.seed, self.step))
-        height, width, batch = config.camera.h, config.camera.w, config.camera.batch_size
         phase = choose_phase(config.shading, progress, dice)
+        # The background network gets half of the steps, if there is one.
+        network = phase.name != "latent" and self.field.has_background and dice.random() < 0.5
         levels = self._active_levels(progress)
         if self.step % config.render.update_extra_interval == 0:
             self.renderer.update_occupancy(generator, active_levels=levels)
+        if self._graphs is None or not isinstance(self.guidance, TextGuidance):
+            dials = Dials(phase.ambient, ramp(self.step, config.run.iters), None)
+            done = self._gradients(phase, network, dials, progress, levels)
+        else:
+            done = self._replayed_gradients(phase, network, progress)
 
+        # A step whose samples did not fit their buffers is not taken: not a number tells the optimiser so.
+        skipped = self.optimizer.step(
+            inverse_scale=torch.where(done.overflow, torch.nan, self.scaler.inverse),
+            grad_clip=config.loss.grad_clip,
+            lr_scale=config.optim.lr_decay**progress,
+        )
+        skipped = skipped & ~done.overflow
+        self.scaler.update(skipped)
+        self.skipped += skipped
+        self.overflowed += done.overflow
+        self.skipped_in_a_row.add_(1).mul_(skipped)
+        self.mark("optimiser")
+        self.step += 1
+        return done._replace(phase=phase)
+
+    def _gradients(self, phase: Phase, network: bool, dials: Dials, progress: float, levels: int | None) -> Step:
+        """Renders, asks the guidance and leaves the gradients, times the loss scale, with the optimiser."""
+        config, generator = self.config, self.generator
+        height, width, batch = config.camera.h, config.camera.w, config.camera.batch_size
         cameras = sample_cameras(config.camera, batch, generator, self.device)
         origins, directions = rays(cameras, height, width)
         rendered = self.renderer.train_rays(
             origins,
             directions,
             shading=phase.shading,
-            ambient=phase.ambient,
+            ambient=dials.ambient,
             light=self._light(cameras, height * width),
-            background=self._background(phase, dice),
+            background=self._background(phase, network),
             need_normals=needs_normals(config.loss),
             active_levels=levels,
             generator=generator,
         )
         pictures = self._pictures(rendered, phase, batch, height, width)
+        self.mark("render")
+        settled = {} if dials.settled is None else {"settled": dials.settled}
         guided = self.guidance(
-            pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent"
+            pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **settled
         )
         terms = {"guidance": guided.loss} | regularizers(
             rendered,
             config.loss,
-            step=self.step,
-            iters=config.run.iters,
+            up=dials.up,
             height=height,
             width=width,
             field=self.field,
@@ -164,20 +212,29 @@ class Trainer:
             scale=self.scaler.scale,
             generator=generator,
         )
-        # A step whose samples did not fit their buffers is not taken: not a number tells the optimiser so.
-        overflow = rendered.overflow
-        skipped = self.optimizer.step(
-            inverse_scale=torch.where(overflow, torch.nan, self.scaler.inverse),
-            grad_clip=config.loss.grad_clip,
-            lr_scale=config.optim.lr_decay**progress,
-        )
-        skipped = skipped & ~overflow
-        self.scaler.update(skipped)
-        self.skipped += skipped
-        self.overflowed += overflow
-        self.skipped_in_a_row.add_(1).mul_(skipped)
-        self.step += 1
-        return Step(phase, terms, guided, rendered)
+        self.mark("backward")
+        terms = {name: term.detach() for name, term in terms.items()}  # nothing of the step's autograd graph lives on
+        opacity, samples = rendered.opacity.detach(), rendered.samples.count
+        return Step(phase, terms, guided.t, guided.grad_norm.detach(), opacity, samples, rendered.overflow)
+
+    def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> Step:
+        """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
+        score = self.guidance.score
+        batch, steps = self.config.camera.batch_size, self.config.run.iters
+        if self._dials is None:
+            ambient, up, scale = torch.zeros(3, device=self.device).unbind()
+            t = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            self._dials = Dials(ambient, up, Settled(t, scale))
+        dials, capacity = self._dials, self.renderer.samples_per_ray
+        dials.ambient.fill_(phase.ambient)
+        dials.up.fill_(ramp(self.step, steps))
+        dials.settled.scale.fill_(score.scale(progress))
+        dials.settled.t.copy_(score.timesteps(batch, progress, self.generator))
+        if capacity != self._graphs_capacity:
+            self._graphs.clear()
+            self._graphs_capacity = capacity
+        kind = (phase.name, phase.shading, network)
+        return self._graphs(kind, lambda: self._gradients(phase, network, dials, progress, None))
 
     def _active_levels(self, progress: float) -> int | None:
         if not self.config.shading.progressive_level:
@@ -190,12 +247,12 @@ class Trainer:
         noise = torch.randn(3, generator=self.generator, device=self.device)
         return F.normalize(cameras.c2w[:, :3, 3] + noise, dim=-1).repeat_interleave(pixels, dim=0)
 
-    def _background(self, phase: Phase, dice: random.Random) -> Tensor | None:
-        """One random colour [3], or None for the background network, which gets half of the steps if there is one."""
+    def _background(self, phase: Phase, network: bool) -> Tensor | None:
+        """One random colour [3], or None for the background network."""
         if phase.name == "latent":
             return torch.full((3,), NEUTRAL, device=self.device)
         colour = torch.rand(3, generator=self.generator, device=self.device)
-        return None if self.field.has_background and dice.random() < 0.5 else colour
+        return None if network else colour
 
     def _pictures(self, rendered: Rendered, phase: Phase, batch: int, height: int, width: int) -> Tensor:
         """What the guidance sees: colours in [0, 1] [B, 3, H, W], or normals and opacity in [-1, 1] [B, 4, H, W]."""
@@ -250,7 +307,7 @@ class Trainer:
 
     def _row(self, result: Step) -> dict[str, Any]:
         """A row of metrics.jsonl: numbers of the last step, and the count of skipped steps. Reads the device."""
-        self.renderer.adapt_capacity(len(result.rendered.opacity))
+        self.renderer.adapt_capacity(len(result.opacity))
         terms = {name: _number(term) for name, term in result.terms.items()}
         return {
             "step": self.step,
@@ -258,10 +315,10 @@ class Trainer:
             "shading": result.phase.shading,
             "loss": _number(torch.stack(list(result.terms.values())).sum()),
             **{f"loss_{name}": value for name, value in terms.items()},
-            "t": result.guidance.t.tolist(),
-            "grad_norm": _number(result.guidance.grad_norm),
-            "opacity": _number(result.rendered.opacity.mean()),
-            "samples": int(result.rendered.samples.count),
+            "t": result.t.tolist(),
+            "grad_norm": _number(result.grad_norm),
+            "opacity": _number(result.opacity.mean()),
+            "samples": int(result.samples),
             "skipped": int(self.skipped),
             "overflowed": int(self.overflowed),
         }
@@ -305,6 +362,7 @@ class Trainer:
             "schedule": dataclasses.asdict(self.schedule),
             "skipped": self.skipped,
             "overflowed": self.overflowed,
+            "attention": None if self.attention is None else list(self.attention),
         }
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
 
@@ -317,6 +375,8 @@ class Trainer:
         self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
         self.overflowed.copy_(state["overflowed"])
+        kept = state.get("attention")  # checkpoints of earlier versions have none
+        self.attention = None if kept is None else Chosen(*kept)
 
 
 def _number(tensor: Tensor) -> float | None:

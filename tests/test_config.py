@@ -197,8 +197,21 @@ def test_a_saved_configuration_of_another_version_is_refused():
 def test_what_makes_it_another_run():
     base = Config()
     free = base.override(dict(iters=5, workspace="w", W=9, H=9, vram_O=True, save_mesh=True, dataset_size_test=3))
+    free = free.override(dict(attention="sdpa", compile=True))
     assert base.differences(free) == []
     assert base.differences(base.override(dict(lr=0.5, text="a cat"))) == [
         "--text None, not a cat",
         "--lr 0.001, not 0.5",
     ]
+
+
+def test_compiled_kernels_do_not_repeat_bits():
+    with pytest.raises(UserError, match="--compile does not go with --deterministic"):
+        Config().override(dict(compile=True, deterministic=True))
+
+
+@pytest.mark.parametrize("other", [{"progressive_level": True}, {"lambda_tv": 0.1}])
+def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
+    flag = f"--{next(iter(other))}"
+    with pytest.raises(UserError, match=f"--step_graph does not go with {flag}"):
+        Config().override({"step_graph": True, **other})

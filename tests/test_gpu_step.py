@@ -1,5 +1,7 @@
 """A whole step on a GPU: no wait for the device, gradients of the kernels against the references, repeatable bits."""
 
+import random
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import choose_runtime, prepare
-from dream_fast.engine.trainer import Trainer
+from dream_fast.engine.trainer import Trainer, choose_phase
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +28,8 @@ def make_trainer(**changes) -> Trainer:
     typed = {"text": "a hamburger", "seed": 0, "fp16": True, **changes}
     config: Config = resolve(typed, "dream-mini", "cuda")
     runtime = choose_runtime(config)
-    components = load_components(MODEL_FOLDER, runtime.device, runtime.dtype)
+    options = dict(attention="sdpa", vram_O=config.run.vram_O)
+    components = load_components(MODEL_FOLDER, runtime.device, runtime.dtype, **options)
     prompts = PromptEmbeddings(components, config.run.text)
     score = ScoreDistillation(components, config.guidance)
     return Trainer(config, runtime, 0, TextGuidance(score, prompts, config.camera.angle_overhead))
@@ -41,7 +44,23 @@ def trainer() -> Trainer:
 
 
 # Shaded steps take the field with normals; the others are the defaults.
-@pytest.mark.parametrize("changes", [{}, {"albedo_iter_ratio": 0.0}, {"albedo_iter_ratio": 0.0, "normals": "analytic"}])
+SHADED = {"albedo_iter_ratio": 0.0}
+AS_SD = SHADED | {"bg_radius": 1.4, "lambda_orient": 1e-2, "textureless_ratio": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        SHADED,
+        SHADED | {"normals": "analytic"},
+        AS_SD,
+        AS_SD | {"vram_O": True},
+        {"step_graph": True},
+        AS_SD | {"step_graph": True},
+    ],
+    ids=lambda changes: "-".join(changes) or "default",
+)
 def test_twenty_steps_never_wait_for_the_device(changes):
     trainer = make_trainer(**changes)
     for _ in range(20):
@@ -123,6 +142,44 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
     for plain, graphed in zip(results[:3], results[3:], strict=True):
         torch.testing.assert_close(graphed, plain, rtol=0, atol=2e-3 * float(plain.abs().max()))
     assert not torch.equal(results[3], results[4])
+
+
+@pytest.mark.parametrize("changes", [{}, AS_SD], ids=["albedo", "shaded"])
+def test_a_replayed_step_is_the_step(changes):
+    """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
+    trainer = make_trainer(step_graph=True, **changes)
+    for _ in range(20):
+        trainer.train_step()
+    score, progress = trainer.guidance.score, trainer.schedule.progress(trainer.step)
+    phase = choose_phase(trainer.config.shading, progress, random.Random(0))
+    network = trainer.field.has_background
+    seen = []
+    for seed in (1, 2):
+        trainer.generator.manual_seed(seed)
+        replayed = trainer._replayed_gradients(phase, network, progress)
+        got, loss = trainer.optimizer.grads.clone(), replayed.terms["guidance"].clone()
+        trainer.generator.manual_seed(seed)
+        score.timesteps(1, progress, trainer.generator)
+        called = trainer._gradients(phase, network, trainer._dials, progress, None)
+        torch.testing.assert_close(loss, called.terms["guidance"], rtol=1e-2, atol=0)
+        expected = trainer.optimizer.grads
+        assert float((got - expected).norm() / expected.norm()) < 1e-2
+        seen.append(loss)
+    assert not torch.equal(*seen)  # the draws are those of the seed, not those of the capture
+
+
+def test_buffers_that_grow_are_captured_anew():
+    trainer = make_trainer(step_graph=True)
+    for _ in range(3):
+        trainer.train_step()
+    trainer.renderer.samples_per_ray = 1
+    before, counted = trainer.optimizer.params.clone(), int(trainer.overflowed)
+    assert bool(trainer.train_step().overflow)
+    assert torch.equal(trainer.optimizer.params, before) and int(trainer.overflowed) == counted + 1
+    trainer.renderer.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
+    trainer.train_step()
+    trainer.renderer.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
+    assert not bool(trainer.train_step().overflow)
 
 
 def test_a_step_that_overflows_is_not_taken(trainer):

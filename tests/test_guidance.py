@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dream_fast.engine.config import GuidanceConfig
-from dream_fast.engine.guidance.loader import Components, load_components
+from dream_fast.engine.guidance.loader import Components, load_components, recompute_in_backward
 from dream_fast.engine.guidance.sampling import sample
 from dream_fast.engine.guidance.sds import ScoreDistillation, guided_prediction
 
@@ -149,6 +149,21 @@ def test_one_image_at_a_time_gives_the_same_gradient(tiny_model: Path) -> None:
         sds(rgb, *prompts(3), generator=generator()).loss.backward()
         gradients.append(rgb.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_recomputation_keeps_less_and_gives_the_same_gradient_bit_for_bit(tiny_model: Path) -> None:
+    gradients, kept = [], []
+    for again in (False, True):
+        components = load_components(tiny_model, "cpu")
+        if again:
+            recompute_in_backward(components.vae.encoder)
+        rgb, held = picture(1), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
+            latents = components.vae.encode(rgb).latent_dist.mean
+        kept.append(sum(held))
+        gradients += torch.autograd.grad(latents.square().sum(), rgb)
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+    assert kept[1] < kept[0] / 2
 
 
 def test_gradient_that_is_not_finite_is_reported(components: Components) -> None:

@@ -28,7 +28,7 @@ def test_facts(tiny_model: Path) -> None:
     components = load_components(tiny_model, "cpu")
     assert (components.image_size, components.latent_size, components.latent_channels) == (32, 8, 4)
     assert (components.prediction_type, components.num_train_timesteps) == ("epsilon", 1000)
-    assert components.scaling_factor == 0.18215 and components.attention == "sdpa"
+    assert components.scaling_factor == 0.18215 and str(components.attention) == "sdpa"
     assert components.alphas_cumprod.shape == (1000,) and components.alphas_cumprod.dtype == torch.float32
     assert components.vae.decoder is None
     for model in (components.unet, components.vae, components.text_encoder):
@@ -106,6 +106,11 @@ def test_missing_component(broken: Path, part: str) -> None:
     shutil.rmtree(broken / part)
     with pytest.raises(UserError, match=f"lacks its component {part}"):
         load_components(broken, "cpu")
+
+
+def test_compiling_is_for_gpus(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="--compile needs a GPU"):
+        load_components(tiny_model, "cpu", compiled=("unet",))
 
 
 def edit_json(path: Path, **changes: object) -> None:

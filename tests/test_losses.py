@@ -113,8 +113,7 @@ def terms_of(renderer, need_normals=True, empty=False, **weights):
     return losses.regularizers(
         rendered,
         dataclasses.replace(LossConfig(), **{**NOTHING, **weights}),
-        step=50,
-        iters=100,
+        up=losses.ramp(50, 100),
         height=6,
         width=8,
         field=renderer.field,

@@ -146,6 +146,21 @@ def test_a_checkpoint_elsewhere_is_where_a_new_run_starts(finished, tmp_path, ti
     assert json.loads((tmp_path / "manifest.json").read_text())["runs"][0]["from_step"] == 4
 
 
+def test_a_run_that_is_taken_up_computes_attention_as_before(tmp_path, tiny_model, monkeypatch, capsys):
+    from dream_fast.engine.guidance.attention import OPERATORS
+
+    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=OPERATORS["sdpa"]))
+    for more, said in (
+        (["--attention", "xformers", "--iters", "1"], "xformers"),
+        (["--iters", "2"], "xformers"),
+        (["--iters", "3", "--attention", "sdpa"], "sdpa"),
+        (["--iters", "4"], "sdpa"),
+    ):
+        assert main(command(tmp_path, tiny_model, "--six_views", *more)) == 0
+        assert f"(attention {said})" in capsys.readouterr().out
+        assert json.loads((tmp_path / "manifest.json").read_text())["runs"][-1]["attention"] == said
+
+
 def test_unknown_words_reach_stable_diffusion_and_not_the_embedded_model(tmp_path, tiny_model, monkeypatch):
     read = []
 
@@ -166,6 +181,13 @@ def test_unknown_words_reach_stable_diffusion_and_not_the_embedded_model(tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("flags", [["--attention", "cudnn"], ["--compile"]])
+def test_what_a_cpu_cannot_do_is_refused_before_anything_is_written(flags, tmp_path, tiny_model, capsys):
+    sentence = refused(capsys, command(tmp_path / "new", tiny_model, *flags))
+    assert flags[0] in sentence and ("--attention sdpa always does" in sentence or "needs a GPU" in sentence)
+    assert not (tmp_path / "new").exists()
 
 
 def test_another_runs_workspace_is_refused_and_left_as_it_is(copy, tiny_model, capsys):

@@ -15,11 +15,12 @@ from dream_fast.engine.config import Config, ShadingConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.loader import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.sds import ScoreDistillation, Settled
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.losses import ramp
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import choose_runtime
-from dream_fast.engine.trainer import DIVERGED, Schedule, Trainer, choose_phase
+from dream_fast.engine.trainer import DIVERGED, Dials, Schedule, Trainer, choose_phase
 from dream_fast.engine.workspace import Workspace
 
 SMALL = {
@@ -178,6 +179,53 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_r
     assert torch.equal(trainer.optimizer.params, before)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["skipped"] == DIVERGED and row["grad_norm"] is None
+
+
+class Direct:
+    """Stands in for the CUDA graphs of a step: calls what would be captured."""
+
+    def __init__(self):
+        self.kinds = []
+
+    def __call__(self, kind, function):
+        self.kinds.append(kind)
+        return function()
+
+    def clear(self):
+        pass
+
+
+def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_step(text_guidance, tmp_path):
+    trainer = make_trainer(text_guidance, bg_radius=1.0, guidance_scale_end=5.0, lambda_entropy=1.0, t_anneal="linear")
+    trainer._graphs = Direct()
+    for step in range(8):
+        trainer.step = step
+        progress = trainer.schedule.progress(step)
+        phase = choose_phase(trainer.config.shading, progress, random.Random(step))
+        trainer.generator.manual_seed(step)
+        replayed = trainer._replayed_gradients(phase, True, progress)
+        got = trainer.optimizer.grads.clone()
+        trainer.generator.manual_seed(step)
+        score = trainer.guidance.score
+        scale = torch.tensor(score.scale(progress))
+        settled = Settled(score.timesteps(2, progress, trainer.generator), scale)
+        dials = Dials(phase.ambient, ramp(step, 8), settled)
+        called = trainer._gradients(phase, True, dials, progress, None)
+        assert torch.equal(replayed.t, called.t) and called.terms.keys() == replayed.terms.keys()
+        for name, term in called.terms.items():
+            torch.testing.assert_close(replayed.terms[name], term, rtol=1e-4, atol=0)
+            assert not term.requires_grad
+        torch.testing.assert_close(got, trainer.optimizer.grads, rtol=1e-3, atol=1e-4 * float(got.abs().max()))
+    assert {name for name, *_ in trainer._graphs.kinds} == {"latent", "albedo", "shaded"}
+
+
+def test_a_run_of_replayed_steps_takes_every_kind_of_step(text_guidance, tmp_path):
+    trainer = make_trainer(text_guidance, bg_radius=1.0, iters=16)
+    trainer._graphs = Direct()
+    workspace = fit(trainer, tmp_path)
+    rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]
+    assert len(rows) == 16 and all(row["skipped"] == 0 and row["loss"] > 0 for row in rows)
+    assert {("albedo", "albedo", True), ("albedo", "albedo", False)} <= set(trainer._graphs.kinds)
 
 
 # --------------------------------------------------------------------------------------------- repetition and resuming

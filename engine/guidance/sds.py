@@ -15,6 +15,7 @@ Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,6 +39,13 @@ class GuidanceResult(NamedTuple):
     t: Tensor
     grad_norm: Tensor
     gradient: Tensor
+
+
+class Settled(NamedTuple):
+    """What else would depend on numbers of the host: noise levels ``t`` [B] and the guidance scale, a scalar."""
+
+    t: Tensor
+    scale: Tensor
 
 
 class ScoreDistillation:
@@ -64,6 +72,7 @@ class ScoreDistillation:
         self.config = config
         self.method = method
         graphed = cuda_graphs and components.device.type == "cuda"
+        self.mark: Callable[[str], None] = lambda part: None  # called inside the graph when it is captured
         self._score_of = CudaGraphed(self._score) if graphed else self._score
 
     def __call__(
@@ -75,12 +84,15 @@ class ScoreDistillation:
         progress: float = 0.0,
         generator: torch.Generator | None = None,
         latents: bool = False,
+        settled: Settled | None = None,
     ) -> GuidanceResult:
         """Guide ``rgb`` [B, 3, H, W] in [0, 1] towards ``cond`` [B, T, D] and away from ``uncond`` [B, T, D].
 
         ``progress`` is the fraction of the run that is done. ``generator`` belongs to the model's device. With
         ``latents``, ``rgb`` is [B, C, h, w] in the scale of latents and is only resized. A loss scale enters as the
-        upstream gradient of ``loss``. Raises ValueError for a picture of the wrong shape.
+        upstream gradient of ``loss``. With ``settled`` the call can be captured in a CUDA graph: it takes level and
+        scale from there instead of ``progress`` and makes no graph of its own. Raises ValueError for a picture of the
+        wrong shape.
         """
         channels = self.components.latent_channels if latents else 3
         if rgb.ndim != 4 or rgb.shape[1] != channels:
@@ -89,16 +101,17 @@ class ScoreDistillation:
         device, size = self.components.device, self.components.latent_size
         shape = (batch, self.components.latent_channels, size, size)
         draw = None if latents else torch.randn(shape, generator=generator, device=device)
-        t = self.timesteps(batch, progress, generator)
+        t = self.timesteps(batch, progress, generator) if settled is None else settled.t
         noise = torch.randn(shape, generator=generator, device=device)
-        scale = torch.full((), self.scale(progress), device=device)
+        scale = torch.full((), self.scale(progress), device=device) if settled is None else settled.scale
         with torch.autocast(rgb.device.type, enabled=False):
             if self.method == "mse":
                 z = self._latents(rgb, draw)
                 gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise)
                 loss = 0.5 * (z - (z - gradient).detach()).square().sum() / batch
             else:
-                image_gradient, gradient, value = self._score_of(rgb.detach(), t, cond, uncond, scale, draw, noise)
+                score = self._score_of if settled is None else self._score
+                image_gradient, gradient, value = score(rgb.detach(), t, cond, uncond, scale, draw, noise)
                 loss = _InjectGradient.apply(rgb, image_gradient, value)
         return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient)
 
@@ -117,7 +130,9 @@ class ScoreDistillation:
         with torch.enable_grad():
             picture = rgb.detach().requires_grad_()
             z = self._latents(picture, draw)
+        self.mark("encode")
         gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise)
+        self.mark("unet")
         # The encoder's backward may run in fp16: its upstream gradient gets a peak of 1, to stay in range.
         peak = gradient.abs().amax().clamp_min(1e-12)
         (image_gradient,) = torch.autograd.grad(z, picture, gradient / peak)

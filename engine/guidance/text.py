@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dream_fast.engine.camera import Cameras
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import GuidanceResult, ScoreDistillation
+from dream_fast.engine.guidance.sds import GuidanceResult, ScoreDistillation, Settled
 
 
 class TextGuidance:
@@ -26,7 +26,12 @@ class TextGuidance:
         progress: float,
         generator: torch.Generator,
         latents: bool = False,
+        settled: Settled | None = None,
     ) -> GuidanceResult:
-        """``pictures`` [B, 3, H, W] in [0, 1] of B cameras; with ``latents``, [B, 4, H, W] in the scale of latents."""
+        """``pictures`` [B, 3, H, W] in [0, 1] of B cameras; with ``latents``, [B, 4, H, W] in the scale of latents.
+
+        ``settled`` is for a caller that captures this call in a CUDA graph (:class:`ScoreDistillation`).
+        """
         cond, uncond = self.prompts.embeddings(cameras.azimuth, cameras.polar, self.angle_overhead)
-        return self.score(pictures, cond, uncond, progress=progress, generator=generator, latents=latents)
+        options = dict(progress=progress, generator=generator, latents=latents, settled=settled)
+        return self.score(pictures, cond, uncond, **options)

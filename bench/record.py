@@ -1,0 +1,45 @@
+"""The file of results: rows of several measurements in one place, each replacing its own.
+
+`python -m dream_fast.bench kernels` writes the head and the rows of the operators, `bench step` the rows of whole steps
+beside them; a commit stands beside each case of a step, since the rows may come from different days.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEP = "sds_step"
+
+
+def read(path: Path, gpu: str | None) -> dict[str, Any]:
+    """What is there of the same GPU, or nothing."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if found.get("gpu") == gpu else {}
+
+
+def write(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """One row a line, so that a change reads well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n", encoding="utf-8")
+
+
+def write_kernels(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Replaces everything but the rows of whole steps."""
+    before = read(path, head["gpu"])
+    kept = [row for row in before.get("rows", []) if row["op"] == STEP]
+    write(path, head | ({"steps": before["steps"]} if kept else {}), rows + kept)
+
+
+def write_steps(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], measured: Callable[[str], bool]) -> None:
+    """Replaces the rows of steps whose case was ``measured``, keeps the others and those of the operators."""
+    before = read(path, head["gpu"]) or head
+    kept = [row for row in before.get("rows", []) if row["op"] != STEP or not measured(row["case"])]
+    commits = {case: commit for case, commit in before.get("steps", {}).items() if not measured(case)}
+    commit = {name: head[name] for name in ("git_sha", "dirty", "utc", "torch", "triton", "driver")}
+    commits |= {row["case"]: commit for row in rows}
+    rest = {name: value for name, value in before.items() if name not in ("rows", "steps")}
+    write(path, rest | {"steps": commits}, kept + rows)
