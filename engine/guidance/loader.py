@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.fused_norm import fuse_group_norms
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import quiet_diffusers
 
@@ -94,7 +95,8 @@ def load_components(
     """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
 
     Without ``need_vae_decoder`` only the encoder half of the VAE is kept. ``vram_O`` encodes one image at a time and,
-    on a GPU where xformers' operators work in fp16, uses its memory-efficient attention.
+    on a GPU where xformers' operators work in fp16, uses its memory-efficient attention. On a GPU the group
+    normalisations of UNet and VAE are those of `dream_fast.engine.guidance.fused_norm`.
 
     Raises UserError for anything missing, damaged, unreachable, or of another kind than Stable Diffusion.
     """
@@ -120,6 +122,9 @@ def load_components(
         vae.post_quant_conv = None
     for model in (text_encoder, unet, vae):
         model.requires_grad_(False).eval().to(device)
+    if device.type == "cuda":
+        for model in (unet, vae):
+            fuse_group_norms(model)
     attention = "sdpa"
     if vram_O:
         vae.enable_slicing()

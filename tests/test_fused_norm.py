@@ -1,0 +1,156 @@
+"""Fused group normalisations in diffusers' models: the same outputs, gradients and names as the plain modules."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+
+from dream_fast.engine.guidance.fused_norm import FusedGroupNorm, fuse_group_norms
+from dream_fast.engine.guidance.loader import Components, load_components
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 8,
+    "norm_num_groups": 8,
+}
+
+
+def random_unet(**changes) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return spread(UNet2DConditionModel(**(UNET | changes)))
+
+
+def random_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    channels = (16, 16, 32)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    return spread(AutoencoderKL(block_out_channels=channels, norm_num_groups=8, **blocks))
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Norms with weights of their own: fresh ones are all 1 and 0."""
+    for layer in model.modules():
+        if isinstance(layer, nn.GroupNorm):
+            nn.init.normal_(layer.weight, 1, 0.3), nn.init.normal_(layer.bias, 0, 0.3)
+    return model.requires_grad_(False).eval()
+
+
+def fused(model: nn.Module) -> nn.Module:
+    found = copy.deepcopy(model)
+    norms = sum(isinstance(layer, nn.GroupNorm) for layer in model.modules())
+    assert fuse_group_norms(found) == norms > 0
+    assert all(isinstance(layer, FusedGroupNorm) for layer in found.modules() if isinstance(layer, nn.GroupNorm))
+    assert fuse_group_norms(found) == 0
+    return found
+
+
+def unet_of(model: UNet2DConditionModel, sample: torch.Tensor) -> torch.Tensor:
+    text = torch.randn(2, 5, model.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    return model(sample, torch.tensor([3, 700]), encoder_hidden_states=text).sample
+
+
+def moments_of(model: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
+    return model.encode(image).latent_dist.parameters
+
+
+def both(call, plain: nn.Module, other: nn.Module, shape: tuple[int, ...], order=torch.contiguous_format):
+    """Outputs and gradients of the input, of both models."""
+    generator = torch.Generator().manual_seed(2)
+    source = torch.randn(shape, generator=generator).contiguous(memory_format=order)
+    found = []
+    for model in (plain, other):
+        leaf = source.clone().requires_grad_()
+        out = call(model.to(memory_format=order), leaf)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+        found.append((out.detach(), *torch.autograd.grad(out, leaf, upstream)))
+    return found
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "changes", [{}, {"resnet_time_scale_shift": "scale_shift"}, {"resnet_skip_time_act": True}, {"act_fn": "gelu"}]
+)
+def test_the_unet_gives_the_same(changes, order):
+    plain = random_unet(**changes)
+    for one, two in zip(*both(unet_of, plain, fused(plain), (2, 4, 8, 8), order), strict=True):
+        assert one.abs().max() > 0 and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_the_encoder_gives_the_same(order):
+    plain = random_vae()
+    for one, two in zip(*both(moments_of, plain, fused(plain), (1, 3, 32, 32), order), strict=True):
+        assert one.abs().max() > 0 and torch.equal(one, two)
+
+
+def test_the_decoder_gives_the_same():
+    plain = random_vae()
+    for one, two in zip(*both(lambda vae, z: vae.decode(z).sample, plain, fused(plain), (1, 4, 8, 8)), strict=True):
+        assert one.abs().max() > 0 and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("make", [random_unet, random_vae])
+def test_names_and_weights_stay(make):
+    model = make()
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    fuse_group_norms(model)
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+    assert not model.training and not any(layer.training for layer in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.load_state_dict(make().state_dict())
+
+
+def test_silu_is_in_the_norms_where_it_follows_them():
+    model = random_unet()
+    fuse_group_norms(model)
+    found = {name: layer.silu for name, layer in model.named_modules() if isinstance(layer, FusedGroupNorm)}
+    assert {name.split(".")[-1] for name, silu in found.items() if silu} == {"norm1", "norm2", "conv_norm_out"}
+    assert {name.split(".")[-1] for name, silu in found.items() if not silu} == {"norm"}  # in front of attention
+    # What is left of SiLU belongs to the embedding of the time.
+    assert [name for name, layer in model.named_modules() if isinstance(layer, nn.SiLU)] == ["time_embedding.act"]
+
+
+def kinds(components: Components) -> set[type]:
+    models = (components.unet, components.vae)
+    return {type(layer) for model in models for layer in model.modules() if isinstance(layer, nn.GroupNorm)}
+
+
+def test_a_model_on_the_cpu_keeps_its_own(tiny_model: Path):
+    assert kinds(load_components(tiny_model, "cpu")) == {nn.GroupNorm}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loader leaves the norms as they are")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_on_a_gpu_takes_the_kernels(tiny_model: Path, dtype: torch.dtype):
+    """In fp32 and fp16: the encoder and its gradient, and the UNet, as near to fp64 as the plain modules."""
+    from dream_fast.bench.accuracy import check
+
+    plain, ours = load_components(tiny_model, "cpu"), load_components(tiny_model, "cuda", dtype)
+    assert kinds(ours) == {FusedGroupNorm}
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(2))
+    found = []
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for unet, vae, device, kind in (
+        (ours.unet, ours.vae, "cuda", dtype),
+        (copy.deepcopy(plain.unet).to("cuda", dtype), copy.deepcopy(plain.vae).to("cuda", dtype), "cuda", dtype),
+        (plain.unet.double(), plain.vae.double(), "cpu", torch.float64),
+    ):
+        leaf = image.to(device, kind).requires_grad_()
+        moments = vae.encode(leaf).latent_dist.parameters
+        (grad,) = torch.autograd.grad(moments.square().sum(), leaf)
+        time = torch.tensor([3, 700], device=device)
+        noise = unet(latent.to(device, kind), time, encoder_hidden_states=text.to(device, kind)).sample
+        found.append([tensor.detach().cpu() for tensor in (moments, grad, noise)])
+    for name, got, single, exact in zip(("moments", "gradient", "noise"), *found, strict=True):
+        check(name, got, single, exact)
