@@ -8,8 +8,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.guidance import loader
 from dream_fast.engine.guidance.fused_norm import FusedGroupNorm, fuse_group_norms
-from dream_fast.engine.guidance.loader import Components, load_components
+from dream_fast.engine.guidance.loader import Components
 
 UNET = {
     "sample_size": 8,
@@ -118,39 +120,61 @@ def test_silu_is_in_the_norms_where_it_follows_them():
     assert [name for name, layer in model.named_modules() if isinstance(layer, nn.SiLU)] == ["time_embedding.act"]
 
 
+def test_stable_diffusions_own_sizes():
+    """2.1-base's UNet and encoder: 22 and 10 residual blocks, a last norm each, 16 and 1 attentions."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, sample_size=64, use_linear_projection=True
+        )
+        encoder = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        ).encoder
+    for model, blocks, attentions in ((unet, 22, 16), (encoder, 10, 1)):
+        names = list(model.state_dict())
+        assert fuse_group_norms(model) == 2 * blocks + 1 + attentions and list(model.state_dict()) == names
+        silu = [layer.silu for layer in model.modules() if isinstance(layer, FusedGroupNorm)]
+        assert silu.count(True) == 2 * blocks + 1
+
+
 def kinds(components: Components) -> set[type]:
     models = (components.unet, components.vae)
     return {type(layer) for model in models for layer in model.modules() if isinstance(layer, nn.GroupNorm)}
 
 
-def test_a_model_on_the_cpu_keeps_its_own(tiny_model: Path):
-    assert kinds(load_components(tiny_model, "cpu")) == {nn.GroupNorm}
+def test_a_model_on_the_cpu_keeps_its_own(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader, "FUSED_FROM", 0)
+    assert kinds(loader.load_components(tiny_model, "cpu")) == {nn.GroupNorm}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loader leaves the norms as they are")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_model_on_a_gpu_takes_the_kernels(tiny_model: Path, dtype: torch.dtype):
-    """In fp32 and fp16: the encoder and its gradient, and the UNet, as near to fp64 as the plain modules."""
-    from dream_fast.bench.accuracy import check
-
-    plain, ours = load_components(tiny_model, "cpu"), load_components(tiny_model, "cuda", dtype)
+def test_a_large_model_on_a_gpu_takes_the_kernels(
+    tiny_model: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """The encoder and its gradient, and the UNet, as near to fp64 as the plain modules."""
+    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(switch, "allow_tf32", False)
+    plain = loader.load_components(tiny_model, "cuda", dtype)
+    assert kinds(plain) == {nn.GroupNorm}  # made for 32 x 32 pixels
+    monkeypatch.setattr(loader, "FUSED_FROM", 32)
+    ours = loader.load_components(tiny_model, "cuda", dtype)
     assert kinds(ours) == {FusedGroupNorm}
+    exact = loader.load_components(tiny_model, "cpu", torch.float64)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     text = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(2))
     found = []
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for unet, vae, device, kind in (
-        (ours.unet, ours.vae, "cuda", dtype),
-        (copy.deepcopy(plain.unet).to("cuda", dtype), copy.deepcopy(plain.vae).to("cuda", dtype), "cuda", dtype),
-        (plain.unet.double(), plain.vae.double(), "cpu", torch.float64),
-    ):
-        leaf = image.to(device, kind).requires_grad_()
-        moments = vae.encode(leaf).latent_dist.parameters
+    for model in (ours, plain, exact):
+        to = {"device": model.device, "dtype": model.dtype}
+        leaf = image.to(**to).requires_grad_()
+        moments = model.vae.encode(leaf).latent_dist.parameters
         (grad,) = torch.autograd.grad(moments.square().sum(), leaf)
-        time = torch.tensor([3, 700], device=device)
-        noise = unet(latent.to(device, kind), time, encoder_hidden_states=text.to(device, kind)).sample
+        time = torch.tensor([3, 700], device=model.device)
+        noise = model.unet(latent.to(**to), time, encoder_hidden_states=text.to(**to)).sample
         found.append([tensor.detach().cpu() for tensor in (moments, grad, noise)])
-    for name, got, single, exact in zip(("moments", "gradient", "noise"), *found, strict=True):
-        check(name, got, single, exact)
+    for name, got, single, true in zip(("moments", "gradient", "noise"), *found, strict=True):
+        check(name, got, single, true)

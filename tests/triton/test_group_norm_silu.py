@@ -101,6 +101,12 @@ def test_groups_in_parts(shape, groups, programs, merge, last, device, tiles, de
     compare(inputs(shape, device, last=last), groups)
 
 
+def test_more_parts_than_a_tile_merges_at_a_time(device, tiles, deterministic):
+    tiles(32, 1000, 10**6)
+    assert MODULE._config(1, 32, 1, 37, True)["parts"] * 32 > 1024
+    compare(inputs((1, 32, 37), device, last=True), 32)
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [(0, 6, 3, 5), (2, 6, 0, 5), (2, 0, 3, 5)])
 def test_empty(shape, last, device):
@@ -250,6 +256,13 @@ SIZED += [(*size, dtype) for size in (SIZES[0], SIZES[4], SIZES[8]) for dtype in
 @pytest.mark.parametrize(("side", "channels", "images", "dtype"), SIZED)
 def test_sizes_of_stable_diffusion(side, channels, images, dtype, last, device, deterministic):
     compare(inputs((images, channels, side, side), device, last=last, dtype=dtype), 32)
+
+
+@pytest.mark.full_size("4096 parts of 8192 elements")
+def test_more_parts_than_a_kernel_merges_at_a_time(device, monkeypatch, deterministic):
+    monkeypatch.setattr(MODULE, "_PROGRAMS", 4096)
+    assert MODULE._config(1, 32, 4, 512 * 512, True)["parts"] == 4096
+    compare(inputs((1, 128, 512, 512), device, last=True, dtype=torch.float16), 32)
 
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
