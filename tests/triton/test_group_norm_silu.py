@@ -309,13 +309,14 @@ def test_compiled(last, device):
         value.backward()
         found.append((value.detach(), *(leaf.grad for leaf in leaves)))
     for eager, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.full_size("13 GB of activations")
 @pytest.mark.parametrize("last", [False, True])
-def test_more_than_two_to_the_31_numbers(last, device):
+def test_more_than_two_to_the_31_numbers(last, device, monkeypatch):
     """The last of many pictures comes out as it does alone."""
+    monkeypatch.setattr(MODULE, "_PROGRAMS", 10**9)  # the same parts, however many pictures
     shape = (130, 64, 512, 512)
     assert math.prod(shape) > 2**31
     order = torch.channels_last if last else torch.contiguous_format
@@ -330,4 +331,4 @@ def test_more_than_two_to_the_31_numbers(last, device):
         (grad,) = torch.autograd.grad(out, leaf, upstream[part])
         found.append((out[-1].detach(), grad[-1]))
     for whole, alone in zip(*found, strict=True):
-        torch.testing.assert_close(whole, alone, rtol=2e-3, atol=2e-3)  # fp16; the parts are other ones
+        assert torch.equal(whole, alone)
