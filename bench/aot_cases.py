@@ -120,6 +120,14 @@ def occupancy() -> Call:
     return call
 
 
+def group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, last: bool, silu: bool = True) -> Call:
+    """Gradients into x, weight and bias."""
+    order = torch.channels_last if last else torch.contiguous_format
+    x = torch.zeros(shape, dtype=dtype).to(memory_format=order).requires_grad_()
+    weight, bias = (torch.zeros(shape[1], dtype=dtype, requires_grad=True) for _ in range(2))
+    return lambda: backward(kernels.group_norm_silu(x, groups, weight, bias, silu=silu))
+
+
 HALF, FULL, BRAIN = torch.float16, torch.float32, torch.bfloat16
 FINITE, ANALYTIC = {"mode": "finite_difference"}, {"mode": "analytic"}
 LINEAR = HashGridSpec(interpolation="linear", features=4, levels=8)
@@ -159,4 +167,13 @@ AOT_CASES: dict[str, Callable[[], Call]] = {
     "occupancy/float32": occupancy,
     "render/float16": partial(benchmarked, "render", "frame_800_normals", "forward", "float16"),
     "adan/float32": partial(benchmarked, "adan", "12.2M", "forward", "float32"),
+    # Groups of many programs (where channels are last merged by a kernel of their own), of some, and of one each.
+    **{
+        f"group_norm_silu/{case}": partial(benchmarked, "group_norm_silu", case, "forward_backward", "float16")
+        for case in ("vae_512x512x128", "vae_512x512x128_channels_last")
+        + ("unet_64x64x320_channels_last", "unet_16x16x1280_channels_last")
+    },
+    "group_norm_silu/weights_float32": partial(group_norm, (1, 128, 512, 512), 32, FULL, False),
+    "group_norm_silu/weights_bfloat16": partial(group_norm, (2, 640, 32, 32), 32, BRAIN, True, False),
+    "group_norm_silu/weights_small": partial(group_norm, (2, 640, 16, 16), 32, HALF, False, False),
 }

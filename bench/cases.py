@@ -7,6 +7,8 @@
   number is cut to a multiple of 256, as buffers of a run are. `_finite_difference` and `_analytic` name the normals.
 - `frame_800`: the same camera and sphere with density 100 inside, 800 x 800 rays; `_normals` adds the normals.
 - `12.2M`: as many parameters.
+- `vae_512x512x128`, `unet_64x64x320`: height, width and channels before a GroupNorm of 32 groups in Stable Diffusion,
+  one picture in the VAE's encoder, two in the UNet; weights are frozen. `_channels_last` is the memory format.
 Grid: 16 levels, 2 features, 2^19 entries, 16 to 2048, smoothstep. MLP: 32 -> 64 -> 64 -> 4.
 """
 
@@ -36,6 +38,7 @@ STEP = 2 * math.sqrt(3) / 1024
 CAMERA_DISTANCE, FIELD_OF_VIEW, RADIUS = 3.2, 20.0, 0.5
 ROW_MULTIPLE = 256
 BLOCK = 1 << 18
+GROUPS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,6 +378,31 @@ def _adan(case: Case, device: torch.device, count_bytes: bool) -> Problem:
     )
 
 
+def _group_norm_silu(case: Case, device: torch.device, count_bytes: bool) -> Problem:
+    part, size, *memory = case.case.split("_", 2)
+    if part not in ("vae", "unet") or memory not in ([], ["channels_last"]):
+        raise ValueError(f"the case must be vae_HxWxC or unet_HxWxC, with or without _channels_last, got {case.case}")
+    height, width, channels = map(int, size.split("x"))
+    order = torch.channels_last if memory else torch.contiguous_format
+    shape, dtype = (1 if part == "vae" else 2, channels, height, width), case.compute_dtype
+    tensors = {
+        "x": (0.5 + normal(*shape, device=device, seed=41)).to(dtype, memory_format=order),
+        "weight": (1 + 0.2 * normal(channels, device=device, seed=42)).to(dtype),
+        "bias": 0.2 * normal(channels, device=device, seed=43, dtype=dtype),
+    }
+    upstream = normal(*shape, device=device, seed=44).to(dtype, memory_format=order)
+    return Problem(
+        operator=kernels.group_norm_silu,
+        reference=kernels.group_norm_silu_reference,
+        call=lambda op, tensors, dtype: (op(tensors["x"], GROUPS, tensors["weight"], tensors["bias"]),),
+        tensors=tensors,
+        leaves=("x",),
+        upstream=(upstream,),
+        # Read x, write y; backward: read x and the gradient of y, write that of x.
+        least_bytes=nbytes(*tensors.values()) + nbytes(upstream) * (4 if case.mode == "forward_backward" else 1),
+    )
+
+
 _BUILDERS = {
     "hash_grid": _hash_grid,
     "field": _field,
@@ -383,6 +411,7 @@ _BUILDERS = {
     "composite": _composite,
     "render": _render,
     "adan": _adan,
+    "group_norm_silu": _group_norm_silu,
 }
 
 # --- registry
@@ -391,6 +420,12 @@ BOTH = ("forward", "forward_backward")
 POINTS = ("rays_64", "rays_128", "rays_256", "uniform_2^18", "uniform_2^20", "uniform_2^22")
 NORMALS = ("rays_64_finite_difference", "rays_64_analytic")
 RAYS = ("rays_64", "rays_128", "rays_256", "rays_512")
+NORMS = tuple(
+    f"{size}{memory}"
+    for size in ("vae_512x512x128", "vae_256x256x256", "vae_128x128x512", "vae_64x64x512")
+    + ("unet_64x64x320", "unet_64x64x960", "unet_32x32x640", "unet_16x16x1280", "unet_8x8x2560")
+    for memory in ("", "_channels_last")
+)
 
 
 def _rows(op: str, names: tuple[str, ...], modes: tuple[str, ...], dtype: str) -> list[Case]:
@@ -405,6 +440,7 @@ FULL = (
     *_rows("composite", RAYS, BOTH, "float32"),
     *_rows("render", ("frame_800", "frame_800_normals"), BOTH[:1], "float16"),
     *_rows("adan", ("12.2M",), BOTH[:1], "float32"),
+    *_rows("group_norm_silu", NORMS, BOTH, "float16"),
 )
 SMALL = (
     *_rows("hash_grid", ("rays_8", "uniform_2^10"), BOTH, "float32"),
@@ -414,4 +450,5 @@ SMALL = (
     *_rows("composite", ("rays_8",), BOTH, "float32"),
     *_rows("render", ("frame_16",), BOTH[:1], "float32"),
     *_rows("adan", ("0.1M",), BOTH[:1], "float32"),
+    *_rows("group_norm_silu", ("vae_16x16x64", "unet_8x8x64_channels_last"), BOTH, "float32"),
 )

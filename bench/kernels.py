@@ -32,9 +32,14 @@ from dream_fast.bench.targets import GPU, TARGETS
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
-PEER_CASES = ("rays_64", "uniform_2^20", "rays_64_finite_difference", "rays_64_analytic", "frame_800", "12.2M")
 # Cases that --quick times: one of each operator and kind of points.
-QUICK_CASES = ("rays_64", "uniform_2^20", "rays_64_finite_difference", "rays_64_analytic", "frame_800", "12.2M")
+QUICK_CASES = (
+    *("rays_64", "uniform_2^20", "rays_64_finite_difference", "rays_64_analytic", "frame_800", "12.2M"),
+    *("vae_512x512x128", "vae_512x512x128_channels_last", "vae_64x64x512", "vae_64x64x512_channels_last"),
+)
+PEER_CASES = (*QUICK_CASES, "unet_64x64x320", "unet_64x64x320_channels_last")
+# Operators whose references ask the host for nothing, so that their peers run from a CUDA graph as well.
+CAPTURABLE = ("group_norm_silu",)
 
 
 def git_state() -> tuple[str, bool | None]:
@@ -126,8 +131,9 @@ def time_row(
     call = lambda: run(problem, operator, case.mode, case.compute_dtype)  # noqa: E731
     call()
     peak = measure.peak_bytes(call, device)
-    # Only the kernels promise that they can be captured; references ask for sizes.
-    options = {"graph": name == "triton", "least": 10 if name == "triton" else 3} if device.type == "cuda" else {}
+    # Only the kernels promise that they can be captured; most references ask for sizes.
+    graph = name == "triton" or case.op in CAPTURABLE
+    options = {"graph": graph, "least": 10 if name == "triton" else 3} if device.type == "cuda" else {}
     timing = measure.time_call(call, device, milliseconds=milliseconds, **options)
     floor = 1e3 * max(problem.least_bytes / rates["copy_rate"], problem.flops / rates["matmul_rate"])
     row = {
@@ -156,7 +162,7 @@ def time_row(
 
 
 HEAD = (
-    f"{'op':13} {'case':25} {'mode':16} {'dtype':8} {'impl':9} {'median':>9} {'p20':>9} {'p80':>9} {'floor':>8} "
+    f"{'op':15} {'case':29} {'mode':16} {'dtype':8} {'impl':9} {'median':>9} {'p20':>9} {'p80':>9} {'floor':>8} "
     f"{'% floor':>7} {'peak MB':>8} {'error':>8} {'tol':>8} {'peer*':>7} {'must*':>6} {'aim*':>6}"
 )
 
@@ -168,7 +174,7 @@ def line(row: dict[str, Any], remark: str) -> str:
     if target:
         columns[1] += " " if row["median_ms"] <= target.must else "!"
     return (
-        f"{row['op']:13} {row['case']:25} {row['mode']:16} {row['dtype']:8} {row['impl']:9} {row['median_ms']:9.4f} "
+        f"{row['op']:15} {row['case']:29} {row['mode']:16} {row['dtype']:8} {row['impl']:9} {row['median_ms']:9.4f} "
         f"{row['p20_ms']:9.4f} {row['p80_ms']:9.4f} {row['floor_ms']:8.4f} {row['pct_of_floor']:7.1f} "
         f"{row['peak_bytes'] / 1e6:8.0f} {row['max_err']:8.1e} {row['tol']:8.1e} "
         f"{columns[0]:>7} {columns[1]:>6} {columns[2]:>6}  {remark}"

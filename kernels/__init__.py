@@ -1,10 +1,11 @@
-"""Operators of text-to-3D: hash grid, occupancy, marching, compositing, the field, rendering, the optimiser step."""
+"""Operators of text-to-3D: hash grid, occupancy, marching, compositing, the field, rendering, Adan, group norm."""
 
 from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
 from dream_fast.kernels.composite import Composited, composite, composite_reference
 from dream_fast.kernels.field import FieldSpec, field, field_plan, field_reference
 from dream_fast.kernels.field_normals import field_normals, field_normals_reference
 from dream_fast.kernels.grid_regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
+from dream_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
 from dream_fast.kernels.march import Samples, march, march_reference
 from dream_fast.kernels.occupancy import (
@@ -33,6 +34,8 @@ __all__ = [
     "field_normals_reference",
     "field_plan",
     "field_reference",
+    "group_norm_silu",
+    "group_norm_silu_reference",
     "hash_grid",
     "hash_grid_reference",
     "hash_grid_total_variation_grad",
