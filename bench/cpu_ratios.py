@@ -76,6 +76,7 @@ def _step() -> Callable[[], object]:
         ScoreDistillation(components, config.guidance),
         PromptEmbeddings(components, PROMPT),
         config.camera.angle_overhead,
+        config.camera.view_blend,
     )
     trainer = Trainer(config, choose_runtime(config), 0, guidance)
     trainer.train_step()  # the first updates the occupancy

@@ -152,7 +152,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
     else:
         components = our_components(case, config, device, runtime.dtype)
     score = ScoreDistillation(components, config.guidance, cuda_graphs=not plain)
-    guidance = TextGuidance(score, prompt_of(case, components), config.camera.angle_overhead)
+    guidance = TextGuidance(score, prompt_of(case, components), config.camera.angle_overhead, config.camera.view_blend)
     return Trainer(config, runtime, config.run.seed, guidance)
 
 

@@ -173,6 +173,9 @@ class CameraConfig(Room):
         0.0, "probability of a batch spread evenly over the upper half of the sphere", low=0, high=1
     )
     angle_overhead: float = option(30.0, "polar angle up to which the prompt says overhead view", low=0, high=180)
+    view_blend: float = option(
+        90.0, "degrees around 45 and 135 over which the prompt turns from one side to the next", low=1, high=90
+    )
     w: int = option(64, "width of a training render", low=1)
     h: int = option(64, "height of a training render", low=1)
     batch_size: int = option(1, "views in a step", low=1)
@@ -265,7 +268,9 @@ class GuidanceConfig(Room):
     )
     t_range: Range = option((0.02, 0.98), "range of the noise level t", low=0, high=1)
     t_anneal: str = option(
-        "none", "t is drawn from the whole range, or falls with progress", choices=("none", "linear", "sqrt")
+        "none",
+        "t is drawn from the whole range, or falls with progress",
+        choices=("none", "linear", "sqrt", "square"),
     )
     guidance_rescale: float = option(
         0.0, "how far the guided prediction takes the spread of the unguided one; 0: not", low=0, high=1
@@ -409,6 +414,7 @@ def mini_cpu_defaults() -> Config:
             fovy_range=(20.0, 26.0),
             default_fovy=23.0,
             default_polar=75.0,
+            view_blend=20.0,
             w=80,
             h=80,
             W=192,
@@ -420,6 +426,7 @@ def mini_cpu_defaults() -> Config:
             hidden_width=32,
             hidden_layers=1,
             bg_radius=-1.0,
+            blob_density=10.0,
             bound=0.6,
             max_steps=128,
             occupancy_resolution=64,
@@ -427,10 +434,10 @@ def mini_cpu_defaults() -> Config:
             albedo_iter_ratio=1.0,
             normal_epsilon=0.03,
             guidance_scale=8.0,
-            guidance_scale_end=2.0,
+            guidance_scale_end=4.0,
             guidance_rescale=0.5,
-            t_range=(0.02, 0.9),
-            t_anneal="linear",
+            t_range=(0.02, 0.98),
+            t_anneal="square",
             lambda_entropy=30.0,
             lr=1e-3,
             lr_decay=0.3,
@@ -445,7 +452,7 @@ def mini_cuda_defaults() -> Config:
     """dream-mini on a GPU: the same run, with a finer grid and larger pictures."""
     return mini_cpu_defaults().override(
         dict(
-            iters=600,
+            iters=1000,
             w=128,
             h=128,
             W=256,

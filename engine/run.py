@@ -71,7 +71,7 @@ def run(config: Config) -> int:
         components = _load_guidance(config, runtime, trainer.attention)
         prompts = PromptEmbeddings(components, *_texts(config))
         score = ScoreDistillation(components, config.guidance)
-        trainer.guidance = TextGuidance(score, prompts, config.camera.angle_overhead)
+        trainer.guidance = TextGuidance(score, prompts, config.camera.angle_overhead, config.camera.view_blend)
         trainer.attention = components.attention
 
         if fresh:

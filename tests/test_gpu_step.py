@@ -32,7 +32,9 @@ def make_trainer(**changes) -> Trainer:
     components = load_components(MODEL_FOLDER, runtime.device, runtime.dtype, **options)
     prompts = PromptEmbeddings(components, config.run.text)
     score = ScoreDistillation(components, config.guidance)
-    return Trainer(config, runtime, 0, TextGuidance(score, prompts, config.camera.angle_overhead))
+    return Trainer(
+        config, runtime, 0, TextGuidance(score, prompts, config.camera.angle_overhead, config.camera.view_blend)
+    )
 
 
 @pytest.fixture(scope="module")

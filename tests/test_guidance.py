@@ -204,7 +204,7 @@ def test_levels_are_uniform_in_the_range(components: Components) -> None:
     assert int(ScoreDistillation(components, GuidanceConfig(t_range=(0.0, 1.0))).timesteps(20000, 0.0).max()) == 999
 
 
-@pytest.mark.parametrize(("anneal", "at_half"), [("linear", 500), ("sqrt", 301)])
+@pytest.mark.parametrize(("anneal", "at_half"), [("linear", 500), ("sqrt", 301), ("square", 740)])
 def test_levels_fall_with_progress(components: Components, anneal: str, at_half: int) -> None:
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.02, 0.98), t_anneal=anneal))
     drawn = [sds.timesteps(2000, progress, generator()) for progress in (0.0, 0.25, 0.5, 0.75, 0.999)]

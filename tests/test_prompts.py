@@ -38,6 +38,15 @@ def test_weights_of_the_views(azimuth: float, polar: float, weights: list[float]
     torch.testing.assert_close(got, torch.tensor([weights], dtype=torch.float32), rtol=0, atol=1e-6)
 
 
+def test_views_may_turn_into_each_other_over_fewer_degrees() -> None:
+    azimuth = torch.tensor([0.0, 34.0, -40.0, 45.0, 50.0, 56.0, 124.0, -135.0, 146.0])
+    front, side, back, overhead = view_weights(azimuth, torch.full((9,), 90.0), 30.0, 20.0).T
+    torch.testing.assert_close(front, torch.tensor([1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0]))
+    torch.testing.assert_close(back, torch.tensor([0, 0, 0, 0, 0, 0, 0, 0.5, 1]))
+    torch.testing.assert_close(front + side + back, torch.ones(9))
+    assert not overhead.any()
+
+
 def test_embeddings_are_the_encoded_prompts_blended(components: Components) -> None:
     prompts = PromptEmbeddings(components, "a red mug", "blurry", keep_text_encoder=True)
     front, side, back, overhead = encode(components, [f"a red mug, {view} view" for view in VIEWS])

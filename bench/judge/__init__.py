@@ -32,7 +32,6 @@ class Verdicts(NamedTuple):
     object: Tensor
     color: Tensor
     view: Tensor
-    turned: Tensor  # [N] degrees in [0, 180], middle of the likeliest sector: how far the front is turned away
 
 
 class _Block(nn.Module):
@@ -83,10 +82,7 @@ def verdicts(judge: Judge, pictures: Tensor) -> Verdicts:
     objects, colors, views = judge(pictures)
     sectors = views.softmax(-1)
     words = sectors @ _words().to(sectors)
-    either_side = sectors[:, :SECTORS].unflatten(1, (2, -1))
-    turned = either_side[:, 0].flip(1) + either_side[:, 1]  # [N, 12] from the front to the back
-    middle = (turned.argmax(-1) + 0.5) * (360 / SECTORS)
-    return Verdicts(objects.argmax(-1), colors.argmax(-1), words.argmax(-1), middle)
+    return Verdicts(objects.argmax(-1), colors.argmax(-1), words.argmax(-1))
 
 
 def sector_middles() -> Tensor:

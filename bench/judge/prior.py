@@ -20,7 +20,7 @@ from dream_fast.engine.camera import make_cameras
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.guidance.loader import Components, load_components
 from dream_fast.engine.prior import MODEL_FOLDER
-from dream_fast.engine.prior.captions import BORDER, view_of
+from dream_fast.engine.prior.captions import view_of
 from dream_fast.engine.prior.sample import sample_views
 from dream_fast.engine.prior.tracer import pack, render
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS
@@ -28,7 +28,6 @@ from dream_fast.engine.prior.world import make_scene
 
 RENDER_SEED = 303  # neither dream-mini nor the judge has learned from it
 SIDES = VIEWS[:3]
-REACH = {"front": (0.0, 45 + BORDER), "side": (45 - BORDER, 135 + BORDER), "back": (135 - BORDER, 180.0)}  # by caption
 COLOR_OF = {name: ("red", "blue")[k % 2] for k, name in enumerate(THINGS)}
 PROMPTS = tuple(f"a {color} {name}" for name, color in COLOR_OF.items())
 
@@ -82,22 +81,17 @@ def judged(judge: Judge, images: Tensor) -> Verdicts:
 def scores(found: Verdicts) -> dict:
     """What is right of the pictures of N times PROMPTS, each from three sides; views count for objects with a face.
 
-    `view`: the judge calls it by the caption's word, with borders at 45 and 135 degrees. `view_in_caption`: it sees it
-    from an azimuth that captions with that word have, which overlap at those borders.
+    `view`: the judge calls it by the caption's word, with borders at 45 and 135 degrees.
     """
     thing = torch.arange(len(THINGS)).repeat(len(found.object) // len(THINGS))
     face = torch.tensor([name in FACES for name in THINGS])[thing]
     wanted = torch.arange(len(SIDES)).expand_as(found.view)
-    low, high = torch.tensor([REACH[word] for word in SIDES]).T
-    level = found.view != VIEWS.index("overhead")
-    near = level & (found.turned > low) & (found.turned < high)
     right = found.view == wanted
     color = torch.tensor([list(COLORS).index(COLOR_OF[name]) for name in THINGS])[thing]
     return {
         "object": round((found.object == thing[:, None]).float().mean().item(), 4),
         "color": round((found.color == color[:, None]).float().mean().item(), 4),
         "view": round(right[face].float().mean().item(), 4),
-        "view_in_caption": round(near[face].float().mean().item(), 4),
         "views": confusion(found.view[face], wanted[face]),
         "faces": {
             name: [round(share, 2) for share in right[thing == k].float().mean(0).tolist()]

@@ -2,7 +2,7 @@
 
 An image model asked for "a car" prefers its front; a scene pulled towards that from all sides grows several fronts. So
 the prompt says the side: "..., front view", "..., side view", "..., back view", "..., overhead view" (DreamFusion,
-Poole et al. 2022, section 3.2). Between two sides their embeddings are interpolated linearly in the azimuth.
+Poole et al. 2022, section 3.2). Where two sides meet their embeddings are interpolated linearly in the azimuth.
 """
 
 import logging
@@ -38,24 +38,27 @@ class PromptEmbeddings:
         if not keep_text_encoder:
             components.free_text_encoder()
 
-    def embeddings(self, azimuth: Tensor, polar: Tensor, angle_overhead: float) -> tuple[Tensor, Tensor]:
+    def embeddings(
+        self, azimuth: Tensor, polar: Tensor, angle_overhead: float, view_blend: float = 90.0
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings for cameras at ``azimuth`` [B] and ``polar`` [B] degrees: (cond [B, T, D], uncond [B, T, D]).
 
-        A polar angle of ``angle_overhead`` degrees or less counts as overhead. Works on the embeddings' device.
+        For the angles see :func:`view_weights`. Works on the embeddings' device.
         """
-        weights = view_weights(azimuth, polar, angle_overhead).to(self.views.device)
+        weights = view_weights(azimuth, polar, angle_overhead, view_blend).to(self.views.device)
         cond = torch.tensordot(weights, self.views.float(), dims=1).to(self.views.dtype)
         return cond, self.negative.expand(len(cond), -1, -1)
 
 
-def view_weights(azimuth: Tensor, polar: Tensor, angle_overhead: float) -> Tensor:
+def view_weights(azimuth: Tensor, polar: Tensor, angle_overhead: float, view_blend: float = 90.0) -> Tensor:
     """Weights [B, 4] of the four VIEWS, each row summing to 1, for ``azimuth`` [B] and ``polar`` [B] in degrees.
 
-    Front weighs 1 - |azimuth| / 90 in the front half, back |azimuth| / 90 - 1 in the back half, and side the rest.
+    Front turns into side over ``view_blend`` degrees around azimuth 45, and side into back around 135, linearly: with
+    90, front weighs 1 - |azimuth| / 90 in the front half. A polar angle of ``angle_overhead`` or less is overhead.
     """
-    turned = (torch.remainder(azimuth.float() + 180, 360) - 180).abs() / 90  # 0 front, 1 side, 2 back
-    front = (1 - turned).clamp_min(0)
-    back = (turned - 1).clamp_min(0)
+    turned = (torch.remainder(azimuth.float() + 180, 360) - 180).abs()  # 0 front, 90 side, 180 back
+    front = ((45 - turned) / view_blend + 0.5).clamp(0, 1)
+    back = ((turned - 135) / view_blend + 0.5).clamp(0, 1)
     above = (polar <= angle_overhead).to(front.dtype)
     around = torch.stack([front, 1 - front - back, back], dim=-1) * (1 - above)[:, None]
     return torch.cat([around, above[:, None]], dim=-1)

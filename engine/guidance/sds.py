@@ -14,7 +14,6 @@ of the spread of the conditional one (MVDream, Shi et al. 2023, section 3.3; Lin
 Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for the device.
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -143,7 +142,7 @@ class ScoreDistillation:
         steps = self.components.num_train_timesteps
         low, high = (min(int(steps * fraction), steps - 1) for fraction in self.config.t_range)
         if self.config.t_anneal != "none":
-            done = math.sqrt(progress) if self.config.t_anneal == "sqrt" else progress
+            done = progress ** {"sqrt": 0.5, "linear": 1.0, "square": 2.0}[self.config.t_anneal]
             level = high - (high - low) * done
             jitter = ANNEAL_JITTER * (high - low)
             low, high = max(low, round(level - jitter)), min(high, round(level + jitter))

@@ -15,8 +15,11 @@ class TextGuidance:
     beside ``t`` and ``grad_norm`` for the log.
     """
 
-    def __init__(self, score: ScoreDistillation, prompts: PromptEmbeddings, angle_overhead: float):
-        self.score, self.prompts, self.angle_overhead = score, prompts, angle_overhead
+    def __init__(
+        self, score: ScoreDistillation, prompts: PromptEmbeddings, angle_overhead: float, view_blend: float = 90.0
+    ):
+        self.score, self.prompts = score, prompts
+        self.angle_overhead, self.view_blend = angle_overhead, view_blend
 
     def __call__(
         self,
@@ -32,6 +35,6 @@ class TextGuidance:
 
         ``settled`` is for a caller that captures this call in a CUDA graph (:class:`ScoreDistillation`).
         """
-        cond, uncond = self.prompts.embeddings(cameras.azimuth, cameras.polar, self.angle_overhead)
+        cond, uncond = self.prompts.embeddings(cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend)
         options = dict(progress=progress, generator=generator, latents=latents, settled=settled)
         return self.score(pictures, cond, uncond, **options)
