@@ -408,7 +408,7 @@ def mini_cpu_defaults() -> Config:
     """dream-mini on a CPU: a small field and small pictures, so that two cores finish in minutes."""
     return Config().override(
         dict(
-            iters=800,
+            iters=600,
             radius_range=(3.0, 3.5),
             theta_range=(50.0, 95.0),
             fovy_range=(20.0, 26.0),
@@ -459,7 +459,7 @@ def mini_cuda_defaults() -> Config:
             H=256,
             occupancy_resolution=128,
             dataset_size_test=100,
-            mcubes_resolution=256,
+            mcubes_resolution=192,
         )
     )
 

@@ -65,7 +65,6 @@ def judged(monkeypatch, prompt: str, names: list[str], colors: list[str], views:
         torch.tensor([OBJECTS.index(name) for name in names]),
         torch.tensor([SHADES.index(color) for color in colors]),
         torch.tensor([VIEWS.index(view) for view in views]),
-        torch.zeros(AZIMUTHS),
     )
     monkeypatch.setattr(quality, "verdicts", lambda judge, pictures: seen)
     return assess(None, torch.zeros(AZIMUTHS, 3, 4, 4), prompt)
