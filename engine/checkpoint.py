@@ -72,7 +72,7 @@ def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, d
         try:
             flat: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
     return header["step"], _nest(flat | header["values"])
 
 
@@ -82,25 +82,34 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Path, reason: object) -> UserError:
+    """The error that says so of the checkpoint at ``path``, and how to go on."""
     beside = list_checkpoints(path.parent)
     earlier = beside[: beside.index(path)] if path in beside else []
     advice = f"remove it to go on from {earlier[-1].name}" if earlier else "--ckpt scratch starts over"
-    return UserError(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({error}); {advice}")
+    return UserError(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({reason}); {advice}")
 
 
 def _header(path: Path, file) -> dict[str, Any]:
     metadata = file.metadata() or {}
     if FORMAT not in metadata:
         raise UserError(f"{path} is a safetensors file, but not a checkpoint of dream-fast")
-    header = json.loads(metadata[FORMAT])
+    try:
+        header = json.loads(metadata[FORMAT])
+    except ValueError as error:
+        raise damaged(path, f"its header: {error}") from error
+    if not isinstance(header, dict) or "version" not in header:
+        raise damaged(path, "its header has no version")
     if header["version"] != VERSION:
         raise UserError(
             f"the checkpoint {path} has format version {header['version']}; this program reads version {VERSION}"
         )
+    for name, kind in (("step", int), ("architecture", dict), ("values", dict)):
+        if type(header.get(name)) is not kind:
+            raise damaged(path, f"its header has no {name}")
     return header
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast.engine.camera import Cameras, rays, sample_cameras
-from dream_fast.engine.checkpoint import load_checkpoint, save_checkpoint
+from dream_fast.engine.checkpoint import damaged, load_checkpoint, save_checkpoint
 from dream_fast.engine.config import Config, ShadingConfig
 from dream_fast.engine.cuda_graph import CudaGraphs
-from dream_fast.engine.errors import UserError
+from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.field import Field
 from dream_fast.engine.guidance.attention import Chosen
@@ -369,6 +369,14 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continue from the checkpoint at ``path``; UserError when it is damaged or of another architecture."""
         self.step, state = load_checkpoint(path, self.architecture())
+        try:
+            self._restore(state)
+        except torch.OutOfMemoryError:  # a RuntimeError, but not the file's fault
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise damaged(path, f"its state: {type(error).__name__}: {first_line(error)}") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.renderer.load_state_dict(state["renderer"])
         self.scaler.load_state_dict(state["scaler"])

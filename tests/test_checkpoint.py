@@ -66,6 +66,17 @@ def test_truncated_file_is_refused(tmp_path, keep):
         load_checkpoint(path, ARCHITECTURE)
 
 
+@pytest.mark.parametrize(
+    "header",
+    ['{"a": [', "[]", "{}", "null", "-1", '"x"', '{"version": 2}', '{"version": 2, "step": 7, "architecture": 1}'],
+)
+def test_a_header_of_another_form_is_refused(tmp_path, header):
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    save_file(load_file(path), path, metadata={FORMAT: header})
+    with pytest.raises(UserError, match="damaged.*its header"):
+        load_checkpoint(path, ARCHITECTURE)
+
+
 def test_the_refusal_of_a_damaged_checkpoint_names_the_one_before_it(tmp_path):
     for step in (999999, 1000000):
         path = save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dream_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.config import Config, ShadingConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.loader import load_components
@@ -286,3 +287,21 @@ def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path
         make_trainer(text_guidance, levels=4).load(workspace.checkpoints / "step_000001.safetensors")
     with pytest.raises(UserError, match="optim adan there, adam here"):
         make_trainer(text_guidance, optim="adam").load(workspace.checkpoints / "step_000001.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("optimizer", None),
+        ("renderer", {}),
+        ("schedule", {"start_step": 1, "colour": "red"}),
+        ("skipped", torch.zeros(3)),
+    ],
+)
+def test_a_checkpoint_whose_state_does_not_fit_is_refused(text_guidance, tmp_path, part, broken):
+    trainer = make_trainer(text_guidance, iters=1)
+    _, state = load_checkpoint(fit(trainer, tmp_path).checkpoints / "step_000001.safetensors", trainer.architecture())
+    state = {name: value for name, value in state.items() if name != part} | ({} if broken is None else {part: broken})
+    path = save_checkpoint(tmp_path / "broken", 1, state, trainer.architecture())
+    with pytest.raises(UserError, match="damaged.*its state: .*--ckpt scratch starts over"):
+        make_trainer(text_guidance, iters=1).load(path)
