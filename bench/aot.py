@@ -242,8 +242,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             shared = f"{row['shared_loads']}/{row['shared_stores']}"
             rows.append((name, *numbers, *counts, shared, str(row["shuffles"]), str(row["barriers"])))
     widths = [max(len(row[i]) for row in rows if len(row) > max(i, 2)) for i in range(len(head))]
-    # Not strict: the row of a kernel that did not compile ends with its error, short of the other columns.
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
+    return "\n".join("  ".join(cell.ljust(widths[i]) for i, cell in enumerate(row)) for row in rows)
 
 
 # ptxas places what does not fit into registers by the addresses of its own memory, which are random: of the same PTX,

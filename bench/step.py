@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,7 +242,7 @@ def time_steps(trainer: Trainer, device: torch.device, blocks: int) -> measure.T
             marks[block + 1].record()
     if cuda:
         torch.cuda.synchronize()
-        times = [before.elapsed_time(after) / BLOCK for before, after in zip(marks, marks[1:], strict=False)]
+        times = [before.elapsed_time(after) / BLOCK for before, after in pairwise(marks)]
     return measure.quantiles(times)
 
 
@@ -273,7 +274,7 @@ class Clock:
             self.trainer.train_step()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            for before, part in zip(("start", *PARTS), PARTS, strict=False):
+            for before, part in pairwise(("start", *PARTS)):
                 start, end = self.marks[before], self.marks[part]
                 total[part] += start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
         return {part: round(time / BLOCK, 4) for part, time in total.items()}

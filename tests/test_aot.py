@@ -11,8 +11,8 @@ from dream_fast.kernels._launch import INTERPRETED, jit, launch, recorded_launch
 
 triton = pytest.importorskip("triton")
 if INTERPRETED:
-    # The interpreter takes the place of the compiler when a kernel is defined, and that cannot be undone here.
-    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+    # At the level of the module: the interpreter takes the compiler's place when a kernel is defined, once for all.
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)  # `make test` runs it compiled
 
 GOLDEN = aot.golden_path()
 # Kernels that do not compile for a target, "target kernel", and why.
@@ -217,8 +217,8 @@ def test_every_kernel_compiles_and_no_forward_kernel_spills(compiled):
 
 def test_the_kernels_are_as_in_the_golden_file(compiled):
     if not GOLDEN.exists() and list(aot.RESULTS.glob("aot-*.json")):
-        # Registers and instructions belong to one compiler; the version that CI pins has its file and is compared.
-        pytest.skip(f"Triton {triton.__version__} has no golden file; another compiler makes other code")
+        reason = f"Triton {triton.__version__} has no golden file; another compiler makes other code"
+        pytest.skip(reason)  # registers belong to one compiler; the version that CI pins has its file and is compared
     told = aot.differences(aot.load_golden(), aot.gated(compiled))
     assert told == [], "better or worse? If better: python -m dream_fast.bench aot --write\n" + "\n".join(told)
 

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dream_fast.engine.cuda_graph import warm_up
 from dream_fast.engine.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -319,11 +321,7 @@ def fastest(
 def _graph_ms(call: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
     """Least time of a replay of ``call`` as a CUDA graph, in ms."""
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
+        warm_up(call)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
@@ -334,4 +332,4 @@ def _graph_ms(call: Callable[[], None], device: torch.device, repeats: int = 5) 
             graph.replay()
             mark.record()
         torch.cuda.synchronize()
-    return min(before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False))
+    return min(before.elapsed_time(after) for before, after in pairwise(marks))

@@ -33,6 +33,15 @@ def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
 
 
+@pytest.fixture
+def deterministic():
+    """torch's deterministic mode; it also fills what torch.empty gives with NaN, so that elements nobody wrote show."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch):
     """The interpreter takes as long for one lane as for a thousand: many lanes, few steps and few instructions."""

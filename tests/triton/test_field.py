@@ -94,14 +94,6 @@ def skip_bf16(dtype):
         pytest.skip("the interpreter multiplies bf16 matrices wrongly")
 
 
-@pytest.fixture
-def deterministic():
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
 def test_small_shapes(dtype, device):
     """Every kernel once; one point past a tile."""

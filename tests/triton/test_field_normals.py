@@ -263,14 +263,6 @@ def test_random_settings(seed, device):
     )
 
 
-@pytest.fixture
-def deterministic():
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before, warn_only=warn)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_repeats_bit_for_bit(mode, device, deterministic):
     """Outputs always do; gradients where torch is asked for it, which also fills every new buffer with NaN."""

@@ -31,14 +31,6 @@ def tiles(monkeypatch):
     return use
 
 
-@pytest.fixture
-def deterministic():
-    """Fills what torch.empty gives with NaN, so that elements nobody wrote show."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def channels_last(x):
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 

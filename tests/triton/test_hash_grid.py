@@ -34,15 +34,6 @@ SMALL = HashGridSpec(levels=5, features=2, log2_entries=8, base_resolution=4, ma
 TINY = HashGridSpec(levels=2, features=2, log2_entries=6, base_resolution=4, max_resolution=7)
 
 
-@pytest.fixture
-def deterministic():
-    """Whole-number sums; and what torch.empty gives is filled with NaN, so that rows nobody wrote show."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
 def positions(n, seed=0, *, outside=True):
     """Points on a ray, then at random, some outside: multiples of 2^-12, whose cells are the same in any dtype."""
     generator = torch.Generator().manual_seed(seed)

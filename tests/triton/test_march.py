@@ -33,14 +33,6 @@ def tiles(monkeypatch):
     return use
 
 
-@pytest.fixture
-def deterministic():
-    """Fills what torch.empty gives with NaN and the largest integer, so that rows nobody wrote show."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def rays(number, seed, device, spread=0.5):
     """Rays from around the scene, and from within, towards somewhere near its middle; some miss it."""
     generator = torch.Generator().manual_seed(seed)
