@@ -5,10 +5,11 @@ ball with about 490,000 samples, lambertian shading with normals, render -> 512^
 guidance, regularisers, Adan, an update of the occupancy grid every 16 steps. The learning rate is next to nothing, so
 that the scene stays. `dream_mini` is the embedded model's own run at 64 x 64 pixels.
 
-A time is a 16th of 16 steps. `peak_bytes` is all that torch has reserved, weights and CUDA graphs included. `split_ms`
-is of other steps, with a wait between them; its parts include the host's delays. The accuracy is that of the gradient
-in the picture, against plain diffusers in fp32; the tolerance is twice the error of plain diffusers in the model's own
-dtype. `reference` is the same step on plain diffusers, without CUDA graphs, and on the operators' PyTorch references.
+A time is a 16th of 16 steps; between two such blocks numbers are read, as a run does. `peak_bytes` is all that torch
+has reserved, weights and CUDA graphs included. `split_ms` is of other steps, with a wait between them; its parts
+include the host's delays. The accuracy is that of the gradient in the picture, against plain diffusers in fp32; the
+tolerance is twice the error of plain diffusers in the model's own dtype. `reference` is the same step on plain
+diffusers, without CUDA graphs, and on the operators' PyTorch references.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dream_fast.bench.accuracy import error, tolerance
 from dream_fast.bench.kernels import RESULTS, file_name, header
 from dream_fast.bench.sd_model import TOKENS, RandomPrompt, in_dtype, random_components
 from dream_fast.engine.config import Config, resolve
-from dream_fast.engine.guidance.loader import CHANNELS_LAST, COMPILED, Components, load_components, prepare_components
+from dream_fast.engine.guidance.loader import COMPILED, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
@@ -88,7 +89,7 @@ class StepCase:
     must_ms: float | None = None
     must_gib: float | None = None
     peer: bool = False
-    channels_last: tuple[str, ...] = CHANNELS_LAST
+    channels_last: tuple[str, ...] | None = None
     compiled: tuple[str, ...] = COMPILED
 
     def config(self, device: torch.device) -> Config:
@@ -226,23 +227,23 @@ def settle(trainer: Trainer, blocks: int) -> None:
 
 
 def time_steps(trainer: Trainer, device: torch.device, blocks: int) -> measure.Timing:
-    """Time of a step, ms: of ``blocks`` blocks, one after the other."""
+    """Time of a step, ms: of ``blocks`` blocks. Between two of them numbers are read, as a run does now and then."""
     cuda = device.type == "cuda"
     times = []
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(blocks + 1)] if cuda else []
-    if cuda:
-        torch.cuda.synchronize()
-        marks[0].record()
-    for block in range(blocks):
+    for _ in range(blocks):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        if cuda:
+            torch.cuda.synchronize()
+            marks[0].record()
         started = time.perf_counter()
         for _ in range(BLOCK):
-            trainer.train_step()
+            step = trainer.train_step()
         times.append((time.perf_counter() - started) * 1e3 / BLOCK)
         if cuda:
-            marks[block + 1].record()
-    if cuda:
-        torch.cuda.synchronize()
-        times = [before.elapsed_time(after) / BLOCK for before, after in pairwise(marks)]
+            marks[1].record()
+            torch.cuda.synchronize()
+            times[-1] = marks[0].elapsed_time(marks[1]) / BLOCK
+        trainer._row(step)
     return measure.quantiles(times)
 
 
@@ -250,7 +251,12 @@ class Clock:
     """Where the time of a step goes. Marks inside a CUDA graph become part of it, and are set by each replay."""
 
     def __init__(self, trainer: Trainer, device: torch.device):
-        self.trainer, self.device, self.marks = trainer, device, {}
+        self.trainer, self.device = trainer, device
+        # Made once: several graphs, one a kind of step, set the same events.
+        events = device.type == "cuda"
+        self.marks = {
+            part: torch.cuda.Event(enable_timing=True, external=True) if events else 0.0 for part in ("start", *PARTS)
+        }
         score = trainer.guidance.score
         trainer.mark = score.mark = self.mark
         if hasattr(score._score_of, "captured"):
@@ -260,8 +266,6 @@ class Clock:
 
     def mark(self, part: str) -> None:
         if self.device.type == "cuda":
-            capturing = torch.cuda.is_current_stream_capturing()
-            self.marks[part] = torch.cuda.Event(enable_timing=True, external=capturing)
             self.marks[part].record()
         else:
             self.marks[part] = time.perf_counter()
@@ -314,11 +318,6 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     if device.type == "cuda":
         torch.cuda.synchronize()
     start_s = time.monotonic() - started
-    score = trainer.guidance.score
-    tokens = trainer.guidance.prompts.negative.shape[1]
-    found = error(picture_gradient(score, trainer.config.camera.h, tokens), exact.gradient)
-    if trainer._graphs is not None:
-        score._score_of.captured.clear()  # of the picture alone; the steps have graphs of their own
     settle(trainer, 3 if device.type == "cuda" else 1)
     skipped, overflowed = int(trainer.skipped), int(trainer.overflowed)
     timing = time_steps(trainer, device, blocks)
@@ -326,6 +325,9 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     lost = int(trainer.skipped) - skipped + int(trainer.overflowed) - overflowed
     if lost:
         print(f"{case.name}: {lost} of the timed steps were not taken", flush=True)
+    score = trainer.guidance.score
+    tokens = trainer.guidance.prompts.negative.shape[1]
+    found = error(picture_gradient(score, trainer.config.camera.h, tokens), exact.gradient)
     step = trainer.train_step()
     row = make_row(case, "triton" if device.type == "cuda" else "torch", trainer, timing, peak, exact, head)
     row |= {"max_err": float(f"{found:.3g}"), "samples": int(step.samples)}
@@ -394,10 +396,16 @@ def main(argv: list[str] | None = None) -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="only this case (may be given several times)")
     parser.add_argument("--no-peer", action="store_true", help="without plain diffusers and the references")
-    layouts = "modules of Stable Diffusion in channels last (unet, vae, or none); give --out as well"
+    layouts = (
+        "modules of Stable Diffusion in channels last (unet, vae, or none), instead of a run's; give --out as well"
+    )
     parser.add_argument("--channels_last", nargs="+", choices=("unet", "vae", "none"), help=layouts)
     parser.add_argument("--compiled", nargs="+", choices=COMPILED, help="modules that the compiled cases compile")
-    parser.add_argument("--step_graph", action="store_true", help="our steps with --step_graph; give --out as well")
+    parser.add_argument(
+        "--step_graph",
+        action=argparse.BooleanOptionalAction,
+        help="our steps with or without --step_graph, instead of a run's choice; give --out as well",
+    )
     parser.add_argument("--limit", type=float, help="GiB that our step may reserve; it fails where that is too little")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of 16 steps that are timed")
     parser.add_argument("--out", type=Path, help="file to write (default results/<gpu>.json of the package)")
@@ -416,8 +424,8 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [replace(case, channels_last=tuple(args.channels_last)) for case in chosen]
     if args.compiled:
         chosen = [replace(case, compiled=tuple(args.compiled)) for case in chosen]
-    if args.step_graph:
-        chosen = [replace(case, typed=case.typed | {"step_graph": True}) for case in chosen]
+    if args.step_graph is not None:
+        chosen = [replace(case, typed=case.typed | {"step_graph": args.step_graph}) for case in chosen]
     for case in chosen:
         bound_memory(None, device)
         if device.type == "cpu" and case.typed.get("compile"):

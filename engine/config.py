@@ -146,8 +146,8 @@ class RunConfig(Room):
     device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
     step_graph: bool = option(
         False,
-        "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
-        "wait for the host",
+        "on a GPU, replay all of a step up to the optimiser as one CUDA graph, so that nothing waits for the host and "
+        "the parts of a step share their memory; the default of dream-mini and of --vram_O there",
         may_change=True,
     )
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
@@ -357,13 +357,14 @@ class Config:
         return cls(**rooms)
 
     def __post_init__(self) -> None:
-        changing = [name for name, on in self._read_on_the_host().items() if on]
+        changing = self.read_on_the_host()
         if self.run.step_graph and changing:
             raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
 
-    def _read_on_the_host(self) -> dict[str, bool]:
-        """Settings by which a kernel gets other numbers of the host in each step."""
-        return {"--progressive_level": self.shading.progressive_level, "--lambda_tv": self.loss.lambda_tv > 0}
+    def read_on_the_host(self) -> list[str]:
+        """The flags by which a kernel gets other numbers of the host in each step, so that no graph can replay it."""
+        found = {"--progressive_level": self.shading.progressive_level, "--lambda_tv": self.loss.lambda_tv > 0}
+        return [flag for flag, on in found.items() if on]
 
     def override(self, typed: Mapping[str, Any]) -> "Config":
         """A copy with the settings in ``typed`` (by flag name) replaced. UserError: an unknown name or a bad value."""
@@ -495,6 +496,8 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     values = {**typed, "device": device}
     if device == "cpu":
         values["fp16"] = False
+    elif model == "dream-mini" or typed.get("vram_O"):
+        values.setdefault("step_graph", not base.override(typed).read_on_the_host())
     if "guidance_scale" in typed:
         values.setdefault("guidance_scale_end", None)  # one typed number is meant for the whole run
     if model == "sd":

@@ -25,13 +25,6 @@ def load_vector(pointer, row, live):
 
 
 @jit
-def store_vector(pointer, row, mask, x, y, z):
-    tl.store(pointer + row * 3, x, mask=mask)
-    tl.store(pointer + row * 3 + 1, y, mask=mask)
-    tl.store(pointer + row * 3 + 2, z, mask=mask)
-
-
-@jit
 def normal_of(gx, gy, gz):
     inverse = tl.rsqrt(tl.maximum(gx * gx + gy * gy + gz * gz, _FLOOR))
     return -gx * inverse, -gy * inverse, -gz * inverse
@@ -46,16 +39,3 @@ def normal_backward(gx, gy, gz, tx, ty, tz):
     nx, ny, nz = -gx * inverse, -gy * inverse, -gz * inverse
     along = tl.where(above, nx * tx + ny * ty + nz * tz, 0.0)
     return inverse * (along * nx - tx), inverse * (along * ny - ty), inverse * (along * nz - tz), above
-
-
-@jit
-def store_channels(
-    pointer, tiles, row, mask, columns, LEVELS: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr
-):
-    """FEATURES tiles [BLOCK, PADDED] -> rows of a buffer [L * F, columns]."""
-    # Transposed before the store, for the reason that `mlp_weights` gives.
-    level = tl.arange(0, PADDED)
-    for f in tl.static_range(FEATURES):
-        at = pointer + (level.to(tl.int64) * FEATURES + f)[:, None] * columns + row[None, :]
-        keep = mask[None, :] & (level[:, None] < LEVELS)
-        tl.store(at, tl.trans(tiles[f].to(pointer.dtype.element_ty)), mask=keep)

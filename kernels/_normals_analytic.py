@@ -15,10 +15,17 @@ from dream_fast.kernels._normals import (
     load_vector,
     normal_backward,
     normal_of,
+)
+from dream_fast.kernels._tile import (
+    activate,
+    blob,
+    blob_slope,
+    density_slope,
+    encode,
+    outputs_gradient,
     store_channels,
     store_vector,
 )
-from dream_fast.kernels._tile import activate, blob, blob_slope, density_slope, encode, outputs_gradient
 
 
 @jit

@@ -14,8 +14,6 @@ from dream_fast.kernels._normals import (
     load_vector,
     normal_backward,
     normal_of,
-    store_channels,
-    store_vector,
 )
 from dream_fast.kernels._tile import (
     activate,
@@ -25,6 +23,8 @@ from dream_fast.kernels._tile import (
     density_slope,
     encode,
     outputs_gradient,
+    store_channels,
+    store_vector,
 )
 
 TAPS = 7

@@ -117,6 +117,14 @@ def load_point(x, n, live):
     )
 
 
+@jit
+def store_vector(pointer, row, mask, x, y, z):
+    """Three numbers of each row."""
+    tl.store(pointer + row * 3, x, mask=mask)
+    tl.store(pointer + row * 3 + 1, y, mask=mask)
+    tl.store(pointer + row * 3 + 2, z, mask=mask)
+
+
 # Encoding.
 
 
@@ -256,12 +264,15 @@ def encode(
         w0, w1 = (1.0 - fx) * yz, fx * yz
         new, new_u, new_v, new_w = (), (), (), ()
         for f in tl.static_range(FEATURES):
-            new = new + (out[f] + w0 * low[f] + w1 * high[f],)
             if JACOBIAN:
-                along = (1.0 - fx) * low[f] + fx * high[f]
-                new_u = new_u + (to_u[f] + (dx * yz) * (high[f] - low[f]),)
+                rise = high[f] - low[f]
+                along = low[f] + fx * rise
+                new = new + (out[f] + yz * along,)
+                new_u = new_u + (to_u[f] + yz * rise,)
                 new_v = new_v + (to_v[f] + (wz * sy) * along,)
                 new_w = new_w + (to_w[f] + (wy * sz) * along,)
+            else:
+                new = new + (out[f] + w0 * low[f] + w1 * high[f],)
         out = new
         if JACOBIAN:
             to_u, to_v, to_w = new_u, new_v, new_w
@@ -271,12 +282,51 @@ def encode(
     if JACOBIAN:
         by_u, by_v, by_w = (), (), ()
         for f in tl.static_range(FEATURES):
-            by_u = by_u + (tl.where(keep, to_u[f], 0.0),)
+            by_u = by_u + (tl.where(keep, dx * to_u[f], 0.0),)
             by_v = by_v + (tl.where(keep, to_v[f], 0.0),)
             by_w = by_w + (tl.where(keep, to_w[f], 0.0),)
         return features, by_u, by_v, by_w
     else:  # a kernel is compiled with one of the two
         return features
+
+
+# Features in global memory: by channel, [L * F, N], for the gradients of the grid; or a block a tile, to come back.
+
+
+@jit
+def store_channels(
+    pointer, tiles, row, mask, columns, LEVELS: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr
+):
+    """FEATURES tiles [BLOCK, PADDED] -> rows of a buffer [L * F, columns]."""
+    # Transposed before the store, for the reason that `mlp_weights` gives.
+    level = tl.arange(0, PADDED)
+    for f in tl.static_range(FEATURES):
+        at = pointer + (level.to(tl.int64) * FEATURES + f)[:, None] * columns + row[None, :]
+        keep = mask[None, :] & (level[:, None] < LEVELS)
+        tl.store(at, tl.trans(tiles[f].to(pointer.dtype.element_ty)), mask=keep)
+
+
+@jit
+def keep_tile(pointer, tiles, start, BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr):
+    """FEATURES tiles [BLOCK, PADDED] of the points from `start` on -> [F, PADDED, BLOCK] at their block of a buffer."""
+    block = pointer + start * (FEATURES * PADDED)
+    at = tl.arange(0, PADDED)[None, :] * BLOCK + tl.arange(0, BLOCK)[:, None]
+    # Neighbouring lanes store neighbouring points. Several points a lane would be wider stores, but the compiler would
+    # give that layout to the gathers of `encode` as well.
+    at = tl.max_contiguous(at, [1, 1])
+    for f in tl.static_range(FEATURES):
+        tl.store(block + (f * PADDED * BLOCK) + at, tiles[f].to(pointer.dtype.element_ty))
+
+
+@jit
+def kept_tile(pointer, start, BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr):
+    """What `keep_tile` kept: FEATURES tiles [BLOCK, PADDED] in the buffer's type."""
+    block = pointer + start * (FEATURES * PADDED)
+    at = tl.arange(0, PADDED)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tiles = ()
+    for f in tl.static_range(FEATURES):
+        tiles = tiles + (tl.trans(tl.load(block + (f * PADDED * BLOCK) + at)),)
+    return tiles
 
 
 # Activations.

@@ -47,9 +47,13 @@ from dream_fast.kernels._tile import (
     encode,
     flatten_parameters,
     fusable,
+    keep_tile,
+    kept_tile,
     level_table,
     load_point,
     outputs_gradient,
+    store_channels,
+    store_vector,
     tile_constants,
     unit_scale,
 )
@@ -173,6 +177,7 @@ def _field_fwd_kernel(
     count,
     sigma,
     albedo,
+    kept,
     rows,
     scale,
     blob_density,
@@ -188,86 +193,16 @@ def _field_fwd_kernel(
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Each program takes every num_programs-th tile of BLOCK points."""
-    live = live_rows(count, rows)
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    while start < rows:
-        n = start + tl.arange(0, BLOCK)
-        red, stored = albedo + n * 3, n < rows
-        if start < live:
-            px, py, pz = load_point(x, n, n < live)
-            features = encode(
-                px * scale + 0.5,
-                py * scale + 0.5,
-                pz * scale + 0.5,
-                table,
-                levels,
-                active,
-                LEVELS,
-                FEATURES,
-                PADDED,
-                LOG2_ENTRIES,
-                SMOOTH,
-                WIDE,
-            )
-            outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-            s, r, g, b, _ = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
-            tl.store(sigma + n, tl.where(n < live, s, 0.0), mask=stored)
-            tl.store(red, tl.where(n < live, r, 0.0), mask=stored)
-            tl.store(red + 1, tl.where(n < live, g, 0.0), mask=stored)
-            tl.store(red + 2, tl.where(n < live, b, 0.0), mask=stored)
-        else:
-            zero = tl.zeros([BLOCK], tl.float32)
-            tl.store(sigma + n, zero, mask=stored)
-            tl.store(red, zero, mask=stored)
-            tl.store(red + 1, zero, mask=stored)
-            tl.store(red + 2, zero, mask=stored)
-        start += tl.num_programs(0).to(tl.int64) * BLOCK
+    """Each program takes a run of tiles of BLOCK points: neighbours on rays, which find their entries in its cache.
 
-
-@jit
-def _field_bwd_kernel(
-    x,
-    table,
-    levels,
-    active,
-    parameters,
-    count,
-    to_sigma,
-    to_albedo,
-    to_features,
-    to_x,
-    partials,
-    rows,
-    size,
-    scale,
-    blob_density,
-    blob_radius,
-    BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Everything up to the features is computed again. Sums of layers FIRST to LAST go to row `program` of partials.
-
-    to_features [L * F, N] and to_x [N, 3] (the blob's part) are written where they are given.
+    The features go to kept [tiles, F, PADDED, BLOCK] where it is given.
     """
-    DTYPE: tl.constexpr = parameters.dtype.element_ty
-    live = live_rows(count, rows)
+    live = tl.minimum(tl.full((), rows, tl.int64), live_rows(count, rows))
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
-    sums = mlp_sums(BLOCK, DTYPE, FIRST, LAST, WIDTH, LAYERS, FEATURES, PADDED)
-    program = tl.program_id(0).to(tl.int64)
-    start = program * BLOCK
-    while start < live:
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    share = tl.cdiv(tl.cdiv(live, BLOCK), programs) * BLOCK
+    start, end = program * share, tl.minimum((program + 1) * share, live)
+    while start < end:
         n = start + tl.arange(0, BLOCK)
         inner = n < live
         px, py, pz = load_point(x, n, inner)
@@ -285,6 +220,62 @@ def _field_bwd_kernel(
             SMOOTH,
             WIDE,
         )
+        if kept is not None:
+            keep_tile(kept, features, start, BLOCK, FEATURES, PADDED)
+        outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
+        s, r, g, b, _ = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
+        tl.store(sigma + n, s, mask=inner)
+        store_vector(albedo, n, inner, r, g, b)
+        start += BLOCK
+    start = live + program * BLOCK
+    zero = tl.zeros([BLOCK], tl.float32)
+    while start < rows:
+        n = start + tl.arange(0, BLOCK)
+        tl.store(sigma + n, zero, mask=n < rows)
+        store_vector(albedo, n, n < rows, zero, zero, zero)
+        start += programs * BLOCK
+
+
+@jit
+def _field_bwd_kernel(
+    x,
+    kept,
+    parameters,
+    count,
+    to_sigma,
+    to_albedo,
+    to_features,
+    to_x,
+    partials,
+    rows,
+    size,
+    blob_density,
+    blob_radius,
+    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAYERS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """What follows the kept features is computed again. Sums of layers FIRST to LAST go to row `program` of partials.
+
+    to_features [L * F, N] and to_x [N, 3] (the blob's part) are written where they are given.
+    """
+    DTYPE: tl.constexpr = parameters.dtype.element_ty
+    live = live_rows(count, rows)
+    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    sums = mlp_sums(BLOCK, DTYPE, FIRST, LAST, WIDTH, LAYERS, FEATURES, PADDED)
+    program = tl.program_id(0).to(tl.int64)
+    start = program * BLOCK
+    while start < live:
+        n = start + tl.arange(0, BLOCK)
+        inner = n < live
+        px, py, pz = load_point(x, n, inner)
+        features = kept_tile(kept, start, BLOCK, FEATURES, PADDED)
         outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
         s, r, g, b, raw = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
         to_raw = tl.load(to_sigma + n, mask=inner, other=0.0) * density_slope(raw, s, SOFTPLUS)
@@ -296,25 +287,21 @@ def _field_bwd_kernel(
             sums, to_outputs, features, hidden, weights, BLOCK, DTYPE, FIRST, LAST, LAYERS, FEATURES
         )
         if to_features is not None:
-            # Transposed before the store, for the reason that `mlp_weights` gives.
-            level = tl.arange(0, PADDED)
-            for f in tl.static_range(FEATURES):
-                at = to_features + (level * FEATURES + f).to(tl.int64)[:, None] * rows + n[None, :]
-                keep = (level[:, None] < LEVELS) & inner[None, :]
-                tl.store(at, tl.trans(by_feature[f].to(DTYPE)), mask=keep)
+            store_channels(to_features, by_feature, n, inner, rows, LEVELS, FEATURES, PADDED)
         if to_x is not None:
             slope = to_raw * blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)
-            tl.store(to_x + n * 3, slope * px, mask=inner)
-            tl.store(to_x + n * 3 + 1, slope * py, mask=inner)
-            tl.store(to_x + n * 3 + 2, slope * pz, mask=inner)
+            store_vector(to_x, n, inner, slope * px, slope * py, slope * pz)
         start += tl.num_programs(0).to(tl.int64) * BLOCK
     mlp_store(sums, partials + program * size, DTYPE, FIRST, LAST, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
 
 
+# Points a tile: the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
+_BLOCK = 64
+
+
 def _fwd_config(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile, warps, and programs a multiprocessor."""
-    # 64 points are the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
-    return {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8, "programs": 4}
+    return {"BLOCK": _BLOCK, "num_warps": 4 if width <= 64 else 8, "programs": 4}
 
 
 def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
@@ -327,7 +314,7 @@ def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
     else:
         # Two programs of 4 warps a multiprocessor beat one of 8 by a quarter, although a few sums spill.
         warps = 4 if together == 5 and layers <= 2 else 8
-    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "together": together}
+    return {"BLOCK": _BLOCK, "num_warps": warps, "programs": 2, "together": together}
 
 
 @lru_cache(maxsize=64)
@@ -358,6 +345,14 @@ def spec_numbers(spec: FieldSpec) -> tuple[list[int], list[float]]:
     return whole + choices, [float(spec.bound), float(spec.blob_density), float(spec.blob_radius)]
 
 
+def _kept_shape(grid: HashGridSpec, rows: int) -> tuple[int, ...]:
+    """Of the features that a backward will want: 64 bytes a point of 16 levels and 2 features in half precision.
+
+    Reading them back takes a fraction of the time of gathering them again, and no registers for the gathers.
+    """
+    return -(-rows // _BLOCK), grid.features, tile_constants(grid)["PADDED"], _BLOCK
+
+
 @torch.library.custom_op("dream_fast::field", mutates_args=())
 def _field(
     x: Tensor,
@@ -372,11 +367,16 @@ def _field(
     layers: int,
     grid: list[int],
     scene: list[float],
-) -> tuple[Tensor, Tensor]:
-    """table and parameters (all weights, then all biases) are what gradients go to; entries and packed are the same in
-    the compute dtype."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sigma, albedo, and the features, tile by tile (empty unless `keep`), which the backward takes.
+
+    table and parameters (all weights, then all biases) are what gradients go to; entries and packed are the same in
+    the compute dtype.
+    """
     spec, rows = spec_of(tuple(grid), tuple(scene)), x.shape[0]
     sigma, albedo = x.new_empty(rows), x.new_empty(rows, 3)
+    kept = entries.new_empty(_kept_shape(spec.grid, rows) if keep else (0,) * 4)
     config = _fwd_config(width, entries.dtype)
     programs = config.pop("programs") * multiprocessors(x.device)
     launch(
@@ -391,6 +391,7 @@ def _field(
         count=count,
         sigma=sigma,
         albedo=albedo,
+        kept=kept if keep else None,
         rows=rows,
         scale=unit_scale(spec.bound),
         blob_density=spec.blob_density,
@@ -401,12 +402,14 @@ def _field(
         **config,
         **tile_constants(spec.grid),
     )
-    return sigma, albedo
+    return sigma, albedo, kept
 
 
 @_field.register_fake
-def _(x, table, parameters, entries, packed, active, levels, count, width, layers, grid, scene):
-    return x.new_empty(x.shape[0]), x.new_empty(x.shape[0], 3)
+def _(x, table, parameters, entries, packed, active, levels, count, width, layers, grid, scene, keep):
+    rows, spec = x.shape[0], spec_of(tuple(grid), tuple(scene))
+    kept = entries.new_empty(_kept_shape(spec.grid, rows) if keep else (0,) * 4)
+    return x.new_empty(rows), x.new_empty(rows, 3), kept
 
 
 @torch.library.custom_op("dream_fast::field_backward", mutates_args=())
@@ -416,6 +419,7 @@ def _field_backward(
     x: Tensor,
     entries: Tensor,
     packed: Tensor,
+    kept: Tensor,
     active: Tensor | None,
     levels: int,
     count: Tensor | None,
@@ -430,11 +434,11 @@ def _field_backward(
     spec, rows, size = spec_of(tuple(grid), tuple(scene)), x.shape[0], packed.numel()
     into_x, into_table, into_parameters = into
     x, scale = x.contiguous(), unit_scale(spec.bound)
-    entries = aligned_rows(entries)
     config = _bwd_config(width, layers, entries.dtype)
     programs = config.pop("programs") * multiprocessors(x.device)
     programs = min(programs, -(-rows // config["BLOCK"]))
     together = config.pop("together")
+    constants = tile_constants(spec.grid)
     to_features = None
     if into_x or into_table:
         to_features = x.new_empty(spec.grid.channels, rows, dtype=entries.dtype)
@@ -447,9 +451,7 @@ def _field_backward(
             (programs,),
             x.device,
             x=x,
-            table=entries,
-            levels=level_table(spec.grid, x.device, levels),
-            active=active,
+            kept=kept,
             parameters=packed,
             count=count,
             to_sigma=to_sigma.contiguous(),
@@ -459,7 +461,6 @@ def _field_backward(
             partials=partials,
             rows=rows,
             size=size,
-            scale=scale,
             blob_density=spec.blob_density,
             blob_radius=spec.blob_radius,
             FIRST=first,
@@ -468,7 +469,7 @@ def _field_backward(
             WIDTH=width,
             LAYERS=layers,
             **config,
-            **tile_constants(spec.grid),
+            **{name: constants[name] for name in ("LEVELS", "FEATURES", "PADDED")},
         )
     common = {
         "scale": scale,
@@ -478,7 +479,7 @@ def _field_backward(
     }
     nothing = x.new_empty(0)
     if into_x:
-        to_x.add_(position_gradient(to_features, x, entries, spec.grid, **common), alpha=scale)
+        to_x.add_(position_gradient(to_features, x, aligned_rows(entries), spec.grid, **common), alpha=scale)
     to_table = nothing
     if into_table:
         to_table = scatter_features(x, spec.grid, features=to_features, deterministic=deterministic, **common)
@@ -487,7 +488,23 @@ def _field_backward(
 
 
 @_field_backward.register_fake
-def _(to_sigma, to_albedo, x, entries, packed, active, levels, count, width, layers, grid, scene, into, deterministic):
+def _(
+    to_sigma,
+    to_albedo,
+    x,
+    entries,
+    packed,
+    kept,
+    active,
+    levels,
+    count,
+    width,
+    layers,
+    grid,
+    scene,
+    into,
+    deterministic,
+):
     into_x, into_table, into_parameters = into
     return (
         x.new_empty(x.shape if into_x else 0),
@@ -497,22 +514,22 @@ def _(to_sigma, to_albedo, x, entries, packed, active, levels, count, width, lay
 
 
 def _save(ctx, inputs, output) -> None:
-    x, _, _, entries, packed, active, levels, count, *shape = inputs
-    ctx.save_for_backward(x, entries, packed, active, count)
+    x, _, _, entries, packed, active, levels, count, *shape, _ = inputs
+    ctx.save_for_backward(x, entries, packed, output[2], active, count)
     ctx.levels, ctx.shape = levels, shape
     ctx.parameters_dtype = inputs[2].dtype
 
 
-def _backward(ctx, to_sigma: Tensor, to_albedo: Tensor):
-    x, entries, packed, active, count = ctx.saved_tensors
+def _backward(ctx, to_sigma: Tensor, to_albedo: Tensor, _):
+    x, entries, packed, kept, active, count = ctx.saved_tensors
     into = list(ctx.needs_input_grad[:3])
     deterministic = torch.are_deterministic_algorithms_enabled()
-    inputs = (x, entries, packed, active, ctx.levels, count, *ctx.shape)
+    inputs = (x, entries, packed, kept, active, ctx.levels, count, *ctx.shape)
     found = _field_backward(to_sigma, to_albedo, *inputs, into, deterministic)
     to_x, to_table, to_parameters = (g if wanted else None for g, wanted in zip(found, into, strict=True))
     if to_parameters is not None:
         to_parameters = to_parameters.to(ctx.parameters_dtype)
-    return to_x, to_table, to_parameters, *[None] * 9
+    return to_x, to_table, to_parameters, *[None] * 10
 
 
 _field.register_autograd(_backward, setup_context=_save)
@@ -576,4 +593,5 @@ def field(
     grid, scene = spec_numbers(spec)
     compute = (table.detach().to(dtype), parameters.detach().to(dtype))
     shape = (weights[0].shape[0], len(weights) - 1, grid, scene)
-    return _field(x, table, parameters, *compute, active, levels, count, *shape)
+    keep = torch.is_grad_enabled() and (x.requires_grad or table.requires_grad or parameters.requires_grad)
+    return _field(x, table, parameters, *compute, active, levels, count, *shape, keep)[:2]

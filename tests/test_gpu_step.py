@@ -58,8 +58,8 @@ AS_SD = SHADED | {"bg_radius": 1.4, "lambda_orient": 1e-2, "textureless_ratio": 
         SHADED | {"normals": "analytic"},
         AS_SD,
         AS_SD | {"vram_O": True},
-        {"step_graph": True},
-        AS_SD | {"step_graph": True},
+        {"step_graph": False},
+        AS_SD | {"step_graph": False},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
@@ -149,7 +149,7 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
 @pytest.mark.parametrize("changes", [{}, AS_SD], ids=["albedo", "shaded"])
 def test_a_replayed_step_is_the_step(changes):
     """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
-    trainer = make_trainer(step_graph=True, **changes)
+    trainer = make_trainer(**changes)
     for _ in range(20):
         trainer.train_step()
     score, progress = trainer.guidance.score, trainer.schedule.progress(trainer.step)
@@ -171,7 +171,7 @@ def test_a_replayed_step_is_the_step(changes):
 
 
 def test_buffers_that_grow_are_captured_anew():
-    trainer = make_trainer(step_graph=True)
+    trainer = make_trainer()
     for _ in range(3):
         trainer.train_step()
     trainer.renderer.samples_per_ray = 1
