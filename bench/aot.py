@@ -49,7 +49,9 @@ def bind(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
     kernel, gpu = launch.kernel, GPUTarget(*TARGETS[target])
     backend = make_backend(gpu)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    arguments, specialization, options = binder(**launch.arguments, **launch.options, debug=False)
+    limited = gpu.backend == "cuda" and gpu.arch >= 90  # as in `launch`
+    wanted = {name: value for name, value in launch.options.items() if name != "maxnreg" or limited}
+    arguments, specialization, options = binder(**launch.arguments, **wanted, debug=False)
     options, signature, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
     return ASTSource(kernel, signature, constants, attributes), gpu, options.__dict__
 

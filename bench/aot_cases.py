@@ -143,6 +143,7 @@ AOT_CASES: dict[str, Callable[[], Call]] = {
     ),
     "hash_grid/regularizers": grid_regularizers,
     "field/float16": partial(benchmarked, "field", "rays_64", "forward_backward", "float16"),
+    "field/forward": partial(benchmarked, "field", "rays_64", "forward", "float16"),
     "field/float32": partial(benchmarked, "field", "rays_64", "forward_backward", "float32"),
     "field/narrow": partial(field_gradients, kernels.field, 16, 1, HALF, "softplus"),
     "field/wide": partial(field_gradients, kernels.field, 128, 2, BRAIN, "exp"),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import dream_fast
 from dream_fast.engine.checkpoint import list_checkpoints
+from dream_fast.engine.compiling import compile_kernels
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
@@ -82,6 +83,7 @@ def run(config: Config) -> int:
         manifest = _manifest(config, runtime, components, earlier, trainer.step)
         workspace.write_manifest(manifest)
         reporter.say(_start_line(config, runtime, components, trainer.field, trainer.step))
+        compile_kernels(config, runtime, reporter)
         trainer.fit(workspace, reporter)
         trainer.guidance = None
         del components, prompts, score  # their memory is the outputs' now

@@ -1,5 +1,6 @@
 """Operators of text-to-3D: hash grid, occupancy, marching, compositing, the field, rendering, Adan, group norm."""
 
+from dream_fast.kernels._launch import compile_launches, recorded_launches
 from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
 from dream_fast.kernels.composite import Composited, composite, composite_reference
 from dream_fast.kernels.field import FieldSpec, field, field_plan, field_reference
@@ -27,6 +28,7 @@ __all__ = [
     "adan_step",
     "adan_step_reference",
     "cascades",
+    "compile_launches",
     "composite",
     "composite_reference",
     "field",
@@ -46,6 +48,7 @@ __all__ = [
     "occupancy_query",
     "occupancy_update",
     "occupancy_update_reference",
+    "recorded_launches",
     "render",
     "render_reference",
 ]

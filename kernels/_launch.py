@@ -8,7 +8,8 @@ the device of its tensors and torch's current stream, and which can hand the lau
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel, its grid, its arguments and constants by name, warps and stages."""
+    """One recorded launch: the kernel, its grid, its arguments and constants by name, the compiler's options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -40,9 +41,9 @@ class Launch(NamedTuple):
 _recorded: list[Launch] | None = None
 
 
-def jit(function: Callable) -> Any:
+def jit(function: Callable, **options: Any) -> Any:
     """`triton.jit`; without triton the plain function, which nothing calls."""
-    return function if triton is None else triton.jit(function)
+    return function if triton is None else triton.jit(function, **options)
 
 
 def constant(value: Any) -> Any:
@@ -68,13 +69,31 @@ def multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED else 132
 
 
+@lru_cache(maxsize=16)
+def _from_hopper_on(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *, num_warps: int = 4, num_stages: int = 1, **arguments
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    maxnreg: int | None = None,
+    **arguments,
 ) -> None:
-    """Start `kernel` over `grid` (at least one program, or nothing happens) on `device` and torch's current stream."""
+    """Start `kernel` over `grid` (at least one program, or nothing happens) on `device` and torch's current stream.
+
+    maxnreg: the most registers a lane, by which a multiprocessor holds more programs, on GPUs from sm_90 on; matrix
+    products of earlier ones take more registers.
+    """
     if not all(grid):
         return
     options = {"num_warps": num_warps, "num_stages": num_stages}
+    if maxnreg is not None and (_recorded is not None or _from_hopper_on(device)):
+        options["maxnreg"] = maxnreg
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
     elif device.type == "cuda":
@@ -93,6 +112,18 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield _recorded
     finally:
         _recorded = before
+
+
+def compile_launches(launches: Sequence[Launch], done: Callable[[int], None]) -> None:
+    """Compile recorded launches of tensors on a GPU side by side; one after the other they would take as long together.
+
+    `done` is told how many of the kernels are compiled so far; those that already were do not count.
+    """
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool) as compiling:
+        for kernel, grid, arguments, options in launches:
+            kernel.warmup(grid=grid, **arguments, **options)
+        for number, _ in enumerate(as_completed(compiling.raw_futures), start=1):
+            done(number)
 
 
 def check_tensor(

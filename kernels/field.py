@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +167,8 @@ def check_field(
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
 
 
-@jit
+# How many points there are is no reason to compile again.
+@partial(jit, do_not_specialize=("rows",))
 def _field_fwd_kernel(
     x,
     table,
@@ -299,9 +300,10 @@ def _field_bwd_kernel(
 _BLOCK = 64
 
 
-def _fwd_config(width: int, dtype: torch.dtype) -> dict[str, int]:
+def _fwd_config(width: int, dtype: torch.dtype, keep: bool) -> dict[str, int]:
     """Points a tile, warps, and programs a multiprocessor."""
-    return {"BLOCK": _BLOCK, "num_warps": 4 if width <= 64 else 8, "programs": 4}
+    # As many as its registers hold, or whole rounds of them: those that keep the features need more.
+    return {"BLOCK": _BLOCK, "num_warps": 4 if width <= 64 else 8, "programs": 3 if keep else 8}
 
 
 def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
@@ -377,7 +379,7 @@ def _field(
     spec, rows = spec_of(tuple(grid), tuple(scene)), x.shape[0]
     sigma, albedo = x.new_empty(rows), x.new_empty(rows, 3)
     kept = entries.new_empty(_kept_shape(spec.grid, rows) if keep else (0,) * 4)
-    config = _fwd_config(width, entries.dtype)
+    config = _fwd_config(width, entries.dtype, keep)
     programs = config.pop("programs") * multiprocessors(x.device)
     launch(
         _field_fwd_kernel,

@@ -215,3 +215,18 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
     flag = f"--{next(iter(other))}"
     with pytest.raises(UserError, match=f"--step_graph does not go with {flag}"):
         Config().override({"step_graph": True, **other})
+
+
+@pytest.mark.parametrize(
+    ("typed", "model", "device", "graph"),
+    [
+        ({}, "dream-mini", "cuda", True),
+        ({}, "dream-mini", "cpu", False),
+        ({}, "sd", "cuda", False),
+        ({"vram_O": True}, "sd", "cuda", True),
+        ({"vram_O": True, "step_graph": False}, "sd", "cuda", False),
+        ({"lambda_tv": 0.1}, "dream-mini", "cuda", False),
+    ],
+)
+def test_a_step_is_replayed_where_that_pays_and_nobody_chose(typed, model, device, graph):
+    assert resolve(typed, model, device).run.step_graph is graph
