@@ -248,7 +248,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 # ptxas places what does not fit into registers by the addresses of its own memory, which are random: of the same PTX,
-# field/float32/_field_bwd_kernel 3 came out with 110 and with 112 spills. Nothing else was seen to vary.
+# field/float32/field_bwd_kernel 3 came out with 110 and with 112 spills. Nothing else was seen to vary.
 VARYING = {"spills": 0.05, "local_bytes": 0.05}
 GATED_FIELDS = ("registers", "spills", "local_bytes", "shared", "loads", "stores", "atomics", "matrix")
 # Kernels that only a backward pass starts, by what their names say.
@@ -257,8 +257,8 @@ BACKWARD = re.compile(r"bwd|backward|grad|scatter")
 # in shared memory; those of sm_80 keep both in registers. The golden file holds how much.
 KNOWN_SPILLS = {
     "sm_80": (
-        "field/float32/_field_fwd_kernel",
-        "field/wide/_field_fwd_kernel",
+        "field/float32/field_fwd_kernel",
+        "field/wide/field_fwd_kernel",
         "field_normals/finite_difference_float16/differences_fwd_kernel",
     )
 }

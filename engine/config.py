@@ -146,8 +146,8 @@ class RunConfig(Room):
     device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
     step_graph: bool = option(
         False,
-        "on a GPU, replay all of a step up to the optimiser as one CUDA graph, so that nothing waits for the host and "
-        "the parts of a step share their memory; the default of dream-mini and of --vram_O there",
+        "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
+        "wait for the host; dream-mini's default there",
         may_change=True,
     )
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
@@ -496,8 +496,9 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     values = {**typed, "device": device}
     if device == "cpu":
         values["fp16"] = False
-    elif model == "dream-mini" or typed.get("vram_O"):
-        values.setdefault("step_graph", not base.override(typed).read_on_the_host())
+    elif model == "dream-mini":
+        # Replayed, two runs were not the same bit for bit.
+        values.setdefault("step_graph", not (typed.get("deterministic") or base.override(typed).read_on_the_host()))
     if "guidance_scale" in typed:
         values.setdefault("guidance_scale_end", None)  # one typed number is meant for the whole run
     if model == "sd":

@@ -16,44 +16,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dream_fast.kernels._grid import live_rows, position_gradient, scatter_features
+from dream_fast.kernels._field_kernels import field_bwd_kernel, field_fwd_kernel
+from dream_fast.kernels._grid import position_gradient, scatter_features
 from dream_fast.kernels._launch import (
     FLOATS,
     check_count,
     check_kernel_dtype,
     check_positive,
     check_tensor,
-    jit,
     launch,
     multiprocessors,
-    tl,
     use_triton,
 )
-from dream_fast.kernels._mlp import mlp, mlp_learn, mlp_store, mlp_sums, mlp_weights
 from dream_fast.kernels._reference import live_rows as live_rows_of
 from dream_fast.kernels._reference import pad_rows
 from dream_fast.kernels._tile import (
-    activate,
     aligned_rows,
-    blob,
-    blob_slope,
-    density_slope,
-    encode,
     flatten_parameters,
     fusable,
-    keep_tile,
-    kept_tile,
     level_table,
-    load_point,
-    outputs_gradient,
-    store_channels,
-    store_vector,
     tile_constants,
     unit_scale,
 )
@@ -167,135 +154,6 @@ def check_field(
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
 
 
-# How many points there are is no reason to compile again.
-@partial(jit, do_not_specialize=("rows",))
-def _field_fwd_kernel(
-    x,
-    table,
-    levels,
-    active,
-    parameters,
-    count,
-    sigma,
-    albedo,
-    kept,
-    rows,
-    scale,
-    blob_density,
-    blob_radius,
-    BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Each program takes a run of tiles of BLOCK points: neighbours on rays, which find their entries in its cache.
-
-    The features go to kept [tiles, F, PADDED, BLOCK] where it is given.
-    """
-    live = tl.minimum(tl.full((), rows, tl.int64), live_rows(count, rows))
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    share = tl.cdiv(tl.cdiv(live, BLOCK), programs) * BLOCK
-    start, end = program * share, tl.minimum((program + 1) * share, live)
-    while start < end:
-        n = start + tl.arange(0, BLOCK)
-        inner = n < live
-        px, py, pz = load_point(x, n, inner)
-        features = encode(
-            px * scale + 0.5,
-            py * scale + 0.5,
-            pz * scale + 0.5,
-            table,
-            levels,
-            active,
-            LEVELS,
-            FEATURES,
-            PADDED,
-            LOG2_ENTRIES,
-            SMOOTH,
-            WIDE,
-        )
-        if kept is not None:
-            keep_tile(kept, features, start, BLOCK, FEATURES, PADDED)
-        outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        s, r, g, b, _ = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
-        tl.store(sigma + n, s, mask=inner)
-        store_vector(albedo, n, inner, r, g, b)
-        start += BLOCK
-    start = live + program * BLOCK
-    zero = tl.zeros([BLOCK], tl.float32)
-    while start < rows:
-        n = start + tl.arange(0, BLOCK)
-        tl.store(sigma + n, zero, mask=n < rows)
-        store_vector(albedo, n, n < rows, zero, zero, zero)
-        start += programs * BLOCK
-
-
-@jit
-def _field_bwd_kernel(
-    x,
-    kept,
-    parameters,
-    count,
-    to_sigma,
-    to_albedo,
-    to_features,
-    to_x,
-    partials,
-    rows,
-    size,
-    blob_density,
-    blob_radius,
-    BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """What follows the kept features is computed again. Sums of layers FIRST to LAST go to row `program` of partials.
-
-    to_features [L * F, N] and to_x [N, 3] (the blob's part) are written where they are given.
-    """
-    DTYPE: tl.constexpr = parameters.dtype.element_ty
-    live = live_rows(count, rows)
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
-    sums = mlp_sums(BLOCK, DTYPE, FIRST, LAST, WIDTH, LAYERS, FEATURES, PADDED)
-    program = tl.program_id(0).to(tl.int64)
-    start = program * BLOCK
-    while start < live:
-        n = start + tl.arange(0, BLOCK)
-        inner = n < live
-        px, py, pz = load_point(x, n, inner)
-        features = kept_tile(kept, start, BLOCK, FEATURES, PADDED)
-        outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        s, r, g, b, raw = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
-        to_raw = tl.load(to_sigma + n, mask=inner, other=0.0) * density_slope(raw, s, SOFTPLUS)
-        to_red, to_green, to_blue = load_point(to_albedo, n, inner)
-        to_outputs = outputs_gradient(
-            to_raw, to_red * (r * (1.0 - r)), to_green * (g * (1.0 - g)), to_blue * (b * (1.0 - b))
-        )
-        sums, by_feature = mlp_learn(
-            sums, to_outputs, features, hidden, weights, BLOCK, DTYPE, FIRST, LAST, LAYERS, FEATURES
-        )
-        if to_features is not None:
-            store_channels(to_features, by_feature, n, inner, rows, LEVELS, FEATURES, PADDED)
-        if to_x is not None:
-            slope = to_raw * blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)
-            store_vector(to_x, n, inner, slope * px, slope * py, slope * pz)
-        start += tl.num_programs(0).to(tl.int64) * BLOCK
-    mlp_store(sums, partials + program * size, DTYPE, FIRST, LAST, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
-
-
 # Points a tile: the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
 _BLOCK = 64
 
@@ -382,7 +240,7 @@ def _field(
     config = _fwd_config(width, entries.dtype, keep)
     programs = config.pop("programs") * multiprocessors(x.device)
     launch(
-        _field_fwd_kernel,
+        field_fwd_kernel,
         (min(programs, -(-rows // config["BLOCK"])),),
         x.device,
         x=x.contiguous(),
@@ -440,7 +298,6 @@ def _field_backward(
     programs = config.pop("programs") * multiprocessors(x.device)
     programs = min(programs, -(-rows // config["BLOCK"]))
     together = config.pop("together")
-    constants = tile_constants(spec.grid)
     to_features = None
     if into_x or into_table:
         to_features = x.new_empty(spec.grid.channels, rows, dtype=entries.dtype)
@@ -449,11 +306,14 @@ def _field_backward(
     passes = range(0, layers + 1, together) if into_parameters else (0,)
     for first in passes:
         launch(
-            _field_bwd_kernel,
+            field_bwd_kernel,
             (programs,),
             x.device,
             x=x,
-            kept=kept,
+            kept=kept if kept.numel() else None,
+            table=aligned_rows(entries),
+            levels=level_table(spec.grid, x.device, levels),
+            active=active,
             parameters=packed,
             count=count,
             to_sigma=to_sigma.contiguous(),
@@ -463,6 +323,7 @@ def _field_backward(
             partials=partials,
             rows=rows,
             size=size,
+            scale=scale,
             blob_density=spec.blob_density,
             blob_radius=spec.blob_radius,
             FIRST=first,
@@ -471,7 +332,7 @@ def _field_backward(
             WIDTH=width,
             LAYERS=layers,
             **config,
-            **{name: constants[name] for name in ("LEVELS", "FEATURES", "PADDED")},
+            **tile_constants(spec.grid),
         )
     common = {
         "scale": scale,
@@ -596,4 +457,6 @@ def field(
     compute = (table.detach().to(dtype), parameters.detach().to(dtype))
     shape = (weights[0].shape[0], len(weights) - 1, grid, scene)
     keep = torch.is_grad_enabled() and (x.requires_grad or table.requires_grad or parameters.requires_grad)
+    # Of fp32 the products that read them back came out wrong on sm_90 (Triton 3.6, width 64).
+    keep = keep and dtype != torch.float32
     return _field(x, table, parameters, *compute, active, levels, count, *shape, keep)[:2]

@@ -223,8 +223,9 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
         ({}, "dream-mini", "cuda", True),
         ({}, "dream-mini", "cpu", False),
         ({}, "sd", "cuda", False),
-        ({"vram_O": True}, "sd", "cuda", True),
-        ({"vram_O": True, "step_graph": False}, "sd", "cuda", False),
+        ({"step_graph": True}, "sd", "cuda", True),
+        ({"step_graph": False}, "dream-mini", "cuda", False),
+        ({"deterministic": True}, "dream-mini", "cuda", False),
         ({"lambda_tv": 0.1}, "dream-mini", "cuda", False),
     ],
 )
