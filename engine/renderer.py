@@ -9,9 +9,12 @@ gradient, at any size. Shadings, with n the normal, l the unit direction to the 
     normal       (n + 1) / 2
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dream_fast import kernels
@@ -20,6 +23,7 @@ from dream_fast.engine.config import RenderConfig
 from dream_fast.engine.field import Field
 
 SHADINGS = ("albedo", "lambertian", "textureless", "normal")
+SMALLEST_PART = 0.02  # of the cells of the largest part; smaller ones are specks
 
 
 class Rendered(NamedTuple):
@@ -79,6 +83,23 @@ class Renderer:
         fresh = self.field.density(points, active_levels=active_levels).view_as(self.density)
         bits, _ = kernels.occupancy_update(self.density, fresh, threshold=self.config.density_thresh)
         self.bits.copy_(bits)
+
+    @contextmanager
+    def without_specks(self) -> Iterator[None]:
+        """Inside the `with` block rays pass through small groups of occupied cells that stand apart from the object.
+
+        Scenes of one cascade only; across several the groups are not followed, and nothing changes.
+        """
+        before = self.bits.clone()
+        if self.cascades == 1:
+            side = self.config.occupancy_resolution
+            powers = 2 ** torch.arange(8, device=self.bits.device)
+            cells = (self.bits[0][:, None] & powers).bool().view(side, side, side)
+            self.bits.copy_((large_parts(cells).view(-1, 8) * powers).sum(1))
+        try:
+            yield
+        finally:
+            self.bits.copy_(before)
 
     def adapt_capacity(self, rays: int) -> None:
         """Fit the sample buffers to the fullest step of `rays` rays since the last call, with room to spare.
@@ -253,6 +274,19 @@ class Renderer:
         if self.field.has_background:
             return self.field.background(directions)
         return torch.ones_like(directions)
+
+
+def large_parts(cells: Tensor) -> Tensor:
+    """Of occupied cells [G, G, G] (bool), those in groups of neighbours (26) of at least 2 % of the largest group."""
+    label = torch.arange(cells.numel(), dtype=torch.float64, device=cells.device).view(cells.shape)
+    label, before = torch.where(cells, label, -1.0), None
+    while before is None or not torch.equal(label, before):
+        before = label
+        label = torch.where(cells, F.max_pool3d(label[None], 3, stride=1, padding=1)[0], -1.0)
+    groups = (label + 1).long()  # 0: not occupied
+    sizes = torch.bincount(groups.flatten(), minlength=2)
+    sizes[0] = 0
+    return (sizes >= SMALLEST_PART * sizes.max())[groups] & cells
 
 
 def shade(shading: str, albedo: Tensor, normal: Tensor | None, light: Tensor | None, ambient: float | Tensor) -> Tensor:

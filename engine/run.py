@@ -130,8 +130,8 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
 
 
 def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> None:
-    """Writes the outputs from the averaged weights."""
-    with trainer.optimizer.ema_weights():
+    """Writes the outputs from the averaged weights, without specks."""
+    with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
         for output in outputs(trainer, workspace, reporter):
             if not (only_missing and all(path.exists() for path in output.paths)):
                 output.write()

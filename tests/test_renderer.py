@@ -8,7 +8,7 @@ import torch
 from dream_fast.engine.camera import make_cameras, rays
 from dream_fast.engine.config import FieldConfig, RenderConfig
 from dream_fast.engine.field import Field
-from dream_fast.engine.renderer import Renderer, shade
+from dream_fast.engine.renderer import Renderer, large_parts, shade
 
 WHITE = torch.ones(3)
 BLACK = torch.zeros(3)
@@ -64,6 +64,39 @@ def test_occupancy_leaves_out_empty_space_and_keeps_the_picture():
     # The blob's tail has a density of 1 and is cut off; its body is the same.
     middle = torch.arange(256).view(16, 16)[6:10, 6:10].reshape(-1)
     torch.testing.assert_close(after.opacity[middle], before.opacity[middle], atol=0.02, rtol=0)
+
+
+def test_large_parts_keep_what_touches_and_what_is_large():
+    cells = torch.zeros(12, 12, 12, dtype=torch.bool)
+    cells[1:6, 1:6, 1:6] = True  # 125 cells
+    cells[6, 6, 6] = True  # touches its corner
+    cells[9, 9:11, 9:12] = True  # 6 cells, apart, more than 2 %
+    kept = cells.clone()
+    cells[0, 11, 0] = cells[11, 0, 11] = True  # the last cell of the grid and one beside a border
+    assert torch.equal(large_parts(cells), kept)
+    assert not large_parts(torch.zeros(4, 4, 4, dtype=torch.bool)).any()
+
+
+def test_outputs_are_without_specks_and_the_grid_is_as_before():
+    renderer = make_renderer()
+    renderer.update_occupancy(None)
+    side = renderer.config.occupancy_resolution
+    object_alone = renderer.bits.clone()
+    renderer.bits.view(side, side, side // 8)[1, 1, 0] |= 4  # one cell in a corner
+    with_speck = renderer.bits.clone()
+    with renderer.without_specks():
+        assert torch.equal(renderer.bits, object_alone)
+    assert torch.equal(renderer.bits, with_speck)
+
+
+def test_several_cascades_keep_everything():
+    renderer = make_renderer(bound=2.0)
+    renderer.bits.zero_()
+    renderer.bits[0, :2] = 255
+    renderer.bits[1, 99] = 1
+    before = renderer.bits.clone()
+    with renderer.without_specks():
+        assert torch.equal(renderer.bits, before)
 
 
 def test_capacity_does_not_change_the_picture_on_a_cpu():
