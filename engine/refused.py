@@ -22,7 +22,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--dont_override_stuff": "nothing that you type is overridden",
     "--exp_end_iter": _PHASES,
     "--exp_start_iter": _PHASES,
-    "--file": "give the flags on the command line, for example with $(cat FILE)",
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
     "--front_decay_factor": _PERP,
     "--gui": _VIEWER,
