@@ -19,6 +19,7 @@ import dream_fast
 from dream_fast.engine.argument_file import read_arguments
 from dream_fast.engine.config import Config, check_value, chosen_model, resolve, settings, value_type
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 
@@ -63,17 +64,16 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"dream-fast {dream_fast.__version__}")
     parser.add_argument(
-        "--file", metavar="FILE", help="more arguments from a text file, as if they stood here; later ones count more"
+        "--version",
+        action="version",
+        version=f"dream-fast {dream_fast.__version__}",
+        help=COMMAND_FLAGS["--version"],
     )
-    parser.add_argument(
-        "--print-config", "--print_config", action="store_true", help="print the settings as JSON and stop"
-    )
-    parser.add_argument("-O", dest="fp16", action="store_const", const=True, help="--fp16 and --cuda_ray")
-    parser.add_argument(
-        "--cuda_ray", action="store_true", help="march through the occupancy grid: always on, accepted for old commands"
-    )
+    parser.add_argument("--file", metavar="FILE", help=COMMAND_FLAGS["--file"])
+    parser.add_argument("--print-config", "--print_config", action="store_true", help=COMMAND_FLAGS["--print-config"])
+    parser.add_argument("-O", dest="fp16", action="store_const", const=True, help=COMMAND_FLAGS["-O"])
+    parser.add_argument("--cuda_ray", action="store_true", help=COMMAND_FLAGS["--cuda_ray"])
     groups: dict[str, Any] = {}
     for room, field in settings():
         if room.name not in groups:

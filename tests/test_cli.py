@@ -11,28 +11,9 @@ import pytest
 from dream_fast.cli import build_parser, main, parse
 from dream_fast.engine.config import mini_cpu_defaults, resolve, settings
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.options import REFERENCE_FLAGS
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 from dream_fast.engine.workspace import Workspace
-
-# Every flag of stable-dreamfusion's main command.
-REFERENCE_FLAGS = """
-    --file --text --negative -O -O2 --test --six_views --eval_interval --test_interval --workspace --seed --image
-    --image_config --known_view_interval --IF --guidance --guidance_scale --save_mesh --mcubes_resolution
-    --decimate_target --dmtet --tet_grid_size --init_with --lock_geo --perpneg --negative_w --front_decay_factor
-    --side_decay_factor --iters --lr --ckpt --cuda_ray --taichi_ray --max_steps --num_steps --upsample_steps
-    --update_extra_interval --max_ray_batch --latent_iter_ratio --albedo_iter_ratio --min_ambient_ratio
-    --textureless_ratio --jitter_pose --jitter_center --jitter_target --jitter_up --uniform_sphere_rate --grad_clip
-    --grad_clip_rgb --bg_radius --density_activation --density_thresh --blob_density --blob_radius --backbone --optim
-    --sd_version --hf_key --fp16 --vram_O --w --h --known_view_scale --known_view_noise_scale --dmtet_reso_scale
-    --batch_size --bound --dt_gamma --min_near --radius_range --theta_range --phi_range --fovy_range --default_radius
-    --default_polar --default_azimuth --default_fovy --progressive_view --progressive_view_init_ratio
-    --progressive_level --angle_overhead --angle_front --t_range --dont_override_stuff --lambda_entropy --lambda_opacity
-    --lambda_orient --lambda_tv --lambda_wd --lambda_mesh_normal --lambda_mesh_laplacian --lambda_guidance --lambda_rgb
-    --lambda_mask --lambda_normal --lambda_depth --lambda_2d_normal_smooth --lambda_3d_normal_smooth --save_guidance
-    --save_guidance_interval --gui --W --H --radius --fovy --light_theta --light_phi --max_spp --zero123_config
-    --zero123_ckpt --zero123_grad_scale --dataset_size_train --dataset_size_valid --dataset_size_test --exp_start_iter
-    --exp_end_iter
-""".split()
 
 
 @pytest.fixture
