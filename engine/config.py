@@ -172,6 +172,14 @@ class CameraConfig(Room):
     uniform_sphere_rate: float = option(
         0.0, "probability of a batch spread evenly over the upper half of the sphere", low=0, high=1
     )
+    jitter_pose: bool = option(False, "training cameras are moved, turned and rolled a little; the prompt follows")
+    jitter_center: float = option(0.2, "width of the cube in which jitter moves a camera", low=0)
+    jitter_target: float = option(
+        0.2, "standard deviation of the point that a camera looks at, along each axis, with jitter", low=0
+    )
+    jitter_up: float = option(
+        0.02, "standard deviation of what jitter adds to a camera's upward unit vector, along each axis", low=0
+    )
     angle_overhead: float = option(30.0, "polar angle up to which the prompt says overhead view", low=0, high=180)
     view_blend: float = option(
         90.0, "degrees around 45 and 135 over which the prompt turns from one side to the next", low=1, high=90

@@ -47,6 +47,7 @@ DIFFERENCES = {
     "--file": "quotes and # comments work",
     "--fp16": "on a GPU; a CPU runs in fp32",
     "--guidance": "one model: dream-mini, which needs no download, or SD",
+    "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
     "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
     "--lambda_orient": "always a mean over samples",
     "--min_near": "holds for rays, which the reference's never reaches",

@@ -5,7 +5,6 @@ Refusing is better than ignoring: a command moved over from there either means t
 
 _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
 _MESH = "there is no mesh refinement yet; --save_mesh exports the result as GLB"
-_JITTER = "it moves the camera but not the angles that the prompt is told; widen --theta_range or --phi_range instead"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
 _PERP = "Perp-Neg is not there yet; view prompts are blended by azimuth"
 _MARCH = "rays always march through the occupancy grid; --max_steps sets the samples of a ray"
@@ -28,10 +27,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--image": _IMAGE,
     "--image_config": _IMAGE,
     "--init_with": _MESH,
-    "--jitter_center": _JITTER,
-    "--jitter_pose": _JITTER,
-    "--jitter_target": _JITTER,
-    "--jitter_up": _JITTER,
     "--known_view_interval": _IMAGE,
     "--known_view_noise_scale": _IMAGE,
     "--known_view_scale": _IMAGE,

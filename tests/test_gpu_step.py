@@ -55,6 +55,7 @@ AS_SD = SHADED | {"bg_radius": 1.4, "lambda_orient": 1e-2, "textureless_ratio": 
     [
         {},
         SHADED,
+        {"jitter_pose": True},
         SHADED | {"normals": "analytic"},
         AS_SD,
         AS_SD | {"vram_O": True},
@@ -146,7 +147,7 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
     assert not torch.equal(results[3], results[4])
 
 
-@pytest.mark.parametrize("changes", [{}, AS_SD], ids=["albedo", "shaded"])
+@pytest.mark.parametrize("changes", [{}, {"jitter_pose": True}, AS_SD], ids=["albedo", "jitter", "shaded"])
 def test_a_replayed_step_is_the_step(changes):
     """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
     trainer = make_trainer(**changes)
