@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.engine.config import CameraConfig
+from dream_fast.engine.config import CameraConfig, Range
 
 # (polar, azimuth) of the six views: front, +x side, back, -x side, above, below.
 SIX_VIEWS = {
@@ -78,15 +78,36 @@ def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     return origins, directions
 
 
+def view_ranges(config: CameraConfig, progress: float) -> list[Range]:
+    """Ranges of radius, polar angle, azimuth and field of view when the fraction `progress` of the run is done.
+
+    With `progressive_view` they widen linearly around the output camera's default view, and are full before half of the
+    run is done. Numbers are interpolated as they are given, azimuths too.
+    """
+    full = [config.radius_range, config.theta_range, config.phi_range, config.fovy_range]
+    if not config.progressive_view:
+        return full
+    width = min(1.0, config.progressive_view_init_ratio + 2.0 * progress)
+    view = [config.default_radius, config.default_polar, config.default_azimuth, config.default_fovy]
+    return [
+        ((1 - width) * middle + width * low, (1 - width) * middle + width * high)
+        for middle, (low, high) in zip(view, full, strict=True)
+    ]
+
+
 def sample_cameras(
-    config: CameraConfig, batch: int, generator: torch.Generator, device: torch.device | str | None = None
+    config: CameraConfig,
+    batch: int,
+    generator: torch.Generator,
+    device: torch.device | str | None = None,
+    progress: float = 1.0,
 ) -> Cameras:
     """A batch of random training cameras, drawn on the generator's device and moved to `device`.
 
-    Radius, polar angle and field of view are uniform in their ranges. Azimuths are stratified: each camera of a batch
-    has its own equal sector of `phi_range`, so a batch sees the object from all sides.
-    With probability `uniform_sphere_rate` the whole batch is uniform on the upper hemisphere instead.
-    With `jitter_pose` each camera is then moved, turned and rolled a little (:func:`jittered`).
+    Radius, polar angle and field of view are uniform in their ranges at `progress` (:func:`view_ranges`). Azimuths are
+    stratified: each camera of a batch has its own equal sector of their range, so a batch sees the object from all
+    sides. With probability `uniform_sphere_rate` the whole batch is uniform on the upper hemisphere instead, however
+    narrow the ranges are. With `jitter_pose` each camera is then moved, turned and rolled a little (:func:`jittered`).
     """
     draws = torch.rand(5, batch, generator=generator, device=generator.device)
     sphere = torch.rand((), generator=generator, device=generator.device) < config.uniform_sphere_rate
@@ -95,11 +116,12 @@ def sample_cameras(
         low, high = limits
         return low + (high - low) * u
 
+    radii, polars, azimuths, fovys = view_ranges(config, progress)
     sector = (torch.arange(batch, device=draws.device) + draws[0]) / batch  # [B] in [0, 1), one a sector
-    azimuth = torch.where(sphere, between((-180.0, 180.0), sector), between(config.phi_range, sector))
-    polar = torch.where(sphere, torch.rad2deg(torch.acos(draws[2])), between(config.theta_range, draws[1]))
-    radius = between(config.radius_range, draws[3])
-    fovy = between(config.fovy_range, draws[4])
+    azimuth = torch.where(sphere, between((-180.0, 180.0), sector), between(azimuths, sector))
+    polar = torch.where(sphere, torch.rad2deg(torch.acos(draws[2])), between(polars, draws[1]))
+    radius = between(radii, draws[3])
+    fovy = between(fovys, draws[4])
     cameras = make_cameras(polar.to(device), azimuth.to(device), radius.to(device), fovy.to(device))
     if not config.jitter_pose:
         return cameras

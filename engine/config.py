@@ -20,6 +20,10 @@ from dream_fast.engine.errors import UserError
 Range = tuple[float, float]
 
 
+# The settings of the output camera's view.
+DEFAULT_VIEW = ("default_radius", "default_polar", "default_azimuth", "default_fovy")
+
+
 def option(
     default: Any,
     help: str,
@@ -169,6 +173,12 @@ class CameraConfig(Room):
     theta_range: Range = option((45.0, 105.0), "polar angle: 0 is above, 90 the horizon", low=0, high=180)
     phi_range: Range = option((-180.0, 180.0), "azimuth: 0 is in front (+z), 90 at +x", low=-360, high=360)
     fovy_range: Range = option((10.0, 30.0), "vertical field of view", above=0, below=180)
+    progressive_view: bool = option(
+        False, "these four ranges widen from the output camera's default view to their full width as the phases go on"
+    )
+    progressive_view_init_ratio: float = option(
+        0.2, "part of their width from which progressive_view starts; it grows by 2 in a whole run", low=0, high=1
+    )
     uniform_sphere_rate: float = option(
         0.0, "probability of a batch spread evenly over the upper half of the sphere", low=0, high=1
     )
@@ -371,7 +381,11 @@ class Config:
 
     def read_on_the_host(self) -> list[str]:
         """The flags by which a kernel gets other numbers of the host in each step, so that no graph can replay it."""
-        found = {"--progressive_level": self.shading.progressive_level, "--lambda_tv": self.loss.lambda_tv > 0}
+        found = {
+            "--progressive_level": self.shading.progressive_level,
+            "--progressive_view": self.camera.progressive_view,
+            "--lambda_tv": self.loss.lambda_tv > 0,
+        }
         return [flag for flag, on in found.items() if on]
 
     def override(self, typed: Mapping[str, Any]) -> "Config":
@@ -389,9 +403,11 @@ class Config:
     def differences(self, other: "Config") -> list[str]:
         """The settings that make this another run than ``other``, as sentences' parts: ``--lr 0.001, not 0.002``."""
         found = []
+        # Training starts from the output camera's view then; looking at the result from elsewhere is free.
+        learned = DEFAULT_VIEW if self.camera.progressive_view and not other.run.test else ()
         for room, field in settings():
             mine, theirs = (getattr(getattr(config, room.name), field.name) for config in (self, other))
-            if mine != theirs and not field.metadata["may_change"]:
+            if mine != theirs and (field.name in learned or not field.metadata["may_change"]):
                 found.append(f"--{field.name} {mine}, not {theirs}")
         return found
 

@@ -44,8 +44,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--negative_w": _PERP,
     "--num_steps": _MARCH,
     "--perpneg": _PERP,
-    "--progressive_view": "the camera ranges hold for the whole run; set --phi_range and --theta_range",
-    "--progressive_view_init_ratio": "the camera ranges hold for the whole run; set --phi_range and --theta_range",
     "--radius": _VIEWER + " (the output camera has --default_radius)",
     "--save_guidance": "the guidance is not drawn; validation/ shows the run",
     "--save_guidance_interval": "the guidance is not drawn; validation/ shows the run",

@@ -170,7 +170,7 @@ class Trainer:
         """Renders, asks the guidance and leaves the gradients, times the loss scale, with the optimiser."""
         config, generator = self.config, self.generator
         height, width, batch = config.camera.h, config.camera.w, config.camera.batch_size
-        cameras = sample_cameras(config.camera, batch, generator, self.device)
+        cameras = sample_cameras(config.camera, batch, generator, self.device, progress)
         origins, directions = rays(cameras, height, width)
         rendered = self.renderer.train_rays(
             origins,

@@ -16,6 +16,7 @@ from dream_fast.engine.camera import (
     sample_cameras,
     six_views,
     turntable,
+    view_ranges,
 )
 from dream_fast.engine.config import CameraConfig
 
@@ -112,6 +113,48 @@ def test_uniform_sphere_covers_the_upper_hemisphere_evenly():
     height = seen.c2w[:, 1, 3] / seen.radius
     assert height.min() > -1e-6
     torch.testing.assert_close(height.mean(), torch.tensor(0.5), atol=0.02, rtol=0)  # uniform in y
+
+
+NARROW = dict(
+    progressive_view=True,
+    radius_range=(2.0, 4.0),
+    theta_range=(40.0, 100.0),
+    phi_range=(-180.0, 180.0),
+    fovy_range=(10.0, 30.0),
+    default_radius=3.5,
+    default_polar=90.0,
+    default_azimuth=20.0,
+    default_fovy=16.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "progress", "ranges"),
+    [
+        (0.0, 0.0, [(3.5, 3.5), (90, 90), (20, 20), (16, 16)]),
+        (0.2, 0.0, [(3.2, 3.6), (80, 92), (-20, 52), (14.8, 18.8)]),
+        (0.2, 0.15, [(2.75, 3.75), (65, 95), (-80, 100), (13, 23)]),
+        (0.2, 0.4, [(2, 4), (40, 100), (-180, 180), (10, 30)]),
+        (0.2, 1.0, [(2, 4), (40, 100), (-180, 180), (10, 30)]),
+        (1.0, 0.0, [(2, 4), (40, 100), (-180, 180), (10, 30)]),
+    ],
+)
+def test_the_ranges_widen_from_the_default_view(start, progress, ranges):
+    limits = config(**NARROW, progressive_view_init_ratio=start)
+    for got, expected in zip(view_ranges(limits, progress), ranges, strict=True):
+        assert got == pytest.approx(expected)
+    seen = sample_cameras(limits, 500, torch.Generator().manual_seed(6), progress=progress)
+    for values, (low, high) in zip((seen.radius, seen.polar, seen.azimuth, seen.fovy), ranges, strict=True):
+        assert low - 1e-4 <= values.min() and values.max() <= high + 1e-4
+        assert values.max() - values.min() >= 0.9 * (high - low)
+
+
+def test_the_ranges_stay_as_they_are_without_progressive_view_and_on_the_sphere():
+    fixed = config(**NARROW | {"progressive_view": False})
+    assert view_ranges(fixed, 0.0) == [fixed.radius_range, fixed.theta_range, fixed.phi_range, fixed.fovy_range]
+    sphere = config(**NARROW, uniform_sphere_rate=1.0)
+    seen = sample_cameras(sphere, 500, torch.Generator().manual_seed(7), progress=0.0)
+    assert seen.azimuth.max() - seen.azimuth.min() > 350 and seen.polar.min() < 20
 
 
 # All around, the poles among them.

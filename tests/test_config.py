@@ -6,6 +6,7 @@ import json
 import pytest
 
 from dream_fast.engine.config import (
+    DEFAULT_VIEW,
     CameraConfig,
     Config,
     GuidanceConfig,
@@ -34,6 +35,8 @@ REFERENCE = dict(
     phi_range=(-180, 180),
     fovy_range=(10, 30),
     uniform_sphere_rate=0,
+    progressive_view=False,
+    progressive_view_init_ratio=0.2,
     jitter_pose=False,
     jitter_center=0.2,
     jitter_target=0.2,
@@ -209,12 +212,20 @@ def test_what_makes_it_another_run():
     ]
 
 
+def test_the_output_camera_shapes_a_run_whose_view_starts_there():
+    base = Config().override(dict(progressive_view=True))
+    moved = base.override(dict(default_radius=4, default_polar=60, default_azimuth=10, default_fovy=30, W=9))
+    assert [part.split()[0] for part in base.differences(moved)] == [f"--{name}" for name in DEFAULT_VIEW]
+    assert base.differences(moved.override({"test": True})) == []
+    assert Config().differences(Config().override(dict(default_polar=60))) == []
+
+
 def test_compiled_kernels_do_not_repeat_bits():
     with pytest.raises(UserError, match="--compile does not go with --deterministic"):
         Config().override(dict(compile=True, deterministic=True))
 
 
-@pytest.mark.parametrize("other", [{"progressive_level": True}, {"lambda_tv": 0.1}])
+@pytest.mark.parametrize("other", [{"progressive_level": True}, {"progressive_view": True}, {"lambda_tv": 0.1}])
 def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
     flag = f"--{next(iter(other))}"
     with pytest.raises(UserError, match=f"--step_graph does not go with {flag}"):
@@ -231,6 +242,7 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
         ({"step_graph": False}, "dream-mini", "cuda", False),
         ({"deterministic": True}, "dream-mini", "cuda", False),
         ({"lambda_tv": 0.1}, "dream-mini", "cuda", False),
+        ({"progressive_view": True}, "dream-mini", "cuda", False),
     ],
 )
 def test_a_step_is_replayed_where_that_pays_and_nobody_chose(typed, model, device, graph):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dream_fast.engine.camera import Cameras
 from dream_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.config import Config, ShadingConfig
 from dream_fast.engine.errors import UserError
@@ -146,6 +147,32 @@ def test_progressive_levels_join_during_the_run(text_guidance):
     trainer = make_trainer(text_guidance, progressive_level=True, levels=8)
     assert [trainer._active_levels(progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     assert make_trainer(text_guidance)._active_levels(0.0) is None
+
+
+def cameras_of_steps(trainer: Trainer, steps: int) -> list[Cameras]:
+    """The cameras of the next steps."""
+    seen = []
+
+    def guidance(pictures, cameras, **_):
+        seen.append(cameras)
+        return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+
+    trainer.guidance = guidance
+    for _ in range(steps):
+        trainer.train_step()
+    return seen
+
+
+def test_progressive_views_widen_during_the_run(text_guidance):
+    changes = dict(progressive_view=True, progressive_view_init_ratio=0.0, default_azimuth=30.0, iters=8, **CHEAP)
+    azimuths = [cameras.azimuth for cameras in cameras_of_steps(make_trainer(text_guidance, **changes), 8)]
+    assert (azimuths[0] == 30).all()
+    for step in range(4):
+        width = 2 * step / 8
+        assert (azimuths[step] - 30 * (1 - width)).abs().max() <= 180 * width + 1e-3
+    assert max(float(azimuth.abs().max()) for azimuth in azimuths[4:]) > 120
+    plain = cameras_of_steps(make_trainer(text_guidance, **CHEAP), 1)
+    assert (plain[0].azimuth != 30).all()
 
 
 def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
