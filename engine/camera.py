@@ -79,10 +79,10 @@ def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def view_ranges(config: CameraConfig, progress: float) -> list[Range]:
-    """Ranges of radius, polar angle, azimuth and field of view when the fraction `progress` of the run is done.
+    """Ranges of radius, polar angle, azimuth and field of view when the fraction `progress` of the phases is done.
 
-    With `progressive_view` they widen linearly around the output camera's default view, and are full before half of the
-    run is done. Numbers are interpolated as they are given, azimuths too.
+    With `progressive_view` they widen linearly around the output camera's default view, and are full before half of
+    that is done. Numbers are interpolated as they are given, azimuths too.
     """
     full = [config.radius_range, config.theta_range, config.phi_range, config.fovy_range]
     if not config.progressive_view:

@@ -117,6 +117,14 @@ class RunConfig(Room):
     workspace: str = option("workspace", "folder of everything that the run writes", may_change=True)
     seed: int | None = option(None, "seed of all random numbers; drawn when not given", low=0, high=2**32 - 1)
     iters: int = option(10000, "optimisation steps", low=1, may_change=True)
+    exp_start_iter: int | None = option(
+        None, "step at which the phases, progressive view and progressive levels start; default: 0", low=0
+    )
+    exp_end_iter: int | None = option(
+        None,
+        "step at which they are at their end, also in a run that is taken further later; default: the last",
+        low=1,
+    )
     preset: str = option(
         "auto",
         "auto: defaults of the model and the device; reference: those of stable-dreamfusion",
@@ -158,6 +166,14 @@ class RunConfig(Room):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        start = self.exp_start_iter or 0
+        if self.exp_end_iter is not None and self.exp_end_iter <= start:
+            raise UserError(f"--exp_end_iter must be more than --exp_start_iter {start}, not {self.exp_end_iter}")
+        if self.exp_end_iter is None and self.iters <= start:
+            raise UserError(
+                f"--exp_start_iter must be less than --iters {self.iters}, where the phases end without "
+                f"--exp_end_iter, not {start}"
+            )
         if self.compile and self.deterministic:
             raise UserError(
                 "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "

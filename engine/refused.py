@@ -8,7 +8,6 @@ _MESH = "there is no mesh refinement yet; --save_mesh exports the result as GLB"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
 _PERP = "Perp-Neg is not there yet; view prompts are blended by azimuth"
 _MARCH = "rays always march through the occupancy grid; --max_steps sets the samples of a ray"
-_PHASES = "the phases always span the whole run; --latent_iter_ratio and --albedo_iter_ratio place them"
 
 REFUSED_FLAGS: dict[str, str] = {
     "-O2": "the vanilla backbone is not there yet; use -O",
@@ -19,8 +18,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--dmtet": _MESH,
     "--dmtet_reso_scale": _MESH,
     "--dont_override_stuff": "nothing that you type is overridden",
-    "--exp_end_iter": _PHASES,
-    "--exp_start_iter": _PHASES,
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
     "--front_decay_factor": _PERP,
     "--gui": _VIEWER,

@@ -29,6 +29,8 @@ REFERENCE = dict(
     workspace="workspace",
     seed=None,
     iters=10000,
+    exp_start_iter=None,
+    exp_end_iter=None,
     ckpt="latest",
     radius_range=(3.0, 3.5),
     theta_range=(45, 105),
@@ -120,6 +122,12 @@ def test_what_was_typed_counts_more_than_the_model_and_the_device():
     assert resolve({"preset": "reference", "iters": 7}, "dream-mini", "cuda").run.iters == 7
 
 
+def test_the_phases_may_end_after_the_run_or_start_late_in_it():
+    run = resolve({"iters": 5, "exp_end_iter": 9, "exp_start_iter": 8}, "dream-mini", "cpu").run
+    assert (run.exp_start_iter, run.exp_end_iter) == (8, 9)
+    assert resolve({"iters": 5, "exp_start_iter": 4}, "dream-mini", "cpu").run.exp_end_iter is None
+
+
 def test_half_precision_is_a_gpus():
     assert resolve({"fp16": True}, "dream-mini", "cuda").run.fp16
     assert not resolve({"fp16": True}, "dream-mini", "cpu").run.fp16
@@ -174,6 +182,10 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"max_resolution": 8}, "--max_resolution 8 is less than --base_resolution 16: the levels .* coarse to fine"),
         ({"max_resolution": 40, "base_resolution": 41}, "--max_resolution 40 is less than --base_resolution 41: .*"),
         ({"occupancy_resolution": 65}, "--occupancy_resolution must be even, not 65"),
+        ({"exp_start_iter": -1}, "--exp_start_iter must be at least 0, not -1"),
+        ({"exp_end_iter": 0}, "--exp_end_iter must be at least 1, not 0"),
+        ({"exp_start_iter": 9, "exp_end_iter": 9}, "--exp_end_iter must be more than --exp_start_iter 9, not 9"),
+        ({"exp_start_iter": 9, "iters": 9}, "--exp_start_iter must be less than --iters 9, where the phases .* not 9"),
         ({"itres": 5}, "unknown setting: itres"),
     ],
 )
