@@ -210,6 +210,13 @@ class CameraConfig(Room):
     view_blend: float = option(
         90.0, "degrees around 45 and 135 over which the prompt turns from one side to the next", low=1, high=90
     )
+    angle_front: float | None = option(
+        None,
+        "the prompt says front or back view within half of this from azimuth 0 or 180 and side view elsewhere, without "
+        "blending; default: blended",
+        above=0,
+        high=180,
+    )
     w: int = option(64, "width of a training render", low=1)
     h: int = option(64, "height of a training render", low=1)
     batch_size: int = option(1, "views in a step", low=1)

@@ -41,6 +41,7 @@ REFERENCE_FLAGS = """
 
 # Where a flag of the reference works, and a user of it should know what is different.
 DIFFERENCES = {
+    "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
     "--angle_overhead": "works on the prompt; the reference reads it nowhere",
     "--ckpt": "latest, scratch or a path",
     "--cuda_ray": "always on",

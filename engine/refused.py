@@ -12,7 +12,6 @@ _MARCH = "rays always march through the occupancy grid; --max_steps sets the sam
 REFUSED_FLAGS: dict[str, str] = {
     "-O2": "the vanilla backbone is not there yet; use -O",
     "--IF": "DeepFloyd IF is not there; use --sd_version or --hf_key",
-    "--angle_front": "view prompts are blended by azimuth, so there is no front sector; --angle_overhead exists",
     "--dataset_size_train": "an epoch is always 100 steps; set --iters",
     "--decimate_target": "meshes are not decimated; lower --mcubes_resolution",
     "--dmtet": _MESH,

@@ -44,6 +44,7 @@ REFERENCE = dict(
     jitter_target=0.2,
     jitter_up=0.02,
     angle_overhead=30,
+    angle_front=None,  # 60 there, and read by nothing
     w=64,
     h=64,
     W=800,
@@ -175,6 +176,8 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"t_range": (0.1, float("nan"))}, "--t_range must be a finite number, not nan"),
         ({"radius_range": (3.0,)}, r"--radius_range takes two numbers, not \(3.0,\)"),
         ({"fovy_range": (20.0, 180.0)}, "--fovy_range must be less than 180, not 180"),
+        ({"angle_front": 0.0}, "--angle_front must be more than 0, not 0"),
+        ({"angle_front": 181.0}, "--angle_front must be at most 180, not 181"),
         ({"optim": "sgd"}, "--optim is one of adan, adam, not 'sgd'"),
         ({"guidance": ()}, "--guidance needs at least one value"),
         ({"guidance": ("IF",)}, "--guidance is one of dream-mini, SD, not 'IF'"),
