@@ -398,8 +398,8 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
         if self.config.run.exp_end_iter is None:  # an end that was asked for stays where it is
-            kept = state.get("phases", state["schedule"])  # checkpoints of earlier versions have one for both
-            self.phases = Schedule(**kept).stretched(self.step, self.config.run.iters)
+            phases = state.get("phases", state["schedule"])  # checkpoints of earlier versions have one for both
+            self.phases = Schedule(**phases).stretched(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
         self.overflowed.copy_(state["overflowed"])
         kept = state.get("attention")  # checkpoints of earlier versions have none
