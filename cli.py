@@ -11,12 +11,15 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import dream_fast
+from dream_fast.engine.argument_file import read_arguments
 from dream_fast.engine.config import Config, check_value, chosen_model, resolve, settings, value_type
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 
@@ -61,14 +64,16 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"dream-fast {dream_fast.__version__}")
     parser.add_argument(
-        "--print-config", "--print_config", action="store_true", help="print the settings as JSON and stop"
+        "--version",
+        action="version",
+        version=f"dream-fast {dream_fast.__version__}",
+        help=COMMAND_FLAGS["--version"],
     )
-    parser.add_argument("-O", dest="fp16", action="store_const", const=True, help="--fp16 and --cuda_ray")
-    parser.add_argument(
-        "--cuda_ray", action="store_true", help="march through the occupancy grid: always on, accepted for old commands"
-    )
+    parser.add_argument("--file", metavar="FILE", help=COMMAND_FLAGS["--file"])
+    parser.add_argument("--print-config", "--print_config", action="store_true", help=COMMAND_FLAGS["--print-config"])
+    parser.add_argument("-O", dest="fp16", action="store_const", const=True, help=COMMAND_FLAGS["-O"])
+    parser.add_argument("--cuda_ray", action="store_true", help=COMMAND_FLAGS["--cuda_ray"])
     groups: dict[str, Any] = {}
     for room, field in settings():
         if room.name not in groups:
@@ -118,9 +123,8 @@ def _why_unexpected(words: Sequence[str], word: str) -> str:
     return ": a prompt of several words stands in quotes after --text"
 
 
-def parse(words: Sequence[str]) -> dict[str, Any]:
-    """What was typed, by setting name, checked one by one. UserError: anything that is not good."""
-    parser = build_parser()
+def _parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """What ``words`` type, by name, checked one by one. UserError: anything that is not good."""
     _check_words(parser, words)
     namespace, rest = parser.parse_known_args(words)
     if rest:
@@ -129,6 +133,31 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     for _, field in settings():
         if field.name in typed:
             check_value(field, typed[field.name])
+    return typed
+
+
+def _parse_file(parser: argparse.ArgumentParser, name: str) -> dict[str, Any]:
+    """What the file ``name`` types. UserError, naming the file: it is no good, or names another one."""
+    words = read_arguments(name)
+    try:
+        if any(word.partition("=")[0] == "--file" for word in words):
+            raise UserError("a file of arguments cannot name another one")
+        return _parse_words(parser, words)
+    except UserError as error:
+        raise UserError(f"--file {name}: {error}") from error
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """What was typed, by setting name, with the files that it names. UserError: anything that is not good."""
+    parser = build_parser()
+    starts = [i for i, word in enumerate(words) if word.partition("=")[0] == "--file"]
+    typed: dict[str, Any] = {}
+    # Piece by piece, so that no flag takes a value across the border of a file, and what comes later counts.
+    for start, end in pairwise([0, *starts, len(words)]):
+        piece = _parse_words(parser, words[start:end])
+        if "file" in piece:
+            typed |= _parse_file(parser, piece.pop("file"))
+        typed |= piece
     return typed
 
 

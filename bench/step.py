@@ -154,7 +154,9 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
     else:
         components = our_components(case, config, device, runtime.dtype)
     score = ScoreDistillation(components, config.guidance, cuda_graphs=not plain)
-    guidance = TextGuidance(score, prompt_of(case, components), config.camera.angle_overhead, config.camera.view_blend)
+    camera = config.camera
+    prompts = prompt_of(case, components)
+    guidance = TextGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
     return Trainer(config, runtime, config.run.seed, guidance)
 
 

@@ -1,4 +1,4 @@
-"""Cameras that look at the origin, and the rays through their pixels.
+"""Cameras that look at the origin (or near it, with jitter), and the rays through their pixels.
 
 The world is right-handed with y up, and an object's front faces +z. A camera stands on a sphere at
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.engine.config import CameraConfig
+from dream_fast.engine.config import CameraConfig, Range
 
 # (polar, azimuth) of the six views: front, +x side, back, -x side, above, below.
 SIX_VIEWS = {
@@ -33,7 +33,7 @@ class Cameras(NamedTuple):
     fovy: Tensor  # [B] vertical field of view
     polar: Tensor  # [B]
     azimuth: Tensor  # [B]
-    radius: Tensor  # [B]
+    radius: Tensor  # [B] distance from what the camera looks at
 
 
 def look_at(polar: Tensor, azimuth: Tensor, radius: Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -78,14 +78,36 @@ def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     return origins, directions
 
 
+def view_ranges(config: CameraConfig, progress: float) -> list[Range]:
+    """Ranges of radius, polar angle, azimuth and field of view when the fraction `progress` of the phases is done.
+
+    With `progressive_view` they widen linearly around the output camera's default view, and are full before half of
+    that is done. Numbers are interpolated as they are given, azimuths too.
+    """
+    full = [config.radius_range, config.theta_range, config.phi_range, config.fovy_range]
+    if not config.progressive_view:
+        return full
+    width = min(1.0, config.progressive_view_init_ratio + 2.0 * progress)
+    view = [config.default_radius, config.default_polar, config.default_azimuth, config.default_fovy]
+    return [
+        ((1 - width) * middle + width * low, (1 - width) * middle + width * high)
+        for middle, (low, high) in zip(view, full, strict=True)
+    ]
+
+
 def sample_cameras(
-    config: CameraConfig, batch: int, generator: torch.Generator, device: torch.device | str | None = None
+    config: CameraConfig,
+    batch: int,
+    generator: torch.Generator,
+    device: torch.device | str | None = None,
+    progress: float = 1.0,
 ) -> Cameras:
     """A batch of random training cameras, drawn on the generator's device and moved to `device`.
 
-    Radius, polar angle and field of view are uniform in their ranges. Azimuths are stratified: each camera of a batch
-    has its own equal sector of `phi_range`, so a batch sees the object from all sides.
-    With probability `uniform_sphere_rate` the whole batch is uniform on the upper hemisphere instead.
+    Radius, polar angle and field of view are uniform in their ranges at `progress` (:func:`view_ranges`). Azimuths are
+    stratified: each camera of a batch has its own equal sector of their range, so a batch sees the object from all
+    sides. With probability `uniform_sphere_rate` the whole batch is uniform on the upper hemisphere instead, however
+    narrow the ranges are. With `jitter_pose` each camera is then moved, turned and rolled a little (:func:`jittered`).
     """
     draws = torch.rand(5, batch, generator=generator, device=generator.device)
     sphere = torch.rand((), generator=generator, device=generator.device) < config.uniform_sphere_rate
@@ -94,12 +116,38 @@ def sample_cameras(
         low, high = limits
         return low + (high - low) * u
 
+    radii, polars, azimuths, fovys = view_ranges(config, progress)
     sector = (torch.arange(batch, device=draws.device) + draws[0]) / batch  # [B] in [0, 1), one a sector
-    azimuth = torch.where(sphere, between((-180.0, 180.0), sector), between(config.phi_range, sector))
-    polar = torch.where(sphere, torch.rad2deg(torch.acos(draws[2])), between(config.theta_range, draws[1]))
-    radius = between(config.radius_range, draws[3])
-    fovy = between(config.fovy_range, draws[4])
-    return make_cameras(polar.to(device), azimuth.to(device), radius.to(device), fovy.to(device))
+    azimuth = torch.where(sphere, between((-180.0, 180.0), sector), between(azimuths, sector))
+    polar = torch.where(sphere, torch.rad2deg(torch.acos(draws[2])), between(polars, draws[1]))
+    radius = between(radii, draws[3])
+    fovy = between(fovys, draws[4])
+    cameras = make_cameras(polar.to(device), azimuth.to(device), radius.to(device), fovy.to(device))
+    if not config.jitter_pose:
+        return cameras
+    shift = (torch.rand(batch, 3, generator=generator, device=generator.device) - 0.5) * config.jitter_center
+    target, tilt = torch.randn(2, batch, 3, generator=generator, device=generator.device)
+    return jittered(
+        cameras, shift.to(device), (config.jitter_target * target).to(device), (config.jitter_up * tilt).to(device)
+    )
+
+
+def jittered(cameras: Cameras, shift: Tensor, target: Tensor, tilt: Tensor) -> Cameras:
+    """`cameras` moved by `shift`, looking at `target`, with `tilt` added to the unit vector at the picture's top.
+
+    The three are [B, 3] in world axes. Polar angle, azimuth and radius become those of the new place as seen from the
+    target, so that a prompt that follows them says what the picture shows. The axes stay a rotation, at the poles too.
+    """
+    away = cameras.c2w[:, :3, 3] + shift - target  # [B, 3]
+    x, y, z = away.unbind(dim=-1)
+    polar, azimuth = torch.rad2deg(torch.atan2(torch.hypot(x, z), y)), torch.rad2deg(torch.atan2(x, z))
+    level = make_cameras(polar, azimuth, away.norm(dim=-1), cameras.fovy)
+    right, up, back, position = level.c2w[:, :3].unbind(dim=-1)  # [B, 3] each
+    # What is left of the tilted top beside the line of sight: a roll around that line.
+    roll = torch.atan2((tilt * right).sum(dim=-1), 1 + (tilt * up).sum(dim=-1))[:, None]
+    axes = [roll.cos() * right - roll.sin() * up, roll.cos() * up + roll.sin() * right, back]
+    top = torch.stack([*axes, position + target], dim=-1)
+    return level._replace(c2w=torch.cat([top, level.c2w[:, 3:]], dim=1))
 
 
 def turntable(config: CameraConfig, frames: int, device: torch.device | str | None = None) -> Cameras:

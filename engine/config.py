@@ -20,6 +20,10 @@ from dream_fast.engine.errors import UserError
 Range = tuple[float, float]
 
 
+# The settings of the output camera's view.
+DEFAULT_VIEW = ("default_radius", "default_polar", "default_azimuth", "default_fovy")
+
+
 def option(
     default: Any,
     help: str,
@@ -113,6 +117,14 @@ class RunConfig(Room):
     workspace: str = option("workspace", "folder of everything that the run writes", may_change=True)
     seed: int | None = option(None, "seed of all random numbers; drawn when not given", low=0, high=2**32 - 1)
     iters: int = option(10000, "optimisation steps", low=1, may_change=True)
+    exp_start_iter: int | None = option(
+        None, "step at which the phases, progressive view and progressive levels start; default: 0", low=0
+    )
+    exp_end_iter: int | None = option(
+        None,
+        "step at which they are at their end, also in a run that is taken further later; default: the last",
+        low=1,
+    )
     preset: str = option(
         "auto",
         "auto: defaults of the model and the device; reference: those of stable-dreamfusion",
@@ -154,6 +166,14 @@ class RunConfig(Room):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        start = self.exp_start_iter or 0
+        if self.exp_end_iter is not None and self.exp_end_iter <= start:
+            raise UserError(f"--exp_end_iter must be more than --exp_start_iter {start}, not {self.exp_end_iter}")
+        if self.exp_end_iter is None and self.iters <= start:
+            raise UserError(
+                f"--exp_start_iter must be less than --iters {self.iters}, where the phases end without "
+                f"--exp_end_iter, not {start}"
+            )
         if self.compile and self.deterministic:
             raise UserError(
                 "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "
@@ -169,12 +189,33 @@ class CameraConfig(Room):
     theta_range: Range = option((45.0, 105.0), "polar angle: 0 is above, 90 the horizon", low=0, high=180)
     phi_range: Range = option((-180.0, 180.0), "azimuth: 0 is in front (+z), 90 at +x", low=-360, high=360)
     fovy_range: Range = option((10.0, 30.0), "vertical field of view", above=0, below=180)
+    progressive_view: bool = option(
+        False, "these four ranges widen from the output camera's default view to their full width as the phases go on"
+    )
+    progressive_view_init_ratio: float = option(
+        0.2, "part of their width from which progressive_view starts; it grows by 2 in a whole run", low=0, high=1
+    )
     uniform_sphere_rate: float = option(
         0.0, "probability of a batch spread evenly over the upper half of the sphere", low=0, high=1
+    )
+    jitter_pose: bool = option(False, "training cameras are moved, turned and rolled a little; the prompt follows")
+    jitter_center: float = option(0.2, "width of the cube in which jitter moves a camera", low=0)
+    jitter_target: float = option(
+        0.2, "standard deviation of the point that a camera looks at, along each axis, with jitter", low=0
+    )
+    jitter_up: float = option(
+        0.02, "standard deviation of what jitter adds to a camera's upward unit vector, along each axis", low=0
     )
     angle_overhead: float = option(30.0, "polar angle up to which the prompt says overhead view", low=0, high=180)
     view_blend: float = option(
         90.0, "degrees around 45 and 135 over which the prompt turns from one side to the next", low=1, high=90
+    )
+    angle_front: float | None = option(
+        None,
+        "the prompt says front or back view within half of this from azimuth 0 or 180 and side view elsewhere, without "
+        "blending; default: blended",
+        above=0,
+        high=180,
     )
     w: int = option(64, "width of a training render", low=1)
     h: int = option(64, "height of a training render", low=1)
@@ -363,7 +404,11 @@ class Config:
 
     def read_on_the_host(self) -> list[str]:
         """The flags by which a kernel gets other numbers of the host in each step, so that no graph can replay it."""
-        found = {"--progressive_level": self.shading.progressive_level, "--lambda_tv": self.loss.lambda_tv > 0}
+        found = {
+            "--progressive_level": self.shading.progressive_level,
+            "--progressive_view": self.camera.progressive_view,
+            "--lambda_tv": self.loss.lambda_tv > 0,
+        }
         return [flag for flag, on in found.items() if on]
 
     def override(self, typed: Mapping[str, Any]) -> "Config":
@@ -381,9 +426,11 @@ class Config:
     def differences(self, other: "Config") -> list[str]:
         """The settings that make this another run than ``other``, as sentences' parts: ``--lr 0.001, not 0.002``."""
         found = []
+        # Training starts from the output camera's view then; looking at the result from elsewhere is free.
+        learned = DEFAULT_VIEW if self.camera.progressive_view and not other.run.test else ()
         for room, field in settings():
             mine, theirs = (getattr(getattr(config, room.name), field.name) for config in (self, other))
-            if mine != theirs and not field.metadata["may_change"]:
+            if mine != theirs and (field.name in learned or not field.metadata["may_change"]):
                 found.append(f"--{field.name} {mine}, not {theirs}")
         return found
 

@@ -5,34 +5,24 @@ Refusing is better than ignoring: a command moved over from there either means t
 
 _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
 _MESH = "there is no mesh refinement yet; --save_mesh exports the result as GLB"
-_JITTER = "it moves the camera but not the angles that the prompt is told; widen --theta_range or --phi_range instead"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
 _PERP = "Perp-Neg is not there yet; view prompts are blended by azimuth"
 _MARCH = "rays always march through the occupancy grid; --max_steps sets the samples of a ray"
-_PHASES = "the phases always span the whole run; --latent_iter_ratio and --albedo_iter_ratio place them"
 
 REFUSED_FLAGS: dict[str, str] = {
     "-O2": "the vanilla backbone is not there yet; use -O",
     "--IF": "DeepFloyd IF is not there; use --sd_version or --hf_key",
-    "--angle_front": "view prompts are blended by azimuth, so there is no front sector; --angle_overhead exists",
     "--dataset_size_train": "an epoch is always 100 steps; set --iters",
     "--decimate_target": "meshes are not decimated; lower --mcubes_resolution",
     "--dmtet": _MESH,
     "--dmtet_reso_scale": _MESH,
     "--dont_override_stuff": "nothing that you type is overridden",
-    "--exp_end_iter": _PHASES,
-    "--exp_start_iter": _PHASES,
-    "--file": "give the flags on the command line, for example with $(cat FILE)",
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
     "--front_decay_factor": _PERP,
     "--gui": _VIEWER,
     "--image": _IMAGE,
     "--image_config": _IMAGE,
     "--init_with": _MESH,
-    "--jitter_center": _JITTER,
-    "--jitter_pose": _JITTER,
-    "--jitter_target": _JITTER,
-    "--jitter_up": _JITTER,
     "--known_view_interval": _IMAGE,
     "--known_view_noise_scale": _IMAGE,
     "--known_view_scale": _IMAGE,
@@ -50,8 +40,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--negative_w": _PERP,
     "--num_steps": _MARCH,
     "--perpneg": _PERP,
-    "--progressive_view": "the camera ranges hold for the whole run; set --phi_range and --theta_range",
-    "--progressive_view_init_ratio": "the camera ranges hold for the whole run; set --phi_range and --theta_range",
     "--radius": _VIEWER + " (the output camera has --default_radius)",
     "--save_guidance": "the guidance is not drawn; validation/ shows the run",
     "--save_guidance_interval": "the guidance is not drawn; validation/ shows the run",

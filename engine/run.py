@@ -72,7 +72,8 @@ def run(config: Config) -> int:
         components = _load_guidance(config, runtime, trainer.attention)
         prompts = PromptEmbeddings(components, *_texts(config))
         score = ScoreDistillation(components, config.guidance)
-        trainer.guidance = TextGuidance(score, prompts, config.camera.angle_overhead, config.camera.view_blend)
+        camera = config.camera
+        trainer.guidance = TextGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
         trainer.attention = components.attention
 
         if fresh:

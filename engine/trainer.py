@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from dream_fast.engine.camera import Cameras, rays, sample_cameras
 from dream_fast.engine.checkpoint import damaged, load_checkpoint, save_checkpoint
-from dream_fast.engine.config import Config, ShadingConfig
+from dream_fast.engine.config import Config, RunConfig, ShadingConfig
 from dream_fast.engine.cuda_graph import CudaGraphs
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
@@ -48,7 +48,10 @@ Guidance = Callable[..., GuidanceResult]  # called like engine.guidance.text.Tex
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How far a run is, from 0 to 1. More iterations asked later stretch what is left; nothing starts over."""
+    """How far a run is, from 0 at ``start_step`` and before to 1 at ``iters`` and after.
+
+    More iterations asked later stretch what is left; nothing starts over.
+    """
 
     iters: int
     start_step: int = 0
@@ -57,12 +60,20 @@ class Schedule:
     def progress(self, step: int) -> float:
         if step >= self.iters:
             return 1.0
-        done = (step - self.start_step) / (self.iters - self.start_step)
+        done = max(0, step - self.start_step) / (self.iters - self.start_step)
         return self.start_progress + (1.0 - self.start_progress) * done
 
     def stretched(self, step: int, iters: int) -> "Schedule":
         """The schedule of a run of ``iters`` steps that continues this one at ``step``."""
-        return self if iters == self.iters else Schedule(iters, step, self.progress(step))
+        if iters == self.iters:
+            return self
+        return Schedule(iters, max(step, self.start_step), self.progress(step))
+
+
+def phase_schedule(config: RunConfig) -> Schedule:
+    """The part of a run in which phases, progressive view and levels go from their start to their end."""
+    end = config.iters if config.exp_end_iter is None else config.exp_end_iter
+    return Schedule(end, config.exp_start_iter or 0)
 
 
 class Phase(NamedTuple):
@@ -74,10 +85,13 @@ class Phase(NamedTuple):
 
 
 def choose_phase(config: ShadingConfig, progress: float, dice: random.Random) -> Phase:
-    """First normals as latents, then colour alone, then light on the shape (some steps without colour)."""
-    if progress < config.latent_iter_ratio:
+    """First normals as latents, then colour alone, then light on the shape (some steps without colour).
+
+    A ratio of 0 leaves a phase out, and with 1 it never ends: progress stays at 1 once it is there.
+    """
+    if progress < config.latent_iter_ratio or config.latent_iter_ratio == 1:
         return Phase("latent", "normal", 1.0)
-    if progress < config.albedo_iter_ratio:
+    if progress < config.albedo_iter_ratio or config.albedo_iter_ratio == 1:
         return Phase("albedo", "albedo", 1.0)
     ambient = dice.uniform(config.min_ambient_ratio, 1.0)
     textureless = dice.random() < config.textureless_ratio
@@ -118,7 +132,8 @@ class Trainer:
         self.optimizer = Optimizer(self.field.table, others, config.optim)
         self.scaler = LossScaler(runtime.fp16, runtime.device)
         self.generator = torch.Generator(runtime.device)
-        self.schedule = Schedule(config.run.iters)
+        self.schedule = Schedule(config.run.iters)  # of the learning rate, the noise level and the guidance scale
+        self.phases = phase_schedule(config.run)
         self.attention: Chosen | None = None  # of the guidance; kept, so that a resumed run computes alike
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
@@ -136,13 +151,13 @@ class Trainer:
     def train_step(self) -> Step:
         """One step of the optimisation."""
         self.mark("start")
-        config, progress = self.config, self.schedule.progress(self.step)
+        config, progress, phases = self.config, self.schedule.progress(self.step), self.phases.progress(self.step)
         dice = random.Random(step_seed(self.seed, self.step))
         generator = self.generator.manual_seed(step_seed(self.seed, self.step))
-        phase = choose_phase(config.shading, progress, dice)
+        phase = choose_phase(config.shading, phases, dice)
         # The background network gets half of the steps, if there is one.
         network = phase.name != "latent" and self.field.has_background and dice.random() < 0.5
-        levels = self._active_levels(progress)
+        levels = self._active_levels(phases)
         if self.step % config.render.update_extra_interval == 0:
             self.renderer.update_occupancy(generator, active_levels=levels)
         if self._graphs is None or not isinstance(self.guidance, TextGuidance):
@@ -170,7 +185,7 @@ class Trainer:
         """Renders, asks the guidance and leaves the gradients, times the loss scale, with the optimiser."""
         config, generator = self.config, self.generator
         height, width, batch = config.camera.h, config.camera.w, config.camera.batch_size
-        cameras = sample_cameras(config.camera, batch, generator, self.device)
+        cameras = sample_cameras(config.camera, batch, generator, self.device, self.phases.progress(self.step))
         origins, directions = rays(cameras, height, width)
         rendered = self.renderer.train_rays(
             origins,
@@ -360,6 +375,7 @@ class Trainer:
             "renderer": self.renderer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": dataclasses.asdict(self.schedule),
+            "phases": dataclasses.asdict(self.phases),
             "skipped": self.skipped,
             "overflowed": self.overflowed,
             "attention": None if self.attention is None else list(self.attention),
@@ -381,6 +397,9 @@ class Trainer:
         self.renderer.load_state_dict(state["renderer"])
         self.scaler.load_state_dict(state["scaler"])
         self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
+        if self.config.run.exp_end_iter is None:  # an end that was asked for stays where it is
+            phases = state.get("phases", state["schedule"])  # checkpoints of earlier versions have one for both
+            self.phases = Schedule(**phases).stretched(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
         self.overflowed.copy_(state["overflowed"])
         kept = state.get("attention")  # checkpoints of earlier versions have none

@@ -131,3 +131,20 @@ def tiny_velocity_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer_writer() -> Callable[..., int]:
     """`write_tokenizer`, for tests that build their own model (tests cannot import this file)."""
     return write_tokenizer
+
+
+@pytest.fixture
+def nothing_read():
+    """A context in which reading a tensor's value on the host fails, or an operator whose shape depends on values.
+
+    On a GPU each of them would wait for the device, and could not be captured in a CUDA graph.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NothingRead(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            name = operator.overloadpacket.__name__
+            assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "index", "index_put_"), name
+            return operator(*args, **(kwargs or {}))
+
+    return NothingRead()

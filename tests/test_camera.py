@@ -7,6 +7,8 @@ import torch
 
 from dream_fast.engine.camera import (
     SIX_VIEWS,
+    Cameras,
+    jittered,
     look_at,
     make_cameras,
     project,
@@ -14,6 +16,7 @@ from dream_fast.engine.camera import (
     sample_cameras,
     six_views,
     turntable,
+    view_ranges,
 )
 from dream_fast.engine.config import CameraConfig
 
@@ -110,6 +113,132 @@ def test_uniform_sphere_covers_the_upper_hemisphere_evenly():
     height = seen.c2w[:, 1, 3] / seen.radius
     assert height.min() > -1e-6
     torch.testing.assert_close(height.mean(), torch.tensor(0.5), atol=0.02, rtol=0)  # uniform in y
+
+
+NARROW = dict(
+    progressive_view=True,
+    radius_range=(2.0, 4.0),
+    theta_range=(40.0, 100.0),
+    phi_range=(-180.0, 180.0),
+    fovy_range=(10.0, 30.0),
+    default_radius=3.5,
+    default_polar=90.0,
+    default_azimuth=20.0,
+    default_fovy=16.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "progress", "ranges"),
+    [
+        (0.0, 0.0, [(3.5, 3.5), (90, 90), (20, 20), (16, 16)]),
+        (0.2, 0.0, [(3.2, 3.6), (80, 92), (-20, 52), (14.8, 18.8)]),
+        (0.2, 0.15, [(2.75, 3.75), (65, 95), (-80, 100), (13, 23)]),
+        (0.2, 0.4, [(2, 4), (40, 100), (-180, 180), (10, 30)]),
+        (0.2, 1.0, [(2, 4), (40, 100), (-180, 180), (10, 30)]),
+        (1.0, 0.0, [(2, 4), (40, 100), (-180, 180), (10, 30)]),
+    ],
+)
+def test_the_ranges_widen_from_the_default_view(start, progress, ranges):
+    limits = config(**NARROW, progressive_view_init_ratio=start)
+    for got, expected in zip(view_ranges(limits, progress), ranges, strict=True):
+        assert got == pytest.approx(expected)
+    seen = sample_cameras(limits, 500, torch.Generator().manual_seed(6), progress=progress)
+    for values, (low, high) in zip((seen.radius, seen.polar, seen.azimuth, seen.fovy), ranges, strict=True):
+        assert low - 1e-4 <= values.min() and values.max() <= high + 1e-4
+        assert values.max() - values.min() >= 0.9 * (high - low)
+
+
+def test_the_ranges_stay_as_they_are_without_progressive_view_and_on_the_sphere():
+    fixed = config(**NARROW | {"progressive_view": False})
+    assert view_ranges(fixed, 0.0) == [fixed.radius_range, fixed.theta_range, fixed.phi_range, fixed.fovy_range]
+    sphere = config(**NARROW, uniform_sphere_rate=1.0)
+    seen = sample_cameras(sphere, 500, torch.Generator().manual_seed(7), progress=0.0)
+    assert seen.azimuth.max() - seen.azimuth.min() > 350 and seen.polar.min() < 20
+
+
+# All around, the poles among them.
+AROUND = [(90.0, 0.0), (0.0, 0.0), (180.0, 20.0), (1.0, 170.0), (60.0, -130.0), (120.0, 90.0), (90.0, 179.9)]
+
+
+def around(radius=3.0) -> Cameras:
+    polar, azimuth = torch.tensor(AROUND, dtype=torch.float64).T
+    return make_cameras(polar, azimuth, torch.full_like(polar, radius), torch.full_like(polar, 20.0))
+
+
+def offsets(*sizes: float) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [size * torch.randn(len(AROUND), 3, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+def assert_rotations(c2w: torch.Tensor) -> None:
+    rotation = c2w[:, :3, :3]
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3, dtype=c2w.dtype).expand_as(rotation))
+    torch.testing.assert_close(torch.linalg.det(rotation), torch.ones_like(c2w[:, 0, 0]))
+    torch.testing.assert_close(c2w[:, 3], torch.eye(4, dtype=c2w.dtype)[3].expand(len(c2w), 4))
+
+
+@pytest.mark.parametrize("sizes", [(0.1, 0.2, 0.02), (5.0, 5.0, 5.0)])
+def test_a_jittered_camera_is_a_rotation_that_looks_at_its_target_from_its_new_place(sizes):
+    cameras, (shift, target, tilt) = around(), offsets(*sizes)
+    moved = jittered(cameras, shift, target, tilt)
+    assert_rotations(moved.c2w)
+    torch.testing.assert_close(moved.c2w[:, :3, 3], cameras.c2w[:, :3, 3] + shift)
+    for b in range(len(AROUND)):
+        middle = project(moved, target[b : b + 1], SIZE, SIZE)[b, 0]
+        torch.testing.assert_close(middle, torch.full_like(middle, SIZE / 2))
+
+
+def test_the_angles_of_a_jittered_camera_are_those_under_which_its_target_is_seen():
+    cameras, (shift, target, tilt) = around(), offsets(0.1, 0.2, 0.02)
+    moved = jittered(cameras, shift, target, tilt)
+    seen_from = look_at(moved.polar, moved.azimuth, moved.radius)[:, :3, 3]
+    torch.testing.assert_close(seen_from, moved.c2w[:, :3, 3] - target)
+    assert ((moved.azimuth >= -180) & (moved.azimuth < 180)).all() and (moved.radius > 0).all()
+    assert (moved.azimuth - cameras.azimuth).abs().max() > 1 and torch.equal(moved.fovy, cameras.fovy)
+
+
+def test_a_tilt_to_the_right_rolls_the_camera_to_the_right_and_keeps_the_middle():
+    cameras, zero = around(), torch.zeros(len(AROUND), 3, dtype=torch.float64)
+    right, up, back = (cameras.c2w[:, :3, i] for i in range(3))
+    rolled = jittered(cameras, zero, zero, 0.5 * right + 0.25 * up + 7 * back).c2w
+    expected = torch.nn.functional.normalize(0.5 * right + 1.25 * up, dim=-1)
+    torch.testing.assert_close(rolled[:, :3, 1], expected)
+    torch.testing.assert_close(rolled[:, :3, 2:], cameras.c2w[:, :3, 2:])
+    torch.testing.assert_close(jittered(cameras, zero, zero, zero).c2w, cameras.c2w)
+
+
+def test_a_camera_that_jitter_puts_at_its_target_is_still_one():
+    cameras = around(radius=1.0)
+    moved = jittered(cameras, -cameras.c2w[:, :3, 3], *offsets(0.0, 0.0))
+    assert_rotations(moved.c2w)
+    assert all(torch.isfinite(part).all() for part in moved)
+
+
+def test_jitter_is_as_wide_as_it_says_and_off_by_default():
+    sizes = dict(jitter_center=0.4, jitter_target=0.1, jitter_up=0.05)
+    plain, switched_off, seen = (
+        sample_cameras(config(**changes), 4000, torch.Generator().manual_seed(4))
+        for changes in ({}, sizes, sizes | {"jitter_pose": True})
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain, switched_off, strict=True))
+    assert_rotations(seen.c2w)
+    shift = seen.c2w[:, :3, 3] - plain.c2w[:, :3, 3]
+    assert shift.abs().max() < 0.2 + 1e-5
+    torch.testing.assert_close(shift.std(dim=0), torch.full((3,), 0.4 / 12**0.5), rtol=0.05, atol=0)
+    target = seen.c2w[:, :3, 3] - seen.radius[:, None] * seen.c2w[:, :3, 2]
+    torch.testing.assert_close(target.std(dim=0), torch.full((3,), 0.1), rtol=0.05, atol=0)
+    level = look_at(seen.polar, seen.azimuth, seen.radius)
+    roll = torch.asin((seen.c2w[:, :3, 1] * level[:, :3, 0]).sum(dim=-1))
+    torch.testing.assert_close(roll.std(), torch.tensor(0.05), rtol=0.05, atol=0)
+    for values in (shift, target, roll):
+        assert values.mean(dim=0).abs().max() < 0.01
+
+
+def test_drawing_cameras_reads_no_value(nothing_read):
+    everything = config(jitter_pose=True, uniform_sphere_rate=0.5)
+    with nothing_read:
+        sample_cameras(everything, 3, torch.Generator().manual_seed(5))
 
 
 def test_turntable_starts_at_the_front_and_goes_round_once():

@@ -1,6 +1,7 @@
 """The command: what it refuses, with which sentence, and what it hands to the engine."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,28 +11,9 @@ import pytest
 from dream_fast.cli import build_parser, main, parse
 from dream_fast.engine.config import mini_cpu_defaults, resolve, settings
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.options import REFERENCE_FLAGS
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 from dream_fast.engine.workspace import Workspace
-
-# Every flag of stable-dreamfusion's main command.
-REFERENCE_FLAGS = """
-    --file --text --negative -O -O2 --test --six_views --eval_interval --test_interval --workspace --seed --image
-    --image_config --known_view_interval --IF --guidance --guidance_scale --save_mesh --mcubes_resolution
-    --decimate_target --dmtet --tet_grid_size --init_with --lock_geo --perpneg --negative_w --front_decay_factor
-    --side_decay_factor --iters --lr --ckpt --cuda_ray --taichi_ray --max_steps --num_steps --upsample_steps
-    --update_extra_interval --max_ray_batch --latent_iter_ratio --albedo_iter_ratio --min_ambient_ratio
-    --textureless_ratio --jitter_pose --jitter_center --jitter_target --jitter_up --uniform_sphere_rate --grad_clip
-    --grad_clip_rgb --bg_radius --density_activation --density_thresh --blob_density --blob_radius --backbone --optim
-    --sd_version --hf_key --fp16 --vram_O --w --h --known_view_scale --known_view_noise_scale --dmtet_reso_scale
-    --batch_size --bound --dt_gamma --min_near --radius_range --theta_range --phi_range --fovy_range --default_radius
-    --default_polar --default_azimuth --default_fovy --progressive_view --progressive_view_init_ratio
-    --progressive_level --angle_overhead --angle_front --t_range --dont_override_stuff --lambda_entropy --lambda_opacity
-    --lambda_orient --lambda_tv --lambda_wd --lambda_mesh_normal --lambda_mesh_laplacian --lambda_guidance --lambda_rgb
-    --lambda_mask --lambda_normal --lambda_depth --lambda_2d_normal_smooth --lambda_3d_normal_smooth --save_guidance
-    --save_guidance_interval --gui --W --H --radius --fovy --light_theta --light_phi --max_spp --zero123_config
-    --zero123_ckpt --zero123_grad_scale --dataset_size_train --dataset_size_valid --dataset_size_test --exp_start_iter
-    --exp_end_iter
-""".split()
 
 
 @pytest.fixture
@@ -129,6 +111,73 @@ def test_only_what_was_typed_is_typed():
     assert parse(["--text", "a cat", "--no-save_mesh", "-O"]) == {"text": "a cat", "save_mesh": False, "fp16": True}
 
 
+@pytest.mark.parametrize(
+    ("content", "typed"),
+    [
+        ("", {}),
+        ("# nothing\n", {}),
+        ("--text 'a red  hamburger' -O --seed 3\n", {"text": "a red  hamburger", "fp16": True, "seed": 3}),
+        ('--text "a cat\\"s hat"', {"text": 'a cat"s hat'}),
+        ("# the prompt: don't close this\n--text cat # its name\n\n\t--iters 5", {"text": "cat", "iters": 5}),
+        ("--workspace runs#3 --text '#1'", {"workspace": "runs#3", "text": "#1"}),
+        ("--text a\\ cat \\\n  --seed=3\r\n--phi_range -90 90", {"text": "a cat", "seed": 3, "phi_range": (-90, 90)}),
+        ("\ufeff--text K\u00e4se", {"text": "K\u00e4se"}),
+    ],
+)
+def test_a_file_of_arguments_is_split_as_a_shell_would(content, typed, tmp_path):
+    (tmp_path / "run.txt").write_bytes(content.encode())
+    assert parse(["--file", str(tmp_path / "run.txt")]) == typed
+    assert parse([f"--file={tmp_path / 'run.txt'}"]) == typed
+
+
+def test_what_is_typed_later_counts_more_than_the_file_and_that_more_than_what_came_before(engine, tmp_path):
+    (tmp_path / "one.txt").write_text("--seed 2 --w 2 --no-save_mesh --text 'a cat'")
+    (tmp_path / "two.txt").write_text("--w 3 -O --lr 0.5")
+    words = "--seed 1 --iters 1 --w 1 --save_mesh --file one.txt --h 9 --file two.txt --h 4 --lr 0.25".split()
+    typed = dict(seed=2, iters=1, w=3, save_mesh=False, text="a cat", fp16=True, h=4, lr=0.25)
+    assert parse(words) == typed
+    assert main([*words, "--device", "cpu"]) == 0
+    assert engine == [resolve(typed, "dream-mini", "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "sentence"),
+    [
+        (None, "--file run.txt", "--file run.txt cannot be read (No such file or directory)"),
+        (None, "--file .", "--file . cannot be read (Is a directory)"),
+        (None, "--file", "--file: expected one argument"),
+        (None, "--file ~nobody_knows/run.txt", "--file ~nobody_knows/run.txt cannot be read ("),
+        (b"--text a\0b", "--file run.txt", "--file run.txt is not a text file"),
+        (b"\x89PNG\r\n\xff\xfe", "--file run.txt", "--file run.txt is not a text file"),
+        (b"-O\n--text 'a cat", "--file run.txt", "--file run.txt: what begins with ' in line 2 is not closed"),
+        (b'--text "a cat\n', "--file run.txt", '--file run.txt: what begins with " in line 1 is not closed'),
+        (b"--text cat\\", "--file run.txt", "--file run.txt: what begins with \\ in line 1 is not closed"),
+        (b"--file run.txt", "--file run.txt", "--file run.txt: a file of arguments cannot name another one"),
+        (b"--file=x", "--file run.txt", "--file run.txt: a file of arguments cannot name another one"),
+        (b"--text cat --itres 5", "--file run.txt", "--file run.txt: unknown flag --itres; did you mean --iters?"),
+        (b"--text cat --gui", "--file run.txt", "--file run.txt: --gui is not available: "),
+        (b"--iters 0", "--text cat --iters 5 --file run.txt", "--file run.txt: --iters must be at least 1, not 0"),
+        (b"cat --seed 3", "--text --file run.txt", "--text: expected one argument"),
+        (b"cat --seed 3", "--save_mesh --file run.txt", "--file run.txt: unexpected 'cat'"),
+        (b"--guidance SD", "--text cat --file run.txt dream-mini", "unexpected 'dream-mini' after --file"),
+    ],
+)
+def test_a_bad_file_of_arguments_is_one_sentence(content, words, sentence, engine, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "run.txt").write_bytes(content)
+    assert main(words.split()) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"dream-fast: error: {sentence}") and said.err.count("\n") == 1
+    assert said.out == "" and engine == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_of_arguments_that_may_not_be_read(tmp_path):
+    (tmp_path / "run.txt").touch(mode=0)
+    with pytest.raises(UserError, match="cannot be read \\(Permission denied\\)"):
+        parse(["--file", str(tmp_path / "run.txt")])
+
+
 def test_words_that_the_embedded_model_does_not_know_are_warned_about(engine, capsys):
     assert main(["--text", "a shiny hamburger", "--device", "cpu"]) == 0
     warning = 'dream-fast: warning: the embedded model does not know the word "shiny" and will ignore it\n'
@@ -197,7 +246,19 @@ def test_help_lists_every_setting_by_room(capsys):
     assert all(room.type.__doc__.rstrip(".") in shown for room, _ in settings())
 
 
-@pytest.mark.parametrize("words", ["--help", "--text ''", "--iters 0", "--gui", "--text qwzxlp", "--text cat --lr nan"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "--text ''",
+        "--iters 0",
+        "--gui",
+        "--text qwzxlp",
+        "--text cat --lr nan",
+        "--file missing",
+        "--file /dev/null",
+    ],
+)
 def test_help_and_refusals_load_nothing_heavy(words):
     code = f"""
 import sys

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from dream_fast.engine.config import (
+    DEFAULT_VIEW,
     CameraConfig,
     Config,
     GuidanceConfig,
@@ -28,13 +29,22 @@ REFERENCE = dict(
     workspace="workspace",
     seed=None,
     iters=10000,
+    exp_start_iter=None,
+    exp_end_iter=None,
     ckpt="latest",
     radius_range=(3.0, 3.5),
     theta_range=(45, 105),
     phi_range=(-180, 180),
     fovy_range=(10, 30),
     uniform_sphere_rate=0,
+    progressive_view=False,
+    progressive_view_init_ratio=0.2,
+    jitter_pose=False,
+    jitter_center=0.2,
+    jitter_target=0.2,
+    jitter_up=0.02,
     angle_overhead=30,
+    angle_front=None,  # 60 there, and read by nothing
     w=64,
     h=64,
     W=800,
@@ -113,6 +123,12 @@ def test_what_was_typed_counts_more_than_the_model_and_the_device():
     assert resolve({"preset": "reference", "iters": 7}, "dream-mini", "cuda").run.iters == 7
 
 
+def test_the_phases_may_end_after_the_run_or_start_late_in_it():
+    run = resolve({"iters": 5, "exp_end_iter": 9, "exp_start_iter": 8}, "dream-mini", "cpu").run
+    assert (run.exp_start_iter, run.exp_end_iter) == (8, 9)
+    assert resolve({"iters": 5, "exp_start_iter": 4}, "dream-mini", "cpu").run.exp_end_iter is None
+
+
 def test_half_precision_is_a_gpus():
     assert resolve({"fp16": True}, "dream-mini", "cuda").run.fp16
     assert not resolve({"fp16": True}, "dream-mini", "cpu").run.fp16
@@ -160,6 +176,8 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"t_range": (0.1, float("nan"))}, "--t_range must be a finite number, not nan"),
         ({"radius_range": (3.0,)}, r"--radius_range takes two numbers, not \(3.0,\)"),
         ({"fovy_range": (20.0, 180.0)}, "--fovy_range must be less than 180, not 180"),
+        ({"angle_front": 0.0}, "--angle_front must be more than 0, not 0"),
+        ({"angle_front": 181.0}, "--angle_front must be at most 180, not 181"),
         ({"optim": "sgd"}, "--optim is one of adan, adam, not 'sgd'"),
         ({"guidance": ()}, "--guidance needs at least one value"),
         ({"guidance": ("IF",)}, "--guidance is one of dream-mini, SD, not 'IF'"),
@@ -167,6 +185,10 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"max_resolution": 8}, "--max_resolution 8 is less than --base_resolution 16: the levels .* coarse to fine"),
         ({"max_resolution": 40, "base_resolution": 41}, "--max_resolution 40 is less than --base_resolution 41: .*"),
         ({"occupancy_resolution": 65}, "--occupancy_resolution must be even, not 65"),
+        ({"exp_start_iter": -1}, "--exp_start_iter must be at least 0, not -1"),
+        ({"exp_end_iter": 0}, "--exp_end_iter must be at least 1, not 0"),
+        ({"exp_start_iter": 9, "exp_end_iter": 9}, "--exp_end_iter must be more than --exp_start_iter 9, not 9"),
+        ({"exp_start_iter": 9, "iters": 9}, "--exp_start_iter must be less than --iters 9, where the phases .* not 9"),
         ({"itres": 5}, "unknown setting: itres"),
     ],
 )
@@ -205,12 +227,20 @@ def test_what_makes_it_another_run():
     ]
 
 
+def test_the_output_camera_shapes_a_run_whose_view_starts_there():
+    base = Config().override(dict(progressive_view=True))
+    moved = base.override(dict(default_radius=4, default_polar=60, default_azimuth=10, default_fovy=30, W=9))
+    assert [part.split()[0] for part in base.differences(moved)] == [f"--{name}" for name in DEFAULT_VIEW]
+    assert base.differences(moved.override({"test": True})) == []
+    assert Config().differences(Config().override(dict(default_polar=60))) == []
+
+
 def test_compiled_kernels_do_not_repeat_bits():
     with pytest.raises(UserError, match="--compile does not go with --deterministic"):
         Config().override(dict(compile=True, deterministic=True))
 
 
-@pytest.mark.parametrize("other", [{"progressive_level": True}, {"lambda_tv": 0.1}])
+@pytest.mark.parametrize("other", [{"progressive_level": True}, {"progressive_view": True}, {"lambda_tv": 0.1}])
 def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
     flag = f"--{next(iter(other))}"
     with pytest.raises(UserError, match=f"--step_graph does not go with {flag}"):
@@ -227,6 +257,7 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
         ({"step_graph": False}, "dream-mini", "cuda", False),
         ({"deterministic": True}, "dream-mini", "cuda", False),
         ({"lambda_tv": 0.1}, "dream-mini", "cuda", False),
+        ({"progressive_view": True}, "dream-mini", "cuda", False),
     ],
 )
 def test_a_step_is_replayed_where_that_pays_and_nobody_chose(typed, model, device, graph):

@@ -32,9 +32,9 @@ def make_trainer(**changes) -> Trainer:
     components = load_components(MODEL_FOLDER, runtime.device, runtime.dtype, **options)
     prompts = PromptEmbeddings(components, config.run.text)
     score = ScoreDistillation(components, config.guidance)
-    return Trainer(
-        config, runtime, 0, TextGuidance(score, prompts, config.camera.angle_overhead, config.camera.view_blend)
-    )
+    camera = config.camera
+    guidance = TextGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
+    return Trainer(config, runtime, 0, guidance)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ AS_SD = SHADED | {"bg_radius": 1.4, "lambda_orient": 1e-2, "textureless_ratio": 
     [
         {},
         SHADED,
+        {"jitter_pose": True, "angle_front": 60.0},
         SHADED | {"normals": "analytic"},
         AS_SD,
         AS_SD | {"vram_O": True},
@@ -146,7 +147,9 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
     assert not torch.equal(results[3], results[4])
 
 
-@pytest.mark.parametrize("changes", [{}, AS_SD], ids=["albedo", "shaded"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD], ids=["albedo", "jitter", "shaded"]
+)
 def test_a_replayed_step_is_the_step(changes):
     """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
     trainer = make_trainer(**changes)

@@ -47,6 +47,29 @@ def test_views_may_turn_into_each_other_over_fewer_degrees() -> None:
     assert not overhead.any()
 
 
+def names_of(azimuth: list[float], polar: float, angle_front: float) -> list[str]:
+    """The one view of each camera that the thresholded prompt names."""
+    weights = view_weights(torch.tensor(azimuth), torch.full((len(azimuth),), polar), 30.0, 20.0, angle_front)
+    assert weights.shape == (len(azimuth), 4) and weights.dtype == torch.float32
+    assert torch.equal(weights.sum(dim=-1), torch.ones(len(azimuth))) and ((weights == 0) | (weights == 1)).all()
+    return [VIEWS[index] for index in weights.argmax(dim=-1).tolist()]
+
+
+def test_with_a_front_angle_a_camera_sees_one_side() -> None:
+    front, side, back = [0.0, 30.0, -30.0, 360.0, 335.0], [30.5, -30.5, 90.0, 149.5, -149.5], [150.0, -150.0, 180, 200]
+    names = ["front"] * 5 + ["side"] * 5 + ["back"] * 4
+    assert names_of(front + side + back, 90.0, 60.0) == names
+    assert names_of(front + side + back, 30.0, 60.0) == ["overhead"] * 14
+    assert names_of([-180.0], 90.0, 60.0) == ["back"]
+    assert names_of([0.0, 89.0, 90.0, -90.0, 91.0, -91.0], 90.0, 180.0) == ["front"] * 4 + ["back"] * 2
+
+
+def test_weighing_the_views_reads_no_value(nothing_read) -> None:
+    with nothing_read:
+        for angle_front in (None, 60.0):
+            view_weights(torch.tensor([0.0, 100.0]), torch.tensor([90.0, 10.0]), 30.0, 90.0, angle_front)
+
+
 def test_embeddings_are_the_encoded_prompts_blended(components: Components) -> None:
     prompts = PromptEmbeddings(components, "a red mug", "blurry", keep_text_encoder=True)
     front, side, back, overhead = encode(components, [f"a red mug, {view} view" for view in VIEWS])
@@ -57,6 +80,8 @@ def test_embeddings_are_the_encoded_prompts_blended(components: Components) -> N
     expected = torch.stack([front, front * 2 / 3 + side / 3, side / 2 + back / 2, overhead])
     torch.testing.assert_close(cond, expected, rtol=1e-5, atol=1e-5)
     assert cond.shape == uncond.shape == (4, 77, 32)
+    sharp, _ = prompts.embeddings(azimuth, polar, 30.0, 90.0, 60.0)
+    torch.testing.assert_close(sharp, torch.stack([front, front, side, overhead]), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(row, prompts.negative[0]) for row in uncond)
     assert (front - back).abs().max() > 1e-2  # the sides differ at all
 

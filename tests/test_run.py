@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dream_fast.cli import main
 from dream_fast.engine.checkpoint import FORMAT
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
 
 SIDE, FRAMES = 24, 5
 SMALL = f"""
@@ -81,6 +82,26 @@ def test_a_run_writes_everything(finished, tiny_model):
     mesh = trimesh.load(finished / "mesh" / "mesh.glb", force="mesh")
     assert len(mesh.faces) > 0 and mesh.is_watertight
     assert not [path for path in finished.rglob(".*")]  # nothing half-written is left
+
+
+def test_cameras_phases_and_prompts_of_a_file_of_arguments_reach_the_steps(tiny_model, tmp_path, monkeypatch):
+    wanted = "--jitter_pose --progressive_view --exp_start_iter 1 --exp_end_iter 3 --angle_front 60 --angle_overhead 20"
+    (tmp_path / "cameras.txt").write_text(f"# how a run looks at its object\n{wanted} --view_blend 40\n")
+    more, seen = ["--file", str(tmp_path / "cameras.txt"), "--latent_iter_ratio", "0.5"], []
+    embeddings = PromptEmbeddings.embeddings
+
+    def spied(self, azimuth, polar, *angles):
+        seen.append((float(polar), *angles))
+        return embeddings(self, azimuth, polar, *angles)
+
+    monkeypatch.setattr(PromptEmbeddings, "embeddings", spied)
+    assert main(command(tmp_path / "trial", tiny_model, *more)) == 0
+    assert [angles for _, *angles in seen] == [[20.0, 40.0, 60.0]] * 4
+    # The first two cameras come from a fifth of the range around the default of 90, and jitter adds to that.
+    assert all(75 < polar < 100 and polar != 90 for polar, *_ in seen[:2])
+    rows = [json.loads(row)["phase"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == ["latent", "shaded"]
+    assert main(["--test", "--workspace", str(tmp_path / "trial"), "--six_views", "--default_polar", "60"]) == 0
 
 
 def test_a_finished_run_says_so_and_writes_only_what_is_missing(copy, tiny_model, capsys):

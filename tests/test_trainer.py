@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dream_fast.engine.camera import Cameras, sample_cameras
 from dream_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.config import Config, ShadingConfig
 from dream_fast.engine.errors import UserError
@@ -107,6 +108,14 @@ def test_progress_runs_from_zero_and_a_longer_run_never_falls_back():
     assert schedule.stretched(60, 100) == schedule
 
 
+def test_a_schedule_that_starts_late_is_at_0_before_and_at_1_after_its_end():
+    late = Schedule(60, 20)
+    assert [late.progress(step) for step in (0, 19, 20, 30, 60, 99)] == [0.0, 0.0, 0.0, 0.25, 1.0, 1.0]
+    before, inside = late.stretched(10, 100), late.stretched(40, 100)
+    assert [before.progress(step) for step in (10, 20, 60, 100)] == [0.0, 0.0, 0.5, 1.0]
+    assert [inside.progress(step) for step in (40, 70, 100)] == [0.5, 0.75, 1.0]
+
+
 def test_phases_follow_each_other():
     config = ShadingConfig(latent_iter_ratio=0.2, albedo_iter_ratio=0.5, min_ambient_ratio=0.3, textureless_ratio=0.4)
     dice = random.Random(0)
@@ -121,6 +130,12 @@ def test_phases_follow_each_other():
 def test_a_ratio_of_zero_leaves_the_phase_out_from_the_first_step_on():
     config = ShadingConfig(latent_iter_ratio=0.0, albedo_iter_ratio=0.0)
     assert choose_phase(config, 0.0, random.Random(0)).name == "shaded"
+
+
+@pytest.mark.parametrize("name", ["latent", "albedo"])
+def test_a_ratio_of_one_keeps_the_phase_in_a_run_that_goes_on_after_its_end(name):
+    config = ShadingConfig(**{"latent_iter_ratio": 0.0, f"{name}_iter_ratio": 1.0})
+    assert choose_phase(config, 1.0, random.Random(0)).name == name
 
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -146,6 +161,87 @@ def test_progressive_levels_join_during_the_run(text_guidance):
     trainer = make_trainer(text_guidance, progressive_level=True, levels=8)
     assert [trainer._active_levels(progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     assert make_trainer(text_guidance)._active_levels(0.0) is None
+
+
+def cameras_of_steps(trainer: Trainer, steps: int) -> list[Cameras]:
+    """The cameras of the next steps."""
+    seen = []
+
+    def guidance(pictures, cameras, **_):
+        seen.append(cameras)
+        return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+
+    trainer.guidance = guidance
+    for _ in range(steps):
+        trainer.train_step()
+    return seen
+
+
+def test_progressive_views_widen_during_the_run(text_guidance):
+    changes = dict(progressive_view=True, progressive_view_init_ratio=0.0, default_azimuth=30.0, iters=8, **CHEAP)
+    azimuths = [cameras.azimuth for cameras in cameras_of_steps(make_trainer(text_guidance, **changes), 8)]
+    assert (azimuths[0] == 30).all()
+    for step in range(4):
+        width = 2 * step / 8
+        assert (azimuths[step] - 30 * (1 - width)).abs().max() <= 180 * width + 1e-3
+    assert max(float(azimuth.abs().max()) for azimuth in azimuths[4:]) > 120
+    plain = cameras_of_steps(make_trainer(text_guidance, **CHEAP), 1)
+    assert (plain[0].azimuth != 30).all()
+
+
+PHASED = dict(exp_start_iter=2, exp_end_iter=6, progressive_view=True, progressive_level=True, levels=8)
+
+
+def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_else_does(text_guidance, monkeypatch):
+    trainer = make_trainer(text_guidance, lr_decay=0.5, **PHASED)
+    views, levels, noise, rates = [], [], [], []
+    active, optimise = trainer._active_levels, trainer.optimizer.step
+
+    def spied_cameras(*given):
+        views.append(given[-1])
+        return sample_cameras(*given)
+
+    def spied_levels(progress):
+        levels.append(progress)
+        return active(progress)
+
+    def guidance(pictures, cameras, *, progress, **_):
+        noise.append(progress)
+        return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+
+    def spied_optimiser(*, lr_scale, **named):
+        rates.append(lr_scale)
+        return optimise(lr_scale=lr_scale, **named)
+
+    monkeypatch.setattr("dream_fast.engine.trainer.sample_cameras", spied_cameras)
+    trainer.guidance, trainer._active_levels, trainer.optimizer.step = guidance, spied_levels, spied_optimiser
+    names = [trainer.train_step().phase.name for _ in range(8)]
+    assert names == ["latent"] * 3 + ["albedo"] + ["shaded"] * 4
+    assert views == levels == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert noise == [step / 8 for step in range(8)]
+    assert rates == pytest.approx([0.5 ** (step / 8) for step in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "after"),
+    [
+        ({}, [0.25, 0.5], [0.5, 0.75, 1.0]),
+        ({"exp_start_iter": 2}, [0.0, 1 / 3], [1 / 3, 2 / 3, 1.0]),
+        ({"exp_end_iter": 5}, [0.4, 0.8], [0.8, 1.0, 1.0]),
+        ({"exp_start_iter": 2, "exp_end_iter": 18}, [0.0, 0.125], [0.125, 0.5, 0.875]),
+    ],
+)
+def test_a_longer_run_stretches_its_phases_unless_their_end_was_asked_for(
+    text_guidance, tmp_path, asked, before, after
+):
+    first = make_trainer(text_guidance, **CHEAP, **asked)
+    assert [first.phases.progress(step) for step in (2, 4)] == pytest.approx(before)
+    first.step = 4
+    path = first.save(Workspace(tmp_path))
+    longer = make_trainer(text_guidance, iters=16, **CHEAP, **asked)
+    longer.load(path)
+    assert [longer.phases.progress(step) for step in (4, 10, 16)] == pytest.approx(after)
+    assert [longer.schedule.progress(step) for step in (4, 10, 16)] == pytest.approx([0.5, 0.75, 1.0])
 
 
 def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
@@ -295,6 +391,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path
         ("optimizer", None),
         ("renderer", {}),
         ("schedule", {"start_step": 1, "colour": "red"}),
+        ("phases", {"start_step": 1, "colour": "red"}),
         ("skipped", torch.zeros(3)),
     ],
 )

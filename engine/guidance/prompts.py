@@ -2,7 +2,8 @@
 
 An image model asked for "a car" prefers its front; a scene pulled towards that from all sides grows several fronts. So
 the prompt says the side: "..., front view", "..., side view", "..., back view", "..., overhead view" (DreamFusion,
-Poole et al. 2022, section 3.2). Where two sides meet their embeddings are interpolated linearly in the azimuth.
+Poole et al. 2022, section 3.2). Where two sides meet their embeddings are interpolated linearly in the azimuth, unless
+an angle is given at which one ends and the next begins.
 """
 
 import logging
@@ -39,26 +40,39 @@ class PromptEmbeddings:
             components.free_text_encoder()
 
     def embeddings(
-        self, azimuth: Tensor, polar: Tensor, angle_overhead: float, view_blend: float = 90.0
+        self,
+        azimuth: Tensor,
+        polar: Tensor,
+        angle_overhead: float,
+        view_blend: float = 90.0,
+        angle_front: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings for cameras at ``azimuth`` [B] and ``polar`` [B] degrees: (cond [B, T, D], uncond [B, T, D]).
 
         For the angles see :func:`view_weights`. Works on the embeddings' device.
         """
-        weights = view_weights(azimuth, polar, angle_overhead, view_blend).to(self.views.device)
+        weights = view_weights(azimuth, polar, angle_overhead, view_blend, angle_front).to(self.views.device)
         cond = torch.tensordot(weights, self.views.float(), dims=1).to(self.views.dtype)
         return cond, self.negative.expand(len(cond), -1, -1)
 
 
-def view_weights(azimuth: Tensor, polar: Tensor, angle_overhead: float, view_blend: float = 90.0) -> Tensor:
+def view_weights(
+    azimuth: Tensor, polar: Tensor, angle_overhead: float, view_blend: float = 90.0, angle_front: float | None = None
+) -> Tensor:
     """Weights [B, 4] of the four VIEWS, each row summing to 1, for ``azimuth`` [B] and ``polar`` [B] in degrees.
 
     Front turns into side over ``view_blend`` degrees around azimuth 45, and side into back around 135, linearly: with
-    90, front weighs 1 - |azimuth| / 90 in the front half. A polar angle of ``angle_overhead`` or less is overhead.
+    90, front weighs 1 - |azimuth| / 90 in the front half. With ``angle_front``, more than 0 and at most 180, nothing is
+    blended: up to half of it from azimuth 0 is front, up to half of it from 180 is back, the rest side. A polar angle
+    of ``angle_overhead`` or less is overhead.
     """
     turned = (torch.remainder(azimuth.float() + 180, 360) - 180).abs()  # 0 front, 90 side, 180 back
-    front = ((45 - turned) / view_blend + 0.5).clamp(0, 1)
-    back = ((turned - 135) / view_blend + 0.5).clamp(0, 1)
+    if angle_front is None:
+        front = ((45 - turned) / view_blend + 0.5).clamp(0, 1)
+        back = ((turned - 135) / view_blend + 0.5).clamp(0, 1)
+    else:
+        front = (turned <= angle_front / 2).float()
+        back = (180 - turned <= angle_front / 2).float() * (1 - front)  # with 180 both would hold at 90
     above = (polar <= angle_overhead).to(front.dtype)
     around = torch.stack([front, 1 - front - back, back], dim=-1) * (1 - above)[:, None]
     return torch.cat([around, above[:, None]], dim=-1)

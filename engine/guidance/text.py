@@ -16,10 +16,15 @@ class TextGuidance:
     """
 
     def __init__(
-        self, score: ScoreDistillation, prompts: PromptEmbeddings, angle_overhead: float, view_blend: float = 90.0
+        self,
+        score: ScoreDistillation,
+        prompts: PromptEmbeddings,
+        angle_overhead: float,
+        view_blend: float = 90.0,
+        angle_front: float | None = None,
     ):
         self.score, self.prompts = score, prompts
-        self.angle_overhead, self.view_blend = angle_overhead, view_blend
+        self.angle_overhead, self.view_blend, self.angle_front = angle_overhead, view_blend, angle_front
 
     def __call__(
         self,
@@ -35,6 +40,8 @@ class TextGuidance:
 
         ``settled`` is for a caller that captures this call in a CUDA graph (:class:`ScoreDistillation`).
         """
-        cond, uncond = self.prompts.embeddings(cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend)
+        cond, uncond = self.prompts.embeddings(
+            cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend, self.angle_front
+        )
         options = dict(progress=progress, generator=generator, latents=latents, settled=settled)
         return self.score(pictures, cond, uncond, **options)

@@ -1,0 +1,44 @@
+"""Arguments that stand in a text file (``--file``): split as a shell splits a command.
+
+Words are separated by spaces and line ends, quotes keep words together, and ``#`` at the start of a word begins a
+comment. A backslash at the end of a line joins the next one, so a command of several lines can be pasted as it is.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+from dream_fast.engine.errors import UserError
+
+# What stands between words, or a whole word with its quotes. shlex alone would cut "runs#3" at the sign.
+_PART = re.compile(
+    r"""(?:\s|\\\n|\#[^\n]*)+ | (?P<word>(?:[^\s'"\\] | \\[^\n] | '[^']*' | "(?:[^"\\]|\\.)*")+)""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def read_arguments(name: str) -> list[str]:
+    """The words of the file ``name``. UserError: it cannot be read, is no text, or a quote in it is not closed."""
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a home folder that nobody knows
+        raise UserError(f"--file {name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except ValueError:
+        text = "\0"  # not UTF-8
+    if "\0" in text:
+        raise UserError(f"--file {name} is not a text file")
+    return split(text, name)
+
+
+def split(text: str, name: str) -> list[str]:
+    """The words of ``text``, which came from the file ``name``. UserError: a quote is not closed."""
+    words, position = [], 0
+    while position < len(text):
+        part = _PART.match(text, position)
+        if part is None:
+            line = text.count("\n", 0, position) + 1
+            raise UserError(f"--file {name}: what begins with {text[position]} in line {line} is not closed")
+        if part["word"]:
+            words += shlex.split(part["word"])
+        position = part.end()
+    return words
