@@ -276,6 +276,14 @@ class GuidanceConfig(Room):
         0.0, "how far the guided prediction takes the spread of the unguided one; 0: not", low=0, high=1
     )
     lambda_guidance: float = option(1.0, "weight of the guidance", low=0)
+    perpneg: bool = option(
+        False, "Perp-Neg: turn away from the prompts of the front and the side where they are out of sight"
+    )
+    negative_w: float = option(-2.0, "with --perpneg: base weight of those prompts, 0 to about -4", high=0)
+    front_decay_factor: float = option(
+        2.0, "with --perpneg: how fast the front's weight falls towards the front", low=0
+    )
+    side_decay_factor: float = option(10.0, "with --perpneg: how fast the side's weight falls towards the side", low=0)
 
     @property
     def embedded(self) -> bool:

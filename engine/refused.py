@@ -7,7 +7,6 @@ _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
 _MESH = "there is no mesh refinement yet; --save_mesh exports the result as GLB"
 _JITTER = "it moves the camera but not the angles that the prompt is told; widen --theta_range or --phi_range instead"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
-_PERP = "Perp-Neg is not there yet; view prompts are blended by azimuth"
 _MARCH = "rays always march through the occupancy grid; --max_steps sets the samples of a ray"
 _PHASES = "the phases always span the whole run; --latent_iter_ratio and --albedo_iter_ratio place them"
 
@@ -24,7 +23,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--exp_start_iter": _PHASES,
     "--file": "give the flags on the command line, for example with $(cat FILE)",
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
-    "--front_decay_factor": _PERP,
     "--gui": _VIEWER,
     "--image": _IMAGE,
     "--image_config": _IMAGE,
@@ -47,15 +45,12 @@ REFUSED_FLAGS: dict[str, str] = {
     "--lock_geo": _MESH,
     "--max_ray_batch": "it never did anything; memory is bounded without it",
     "--max_spp": _VIEWER,
-    "--negative_w": _PERP,
     "--num_steps": _MARCH,
-    "--perpneg": _PERP,
     "--progressive_view": "the camera ranges hold for the whole run; set --phi_range and --theta_range",
     "--progressive_view_init_ratio": "the camera ranges hold for the whole run; set --phi_range and --theta_range",
     "--radius": _VIEWER + " (the output camera has --default_radius)",
     "--save_guidance": "the guidance is not drawn; validation/ shows the run",
     "--save_guidance_interval": "the guidance is not drawn; validation/ shows the run",
-    "--side_decay_factor": _PERP,
     "--taichi_ray": "that is another extension's marching; ours is always on",
     "--test_interval": "the video is written once, at the end; --test writes it again",
     "--tet_grid_size": _MESH,

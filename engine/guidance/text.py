@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.camera import Cameras
-from dream_fast.engine.guidance.prompts import PromptEmbeddings
+from dream_fast.engine.guidance.perp_neg import Negatives, negative_weights
+from dream_fast.engine.guidance.prompts import PromptEmbeddings, view_weights
 from dream_fast.engine.guidance.sds import GuidanceResult, ScoreDistillation, Settled
 
 
@@ -37,4 +38,13 @@ class TextGuidance:
         """
         cond, uncond = self.prompts.embeddings(cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend)
         options = dict(progress=progress, generator=generator, latents=latents, settled=settled)
+        if self.score.config.perpneg:
+            options["negatives"] = self._negatives(cameras)
         return self.score(pictures, cond, uncond, **options)
+
+    def _negatives(self, cameras: Cameras) -> Negatives:
+        """The prompts of the front and the side, with the weights that they have for ``cameras``."""
+        config, embeddings = self.score.config, self.prompts.views[:2]  # of VIEWS
+        views = view_weights(cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend)
+        weights = negative_weights(views, config.negative_w, config.front_decay_factor, config.side_decay_factor)
+        return Negatives(embeddings, weights.to(embeddings.device))
