@@ -28,6 +28,9 @@ _EXAMPLES = """examples:
 
 Defaults depend on the model and the device; --print-config shows them."""
 
+# Settings that each are a whole prompt: the embedded model must know what they name.
+_PROMPTS = ("text", "text_front", "text_side", "text_back", "text_overhead")
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse, with its complaints as UserError."""
@@ -161,8 +164,10 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
     model = chosen_model(typed)
     if "text" not in typed and not print_only:
         raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
-    if "text" in typed and model == "dream-mini":
-        for warning in check_prompt(typed["text"], typed.get("negative", "")):
+    if model == "dream-mini":
+        texts = [typed[name] for name in _PROMPTS if name in typed]
+        warnings = [warning for text in texts for warning in check_prompt(text, typed.get("negative", ""))]
+        for warning in dict.fromkeys(warnings):
             print(f"dream-fast: warning: {warning}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
     if typed.get("fp16") and device == "cpu":

@@ -110,6 +110,10 @@ class RunConfig(Room):
 
     text: str | None = option(None, "the prompt")
     negative: str = option("", "what the pictures should not show; takes the place of the empty prompt")
+    text_front: str | None = option(None, "the whole prompt seen from the front, in place of TEXT, front view")
+    text_side: str | None = option(None, "the same for the two sides")
+    text_back: str | None = option(None, "the same for the back")
+    text_overhead: str | None = option(None, "the same for the view from above")
     workspace: str = option("workspace", "folder of everything that the run writes", may_change=True)
     seed: int | None = option(None, "seed of all random numbers; drawn when not given", low=0, high=2**32 - 1)
     iters: int = option(10000, "optimisation steps", low=1, may_change=True)
@@ -159,6 +163,12 @@ class RunConfig(Room):
                 "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "
                 "in another order the next time"
             )
+
+    @property
+    def own_texts(self) -> dict[str, str]:
+        """Prompts of the sides that have one of their own, by side: front, side, back, overhead."""
+        texts = dict(front=self.text_front, side=self.text_side, back=self.text_back, overhead=self.text_overhead)
+        return {view: text for view, text in texts.items() if text is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

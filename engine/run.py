@@ -70,7 +70,7 @@ def run(config: Config) -> int:
 
         earlier = [] if fresh else workspace.read_manifest().get("runs", [])
         components = _load_guidance(config, runtime, trainer.attention)
-        prompts = PromptEmbeddings(components, *_texts(config))
+        prompts = _embed(config, components)
         score = ScoreDistillation(components, config.guidance)
         trainer.guidance = TextGuidance(score, prompts, config.camera.angle_overhead, config.camera.view_blend)
         trainer.attention = components.attention
@@ -180,12 +180,13 @@ def _load_guidance(config: Config, runtime: Runtime, kept: Chosen | None) -> Com
     return components
 
 
-def _texts(config: Config) -> tuple[str, str]:
-    """The prompt and the negative prompt as the model reads them: the embedded one only the words that it knows."""
-    text, negative = config.run.text, config.run.negative
-    if choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key) == MODEL_FOLDER:
-        return known_words(text), known_words(negative)
-    return text, negative
+def _embed(config: Config, components: Components) -> PromptEmbeddings:
+    """The prompts as the model reads them: of each text the embedded one gets only the words that it knows."""
+    run = config.run
+    source = choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key)
+    read = known_words if source == MODEL_FOLDER else str
+    own = {view: read(text) for view, text in run.own_texts.items()}
+    return PromptEmbeddings(components, read(run.text), read(run.negative), own=own)
 
 
 def _start_line(config: Config, runtime: Runtime, components: Components, field: Field, step: int) -> str:
