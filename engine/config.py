@@ -272,6 +272,15 @@ class GuidanceConfig(Room):
     )
     sd_version: str | None = option(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
     hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by name")
+    score: str = option(
+        "sds",
+        "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "
+        "--guidance_rescale by default), asd the one with it at a higher level, sdi the noise that the model finds in "
+        "the picture (slower: 2 rows an inversion step); --guidance_scale is by default the model's own for sds and "
+        "csd, 7.5 for asd and sdi",
+        choices=("sds", "csd", "asd", "sdi"),
+    )
+    inversion_steps: int = option(10, "with --score sdi: calls of the model that find the noise", low=1, high=1000)
     guidance_scale: float = option(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
     guidance_scale_end: float | None = option(
         None, "s at the end of the run, reached linearly; default: no change", low=0
@@ -294,6 +303,11 @@ class GuidanceConfig(Room):
         2.0, "with --perpneg: how fast the front's weight falls towards the front", low=0
     )
     side_decay_factor: float = option(10.0, "with --perpneg: how fast the side's weight falls towards the side", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.perpneg and self.score != "sds":
+            raise UserError(f"--perpneg goes with --score sds only, not with {self.score}: leave one of them out")
 
     @property
     def embedded(self) -> bool:
@@ -413,6 +427,15 @@ def settings() -> Iterator[tuple[dataclasses.Field, dataclasses.Field]]:
             yield room, field
 
 
+# What a score wants instead of the model's own values. The scales are those of the papers.
+_PAPERS_SCALE = {"guidance_scale": 7.5, "guidance_scale_end": None}
+SCORE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "csd": {"guidance_rescale": 0.0},  # the plain difference of two predictions
+    "asd": _PAPERS_SCALE,
+    "sdi": _PAPERS_SCALE,
+}
+
+
 def reference_defaults() -> Config:
     """stable-dreamfusion's values; its EMA decay of 0.95 in 100 steps is 0.9995 a step."""
     return Config()
@@ -519,6 +542,8 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
         values.setdefault("step_graph", not (typed.get("deterministic") or base.override(typed).read_on_the_host()))
     if "guidance_scale" in typed:
         values.setdefault("guidance_scale_end", None)  # one typed number is meant for the whole run
+    for name, value in SCORE_DEFAULTS.get(typed.get("score"), {}).items():
+        values.setdefault(name, value)
     if model == "sd":
         values["guidance"] = ("SD",)
         if "hf_key" not in typed:

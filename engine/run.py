@@ -193,11 +193,12 @@ def _start_line(config: Config, runtime: Runtime, components: Components, field:
     camera, guidance = config.camera, config.guidance
     kernels = f"field {field.plan}, " if runtime.device.type == "cuda" else ""
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
+    score = f"{guidance.score}{' with Perp-Neg' * guidance.perpneg}, guidance scale {guidance.guidance_scale:g}"
     attention = f"attention {components.attention}{', compiled' * config.run.compile}"
     return (
         f"{config.run.text!r}: {components.name} ({attention}) on {runtime.description}; "
-        f"{kernels}steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, guidance scale "
-        f"{guidance.guidance_scale:g}, {config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
+        f"{kernels}steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, {score}, "
+        f"{config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
     )
 
 

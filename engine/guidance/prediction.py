@@ -40,19 +40,26 @@ def guided_prediction(
     return guide(components, rows, noisy, t, scale=scale, rescale=rescale)
 
 
-def unet_rows(components: Components, noisy: Tensor, t: Tensor, prompts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def unet_rows(
+    components: Components,
+    noisy: Tensor,
+    t: Tensor,
+    prompts: Sequence[Tensor],
+    further: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     """What the UNet puts out for ``noisy`` at ``t`` with each of ``prompts`` [B, T, D]; each [B, C, h, w] fp32.
 
-    One call on as many times B rows as there are prompts.
+    ``further`` is another noisy latent with its level and prompt, which comes last. One call for all of them, on B rows
+    each.
     """
-    count = len(prompts)
-    out = components.unet(
-        noisy.to(components.dtype).repeat(count, 1, 1, 1),
-        t.repeat(count),
-        encoder_hidden_states=torch.cat(list(prompts)).to(components.dtype),
-        return_dict=False,
-    )[0].float()
-    return out.chunk(count)
+    count, prompts = len(prompts), list(prompts)
+    rows, levels = noisy.to(components.dtype).repeat(count, 1, 1, 1), t.repeat(count)
+    if further is not None:
+        rows, levels = torch.cat([rows, further[0].to(components.dtype)]), torch.cat([levels, further[1]])
+        prompts.append(further[2])
+    embeddings = torch.cat(prompts).to(components.dtype)
+    out = components.unet(rows, levels, encoder_hidden_states=embeddings, return_dict=False)[0].float()
+    return out.chunk(len(prompts))
 
 
 def guide(

@@ -3,11 +3,22 @@
 With z = (vae(x) - shift) * scale the latent of a rendered picture x, a noise level t and noise n, the model sees
 x_t = sqrt(a_t) z + sqrt(1 - a_t) n, and the gradient of the latent is
 
-    g = lambda_guidance * w(t) * (eps_hat(x_t, t) - n),    w(t) = 1 - a_t,
+    g = lambda_guidance * w(t) * (eps_hat(x_t, t) - e),    w(t) = 1 - a_t,
     eps_hat = eps_uncond + s (eps_cond - eps_uncond)
 
 It is carried back through the VAE's encoder and the resize to the picture, and never through the UNet (DreamFusion,
 Poole et al. 2022, equation 3; Latent-NeRF, Metzer et al. 2022, for latents). `prediction` says how eps_hat comes about.
+Scores differ in e, what is taken from it, and in the noise:
+
+    sds   e = n, n is random                       Score Distillation Sampling, Poole et al. 2022
+    csd   e = eps_uncond(x_t, t), n is random      Classifier Score Distillation, Yu et al. 2023: g without n
+    asd   e = eps_cond(x_t', t'), n is random      Asynchronous Score Distillation, Ma et al. 2024
+    sdi   e = n, n is z inverted by the model      Score Distillation via Inversion, Lukoianov et al. 2024
+
+so in a eps_cond + b eps_neg + c eps_uncond + d n sds has s, 0, 1 - s, -1 and csd s, 0, -s, 0. A negative prompt stands
+in for the empty one, so that with one csd is s, -s, 0, 0: the paper's weights w1 = w2 = s. In asd t' lies a tenth of
+its distance from the lower end of t_range above t, and n is that of x_t. In sdi the inversion is guided with -s
+(`inversion`).
 
 Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for the device.
 """
@@ -22,12 +33,15 @@ from torch.autograd.function import once_differentiable
 
 from dream_fast.engine.config import GuidanceConfig
 from dream_fast.engine.cuda_graph import CudaGraphed
+from dream_fast.engine.guidance.inversion import inverted_noise
 from dream_fast.engine.guidance.loader import Components
 from dream_fast.engine.guidance.perp_neg import Negatives
-from dream_fast.engine.guidance.prediction import guide, unet_rows
+from dream_fast.engine.guidance.prediction import guide, split, strengths, unet_rows
 
 # Half the width of the window that an annealed t is drawn from, in fractions of the whole range.
 ANNEAL_JITTER = 0.05
+# asd compares with a level that is higher by one in so many levels: the authors' plus_ratio of 0.1.
+ASYNCHRONY = 10
 
 
 class GuidanceResult(NamedTuple):
@@ -142,14 +156,18 @@ class ScoreDistillation:
 
     def timesteps(self, batch: int, progress: float, generator: torch.Generator | None = None) -> Tensor:
         """Noise levels [batch] int64: uniform in t_range, or near a level that falls from its end to its start."""
-        steps = self.components.num_train_timesteps
-        low, high = (min(int(steps * fraction), steps - 1) for fraction in self.config.t_range)
+        low, high = self._level_range()
         if self.config.t_anneal != "none":
             done = progress ** {"sqrt": 0.5, "linear": 1.0, "square": 2.0}[self.config.t_anneal]
             level = high - (high - low) * done
             jitter = ANNEAL_JITTER * (high - low)
             low, high = max(low, round(level - jitter)), min(high, round(level + jitter))
         return torch.randint(low, high + 1, (batch,), generator=generator, device=self.components.device)
+
+    def _level_range(self) -> tuple[int, int]:
+        steps = self.components.num_train_timesteps
+        low, high = (min(int(steps * fraction), steps - 1) for fraction in self.config.t_range)
+        return low, high
 
     def scale(self, progress: float) -> float:
         """The guidance scale s at ``progress``. A strong start finds the shape; a weak end keeps colours natural."""
@@ -171,16 +189,34 @@ class ScoreDistillation:
         self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, scale: Tensor, noise: Tensor, *negatives: Tensor
     ) -> Tensor:
         """g [B, C, h, w] of the module's docstring. ``negatives``: nothing, or the fields of `Negatives`."""
-        model, rescale = self.components, self.config.guidance_rescale
-        prompts, weights = [uncond, cond], None
+        model, config = self.components, self.config
+        prompts, weights, further = [uncond, cond], None, None
         if negatives:
             embeddings, weights = negatives
             prompts += [embedding.expand_as(cond) for embedding in embeddings]
+        if config.score == "sdi":
+            noise = inverted_noise(model, z, t, cond, uncond, scale=-scale, steps=config.inversion_steps)
         alpha = model.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
-        rows = unet_rows(model, noisy, t, prompts)
-        eps, _ = guide(model, rows, noisy, t, scale=scale, rescale=rescale, weights=weights)
-        return self.config.lambda_guidance * (1 - alpha) * (eps - noise)
+        if config.score == "asd":
+            further = (*self._noisier(z, t, noise), cond)
+        rows = unet_rows(model, noisy, t, prompts, further)
+        guided = rows[: len(prompts)]
+        eps, _ = guide(model, guided, noisy, t, scale=scale, rescale=config.guidance_rescale, weights=weights)
+        taken = noise
+        if config.score == "csd":
+            taken, _ = split(model, rows[0], noisy, *strengths(model, t))
+        elif config.score == "asd":
+            later, level, _ = further
+            taken, _ = split(model, rows[-1], later, *strengths(model, level))
+        return config.lambda_guidance * (1 - alpha) * (eps - taken)
+
+    def _noisier(self, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents ``z`` with the same noise at the higher level t' of asd, and that level [B]."""
+        low, _ = self._level_range()
+        level = (t + (t - low) // ASYNCHRONY).clamp_max(self.components.num_train_timesteps - 1)
+        signal, spread = strengths(self.components, level)
+        return signal * z + spread * noise, level
 
 
 class _InjectGradient(torch.autograd.Function):
