@@ -295,6 +295,9 @@ class GuidanceConfig(Room):
         0.0, "how far the guided prediction takes the spread of the unguided one; 0: not", low=0, high=1
     )
     lambda_guidance: float = option(1.0, "weight of the guidance", low=0)
+    clip_grad_latent: float = option(
+        -1.0, "largest element of the score's gradient in the latents; -1: no limit", low=-1
+    )
     perpneg: bool = option(
         False, "Perp-Neg: turn away from the prompts of the front and the side where they are out of sight"
     )

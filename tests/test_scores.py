@@ -150,6 +150,45 @@ def test_the_higher_level_ends_with_the_schedule(components: Components) -> None
     assert level.tolist() == [20, 40, 570, 999]
 
 
+@pytest.mark.parametrize("score", ["sds", "asd"])
+@pytest.mark.parametrize("method", ["sds", "mse"])
+def test_the_gradient_is_clamped_by_element(components: Components, score: str, method: str) -> None:
+    def guided(limit: float) -> tuple[Tensor, Tensor, Tensor]:
+        z = torch.randn(2, 4, 8, 8, generator=generator(8)).requires_grad_()
+        sds = ScoreDistillation(components, config(score, clip_grad_latent=limit, lambda_guidance=2.0), method=method)
+        result = sds(z, *prompts(2), generator=generator(3), latents=True)
+        result.loss.backward()
+        return result.gradient, z.grad, result.grad_norm
+
+    free, _, _ = guided(-1.0)
+    limit = float(free.abs().median())
+    clipped, arrived, norm = guided(limit)
+    assert torch.equal(clipped, free.clamp(-limit, limit)) and not torch.equal(clipped, free)
+    torch.testing.assert_close(arrived, clipped / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm, clipped.norm())
+    assert torch.equal(guided(1e9)[0], free)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_clamp_does_not_hide_what_is_not_finite(components: Components, bad: float, monkeypatch) -> None:
+    """One infinite output of the UNet, as fp16 gives, has to cost its step."""
+    forward = components.unet.forward
+
+    def overflowing(*args, **options):
+        out = forward(*args, **options)[0].clone()
+        out[-1, 0, 0, 0] = bad  # with the prompt; twice infinity would be not a number at once
+        return (out,)
+
+    monkeypatch.setattr(components.unet, "forward", overflowing)
+    z = torch.randn(1, 4, 8, 8, generator=generator(8))
+    sds = ScoreDistillation(components, config("csd", clip_grad_latent=0.5))
+    cond, uncond = prompts(1)
+    noise, t = torch.randn(z.shape, generator=generator(1)), torch.tensor([500])
+    gradient = sds._gradient(z, t, cond, uncond, torch.tensor(SCALE), noise)
+    assert not torch.isfinite(torch.linalg.vector_norm(gradient))
+    assert torch.isfinite(gradient[:, 1:]).all()
+
+
 # What a graph cannot hold
 
 

@@ -18,7 +18,7 @@ Scores differ in e, what is taken from it, and in the noise:
 so in a eps_cond + b eps_neg + c eps_uncond + d n sds has s, 0, 1 - s, -1 and csd s, 0, -s, 0. A negative prompt stands
 in for the empty one, so that with one csd is s, -s, 0, 0: the paper's weights w1 = w2 = s. In asd t' lies a tenth of
 its distance from the lower end of t_range above t, and n is that of x_t. In sdi the inversion is guided with -s
-(`inversion`).
+(`inversion`). At last g may be clamped to [-c, c], each element by itself (--clip_grad_latent).
 
 Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for the device.
 """
@@ -209,7 +209,12 @@ class ScoreDistillation:
         elif config.score == "asd":
             later, level, _ = further
             taken, _ = split(model, rows[-1], later, *strengths(model, level))
-        return config.lambda_guidance * (1 - alpha) * (eps - taken)
+        gradient = config.lambda_guidance * (1 - alpha) * (eps - taken)
+        limit = config.clip_grad_latent
+        if limit > 0:
+            # An infinite element becomes not a number, not the limit: its step is to be skipped.
+            gradient = gradient.clamp(-limit, limit) + 0 * gradient
+        return gradient
 
     def _noisier(self, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The latents ``z`` with the same noise at the higher level t' of asd, and that level [B]."""
