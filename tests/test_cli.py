@@ -63,7 +63,7 @@ def engine(monkeypatch, tmp_path):
         (["--text", "a wizard\nwith a hat"], 'does not know what "a wizard with a hat" is'),
         (["--text", "a cat", "--iter", "5"], "unknown flag --iter; did you mean --iters?"),
         (["--text", "a cat", "--guidence_scale=5"], "unknown flag --guidence_scale; did you mean --guidance_scale?"),
-        (["--text", "a cat", "--zorble"], "unknown flag --zorble; see --help"),
+        (["--text", "a cat", "--zxqvj"], "unknown flag --zxqvj; see --help"),
         (["--text", "a cat", "-x"], "unknown flag -x; see --help"),
         (["--text", "a cat", "-O2"], "-O2 is not available: the vanilla backbone is not there yet"),
         (["--text", "a cat", "--dmtet"], "--dmtet is not available: there is no mesh refinement yet"),

@@ -60,6 +60,12 @@ AS_SD = SHADED | {"bg_radius": 1.4, "lambda_orient": 1e-2, "textureless_ratio": 
         AS_SD | {"vram_O": True},
         {"step_graph": False},
         AS_SD | {"step_graph": False},
+        {"perpneg": True},
+        {"perpneg": True, "step_graph": False},
+        {"score": "csd", "clip_grad_latent": 1.0},
+        {"score": "asd"},
+        {"score": "asd", "step_graph": False},
+        {"score": "sdi", "inversion_steps": 2},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
@@ -146,7 +152,9 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
     assert not torch.equal(results[3], results[4])
 
 
-@pytest.mark.parametrize("changes", [{}, AS_SD], ids=["albedo", "shaded"])
+@pytest.mark.parametrize(
+    "changes", [{}, AS_SD, {"perpneg": True}, {"score": "asd"}], ids=["albedo", "shaded", "perpneg", "asd"]
+)
 def test_a_replayed_step_is_the_step(changes):
     """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
     trainer = make_trainer(**changes)

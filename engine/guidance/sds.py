@@ -209,12 +209,7 @@ class ScoreDistillation:
         elif config.score == "asd":
             later, level, _ = further
             taken, _ = split(model, rows[-1], later, *strengths(model, level))
-        gradient = config.lambda_guidance * (1 - alpha) * (eps - taken)
-        limit = config.clip_grad_latent
-        if limit > 0:
-            # An infinite element becomes not a number, not the limit: its step is to be skipped.
-            gradient = gradient.clamp(-limit, limit) + 0 * gradient
-        return gradient
+        return _clamp(config.lambda_guidance * (1 - alpha) * (eps - taken), config.clip_grad_latent)
 
     def _noisier(self, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The latents ``z`` with the same noise at the higher level t' of asd, and that level [B]."""
@@ -222,6 +217,14 @@ class ScoreDistillation:
         level = (t + (t - low) // ASYNCHRONY).clamp_max(self.components.num_train_timesteps - 1)
         signal, spread = strengths(self.components, level)
         return signal * z + spread * noise, level
+
+
+def _clamp(gradient: Tensor, limit: float) -> Tensor:
+    """``gradient`` with its elements in [-limit, limit]; as it is where the limit is not positive."""
+    if limit <= 0:
+        return gradient
+    # An infinite element becomes not a number, not the limit: its step is to be skipped.
+    return gradient.clamp(-limit, limit) + 0 * gradient
 
 
 class _InjectGradient(torch.autograd.Function):
