@@ -17,9 +17,10 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import dream_fast
 from dream_fast.engine.argument_file import read_arguments
-from dream_fast.engine.config import Config, check_value, chosen_model, resolve, settings, value_type
+from dream_fast.engine.config import Config, check_value, settings, value_type
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import COMMAND_FLAGS
+from dream_fast.engine.presets import chosen_model, resolve
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 
@@ -30,6 +31,9 @@ _EXAMPLES = """examples:
   dream-fast --test --workspace teapot --six_views
 
 Defaults depend on the model and the device; --print-config shows them."""
+
+# Settings that each are a whole prompt: the embedded model must know what they name.
+_PROMPTS = ("text", "text_front", "text_side", "text_back", "text_overhead")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -190,8 +194,10 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
     model = chosen_model(typed)
     if "text" not in typed and not print_only:
         raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
-    if "text" in typed and model == "dream-mini":
-        for warning in check_prompt(typed["text"], typed.get("negative", "")):
+    if model == "dream-mini":
+        texts = [typed[name] for name in _PROMPTS if name in typed]
+        warnings = [warning for text in texts for warning in check_prompt(text, typed.get("negative", ""))]
+        for warning in dict.fromkeys(warnings):
             print(f"dream-fast: warning: {warning}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
     if typed.get("fp16") and device == "cpu":

@@ -64,11 +64,11 @@ def _operator(case: Case) -> Callable[[], object]:
 
 def _step() -> Callable[[], object]:
     """The same step of the main command, over and over."""
-    from dream_fast.engine.config import resolve
     from dream_fast.engine.guidance.loader import load_components
     from dream_fast.engine.guidance.prompts import PromptEmbeddings
     from dream_fast.engine.guidance.sds import ScoreDistillation
     from dream_fast.engine.guidance.text import TextGuidance
+    from dream_fast.engine.presets import resolve
     from dream_fast.engine.prior import MODEL_FOLDER
     from dream_fast.engine.runtime import choose_runtime
     from dream_fast.engine.trainer import Trainer

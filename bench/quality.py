@@ -31,8 +31,9 @@ from torch import Tensor
 
 from dream_fast.bench.judge import WEIGHTS, Judge, load_judge, verdicts
 from dream_fast.engine.camera import turntable
-from dream_fast.engine.config import Config, resolve
+from dream_fast.engine.config import Config
 from dream_fast.engine.export.images import to_uint8
+from dream_fast.engine.presets import resolve
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS, find_object
 from dream_fast.engine.runtime import Runtime, choose_runtime, machine

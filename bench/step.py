@@ -35,11 +35,12 @@ from dream_fast.bench import measure, record
 from dream_fast.bench.accuracy import error, tolerance
 from dream_fast.bench.kernels import RESULTS, file_name, header
 from dream_fast.bench.sd_model import TOKENS, RandomPrompt, in_dtype, random_components
-from dream_fast.engine.config import Config, resolve
+from dream_fast.engine.config import Config
 from dream_fast.engine.guidance.loader import COMPILED, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.presets import resolve
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import choose_runtime, prepare, quiet_diffusers
 from dream_fast.engine.trainer import Trainer

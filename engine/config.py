@@ -1,8 +1,8 @@
 """Every setting of a run, in one frozen dataclass a room; the command line is generated from the fields.
 
 A field's name is its flag (``iters`` is ``--iters``), so names are unique over all rooms. The values written here are
-the reference's (``--preset reference``); the embedded model's own stand together in :func:`mini_cpu_defaults` and
-:func:`mini_cuda_defaults`. This module imports nothing heavy, so that ``--help`` and a refused argument answer at once.
+the reference's (``--preset reference``); the embedded model's own stand in `presets`. This module imports nothing
+heavy, so that ``--help`` and a refused argument answer at once.
 
 Units: angles in degrees, lengths in scene units, ratios in fractions of the run. Axes: docs/conventions.md.
 Errors: every value is checked when a room is made; a bad one raises :class:`UserError` naming the flag and the value.
@@ -114,6 +114,10 @@ class RunConfig(Room):
 
     text: str | None = option(None, "the prompt")
     negative: str = option("", "what the pictures should not show; takes the place of the empty prompt")
+    text_front: str | None = option(None, "the whole prompt seen from the front, in place of TEXT, front view")
+    text_side: str | None = option(None, "the same for the two sides")
+    text_back: str | None = option(None, "the same for the back")
+    text_overhead: str | None = option(None, "the same for the view from above")
     workspace: str = option("workspace", "folder of everything that the run writes", may_change=True)
     seed: int | None = option(None, "seed of all random numbers; drawn when not given", low=0, high=2**32 - 1)
     iters: int = option(10000, "optimisation steps", low=1, may_change=True)
@@ -179,6 +183,12 @@ class RunConfig(Room):
                 "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "
                 "in another order the next time"
             )
+
+    @property
+    def own_texts(self) -> dict[str, str]:
+        """Prompts of the sides that have one of their own, by side: front, side, back, overhead."""
+        texts = dict(front=self.text_front, side=self.text_side, back=self.text_back, overhead=self.text_overhead)
+        return {view: text for view, text in texts.items() if text is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +313,15 @@ class GuidanceConfig(Room):
     )
     sd_version: str | None = option(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
     hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by name")
+    score: str = option(
+        "sds",
+        "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "
+        "--guidance_rescale by default), asd the one with it at a higher level, sdi the noise that the model finds in "
+        "the picture (slower: 2 rows an inversion step); --guidance_scale is by default the model's own for sds and "
+        "csd, 7.5 for asd and sdi",
+        choices=("sds", "csd", "asd", "sdi"),
+    )
+    inversion_steps: int = option(10, "with --score sdi: calls of the model that find the noise", low=1, high=1000)
     guidance_scale: float = option(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
     guidance_scale_end: float | None = option(
         None, "s at the end of the run, reached linearly; default: no change", low=0
@@ -317,6 +336,22 @@ class GuidanceConfig(Room):
         0.0, "how far the guided prediction takes the spread of the unguided one; 0: not", low=0, high=1
     )
     lambda_guidance: float = option(1.0, "weight of the guidance", low=0)
+    clip_grad_latent: float = option(
+        -1.0, "largest element of the score's gradient in the latents; -1: no limit", low=-1
+    )
+    perpneg: bool = option(
+        False, "Perp-Neg: turn away from the prompts of the front and the side where they are out of sight"
+    )
+    negative_w: float = option(-2.0, "with --perpneg: base weight of those prompts, 0 to about -4", high=0)
+    front_decay_factor: float = option(
+        2.0, "with --perpneg: how fast the front's weight falls towards the front", low=0
+    )
+    side_decay_factor: float = option(10.0, "with --perpneg: how fast the side's weight falls towards the side", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.perpneg and self.score != "sds":
+            raise UserError(f"--perpneg goes with --score sds only, not with {self.score}: leave one of them out")
 
     @property
     def embedded(self) -> bool:
@@ -440,116 +475,3 @@ def settings() -> Iterator[tuple[dataclasses.Field, dataclasses.Field]]:
     for room in dataclasses.fields(Config):
         for field in dataclasses.fields(room.type):
             yield room, field
-
-
-def reference_defaults() -> Config:
-    """stable-dreamfusion's values; its EMA decay of 0.95 in 100 steps is 0.9995 a step."""
-    return Config()
-
-
-def sd_defaults() -> Config:
-    """Stable Diffusion starts from the reference's values."""
-    return reference_defaults()
-
-
-def mini_cpu_defaults() -> Config:
-    """dream-mini on a CPU: a small field and small pictures, so that two cores finish in minutes."""
-    return Config().override(
-        dict(
-            iters=600,
-            radius_range=(3.0, 3.5),
-            theta_range=(50.0, 95.0),
-            fovy_range=(20.0, 26.0),
-            default_fovy=23.0,
-            default_polar=75.0,
-            view_blend=20.0,
-            w=80,
-            h=80,
-            W=192,
-            H=192,
-            eval_interval=2,
-            levels=8,
-            log2_entries=15,
-            max_resolution=128,
-            hidden_width=32,
-            hidden_layers=1,
-            bg_radius=-1.0,
-            blob_density=10.0,
-            bound=0.6,
-            max_steps=128,
-            occupancy_resolution=64,
-            latent_iter_ratio=0.0,
-            albedo_iter_ratio=1.0,
-            normal_epsilon=0.03,
-            guidance_scale=8.0,
-            guidance_scale_end=4.0,
-            guidance_rescale=0.5,
-            t_range=(0.02, 0.98),
-            t_anneal="square",
-            lambda_entropy=30.0,
-            lr=1e-3,
-            lr_decay=0.3,
-            ema_decay=0.99,
-            dataset_size_test=48,
-            mcubes_resolution=128,
-        )
-    )
-
-
-def mini_cuda_defaults() -> Config:
-    """dream-mini on a GPU: the same run, with a finer grid and larger pictures."""
-    return mini_cpu_defaults().override(
-        dict(
-            iters=1000,
-            w=128,
-            h=128,
-            W=256,
-            H=256,
-            occupancy_resolution=128,
-            dataset_size_test=100,
-            mcubes_resolution=192,
-        )
-    )
-
-
-def chosen_model(typed: Mapping[str, Any]) -> str:
-    """``"sd"`` when the typed settings name Stable Diffusion, else ``"dream-mini"``. UserError: a contradiction."""
-    if "hf_key" in typed and "sd_version" in typed:
-        raise UserError("--hf_key and --sd_version both name a model: give one of them")
-    named = typed.get("guidance", ())
-    by_source = "hf_key" in typed or "sd_version" in typed
-    if len(named) > 1:
-        raise UserError(f"--guidance takes one model here, not {len(named)}: {' '.join(named)}")
-    if "dream-mini" in named and by_source:
-        raise UserError("--guidance dream-mini is the embedded model: leave out --hf_key and --sd_version")
-    return "sd" if by_source or "SD" in named else "dream-mini"
-
-
-def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
-    """The configuration of a run: defaults of the model and the device, then the preset, then what the user typed.
-
-    typed: values by flag name, only those that were typed. model: "dream-mini" or "sd" (:func:`chosen_model`).
-    device: "cpu" or "cuda", where the run really takes place; ``fp16`` is off on a CPU. The seed stays None when none
-    was typed: it is drawn when a new run starts.
-    """
-    if model not in ("dream-mini", "sd") or device not in ("cpu", "cuda"):
-        raise ValueError(f"resolve: model {model!r} must be dream-mini or sd, device {device!r} cpu or cuda")
-    if typed.get("preset") == "reference":
-        base = reference_defaults()
-    elif model == "sd":
-        base = sd_defaults()
-    else:
-        base = mini_cuda_defaults() if device == "cuda" else mini_cpu_defaults()
-    values = {**typed, "device": device}
-    if device == "cpu":
-        values["fp16"] = False
-    elif model == "dream-mini":
-        # Replayed, two runs were not the same bit for bit.
-        values.setdefault("step_graph", not (typed.get("deterministic") or base.override(typed).read_on_the_host()))
-    if "guidance_scale" in typed:
-        values.setdefault("guidance_scale_end", None)  # one typed number is meant for the whole run
-    if model == "sd":
-        values["guidance"] = ("SD",)
-        if "hf_key" not in typed:
-            values.setdefault("sd_version", "2.1")
-    return base.override(values)

@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dream_fast.engine.config import Config, resolve, settings
+from dream_fast.engine.config import Config, settings
+from dream_fast.engine.presets import resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 
 # What the command takes beside the settings.

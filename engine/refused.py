@@ -6,7 +6,6 @@ Refusing is better than ignoring: a command moved over from there either means t
 _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
 _MESH = "there is no mesh refinement yet; --save_mesh exports the result as GLB"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
-_PERP = "Perp-Neg is not there yet; view prompts are blended by azimuth"
 _MARCH = "rays always march through the occupancy grid; --max_steps sets the samples of a ray"
 
 REFUSED_FLAGS: dict[str, str] = {
@@ -18,7 +17,6 @@ REFUSED_FLAGS: dict[str, str] = {
     "--dmtet_reso_scale": _MESH,
     "--dont_override_stuff": "nothing that you type is overridden",
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
-    "--front_decay_factor": _PERP,
     "--gui": _VIEWER,
     "--image": _IMAGE,
     "--image_config": _IMAGE,
@@ -37,13 +35,10 @@ REFUSED_FLAGS: dict[str, str] = {
     "--lock_geo": _MESH,
     "--max_ray_batch": "it never did anything; memory is bounded without it",
     "--max_spp": _VIEWER,
-    "--negative_w": _PERP,
     "--num_steps": _MARCH,
-    "--perpneg": _PERP,
     "--radius": _VIEWER + " (the output camera has --default_radius)",
     "--save_guidance": "the guidance is not drawn; validation/ shows the run",
     "--save_guidance_interval": "the guidance is not drawn; validation/ shows the run",
-    "--side_decay_factor": _PERP,
     "--taichi_ray": "that is another extension's marching; ours is always on",
     "--test_interval": "the video is written once, at the end; --test writes it again",
     "--tet_grid_size": _MESH,

@@ -70,7 +70,7 @@ def run(config: Config) -> int:
 
         earlier = [] if fresh else workspace.read_manifest().get("runs", [])
         components = _load_guidance(config, runtime, trainer.attention)
-        prompts = PromptEmbeddings(components, *_texts(config))
+        prompts = _embed(config, components)
         score = ScoreDistillation(components, config.guidance)
         camera = config.camera
         trainer.guidance = TextGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
@@ -181,23 +181,25 @@ def _load_guidance(config: Config, runtime: Runtime, kept: Chosen | None) -> Com
     return components
 
 
-def _texts(config: Config) -> tuple[str, str]:
-    """The prompt and the negative prompt as the model reads them: the embedded one only the words that it knows."""
-    text, negative = config.run.text, config.run.negative
-    if choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key) == MODEL_FOLDER:
-        return known_words(text), known_words(negative)
-    return text, negative
+def _embed(config: Config, components: Components) -> PromptEmbeddings:
+    """The prompts as the model reads them: of each text the embedded one gets only the words that it knows."""
+    run = config.run
+    source = choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key)
+    read = known_words if source == MODEL_FOLDER else str
+    own = {view: read(text) for view, text in run.own_texts.items()}
+    return PromptEmbeddings(components, read(run.text), read(run.negative), own=own)
 
 
 def _start_line(config: Config, runtime: Runtime, components: Components, field: Field, step: int) -> str:
     camera, guidance = config.camera, config.guidance
     kernels = f"field {field.plan}, " if runtime.device.type == "cuda" else ""
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
+    score = f"{guidance.score}{' with Perp-Neg' * guidance.perpneg}, guidance scale {guidance.guidance_scale:g}"
     attention = f"attention {components.attention}{', compiled' * config.run.compile}"
     return (
         f"{config.run.text!r}: {components.name} ({attention}) on {runtime.description}; "
-        f"{kernels}steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, guidance scale "
-        f"{guidance.guidance_scale:g}, {config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
+        f"{kernels}steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, {score}, "
+        f"{config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
     )
 
 

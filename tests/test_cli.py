@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from dream_fast.cli import build_parser, main, parse
-from dream_fast.engine.config import mini_cpu_defaults, resolve, settings
+from dream_fast.engine.config import settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import REFERENCE_FLAGS
+from dream_fast.engine.presets import mini_cpu_defaults, resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 from dream_fast.engine.workspace import Workspace
 
@@ -39,10 +40,13 @@ def engine(monkeypatch, tmp_path):
         (["--text", "a cat", "--save_mesh", "yes"], "unexpected 'yes' after --save_mesh"),
         (["--text", "a cat", "--phi_range", "-90", "90", "3"], "unexpected '3' after --phi_range"),
         (["--text", "a qwzxlp"], 'does not know what "a qwzxlp" is; it knows hamburger, donut'),
+        (["--text", "a cat", "--text_back", "a qwzxlp"], 'does not know what "a qwzxlp" is; it knows hamburger, donut'),
+        (["--text", "a cat", "--text_overhead", " "], "--text_overhead is empty"),
+        (["--text_front", "a cat"], "no prompt: say what to make with --text"),
         (["--text", "a wizard\nwith a hat"], 'does not know what "a wizard with a hat" is'),
         (["--text", "a cat", "--iter", "5"], "unknown flag --iter; did you mean --iters?"),
         (["--text", "a cat", "--guidence_scale=5"], "unknown flag --guidence_scale; did you mean --guidance_scale?"),
-        (["--text", "a cat", "--zorble"], "unknown flag --zorble; see --help"),
+        (["--text", "a cat", "--zxqvj"], "unknown flag --zxqvj; see --help"),
         (["--text", "a cat", "-x"], "unknown flag -x; see --help"),
         (["--text", "a cat", "-O2"], "-O2 is not available: the vanilla backbone is not there yet"),
         (["--text", "a cat", "--dmtet"], "--dmtet is not available: there is no mesh refinement yet"),
@@ -185,6 +189,27 @@ def test_words_that_the_embedded_model_does_not_know_are_warned_about(engine, ca
     assert engine[0].run.text == "a shiny hamburger"
     assert main(["--text", "a shiny hamburger", "--hf_key", "folder", "--device", "cpu"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_texts_of_the_sides_are_prompts_too(engine, capsys):
+    words = [
+        "--text",
+        "a shiny cat",
+        "--text_front",
+        "a shiny red cat",
+        "--text_side",
+        "a plump cat",
+        "--device",
+        "cpu",
+    ]
+    assert main(words) == 0
+    warned = capsys.readouterr().err
+    assert warned.count('"shiny"') == 1 and warned.count('"plump"') == 1 and warned.count("\n") == 2
+    assert engine[0].run.own_texts == {"front": "a shiny red cat", "side": "a plump cat"}
+    for view in ("front", "side", "back", "overhead"):
+        assert main(["--text", "a cat", f"--text_{view}", "qwzxlp", "--device", "cpu"]) == 2
+        assert main(["--text", "a cat", f"--text_{view}", "qwzxlp", "--hf_key", "folder", "--device", "cpu"]) == 0
+        assert engine[-1].run.own_texts == {view: "qwzxlp"}
 
 
 def test_a_prompt_for_stable_diffusion_is_free(engine):

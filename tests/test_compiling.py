@@ -5,8 +5,8 @@ import torch
 
 from dream_fast.engine.camera import turntable
 from dream_fast.engine.compiling import compile_kernels, needed_launches
-from dream_fast.engine.config import resolve
 from dream_fast.engine.guidance.sds import GuidanceResult
+from dream_fast.engine.presets import resolve
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import choose_runtime
 from dream_fast.engine.trainer import Trainer

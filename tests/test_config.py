@@ -5,21 +5,16 @@ import json
 
 import pytest
 
-from dream_fast.engine.config import (
-    DEFAULT_VIEW,
-    CameraConfig,
-    Config,
-    GuidanceConfig,
-    OptimConfig,
+from dream_fast.engine.config import DEFAULT_VIEW, CameraConfig, Config, GuidanceConfig, OptimConfig, settings
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.presets import (
     chosen_model,
     mini_cpu_defaults,
     mini_cuda_defaults,
     reference_defaults,
     resolve,
     sd_defaults,
-    settings,
 )
-from dream_fast.engine.errors import UserError
 
 DEFAULTS = (reference_defaults, sd_defaults, mini_cpu_defaults, mini_cuda_defaults)
 

@@ -8,11 +8,12 @@ import torch
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, check_together
 from dream_fast.engine.camera import rays, sample_cameras
-from dream_fast.engine.config import Config, GuidanceConfig, resolve
+from dream_fast.engine.config import Config, GuidanceConfig
 from dream_fast.engine.guidance.loader import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.presets import resolve
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import choose_runtime, prepare
 from dream_fast.engine.trainer import Trainer, choose_phase
@@ -61,6 +62,12 @@ AS_SD = SHADED | {"bg_radius": 1.4, "lambda_orient": 1e-2, "textureless_ratio": 
         AS_SD | {"vram_O": True},
         {"step_graph": False},
         AS_SD | {"step_graph": False},
+        {"perpneg": True},
+        {"perpneg": True, "step_graph": False},
+        {"score": "csd", "clip_grad_latent": 1.0},
+        {"score": "asd"},
+        {"score": "asd", "step_graph": False},
+        {"score": "sdi", "inversion_steps": 2},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
@@ -148,7 +155,9 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD], ids=["albedo", "jitter", "shaded"]
+    "changes",
+    [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"score": "asd"}],
+    ids=["albedo", "jitter", "shaded", "perpneg", "asd"],
 )
 def test_a_replayed_step_is_the_step(changes):
     """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dream_fast.engine.config import GuidanceConfig
 from dream_fast.engine.guidance.loader import Components, load_components, recompute_in_backward
+from dream_fast.engine.guidance.prediction import guided_prediction
 from dream_fast.engine.guidance.sampling import sample
-from dream_fast.engine.guidance.sds import ScoreDistillation, guided_prediction
+from dream_fast.engine.guidance.sds import ScoreDistillation
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])

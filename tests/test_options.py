@@ -9,8 +9,9 @@ import pytest
 
 import dream_fast
 from dream_fast.cli import build_parser
-from dream_fast.engine.config import mini_cpu_defaults, mini_cuda_defaults, settings
+from dream_fast.engine.config import settings
 from dream_fast.engine.options import DIFFERENCES, REFERENCE_FLAGS, page
+from dream_fast.engine.presets import mini_cpu_defaults, mini_cuda_defaults
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 
 FOLDER = Path(dream_fast.__file__).parent

@@ -86,6 +86,31 @@ def test_embeddings_are_the_encoded_prompts_blended(components: Components) -> N
     assert (front - back).abs().max() > 1e-2  # the sides differ at all
 
 
+def test_a_side_may_have_a_text_of_its_own(components: Components) -> None:
+    own = {"back": "the back of a red mug", "overhead": "the inside of a red mug"}
+    prompts = PromptEmbeddings(components, "a red mug", own=own, keep_text_encoder=True)
+    texts = ["a red mug, front view", "a red mug, side view", own["back"], own["overhead"]]
+    torch.testing.assert_close(prompts.views, encode(components, texts))
+    torch.testing.assert_close(prompts.negative, encode(components, [""]))
+    with pytest.raises(ValueError, match="own has texts of front, side, back, overhead, not of below, left"):
+        PromptEmbeddings(components, "a red mug", own={"left": "a", "below": "b"})
+
+
+def test_own_texts_that_do_not_fit_are_cut_and_leave_room_for_no_side(
+    components: Components, caplog: pytest.LogCaptureFixture
+) -> None:
+    """75 letters fit. A text of its own has no ending, and the prompt need not fit where it is not used."""
+    with caplog.at_level(logging.WARNING):
+        whole = PromptEmbeddings(components, "x", own={"back": "a" * 70 + " bbbbb"}, keep_text_encoder=True)
+        every = {view: "a red mug" for view in VIEWS}
+        PromptEmbeddings(components, "not " * 40, own=every, keep_text_encoder=True)
+        assert not caplog.records
+        cut = PromptEmbeddings(components, "x", own={"back": "a" * 70 + " bbbbb dragon"}, keep_text_encoder=True)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("left out: dragon")
+    assert torch.equal(cut.views, whole.views)
+
+
 def test_encoding_is_that_of_the_model_itself(components: Components) -> None:
     """Token by token, against the plain use of tokenizer and encoder."""
     ids = components.tokenizer("a red mug").input_ids

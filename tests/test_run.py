@@ -188,17 +188,21 @@ def test_unknown_words_reach_stable_diffusion_and_not_the_embedded_model(tmp_pat
     class Stop(Exception):
         pass
 
-    def stop(components, text, negative):
-        read.append((text, negative))
+    def stop(components, text, negative, *, own):
+        read.append((text, negative, own))
         raise Stop
 
     monkeypatch.setattr("dream_fast.engine.run.PromptEmbeddings", stop)
     monkeypatch.setattr("dream_fast.engine.run.load_components", lambda *_, **__: SimpleNamespace(latent_channels=4))
     words = ["--text", "A shiny, red robot!", "--negative", "blurry, blue", "--workspace", str(tmp_path / "new")]
+    words += ["--text_back", "A red robot from behind!"]
     for model in ([], ["--hf_key", str(tiny_model)]):
         with pytest.raises(Stop):
             main([*words, *model, "--device", "cpu"])
-    assert read == [("a red robot", "blue"), ("A shiny, red robot!", "blurry, blue")]
+    assert read == [
+        ("a red robot", "blue", {"back": "a red robot"}),
+        ("A shiny, red robot!", "blurry, blue", {"back": "A red robot from behind!"}),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

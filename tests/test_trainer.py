@@ -316,8 +316,19 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
     assert {name for name, *_ in trainer._graphs.kinds} == {"latent", "albedo", "shaded"}
 
 
-def test_a_run_of_replayed_steps_takes_every_kind_of_step(text_guidance, tmp_path):
-    trainer = make_trainer(text_guidance, bg_radius=1.0, iters=16)
+@pytest.mark.parametrize(
+    "guided",
+    [
+        {},
+        {"perpneg": True},
+        {"score": "csd", "clip_grad_latent": 1.0},
+        {"score": "asd", "guidance_scale": 7.5},
+        {"score": "sdi", "guidance_scale": 7.5, "inversion_steps": 2},
+    ],
+    ids=lambda guided: "-".join(guided) or "default",
+)
+def test_a_run_of_replayed_steps_takes_every_kind_of_step(text_guidance, tmp_path, guided):
+    trainer = make_trainer(text_guidance, bg_radius=1.0, iters=16, **guided)
     trainer._graphs = Direct()
     workspace = fit(trainer, tmp_path)
     rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]

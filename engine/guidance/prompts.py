@@ -2,11 +2,12 @@
 
 An image model asked for "a car" prefers its front; a scene pulled towards that from all sides grows several fronts. So
 the prompt says the side: "..., front view", "..., side view", "..., back view", "..., overhead view" (DreamFusion,
-Poole et al. 2022, section 3.2). Where two sides meet their embeddings are interpolated linearly in the azimuth, unless
-an angle is given at which one ends and the next begins.
+Poole et al. 2022, section 3.2), or a side has a text of its own. Where two sides meet their embeddings are interpolated
+linearly in the azimuth, unless an angle is given at which one ends and the next begins.
 """
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,17 +24,28 @@ class PromptEmbeddings:
 
     ``views`` [4, T, D] (in the order of VIEWS) and ``negative`` [1, T, D] are in the model's dtype on its device; T is
     the text encoder's window and D its width. The text encoder is freed afterwards unless ``keep_text_encoder``. Words
-    that do not fit the window are left out, and a logged warning names them; the side is always kept.
+    that do not fit the window are left out, and a logged warning names them; the side is always kept. ``own`` holds
+    whole texts by side, which take the place of ``text`` and the side's name.
     """
 
     def __init__(
-        self, components: Components, text: str, negative: str = "", *, keep_text_encoder: bool = False
+        self,
+        components: Components,
+        text: str,
+        negative: str = "",
+        *,
+        own: Mapping[str, str] | None = None,
+        keep_text_encoder: bool = False,
     ) -> None:
         if components.text_encoder is None:
             raise ValueError("components.text_encoder was freed: load the components again, or keep_text_encoder=True")
-        endings = [f", {view} view" for view in VIEWS]
-        text, negative = _fit(components, text, endings), _fit(components, negative, [""])
-        encoded = encode(components, [*(text + ending for ending in endings), negative])
+        own = own or {}
+        if unknown := own.keys() - set(VIEWS):
+            raise ValueError(f"own has texts of {', '.join(VIEWS)}, not of {', '.join(sorted(unknown))}")
+        endings = {view: f", {view} view" for view in VIEWS if view not in own}
+        text, negative = _fit(components, text, list(endings.values())), _fit(components, negative, [""])
+        texts = [text + endings[view] if view in endings else _fit(components, own[view], [""]) for view in VIEWS]
+        encoded = encode(components, [*texts, negative])
         self.views = encoded[:-1]
         self.negative = encoded[-1:]
         if not keep_text_encoder:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.guidance.loader import Components
-from dream_fast.engine.guidance.sds import guided_prediction
+from dream_fast.engine.guidance.prediction import guided_prediction
 
 
 @torch.no_grad()

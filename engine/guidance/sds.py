@@ -3,13 +3,22 @@
 With z = (vae(x) - shift) * scale the latent of a rendered picture x, a noise level t and noise n, the model sees
 x_t = sqrt(a_t) z + sqrt(1 - a_t) n, and the gradient of the latent is
 
-    g = lambda_guidance * w(t) * (eps_hat(x_t, t) - n),    w(t) = 1 - a_t,
+    g = lambda_guidance * w(t) * (eps_hat(x_t, t) - e),    w(t) = 1 - a_t,
     eps_hat = eps_uncond + s (eps_cond - eps_uncond)
 
 It is carried back through the VAE's encoder and the resize to the picture, and never through the UNet (DreamFusion,
-Poole et al. 2022, equation 3; Latent-NeRF, Metzer et al. 2022, for latents). Noise-predicting and velocity-predicting
-models (v = sqrt(a) n - sqrt(1 - a) z; Salimans and Ho 2022) give the same eps_hat. The guided prediction may take part
-of the spread of the conditional one (MVDream, Shi et al. 2023, section 3.3; Lin et al. 2023).
+Poole et al. 2022, equation 3; Latent-NeRF, Metzer et al. 2022, for latents). `prediction` says how eps_hat comes about.
+Scores differ in e, what is taken from it, and in the noise:
+
+    sds   e = n, n is random                       Score Distillation Sampling, Poole et al. 2022
+    csd   e = eps_uncond(x_t, t), n is random      Classifier Score Distillation, Yu et al. 2023: g without n
+    asd   e = eps_cond(x_t', t'), n is random      Asynchronous Score Distillation, Ma et al. 2024
+    sdi   e = n, n is z inverted by the model      Score Distillation via Inversion, Lukoianov et al. 2024
+
+so in a eps_cond + b eps_neg + c eps_uncond + d n sds has s, 0, 1 - s, -1 and csd s, 0, -s, 0. A negative prompt stands
+in for the empty one, so that with one csd is s, -s, 0, 0: the paper's weights w1 = w2 = s. In asd t' lies a tenth of
+its distance from the lower end of t_range above t, and n is that of x_t. In sdi the inversion is guided with -s
+(`inversion`). At last g may be clamped to [-c, c], each element by itself (--clip_grad_latent).
 
 Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for the device.
 """
@@ -24,10 +33,15 @@ from torch.autograd.function import once_differentiable
 
 from dream_fast.engine.config import GuidanceConfig
 from dream_fast.engine.cuda_graph import CudaGraphed
+from dream_fast.engine.guidance.inversion import inverted_noise
 from dream_fast.engine.guidance.loader import Components
+from dream_fast.engine.guidance.perp_neg import Negatives
+from dream_fast.engine.guidance.prediction import guide, split, strengths, unet_rows
 
 # Half the width of the window that an annealed t is drawn from, in fractions of the whole range.
 ANNEAL_JITTER = 0.05
+# asd compares with a level that is higher by one in so many levels: the authors' plus_ratio of 0.1.
+ASYNCHRONY = 10
 
 
 class GuidanceResult(NamedTuple):
@@ -84,14 +98,15 @@ class ScoreDistillation:
         generator: torch.Generator | None = None,
         latents: bool = False,
         settled: Settled | None = None,
+        negatives: Negatives | None = None,
     ) -> GuidanceResult:
         """Guide ``rgb`` [B, 3, H, W] in [0, 1] towards ``cond`` [B, T, D] and away from ``uncond`` [B, T, D].
 
         ``progress`` is the fraction of the run that is done. ``generator`` belongs to the model's device. With
         ``latents``, ``rgb`` is [B, C, h, w] in the scale of latents and is only resized. A loss scale enters as the
         upstream gradient of ``loss``. With ``settled`` the call can be captured in a CUDA graph: it takes level and
-        scale from there instead of ``progress`` and makes no graph of its own. Raises ValueError for a picture of the
-        wrong shape.
+        scale from there instead of ``progress`` and makes no graph of its own. ``negatives`` are prompts that the
+        prediction turns away from besides (`perp_neg`). Raises ValueError for a picture of the wrong shape.
         """
         channels = self.components.latent_channels if latents else 3
         if rgb.ndim != 4 or rgb.shape[1] != channels:
@@ -103,14 +118,15 @@ class ScoreDistillation:
         t = self.timesteps(batch, progress, generator) if settled is None else settled.t
         noise = torch.randn(shape, generator=generator, device=device)
         scale = torch.full((), self.scale(progress), device=device) if settled is None else settled.scale
+        others = () if negatives is None else tuple(negatives)
         with torch.autocast(rgb.device.type, enabled=False):
             if self.method == "mse":
                 z = self._latents(rgb, draw)
-                gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise)
+                gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise, *others)
                 loss = 0.5 * (z - (z - gradient).detach()).square().sum() / batch
             else:
                 score = self._score_of if settled is None else self._score
-                image_gradient, gradient, value = score(rgb.detach(), t, cond, uncond, scale, draw, noise)
+                image_gradient, gradient, value = score(rgb.detach(), t, cond, uncond, scale, draw, noise, *others)
                 loss = _InjectGradient.apply(rgb, image_gradient, value)
         return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient)
 
@@ -123,6 +139,7 @@ class ScoreDistillation:
         scale: Tensor,
         draw: Tensor | None,
         noise: Tensor,
+        *negatives: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the picture, g of the latents, and the loss; a function of tensors alone."""
         batch = len(rgb)
@@ -130,7 +147,7 @@ class ScoreDistillation:
             picture = rgb.detach().requires_grad_()
             z = self._latents(picture, draw)
         self.mark("encode")
-        gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise)
+        gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise, *negatives)
         self.mark("unet")
         # The encoder's backward may run in fp16: its upstream gradient gets a peak of 1, to stay in range.
         peak = gradient.abs().amax().clamp_min(1e-12)
@@ -139,14 +156,18 @@ class ScoreDistillation:
 
     def timesteps(self, batch: int, progress: float, generator: torch.Generator | None = None) -> Tensor:
         """Noise levels [batch] int64: uniform in t_range, or near a level that falls from its end to its start."""
-        steps = self.components.num_train_timesteps
-        low, high = (min(int(steps * fraction), steps - 1) for fraction in self.config.t_range)
+        low, high = self._level_range()
         if self.config.t_anneal != "none":
             done = progress ** {"sqrt": 0.5, "linear": 1.0, "square": 2.0}[self.config.t_anneal]
             level = high - (high - low) * done
             jitter = ANNEAL_JITTER * (high - low)
             low, high = max(low, round(level - jitter)), min(high, round(level + jitter))
         return torch.randint(low, high + 1, (batch,), generator=generator, device=self.components.device)
+
+    def _level_range(self) -> tuple[int, int]:
+        steps = self.components.num_train_timesteps
+        low, high = (min(int(steps * fraction), steps - 1) for fraction in self.config.t_range)
+        return low, high
 
     def scale(self, progress: float) -> float:
         """The guidance scale s at ``progress``. A strong start finds the shape; a weak end keeps colours natural."""
@@ -164,53 +185,46 @@ class ScoreDistillation:
         return (z - model.shift_factor) * model.scaling_factor
 
     @torch.no_grad()
-    def _gradient(self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-        """g [B, C, h, w] of the module's docstring."""
-        alpha = self.components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
+    def _gradient(
+        self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, scale: Tensor, noise: Tensor, *negatives: Tensor
+    ) -> Tensor:
+        """g [B, C, h, w] of the module's docstring. ``negatives``: nothing, or the fields of `Negatives`."""
+        model, config = self.components, self.config
+        prompts, weights, further = [uncond, cond], None, None
+        if negatives:
+            embeddings, weights = negatives
+            prompts += [embedding.expand_as(cond) for embedding in embeddings]
+        if config.score == "sdi":
+            noise = inverted_noise(model, z, t, cond, uncond, scale=-scale, steps=config.inversion_steps)
+        alpha = model.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
-        rescale = self.config.guidance_rescale
-        eps, _ = guided_prediction(self.components, noisy, t, cond, uncond, scale=scale, rescale=rescale)
-        return self.config.lambda_guidance * (1 - alpha) * (eps - noise)
+        if config.score == "asd":
+            further = (*self._noisier(z, t, noise), cond)
+        rows = unet_rows(model, noisy, t, prompts, further)
+        guided = rows[: len(prompts)]
+        eps, _ = guide(model, guided, noisy, t, scale=scale, rescale=config.guidance_rescale, weights=weights)
+        taken = noise
+        if config.score == "csd":
+            taken, _ = split(model, rows[0], noisy, *strengths(model, t))
+        elif config.score == "asd":
+            later, level, _ = further
+            taken, _ = split(model, rows[-1], later, *strengths(model, level))
+        return _clamp(config.lambda_guidance * (1 - alpha) * (eps - taken), config.clip_grad_latent)
+
+    def _noisier(self, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents ``z`` with the same noise at the higher level t' of asd, and that level [B]."""
+        low, _ = self._level_range()
+        level = (t + (t - low) // ASYNCHRONY).clamp_max(self.components.num_train_timesteps - 1)
+        signal, spread = strengths(self.components, level)
+        return signal * z + spread * noise, level
 
 
-@torch.no_grad()
-def guided_prediction(
-    components: Components,
-    noisy: Tensor,
-    t: Tensor,
-    cond: Tensor,
-    uncond: Tensor,
-    *,
-    scale: float | Tensor,
-    rescale: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The guided noise and clean latent, (eps, z0) each [B, C, h, w] fp32, that ``noisy`` holds at ``t`` [B].
-
-    One call of the UNet on 2B rows. ``rescale`` in [0, 1] moves the standard deviation of z0 that far towards that of
-    the prediction without guidance.
-    """
-    out = components.unet(
-        noisy.to(components.dtype).repeat(2, 1, 1, 1),
-        t.repeat(2),
-        encoder_hidden_states=torch.cat([uncond, cond]).to(components.dtype),
-        return_dict=False,
-    )[0].float()
-    out_uncond, out_cond = out.chunk(2)
-    alpha = components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
-    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-
-    def split(out: Tensor) -> tuple[Tensor, Tensor]:
-        if components.prediction_type == "v_prediction":
-            return signal * out + noise * noisy, signal * noisy - noise * out
-        return out, (noisy - noise * out) / signal
-
-    eps, z0 = split(out_uncond + scale * (out_cond - out_uncond))
-    if rescale > 0:
-        _, plain = split(out_cond)
-        ratio = plain.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)
-        z0 = z0 * (1 + rescale * (ratio - 1))
-        eps = (noisy - signal * z0) / noise
-    return eps, z0
+def _clamp(gradient: Tensor, limit: float) -> Tensor:
+    """``gradient`` with its elements in [-limit, limit]; as it is where the limit is not positive."""
+    if limit <= 0:
+        return gradient
+    # An infinite element becomes not a number, not the limit: its step is to be skipped.
+    return gradient.clamp(-limit, limit) + 0 * gradient
 
 
 class _InjectGradient(torch.autograd.Function):

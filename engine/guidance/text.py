@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.camera import Cameras
-from dream_fast.engine.guidance.prompts import PromptEmbeddings
+from dream_fast.engine.guidance.perp_neg import Negatives, negative_weights
+from dream_fast.engine.guidance.prompts import PromptEmbeddings, view_weights
 from dream_fast.engine.guidance.sds import GuidanceResult, ScoreDistillation, Settled
 
 
@@ -40,8 +41,15 @@ class TextGuidance:
 
         ``settled`` is for a caller that captures this call in a CUDA graph (:class:`ScoreDistillation`).
         """
-        cond, uncond = self.prompts.embeddings(
-            cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend, self.angle_front
-        )
+        angles = (cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend, self.angle_front)
+        cond, uncond = self.prompts.embeddings(*angles)
         options = dict(progress=progress, generator=generator, latents=latents, settled=settled)
+        if self.score.config.perpneg:
+            options["negatives"] = self._negatives(view_weights(*angles))
         return self.score(pictures, cond, uncond, **options)
+
+    def _negatives(self, views: Tensor) -> Negatives:
+        """The prompts of the front and the side, with their weights for pictures that show ``views`` [B, 4]."""
+        config, embeddings = self.score.config, self.prompts.views[:2]  # of VIEWS
+        weights = negative_weights(views, config.negative_w, config.front_decay_factor, config.side_decay_factor)
+        return Negatives(embeddings, weights.to(embeddings.device))

@@ -1,0 +1,133 @@
+"""The configurations that a run starts from: the reference's, Stable Diffusion's, and dream-mini's for a CPU and a GPU.
+
+`resolve` puts together what a run computes with. Nothing heavy is imported, as in `config`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dream_fast.engine.config import Config
+from dream_fast.engine.errors import UserError
+
+# What a score wants instead of the model's own values. The scales are those of the papers.
+_PAPERS_SCALE = {"guidance_scale": 7.5, "guidance_scale_end": None}
+SCORE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "csd": {"guidance_rescale": 0.0},  # the plain difference of two predictions
+    "asd": _PAPERS_SCALE,
+    "sdi": _PAPERS_SCALE,
+}
+
+
+def reference_defaults() -> Config:
+    """stable-dreamfusion's values; its EMA decay of 0.95 in 100 steps is 0.9995 a step."""
+    return Config()
+
+
+def sd_defaults() -> Config:
+    """Stable Diffusion starts from the reference's values."""
+    return reference_defaults()
+
+
+def mini_cpu_defaults() -> Config:
+    """dream-mini on a CPU: a small field and small pictures, so that two cores finish in minutes."""
+    return Config().override(
+        dict(
+            iters=600,
+            radius_range=(3.0, 3.5),
+            theta_range=(50.0, 95.0),
+            fovy_range=(20.0, 26.0),
+            default_fovy=23.0,
+            default_polar=75.0,
+            view_blend=20.0,
+            w=80,
+            h=80,
+            W=192,
+            H=192,
+            eval_interval=2,
+            levels=8,
+            log2_entries=15,
+            max_resolution=128,
+            hidden_width=32,
+            hidden_layers=1,
+            bg_radius=-1.0,
+            blob_density=10.0,
+            bound=0.6,
+            max_steps=128,
+            occupancy_resolution=64,
+            latent_iter_ratio=0.0,
+            albedo_iter_ratio=1.0,
+            normal_epsilon=0.03,
+            guidance_scale=8.0,
+            guidance_scale_end=4.0,
+            guidance_rescale=0.5,
+            t_range=(0.02, 0.98),
+            t_anneal="square",
+            lambda_entropy=30.0,
+            lr=1e-3,
+            lr_decay=0.3,
+            ema_decay=0.99,
+            dataset_size_test=48,
+            mcubes_resolution=128,
+        )
+    )
+
+
+def mini_cuda_defaults() -> Config:
+    """dream-mini on a GPU: the same run, with a finer grid and larger pictures."""
+    return mini_cpu_defaults().override(
+        dict(
+            iters=1000,
+            w=128,
+            h=128,
+            W=256,
+            H=256,
+            occupancy_resolution=128,
+            dataset_size_test=100,
+            mcubes_resolution=192,
+        )
+    )
+
+
+def chosen_model(typed: Mapping[str, Any]) -> str:
+    """``"sd"`` when the typed settings name Stable Diffusion, else ``"dream-mini"``. UserError: a contradiction."""
+    if "hf_key" in typed and "sd_version" in typed:
+        raise UserError("--hf_key and --sd_version both name a model: give one of them")
+    named = typed.get("guidance", ())
+    by_source = "hf_key" in typed or "sd_version" in typed
+    if len(named) > 1:
+        raise UserError(f"--guidance takes one model here, not {len(named)}: {' '.join(named)}")
+    if "dream-mini" in named and by_source:
+        raise UserError("--guidance dream-mini is the embedded model: leave out --hf_key and --sd_version")
+    return "sd" if by_source or "SD" in named else "dream-mini"
+
+
+def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
+    """The configuration of a run: defaults of the model and the device, then the preset, then what the user typed.
+
+    typed: values by flag name, only those that were typed. model: "dream-mini" or "sd" (:func:`chosen_model`).
+    device: "cpu" or "cuda", where the run really takes place; ``fp16`` is off on a CPU. The seed stays None when none
+    was typed: it is drawn when a new run starts.
+    """
+    if model not in ("dream-mini", "sd") or device not in ("cpu", "cuda"):
+        raise ValueError(f"resolve: model {model!r} must be dream-mini or sd, device {device!r} cpu or cuda")
+    if typed.get("preset") == "reference":
+        base = reference_defaults()
+    elif model == "sd":
+        base = sd_defaults()
+    else:
+        base = mini_cuda_defaults() if device == "cuda" else mini_cpu_defaults()
+    values = {**typed, "device": device}
+    if device == "cpu":
+        values["fp16"] = False
+    elif model == "dream-mini":
+        # Replayed, two runs were not the same bit for bit.
+        values.setdefault("step_graph", not (typed.get("deterministic") or base.override(typed).read_on_the_host()))
+    if "guidance_scale" in typed:
+        values.setdefault("guidance_scale_end", None)  # one typed number is meant for the whole run
+    for name, value in SCORE_DEFAULTS.get(typed.get("score"), {}).items():
+        values.setdefault(name, value)
+    if model == "sd":
+        values["guidance"] = ("SD",)
+        if "hf_key" not in typed:
+            values.setdefault("sd_version", "2.1")
+    return base.override(values)
