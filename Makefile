@@ -11,17 +11,18 @@ TORCH_BUILD := .ci/torch_build.py
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
+# By modules: an environment around a Python that has pytest gets no script of its own for it.
 test: $(VENV)/.installed-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pytest
-	ls tests/triton/test_*.py | TRITON_INTERPRET=1 OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/pytest -q --no-header
+	$(BIN)/python -P -m ruff check .
+	$(BIN)/python -P -m ruff format --check .
+	$(BIN)/python -P -m pytest
+	ls tests/triton/test_*.py | TRITON_INTERPRET=1 OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python -P -m pytest -q --no-header
 
 # Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
 TOOL ?= memcheck
 sanitize: $(VENV)/.installed-test
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(TOOL) --error-exitcode 1 \
-	  $(BIN)/python -m pytest tests/triton -m gpu -k small_shapes
+	  $(BIN)/python -P -m pytest tests/triton -m gpu -k small_shapes
 
 # An environment around a Python that has a good torch of its own uses that one.
 $(BIN)/python:
