@@ -126,7 +126,7 @@ def field_blob(renderer, config) -> torch.Tensor:
 def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         # With one the command would measure for minutes instead of refusing; CI has none and takes this test.
-        pytest.skip("there is a GPU")
+        pytest.skip("what it says without a GPU is not said here: there is one")
     assert step.main([]) == 2
     assert "finds no GPU" in capsys.readouterr().err
 

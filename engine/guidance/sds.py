@@ -197,7 +197,8 @@ class ScoreDistillation:
         if config.score == "sdi":
             noise = inverted_noise(model, z, t, cond, uncond, scale=-scale, steps=config.inversion_steps)
         alpha = model.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
+        signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+        noisy = signal * z + spread * noise
         if config.score == "asd":
             further = (*self._noisier(z, t, noise), cond)
         rows = unet_rows(model, noisy, t, prompts, further)
@@ -205,7 +206,7 @@ class ScoreDistillation:
         eps, _ = guide(model, guided, noisy, t, scale=scale, rescale=config.guidance_rescale, weights=weights)
         taken = noise
         if config.score == "csd":
-            taken, _ = split(model, rows[0], noisy, *strengths(model, t))
+            taken, _ = split(model, rows[0], noisy, signal, spread)
         elif config.score == "asd":
             later, level, _ = further
             taken, _ = split(model, rows[-1], later, *strengths(model, level))
