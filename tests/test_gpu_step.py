@@ -122,7 +122,9 @@ def test_gradients_of_two_hundred_steps(trainer):
         trainer.train_step()
         generator = torch.Generator("cuda").manual_seed(step)
         cameras = sample_cameras(config.camera, 1, generator, trainer.device)
-        origins, directions = (part.reshape(-1, 3).contiguous() for part in rays(cameras, 64, 64))
+        origins, directions = (
+            part.reshape(-1, 3).contiguous() for part in rays(cameras, config.camera.h, config.camera.w)
+        )
         with torch.no_grad():
             samples = renderer._march(origins, directions, generator)
         upstream = torch.randn(len(origins), 4, generator=generator, device="cuda")
