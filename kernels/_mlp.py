@@ -7,22 +7,21 @@ weights [out, in], then all biases, layer by layer (`_tile.flatten_parameters`).
 Legend: H hidden width (16, 32, 64 or 128), LAYERS hidden layers (1 to 4), F features a row, COLUMNS = 16 padded
 outputs (4 used).
 Numerics: products accumulate in fp32; hidden values and gradients are rounded to the compute dtype where the references
-round them. Products of fp32 numbers are as precise as fp32 (not tf32).
+round them. Numbers of 16 bits are multiplied by tensor cores, fp32 by fused multiply-adds: not in tf32, and not in three
+bf16 parts, which Triton 3.6 multiplies wrongly with 8 warps on sm_90, reading outside its shared memory.
 """
 
 from __future__ import annotations
 
-from dream_fast.kernels._launch import INTERPRETED, constant, jit, tl
+from dream_fast.kernels._launch import constant, jit, tl
 
 COLUMNS = constant(16)
-# Of products of fp32: three bf16 parts a factor, six products. The interpreter has another name for exact.
-_PRECISION = constant("ieee" if INTERPRETED else "bf16x6")
 
 
 @jit
 def dot(a, b, acc=None):
-    """a @ b + acc in fp32; fp32 factors go through the tensor cores in three parts each, as precise as fp32."""
-    return tl.dot(a, b, acc, input_precision=_PRECISION)
+    """a @ b + acc in fp32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @jit

@@ -161,19 +161,16 @@ _BLOCK = 64
 def _fwd_config(width: int, dtype: torch.dtype, keep: bool) -> dict[str, int]:
     """Points a tile, warps, and programs a multiprocessor."""
     # As many as its registers hold, or whole rounds of them: those that keep the features need more.
-    return {"BLOCK": _BLOCK, "num_warps": 4 if width <= 64 else 8, "programs": 3 if keep else 8}
+    warps = 4 if width <= 64 and dtype != torch.float32 else 8  # fp32 takes twice the registers
+    return {"BLOCK": _BLOCK, "num_warps": warps, "programs": 3 if keep else 8}
 
 
 def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile, warps, programs a multiprocessor, and of how many layers a pass adds up the gradients."""
     # The sums of all layers stay in registers where they fit.
     together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
-    if dtype == torch.float32:
-        # With 8 warps, Triton 3.6 multiplies matrices of 32 columns in three bf16 parts wrongly on sm_90; 4 are right.
-        warps = 4 if width <= 32 else 8
-    else:
-        # Two programs of 4 warps a multiprocessor beat one of 8 by a quarter, although a few sums spill.
-        warps = 4 if together == 5 and layers <= 2 else 8
+    # Two programs of 4 warps a multiprocessor beat one of 8 by a quarter, although a few sums spill.
+    warps = 4 if together == 5 and layers <= 2 and dtype != torch.float32 else 8
     return {"BLOCK": _BLOCK, "num_warps": warps, "programs": 2, "together": together}
 
 

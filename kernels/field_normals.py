@@ -92,10 +92,10 @@ def field_normals_reference(
 
 def _fwd_config(mode: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile and warps."""
-    # The Jacobian needs as many registers again. Narrow fp32 takes 4 warps for the reason in `_bwd_config`.
-    differences, narrow = mode == "finite_difference", dtype == torch.float32 and width <= 32
-    warps = 4 if narrow or (differences and width <= 64) else 8
-    return {"BLOCK": 64, "num_warps": warps}
+    # The Jacobian needs as many registers again, and so does fp32.
+    differences, single = mode == "finite_difference", dtype == torch.float32
+    warps = 4 if differences and width <= 64 and not single else 8
+    return {"BLOCK": 64 if differences or not single else 32, "num_warps": warps}
 
 
 def _bwd_config(mode: str, width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
@@ -103,12 +103,9 @@ def _bwd_config(mode: str, width: int, layers: int, dtype: torch.dtype) -> dict[
     # By differences, the sums of all layers stay in registers where they fit; analytic ones go to memory tile by tile.
     # In either mode a pass over fewer layers needs less shared memory.
     together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
-    if dtype == torch.float32:
-        # With 8 warps, Triton 3.6 multiplies matrices of 32 columns in three bf16 parts wrongly on sm_90; 4 are right.
-        warps = 4 if width <= 32 else 8
-    else:
-        warps = 4 if width <= 64 and layers <= 2 else 8
-    return {"BLOCK": 64, "num_warps": warps, "programs": 2, "together": together}
+    warps = 4 if width <= 64 and layers <= 2 and dtype != torch.float32 else 8
+    block = _fwd_config(mode, width, dtype)["BLOCK"]
+    return {"BLOCK": block, "num_warps": warps, "programs": 2, "together": together}
 
 
 def _constants(spec: FieldSpec, width: int, layers: int) -> dict[str, int | bool | float]:

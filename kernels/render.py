@@ -135,19 +135,15 @@ def _shade_config(width: int, dtype: torch.dtype) -> dict[str, int]:
     as much as 100 intervals, so a lane in empty space may hold up the others for 16. Left alone, ptxas takes 148
     registers; with 96 there are five programs a multiprocessor for three, and a frame takes 3.40 for 3.98 ms (H100).
     """
-    lanes = {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8}
+    lanes = _normals_config(width, dtype)
     if width == 64 and dtype != torch.float32:
         lanes["maxnreg"] = 96
-    if dtype == torch.float32:
-        lanes = {"BLOCK": 32, "num_warps": 4 if width <= 32 else 8}  # as in `field._bwd_config`
     return {**lanes, "PROBES": 2, "WALK": 16}
 
 
 def _normals_config(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Lanes and warps, as for shading."""
-    if dtype == torch.float32:
-        return {"BLOCK": 32, "num_warps": 4}
-    return {"BLOCK": 64, "num_warps": 4 if width <= 64 else 8}
+    """Lanes and warps, as for shading; fp32 takes twice the registers."""
+    return {"BLOCK": 64, "num_warps": 4 if width <= 64 and dtype != torch.float32 else 8}
 
 
 @torch.library.custom_op("dream_fast::render", mutates_args=())

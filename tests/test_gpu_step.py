@@ -216,8 +216,8 @@ def test_deterministic_runs_repeat_bit_for_bit():
     states = []
     try:
         for _ in range(2):
+            prepare(choose_runtime(Config()), 0, deterministic=True)
             trainer = make_trainer(deterministic=True, albedo_iter_ratio=0.2, iters=30)
-            prepare(choose_runtime(trainer.config), 0, deterministic=True)
             for _ in range(30):
                 trainer.train_step()
             states.append(trainer.optimizer.params.clone())

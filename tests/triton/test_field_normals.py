@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from dream_fast.bench.accuracy import check
+from dream_fast.bench.accuracy import check, check_together
 from dream_fast.kernels import (
     FieldSpec,
     HashGridSpec,
@@ -84,10 +84,17 @@ def compare(inputs, upstream, spec, *, dtype=None, **options):
     got = run(field_normals, inputs, upstream, spec, dtype=dtype, **options)
     own = run(field_normals_reference, inputs, upstream, spec, dtype=dtype, **options)
     exact = run(field_normals_reference, inputs, upstream, spec, precise=True, **options)
-    for name, value in got.items():
-        assert value.dtype == torch.float32
-        check(name, value, own[name], exact[name])
+    assert all(value.dtype == torch.float32 for value in got.values())
+    judge(got, own, exact)
     return got
+
+
+def judge(got, own, exact):
+    """Every output and gradient by itself; the layers of the network are one result, as in the tests of the field."""
+    network = [name for name in got if "layer" in name]
+    for name in got.keys() - network:
+        check(name, got[name], own[name], exact[name])
+    check_together("network", *([found[name] for name in network] for found in (got, own, exact)))
 
 
 def skip_bf16(dtype):
@@ -184,8 +191,7 @@ def test_padding_rows_do_not_matter(mode, n, count, device):
     got = run(field_normals, inputs, upstream, SPEC, points=points, **options)
     own = run(field_normals_reference, inputs, clean, SPEC, points=points, **options)
     exact = run(field_normals_reference, inputs, clean, SPEC, points=points, precise=True, **options)
-    for name, value in got.items():
-        check(name, value, own[name], exact[name])
+    judge(got, own, exact)
     for name in (*NAMES, *(["gradient of x"] if points else [])):
         assert not got[name][count:].any()
 
