@@ -35,6 +35,9 @@ RECORD = "(record)"  # in place of a kernel's name where an operator raised befo
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", re.MULTILINE)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128)\b")
+# In Triton's code for sm_90: the layouts of products with their warps along the rows, and the products.
+LAYOUT = re.compile(r"^(#\w+) = #ttg\.nvidia_mma<{versionMajor = 3,.*?warpsPerCTA = \[(\d+),", re.MULTILINE)
+PRODUCT = re.compile(r"warp_group_dot .*-> tensor<(\d+)x(\d+)xf\d+, (#\w+)>")
 MATRIX = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
 
 
@@ -126,9 +129,26 @@ def count(sass: str) -> dict[str, Any]:
     }
 
 
+def rows_outside(code: str) -> list[str]:
+    """Products in Triton's code for sm_90 (`.asm["ttgir"]`) whose warps take more rows than there are.
+
+    A warp takes 16 rows. Triton 3.6 puts all warps along the rows of a product that another one takes, however few
+    they are; those past the end are read from whatever lies behind the tile.
+    """
+    layouts = dict(LAYOUT.findall(code))
+    found = set()
+    for rows, columns, layout in PRODUCT.findall(code):
+        warps = int(layouts[layout])
+        if 16 * warps > int(rows):
+            found.add(f"{warps} warps along the rows of a product of {rows} x {columns}")
+    return sorted(found)
+
+
 def resources(launch: Launch, target: str) -> dict[str, Any]:
     """Compile a launch for an NVIDIA target and count what it needs; for others only its shared memory."""
     compiled = compile_launch(launch, target)
+    if told := rows_outside(compiled.asm["ttgir"]):
+        raise ValueError("; ".join(told))
     found = {"shared": compiled.metadata.shared}
     return {**found, **count(machine_code(compiled))} if target.startswith("sm_") else found
 

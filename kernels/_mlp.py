@@ -7,8 +7,7 @@ weights [out, in], then all biases, layer by layer (`_tile.flatten_parameters`).
 Legend: H hidden width (16, 32, 64 or 128), LAYERS hidden layers (1 to 4), F features a row, COLUMNS = 16 padded
 outputs (4 used).
 Numerics: products accumulate in fp32; hidden values and gradients are rounded to the compute dtype where the references
-round them. Numbers of 16 bits are multiplied by tensor cores, fp32 by fused multiply-adds: not in tf32, and not in three
-bf16 parts, which Triton 3.6 multiplies wrongly with 8 warps on sm_90, reading outside its shared memory.
+round them. Numbers of 16 bits are multiplied by tensor cores, fp32 by fused multiply-adds (not in tf32).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dream_fast.kernels._launch import constant, jit, tl
 from dream_fast.kernels._mlp import mlp, mlp_weights, pick
 from dream_fast.kernels._rays import first_cursor, interval, occupied, ray_span, rounded
-from dream_fast.kernels._tile import activate_density, blob, encode
+from dream_fast.kernels._tile import activate_density, blob, encode, precise_exp
 
 # A ray that gathers less than this has no surface worth a normal.
 EMPTY_OPACITY = 1e-3
@@ -222,7 +222,8 @@ def render_shade_kernel(
     row = slot.to(tl.int64)
     o, d = (zero, zero, zero), (zero, zero, zero)
     near, far, cursor = zero, zero, zero
-    transmittance, red, green, blue, deep, total = zero, zero, zero, zero, zero, zero
+    passed, red, green, blue, deep, total = zero, zero, zero, zero, zero, zero
+    depth_limit = tl.minimum(-tl.log(stop), 87.0)  # optical depth behind which nothing counts
     samples = slot
     working = length > 0
     while working:
@@ -235,7 +236,7 @@ def render_shade_kernel(
         d = _load_vector(directions, row, fresh, d)
         cursor = tl.load(cursors + first + slot, mask=fresh, other=cursor)
         near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], bound, min_near)
-        transmittance = tl.where(fresh, 1.0, transmittance)
+        passed = tl.where(fresh, 0.0, passed)
         red, green, blue = tl.where(fresh, 0.0, red), tl.where(fresh, 0.0, green), tl.where(fresh, 0.0, blue)
         deep, total = tl.where(fresh, 0.0, deep), tl.where(fresh, 0.0, total)
         samples = tl.where(fresh, 0, samples)
@@ -265,15 +266,16 @@ def render_shade_kernel(
         r, g, b = _column(outputs, lane, 1), _column(outputs, lane, 2), _column(outputs, lane, 3)
         r, g, b = tl.sigmoid(r), tl.sigmoid(g), tl.sigmoid(b)
         tau = sigma * dt
-        weight = tl.where(ready, _opacity_of(tau) * transmittance, 0.0)
-        transmittance = tl.where(ready, transmittance * tl.exp(-tau), transmittance)
+        # What is left is rounded once: a product of hundreds of factors would be rounded at each.
+        weight = tl.where(ready, _opacity_of(tau) * precise_exp(-passed), 0.0)
+        passed += tl.where(ready, tau, 0.0)
         red, green, blue = red + weight * r, green + weight * g, blue + weight * b
         deep, total = deep + weight * t, total + weight
         samples = tl.where(ready, samples + 1, samples)
         cursor = tl.where(ready, following, cursor)
 
         # The next sample of each, or a part of the way: lanes that have one do not wait long for those that do not.
-        ended = live & ((transmittance < stop) | (transmittance <= 0) | (samples >= max_steps))
+        ended = live & ((passed > depth_limit) | (samples >= max_steps))
         ready = slot < 0
         searching = live & (ended == 0)
         walked = 0

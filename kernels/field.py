@@ -37,11 +37,13 @@ from dream_fast.kernels._launch import (
 from dream_fast.kernels._reference import live_rows as live_rows_of
 from dream_fast.kernels._reference import pad_rows
 from dream_fast.kernels._tile import (
+    BLOCK,
     aligned_rows,
     flatten_parameters,
     fusable,
     level_table,
     tile_constants,
+    tile_warps,
     unit_scale,
 )
 from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
@@ -154,24 +156,17 @@ def check_field(
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
 
 
-# Points a tile: the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
-_BLOCK = 64
-
-
-def _fwd_config(width: int, dtype: torch.dtype, keep: bool) -> dict[str, int]:
+def _fwd_config(dtype: torch.dtype, keep: bool) -> dict[str, int]:
     """Points a tile, warps, and programs a multiprocessor."""
     # As many as its registers hold, or whole rounds of them: those that keep the features need more.
-    warps = 4 if width <= 64 and dtype != torch.float32 else 8  # fp32 takes twice the registers
-    return {"BLOCK": _BLOCK, "num_warps": warps, "programs": 3 if keep else 8}
+    return {"BLOCK": BLOCK, "num_warps": tile_warps(dtype), "programs": 3 if keep else 8}
 
 
-def _bwd_config(width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
+def _bwd_config(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile, warps, programs a multiprocessor, and of how many layers a pass adds up the gradients."""
     # The sums of all layers stay in registers where they fit.
     together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
-    # Two programs of 4 warps a multiprocessor beat one of 8 by a quarter, although a few sums spill.
-    warps = 4 if together == 5 and layers <= 2 and dtype != torch.float32 else 8
-    return {"BLOCK": _BLOCK, "num_warps": warps, "programs": 2, "together": together}
+    return {"BLOCK": BLOCK, "num_warps": tile_warps(dtype), "programs": 2, "together": together}
 
 
 @lru_cache(maxsize=64)
@@ -207,7 +202,7 @@ def _kept_shape(grid: HashGridSpec, rows: int) -> tuple[int, ...]:
 
     Reading them back takes a fraction of the time of gathering them again, and no registers for the gathers.
     """
-    return -(-rows // _BLOCK), grid.features, tile_constants(grid)["PADDED"], _BLOCK
+    return -(-rows // BLOCK), grid.features, tile_constants(grid)["PADDED"], BLOCK
 
 
 @torch.library.custom_op("dream_fast::field", mutates_args=())
@@ -234,7 +229,7 @@ def _field(
     spec, rows = spec_of(tuple(grid), tuple(scene)), x.shape[0]
     sigma, albedo = x.new_empty(rows), x.new_empty(rows, 3)
     kept = entries.new_empty(_kept_shape(spec.grid, rows) if keep else (0,) * 4)
-    config = _fwd_config(width, entries.dtype, keep)
+    config = _fwd_config(entries.dtype, keep)
     programs = config.pop("programs") * multiprocessors(x.device)
     launch(
         field_fwd_kernel,
@@ -291,7 +286,7 @@ def _field_backward(
     spec, rows, size = spec_of(tuple(grid), tuple(scene)), x.shape[0], packed.numel()
     into_x, into_table, into_parameters = into
     x, scale = x.contiguous(), unit_scale(spec.bound)
-    config = _bwd_config(width, layers, entries.dtype)
+    config = _bwd_config(width, entries.dtype)
     programs = config.pop("programs") * multiprocessors(x.device)
     programs = min(programs, -(-rows // config["BLOCK"]))
     together = config.pop("together")

@@ -25,11 +25,13 @@ from dream_fast.kernels._normals_differences import (
 )
 from dream_fast.kernels._reference import live_rows, pad_rows
 from dream_fast.kernels._tile import (
+    BLOCK,
     aligned_rows,
     flatten_parameters,
     fusable,
     level_table,
     tile_constants,
+    tile_warps,
     unit_scale,
 )
 from dream_fast.kernels.field import (
@@ -87,25 +89,19 @@ def field_normals_reference(
     return pad_rows(sigma, rows), pad_rows(albedo, rows), pad_rows(normal, rows)
 
 
-# 64 points a tile are the rows of one matrix instruction of sm_90; a lane then has 8 levels of a point in flight.
-
-
-def _fwd_config(mode: str, width: int, dtype: torch.dtype) -> dict[str, int]:
+def _fwd_config(mode: str, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile and warps."""
-    # The Jacobian needs as many registers again, and so does fp32.
-    differences, single = mode == "finite_difference", dtype == torch.float32
-    warps = 4 if differences and width <= 64 and not single else 8
-    return {"BLOCK": 64 if differences or not single else 32, "num_warps": warps}
+    # The Jacobian needs as many registers again, which fp32 has for 32 points only.
+    small = mode == "analytic" and dtype == torch.float32
+    return {"BLOCK": 32 if small else BLOCK, "num_warps": tile_warps(dtype)}
 
 
-def _bwd_config(mode: str, width: int, layers: int, dtype: torch.dtype) -> dict[str, int]:
+def _bwd_config(mode: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Points a tile, warps, programs a multiprocessor, and of how many layers a pass adds up the gradients."""
     # By differences, the sums of all layers stay in registers where they fit; analytic ones go to memory tile by tile.
     # In either mode a pass over fewer layers needs less shared memory.
     together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
-    warps = 4 if width <= 64 and layers <= 2 and dtype != torch.float32 else 8
-    block = _fwd_config(mode, width, dtype)["BLOCK"]
-    return {"BLOCK": block, "num_warps": warps, "programs": 2, "together": together}
+    return {**_fwd_config(mode, dtype), "programs": 2, "together": together}
 
 
 def _constants(spec: FieldSpec, width: int, layers: int) -> dict[str, int | bool | float]:
@@ -148,7 +144,7 @@ def _field_normals(
     differences = mode == "finite_difference"
     # Zeros below the count: whatever is never read may be looked at by torch's own checks.
     gradient = x.new_zeros(rows, 3) if differences else x.new_empty(0)
-    config = _fwd_config(mode, width, entries.dtype)
+    config = _fwd_config(mode, entries.dtype)
     arguments = {
         "x": x.contiguous(),
         "table": aligned_rows(entries),
@@ -208,7 +204,7 @@ def _field_normals_backward(
         to_table = torch.zeros_like(entries, dtype=torch.float32) if into_table else nothing
         return x.new_empty(0, 3) if into_x else nothing, to_table, x.new_zeros(size if into_parameters else 0)
     x, entries = x.contiguous(), aligned_rows(entries)
-    config = _bwd_config(mode, width, layers, entries.dtype)
+    config = _bwd_config(mode, width, entries.dtype)
     together, programs = config.pop("together"), config.pop("programs") * multiprocessors(x.device)
     tiles = -(-rows // config["BLOCK"])
     differences = mode == "finite_difference"

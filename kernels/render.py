@@ -23,7 +23,16 @@ from dream_fast.kernels._render_kernels import (
     render_normals_kernel,
     render_shade_kernel,
 )
-from dream_fast.kernels._tile import aligned_rows, flatten_parameters, fusable, level_table, tile_constants, unit_scale
+from dream_fast.kernels._tile import (
+    BLOCK,
+    aligned_rows,
+    flatten_parameters,
+    fusable,
+    level_table,
+    tile_constants,
+    tile_warps,
+    unit_scale,
+)
 from dream_fast.kernels.composite import composite
 from dream_fast.kernels.field import FieldSpec, check_field, field, field_reference, spec_numbers, spec_of
 from dream_fast.kernels.field_normals import field_normals, field_normals_reference
@@ -131,19 +140,17 @@ def _enter_config() -> dict[str, int]:
 def _shade_config(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Lanes, intervals looked up together, intervals a lane may walk between two samples, warps.
 
-    64 lanes are the rows of one matrix instruction of sm_90. Mostly the next interval is a sample. A field costs about
+    Mostly the next interval is a sample. A field costs about
     as much as 100 intervals, so a lane in empty space may hold up the others for 16. Left alone, ptxas takes 148
     registers; with 96 there are five programs a multiprocessor for three, and a frame takes 3.40 for 3.98 ms (H100).
     """
-    lanes = _normals_config(width, dtype)
-    if width == 64 and dtype != torch.float32:
-        lanes["maxnreg"] = 96
-    return {**lanes, "PROBES": 2, "WALK": 16}
+    limit = {"maxnreg": 96} if width == 64 and dtype != torch.float32 else {}
+    return {**_normals_config(dtype), **limit, "PROBES": 2, "WALK": 16}
 
 
-def _normals_config(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Lanes and warps, as for shading; fp32 takes twice the registers."""
-    return {"BLOCK": 64, "num_warps": 4 if width <= 64 and dtype != torch.float32 else 8}
+def _normals_config(dtype: torch.dtype) -> dict[str, int]:
+    """Lanes and warps, as for shading."""
+    return {"BLOCK": BLOCK, "num_warps": tile_warps(dtype)}
 
 
 @torch.library.custom_op("dream_fast::render", mutates_args=())
@@ -224,7 +231,7 @@ def _render(
         **_shade_config(width, entries.dtype),
     )
     if normals:
-        config = _normals_config(width, entries.dtype)
+        config = _normals_config(entries.dtype)
         launch(
             render_normals_kernel,
             (segments * (enter["SEGMENT"] // config["BLOCK"]),),

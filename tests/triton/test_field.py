@@ -59,7 +59,10 @@ def run(function, inputs, upstream, spec, *, into=("x", "table", "mlp"), precise
     leaves = {"x": x, "table": table}
     leaves |= {f"weights[{i}]": w for i, w in enumerate(weights)} | {f"biases[{i}]": b for i, b in enumerate(biases)}
     found = {"sigma": outputs[0].detach(), "albedo": outputs[1].detach()}
-    return found | {f"gradient of {name}": value.grad for name, value in leaves.items() if value.requires_grad}
+    for name, value in leaves.items():
+        if value.requires_grad:  # no active level is no path from the points and the table
+            found[f"gradient of {name}"] = torch.zeros_like(value) if value.grad is None else value.grad
+    return found
 
 
 def compare(inputs, upstream, spec, *, dtype=None, **options):

@@ -14,12 +14,15 @@ from dream_fast.kernels import (
     field_normals_reference,
     field_plan,
     field_reference,
+    hash_grid_reference,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SEEDS = 6 if INTERPRETED else 150
 MODES = ["finite_difference", "analytic"]
 HALF = torch.float16
+# Of few points one beside the kink of a ReLU decides the largest error.
+POINTS = 60 if INTERPRETED else 2000
 # A dense level and hashed ones. The interpreter takes its time for every level, and for every tile of 64 points.
 GRID = HashGridSpec(levels=2 if INTERPRETED else 3, features=2, log2_entries=8, base_resolution=5, max_resolution=20)
 SPEC = FieldSpec(grid=GRID, blob_radius=0.5)
@@ -81,12 +84,29 @@ def run(function, inputs, upstream, spec, *, points=False, precise=False, **opti
 
 
 def compare(inputs, upstream, spec, *, dtype=None, **options):
+    if dtype in (None, torch.float32):
+        upstream = away_from_kinks(inputs, upstream, spec, options.get("epsilon", 0.01), options.get("active_levels"))
     got = run(field_normals, inputs, upstream, spec, dtype=dtype, **options)
     own = run(field_normals_reference, inputs, upstream, spec, dtype=dtype, **options)
     exact = run(field_normals_reference, inputs, upstream, spec, precise=True, **options)
     assert all(value.dtype == torch.float32 for value in got.values())
     judge(got, own, exact)
     return got
+
+
+def away_from_kinks(inputs, upstream, spec, epsilon, active_levels):
+    """The upstream gradients, 0 where a ReLU at a point or its taps is so near its kink that fp32 may be beside it."""
+    x, table, weights, biases = ([part.double() for part in v] if isinstance(v, list) else v.double() for v in inputs)
+    keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device)
+    for tap in (0 * steps[0], *steps, *-steps):
+        at = (x + tap).clamp(-spec.bound, spec.bound) if tap.any() else x
+        h = hash_grid_reference((at + spec.bound) / (2 * spec.bound), table, spec.grid, active_levels=active_levels)
+        for weight, bias in list(zip(weights, biases, strict=True))[:-1]:
+            h = h @ weight.t() + bias
+            keep &= (h.abs() > 1e-5).all(1)
+            h = h.relu()
+    return [u * (keep if u.dim() == 1 else keep[:, None]) for u in upstream]
 
 
 def judge(got, own, exact):
@@ -106,7 +126,7 @@ def skip_bf16(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16])
 def test_outputs_and_gradients(mode, dtype, device):
     skip_bf16(dtype)
-    inputs, upstream = make(60, device=device)
+    inputs, upstream = make(POINTS, device=device)
     compare(inputs, upstream, SPEC, dtype=dtype, mode=mode, epsilon=0.05)
 
 
@@ -115,7 +135,7 @@ def test_outputs_and_gradients(mode, dtype, device):
 def test_activations(mode, activation, device):
     """The origin is a kink of the cone; points outside the cube have no features."""
     spec = FieldSpec(grid=GRID, bound=0.7, density_activation=activation, blob_density=2.0, blob_radius=0.4)
-    inputs, upstream = make(60, spec, device=device, reach=1.1, seed=1)
+    inputs, upstream = make(POINTS, spec, device=device, reach=1.1, seed=1)
     inputs[0][3], inputs[0][4] = 0, 0.72
     compare(inputs, upstream, spec, mode=mode, epsilon=0.03)
 
@@ -124,7 +144,7 @@ def test_activations(mode, activation, device):
 @pytest.mark.parametrize("logit", [-26.0, 30.0], ids=["floor", "clamp"])
 def test_density_at_the_ends_of_its_range(mode, logit, device):
     """Below the floor the normal's length carries a gradient; past the clamp sigma is flat and its slope is not."""
-    inputs, upstream = make(60, device=device, logit=logit, seed=2)
+    inputs, upstream = make(POINTS, device=device, logit=logit, seed=2)
     if logit > 0 and mode == "finite_difference":
         upstream[2].zero_()  # differences of a flat sigma have no direction
     got = compare(inputs, upstream, SPEC, mode=mode, epsilon=0.05)
@@ -139,7 +159,7 @@ def test_density_at_the_ends_of_its_range(mode, logit, device):
 def test_gradient_of_x_through_differences(points, device):
     """Points on the cube's faces and past them: a tap that was held takes no gradient along that axis."""
     spec = FieldSpec(grid=GRID, bound=0.75, blob_radius=0.5)  # a face that is the same in every dtype
-    inputs, upstream = make(60, spec, device=device, reach=1.05, seed=3)
+    inputs, upstream = make(POINTS, spec, device=device, reach=1.05, seed=3)
     inputs[0][:4, 1] = 0.75
     inputs[0][4:8, 2] = -0.75
     got = compare(inputs, upstream, spec, epsilon=0.05, points=points)
@@ -149,7 +169,7 @@ def test_gradient_of_x_through_differences(points, device):
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
 def test_gradient_of_x_through_analytic_normals(activation, device):
     spec = FieldSpec(grid=GRID, bound=0.6, density_activation=activation, blob_radius=0.5)
-    inputs, upstream = make(60, spec, device=device, reach=1.05, seed=4)
+    inputs, upstream = make(POINTS, spec, device=device, reach=1.05, seed=4)
     inputs[0][3] = 0
     compare(inputs, upstream, spec, mode="analytic", points=True)
 
@@ -157,7 +177,7 @@ def test_gradient_of_x_through_analytic_normals(activation, device):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("width", "layers"), FUSED)
 def test_fused_shapes(mode, width, layers, device):
-    inputs, upstream = make(60, device=device, hidden=(width,) * layers, seed=width + layers)
+    inputs, upstream = make(POINTS, device=device, hidden=(width,) * layers, seed=width + layers)
     dtype = torch.float32 if INTERPRETED and width < 128 else HALF
     assert field_plan(SPEC, inputs[2], dtype) == "fused"
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, dtype=dtype)
@@ -166,7 +186,7 @@ def test_fused_shapes(mode, width, layers, device):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("hidden", UNFUSED, ids=str)
 def test_unfused_shapes(mode, hidden, device):
-    inputs, upstream = make(60, device=device, hidden=hidden, seed=5)
+    inputs, upstream = make(POINTS, device=device, hidden=hidden, seed=5)
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1)
 
 
@@ -199,14 +219,14 @@ def test_padding_rows_do_not_matter(mode, n, count, device):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("active", [0, 1, 9, "tensor"])
 def test_active_levels(mode, active, device):
-    inputs, upstream = make(60, device=device, seed=7)
+    inputs, upstream = make(POINTS, device=device, seed=7)
     active = torch.tensor(1, device=device) if active == "tensor" else active
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, active_levels=active)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_strides_do_not_matter(mode, device):
-    inputs, upstream = make(60, device=device, seed=8)
+    inputs, upstream = make(POINTS, device=device, seed=8)
     x, table, weights, biases = inputs
     strided = [x.t().contiguous().t(), table.t().contiguous().t(), [w.t().contiguous().t() for w in weights], biases]
     slanted = [u.repeat_interleave(2, 0)[::2] for u in upstream]
@@ -222,7 +242,7 @@ def test_strides_do_not_matter(mode, device):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_normal_of_a_flat_density_is_zero(mode, device):
-    inputs, upstream = make(60, device=device)
+    inputs, upstream = make(POINTS, device=device)
     inputs[2][-1].zero_()
     got = run(field_normals, inputs, upstream, FieldSpec(grid=GRID, blob_density=0.0), mode=mode)
     assert not got["normal"].any()
