@@ -277,8 +277,11 @@ def scatter_features(
     count: Tensor | None = None,
     active_levels: int | Tensor | None = None,
     deterministic: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of a table, [rows, F] fp32: x, tangent [N, 3] fp32, features, tangent_features [L * F, N].
+    """Gradient of a table, [rows, F] fp32, added to `out` if there is one.
+
+    x, tangent: [N, 3] fp32; features, tangent_features: [L * F, N].
 
     table[row of corner c, f] += features[l F + f, n] w_c(u_n) + tangent_features[l F + f, n] (tangent_n . d w_c / du).
     Either part may be left out. Rows from `count` on and levels from `active_levels` on are ignored.
@@ -286,7 +289,7 @@ def scatter_features(
     n, active = x.shape[0], active_levels if isinstance(active_levels, Tensor) else None
     levels = spec.levels if active_levels is None or active is not None else max(0, min(active_levels, spec.levels))
     if n == 0:
-        return torch.zeros(spec.rows, spec.features, device=x.device)
+        return torch.zeros(spec.rows, spec.features, device=x.device) if out is None else out
     factor = inverse = None
     if deterministic:
         bound = torch.zeros((), device=x.device)
@@ -297,7 +300,10 @@ def scatter_features(
             reach = _largest(tangent.t(), count) * (3 * 1.5 * max(spec.resolutions) * abs(scale))
             bound = bound + _largest(tangent_features, count) * reach
         factor, inverse = fixed_point(bound * n)
-    grad = torch.zeros(spec.rows, spec.features, device=x.device, dtype=torch.int64 if deterministic else torch.float32)
+    grad = out
+    if deterministic or out is None:
+        dtype = torch.int64 if deterministic else torch.float32
+        grad = torch.zeros(spec.rows, spec.features, device=x.device, dtype=dtype)
     config = _scatter_config(n, spec.features, deterministic)
     blocks = -(-n // (config["BLOCK"] * config["RUN"]))
     padded = blocks * config["BLOCK"] * config["RUN"]
@@ -334,7 +340,10 @@ def scatter_features(
         SMOOTH=spec.interpolation == "smoothstep",
         **config,
     )
-    return grad.float() * inverse if deterministic else grad
+    if deterministic:
+        grad = grad.float() * inverse
+        return grad if out is None else out.add_(grad)
+    return grad
 
 
 # Gradient into the coordinates.

@@ -10,6 +10,7 @@ Gradients: table, weights, biases and x, also through normals (through analytic 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +103,11 @@ def _bwd_config(mode: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     # In either mode a pass over fewer layers needs less shared memory.
     together = 5 if width <= (32 if dtype == torch.float32 else 64) else 1
     return {**_fwd_config(mode, dtype), "programs": 2, "together": together}
+
+
+# Points by differences whose gradients into the features of all taps are in memory at a time: 68 MB in half precision
+# with 16 levels of 2 features, for which a step of a million rows would take 560.
+_DIFFERENCES_CHUNK = 1 << 17
 
 
 def _constants(spec: FieldSpec, width: int, layers: int) -> dict[str, int | bool | float]:
@@ -199,98 +205,179 @@ def _field_normals_backward(
     """Gradients of x, table and parameters in fp32, those that `into` asks for; the others come empty."""
     spec, rows, size = spec_of(tuple(grid), tuple(scene)), x.shape[0], packed.numel()
     into_x, into_table, into_parameters = into
-    nothing = x.new_empty(0)
-    if rows == 0:
-        to_table = torch.zeros_like(entries, dtype=torch.float32) if into_table else nothing
-        return x.new_empty(0, 3) if into_x else nothing, to_table, x.new_zeros(size if into_parameters else 0)
     x, entries = x.contiguous(), aligned_rows(entries)
+    into = _Gradients(
+        x=torch.zeros_like(x) if into_x else None,
+        table=torch.zeros_like(entries, dtype=torch.float32) if into_table else None,
+        parameters=x.new_zeros(size) if into_parameters else None,
+    )
     config = _bwd_config(mode, width, entries.dtype)
     together, programs = config.pop("together"), config.pop("programs") * multiprocessors(x.device)
-    tiles = -(-rows // config["BLOCK"])
-    differences = mode == "finite_difference"
-    programs = min(programs, tiles * TAPS if differences else tiles)
-    # By differences each program stores its sums; analytic ones are added there tile by tile.
-    stride = -(-size // 16) * 16  # aligned rows are written several numbers at once
-    partial = x.new_empty(programs, stride) if differences else x.new_zeros(programs, stride)
-    arguments = {
-        "x": x,
-        "table": entries,
-        "parameters": packed,
-        "levels": level_table(spec.grid, x.device, levels),
-        "active": active,
-        "count": count,
-        "to_sigma": to_sigma.contiguous(),
-        "to_albedo": to_albedo.contiguous(),
-        "to_normal": to_normal.contiguous(),
-        "partial": partial,
-        "n": rows,
-        "size": stride,
-        **_constants(spec, width, layers),
-        **config,
-    }
-    columns = tiles * config["BLOCK"] * TAPS if differences else rows
+    passes = [(first, min(first + together - 1, layers)) for first in range(0, layers + 1, together)]
+    upstream = {"to_sigma": to_sigma, "to_albedo": to_albedo, "to_normal": to_normal}
+    chunk = _DIFFERENCES_CHUNK if mode == "finite_difference" else max(rows, 1)
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        points = x[part]
+        arguments = {
+            "x": points,
+            "table": entries,
+            "parameters": packed,
+            "levels": level_table(spec.grid, x.device, levels),
+            "active": active,
+            "count": count - start if start and count is not None else count,
+            **{name: value[part].contiguous() for name, value in upstream.items()},
+            "n": points.shape[0],
+            **_constants(spec, width, layers),
+            **config,
+        }
+        options = {
+            "into": into._replace(x=into.x[part] if into_x else None),
+            "spec": spec,
+            "passes": passes if into_parameters else [(0, -1)],
+            "programs": programs,
+            "active_levels": levels if active is None else active,
+            "deterministic": deterministic,
+        }
+        if mode == "finite_difference":
+            _differences_backward(arguments, gradient=gradient[part], epsilon=epsilon, **options)
+        else:
+            _analytic_backward(arguments, **options)
+    return tuple(x.new_empty(0) if found is None else found for found in into)
+
+
+class _Gradients(NamedTuple):
+    """What is asked for of x [n, 3], table and parameters, in fp32, to be added to (x: to be written)."""
+
+    x: Tensor | None
+    table: Tensor | None
+    parameters: Tensor | None
+
+    def add_parameters(self, partial: Tensor) -> None:
+        if self.parameters is not None:
+            self.parameters.add_(partial[:, : self.parameters.numel()].sum(0))
+
+
+def _row_of_sums(parameters: Tensor) -> int:
+    """Numbers in a program's row of sums: aligned rows are written several numbers at once."""
+    return -(-parameters.numel() // 16) * 16
+
+
+def _differences_backward(
+    arguments: dict[str, Any],
+    *,
+    gradient: Tensor,
+    epsilon: float,
+    into: _Gradients,
+    spec: FieldSpec,
+    passes: list[tuple[int, int]],
+    programs: int,
+    active_levels: int | Tensor,
+    deterministic: bool,
+) -> None:
+    """Adds what some points give to the gradients."""
+    x, entries, n = arguments["x"], arguments["table"], arguments["n"]
+    tiles = -(-n // arguments["BLOCK"])
+    columns = tiles * arguments["BLOCK"] * TAPS
     to_features = x.new_empty(spec.grid.channels, columns, dtype=entries.dtype)
-    to_x, to_table = nothing, nothing
-    if differences:
-        positions, to_raw = x.new_empty(columns, 3), x.new_empty(columns) if into_x else None
-        live = torch.empty((), dtype=torch.int64, device=x.device)
-        arguments |= {"gradient": gradient, "to_features": to_features, "positions": positions, "to_raw": to_raw}
-        arguments |= {"rows": live, "columns": columns, "bound": spec.bound, "epsilon": epsilon}
-        kernel = differences_bwd_kernel
-    else:
-        backs, tangent = torch.empty_like(to_features), torch.empty_like(x)
-        to_points = torch.zeros_like(x) if into_x else None
-        arguments |= {"to_features": to_features, "backs": backs, "tangent": tangent, "to_points": to_points}
-        kernel = analytic_bwd_kernel
-    for first in range(0, layers + 1, together) if into_parameters else (0,):
-        last = min(first + together - 1, layers) if into_parameters else -1
-        launch(kernel, (programs,), x.device, FIRST=first, LAST=last, **arguments)
-    active_levels = levels if active is None else active
-    if differences:
-        common = {"scale": 1.0, "shift": 0.0, "count": live, "active_levels": active_levels}
-        if into_x:
-            to_x = torch.empty_like(x)
-            launch(
-                differences_points_kernel,
-                (-(-rows // 128),),
-                x.device,
-                x=x,
-                to_units=position_gradient(to_features, positions, entries, spec.grid, **common),
-                to_raw=to_raw,
-                count=count,
-                rows=live,
-                out=to_x,
-                n=rows,
-                scale=unit_scale(spec.bound),
-                bound=spec.bound,
-                epsilon=epsilon,
-                blob_density=spec.blob_density,
-                blob_radius=spec.blob_radius,
-                SOFTPLUS=spec.density_activation == "softplus",
-                BLOCK=128,
-            )
-        if into_table:
-            to_table = scatter_features(
-                positions, spec.grid, features=to_features, deterministic=deterministic, **common
-            )
-    else:
-        scale = unit_scale(spec.bound)
-        common = {"scale": scale, "shift": 0.5, "count": count, "active_levels": active_levels}
-        if into_x:
-            to_units = position_gradient(to_features, x, entries, spec.grid, **common)
-            to_units += position_gradient(backs, x, entries, spec.grid, tangent=tangent, **common)
-            to_x = to_points.add_(to_units, alpha=scale)
-        if into_table:
-            to_table = scatter_features(
-                x,
-                spec.grid,
-                features=to_features,
-                tangent=tangent,
-                tangent_features=backs,
-                deterministic=deterministic,
-                **common,
-            )
-    return to_x, to_table, partial[:, :size].sum(0) if into_parameters else x.new_empty(0)
+    positions, live = x.new_empty(columns, 3), torch.empty((), dtype=torch.int64, device=x.device)
+    to_raw = None if into.x is None else x.new_empty(columns)
+    world = {"bound": spec.bound, "epsilon": epsilon}
+    partial = x.new_empty(min(programs, tiles * TAPS), _row_of_sums(arguments["parameters"]))
+    for first, last in passes:
+        launch(
+            differences_bwd_kernel,
+            partial.shape[:1],
+            x.device,
+            gradient=gradient,
+            to_features=to_features,
+            positions=positions,
+            to_raw=to_raw,
+            rows=live,
+            partial=partial,
+            columns=columns,
+            size=partial.shape[1],
+            FIRST=first,
+            LAST=last,
+            **world,
+            **arguments,
+        )
+    common = {"scale": 1.0, "shift": 0.0, "count": live, "active_levels": active_levels}
+    if into.x is not None:
+        launch(
+            differences_points_kernel,
+            (-(-n // 128),),
+            x.device,
+            x=x,
+            to_units=position_gradient(to_features, positions, entries, spec.grid, **common),
+            to_raw=to_raw,
+            count=arguments["count"],
+            rows=live,
+            out=into.x,
+            n=n,
+            scale=arguments["scale"],
+            blob_density=spec.blob_density,
+            blob_radius=spec.blob_radius,
+            SOFTPLUS=arguments["SOFTPLUS"],
+            BLOCK=128,
+            **world,
+        )
+    if into.table is not None:
+        scatter_features(
+            positions, spec.grid, features=to_features, deterministic=deterministic, out=into.table, **common
+        )
+    into.add_parameters(partial)
+
+
+def _analytic_backward(
+    arguments: dict[str, Any],
+    *,
+    into: _Gradients,
+    spec: FieldSpec,
+    passes: list[tuple[int, int]],
+    programs: int,
+    active_levels: int | Tensor,
+    deterministic: bool,
+) -> None:
+    """Adds what all points give to the gradients."""
+    x, entries, n = arguments["x"], arguments["table"], arguments["n"]
+    to_features = x.new_empty(spec.grid.channels, n, dtype=entries.dtype)
+    backs, tangent = torch.empty_like(to_features), torch.empty_like(x)
+    # A program adds to its row tile by tile.
+    partial = x.new_zeros(min(programs, -(-n // arguments["BLOCK"])), _row_of_sums(arguments["parameters"]))
+    for first, last in passes:
+        launch(
+            analytic_bwd_kernel,
+            partial.shape[:1],
+            x.device,
+            to_features=to_features,
+            backs=backs,
+            tangent=tangent,
+            to_points=into.x,
+            partial=partial,
+            size=partial.shape[1],
+            FIRST=first,
+            LAST=last,
+            **arguments,
+        )
+    scale = arguments["scale"]
+    common = {"scale": scale, "shift": 0.5, "count": arguments["count"], "active_levels": active_levels}
+    if into.x is not None:
+        to_units = position_gradient(to_features, x, entries, spec.grid, **common)
+        to_units += position_gradient(backs, x, entries, spec.grid, tangent=tangent, **common)
+        into.x.add_(to_units, alpha=scale)
+    if into.table is not None:
+        scatter_features(
+            x,
+            spec.grid,
+            features=to_features,
+            tangent=tangent,
+            tangent_features=backs,
+            deterministic=deterministic,
+            out=into.table,
+            **common,
+        )
+    into.add_parameters(partial)
 
 
 @_field_normals_backward.register_fake

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 
 import pytest
 import torch
@@ -420,3 +421,18 @@ def test_long_buffers(mode, device):
     for name, value in expected.items():
         found = got[name][-tail:] if name in NAMES else got[name]
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize(("n", "count"), [(150, None), (150, 100), (150, 40), (128, 128)])
+def test_points_in_several_parts(n, count, monkeypatch, device, deterministic):
+    """The backward by differences takes a part of the points at a time; a count may end in any of them."""
+    monkeypatch.setattr(sys.modules["dream_fast.kernels.field_normals"], "_DIFFERENCES_CHUNK", 64)
+    inputs, upstream = make(n, device=device, seed=11)
+    compare(
+        inputs,
+        upstream,
+        SPEC,
+        epsilon=0.1,
+        count=None if count is None else torch.tensor(count, device=device),
+        points=n == 150,
+    )
