@@ -277,7 +277,6 @@ BACKWARD = re.compile(r"bwd|backward|grad|scatter")
 # in shared memory; those of sm_80 keep both in registers. The golden file holds how much.
 KNOWN_SPILLS = {
     "sm_80": (
-        "field/float32/field_fwd_kernel",
         "field/wide/field_fwd_kernel",
         "field_normals/finite_difference_float16/differences_fwd_kernel",
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dream_fast.kernels._launch import constant, jit, tl
 from dream_fast.kernels._mlp import mlp, mlp_weights, pick
 from dream_fast.kernels._rays import first_cursor, interval, occupied, ray_span, rounded
-from dream_fast.kernels._tile import activate_density, blob, encode, precise_exp
+from dream_fast.kernels._tile import activate_density, blob, encode
 
 # A ray that gathers less than this has no surface worth a normal.
 EMPTY_OPACITY = 1e-3
@@ -267,7 +267,7 @@ def render_shade_kernel(
         r, g, b = tl.sigmoid(r), tl.sigmoid(g), tl.sigmoid(b)
         tau = sigma * dt
         # What is left is rounded once: a product of hundreds of factors would be rounded at each.
-        weight = tl.where(ready, _opacity_of(tau) * precise_exp(-passed), 0.0)
+        weight = tl.where(ready, _opacity_of(tau) * tl.exp(-passed), 0.0)
         passed += tl.where(ready, tau, 0.0)
         red, green, blue = red + weight * r, green + weight * g, blue + weight * b
         deep, total = deep + weight * t, total + weight
