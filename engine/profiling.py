@@ -45,12 +45,12 @@ class Profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         # The profiler is started some steps ahead, because its start takes time.
         ahead = min(2, self.warm_up)
-        plan = schedule(wait=self.warm_up - ahead, warmup=ahead, active=self.steps, repeat=1)
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a missing warm-up, which is then said below
+            plan = schedule(wait=self.warm_up - ahead, warmup=ahead, active=self.steps, repeat=1)
             profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
         self._profiler = self._open.enter_context(profiler)
         return self
