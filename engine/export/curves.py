@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dream_fast.engine.repeat import visible
+
 WIDTH, HEIGHT = 560, 250  # units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 18, 42  # margins around the axes
 MOST_POINTS = 500  # of a line: more than the drawing has pixels would only make the file large
@@ -101,11 +103,11 @@ def _axes(x: Axis, y: Axis, label: str, marks: Sequence[tuple[int, str]]) -> lis
     for tick in y.ticks:
         _, at = _place(x, y, x.low, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>')
-        parts.append(_text(LEFT - 7, at + 3.5, short(tick), "tick", "end"))
+        parts.append(_text(LEFT - 7, at + 3.5, short(tick, _digits(y.ticks)), "tick", "end"))
     for tick in x.ticks:
         across = LEFT + x.fraction(tick) * (right - LEFT)
         parts.append(f'<line class="axis" x1="{across:.1f}" y1="{bottom}" x2="{across:.1f}" y2="{bottom + 4}"/>')
-        parts.append(_text(across, bottom + 16, short(tick), "tick", "middle"))
+        parts.append(_text(across, bottom + 16, short(tick, _digits(x.ticks)), "tick", "middle"))
     for step, word in marks:
         across = LEFT + x.fraction(max(step, x.low)) * (right - LEFT)
         parts.append(f'<line class="phase" x1="{across:.1f}" y1="{TOP}" x2="{across:.1f}" y2="{bottom}"/>')
@@ -158,12 +160,20 @@ def running_mean(points: Sequence[tuple[int, float | None]], width: int) -> list
     return found
 
 
-def short(value: float) -> str:
+def _digits(ticks: Sequence[float]) -> int:
+    """Significant digits by which neighbouring ``ticks`` differ."""
+    largest, gap = max(map(abs, ticks)), ticks[1] - ticks[0] if len(ticks) > 1 else 0.0
+    return max(4, math.ceil(math.log10(largest / gap)) + 1) if gap and largest else 4
+
+
+def short(value: float, digits: int = 4) -> str:
     """A number in few characters: 12000 is 12k, 0.0000001 is 1e-07."""
-    if value and abs(value) >= 10_000 and abs(value) < 1e9:
-        return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
-    return f"{value:.4g}"
+    if 1e6 <= abs(value) < 1e9:
+        return f"{value / 1e6:.{digits}g}M"
+    if 1e4 <= abs(value) < 1e6:
+        return f"{value / 1e3:.{digits}g}k"
+    return f"{value:.{digits}g}"
 
 
 def _text(x: float, y: float, words: str, kind: str, anchor: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(visible(words))}</text>'

@@ -9,6 +9,7 @@ import html
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,8 +65,8 @@ def _parts(
         "turntable": _turntable(workspace.results / "turntable.mp4", side),
         "views": _six_views(workspace.results, side),
         "strips": _strips(workspace, config, side),
-        "curves": _curves(rows, manifest),
-        "timings": _timings(manifest, rows),
+        "curves": _curves(rows),
+        "timings": _timings(manifest),
         "repeat": _repeat(config, manifest),
         "settings": _settings(config),
         "machine": _machine(manifest),
@@ -182,19 +183,24 @@ def _strips(workspace: Workspace, config: Config, side: int) -> str:
     if pictures:
         parts.append("<h3>The object, colours above normals</h3>")
     for path in pictures:
-        step = int(path.stem.removeprefix("step_"))
+        step = _step(path)
         image = _image(path, 4 * side, side, f"the object after {step} steps")
-        parts.append(f'<figure class="wide">{image}<figcaption>after {step} steps</figcaption></figure>')
+        parts.append(f'<figure class="wide">{image}<figcaption>after {text(step)} steps</figcaption></figure>')
     seen = _latest(sorted(workspace.guidance.glob("step_*.png")), MOST_GUIDANCE)
     if seen:
         parts.append("<h3>What the image model saw: render, noisy version, one-step estimate</h3>")
         parts.append('<div class="seen">')
         for path in seen:
-            step = int(path.stem.removeprefix("step_"))
+            step = _step(path)
             image = _image(path, 2 * side, config.camera.batch_size * side, f"guidance of step {step}")
-            parts.append(f"<figure>{image}<figcaption>step {step}{_level(path)}</figcaption></figure>")
+            parts.append(f"<figure>{image}<figcaption>step {text(step)}{_level(path)}</figcaption></figure>")
         parts.append("</div>")
     return "".join(parts) or '<p class="missing">no pictures were saved</p>'
+
+
+def _step(path: Path) -> str:
+    """The step in the name of a picture."""
+    return path.stem.removeprefix("step_").lstrip("0") or "0"
 
 
 def _level(path: Path) -> str:
@@ -230,7 +236,7 @@ class Chart(NamedTuple):
     names: Sequence[str]
 
 
-def _curves(rows: list[dict[str, Any]], manifest: Mapping[str, Any]) -> str:
+def _curves(rows: list[dict[str, Any]]) -> str:
     losses = list(dict.fromkeys(name for row in rows for name in row if name.startswith("loss_")))
     charts = [
         Chart("Losses, weighted", "loss", losses),
@@ -273,7 +279,10 @@ def _facts(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any
         "device": last.get("device", config.run.device),
         "seed": config.run.seed,
         "finished": last.get("finished", "?"),
+        "peak memory": _memory(last),
     }
+    if speeds := [row["it_per_s"] for row in rows if row.get("it_per_s")]:
+        facts["median speed"] = f"{statistics.median(speeds):.2f} steps a second"
     if config.run.negative:
         facts["negative prompt"] = config.run.negative
     facts |= {f"prompt, {view}": own for view, own in config.run.own_texts.items()}
@@ -291,19 +300,21 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _timings(manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    head = ["steps", "model and start", "steps", "outputs", "in all", "peak memory", "device"]
+def _timings(manifest: Mapping[str, Any]) -> str:
+    head = ["steps", "start", "optimisation", "outputs", "in all", "peak memory", "device"]
     lines = []
     for run in manifest.get("runs", []):
-        parts, peak = run.get("seconds_of", {}), run.get("peak_bytes", {})
-        memory = ", ".join(f"{count / 1e9:.2f} GB {place}" for place, count in peak.items())
+        parts = run.get("seconds_of", {})
+        memory = _memory(run)
         times = [f"{parts[part]:.1f} s" if part in parts else "–" for part in ("start", "steps", "outputs")]
         whole = f"{run['seconds']:.1f} s" if "seconds" in run else "stopped before its end"
         span = f"{run.get('from_step', '?')} to {run.get('to_step', '?')}"
-        lines.append([span, *times, whole, memory or "–", run.get("device", "?")])
-    speeds = [row["it_per_s"] for row in rows if row.get("it_per_s")]
-    median = f"<p>Median speed: {statistics.median(speeds):.2f} steps a second.</p>" if speeds else ""
-    return _table(head, lines) + median
+        lines.append([span, *times, whole, memory, run.get("device", "?")])
+    return _table(head, lines)
+
+
+def _memory(run: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count / 1e9:.2f} GB {place}" for place, count in run.get("peak_bytes", {}).items()) or "–"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -319,7 +330,8 @@ def _repeat(config: Config, manifest: Mapping[str, Any]) -> str:
     """The command, or one for each time that the run was taken further."""
     ends = list(dict.fromkeys(run["to_step"] for run in manifest.get("runs", []) if "to_step" in run))
     lines = [repeating_command(config, iters) for iters in ends or [config.run.iters]]
-    return text("\n".join(lines))
+    # No line of the page ends between the two dashes of a flag and its name.
+    return re.sub(r"(?<= )-\S*", r'<span class="flag">\g<0></span>', text("\n".join(lines)))
 
 
 def _settings(config: Config) -> str:
