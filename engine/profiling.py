@@ -64,6 +64,8 @@ class Profile:
 
     def _write(self, profiler: profile) -> None:
         steps = self._traced - self.warm_up  # fewer than planned where the run was stopped
+        if steps < 1:
+            return
         with written_aside(self.path) as aside:
             profiler.export_chrome_trace(str(aside))
         self.reporter.say(f"trace of steps {self.warm_up + 1} to {self._traced} of this start: {self.path}")

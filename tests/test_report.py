@@ -15,6 +15,7 @@ from PIL import Image
 
 from dream_fast.cli import main, parse
 from dream_fast.engine.config import settings
+from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import report
 from dream_fast.engine.export.curves import Series, _digits, curves, linear_axis, running_mean, short
 from dream_fast.engine.export.report import LARGEST, MOST_FRAMES, write_report
@@ -180,6 +181,12 @@ def test_a_run_that_was_taken_further_has_a_command_for_each_part(copy, tiny_mod
     config = Workspace(copy).stored_config()
     assert page.texts["pre"] == ["\n".join(repeating_command(config, iters) for iters in (6, 8))]
     assert "6 to 8" in page.texts["td"]
+
+
+def test_a_folder_without_a_run_has_no_report(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        write_report(Workspace(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_looking_at_a_run_writes_the_report_anew_and_a_finished_one_only_what_is_missing(copy, tiny_model):

@@ -317,6 +317,15 @@ def test_a_short_run_is_traced_from_its_first_step_on_and_says_so(tiny_model, tm
     assert sum(name.startswith("ProfilerStep") for name in traced(tmp_path)) == 8
 
 
+@pytest.mark.parametrize("steps", [0, 1, 17, 18, 20, 21, 30])
+def test_a_profile_of_a_run_that_is_stopped_holds_the_steps_until_then(steps, tmp_path):
+    with profiling.Profile(tmp_path, torch.device("cpu"), 100, Reporter(Console(quiet=True))) as profile:
+        for _ in range(steps):
+            torch.ones(3).sum()
+            profile.step()
+    assert (tmp_path / "trace.json.gz").exists() == (steps > profiling.WARM_UP)
+
+
 def test_nothing_of_it_is_imported_by_a_run_without_it(tiny_model, tmp_path):
     code = "import sys; from dream_fast.cli import main; assert main(sys.argv[1:]) == 0"
     code += "; print([name for name in ('tensorboard', 'debugpy') if name in sys.modules], file=sys.stderr)"

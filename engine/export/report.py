@@ -11,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from PIL import Image
 
 from dream_fast.engine.camera import SIX_VIEWS
 from dream_fast.engine.config import Config, settings
-from dream_fast.engine.errors import first_line
+from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.curves import SERIES, Series, curves
 from dream_fast.engine.export.files import written_aside
 from dream_fast.engine.repeat import repeating_command, visible
@@ -46,6 +46,8 @@ def write_report(workspace: Workspace) -> Path:
     """
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     config, manifest, rows = workspace.stored_config(), workspace.read_manifest(), _rows(workspace)
+    if config is None:
+        raise UserError(f"{workspace.path} holds no run to report on")
     for side in SIDES:
         page = template.substitute(_parts(workspace, config, manifest, rows, side))
         if len(page.encode()) <= LARGEST:
@@ -112,20 +114,16 @@ def _turntable(path: Path, side: int) -> str:
     if not path.exists():
         return '<p class="missing">no turntable was made</p>'
     try:
-        frames = _spread(list(_frames(path)), MOST_FRAMES)
+        frames = _frames(path, side)
     except (av.FFmpegError, OSError) as error:
         return f'<p class="missing">{text(path.name)} cannot be read: {text(first_line(error))}</p>'
     columns = math.ceil(math.sqrt(len(frames)))
     rows = math.ceil(len(frames) / columns)
-    across = frames[0].shape[1] // len(KINDS)  # a column that made the video's width even is left out
-    sheets, size = [], (0, 0)
-    for index in range(len(KINDS)):
-        sheet = None
-        for number, frame in enumerate(frames):
-            part = _fitted(Image.fromarray(frame[:, index * across : (index + 1) * across]), side, side)
-            if sheet is None:
-                size = part.size
-                sheet = Image.new("RGB", (columns * size[0], rows * size[1]))
+    size = frames[0][0].size
+    sheets = []
+    for parts in zip(*frames, strict=True):
+        sheet = Image.new("RGB", (columns * size[0], rows * size[1]))
+        for number, part in enumerate(parts):
             sheet.paste(part, (number % columns * size[0], number // columns * size[1]))
         sheets.append(_webp(sheet))
     facts = dict(frames=len(frames), columns=columns, rows=rows)
@@ -147,10 +145,24 @@ def _turntable(path: Path, side: int) -> str:
     )
 
 
-def _frames(path: Path) -> Iterator[np.ndarray]:
+def _frames(path: Path, side: int) -> list[list[Image.Image]]:
+    """The frames to show, each as a small picture of each kind. OSError: there are none."""
     with av.open(str(path)) as video:
-        for frame in video.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+        shown = set(_spread(range(video.streams.video[0].frames), MOST_FRAMES))
+        frames = [
+            _kinds(frame.to_ndarray(format="rgb24"), side)
+            for number, frame in enumerate(video.decode(video=0))
+            if number in shown
+        ]
+    if not frames:
+        raise OSError("it has no frames")
+    return frames
+
+
+def _kinds(frame: np.ndarray, side: int) -> list[Image.Image]:
+    across = frame.shape[1] // len(KINDS)  # a column that made the video's width even is left out
+    parts = [frame[:, index * across : (index + 1) * across] for index in range(len(KINDS))]
+    return [_fitted(Image.fromarray(part), side, side) for part in parts]
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
