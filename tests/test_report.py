@@ -233,9 +233,9 @@ def test_the_page_stays_small_whatever_its_pictures_hold(copy):
     def noise(height: int, width: int) -> np.ndarray:
         return drawn.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-    write_video(copy / "results" / "turntable.mp4", (noise(400, 1200) for _ in range(60)), 25)
+    write_video(copy / "results" / "turntable.mp4", (noise(384, 1152) for _ in range(MOST_FRAMES + 2)), 25)
     for path in [*(copy / "results").glob("*.png"), *(copy / "validation").glob("*.png")]:
-        Image.fromarray(noise(800, 800)).save(path)
+        Image.fromarray(noise(400, 400)).save(path)
     page = Page(write_report(Workspace(copy)))
     assert 1_000_000 < (copy / "report.html").stat().st_size <= LARGEST
     (table,) = [one for one in page.of("div") if one.get("id") == "turntable"]
