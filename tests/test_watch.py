@@ -267,6 +267,21 @@ def test_a_number_that_is_not_finite_is_one_on_the_board(components, tmp_path):
     assert np.isnan(events.Scalars("grad_norm")[0].value) and events.Scalars("lr")[0].value == 1
 
 
+def test_what_the_board_shows_after_a_checkpoint_is_shown_anew(components, tmp_path):
+    """A run that was stopped in the middle goes on from its last checkpoint, and repeats the steps since."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps, value in ((0, (2, 4, 6), 1.0), (4, (6, 8), 2.0)):
+        made = make_trainer(components, tensorboard=True)
+        made.step = start
+        with watch.Watch(made, Workspace(tmp_path), Reporter(Console(quiet=True))) as board:
+            for step in steps:
+                board.row(dict.fromkeys(watch.NUMBERS, value) | {"step": step, "loss": value})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("lr")] == [(2, 1), (4, 1), (6, 2), (8, 2)]
+
+
 def test_without_the_package_a_sentence_and_nothing_written(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(watch, "find_spec", lambda name: None)
     assert main(command(tmp_path / "new", tiny_model, "--tensorboard")) == 2
