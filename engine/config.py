@@ -392,6 +392,24 @@ class OutputConfig(Room):
     eval_interval: int = option(
         1, "epochs between two sets of validation pictures; an epoch is 100 steps", low=1, may_change=True
     )
+    test_interval: int = option(
+        100, "epochs between two test videos during the run; the last is results/turntable.mp4", low=1, may_change=True
+    )
+    save_guidance: bool = option(
+        False,
+        "save what the image model sees: the render, its noisy version and the one-step estimate, in guidance/; takes "
+        "the VAE's decoder",
+        may_change=True,
+    )
+    save_guidance_interval: int = option(
+        10, "with --save_guidance: steps between two of these pictures", low=1, may_change=True
+    )
+    tensorboard: bool = option(
+        False, "the numbers of metrics.jsonl for TensorBoard too, in tensorboard/", may_change=True
+    )
+    profile: bool = option(
+        False, "trace 20 steps after the first 20 with torch's profiler, into profile/", may_change=True
+    )
     dataset_size_valid: int = option(8, "pictures in a validation set", low=1, may_change=True)
     dataset_size_test: int = option(100, "frames of the 360-degree video", low=1, may_change=True)
     mcubes_resolution: int = option(256, "cells along an edge for the mesh", low=8, high=1024, may_change=True)

@@ -53,9 +53,11 @@ DIFFERENCES = {
     "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
     "--lambda_orient": "always a mean over samples",
     "--min_near": "holds for rays, which the reference's never reaches",
+    "--save_guidance": "the estimate is right at every t; the reference's takes the noise levels of single steps",
     "--save_mesh": "mesh/mesh.glb with vertex colours",
     "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
     "--seed": "drawn when not given, and kept in manifest.json",
+    "--test_interval": "results/turntable_step_*.mp4",
     "--vram_O": "xformers attention, VAE in slices, recomputing in its encoder; nothing is offloaded to the CPU",
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import write_mesh
+from dream_fast.engine.export.report import write_report
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.field import Field
 from dream_fast.engine.guidance.attention import Chosen
@@ -32,6 +34,7 @@ from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
 from dream_fast.engine.trainer import Trainer
+from dream_fast.engine.watch import check_watchable
 from dream_fast.engine.workspace import Workspace
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "safetensors", "numpy")
@@ -64,10 +67,13 @@ def run(config: Config) -> int:
         if config.run.test or trainer.step >= config.run.iters:
             reporter.open_log(workspace.log)
             reporter.say(_looking_line(config, runtime, trainer.step))
-            write_outputs(trainer, workspace, reporter, only_missing=not config.run.test)
+            written = write_outputs(trainer, workspace, reporter, only_missing=not config.run.test)
+            if written or not workspace.report.exists():
+                write_report(workspace)
             reporter.files(workspace.files())
             return 0
 
+        check_watchable(config.output)
         earlier = [] if fresh else workspace.read_manifest().get("runs", [])
         components = _load_guidance(config, runtime, trainer.attention)
         prompts = _embed(config, components)
@@ -85,13 +91,20 @@ def run(config: Config) -> int:
         workspace.write_manifest(manifest)
         reporter.say(_start_line(config, runtime, components, trainer.field, trainer.step))
         compile_kernels(config, runtime, reporter)
+        times = [started, time.monotonic()]
         trainer.fit(workspace, reporter)
+        times.append(time.monotonic())
         trainer.guidance = None
         del components, prompts, score  # their memory is the outputs' now
         write_outputs(trainer, workspace, reporter)
-        seconds, peak = time.monotonic() - started, peak_memory(runtime.device)
-        manifest["runs"][-1] |= {"finished": _now(), "seconds": round(seconds, 1), "peak_bytes": peak}
+        times.append(time.monotonic())
+        seconds, peak = times[-1] - started, peak_memory(runtime.device)
+        parts = zip(("start", "steps", "outputs"), pairwise(times), strict=True)
+        seconds_of = {part: round(end - begin, 1) for part, (begin, end) in parts}
+        finished = {"finished": _now(), "seconds": round(seconds, 1), "seconds_of": seconds_of, "peak_bytes": peak}
+        manifest["runs"][-1] |= finished
         workspace.write_manifest(manifest)
+        write_report(workspace)
         memory = ", ".join(f"{count / 1e9:.2f} GB of {place} memory" for place, count in peak.items())
         reporter.say(f"done in {seconds:.0f} s, at most {memory}")
         reporter.files(workspace.files())
@@ -130,12 +143,15 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
     return wanted
 
 
-def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> None:
-    """Writes the outputs from the averaged weights, without specks."""
+def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> bool:
+    """Writes the outputs from the averaged weights, without specks; returns whether there was something to write."""
+    written = False
     with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
         for output in outputs(trainer, workspace, reporter):
             if not (only_missing and all(path.exists() for path in output.paths)):
                 output.write()
+                written = True
+    return written
 
 
 # ---------------------------------------------------------------------------------------------------------------- start
@@ -172,6 +188,7 @@ def _load_guidance(config: Config, runtime: Runtime, kept: Chosen | None) -> Com
     # A measurement may end differently the next time.
     attention = "sdpa" if run.deterministic and run.attention == "auto" else run.attention
     options = dict(vram_O=run.vram_O, attention=attention, kept=kept, compiled=COMPILED if run.compile else ())
+    options["need_vae_decoder"] = config.output.save_guidance
     components = load_components(source, runtime.device, runtime.dtype, **options)
     if config.shading.latent_iter_ratio > 0 and components.latent_channels != 4:
         raise UserError(

@@ -27,6 +27,7 @@ from dream_fast.engine.config import Config, RunConfig, ShadingConfig
 from dream_fast.engine.cuda_graph import CudaGraphs
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
+from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.field import Field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult, Settled
@@ -36,6 +37,7 @@ from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
 from dream_fast.engine.renderer import Rendered, Renderer
 from dream_fast.engine.runtime import Runtime, step_seed
+from dream_fast.engine.watch import Seen, Watch
 from dream_fast.engine.workspace import Workspace
 
 EPOCH = 100  # steps; validation pictures and checkpoints fall on its multiples
@@ -108,6 +110,7 @@ class Step(NamedTuple):
     opacity: Tensor  # [R]
     samples: Tensor  # how many there were
     overflow: Tensor  # whether they did not all fit
+    seen: Seen | None = None  # with --save_guidance
 
 
 class Dials(NamedTuple):
@@ -230,7 +233,8 @@ class Trainer:
         self.mark("backward")
         terms = {name: term.detach() for name, term in terms.items()}  # nothing of the step's autograd graph lives on
         opacity, samples = rendered.opacity.detach(), rendered.samples.count
-        return Step(phase, terms, guided.t, guided.grad_norm.detach(), opacity, samples, rendered.overflow)
+        seen = Seen(pictures.detach(), guided.noisy, guided.clean) if config.output.save_guidance else None
+        return Step(phase, terms, guided.t, guided.grad_norm.detach(), opacity, samples, rendered.overflow, seen)
 
     def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> Step:
         """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
@@ -288,17 +292,19 @@ class Trainer:
         Raises KeyboardInterrupt then, and UserError when the gradients stay non-finite.
         """
         run, output = self.config.run, self.config.output
-        evaluation = output.eval_interval * EPOCH
+        evaluation, tests = output.eval_interval * EPOCH, output.test_interval * EPOCH
         saved = started = time.monotonic()
         logged_step, logged = self.step, started
         with (
             stopped_by_signal() as stop,
             workspace.metrics.open("a", encoding="utf-8") as metrics,
             reporter.bar("start", run.iters, self.step) as bar,
+            Watch(self, workspace, reporter) as watch,
         ):
             while self.step < run.iters and not stop.is_set():
                 result = self.train_step()
                 last = self.step == run.iters
+                watch.step(result)
                 if self.step % run.log_every == 0 or last:
                     row = self._row(result)  # waits for the device
                     now = time.monotonic()
@@ -307,11 +313,14 @@ class Trainer:
                     row |= {"it_per_s": round(speed, 3), "seconds": round(now - started, 3)}
                     metrics.write(json.dumps(row) + "\n")
                     metrics.flush()
+                    watch.row(row)
                     self._show(bar, row)
                     self._check_alive()
                 bar.advance(self.step)
                 if self.step % evaluation == 0 or last:
                     self.validate(workspace)
+                if self.step % tests == 0 and not last and not run.six_views:
+                    self.write_test_video(workspace.results / f"turntable_step_{self.step:06d}.mp4")
                 if self.step % EPOCH == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS and not last:
                     self.save(workspace)
                     saved = time.monotonic()
@@ -332,6 +341,7 @@ class Trainer:
             **{f"loss_{name}": value for name, value in terms.items()},
             "t": result.t.tolist(),
             "grad_norm": _number(result.grad_norm),
+            "lr": self.config.optim.lr * self.config.optim.lr_decay ** self.schedule.progress(self.step - 1),
             "opacity": _number(result.opacity.mean()),
             "samples": int(result.samples),
             "skipped": int(self.skipped),
@@ -357,6 +367,13 @@ class Trainer:
         with self.optimizer.ema_weights():
             write_validation(path, self.renderer, self.config.camera, self.config.output.dataset_size_valid)
         return path
+
+    def write_test_video(self, path: Path) -> None:
+        """The turntable of the object as it is now, from the averaged weights and without specks."""
+        output = self.config.output
+        with self.optimizer.ema_weights(), self.renderer.without_specks():
+            frames = turntable_frames(self.renderer, self.config.camera, output.dataset_size_test)
+            write_video(path, frames, output.video_fps)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 

@@ -4,6 +4,7 @@
     manifest.json    versions, device, seed, command  metrics.jsonl a row every few steps
     checkpoints/     the last two                     validation/   a view now and then during the run
     results/         video and six views              mesh/         the mesh, when asked for
+    report.html      all of it on one page            guidance/, tensorboard/, profile/  when asked for
 
 Everything here is plain files; what a run has reached is read from its checkpoints and never kept twice.
 """
@@ -51,6 +52,18 @@ class Workspace:
         return self.path / "validation"
 
     @property
+    def guidance(self) -> Path:
+        return self.path / "guidance"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -62,17 +75,22 @@ class Workspace:
     def mesh(self) -> Path:
         return self.path / "mesh"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def files(self) -> list[Path]:
-        """Every file of the run, in the order of this class; of the validation pictures only the last."""
+        """Every file of the run, in the order of this class; of pictures of the steps only the last."""
         found: list[Path] = []
         for path in self._everything():
             inside = sorted(path.glob("*.*")) if path.is_dir() else [path] * path.exists()
-            found += inside[-1:] if path == self.validation else inside
+            found += inside[-1:] if path in (self.validation, self.guidance) else inside
         return found
 
     def _everything(self) -> list[Path]:
         files = [self.config, self.manifest, self.metrics, self.log]
-        return [*files, self.validation, self.checkpoints, self.results, self.mesh]
+        during = [self.validation, self.guidance, self.tensorboard, self.profile, self.checkpoints]
+        return [*files, *during, self.results, self.mesh, self.report]
 
     def check_usable(self) -> None:
         """UserError when the folder cannot be this run's: a file in its place, no right to write, another's files.

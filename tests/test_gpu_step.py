@@ -1,12 +1,17 @@
 """A whole step on a GPU: no wait for the device, gradients of the kernels against the references, repeatable bits."""
 
+import gzip
+import json
 import random
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, check_together
+from dream_fast.cli import main
 from dream_fast.engine.camera import rays, sample_cameras
 from dream_fast.engine.config import Config, GuidanceConfig
 from dream_fast.engine.guidance.loader import load_components
@@ -224,3 +229,23 @@ def test_deterministic_runs_repeat_bit_for_bit():
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("graph", ["--step_graph", "--no-step_graph"])
+def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
+    """Pictures beside the graph of the step, and a trace that sees the kernels inside it."""
+    words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()
+    assert main(["--text", "a hamburger", "--workspace", str(tmp_path), *words, graph]) == 0
+    said = capsys.readouterr().out
+    assert "ms a step on the CUDA" in said and "warning" not in said
+    with gzip.open(tmp_path / "profile" / "trace.json.gz", "rt") as file:
+        kernels = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "kernel"]
+    assert any("_kernel" in name for name in kernels)
+    paths = sorted((tmp_path / "guidance").iterdir())
+    assert [path.name for path in paths] == [f"step_{step:06d}.png" for step in range(10, 70, 10)]
+    for path in paths:
+        tiles = np.asarray(Image.open(path)).astype(float).reshape(128, 3, 128, 3)
+        render, noisy, clean = tiles.transpose(1, 0, 2, 3)
+        assert min(render.std(), noisy.std(), clean.std()) > 1
+    # At the last step t is low: what is shown three times is nearly the same picture.
+    assert np.abs(clean - render).mean() < 20 and np.abs(noisy - render).mean() < 40

@@ -42,6 +42,7 @@ def test_every_package_is_declared():
 def test_the_wheel_holds_the_modules_the_weights_and_nothing_else(wheel):
     modules = [ROOT / "__init__.py", ROOT / "cli.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
     data = [path for folder in DATA for path in (ROOT / folder).rglob("*") if path.is_file()]
+    data.append(ROOT / "engine/export/report.html")
     expected = {f"dream_fast/{path.relative_to(ROOT).as_posix()}" for path in [*modules, *data]}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected

@@ -113,7 +113,7 @@ def test_a_finished_run_says_so_and_writes_only_what_is_missing(copy, tiny_model
     after = contents(copy)
     assert after["mesh/mesh.glb"] == before["mesh/mesh.glb"]
     assert after["results/back.png"] == b"kept"
-    assert {name for name in after if after[name] != before.get(name)} == {"results/back.png", "log.txt"}
+    assert {name for name in after if after[name] != before.get(name)} == {"results/back.png", "report.html", "log.txt"}
 
 
 def test_a_missing_picture_of_the_six_views_is_written_again(copy, tiny_model):

@@ -185,7 +185,7 @@ def test_a_clamp_does_not_hide_what_is_not_finite(components: Components, bad: f
     sds = ScoreDistillation(components, config("csd", clip_grad_latent=0.5))
     cond, uncond = prompts(1)
     noise, t = torch.randn(z.shape, generator=generator(1)), torch.tensor([500])
-    gradient = sds._gradient(z, t, cond, uncond, torch.tensor(SCALE), noise)
+    gradient, *_ = sds._gradient(z, t, cond, uncond, torch.tensor(SCALE), noise)
     assert not torch.isfinite(torch.linalg.vector_norm(gradient))
     assert torch.isfinite(gradient[:, 1:]).all()
 

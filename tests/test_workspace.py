@@ -117,8 +117,10 @@ def test_rewind_needs_only_the_names_of_checkpoints(tmp_path):
 
 def test_clear_removes_the_run_and_nothing_else(tmp_path):
     workspace = make_workspace(tmp_path)
-    workspace.results.mkdir()
-    (workspace.results / "video.mp4").write_text("old")
+    for folder in (workspace.results, workspace.guidance, workspace.tensorboard, workspace.profile):
+        folder.mkdir()
+        (folder / "video.mp4").write_text("old")
+    workspace.report.write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
     workspace.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,11 +1,12 @@
 """PNG pictures: the six views and strips of pictures beside one another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dream_fast.engine.camera import SIX_VIEWS, six_views, turntable
@@ -19,11 +20,19 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def save_png(path: Path, image: Tensor | np.ndarray) -> None:
-    """Write [H, W, 3] or [H, W], uint8 or a tensor in [0, 1]."""
+def save_png(path: Path, image: Tensor | np.ndarray, texts: Mapping[str, str] | None = None) -> None:
+    """Write [H, W, 3] or [H, W], uint8 or a tensor in [0, 1]; `texts` go into the file beside the picture."""
     pixels = to_uint8(image) if isinstance(image, Tensor) else image
+    info = PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_text(name, text)
     with written_aside(path) as aside:
-        Image.fromarray(pixels).save(aside)
+        Image.fromarray(pixels).save(aside, pnginfo=info)
+
+
+def save_grid(path: Path, images: Tensor, texts: Mapping[str, str] | None = None) -> None:
+    """Write [rows, columns, H, W, 3] in [0, 1] as one PNG."""
+    save_png(path, np.concatenate([strip(row) for row in to_uint8(images)], axis=0), texts)
 
 
 def normal_image(view: View) -> Tensor:

@@ -24,8 +24,7 @@ def sample(
     to the clean image (DDIM, Song et al. 2020, equation 12 with sigma 0). Raises ValueError for components without the
     VAE's decoder and for a number of steps that the schedule does not have.
     """
-    if components.vae.decoder is None:
-        raise ValueError("components have no VAE decoder; load them with need_vae_decoder=True")
+    _need_decoder(components)
     if not 1 <= steps <= components.num_train_timesteps:
         raise ValueError(f"steps must lie in 1 to {components.num_train_timesteps}, not {steps}")
     batch, size = len(cond), components.latent_size
@@ -40,6 +39,21 @@ def sample(
         else:
             alpha = components.alphas_cumprod[following]
             z = alpha.sqrt() * z0 + (1 - alpha).sqrt() * eps
-    latents = z / components.scaling_factor + components.shift_factor
+    return decode(components, z)
+
+
+@torch.no_grad()
+def decode(components: Components, latents: Tensor) -> Tensor:
+    """Images [B, 3, S, S] in [0, 1], fp32, of ``latents`` [B, C, h, w]; S is the model's image_size.
+
+    Raises ValueError for components without the VAE's decoder.
+    """
+    _need_decoder(components)
+    latents = latents / components.scaling_factor + components.shift_factor
     images = components.vae.decode(latents.to(components.dtype), return_dict=False)[0]
     return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _need_decoder(components: Components) -> None:
+    if components.vae.decoder is None:
+        raise ValueError("components have no VAE decoder; load them with need_vae_decoder=True")

@@ -46,12 +46,17 @@ ASYNCHRONY = 10
 
 class GuidanceResult(NamedTuple):
     """``loss`` scalar 1/2 |g|^2 / B, differentiable in the picture; ``t`` [B] int64; ``grad_norm`` scalar |g|, not
-    finite when the gradient is not; ``gradient`` g [B, C, h, w] of the latents, before the division by B."""
+    finite when the gradient is not; ``gradient`` g [B, C, h, w] of the latents, before the division by B.
+
+    To be looked at, where there are latents: ``noisy`` x_t and ``clean`` = (x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t),
+    the model's estimate of what it is without noise, each [B, C, h, w]."""
 
     loss: Tensor
     t: Tensor
     grad_norm: Tensor
     gradient: Tensor
+    noisy: Tensor | None = None
+    clean: Tensor | None = None
 
 
 class Settled(NamedTuple):
@@ -122,13 +127,14 @@ class ScoreDistillation:
         with torch.autocast(rgb.device.type, enabled=False):
             if self.method == "mse":
                 z = self._latents(rgb, draw)
-                gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise, *others)
+                gradient, noisy, clean = self._gradient(z.detach(), t, cond, uncond, scale, noise, *others)
                 loss = 0.5 * (z - (z - gradient).detach()).square().sum() / batch
             else:
                 score = self._score_of if settled is None else self._score
-                image_gradient, gradient, value = score(rgb.detach(), t, cond, uncond, scale, draw, noise, *others)
+                inputs = (rgb.detach(), t, cond, uncond, scale, draw, noise, *others)
+                image_gradient, value, gradient, noisy, clean = score(*inputs)
                 loss = _InjectGradient.apply(rgb, image_gradient, value)
-        return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient)
+        return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient, noisy, clean)
 
     def _score(
         self,
@@ -140,19 +146,19 @@ class ScoreDistillation:
         draw: Tensor | None,
         noise: Tensor,
         *negatives: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient of the picture, g of the latents, and the loss; a function of tensors alone."""
+    ) -> tuple[Tensor, ...]:
+        """Gradient of the picture, the loss, and what :meth:`_gradient` returns; a function of tensors alone."""
         batch = len(rgb)
         with torch.enable_grad():
             picture = rgb.detach().requires_grad_()
             z = self._latents(picture, draw)
         self.mark("encode")
-        gradient = self._gradient(z.detach(), t, cond, uncond, scale, noise, *negatives)
+        gradient, noisy, clean = self._gradient(z.detach(), t, cond, uncond, scale, noise, *negatives)
         self.mark("unet")
         # The encoder's backward may run in fp16: its upstream gradient gets a peak of 1, to stay in range.
         peak = gradient.abs().amax().clamp_min(1e-12)
         (image_gradient,) = torch.autograd.grad(z, picture, gradient / peak)
-        return image_gradient * (peak / batch), gradient, 0.5 * gradient.square().sum() / batch
+        return image_gradient * (peak / batch), 0.5 * gradient.square().sum() / batch, gradient, noisy, clean
 
     def timesteps(self, batch: int, progress: float, generator: torch.Generator | None = None) -> Tensor:
         """Noise levels [batch] int64: uniform in t_range, or near a level that falls from its end to its start."""
@@ -178,8 +184,8 @@ class ScoreDistillation:
         """Latents [B, C, h, w] of ``picture``: from the VAE's posterior by the normal ``draw``; None: it is latents."""
         model = self.components
         if draw is None:
-            return _resize(picture, model.latent_size)
-        images = _resize(picture, model.image_size) * 2 - 1
+            return resize(picture, model.latent_size)
+        images = resize(picture, model.image_size) * 2 - 1
         posterior = model.vae.encode(images.to(model.dtype)).latent_dist
         z = posterior.mean.float() + posterior.std.float() * draw
         return (z - model.shift_factor) * model.scaling_factor
@@ -187,8 +193,11 @@ class ScoreDistillation:
     @torch.no_grad()
     def _gradient(
         self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, scale: Tensor, noise: Tensor, *negatives: Tensor
-    ) -> Tensor:
-        """g [B, C, h, w] of the module's docstring. ``negatives``: nothing, or the fields of `Negatives`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """g of the module's docstring, with ``noisy`` and ``clean`` of :class:`GuidanceResult`, each [B, C, h, w].
+
+        ``negatives``: nothing, or the fields of `Negatives`.
+        """
         model, config = self.components, self.config
         prompts, weights, further = [uncond, cond], None, None
         if negatives:
@@ -203,14 +212,15 @@ class ScoreDistillation:
             further = (*self._noisier(z, t, noise), cond)
         rows = unet_rows(model, noisy, t, prompts, further)
         guided = rows[: len(prompts)]
-        eps, _ = guide(model, guided, noisy, t, scale=scale, rescale=config.guidance_rescale, weights=weights)
+        eps, clean = guide(model, guided, noisy, t, scale=scale, rescale=config.guidance_rescale, weights=weights)
         taken = noise
         if config.score == "csd":
             taken, _ = split(model, rows[0], noisy, signal, spread)
         elif config.score == "asd":
             later, level, _ = further
             taken, _ = split(model, rows[-1], later, *strengths(model, level))
-        return _clamp(config.lambda_guidance * (1 - alpha) * (eps - taken), config.clip_grad_latent)
+        gradient = _clamp(config.lambda_guidance * (1 - alpha) * (eps - taken), config.clip_grad_latent)
+        return gradient, noisy, clean
 
     def _noisier(self, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The latents ``z`` with the same noise at the higher level t' of asd, and that level [B]."""
@@ -243,7 +253,7 @@ class _InjectGradient(torch.autograd.Function):
         return gradient * upstream, None, None
 
 
-def _resize(image: Tensor, size: int) -> Tensor:
+def resize(image: Tensor, size: int) -> Tensor:
     """``image`` [B, C, H, W] at ``size`` x ``size``: bilinear, pixel centres at halves, averaged where it shrinks."""
     height, width = image.shape[-2:]
     if (height, width) == (size, size):

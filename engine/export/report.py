@@ -1,0 +1,372 @@
+"""report.html: a run on one page, which needs nothing beside it and no network.
+
+It is made from the files of a workspace alone: the turntable's frames to drag, the six views, pictures of the steps,
+curves of metrics.jsonl, the settings, and the command that makes the run again.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from PIL import Image
+
+from dream_fast.engine.camera import SIX_VIEWS
+from dream_fast.engine.config import Config, settings
+from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.export.curves import SERIES, Series, curves
+from dream_fast.engine.export.files import written_aside
+from dream_fast.engine.repeat import repeating_command, visible
+from dream_fast.engine.workspace import Workspace
+
+TEMPLATE = Path(__file__).with_name("report.html")
+LARGEST = 6_000_000  # bytes of the page; pictures shrink until it is smaller
+SIDES = (384, 288, 192, 128)  # pixels along the longer edge of a picture, from the best down
+MOST_FRAMES = 48  # of the turntable
+MOST_STRIPS = 4  # pictures of the run
+MOST_GUIDANCE = 6
+QUALITY = 82  # of WebP
+KINDS = ("colour", "normals", "depth")  # in a frame of the turntable, from left to right
+
+
+def write_report(workspace: Workspace) -> Path:
+    """Writes the report of the run that lives in ``workspace``, and returns its path.
+
+    A picture that is missing is left out, and one that cannot be read is named on the page. UserError: the settings or
+    the manifest are missing or damaged.
+    """
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    config, manifest, rows = workspace.stored_config(), workspace.read_manifest(), _rows(workspace)
+    if config is None:
+        raise UserError(f"{workspace.path} holds no run to report on")
+    for side in SIDES:
+        page = template.substitute(_parts(workspace, config, manifest, rows, side))
+        if len(page.encode()) <= LARGEST:
+            break
+    with written_aside(workspace.report) as aside:
+        aside.write_text(page, encoding="utf-8")
+    return workspace.report
+
+
+def _parts(
+    workspace: Workspace, config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]], side: int
+) -> dict[str, str]:
+    """What the template's names stand for."""
+    return {
+        "title": text(config.run.text),
+        "facts": _facts(config, manifest, rows),
+        "turntable": _turntable(workspace.results / "turntable.mp4", side),
+        "views": _six_views(workspace.results, side),
+        "strips": _strips(workspace, config, side),
+        "curves": _curves(rows),
+        "timings": _timings(manifest),
+        "repeat": _repeat(config, manifest),
+        "settings": _settings(config),
+        "machine": _machine(manifest),
+    }
+
+
+def text(value: Any) -> str:
+    """``value`` as text of a page: what would be markup, steer a terminal or turn the writing around is escaped."""
+    shown = "".join(line if line in "\n\t" else visible(line) for line in str(value))
+    return html.escape(shown)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _webp(picture: Image.Image) -> str:
+    """A data URI."""
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, "WEBP", quality=QUALITY, method=4)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """``picture`` made smaller, if it is not, to fit in ``width`` x ``height``."""
+    scale = min(1.0, width / picture.width, height / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _image(path: Path, width: int, height: int, alt: str) -> str:
+    """An <img> of the picture at ``path``, or a sentence when it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            picture = _fitted(picture, width, height)
+            size = f'width="{picture.width}" height="{picture.height}"'
+            return f'<img src="{_webp(picture)}" {size} alt="{text(alt)}">'
+    except OSError as error:
+        return f'<p class="missing">{text(path.name)} cannot be read: {text(first_line(error))}</p>'
+
+
+def _turntable(path: Path, side: int) -> str:
+    """All frames of a kind in one picture, of which the page shows one at a time."""
+    if not path.exists():
+        return '<p class="missing">no turntable was made</p>'
+    try:
+        frames = _frames(path, side)
+    except (av.FFmpegError, OSError) as error:
+        return f'<p class="missing">{text(path.name)} cannot be read: {text(first_line(error))}</p>'
+    columns = math.ceil(math.sqrt(len(frames)))
+    rows = math.ceil(len(frames) / columns)
+    size = frames[0][0].size
+    sheets = []
+    for parts in zip(*frames, strict=True):
+        sheet = Image.new("RGB", (columns * size[0], rows * size[1]))
+        for number, part in enumerate(parts):
+            sheet.paste(part, (number % columns * size[0], number // columns * size[1]))
+        sheets.append(_webp(sheet))
+    facts = dict(frames=len(frames), columns=columns, rows=rows)
+    data = " ".join(f'data-{name}="{value}"' for name, value in facts.items())
+    shown = [
+        f'<div class="sheet" data-kind="{kind}" style="aspect-ratio: {size[0]} / {size[1]}; '
+        f"background-size: {columns * 100}% {rows * 100}%; background-image: url({sheet})"
+        f'"{"" if kind == KINDS[0] else " hidden"}></div>'
+        for kind, sheet in zip(KINDS, sheets, strict=True)
+    ]
+    buttons = "".join(
+        f'<button type="button" data-kind="{kind}" aria-pressed="{str(kind == KINDS[0]).lower()}">{kind}</button>'
+        for kind in KINDS
+    )
+    return (
+        f'<div id="turntable" {data} style="max-width: {min(2 * size[0], 460)}px"><div class="stage" role="slider" '
+        f'tabindex="0" aria-label="turn the object" aria-valuemin="0" aria-valuemax="360" aria-valuenow="0">'
+        f'{"".join(shown)}</div><div class="bar">{buttons}<button type="button" id="play">pause</button></div></div>'
+    )
+
+
+def _frames(path: Path, side: int) -> list[list[Image.Image]]:
+    """The frames to show, each as a small picture of each kind. OSError: there are none."""
+    with av.open(str(path)) as video:
+        shown = set(_spread(range(video.streams.video[0].frames), MOST_FRAMES))
+        frames = [
+            _kinds(frame.to_ndarray(format="rgb24"), side)
+            for number, frame in enumerate(video.decode(video=0))
+            if number in shown
+        ]
+    if not frames:
+        raise OSError("it has no frames")
+    return frames
+
+
+def _kinds(frame: np.ndarray, side: int) -> list[Image.Image]:
+    across = frame.shape[1] // len(KINDS)  # a column that made the video's width even is left out
+    parts = [frame[:, index * across : (index + 1) * across] for index in range(len(KINDS))]
+    return [_fitted(Image.fromarray(part), side, side) for part in parts]
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most ``most`` of ``items``, evenly from the first on."""
+    if len(items) <= most:
+        return list(items)
+    return [items[index * len(items) // most] for index in range(most)]
+
+
+def _latest(items: Sequence[Any], most: int) -> list[Any]:
+    """The same, evenly up to the last."""
+    return _spread(items[::-1], most)[::-1]
+
+
+def _six_views(folder: Path, side: int) -> str:
+    figures = []
+    for name, (polar, azimuth) in SIX_VIEWS.items():
+        pair = [folder / f"{name}.png", folder / f"{name}_normal.png"]
+        images = "".join(_image(path, side, side, path.stem) for path in pair if path.exists())
+        if images:
+            angles = f"polar {polar:g}°, azimuth {azimuth:g}°"
+            figures.append(f"<figure>{images}<figcaption><b>{name}</b> {angles}</figcaption></figure>")
+    return "".join(figures) or '<p class="missing">no views were made</p>'
+
+
+def _strips(workspace: Workspace, config: Config, side: int) -> str:
+    """What was seen while it ran: the object around itself, and what the image model made of single views."""
+    parts = []
+    pictures = _latest(sorted(workspace.validation.glob("step_*.png")), MOST_STRIPS)
+    if pictures:
+        parts.append("<h3>The object, colours above normals</h3>")
+    for path in pictures:
+        step = _step(path)
+        image = _image(path, 4 * side, side, f"the object after {step} steps")
+        parts.append(f'<figure class="wide">{image}<figcaption>after {text(step)} steps</figcaption></figure>')
+    seen = _latest(sorted(workspace.guidance.glob("step_*.png")), MOST_GUIDANCE)
+    if seen:
+        parts.append("<h3>What the image model saw: render, noisy version, one-step estimate</h3>")
+        parts.append('<div class="seen">')
+        for path in seen:
+            step = _step(path)
+            image = _image(path, 2 * side, config.camera.batch_size * side, f"guidance of step {step}")
+            parts.append(f"<figure>{image}<figcaption>step {text(step)}{_level(path)}</figcaption></figure>")
+        parts.append("</div>")
+    return "".join(parts) or '<p class="missing">no pictures were saved</p>'
+
+
+def _step(path: Path) -> str:
+    """The step in the name of a picture."""
+    return path.stem.removeprefix("step_").lstrip("0") or "0"
+
+
+def _level(path: Path) -> str:
+    try:
+        with Image.open(path) as picture:
+            return f", t = {text(picture.info['t'])}"
+    except (OSError, KeyError):  # a picture that is damaged has been named already
+        return ""
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def _rows(workspace: Workspace) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; those that cannot be read are left out, as when a run is taken up."""
+    rows = []
+    if workspace.metrics.exists():
+        for line in workspace.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+class Chart(NamedTuple):
+    """A drawing: its title, what stands beside its axis, and the names of the numbers of a row."""
+
+    title: str
+    label: str
+    names: Sequence[str]
+
+
+def _curves(rows: list[dict[str, Any]]) -> str:
+    losses = list(dict.fromkeys(name for row in rows for name in row if name.startswith("loss_")))
+    charts = [
+        Chart("Losses, weighted", "loss", losses),
+        Chart("Gradient of the guidance", "norm in the latents", ["grad_norm"]),
+        Chart("Opacity of the rays", "mean", ["opacity"]),
+        Chart("Samples of a step", "samples", ["samples"]),
+        Chart("Learning rate", "lr", ["lr"]),
+        Chart("Speed", "steps a second", ["it_per_s"]),
+    ]
+    marks = _marks(rows)
+    return "".join(_figure(chart, rows, marks) for chart in charts)
+
+
+def _marks(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Where a phase begins, when there is more than one."""
+    phases = [(row["step"], row.get("phase", "")) for row in rows]
+    begins = [now for before, now in zip([None, *phases], phases, strict=False) if not before or before[1] != now[1]]
+    return begins if len(begins) > 1 else []
+
+
+def _figure(chart: Chart, rows: list[dict[str, Any]], marks: list[tuple[int, str]]) -> str:
+    series = []
+    for name in chart.names:
+        having = [row for row in rows if name in row]
+        values = [value if isinstance(value := row[name], int | float) else None for row in having]
+        series.append(Series(name.removeprefix("loss_"), [row["step"] for row in having], values))
+    keys = "".join(f'<span class="key s{i % SERIES}">{text(line.name)}</span>' for i, line in enumerate(series))
+    legend = f'<div class="keys">{keys}</div>' if len(series) > 1 else ""
+    drawing = curves(chart.title, chart.label, series, marks)
+    return f"<figure><figcaption><b>{text(chart.title)}</b></figcaption>{drawing}{legend}</figure>"
+
+
+def _facts(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    runs = manifest.get("runs", [])
+    last = runs[-1] if runs else {}
+    facts = {
+        "steps": last.get("to_step", config.run.iters),
+        "time": _duration(sum(run.get("seconds", 0.0) for run in runs)),
+        "image model": manifest.get("model", "?"),
+        "device": last.get("device", config.run.device),
+        "seed": config.run.seed,
+        "finished": last.get("finished", "?"),
+        "peak memory": _memory(last),
+    }
+    if speeds := [row["it_per_s"] for row in rows if row.get("it_per_s")]:
+        facts["median speed"] = f"{statistics.median(speeds):.2f} steps a second"
+    if config.run.negative:
+        facts["negative prompt"] = config.run.negative
+    facts |= {f"prompt, {view}": own for view, own in config.run.own_texts.items()}
+    return _list(facts)
+
+
+def _list(facts: Mapping[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items()) + "</dl>"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _timings(manifest: Mapping[str, Any]) -> str:
+    head = ["steps", "start", "optimisation", "outputs", "in all", "peak memory", "device"]
+    lines = []
+    for run in manifest.get("runs", []):
+        parts = run.get("seconds_of", {})
+        memory = _memory(run)
+        times = [f"{parts[part]:.1f} s" if part in parts else "–" for part in ("start", "steps", "outputs")]
+        whole = f"{run['seconds']:.1f} s" if "seconds" in run else "stopped before its end"
+        span = f"{run.get('from_step', '?')} to {run.get('to_step', '?')}"
+        lines.append([span, *times, whole, memory, run.get("device", "?")])
+    return _table(head, lines)
+
+
+def _memory(run: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count / 1e9:.2f} GB {place}" for place, count in run.get("peak_bytes", {}).items()) or "–"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = "".join(f"<th>{text(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def _repeat(config: Config, manifest: Mapping[str, Any]) -> str:
+    """The command, or one for each time that the run was taken further."""
+    ends = list(dict.fromkeys(run["to_step"] for run in manifest.get("runs", []) if "to_step" in run))
+    lines = [repeating_command(config, iters) for iters in ends or [config.run.iters]]
+    # No line of the page ends between the two dashes of a flag and its name.
+    return re.sub(r"(?<= )-\S*", r'<span class="flag">\g<0></span>', text("\n".join(lines)))
+
+
+def _settings(config: Config) -> str:
+    tables = []
+    for room, values in config.to_dict().items():
+        meanings = {field.name: field.metadata["help"] for owner, field in settings() if owner.name == room}
+        lines = [[f"--{name}", _shown(value), meanings[name]] for name, value in values.items()]
+        tables.append(f"<h3>{text(room)}</h3>" + _table(["setting", "value", "meaning"], lines))
+    return "".join(tables)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return {None: "none", "": '""'}.get(value, str(value))
+
+
+def _machine(manifest: Mapping[str, Any]) -> str:
+    runs = manifest.get("runs", [])
+    if not runs:
+        return ""
+    last = runs[-1]
+    facts = {"attention": last.get("attention"), "code": last.get("git") or "an installed package"}
+    return _list(facts | last.get("machine", {}) | last.get("versions", {}))

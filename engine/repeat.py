@@ -1,0 +1,87 @@
+"""The command that makes a run again, from its settings, as a person would type it. Nothing heavy is imported."""
+
+import shlex
+import unicodedata
+from typing import Any
+
+from dream_fast.engine.config import Config, settings, value_type
+from dream_fast.engine.presets import resolve
+
+# What decides about other settings' defaults, so it comes before them.
+_DECIDING = ("hf_key", "sd_version", "preset", "score")
+_BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def repeating_command(config: Config, iters: int | None = None) -> str:
+    """A shell command whose settings come out as those of ``config``, up to ``iters`` steps (default: its own).
+
+    Only what differs from the defaults of its model and device is in it, and always the device; not --test, and of
+    --ckpt only a path: what to do with a run that is already there is for the user to say. Words with characters
+    that a terminal would not show are written in $'...', which bash, zsh and ksh read.
+    """
+    if iters is not None:
+        config = config.override({"iters": iters})
+    return " ".join(map(quote, ["dream-fast", *_words(_typed(config))]))
+
+
+def _typed(config: Config) -> dict[str, Any]:
+    """The settings that have to be typed, by name."""
+    mine = {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+    default = {field.name: field.default for _, field in settings()}
+    model = "dream-mini" if config.guidance.embedded else "sd"
+    device = "cuda" if mine["device"] == "cuda" else "cpu"
+    deciding = {name: mine[name] for name in _DECIDING if mine[name] != default[name]}
+    base = resolve(deciding, model, device)
+    differing = {
+        field.name: mine[field.name]
+        for room, field in settings()
+        if mine[field.name] != getattr(getattr(base, room.name), field.name)
+    }
+    if "guidance_scale_end" in differing and differing["guidance_scale_end"] is None:
+        del differing["guidance_scale_end"]
+        differing["guidance_scale"] = mine["guidance_scale"]  # typed, it holds for the whole run
+    wanted = deciding | differing | {"device": mine["device"]}
+    if mine["ckpt"] in ("latest", "scratch"):
+        wanted.pop("ckpt", None)
+    wanted.pop("test", None)
+    return {name: wanted[name] for name in mine if name in wanted}
+
+
+def _words(typed: dict[str, Any]) -> list[str]:
+    kinds = {field.name: value_type(field) for _, field in settings()}
+    words: list[str] = []
+    for name, value in typed.items():
+        if name == "fp16" and value:
+            words.append("-O")
+        elif kinds[name] is bool:
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, str) and value.startswith("-"):
+            words.append(f"--{name}={value}")  # apart from its flag it would be read as one
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def quote(word: str) -> str:
+    """``word`` as a shell reads it back."""
+    if not any(map(_hidden, word)):
+        return shlex.quote(word)
+    return "$'" + visible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+
+
+def visible(text: str) -> str:
+    """``text`` with the characters that steer a terminal or the direction of writing as escapes: \\x1b, \\u202e."""
+    return "".join(_escaped(character) if _hidden(character) else character for character in text)
+
+
+def _hidden(character: str) -> bool:
+    return character in _BIDIRECTIONAL or unicodedata.category(character) in ("Cc", "Cs")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of the command line that is no UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

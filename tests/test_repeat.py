@@ -1,0 +1,83 @@
+"""The command that makes a run again comes out as the run's settings, through a shell too."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dream_fast.cli import parse
+from dream_fast.engine.config import Config
+from dream_fast.engine.presets import chosen_model, resolve
+from dream_fast.engine.repeat import quote, repeating_command, visible
+
+SHELL = "bash"
+
+
+def words_of(line: str) -> list[str]:
+    """The words into which a shell splits ``line``."""
+    show = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    command = [SHELL, "-c", f'{sys.executable} -c "$0" {line}', show]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def settings_of(line: str) -> Config:
+    """The settings to which the command ``line`` comes."""
+    program, *words = words_of(line)
+    assert program == "dream-fast"
+    typed = parse(words)
+    return resolve(typed, chosen_model(typed), typed["device"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {},
+        {"fp16": True, "save_mesh": True, "iters": 7, "phi_range": (-90.0, -0.5)},
+        {"guidance_scale": 20.0},
+        {"guidance_scale": 8.0},  # the default at the start, and then not at the end
+        {"guidance_scale": 20.0, "guidance_scale_end": 5.0},
+        {"score": "csd"},
+        {"score": "asd", "guidance_scale": 3.0},
+        {"preset": "reference"},
+        {"preset": "reference", "lr": 0.5},
+        {"sd_version": "1.5", "negative": "blurry"},
+        {"hf_key": "a folder/with 'quotes'"},
+        {"guidance": ("SD",)},
+        {"deterministic": True},
+        {"lambda_tv": 1.0},
+        {"step_graph": False, "grad_clip": -1.0, "bg_radius": -1.0, "view_blend": 90.0},
+        {"text": "-a \"hamburger\" $(rm) `x` !! \\ 'q'", "text_back": "--iters"},
+        {"text": "two\nlines\tand \x1b[31m \u202e and K\u00e4se \U0001f354", "workspace": "a b"},
+        {"exp_start_iter": 3, "exp_end_iter": 9, "test_interval": 1, "save_guidance": True},
+    ],
+    ids=lambda typed: "-".join(typed) or "default",
+)
+def test_the_command_comes_out_as_the_settings(typed, device):
+    typed = {"text": "a hamburger", "seed": 3} | typed
+    config = resolve(typed, chosen_model(typed), device)
+    line = repeating_command(config)
+    assert settings_of(line) == config
+    assert "\x1b" not in line and "\n" not in line
+    assert settings_of(repeating_command(config, 12)) == config.override({"iters": 12})
+
+
+def test_only_what_differs_is_in_it():
+    config = resolve({"text": "a hamburger", "seed": 3, "fp16": True}, "dream-mini", "cuda")
+    assert repeating_command(config) == "dream-fast --text 'a hamburger' --seed 3 -O --device cuda"
+
+
+def test_what_to_do_with_a_run_that_is_there_is_left_out():
+    config = resolve({"text": "cat", "seed": 3}, "dream-mini", "cpu")
+    for changes in ({"test": True}, {"ckpt": "scratch"}):
+        assert repeating_command(config.override(changes)) == repeating_command(config)
+    assert "--ckpt old/step_000004.safetensors" in repeating_command(
+        config.override({"ckpt": "old/step_000004.safetensors"})
+    )
+
+
+def test_bytes_of_the_command_line_that_are_no_text_are_kept():
+    word = b"caf\xe9".decode("utf-8", errors="surrogateescape")
+    assert quote(word) == "$'caf\\xe9'" and visible(word) == "caf\\xe9"
+    assert words_of(quote(word)) == [word]
