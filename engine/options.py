@@ -17,7 +17,8 @@ COMMAND_FLAGS = {
     "--file": "more arguments from a text file, as if they stood here; later ones count more",
     "--print-config": "print the settings as JSON and stop",
     "-O": "--fp16 and --cuda_ray",
-    "--cuda_ray": "march through the occupancy grid: always on, accepted for old commands",
+    "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless you type another value; nothing beside -O",
+    "--cuda_ray": "march through the occupancy grid: always on with a grid, accepted for old commands",
 }
 
 # Every flag of stable-dreamfusion's main command.
@@ -45,17 +46,20 @@ DIFFERENCES = {
     "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
     "--angle_overhead": "works on the prompt; the reference reads it nowhere",
     "--ckpt": "latest, scratch or a path",
-    "--cuda_ray": "always on",
+    "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
     "--file": "quotes and # comments work",
     "--fp16": "on a GPU; a CPU runs in fp32",
     "--guidance": "one model: dream-mini, which needs no download, or SD",
     "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
     "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
     "--lambda_orient": "always a mean over samples",
+    "--max_steps": "refused with --backbone vanilla, as all that belongs to the grids",
     "--min_near": "holds for rays, which the reference's never reaches",
+    "--num_steps": "with --backbone vanilla alone: the grids always march through the occupancy grid",
     "--save_mesh": "mesh/mesh.glb with vertex colours",
     "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
     "--seed": "drawn when not given, and kept in manifest.json",
+    "--upsample_steps": "with --backbone vanilla alone",
     "--vram_O": "xformers attention, VAE in slices, recomputing in its encoder; nothing is offloaded to the CPU",
 }
 

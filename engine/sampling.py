@@ -1,0 +1,266 @@
+"""Where the samples of a ray lie. Two samplers with one interface:
+
+    OccupancySampler   marches through an occupancy grid and leaves out empty space; for the grid backbones
+    ImportanceSampler  even samples, then more of them where those found something; for the vanilla backbone
+
+`sample` gives the packed samples of rays, `update` keeps the sampler up with the field, `without_specks` hides small
+things apart from the object, and the rest serves the size of the buffers and checkpoints.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dream_fast import kernels
+from dream_fast.engine.config import RenderConfig
+from dream_fast.engine.field import Field
+from dream_fast.engine.scene_field import SceneField
+
+SMALLEST_PART = 0.02  # of the cells of the largest part; smaller ones are specks
+LEAST_WEIGHT = 1e-5  # of an interval, so that a ray through nothing still has a distribution
+
+
+def make_sampler(field: SceneField, config: RenderConfig) -> "OccupancySampler | ImportanceSampler":
+    """The sampler of the field's backbone."""
+    return (OccupancySampler if isinstance(field, Field) else ImportanceSampler)(field, config)
+
+
+class OccupancySampler:
+    """Marching through an occupancy grid. Grid and capacity of the sample buffers are part of a checkpoint.
+
+    The grid starts full: until the first `update` rays are marched through the whole cube.
+    """
+
+    def __init__(self, field: SceneField, config: RenderConfig):
+        self.field, self.config = field, config
+        device = field.device
+        cells = config.occupancy_resolution**3
+        self.cascades = kernels.cascades(config.bound)
+        self.density = torch.zeros(self.cascades, cells, device=device)
+        self.bits = torch.full((self.cascades, cells // 8), 255, dtype=torch.uint8, device=device)
+        self.samples_per_ray = min(config.max_steps, 256)
+        # Since the capacity was last adapted, on the device: the fullest step, and whether one did not fit.
+        self.most_samples = torch.zeros((), dtype=torch.int64, device=device)
+        self.overflowed = torch.zeros((), dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
+        """Look at the density once in every cell (at a random point, or the centre without a generator)."""
+        resolution = self.config.occupancy_resolution
+        noise = None
+        if generator is not None:
+            noise = torch.rand(self.density.numel(), 3, generator=generator, device=generator.device)
+            noise = noise.to(self.density.device)
+        points = kernels.occupancy_points(
+            resolution, self.cascades, self.config.bound, noise, device=self.density.device
+        )
+        fresh = self.field.density(points, active_levels=active_levels).view_as(self.density)
+        bits, _ = kernels.occupancy_update(self.density, fresh, threshold=self.config.density_thresh)
+        self.bits.copy_(bits)
+
+    def sample(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        generator: torch.Generator | None,
+        *,
+        active_levels: int | Tensor | None = None,
+    ) -> kernels.Samples:
+        """Samples of rays [R, 3]; with a generator each ray's first one is moved by a random part of a step."""
+        count = origins.shape[0]
+        perturb = None
+        if generator is not None:
+            perturb = torch.rand(count, generator=generator, device=generator.device).to(origins.device)
+        options = {**self.lattice(), "bound": self.config.bound, "perturb": perturb}
+        samples = kernels.march(origins, directions, self.bits, capacity=count * self.samples_per_ray, **options)
+        torch.maximum(self.most_samples, samples.count, out=self.most_samples)
+        self.overflowed |= samples.overflow
+        if origins.is_cuda:
+            return samples
+        # On a CPU reading the count is free: nothing is dropped, and the buffers hold no padding.
+        if samples.overflow:
+            samples = kernels.march(origins, directions, self.bits, capacity=count * self.config.max_steps, **options)
+        used = int(samples.count)
+        return samples._replace(
+            positions=samples.positions[:used],
+            ray_ids=samples.ray_ids[:used],
+            t=samples.t[:used],
+            dt=samples.dt[:used],
+        )
+
+    def lattice(self) -> dict:
+        """Where samples lie on a ray, as the operators' arguments."""
+        config = self.config
+        return {
+            "resolution": config.occupancy_resolution,
+            "max_steps": config.max_steps,
+            "dt_gamma": config.dt_gamma,
+            "min_near": config.min_near,
+        }
+
+    @contextmanager
+    def without_specks(self) -> Iterator[None]:
+        """Inside the `with` block rays pass through small groups of occupied cells that stand apart from the object.
+
+        Scenes of one cascade only; across several the groups are not followed, and nothing changes.
+        """
+        before = self.bits.clone()
+        if self.cascades == 1:
+            side = self.config.occupancy_resolution
+            powers = 2 ** torch.arange(8, device=self.bits.device)
+            cells = (self.bits[0][:, None] & powers).bool().view(side, side, side)
+            self.bits.copy_((large_parts(cells).view(-1, 8) * powers).sum(1))
+        try:
+            yield
+        finally:
+            self.bits.copy_(before)
+
+    def adapt_capacity(self, rays: int) -> None:
+        """Fit the sample buffers to the fullest step of `rays` rays since the last call, with room to spare.
+
+        Reads the device, so call it where the host waits anyway (when a line is logged).
+        """
+        wanted = int(1.5 * int(self.most_samples) / max(1, rays)) + 1
+        if self.overflowed:
+            wanted = max(wanted, 2 * self.samples_per_ray)
+        if not self.samples_per_ray / 2 <= wanted <= self.samples_per_ray:
+            self.samples_per_ray = max(8, min(self.config.max_steps, wanted))
+        self.most_samples.zero_()
+        self.overflowed.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The occupancy grid and the capacity, as tensors."""
+        return {
+            "density": self.density,
+            "bits": self.bits,
+            "samples_per_ray": torch.tensor(self.samples_per_ray),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`; raises ValueError when the grids differ in shape."""
+        for name, own in (("density", self.density), ("bits", self.bits)):
+            if state[name].shape != own.shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the renderer's is {tuple(own.shape)}")
+            own.copy_(state[name])
+        self.samples_per_ray = int(state["samples_per_ray"])
+
+
+class ImportanceSampler:
+    """`num_steps` even samples between a ray's entry into the cube and its exit, then `upsample_steps` drawn from the
+    weights of those; all of them are the ray's samples, near to far.
+
+    Every ray has as many, also one that misses the cube (of no length). The places carry no gradient. Nothing is kept
+    between steps. Source: Mildenhall et al., NeRF, 2020, section 5.2; here one field serves both passes, as in
+    stable-dreamfusion.
+    """
+
+    def __init__(self, field: SceneField, config: RenderConfig):
+        self.field, self.config = field, config
+        self.samples_per_ray = config.num_steps + config.upsample_steps
+
+    def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
+        """Nothing to keep up."""
+
+    def sample(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        generator: torch.Generator | None,
+        *,
+        active_levels: int | Tensor | None = None,
+    ) -> kernels.Samples:
+        """Samples of rays [R, 3], `samples_per_ray` of each; with a generator each lies at random in its stratum."""
+        rays, each = origins.shape[0], self.samples_per_ray
+        with torch.no_grad():
+            near, far = kernels.near_far(origins, directions, self.config.bound, self.config.min_near)
+            far = torch.maximum(near, far)
+            t = even_samples(near, far, self.config.num_steps, generator)
+            edges = cell_edges(t, near, far)
+            if self.config.upsample_steps:
+                positions = origins[:, None] + t[..., None] * directions[:, None]
+                sigma = self.field.density(positions.view(-1, 3), active_levels=active_levels).view_as(t)
+                weights = ray_weights(sigma, edges.diff(dim=1))
+                more = importance_samples(edges, weights, self.config.upsample_steps, generator)
+                t = torch.cat([t, more], dim=1).sort(dim=1).values
+                edges = cell_edges(t, near, far)
+        # Only the rays carry gradients into the positions.
+        positions = (origins[:, None] + t[..., None] * directions[:, None]).view(-1, 3)
+        offsets = torch.arange(rays + 1, device=origins.device) * each
+        return kernels.Samples(
+            positions=positions,
+            ray_ids=torch.arange(rays, device=origins.device).repeat_interleave(each, output_size=rays * each),
+            t=t.view(-1),
+            dt=edges.diff(dim=1).view(-1),
+            offsets=offsets,
+            count=offsets[-1],
+            overflow=torch.zeros((), dtype=torch.bool, device=origins.device),
+        )
+
+    @contextmanager
+    def without_specks(self) -> Iterator[None]:
+        """Changes nothing: without an occupancy grid nothing tells specks from the object."""
+        yield
+
+    def adapt_capacity(self, rays: int) -> None:
+        """The buffers fit always."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"the renderer keeps no state, but there is {', '.join(sorted(state))}")
+
+
+def _places(rays: int, samples: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """One number in each of `samples` equal parts of [0, 1), [rays, samples]: at random, or in the middle."""
+    inside = 0.5
+    if generator is not None:
+        inside = torch.rand(rays, samples, generator=generator, device=generator.device).to(like)
+    return ((torch.arange(samples, device=like.device) + inside) / samples).to(like.dtype).expand(rays, samples)
+
+
+def even_samples(near: Tensor, far: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    """One distance in each of `samples` equal parts of [near, far] ([R] each), near to far: [R, samples]."""
+    return near[:, None] + (far - near)[:, None] * _places(near.shape[0], samples, generator, near)
+
+
+def cell_edges(t: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """Edges [R, K + 1] of the cells around distances t [R, K]: halfway between neighbours, and the ends of the ray."""
+    return torch.cat([near[:, None], (t[:, 1:] + t[:, :-1]) / 2, far[:, None]], dim=1)
+
+
+def ray_weights(sigma: Tensor, dt: Tensor) -> Tensor:
+    """Weights [R, K] of samples in volume rendering: w = exp(-depth before) (1 - exp(-sigma dt)); NeRF, equation 3."""
+    tau = sigma * dt
+    return torch.exp(tau - tau.cumsum(dim=1)) * -torch.expm1(-tau)
+
+
+def importance_samples(edges: Tensor, weights: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Distances [R, samples], near to far, that follow the piecewise constant density of weights [R, K] over the cells
+    edges [R, K + 1]: its inverse cumulative distribution at one number in each of `samples` equal parts of [0, 1).
+    """
+    weights = weights + LEAST_WEIGHT
+    cumulative = F.pad((weights / weights.sum(dim=1, keepdim=True)).cumsum(dim=1), (1, 0))  # [R, K + 1]
+    u = _places(edges.shape[0], samples, generator, edges).contiguous()
+    # Rounding may leave the last one below a number close to 1.
+    cell = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, weights.shape[1] - 1)
+    below, above = cumulative.gather(1, cell), cumulative.gather(1, cell + 1)
+    start, end = edges.gather(1, cell), edges.gather(1, cell + 1)
+    return start + (end - start) * ((u - below) / (above - below)).clamp(0, 1)
+
+
+def large_parts(cells: Tensor) -> Tensor:
+    """Of occupied cells [G, G, G] (bool), those in groups of neighbours (26) of at least 2 % of the largest group."""
+    label = torch.arange(cells.numel(), dtype=torch.float64, device=cells.device).view(cells.shape)
+    label, before = torch.where(cells, label, -1.0), None
+    while before is None or not torch.equal(label, before):
+        before = label
+        label = torch.where(cells, F.max_pool3d(label[None], 3, stride=1, padding=1)[0], -1.0)
+    groups = (label + 1).long()  # 0: not occupied
+    sizes = torch.bincount(groups.flatten(), minlength=2)
+    sizes[0] = 0
+    return (sizes >= SMALLEST_PART * sizes.max())[groups] & cells
