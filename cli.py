@@ -204,9 +204,10 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
         for warning in dict.fromkeys(warnings):
             print(f"dream-fast: warning: {warning}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
+    config = resolve(typed, model, device)
     if typed.get("fp16") and device == "cpu":
         print("dream-fast: note: no GPU in use, so this runs on the CPU, in fp32", file=sys.stderr)
-    return resolve(typed, model, device)
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

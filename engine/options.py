@@ -81,12 +81,36 @@ Each of them works under its own name or is refused with the reason below. What 
 """
 
 
+_VANILLA_HEAD = """## Defaults of the vanilla backbone
+
+What `--backbone vanilla` (and so `-O2`) starts from where that is not the default above.
+"""
+
+
 def page() -> str:
     """The text of docs/options.md."""
     command = [[f"`{flag}`", text] for flag, text in COMMAND_FLAGS.items()]
     parts = [_HEAD, "### The command\n", _table(["flag", "meaning"], command), *_rooms()]
     rows = [[f"`{flag}`", *_here(flag)] for flag in REFERENCE_FLAGS]
-    return "\n".join([*parts, _REFERENCE_HEAD, _table(["flag", "here", "remark"], rows)])
+    parts += [_REFERENCE_HEAD, _table(["flag", "here", "remark"], rows)]
+    return "\n".join([*parts, _VANILLA_HEAD, _vanilla()])
+
+
+def _vanilla() -> str:
+    """The defaults of the vanilla backbone where they are not the grid's, and the settings that it does not read."""
+    cases = [({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]
+    configs = [
+        tuple(resolve(typed | {"backbone": name}, "dream-mini", device) for name in ("grid", "vanilla"))
+        for typed, device in cases
+    ]
+    rows = []
+    for room, field in settings():
+        pairs = [tuple(getattr(getattr(c, room.name), field.name) for c in pair) for pair in configs]
+        if field.name != "backbone" and any(grid != own for grid, own in pairs):
+            rows.append([f"`--{field.name}`", *(_value(own) if grid != own else "" for grid, own in pairs)])
+    unread = ", ".join(f"`--{field.name}`" for _, field in settings() if "vanilla" not in field.metadata["backbones"])
+    table = _table(["flag", "reference", "dream-mini, CPU", "dream-mini, GPU"], rows)
+    return f"{table}\nRefused there, since only the grids read them: {unread}.\n"
 
 
 def _rooms() -> Iterator[str]:

@@ -233,7 +233,9 @@ def middles(edges: Tensor) -> Tensor:
 def even_edges(near: Tensor, far: Tensor, intervals: int, generator: torch.Generator | None) -> Tensor:
     """Edges [R, K + 1] of K even intervals from near to far ([R] each); a generator moves each inner one by up to half
     an interval."""
-    parts = torch.arange(intervals + 1, device=near.device).to(near.dtype).expand(near.shape[0], intervals + 1) / intervals
+    parts = (
+        torch.arange(intervals + 1, device=near.device).to(near.dtype).expand(near.shape[0], intervals + 1) / intervals
+    )
     if generator is not None:
         inner = _strata(near.shape[0], intervals, generator, near)[:, 1:] - 0.5 / intervals
         parts = torch.cat([parts[:, :1], inner, parts[:, -1:]], dim=1)
@@ -247,8 +249,9 @@ def ray_weights(sigma: Tensor, dt: Tensor) -> Tensor:
 
 
 def importance_samples(edges: Tensor, weights: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-    """Distances [R, samples], near to far, that follow the piecewise constant density of weights [R, K] over the
-    intervals of edges [R, K + 1]: its inverse cumulative distribution at one number in each of `samples` equal parts of [0, 1).
+    """Distances [R, samples], near to far, that follow the weights [R, K] of the intervals of edges [R, K + 1].
+
+    The inverse of the cumulative distribution, piecewise linear, at one number in each equal part of [0, 1).
     """
     weights = weights + LEAST_WEIGHT
     cumulative = F.pad((weights / weights.sum(dim=1, keepdim=True)).cumsum(dim=1), (1, 0))  # [R, K + 1]

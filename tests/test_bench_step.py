@@ -109,7 +109,9 @@ def test_the_ball_has_the_samples_of_the_workload():
     field = Field(config.field, config.render.bound, torch.Generator().manual_seed(0))
     renderer = Renderer(field, config.render)
     density = torch.exp(field_blob(renderer, config))
-    bits, _ = kernels.occupancy_update(renderer.sampler.density, density.view_as(renderer.sampler.density), threshold=10.0)
+    bits, _ = kernels.occupancy_update(
+        renderer.sampler.density, density.view_as(renderer.sampler.density), threshold=10.0
+    )
     renderer.sampler.bits.copy_(bits)
     generator = torch.Generator().manual_seed(0)
     origins, directions = rays(sample_cameras(config.camera, 1, generator), 32, 32)

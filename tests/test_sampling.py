@@ -139,7 +139,9 @@ def test_gradients_are_those_of_fixed_samples():
         renderer = vanilla()
         if fixed:
             samples = renderer.sampler.sample(*some_rays(), seeded(5))
-            renderer.sampler.sample = lambda *_, _samples=samples, **__: kernels.Samples(*(p.detach() for p in _samples))
+            renderer.sampler.sample = lambda *_, _samples=samples, **__: kernels.Samples(
+                *(p.detach() for p in _samples)
+            )
         out = renderer.train_rays(*some_rays(), background=torch.ones(3), generator=seeded(5))
         (out.rgb.square().sum() + out.depth.sum()).backward()
         found.append(torch.cat([p.grad.reshape(-1) for p in renderer.field.parameters()]))
@@ -179,7 +181,7 @@ def test_it_has_no_state():
         sampler.load_state_dict({"bits": torch.zeros(1)})
 
 
-# -------------------------------------------------------------------------------------------------- against a quadrature
+# ------------------------------------------------------------------------------------------------- against a quadrature
 
 
 class Cloud:
