@@ -21,6 +21,7 @@ from dream_fast.engine.sampling import ImportanceSampler, make_sampler
 from dream_fast.engine.scene_field import SceneField
 
 SHADINGS = ("albedo", "lambertian", "textureless", "normal")
+VIEW_SAMPLES = 1 << 17  # evaluated together when looking, where no operator does it; a GPU takes more
 
 
 class Rendered(NamedTuple):
@@ -152,7 +153,8 @@ class Renderer:
     def _look(self, origins: Tensor, directions: Tensor, background: Tensor, normals: bool) -> kernels.View:
         """Rays [R, 3] over a background [R, 3], unshaded, with the normal at the expected depth."""
         if isinstance(self.sampler, ImportanceSampler):
-            chunk = max(1, (1 << (22 if directions.is_cuda else 17)) // self.sampler.samples_per_ray)
+            samples = VIEW_SAMPLES * (32 if directions.is_cuda else 1)
+            chunk = max(1, samples // self.sampler.samples_per_ray)
             parts = zip(origins.split(chunk), directions.split(chunk), background.split(chunk), strict=True)
             return kernels.View(*map(torch.cat, zip(*(self._look_evenly(*p, normals) for p in parts), strict=True)))
         field = self.field

@@ -296,6 +296,9 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
         ({"deterministic": True}, "dream-mini", "cuda", False),
         ({"lambda_tv": 0.1}, "dream-mini", "cuda", False),
         ({"progressive_view": True}, "dream-mini", "cuda", False),
+        ({"backbone": "vanilla"}, "dream-mini", "cuda", False),
+        ({"backbone": "grid_torch"}, "dream-mini", "cuda", False),
+        ({"backbone": "vanilla", "step_graph": True}, "dream-mini", "cuda", True),
     ],
 )
 def test_a_step_is_replayed_where_that_pays_and_nobody_chose(typed, model, device, graph):

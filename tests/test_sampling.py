@@ -29,8 +29,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def vanilla(seed=0, **changes) -> Renderer:
-    field = FieldConfig(backbone="vanilla", frequencies=4, hidden_width=16, hidden_layers=3, bg_radius=-1.0)
+def vanilla(seed=0, bg_radius=-1.0, **changes) -> Renderer:
+    field = FieldConfig(backbone="vanilla", frequencies=4, hidden_width=16, hidden_layers=3, bg_radius=bg_radius)
     config = dataclasses.replace(RenderConfig(), **{"num_steps": 12, "upsample_steps": 6, **changes})
     return Renderer(VanillaField(field, config.bound, seeded(seed)), config)
 
@@ -168,6 +168,24 @@ def test_nothing_waits_for_the_device(normals, nothing_read):
         samples = renderer.sampler.sample(*offered, seeded(), active_levels=2)
         values = renderer.field(samples.positions, count=samples.count, normals=normals, active_levels=2)
         (values.sigma.sum() + values.normal.sum() + (values.albedo * light).sum()).backward()
+
+
+@pytest.mark.parametrize("background", [None, torch.tensor([0.2, 0.4, 0.6])])
+def test_a_view_is_what_training_renders(monkeypatch, background):
+    renderer = vanilla(bg_radius=1.4)
+    cameras = make_cameras(*torch.tensor([[70.0, 90.0], [20.0, -60.0], [3.0, 3.0], [50.0, 30.0]]))
+    out = renderer.train_rays(*rays(cameras, 12, 20), background=background)
+    monkeypatch.setattr("dream_fast.engine.renderer.VIEW_SAMPLES", 600)  # 33 rays at a time, the last few alone
+    view = renderer.view(cameras, 12, 20, background=background)
+    assert view.rgb.shape == (2, 12, 20, 3) and not view.rgb.requires_grad
+    for mine, theirs in ((view.rgb, out.rgb), (view.opacity, out.opacity), (view.depth, out.depth)):
+        torch.testing.assert_close(mine.flatten(), theirs.flatten(), atol=1e-5, rtol=1e-5)
+    origins, directions = (part.reshape(-1, 3) for part in rays(cameras, 12, 20))
+    surface = origins + (out.depth / out.opacity)[:, None] * directions
+    seen = out.opacity > 0.01
+    normal = renderer.field(surface, normals="finite_difference").normal
+    torch.testing.assert_close(view.normal.view(-1, 3)[seen], normal[seen], atol=1e-4, rtol=0)
+    assert 0 < seen.sum() < len(seen) and (view.normal.view(-1, 3)[out.opacity < 1e-4] == 0).all()
 
 
 def test_it_has_no_state():

@@ -103,6 +103,14 @@ def test_normals_point_down_the_density(activation):
     assert not any(part.requires_grad for part in quiet)
 
 
+def test_differences_stay_inside_the_cube(monkeypatch):
+    field, asked = make(bound=0.5), []
+    network = field._network
+    monkeypatch.setattr(field, "_network", lambda x, active: asked.append(x) or network(x, active))
+    field(torch.tensor([[0.5, 0.0, -0.5]]), normals="finite_difference", normal_epsilon=0.1)
+    assert len(asked) == 7 and torch.cat(asked).abs().max() == 0.5
+
+
 @pytest.mark.parametrize("normals", ["analytic", "finite_difference"])
 def test_gradients_go_through_normals(normals):
     field, x = make(frequencies=2, hidden_width=4).double(), points(4).double()
