@@ -28,7 +28,6 @@ MINI_VANILLA: dict[str, dict[str, Any]] = {
         "frequencies": 6,
         "num_steps": 32,
         "upsample_steps": 16,
-        "hidden_width": 64,
         "density_activation": "softplus",
         "blob_density": 10.0,
         "blob_radius": 0.25,

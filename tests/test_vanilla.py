@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from dream_fast.engine.config import FieldConfig
+from dream_fast import kernels
+from dream_fast.engine.camera import make_cameras
+from dream_fast.engine.config import FieldConfig, RenderConfig
 from dream_fast.engine.field import Field, make_field
+from dream_fast.engine.renderer import Renderer
 from dream_fast.engine.scene_field import frequency_encoding
 from dream_fast.engine.vanilla import VanillaField
 
@@ -176,3 +179,21 @@ def test_the_grid_on_pytorch_is_the_grid(normals):
         if normals is None and theirs is None:
             continue
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)  # products of other sizes round otherwise
+
+
+def test_only_the_grid_starts_kernels_of_the_field():
+    """Where kernels would start: recorded as on a GPU, and not run."""
+    small = dict(levels=3, log2_entries=10, base_resolution=4, max_resolution=16, hidden_width=16, bg_radius=-1.0)
+    camera = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.0, 30.0)))
+    started = {}
+    for name in ("grid", "grid_torch", "vanilla"):
+        field = make_field(FieldConfig(backbone=name, **small), 1.0, torch.Generator().manual_seed(0))
+        with kernels.recorded_launches() as launches:
+            for normals in (None, "finite_difference", "analytic"):
+                field(points(10), normals=normals, count=torch.tensor(7))
+            started[name] = [len(launches)]
+            if name != "vanilla":  # whose views are put together by the kernel of compositing
+                Renderer(field, RenderConfig(occupancy_resolution=8, max_steps=32)).view(camera, 4, 4)
+            started[name].append(len(launches))
+    assert 0 < started["grid"][0] < started["grid"][1]
+    assert started["grid_torch"] == started["vanilla"] == [0, 0]
