@@ -20,7 +20,13 @@ SCORE_DEFAULTS: dict[str, dict[str, Any]] = {
 VANILLA_DEFAULTS: dict[str, Any] = {"hidden_layers": 4, "lr_decay": 0.1, "normals": "analytic"}
 # dream-mini's on top of that. Without an occupancy grid to cut off thin haze, softplus and its blob leave empty space
 # empty from the start; the bands end where the small pictures do. Those of a GPU have not been measured.
-_MINI_VANILLA = {"frequencies": 6, "density_activation": "softplus", "blob_density": 30.0, "blob_radius": 0.3}
+_MINI_VANILLA = {
+    "frequencies": 6,
+    "hidden_width": 64,
+    "density_activation": "softplus",
+    "blob_density": 30.0,
+    "blob_radius": 0.3,
+}
 MINI_VANILLA: dict[str, dict[str, Any]] = {
     "cpu": _MINI_VANILLA | {"w": 48, "h": 48, "W": 128, "H": 128, "num_steps": 32, "upsample_steps": 16},
     "cuda": _MINI_VANILLA | {"w": 64, "h": 64},
