@@ -20,13 +20,14 @@ from dream_fast.engine.argument_file import read_arguments
 from dream_fast.engine.config import Config, check_value, settings, value_type
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import COMMAND_FLAGS
-from dream_fast.engine.presets import chosen_model, resolve
+from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 
 _EXAMPLES = """examples:
   dream-fast --text "a hamburger" -O --save_mesh
   dream-fast --text "a red teapot" -O --workspace teapot --iters 1000
+  dream-fast --text "a hamburger" -O2                           (the vanilla backbone)
   dream-fast --text "a photo of an owl" -O --sd_version 2.1     (downloads Stable Diffusion)
   dream-fast --test --workspace teapot --six_views
 
@@ -76,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--file", metavar="FILE", help=COMMAND_FLAGS["--file"])
     parser.add_argument("--print-config", "--print_config", action="store_true", help=COMMAND_FLAGS["--print-config"])
-    parser.add_argument("-O", dest="fp16", action="store_const", const=True, help=COMMAND_FLAGS["-O"])
+    parser.add_argument("-O", dest="O", action="store_true", help=COMMAND_FLAGS["-O"])
+    parser.add_argument("-O2", dest="O2", action="store_true", help=COMMAND_FLAGS["-O2"])
     parser.add_argument("--cuda_ray", action="store_true", help=COMMAND_FLAGS["--cuda_ray"])
     groups: dict[str, Any] = {}
     for room, field in settings():
@@ -162,7 +164,9 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         if "file" in piece:
             typed |= _parse_file(parser, piece.pop("file"))
         typed |= piece
-    return typed
+    if typed.get("O") and typed.get("O2"):
+        print("dream-fast: note: -O2 does nothing beside -O", file=sys.stderr)
+    return expand_shortcuts(typed)
 
 
 def _device(wanted: str) -> str:
@@ -200,9 +204,10 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
         for warning in dict.fromkeys(warnings):
             print(f"dream-fast: warning: {warning}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
+    config = resolve(typed, model, device)
     if typed.get("fp16") and device == "cpu":
         print("dream-fast: note: no GPU in use, so this runs on the CPU, in fp32", file=sys.stderr)
-    return resolve(typed, model, device)
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

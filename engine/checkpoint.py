@@ -114,7 +114,10 @@ def _header(path: Path, file) -> dict[str, Any]:
 
 
 def _check_architecture(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    # Another backbone has other settings, so that it alone is worth saying.
     names = sorted(saved.keys() | wanted.keys())
+    if saved.get("backbone") != wanted.get("backbone"):
+        names = ["backbone"]
     differences = [f"{n} {saved.get(n)} there, {wanted.get(n)} here" for n in names if saved.get(n) != wanted.get(n)]
     if differences:
         raise UserError(f"the checkpoint {path} is of another architecture: {'; '.join(differences)}")

@@ -25,15 +25,16 @@ def needed_launches(config: Config, runtime: Runtime) -> list[Any]:
     Kernels of later phases are not among them.
     """
     spare = Trainer(config.override({"step_graph": False}), runtime, 0, _any_guidance)
-    march = spare.renderer._march
+    sampler = spare.renderer.sampler
+    sample = sampler.sample
 
-    def marched(*rays: Any) -> kernels.Samples:
-        samples = march(*rays)
+    def sampled(*rays: Any, **options: Any) -> kernels.Samples:
+        samples = sample(*rays, **options)
         for part in samples:
             part.zero_()  # no kernel wrote it, and some of it are indices
         return samples
 
-    spare.renderer._march = marched
+    sampler.sample = sampled
     with kernels.recorded_launches() as launches:
         spare.train_step()
         spare.renderer.view(turntable(config.camera, 1, runtime.device), config.camera.H, config.camera.W)

@@ -20,6 +20,9 @@ from dream_fast.engine.errors import UserError
 Range = tuple[float, float]
 
 
+BACKBONES = ("grid", "grid_torch", "vanilla")
+GRIDS, VANILLA = BACKBONES[:2], BACKBONES[2:]
+
 # The settings of the output camera's view.
 DEFAULT_VIEW = ("default_radius", "default_polar", "default_azimuth", "default_fovy")
 
@@ -34,12 +37,15 @@ def option(
     high: float | None = None,
     below: float | None = None,
     may_change: bool = False,
+    backbones: tuple[str, ...] = BACKBONES,
 ) -> Any:
     """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
 
     ``may_change``: a resumed run may have another value (it shapes what is written, not what is learned).
+    ``backbones``: those that read it.
     """
     metadata = dict(help=help, choices=choices, low=low, above=above, high=high, below=below, may_change=may_change)
+    metadata["backbones"] = backbones
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -244,16 +250,27 @@ class CameraConfig(Room):
 
 @dataclass(frozen=True, kw_only=True)
 class FieldConfig(Room):
-    """The field: hash grid, MLP, density, background."""
+    """The field: hash grid or frequency encoding, MLP, density, background."""
 
-    backbone: str = option("grid", "the field: a hash grid and an MLP", choices=("grid", "grid_torch"))
-    levels: int = option(16, "levels of the hash grid", low=1, high=32)
-    features: int = option(2, "features of a level", low=1, high=8)
-    log2_entries: int = option(19, "log2 of the table's entries in a level", low=4, high=24)
-    base_resolution: int = option(16, "resolution of the coarsest level", low=2)
-    max_resolution: int = option(2048, "resolution of the finest level", low=2)
+    backbone: str = option(
+        "grid",
+        "the field: grid a hash grid and an MLP, in Triton on a GPU; grid_torch the same on PyTorch's operators; "
+        "vanilla a frequency encoding and a residual MLP, without an occupancy grid",
+        choices=BACKBONES,
+    )
+    levels: int = option(16, "levels of the hash grid", low=1, high=32, backbones=GRIDS)
+    features: int = option(2, "features of a level", low=1, high=8, backbones=GRIDS)
+    log2_entries: int = option(19, "log2 of the table's entries in a level", low=4, high=24, backbones=GRIDS)
+    base_resolution: int = option(16, "resolution of the coarsest level", low=2, backbones=GRIDS)
+    max_resolution: int = option(2048, "resolution of the finest level", low=2, backbones=GRIDS)
     interpolation: str = option(
-        "smoothstep", "interpolation inside a cell of the grid", choices=("smoothstep", "linear")
+        "smoothstep",
+        "interpolation inside a cell of the grid",
+        choices=("smoothstep", "linear"),
+        backbones=GRIDS,
+    )
+    frequencies: int = option(
+        12, "bands of the frequency encoding, each twice as fine as the one before", low=1, high=24, backbones=VANILLA
     )
     hidden_width: int = option(64, "width of the MLP's hidden layers", low=1)
     hidden_layers: int = option(2, "number of the MLP's hidden layers", low=0, high=8)
@@ -273,15 +290,25 @@ class FieldConfig(Room):
 
 @dataclass(frozen=True, kw_only=True)
 class RenderConfig(Room):
-    """Ray marching through the occupancy grid."""
+    """Samples of rays: marching through the occupancy grid, or by importance."""
 
     bound: float = option(1.0, "the scene is the cube [-bound, bound]^3", above=0)
-    max_steps: int = option(1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1)
-    dt_gamma: float = option(0.0, "the step grows with distance by this factor; 0: even steps", low=0)
+    max_steps: int = option(
+        1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1, backbones=GRIDS
+    )
+    dt_gamma: float = option(0.0, "the step grows with distance by this factor; 0: even steps", low=0, backbones=GRIDS)
+    num_steps: int = option(64, "even samples of a ray", low=1, high=4096, backbones=VANILLA)
+    upsample_steps: int = option(
+        32, "more samples of a ray, drawn where the even ones found something", low=0, high=4096, backbones=VANILLA
+    )
     min_near: float = option(0.01, "nearest distance of a sample from the camera", low=0)
-    density_thresh: float = option(10.0, "density above which a cell of the grid is occupied", above=0)
-    update_extra_interval: int = option(16, "steps between two updates of the occupancy grid", low=1)
-    occupancy_resolution: int = option(128, "cells of the occupancy grid along an edge", low=8, high=512)
+    density_thresh: float = option(
+        10.0, "density above which a cell of the grid is occupied, and a point inside the exported mesh", above=0
+    )
+    update_extra_interval: int = option(16, "steps between two updates of the occupancy grid", low=1, backbones=GRIDS)
+    occupancy_resolution: int = option(
+        128, "cells of the occupancy grid along an edge", low=8, high=512, backbones=GRIDS
+    )
     normals: str = option("finite_difference", "how normals are computed", choices=("finite_difference", "analytic"))
     normal_epsilon: float = option(0.01, "step of finite-difference normals", above=0)
 
@@ -301,7 +328,7 @@ class ShadingConfig(Room):
     albedo_iter_ratio: float = option(0.0, "part of the run up to which colour is not shaded", low=0, high=1)
     min_ambient_ratio: float = option(0.1, "least ambient light of a shaded step", low=0, high=1)
     textureless_ratio: float = option(0.2, "probability that a shaded step has no colour", low=0, high=1)
-    progressive_level: bool = option(False, "finer levels of the grid join during the run")
+    progressive_level: bool = option(False, "finer levels of the grid, or frequencies, join during the run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,8 +394,8 @@ class LossConfig(Room):
     lambda_entropy_weights: float = option(0.0, "entropy of the samples' weights, as the reference has it", low=0)
     lambda_opacity: float = option(0.0, "mean square of the opacity", low=0)
     lambda_orient: float = option(1e-2, "normals that look away from the camera", low=0)
-    lambda_tv: float = option(0.0, "total variation of the hash table", low=0)
-    lambda_wd: float = option(0.0, "weight decay of the hash table, level by level", low=0)
+    lambda_tv: float = option(0.0, "total variation of the hash table", low=0, backbones=GRIDS)
+    lambda_wd: float = option(0.0, "weight decay of the hash table, level by level", low=0, backbones=GRIDS)
     lambda_2d_normal_smooth: float = option(0.0, "total variation of the normal image", low=0)
     lambda_3d_normal_smooth: float = option(0.0, "difference of normals at near points", low=0)
     grad_clip: float = option(-1.0, "largest gradient of a parameter; -1: no limit", low=-1)
@@ -451,6 +478,8 @@ class Config:
         return cls(**rooms)
 
     def __post_init__(self) -> None:
+        if self.field.backbone in VANILLA and (self.loss.lambda_tv > 0 or self.loss.lambda_wd > 0):
+            raise UserError("--lambda_tv and --lambda_wd are of the hash table, which --backbone vanilla has not")
         changing = self.read_on_the_host()
         if self.run.step_graph and changing:
             raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
@@ -493,3 +522,8 @@ def settings() -> Iterator[tuple[dataclasses.Field, dataclasses.Field]]:
     for room in dataclasses.fields(Config):
         for field in dataclasses.fields(room.type):
             yield room, field
+
+
+def other_backbones(backbone: str) -> set[str]:
+    """The names of the settings that this backbone does not read."""
+    return {field.name for _, field in settings() if backbone not in field.metadata["backbones"]}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config import LossConfig
-from dream_fast.engine.field import Field
 from dream_fast.engine.renderer import Rendered
+from dream_fast.engine.scene_field import SceneField
 
 TV_POINTS = 1_000_000  # in each level
 SMOOTH_REACH = 0.01  # world units, standard deviation of the neighbour in the 3D smoothness term
@@ -81,7 +81,7 @@ def regularizers(
     up: float | Tensor,
     height: int,
     width: int,
-    field: Field,
+    field: SceneField,
     normals: str,
     normal_epsilon: float,
     active_levels: int | Tensor | None = None,
@@ -126,13 +126,13 @@ def regularizers(
 
 @torch.no_grad()
 def add_table_gradients(
-    field: Field, config: LossConfig, *, step: int, iters: int, scale: float | Tensor, generator: torch.Generator
+    field: SceneField, config: LossConfig, *, step: int, iters: int, scale: float | Tensor, generator: torch.Generator
 ) -> None:
     """Add total variation and weight decay of the hash table straight to its gradient (after `backward`).
 
     `scale` is the loss scale by which the gradient there is already multiplied.
     """
-    spec = field.spec.grid
+    spec = field.spec.grid  # both weights are 0 where there is no table: Config sees to it
     if config.lambda_tv > 0:
         points = torch.rand(TV_POINTS, 3, generator=generator, device=generator.device).to(field.table.device)
         weight = config.lambda_tv * ramp(step, iters)

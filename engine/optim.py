@@ -20,16 +20,16 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-15
 
 
 class Optimizer:
-    """Optimises `table` and `others` in place and keeps their exponential moving average (EMA).
+    """Optimises `table` (if there is one) and `others` in place and keeps their exponential moving average (EMA).
 
     After construction the parameters and their gradients are views of `params` and `grads`, both flat [P] fp32. Move
     the module to its device first; afterwards do not replace `.data` or `.grad` of a parameter, and use `zero_grad` of
     this class.
     """
 
-    def __init__(self, table: nn.Parameter, others: list[nn.Parameter], config: OptimConfig):
+    def __init__(self, table: nn.Parameter | None, others: list[nn.Parameter], config: OptimConfig):
         self.config = config
-        parameters = [table, *others]
+        parameters = others if table is None else [table, *others]
         for parameter in parameters:
             if parameter.dtype != torch.float32:
                 raise TypeError(f"parameters must be float32, one is {parameter.dtype}")
@@ -42,9 +42,9 @@ class Optimizer:
                 parameter.data = self.params[start:stop].view_as(parameter)
                 parameter.grad = self.grads[start:stop].view_as(parameter)
                 start = stop
-        self.group_ends = (table.numel(), self.params.numel())
         base = config.lr * (ADAN_LR if config.optim == "adan" else 1.0)
-        self.lrs = (base * TABLE_LR, base)
+        groups = [] if table is None else [(table.numel(), base * TABLE_LR)]
+        self.group_ends, self.lrs = zip(*groups, (self.params.numel(), base), strict=True)
         self.steps = 0  # attempted, so known to the host; it only sets the warm-up of the average
         make = kernels.AdanState.zeros if config.optim == "adan" else AdamState
         self.state = make(self.params)

@@ -17,7 +17,8 @@ COMMAND_FLAGS = {
     "--file": "more arguments from a text file, as if they stood here; later ones count more",
     "--print-config": "print the settings as JSON and stop",
     "-O": "--fp16 and --cuda_ray",
-    "--cuda_ray": "march through the occupancy grid: always on, accepted for old commands",
+    "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless you type another value; nothing beside -O",
+    "--cuda_ray": "march through the occupancy grid: always on with a grid, accepted for old commands",
 }
 
 # Every flag of stable-dreamfusion's main command.
@@ -45,19 +46,22 @@ DIFFERENCES = {
     "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
     "--angle_overhead": "works on the prompt; the reference reads it nowhere",
     "--ckpt": "latest, scratch or a path",
-    "--cuda_ray": "always on",
+    "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
     "--file": "quotes and # comments work",
     "--fp16": "on a GPU; a CPU runs in fp32",
     "--guidance": "one model: dream-mini, which needs no download, or SD",
     "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
     "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
     "--lambda_orient": "always a mean over samples",
+    "--max_steps": "refused with --backbone vanilla, as all that belongs to the grids",
     "--min_near": "holds for rays, which the reference's never reaches",
+    "--num_steps": "with --backbone vanilla alone: the grids always march through the occupancy grid",
     "--save_guidance": "the estimate is right at every t; the reference's takes the noise levels of single steps",
     "--save_mesh": "mesh/mesh.glb with vertex colours",
     "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
     "--seed": "drawn when not given, and kept in manifest.json",
     "--test_interval": "results/turntable_step_*.mp4",
+    "--upsample_steps": "with --backbone vanilla alone",
     "--vram_O": "xformers attention, VAE in slices, recomputing in its encoder; nothing is offloaded to the CPU",
 }
 
@@ -79,12 +83,36 @@ Each of them works under its own name or is refused with the reason below. What 
 """
 
 
+_VANILLA_HEAD = """## Defaults of the vanilla backbone
+
+What `--backbone vanilla` (and so `-O2`) starts from where that is not the default above.
+"""
+
+
 def page() -> str:
     """The text of docs/options.md."""
     command = [[f"`{flag}`", text] for flag, text in COMMAND_FLAGS.items()]
     parts = [_HEAD, "### The command\n", _table(["flag", "meaning"], command), *_rooms()]
     rows = [[f"`{flag}`", *_here(flag)] for flag in REFERENCE_FLAGS]
-    return "\n".join([*parts, _REFERENCE_HEAD, _table(["flag", "here", "remark"], rows)])
+    parts += [_REFERENCE_HEAD, _table(["flag", "here", "remark"], rows)]
+    return "\n".join([*parts, _VANILLA_HEAD, _vanilla()])
+
+
+def _vanilla() -> str:
+    """The defaults of the vanilla backbone where they are not the grid's, and the settings that it does not read."""
+    cases = [({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]
+    configs = [
+        tuple(resolve(typed | {"backbone": name}, "dream-mini", device) for name in ("grid", "vanilla"))
+        for typed, device in cases
+    ]
+    rows = []
+    for room, field in settings():
+        pairs = [tuple(getattr(getattr(c, room.name), field.name) for c in pair) for pair in configs]
+        if field.name != "backbone" and any(grid != own for grid, own in pairs):
+            rows.append([f"`--{field.name}`", *(_value(own) if grid != own else "" for grid, own in pairs)])
+    unread = ", ".join(f"`--{field.name}`" for _, field in settings() if "vanilla" not in field.metadata["backbones"])
+    table = _table(["flag", "reference", "dream-mini, CPU", "dream-mini, GPU"], rows)
+    return f"{table}\nRefused there, since only the grids read them: {unread}.\n"
 
 
 def _rooms() -> Iterator[str]:

@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dream_fast.engine.config import Config
+from dream_fast.engine.config import Config, other_backbones
 from dream_fast.engine.errors import UserError
 
 # What a score wants instead of the model's own values. The scales are those of the papers.
@@ -16,6 +16,26 @@ SCORE_DEFAULTS: dict[str, dict[str, Any]] = {
     "asd": _PAPERS_SCALE,
     "sdi": _PAPERS_SCALE,
 }
+# The vanilla backbone of stable-dreamfusion: its five layers, its learning rate's end, its normals.
+VANILLA_DEFAULTS: dict[str, Any] = {"hidden_layers": 4, "lr_decay": 0.1, "normals": "analytic"}
+# dream-mini's on top of that. Without an occupancy grid to cut off thin haze, softplus and its blob leave empty space
+# empty from the start; the bands end where the small pictures do. Those of a GPU have not been measured.
+_MINI_VANILLA = {
+    "frequencies": 6,
+    "hidden_width": 64,
+    "density_activation": "softplus",
+    "blob_density": 30.0,
+    "blob_radius": 0.3,
+}
+MINI_VANILLA: dict[str, dict[str, Any]] = {
+    "cpu": _MINI_VANILLA | {"w": 48, "h": 48, "W": 128, "H": 128, "num_steps": 32, "upsample_steps": 16},
+    "cuda": _MINI_VANILLA | {"w": 64, "h": 64},
+}
+# Why a setting is refused: with a grid, and with the vanilla backbone.
+WHY_OTHER = (
+    "its rays march through the occupancy grid, where --max_steps sets the samples of a ray",
+    "that has no hash grid, and its rays take --num_steps and --upsample_steps without an occupancy grid",
+)
 
 
 def reference_defaults() -> Config:
@@ -88,6 +108,29 @@ def mini_cuda_defaults() -> Config:
     )
 
 
+def expand_shortcuts(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed, with ``-O`` and ``-O2`` (names O and O2) replaced by what they stand for.
+
+    They never overrule a setting that was typed as well. As in stable-dreamfusion ``-O2`` does nothing beside ``-O``.
+    UserError: marching through an occupancy grid for a backbone that has none.
+    """
+    values = {name: value for name, value in typed.items() if name not in ("O", "O2")}
+    meant: dict[str, Any] = {}
+    if typed.get("O"):
+        meant = {"fp16": True}
+    elif typed.get("O2"):
+        meant = {"fp16": True, "backbone": "vanilla"}
+        if not typed.get("test"):  # the run that is looked at has its own
+            meant["progressive_level"] = True
+    values = meant | values
+    for name, flag in (("O", "-O"), ("cuda_ray", "--cuda_ray")):
+        if typed.get(name) and values.get("backbone") == "vanilla":
+            raise UserError(
+                f"{flag} marches through the occupancy grid, which the vanilla backbone has not; use --fp16"
+            )
+    return values
+
+
 def chosen_model(typed: Mapping[str, Any]) -> str:
     """``"sd"`` when the typed settings name Stable Diffusion, else ``"dream-mini"``. UserError: a contradiction."""
     if "hf_key" in typed and "sd_version" in typed:
@@ -101,6 +144,14 @@ def chosen_model(typed: Mapping[str, Any]) -> str:
     return "sd" if by_source or "SD" in named else "dream-mini"
 
 
+def _check_backbone(typed: Mapping[str, Any]) -> None:
+    """UserError for a typed setting that the run's backbone does not read."""
+    backbone = typed.get("backbone", Config().field.backbone)
+    for name in typed:
+        if name in other_backbones(backbone):
+            raise UserError(f"--{name} has no meaning with --backbone {backbone}: {WHY_OTHER[backbone == 'vanilla']}")
+
+
 def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     """The configuration of a run: defaults of the model and the device, then the preset, then what the user typed.
 
@@ -110,18 +161,24 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     """
     if model not in ("dream-mini", "sd") or device not in ("cpu", "cuda"):
         raise ValueError(f"resolve: model {model!r} must be dream-mini or sd, device {device!r} cpu or cuda")
+    vanilla = VANILLA_DEFAULTS
     if typed.get("preset") == "reference":
         base = reference_defaults()
     elif model == "sd":
         base = sd_defaults()
     else:
         base = mini_cuda_defaults() if device == "cuda" else mini_cpu_defaults()
+        vanilla = vanilla | MINI_VANILLA[device]
+    if typed.get("backbone") == "vanilla":
+        base = base.override(vanilla)
+    _check_backbone(typed)
     values = {**typed, "device": device}
     if device == "cpu":
         values["fp16"] = False
     elif model == "dream-mini":
-        # Replayed, two runs were not the same bit for bit.
-        values.setdefault("step_graph", not (typed.get("deterministic") or base.override(typed).read_on_the_host()))
+        # Replayed, two runs were not the same bit for bit; and it was measured with this backbone alone.
+        plain = typed.get("backbone", "grid") == "grid" and not typed.get("deterministic")
+        values.setdefault("step_graph", plain and not base.override(typed).read_on_the_host())
     if "guidance_scale" in typed:
         values.setdefault("guidance_scale_end", None)  # one typed number is meant for the whole run
     for name, value in SCORE_DEFAULTS.get(typed.get("score"), {}).items():

@@ -6,10 +6,8 @@ Refusing is better than ignoring: a command moved over from there either means t
 _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
 _MESH = "there is no mesh refinement yet; --save_mesh exports the result as GLB"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
-_MARCH = "rays always march through the occupancy grid; --max_steps sets the samples of a ray"
 
 REFUSED_FLAGS: dict[str, str] = {
-    "-O2": "the vanilla backbone is not there yet; use -O",
     "--IF": "DeepFloyd IF is not there; use --sd_version or --hf_key",
     "--dataset_size_train": "an epoch is always 100 steps; set --iters",
     "--decimate_target": "meshes are not decimated; lower --mcubes_resolution",
@@ -35,11 +33,9 @@ REFUSED_FLAGS: dict[str, str] = {
     "--lock_geo": _MESH,
     "--max_ray_batch": "it never did anything; memory is bounded without it",
     "--max_spp": _VIEWER,
-    "--num_steps": _MARCH,
     "--radius": _VIEWER + " (the output camera has --default_radius)",
     "--taichi_ray": "that is another extension's marching; ours is always on",
     "--tet_grid_size": _MESH,
-    "--upsample_steps": _MARCH,
     "--zero123_ckpt": _IMAGE,
     "--zero123_config": _IMAGE,
     "--zero123_grad_scale": _IMAGE,
@@ -48,7 +44,6 @@ REFUSED_FLAGS: dict[str, str] = {
 REFUSED_VALUES: dict[tuple[str, str], str] = {
     ("--backbone", "grid_taichi"): "that is another extension's grid; use --backbone grid",
     ("--backbone", "grid_tcnn"): "that is another extension's grid; use --backbone grid",
-    ("--backbone", "vanilla"): "the frequency MLP is not there yet; use --backbone grid",
     ("--ckpt", "best"): "every checkpoint here holds the averaged weights; use --ckpt latest",
     ("--ckpt", "latest_model"): "a checkpoint is always taken up whole; use --ckpt latest",
     ("--guidance", "IF"): "DeepFloyd IF is not there; use --sd_version or --hf_key",

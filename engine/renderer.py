@@ -1,4 +1,4 @@
-"""From rays to images: occupancy grid, ray marching, field, shading and compositing.
+"""From rays to images: samples, field, shading and compositing.
 
 `Renderer.train_rays` is differentiable and returns what the losses need; `Renderer.view` looks at the scene without a
 gradient, at any size. Shadings, with n the normal, l the unit direction to the light and a the ambient share:
@@ -9,21 +9,19 @@ gradient, at any size. Shadings, with n the normal, l the unit direction to the 
     normal       (n + 1) / 2
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.camera import Cameras, rays
 from dream_fast.engine.config import RenderConfig
-from dream_fast.engine.field import Field
+from dream_fast.engine.sampling import ImportanceSampler, make_sampler
+from dream_fast.engine.scene_field import SceneField
 
 SHADINGS = ("albedo", "lambertian", "textureless", "normal")
-SMALLEST_PART = 0.02  # of the cells of the largest part; smaller ones are specks
+VIEW_SAMPLES = 1 << 17  # evaluated together when looking, where no operator does it; a GPU takes more
 
 
 class Rendered(NamedTuple):
@@ -50,85 +48,15 @@ class View(NamedTuple):
 
 
 class Renderer:
-    """Renders a field. Holds the occupancy grid and the capacity of the sample buffers, both part of a checkpoint.
+    """Renders a field: the same shading and compositing whatever the backbone, with samples from its `sampler`."""
 
-    The grid starts full: until the first `update_occupancy` rays are marched through the whole cube.
-    """
-
-    def __init__(self, field: Field, config: RenderConfig):
+    def __init__(self, field: SceneField, config: RenderConfig):
         self.field, self.config = field, config
-        device = field.table.device
-        cells = config.occupancy_resolution**3
-        self.cascades = kernels.cascades(config.bound)
-        self.density = torch.zeros(self.cascades, cells, device=device)
-        self.bits = torch.full((self.cascades, cells // 8), 255, dtype=torch.uint8, device=device)
-        self.samples_per_ray = min(config.max_steps, 256)
-        # Since the capacity was last adapted, on the device: the fullest step, and whether one did not fit.
-        self.most_samples = torch.zeros((), dtype=torch.int64, device=device)
-        self.overflowed = torch.zeros((), dtype=torch.bool, device=device)
+        self.sampler = make_sampler(field, config)
 
-    # ------------------------------------------------------------------------------------------------ occupancy
-
-    @torch.no_grad()
     def update_occupancy(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
-        """Look at the density once in every cell (at a random point, or the centre without a generator)."""
-        resolution = self.config.occupancy_resolution
-        noise = None
-        if generator is not None:
-            noise = torch.rand(self.density.numel(), 3, generator=generator, device=generator.device)
-            noise = noise.to(self.density.device)
-        points = kernels.occupancy_points(
-            resolution, self.cascades, self.config.bound, noise, device=self.density.device
-        )
-        fresh = self.field.density(points, active_levels=active_levels).view_as(self.density)
-        bits, _ = kernels.occupancy_update(self.density, fresh, threshold=self.config.density_thresh)
-        self.bits.copy_(bits)
-
-    @contextmanager
-    def without_specks(self) -> Iterator[None]:
-        """Inside the `with` block rays pass through small groups of occupied cells that stand apart from the object.
-
-        Scenes of one cascade only; across several the groups are not followed, and nothing changes.
-        """
-        before = self.bits.clone()
-        if self.cascades == 1:
-            side = self.config.occupancy_resolution
-            powers = 2 ** torch.arange(8, device=self.bits.device)
-            cells = (self.bits[0][:, None] & powers).bool().view(side, side, side)
-            self.bits.copy_((large_parts(cells).view(-1, 8) * powers).sum(1))
-        try:
-            yield
-        finally:
-            self.bits.copy_(before)
-
-    def adapt_capacity(self, rays: int) -> None:
-        """Fit the sample buffers to the fullest step of `rays` rays since the last call, with room to spare.
-
-        Reads the device, so call it where the host waits anyway (when a line is logged).
-        """
-        wanted = int(1.5 * int(self.most_samples) / max(1, rays)) + 1
-        if self.overflowed:
-            wanted = max(wanted, 2 * self.samples_per_ray)
-        if not self.samples_per_ray / 2 <= wanted <= self.samples_per_ray:
-            self.samples_per_ray = max(8, min(self.config.max_steps, wanted))
-        self.most_samples.zero_()
-        self.overflowed.zero_()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The occupancy grid and the capacity, as tensors."""
-        return {
-            "density": self.density,
-            "bits": self.bits,
-            "samples_per_ray": torch.tensor(self.samples_per_ray),
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`; raises ValueError when the grids differ in shape."""
-        for name, own in (("density", self.density), ("bits", self.bits)):
-            if state[name].shape != own.shape:
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the renderer's is {tuple(own.shape)}")
-            own.copy_(state[name])
-        self.samples_per_ray = int(state["samples_per_ray"])
+        """Look at the density once in every cell of the occupancy grid, where there is one."""
+        self.sampler.update(generator, active_levels=active_levels)
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -154,7 +82,7 @@ class Renderer:
         if shading not in SHADINGS:
             raise ValueError(f"shading is {shading!r}, expected one of {', '.join(SHADINGS)}")
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
-        samples = self._march(origins, directions, generator)
+        samples = self.sampler.sample(origins, directions, generator, active_levels=active_levels)
         ray_directions = directions.index_select(0, samples.ray_ids)
         values = self.field(
             samples.positions,
@@ -183,38 +111,6 @@ class Renderer:
             overflow=samples.overflow,
         )
 
-    def _march(self, origins: Tensor, directions: Tensor, generator: torch.Generator | None) -> kernels.Samples:
-        count = origins.shape[0]
-        perturb = None
-        if generator is not None:
-            perturb = torch.rand(count, generator=generator, device=generator.device).to(origins.device)
-        options = {**self._lattice(), "bound": self.config.bound, "perturb": perturb}
-        samples = kernels.march(origins, directions, self.bits, capacity=count * self.samples_per_ray, **options)
-        torch.maximum(self.most_samples, samples.count, out=self.most_samples)
-        self.overflowed |= samples.overflow
-        if origins.is_cuda:
-            return samples
-        # On a CPU reading the count is free: nothing is dropped, and the buffers hold no padding.
-        if samples.overflow:
-            samples = kernels.march(origins, directions, self.bits, capacity=count * self.config.max_steps, **options)
-        used = int(samples.count)
-        return samples._replace(
-            positions=samples.positions[:used],
-            ray_ids=samples.ray_ids[:used],
-            t=samples.t[:used],
-            dt=samples.dt[:used],
-        )
-
-    def _lattice(self) -> dict:
-        """Where samples lie on a ray, as the operators' arguments."""
-        config = self.config
-        return {
-            "resolution": config.occupancy_resolution,
-            "max_steps": config.max_steps,
-            "dt_gamma": config.dt_gamma,
-            "min_near": config.min_near,
-        }
-
     # -------------------------------------------------------------------------------------------------- looking
 
     @torch.no_grad()
@@ -240,21 +136,7 @@ class Renderer:
         views = []
         for origins, directions in zip(*rays(cameras, height, width), strict=True):
             behind = self._background(directions, background)
-            seen = kernels.render(
-                origins,
-                directions,
-                self.bits,
-                self.field.table,
-                list(self.field.weights),
-                list(self.field.biases),
-                self.field.spec,
-                background=behind,
-                normals=normals or shading != "albedo",
-                normal_epsilon=self.config.normal_epsilon,
-                dtype=self.field.compute_dtype,
-                chunk=1 << (16 if directions.is_cuda else 12),  # a GPU is idle below, a CPU's cache is full above
-                **self._lattice(),
-            )
+            seen = self._look(origins, directions, behind, normals or shading != "albedo")
             rgb = seen.rgb
             if shading != "albedo":
                 toward = -directions if light is None else light
@@ -268,25 +150,49 @@ class Renderer:
             views.append(View(rgb, seen.normal, seen.depth, seen.opacity))
         return View(*(torch.stack(part).unflatten(1, (height, width)) for part in zip(*views, strict=True)))
 
+    def _look(self, origins: Tensor, directions: Tensor, background: Tensor, normals: bool) -> kernels.View:
+        """Rays [R, 3] over a background [R, 3], unshaded, with the normal at the expected depth."""
+        if isinstance(self.sampler, ImportanceSampler):
+            samples = VIEW_SAMPLES * (32 if directions.is_cuda else 1)
+            chunk = max(1, samples // self.sampler.samples_per_ray)
+            parts = zip(origins.split(chunk), directions.split(chunk), background.split(chunk), strict=True)
+            return kernels.View(*map(torch.cat, zip(*(self._look_evenly(*p, normals) for p in parts), strict=True)))
+        field = self.field
+        operator = kernels.render_reference if field.on_torch else kernels.render
+        return operator(
+            origins,
+            directions,
+            self.sampler.bits,
+            field.table,
+            list(field.weights),
+            list(field.biases),
+            field.spec,
+            background=background,
+            normals=normals,
+            normal_epsilon=self.config.normal_epsilon,
+            dtype=field.compute_dtype,
+            chunk=1 << (16 if directions.is_cuda else 12),  # a GPU is idle below, a CPU's cache is full above
+            **self.sampler.lattice(),
+        )
+
+    def _look_evenly(self, origins: Tensor, directions: Tensor, background: Tensor, normals: bool) -> kernels.View:
+        """Some of the rays, with the same number of samples on each."""
+        seen = self.train_rays(origins, directions, background=background)
+        normal = torch.zeros_like(origins)
+        if normals:
+            expected = seen.depth / seen.opacity.clamp(min=kernels.EMPTY_OPACITY)
+            surface = origins + expected[:, None] * directions
+            there = (seen.opacity > kernels.EMPTY_OPACITY)[:, None]
+            found = self.field(surface, normals="finite_difference", normal_epsilon=self.config.normal_epsilon).normal
+            normal = torch.where(there, found, 0)
+        return kernels.View(seen.rgb, normal, seen.depth, seen.opacity)
+
     def _background(self, directions: Tensor, background: Tensor | None) -> Tensor:
         if background is not None:
             return background.expand_as(directions)
         if self.field.has_background:
             return self.field.background(directions)
         return torch.ones_like(directions)
-
-
-def large_parts(cells: Tensor) -> Tensor:
-    """Of occupied cells [G, G, G] (bool), those in groups of neighbours (26) of at least 2 % of the largest group."""
-    label = torch.arange(cells.numel(), dtype=torch.float64, device=cells.device).view(cells.shape)
-    label, before = torch.where(cells, label, -1.0), None
-    while before is None or not torch.equal(label, before):
-        before = label
-        label = torch.where(cells, F.max_pool3d(label[None], 3, stride=1, padding=1)[0], -1.0)
-    groups = (label + 1).long()  # 0: not occupied
-    sizes = torch.bincount(groups.flatten(), minlength=2)
-    sizes[0] = 0
-    return (sizes >= SMALLEST_PART * sizes.max())[groups] & cells
 
 
 def shade(shading: str, albedo: Tensor, normal: Tensor | None, light: Tensor | None, ambient: float | Tensor) -> Tensor:

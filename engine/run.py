@@ -23,7 +23,6 @@ from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.export.report import write_report
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.field import Field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.loader import COMPILED, Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
@@ -33,6 +32,7 @@ from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
+from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.trainer import Trainer
 from dream_fast.engine.watch import check_watchable
 from dream_fast.engine.workspace import Workspace
@@ -146,7 +146,7 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
 def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> bool:
     """Writes the outputs from the averaged weights, without specks; returns whether there was something to write."""
     written = False
-    with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
+    with trainer.optimizer.ema_weights(), trainer.renderer.sampler.without_specks():
         for output in outputs(trainer, workspace, reporter):
             if not (only_missing and all(path.exists() for path in output.paths)):
                 output.write()
@@ -207,7 +207,7 @@ def _embed(config: Config, components: Components) -> PromptEmbeddings:
     return PromptEmbeddings(components, read(run.text), read(run.negative), own=own)
 
 
-def _start_line(config: Config, runtime: Runtime, components: Components, field: Field, step: int) -> str:
+def _start_line(config: Config, runtime: Runtime, components: Components, field: SceneField, step: int) -> str:
     camera, guidance = config.camera, config.guidance
     kernels = f"field {field.plan}, " if runtime.device.type == "cuda" else ""
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""

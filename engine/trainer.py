@@ -23,12 +23,12 @@ from torch.nn import functional as F
 
 from dream_fast.engine.camera import Cameras, rays, sample_cameras
 from dream_fast.engine.checkpoint import damaged, load_checkpoint, save_checkpoint
-from dream_fast.engine.config import Config, RunConfig, ShadingConfig
+from dream_fast.engine.config import Config, RunConfig, ShadingConfig, other_backbones
 from dream_fast.engine.cuda_graph import CudaGraphs
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.field import Field
+from dream_fast.engine.field import make_field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult, Settled
 from dream_fast.engine.guidance.text import TextGuidance
@@ -127,7 +127,7 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime, seed: int, guidance: Guidance | None = None):
         self.config, self.device, self.seed, self.guidance = config, runtime.device, seed, guidance
         first = torch.Generator().manual_seed(step_seed(seed, -1))
-        self.field = Field(config.field, config.render.bound, first).to(runtime.device)
+        self.field = make_field(config.field, config.render.bound, first).to(runtime.device)
         if runtime.fp16:
             self.field.compute_dtype = torch.float16
         self.renderer = Renderer(self.field, config.render)
@@ -244,7 +244,7 @@ class Trainer:
             ambient, up, scale = torch.zeros(3, device=self.device).unbind()
             t = torch.zeros(batch, dtype=torch.int64, device=self.device)
             self._dials = Dials(ambient, up, Settled(t, scale))
-        dials, capacity = self._dials, self.renderer.samples_per_ray
+        dials, capacity = self._dials, self.renderer.sampler.samples_per_ray
         dials.ambient.fill_(phase.ambient)
         dials.up.fill_(ramp(self.step, steps))
         dials.settled.scale.fill_(score.scale(progress))
@@ -258,7 +258,8 @@ class Trainer:
     def _active_levels(self, progress: float) -> int | None:
         if not self.config.shading.progressive_level:
             return None
-        levels = self.config.field.levels
+        field = self.config.field
+        levels = field.frequencies if field.backbone == "vanilla" else field.levels
         return max(1, math.ceil(levels * min(1.0, 0.25 + 2.0 * progress)))
 
     def _light(self, cameras: Cameras, pixels: int) -> Tensor:
@@ -331,7 +332,7 @@ class Trainer:
 
     def _row(self, result: Step) -> dict[str, Any]:
         """A row of metrics.jsonl: numbers of the last step, and the count of skipped steps. Reads the device."""
-        self.renderer.adapt_capacity(len(result.opacity))
+        self.renderer.sampler.adapt_capacity(len(result.opacity))
         terms = {name: _number(term) for name, term in result.terms.items()}
         return {
             "step": self.step,
@@ -371,7 +372,7 @@ class Trainer:
     def write_test_video(self, path: Path) -> None:
         """The turntable of the object as it is now, from the averaged weights and without specks."""
         output = self.config.output
-        with self.optimizer.ema_weights(), self.renderer.without_specks():
+        with self.optimizer.ema_weights(), self.renderer.sampler.without_specks():
             frames = turntable_frames(self.renderer, self.config.camera, output.dataset_size_test)
             write_video(path, frames, output.video_fps)
 
@@ -380,16 +381,18 @@ class Trainer:
     def architecture(self) -> dict[str, Any]:
         """What two runs must share for one to load the other's checkpoint: everything that shapes the state."""
         config = self.config
-        return dataclasses.asdict(config.field) | {
+        shape = dataclasses.asdict(config.field) | {
             "bound": config.render.bound,
             "occupancy_resolution": config.render.occupancy_resolution,
             "optim": config.optim.optim,
         }
+        elsewhere = other_backbones(config.field.backbone)
+        return {name: value for name, value in shape.items() if name not in elsewhere}
 
     def save(self, workspace: Workspace) -> Path:
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "renderer": self.renderer.state_dict(),
+            "renderer": self.renderer.sampler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": dataclasses.asdict(self.schedule),
             "phases": dataclasses.asdict(self.phases),
@@ -411,7 +414,7 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.renderer.load_state_dict(state["renderer"])
+        self.renderer.sampler.load_state_dict(state.get("renderer", {}))
         self.scaler.load_state_dict(state["scaler"])
         self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
         if self.config.run.exp_end_iter is None:  # an end that was asked for stays where it is

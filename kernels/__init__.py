@@ -3,12 +3,19 @@
 from dream_fast.kernels._launch import compile_launches, recorded_launches
 from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
 from dream_fast.kernels.composite import Composited, composite, composite_reference
-from dream_fast.kernels.field import FieldSpec, field, field_plan, field_reference
+from dream_fast.kernels.field import (
+    FieldSpec,
+    density_activation,
+    density_logit,
+    field,
+    field_plan,
+    field_reference,
+)
 from dream_fast.kernels.field_normals import field_normals, field_normals_reference
 from dream_fast.kernels.grid_regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
 from dream_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
-from dream_fast.kernels.march import Samples, march, march_reference
+from dream_fast.kernels.march import Samples, march, march_reference, near_far
 from dream_fast.kernels.occupancy import (
     cascades,
     occupancy_points,
@@ -16,9 +23,10 @@ from dream_fast.kernels.occupancy import (
     occupancy_update,
     occupancy_update_reference,
 )
-from dream_fast.kernels.render import View, render, render_reference
+from dream_fast.kernels.render import EMPTY_OPACITY, View, render, render_reference
 
 __all__ = [
+    "EMPTY_OPACITY",
     "AdanState",
     "Composited",
     "FieldSpec",
@@ -31,6 +39,8 @@ __all__ = [
     "compile_launches",
     "composite",
     "composite_reference",
+    "density_activation",
+    "density_logit",
     "field",
     "field_normals",
     "field_normals_reference",
@@ -44,6 +54,7 @@ __all__ = [
     "hash_grid_weight_decay_grad",
     "march",
     "march_reference",
+    "near_far",
     "occupancy_points",
     "occupancy_query",
     "occupancy_update",

@@ -106,9 +106,18 @@ def logits_reference(
     return h.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def density_logit(x: Tensor, h: Tensor, spec: FieldSpec) -> Tensor:
+    """A network's first output h [N] at x [N, 3], with the blob -> what the density's activation takes [N]."""
+    return h + _blob(x, spec)
+
+
+def density_activation(logit: Tensor, spec: FieldSpec) -> Tensor:
+    """Density per world unit, elementwise; it rises with the logit."""
+    return _ClampedExp.apply(logit) if spec.density_activation == "exp" else F.softplus(logit)
+
+
 def sigma_reference(x: Tensor, logits: Tensor, spec: FieldSpec) -> Tensor:
-    raw = logits[:, 0] + _blob(x, spec)
-    return _ClampedExp.apply(raw) if spec.density_activation == "exp" else F.softplus(raw)
+    return density_activation(density_logit(x, logits[:, 0], spec), spec)
 
 
 def field_reference(

@@ -109,11 +109,13 @@ def test_the_ball_has_the_samples_of_the_workload():
     field = Field(config.field, config.render.bound, torch.Generator().manual_seed(0))
     renderer = Renderer(field, config.render)
     density = torch.exp(field_blob(renderer, config))
-    bits, _ = kernels.occupancy_update(renderer.density, density.view_as(renderer.density), threshold=10.0)
-    renderer.bits.copy_(bits)
+    bits, _ = kernels.occupancy_update(
+        renderer.sampler.density, density.view_as(renderer.sampler.density), threshold=10.0
+    )
+    renderer.sampler.bits.copy_(bits)
     generator = torch.Generator().manual_seed(0)
     origins, directions = rays(sample_cameras(config.camera, 1, generator), 32, 32)
-    samples = renderer._march(origins[0].contiguous(), directions[0].contiguous(), generator)
+    samples = renderer.sampler.sample(origins[0].contiguous(), directions[0].contiguous(), generator)
     assert 1.07 * 4 * int(samples.count) == pytest.approx(490_000, rel=0.02)
 
 

@@ -48,11 +48,31 @@ def engine(monkeypatch, tmp_path):
         (["--text", "a cat", "--guidence_scale=5"], "unknown flag --guidence_scale; did you mean --guidance_scale?"),
         (["--text", "a cat", "--zxqvj"], "unknown flag --zxqvj; see --help"),
         (["--text", "a cat", "-x"], "unknown flag -x; see --help"),
-        (["--text", "a cat", "-O2"], "-O2 is not available: the vanilla backbone is not there yet"),
+        (["--text", "a cat", "-O2", "--cuda_ray"], "--cuda_ray marches through the occupancy grid, which the vanilla"),
+        (
+            ["--text", "a cat", "-O", "--backbone", "vanilla"],
+            "-O marches through the occupancy grid, which the vanilla",
+        ),
+        (
+            ["--text", "a cat", "-O2", "--max_steps", "64"],
+            "--max_steps has no meaning with --backbone vanilla: that has",
+        ),
+        (
+            ["--text", "a cat", "-O2", "--lambda_tv", "1"],
+            "--lambda_tv has no meaning with --backbone vanilla: that has",
+        ),
+        (["--text", "a cat", "--num_steps", "64"], "--num_steps has no meaning with --backbone grid: its rays march"),
+        (
+            ["--text", "a cat", "--upsample_steps", "8"],
+            "--upsample_steps has no meaning with --backbone grid: its rays",
+        ),
+        (["--text", "a cat", "-O2", "--num_steps", "0"], "--num_steps must be at least 1, not 0"),
+        (["--text", "a cat", "-O2", "--upsample_steps", "-1"], "--upsample_steps must be at least 0, not -1"),
+        (["--text", "a cat", "-O2", "--frequencies", "0"], "--frequencies must be at least 1, not 0"),
         (["--text", "a cat", "--dmtet"], "--dmtet is not available: there is no mesh refinement yet"),
         (["--image", "a_rgba.png"], "--image is not available: a run starts from a prompt"),
         (["--text", "a cat", "--lambda_rgb=3"], "--lambda_rgb is not available"),
-        (["--text", "a cat", "--backbone", "vanilla"], "--backbone vanilla is not available"),
+        (["--text", "a cat", "--backbone", "mlp"], "--backbone is one of grid, grid_torch, vanilla, not 'mlp'"),
         (["--text", "a cat", "--backbone=grid_tcnn"], "--backbone grid_tcnn is not available"),
         (["--text", "a cat", "--guidance", "SD", "clip"], "--guidance clip is not available"),
         (["--text", "a cat", "--ckpt", "best"], "--ckpt best is not available"),
@@ -113,6 +133,34 @@ def test_the_whole_configuration_reaches_the_engine(engine):
 def test_only_what_was_typed_is_typed():
     assert parse(["--text", "a cat"]) == {"text": "a cat"}
     assert parse(["--text", "a cat", "--no-save_mesh", "-O"]) == {"text": "a cat", "save_mesh": False, "fp16": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        ("-O2", {"fp16": True, "backbone": "vanilla", "progressive_level": True}),
+        ("-O2 --no-fp16 --no-progressive_level", {"fp16": False, "backbone": "vanilla", "progressive_level": False}),
+        ("--backbone grid_torch -O2", {"fp16": True, "backbone": "grid_torch", "progressive_level": True}),
+        ("--no-fp16 -O", {"fp16": False}),
+        ("-O2 --test", {"fp16": True, "backbone": "vanilla", "test": True}),
+        ("--backbone vanilla", {"backbone": "vanilla"}),
+    ],
+)
+def test_a_shortcut_never_overrules_what_was_typed(words, typed, capsys):
+    assert parse(words.split()) == typed
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [["-O", "-O2"], ["-O2", "-O"]])
+def test_the_second_shortcut_does_nothing_beside_the_first_and_says_so(words, capsys):
+    assert parse(words) == {"fp16": True}
+    assert capsys.readouterr().err == "dream-fast: note: -O2 does nothing beside -O\n"
+
+
+def test_the_help_of_a_shortcut_names_all_that_it_does():
+    text = " ".join(build_parser().format_help().split())
+    assert "--fp16, --backbone vanilla and --progressive_level" in text
+    assert set(parse(["-O2"])) == {"fp16", "backbone", "progressive_level"}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from dream_fast.engine.config import DEFAULT_VIEW, CameraConfig, Config, GuidanceConfig, OptimConfig, settings
+from dream_fast.engine.config import (
+    BACKBONES,
+    DEFAULT_VIEW,
+    CameraConfig,
+    Config,
+    GuidanceConfig,
+    OptimConfig,
+    other_backbones,
+    settings,
+)
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.presets import (
     chosen_model,
@@ -116,6 +125,40 @@ def test_what_was_typed_counts_more_than_the_model_and_the_device():
     assert (typed.run.iters, typed.optim.lr, typed.camera.W) == (7, 0.5, 33)
     assert typed.camera.H == cpu.camera.H
     assert resolve({"preset": "reference", "iters": 7}, "dream-mini", "cuda").run.iters == 7
+
+
+def test_the_vanilla_backbone_has_defaults_of_its_own_under_every_preset():
+    for typed, model, device in (
+        ({"preset": "reference"}, "dream-mini", "cpu"),
+        ({}, "sd", "cuda"),
+        ({}, "dream-mini", "cpu"),
+        ({}, "dream-mini", "cuda"),
+    ):
+        grid, vanilla = (resolve(typed | {"backbone": name}, model, device) for name in ("grid", "vanilla"))
+        assert (vanilla.field.hidden_layers, vanilla.optim.lr_decay, vanilla.render.normals) == (4, 0.1, "analytic")
+        if "preset" in typed or model == "sd":
+            assert (grid.field.hidden_layers, grid.optim.lr_decay) == (2, 1.0)
+            own = {"backbone", "hidden_layers", "lr_decay", "normals"}
+            assert {name for name, value in flat(vanilla).items() if value != flat(grid)[name]} == own
+            assert (vanilla.render.num_steps, vanilla.render.upsample_steps, vanilla.field.frequencies) == (64, 32, 12)
+    typed = {"backbone": "vanilla", "hidden_layers": 1, "lr_decay": 0.5, "num_steps": 7}
+    config = resolve(typed, "dream-mini", "cpu")
+    assert (config.field.hidden_layers, config.optim.lr_decay, config.render.num_steps) == (1, 0.5, 7)
+
+
+def test_a_setting_of_another_backbone_is_refused():
+    assert other_backbones("grid") == other_backbones("grid_torch") == {"frequencies", "num_steps", "upsample_steps"}
+    for backbone in BACKBONES:
+        for name in other_backbones(backbone):
+            with pytest.raises(UserError, match=f"^--{name} has no meaning with --backbone {backbone}: "):
+                resolve({"backbone": backbone, name: flat(Config())[name]}, "dream-mini", "cpu")
+
+
+def test_the_hash_tables_regularisers_need_a_hash_table():
+    for name in ("lambda_tv", "lambda_wd"):
+        with pytest.raises(UserError, match="of the hash table, which --backbone vanilla has not"):
+            Config().override({"backbone": "vanilla", name: 0.1})
+        assert Config().override({"backbone": "grid_torch", name: 0.1})
 
 
 def test_the_phases_may_end_after_the_run_or_start_late_in_it():
@@ -253,6 +296,9 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
         ({"deterministic": True}, "dream-mini", "cuda", False),
         ({"lambda_tv": 0.1}, "dream-mini", "cuda", False),
         ({"progressive_view": True}, "dream-mini", "cuda", False),
+        ({"backbone": "vanilla"}, "dream-mini", "cuda", False),
+        ({"backbone": "grid_torch"}, "dream-mini", "cuda", False),
+        ({"backbone": "vanilla", "step_graph": True}, "dream-mini", "cuda", True),
     ],
 )
 def test_a_step_is_replayed_where_that_pays_and_nobody_chose(typed, model, device, graph):

@@ -131,7 +131,7 @@ def test_gradients_of_two_hundred_steps(trainer):
             part.reshape(-1, 3).contiguous() for part in rays(cameras, config.camera.h, config.camera.w)
         )
         with torch.no_grad():
-            samples = renderer._march(origins, directions, generator)
+            samples = renderer.sampler.sample(origins, directions, generator)
         upstream = torch.randn(len(origins), 4, generator=generator, device="cuda")
         got, same, exact = (
             gradients(operators, samples, upstream, dtype, compute)
@@ -193,26 +193,26 @@ def test_buffers_that_grow_are_captured_anew():
     trainer = make_trainer()
     for _ in range(3):
         trainer.train_step()
-    trainer.renderer.samples_per_ray = 1
+    trainer.renderer.sampler.samples_per_ray = 1
     before, counted = trainer.optimizer.params.clone(), int(trainer.overflowed)
     assert bool(trainer.train_step().overflow)
     assert torch.equal(trainer.optimizer.params, before) and int(trainer.overflowed) == counted + 1
-    trainer.renderer.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
+    trainer.renderer.sampler.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
     trainer.train_step()
-    trainer.renderer.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
+    trainer.renderer.sampler.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
     assert not bool(trainer.train_step().overflow)
 
 
 def test_a_step_that_overflows_is_not_taken(trainer):
     before, counted = trainer.optimizer.params.clone(), int(trainer.overflowed)
-    scale, kept = trainer.scaler.scale.clone(), trainer.renderer.samples_per_ray
-    trainer.renderer.samples_per_ray = 1
+    scale, kept = trainer.scaler.scale.clone(), trainer.renderer.sampler.samples_per_ray
+    trainer.renderer.sampler.samples_per_ray = 1
     trainer.train_step()
     assert torch.equal(trainer.optimizer.params, before) and int(trainer.overflowed) == counted + 1
     assert torch.equal(trainer.scaler.scale, scale)
-    trainer.renderer.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
-    assert trainer.renderer.samples_per_ray > 1
-    trainer.renderer.samples_per_ray = kept
+    trainer.renderer.sampler.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
+    assert trainer.renderer.sampler.samples_per_ray > 1
+    trainer.renderer.sampler.samples_per_ray = kept
     trainer.train_step()
     assert not torch.equal(trainer.optimizer.params, before)
 

@@ -106,7 +106,7 @@ def small_renderer():
 
 def terms_of(renderer, need_normals=True, empty=False, **weights):
     if empty:
-        renderer.bits.zero_()
+        renderer.sampler.bits.zero_()
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.0, 30.0)))
     background = torch.ones(3)
     rendered = renderer.train_rays(*rays(cameras, 6, 8), background=background, need_normals=need_normals)

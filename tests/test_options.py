@@ -11,7 +11,7 @@ import dream_fast
 from dream_fast.cli import build_parser
 from dream_fast.engine.config import settings
 from dream_fast.engine.options import DIFFERENCES, REFERENCE_FLAGS, page
-from dream_fast.engine.presets import mini_cpu_defaults, mini_cuda_defaults
+from dream_fast.engine.presets import mini_cpu_defaults, mini_cuda_defaults, resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 
 FOLDER = Path(dream_fast.__file__).parent
@@ -29,7 +29,7 @@ def rows(part: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def tables() -> list[dict[str, list[str]]]:
-    """Our flags, and those of the reference."""
+    """Our flags, those of the reference, and the defaults of the vanilla backbone."""
     return [rows(part) for part in page().split("\n## ")[1:]]
 
 
@@ -69,6 +69,18 @@ def test_every_flag_of_the_reference_works_or_is_refused_with_the_reason(tables)
         assert f"`{value}` is refused: {why}" in theirs[flag][1]
 
 
+def test_the_defaults_of_the_vanilla_backbone_are_shown(tables):
+    shown = tables[2]
+    assert shown["--lr_decay"] == ["0.1", "0.1", "0.1"] and shown["--hidden_layers"][0] == "4"
+    for place, (typed, device) in enumerate([({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]):
+        grid, own = (resolve(typed | {"backbone": name}, "dream-mini", device) for name in ("grid", "vanilla"))
+        for room, field in settings():
+            before, after = (getattr(getattr(config, room.name), field.name) for config in (grid, own))
+            if field.name != "backbone":
+                assert bool(shown.get(f"--{field.name}", [""] * 3)[place]) == (before != after)
+    assert "`--levels`, " in page() and "`--lambda_wd`.\n" in page()
+
+
 def test_the_page_is_printed_without_anything_heavy():
     code = "import runpy, sys; runpy.run_module('dream_fast.engine.options', run_name='__main__')"
     code += "; print([name for name in ('torch', 'numpy') if name in sys.modules], file=sys.stderr)"
@@ -78,4 +90,4 @@ def test_the_page_is_printed_without_anything_heavy():
 
 def test_no_cell_breaks_its_table():
     columns = [len(re.findall(r"\|", line)) for line in page().splitlines() if line.startswith("| ")]
-    assert set(columns) == {3, 4, 6}
+    assert set(columns) == {3, 4, 5, 6}

@@ -8,7 +8,8 @@ import torch
 from dream_fast.engine.camera import make_cameras, rays
 from dream_fast.engine.config import FieldConfig, RenderConfig
 from dream_fast.engine.field import Field
-from dream_fast.engine.renderer import Renderer, large_parts, shade
+from dream_fast.engine.renderer import Renderer, shade
+from dream_fast.engine.sampling import large_parts
 
 WHITE = torch.ones(3)
 BLACK = torch.zeros(3)
@@ -81,27 +82,27 @@ def test_outputs_are_without_specks_and_the_grid_is_as_before():
     renderer = make_renderer()
     renderer.update_occupancy(None)
     side = renderer.config.occupancy_resolution
-    object_alone = renderer.bits.clone()
-    renderer.bits.view(side, side, side // 8)[1, 1, 0] |= 4  # one cell in a corner
-    with_speck = renderer.bits.clone()
-    with renderer.without_specks():
-        assert torch.equal(renderer.bits, object_alone)
-    assert torch.equal(renderer.bits, with_speck)
+    object_alone = renderer.sampler.bits.clone()
+    renderer.sampler.bits.view(side, side, side // 8)[1, 1, 0] |= 4  # one cell in a corner
+    with_speck = renderer.sampler.bits.clone()
+    with renderer.sampler.without_specks():
+        assert torch.equal(renderer.sampler.bits, object_alone)
+    assert torch.equal(renderer.sampler.bits, with_speck)
 
 
 def test_several_cascades_keep_everything():
     renderer = make_renderer(bound=2.0)
-    renderer.bits.zero_()
-    renderer.bits[0, :2] = 255
-    renderer.bits[1, 99] = 1
-    before = renderer.bits.clone()
-    with renderer.without_specks():
-        assert torch.equal(renderer.bits, before)
+    renderer.sampler.bits.zero_()
+    renderer.sampler.bits[0, :2] = 255
+    renderer.sampler.bits[1, 99] = 1
+    before = renderer.sampler.bits.clone()
+    with renderer.sampler.without_specks():
+        assert torch.equal(renderer.sampler.bits, before)
 
 
 def test_capacity_does_not_change_the_picture_on_a_cpu():
     renderer, small = make_renderer(), make_renderer()
-    small.samples_per_ray = 1
+    small.sampler.samples_per_ray = 1
     one, other = (render(r, generator=torch.Generator().manual_seed(4)) for r in (renderer, small))
     assert torch.equal(one.rgb, other.rgb) and torch.equal(one.samples.offsets, other.samples.offsets)
     assert one.weights.shape[0] == one.samples.count
@@ -110,27 +111,27 @@ def test_capacity_does_not_change_the_picture_on_a_cpu():
 def test_adapt_capacity_follows_use():
     renderer = make_renderer()
     used = int(render(renderer).samples.count) / 256
-    renderer.samples_per_ray = 4 * int(used)
-    renderer.adapt_capacity(256)
-    assert used < renderer.samples_per_ray <= 1.5 * used + 1
-    kept = renderer.samples_per_ray
+    renderer.sampler.samples_per_ray = 4 * int(used)
+    renderer.sampler.adapt_capacity(256)
+    assert used < renderer.sampler.samples_per_ray <= 1.5 * used + 1
+    kept = renderer.sampler.samples_per_ray
     render(renderer)
-    renderer.adapt_capacity(256)
-    assert renderer.samples_per_ray == kept  # it fits, so buffers and captured graphs stay
+    renderer.sampler.adapt_capacity(256)
+    assert renderer.sampler.samples_per_ray == kept  # it fits, so buffers and captured graphs stay
 
 
 def test_capacity_grows_after_an_overflow():
     renderer = make_renderer()
-    renderer.samples_per_ray = 2
+    renderer.sampler.samples_per_ray = 2
     used = int(render(renderer).samples.count) / 256
     for _ in range(8):
-        assert renderer.overflowed
-        renderer.adapt_capacity(256)
-        assert not renderer.overflowed
+        assert renderer.sampler.overflowed
+        renderer.sampler.adapt_capacity(256)
+        assert not renderer.sampler.overflowed
         render(renderer)
-        if not renderer.overflowed:
+        if not renderer.sampler.overflowed:
             break
-    assert used < renderer.samples_per_ray <= 4 * used
+    assert used < renderer.sampler.samples_per_ray <= 4 * used
 
 
 def test_background_colour_and_network():
@@ -216,7 +217,7 @@ def test_gradients_reach_the_field_and_repeat_bit_for_bit(shading):
 
 def test_rays_that_meet_nothing():
     renderer = make_renderer()
-    renderer.bits.zero_()
+    renderer.sampler.bits.zero_()
     out = render(renderer, shading="lambertian", light=torch.tensor([0.0, 0.0, 1.0]), background=WHITE / 4)
     assert out.samples.count == 0
     assert (out.rgb == 0.25).all() and (out.opacity == 0).all()
@@ -227,10 +228,10 @@ def test_state_continues_another_renderer():
     renderer = make_renderer()
     renderer.update_occupancy(torch.Generator().manual_seed(0))
     other = make_renderer()
-    other.load_state_dict({name: tensor.clone() for name, tensor in renderer.state_dict().items()})
+    other.sampler.load_state_dict({name: tensor.clone() for name, tensor in renderer.sampler.state_dict().items()})
     assert torch.equal(render(renderer).rgb, render(other).rgb)
     with pytest.raises(ValueError, match="density has shape"):
-        make_renderer(occupancy_resolution=16).load_state_dict(renderer.state_dict())
+        make_renderer(occupancy_resolution=16).sampler.load_state_dict(renderer.sampler.state_dict())
 
 
 def test_view_agrees_with_the_training_renderer():

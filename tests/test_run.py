@@ -104,6 +104,28 @@ def test_cameras_phases_and_prompts_of_a_file_of_arguments_reach_the_steps(tiny_
     assert main(["--test", "--workspace", str(tmp_path / "trial"), "--six_views", "--default_polar", "60"]) == 0
 
 
+def test_a_vanilla_run_writes_everything_is_taken_up_and_looked_at(tmp_path, tiny_model, capsys):
+    words = "--frequencies 3 --hidden_width 16 --num_steps 8 --upsample_steps 4 --bound 0.6 --mcubes_resolution 24"
+    words += f" --device cpu --log_every 1 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}"
+    start = ["--text", "a hamburger", "--hf_key", str(tiny_model), *words.split(), "--save_mesh", "-O2", "--workspace"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*start, str(whole), "--iters", "4"]) == 0
+    assert [main([*start, str(parts), "--iters", iters]) for iters in ("2", "4")] == [0, 0]
+    found, again = contents(whole), contents(parts)
+    assert {"results/turntable.mp4", "results/six_views.png", "validation/step_000004.png"} <= found.keys()
+    assert trimesh.load(whole / "mesh" / "mesh.glb", force="mesh").is_watertight
+    assert found.keys() <= again.keys()
+    (whole / "results" / "front.png").unlink()
+    assert main(["--test", "-O2", "--six_views", "--workspace", str(whole)]) == 0
+    assert contents(whole)["results/front.png"] == found["results/front.png"]
+
+    assert "--backbone vanilla, not grid" in refused(capsys, command(whole, tiny_model))
+    checkpoint = str(whole / "checkpoints" / "step_000004.safetensors")
+    said = refused(capsys, command(tmp_path / "new", tiny_model, "--ckpt", checkpoint))
+    assert said.endswith("is of another architecture: backbone vanilla there, grid here")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_finished_run_says_so_and_writes_only_what_is_missing(copy, tiny_model, capsys):
     before = contents(copy)
     (copy / "mesh" / "mesh.glb").unlink()

@@ -48,6 +48,12 @@ SMALL = {
     "latent_iter_ratio": 0.25,
     "albedo_iter_ratio": 0.5,
 }
+# Settings of the other backbones, also of that size.
+BACKBONES = {
+    "grid": {},
+    "grid_torch": {"backbone": "grid_torch"},
+    "vanilla": {"backbone": "vanilla", "frequencies": 4, "num_steps": 10, "upsample_steps": 6},
+}
 # Steps of colour alone, without regularisers.
 CHEAP = {"albedo_iter_ratio": 1.0, "latent_iter_ratio": 0.0, "lambda_entropy": 0.0, "bg_radius": -1.0}
 
@@ -88,7 +94,7 @@ def same_state(a: Trainer, b: Trainer) -> bool:
         (one[name], other[name])
         for one, other in (
             (a.optimizer.state_dict(), b.optimizer.state_dict()),
-            (a.renderer.state_dict(), b.renderer.state_dict()),
+            (a.renderer.sampler.state_dict(), b.renderer.sampler.state_dict()),
         )
         for name in one
     ]
@@ -141,8 +147,12 @@ def test_a_ratio_of_one_keeps_the_phase_in_a_run_that_goes_on_after_its_end(name
 # ------------------------------------------------------------------------------------------------------------- a step
 
 
-def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidance, tmp_path):
-    trainer = make_trainer(text_guidance, lambda_opacity=0.1, lambda_2d_normal_smooth=0.1, bg_radius=1.0)
+@pytest.mark.parametrize("normals", ["finite_difference", "analytic"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidance, tmp_path, backbone, normals):
+    terms = dict.fromkeys(("opacity", "2d_normal_smooth", "3d_normal_smooth", "entropy_weights"), 0.1)
+    changes = {f"lambda_{name}": weight for name, weight in terms.items()} | BACKBONES[backbone]
+    trainer = make_trainer(text_guidance, bg_radius=1.0, normals=normals, **changes)
     before = trainer.optimizer.params.clone()
     workspace = fit(trainer, tmp_path)
     rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]
@@ -150,11 +160,28 @@ def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidanc
     assert [row["phase"] for row in rows] == ["latent"] * 2 + ["albedo"] * 2 + ["shaded"] * 4
     for row in rows:
         assert row["skipped"] == 0 and row["grad_norm"] > 0 and row["samples"] > 0 and len(row["t"]) == 2
-        assert {"loss_guidance", "loss_opacity", "loss_entropy", "loss_2d_normal_smooth"} <= row.keys()
+        assert {f"loss_{name}" for name in ("guidance", "entropy", "orient", *terms)} <= row.keys()
         assert row["loss"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("loss_")), rel=1e-5)
     assert not torch.equal(trainer.optimizer.params, before)
     assert not torch.equal(trainer.optimizer.state.ema, trainer.optimizer.params)
     assert (workspace.validation / "step_000008.png").is_file()
+
+
+def test_frequencies_join_during_the_run(text_guidance, monkeypatch):
+    trainer = make_trainer(text_guidance, progressive_level=True, **BACKBONES["vanilla"] | {"frequencies": 8})
+    assert [trainer._active_levels(progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
+    asked, network = [], trainer.field._network
+    monkeypatch.setattr(trainer.field, "_network", lambda x, active: asked.append(active) or network(x, active))
+    trainer.train_step()
+    assert len(asked) >= 3 and set(asked) == {2}  # the even samples, the final ones and those of normals
+    assert trainer.optimizer.grads.view(-1)[: trainer.field.weights[0].numel()].view(16, 51)[:, 9:27].abs().sum() == 0
+
+
+def test_the_table_learns_ten_times_as_fast_and_a_network_alone_at_its_rate(text_guidance):
+    grid, vanilla = (make_trainer(text_guidance, lr=0.01, **BACKBONES[name]) for name in ("grid", "vanilla"))
+    assert grid.optimizer.lrs == pytest.approx((0.5, 0.05)) and len(grid.optimizer.group_ends) == 2
+    assert vanilla.optimizer.lrs == pytest.approx((0.05,))
+    assert vanilla.optimizer.group_ends == (sum(p.numel() for p in vanilla.field.parameters()),)
 
 
 def test_progressive_levels_join_during_the_run(text_guidance):
@@ -339,16 +366,17 @@ def test_a_run_of_replayed_steps_takes_every_kind_of_step(text_guidance, tmp_pat
 # --------------------------------------------------------------------------------------------- repetition and resuming
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(text_guidance, tmp_path):
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(text_guidance, tmp_path, backbone):
     torch.manual_seed(1)  # what the process drew before is no part of the run
-    first = make_trainer(text_guidance)
+    first = make_trainer(text_guidance, **BACKBONES[backbone])
     one = rows_without_times(fit(first, tmp_path / "a"))
     torch.manual_seed(2)
-    second = make_trainer(text_guidance)
+    second = make_trainer(text_guidance, **BACKBONES[backbone])
     two = rows_without_times(fit(second, tmp_path / "b"))
     assert one == two
     assert same_state(first, second)
-    other = make_trainer(text_guidance, seed=1)
+    other = make_trainer(text_guidance, seed=1, **BACKBONES[backbone])
     assert rows_without_times(fit(other, tmp_path / "c")) != one
     for name in ("validation/step_000008.png", "checkpoints/step_000008.safetensors"):
         assert filecmp.cmp(tmp_path / "a" / name, tmp_path / "b" / name, shallow=False)
@@ -367,11 +395,13 @@ class Interrupting:
         return self.guidance(*args, **kwargs)
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(text_guidance, tmp_path):
-    whole = make_trainer(text_guidance)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(text_guidance, tmp_path, backbone):
+    changes = BACKBONES[backbone] | {"progressive_level": True}
+    whole = make_trainer(text_guidance, **changes)
     expected = rows_without_times(fit(whole, tmp_path / "whole"))
 
-    stopped = make_trainer(text_guidance)
+    stopped = make_trainer(text_guidance, **changes)
     stopped.guidance = Interrupting(stopped.guidance, at=4)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -381,7 +411,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(t
     checkpoint = workspace.checkpoints / "step_000005.safetensors"
     assert [path.name for path in workspace.checkpoints.iterdir()] == [checkpoint.name]
 
-    resumed = make_trainer(text_guidance)
+    resumed = make_trainer(text_guidance, **changes)
     resumed.load(checkpoint)
     assert same_state(resumed, stopped)
     assert rows_without_times(fit(resumed, tmp_path / "parts")) == expected
@@ -394,6 +424,25 @@ def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path
         make_trainer(text_guidance, levels=4).load(workspace.checkpoints / "step_000001.safetensors")
     with pytest.raises(UserError, match="optim adan there, adam here"):
         make_trainer(text_guidance, optim="adam").load(workspace.checkpoints / "step_000001.safetensors")
+
+
+@pytest.mark.parametrize("mine", BACKBONES)
+@pytest.mark.parametrize("other", BACKBONES)
+def test_a_checkpoint_of_another_backbone_is_refused(text_guidance, tmp_path, mine, other):
+    workspace = fit(make_trainer(text_guidance, iters=1, **BACKBONES[mine]), tmp_path)
+    path = workspace.checkpoints / "step_000001.safetensors"
+    trainer = make_trainer(text_guidance, iters=1, **BACKBONES[other])
+    if mine == other:
+        return trainer.load(path)
+    sentence = f"step_000001.safetensors is of another architecture: backbone {mine} there, {other} here$"
+    with pytest.raises(UserError, match=sentence):
+        trainer.load(path)
+
+
+def test_what_a_backbone_does_not_read_is_no_part_of_its_architecture(text_guidance):
+    grid, vanilla = (make_trainer(text_guidance, **BACKBONES[name]).architecture() for name in ("grid", "vanilla"))
+    assert "frequencies" not in grid and grid["levels"] == 3 and grid["occupancy_resolution"] == 16
+    assert vanilla["frequencies"] == 4 and not {"levels", "max_resolution", "occupancy_resolution"} & set(vanilla)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def six_view_paths(folder: Path) -> list[Path]:
 
 def write_six_views(folder: Path, renderer: Renderer, config: CameraConfig) -> list[Path]:
     """Write the files of `six_view_paths`; returns their paths."""
-    cameras = six_views(config, renderer.field.table.device)
+    cameras = six_views(config, renderer.field.device)
     view = renderer.view(cameras, config.H, config.W)
     colours, normals = to_uint8(view.rgb), to_uint8(normal_image(view))
     pictures = [*colours, *normals, np.concatenate([strip(colours), strip(normals)], axis=0)]
@@ -76,5 +76,5 @@ def write_six_views(folder: Path, renderer: Renderer, config: CameraConfig) -> l
 
 def write_validation(path: Path, renderer: Renderer, config: CameraConfig, count: int) -> None:
     """Write `count` views around the object as one picture: colours above, normals below."""
-    view = renderer.view(turntable(config, count, renderer.field.table.device), config.H, config.W)
+    view = renderer.view(turntable(config, count, renderer.field.device), config.H, config.W)
     save_png(path, np.concatenate([strip(to_uint8(view.rgb)), strip(to_uint8(normal_image(view)))], axis=0))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.files import written_aside
-from dream_fast.engine.field import Field
+from dream_fast.engine.scene_field import SceneField
 
 SMALLEST_COMPONENT = 0.02  # of the area of the largest; smaller ones are floaters
 EDGE_MARGIN = 0.02  # a vertex keeps this part of its edge from both ends, so that no triangle collapses
@@ -145,9 +145,9 @@ def without_floaters(mesh: Mesh) -> Mesh:
 # ------------------------------------------------------------------------------------------------------ from a field
 
 
-def density_volume(field: Field, resolution: int) -> Tensor:
+def density_volume(field: SceneField, resolution: int) -> Tensor:
     """Density at resolution^3 points that span the scene cube, [X, Y, Z] on the host."""
-    axis = torch.linspace(-field.spec.bound, field.spec.bound, resolution, device=field.table.device)
+    axis = torch.linspace(-field.bound, field.bound, resolution, device=field.device)
     slabs = []
     for x in axis:  # a slab at a time, so that the points of the whole grid never exist at once
         points = torch.cartesian_prod(x[None], axis, axis)
@@ -169,14 +169,14 @@ def surface_level(volume: Tensor, threshold: float) -> float:
     return level if least < level < greatest else (least + greatest) / 2
 
 
-def extract_mesh(field: Field, resolution: int, threshold: float) -> Mesh:
+def extract_mesh(field: SceneField, resolution: int, threshold: float) -> Mesh:
     """The field's surface in world units, floaters removed. Raises UserError where there is none."""
     volume = density_volume(field, resolution)
     level = surface_level(volume, threshold)
     # Density rises exponentially, so its logarithm is what a straight line between two points fits.
     logarithm = volume.clamp(min=1e-6 * level).log().numpy()
     mesh = without_floaters(marching_tetrahedra(logarithm, float(np.log(level))))
-    bound = field.spec.bound
+    bound = field.bound
     return mesh._replace(vertices=mesh.vertices * (2 * bound / (resolution - 1)) - bound)
 
 
@@ -194,10 +194,10 @@ def smooth_normals(mesh: Mesh) -> np.ndarray:
     return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
 
 
-def write_mesh(path: Path, field: Field, resolution: int, threshold: float) -> Mesh:
+def write_mesh(path: Path, field: SceneField, resolution: int, threshold: float) -> Mesh:
     """Write the field's surface as GLB: vertex colours from the albedo, a matt white material, smooth normals."""
     mesh = extract_mesh(field, resolution, threshold)
-    points = torch.from_numpy(mesh.vertices).float().to(field.table.device)
+    points = torch.from_numpy(mesh.vertices).float().to(field.device)
     albedo = linear_from_srgb(field.albedo(points).cpu().double().numpy())
     colours = np.concatenate([albedo, np.ones_like(albedo[:, :1])], axis=1)
     material = trimesh.visual.material.PBRMaterial(metallicFactor=0.0, roughnessFactor=1.0)

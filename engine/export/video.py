@@ -15,7 +15,7 @@ from dream_fast.engine.renderer import Renderer
 
 def turntable_frames(renderer: Renderer, config: CameraConfig, frames: int) -> Iterator[np.ndarray]:
     """Frames [H, 3 W, 3] uint8 of one turn around the object: colour | normals | depth."""
-    cameras = turntable(config, frames, renderer.field.table.device)
+    cameras = turntable(config, frames, renderer.field.device)
     for index in range(frames):
         camera = Cameras(*(part[index : index + 1] for part in cameras))
         view = renderer.view(camera, config.H, config.W)
