@@ -149,7 +149,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
     if plain:
         config = config.override({"step_graph": False})  # the references ask the device for sizes
     runtime = choose_runtime(config)
-    prepare(runtime, config.run.seed)
+    prepare(runtime, config.run.seed, vram_O=config.run.vram_O)
     if plain:
         components = plain_components(case.mini, device, runtime.dtype)
     else:

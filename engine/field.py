@@ -56,12 +56,11 @@ class Field(SceneField):
             values = FieldValues(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **options))
         return values.without_padding(count) if self.on_torch else values
 
-    @property
-    def plan(self) -> str:
+    def plan(self, normals: str) -> str:
         """How a GPU computes this field: "fused", or "unfused: " and the reason."""
         if self.on_torch:
             return "on PyTorch's operators"
-        return kernels.field_plan(self.spec, list(self.weights), self.compute_dtype or self.table.dtype)
+        return kernels.field_plan(self.spec, list(self.weights), self.compute_dtype or self.table.dtype, normals)
 
 
 def make_field(config: FieldConfig, bound: float, generator: torch.Generator) -> SceneField:

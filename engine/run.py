@@ -57,7 +57,7 @@ def run(config: Config) -> int:
         # Looking at a run is no part of it, so that may happen on another device.
         asked = config.override({"device": stored.run.device}) if config.run.test else config
         workspace.check_same_run(asked)
-    prepare(runtime, config.run.seed, deterministic=config.run.deterministic)
+    prepare(runtime, config.run.seed, deterministic=config.run.deterministic, vram_O=config.run.vram_O)
     trainer = Trainer(config, runtime, config.run.seed)
     checkpoint = _find_checkpoint(config, workspace)
     if checkpoint is not None:
@@ -209,7 +209,7 @@ def _embed(config: Config, components: Components) -> PromptEmbeddings:
 
 def _start_line(config: Config, runtime: Runtime, components: Components, field: SceneField, step: int) -> str:
     camera, guidance = config.camera, config.guidance
-    kernels = f"field {field.plan}, " if runtime.device.type == "cuda" else ""
+    kernels = f"field {field.plan(config.render.normals)}, " if runtime.device.type == "cuda" else ""
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
     score = f"{guidance.score}{' with Perp-Neg' * guidance.perpneg}, guidance scale {guidance.guidance_scale:g}"
     attention = f"attention {components.attention}{', compiled' * config.run.compile}"

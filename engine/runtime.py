@@ -12,6 +12,9 @@ import torch
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 
+# Either tells torch how to take memory of a GPU.
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
@@ -52,12 +55,13 @@ def choose_runtime(config: Config) -> Runtime:
     return Runtime(device=torch.device("cpu"), dtype=torch.float32, description=description)
 
 
-def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False) -> None:
+def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False, vram_O: bool = False) -> None:
     """Process-wide settings of a run: global seeds, TF32 on a GPU, subnormals flushed to zero on a CPU.
 
     Every draw of the engine takes its own generator; the global seeds only cover what a library draws behind our back.
     ``deterministic`` makes a GPU repeat bit for bit (a CPU always does). Subnormal numbers cost a CPU a hundred times
-    an ordinary one and appear in the moments of the optimiser.
+    an ordinary one and appear in the moments of the optimiser. With ``vram_O`` torch takes a GPU's memory in segments
+    that grow, of which less is lost between blocks (a choice in the environment is kept).
     """
     torch.manual_seed(seed)
     if runtime.device.type == "cuda":
@@ -68,6 +72,8 @@ def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False) -> None
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
+        if vram_O and not ALLOCATOR_VARIABLES & os.environ.keys():
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     else:
         torch.set_flush_denormal(True)
 

@@ -100,9 +100,8 @@ class SceneField(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    @property
-    def plan(self) -> str:
-        """How a GPU computes this field, in a few words."""
+    def plan(self, normals: str) -> str:
+        """How a GPU computes this field with these normals, in a few words."""
         raise NotImplementedError
 
     def forward(

@@ -49,16 +49,19 @@ def field_fwd_kernel(
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Each program takes a run of tiles of BLOCK points: neighbours on rays, which find their entries in its cache.
+    """Programs take tiles of BLOCK points in turns or, where there are many, a run of them each.
 
-    The features go to kept [tiles, F, PADDED, BLOCK] where it is given.
+    Neighbours on rays find their entries in the program's cache. The features go to kept [tiles, F, PADDED, BLOCK]
+    where it is given.
     """
     live = tl.minimum(tl.full((), rows, tl.int64), live_rows(count, rows))
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     tiles = tl.cdiv(live, BLOCK)
-    start, end = program * tiles // programs * BLOCK, (program + 1) * tiles // programs * BLOCK
-    while start < end:
+    run = tl.where(tiles < 16 * programs, 1, tl.cdiv(tiles, programs))
+    tile = program * run
+    while tile < tiles:
+        start = tile * BLOCK
         n = start + tl.arange(0, BLOCK)
         inner = n < live
         px, py, pz = load_point(x, n, inner)
@@ -82,7 +85,7 @@ def field_fwd_kernel(
         s, r, g, b, _ = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
         tl.store(sigma + n, s, mask=inner)
         store_vector(albedo, n, inner, r, g, b)
-        start += BLOCK
+        tile += tl.where((tile + 1) % run == 0, (programs - 1) * run + 1, 1)
     start = live + program * BLOCK
     zero = tl.zeros([BLOCK], tl.float32)
     while start < rows:

@@ -95,8 +95,8 @@ def flatten_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
     return torch.cat([part.reshape(-1) for part in (*weights, *biases)])
 
 
-def fusable(spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """Why these shapes cannot run fused in this compute dtype; empty when they can."""
+def fusable(spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype, normals: str | None = None) -> str:
+    """Why these shapes cannot run fused in this compute dtype, with these normals; empty when they can."""
     hidden = [layer.shape[0] for layer in weights[:-1]]
     if not 1 <= len(hidden) <= MAX_HIDDEN_LAYERS:
         return f"{len(hidden)} hidden layers are not from 1 to {MAX_HIDDEN_LAYERS}"
@@ -110,6 +110,9 @@ def fusable(spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype) -
         return f"{spec.features} features a level are not 1, 2 or 4"
     if dtype == torch.float32 and hidden[0] == 128:
         return "hidden width 128 takes fp16 or bf16"  # of fp32 it would spill
+    if normals == "analytic" and hidden[0] == 128:
+        # A thousand registers spill, and with 4 features the backward was seen to read outside shared memory on sm_90.
+        return "hidden width 128 is too wide for analytic normals"
     return ""
 
 

@@ -399,7 +399,7 @@ def _backward(ctx, to_sigma: Tensor, to_albedo: Tensor, _):
 _field.register_autograd(_backward, setup_context=_save)
 
 
-def _unfused(
+def unfused_field(
     x: Tensor, table: Tensor, weights, biases, spec: FieldSpec, active_levels, count: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The field from the hash grid's operator and torch's products, for shapes that have no fused kernel."""
@@ -418,9 +418,14 @@ def _unfused(
     return torch.where(live, sigma, 0), torch.where(live[:, None], albedo, 0)
 
 
-def field_plan(spec: FieldSpec, weights: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> str:
-    """How a GPU computes this field in a compute dtype: "fused", or "unfused: " and the reason."""
-    reason = fusable(spec.grid, weights, dtype)
+def field_plan(
+    spec: FieldSpec, weights: Sequence[Tensor], dtype: torch.dtype = torch.float32, normals: str | None = None
+) -> str:
+    """How a GPU computes this field in a compute dtype: "fused", or "unfused: " and the reason.
+
+    normals: with normals of this mode, as `field_normals` does.
+    """
+    reason = fusable(spec.grid, weights, dtype, normals)
     return f"unfused: {reason}" if reason else "fused"
 
 
@@ -450,7 +455,7 @@ def field(
     if dtype == torch.float64:
         raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
     if fusable(spec.grid, weights, dtype):
-        return _unfused(x, table, weights, biases, spec, active_levels, count, dtype)
+        return unfused_field(x, table, weights, biases, spec, active_levels, count, dtype)
     parameters = flatten_parameters(weights, biases)
     active = active_levels if isinstance(active_levels, Tensor) else None
     levels = spec.grid.levels if active_levels is None or active is not None else int(active_levels)
@@ -458,6 +463,5 @@ def field(
     compute = (table.detach().to(dtype), parameters.detach().to(dtype))
     shape = (weights[0].shape[0], len(weights) - 1, grid, scene)
     keep = torch.is_grad_enabled() and (x.requires_grad or table.requires_grad or parameters.requires_grad)
-    # Of fp32 the products that read them back came out wrong on sm_90 (Triton 3.6, width 64).
-    keep = keep and dtype != torch.float32
+    keep = keep and dtype != torch.float32  # twice the bytes, and not measured
     return _field(x, table, parameters, *compute, active, levels, count, *shape, keep)[:2]

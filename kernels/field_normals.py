@@ -38,12 +38,12 @@ from dream_fast.kernels._tile import (
 from dream_fast.kernels.field import (
     FieldSpec,
     check_field,
-    field,
     field_reference,
     logits_reference,
     sigma_reference,
     spec_numbers,
     spec_of,
+    unfused_field,
 )
 
 
@@ -453,7 +453,7 @@ def _unfused(
     epsilon: float,
     options: dict[str, object],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition over the operator of the field, for shapes that have no fused kernel."""
+    """The definition over the unfused field, for shapes that have no fused kernel."""
     live = None
     if count is not None:
         live = torch.arange(x.shape[0], device=x.device)[:, None] < count
@@ -462,18 +462,18 @@ def _unfused(
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             at = x if x.requires_grad else x.detach().requires_grad_()
-            sigma, albedo = field(at, table, weights, biases, spec, count=count, **options)
+            sigma, albedo = unfused_field(at, table, weights, biases, spec, count=count, **options)
             (gradient,) = torch.autograd.grad(sigma.sum(), at, create_graph=keep)
         if not keep:
             sigma, albedo = sigma.detach(), albedo.detach()
     else:
-        sigma, albedo = field(x, table, weights, biases, spec, count=count, **options)
+        sigma, albedo = unfused_field(x, table, weights, biases, spec, count=count, **options)
         differences = []
         for axis in range(3):
             step = torch.zeros_like(x)
             step[:, axis] = epsilon
             taps = [(x + sign * step).clamp(-spec.bound, spec.bound) for sign in (1, -1)]
-            plus, minus = (field(tap, table, weights, biases, spec, count=count, **options)[0] for tap in taps)
+            plus, minus = (unfused_field(tap, table, weights, biases, spec, count=count, **options)[0] for tap in taps)
             differences.append((plus - minus) / (2 * epsilon))
         gradient = torch.stack(differences, 1)
     normal = -gradient * gradient.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
@@ -513,7 +513,7 @@ def field_normals(
     check_kernel_dtype("table", table)
     if dtype == torch.float64:
         raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
-    if fusable(spec.grid, weights, dtype):
+    if fusable(spec.grid, weights, dtype, mode):
         return _unfused(x, table, weights, biases, spec, count, mode, epsilon, options)
     parameters = flatten_parameters(weights, biases)
     active = active_levels if isinstance(active_levels, Tensor) else None

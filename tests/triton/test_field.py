@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import sys
 
 import pytest
 import torch
@@ -120,6 +121,23 @@ def test_widths_and_layers_are_fused(width, layers, dtype, device):
         pytest.skip("in fp32 this width is not fused: see the test of other shapes")
     assert field_plan(spec, inputs[2], dtype) == "fused"
     compare(inputs, upstream, spec, dtype=dtype, into=("mlp",) if INTERPRETED else ("x", "table", "mlp"))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3])
+def test_every_tile_has_a_program(programs, monkeypatch, device):
+    """Some of the 20 tiles each: in turns where there are few for each program, in runs where there are many."""
+    module = sys.modules["dream_fast.kernels.field"]
+    config = module._fwd_config
+    monkeypatch.setattr(module, "_fwd_config", lambda *args: {**config(*args), "programs": programs})
+    monkeypatch.setattr(module, "multiprocessors", lambda _: 1)
+    (x, *rest), _ = make(20 * 64 - 5, device=device)
+    spec, count = FieldSpec(grid=GRID), torch.tensor(20 * 64 - 9, device=device)
+    with torch.no_grad():
+        found = field(x, *rest, spec, count=count, dtype=HALF)
+        expected = field_reference(x, *rest, spec, count=count, dtype=HALF)
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=2e-2, atol=2e-2)
+        assert not value[count:].any()
 
 
 @pytest.mark.full_size("as large as a step")

@@ -180,7 +180,10 @@ def test_gradient_of_x_through_analytic_normals(activation, device):
 def test_fused_shapes(mode, width, layers, device):
     inputs, upstream = make(POINTS, device=device, hidden=(width,) * layers, seed=width + layers)
     dtype = torch.float32 if INTERPRETED and width < 128 else HALF
-    assert field_plan(SPEC, inputs[2], dtype) == "fused"
+    wide = mode == "analytic" and width == 128
+    assert field_plan(SPEC, inputs[2], dtype, mode) == (
+        "unfused: hidden width 128 is too wide for analytic normals" if wide else "fused"
+    )
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, dtype=dtype)
 
 
