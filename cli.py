@@ -17,12 +17,13 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import dream_fast
 from dream_fast.engine.argument_file import read_arguments
-from dream_fast.engine.config import Config, check_value, settings, value_type
+from dream_fast.engine.config import Config, ScalarRange, check_value, settings, value_type
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
-from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
+from dream_fast.engine.schedule import LinearSchedule, Scalar
 
 _EXAMPLES = """examples:
   dream-fast --text "a hamburger" -O --save_mesh
@@ -56,6 +57,15 @@ def _number(word: str) -> float:
         return float(word)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{word!r} is not a number") from None
+
+
+def _scalar(word: str) -> Scalar:
+    if ":" not in word:
+        return _number(word)
+    try:
+        return LinearSchedule.parse(word)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,8 +106,9 @@ def _argument(field: dataclasses.Field) -> dict[str, Any]:
     if get_origin(kind) is tuple:
         if get_args(kind)[-1] is Ellipsis:
             return dict(help=text, nargs="+", metavar="|".join(choices))
-        return dict(help=text, nargs=2, type=_number, metavar=("LOW", "HIGH"))
-    reader, metavar = {int: (_whole, "N"), float: (_number, "X"), str: (str, "|".join(choices or ["TEXT"]))}[kind]
+        return dict(help=text, nargs=2, type=_scalar if kind == ScalarRange else _number, metavar=("LOW", "HIGH"))
+    readers = {int: (_whole, "N"), float: (_number, "X"), str: (str, "|".join(choices or ["TEXT"]))}
+    reader, metavar = (readers | {Scalar: (_scalar, "X|START:V0:V1:END")})[kind]
     return dict(help=text, type=reader, metavar=metavar)
 
 
@@ -114,6 +125,8 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             flag, _, word = word.partition("=")
             if flag in REFUSED_FLAGS:
                 raise UserError(f"{flag} is not available: {REFUSED_FLAGS[flag]}")
+            if flag in RENAMED_FLAGS:
+                raise UserError(f"{flag} is gone: {RENAMED_FLAGS[flag]}")
             if flag not in known:
                 near = difflib.get_close_matches(flag, known, n=1)
                 raise UserError(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))

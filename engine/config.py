@@ -16,9 +16,12 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.schedule import LinearSchedule, Scalar, ever_below, largest, smallest
 
 Range = tuple[float, float]
-
+ScalarRange = tuple[Scalar, Scalar]
+# Settings that a score, a renderer or an optimiser reads as "no limit" where they are not positive.
+LIMITS = ("clip_grad_latent", "grad_clip", "grad_clip_rgb")
 
 BACKBONES = ("grid", "grid_torch", "vanilla")
 GRIDS, VANILLA = BACKBONES[:2], BACKBONES[2:]
@@ -51,14 +54,17 @@ def option(
 
 def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names[Scalar] = "a number or a schedule start:v0:v1:end"
+    if kind == ScalarRange:
+        return "two numbers, or schedules start:v0:v1:end"
     if get_origin(kind) is tuple:
         return "two numbers" if get_args(kind)[-1] is not Ellipsis else "a list of words"
     return names[kind]
 
 
 def value_type(field: dataclasses.Field) -> Any:
-    """The field's type without ``| None``: int, float, str, bool, ``tuple[float, float]`` or ``tuple[str, ...]``."""
-    if isinstance(field.type, UnionType):
+    """The field's type without ``| None``: int, float, str, bool, Scalar, a tuple of two of them, a tuple of words."""
+    if isinstance(field.type, UnionType) and field.type != Scalar:
         return next(kind for kind in get_args(field.type) if kind is not type(None))
     return field.type
 
@@ -69,7 +75,9 @@ def _has_type(value: Any, kind: Any) -> bool:
         if not isinstance(value, tuple) or (items[-1] is not Ellipsis and len(value) != len(items)):
             return False
         return all(_has_type(item, items[0]) for item in value)
-    if kind is float:
+    if kind == Scalar and isinstance(value, LinearSchedule):
+        return True
+    if kind in (float, Scalar):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
@@ -77,12 +85,12 @@ def _has_type(value: Any, kind: Any) -> bool:
 def check_value(field: dataclasses.Field, value: Any) -> None:
     """Raise UserError unless ``value`` has the field's type and lies within its bounds; a range is not reversed."""
     flag, meta = f"--{field.name}", field.metadata
-    if value is None and isinstance(field.type, UnionType):
+    if value is None and isinstance(field.type, UnionType) and field.type != Scalar:
         return
     kind = value_type(field)
     if not _has_type(value, kind):
         raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
-    for item in value if isinstance(value, tuple) else (value,):
+    for item in _numbers(value):
         if meta["choices"] is not None and item not in meta["choices"]:
             raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
         if isinstance(item, str) and not item.strip() and field.default != "":
@@ -99,10 +107,22 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         ):
             if bound is not None and not good(bound, item):
                 raise UserError(f"{flag} must be {words} {bound:g}, not {item:g}")
-    if kind == Range and value[0] > value[1]:
+    if isinstance(value, LinearSchedule) and field.name in LIMITS and smallest(value) <= 0:
+        raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 is no limit to start from")
+    if kind == ScalarRange and any(isinstance(end, LinearSchedule) for end in value):
+        if ever_below(*value):
+            raise UserError(f"{flag} may be reversed during the run: from {value[0]} to {value[1]}")
+    elif kind in (Range, ScalarRange) and value[0] > value[1]:
         raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
     if kind == tuple[str, ...] and not value:
         raise UserError(f"{flag} needs at least one value")
+
+
+def _numbers(value: Any) -> tuple[Any, ...]:
+    """The single values of a setting, of a schedule its two."""
+    if isinstance(value, tuple):
+        return tuple(number for item in value for number in _numbers(item))
+    return (value.first, value.last) if isinstance(value, LinearSchedule) else (value,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,8 +346,8 @@ class ShadingConfig(Room):
         0.2, "first part of the run, in which normals and opacity are the latent", low=0, high=1
     )
     albedo_iter_ratio: float = option(0.0, "part of the run up to which colour is not shaded", low=0, high=1)
-    min_ambient_ratio: float = option(0.1, "least ambient light of a shaded step", low=0, high=1)
-    textureless_ratio: float = option(0.2, "probability that a shaded step has no colour", low=0, high=1)
+    min_ambient_ratio: Scalar = option(0.1, "least ambient light of a shaded step", low=0, high=1)
+    textureless_ratio: Scalar = option(0.2, "probability that a shaded step has no colour", low=0, high=1)
     progressive_level: bool = option(False, "finer levels of the grid, or frequencies, join during the run")
 
 
@@ -349,21 +369,18 @@ class GuidanceConfig(Room):
         choices=("sds", "csd", "asd", "sdi"),
     )
     inversion_steps: int = option(10, "with --score sdi: calls of the model that find the noise", low=1, high=1000)
-    guidance_scale: float = option(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
-    guidance_scale_end: float | None = option(
-        None, "s at the end of the run, reached linearly; default: no change", low=0
-    )
-    t_range: Range = option((0.02, 0.98), "range of the noise level t", low=0, high=1)
+    guidance_scale: Scalar = option(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
+    t_range: ScalarRange = option((0.02, 0.98), "range of the noise level t", low=0, high=1)
     t_anneal: str = option(
         "none",
         "t is drawn from the whole range, or falls with progress",
         choices=("none", "linear", "sqrt", "square"),
     )
-    guidance_rescale: float = option(
+    guidance_rescale: Scalar = option(
         0.0, "how far the guided prediction takes the spread of the unguided one; 0: not", low=0, high=1
     )
-    lambda_guidance: float = option(1.0, "weight of the guidance", low=0)
-    clip_grad_latent: float = option(
+    lambda_guidance: Scalar = option(1.0, "weight of the guidance", low=0)
+    clip_grad_latent: Scalar = option(
         -1.0, "largest element of the score's gradient in the latents; -1: no limit", low=-1
     )
     perpneg: bool = option(
@@ -390,16 +407,16 @@ class GuidanceConfig(Room):
 class LossConfig(Room):
     """Regularisers and gradient limits."""
 
-    lambda_entropy: float = option(1e-3, "entropy of the rays' opacity: empty or full", low=0)
-    lambda_entropy_weights: float = option(0.0, "entropy of the samples' weights, as the reference has it", low=0)
-    lambda_opacity: float = option(0.0, "mean square of the opacity", low=0)
-    lambda_orient: float = option(1e-2, "normals that look away from the camera", low=0)
-    lambda_tv: float = option(0.0, "total variation of the hash table", low=0, backbones=GRIDS)
-    lambda_wd: float = option(0.0, "weight decay of the hash table, level by level", low=0, backbones=GRIDS)
-    lambda_2d_normal_smooth: float = option(0.0, "total variation of the normal image", low=0)
-    lambda_3d_normal_smooth: float = option(0.0, "difference of normals at near points", low=0)
-    grad_clip: float = option(-1.0, "largest gradient of a parameter; -1: no limit", low=-1)
-    grad_clip_rgb: float = option(-1.0, "largest gradient of a pixel; -1: no limit", low=-1)
+    lambda_entropy: Scalar = option(1e-3, "entropy of the rays' opacity: empty or full", low=0)
+    lambda_entropy_weights: Scalar = option(0.0, "entropy of the samples' weights, as the reference has it", low=0)
+    lambda_opacity: Scalar = option(0.0, "mean square of the opacity", low=0)
+    lambda_orient: Scalar = option(1e-2, "normals that look away from the camera", low=0)
+    lambda_tv: Scalar = option(0.0, "total variation of the hash table", low=0, backbones=GRIDS)
+    lambda_wd: Scalar = option(0.0, "weight decay of the hash table, level by level", low=0, backbones=GRIDS)
+    lambda_2d_normal_smooth: Scalar = option(0.0, "total variation of the normal image", low=0)
+    lambda_3d_normal_smooth: Scalar = option(0.0, "difference of normals at near points", low=0)
+    grad_clip: Scalar = option(-1.0, "largest gradient of a parameter; -1: no limit", low=-1)
+    grad_clip_rgb: Scalar = option(-1.0, "largest gradient of a pixel; -1: no limit", low=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -458,8 +475,11 @@ class Config:
     output: OutputConfig = OutputConfig()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain dictionaries, room by room, ready for JSON."""
-        return {room.name: dataclasses.asdict(getattr(self, room.name)) for room in dataclasses.fields(self)}
+        """Plain dictionaries, room by room, ready for JSON; a schedule as it is typed."""
+        rooms = {room.name: {} for room in dataclasses.fields(self)}
+        for room, field in settings():
+            rooms[room.name][field.name] = _written(getattr(getattr(self, room.name), field.name))
+        return rooms
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> "Config":
@@ -471,14 +491,13 @@ class Config:
         if known != given:
             listed = ", ".join(f"{room}.{name}" for room, name in sorted(known ^ given))
             raise UserError(f"the saved configuration is of another version; missing or unknown: {listed}")
-        rooms = {}
-        for room in dataclasses.fields(cls):
-            values = data[room.name]
-            rooms[room.name] = room.type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        return cls(**rooms)
+        rooms: dict[str, dict[str, Any]] = {room.name: {} for room in dataclasses.fields(cls)}
+        for room, field in settings():
+            rooms[room.name][field.name] = _read(field, data[room.name][field.name])
+        return cls(**{room.name: room.type(**rooms[room.name]) for room in dataclasses.fields(cls)})
 
     def __post_init__(self) -> None:
-        if self.field.backbone in VANILLA and (self.loss.lambda_tv > 0 or self.loss.lambda_wd > 0):
+        if self.field.backbone in VANILLA and max(map(largest, (self.loss.lambda_tv, self.loss.lambda_wd))) > 0:
             raise UserError("--lambda_tv and --lambda_wd are of the hash table, which --backbone vanilla has not")
         changing = self.read_on_the_host()
         if self.run.step_graph and changing:
@@ -489,7 +508,8 @@ class Config:
         found = {
             "--progressive_level": self.shading.progressive_level,
             "--progressive_view": self.camera.progressive_view,
-            "--lambda_tv": self.loss.lambda_tv > 0,
+            "--lambda_tv": largest(self.loss.lambda_tv) > 0,
+            "--lambda_wd as a schedule": isinstance(self.loss.lambda_wd, LinearSchedule),
         }
         return [flag for flag, on in found.items() if on]
 
@@ -513,8 +533,29 @@ class Config:
         for room, field in settings():
             mine, theirs = (getattr(getattr(config, room.name), field.name) for config in (self, other))
             if mine != theirs and (field.name in learned or not field.metadata["may_change"]):
-                found.append(f"--{field.name} {mine}, not {theirs}")
+                found.append(f"--{field.name} {_shown(mine)}, not {_shown(theirs)}")
         return found
+
+
+def _written(value: Any) -> Any:
+    """A setting for JSON."""
+    if isinstance(value, tuple):
+        return tuple(map(_written, value))
+    return str(value) if isinstance(value, LinearSchedule) else value
+
+
+def _read(field: dataclasses.Field, value: Any) -> Any:
+    """Inverse of :func:`_written`."""
+    if isinstance(value, list | tuple):
+        return tuple(_read(field, item) for item in value)
+    takes = value_type(field) in (Scalar, ScalarRange)
+    return LinearSchedule.parse(value) if takes and isinstance(value, str) else value
+
+
+def _shown(value: Any) -> Any:
+    """A setting for a sentence: a range of schedules as they are typed."""
+    found = isinstance(value, tuple) and any(isinstance(item, LinearSchedule) for item in value)
+    return " ".join(map(str, value)) if found else value
 
 
 def settings() -> Iterator[tuple[dataclasses.Field, dataclasses.Field]]:

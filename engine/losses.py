@@ -4,6 +4,8 @@ S rows of samples, of which the first `count` are real; R rays. Means over sampl
 a batch of rays that meets nothing costs 0. The formulas and the ramp are stable-dreamfusion's.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,10 @@ from dream_fast import kernels
 from dream_fast.engine.config import LossConfig
 from dream_fast.engine.renderer import Rendered
 from dream_fast.engine.scene_field import SceneField
+from dream_fast.engine.schedule import largest, value_at
 
 TV_POINTS = 1_000_000  # in each level
+TERMS = ("entropy", "entropy_weights", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth")  # lambda_...
 SMOOTH_REACH = 0.01  # world units, standard deviation of the neighbour in the 3D smoothness term
 
 
@@ -71,7 +75,7 @@ def normal_smoothness(normals: Tensor, near_normals: Tensor, count: Tensor) -> T
 
 def needs_normals(config: LossConfig) -> bool:
     """Whether a term asks for normals in steps whose shading has none. (The orientation term takes what is there.)"""
-    return config.lambda_2d_normal_smooth > 0 or config.lambda_3d_normal_smooth > 0
+    return largest(config.lambda_2d_normal_smooth) > 0 or largest(config.lambda_3d_normal_smooth) > 0
 
 
 def regularizers(
@@ -79,6 +83,7 @@ def regularizers(
     config: LossConfig,
     *,
     up: float | Tensor,
+    now: Mapping[str, float | Tensor] | None = None,
     height: int,
     width: int,
     field: SceneField,
@@ -87,29 +92,34 @@ def regularizers(
     active_levels: int | Tensor | None = None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The weighted terms of this step, by name. Terms of weight 0, or without the normals they need, are left out.
+    """The weighted terms of this step, by name. Terms whose weight is 0 in the whole run, or without the normals they
+    need, are left out.
 
-    `up` is the `ramp` of the step, by which the entropies join.
+    `up` is the `ramp` of the step, by which the entropies join. `now` holds the weights, by their names in `config`,
+    that `config` has a schedule for: their values in this step, on the host or as scalars on the device.
     `field`, `normals`, `normal_epsilon` and `active_levels` serve the 3D smoothness, which evaluates the field again.
     """
     count = rendered.samples.count
+    weights = {name: getattr(config, f"lambda_{name}") for name in TERMS}
+    wanted = {name for name, weight in weights.items() if largest(weight) > 0}
+    weights |= {name: now[f"lambda_{name}"] for name in TERMS if f"lambda_{name}" in (now or {})}
     terms = {}
-    if config.lambda_entropy > 0:
-        terms["entropy"] = config.lambda_entropy * up * opacity_entropy(rendered.opacity)
-    if config.lambda_entropy_weights > 0:
-        terms["entropy_weights"] = config.lambda_entropy_weights * up * weights_entropy(rendered.weights, count)
-    if config.lambda_opacity > 0:
-        terms["opacity"] = config.lambda_opacity * opacity_square(rendered.opacity)
+    if "entropy" in wanted:
+        terms["entropy"] = weights["entropy"] * up * opacity_entropy(rendered.opacity)
+    if "entropy_weights" in wanted:
+        terms["entropy_weights"] = weights["entropy_weights"] * up * weights_entropy(rendered.weights, count)
+    if "opacity" in wanted:
+        terms["opacity"] = weights["opacity"] * opacity_square(rendered.opacity)
     if rendered.sample_normals is None:
         return terms
-    if config.lambda_orient > 0:
-        terms["orient"] = config.lambda_orient * orientation(
+    if "orient" in wanted:
+        terms["orient"] = weights["orient"] * orientation(
             rendered.weights, rendered.sample_normals, rendered.sample_directions, count
         )
-    if config.lambda_2d_normal_smooth > 0:
+    if "2d_normal_smooth" in wanted:
         image = rendered.normal.view(-1, height, width, 3)
-        terms["2d_normal_smooth"] = config.lambda_2d_normal_smooth * normal_image_smoothness(image)
-    if config.lambda_3d_normal_smooth > 0:
+        terms["2d_normal_smooth"] = weights["2d_normal_smooth"] * normal_image_smoothness(image)
+    if "3d_normal_smooth" in wanted:
         positions = rendered.samples.positions.detach()
         noise = torch.randn(positions.shape, generator=generator, device=generator.device).to(positions.device)
         near = field(
@@ -120,22 +130,31 @@ def regularizers(
             normal_epsilon=normal_epsilon,
         ).normal
         smooth = normal_smoothness(rendered.sample_normals, near, count)
-        terms["3d_normal_smooth"] = config.lambda_3d_normal_smooth * smooth
+        terms["3d_normal_smooth"] = weights["3d_normal_smooth"] * smooth
     return terms
 
 
 @torch.no_grad()
 def add_table_gradients(
-    field: SceneField, config: LossConfig, *, step: int, iters: int, scale: float | Tensor, generator: torch.Generator
+    field: SceneField,
+    config: LossConfig,
+    *,
+    step: int,
+    iters: int,
+    progress: float = 0.0,
+    scale: float | Tensor,
+    generator: torch.Generator,
 ) -> None:
     """Add total variation and weight decay of the hash table straight to its gradient (after `backward`).
 
-    `scale` is the loss scale by which the gradient there is already multiplied.
+    `scale` is the loss scale by which the gradient there is already multiplied; `progress` is what schedules in
+    fractions of the run read.
     """
     spec = field.spec.grid  # both weights are 0 where there is no table: Config sees to it
-    if config.lambda_tv > 0:
+    variation, decay = (value_at(weight, step, progress) for weight in (config.lambda_tv, config.lambda_wd))
+    if variation > 0:
         points = torch.rand(TV_POINTS, 3, generator=generator, device=generator.device).to(field.table.device)
-        weight = config.lambda_tv * ramp(step, iters)
+        weight = variation * ramp(step, iters)
         field.table.grad += scale * kernels.hash_grid_total_variation_grad(field.table, spec, points, weight)
-    if config.lambda_wd > 0:
-        field.table.grad += scale * kernels.hash_grid_weight_decay_grad(field.table, spec, config.lambda_wd)
+    if decay > 0:
+        field.table.grad += scale * kernels.hash_grid_weight_decay_grad(field.table, spec, decay)

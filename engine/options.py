@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dream_fast.engine.config import Config, settings
+from dream_fast.engine.config import Config, ScalarRange, settings, value_type
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.schedule import Scalar
 
 # What the command takes beside the settings.
 COMMAND_FLAGS = {
@@ -75,6 +76,11 @@ switched off by `--no-` before its name. `--print-config` shows what a command c
 The column "reference" holds what `--preset reference` sets: the defaults of stable-dreamfusion, from which Stable
 Diffusion starts too (which model guides is never the preset's choice). The next two are dream-mini's defaults where
 they differ from it. "none" is no value.
+
+A flag marked "*schedule*" takes a number or `start:v0:v1:end`: v0 up to start, v1 from end on, linear in between. The
+ends are steps (`--lambda_orient 100:0.01:0.1:400`) or, when one of them has a decimal point, fractions of the run
+(`--guidance_scale 0.0:100:20:0.5`; `0:1:2:1` is from step 0 to step 1). Fractions follow a run that is taken further
+later with more --iters, steps stay where they are. `--t_range 0.02 0.0:0.98:0.5:0.4` has a schedule for its upper end.
 """
 
 _REFERENCE_HEAD = """## The flags of stable-dreamfusion
@@ -130,10 +136,13 @@ def _row(room: dataclasses.Field, field: dataclasses.Field, mini: list[Config]) 
     own = [getattr(getattr(config, room.name), field.name) for config in mini]
     shown = ["" if value == field.default else _value(value) for value in own]
     choices = field.metadata["choices"]
-    return [f"`--{field.name}`", _value(field.default), *shown, _meaning(field.metadata["help"], choices)]
+    return [f"`--{field.name}`", _value(field.default), *shown, _meaning(field, choices)]
 
 
-def _meaning(text: str, choices: tuple[str, ...] | None) -> str:
+def _meaning(field: dataclasses.Field, choices: tuple[str, ...] | None) -> str:
+    text = field.metadata["help"]
+    if value_type(field) in (Scalar, ScalarRange):
+        text += "; *schedule*"
     return f"{text} ({', '.join(choices)})" if choices else text
 
 

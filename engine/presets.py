@@ -8,9 +8,10 @@ from typing import Any
 
 from dream_fast.engine.config import Config, other_backbones
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.schedule import LinearSchedule
 
 # What a score wants instead of the model's own values. The scales are those of the papers.
-_PAPERS_SCALE = {"guidance_scale": 7.5, "guidance_scale_end": None}
+_PAPERS_SCALE = {"guidance_scale": 7.5}
 SCORE_DEFAULTS: dict[str, dict[str, Any]] = {
     "csd": {"guidance_rescale": 0.0},  # the plain difference of two predictions
     "asd": _PAPERS_SCALE,
@@ -77,8 +78,7 @@ def mini_cpu_defaults() -> Config:
             latent_iter_ratio=0.0,
             albedo_iter_ratio=1.0,
             normal_epsilon=0.03,
-            guidance_scale=8.0,
-            guidance_scale_end=4.0,
+            guidance_scale=LinearSchedule(0.0, 8.0, 4.0, 1.0),  # strong finds the shape, weak keeps colours natural
             guidance_rescale=0.5,
             t_range=(0.02, 0.98),
             t_anneal="square",
@@ -179,8 +179,6 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
         # Replayed, two runs were not the same bit for bit; and it was measured with this backbone alone.
         plain = typed.get("backbone", "grid") == "grid" and not typed.get("deterministic")
         values.setdefault("step_graph", plain and not base.override(typed).read_on_the_host())
-    if "guidance_scale" in typed:
-        values.setdefault("guidance_scale_end", None)  # one typed number is meant for the whole run
     for name, value in SCORE_DEFAULTS.get(typed.get("score"), {}).items():
         values.setdefault(name, value)
     if model == "sd":

@@ -50,3 +50,8 @@ REFUSED_VALUES: dict[tuple[str, str], str] = {
     ("--guidance", "clip"): "CLIP guidance is not there yet",
     ("--guidance", "zero123"): _IMAGE,
 }
+
+# Flags that earlier versions had, with what does the same now.
+RENAMED_FLAGS: dict[str, str] = {
+    "--guidance_scale_end": "--guidance_scale takes a schedule, as in --guidance_scale 0.0:8:4:1.0",
+}

@@ -37,9 +37,6 @@ def _typed(config: Config) -> dict[str, Any]:
         for room, field in settings()
         if mine[field.name] != getattr(getattr(base, room.name), field.name)
     }
-    if "guidance_scale_end" in differing and differing["guidance_scale_end"] is None:
-        del differing["guidance_scale_end"]
-        differing["guidance_scale"] = mine["guidance_scale"]  # typed, it holds for the whole run
     wanted = deciding | differing | {"device": mine["device"]}
     if mine["ckpt"] in ("latest", "scratch"):
         wanted.pop("ckpt", None)

@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from dream_fast.engine.camera import Cameras, rays, sample_cameras
 from dream_fast.engine.checkpoint import damaged, load_checkpoint, save_checkpoint
@@ -30,13 +32,14 @@ from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.field import make_field
 from dream_fast.engine.guidance.attention import Chosen
-from dream_fast.engine.guidance.sds import GuidanceResult, Settled
+from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.guidance.text import TextGuidance
 from dream_fast.engine.losses import add_table_gradients, needs_normals, ramp, regularizers
 from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
 from dream_fast.engine.renderer import Rendered, Renderer
 from dream_fast.engine.runtime import Runtime, step_seed
+from dream_fast.engine.schedule import largest, value_at, values_at
 from dream_fast.engine.watch import Seen, Watch
 from dream_fast.engine.workspace import Workspace
 
@@ -86,17 +89,20 @@ class Phase(NamedTuple):
     ambient: float
 
 
-def choose_phase(config: ShadingConfig, progress: float, dice: random.Random) -> Phase:
+def choose_phase(
+    config: ShadingConfig, progress: float, dice: random.Random, step: int = 0, done: float = 0.0
+) -> Phase:
     """First normals as latents, then colour alone, then light on the shape (some steps without colour).
 
-    A ratio of 0 leaves a phase out, and with 1 it never ends: progress stays at 1 once it is there.
+    ``progress`` is that of the phases. A ratio of 0 leaves a phase out, and with 1 it never ends: progress stays at 1
+    once it is there. Schedules read ``step`` and ``done``, the part of the run before it.
     """
     if progress < config.latent_iter_ratio or config.latent_iter_ratio == 1:
         return Phase("latent", "normal", 1.0)
     if progress < config.albedo_iter_ratio or config.albedo_iter_ratio == 1:
         return Phase("albedo", "albedo", 1.0)
-    ambient = dice.uniform(config.min_ambient_ratio, 1.0)
-    textureless = dice.random() < config.textureless_ratio
+    ambient = dice.uniform(value_at(config.min_ambient_ratio, step, done), 1.0)
+    textureless = dice.random() < value_at(config.textureless_ratio, step, done)
     return Phase("shaded", "textureless" if textureless else "lambertian", ambient)
 
 
@@ -118,7 +124,8 @@ class Dials(NamedTuple):
 
     ambient: float | Tensor
     up: float | Tensor  # the ramp of the regularisers
-    settled: Settled | None  # None: the guidance settles them
+    losses: dict[str, float | Tensor]  # those settings of the losses that have a schedule
+    settled: Any  # what a TextGuidance settles of a step; None: in its call
 
 
 class Trainer:
@@ -157,14 +164,15 @@ class Trainer:
         config, progress, phases = self.config, self.schedule.progress(self.step), self.phases.progress(self.step)
         dice = random.Random(step_seed(self.seed, self.step))
         generator = self.generator.manual_seed(step_seed(self.seed, self.step))
-        phase = choose_phase(config.shading, phases, dice)
+        phase = choose_phase(config.shading, phases, dice, self.step, progress)
         # The background network gets half of the steps, if there is one.
         network = phase.name != "latent" and self.field.has_background and dice.random() < 0.5
         levels = self._active_levels(phases)
         if self.step % config.render.update_extra_interval == 0:
             self.renderer.update_occupancy(generator, active_levels=levels)
         if self._graphs is None or not isinstance(self.guidance, TextGuidance):
-            dials = Dials(phase.ambient, ramp(self.step, config.run.iters), None)
+            now = values_at(config.loss, self.step, progress)
+            dials = Dials(phase.ambient, ramp(self.step, config.run.iters), now, None)
             done = self._gradients(phase, network, dials, progress, levels)
         else:
             done = self._replayed_gradients(phase, network, progress)
@@ -172,7 +180,7 @@ class Trainer:
         # A step whose samples did not fit their buffers is not taken: not a number tells the optimiser so.
         skipped = self.optimizer.step(
             inverse_scale=torch.where(done.overflow, torch.nan, self.scaler.inverse),
-            grad_clip=config.loss.grad_clip,
+            grad_clip=value_at(config.loss.grad_clip, self.step, progress),
             lr_scale=config.optim.lr_decay**progress,
         )
         skipped = skipped & ~done.overflow
@@ -201,16 +209,18 @@ class Trainer:
             active_levels=levels,
             generator=generator,
         )
-        pictures = self._pictures(rendered, phase, batch, height, width)
+        limit = dials.losses.get("grad_clip_rgb", config.loss.grad_clip_rgb)
+        pictures = self._pictures(rendered, phase, batch, height, width, limit)
         self.mark("render")
-        settled = {} if dials.settled is None else {"settled": dials.settled}
+        ours = {"step": self.step, "settled": dials.settled} if isinstance(self.guidance, TextGuidance) else {}
         guided = self.guidance(
-            pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **settled
+            pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **ours
         )
         terms = {"guidance": guided.loss} | regularizers(
             rendered,
             config.loss,
             up=dials.up,
+            now=dials.losses,
             height=height,
             width=width,
             field=self.field,
@@ -227,6 +237,7 @@ class Trainer:
             config.loss,
             step=self.step,
             iters=config.run.iters,
+            progress=progress,
             scale=self.scaler.scale,
             generator=generator,
         )
@@ -238,17 +249,17 @@ class Trainer:
 
     def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> Step:
         """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
-        score = self.guidance.score
         batch, steps = self.config.camera.batch_size, self.config.run.iters
+        now = Dials(
+            phase.ambient,
+            ramp(self.step, steps),
+            values_at(self.config.loss, self.step, progress),
+            self.guidance.settle(batch, self.step, progress, self.generator),
+        )
         if self._dials is None:
-            ambient, up, scale = torch.zeros(3, device=self.device).unbind()
-            t = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            self._dials = Dials(ambient, up, Settled(t, scale))
+            self._dials = pytree.tree_map(partial(_place, device=self.device), now)
+        pytree.tree_map(_write, self._dials, now)
         dials, capacity = self._dials, self.renderer.sampler.samples_per_ray
-        dials.ambient.fill_(phase.ambient)
-        dials.up.fill_(ramp(self.step, steps))
-        dials.settled.scale.fill_(score.scale(progress))
-        dials.settled.t.copy_(score.timesteps(batch, progress, self.generator))
         if capacity != self._graphs_capacity:
             self._graphs.clear()
             self._graphs_capacity = capacity
@@ -274,11 +285,15 @@ class Trainer:
         colour = torch.rand(3, generator=self.generator, device=self.device)
         return None if network else colour
 
-    def _pictures(self, rendered: Rendered, phase: Phase, batch: int, height: int, width: int) -> Tensor:
-        """What the guidance sees: colours in [0, 1] [B, 3, H, W], or normals and opacity in [-1, 1] [B, 4, H, W]."""
+    def _pictures(
+        self, rendered: Rendered, phase: Phase, batch: int, height: int, width: int, limit: float | Tensor
+    ) -> Tensor:
+        """What the guidance sees: colours in [0, 1] [B, 3, H, W], or normals and opacity in [-1, 1] [B, 4, H, W].
+
+        ``limit``, where --grad_clip_rgb sets one, is that of the gradient of a pixel.
+        """
         pixels = rendered.rgb
-        limit = self.config.loss.grad_clip_rgb
-        if limit > 0:
+        if largest(self.config.loss.grad_clip_rgb) > 0:
             reach = limit * self.scaler.scale
             pixels.register_hook(lambda gradient: torch.clamp(gradient, -reach, reach))
         if phase.name == "latent":
@@ -424,6 +439,18 @@ class Trainer:
         self.overflowed.copy_(state["overflowed"])
         kept = state.get("attention")  # checkpoints of earlier versions have none
         self.attention = None if kept is None else Chosen(*kept)
+
+
+def _place(value: float | Tensor, device: torch.device) -> Tensor:
+    """Where a graph finds ``value``: a scalar on the device, or a tensor like it."""
+    return torch.zeros_like(value) if isinstance(value, Tensor) else torch.zeros((), device=device)
+
+
+def _write(place: Tensor, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        place.copy_(value)
+    else:
+        place.fill_(value)
 
 
 def _number(tensor: Tensor) -> float | None:

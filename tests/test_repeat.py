@@ -10,6 +10,7 @@ from dream_fast.cli import parse
 from dream_fast.engine.config import Config
 from dream_fast.engine.presets import chosen_model, resolve
 from dream_fast.engine.repeat import quote, repeating_command, visible
+from dream_fast.engine.schedule import LinearSchedule
 
 SHELL = "bash"
 
@@ -37,7 +38,9 @@ def settings_of(line: str) -> Config:
         {"fp16": True, "save_mesh": True, "iters": 7, "phi_range": (-90.0, -0.5)},
         {"guidance_scale": 20.0},
         {"guidance_scale": 8.0},  # the default at the start, and then not at the end
-        {"guidance_scale": 20.0, "guidance_scale_end": 5.0},
+        {"guidance_scale": LinearSchedule(0.0, 20.0, 5.0, 1.0)},
+        {"t_range": (0.02, LinearSchedule(10, 0.98, 0.5, 300, fractions=False)), "score": "asd"},
+        {"lambda_orient": LinearSchedule(1 / 3, 1e-7, 12345.678901, 2 / 3)},
         {"score": "csd"},
         {"score": "asd", "guidance_scale": 3.0},
         {"preset": "reference"},

@@ -13,6 +13,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.loader import Components, load_components
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.presets import mini_cpu_defaults, resolve
+from dream_fast.engine.schedule import LinearSchedule
 
 SCORES = ("sds", "csd", "asd", "sdi")
 SCALE, STEPS = 7.5, 4
@@ -185,7 +186,7 @@ def test_a_clamp_does_not_hide_what_is_not_finite(components: Components, bad: f
     sds = ScoreDistillation(components, config("csd", clip_grad_latent=0.5))
     cond, uncond = prompts(1)
     noise, t = torch.randn(z.shape, generator=generator(1)), torch.tensor([500])
-    gradient, *_ = sds._gradient(z, t, cond, uncond, torch.tensor(SCALE), noise)
+    gradient, *_ = sds._gradient(z, t, cond, uncond, {"guidance_scale": torch.tensor(SCALE)}, noise)
     assert not torch.isfinite(torch.linalg.vector_norm(gradient))
     assert torch.isfinite(gradient[:, 1:]).all()
 
@@ -222,7 +223,7 @@ def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, 
     cond, uncond = prompts(2)
     with Forbidden() as noticed, torch.no_grad():
         ScoreDistillation(components, config(score))._gradient(
-            z, torch.tensor([300, 700]), cond, uncond, torch.tensor(SCALE), noise
+            z, torch.tensor([300, 700]), cond, uncond, {"guidance_scale": torch.tensor(SCALE)}, noise
         )
     assert noticed.found == []
 
@@ -231,24 +232,24 @@ def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, 
 
 
 @pytest.mark.parametrize(
-    ("typed", "scale", "end", "rescale"),
+    ("typed", "scale", "rescale"),
     [
-        ({}, 8.0, 4.0, 0.5),
-        ({"score": "sds"}, 8.0, 4.0, 0.5),
-        ({"score": "csd"}, 8.0, 4.0, 0.0),
-        ({"score": "csd", "guidance_rescale": 0.25}, 8.0, 4.0, 0.25),
-        ({"score": "asd"}, 7.5, None, 0.5),
-        ({"score": "sdi"}, 7.5, None, 0.5),
-        ({"score": "sdi", "guidance_scale": 30.0}, 30.0, None, 0.5),
-        ({"score": "asd", "guidance_scale_end": 2.0}, 7.5, 2.0, 0.5),
-        ({"score": "asd", "preset": "reference"}, 7.5, None, 0.0),
-        ({"score": "csd", "preset": "reference"}, 100.0, None, 0.0),
+        ({}, "0.0:8:4:1.0", 0.5),
+        ({"score": "sds"}, "0.0:8:4:1.0", 0.5),
+        ({"score": "csd"}, "0.0:8:4:1.0", 0.0),
+        ({"score": "csd", "guidance_rescale": 0.25}, "0.0:8:4:1.0", 0.25),
+        ({"score": "asd"}, "7.5", 0.5),
+        ({"score": "sdi"}, "7.5", 0.5),
+        ({"score": "sdi", "guidance_scale": 30.0}, "30.0", 0.5),
+        ({"score": "asd", "guidance_scale": LinearSchedule(0.0, 7.5, 2.0, 1.0)}, "0.0:7.5:2:1.0", 0.5),
+        ({"score": "asd", "preset": "reference"}, "7.5", 0.0),
+        ({"score": "csd", "preset": "reference"}, "100.0", 0.0),
     ],
 )
-def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, end, rescale) -> None:
-    assert mini_cpu_defaults().guidance.guidance_scale == 8.0
+def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, rescale) -> None:
+    assert str(mini_cpu_defaults().guidance.guidance_scale) == "0.0:8:4:1.0"
     got = resolve(typed, "dream-mini", "cpu").guidance
-    assert (got.guidance_scale, got.guidance_scale_end, got.guidance_rescale) == (scale, end, rescale)
+    assert (str(got.guidance_scale), got.guidance_rescale) == (scale, rescale)
 
 
 @pytest.mark.parametrize("score", ["csd", "asd", "sdi"])

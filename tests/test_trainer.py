@@ -17,11 +17,12 @@ from dream_fast.engine.config import Config, ShadingConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.loader import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import ScoreDistillation, Settled
+from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
 from dream_fast.engine.losses import ramp
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import choose_runtime
+from dream_fast.engine.schedule import LinearSchedule, values_at
 from dream_fast.engine.trainer import DIVERGED, Dials, Schedule, Trainer, choose_phase
 from dream_fast.engine.workspace import Workspace
 
@@ -53,6 +54,20 @@ BACKBONES = {
     "grid": {},
     "grid_torch": {"backbone": "grid_torch"},
     "vanilla": {"backbone": "vanilla", "frequencies": 4, "num_steps": 10, "upsample_steps": 6},
+}
+# Schedules of every kind of number that a step reads from the device.
+ANNEALED = {
+    "guidance_scale": LinearSchedule(0.0, 100.0, 5.0, 1.0),
+    "guidance_rescale": LinearSchedule(0.0, 0.0, 0.9, 0.5),
+    "lambda_guidance": LinearSchedule(1, 1.0, 3.0, 6, fractions=False),
+    "clip_grad_latent": LinearSchedule(0.25, 0.5, 2.0, 1.0),
+    "t_range": (LinearSchedule(0.0, 0.02, 0.3, 1.0), LinearSchedule(0.0, 0.98, 0.5, 1.0)),
+    "lambda_orient": LinearSchedule(0, 0.0, 1.0, 8, fractions=False),
+    "lambda_opacity": LinearSchedule(0.0, 1.0, 0.0, 1.0),
+    "grad_clip_rgb": LinearSchedule(0.0, 1e-3, 1e-1, 1.0),
+    "grad_clip": LinearSchedule(0.0, 1e-3, 1e-1, 1.0),
+    "min_ambient_ratio": LinearSchedule(0.5, 0.1, 0.9, 1.0),
+    "textureless_ratio": LinearSchedule(0.5, 1.0, 0.0, 1.0),
 }
 # Steps of colour alone, without regularisers.
 CHEAP = {"albedo_iter_ratio": 1.0, "latent_iter_ratio": 0.0, "lambda_entropy": 0.0, "bg_radius": -1.0}
@@ -320,7 +335,7 @@ class Direct:
 
 
 def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_step(text_guidance, tmp_path):
-    trainer = make_trainer(text_guidance, bg_radius=1.0, guidance_scale_end=5.0, lambda_entropy=1.0, t_anneal="linear")
+    trainer = make_trainer(text_guidance, bg_radius=1.0, lambda_entropy=1.0, t_anneal="linear", **ANNEALED)
     trainer._graphs = Direct()
     for step in range(8):
         trainer.step = step
@@ -330,10 +345,8 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
         replayed = trainer._replayed_gradients(phase, True, progress)
         got = trainer.optimizer.grads.clone()
         trainer.generator.manual_seed(step)
-        score = trainer.guidance.score
-        scale = torch.tensor(score.scale(progress))
-        settled = Settled(score.timesteps(2, progress, trainer.generator), scale)
-        dials = Dials(phase.ambient, ramp(step, 8), settled)
+        settled = trainer.guidance.settle(2, step, progress, trainer.generator)
+        dials = Dials(phase.ambient, ramp(step, 8), values_at(trainer.config.loss, step, progress), settled)
         called = trainer._gradients(phase, True, dials, progress, None)
         assert torch.equal(replayed.t, called.t) and called.terms.keys() == replayed.terms.keys()
         for name, term in called.terms.items():
@@ -395,9 +408,10 @@ class Interrupting:
         return self.guidance(*args, **kwargs)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(text_guidance, tmp_path, backbone):
-    changes = BACKBONES[backbone] | {"progressive_level": True}
+@pytest.mark.parametrize("kind", [*BACKBONES, "schedules"])
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(text_guidance, tmp_path, kind):
+    in_parts = {name: value for name, value in ANNEALED.items() if name != "lambda_guidance"}  # of no TextGuidance
+    changes = (BACKBONES | {"schedules": in_parts})[kind] | {"progressive_level": True}
     whole = make_trainer(text_guidance, **changes)
     expected = rows_without_times(fit(whole, tmp_path / "whole"))
 

@@ -88,7 +88,7 @@ def test_a_model_that_knows_the_noise_estimates_the_latent_itself_at_every_level
     monkeypatch.setattr(components.unet, "forward", lambda rows, levels, **_: (truth.repeat(2, 1, 1, 1),))
     score = ScoreDistillation(components, GuidanceConfig())
     prompts = torch.zeros(len(LEVELS), 5, 32)
-    gradient, noisy, clean = score._gradient(z, t, prompts, prompts, torch.tensor(100.0), noise)
+    gradient, noisy, clean = score._gradient(z, t, prompts, prompts, {"guidance_scale": torch.tensor(100.0)}, noise)
     torch.testing.assert_close(noisy, a.sqrt() * z + (1 - a).sqrt() * noise)
     torch.testing.assert_close(clean, z, rtol=0, atol=1e-4)
     assert gradient.abs().max() < 1e-4

@@ -37,7 +37,7 @@ def guided_prediction(
     One call of the UNet on 2B rows. For ``rescale`` see :func:`guide`.
     """
     rows = unet_rows(components, noisy, t, [uncond, cond])
-    return guide(components, rows, noisy, t, scale=scale, rescale=rescale)
+    return guide(components, rows, noisy, t, scale=scale, rescale=rescale or None)
 
 
 def unet_rows(
@@ -69,12 +69,13 @@ def guide(
     t: Tensor,
     *,
     scale: float | Tensor,
-    rescale: float = 0.0,
+    rescale: float | Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(eps, z0) from the ``rows`` of :func:`unet_rows` for ``noisy`` at ``t``: without the prompt, with it, and others.
 
-    ``rescale`` in [0, 1] moves the standard deviation of z0 that far towards that of the prediction without guidance.
+    ``rescale`` in [0, 1] moves the standard deviation of z0 that far towards that of the prediction without guidance;
+    None leaves it.
     ``weights`` [B, N] are those of the N other prompts, to turn away from.
     """
     out_uncond, out_cond, *others = rows
@@ -83,7 +84,7 @@ def guide(
     if weights is not None:
         towards = turn_away(towards, [other - out_uncond for other in others], weights)
     eps, z0 = split(components, out_uncond + scale * towards, noisy, signal, noise)
-    if rescale > 0:
+    if rescale is not None:
         _, plain = split(components, out_cond, noisy, signal, noise)
         ratio = plain.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)
         z0 = z0 * (1 + rescale * (ratio - 1))

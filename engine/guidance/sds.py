@@ -23,7 +23,7 @@ its distance from the lower end of t_range above t, and n is that of x_t. In sdi
 Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from dream_fast.engine.guidance.inversion import inverted_noise
 from dream_fast.engine.guidance.loader import Components
 from dream_fast.engine.guidance.perp_neg import Negatives
 from dream_fast.engine.guidance.prediction import guide, split, strengths, unet_rows
+from dream_fast.engine.schedule import LinearSchedule, largest, value_at, values_at
 
 # Half the width of the window that an annealed t is drawn from, in fractions of the whole range.
 ANNEAL_JITTER = 0.05
@@ -60,10 +61,11 @@ class GuidanceResult(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What else would depend on numbers of the host: noise levels ``t`` [B] and the guidance scale, a scalar."""
+    """What else would depend on numbers of the host: noise levels ``t`` [B], and scalars by name
+    (:meth:`ScoreDistillation.numbers`)."""
 
     t: Tensor
-    scale: Tensor
+    numbers: dict[str, Tensor]
 
 
 class ScoreDistillation:
@@ -89,6 +91,7 @@ class ScoreDistillation:
         self.components = components
         self.config = config
         self.method = method
+        self.annealed = _annealed(config)
         graphed = cuda_graphs and components.device.type == "cuda"
         self.mark: Callable[[str], None] = lambda part: None  # called inside the graph when it is captured
         self._score_of = CudaGraphed(self._score) if graphed else self._score
@@ -100,6 +103,7 @@ class ScoreDistillation:
         uncond: Tensor,
         *,
         progress: float = 0.0,
+        step: int = 0,
         generator: torch.Generator | None = None,
         latents: bool = False,
         settled: Settled | None = None,
@@ -107,11 +111,12 @@ class ScoreDistillation:
     ) -> GuidanceResult:
         """Guide ``rgb`` [B, 3, H, W] in [0, 1] towards ``cond`` [B, T, D] and away from ``uncond`` [B, T, D].
 
-        ``progress`` is the fraction of the run that is done. ``generator`` belongs to the model's device. With
-        ``latents``, ``rgb`` is [B, C, h, w] in the scale of latents and is only resized. A loss scale enters as the
-        upstream gradient of ``loss``. With ``settled`` the call can be captured in a CUDA graph: it takes level and
-        scale from there instead of ``progress`` and makes no graph of its own. ``negatives`` are prompts that the
-        prediction turns away from besides (`perp_neg`). Raises ValueError for a picture of the wrong shape.
+        ``progress`` is the fraction of the run that is done before ``step``: schedules read them. ``generator`` belongs
+        to the model's device. With ``latents``, ``rgb`` is [B, C, h, w] in the scale of latents and is only resized. A
+        loss scale enters as the upstream gradient of ``loss``. With ``settled`` the call can be captured in a CUDA
+        graph: it takes levels and scalars from there instead of ``progress`` and ``step``, and makes no graph of its
+        own. ``negatives`` are prompts that the prediction turns away from besides (`perp_neg`). Raises ValueError for a
+        picture of the wrong shape.
         """
         channels = self.components.latent_channels if latents else 3
         if rgb.ndim != 4 or rgb.shape[1] != channels:
@@ -120,18 +125,23 @@ class ScoreDistillation:
         device, size = self.components.device, self.components.latent_size
         shape = (batch, self.components.latent_channels, size, size)
         draw = None if latents else torch.randn(shape, generator=generator, device=device)
-        t = self.timesteps(batch, progress, generator) if settled is None else settled.t
+        t = self.timesteps(batch, progress, generator, step) if settled is None else settled.t
         noise = torch.randn(shape, generator=generator, device=device)
-        scale = torch.full((), self.scale(progress), device=device) if settled is None else settled.scale
+        if settled is None:
+            numbers = self.numbers(step, progress)
+            numbers = {name: torch.full((), value, device=device) for name, value in numbers.items()}
+        else:
+            numbers = settled.numbers
         others = () if negatives is None else tuple(negatives)
         with torch.autocast(rgb.device.type, enabled=False):
             if self.method == "mse":
                 z = self._latents(rgb, draw)
-                gradient, noisy, clean = self._gradient(z.detach(), t, cond, uncond, scale, noise, *others)
+                gradient, noisy, clean = self._gradient(z.detach(), t, cond, uncond, numbers, noise, *others)
                 loss = 0.5 * (z - (z - gradient).detach()).square().sum() / batch
             else:
                 score = self._score_of if settled is None else self._score
-                inputs = (rgb.detach(), t, cond, uncond, scale, draw, noise, *others)
+                scalars = [numbers[name] for name in self.annealed]
+                inputs = (rgb.detach(), t, cond, uncond, draw, noise, *scalars, *others)
                 image_gradient, value, gradient, noisy, clean = score(*inputs)
                 loss = _InjectGradient.apply(rgb, image_gradient, value)
         return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient, noisy, clean)
@@ -142,27 +152,30 @@ class ScoreDistillation:
         t: Tensor,
         cond: Tensor,
         uncond: Tensor,
-        scale: Tensor,
         draw: Tensor | None,
         noise: Tensor,
-        *negatives: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Gradient of the picture, the loss, and what :meth:`_gradient` returns; a function of tensors alone."""
-        batch = len(rgb)
+        """Gradient of the picture, the loss, and what :meth:`_gradient` returns; a function of tensors alone.
+
+        ``others``: the scalars of ``annealed``, then nothing or the fields of `Negatives`.
+        """
+        batch, scalars = len(rgb), len(self.annealed)
+        numbers, negatives = dict(zip(self.annealed, others[:scalars], strict=True)), others[scalars:]
         with torch.enable_grad():
             picture = rgb.detach().requires_grad_()
             z = self._latents(picture, draw)
         self.mark("encode")
-        gradient, noisy, clean = self._gradient(z.detach(), t, cond, uncond, scale, noise, *negatives)
+        gradient, noisy, clean = self._gradient(z.detach(), t, cond, uncond, numbers, noise, *negatives)
         self.mark("unet")
         # The encoder's backward may run in fp16: its upstream gradient gets a peak of 1, to stay in range.
         peak = gradient.abs().amax().clamp_min(1e-12)
         (image_gradient,) = torch.autograd.grad(z, picture, gradient / peak)
         return image_gradient * (peak / batch), 0.5 * gradient.square().sum() / batch, gradient, noisy, clean
 
-    def timesteps(self, batch: int, progress: float, generator: torch.Generator | None = None) -> Tensor:
+    def timesteps(self, batch: int, progress: float, generator: torch.Generator | None = None, step: int = 0) -> Tensor:
         """Noise levels [batch] int64: uniform in t_range, or near a level that falls from its end to its start."""
-        low, high = self._level_range()
+        low, high = self._level_range(step, progress)
         if self.config.t_anneal != "none":
             done = progress ** {"sqrt": 0.5, "linear": 1.0, "square": 2.0}[self.config.t_anneal]
             level = high - (high - low) * done
@@ -170,15 +183,25 @@ class ScoreDistillation:
             low, high = max(low, round(level - jitter)), min(high, round(level + jitter))
         return torch.randint(low, high + 1, (batch,), generator=generator, device=self.components.device)
 
-    def _level_range(self) -> tuple[int, int]:
+    def _level_range(self, step: int, progress: float) -> tuple[int, int]:
         steps = self.components.num_train_timesteps
-        low, high = (min(int(steps * fraction), steps - 1) for fraction in self.config.t_range)
+        ends = (value_at(end, step, progress) for end in self.config.t_range)
+        low, high = (min(int(steps * fraction), steps - 1) for fraction in ends)
         return low, high
 
-    def scale(self, progress: float) -> float:
-        """The guidance scale s at ``progress``. A strong start finds the shape; a weak end keeps colours natural."""
-        start, end = self.config.guidance_scale, self.config.guidance_scale_end
-        return start if end is None else start + (end - start) * progress
+    def numbers(self, step: int, progress: float) -> dict[str, float]:
+        """What a step reads from the device, by name: the scale, all that has a schedule, and the lowest level of asd
+        ("low_level") where that has one."""
+        now = {"guidance_scale": self.config.guidance_scale} | values_at(self.config, step, progress)
+        if "low_level" in self.annealed:
+            now["low_level"] = self._level_range(step, progress)[0]
+        return {name: now[name] for name in self.annealed}
+
+    def settle(self, batch: int, step: int, progress: float, generator: torch.Generator) -> Settled:
+        """Levels [batch] and scalars of ``step`` for ``settled``, drawn and filled on the model's device."""
+        device = self.components.device
+        numbers = {name: torch.full((), value, device=device) for name, value in self.numbers(step, progress).items()}
+        return Settled(self.timesteps(batch, progress, generator, step), numbers)
 
     def _latents(self, picture: Tensor, draw: Tensor | None) -> Tensor:
         """Latents [B, C, h, w] of ``picture``: from the VAE's posterior by the normal ``draw``; None: it is latents."""
@@ -192,13 +215,24 @@ class ScoreDistillation:
 
     @torch.no_grad()
     def _gradient(
-        self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, scale: Tensor, noise: Tensor, *negatives: Tensor
+        self,
+        z: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        uncond: Tensor,
+        numbers: Mapping[str, Tensor],
+        noise: Tensor,
+        *negatives: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g of the module's docstring, with ``noisy`` and ``clean`` of :class:`GuidanceResult`, each [B, C, h, w].
 
-        ``negatives``: nothing, or the fields of `Negatives`.
+        ``numbers``: the scalars of ``annealed``. ``negatives``: nothing, or the fields of `Negatives`.
         """
         model, config = self.components, self.config
+        scale, rescale, weight, limit = (
+            numbers.get(name, getattr(config, name))
+            for name in ("guidance_scale", "guidance_rescale", "lambda_guidance", "clip_grad_latent")
+        )
         prompts, weights, further = [uncond, cond], None, None
         if negatives:
             embeddings, weights = negatives
@@ -209,33 +243,48 @@ class ScoreDistillation:
         signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
         noisy = signal * z + spread * noise
         if config.score == "asd":
-            further = (*self._noisier(z, t, noise), cond)
+            further = (*self._noisier(z, t, noise, numbers.get("low_level")), cond)
         rows = unet_rows(model, noisy, t, prompts, further)
         guided = rows[: len(prompts)]
-        eps, clean = guide(model, guided, noisy, t, scale=scale, rescale=config.guidance_rescale, weights=weights)
+        if largest(config.guidance_rescale) == 0:
+            rescale = None
+        eps, clean = guide(model, guided, noisy, t, scale=scale, rescale=rescale, weights=weights)
         taken = noise
         if config.score == "csd":
             taken, _ = split(model, rows[0], noisy, signal, spread)
         elif config.score == "asd":
             later, level, _ = further
             taken, _ = split(model, rows[-1], later, *strengths(model, level))
-        gradient = _clamp(config.lambda_guidance * (1 - alpha) * (eps - taken), config.clip_grad_latent)
+        gradient = weight * (1 - alpha) * (eps - taken)
+        if largest(config.clip_grad_latent) > 0:
+            gradient = _clamp(gradient, limit)
         return gradient, noisy, clean
 
-    def _noisier(self, z: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The latents ``z`` with the same noise at the higher level t' of asd, and that level [B]."""
-        low, _ = self._level_range()
+    def _noisier(self, z: Tensor, t: Tensor, noise: Tensor, low: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
+        """The latents ``z`` with the same noise at the higher level t' of asd, and that level [B].
+
+        ``low`` is the lowest level of the step; None: of a run whose range stays as it is.
+        """
+        if low is None:
+            low, _ = self._level_range(0, 0.0)
         level = (t + (t - low) // ASYNCHRONY).clamp_max(self.components.num_train_timesteps - 1)
         signal, spread = strengths(self.components, level)
         return signal * z + spread * noise, level
 
 
-def _clamp(gradient: Tensor, limit: float) -> Tensor:
-    """``gradient`` with its elements in [-limit, limit]; as it is where the limit is not positive."""
-    if limit <= 0:
-        return gradient
+def _clamp(gradient: Tensor, limit: float | Tensor) -> Tensor:
+    """``gradient`` with its elements in [-limit, limit]."""
     # An infinite element becomes not a number, not the limit: its step is to be skipped.
     return gradient.clamp(-limit, limit) + 0 * gradient
+
+
+def _annealed(config: GuidanceConfig) -> tuple[str, ...]:
+    """Names of the scalars that a step reads from the device, in their order as inputs of a graph."""
+    names = ["guidance_rescale", "lambda_guidance", "clip_grad_latent"]
+    names = ["guidance_scale", *(name for name in names if isinstance(getattr(config, name), LinearSchedule))]
+    if config.score == "asd" and isinstance(config.t_range[0], LinearSchedule):
+        names.append("low_level")
+    return tuple(names)
 
 
 class _InjectGradient(torch.autograd.Function):

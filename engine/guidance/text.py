@@ -33,6 +33,7 @@ class TextGuidance:
         cameras: Cameras,
         *,
         progress: float,
+        step: int = 0,
         generator: torch.Generator,
         latents: bool = False,
         settled: Settled | None = None,
@@ -43,10 +44,14 @@ class TextGuidance:
         """
         angles = (cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend, self.angle_front)
         cond, uncond = self.prompts.embeddings(*angles)
-        options = dict(progress=progress, generator=generator, latents=latents, settled=settled)
+        options = dict(progress=progress, step=step, generator=generator, latents=latents, settled=settled)
         if self.score.config.perpneg:
             options["negatives"] = self._negatives(view_weights(*angles))
         return self.score(pictures, cond, uncond, **options)
+
+    def settle(self, batch: int, step: int, progress: float, generator: torch.Generator) -> Settled:
+        """What ``settled`` takes for ``step``."""
+        return self.score.settle(batch, step, progress, generator)
 
     def _negatives(self, views: Tensor) -> Negatives:
         """The prompts of the front and the side, with their weights for pictures that show ``views`` [B, 4]."""
