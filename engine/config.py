@@ -368,6 +368,11 @@ class GuidanceConfig(Room):
         "csd, 7.5 for asd and sdi",
         choices=("sds", "csd", "asd", "sdi"),
     )
+    loss_space: str = option(
+        "noise",
+        "sds and sdi compare the predicted noise, or the clean latent x0 that it stands for",
+        choices=("noise", "x0"),
+    )
     inversion_steps: int = option(10, "with --score sdi: calls of the model that find the noise", low=1, high=1000)
     guidance_scale: Scalar = option(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
     t_range: ScalarRange = option((0.02, 0.98), "range of the noise level t", low=0, high=1)
@@ -396,6 +401,10 @@ class GuidanceConfig(Room):
         super().__post_init__()
         if self.perpneg and self.score != "sds":
             raise UserError(f"--perpneg goes with --score sds only, not with {self.score}: leave one of them out")
+        if self.loss_space == "x0" and self.score not in ("sds", "sdi"):
+            raise UserError(
+                f"--loss_space x0 goes with --score sds and sdi, not with {self.score}: leave one of them out"
+            )
 
     @property
     def embedded(self) -> bool:

@@ -232,11 +232,13 @@ def test_without_it_nothing_else_is_launched_and_no_bit_changes(components: Comp
         with Recorded() as before:
             expected = gradient_before_perp_neg(components, z, t, cond, uncond, scale, noise, rescale)
         with Recorded() as now:
-            got, *_ = score._gradient(z, t, cond, uncond, scale, noise)
+            got, *_ = score._gradient(z, t, cond, uncond, {"guidance_scale": scale}, noise)
     assert torch.equal(got, expected) and expected.abs().max() > 0
     assert sorted(now.names) == sorted(before.names)
     with torch.no_grad(), Recorded() as more:
-        score._gradient(z, t, cond, uncond, scale, noise, *Negatives(cond[:2], torch.full((3, 2), -1.0)))
+        score._gradient(
+            z, t, cond, uncond, {"guidance_scale": scale}, noise, *Negatives(cond[:2], torch.full((3, 2), -1.0))
+        )
     assert len(more.names) > len(now.names)
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dream_fast.engine.config import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.loader import Components, load_components
+from dream_fast.engine.guidance.prediction import guided_prediction
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.presets import mini_cpu_defaults, resolve
 from dream_fast.engine.schedule import LinearSchedule
@@ -260,3 +261,34 @@ def test_perp_neg_goes_with_sds_only(score: str) -> None:
         GuidanceConfig(score="vsd")
     with pytest.raises(UserError, match="--inversion_steps must be at least 1, not 0"):
         GuidanceConfig(inversion_steps=0)
+
+
+@pytest.mark.parametrize("score", ["sds", "sdi"])
+def test_the_loss_of_the_clean_latent_is_the_same_difference_at_another_weight(components: Components, score) -> None:
+    cond, uncond = prompts(2)
+    z = torch.randn(2, 4, 8, 8, generator=generator(3))
+    t, noise = torch.tensor([300, 700]), torch.randn(2, 4, 8, 8, generator=generator(4))
+    numbers = {"guidance_scale": torch.tensor(SCALE)}
+    plain, x0 = (
+        ScoreDistillation(components, config(score, loss_space=space))._gradient(z, t, cond, uncond, numbers, noise)[0]
+        for space in ("noise", "x0")
+    )
+    alpha = components.alphas_cumprod[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(x0, plain / (1 - alpha) * ((1 - alpha) / alpha).sqrt(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_clean_latent_is_rescaled_before_it_is_compared(components: Components) -> None:
+    cond, uncond = prompts(1)
+    z, noise = (torch.randn(1, 4, 8, 8, generator=generator(seed)) for seed in (3, 4))
+    sds = ScoreDistillation(components, config("sds", loss_space="x0", guidance_rescale=1.0, lambda_guidance=0.5))
+    numbers = {"guidance_scale": torch.tensor(SCALE)}
+    gradient, noisy, clean = sds._gradient(z, torch.tensor([500]), cond, uncond, numbers, noise)
+    torch.testing.assert_close(gradient, 0.5 * (z - clean))
+    _, unguided = guided_prediction(components, noisy, torch.tensor([500]), cond, uncond, scale=1.0)
+    torch.testing.assert_close(clean.std(), unguided.std(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("score", ["csd", "asd"])
+def test_scores_without_a_clean_latent_refuse_its_loss(score: str) -> None:
+    with pytest.raises(UserError, match="--loss_space x0 goes with --score sds and sdi"):
+        config(score, loss_space="x0")

@@ -18,7 +18,13 @@ Scores differ in e, what is taken from it, and in the noise:
 so in a eps_cond + b eps_neg + c eps_uncond + d n sds has s, 0, 1 - s, -1 and csd s, 0, -s, 0. A negative prompt stands
 in for the empty one, so that with one csd is s, -s, 0, 0: the paper's weights w1 = w2 = s. In asd t' lies a tenth of
 its distance from the lower end of t_range above t, and n is that of x_t. In sdi the inversion is guided with -s
-(`inversion`). At last g may be clamped to [-c, c], each element by itself (--clip_grad_latent).
+(`inversion`).
+
+With --loss_space x0 the gradient is that of 1/2 |z - stopgrad(z0_hat)|^2 instead, z0_hat being the clean latent that
+the guided prediction stands for, rescaled as --guidance_rescale says (MVDream, Shi et al. 2023; Lin et al. 2023):
+g = lambda_guidance (z - z0_hat), which is sqrt((1 - a_t) / a_t) (eps_hat - n) in place of (1 - a_t) (eps_hat - n).
+
+At last g may be clamped to [-c, c], each element by itself (--clip_grad_latent).
 
 Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for the device.
 """
@@ -250,15 +256,21 @@ class ScoreDistillation:
             rescale = None
         eps, clean = guide(model, guided, noisy, t, scale=scale, rescale=rescale, weights=weights)
         taken = noise
+        if config.loss_space == "x0":
+            return self._clamped(weight * (z - clean), limit), noisy, clean
         if config.score == "csd":
             taken, _ = split(model, rows[0], noisy, signal, spread)
         elif config.score == "asd":
             later, level, _ = further
             taken, _ = split(model, rows[-1], later, *strengths(model, level))
-        gradient = weight * (1 - alpha) * (eps - taken)
-        if largest(config.clip_grad_latent) > 0:
-            gradient = _clamp(gradient, limit)
-        return gradient, noisy, clean
+        return self._clamped(weight * (1 - alpha) * (eps - taken), limit), noisy, clean
+
+    def _clamped(self, gradient: Tensor, limit: float | Tensor) -> Tensor:
+        """``gradient`` with its elements in [-limit, limit], if there is to be one."""
+        if largest(self.config.clip_grad_latent) <= 0:
+            return gradient
+        # An infinite element becomes not a number, not the limit: its step is to be skipped.
+        return gradient.clamp(-limit, limit) + 0 * gradient
 
     def _noisier(self, z: Tensor, t: Tensor, noise: Tensor, low: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """The latents ``z`` with the same noise at the higher level t' of asd, and that level [B].
@@ -270,12 +282,6 @@ class ScoreDistillation:
         level = (t + (t - low) // ASYNCHRONY).clamp_max(self.components.num_train_timesteps - 1)
         signal, spread = strengths(self.components, level)
         return signal * z + spread * noise, level
-
-
-def _clamp(gradient: Tensor, limit: float | Tensor) -> Tensor:
-    """``gradient`` with its elements in [-limit, limit]."""
-    # An infinite element becomes not a number, not the limit: its step is to be skipped.
-    return gradient.clamp(-limit, limit) + 0 * gradient
 
 
 def _annealed(config: GuidanceConfig) -> tuple[str, ...]:
