@@ -121,12 +121,14 @@ class OccupancySampler:
     def adapt_capacity(self, rays: int) -> None:
         """Fit the sample buffers to the fullest step of `rays` rays since the last call, with room to spare.
 
-        Reads the device, so call it where the host waits anyway (when a line is logged).
+        Reads the device, so call it where the host waits anyway (when a line is logged). Views differ from step to
+        step: what is neither nearly full nor twice too large stays, since for each change graphs are captured anew.
         """
-        wanted = int(1.5 * int(self.most_samples) / max(1, rays)) + 1
-        if self.overflowed:
+        used, overflowed = int(self.most_samples) / max(1, rays), bool(self.overflowed)
+        wanted = int(1.5 * used) + 1
+        if overflowed:
             wanted = max(wanted, 2 * self.samples_per_ray)
-        if not self.samples_per_ray / 2 <= wanted <= self.samples_per_ray:
+        if overflowed or used > 0.9 * self.samples_per_ray or wanted < self.samples_per_ray / 2:
             self.samples_per_ray = max(8, min(self.config.max_steps, wanted))
         self.most_samples.zero_()
         self.overflowed.zero_()

@@ -120,6 +120,18 @@ def test_adapt_capacity_follows_use():
     assert renderer.sampler.samples_per_ray == kept  # it fits, so buffers and captured graphs stay
 
 
+@pytest.mark.parametrize(
+    ("used", "capacity"), [(34, 100), (50, 100), (67, 100), (89, 100), (91, 137), (100, 151), (32, 49)]
+)
+def test_capacity_stays_while_the_samples_fit_well(used, capacity):
+    """Of 100 samples a ray: views that need a third to nine tenths of them change nothing."""
+    sampler = make_renderer(max_steps=512).sampler
+    sampler.samples_per_ray = 100
+    sampler.most_samples.fill_(used * 256)
+    sampler.adapt_capacity(256)
+    assert sampler.samples_per_ray == capacity
+
+
 def test_capacity_grows_after_an_overflow():
     renderer = make_renderer()
     renderer.sampler.samples_per_ray = 2
