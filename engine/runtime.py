@@ -73,9 +73,15 @@ def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False, vram_O:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
         if vram_O and not ALLOCATOR_VARIABLES & os.environ.keys():
-            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+            _take_memory_by("expandable_segments:True")
     else:
         torch.set_flush_denormal(True)
+
+
+def _take_memory_by(settings: str) -> None:
+    """torch's name for this is not public, and another one before 2.11."""
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    change(settings)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
+from dream_fast.engine import runtime
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.runtime import choose_runtime, draw_seed, peak_memory, step_seed
+from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, peak_memory, prepare, step_seed
 
 
 def test_cpu_computes_in_fp32_whatever_is_asked_and_says_so():
@@ -49,3 +50,22 @@ def test_importing_diffusers_says_nothing_about_xformers():
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     assert "XFORMERS" not in done.stderr + done.stdout
     assert "another matter" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("vram_O", "variable", "wanted"),
+    [(True, None, ["expandable_segments:True"]), (False, None, []), (True, "PYTORCH_CUDA_ALLOC_CONF", [])],
+)
+def test_memory_in_growing_segments_is_for_vram_O_and_the_environment_wins(vram_O, variable, wanted, monkeypatch):
+    given = []
+    monkeypatch.setattr(runtime, "_take_memory_by", given.append)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    for name in runtime.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "max_split_size_mb:64")
+    try:
+        prepare(Runtime(device=torch.device("cuda"), dtype=torch.float16, description=""), 0, vram_O=vram_O)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert given == wanted
