@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dream_fast import kernels
 from dream_fast.engine.camera import Cameras, sample_cameras
 from dream_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.config import Config, ShadingConfig
@@ -476,3 +477,23 @@ def test_a_checkpoint_whose_state_does_not_fit_is_refused(text_guidance, tmp_pat
     path = save_checkpoint(tmp_path / "broken", 1, state, trainer.architecture())
     with pytest.raises(UserError, match="damaged.*its state: .*--ckpt scratch starts over"):
         make_trainer(text_guidance, iters=1).load(path)
+
+
+def test_schedules_of_a_step_are_read_at_that_step(text_guidance, monkeypatch):
+    """What the host reads itself: the limit of the gradient, the light, and the weights of the table's regularisers."""
+    steps = LinearSchedule.parse("0:1:5:4")
+    trainer = make_trainer(text_guidance, grad_clip=steps, lambda_tv=steps, lambda_wd=steps)
+    limits, weights, step = [], [], trainer.optimizer.step
+    monkeypatch.setattr(trainer.optimizer, "step", lambda **given: limits.append(given["grad_clip"]) or step(**given))
+    decay = kernels.hash_grid_weight_decay_grad
+    monkeypatch.setattr(
+        kernels,
+        "hash_grid_weight_decay_grad",
+        lambda table, spec, weight: weights.append(weight) or decay(table, spec, weight),
+    )
+    for _ in range(6):
+        trainer.train_step()
+    assert limits == weights == [1, 2, 3, 4, 5, 5]
+    light = ShadingConfig(latent_iter_ratio=0.0, min_ambient_ratio=LinearSchedule.parse("0:0.1:0.9:10"))
+    ambient = [choose_phase(light, 0.5, random.Random(0), step=step).ambient for step in (0, 10)]
+    assert ambient[0] < 0.9 < ambient[1]
