@@ -56,12 +56,13 @@ def field_fwd_kernel(
     """
     live = tl.minimum(tl.full((), rows, tl.int64), live_rows(count, rows))
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    tiles = tl.cdiv(live, BLOCK)
+    # Tiles are counted in 32 bits: the numbers of a loop in 64 took 20 registers more, and with them a fifth program.
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tiles = tl.cdiv(live, BLOCK).to(tl.int32)
     run = tl.where(tiles < 16 * programs, 1, tl.cdiv(tiles, programs))
     tile = program * run
     while tile < tiles:
-        start = tile * BLOCK
+        start = tile.to(tl.int64) * BLOCK
         n = start + tl.arange(0, BLOCK)
         inner = n < live
         px, py, pz = load_point(x, n, inner)
@@ -86,7 +87,7 @@ def field_fwd_kernel(
         tl.store(sigma + n, s, mask=inner)
         store_vector(albedo, n, inner, r, g, b)
         tile += tl.where((tile + 1) % run == 0, (programs - 1) * run + 1, 1)
-    start = live + program * BLOCK
+    start = live + program.to(tl.int64) * BLOCK
     zero = tl.zeros([BLOCK], tl.float32)
     while start < rows:
         n = start + tl.arange(0, BLOCK)
