@@ -54,6 +54,7 @@ def field_fwd_kernel(
     Neighbours on rays find their entries in the program's cache. The features go to kept [tiles, F, PADDED, BLOCK]
     where it is given.
     """
+    SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
     live = tl.minimum(tl.full((), rows, tl.int64), live_rows(count, rows))
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
     # Tiles are counted in 32 bits: the numbers of a loop in 64 took 20 registers more, and with them a fifth program.
@@ -83,7 +84,8 @@ def field_fwd_kernel(
         if kept is not None:
             keep_tile(kept, features, start, BLOCK, FEATURES, PADDED)
         outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        s, r, g, b, _ = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
+        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        s, r, g, b, _ = activate(outputs, bump, SOFTPLUS, SINGLE)
         tl.store(sigma + n, s, mask=inner)
         store_vector(albedo, n, inner, r, g, b)
         tile += tl.where((tile + 1) % run == 0, (programs - 1) * run + 1, 1)
@@ -133,6 +135,7 @@ def field_bwd_kernel(
     to_features [L * F, N] and to_x [N, 3] (the blob's part) are written where they are given.
     """
     DTYPE: tl.constexpr = parameters.dtype.element_ty
+    SINGLE: tl.constexpr = DTYPE == tl.float32
     live = live_rows(count, rows)
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
     sums = mlp_sums(BLOCK, DTYPE, FIRST, LAST, WIDTH, LAYERS, FEATURES, PADDED)
@@ -160,7 +163,8 @@ def field_bwd_kernel(
         else:
             features = kept_tile(kept, start, BLOCK, FEATURES, PADDED)
         outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        s, r, g, b, raw = activate(outputs, blob(px, py, pz, blob_density, blob_radius, SOFTPLUS), SOFTPLUS)
+        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        s, r, g, b, raw = activate(outputs, bump, SOFTPLUS, SINGLE)
         to_raw = tl.load(to_sigma + n, mask=inner, other=0.0) * density_slope(raw, s, SOFTPLUS)
         to_red, to_green, to_blue = load_point(to_albedo, n, inner)
         to_outputs = outputs_gradient(

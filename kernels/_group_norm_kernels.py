@@ -478,12 +478,11 @@ def group_norm_whole_backward_kernel(
     value = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_y + base + offset, mask=inside, other=0.0).to(tl.float32)
     normed, grad = _before_activation(value, grad, mean, rstd, scale, shift, SILU)
+    sums, products = tl.sum(grad, axis=0), tl.sum(grad * normed, axis=0)
     if channel_sums is not None:
         at = image * channels + channel
-        tl.store(channel_sums + at, tl.sum(grad, axis=0), mask=is_channel)
-        tl.store(channel_sums + channel_plane + at, tl.sum(grad * normed, axis=0), mask=is_channel)
-    # Over the tile, not over the channels' sums: lanes that hold one channel's sum may have added it in another order,
-    # and which of them counted would be a race.
-    scaled, share = grad * scale[None, :], 1.0 / (places * 1.0 * width)
-    common = tl.sum(scaled) * share + normed * (tl.sum(scaled * normed) * share)
-    tl.store(grad_x + base + offset, (scaled - common) * rstd[None, :], mask=inside)
+        tl.store(channel_sums + at, sums, mask=is_channel)
+        tl.store(channel_sums + channel_plane + at, products, mask=is_channel)
+    share = 1.0 / (places * 1.0 * width)
+    common = tl.sum(sums * scale, axis=0) * share + normed * (tl.sum(products * scale, axis=0) * share)
+    tl.store(grad_x + base + offset, (grad * scale[None, :] - common) * rstd[None, :], mask=inside)

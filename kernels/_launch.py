@@ -82,16 +82,19 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 1,
     maxnreg: int | None = None,
+    fp_fusion: bool = True,
     **arguments,
 ) -> None:
     """Start `kernel` over `grid` (at least one program, or nothing happens) on `device` and torch's current stream.
 
     maxnreg: the most registers a lane, by which a multiprocessor holds more programs, on GPUs from sm_90 on; matrix
-    products of earlier ones take more registers.
+    products of earlier ones take more registers. fp_fusion: whether a product may be rounded together with a sum.
     """
     if not all(grid):
         return
     options = {"num_warps": num_warps, "num_stages": num_stages}
+    if not fp_fusion:
+        options["enable_fp_fusion"] = False
     if maxnreg is not None and (_recorded is not None or _from_hopper_on(device)):
         options["maxnreg"] = maxnreg
     if _recorded is not None:

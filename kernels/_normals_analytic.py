@@ -165,6 +165,7 @@ def analytic_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = parameters.dtype.element_ty
+    SINGLE: tl.constexpr = DTYPE == tl.float32
     start = tl.program_id(0).to(tl.int64) * BLOCK
     row = start + tl.arange(0, BLOCK)
     limit = limit_rows(count, n)
@@ -193,8 +194,8 @@ def analytic_fwd_kernel(
     )
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
     outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-    bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS)
-    density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS)
+    bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
+    density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS, SINGLE)
     back, into_features = mlp_backward(_first_output(BLOCK), hidden, weights, DTYPE, LAYERS, FEATURES)
     slope = density_slope(raw, density, SOFTPLUS)
     outward = blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)
@@ -248,6 +249,7 @@ def analytic_bwd_kernel(
     to_points [n, 3] (the blob's part of the gradient into x, or None), up to the last live point.
     """
     DTYPE: tl.constexpr = parameters.dtype.element_ty
+    SINGLE: tl.constexpr = DTYPE == tl.float32
     limit = limit_rows(count, n)
     tiles = (limit + BLOCK - 1) // BLOCK
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
@@ -273,8 +275,8 @@ def analytic_bwd_kernel(
             True,
         )
         outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS)
-        density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS)
+        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS, SINGLE)
         back, into_features = mlp_backward(_first_output(BLOCK), hidden, weights, DTYPE, LAYERS, FEATURES)
         slope = density_slope(raw, density, SOFTPLUS)
         outward = blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)

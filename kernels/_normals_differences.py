@@ -75,6 +75,7 @@ def differences_fwd_kernel(
     SOFTPLUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
     start = tl.program_id(0).to(tl.int64) * BLOCK
     row = start + tl.arange(0, BLOCK)
     limit = limit_rows(count, n)
@@ -96,14 +97,14 @@ def differences_fwd_kernel(
         u, v, w = _unit(px, tap, scale), _unit(py, tap, scale), _unit(pz, tap, scale)
         features = encode(u, v, w, table, levels, active, LEVELS, FEATURES, PADDED, LOG2_ENTRIES, SMOOTH, WIDE)
         outputs = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)[0]
-        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS)
+        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
         if tap == 0:
-            density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS)
+            density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS, SINGLE)
             tl.store(sigma + row, tl.where(live, density, 0.0), mask=row < n)
             red, green, blue = tl.where(live, red, 0.0), tl.where(live, green, 0.0), tl.where(live, blue, 0.0)
             store_vector(albedo, row, row < n, red, green, blue)
         else:
-            density = activate_density(pick(outputs, 0) + bump, SOFTPLUS)
+            density = activate_density(pick(outputs, 0) + bump, SOFTPLUS, SINGLE)
             density = tl.where(tap % 2 == 1, density, -density)
             gx += tl.where(tap <= 2, density, 0.0)
             gy += tl.where((tap == 3) | (tap == 4), density, 0.0)
@@ -158,6 +159,7 @@ def differences_bwd_kernel(
     at column tap * (padded number of points) + point, and to `rows` how many columns those are.
     """
     DTYPE: tl.constexpr = parameters.dtype.element_ty
+    SINGLE: tl.constexpr = DTYPE == tl.float32
     limit = limit_rows(count, n)
     tiles = (limit + BLOCK - 1) // BLOCK
     if FIRST == 0:
@@ -179,8 +181,8 @@ def differences_bwd_kernel(
         u, v, w = _unit(px, tap, scale), _unit(py, tap, scale), _unit(pz, tap, scale)
         features = encode(u, v, w, table, levels, active, LEVELS, FEATURES, PADDED, LOG2_ENTRIES, SMOOTH, WIDE)
         outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS)
-        density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS)
+        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        density, red, green, blue, raw = activate(outputs, bump, SOFTPLUS, SINGLE)
         # Only the centre has a colour.
         centre = live & (tap == 0)
         to_red, to_green, to_blue = load_vector(to_albedo, row, centre)

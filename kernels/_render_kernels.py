@@ -211,6 +211,7 @@ def render_shade_kernel(
     length = tl.load(lengths + tl.program_id(0))
     if length == 0:
         return
+    SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
     lane = tl.arange(0, BLOCK)
     slot = lane
@@ -261,8 +262,8 @@ def render_shade_kernel(
             WIDE,
         )
         outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(x, y, z, blob_density, blob_radius, SOFTPLUS)
-        sigma = activate_density(_column(outputs, lane, 0) + bump, SOFTPLUS)
+        bump = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        sigma = activate_density(_column(outputs, lane, 0) + bump, SOFTPLUS, SINGLE)
         r, g, b = _column(outputs, lane, 1), _column(outputs, lane, 2), _column(outputs, lane, 3)
         r, g, b = tl.sigmoid(r), tl.sigmoid(g), tl.sigmoid(b)
         tau = sigma * dt
@@ -359,6 +360,7 @@ def render_normals_kernel(
     length = tl.load(lengths + segment)
     if slot >= length:
         return
+    SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
     first = segment.to(tl.int64) * SEGMENT
     lane = tl.arange(0, BLOCK)
@@ -393,16 +395,16 @@ def render_normals_kernel(
             WIDE,
         )
         outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(x, y, z, blob_density, blob_radius, SOFTPLUS)
-        sigma = activate_density(_column(outputs, lane, 0) + bump, SOFTPLUS)
+        bump = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        sigma = activate_density(_column(outputs, lane, 0) + bump, SOFTPLUS, SINGLE)
         change = tl.where(tap % 2 == 0, sigma, -sigma) / (2 * epsilon)
         gx += tl.where(tap // 2 == 0, change, 0.0)
         gy += tl.where(tap // 2 == 1, change, 0.0)
         gz += tl.where(tap // 2 == 2, change, 0.0)
-        if parameters.dtype.element_ty != tl.float32:
+        if not SINGLE:
             if tap == 5:
                 # Behind a store the compiler does not move the loads of the biases out of the loop, where all of them
                 # together take up to 128 registers.
                 _store_normal(normal, row, solid, gx, gy, gz)
-    if parameters.dtype.element_ty == tl.float32:
+    if SINGLE:
         _store_normal(normal, row, solid, gx, gy, gz)

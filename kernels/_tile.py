@@ -346,23 +346,31 @@ def kept_tile(pointer, start, BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDE
 
 
 @jit
-def precise_exp(x):
-    """exp(x) to 1e-7 of itself for any x that fp32 can hold the result of; tl.exp loses |x| times that."""
+def precise_exp(x, SINGLE: tl.constexpr):
+    """exp(x) to 2e-7 of itself for any x that fp32 can hold the result of; tl.exp loses |x| times that.
+
+    SINGLE: to half of that, as torch's, for normals by differences of fp32 densities: they multiply it by a hundred.
+    """
     x = tl.where(x < -87.0, -87.0, x)
     whole = tl.floor(x * 1.4426950408889634 + 0.5)
     rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # ln 2 in two parts
-    return tl.exp2(rest * 1.4426950408889634) * tl.exp2(whole)
+    if SINGLE:
+        series = 1.0 / 24 + rest * (1.0 / 120 + rest * (1.0 / 720 + rest * (1.0 / 5040)))
+        series = 1.0 + rest * (1.0 + rest * (0.5 + rest * (1.0 / 6 + rest * series)))
+        return series * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    else:
+        return tl.exp2(rest * 1.4426950408889634) * tl.exp2(whole)
 
 
 @jit
-def blob(x, y, z, density, radius, SOFTPLUS: tl.constexpr):
+def blob(x, y, z, density, radius, SOFTPLUS: tl.constexpr, SINGLE: tl.constexpr):
     """What the density's logit gets at world points [BLOCK]."""
     squared = x * x + y * y + z * z
     if SOFTPLUS:
         # Rounded as IEEE says: normals by differences make an error of the last bit a hundred times as large.
         return density * (1.0 - tl.div_rn(tl.sqrt_rn(tl.maximum(squared, 1e-12)), radius))
     else:
-        return density * precise_exp(squared / (-2.0 * radius * radius))
+        return density * precise_exp(squared / (-2.0 * radius * radius), SINGLE)
 
 
 @jit
@@ -373,15 +381,15 @@ def blob_slope(x, y, z, density, radius, SOFTPLUS: tl.constexpr):
         # The gradient of a norm is not defined at 0: it is 0 below the floor.
         return tl.where(squared < 1e-12, 0.0, -density / (radius * tl.sqrt(tl.maximum(squared, 1e-12))))
     else:
-        return precise_exp(squared / (-2.0 * radius * radius)) * (-density / (radius * radius))
+        return precise_exp(squared / (-2.0 * radius * radius), False) * (-density / (radius * radius))
 
 
 @jit
-def activate_density(raw, SOFTPLUS: tl.constexpr):
+def activate_density(raw, SOFTPLUS: tl.constexpr, SINGLE: tl.constexpr):
     """sigma of the logit with its blob."""
     if SOFTPLUS:
         # log(1 + e) = 2 atanh(e / (2 + e)) keeps what is small precise.
-        e = precise_exp(-tl.abs(raw))
+        e = precise_exp(-tl.abs(raw), SINGLE)
         z = tl.div_rn(e, 2.0 + e)
         t = z * z
         series = 1.0 / 9 + t * (1.0 / 11 + t * (1.0 / 13 + t * (1.0 / 15 + t * (1.0 / 17))))
@@ -389,24 +397,24 @@ def activate_density(raw, SOFTPLUS: tl.constexpr):
         return tl.maximum(raw, 0.0) + 2.0 * z * series
     else:
         # The comparison keeps a NaN.
-        return precise_exp(tl.where(raw > _MAX_EXPONENT, _MAX_EXPONENT, raw))
+        return precise_exp(tl.where(raw > _MAX_EXPONENT, _MAX_EXPONENT, raw), SINGLE)
 
 
 @jit
 def density_slope(raw, sigma, SOFTPLUS: tl.constexpr):
     """d sigma / d raw; for exp it is sigma on both sides of the clamp."""
     if SOFTPLUS:
-        e = precise_exp(-tl.abs(raw))
+        e = precise_exp(-tl.abs(raw), False)
         return tl.where(raw > 0, 1.0, e) / (1.0 + e)
     else:
         return sigma
 
 
 @jit
-def activate(outputs, bump, SOFTPLUS: tl.constexpr):
+def activate(outputs, bump, SOFTPLUS: tl.constexpr, SINGLE: tl.constexpr):
     """outputs [BLOCK, COLUMNS] of `mlp`, `blob` [BLOCK] -> sigma, red, green, blue and the density's logit."""
     raw = pick(outputs, 0) + bump
-    sigma = activate_density(raw, SOFTPLUS)
+    sigma = activate_density(raw, SOFTPLUS, SINGLE)
     return sigma, tl.sigmoid(pick(outputs, 1)), tl.sigmoid(pick(outputs, 2)), tl.sigmoid(pick(outputs, 3)), raw
 
 

@@ -220,7 +220,17 @@ def _group_norm_silu_backward(
     common |= {"moments_plane": images * groups, **layout}
     sums_of = {"channel_sums": channel_sums, "channel_plane": images * rows * channels}
     if config["whole"]:
-        launch(group_norm_whole_backward_kernel, (images * groups,), device, **common, **sums_of, grad_x=grad_x)
+        launch(
+            group_norm_whole_backward_kernel,
+            (images * groups,),
+            device,
+            **common,
+            **sums_of,
+            grad_x=grad_x,
+            # Lanes that add up one channel in another order would round the first product of it otherwise, and which of
+            # them counts would be a race.
+            fp_fusion=False,
+        )
     else:
         parts = config["parts"]
         partials = torch.empty(2, images, groups, parts, dtype=torch.float32, device=device)
