@@ -162,6 +162,14 @@ def _opacity_of(tau):
 
 
 @jit
+def _add(total, value, lost):
+    """A sum and what rounding takes from it, so that it can be given back (Kahan, 1965)."""
+    value -= lost
+    new = total + value
+    return new, (new - total) - value
+
+
+@jit
 def render_shade_kernel(
     origins,
     directions,
@@ -224,6 +232,7 @@ def render_shade_kernel(
     o, d = (zero, zero, zero), (zero, zero, zero)
     near, far, cursor = zero, zero, zero
     passed, red, green, blue, deep, total = zero, zero, zero, zero, zero, zero
+    lost_depth, lost = zero, zero  # what rounding took from the sums
     depth_limit = tl.minimum(-tl.log(stop), 87.0)  # optical depth behind which nothing counts
     samples = slot
     working = length > 0
@@ -240,6 +249,7 @@ def render_shade_kernel(
         passed = tl.where(fresh, 0.0, passed)
         red, green, blue = tl.where(fresh, 0.0, red), tl.where(fresh, 0.0, green), tl.where(fresh, 0.0, blue)
         deep, total = tl.where(fresh, 0.0, deep), tl.where(fresh, 0.0, total)
+        lost_depth, lost = tl.where(fresh, 0.0, lost_depth), tl.where(fresh, 0.0, lost)
         samples = tl.where(fresh, 0, samples)
         live = (live & (taking == 0)) | fresh
         ready = (ready & (taking == 0)) | fresh
@@ -271,7 +281,12 @@ def render_shade_kernel(
         weight = tl.where(ready, _opacity_of(tau) * tl.exp(-passed), 0.0)
         passed += tl.where(ready, tau, 0.0)
         red, green, blue = red + weight * r, green + weight * g, blue + weight * b
-        deep, total = deep + weight * t, total + weight
+        if SINGLE:
+            # A normal is taken at this depth, and turns by as much as a cell of the finest level is wide.
+            deep, lost_depth = _add(deep, weight * t, lost_depth)
+            total, lost = _add(total, weight, lost)
+        else:
+            deep, total = deep + weight * t, total + weight
         samples = tl.where(ready, samples + 1, samples)
         cursor = tl.where(ready, following, cursor)
 

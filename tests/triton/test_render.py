@@ -67,16 +67,14 @@ def doubled(arguments):
     return [double(value) for value in arguments]
 
 
-def slope(x, table, weights, biases, spec, epsilon, active_levels):
-    """Length of the gradient of sigma by differences."""
+def certainty(x, table, weights, biases, spec, epsilon, active_levels):
+    """How sure the normal at x is: the gradient of sigma by differences, beside what an error of the logit makes."""
     steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device)
+    sides = [(x + sign * step).clamp(-spec.bound, spec.bound) for step in steps for sign in (1, -1)]
     options = {"active_levels": active_levels}
-    taps = [
-        field_reference((x + step).clamp(-spec.bound, spec.bound), table, weights, biases, spec, **options)[0]
-        - field_reference((x - step).clamp(-spec.bound, spec.bound), table, weights, biases, spec, **options)[0]
-        for step in steps
-    ]
-    return torch.stack(taps).norm(dim=0) / (2 * epsilon)
+    sigma = torch.stack([field_reference(side, table, weights, biases, spec, **options)[0] for side in sides])
+    noise = sigma if spec.density_activation == "exp" else 1 - torch.exp(-sigma)  # d sigma / d logit
+    return (sigma[::2] - sigma[1::2]).norm(dim=0) / noise.amax(0)
 
 
 def compare(origins, directions, bits, table, weights, biases, spec, *, dtype=None, fewest=1, **options):
@@ -107,14 +105,13 @@ def compare(origins, directions, bits, table, weights, biases, spec, *, dtype=No
     for name in ("rgb", "depth", "opacity"):
         check(name, *(getattr(one, name)[judged] for one in (view, reference, exact)))
     if options.get("normals", True):
-        # A normal is as sure as its gradient is long.
         judged &= (exact.opacity - EMPTY_OPACITY).abs() > 1e-4
         hit = exact.opacity > EMPTY_OPACITY
         assert not view.normal[judged & ~hit].any()
         judged &= hit
         surface = exact_arguments[0] + (exact.depth / exact.opacity)[:, None] * exact_arguments[1]
         epsilon, active = options.get("normal_epsilon", 0.01), options.get("active_levels")
-        weight = slope(surface[judged], *exact_arguments[3:], spec, epsilon, active)[:, None]
+        weight = certainty(surface[judged], *exact_arguments[3:], spec, epsilon, active)[:, None]
         check("normal", *(one.normal[judged] * weight.to(one.normal.dtype) for one in (view, reference, exact)))
     else:
         assert not view.normal.any()
