@@ -1,4 +1,4 @@
-"""Operators of text-to-3D: hash grid, occupancy, marching, compositing, the field, rendering, meshes, Adan, group norm."""
+"""Operators of text-to-3D: hash grid, occupancy, marching, compositing, field, rendering, triangles, Adan, norm."""
 
 from dream_fast.kernels._launch import compile_launches, recorded_launches
 from dream_fast.kernels._raster import Fragments

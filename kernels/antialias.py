@@ -12,8 +12,8 @@ Gradients: into image, and through v into clip (x, y, w) of the edge's two verti
 Legend: B pictures, V vertices, T triangles, C channels, H x W pixels.
 Numerics: as in `raster`; what a pixel takes is summed in one order. A walk ends after 16 triangles, without an edge.
 Source: Laine et al., Modular primitives for high-performance differentiable rendering, 2020, section 3.4. They look at
-the edges of the one triangle only; at the rim of a smooth mesh, where triangles are seen from the side, few of those are
-the silhouette.
+the edges of the one triangle only; at the rim of a smooth mesh, where triangles are seen from the side, few of those
+are the silhouette.
 """
 
 from __future__ import annotations
@@ -61,22 +61,22 @@ class _Seen(NamedTuple):
     across: Tensor
     w: Tensor
 
-    def cross(self, other: "_Seen") -> Tensor:
+    def cross(self, other: _Seen) -> Tensor:
         return self.along * other.across - other.along * self.across
 
-    def where(self, condition: Tensor, other: "_Seen") -> "_Seen":
+    def where(self, condition: Tensor, other: _Seen) -> _Seen:
         return _Seen(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
 
-    def crosses(self, other: "_Seen") -> Tensor:
+    def crosses(self, other: _Seen) -> Tensor:
         return (self.across < 0) != (other.across < 0)
 
-    def crossing(self, other: "_Seen") -> Tensor:
+    def crossing(self, other: _Seen) -> Tensor:
         """Where the edge to another vertex crosses the axis; 0 where it does not."""
         slope = self.w * other.across - other.w * self.across
         there = self.crosses(other) & (slope != 0)
         return torch.where(there, self.cross(other) / torch.where(there, slope, 1), 0)
 
-    def faces(self, b: "_Seen", c: "_Seen") -> Tensor:
+    def faces(self, b: _Seen, c: _Seen) -> Tensor:
         """Which side of the triangle looks at the camera."""
         return b.cross(c) * self.w + c.cross(self) * b.w + self.cross(b) * c.w > 0
 
@@ -91,7 +91,7 @@ def _see(clip: Tensor, rows: Tensor, pixel: Tensor, axis: int, height: int, widt
 
 @torch.no_grad()
 def _walk(clip, faces, opposite, owner, triangle, towards, axis, height, width, vertices):
-    """From pixels over the surface: whether they come to a silhouette within a pixel, and the rows of its edge's ends."""
+    """From pixels over the surface: whether a silhouette comes within a pixel, and the rows of its edge's ends."""
     base = owner // (height * width) * vertices
     flat, beyond_of = faces.reshape(-1).long(), opposite.reshape(-1)
 

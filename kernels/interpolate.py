@@ -28,7 +28,8 @@ def interpolate_reference(attributes: Tensor, faces: Tensor, fragments: Fragment
         per_picture = fragments.triangle[0].numel() if len(fragments.triangle) else 1
         corner = corner + (pixel // per_picture * attributes.shape[1])[:, None]
     weights = fragments.barycentrics.reshape(-1, 3)[pixel]
-    values = gather_rows(attributes.reshape(-1, channels), corner.view(-1)).view(-1, 3, channels)
+    table = attributes if shared else attributes.flatten(0, 1)
+    values = gather_rows(table, corner.view(-1)).view(len(pixel), 3, channels)
     seen = (weights[..., None] * values).sum(1).to(attributes.dtype)
     out = attributes.new_zeros(triangle.shape[0], channels).index_put((pixel,), seen)
     return out.view(*fragments.triangle.shape, channels)

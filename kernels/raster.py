@@ -1,17 +1,18 @@
 """Rasterisation: which triangle each pixel sees, and where on it.
 
-With (x_i, y_i) corner i of a triangle as seen from the pixel, times its w_i (`_raster`), u_0 = x_1 y_2 - x_2 y_1 and so on
-cyclically, det = sum u_i w_i: the pixel's centre lies in the triangle, in front of the camera, where all u_i and det have
-one sign. There b_i = u_i / sum u_j are the barycentrics in space (perspective-correct), and z / w = sum u_i z_i / det.
+With (x_i, y_i) corner i of a triangle as seen from the pixel, times its w_i (`_raster`), u_0 = x_1 y_2 - x_2 y_1 and so
+on cyclically, det = sum u_i w_i: the pixel's centre lies in the triangle, in front of the camera, where all u_i and det
+have one sign. There b_i = u_i / sum u_j are the barycentrics in space (perspective-correct), and
+z / w = sum u_i z_i / det.
 Of the triangles with z / w in [-1, 1] the nearest counts, the first one of equally near ones. Both sides are seen.
 
 Gradients: from barycentrics into clip (x, y, w). Which triangle a pixel sees has none here: `antialias` gives those of
 the silhouettes.
 Legend: B pictures, V vertices, T triangles (the same in all pictures), H x W pixels, row 0 on top.
 Numerics: corners of an edge are taken in one order whatever the triangle, so that no pixel falls between two triangles
-that share it. Kernels in fp32; an entry of the z-buffer is (depth, triangle) in 64 bits and its minimum is atomic, so the
-result does not depend on the order. The backward's sums are atomic, in any order, unless torch's deterministic algorithms
-are on.
+that share it. Kernels in fp32; an entry of the z-buffer is (depth, triangle) in 64 bits and its minimum is atomic, so
+the result does not depend on the order. The backward's sums are atomic, in any order, unless torch's deterministic
+algorithms are on.
 Source: Laine et al., Modular primitives for high-performance differentiable rendering, 2020, sections 3.1 and 3.2.
 """
 
@@ -185,6 +186,7 @@ def _visit(keys, base, column, row, mask, a, b, c, triangle, width, half_width, 
     u, v, t = cross(q, r), -cross(p, r), cross(p, q)
     det = u * a[3] + v * b[3] + t * c[3]
     depth = (u * a[2] + v * b[2] + t * c[2]) / tl.where(det == 0, 1.0, det)
+    depth = tl.where(depth == 0, 0.0, depth)  # -0 would come first
     front = (u >= 0) & (v >= 0) & (t >= 0) & (det > 0)
     back = (u <= 0) & (v <= 0) & (t <= 0) & (det < 0)
     inside = mask & (front | back) & (depth >= -1) & (depth <= 1)

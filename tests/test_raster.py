@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import trimesh
+
 from dream_fast.kernels import antialias, interpolate, opposite_corners, rasterize
 
 NEAR, FAR = 0.1, 20.0
@@ -257,7 +258,7 @@ def test_gradients_of_antialiasing():
 
 
 def test_gradient_of_a_balls_area():
-    """The mean gradient of a silhouette is that of the area which it encloses: 2 pi r for a growing disc of radius r."""
+    """The gradient of a silhouette is that of the area which it encloses: 2 pi r for a growing disc of radius r."""
     points, faces = ball(4)
     centre = torch.tensor([0, 0, -2.2], dtype=torch.float64)
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
