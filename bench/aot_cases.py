@@ -174,6 +174,10 @@ AOT_CASES: dict[str, Callable[[], Call]] = {
         for case in ("vae_512x512x128", "vae_512x512x128_channels_last")
         + ("unet_64x64x320_channels_last", "unet_16x16x1280_channels_last")
     },
+    "raster/float32": partial(benchmarked, "raster", "mesh_50k_512", "forward_backward", "float32"),
+    "raster/interpolate": partial(benchmarked, "interpolate", "mesh_50k_512", "forward_backward", "float32"),
+    "raster/antialias": partial(benchmarked, "antialias", "mesh_50k_512", "forward_backward", "float32"),
+    "raster/deterministic": lambda: deterministic(benchmarked("raster", "mesh_50k_512", "forward_backward", "float32")),
     "group_norm_silu/weights_float32": partial(group_norm, (1, 128, 512, 512), 32, FULL, False),
     "group_norm_silu/weights_bfloat16": partial(group_norm, (2, 640, 32, 32), 32, BRAIN, True, False),
     "group_norm_silu/weights_small": partial(group_norm, (2, 640, 16, 16), 32, HALF, False, False),

@@ -7,6 +7,8 @@
   number is cut to a multiple of 256, as buffers of a run are. `_finite_difference` and `_analytic` name the normals.
 - `frame_800`: the same camera and sphere with density 100 inside, 800 x 800 rays; `_normals` adds the normals.
 - `12.2M`: as many parameters.
+- `mesh_50k_512`: the camera before a bumpy ball of about as many triangles, 512 x 512 pixels (M: millions); of
+  barycentrics each pixel counts as much as it lies inside its triangle, since rounding may turn those on an edge.
 - `vae_512x512x128`, `unet_64x64x320`: height, width and channels before a GroupNorm of 32 groups in Stable Diffusion,
   one picture in the VAE's encoder, two in the UNet; weights are frozen. `_channels_last` is the memory format.
 Grid: 16 levels, 2 features, 2^19 entries, 16 to 2048, smoothstep. MLP: 32 -> 64 -> 64 -> 4.
@@ -403,6 +405,86 @@ def _group_norm_silu(case: Case, device: torch.device, count_bytes: bool) -> Pro
     )
 
 
+def ball(triangles: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A bumpy ball of about "50k" or "1M" triangles before the camera: clip [1, V, 4], faces [T, 3], points [V, 3]."""
+    count = float(triangles[:-1]) * {"k": 1e3, "M": 1e6}[triangles[-1]]
+    side = round((count / 4) ** 0.5)
+    u, v = torch.meshgrid(torch.arange(2 * side), torch.arange(side + 1), indexing="ij")
+    azimuth, polar = u.double() * (math.pi / side), v.double() * (math.pi / side)
+    unit = torch.stack([polar.sin() * azimuth.cos(), polar.cos(), polar.sin() * azimuth.sin()], -1).view(-1, 3)
+    # Waves of a few degrees fold the rim, as hair or leaves do.
+    radius = RADIUS * (0.95 + 0.03 * torch.sin(40 * azimuth) * torch.sin(40 * polar)).view(-1, 1)
+    points = (radius * unit).to(device, torch.float32)
+    i, j = u[:, :-1].reshape(-1), v[:, :-1].reshape(-1)
+    below, beside = i * (side + 1) + j, (i + 1) % (2 * side) * (side + 1) + j
+    faces = torch.cat([torch.stack([below, beside, below + 1], 1), torch.stack([beside, beside + 1, below + 1], 1)]).to(
+        device, torch.int32
+    )
+    near, far, half = 0.1, 10.0, math.tan(math.radians(FIELD_OF_VIEW / 2))
+    x, y, depth = points[:, 0], points[:, 1], CAMERA_DISTANCE - points[:, 2]
+    z = ((far + near) * depth - 2 * far * near) / (far - near)
+    return torch.stack([x / half, y / half, z, depth], 1)[None], faces, points
+
+
+def _mesh(case: Case, device: torch.device, count_bytes: bool) -> Problem:
+    _, triangles, side = case.case.split("_")
+    clip, faces, points = ball(triangles, device)
+    size = int(side)
+    backward = case.mode == "forward_backward"
+    tensors = {"clip": clip, "faces": faces}
+    pixels = size * size
+    if case.op == "raster":
+
+        def call(op, tensors, dtype):
+            seen = op(tensors["clip"], tensors["faces"], size, size).barycentrics
+            return (seen * seen.detach().prod(-1, keepdim=True),)
+
+        return Problem(
+            operator=kernels.rasterize,
+            reference=kernels.rasterize_reference,
+            call=call,
+            tensors=tensors,
+            leaves=("clip",),
+            upstream=(normal(1, size, size, 3, device=device, seed=51),),
+            # Written: triangle, barycentrics and depth. Backward: read triangle and a gradient, write clip's.
+            least_bytes=nbytes(clip, faces) + 20 * pixels + backward * (nbytes(clip, clip, faces) + 16 * pixels),
+        )
+    fragments = kernels.rasterize(clip, faces, size, size)
+    tensors |= fragments._asdict()
+
+    def seen(tensors):
+        return kernels.Fragments(*(tensors[name] for name in kernels.Fragments._fields))
+
+    upstream = normal(1, size, size, 3, device=device, seed=52)
+    if case.op == "interpolate":
+        return Problem(
+            operator=kernels.interpolate,
+            reference=kernels.interpolate_reference,
+            call=lambda op, tensors, dtype: (op(tensors["points"], tensors["faces"], seen(tensors)),),
+            tensors=tensors | {"points": points},
+            leaves=("points", "barycentrics"),
+            upstream=(upstream,),
+            least_bytes=nbytes(points, faces, upstream)
+            + 16 * pixels
+            + backward * (nbytes(points, points, faces, upstream) + 28 * pixels),
+        )
+    tensors |= {"image": random(1, size, size, 3, device=device, seed=53), "opposite": kernels.opposite_corners(faces)}
+
+    def smooth(op, tensors, dtype):
+        return (op(tensors["image"], tensors["clip"], tensors["faces"], seen(tensors), tensors["opposite"]),)
+
+    return Problem(
+        operator=kernels.antialias,
+        reference=kernels.antialias_reference,
+        call=smooth,
+        tensors=tensors,
+        leaves=("image", "clip"),
+        upstream=(upstream,),
+        # Read image, triangle and depth, write the image; backward: read and write its gradient, write clip's.
+        least_bytes=2 * nbytes(upstream) + 8 * pixels + backward * (3 * nbytes(upstream) + 8 * pixels + nbytes(clip)),
+    )
+
+
 _BUILDERS = {
     "hash_grid": _hash_grid,
     "field": _field,
@@ -412,6 +494,9 @@ _BUILDERS = {
     "render": _render,
     "adan": _adan,
     "group_norm_silu": _group_norm_silu,
+    "raster": _mesh,
+    "interpolate": _mesh,
+    "antialias": _mesh,
 }
 
 # --- registry
@@ -420,6 +505,7 @@ BOTH = ("forward", "forward_backward")
 POINTS = ("rays_64", "rays_128", "rays_256", "uniform_2^18", "uniform_2^20", "uniform_2^22")
 NORMALS = ("rays_64_finite_difference", "rays_64_analytic")
 RAYS = ("rays_64", "rays_128", "rays_256", "rays_512")
+MESHES = ("mesh_50k_512", "mesh_50k_2048", "mesh_1M_512", "mesh_1M_2048")
 NORMS = tuple(
     f"{size}{memory}"
     for size in ("vae_512x512x128", "vae_256x256x256", "vae_128x128x512", "vae_64x64x512")
@@ -441,6 +527,9 @@ FULL = (
     *_rows("render", ("frame_800", "frame_800_normals"), BOTH[:1], "float16"),
     *_rows("adan", ("12.2M",), BOTH[:1], "float32"),
     *_rows("group_norm_silu", NORMS, BOTH, "float16"),
+    *_rows("raster", MESHES, BOTH, "float32"),
+    *_rows("interpolate", (MESHES[0], MESHES[-1]), BOTH, "float32"),
+    *_rows("antialias", (MESHES[0], MESHES[-1]), BOTH, "float32"),
 )
 SMALL = (
     *_rows("hash_grid", ("rays_8", "uniform_2^10"), BOTH, "float32"),
@@ -451,4 +540,7 @@ SMALL = (
     *_rows("render", ("frame_16",), BOTH[:1], "float32"),
     *_rows("adan", ("0.1M",), BOTH[:1], "float32"),
     *_rows("group_norm_silu", ("vae_16x16x64", "unet_8x8x64_channels_last"), BOTH, "float32"),
+    *_rows("raster", ("mesh_1k_16",), BOTH, "float32"),
+    *_rows("interpolate", ("mesh_1k_16",), BOTH, "float32"),
+    *_rows("antialias", ("mesh_1k_16",), BOTH, "float32"),
 )

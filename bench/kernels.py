@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 QUICK_CASES = (
     *("rays_64", "uniform_2^20", "rays_64_finite_difference", "rays_64_analytic", "frame_800", "12.2M"),
     *("vae_512x512x128", "vae_512x512x128_channels_last", "vae_64x64x512", "vae_64x64x512_channels_last"),
+    "mesh_50k_512",
 )
 PEER_CASES = (*QUICK_CASES, "unet_64x64x320", "unet_64x64x320_channels_last")
 # Operators whose references ask the host for nothing, so that their peers run from a CUDA graph as well.
@@ -109,7 +110,7 @@ def implementation(case: Case, name: str, device: torch.device) -> Callable[...,
     """The callable that `name` stands for, for this case's operator."""
     from dream_fast import kernels
 
-    names = {"adan": "adan_step"}
+    names = {"adan": "adan_step", "raster": "rasterize"}
     public = names.get(case.op, case.op)
     if name == "triton":
         return getattr(kernels, public)

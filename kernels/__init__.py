@@ -1,7 +1,9 @@
-"""Operators of text-to-3D: hash grid, occupancy, marching, compositing, the field, rendering, Adan, group norm."""
+"""Operators of text-to-3D: hash grid, occupancy, marching, compositing, field, rendering, triangles, Adan, norm."""
 
 from dream_fast.kernels._launch import compile_launches, recorded_launches
+from dream_fast.kernels._raster import Fragments
 from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
+from dream_fast.kernels.antialias import antialias, antialias_reference, opposite_corners
 from dream_fast.kernels.composite import Composited, composite, composite_reference
 from dream_fast.kernels.field import (
     FieldSpec,
@@ -15,6 +17,7 @@ from dream_fast.kernels.field_normals import field_normals, field_normals_refere
 from dream_fast.kernels.grid_regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
 from dream_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
+from dream_fast.kernels.interpolate import interpolate, interpolate_reference
 from dream_fast.kernels.march import Samples, march, march_reference, near_far
 from dream_fast.kernels.occupancy import (
     cascades,
@@ -23,6 +26,7 @@ from dream_fast.kernels.occupancy import (
     occupancy_update,
     occupancy_update_reference,
 )
+from dream_fast.kernels.raster import rasterize, rasterize_reference
 from dream_fast.kernels.render import EMPTY_OPACITY, View, render, render_reference
 
 __all__ = [
@@ -30,11 +34,14 @@ __all__ = [
     "AdanState",
     "Composited",
     "FieldSpec",
+    "Fragments",
     "HashGridSpec",
     "Samples",
     "View",
     "adan_step",
     "adan_step_reference",
+    "antialias",
+    "antialias_reference",
     "cascades",
     "compile_launches",
     "composite",
@@ -52,6 +59,8 @@ __all__ = [
     "hash_grid_reference",
     "hash_grid_total_variation_grad",
     "hash_grid_weight_decay_grad",
+    "interpolate",
+    "interpolate_reference",
     "march",
     "march_reference",
     "near_far",
@@ -59,6 +68,9 @@ __all__ = [
     "occupancy_query",
     "occupancy_update",
     "occupancy_update_reference",
+    "opposite_corners",
+    "rasterize",
+    "rasterize_reference",
     "recorded_launches",
     "render",
     "render_reference",

@@ -1,0 +1,105 @@
+"""Device functions of the operators over triangles: corners in units of pixels, sums over corners; and who neighbours
+whom in a mesh.
+
+A corner (x, y, z, w) in clip space becomes (X, Y, z, w) with X = x W / 2, Y = -y H / 2. Seen from the centre of a pixel
+it lies at (X - cx w, Y - cy w) times 1 / w, where (cx, cy) goes from the middle of the picture to that centre, in
+pixels, to the right and down. The products are small near the pixel, so that nothing cancels, and no corner is divided
+by its w, so that a corner behind the camera needs no clipping.
+Source: Olano and Greer, Triangle scan conversion using 2D homogeneous coordinates, 1997.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dream_fast.kernels._launch import check_tensor, jit, tl
+
+INDICES = (torch.int32, torch.int64)
+
+
+class Fragments(NamedTuple):
+    """What the pixels of B pictures see. Row 0 is the top row."""
+
+    triangle: Tensor  # int32 [B, H, W] the nearest triangle, -1 where there is none
+    barycentrics: Tensor  # [B, H, W, 3] weights of its corners in space (not on the screen); 0 where there is none
+    depth: Tensor  # [B, H, W] z / w, from -1 (near) to 1 (far); 1 where there is none; no gradient
+
+
+def check_mesh(clip: Tensor, faces: Tensor) -> None:
+    """Raise unless `clip` is [B, V, 4] in fp32 or fp64 and `faces` [T, 3] whole numbers beside it."""
+    check_tensor("clip", clip, ("B", "V", 4), dtypes=(torch.float32, torch.float64))
+    check_tensor("faces", faces, ("T", 3), dtypes=INDICES, like=("clip", clip))
+
+
+def check_fragments(fragments: Fragments, like: tuple[str, Tensor]) -> None:
+    """Raise unless the parts of `fragments` fit each other and lie beside `like`."""
+    check_tensor("fragments.triangle", fragments.triangle, ("B", "H", "W"), dtypes=(torch.int32,), like=like)
+    shape = tuple(fragments.triangle.shape)
+    check_tensor("fragments.barycentrics", fragments.barycentrics, (*shape, 3), like=like)
+    check_tensor("fragments.depth", fragments.depth, shape, like=like)
+
+
+def add_at_corners(values: Tensor, corners: Tensor, rows: int) -> Tensor:
+    """values [n, C] at corners int64 [n] -> fp32 [rows, C]: sums in an order that does not change. -1: nowhere."""
+    total = torch.zeros(rows, values.shape[1], dtype=torch.float32, device=values.device)
+    values = torch.where(corners[:, None] >= 0, values, 0)
+    # Under torch's deterministic algorithms this sorts; index_add_ would not repeat everywhere.
+    return total.index_put_((corners.clamp(min=0),), values, accumulate=True) if rows else total
+
+
+@jit
+def pixel_centre(number, width, height, half_width, half_height):
+    """Picture of pixels (numbers int64), and their centres from the picture's middle: to the right and down."""
+    row = number // width
+    cx = (number % width).to(tl.float32) + (0.5 - half_width)
+    cy = (row % height).to(tl.float32) + (0.5 - half_height)
+    return row // height, cx, cy
+
+
+@jit
+def corner_rows(faces, triangle, first, mask):
+    """Rows of clip's vertices int64 of triangles: the vertices of their picture start at row `first`."""
+    a = tl.load(faces + triangle * 3, mask=mask, other=0).to(tl.int64)
+    b = tl.load(faces + triangle * 3 + 1, mask=mask, other=0).to(tl.int64)
+    c = tl.load(faces + triangle * 3 + 2, mask=mask, other=0).to(tl.int64)
+    return first + a, first + b, first + c
+
+
+@jit
+def load_corner(clip, row, mask, half_width, half_height):
+    """(X, Y, z, w) of a vertex; 0 where masked."""
+    x = tl.load(clip + row * 4, mask=mask, other=0.0)
+    y = tl.load(clip + row * 4 + 1, mask=mask, other=0.0)
+    z = tl.load(clip + row * 4 + 2, mask=mask, other=0.0)
+    w = tl.load(clip + row * 4 + 3, mask=mask, other=0.0)
+    return x * half_width, -y * half_height, z, w
+
+
+@jit
+def from_pixel(corner, cx, cy):
+    """A corner (X, Y, z, w) as seen from a pixel: (x, y), times w. One rounding, so the same in every kernel."""
+    return tl.fma(-cx, corner[3], corner[0]), tl.fma(-cy, corner[3], corner[1])
+
+
+@jit
+def cross(a, b):
+    """Twice the signed area of the pixel and two points as `from_pixel` gives them, times both w."""
+    return tl.fma(a[0], b[1], -(b[0] * a[1]))
+
+
+@jit
+def add_corner(grad, values, corners, row, number, x, y, w, mask, TO_CORNERS: tl.constexpr):
+    """Add a gradient (x, y, w) to a vertex; or note it, with its row, as row `number` of `values` and `corners`."""
+    if TO_CORNERS:
+        tl.store(values + number * 4, x, mask=mask)
+        tl.store(values + number * 4 + 1, y, mask=mask)
+        tl.store(values + number * 4 + 2, tl.zeros_like(x), mask=mask)
+        tl.store(values + number * 4 + 3, w, mask=mask)
+        tl.store(corners + number, row, mask=mask)
+    else:
+        tl.atomic_add(grad + row * 4, x, mask=mask, sem="relaxed")
+        tl.atomic_add(grad + row * 4 + 1, y, mask=mask, sem="relaxed")
+        tl.atomic_add(grad + row * 4 + 3, w, mask=mask, sem="relaxed")
