@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "whether a result of `kernels` is slower than an earlier one",
     "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
     "main_job": "time and memory of the main command",
+    "mesh": "meshes of finished runs beside their fields, and the time of the export",
     "quality": "whole runs with default settings, looked at by the judge",
 }
 

@@ -163,7 +163,7 @@ class RunConfig(Room):
     )
     test: bool = option(False, "no optimisation: write the outputs of the workspace's checkpoint", may_change=True)
     six_views: bool = option(False, "write the six views only, no video", may_change=True)
-    save_mesh: bool = option(False, "export mesh/mesh.glb with vertex colours at the end", may_change=True)
+    save_mesh: bool = option(False, "export a textured mesh to mesh/ at the end, as GLB and as OBJ", may_change=True)
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
     fp16: bool = option(False, "half precision on a CUDA GPU; a CPU runs in fp32")
     vram_O: bool = option(
@@ -466,6 +466,10 @@ class OutputConfig(Room):
     dataset_size_valid: int = option(8, "pictures in a validation set", low=1, may_change=True)
     dataset_size_test: int = option(100, "frames of the 360-degree video", low=1, may_change=True)
     mcubes_resolution: int = option(256, "cells along an edge for the mesh", low=8, high=1024, may_change=True)
+    decimate_target: int = option(50_000, "most triangles of the mesh", low=4, may_change=True)
+    texture_resolution: int = option(
+        2048, "texels along an edge of the mesh's texture", low=16, high=8192, may_change=True
+    )
     video_fps: int = option(25, "frames a second of the video", low=1, high=240, may_change=True)
 
 

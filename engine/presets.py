@@ -88,6 +88,7 @@ def mini_cpu_defaults() -> Config:
             ema_decay=0.99,
             dataset_size_test=48,
             mcubes_resolution=128,
+            texture_resolution=1024,
         )
     )
 

@@ -4,13 +4,12 @@ Refusing is better than ignoring: a command moved over from there either means t
 """
 
 _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
-_MESH = "there is no mesh refinement yet; --save_mesh exports the result as GLB"
+_MESH = "there is no mesh refinement yet; --save_mesh exports the result"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
 
 REFUSED_FLAGS: dict[str, str] = {
     "--IF": "DeepFloyd IF is not there; use --sd_version or --hf_key",
     "--dataset_size_train": "an epoch is always 100 steps; set --iters",
-    "--decimate_target": "meshes are not decimated; lower --mcubes_resolution",
     "--dmtet": _MESH,
     "--dmtet_reso_scale": _MESH,
     "--dont_override_stuff": "nothing that you type is overridden",

@@ -20,7 +20,7 @@ from dream_fast.engine.compiling import compile_kernels
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
-from dream_fast.engine.export.mesh import write_mesh
+from dream_fast.engine.export.mesh import mesh_paths, write_mesh
 from dream_fast.engine.export.report import write_report
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.guidance.attention import Chosen
@@ -138,8 +138,16 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
     if not config.run.six_views:
         wanted.append(Output([video], write_turntable))
     if config.run.save_mesh:
-        write = partial(write_mesh, mesh, trainer.field, output.mcubes_resolution, config.render.density_thresh)
-        wanted.append(Output([mesh], write))
+        write = partial(
+            write_mesh,
+            mesh,
+            trainer.field,
+            output.mcubes_resolution,
+            config.render.density_thresh,
+            decimate_target=output.decimate_target,
+            texture_resolution=output.texture_resolution,
+        )
+        wanted.append(Output(mesh_paths(mesh), write))
     return wanted
 
 

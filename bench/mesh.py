@@ -1,0 +1,136 @@
+"""Meshes of finished runs beside their fields: six views of each, and how long the export takes.
+
+`python -m dream_fast.bench mesh WORKSPACE [WORKSPACE ...]`.
+
+The mesh is read from its GLB file as any program would read it, rasterised with its texture, and compared with the
+field as it renders: intersection over union of the two silhouettes (of the field: where a ray is more than half
+opaque), and PSNR where both are seen, of the field's colours without what shines through from behind.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import trimesh
+from torch import Tensor
+from torch.nn import functional as F
+
+from dream_fast import kernels
+from dream_fast.bench.quality import finished
+from dream_fast.engine.camera import SIX_VIEWS, Cameras, six_views
+from dream_fast.engine.export.images import save_grid
+from dream_fast.engine.export.mesh import write_mesh
+from dream_fast.engine.renderer import Renderer
+from dream_fast.engine.workspace import Workspace
+
+NEAR, FAR = 0.1, 100.0
+
+
+class Textured(NamedTuple):
+    """A mesh as its file has it."""
+
+    vertices: Tensor  # [V, 3]
+    faces: Tensor  # [T, 3]
+    uv: Tensor  # [V, 2], v up
+    picture: Tensor  # [R, R, 3] in [0, 1]
+
+
+def read_glb(path: Path, device: torch.device | str = "cpu") -> Textured:
+    (shape,) = trimesh.load_scene(path, process=False).geometry.values()
+    picture = np.asarray(shape.visual.material.baseColorTexture.convert("RGB"))
+    parts = (np.asarray(shape.vertices), np.asarray(shape.faces), np.asarray(shape.visual.uv), picture / 255)
+    kinds = (torch.float32, torch.int32, torch.float32, torch.float32)
+    return Textured(*(torch.from_numpy(part).to(device, kind) for part, kind in zip(parts, kinds, strict=True)))
+
+
+def clip_coordinates(cameras: Cameras, points: Tensor, height: int, width: int) -> Tensor:
+    """World points [N, 3] -> clip coordinates [B, N, 4], as `kernels.rasterize` takes them."""
+    homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], dim=-1)
+    local = homogeneous @ torch.linalg.inv(cameras.c2w).transpose(1, 2)  # [B, N, 4], looking along -z
+    scale = 1 / torch.tan(torch.deg2rad(cameras.fovy) / 2)[:, None]
+    w = -local[..., 2]
+    depth = (FAR + NEAR) / (FAR - NEAR) * w - 2 * FAR * NEAR / (FAR - NEAR)
+    return torch.stack([local[..., 0] * scale * (height / width), local[..., 1] * scale, depth, w], dim=-1)
+
+
+def draw(mesh: Textured, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
+    """Colours [B, size, size, 3] before white, and where the mesh is seen [B, size, size]."""
+    seen = kernels.rasterize(clip_coordinates(cameras, mesh.vertices, size, size), mesh.faces, size, size)
+    uv = kernels.interpolate(mesh.uv, mesh.faces, seen)
+    # Row 0 of the picture is v = 1.
+    places = torch.stack([2 * uv[..., 0] - 1, 1 - 2 * uv[..., 1]], dim=-1)
+    picture = mesh.picture.permute(2, 0, 1).expand(len(uv), -1, -1, -1)
+    colours = F.grid_sample(picture, places, mode="bilinear", padding_mode="border", align_corners=False)
+    covered = seen.triangle >= 0
+    return torch.where(covered[..., None], colours.permute(0, 2, 3, 1), 1.0), covered
+
+
+class Likeness(NamedTuple):
+    """How a mesh looks beside its field, a number a view of SIX_VIEWS, and both as pictures."""
+
+    psnr: list[float]  # dB, where both are seen
+    iou: list[float]
+    pictures: Tensor  # [2, 6, size, size, 3]: the field, the mesh
+
+
+@torch.no_grad()
+def compare(renderer: Renderer, mesh: Textured, cameras: Cameras, size: int) -> Likeness:
+    """The field and its mesh in albedo before white."""
+    black = torch.zeros(3, device=mesh.vertices.device)
+    view = renderer.view(cameras, size, size, background=black, normals=False)
+    own = view.rgb / view.opacity[..., None].clamp(min=1e-6)
+    colours, covered = draw(mesh, cameras, size)
+    solid = view.opacity > 0.5
+    both = solid & covered
+    iou = (both.sum((1, 2)) / (solid | covered).sum((1, 2))).tolist()
+    errors = ((own - colours).square().mean(-1) * both).sum((1, 2)) / both.sum((1, 2))
+    before_white = view.rgb + 1 - view.opacity[..., None]
+    return Likeness(
+        [-10 * math.log10(max(e, 1e-10)) for e in errors.tolist()], iou, torch.stack([before_white, colours])
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench mesh", description=__doc__.split("\n\n")[0])
+    parser.add_argument("workspaces", nargs="+", type=Path, metavar="WORKSPACE", help="of a finished run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=256, help="of the views, pixels")
+    parser.add_argument("--mcubes_resolution", type=int, default=256)
+    parser.add_argument("--decimate_target", type=int, default=50_000)
+    parser.add_argument("--texture_resolution", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=Path("meshes"), help="folder for the meshes and pictures")
+    args = parser.parse_args(argv)
+    rows = []
+    for path in args.workspaces:
+        config = Workspace(path).stored_config().override({"device": args.device, "workspace": str(path), "test": True})
+        trainer = finished(config, path)
+        glb = args.out / path.name / "mesh.glb"
+        with trainer.optimizer.ema_weights(), trainer.renderer.sampler.without_specks():
+            start = time.perf_counter()
+            surface = write_mesh(
+                glb,
+                trainer.field,
+                args.mcubes_resolution,
+                config.render.density_thresh,
+                decimate_target=args.decimate_target,
+                texture_resolution=args.texture_resolution,
+            )
+            seconds = time.perf_counter() - start
+            cameras = six_views(config.camera, trainer.device)
+            found = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, args.size)
+        save_grid(glb.with_name("views.png"), found.pictures)
+        row = {"workspace": path.name, "seconds": round(seconds, 2), "faces": len(surface.faces)}
+        row |= {"psnr": dict(zip(SIX_VIEWS, (round(p, 2) for p in found.psnr), strict=True))}
+        row |= {"iou": dict(zip(SIX_VIEWS, (round(i, 4) for i in found.iou), strict=True))}
+        rows.append(row)
+        print(
+            f"{path.name:24} {row['faces']} faces in {seconds:.1f} s; worst of six views: "
+            f"PSNR {min(found.psnr):.1f} dB, IoU {min(found.iou):.3f}; {glb.with_name('views.png')}"
+        )
+    print(json.dumps({"device": args.device, "meshes": rows}))
+    return 0
