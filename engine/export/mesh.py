@@ -30,16 +30,23 @@ def write_mesh(
     decimate_target: int = 50_000,
     texture_resolution: int = 2048,
 ) -> Mesh:
-    """Write the field's surface to `path` (.glb), and beside it as .obj, .mtl and .png; returns it.
+    """Write the field's surface as `write_textured` does; returns it. Raises UserError where there is none.
 
     resolution: points along an edge of the scene cube. threshold: density of the surface. decimate_target: most faces.
-    texture_resolution: texels along an edge of the picture, which has the albedo. The material is matt. The files take
-    their places together, when all of them are written. Raises UserError where there is no surface.
+    texture_resolution: texels along an edge of the picture.
     """
     mesh = simplify(extract_mesh(field, resolution, threshold), decimate_target)
+    write_textured(path, mesh, field, 2 * field.bound / (resolution - 1), texture_resolution)
+    return mesh
+
+
+def write_textured(path: Path, mesh: Mesh, field: SceneField, depth: float, texture_resolution: int) -> None:
+    """Write a mesh to `path` (.glb), and beside it as .obj, .mtl and .png, matt, with the colours of `bake`.
+
+    The files take their places together, when all of them are written.
+    """
     atlas = unwrap(mesh, texture_resolution)
-    cell = 2 * field.bound / (resolution - 1)
-    picture = Image.fromarray(bake(field, mesh, atlas, texture_resolution, cell))
+    picture = Image.fromarray(bake(field, mesh, atlas, texture_resolution, depth))
     vertices, normals = mesh.vertices[atlas.source], smooth_normals(mesh)[atlas.source]
 
     def shape(material: trimesh.visual.material.Material) -> trimesh.Trimesh:
@@ -56,7 +63,6 @@ def write_mesh(
         # d 1 is opaque; no gloss.
         mtl.write_text(f"newmtl surface\nKd 1 1 1\nKs 0 0 0\nd 1\nillum 1\nmap_Kd {names[3]}\n", encoding="ascii")
         picture.save(png)
-    return mesh
 
 
 def _obj(vertices: np.ndarray, normals: np.ndarray, uv: np.ndarray, faces: np.ndarray, material: str) -> str:
