@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dream_fast.engine.config import Config, ScalarRange, settings, value_type
+from dream_fast.engine.config import Config, settings
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.room import ScalarRange, value_type
 from dream_fast.engine.schedule import Scalar
 
 # What the command takes beside the settings.

@@ -195,8 +195,14 @@ def smooth_normals(mesh: Mesh) -> np.ndarray:
 
 
 def write_mesh(path: Path, field: SceneField, resolution: int, threshold: float) -> Mesh:
-    """Write the field's surface as GLB: vertex colours from the albedo, a matt white material, smooth normals."""
+    """Write the field's surface as `write_glb` does."""
     mesh = extract_mesh(field, resolution, threshold)
+    write_glb(path, mesh, field)
+    return mesh
+
+
+def write_glb(path: Path, mesh: Mesh, field: SceneField) -> None:
+    """Write a mesh as GLB: vertex colours from the field's albedo, a matt white material, smooth normals."""
     points = torch.from_numpy(mesh.vertices).float().to(field.device)
     albedo = linear_from_srgb(field.albedo(points).cpu().double().numpy())
     colours = np.concatenate([albedo, np.ones_like(albedo[:, :1])], axis=1)
@@ -208,4 +214,3 @@ def write_mesh(path: Path, field: SceneField, resolution: int, threshold: float)
     shape = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=normals, visual=visual, process=False)
     with written_aside(path) as aside:
         shape.export(aside, file_type="glb", include_normals=True)
-    return mesh
