@@ -30,7 +30,7 @@ SPHERE = 0.5  # radius of the sphere that a run starts from, of the bound
 MARGIN = 0.1  # between the object and the border of the grid, of the bound
 FILLS = 0.8  # part of the picture's height, or of the cube, that a mesh file is scaled to
 OUTSIDE = -1e-2  # distance of the border's vertices at most
-VOLUME = 128  # points along an edge at which a field is looked at to find the object
+VOLUME = 64  # points along an edge at which a field is looked at to find the object
 MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 
 
