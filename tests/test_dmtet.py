@@ -71,10 +71,9 @@ def test_clip_space_is_that_of_the_rays():
     column = (clip[..., 0] / clip[..., 3] + 1) * 20
     torch.testing.assert_close(torch.stack([row, column], -1), project(cameras, points, 24, 40), rtol=1e-4, atol=1e-4)
     depth = clip[..., 2] / clip[..., 3]
-    at_near = clip_positions(
-        cameras[:1] and cameras, cameras.c2w[0, :3, 3] - 0.1 * cameras.c2w[0, :3, 2][None], 8, 8, 0.1
-    )
-    assert (depth.abs() < 1).all() and (at_near[0, :, 2] / at_near[0, :, 3]).item() == pytest.approx(-1, abs=1e-5)
+    ahead = cameras.c2w[:1, :3, 3] - 0.1 * cameras.c2w[:1, :3, 2]  # 0.1 before the first camera
+    at_near = clip_positions(cameras, ahead, 8, 8, 0.1)[0, 0]
+    assert (depth.abs() < 1).all() and (at_near[2] / at_near[3]).item() == pytest.approx(-1, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (18, 30)])
@@ -120,7 +119,7 @@ def test_shadings_and_backgrounds():
         assert torch.equal(rendered.rgb[0], torch.tensor([0.0, 1.0, 0.0]))
     network = trainer.renderer.train_views(cameras, 20, 20)
     assert network.rgb[0].unique().numel() > 1  # the background network
-    assert int(network.count) == int((network.opacity.view(20, 20)[5:15, 5:15] > 0).sum() > 0) * int(network.count) > 0
+    assert 0 < int(network.count) <= int((network.opacity > 0).sum())
 
 
 def test_silhouettes_move_the_shape_and_colours_the_field():
@@ -336,7 +335,7 @@ def test_small_parts_are_not_looked_at_and_the_average_is():
     trainer = make_trainer(tet_grid_size=16)
     grid = trainer.shape.vertices
     ball = 0.5 - grid.norm(dim=1)
-    speck = 0.13 - (grid - torch.tensor([0.72, 0.72, 0.72])).norm(dim=1)
+    speck = 0.06 - (grid - torch.tensor([0.72, 0.72, 0.72])).norm(dim=1)
     with torch.no_grad():
         trainer.shape.distance.copy_(torch.maximum(ball, speck))
     whole = len(trainer.renderer.surface().faces)
