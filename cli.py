@@ -17,12 +17,13 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import dream_fast
 from dream_fast.engine.argument_file import read_arguments
-from dream_fast.engine.config import Config, ScalarRange, check_value, settings, value_type
+from dream_fast.engine.config import Config, other_backbones, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
+from dream_fast.engine.room import ScalarRange, check_value, value_type
 from dream_fast.engine.schedule import LinearSchedule, Scalar
 
 _EXAMPLES = """examples:
@@ -204,6 +205,20 @@ def _stored(typed: dict[str, Any]) -> Config:
     return stored.override({**asked_each_time, **values, "device": _device(typed.get("device", "auto"))})
 
 
+def _field_of(typed: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the field that a mesh refinement takes over; once it is under way, those that it has itself."""
+    from dream_fast.engine.dmtet import field_settings, find_start
+    from dream_fast.engine.workspace import Workspace
+
+    if typed.get("ckpt") != "scratch":
+        workspace = Workspace(Path(typed.get("workspace", Config().run.workspace)).expanduser())
+        stored = workspace.stored_config()
+        if stored is not None and stored.dmtet.init_with == typed["init_with"]:
+            rooms = {name: value for room in ("field", "render") for name, value in stored.to_dict()[room].items()}
+            return {name: value for name, value in rooms.items() if name not in other_backbones(stored.field.backbone)}
+    return field_settings(find_start(typed["init_with"]))
+
+
 def _settle(typed: dict[str, Any], print_only: bool) -> Config:
     """The configuration of the run. UserError: no prompt, or one that the embedded model does not know."""
     if typed.get("test"):
@@ -217,6 +232,8 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
         for warning in dict.fromkeys(warnings):
             print(f"dream-fast: warning: {warning}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
+    if typed.get("dmtet") and "init_with" in typed:
+        typed = {**_field_of(typed), **typed}
     config = resolve(typed, model, device)
     if typed.get("fp16") and device == "cpu":
         print("dream-fast: note: no GPU in use, so this runs on the CPU, in fp32", file=sys.stderr)

@@ -11,6 +11,7 @@ COMMANDS = {
     "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
     "main_job": "time and memory of the main command",
     "mesh": "meshes of finished runs beside their fields, and the time of the export",
+    "sharpness": "mesh refinement against the field that it began from",
     "quality": "whole runs with default settings, looked at by the judge",
 }
 

@@ -414,7 +414,9 @@ def ball(triangles: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     unit = torch.stack([polar.sin() * azimuth.cos(), polar.cos(), polar.sin() * azimuth.sin()], -1).view(-1, 3)
     # Waves of a few degrees fold the rim, as hair or leaves do.
     radius = RADIUS * (0.95 + 0.03 * torch.sin(40 * azimuth) * torch.sin(40 * polar)).view(-1, 1)
-    points = (radius * unit).to(device, torch.float32)
+    # Turned, so that no triangle is seen exactly from its side: rounding would decide what is a silhouette.
+    turn = torch.linalg.matrix_exp(torch.tensor([[0, 0.3, 0.5], [-0.3, 0, 0.4], [-0.5, -0.4, 0]], dtype=torch.float64))
+    points = (radius * unit @ turn).to(device, torch.float32)
     i, j = u[:, :-1].reshape(-1), v[:, :-1].reshape(-1)
     below, beside = i * (side + 1) + j, (i + 1) % (2 * side) * (side + 1) + j
     faces = torch.cat([torch.stack([below, beside, below + 1], 1), torch.stack([beside, beside + 1, below + 1], 1)]).to(

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 from dream_fast import kernels
 from dream_fast.bench.quality import finished
-from dream_fast.engine.camera import SIX_VIEWS, Cameras, six_views
+from dream_fast.engine.camera import SIX_VIEWS, Cameras, clip_positions, six_views
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.renderer import Renderer
 from dream_fast.engine.workspace import Workspace
 
-NEAR, FAR = 0.1, 100.0
+NEAR = 0.1
 
 
 class Textured(NamedTuple):
@@ -48,19 +48,9 @@ def read_glb(path: Path, device: torch.device | str = "cpu") -> Textured:
     return Textured(*(torch.from_numpy(part).to(device, kind) for part, kind in zip(parts, kinds, strict=True)))
 
 
-def clip_coordinates(cameras: Cameras, points: Tensor, height: int, width: int) -> Tensor:
-    """World points [N, 3] -> clip coordinates [B, N, 4], as `kernels.rasterize` takes them."""
-    homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], dim=-1)
-    local = homogeneous @ torch.linalg.inv(cameras.c2w).transpose(1, 2)  # [B, N, 4], looking along -z
-    scale = 1 / torch.tan(torch.deg2rad(cameras.fovy) / 2)[:, None]
-    w = -local[..., 2]
-    depth = (FAR + NEAR) / (FAR - NEAR) * w - 2 * FAR * NEAR / (FAR - NEAR)
-    return torch.stack([local[..., 0] * scale * (height / width), local[..., 1] * scale, depth, w], dim=-1)
-
-
 def draw(mesh: Textured, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
     """Colours [B, size, size, 3] before white, and where the mesh is seen [B, size, size]."""
-    seen = kernels.rasterize(clip_coordinates(cameras, mesh.vertices, size, size), mesh.faces, size, size)
+    seen = kernels.rasterize(clip_positions(cameras, mesh.vertices, size, size, NEAR), mesh.faces, size, size)
     uv = kernels.interpolate(mesh.uv, mesh.faces, seen)
     # Row 0 of the picture is v = 1.
     places = torch.stack([2 * uv[..., 0] - 1, 1 - 2 * uv[..., 1]], dim=-1)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.engine.config import CameraConfig, Range
+from dream_fast.engine.config import CameraConfig
+from dream_fast.engine.room import Range
 
 # (polar, azimuth) of the six views: front, +x side, back, -x side, above, below.
 SIX_VIEWS = {
@@ -162,6 +163,17 @@ def six_views(config: CameraConfig, device: torch.device | str | None = None) ->
     angles = torch.tensor(list(SIX_VIEWS.values()), device=device)
     full = torch.ones_like(angles[:, 0])
     return make_cameras(angles[:, 0], angles[:, 1], full * config.default_radius, full * config.default_fovy)
+
+
+def clip_positions(cameras: Cameras, points: Tensor, height: int, width: int, near: float) -> Tensor:
+    """World points [N, 3] in each camera's clip space, [B, N, 4], for `dream_fast.kernels.rasterize`.
+
+    The pictures are those that :func:`rays` looks along. z / w rises from -1 at the distance `near` to 1 far away.
+    """
+    local = (points[None] - cameras.c2w[:, None, :3, 3]) @ cameras.c2w[:, :3, :3]  # [B, N, 3]
+    scale = 1.0 / torch.tan(torch.deg2rad(cameras.fovy) / 2)[:, None]
+    depth = -local[..., 2]
+    return torch.stack([local[..., 0] * scale * (height / width), local[..., 1] * scale, depth - 2 * near, depth], -1)
 
 
 def project(cameras: Cameras, points: Tensor, height: int, width: int) -> Tensor:

@@ -64,6 +64,12 @@ def step_of(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
+def read_architecture(path: Path) -> dict[str, Any]:
+    """The architecture of the run that wrote the checkpoint at ``path``; UserError when that is none."""
+    with _open(path) as file:
+        return _header(path, file)["architecture"]
+
+
 def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """The step and the state (tensors on the CPU) of ``path``; UserError when it does not fit ``architecture``."""
     with _open(path) as file:

@@ -43,7 +43,8 @@ def needed_launches(config: Config, runtime: Runtime) -> list[Any]:
 
 def compile_kernels(config: Config, runtime: Runtime, reporter: Reporter) -> None:
     """Compile what the run will start on a GPU, or load it from Triton's cache."""
-    if runtime.device.type != "cuda":
+    # What a mesh starts depends on its size, which nobody knows before it is there.
+    if runtime.device.type != "cuda" or config.dmtet.dmtet:
         return
     launches = needed_launches(config, runtime)
     kinds = len({launch.kernel for launch in launches})

@@ -9,129 +9,16 @@ Errors: every value is checked when a room is made; a bad one raises :class:`Use
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.schedule import LinearSchedule, Scalar, ever_below, largest, smallest
-
-Range = tuple[float, float]
-ScalarRange = tuple[Scalar, Scalar]
-# Settings that a score, a renderer or an optimiser reads as "no limit" where they are not positive.
-LIMITS = ("clip_grad_latent", "grad_clip", "grad_clip_rgb")
-
-BACKBONES = ("grid", "grid_torch", "vanilla")
-GRIDS, VANILLA = BACKBONES[:2], BACKBONES[2:]
+from dream_fast.engine.room import BACKBONES, GRIDS, VANILLA, Range, Room, ScalarRange, option, value_type
+from dream_fast.engine.schedule import LinearSchedule, Scalar, largest
 
 # The settings of the output camera's view.
 DEFAULT_VIEW = ("default_radius", "default_polar", "default_azimuth", "default_fovy")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    may_change: bool = False,
-    backbones: tuple[str, ...] = BACKBONES,
-) -> Any:
-    """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
-
-    ``may_change``: a resumed run may have another value (it shapes what is written, not what is learned).
-    ``backbones``: those that read it.
-    """
-    metadata = dict(help=help, choices=choices, low=low, above=above, high=high, below=below, may_change=may_change)
-    metadata["backbones"] = backbones
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    names[Scalar] = "a number or a schedule start:v0:v1:end"
-    if kind == ScalarRange:
-        return "two numbers, or schedules start:v0:v1:end"
-    if get_origin(kind) is tuple:
-        return "two numbers" if get_args(kind)[-1] is not Ellipsis else "a list of words"
-    return names[kind]
-
-
-def value_type(field: dataclasses.Field) -> Any:
-    """The field's type without ``| None``: int, float, str, bool, Scalar, a tuple of two of them, a tuple of words."""
-    if isinstance(field.type, UnionType) and field.type != Scalar:
-        return next(kind for kind in get_args(field.type) if kind is not type(None))
-    return field.type
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is tuple:
-        items = get_args(kind)
-        if not isinstance(value, tuple) or (items[-1] is not Ellipsis and len(value) != len(items)):
-            return False
-        return all(_has_type(item, items[0]) for item in value)
-    if kind == Scalar and isinstance(value, LinearSchedule):
-        return True
-    if kind in (float, Scalar):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def check_value(field: dataclasses.Field, value: Any) -> None:
-    """Raise UserError unless ``value`` has the field's type and lies within its bounds; a range is not reversed."""
-    flag, meta = f"--{field.name}", field.metadata
-    if value is None and isinstance(field.type, UnionType) and field.type != Scalar:
-        return
-    kind = value_type(field)
-    if not _has_type(value, kind):
-        raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
-    for item in _numbers(value):
-        if meta["choices"] is not None and item not in meta["choices"]:
-            raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
-        if isinstance(item, str) and not item.strip() and field.default != "":
-            raise UserError(f"{flag} is empty")
-        if isinstance(item, str | bool):
-            continue
-        if not math.isfinite(item):
-            raise UserError(f"{flag} must be a finite number, not {item}")
-        for bound, good, words in (
-            (meta["low"], lambda b, x: x >= b, "at least"),
-            (meta["above"], lambda b, x: x > b, "more than"),
-            (meta["high"], lambda b, x: x <= b, "at most"),
-            (meta["below"], lambda b, x: x < b, "less than"),
-        ):
-            if bound is not None and not good(bound, item):
-                raise UserError(f"{flag} must be {words} {bound:g}, not {item:g}")
-    if isinstance(value, LinearSchedule) and field.name in LIMITS and smallest(value) <= 0:
-        raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 is no limit to start from")
-    if kind == ScalarRange and any(isinstance(end, LinearSchedule) for end in value):
-        if ever_below(*value):
-            raise UserError(f"{flag} may be reversed during the run: from {value[0]} to {value[1]}")
-    elif kind in (Range, ScalarRange) and value[0] > value[1]:
-        raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
-    if kind == tuple[str, ...] and not value:
-        raise UserError(f"{flag} needs at least one value")
-
-
-def _numbers(value: Any) -> tuple[Any, ...]:
-    """The single values of a setting, of a schedule its two."""
-    if isinstance(value, tuple):
-        return tuple(number for item in value for number in _numbers(item))
-    return (value.first, value.last) if isinstance(value, LinearSchedule) else (value,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """Base of the rooms: checks every field when it is made."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_value(field, getattr(self, field.name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,8 +311,39 @@ class LossConfig(Room):
     lambda_wd: Scalar = option(0.0, "weight decay of the hash table, level by level", low=0, backbones=GRIDS)
     lambda_2d_normal_smooth: Scalar = option(0.0, "total variation of the normal image", low=0)
     lambda_3d_normal_smooth: Scalar = option(0.0, "difference of normals at near points", low=0)
+    lambda_mesh_normal: Scalar = option(
+        0.5, "with --dmtet, whose only regularisers are these two: angle between neighbouring triangles", low=0
+    )
+    lambda_mesh_laplacian: Scalar = option(0.5, "with --dmtet: vertices that stand out from their neighbours", low=0)
     grad_clip: Scalar = option(-1.0, "largest gradient of a parameter; -1: no limit", low=-1)
     grad_clip_rgb: Scalar = option(-1.0, "largest gradient of a pixel; -1: no limit", low=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMTetConfig(Room):
+    """Refinement as a mesh (DMTet)."""
+
+    dmtet: bool = option(
+        False,
+        "refine a mesh instead of optimising a density: a surface in a grid of tetrahedra, rendered at --w and --h "
+        "times --dmtet_reso_scale; by default with t_range 0.02 0.5 and light on the shape from the start",
+    )
+    init_with: str | None = option(
+        None, "with --dmtet: start from the folder of a run, a checkpoint of it, or a mesh file; default: a sphere"
+    )
+    dmtet_reso_scale: float = option(8.0, "with --dmtet: factor of the training render's sides", above=0, high=64)
+    tet_grid_size: int = option(
+        128, "with --dmtet: layers of tetrahedra across the grid, an even number", low=4, high=256
+    )
+    lock_geo: bool = option(False, "with --dmtet: only the colours are optimised, the shape stays")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tet_grid_size % 2:
+            raise UserError(f"--tet_grid_size must be even, not {self.tet_grid_size}")
+        for name, given in (("init_with", self.init_with is not None), ("lock_geo", self.lock_geo)):
+            if given and not self.dmtet:
+                raise UserError(f"--{name} is of the mesh refinement: it goes with --dmtet only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -484,6 +402,7 @@ class Config:
     shading: ShadingConfig = ShadingConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossConfig = LossConfig()
+    dmtet: DMTetConfig = DMTetConfig()
     optim: OptimConfig = OptimConfig()
     output: OutputConfig = OutputConfig()
 
@@ -516,9 +435,16 @@ class Config:
         if self.run.step_graph and changing:
             raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
 
+    @property
+    def train_size(self) -> tuple[int, int]:
+        """Height and width of a training render."""
+        scale = self.dmtet.dmtet_reso_scale if self.dmtet.dmtet else 1
+        return max(1, round(self.camera.h * scale)), max(1, round(self.camera.w * scale))
+
     def read_on_the_host(self) -> list[str]:
         """The flags by which a kernel gets other numbers of the host in each step, so that no graph can replay it."""
         found = {
+            "--dmtet": self.dmtet.dmtet,
             "--progressive_level": self.shading.progressive_level,
             "--progressive_view": self.camera.progressive_view,
             "--lambda_tv": largest(self.loss.lambda_tv) > 0,

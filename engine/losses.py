@@ -14,9 +14,11 @@ from dream_fast.engine.config import LossConfig
 from dream_fast.engine.renderer import Rendered
 from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.schedule import largest, value_at
+from dream_fast.engine.tets import Surface
 
 TV_POINTS = 1_000_000  # in each level
 TERMS = ("entropy", "entropy_weights", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth")  # lambda_...
+MESH_TERMS = ("mesh_normal", "mesh_laplacian")
 SMOOTH_REACH = 0.01  # world units, standard deviation of the neighbour in the 3D smoothness term
 
 
@@ -71,6 +73,45 @@ def normal_image_smoothness(image: Tensor) -> Tensor:
 def normal_smoothness(normals: Tensor, near_normals: Tensor, count: Tensor) -> Tensor:
     """Mean absolute difference of normals [S, 3] and those of near points [S, 3]."""
     return sample_mean((normals - near_normals).abs().mean(dim=-1), count)
+
+
+def normal_consistency(surface: Surface, beyond: Tensor) -> Tensor:
+    """Neighbouring triangles should lie in one plane: mean of 1 - n_a.n_b over the edges that two of them share.
+
+    beyond: `opposite_corners` of the faces.
+    """
+    a, b, c = surface.vertices[surface.faces].unbind(1)
+    weighted = torch.linalg.cross(b - a, c - a)
+    normals = weighted * weighted.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
+    other = beyond.clamp(min=0) // 3
+    difference = 1 - (normals[:, None] * normals[other]).sum(2)  # [T, 3], of every edge twice
+    shared = beyond >= 0
+    return torch.where(shared, difference, 0).sum() / shared.sum().clamp(min=1)
+
+
+def laplacian(surface: Surface) -> Tensor:
+    """Vertices should lie amid their neighbours: mean over them of |sum over the neighbours of (v - neighbour)|.
+
+    The surface is closed, so that two triangles share each edge. As in stable-dreamfusion the sum is not divided by the
+    number of neighbours.
+    """
+    vertices, faces = surface
+    corners = vertices[faces]  # [T, 3, 3]
+    away = 3 * corners - corners.sum(1, keepdim=True)  # from the other two corners
+    total = torch.zeros_like(vertices).index_add(0, faces.view(-1), away.view(-1, 3)) / 2
+    # The root's slope at 0 would be no number.
+    return total.square().sum(1).clamp(min=1e-20).sqrt().mean()
+
+
+def mesh_regularizers(
+    surface: Surface, beyond: Tensor, config: LossConfig, now: Mapping[str, float | Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weighted terms of a mesh, by name, as `regularizers` those of a field."""
+    weights = {name: getattr(config, f"lambda_{name}") for name in MESH_TERMS}
+    wanted = [name for name, weight in weights.items() if largest(weight) > 0]
+    weights |= {name: now[f"lambda_{name}"] for name in MESH_TERMS if f"lambda_{name}" in (now or {})}
+    terms = {"mesh_normal": lambda: normal_consistency(surface, beyond), "mesh_laplacian": lambda: laplacian(surface)}
+    return {name: weights[name] * terms[name]() for name in wanted}
 
 
 def needs_normals(config: LossConfig) -> bool:

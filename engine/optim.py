@@ -20,16 +20,23 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-15
 
 
 class Optimizer:
-    """Optimises `table` (if there is one) and `others` in place and keeps their exponential moving average (EMA).
+    """Optimises `table` (if there is one), `others` and `shape` (if there is one) in place and keeps their exponential
+    moving average (EMA). The parameters of `shape` learn at --lr itself.
 
     After construction the parameters and their gradients are views of `params` and `grads`, both flat [P] fp32. Move
     the module to its device first; afterwards do not replace `.data` or `.grad` of a parameter, and use `zero_grad` of
     this class.
     """
 
-    def __init__(self, table: nn.Parameter | None, others: list[nn.Parameter], config: OptimConfig):
+    def __init__(
+        self,
+        table: nn.Parameter | None,
+        others: list[nn.Parameter],
+        config: OptimConfig,
+        shape: list[nn.Parameter] | None = None,
+    ):
         self.config = config
-        parameters = others if table is None else [table, *others]
+        parameters = [*([] if table is None else [table]), *others, *(shape or [])]
         for parameter in parameters:
             if parameter.dtype != torch.float32:
                 raise TypeError(f"parameters must be float32, one is {parameter.dtype}")
@@ -44,7 +51,11 @@ class Optimizer:
                 start = stop
         base = config.lr * (ADAN_LR if config.optim == "adan" else 1.0)
         groups = [] if table is None else [(table.numel(), base * TABLE_LR)]
-        self.group_ends, self.lrs = zip(*groups, (self.params.numel(), base), strict=True)
+        self.scene = self.params.numel() - sum(parameter.numel() for parameter in shape or [])
+        groups.append((self.scene, base))
+        if shape:
+            groups.append((self.params.numel(), config.lr))
+        self.group_ends, self.lrs = zip(*groups, strict=True)
         self.steps = 0  # attempted, so known to the host; it only sets the warm-up of the average
         make = kernels.AdanState.zeros if config.optim == "adan" else AdamState
         self.state = make(self.params)
@@ -85,6 +96,17 @@ class Optimizer:
             yield
         finally:
             self.params.copy_(trained)
+
+    @torch.no_grad()
+    def start_scene(self, average: Tensor) -> None:
+        """Start from the averaged parameters [P'] of a run with the same table and others, and no `shape`.
+
+        Raises ValueError when their number differs.
+        """
+        if average.shape != (self.scene,):
+            raise ValueError(f"ema has shape {tuple(average.shape)}, expected {(self.scene,)}")
+        self.params[: self.scene] = average.to(self.params.device)
+        self.state.ema.copy_(self.params)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs: parameters, moments, average, counters."""

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dream_fast.engine.config import Config, ScalarRange, settings, value_type
+from dream_fast.engine.config import Config, settings
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.room import ScalarRange, value_type
 from dream_fast.engine.schedule import Scalar
 
 # What the command takes beside the settings.
@@ -48,9 +49,11 @@ DIFFERENCES = {
     "--angle_overhead": "works on the prompt; the reference reads it nowhere",
     "--ckpt": "latest, scratch or a path",
     "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
+    "--dmtet": "also from a sphere; a checkpoint of it takes up, tests and exports as any other",
     "--file": "quotes and # comments work",
     "--fp16": "on a GPU; a CPU runs in fp32",
     "--guidance": "one model: dream-mini, which needs no download, or SD",
+    "--init_with": "the folder of a run, its checkpoint (.safetensors), or a mesh file; no .pth",
     "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
     "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
     "--lambda_orient": "always a mean over samples",
@@ -61,6 +64,7 @@ DIFFERENCES = {
     "--save_mesh": "mesh.glb, and mesh.obj with mesh.mtl and mesh.png",
     "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
     "--seed": "drawn when not given, and kept in manifest.json",
+    "--tet_grid_size": "any even number: the grid is made, not read; 128 has 129 layers of vertices across",
     "--test_interval": "results/turntable_step_*.mp4",
     "--upsample_steps": "with --backbone vanilla alone",
     "--vram_O": "xformers attention, VAE in slices, recomputing in its encoder; nothing is offloaded to the CPU",

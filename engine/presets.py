@@ -32,6 +32,18 @@ MINI_VANILLA: dict[str, dict[str, Any]] = {
     "cpu": _MINI_VANILLA | {"w": 48, "h": 48, "W": 128, "H": 128, "num_steps": 32, "upsample_steps": 16},
     "cuda": _MINI_VANILLA | {"w": 64, "h": 64},
 }
+# A mesh refinement starts from what is there: little noise, light on the shape, all sides.
+DMTET_DEFAULTS: dict[str, Any] = {
+    "latent_iter_ratio": 0.0,
+    "albedo_iter_ratio": 0.0,
+    "t_range": (0.02, 0.5),
+    "progressive_view": False,
+}
+# dream-mini's: it looks at 128 x 128 pixels.
+MINI_DMTET: dict[str, dict[str, Any]] = {
+    "cpu": DMTET_DEFAULTS | {"iters": 300, "dmtet_reso_scale": 2.0, "tet_grid_size": 64},
+    "cuda": DMTET_DEFAULTS | {"dmtet_reso_scale": 2.0},
+}
 # Why a setting is refused: with a grid, and with the vanilla backbone.
 WHY_OTHER = (
     "its rays march through the occupancy grid, where --max_steps sets the samples of a ray",
@@ -162,16 +174,18 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     """
     if model not in ("dream-mini", "sd") or device not in ("cpu", "cuda"):
         raise ValueError(f"resolve: model {model!r} must be dream-mini or sd, device {device!r} cpu or cuda")
-    vanilla = VANILLA_DEFAULTS
+    vanilla, mesh = VANILLA_DEFAULTS, DMTET_DEFAULTS
     if typed.get("preset") == "reference":
         base = reference_defaults()
     elif model == "sd":
         base = sd_defaults()
     else:
         base = mini_cuda_defaults() if device == "cuda" else mini_cpu_defaults()
-        vanilla = vanilla | MINI_VANILLA[device]
+        vanilla, mesh = vanilla | MINI_VANILLA[device], MINI_DMTET[device]
     if typed.get("backbone") == "vanilla":
         base = base.override(vanilla)
+    if typed.get("dmtet"):
+        base = base.override(mesh)
     _check_backbone(typed)
     values = {**typed, "device": device}
     if device == "cpu":

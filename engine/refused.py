@@ -4,37 +4,29 @@ Refusing is better than ignoring: a command moved over from there either means t
 """
 
 _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
-_MESH = "there is no mesh refinement yet; --save_mesh exports the result"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
 
 REFUSED_FLAGS: dict[str, str] = {
     "--IF": "DeepFloyd IF is not there; use --sd_version or --hf_key",
     "--dataset_size_train": "an epoch is always 100 steps; set --iters",
-    "--dmtet": _MESH,
-    "--dmtet_reso_scale": _MESH,
     "--dont_override_stuff": "nothing that you type is overridden",
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
     "--gui": _VIEWER,
     "--image": _IMAGE,
     "--image_config": _IMAGE,
-    "--init_with": _MESH,
     "--known_view_interval": _IMAGE,
     "--known_view_noise_scale": _IMAGE,
     "--known_view_scale": _IMAGE,
     "--lambda_depth": _IMAGE,
     "--lambda_mask": _IMAGE,
-    "--lambda_mesh_laplacian": _MESH,
-    "--lambda_mesh_normal": _MESH,
     "--lambda_normal": _IMAGE,
     "--lambda_rgb": _IMAGE,
     "--light_phi": _VIEWER,
     "--light_theta": _VIEWER,
-    "--lock_geo": _MESH,
     "--max_ray_batch": "it never did anything; memory is bounded without it",
     "--max_spp": _VIEWER,
     "--radius": _VIEWER + " (the output camera has --default_radius)",
     "--taichi_ray": "that is another extension's marching; ours is always on",
-    "--tet_grid_size": _MESH,
     "--zero123_ckpt": _IMAGE,
     "--zero123_config": _IMAGE,
     "--zero123_grad_scale": _IMAGE,

@@ -9,6 +9,7 @@ gradient, at any size. Shadings, with n the normal, l the unit direction to the 
     normal       (n + 1) / 2
 """
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,11 @@ class Rendered(NamedTuple):
     samples: kernels.Samples
     overflow: Tensor  # bool, some samples did not fit the capacity
 
+    @property
+    def count(self) -> Tensor:
+        """How many samples there were."""
+        return self.samples.count
+
 
 class View(NamedTuple):
     """Images of B cameras, without gradient."""
@@ -59,6 +65,10 @@ class Renderer:
         self.sampler.update(generator, active_levels=active_levels)
 
     # ------------------------------------------------------------------------------------------------- training
+
+    def train_views(self, cameras: Cameras, height: int, width: int, **options) -> Rendered:
+        """`train_rays` of the rays of all pixels of the cameras."""
+        return self.train_rays(*rays(cameras, height, width), **options)
 
     def train_rays(
         self,
@@ -134,9 +144,11 @@ class Renderer:
         if shading not in SHADINGS:
             raise ValueError(f"shading is {shading!r}, expected one of {', '.join(SHADINGS)}")
         views = []
-        for origins, directions in zip(*rays(cameras, height, width), strict=True):
+        for number in range(len(cameras.fovy)):
+            camera = Cameras(*(part[number : number + 1] for part in cameras))
+            directions = rays(camera, height, width)[1][0]
             behind = self._background(directions, background)
-            seen = self._look(origins, directions, behind, normals or shading != "albedo")
+            seen = self._look(camera, height, width, behind, normals or shading != "albedo")
             rgb = seen.rgb
             if shading != "albedo":
                 toward = -directions if light is None else light
@@ -150,8 +162,9 @@ class Renderer:
             views.append(View(rgb, seen.normal, seen.depth, seen.opacity))
         return View(*(torch.stack(part).unflatten(1, (height, width)) for part in zip(*views, strict=True)))
 
-    def _look(self, origins: Tensor, directions: Tensor, background: Tensor, normals: bool) -> kernels.View:
-        """Rays [R, 3] over a background [R, 3], unshaded, with the normal at the expected depth."""
+    def _look(self, camera: Cameras, height: int, width: int, background: Tensor, normals: bool) -> kernels.View:
+        """The R pixels of one camera over a background [R, 3], unshaded, with the normal at the expected depth."""
+        origins, directions = (part[0] for part in rays(camera, height, width))
         if isinstance(self.sampler, ImportanceSampler):
             samples = VIEW_SAMPLES * (32 if directions.is_cuda else 1)
             chunk = max(1, samples // self.sampler.samples_per_ray)
@@ -186,6 +199,24 @@ class Renderer:
             found = self.field(surface, normals="finite_difference", normal_epsilon=self.config.normal_epsilon).normal
             normal = torch.where(there, found, 0)
         return kernels.View(seen.rgb, normal, seen.depth, seen.opacity)
+
+    # ---------------------------------------------------------------------------------------------------- state
+
+    def without_specks(self) -> AbstractContextManager[None]:
+        """Inside the `with` block small things apart from the object are not seen."""
+        return self.sampler.without_specks()
+
+    def adapt_capacity(self, rays: int) -> None:
+        """Fit the sample buffers to the last steps of `rays` rays each. Reads the device."""
+        self.sampler.adapt_capacity(rays)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the field's parameters."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`; raises ValueError when something differs in shape."""
+        self.sampler.load_state_dict(state)
 
     def _background(self, directions: Tensor, background: Tensor | None) -> Tensor:
         if background is not None:

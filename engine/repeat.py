@@ -4,8 +4,9 @@ import shlex
 import unicodedata
 from typing import Any
 
-from dream_fast.engine.config import Config, settings, value_type
+from dream_fast.engine.config import Config, settings
 from dream_fast.engine.presets import resolve
+from dream_fast.engine.room import value_type
 
 # What decides about other settings' defaults, so it comes before them.
 _DECIDING = ("hf_key", "sd_version", "preset", "score")

@@ -20,7 +20,7 @@ from dream_fast.engine.compiling import compile_kernels
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
-from dream_fast.engine.export.mesh import mesh_paths, write_mesh
+from dream_fast.engine.export.mesh import mesh_paths, write_mesh, write_textured
 from dream_fast.engine.export.report import write_report
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.guidance.attention import Chosen
@@ -28,6 +28,7 @@ from dream_fast.engine.guidance.loader import COMPILED, Components, choose_sourc
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.mesh_renderer import MeshRenderer
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
@@ -62,6 +63,9 @@ def run(config: Config) -> int:
     checkpoint = _find_checkpoint(config, workspace)
     if checkpoint is not None:
         trainer.load(checkpoint)
+    elif trainer.shape is not None:
+        reporter.say(f"the surface starts from {config.dmtet.init_with or 'a sphere'}")
+        trainer.start_shape()
 
     with _warnings_to(reporter):
         if config.run.test or trainer.step >= config.run.iters:
@@ -138,15 +142,23 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
     if not config.run.six_views:
         wanted.append(Output([video], write_turntable))
     if config.run.save_mesh:
-        write = partial(
-            write_mesh,
-            mesh,
-            trainer.field,
-            output.mcubes_resolution,
-            config.render.density_thresh,
-            decimate_target=output.decimate_target,
-            texture_resolution=output.texture_resolution,
-        )
+        if isinstance(trainer.renderer, MeshRenderer):
+            # The colours are those of the surface itself: there is no layer to look into.
+            depth, texels = 1e-3 * config.render.bound, output.texture_resolution
+
+            def write() -> None:
+                write_textured(mesh, trainer.renderer.mesh(), trainer.field, depth, texels)
+
+        else:
+            write = partial(
+                write_mesh,
+                mesh,
+                trainer.field,
+                output.mcubes_resolution,
+                config.render.density_thresh,
+                decimate_target=output.decimate_target,
+                texture_resolution=output.texture_resolution,
+            )
         wanted.append(Output(mesh_paths(mesh), write))
     return wanted
 
@@ -154,7 +166,7 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
 def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> bool:
     """Writes the outputs from the averaged weights, without specks; returns whether there was something to write."""
     written = False
-    with trainer.optimizer.ema_weights(), trainer.renderer.sampler.without_specks():
+    with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
         for output in outputs(trainer, workspace, reporter):
             if not (only_missing and all(path.exists() for path in output.paths)):
                 output.write()
@@ -221,9 +233,11 @@ def _start_line(config: Config, runtime: Runtime, components: Components, field:
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
     score = f"{guidance.score}{' with Perp-Neg' * guidance.perpneg}, guidance scale {guidance.guidance_scale:g}"
     attention = f"attention {components.attention}{', compiled' * config.run.compile}"
+    height, width = config.train_size
+    mesh = f"a mesh in {config.dmtet.tet_grid_size} layers of tetrahedra, " * config.dmtet.dmtet
     return (
         f"{config.run.text!r}: {components.name} ({attention}) on {runtime.description}; "
-        f"{kernels}steps {step} to {config.run.iters}, {views}{camera.w}x{camera.h} pixels, {score}, "
+        f"{kernels}steps {step} to {config.run.iters}, {mesh}{views}{width}x{height} pixels, {score}, "
         f"{config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
     )
 

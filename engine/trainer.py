@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from dream_fast.engine.camera import Cameras, rays, sample_cameras
-from dream_fast.engine.checkpoint import damaged, load_checkpoint, save_checkpoint
+from dream_fast.engine.camera import Cameras, sample_cameras
+from dream_fast.engine.checkpoint import damaged, load_checkpoint, read_architecture, save_checkpoint
 from dream_fast.engine.config import Config, RunConfig, ShadingConfig, other_backbones
 from dream_fast.engine.cuda_graph import CudaGraphs
+from dream_fast.engine.dmtet import TetShape, load_start, start_from_field
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
@@ -34,7 +35,8 @@ from dream_fast.engine.field import make_field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.guidance.text import TextGuidance
-from dream_fast.engine.losses import add_table_gradients, needs_normals, ramp, regularizers
+from dream_fast.engine.losses import add_table_gradients, mesh_regularizers, needs_normals, ramp, regularizers
+from dream_fast.engine.mesh_renderer import MeshRenderer, RenderedMesh
 from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
 from dream_fast.engine.renderer import Rendered, Renderer
@@ -137,9 +139,16 @@ class Trainer:
         self.field = make_field(config.field, config.render.bound, first).to(runtime.device)
         if runtime.fp16:
             self.field.compute_dtype = torch.float16
-        self.renderer = Renderer(self.field, config.render)
+        self.shape: TetShape | None = None  # of a mesh refinement
+        if config.dmtet.dmtet:
+            self.shape = TetShape(config.dmtet.tet_grid_size, config.render.bound, locked=config.dmtet.lock_geo)
+            self.shape.to(runtime.device)
+            self.renderer = MeshRenderer(self.field, config.render, self.shape)
+        else:
+            self.renderer = Renderer(self.field, config.render)
         others = [parameter for parameter in self.field.parameters() if parameter is not self.field.table]
-        self.optimizer = Optimizer(self.field.table, others, config.optim)
+        free = [] if self.shape is None or self.shape.locked else list(self.shape.parameters())
+        self.optimizer = Optimizer(self.field.table, others, config.optim, free)
         self.scaler = LossScaler(runtime.fp16, runtime.device)
         self.generator = torch.Generator(runtime.device)
         self.schedule = Schedule(config.run.iters)  # of the learning rate, the noise level and the guidance scale
@@ -165,6 +174,8 @@ class Trainer:
         dice = random.Random(step_seed(self.seed, self.step))
         generator = self.generator.manual_seed(step_seed(self.seed, self.step))
         phase = choose_phase(config.shading, phases, dice, self.step, progress)
+        if config.dmtet.lock_geo and phase.shading in ("textureless", "normal"):
+            phase = phase._replace(shading="lambertian")  # the shape alone would teach nothing
         # The background network gets half of the steps, if there is one.
         network = phase.name != "latent" and self.field.has_background and dice.random() < 0.5
         levels = self._active_levels(phases)
@@ -195,12 +206,12 @@ class Trainer:
     def _gradients(self, phase: Phase, network: bool, dials: Dials, progress: float, levels: int | None) -> Step:
         """Renders, asks the guidance and leaves the gradients, times the loss scale, with the optimiser."""
         config, generator = self.config, self.generator
-        height, width, batch = config.camera.h, config.camera.w, config.camera.batch_size
+        (height, width), batch = config.train_size, config.camera.batch_size
         cameras = sample_cameras(config.camera, batch, generator, self.device, self.phases.progress(self.step))
-        origins, directions = rays(cameras, height, width)
-        rendered = self.renderer.train_rays(
-            origins,
-            directions,
+        rendered = self.renderer.train_views(
+            cameras,
+            height,
+            width,
             shading=phase.shading,
             ambient=dials.ambient,
             light=self._light(cameras, height * width),
@@ -216,19 +227,7 @@ class Trainer:
         guided = self.guidance(
             pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **ours
         )
-        terms = {"guidance": guided.loss} | regularizers(
-            rendered,
-            config.loss,
-            up=dials.up,
-            now=dials.losses,
-            height=height,
-            width=width,
-            field=self.field,
-            normals=config.render.normals,
-            normal_epsilon=config.render.normal_epsilon,
-            active_levels=levels,
-            generator=generator,
-        )
+        terms = {"guidance": guided.loss} | self._regularizers(rendered, dials, height, width, levels)
 
         self.optimizer.zero_grad()
         (torch.stack(list(terms.values())).sum() * self.scaler.scale).backward()
@@ -243,9 +242,30 @@ class Trainer:
         )
         self.mark("backward")
         terms = {name: term.detach() for name, term in terms.items()}  # nothing of the step's autograd graph lives on
-        opacity, samples = rendered.opacity.detach(), rendered.samples.count
+        opacity, samples = rendered.opacity.detach(), rendered.count
         seen = Seen(pictures.detach(), guided.noisy, guided.clean) if config.output.save_guidance else None
         return Step(phase, terms, guided.t, guided.grad_norm.detach(), opacity, samples, rendered.overflow, seen)
+
+    def _regularizers(
+        self, rendered: Rendered | RenderedMesh, dials: Dials, height: int, width: int, levels: int | None
+    ) -> dict[str, Tensor]:
+        config = self.config
+        if isinstance(rendered, RenderedMesh):
+            shown = None if self.shape.locked else (rendered.surface, rendered.beyond)
+            return {} if shown is None else mesh_regularizers(*shown, config.loss, dials.losses)
+        return regularizers(
+            rendered,
+            config.loss,
+            up=dials.up,
+            now=dials.losses,
+            height=height,
+            width=width,
+            field=self.field,
+            normals=config.render.normals,
+            normal_epsilon=config.render.normal_epsilon,
+            active_levels=levels,
+            generator=self.generator,
+        )
 
     def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> Step:
         """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
@@ -347,7 +367,7 @@ class Trainer:
 
     def _row(self, result: Step) -> dict[str, Any]:
         """A row of metrics.jsonl: numbers of the last step, and the count of skipped steps. Reads the device."""
-        self.renderer.sampler.adapt_capacity(len(result.opacity))
+        self.renderer.adapt_capacity(len(result.opacity))
         terms = {name: _number(term) for name, term in result.terms.items()}
         return {
             "step": self.step,
@@ -387,7 +407,7 @@ class Trainer:
     def write_test_video(self, path: Path) -> None:
         """The turntable of the object as it is now, from the averaged weights and without specks."""
         output = self.config.output
-        with self.optimizer.ema_weights(), self.renderer.sampler.without_specks():
+        with self.optimizer.ema_weights(), self.renderer.without_specks():
             frames = turntable_frames(self.renderer, self.config.camera, output.dataset_size_test)
             write_video(path, frames, output.video_fps)
 
@@ -402,12 +422,15 @@ class Trainer:
             "optim": config.optim.optim,
         }
         elsewhere = other_backbones(config.field.backbone)
-        return {name: value for name, value in shape.items() if name not in elsewhere}
+        found = {name: value for name, value in shape.items() if name not in elsewhere}
+        if self.shape is not None:
+            found |= {"tet_grid_size": config.dmtet.tet_grid_size, "lock_geo": config.dmtet.lock_geo}
+        return found
 
     def save(self, workspace: Workspace) -> Path:
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "renderer": self.renderer.sampler.state_dict(),
+            "renderer": self.renderer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedule": dataclasses.asdict(self.schedule),
             "phases": dataclasses.asdict(self.phases),
@@ -416,6 +439,22 @@ class Trainer:
             "attention": None if self.attention is None else list(self.attention),
         }
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
+
+    def start_shape(self) -> None:
+        """Give a mesh refinement what --init_with names to start from. UserError: nothing can be made of that."""
+        start = load_start(self.config, self.shape)
+        if start is not None and start.checkpoint:
+            there, here = read_architecture(start.path), self.architecture()
+            of_mesh = here.keys() & {"tet_grid_size", "lock_geo"}
+            alike = {name: value for name, value in here.items() if name not in of_mesh}
+            _, state = load_checkpoint(start.path, alike | {"optim": there.get("optim")})  # which goes on as it likes
+            try:
+                self.optimizer.start_scene(state["optimizer"]["ema"])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise damaged(start.path, f"its state: {type(error).__name__}: {first_line(error)}") from error
+            start_from_field(self.shape, self.field, self.config.render.density_thresh)
+        self.renderer.surface()  # something has to be there
+        self.optimizer.state.ema.copy_(self.optimizer.params)
 
     def load(self, path: Path) -> None:
         """Continue from the checkpoint at ``path``; UserError when it is damaged or of another architecture."""
@@ -429,7 +468,7 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.renderer.sampler.load_state_dict(state.get("renderer", {}))
+        self.renderer.load_state_dict(state.get("renderer", {}))
         self.scaler.load_state_dict(state["scaler"])
         self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
         if self.config.run.exp_end_iter is None:  # an end that was asked for stays where it is

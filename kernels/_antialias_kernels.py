@@ -1,5 +1,7 @@
 """The kernels of `antialias`: where the edge lies between two pixels, blending, and the gradients of both."""
 
+from __future__ import annotations
+
 from dream_fast.kernels._launch import constant, jit, tl
 from dream_fast.kernels._raster import add_corner, corner_rows, cross, from_pixel, load_corner, pixel_centre
 

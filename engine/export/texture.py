@@ -37,7 +37,8 @@ def unwrap(mesh: Mesh, resolution: int) -> Atlas:
         import uvunwrap
     except ImportError:
         return _unwrap_by_xatlas(vertices, faces, resolution)
-    atlas = uvunwrap.generate([uvunwrap.Mesh(vertices, faces)], page_size=resolution, padding=PADDING)
+    # The densest packing takes minutes for the thousands of charts of a rough surface, and gains 4 % of the page.
+    atlas = uvunwrap.generate([uvunwrap.Mesh(vertices, faces)], page_size=resolution, padding=PADDING, packing="fast")
     laid = atlas.meshes[0]
     uv = np.array(laid.uv, dtype=np.float32).reshape(-1, 2)
     # The page may be smaller than asked for.

@@ -1,0 +1,115 @@
+"""Grids of tetrahedra, and the surface that values at their vertices describe.
+
+The vertices form a body-centred cubic lattice: the corners of n^3 cubes and their centres. Each face between two cubes
+gives four tetrahedra, of its edges and the two centres, all of one shape and with no direction preferred. A tetrahedron
+with vertices on both sides of the surface gives one or two triangles (marching tetrahedra). No case is ambiguous, so
+the surface is a closed manifold where the values at the grid's border are all below.
+Sources: Labelle and Shewchuk, Isosurface stuffing, 2007 (the lattice); Doi and Koide, 1991 (the triangles).
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of a tetrahedron, between these of its vertices
+
+
+class TetGrid(NamedTuple):
+    """V vertices in [-1, 1]^3 and T tetrahedra of positive volume."""
+
+    vertices: Tensor  # [V, 3]
+    tets: Tensor  # int64 [T, 4]
+    border: Tensor  # bool [V]
+
+
+class Surface(NamedTuple):
+    """A triangle mesh on the device."""
+
+    vertices: Tensor  # [V, 3]
+    faces: Tensor  # int64 [T, 3], counter-clockwise seen from outside
+
+
+def tet_grid(size: int) -> TetGrid:
+    """The grid whose vertices lie in `size` + 1 layers across each axis: corners in the even, centres in the odd ones.
+
+    size: even, at least 4.
+    """
+    n = size // 2
+    even, odd = torch.arange(0, size + 1, 2), torch.arange(1, size, 2)
+    layers = torch.cat([torch.cartesian_prod(axis, axis, axis) for axis in (even, odd)])  # [V, 3]
+    corner = torch.arange((n + 1) ** 3).view(n + 1, n + 1, n + 1)
+    centre = torch.arange((n + 1) ** 3, len(layers)).view(n, n, n)
+    tets = []
+    for axis in range(3):
+        centres, corners = centre.movedim(axis, 0), corner.movedim(axis, 0)
+        before, after, between = centres[:-1], centres[1:], corners[1:-1]
+        ring = [between[:, :-1, :-1], between[:, 1:, :-1], between[:, 1:, 1:], between[:, :-1, 1:]]
+        for k in range(4):
+            tets.append(torch.stack([before, after, ring[k], ring[(k + 1) % 4]], -1).view(-1, 4))
+    tets = torch.cat(tets)
+    a, b, c, d = layers[tets].unbind(1)
+    negative = torch.linalg.det(torch.stack([b - a, c - a, d - a], 1).float()) < 0
+    tets[negative] = tets[negative][:, [0, 2, 1, 3]]
+    is_corner = torch.arange(len(layers)) < (n + 1) ** 3
+    border = torch.where(
+        is_corner[:, None], (layers == 0) | (layers == size), (layers == 1) | (layers == size - 1)
+    ).any(1)
+    return TetGrid(layers * (2 / size) - 1.0, tets, border)
+
+
+@lru_cache(maxsize=4)
+def _triangles(device: torch.device) -> tuple[Tensor, Tensor]:
+    """By case (bit v: vertex v is inside): the number of triangles [16], and three edges of each [16, 2, 3]."""
+    corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    counts, table = torch.zeros(16, dtype=torch.int64), torch.zeros(16, 2, 3, dtype=torch.int64)
+    for case in range(1, 15):
+        inside = [v for v in range(4) if case >> v & 1]
+        outside = [v for v in range(4) if not case >> v & 1]
+        ring = [(i, o) for i in inside for o in outside]
+        if len(inside) == 2:
+            ring = [ring[0], ring[1], ring[3], ring[2]]
+        points = torch.stack([corners[i] + corners[o] for i, o in ring]) / 2
+        normal = torch.linalg.cross(points[1] - points[0], points[2] - points[0])
+        if normal @ (corners[outside].mean(0) - corners[inside].mean(0)) < 0:
+            ring.reverse()
+        edges = [EDGES.index((min(pair), max(pair))) for pair in ring]
+        counts[case] = len(edges) - 2
+        for k in range(len(edges) - 2):
+            table[case, k] = torch.tensor([edges[0], edges[k + 1], edges[k + 2]])
+    return counts.to(device), table.to(device)
+
+
+def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> Surface:
+    """The surface values = 0 around the region above it, for values [V] at positions [V, 3]; gradients into both.
+
+    Waits for the device: how large the surface is depends on the values.
+    """
+    device, count = values.device, values.shape[0]
+    inside = values.detach() > 0
+    case = (inside[tets] * torch.tensor([1, 2, 4, 8], device=device)).sum(1)
+    at = ((case > 0) & (case < 15)).nonzero()[:, 0]
+    case, found = case[at], tets[at]
+    ends = found[:, torch.tensor(EDGES, device=device)].sort(2).values  # [n, 6, 2]
+    crosses = inside[ends[..., 0]] != inside[ends[..., 1]]
+    key, number = torch.unique(ends[crosses] @ torch.tensor([count, 1], device=device), return_inverse=True)
+    vertex = torch.zeros_like(crosses, dtype=torch.int64).masked_scatter_(crosses, number)  # [n, 6]
+    counts, table = _triangles(device)
+    faces = [
+        vertex[counts[case] > k].gather(1, table[case[counts[case] > k], k]) for k in range(2)
+    ]  # triangles that meet on an edge share its vertex
+    low, high = key // count, key % count
+    start, end = values[low], values[high]
+    part = (start / (start - end))[:, None]
+    return Surface(positions[low] + part * (positions[high] - positions[low]), torch.cat(faces))
+
+
+def vertex_normals(surface: Surface) -> Tensor:
+    """Unit normals [V, 3], outward: the sum of the faces' normals, each weighted by its area."""
+    vertices, faces = surface
+    a, b, c = vertices[faces].unbind(1)
+    weighted = torch.linalg.cross(b - a, c - a)
+    normals = torch.zeros_like(vertices).index_add(0, faces.view(-1), weighted.repeat_interleave(3, dim=0))
+    # Below the floor a normal shrinks to zero instead of dividing 0 by 0.
+    return normals * normals.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()

@@ -1,0 +1,172 @@
+"""Grids of tetrahedra, the surfaces in them, signed distance to a mesh, and the terms that keep a mesh smooth."""
+
+import math
+
+import pytest
+import torch
+import trimesh
+
+from dream_fast.engine import signed_distance as module
+from dream_fast.engine.config import LossConfig
+from dream_fast.engine.losses import laplacian, mesh_regularizers, normal_consistency
+from dream_fast.engine.schedule import LinearSchedule
+from dream_fast.engine.signed_distance import inside, signed_distance
+from dream_fast.engine.tets import Surface, marching_tetrahedra, tet_grid, vertex_normals
+from dream_fast.kernels import opposite_corners
+
+
+def as_trimesh(surface: Surface) -> trimesh.Trimesh:
+    return trimesh.Trimesh(surface.vertices.detach().numpy(), surface.faces.numpy(), process=False)
+
+
+def from_trimesh(mesh: trimesh.Trimesh, dtype=torch.float32) -> Surface:
+    return Surface(torch.tensor(mesh.vertices).to(dtype), torch.tensor(mesh.faces))
+
+
+@pytest.mark.parametrize("size", [4, 6, 10])
+def test_a_grid_fills_its_inside_once_with_one_shape(size):
+    grid = tet_grid(size)
+    n = size // 2
+    assert len(grid.vertices) == (n + 1) ** 3 + n**3 == len(grid.vertices.unique(dim=0))
+    corners = grid.vertices[grid.tets].double()
+    volume = torch.linalg.det(corners[:, 1:] - corners[:, :1]) / 6
+    assert len(grid.tets) == 12 * n * n * (n - 1) and grid.vertices.abs().max() == 1
+    torch.testing.assert_close(volume, torch.full_like(volume, (2 / n) ** 3 / 12), rtol=1e-5, atol=0)
+    # The hull: between two tetrahedra lies each face but those of the border.
+    faces = torch.cat([grid.tets[:, [i for i in range(4) if i != k]] for k in range(4)]).sort(1).values
+    unique, times = faces.unique(dim=0, return_counts=True)
+    assert (
+        times.max() == 2 and grid.border[unique[times == 1]].all() and not grid.border[unique[times == 2]].all(1).all()
+    )
+    assert (grid.vertices[grid.border].abs().amax(1) >= 1 - 2 / size - 1e-6).all()
+
+
+@pytest.mark.parametrize("shape", ["ball", "ring", "noise"])
+def test_a_surface_is_closed_and_lies_where_the_values_are_zero(shape):
+    grid = tet_grid(24)
+    x = grid.vertices
+    values = {
+        "ball": 0.61 - x.norm(dim=1),
+        "ring": 0.2 - torch.hypot(torch.hypot(x[:, 0], x[:, 1]) - 0.55, x[:, 2]),
+        "noise": torch.randn(len(x), generator=torch.Generator().manual_seed(0)),
+    }[shape]
+    surface = marching_tetrahedra(x, torch.where(grid.border, -1.0, values), grid.tets)
+    mesh = as_trimesh(surface)
+    assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
+    used = surface.faces.unique()
+    assert len(used) == len(surface.vertices) and len(surface.faces) > 100
+    if shape == "noise":
+        return
+    expected = {"ball": 4 / 3 * math.pi * 0.61**3, "ring": 2 * math.pi**2 * 0.55 * 0.2**2}[shape]
+    assert mesh.volume == pytest.approx(expected, rel={"ball": 0.03, "ring": 0.12}[shape])
+    assert mesh.euler_number == {"ball": 2, "ring": 0}[shape]
+    outward = (vertex_normals(surface) * surface.vertices).sum(1)
+    assert shape != "ball" or (outward > 0.5 * surface.vertices.norm(dim=1)).all()
+
+
+def test_gradients_of_a_surface():
+    grid = tet_grid(4)
+    generator = torch.Generator().manual_seed(1)
+    values = (torch.randn(len(grid.vertices), generator=generator).double()).requires_grad_()
+    places = grid.vertices.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, v: marching_tetrahedra(x, v, grid.tets).vertices, (places, values), eps=1e-7
+    )
+
+
+def test_nothing_and_everything_have_no_surface():
+    grid = tet_grid(4)
+    for value in (-1.0, 0.0, 1.0):
+        surface = marching_tetrahedra(grid.vertices, torch.full((len(grid.vertices),), value), grid.tets)
+        assert surface.vertices.shape == (0, 3) and surface.faces.shape == (0, 3)
+
+
+# ------------------------------------------------------------------------------------------------- signed distance
+
+
+ORIGIN, SPACING, SHAPE = torch.tensor([-1.0, -0.98, -1.03]), torch.tensor([0.11, 0.093, 0.102]), (19, 22, 20)
+
+
+def lattice() -> torch.Tensor:
+    return ORIGIN + SPACING * torch.cartesian_prod(*map(torch.arange, SHAPE)).view(*SHAPE, 3)
+
+
+def signed(mesh: Surface, reach=0.3) -> torch.Tensor:
+    return signed_distance(mesh, ORIGIN, SPACING, SHAPE, reach)
+
+
+def box(extents, shift=0.0) -> torch.Tensor:
+    q = (lattice() - shift).abs() - torch.tensor(extents) / 2
+    return -(q.clamp(min=0).norm(dim=-1) + q.amax(-1).clamp(max=0))
+
+
+@pytest.mark.parametrize("pairs", [1 << 20, 700])
+def test_distance_to_a_box_is_exact(pairs, monkeypatch):
+    monkeypatch.setattr(module, "PAIRS", pairs)
+    mesh = from_trimesh(trimesh.creation.box((0.8, 1.1, 0.5)))
+    torch.testing.assert_close(signed(mesh), box((0.8, 1.1, 0.5)).clamp(-0.3, 0.3), rtol=0, atol=1e-6)
+
+
+def test_inside_out_overlapping_and_open_meshes():
+    solid = trimesh.creation.box((0.8, 1.1, 0.5))
+    expected = box((0.8, 1.1, 0.5)) > 0
+    flipped = Surface(torch.tensor(solid.vertices).float(), torch.tensor(solid.faces).flip(1))
+    assert torch.equal(inside(flipped, ORIGIN, SPACING, SHAPE), expected)
+    other = trimesh.creation.box((0.5, 0.5, 1.3))
+    both = inside(from_trimesh(trimesh.util.concatenate([solid, other])), ORIGIN, SPACING, SHAPE)
+    assert torch.equal(both, expected | (box((0.5, 0.5, 1.3)) > 0))
+    # A triangle is missing: lines through the hole are outvoted.
+    fine = solid.subdivide().subdivide()
+    opened = Surface(torch.tensor(fine.vertices).float(), torch.tensor(fine.faces)[1:])
+    assert torch.equal(inside(opened, ORIGIN, SPACING, SHAPE), expected)
+
+
+def test_beyond_the_lattice():
+    mesh = from_trimesh(trimesh.creation.icosphere(3, 5.0))
+    assert inside(mesh, ORIGIN, SPACING, SHAPE).all() and (signed(mesh) == 0.3).all()
+    away = mesh._replace(vertices=mesh.vertices + 20)
+    assert (signed(away) == -0.3).all()
+
+
+# ------------------------------------------------------------------------------------------------- losses of a mesh
+
+
+def test_normal_consistency_of_a_cube_and_a_plane():
+    cube = from_trimesh(trimesh.creation.box((1, 1, 1)), torch.float64)
+    # 12 edges at right angles, 6 diagonals in a plane.
+    assert normal_consistency(cube, opposite_corners(cube.faces)).item() == pytest.approx(12 / 18)
+    flat = Surface(torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]), torch.tensor([[0, 1, 2], [2, 1, 3]]))
+    assert normal_consistency(flat, opposite_corners(flat.faces)).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_laplacian_by_hand():
+    mesh = from_trimesh(trimesh.creation.icosphere(1), torch.float64)
+    by_hand = []
+    for number, place in enumerate(mesh.vertices):
+        neighbours = {int(v) for face in mesh.faces if number in face for v in face} - {number}
+        by_hand.append(sum(place - mesh.vertices[v] for v in neighbours).norm())
+    assert laplacian(mesh).item() == pytest.approx(torch.stack(by_hand).mean().item())
+
+
+def test_gradients_of_the_terms_and_their_weights():
+    mesh = from_trimesh(trimesh.creation.icosphere(1), torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    places = (mesh.vertices + 0.05 * torch.randn(mesh.vertices.shape, generator=generator).double()).requires_grad_()
+    beyond = opposite_corners(mesh.faces)
+
+    def terms(x):
+        return tuple(mesh_regularizers(Surface(x, mesh.faces), beyond, LossConfig()).values())
+
+    assert torch.autograd.gradcheck(terms, (places,))
+    surface = Surface(places, mesh.faces)
+    one = mesh_regularizers(surface, beyond, LossConfig(lambda_mesh_normal=1.0, lambda_mesh_laplacian=0.0))
+    assert one["mesh_normal"] == normal_consistency(surface, beyond) and len(one) == 1
+    annealed = LossConfig(lambda_mesh_laplacian=LinearSchedule(0.0, 0.0, 1.0, 1.0))
+    now = mesh_regularizers(surface, beyond, annealed, {"lambda_mesh_laplacian": 0.25})
+    assert now["mesh_laplacian"].item() == pytest.approx(laplacian(surface).item() / 4)
+
+
+def test_terms_of_a_collapsed_mesh_are_finite():
+    mesh = Surface(torch.zeros(3, 3, requires_grad=True), torch.tensor([[0, 1, 2], [0, 2, 1]]))
+    sum(mesh_regularizers(mesh, opposite_corners(mesh.faces), LossConfig()).values()).backward()
+    assert torch.isfinite(mesh.vertices.grad).all()
