@@ -17,12 +17,13 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import dream_fast
 from dream_fast.engine.argument_file import read_arguments
-from dream_fast.engine.config import Config, ScalarRange, check_value, settings, value_type
+from dream_fast.engine.config import Config, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
+from dream_fast.engine.room import ScalarRange, check_value, value_type
 from dream_fast.engine.schedule import LinearSchedule, Scalar
 
 _EXAMPLES = """examples:
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-config", "--print_config", action="store_true", help=COMMAND_FLAGS["--print-config"])
     parser.add_argument("-O", dest="O", action="store_true", help=COMMAND_FLAGS["-O"])
     parser.add_argument("-O2", dest="O2", action="store_true", help=COMMAND_FLAGS["-O2"])
+    parser.add_argument("--IF", action="store_true", help=COMMAND_FLAGS["--IF"])
     parser.add_argument("--cuda_ray", action="store_true", help=COMMAND_FLAGS["--cuda_ray"])
     groups: dict[str, Any] = {}
     for room, field in settings():

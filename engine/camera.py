@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.engine.config import CameraConfig, Range
+from dream_fast.engine.config import CameraConfig
+from dream_fast.engine.room import Range
 
 # (polar, azimuth) of the six views: front, +x side, back, -x side, above, below.
 SIX_VIEWS = {

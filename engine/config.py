@@ -9,129 +9,16 @@ Errors: every value is checked when a room is made; a bad one raises :class:`Use
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.schedule import LinearSchedule, Scalar, ever_below, largest, smallest
-
-Range = tuple[float, float]
-ScalarRange = tuple[Scalar, Scalar]
-# Settings that a score, a renderer or an optimiser reads as "no limit" where they are not positive.
-LIMITS = ("clip_grad_latent", "grad_clip", "grad_clip_rgb")
-
-BACKBONES = ("grid", "grid_torch", "vanilla")
-GRIDS, VANILLA = BACKBONES[:2], BACKBONES[2:]
+from dream_fast.engine.room import BACKBONES, GRIDS, VANILLA, Range, Room, ScalarRange, option, value_type
+from dream_fast.engine.schedule import LinearSchedule, Scalar, largest
 
 # The settings of the output camera's view.
 DEFAULT_VIEW = ("default_radius", "default_polar", "default_azimuth", "default_fovy")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    may_change: bool = False,
-    backbones: tuple[str, ...] = BACKBONES,
-) -> Any:
-    """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
-
-    ``may_change``: a resumed run may have another value (it shapes what is written, not what is learned).
-    ``backbones``: those that read it.
-    """
-    metadata = dict(help=help, choices=choices, low=low, above=above, high=high, below=below, may_change=may_change)
-    metadata["backbones"] = backbones
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    names[Scalar] = "a number or a schedule start:v0:v1:end"
-    if kind == ScalarRange:
-        return "two numbers, or schedules start:v0:v1:end"
-    if get_origin(kind) is tuple:
-        return "two numbers" if get_args(kind)[-1] is not Ellipsis else "a list of words"
-    return names[kind]
-
-
-def value_type(field: dataclasses.Field) -> Any:
-    """The field's type without ``| None``: int, float, str, bool, Scalar, a tuple of two of them, a tuple of words."""
-    if isinstance(field.type, UnionType) and field.type != Scalar:
-        return next(kind for kind in get_args(field.type) if kind is not type(None))
-    return field.type
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is tuple:
-        items = get_args(kind)
-        if not isinstance(value, tuple) or (items[-1] is not Ellipsis and len(value) != len(items)):
-            return False
-        return all(_has_type(item, items[0]) for item in value)
-    if kind == Scalar and isinstance(value, LinearSchedule):
-        return True
-    if kind in (float, Scalar):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def check_value(field: dataclasses.Field, value: Any) -> None:
-    """Raise UserError unless ``value`` has the field's type and lies within its bounds; a range is not reversed."""
-    flag, meta = f"--{field.name}", field.metadata
-    if value is None and isinstance(field.type, UnionType) and field.type != Scalar:
-        return
-    kind = value_type(field)
-    if not _has_type(value, kind):
-        raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
-    for item in _numbers(value):
-        if meta["choices"] is not None and item not in meta["choices"]:
-            raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
-        if isinstance(item, str) and not item.strip() and field.default != "":
-            raise UserError(f"{flag} is empty")
-        if isinstance(item, str | bool):
-            continue
-        if not math.isfinite(item):
-            raise UserError(f"{flag} must be a finite number, not {item}")
-        for bound, good, words in (
-            (meta["low"], lambda b, x: x >= b, "at least"),
-            (meta["above"], lambda b, x: x > b, "more than"),
-            (meta["high"], lambda b, x: x <= b, "at most"),
-            (meta["below"], lambda b, x: x < b, "less than"),
-        ):
-            if bound is not None and not good(bound, item):
-                raise UserError(f"{flag} must be {words} {bound:g}, not {item:g}")
-    if isinstance(value, LinearSchedule) and field.name in LIMITS and smallest(value) <= 0:
-        raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 is no limit to start from")
-    if kind == ScalarRange and any(isinstance(end, LinearSchedule) for end in value):
-        if ever_below(*value):
-            raise UserError(f"{flag} may be reversed during the run: from {value[0]} to {value[1]}")
-    elif kind in (Range, ScalarRange) and value[0] > value[1]:
-        raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
-    if kind == tuple[str, ...] and not value:
-        raise UserError(f"{flag} needs at least one value")
-
-
-def _numbers(value: Any) -> tuple[Any, ...]:
-    """The single values of a setting, of a schedule its two."""
-    if isinstance(value, tuple):
-        return tuple(number for item in value for number in _numbers(item))
-    return (value.first, value.last) if isinstance(value, LinearSchedule) else (value,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """Base of the rooms: checks every field when it is made."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_value(field, getattr(self, field.name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,10 +243,19 @@ class GuidanceConfig(Room):
     """The image model that guides, and how."""
 
     guidance: tuple[str, ...] = option(
-        ("dream-mini",), "the model that guides: the embedded one, or Stable Diffusion", choices=("dream-mini", "SD")
+        ("dream-mini",),
+        "the model that guides: the embedded one, Stable Diffusion, DeepFloyd IF on 64x64 pixels, or the likeness of "
+        "picture and prompt in CLIP; the losses of several are added",
+        choices=("dream-mini", "SD", "IF", "clip"),
     )
     sd_version: str | None = option(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
     hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by name")
+    if_key: str | None = option(
+        None, "the first stage of IF from a folder, or from the hub by name; default: DeepFloyd/IF-I-XL-v1.0"
+    )
+    clip_key: str | None = option(
+        None, "CLIP from a folder, or from the hub by name; default: openai/clip-vit-base-patch16"
+    )
     score: str = option(
         "sds",
         "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "
@@ -399,6 +295,9 @@ class GuidanceConfig(Room):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.guidance:
+            if self.guidance.count(name) > 1:
+                raise UserError(f"--guidance names {name} twice")
         if self.perpneg and self.score != "sds":
             raise UserError(f"--perpneg goes with --score sds only, not with {self.score}: leave one of them out")
         if self.loss_space == "x0" and self.score not in ("sds", "sdi"):
@@ -408,8 +307,13 @@ class GuidanceConfig(Room):
 
     @property
     def embedded(self) -> bool:
-        """Whether the model inside the package guides, and nothing has to be found or downloaded."""
-        return self.sd_version is None and self.hf_key is None
+        """Whether the model inside the package guides."""
+        return "dream-mini" in self.guidance and self.sd_version is None and self.hf_key is None
+
+    @property
+    def by_latents(self) -> bool:
+        """Whether a model that can be shown latents guides, and none that cannot but CLIP, which then waits."""
+        return "IF" not in self.guidance and self.guidance != ("clip",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,9 +412,28 @@ class Config:
     def __post_init__(self) -> None:
         if self.field.backbone in VANILLA and max(map(largest, (self.loss.lambda_tv, self.loss.lambda_wd))) > 0:
             raise UserError("--lambda_tv and --lambda_wd are of the hash table, which --backbone vanilla has not")
+        self._check_guidance()
         changing = self.read_on_the_host()
         if self.run.step_graph and changing:
             raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
+
+    def _check_guidance(self) -> None:
+        """UserError for what the models that guide cannot do."""
+        run, named = self.run, self.guidance.guidance
+        words = f"--guidance {' '.join(named)}"
+        if self.shading.latent_iter_ratio > 0 and not self.guidance.by_latents:
+            raise UserError(
+                f"--latent_iter_ratio {self.shading.latent_iter_ratio:g} does not go with {words}, which cannot be "
+                "shown latents: leave it out"
+            )
+        if run.attention not in ("auto", "sdpa") and not {"dream-mini", "SD"} & set(named):
+            raise UserError(
+                f"--attention {run.attention} is for Stable Diffusion: the models of {words} keep their own"
+            )
+        if run.step_graph and (len(named) > 1 or named == ("clip",)):
+            raise UserError(f"--step_graph replays steps of one diffusion model, not those of {words}: leave it out")
+        if self.output.save_guidance and named == ("clip",):
+            raise UserError("--save_guidance shows what a diffusion model sees, and --guidance clip has none")
 
     def read_on_the_host(self) -> list[str]:
         """The flags by which a kernel gets other numbers of the host in each step, so that no graph can replay it."""

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dream_fast.engine.config import Config, ScalarRange, settings, value_type
+from dream_fast.engine.config import Config, settings
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.room import ScalarRange, value_type
 from dream_fast.engine.schedule import Scalar
 
 # What the command takes beside the settings.
@@ -19,6 +20,7 @@ COMMAND_FLAGS = {
     "--print-config": "print the settings as JSON and stop",
     "-O": "--fp16 and --cuda_ray",
     "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless you type another value; nothing beside -O",
+    "--IF": "DeepFloyd IF in the place of SD in --guidance",
     "--cuda_ray": "march through the occupancy grid: always on with a grid, accepted for old commands",
 }
 
@@ -46,11 +48,13 @@ REFERENCE_FLAGS = """
 DIFFERENCES = {
     "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
     "--angle_overhead": "works on the prompt; the reference reads it nowhere",
+    "--IF": "or name IF in --guidance; --if_key takes another model than the XL one",
     "--ckpt": "latest, scratch or a path",
     "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
     "--file": "quotes and # comments work",
     "--fp16": "on a GPU; a CPU runs in fp32",
-    "--guidance": "one model: dream-mini, which needs no download, or SD",
+    "--guidance": "dream-mini needs no download; with clip the prompt follows the view as with the others, so the back "
+    "counts as much as the front",
     "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
     "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
     "--lambda_orient": "always a mean over samples",

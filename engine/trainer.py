@@ -33,7 +33,7 @@ from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.field import make_field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult
-from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
 from dream_fast.engine.losses import add_table_gradients, needs_normals, ramp, regularizers
 from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
@@ -111,7 +111,7 @@ class Step(NamedTuple):
 
     phase: Phase
     terms: dict[str, Tensor]  # weighted losses by name; the guidance first
-    t: Tensor  # [B] noise levels
+    t: Tensor  # [B] noise levels; none where no diffusion model guides
     grad_norm: Tensor  # of the guidance, in the latents
     opacity: Tensor  # [R]
     samples: Tensor  # how many there were
@@ -212,11 +212,16 @@ class Trainer:
         limit = dials.losses.get("grad_clip_rgb", config.loss.grad_clip_rgb)
         pictures = self._pictures(rendered, phase, batch, height, width, limit)
         self.mark("render")
-        ours = {"step": self.step, "settled": dials.settled} if isinstance(self.guidance, TextGuidance) else {}
+        ours = {"step": self.step} if isinstance(self.guidance, PromptGuidance) else {}
+        if dials.settled is not None:
+            ours["settled"] = dials.settled
         guided = self.guidance(
             pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **ours
         )
-        terms = {"guidance": guided.loss} | regularizers(
+        asked = {"guidance": guided.loss}
+        if guided.losses is not None:
+            asked = {f"guidance_{name}": loss for name, loss in guided.losses.items()}
+        terms = asked | regularizers(
             rendered,
             config.loss,
             up=dials.up,

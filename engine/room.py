@@ -1,0 +1,125 @@
+"""What a room of settings is made of: fields that are flags, each with a type, bounds and a help, checked at once.
+
+Errors: a bad value raises :class:`UserError` naming the flag and the value.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.schedule import LinearSchedule, Scalar, ever_below, smallest
+
+Range = tuple[float, float]
+ScalarRange = tuple[Scalar, Scalar]
+# Settings that a score, a renderer or an optimiser reads as "no limit" where they are not positive.
+LIMITS = ("clip_grad_latent", "grad_clip", "grad_clip_rgb")
+
+BACKBONES = ("grid", "grid_torch", "vanilla")
+GRIDS, VANILLA = BACKBONES[:2], BACKBONES[2:]
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    may_change: bool = False,
+    backbones: tuple[str, ...] = BACKBONES,
+) -> Any:
+    """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
+
+    ``may_change``: a resumed run may have another value (it shapes what is written, not what is learned).
+    ``backbones``: those that read it.
+    """
+    metadata = dict(help=help, choices=choices, low=low, above=above, high=high, below=below, may_change=may_change)
+    metadata["backbones"] = backbones
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names[Scalar] = "a number or a schedule start:v0:v1:end"
+    if kind == ScalarRange:
+        return "two numbers, or schedules start:v0:v1:end"
+    if get_origin(kind) is tuple:
+        return "two numbers" if get_args(kind)[-1] is not Ellipsis else "a list of words"
+    return names[kind]
+
+
+def value_type(field: dataclasses.Field) -> Any:
+    """The field's type without ``| None``: int, float, str, bool, Scalar, a tuple of two of them, a tuple of words."""
+    if isinstance(field.type, UnionType) and field.type != Scalar:
+        return next(kind for kind in get_args(field.type) if kind is not type(None))
+    return field.type
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        if not isinstance(value, tuple) or (items[-1] is not Ellipsis and len(value) != len(items)):
+            return False
+        return all(_has_type(item, items[0]) for item in value)
+    if kind == Scalar and isinstance(value, LinearSchedule):
+        return True
+    if kind in (float, Scalar):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_value(field: dataclasses.Field, value: Any) -> None:
+    """Raise UserError unless ``value`` has the field's type and lies within its bounds; a range is not reversed."""
+    flag, meta = f"--{field.name}", field.metadata
+    if value is None and isinstance(field.type, UnionType) and field.type != Scalar:
+        return
+    kind = value_type(field)
+    if not _has_type(value, kind):
+        raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
+    for item in _numbers(value):
+        if meta["choices"] is not None and item not in meta["choices"]:
+            raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
+        if isinstance(item, str) and not item.strip() and field.default != "":
+            raise UserError(f"{flag} is empty")
+        if isinstance(item, str | bool):
+            continue
+        if not math.isfinite(item):
+            raise UserError(f"{flag} must be a finite number, not {item}")
+        for bound, good, words in (
+            (meta["low"], lambda b, x: x >= b, "at least"),
+            (meta["above"], lambda b, x: x > b, "more than"),
+            (meta["high"], lambda b, x: x <= b, "at most"),
+            (meta["below"], lambda b, x: x < b, "less than"),
+        ):
+            if bound is not None and not good(bound, item):
+                raise UserError(f"{flag} must be {words} {bound:g}, not {item:g}")
+    if isinstance(value, LinearSchedule) and field.name in LIMITS and smallest(value) <= 0:
+        raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 is no limit to start from")
+    if kind == ScalarRange and any(isinstance(end, LinearSchedule) for end in value):
+        if ever_below(*value):
+            raise UserError(f"{flag} may be reversed during the run: from {value[0]} to {value[1]}")
+    elif kind in (Range, ScalarRange) and value[0] > value[1]:
+        raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
+    if kind == tuple[str, ...] and not value:
+        raise UserError(f"{flag} needs at least one value")
+
+
+def _numbers(value: Any) -> tuple[Any, ...]:
+    """The single values of a setting, of a schedule its two."""
+    if isinstance(value, tuple):
+        return tuple(number for item in value for number in _numbers(item))
+    return (value.first, value.last) if isinstance(value, LinearSchedule) else (value,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Base of the rooms: checks every field when it is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
