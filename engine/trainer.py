@@ -219,8 +219,8 @@ class Trainer:
             pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **ours
         )
         asked = {"guidance": guided.loss}
-        if guided.losses is not None:
-            asked = {f"guidance_{name}": loss for name, loss in guided.losses.items()}
+        if several := getattr(guided, "losses", None):  # a guidance of one's own need not have it
+            asked = {f"guidance_{name}": loss for name, loss in several.items()}
         terms = asked | regularizers(
             rendered,
             config.loss,
