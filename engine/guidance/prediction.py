@@ -59,8 +59,10 @@ def unet_rows(
         rows, levels = torch.cat([rows, further[0].to(components.dtype)]), torch.cat([levels, further[1]])
         prompts.append(further[2])
     embeddings = torch.cat(prompts).to(components.dtype)
-    out = components.unet(rows, levels, encoder_hidden_states=embeddings, return_dict=False)[0]
-    return out[:, : components.latent_channels].float().chunk(len(prompts))
+    out = components.unet(rows, levels, encoder_hidden_states=embeddings, return_dict=False)[0].float()
+    if out.shape[1] > components.latent_channels:
+        out = out[:, : components.latent_channels]
+    return out.chunk(len(prompts))
 
 
 def guide(
