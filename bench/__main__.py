@@ -10,7 +10,7 @@ COMMANDS = {
     "compare": "whether a result of `kernels` is slower than an earlier one",
     "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
     "main_job": "time and memory of the main command",
-    "quality": "whole runs with default settings, looked at by the judge",
+    "quality": "whole runs with default settings, or one set of them a score, looked at by the judge",
 }
 
 
