@@ -110,6 +110,22 @@ def test_every_score_guides_pixels(components: Components, options: dict) -> Non
     assert torch.isfinite(rgb.grad).all() and rgb.grad.abs().max() > 0
 
 
+def test_perp_neg_of_a_batch_is_that_of_its_samples(components: Components) -> None:
+    z, noise = torch.randn(2, 3, 3, SIZE, SIZE, generator=generator(1))
+    cond, uncond = torch.randn(2, 3, 77, 24, generator=generator(2))
+    others, weights = torch.randn(2, 77, 24, generator=generator(4)), torch.tensor([[-1.0, 0], [0, -2.0], [0, 0]])
+    score, t = ScoreDistillation(components, GuidanceConfig(perpneg=True)), torch.tensor([100, 500, 900])
+    scale = {"guidance_scale": torch.tensor(20.0)}
+    whole, *_ = score._gradient(z, t, cond, uncond, scale, noise, others, weights)
+    for i in range(3):
+        row = slice(i, i + 1)
+        one, *_ = score._gradient(z[row], t[row], cond[row], uncond[row], scale, noise[row], others, weights[row])
+        torch.testing.assert_close(whole[row], one, rtol=1e-3, atol=1e-3)
+    plain, *_ = score._gradient(z, t, cond, uncond, scale, noise)
+    torch.testing.assert_close(whole[2], plain[2], rtol=1e-3, atol=1e-3)
+    assert ((whole - plain).flatten(1).norm(dim=1)[:2] > 1e-2).all()
+
+
 def test_latents_are_refused(components: Components) -> None:
     prompts = torch.zeros(1, 77, 24)
     with pytest.raises(ValueError, match="the model works on pixels"):
