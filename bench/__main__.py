@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "whether a result of `kernels` is slower than an earlier one",
     "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
     "main_job": "time and memory of the main command",
+    "reference_lines": "command lines of stable-dreamfusion, run here, into docs/coming_from_stable_dreamfusion.md",
     "quality": "whole runs with default settings, or one set of them a score, looked at by the judge",
 }
 
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         print("usage: python -m dream_fast.bench COMMAND [--help]\n")
         for name, text in COMMANDS.items():
-            print(f"  {name:10} {text}")
+            print(f"  {name:15} {text}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     return importlib.import_module(f"dream_fast.bench.{argv[0]}").main(argv[1:])
 

@@ -104,6 +104,14 @@ def test_a_long_prompt_keeps_its_side_and_says_what_is_left_out(tiny_clip: Path,
     assert not torch.allclose(views[0], views[2])
 
 
+def test_a_step_reads_no_value(tiny_clip: Path, nothing_read) -> None:
+    guide, cameras = guidance(tiny_clip), turntable(CameraConfig(), 2, "cpu")
+    rgb = pictures(2, 40)
+    with nothing_read:
+        guide(rgb, cameras, progress=0.5).loss.backward()
+    assert rgb.grad.abs().max() > 0
+
+
 def test_latents_and_other_shapes_are_refused(tiny_clip: Path) -> None:
     guide, cameras = guidance(tiny_clip), turntable(CameraConfig(), 1, "cpu")
     for shown, latents in (

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -160,8 +161,37 @@ def test_half_precision_shards_load_under_the_names_that_the_libraries_write(tin
         load_components(broken, "cpu", kind="IF")
 
 
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_download_takes_one_set_of_weights(
+    broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """The hub has each model in fp32 and in fp16, the text encoder in shards, and files that nobody needs."""
+    import huggingface_hub
+
+    whole = load_components(broken, "cpu", kind="IF")
+    whole.text_encoder.half().save_pretrained(broken / "text_encoder", variant="fp16", max_shard_size="5KB")
+    whole.unet.half().save_pretrained(broken / "unet", variant="fp16")
+    for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "watermarker/model.safetensors"):
+        (broken / name).parent.mkdir(exist_ok=True)
+        (broken / name).write_bytes(b"junk")
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert name == "nobody/if"
+        for path in broken.rglob("*"):
+            relative = str(path.relative_to(broken))
+            if path.is_file() and any(fnmatch(relative, pattern) for pattern in allow_patterns):
+                (tmp_path / "cache" / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "cache" / relative)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    components = load_components("nobody/if", "cpu", dtype, kind="IF")
+    assert components.unet.dtype == dtype and components.name == "nobody/if"
+    fetched = {str(path.relative_to(tmp_path / "cache")) for path in (tmp_path / "cache").rglob("*.*")}
+    weights = {name for name in fetched if ".safetensors" in name or name.endswith(".bin")}
+    assert weights and all((".fp16" in name) == (dtype == torch.float16) for name in weights)
+    assert {name.split("/")[0] for name in weights} == {"text_encoder", "unet"}
+    assert not any(name.endswith(".bin") for name in weights)
 
 
 def test_what_is_no_first_stage_of_if_is_one_sentence(broken: Path, tiny_if_model: Path, tiny_model: Path) -> None:

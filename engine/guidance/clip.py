@@ -56,6 +56,8 @@ class ClipGuidance(PromptGuidance):
     ):
         self.model, self.views, self.config = model, views, config
         self.angle_overhead, self.view_blend, self.angle_front = angle_overhead, view_blend, angle_front
+        # Made once: a step that makes them would wait for the device.
+        self.mean, self.spread = (torch.tensor(x, device=views.device).view(3, 1, 1) for x in (MEAN, SPREAD))
 
     def __call__(
         self,
@@ -85,8 +87,7 @@ class ClipGuidance(PromptGuidance):
     def features(self, pictures: Tensor) -> Tensor:
         """Unit vectors [B, D] of ``pictures`` [B, 3, H, W] in [0, 1], differentiable."""
         pictures = resize(pictures, self.model.config.vision_config.image_size)
-        mean, spread = (torch.tensor(x, device=pictures.device).view(3, 1, 1) for x in (MEAN, SPREAD))
-        seen = self.model.vision_model(pixel_values=(pictures - mean) / spread)
+        seen = self.model.vision_model(pixel_values=(pictures - self.mean) / self.spread)
         return F.normalize(self.model.visual_projection(seen.pooler_output), dim=-1)
 
 
