@@ -126,7 +126,9 @@ def test_latents_and_other_shapes_are_refused(tiny_clip: Path) -> None:
 def test_a_model_that_does_not_load_is_one_sentence(tiny_clip: Path, tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    for source in (tmp_path / "gone", tiny_model, "nobody/nothing"):
+    with pytest.raises(UserError, match="the CLIP folder .*gone does not exist"):
+        load_clip(str(tmp_path / "gone"), "cpu")
+    for source in (tiny_model, "nobody/nothing"):
         with pytest.raises(UserError, match="the CLIP model .* does not load") as caught:
             load_clip(str(source), "cpu")
         assert "\n" not in str(caught.value)

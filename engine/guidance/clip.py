@@ -14,6 +14,7 @@ often be too small for fp16.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from dream_fast.engine.camera import Cameras
 from dream_fast.engine.config import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.guidance.loader import quiet_progress
+from dream_fast.engine.guidance.loader import HUB_NAME, quiet_progress
 from dream_fast.engine.guidance.prompts import VIEWS, fit, view_weights
 from dream_fast.engine.guidance.sds import GuidanceResult, InjectGradient, resize
 from dream_fast.engine.guidance.text import PromptGuidance
@@ -109,11 +110,15 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
     quiet_diffusers()
     from transformers import CLIPModel, CLIPTokenizer
 
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and not HUB_NAME.fullmatch(source):
+        raise UserError(f"the CLIP folder {folder} does not exist")
+    found = folder if folder.is_dir() else source
     try:
         with quiet_progress():
-            tokenizer = CLIPTokenizer.from_pretrained(source)
+            tokenizer = CLIPTokenizer.from_pretrained(found)
             model, info = CLIPModel.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                found, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"the CLIP model {source} does not load: {first_line(error)}") from error

@@ -50,6 +50,9 @@ COMPILED = ("unet", "vae")
 FUSED_FROM = 256
 
 
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
 class _Kind(NamedTuple):
     """What a kind of model consists of. ``parts``: folder of each component -> (class names that model_index.json may
     have, its configuration, stem of its weights or None)."""
@@ -282,7 +285,7 @@ def _find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"the model {folder} is a file; a folder in the layout of diffusers is needed")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+    if not HUB_NAME.fullmatch(str(source)):
         raise UserError(f"the model folder {folder} does not exist")
     return _download(str(source), kind, half=half)
 
