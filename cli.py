@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-config", "--print_config", action="store_true", help=COMMAND_FLAGS["--print-config"])
     parser.add_argument("-O", dest="O", action="store_true", help=COMMAND_FLAGS["-O"])
     parser.add_argument("-O2", dest="O2", action="store_true", help=COMMAND_FLAGS["-O2"])
+    parser.add_argument("--IF", action="store_true", help=COMMAND_FLAGS["--IF"])
     parser.add_argument("--cuda_ray", action="store_true", help=COMMAND_FLAGS["--cuda_ray"])
     groups: dict[str, Any] = {}
     for room, field in settings():

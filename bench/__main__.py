@@ -12,7 +12,8 @@ COMMANDS = {
     "main_job": "time and memory of the main command",
     "mesh": "meshes of finished runs beside their fields, and the time of the export",
     "sharpness": "mesh refinement against the field that it began from",
-    "quality": "whole runs with default settings, looked at by the judge",
+    "reference_lines": "command lines of stable-dreamfusion, run here, into docs/coming_from_stable_dreamfusion.md",
+    "quality": "whole runs with default settings, or one set of them a score, looked at by the judge",
 }
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         print("usage: python -m dream_fast.bench COMMAND [--help]\n")
         for name, text in COMMANDS.items():
-            print(f"  {name:10} {text}")
+            print(f"  {name:15} {text}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     return importlib.import_module(f"dream_fast.bench.{argv[0]}").main(argv[1:])
 

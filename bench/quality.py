@@ -8,6 +8,10 @@ seen as backs, are high. The prompts were fixed before any setting was tuned.
 --work holds what is done: rows.jsonl (a row a run, written as it ends), views/ (its pictures), runs/ (its workspace).
 The same command started again goes on from there, and ends by writing quality.json from the rows there are, all scored
 again by today's judge; `--seconds 0` starts no run and only does that.
+
+`--scores sds,csd,asd,ism` does that once for each score, each with its own defaults, in a folder of its own under
+--work, and writes quality_scores.json, a contact sheet a score (quality_SCORE.png) and a table. ISM (Interval Score
+Matching) is measured as sdi, which is of the same family and what --score offers.
 """
 
 import argparse
@@ -19,10 +23,11 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -31,7 +36,7 @@ from torch import Tensor
 
 from dream_fast.bench.judge import WEIGHTS, Judge, load_judge, verdicts
 from dream_fast.engine.camera import turntable
-from dream_fast.engine.config import Config
+from dream_fast.engine.config import Config, GuidanceConfig
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.prior import MODEL_FOLDER
@@ -54,6 +59,8 @@ AZIMUTHS, SIZE = 8, 128
 FRONT, BEHIND, BACK = 0, (3, 4, 5), 4  # of the azimuths 0, 45, ... 315: the front, those from behind, the back
 BACKGROUND = 0.75
 SCORES = ("object", "object_color", "janus", "front", "back")
+ALIASES = {"ism": "sdi"}  # other names of the scores that guide
+SHOWN = ("object", "object_color", "janus_rate", "front_rate", "back_rate", "runs")  # in the table of several scores
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -81,15 +88,15 @@ def assess(judge: Judge, pictures: Tensor, prompt: str) -> dict[str, float | Non
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
-def make(prompt: str, seed: int, work: Path, device: str) -> dict:
-    """One run of the command's own path in this process, and its pictures; returns its row."""
+def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, object]) -> dict:
+    """One run of the command's own path in this process, with ``other`` settings, and its pictures; returns its row."""
     from dream_fast.engine.run import run
 
     workspace = work / "runs" / _name(prompt, seed)
     shutil.rmtree(workspace, ignore_errors=True)
     typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
     typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
-    config = resolve(typed, "dream-mini", device)
+    config = resolve(typed | other, "dream-mini", device)
     start = time.monotonic()
     run(config)
     seconds = time.monotonic() - start
@@ -138,8 +145,15 @@ def _views(work: Path, prompt: str, seed: int) -> Path:
 # ----------------------------------------------------------------------------------------------------------- many runs
 
 
-def make_all(jobs: list[tuple[str, int]], work: Path, device: str, at_once: int, seconds: float) -> Iterator[dict]:
-    """Rows of the jobs as they end, `at_once` processes each taking one job after the other.
+def make_all(
+    jobs: list[tuple[str, int]],
+    work: Path,
+    device: str,
+    at_once: int,
+    seconds: float,
+    other: Mapping[str, object] = MappingProxyType({}),
+) -> Iterator[dict]:
+    """Rows of the jobs as they end, `at_once` processes each taking one job after the other; for `other` see `make`.
 
     A job is started only if, by the time that the last one took, it ends within `seconds`. A job that fails is said
     and left out; a process that dies ends the rest.
@@ -151,7 +165,7 @@ def make_all(jobs: list[tuple[str, int]], work: Path, device: str, at_once: int,
         while True:
             while queue and len(running) < at_once and time.monotonic() + last < deadline:
                 prompt, seed = queue.popleft()
-                running[pool.submit(make, prompt, seed, work, device)] = prompt, seed, time.monotonic()
+                running[pool.submit(make, prompt, seed, work, device, dict(other))] = prompt, seed, time.monotonic()
             if not running:
                 return
             for job in wait(running, return_when=FIRST_COMPLETED).done:
@@ -196,7 +210,7 @@ def same_work(work: Path, facts: dict) -> bool:
     return True
 
 
-def facts_of(device: str) -> dict:
+def facts_of(device: str, other: Mapping[str, object]) -> dict:
     """What all runs of one measurement share: settings, device and the embedded model's weights."""
     digest = hashlib.sha256()
     for path in sorted(MODEL_FOLDER.rglob("*.safetensors")):
@@ -204,7 +218,7 @@ def facts_of(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else machine()["processor"],
         "model": digest.hexdigest()[:16],
-        "settings": resolve({"fp16": True}, "dream-mini", device).to_dict(),
+        "settings": resolve({"fp16": True} | other, "dream-mini", device).to_dict(),
     }
 
 
@@ -275,45 +289,101 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
+    parser.add_argument("--scores", help="compare these scores, such as sds,csd,asd,ism")
+    parser.add_argument("--iters", type=int, help="steps of a run; default: the model's own")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run that would end later; 0: none at all")
     parser.add_argument("--no_prior", action="store_true", help="leave dream-mini's own pictures out")
     args = parser.parse_args(argv)
+    if args.iters is not None and args.iters < 1:
+        parser.error(f"--iters must be at least 1, not {args.iters}")
+    common = {} if args.iters is None else {"iters": args.iters}
+    if args.scores is not None:
+        scores = args.scores.split(",")
+        known = (*GuidanceConfig.__dataclass_fields__["score"].metadata["choices"], *ALIASES)
+        if unknown := [name for name in scores if name not in known]:
+            parser.error(f"--scores takes some of {','.join(known)}, not {unknown[0]!r}")
+        return compare_scores(scores, args, common, parser)
+    record = measure(args, args.work, common, parser, full=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
+    contact_sheet(args.work, tuple(args.prompts or PROMPTS), args.out / "quality.png")
+    if not args.prompts:
+        contact_sheet(args.work, HELD_OUT, args.work / "held_out.png")
+    print(json.dumps({k: v for k, v in record.items() if k not in ("rows", "settings")}, indent=1))
+    return 0
+
+
+def measure(
+    args: argparse.Namespace,
+    work: Path,
+    other: Mapping[str, object],
+    parser: argparse.ArgumentParser,
+    *,
+    full: bool = False,
+) -> dict:
+    """Make the runs that `work` lacks, with `other` settings, and return the record of all that there are.
+
+    ``full``: with the judge's own figures and dream-mini's pictures before it.
+    """
     held_out = () if args.prompts else HELD_OUT
     prompts = tuple(args.prompts or PROMPTS)
-    facts = facts_of(args.device)
-    if not same_work(args.work, facts):
-        parser.error(f"--work {args.work} holds runs of other settings, another device or another model: name another")
-    written = args.work / "rows.jsonl"
+    facts = facts_of(args.device, other)
+    if not same_work(work, facts):
+        parser.error(f"--work {work} holds runs of other settings, another device or another model: name another")
+    written = work / "rows.jsonl"
     done = {(row["prompt"], row["seed"]) for row in read_rows(written)}
     jobs = [(prompt, seed) for seed in range(args.seeds) for prompt in (*prompts, *held_out)]
     with written.open("a") as file:
         if written.stat().st_size and not written.read_text().endswith("\n"):
             file.write("\n")  # after a line that a killed command left
-        for row in make_all([j for j in jobs if j not in done], args.work, args.device, args.jobs, args.seconds):
+        for row in make_all([j for j in jobs if j not in done], work, args.device, args.jobs, args.seconds, other):
             line = json.dumps(row)
             print(line, flush=True)
             file.write(f"{line}\n")
             file.flush()
-    rows = scored_again([row for row in read_rows(written) if (row["prompt"], row["seed"]) in jobs], args.work)
+    rows = scored_again([row for row in read_rows(written) if (row["prompt"], row["seed"]) in jobs], work)
     rows.sort(key=lambda row: jobs.index((row["prompt"], row["seed"])))
-    record = {
+    missing = len(jobs) - len(rows)
+    if missing:
+        print(f"{missing} of {len(jobs)} runs are missing: start the same command again to go on")
+    judge = json.loads((Path(__file__).parent / "judge" / "judge.json").read_text())["held_out"] if full else None
+    return {
         **summary([row for row in rows if row["prompt"] in prompts]),
         "held_out": summary([row for row in rows if row["prompt"] in held_out]),
-        **({} if args.no_prior else prior(args.work, args.device)),
-        "judge": json.loads((Path(__file__).parent / "judge" / "judge.json").read_text())["held_out"],
+        **(prior(work, args.device) if full and not args.no_prior else {}),
+        **({"judge": judge} if full else {}),
         **facts,
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "jobs": args.jobs,
         "prompts": by_prompt(rows, (*prompts, *held_out)),
         "rows": rows,
     }
+
+
+def compare_scores(
+    scores: list[str], args: argparse.Namespace, common: Mapping[str, object], parser: argparse.ArgumentParser
+) -> int:
+    """`measure` once for each of ``scores``; writes the table, and a contact sheet for each."""
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
-    contact_sheet(args.work, prompts, args.out / "quality.png")
-    if held_out:
-        contact_sheet(args.work, held_out, args.work / "held_out.png")
-    print(json.dumps({k: v for k, v in record.items() if k not in ("rows", "settings")}, indent=1))
-    missing = len(jobs) - len(rows)
-    if missing:
-        print(f"{missing} of {len(jobs)} runs are missing: start the same command again to go on")
+    records = {}
+    for name in scores:
+        score = ALIASES.get(name, name)
+        if score != name:
+            print(f"{name} is measured as {score}, the score of its family that guides here", flush=True)
+        work = args.work / score
+        records[score] = measure(args, work, {**common, "score": score}, parser)
+        contact_sheet(work, tuple(args.prompts or PROMPTS), args.out / f"quality_{score}.png")
+        (args.out / "quality_scores.json").write_text(json.dumps(records, indent=1) + "\n")
+    print(table_of(records))
     return 0
+
+
+def table_of(records: Mapping[str, Mapping]) -> str:
+    """A Markdown table with a row a score: what the judge says of the prompts, and the seconds of a run."""
+    lines = [f"| score | {' | '.join(SHOWN)} | seconds a run |", f"|{'---|' * (len(SHOWN) + 2)}"]
+    for score, record in records.items():
+        shares = ["" if record[name] is None else f"{record[name]:.3f}" for name in SHOWN[:-1]]
+        seconds = _mean(record["rows"], "seconds")
+        time_of_one = "" if seconds is None else f"{seconds:.0f}"
+        lines.append(f"| {score} | {' | '.join([*shares, str(record['runs'])])} | {time_of_one} |")
+    return "\n".join(lines)

@@ -243,10 +243,19 @@ class GuidanceConfig(Room):
     """The image model that guides, and how."""
 
     guidance: tuple[str, ...] = option(
-        ("dream-mini",), "the model that guides: the embedded one, or Stable Diffusion", choices=("dream-mini", "SD")
+        ("dream-mini",),
+        "the model that guides: the embedded one, Stable Diffusion, DeepFloyd IF on 64x64 pixels, or the likeness of "
+        "picture and prompt in CLIP; the losses of several are added",
+        choices=("dream-mini", "SD", "IF", "clip"),
     )
     sd_version: str | None = option(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
     hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by name")
+    if_key: str | None = option(
+        None, "the first stage of IF from a folder, or from the hub by name; default: DeepFloyd/IF-I-XL-v1.0"
+    )
+    clip_key: str | None = option(
+        None, "CLIP from a folder, or from the hub by name; default: openai/clip-vit-base-patch16"
+    )
     score: str = option(
         "sds",
         "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "
@@ -286,6 +295,9 @@ class GuidanceConfig(Room):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.guidance:
+            if self.guidance.count(name) > 1:
+                raise UserError(f"--guidance names {name} twice")
         if self.perpneg and self.score != "sds":
             raise UserError(f"--perpneg goes with --score sds only, not with {self.score}: leave one of them out")
         if self.loss_space == "x0" and self.score not in ("sds", "sdi"):
@@ -295,8 +307,13 @@ class GuidanceConfig(Room):
 
     @property
     def embedded(self) -> bool:
-        """Whether the model inside the package guides, and nothing has to be found or downloaded."""
-        return self.sd_version is None and self.hf_key is None
+        """Whether the model inside the package guides."""
+        return "dream-mini" in self.guidance and self.sd_version is None and self.hf_key is None
+
+    @property
+    def by_latents(self) -> bool:
+        """Whether a model that can be shown latents guides, and none that cannot but CLIP, which then waits."""
+        return "IF" not in self.guidance and self.guidance != ("clip",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,6 +448,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.field.backbone in VANILLA and max(map(largest, (self.loss.lambda_tv, self.loss.lambda_wd))) > 0:
             raise UserError("--lambda_tv and --lambda_wd are of the hash table, which --backbone vanilla has not")
+        self._check_guidance()
         changing = self.read_on_the_host()
         if self.run.step_graph and changing:
             raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
@@ -440,6 +458,24 @@ class Config:
         """Height and width of a training render."""
         scale = self.dmtet.dmtet_reso_scale if self.dmtet.dmtet else 1
         return max(1, round(self.camera.h * scale)), max(1, round(self.camera.w * scale))
+
+    def _check_guidance(self) -> None:
+        """UserError for what the models that guide cannot do."""
+        run, named = self.run, self.guidance.guidance
+        words = f"--guidance {' '.join(named)}"
+        if self.shading.latent_iter_ratio > 0 and not self.guidance.by_latents:
+            raise UserError(
+                f"--latent_iter_ratio {self.shading.latent_iter_ratio:g} does not go with {words}, which cannot be "
+                "shown latents: leave it out"
+            )
+        if run.attention not in ("auto", "sdpa") and not {"dream-mini", "SD"} & set(named):
+            raise UserError(
+                f"--attention {run.attention} is for Stable Diffusion: the models of {words} keep their own"
+            )
+        if run.step_graph and (len(named) > 1 or named == ("clip",)):
+            raise UserError(f"--step_graph replays steps of one diffusion model, not those of {words}: leave it out")
+        if self.output.save_guidance and named == ("clip",):
+            raise UserError("--save_guidance shows what a diffusion model sees, and --guidance clip has none")
 
     def read_on_the_host(self) -> list[str]:
         """The flags by which a kernel gets other numbers of the host in each step, so that no graph can replay it."""

@@ -20,6 +20,7 @@ COMMAND_FLAGS = {
     "--print-config": "print the settings as JSON and stop",
     "-O": "--fp16 and --cuda_ray",
     "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless you type another value; nothing beside -O",
+    "--IF": "DeepFloyd IF in the place of SD in --guidance",
     "--cuda_ray": "march through the occupancy grid: always on with a grid, accepted for old commands",
 }
 
@@ -47,12 +48,14 @@ REFERENCE_FLAGS = """
 DIFFERENCES = {
     "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
     "--angle_overhead": "works on the prompt; the reference reads it nowhere",
+    "--IF": "or name IF in --guidance; --if_key takes another model than the XL one",
     "--ckpt": "latest, scratch or a path",
     "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
     "--dmtet": "also from a sphere; a checkpoint of it takes up, tests and exports as any other",
     "--file": "quotes and # comments work",
     "--fp16": "on a GPU; a CPU runs in fp32",
-    "--guidance": "one model: dream-mini, which needs no download, or SD",
+    "--guidance": "dream-mini needs no download; with clip the prompt follows the view as with the others, so the back "
+    "counts as much as the front",
     "--init_with": "the folder of a run, its checkpoint (.safetensors), or a mesh file; no .pth",
     "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
     "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",

@@ -44,6 +44,11 @@ MINI_DMTET: dict[str, dict[str, Any]] = {
     "cpu": DMTET_DEFAULTS | {"iters": 300, "dmtet_reso_scale": 2.0, "tet_grid_size": 64},
     "cuda": DMTET_DEFAULTS | {"dmtet_reso_scale": 2.0},
 }
+# What only a diffusion model reads.
+DIFFUSION_SETTINGS = (
+    "negative score loss_space inversion_steps guidance_scale t_range t_anneal guidance_rescale clip_grad_latent "
+    "perpneg negative_w front_decay_factor side_decay_factor compile"
+).split()
 # Why a setting is refused: with a grid, and with the vanilla backbone.
 WHY_OTHER = (
     "its rays march through the occupancy grid, where --max_steps sets the samples of a ray",
@@ -122,12 +127,13 @@ def mini_cuda_defaults() -> Config:
 
 
 def expand_shortcuts(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """What was typed, with ``-O`` and ``-O2`` (names O and O2) replaced by what they stand for.
+    """What was typed, with ``-O``, ``-O2`` and ``--IF`` (names O, O2 and IF) replaced by what they stand for.
 
-    They never overrule a setting that was typed as well. As in stable-dreamfusion ``-O2`` does nothing beside ``-O``.
-    UserError: marching through an occupancy grid for a backbone that has none.
+    They never overrule a setting that was typed as well, but ``--IF`` takes the place of SD in --guidance. As in
+    stable-dreamfusion ``-O2`` does nothing beside ``-O``. UserError: marching through an occupancy grid for a backbone
+    that has none; nothing that IF could replace.
     """
-    values = {name: value for name, value in typed.items() if name not in ("O", "O2")}
+    values = {name: value for name, value in typed.items() if name not in ("O", "O2", "IF")}
     meant: dict[str, Any] = {}
     if typed.get("O"):
         meant = {"fp16": True}
@@ -136,6 +142,12 @@ def expand_shortcuts(typed: Mapping[str, Any]) -> dict[str, Any]:
         if not typed.get("test"):  # the run that is looked at has its own
             meant["progressive_level"] = True
     values = meant | values
+    if typed.get("IF"):
+        named = values.get("guidance", ("SD",))
+        if not {"SD", "IF"} & set(named):
+            words = f"--guidance {' '.join(named)}"
+            raise UserError(f"--IF takes the place of SD, which {words} does not name: name IF there")
+        values["guidance"] = tuple(dict.fromkeys("IF" if name == "SD" else name for name in named))
     for name, flag in (("O", "-O"), ("cuda_ray", "--cuda_ray")):
         if typed.get(name) and values.get("backbone") == "vanilla":
             raise UserError(
@@ -145,16 +157,28 @@ def expand_shortcuts(typed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chosen_model(typed: Mapping[str, Any]) -> str:
-    """``"sd"`` when the typed settings name Stable Diffusion, else ``"dream-mini"``. UserError: a contradiction."""
-    if "hf_key" in typed and "sd_version" in typed:
+    """Whose defaults the typed settings ask for: "dream-mini" where it guides, else "sd".
+
+    UserError: models that contradict each other, and settings that none of them reads.
+    """
+    sources = [name for name in ("hf_key", "sd_version") if name in typed]
+    if len(sources) > 1:
         raise UserError("--hf_key and --sd_version both name a model: give one of them")
-    named = typed.get("guidance", ())
-    by_source = "hf_key" in typed or "sd_version" in typed
-    if len(named) > 1:
-        raise UserError(f"--guidance takes one model here, not {len(named)}: {' '.join(named)}")
-    if "dream-mini" in named and by_source:
-        raise UserError("--guidance dream-mini is the embedded model: leave out --hf_key and --sd_version")
-    return "sd" if by_source or "SD" in named else "dream-mini"
+    named = typed.get("guidance", ("SD",) if sources else ("dream-mini",))
+    keys = {name: "SD" for name in sources} | {"if_key": "IF", "clip_key": "clip"}
+    for key, model in keys.items():
+        if key in typed and model not in named:
+            words = f"--guidance {' '.join(named)}"
+            raise UserError(f"--{key} is a model for --guidance {model}, which {words} does not name: leave one out")
+    if "dream-mini" in named and (others := {"SD", "IF"} & set(named)):
+        raise UserError(
+            f"--guidance dream-mini does not go with {' and '.join(sorted(others))}: they need other settings of a run"
+        )
+    if named == ("clip",):
+        for name in typed:
+            if name in DIFFUSION_SETTINGS:
+                raise UserError(f"--{name} has no meaning with --guidance clip alone: only diffusion models read it")
+    return "dream-mini" if "dream-mini" in named else "sd"
 
 
 def _check_backbone(typed: Mapping[str, Any]) -> None:
@@ -193,11 +217,14 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     elif model == "dream-mini":
         # Replayed, two runs were not the same bit for bit; and it was measured with this backbone alone.
         plain = typed.get("backbone", "grid") == "grid" and not typed.get("deterministic")
+        plain = plain and len(typed.get("guidance", ("dream-mini",))) == 1
         values.setdefault("step_graph", plain and not base.override(typed).read_on_the_host())
     for name, value in SCORE_DEFAULTS.get(typed.get("score"), {}).items():
         values.setdefault(name, value)
     if model == "sd":
-        values["guidance"] = ("SD",)
-        if "hf_key" not in typed:
+        named = values.setdefault("guidance", ("SD",))
+        if "SD" in named and "hf_key" not in typed:
             values.setdefault("sd_version", "2.1")
+        if "SD" not in named or "IF" in named:  # nothing to show latents to, as in the reference's --IF
+            values.setdefault("latent_iter_ratio", 0.0)
     return base.override(values)

@@ -7,7 +7,6 @@ _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
 
 REFUSED_FLAGS: dict[str, str] = {
-    "--IF": "DeepFloyd IF is not there; use --sd_version or --hf_key",
     "--dataset_size_train": "an epoch is always 100 steps; set --iters",
     "--dont_override_stuff": "nothing that you type is overridden",
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
@@ -37,8 +36,6 @@ REFUSED_VALUES: dict[tuple[str, str], str] = {
     ("--backbone", "grid_tcnn"): "that is another extension's grid; use --backbone grid",
     ("--ckpt", "best"): "every checkpoint here holds the averaged weights; use --ckpt latest",
     ("--ckpt", "latest_model"): "a checkpoint is always taken up whole; use --ckpt latest",
-    ("--guidance", "IF"): "DeepFloyd IF is not there; use --sd_version or --hf_key",
-    ("--guidance", "clip"): "CLIP guidance is not there yet",
     ("--guidance", "zero123"): _IMAGE,
 }
 

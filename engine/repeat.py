@@ -9,7 +9,7 @@ from dream_fast.engine.presets import resolve
 from dream_fast.engine.room import value_type
 
 # What decides about other settings' defaults, so it comes before them.
-_DECIDING = ("hf_key", "sd_version", "preset", "score")
+_DECIDING = ("guidance", "hf_key", "sd_version", "preset", "score")
 _BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -32,6 +32,8 @@ def _typed(config: Config) -> dict[str, Any]:
     model = "dream-mini" if config.guidance.embedded else "sd"
     device = "cuda" if mine["device"] == "cuda" else "cpu"
     deciding = {name: mine[name] for name in _DECIDING if mine[name] != default[name]}
+    if deciding.get("guidance") == ("SD",):
+        del deciding["guidance"]  # its source says so
     base = resolve(deciding, model, device)
     differing = {
         field.name: mine[field.name]

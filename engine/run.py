@@ -24,10 +24,12 @@ from dream_fast.engine.export.mesh import mesh_paths, write_mesh, write_textured
 from dream_fast.engine.export.report import write_report
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.guidance.attention import Chosen
-from dream_fast.engine.guidance.loader import COMPILED, Components, choose_source, load_components
+from dream_fast.engine.guidance.clip import CLIP_MODEL, clip_guidance
+from dream_fast.engine.guidance.loader import COMPILED, IF_MODEL, Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
-from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.guidance.several import GuidanceSum
+from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
 from dream_fast.engine.mesh_renderer import MeshRenderer
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import known_words
@@ -79,27 +81,23 @@ def run(config: Config) -> int:
 
         check_watchable(config.output)
         earlier = [] if fresh else workspace.read_manifest().get("runs", [])
-        components = _load_guidance(config, runtime, trainer.attention)
-        prompts = _embed(config, components)
-        score = ScoreDistillation(components, config.guidance)
-        camera = config.camera
-        trainer.guidance = TextGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
-        trainer.attention = components.attention
+        guiding = load_guidance(config, runtime, trainer.attention)
+        trainer.guidance, trainer.attention = guiding.guidance, guiding.attention
 
         if fresh:
             workspace.clear()
         workspace.write_config(config)
         workspace.rewind(trainer.step)
         reporter.open_log(workspace.log)
-        manifest = _manifest(config, runtime, components, earlier, trainer.step)
+        manifest = _manifest(config, runtime, guiding, earlier, trainer.step)
         workspace.write_manifest(manifest)
-        reporter.say(_start_line(config, runtime, components, trainer.field, trainer.step))
+        reporter.say(_start_line(config, runtime, guiding, trainer.field, trainer.step))
         compile_kernels(config, runtime, reporter)
         times = [started, time.monotonic()]
         trainer.fit(workspace, reporter)
         times.append(time.monotonic())
         trainer.guidance = None
-        del components, prompts, score  # their memory is the outputs' now
+        del guiding  # its memory is the outputs' now
         write_outputs(trainer, workspace, reporter)
         times.append(time.monotonic())
         seconds, peak = times[-1] - started, peak_memory(runtime.device)
@@ -201,14 +199,53 @@ def _find_checkpoint(config: Config, workspace: Workspace) -> Path | None:
     return found[-1] if found else None
 
 
-def _load_guidance(config: Config, runtime: Runtime, kept: Chosen | None) -> Components:
-    """The image model; ``kept`` is the attention that a run which is taken up has computed with."""
-    guidance, run = config.guidance, config.run
-    source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
+class Guiding(NamedTuple):
+    """What guides a run, the models' names, and the attention of the one that is a Stable Diffusion, if one is."""
+
+    guidance: PromptGuidance
+    models: str
+    attention: Chosen | None
+
+
+def load_guidance(config: Config, runtime: Runtime, kept: Chosen | None = None) -> Guiding:
+    """Load the models that guide, one after the other, and embed the prompts; of several guidances the sum.
+
+    ``kept`` is the attention that a run which is taken up has computed with.
+    """
+    guidance, run, camera = config.guidance, config.run, config.camera
+    angles = (camera.angle_overhead, camera.view_blend, camera.angle_front)
+    parts: dict[str, PromptGuidance] = {}
+    models, attention = [], None
+    for name in guidance.guidance:
+        if name == "clip":
+            source = guidance.clip_key or CLIP_MODEL
+            parts[name] = clip_guidance(source, runtime.device, run.text, run.own_texts, guidance, *angles)
+            models.append(source)
+            continue
+        source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
+        if name == "IF":
+            source = guidance.if_key or IF_MODEL
+        components = _load_components(config, runtime, source, name, kept)
+        prompts = _embed(config, components, source)
+        parts[name] = TextGuidance(ScoreDistillation(components, guidance), prompts, *angles)
+        models.append(components.name)
+        if not components.latents_are_pixels:
+            attention = components.attention
+    whole = GuidanceSum(parts) if len(parts) > 1 else next(iter(parts.values()))
+    return Guiding(whole, " + ".join(models), attention)
+
+
+def _load_components(
+    config: Config, runtime: Runtime, source: str | Path, name: str, kept: Chosen | None
+) -> Components:
+    """The diffusion model at ``source``, for the guidance ``name``."""
+    run = config.run
     # A measurement may end differently the next time.
     attention = "sdpa" if run.deterministic and run.attention == "auto" else run.attention
     options = dict(vram_O=run.vram_O, attention=attention, kept=kept, compiled=COMPILED if run.compile else ())
     options["need_vae_decoder"] = config.output.save_guidance
+    if name == "IF":
+        options["kind"] = name
     components = load_components(source, runtime.device, runtime.dtype, **options)
     if config.shading.latent_iter_ratio > 0 and components.latent_channels != 4:
         raise UserError(
@@ -218,25 +255,27 @@ def _load_guidance(config: Config, runtime: Runtime, kept: Chosen | None) -> Com
     return components
 
 
-def _embed(config: Config, components: Components) -> PromptEmbeddings:
+def _embed(config: Config, components: Components, source: str | Path) -> PromptEmbeddings:
     """The prompts as the model reads them: of each text the embedded one gets only the words that it knows."""
     run = config.run
-    source = choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key)
     read = known_words if source == MODEL_FOLDER else str
     own = {view: read(text) for view, text in run.own_texts.items()}
     return PromptEmbeddings(components, read(run.text), read(run.negative), own=own)
 
 
-def _start_line(config: Config, runtime: Runtime, components: Components, field: SceneField, step: int) -> str:
+def _start_line(config: Config, runtime: Runtime, guiding: Guiding, field: SceneField, step: int) -> str:
     camera, guidance = config.camera, config.guidance
     kernels = f"field {field.plan(config.render.normals)}, " if runtime.device.type == "cuda" else ""
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
     score = f"{guidance.score}{' with Perp-Neg' * guidance.perpneg}, guidance scale {guidance.guidance_scale:g}"
-    attention = f"attention {components.attention}{', compiled' * config.run.compile}"
+    if guidance.guidance == ("clip",):
+        score = "likeness in CLIP"
+    notes = [f"attention {guiding.attention}"] * (guiding.attention is not None) + ["compiled"] * config.run.compile
+    models = guiding.models + (f" ({', '.join(notes)})" if notes else "")
     height, width = config.train_size
     mesh = f"a mesh in {config.dmtet.tet_grid_size} layers of tetrahedra, " * config.dmtet.dmtet
     return (
-        f"{config.run.text!r}: {components.name} ({attention}) on {runtime.description}; "
+        f"{config.run.text!r}: {models} on {runtime.description}; "
         f"{kernels}steps {step} to {config.run.iters}, {mesh}{views}{width}x{height} pixels, {score}, "
         f"{config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
     )
@@ -252,7 +291,7 @@ def _looking_line(config: Config, runtime: Runtime, step: int) -> str:
 
 
 def _manifest(
-    config: Config, runtime: Runtime, components: Components, earlier: list[dict[str, Any]], step: int
+    config: Config, runtime: Runtime, guiding: Guiding, earlier: list[dict[str, Any]], step: int
 ) -> dict[str, Any]:
     """What made this run, so that it can be made again; each time it is taken up adds to the ``earlier`` ones."""
     this = {
@@ -261,7 +300,7 @@ def _manifest(
         "from_step": step,
         "to_step": config.run.iters,
         "device": runtime.description,
-        "attention": str(components.attention),
+        "attention": None if guiding.attention is None else str(guiding.attention),
         "machine": machine(),
         "versions": _versions(),
         "git": _git_revision(),
@@ -269,7 +308,7 @@ def _manifest(
     return {
         "text": config.run.text,
         "seed": config.run.seed,
-        "model": components.name,
+        "model": guiding.models,
         "runs": [*earlier, this],
     }
 

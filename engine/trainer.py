@@ -34,7 +34,7 @@ from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.field import make_field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult
-from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
 from dream_fast.engine.losses import add_table_gradients, mesh_regularizers, needs_normals, ramp, regularizers
 from dream_fast.engine.mesh_renderer import MeshRenderer, RenderedMesh
 from dream_fast.engine.optim import LossScaler, Optimizer
@@ -113,7 +113,7 @@ class Step(NamedTuple):
 
     phase: Phase
     terms: dict[str, Tensor]  # weighted losses by name; the guidance first
-    t: Tensor  # [B] noise levels
+    t: Tensor  # [B] noise levels; none where no diffusion model guides
     grad_norm: Tensor  # of the guidance, in the latents
     opacity: Tensor  # [R]
     samples: Tensor  # how many there were
@@ -223,11 +223,16 @@ class Trainer:
         limit = dials.losses.get("grad_clip_rgb", config.loss.grad_clip_rgb)
         pictures = self._pictures(rendered, phase, batch, height, width, limit)
         self.mark("render")
-        ours = {"step": self.step, "settled": dials.settled} if isinstance(self.guidance, TextGuidance) else {}
+        ours = {"step": self.step} if isinstance(self.guidance, PromptGuidance) else {}
+        if dials.settled is not None:
+            ours["settled"] = dials.settled
         guided = self.guidance(
             pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **ours
         )
-        terms = {"guidance": guided.loss} | self._regularizers(rendered, dials, height, width, levels)
+        asked = {"guidance": guided.loss}
+        if several := getattr(guided, "losses", None):  # a guidance of one's own need not have it
+            asked = {f"guidance_{name}": loss for name, loss in several.items()}
+        terms = asked | self._regularizers(rendered, dials, height, width, levels)
 
         self.optimizer.zero_grad()
         (torch.stack(list(terms.values())).sum() * self.scaler.scale).backward()

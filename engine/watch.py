@@ -18,7 +18,7 @@ from dream_fast.engine.config import OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.guidance.looking import guidance_pictures
-from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.guidance.several import image_guidance
 from dream_fast.engine.profiling import Profile
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.workspace import Workspace
@@ -55,7 +55,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         trainer, workspace = self._trainer, self._workspace
-        if trainer.config.output.save_guidance and not isinstance(trainer.guidance, TextGuidance):
+        if trainer.config.output.save_guidance and image_guidance(trainer.guidance) is None:
             raise UserError("--save_guidance shows the latents of an image model, and this guidance has none")
         if trainer.config.output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -81,7 +81,7 @@ class Watch:
             self._profile.step()
 
     def _save_guidance(self, result: "Step") -> None:
-        components = self._trainer.guidance.score.components
+        components = image_guidance(self._trainer.guidance).score.components
         pictures = guidance_pictures(components, *result.seen, latents=result.phase.name == "latent")
         levels = " ".join(map(str, result.t.tolist()))
         path = self._workspace.guidance / f"step_{self._trainer.step:06d}.png"

@@ -115,6 +115,103 @@ def write_tiny_model(folder: Path, *, prediction_type: str = "epsilon", seed: in
     return folder
 
 
+def write_tiny_if_model(folder: Path, *, seed: int = 0) -> Path:
+    """Save a random model in the layout of IF's first stage: pixels 3 x 16 x 16, text width 24, a letter a token."""
+    import torch
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("\u2581", -2.0),
+        (",", -3.0),
+        *((x, -3.0) for x in letters),
+    ]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text_encoder = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=24,
+                d_kv=8,
+                d_ff=32,
+                num_layers=2,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=3,
+            out_channels=6,
+            act_fn="gelu",
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            attention_head_dim=8,
+            block_out_channels=(16, 32),
+            cross_attention_dim=32,
+            cross_attention_norm="group_norm",
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            encoder_hid_dim=24,
+            encoder_hid_dim_type="text_proj",
+            layers_per_block=1,
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            norm_num_groups=8,
+            resnet_time_scale_shift="scale_shift",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text_encoder.save_pretrained(folder / "text_encoder")
+    unet.save_pretrained(folder / "unet")
+    schedule = dict(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True)
+    DDPMScheduler(**schedule).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "IFPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "watermarker": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_tiny_clip(folder: Path, *, seed: int = 0) -> Path:
+    """Save a random CLIP: pictures 24 x 24, 16 numbers for a picture or a text."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    tokens = write_tokenizer(folder)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ends = dict(bos_token_id=tokens - 2, eos_token_id=tokens - 1, pad_token_id=tokens - 1)
+    text = sizes | ends | dict(vocab_size=tokens, max_position_embeddings=77)
+    vision = sizes | dict(image_size=24, patch_size=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_if_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model that works on pixels, as IF does."""
+    return write_tiny_if_model(tmp_path_factory.mktemp("models") / "tiny-if")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random CLIP."""
+    return write_tiny_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random noise-predicting model that loads with `load_components` in a fraction of a second."""

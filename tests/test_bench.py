@@ -108,10 +108,13 @@ def test_a_summary_averages_what_each_row_has():
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """Calls the command with runs that cost nothing; `bench.made` lists them, those in `bench.broken` fail."""
-    bench = SimpleNamespace(made=[], broken=set(), work=tmp_path / "work", out=tmp_path / "out", facts={"model": "m"})
+    bench = SimpleNamespace(
+        made=[], others=[], broken=set(), work=tmp_path / "work", out=tmp_path / "out", facts={"model": "m"}
+    )
 
-    def make(prompt, seed, work, device):
+    def make(prompt, seed, work, device, other):
         bench.made.append((prompt, seed))
+        bench.others.append(other)
         if (prompt, seed) in bench.broken:
             raise RuntimeError("out of memory")
         path = work / "views" / f"{prompt.replace(' ', '-')}-{seed}.png"
@@ -128,7 +131,7 @@ def bench(monkeypatch, tmp_path):
     bench.call = call
     monkeypatch.setattr(quality, "make", make)
     monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda number, **context: ThreadPoolExecutor(number))
-    monkeypatch.setattr(quality, "facts_of", lambda device: bench.facts)
+    monkeypatch.setattr(quality, "facts_of", lambda device, other: bench.facts | other)
     monkeypatch.setattr(quality, "load_judge", lambda: None)
     monkeypatch.setattr(quality, "assess", lambda judge, pictures, prompt: {"object": float(len(pictures))})
     return bench
@@ -162,6 +165,32 @@ def test_runs_of_other_settings_are_not_mixed(bench, capsys):
         bench.call()
     assert ended.value.code == 2 and not bench.made
     assert "holds runs of other settings" in capsys.readouterr().err
+
+
+def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
+    where = ["--work", str(bench.work), "--out", str(bench.out), "--device", "cpu", "--iters", "7", "--seeds", "1"]
+    words = [*where, "--prompts", "a mug", "a hat", "--scores", "sds,ism,csd"]
+    assert quality.main(words) == 0
+    assert bench.made == [("a mug", 0), ("a hat", 0)] * 3
+    assert bench.others == [{"iters": 7, "score": score} for score in ("sds", "sdi", "csd") for _ in range(2)]
+    said = capsys.readouterr().out
+    assert "ism is measured as sdi" in said
+    assert "| sdi | 8.000 |  |  |  |  | 2 | 2 |" in said
+    records = json.loads((bench.out / "quality_scores.json").read_text())
+    assert list(records) == ["sds", "sdi", "csd"] and records["csd"]["score"] == "csd"
+    for score in records:
+        assert Image.open(bench.out / f"quality_{score}.png").size == (8 * quality.SIZE + 8, quality.SIZE)
+    assert not (bench.out / "quality.json").exists()
+    bench.made.clear()
+    assert quality.main(words) == 0 and not bench.made  # taken up: all is done
+    with pytest.raises(SystemExit):
+        quality.main([*where, "--scores", "sds,dds"])
+    assert "--scores takes some of sds,csd,asd,sdi,ism, not 'dds'" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_score_are_its_own():
+    sds, csd = (quality.facts_of("cpu", {"score": score})["settings"]["guidance"] for score in ("sds", "csd"))
+    assert (sds["score"], csd["score"]) == ("sds", "csd") and sds["guidance_rescale"] != csd["guidance_rescale"]
 
 
 def test_no_run_starts_that_would_end_too_late(monkeypatch, tmp_path, bench):

@@ -115,6 +115,23 @@ def test_uniform_sphere_covers_the_upper_hemisphere_evenly():
     torch.testing.assert_close(height.mean(), torch.tensor(0.5), atol=0.02, rtol=0)  # uniform in y
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_batch_is_on_the_sphere_as_a_whole_and_as_often_as_its_rate_says(batch):
+    narrow = dict(radius_range=(2.0, 2.5), theta_range=(85.0, 95.0), phi_range=(-10.0, 10.0))
+    limits, spheres, generator = config(**narrow, uniform_sphere_rate=0.3), 0, torch.Generator().manual_seed(9)
+    for _ in range(400):
+        seen = sample_cameras(limits, batch, generator)
+        inside = (seen.polar - 90).abs().le(5) & seen.azimuth.abs().le(10)
+        spheres += not inside.all()
+        # Outside for one camera is the sphere for all: of four azimuths, a sector each, at most one can be near 0.
+        assert inside.all() or inside.sum() <= max(1, batch // 4)
+        assert seen.radius.min() >= 2 and seen.radius.max() <= 2.5  # those of the run, in either case
+    assert 0.24 < spheres / 400 < 0.36
+    never, always = (config(**narrow, uniform_sphere_rate=rate) for rate in (0.0, 1.0))
+    a, b = (sample_cameras(limits, batch, torch.Generator().manual_seed(3)) for limits in (never, always))
+    assert a.azimuth.abs().max() <= 10 and torch.equal(a.radius, b.radius)  # one draw, whatever the rate
+
+
 NARROW = dict(
     progressive_view=True,
     radius_range=(2.0, 4.0),

@@ -77,7 +77,11 @@ def engine(monkeypatch, tmp_path):
         (["--text", "a cat", "--lambda_rgb=3"], "--lambda_rgb is not available"),
         (["--text", "a cat", "--backbone", "mlp"], "--backbone is one of grid, grid_torch, vanilla, not 'mlp'"),
         (["--text", "a cat", "--backbone=grid_tcnn"], "--backbone grid_tcnn is not available"),
-        (["--text", "a cat", "--guidance", "SD", "clip"], "--guidance clip is not available"),
+        (["--text", "a cat", "--guidance", "SD", "zero123"], "--guidance zero123 is not available"),
+        (["--text", "a cat", "--guidance", "clip", "--IF"], "--IF takes the place of SD, which --guidance clip does"),
+        (["--text", "a cat", "--IF", "--sd_version", "2.1"], "--sd_version is a model for --guidance SD, which"),
+        (["--text", "a cat", "--IF", "--latent_iter_ratio", "0.1"], "--latent_iter_ratio 0.1 does not go with --guida"),
+        (["--text", "a cat", "--guidance", "clip", "--perpneg"], "--perpneg has no meaning with --guidance clip alone"),
         (["--text", "a cat", "--ckpt", "best"], "--ckpt best is not available"),
         (["--text", "a cat", "--iters", "0"], "--iters must be at least 1, not 0"),
         (["--text", "a cat", "--iters", "many"], "--iters: 'many' is not a whole number"),
@@ -147,6 +151,9 @@ def test_only_what_was_typed_is_typed():
         ("--no-fp16 -O", {"fp16": False}),
         ("-O2 --test", {"fp16": True, "backbone": "vanilla", "test": True}),
         ("--backbone vanilla", {"backbone": "vanilla"}),
+        ("--IF", {"guidance": ("IF",)}),
+        ("--guidance SD clip --IF", {"guidance": ("IF", "clip")}),
+        ("--guidance IF SD --IF", {"guidance": ("IF",)}),
     ],
 )
 def test_a_shortcut_never_overrules_what_was_typed(words, typed, capsys):

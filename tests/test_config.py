@@ -188,8 +188,13 @@ def test_which_model_guides():
     ("typed", "words"),
     [
         ({"hf_key": "a", "sd_version": "2.1"}, "give one of them"),
-        ({"guidance": ("dream-mini",), "hf_key": "a"}, "leave out"),
-        ({"guidance": ("SD", "dream-mini")}, "takes one model"),
+        ({"guidance": ("dream-mini",), "hf_key": "a"}, "--guidance dream-mini does not name: leave one out"),
+        ({"guidance": ("IF", "clip"), "sd_version": "1.5"}, "--sd_version is a model for --guidance SD, which"),
+        ({"if_key": "a"}, "--if_key is a model for --guidance IF, which --guidance dream-mini does not name"),
+        ({"guidance": ("SD",), "clip_key": "a"}, "--clip_key is a model for --guidance clip"),
+        ({"guidance": ("SD", "dream-mini")}, "dream-mini does not go with SD: they need other settings"),
+        ({"guidance": ("IF", "SD", "dream-mini")}, "dream-mini does not go with IF and SD"),
+        ({"guidance": ("clip",), "t_range": (0.1, 0.5)}, "--t_range has no meaning with --guidance clip alone"),
     ],
 )
 def test_two_models_at_once_are_refused(typed, words):
@@ -218,7 +223,24 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"angle_front": 181.0}, "--angle_front must be at most 180, not 181"),
         ({"optim": "sgd"}, "--optim is one of adan, adam, not 'sgd'"),
         ({"guidance": ()}, "--guidance needs at least one value"),
-        ({"guidance": ("IF",)}, "--guidance is one of dream-mini, SD, not 'IF'"),
+        ({"guidance": ("zero",)}, "--guidance is one of dream-mini, SD, IF, clip, not 'zero'"),
+        ({"guidance": ("SD", "SD")}, "--guidance names SD twice"),
+        (
+            {"guidance": ("SD", "IF")},
+            "--latent_iter_ratio 0.2 does not go with --guidance SD IF, which cannot be shown latents: leave it out",
+        ),
+        (
+            {"guidance": ("IF",), "latent_iter_ratio": 0.0, "attention": "cudnn"},
+            "--attention cudnn is for Stable Diffusion: the models of --guidance IF keep their own",
+        ),
+        (
+            {"guidance": ("SD", "clip"), "step_graph": True},
+            "--step_graph replays steps of one diffusion model, not those of --guidance SD clip: leave it out",
+        ),
+        (
+            {"guidance": ("clip",), "latent_iter_ratio": 0.0, "save_guidance": True},
+            "--save_guidance shows what a diffusion model sees, and --guidance clip has none",
+        ),
         ({"ema_decay": 1.0}, "--ema_decay must be less than 1, not 1"),
         ({"max_resolution": 8}, "--max_resolution 8 is less than --base_resolution 16: the levels .* coarse to fine"),
         ({"max_resolution": 40, "base_resolution": 41}, "--max_resolution 40 is less than --base_resolution 41: .*"),

@@ -164,5 +164,47 @@ def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
         added = field.table.grad - 1
         assert (added * field.table).sum() > 0  # descending shrinks the random table
         assert added.abs().max() > 0
-    # Weight decay, the last: 2 lambda e / rows of the level, times the loss scale. Level 0 has 64 rows.
-    torch.testing.assert_close(added[:64], 4 * 2e-2 * field.table[:64] / 64, atol=1e-5, rtol=0)
+
+
+def added_gradient(field, scale, step=50, **weights):
+    """What `add_table_gradients` adds, over the loss scale."""
+    field.table.grad = torch.zeros_like(field.table)
+    config = dataclasses.replace(LossConfig(), **NOTHING | weights)
+    generator = torch.Generator().manual_seed(0)
+    losses.add_table_gradients(field, config, step=step, iters=100, scale=scale, generator=generator)
+    return field.table.grad / scale
+
+
+def test_weight_decay_is_the_gradient_of_the_mean_squares_of_the_levels():
+    field = small_renderer().field
+    table = field.table.detach().clone().requires_grad_()
+    starts = field.spec.grid.offsets
+    levels = [table[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    assert len(levels) == 2
+    (expected,) = torch.autograd.grad(0.3 * sum(e.square().sum() / len(e) for e in levels), table)
+    torch.testing.assert_close(added_gradient(field, 4.0, lambda_wd=0.3), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("step", "up"), [(50, 1.0), (25, 0.5)])
+def test_total_variation_is_the_gradient_of_a_vertexs_distance_from_its_neighbours(monkeypatch, step, up):
+    """Vertex by vertex: sqrt(sum of squared differences + 1e-9) / 6, with those neighbours held that the grid has."""
+    monkeypatch.setattr(losses, "TV_POINTS", 60)
+    field = small_renderer().field
+    points = torch.rand(60, 3, generator=torch.Generator().manual_seed(0))
+    table = field.table.detach().double().requires_grad_()
+    fixed, sides, total = table.detach(), (-1, 1), 0.0
+    for start, size in zip(field.spec.grid.offsets[:-1], (4, 8), strict=True):  # both levels are dense
+
+        def row(vertex, start=start, size=size):
+            return start + vertex[0] + size * (vertex[1] + size * vertex[2])
+
+        for x, y, z in (points * size).int().tolist():
+            near = [(x + s, y, z) for s in sides] + [(x, y + s, z) for s in sides] + [(x, y, z + s) for s in sides]
+            near = [row(vertex) for vertex in near if 0 <= min(vertex) and max(vertex) < size]
+            assert 3 <= len(near) <= 6
+            differences = table[row((x, y, z))] - fixed[near]
+            total = total + (differences.square().sum(dim=0) + 1e-9).sqrt().sum() / 6
+    (expected,) = torch.autograd.grad(0.2 * up * total, table)
+    assert expected.count_nonzero() > 100
+    got = added_gradient(field, 8.0, step, lambda_tv=0.2)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)

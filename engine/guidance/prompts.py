@@ -8,6 +8,8 @@ linearly in the azimuth, unless an angle is given at which one ends and the next
 
 import logging
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +45,9 @@ class PromptEmbeddings:
         if unknown := own.keys() - set(VIEWS):
             raise ValueError(f"own has texts of {', '.join(VIEWS)}, not of {', '.join(sorted(unknown))}")
         endings = {view: f", {view} view" for view in VIEWS if view not in own}
-        text, negative = _fit(components, text, list(endings.values())), _fit(components, negative, [""])
-        texts = [text + endings[view] if view in endings else _fit(components, own[view], [""]) for view in VIEWS]
+        fitting = partial(fit, components.tokenizer, components.window)
+        text, negative = fitting(text, list(endings.values())), fitting(negative, [""])
+        texts = [text + endings[view] if view in endings else fitting(own[view], [""]) for view in VIEWS]
         encoded = encode(components, [*texts, negative])
         self.views = encoded[:-1]
         self.negative = encoded[-1:]
@@ -93,25 +96,23 @@ def view_weights(
 @torch.no_grad()
 def encode(components: Components, prompts: list[str]) -> Tensor:
     """Last hidden states [len(prompts), T, D] of the text encoder, prompts padded or cut to its window of T tokens."""
-    window = _window(components)
+    if components.t5:
+        prompts = [prompt.lower().strip() for prompt in prompts]  # as IF was trained
     tokens = components.tokenizer(
-        prompts, padding="max_length", max_length=window, truncation=True, return_tensors="pt"
+        prompts, padding="max_length", max_length=components.window, truncation=True, return_tensors="pt"
     )
     mask = None
-    if getattr(components.text_encoder.config, "use_attention_mask", False):
+    if components.t5 or getattr(components.text_encoder.config, "use_attention_mask", False):
         mask = tokens.attention_mask.to(components.device)
     # Stable Diffusion's own pipeline leaves the padding unmasked: that is what its UNet was trained with.
     return components.text_encoder(tokens.input_ids.to(components.device), attention_mask=mask)[0]
 
 
-def _fit(components: Components, text: str, endings: list[str]) -> str:
-    """The longest run of leading words of ``text`` that fits the window with each of ``endings`` after it."""
-    window = _window(components)
+def fit(tokenizer: Any, window: int, text: str, endings: list[str]) -> str:
+    """The longest run of leading words of ``text`` that fits ``window`` tokens with each of ``endings`` after it."""
 
     def fits(candidate: str) -> bool:
-        return all(
-            len(components.tokenizer(candidate + ending, verbose=False).input_ids) <= window for ending in endings
-        )
+        return all(len(tokenizer(candidate + ending, verbose=False).input_ids) <= window for ending in endings)
 
     words = text.split()
     if fits(text) or len(words) < 2:
@@ -125,8 +126,3 @@ def _fit(components: Components, text: str, endings: list[str]) -> str:
         " ".join(words[kept:]),
     )
     return " ".join(words[:kept])
-
-
-def _window(components: Components) -> int:
-    """Tokens that the text encoder reads at once, its two markers included."""
-    return min(components.tokenizer.model_max_length, components.text_encoder.config.max_position_embeddings)

@@ -49,11 +49,13 @@ def decode(components: Components, latents: Tensor) -> Tensor:
     Raises ValueError for components without the VAE's decoder.
     """
     _need_decoder(components)
+    if components.latents_are_pixels:
+        return (latents / 2 + 0.5).clamp(0, 1)
     latents = latents / components.scaling_factor + components.shift_factor
     images = components.vae.decode(latents.to(components.dtype), return_dict=False)[0]
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
 def _need_decoder(components: Components) -> None:
-    if components.vae.decoder is None:
+    if not components.latents_are_pixels and components.vae.decoder is None:
         raise ValueError("components have no VAE decoder; load them with need_vae_decoder=True")

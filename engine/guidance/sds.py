@@ -26,6 +26,8 @@ g = lambda_guidance (z - z0_hat), which is sqrt((1 - a_t) / a_t) (eps_hat - n) i
 
 At last g may be clamped to [-c, c], each element by itself (--clip_grad_latent).
 
+For a model that works on pixels (IF) z is the picture itself, resized and in [-1, 1].
+
 Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits for the device.
 """
 
@@ -56,7 +58,7 @@ class GuidanceResult(NamedTuple):
     finite when the gradient is not; ``gradient`` g [B, C, h, w] of the latents, before the division by B.
 
     To be looked at, where there are latents: ``noisy`` x_t and ``clean`` = (x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t),
-    the model's estimate of what it is without noise, each [B, C, h, w]."""
+    the model's estimate of what it is without noise, each [B, C, h, w]. ``losses``: of several guidances each one's."""
 
     loss: Tensor
     t: Tensor
@@ -64,6 +66,7 @@ class GuidanceResult(NamedTuple):
     gradient: Tensor
     noisy: Tensor | None = None
     clean: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class Settled(NamedTuple):
@@ -122,15 +125,18 @@ class ScoreDistillation:
         loss scale enters as the upstream gradient of ``loss``. With ``settled`` the call can be captured in a CUDA
         graph: it takes levels and scalars from there instead of ``progress`` and ``step``, and makes no graph of its
         own. ``negatives`` are prompts that the prediction turns away from besides (`perp_neg`). Raises ValueError for a
-        picture of the wrong shape.
+        picture of the wrong shape, and for latents where the model works on pixels.
         """
+        pixels = self.components.latents_are_pixels
+        if latents and pixels:
+            raise ValueError("latents must be False: the model works on pixels")
         channels = self.components.latent_channels if latents else 3
         if rgb.ndim != 4 or rgb.shape[1] != channels:
             raise ValueError(f"rgb must be [B, {channels}, H, W], not {list(rgb.shape)}")
         batch = len(rgb)
         device, size = self.components.device, self.components.latent_size
         shape = (batch, self.components.latent_channels, size, size)
-        draw = None if latents else torch.randn(shape, generator=generator, device=device)
+        draw = None if latents or pixels else torch.randn(shape, generator=generator, device=device)
         t = self.timesteps(batch, progress, generator, step) if settled is None else settled.t
         noise = torch.randn(shape, generator=generator, device=device)
         if settled is None:
@@ -149,7 +155,7 @@ class ScoreDistillation:
                 scalars = [numbers[name] for name in self.annealed]
                 inputs = (rgb.detach(), t, cond, uncond, draw, noise, *scalars, *others)
                 image_gradient, value, gradient, noisy, clean = score(*inputs)
-                loss = _InjectGradient.apply(rgb, image_gradient, value)
+                loss = InjectGradient.apply(rgb, image_gradient, value)
         return GuidanceResult(loss, t, torch.linalg.vector_norm(gradient), gradient, noisy, clean)
 
     def _score(
@@ -212,6 +218,8 @@ class ScoreDistillation:
     def _latents(self, picture: Tensor, draw: Tensor | None) -> Tensor:
         """Latents [B, C, h, w] of ``picture``: from the VAE's posterior by the normal ``draw``; None: it is latents."""
         model = self.components
+        if model.latents_are_pixels:
+            return resize(picture, model.latent_size) * 2 - 1
         if draw is None:
             return resize(picture, model.latent_size)
         images = resize(picture, model.image_size) * 2 - 1
@@ -293,7 +301,7 @@ def _annealed(config: GuidanceConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-class _InjectGradient(torch.autograd.Function):
+class InjectGradient(torch.autograd.Function):
     """The scalar ``value``, whose derivative in ``picture`` is declared to be ``gradient``."""
 
     @staticmethod

@@ -9,7 +9,16 @@ from dream_fast.engine.guidance.prompts import PromptEmbeddings, view_weights
 from dream_fast.engine.guidance.sds import GuidanceResult, ScoreDistillation, Settled
 
 
-class TextGuidance:
+class PromptGuidance:
+    """A guidance by a prompt: the trainer tells it the step besides, for its schedules.
+
+    Without ``takes_latents`` it can only be shown pictures.
+    """
+
+    takes_latents = True
+
+
+class TextGuidance(PromptGuidance):
     """Pulls pictures towards a prompt, seen from where their cameras stand.
 
     The trainer takes anything that is called like this and returns a ``loss`` that is differentiable in the pictures,
