@@ -1,7 +1,7 @@
 """The command ``dream-fast``: checks what was typed, settles the configuration, and hands it to the engine.
 
 Nothing heavy is imported before the arguments are good, so that help and a refused argument answer at once.
-Exit status: 0 done, 2 a mistake of the user (one sentence on stderr), 130 interrupted.
+Exit status: 0 done, 2 a mistake of the user (one sentence on stderr), 130 interrupted (SIGINT), 143 terminated.
 """
 
 import argparse
@@ -239,9 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dream-fast: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         print("dream-fast: interrupted", file=sys.stderr)
-        return 130
+        return getattr(signal, "status", 130)
 
 
 if __name__ == "__main__":

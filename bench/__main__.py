@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "whether a result of `kernels` is slower than an earlier one",
     "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
     "main_job": "time and memory of the main command",
+    "kills": "runs that are killed and taken up again, beside one that is not",
     "quality": "whole runs with default settings, looked at by the judge",
 }
 

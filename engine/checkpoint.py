@@ -7,7 +7,6 @@ leaves the previous one whole.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,8 +44,6 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
         mode = aside.stat().st_mode  # what the umask gives to any other file of the run
         save_file(tensors, aside, metadata=metadata)  # always makes a file that its owner alone can read
         aside.chmod(mode)
-        with open(aside, "rb") as handle:
-            os.fsync(handle.fileno())  # on disk before it takes the name
     for old in list_checkpoints(directory)[:-KEEP]:
         old.unlink()
     return path

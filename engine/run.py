@@ -33,6 +33,7 @@ from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
 from dream_fast.engine.scene_field import SceneField
+from dream_fast.engine.stopping import terminating_cleanly
 from dream_fast.engine.trainer import Trainer
 from dream_fast.engine.watch import check_watchable
 from dream_fast.engine.workspace import Workspace
@@ -63,7 +64,7 @@ def run(config: Config) -> int:
     if checkpoint is not None:
         trainer.load(checkpoint)
 
-    with _warnings_to(reporter):
+    with _warnings_to(reporter), terminating_cleanly():
         if config.run.test or trainer.step >= config.run.iters:
             reporter.open_log(workspace.log)
             reporter.say(_looking_line(config, runtime, trainer.step))

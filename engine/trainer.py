@@ -9,11 +9,8 @@ import dataclasses
 import json
 import math
 import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +35,9 @@ from dream_fast.engine.losses import add_table_gradients, needs_normals, ramp, r
 from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
 from dream_fast.engine.renderer import Rendered, Renderer
-from dream_fast.engine.runtime import Runtime, step_seed
+from dream_fast.engine.runtime import Runtime, seed_libraries, step_seed
 from dream_fast.engine.schedule import largest, value_at, values_at
+from dream_fast.engine.stopping import finishing_steps
 from dream_fast.engine.watch import Seen, Watch
 from dream_fast.engine.workspace import Workspace
 
@@ -162,8 +160,10 @@ class Trainer:
         """One step of the optimisation."""
         self.mark("start")
         config, progress, phases = self.config, self.schedule.progress(self.step), self.phases.progress(self.step)
-        dice = random.Random(step_seed(self.seed, self.step))
-        generator = self.generator.manual_seed(step_seed(self.seed, self.step))
+        seed = step_seed(self.seed, self.step)
+        seed_libraries(seed)
+        dice = random.Random(seed)
+        generator = self.generator.manual_seed(seed)
         phase = choose_phase(config.shading, phases, dice, self.step, progress)
         # The background network gets half of the steps, if there is one.
         network = phase.name != "latent" and self.field.has_background and dice.random() < 0.5
@@ -172,7 +172,7 @@ class Trainer:
             self.renderer.update_occupancy(generator, active_levels=levels)
         if self._graphs is None or not isinstance(self.guidance, TextGuidance):
             now = values_at(config.loss, self.step, progress)
-            dials = Dials(phase.ambient, ramp(self.step, config.run.iters), now, None)
+            dials = Dials(phase.ambient, ramp(progress), now, None)
             done = self._gradients(phase, network, dials, progress, levels)
         else:
             done = self._replayed_gradients(phase, network, progress)
@@ -236,7 +236,6 @@ class Trainer:
             self.field,
             config.loss,
             step=self.step,
-            iters=config.run.iters,
             progress=progress,
             scale=self.scaler.scale,
             generator=generator,
@@ -249,10 +248,10 @@ class Trainer:
 
     def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> Step:
         """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
-        batch, steps = self.config.camera.batch_size, self.config.run.iters
+        batch = self.config.camera.batch_size
         now = Dials(
             phase.ambient,
-            ramp(self.step, steps),
+            ramp(progress),
             values_at(self.config.loss, self.step, progress),
             self.guidance.settle(batch, self.step, progress, self.generator),
         )
@@ -303,21 +302,21 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def fit(self, workspace: Workspace, reporter: Reporter) -> None:
-        """Trains up to the configured iterations. Ctrl-C ends after the current step, with a checkpoint.
+        """Trains up to the configured iterations. A signal to stop ends it after the current step, with a checkpoint.
 
-        Raises KeyboardInterrupt then, and UserError when the gradients stay non-finite.
+        Raises Stopped then, and UserError when the gradients stay non-finite.
         """
         run, output = self.config.run, self.config.output
         evaluation, tests = output.eval_interval * EPOCH, output.test_interval * EPOCH
         saved = started = time.monotonic()
         logged_step, logged = self.step, started
         with (
-            stopped_by_signal() as stop,
+            finishing_steps() as stop,
             workspace.metrics.open("a", encoding="utf-8") as metrics,
             reporter.bar("start", run.iters, self.step) as bar,
             Watch(self, workspace, reporter) as watch,
         ):
-            while self.step < run.iters and not stop.is_set():
+            while self.step < run.iters and stop.number is None:
                 result = self.train_step()
                 last = self.step == run.iters
                 watch.step(result)
@@ -340,10 +339,12 @@ class Trainer:
                 if self.step % EPOCH == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS and not last:
                     self.save(workspace)
                     saved = time.monotonic()
-        self.save(workspace)
-        if stop.is_set():
+            if self.step >= run.iters:
+                workspace.clear_outputs()  # those of fewer steps, which would look like the end of this run
+            self.save(workspace)
+        if stop.number is not None:
             reporter.say(f"stopped after step {self.step} of {run.iters}; the same command takes it up again")
-            raise KeyboardInterrupt
+        stop.check()
 
     def _row(self, result: Step) -> dict[str, Any]:
         """A row of metrics.jsonl: numbers of the last step, and the count of skipped steps. Reads the device."""
@@ -412,6 +413,7 @@ class Trainer:
             "schedule": dataclasses.asdict(self.schedule),
             "phases": dataclasses.asdict(self.phases),
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "overflowed": self.overflowed,
             "attention": None if self.attention is None else list(self.attention),
         }
@@ -437,6 +439,7 @@ class Trainer:
             self.phases = Schedule(**phases).stretched(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
         self.overflowed.copy_(state["overflowed"])
+        self.skipped_in_a_row.copy_(state.get("skipped_in_a_row", torch.zeros(())))  # as above
         kept = state.get("attention")  # checkpoints of earlier versions have none
         self.attention = None if kept is None else Chosen(*kept)
 
@@ -457,24 +460,3 @@ def _number(tensor: Tensor) -> float | None:
     """A number for JSON, which knows no infinity."""
     value = tensor.item()
     return value if math.isfinite(value) else None
-
-
-@contextmanager
-def stopped_by_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a request to terminate sets; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -20,7 +20,7 @@ from typing import Any
 from dream_fast.engine.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.files import written_aside
+from dream_fast.engine.export.files import half_written, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +157,15 @@ class Workspace:
             else:
                 path.unlink(missing_ok=True)
 
+    def clear_outputs(self) -> None:
+        """Removes what a finished run writes at its end."""
+        shutil.rmtree(self.mesh, ignore_errors=True)
+        for path in [*self.results.glob("*"), self.report]:
+            if not path.name.startswith("turntable_step_"):  # of the steps, not of the end
+                path.unlink(missing_ok=True)
+
     def rewind(self, step: int) -> None:
-        """Drops what was recorded after ``step``: a run that resumes there records it again.
+        """Drops what was recorded after ``step``: a run that resumes there records it again. Half-written files go too.
 
         Rows of the metrics that cannot be read are dropped too, with a logged warning; the last one may be cut short by
         whatever stopped the run, so it goes without one.
@@ -166,6 +173,8 @@ class Workspace:
         for path in list_checkpoints(self.checkpoints):
             if step_of(path) > step:
                 path.unlink()
+        for path in half_written(self.path):
+            path.unlink(missing_ok=True)
         if self.metrics.exists():
             text = self.metrics.read_text(encoding="utf-8", errors="replace")
             rows = [(line, _step_of(line)) for line in text.split("\n")[:-1]]
