@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import dream_fast
-from dream_fast.engine.checkpoint import list_checkpoints
+from dream_fast.engine.checkpoint import Damaged, list_checkpoints
 from dream_fast.engine.compiling import compile_kernels
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
@@ -35,6 +35,7 @@ from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machin
 from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.stopping import terminating_cleanly
 from dream_fast.engine.trainer import Trainer
+from dream_fast.engine.troubles import disk_troubles
 from dream_fast.engine.watch import check_watchable
 from dream_fast.engine.workspace import Workspace
 
@@ -46,11 +47,16 @@ def run(config: Config) -> int:
 
     Everything that can be refused is refused before anything is written.
     """
+    workspace = Workspace(Path(config.run.workspace).expanduser())
+    workspace.check_usable()
+    with terminating_cleanly(), workspace.claimed(), disk_troubles(workspace):
+        return _run(config, workspace)
+
+
+def _run(config: Config, workspace: Workspace) -> int:
     started = time.monotonic()
     reporter = Reporter()
     runtime = choose_runtime(config)
-    workspace = Workspace(Path(config.run.workspace).expanduser())
-    workspace.check_usable()
     fresh = config.run.ckpt == "scratch"
     stored = None if fresh else workspace.stored_config()
     config = _with_seed(config, stored)
@@ -60,11 +66,9 @@ def run(config: Config) -> int:
         workspace.check_same_run(asked)
     prepare(runtime, config.run.seed, deterministic=config.run.deterministic, vram_O=config.run.vram_O)
     trainer = Trainer(config, runtime, config.run.seed)
-    checkpoint = _find_checkpoint(config, workspace)
-    if checkpoint is not None:
-        trainer.load(checkpoint)
+    spoiled = _load_checkpoint(trainer, config, workspace, reporter)
 
-    with _warnings_to(reporter), terminating_cleanly():
+    with _warnings_to(reporter):
         if config.run.test or trainer.step >= config.run.iters:
             reporter.open_log(workspace.log)
             reporter.say(_looking_line(config, runtime, trainer.step))
@@ -83,8 +87,11 @@ def run(config: Config) -> int:
         trainer.guidance = TextGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
         trainer.attention = components.attention
 
+        workspace.make()
         if fresh:
             workspace.clear()
+        for path in spoiled:
+            reporter.warn(f"the damaged checkpoint is kept as {workspace.set_aside(path)}")
         workspace.write_config(config)
         workspace.rewind(trainer.step)
         reporter.open_log(workspace.log)
@@ -165,8 +172,27 @@ def _with_seed(config: Config, stored: Config | None) -> Config:
     return config.override({"seed": draw_seed() if stored is None else stored.run.seed})
 
 
-def _find_checkpoint(config: Config, workspace: Workspace) -> Path | None:
-    """The checkpoint to start from, or None to start at the beginning."""
+def _load_checkpoint(trainer: Trainer, config: Config, workspace: Workspace, reporter: Reporter) -> list[Path]:
+    """Loads the checkpoint to start from, if there is one; returns those that are newer but damaged.
+
+    UserError: the only one is damaged, or the one that was asked for.
+    """
+    candidates, spoiled = _find_checkpoints(config, workspace), []
+    while candidates:
+        path = candidates.pop()
+        try:
+            trainer.load(path)
+            return spoiled
+        except Damaged as error:
+            if not candidates:
+                raise
+            spoiled.append(path)
+            reporter.warn(f"{error}: this run goes back to {candidates[-1].name}")
+    return spoiled
+
+
+def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:
+    """The checkpoints to start from, the best one last; none to start at the beginning."""
     own = list_checkpoints(workspace.checkpoints)
     if config.run.ckpt not in ("latest", "scratch"):
         path = Path(config.run.ckpt).expanduser()
@@ -175,11 +201,11 @@ def _find_checkpoint(config: Config, workspace: Workspace) -> Path | None:
                 f"--ckpt {path} would replace the run that --workspace {workspace.path} holds; leave it out to go on "
                 "with that run, or choose another --workspace"
             )
-        return path
+        return [path]
     found = own if config.run.ckpt == "latest" else []
     if config.run.test and not found:
         raise UserError(f"--test needs a checkpoint, and --workspace {workspace.path} has none yet")
-    return found[-1] if found else None
+    return found
 
 
 def _load_guidance(config: Config, runtime: Runtime, kept: Chosen | None) -> Components:

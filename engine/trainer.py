@@ -331,6 +331,7 @@ class Trainer:
                     watch.row(row)
                     self._show(bar, row)
                     self._check_alive()
+                    workspace.check_there()
                 bar.advance(self.step)
                 if self.step % evaluation == 0 or last:
                     self.validate(workspace)
@@ -406,6 +407,7 @@ class Trainer:
         return {name: value for name, value in shape.items() if name not in elsewhere}
 
     def save(self, workspace: Workspace) -> Path:
+        workspace.check_there()
         state = {
             "optimizer": self.optimizer.state_dict(),
             "renderer": self.renderer.sampler.state_dict(),

@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,20 @@ from dream_fast.engine.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.files import half_written, written_aside
+from dream_fast.engine.lock import Lock
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Workspace:
-    """The folder at ``path`` and the names of the things in it. Making one touches no disk."""
+    """The folder at ``path`` and the names of the things in it. Making one touches no disk.
+
+    ``lock`` keeps other processes out, inside `claimed`.
+    """
 
     path: Path
+    lock: Lock | None = None
 
     @property
     def config(self) -> Path:
@@ -112,6 +119,32 @@ class Workspace:
                     "dream-fast; choose another folder"
                 )
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Inside the `with` block no other process works here: from now on, or from when the folder is made on."""
+        if self.path.is_dir():
+            self._claim()
+        try:
+            yield
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+                self.lock = None
+
+    def _claim(self) -> None:
+        try:
+            self.lock = Lock(self.path)
+        except OSError as error:
+            raise UserError(f"--workspace {self.path} cannot be written to ({error.strerror})") from error
+
+    def check_there(self) -> None:
+        """UserError when the folder was moved or removed, or replaced, since it was claimed."""
+        if self.lock is not None and not self.lock.is_there():
+            raise UserError(
+                f"--workspace {self.path} is gone: it was moved, removed or unmounted during the run; what was saved "
+                "is where the folder is now, and the same command with that --workspace goes on from there"
+            )
+
     def stored_config(self) -> Config | None:
         """The configuration of the run that lives here, or None in a fresh folder."""
         if not self.config.exists():
@@ -130,11 +163,19 @@ class Workspace:
                 "--workspace, or replace that run with --ckpt scratch)"
             )
 
-    def write_config(self, config: Config) -> None:
+    def make(self) -> None:
+        """The folder, claimed. UserError: it cannot be made, or another run began in it since this one started."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--workspace {self.path} cannot be made ({error})") from error
+        if self.lock is None:
+            self._claim()
+            if self.config.exists():
+                raise UserError(f"another run has just begun in --workspace {self.path}; choose another one")
+
+    def write_config(self, config: Config) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -148,6 +189,10 @@ class Workspace:
             return json.loads(self.manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.manifest} cannot be used: {error}") from error
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Takes a damaged checkpoint out of the run, and keeps it: returns its new path."""
+        return checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
 
     def clear(self) -> None:
         """Removes the run that lives here: what ``--ckpt scratch`` asks for."""
@@ -173,6 +218,10 @@ class Workspace:
         for path in list_checkpoints(self.checkpoints):
             if step_of(path) > step:
                 path.unlink()
+        for folder in (self.validation, self.guidance, self.results):
+            for path in folder.glob("*step_*.*"):
+                if (number := path.stem.rpartition("_")[2]).isdecimal() and int(number[:12]) > step:
+                    path.unlink()
         for path in half_written(self.path):
             path.unlink(missing_ok=True)
         if self.metrics.exists():

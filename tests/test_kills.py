@@ -38,7 +38,7 @@ TINY = """
 
 
 def test_a_killed_run_is_taken_up_bit_for_bit(tiny_model):
-    """`python -m dream_fast.bench kills` with fewer runs. It dies at each stage of writing a checkpoint, and in steps."""
+    """`python -m dream_fast.bench kills` with fewer runs."""
     command = [sys.executable, "-P", "-m", "dream_fast.bench", "kills", "--times", "3", "--seed", "5"]
     done = subprocess.run(
         [*command, "--hf_key", str(tiny_model)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300

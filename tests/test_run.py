@@ -319,19 +319,24 @@ def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(copy, tiny_model, cap
     assert contents(copy) == before
 
 
-def test_without_its_damaged_newest_checkpoint_a_run_goes_on_from_the_one_before(copy, tiny_model, capsys):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(copy, tiny_model, capsys):
     longer = command(copy, tiny_model, "--iters", "6")
     assert main(longer) == 0
     newest = copy / "checkpoints" / "step_000006.safetensors"
-    newest.write_bytes(newest.read_bytes()[:5000])
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     with (copy / "metrics.jsonl").open("a") as metrics:
         metrics.write("junk\n")
-    sentence = refused(capsys, longer)
-    assert f"{newest} is damaged" in sentence and "remove it to go on from step_000004.safetensors" in sentence
-    newest.unlink()
+    capsys.readouterr()
+    assert main(["--test", "--six_views", "--workspace", str(copy)]) == 0  # looking changes nothing
+    assert newest.exists() and "goes back to step_000004.safetensors" in capsys.readouterr().out
     assert main(longer) == 0
-    assert "warning: " in (said := capsys.readouterr().out) and "cannot be read" in said
+    said = capsys.readouterr().out
+    assert f"warning: the checkpoint {newest} is damaged" in said and "goes back to step_000004.safetensors" in said
+    assert "goes back to step_000004.safetensors" in (copy / "log.txt").read_text() and "cannot be read" in said
     assert [json.loads(row)["step"] for row in (copy / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
+    assert newest.read_bytes() == whole  # reached once more
+    assert newest.with_name("damaged_step_000006.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, tiny_model, capsys):
