@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--file", metavar="FILE", help=COMMAND_FLAGS["--file"])
     parser.add_argument("--print-config", "--print_config", action="store_true", help=COMMAND_FLAGS["--print-config"])
+    parser.add_argument("--doctor", action="store_true", help=COMMAND_FLAGS["--doctor"])
     parser.add_argument("-O", dest="O", action="store_true", help=COMMAND_FLAGS["-O"])
     parser.add_argument("-O2", dest="O2", action="store_true", help=COMMAND_FLAGS["-O2"])
     parser.add_argument("--cuda_ray", action="store_true", help=COMMAND_FLAGS["--cuda_ray"])
@@ -229,6 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         typed = parse(sys.argv[1:] if argv is None else argv)
         typed.pop("cuda_ray", None)
         print_only = typed.pop("print_config", False)
+        if typed.pop("doctor", False):
+            from dream_fast.bench import doctor
+
+            return doctor.main()
         config = _settle(typed, print_only)
         if print_only:
             print(json.dumps(config.to_dict(), indent=2))

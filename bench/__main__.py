@@ -11,6 +11,7 @@ COMMANDS = {
     "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
     "main_job": "time and memory of the main command",
     "kills": "runs that are killed and taken up again, beside one that is not",
+    "selftest": "every kernel once against its reference, on tiny inputs",
     "quality": "whole runs with default settings, looked at by the judge",
 }
 
