@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import dream_fast
 from dream_fast.engine.checkpoint import Damaged, list_checkpoints
 from dream_fast.engine.compiling import compile_kernels
-from dream_fast.engine.config import Config
+from dream_fast.engine.config import Config, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import write_mesh
@@ -28,6 +28,7 @@ from dream_fast.engine.guidance.loader import COMPILED, Components, choose_sourc
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.health import KINDS, RESCUED, Lost, flags, rescued
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
@@ -35,7 +36,7 @@ from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machin
 from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.stopping import terminating_cleanly
 from dream_fast.engine.trainer import Trainer
-from dream_fast.engine.troubles import disk_troubles
+from dream_fast.engine.troubles import disk_troubles, memory_troubles
 from dream_fast.engine.watch import check_watchable
 from dream_fast.engine.workspace import Workspace
 
@@ -45,21 +46,35 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "safeten
 def run(config: Config) -> int:
     """Optimises (unless ``--test``, or all iterations are done) and writes the outputs; returns the exit status.
 
+    With --rescue a run whose object is lost starts again with other settings, at most twice.
+
     Everything that can be refused is refused before anything is written.
     """
     workspace = Workspace(Path(config.run.workspace).expanduser())
     workspace.check_usable()
-    with terminating_cleanly(), workspace.claimed(), disk_troubles(workspace):
-        return _run(config, workspace)
-
-
-def _run(config: Config, workspace: Workspace) -> int:
-    started = time.monotonic()
     reporter = Reporter()
+    with terminating_cleanly(), workspace.claimed(), disk_troubles(workspace), memory_troubles(config, workspace):
+        for last in (False, False, True):
+            try:
+                return _run(config.override({"rescue": config.run.rescue and not last}), workspace, reporter)
+            except Lost as lost:
+                tried = workspace.stored_config() or config
+                changes = rescued(tried, lost.kind)
+                config = tried.override({**changes, "ckpt": "latest", "rescue": True})
+                workspace.clear()
+                workspace.write_config(config)
+                reporter.warn(f"{KINDS[lost.kind]}: starting again with {flags(changes)}")
+        raise AssertionError("the last turn does not raise Lost")
+
+
+def _run(config: Config, workspace: Workspace, reporter: Reporter) -> int:
+    started = time.monotonic()
     runtime = choose_runtime(config)
     fresh = config.run.ckpt == "scratch"
     stored = None if fresh else workspace.stored_config()
     config = _with_seed(config, stored)
+    if stored is not None and config.run.rescue:
+        config = config.override({name: _setting(stored, name) for name in RESCUED})
     if stored is not None:
         # Looking at a run is no part of it, so that may happen on another device.
         asked = config.override({"device": stored.run.device}) if config.run.test else config
@@ -189,6 +204,10 @@ def _load_checkpoint(trainer: Trainer, config: Config, workspace: Workspace, rep
             spoiled.append(path)
             reporter.warn(f"{error}: this run goes back to {candidates[-1].name}")
     return spoiled
+
+
+def _setting(config: Config, name: str) -> Any:
+    return next(getattr(getattr(config, room.name), name) for room, field in settings() if field.name == name)
 
 
 def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:

@@ -31,6 +31,7 @@ from dream_fast.engine.field import make_field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.health import ALL, DIVERGED, LOST, NOTHING, Lost, diagnosis, lost_sentence, memory_sentence
 from dream_fast.engine.losses import add_table_gradients, needs_normals, ramp, regularizers
 from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
@@ -43,7 +44,6 @@ from dream_fast.engine.workspace import Workspace
 
 EPOCH = 100  # steps; validation pictures and checkpoints fall on its multiples
 CHECKPOINT_SECONDS = 30.0  # a fast run does not write a checkpoint every epoch
-DIVERGED = 50  # steps in a row without a finite gradient: more than a loss scale needs to find its place
 NEUTRAL = 0.5  # background of the latent phase: the middle of the latents' range
 
 Guidance = Callable[..., GuidanceResult]  # called like engine.guidance.text.TextGuidance
@@ -146,6 +146,7 @@ class Trainer:
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.lost_in_a_row = torch.zeros(2, dtype=torch.int64, device=runtime.device)  # without an object, full of it
         self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
         self._graphs: CudaGraphs | None = None  # of the gradient of a step, one a kind of step
         self._graphs_capacity = 0
@@ -188,6 +189,8 @@ class Trainer:
         self.skipped += skipped
         self.overflowed += done.overflow
         self.skipped_in_a_row.add_(1).mul_(skipped)
+        opacity = done.opacity.mean()
+        self.lost_in_a_row.add_(1).mul_(torch.stack([opacity < NOTHING, opacity > ALL]))
         self.mark("optimiser")
         self.step += 1
         return done._replace(phase=phase)
@@ -309,7 +312,7 @@ class Trainer:
         run, output = self.config.run, self.config.output
         evaluation, tests = output.eval_interval * EPOCH, output.test_interval * EPOCH
         saved = started = time.monotonic()
-        logged_step, logged = self.step, started
+        logged_step, logged, warned = self.step, started, ""
         with (
             finishing_steps() as stop,
             workspace.metrics.open("a", encoding="utf-8") as metrics,
@@ -317,7 +320,7 @@ class Trainer:
             Watch(self, workspace, reporter) as watch,
         ):
             while self.step < run.iters and stop.number is None:
-                result = self.train_step()
+                result = self._train_step_or_save(workspace)
                 last = self.step == run.iters
                 watch.step(result)
                 if self.step % run.log_every == 0 or last:
@@ -330,8 +333,10 @@ class Trainer:
                     metrics.flush()
                     watch.row(row)
                     self._show(bar, row)
-                    self._check_alive()
+                    self._check_alive(row)
                     workspace.check_there()
+                if self.step % run.log_every == 0 or self.step % EPOCH == 0:
+                    warned = self._check_object(reporter, warned)
                 bar.advance(self.step)
                 if self.step % evaluation == 0 or last:
                     self.validate(workspace)
@@ -368,15 +373,37 @@ class Trainer:
 
     def _show(self, bar: Bar, row: dict[str, Any]) -> None:
         terms = {name.removeprefix("loss_"): value for name, value in row.items() if name.startswith("loss_")}
-        bar.show(row["phase"], row["it_per_s"], terms | {"opacity": row["opacity"]})
+        skipped = {"skipped": row["skipped"]} if row["skipped"] else {}
+        bar.show(row["phase"], row["it_per_s"], terms | {"opacity": row["opacity"]} | skipped)
 
-    def _check_alive(self) -> None:
+    def _train_step_or_save(self, workspace: Workspace) -> Step:
+        """One step. UserError: the GPU's memory does not suffice; what the steps before it reached is saved."""
+        try:
+            return self.train_step()
+        except torch.OutOfMemoryError as error:
+            self._graphs = None
+            path = self.save(workspace)
+            way_on = (
+                f"the checkpoint of step {self.step} is saved ({path.name}), and the same command with them goes on"
+            )
+            raise UserError(memory_sentence(self.config, error, way_on)) from error
+
+    def _check_alive(self, row: dict[str, Any]) -> None:
         bad = int(self.skipped_in_a_row)
         if bad >= DIVERGED:
-            raise UserError(
-                f"the gradients of the last {bad} steps were not finite, so the run cannot go on (a lower --lr or "
-                "--guidance_scale may help); its last checkpoint is kept"
-            )
+            raise UserError(diagnosis(self.config, bad, row))
+
+    def _check_object(self, reporter: Reporter, warned: str) -> str:
+        """Warns of an object that is lost, once for each way; raises Lost with --rescue. Reads the device."""
+        lost = [
+            kind for kind, count in zip(("vanished", "full"), self.lost_in_a_row.tolist(), strict=True) if count >= LOST
+        ]
+        if not lost or lost[0] == warned:
+            return warned
+        if self.config.run.rescue:
+            raise Lost(lost[0])
+        reporter.warn(lost_sentence(self.config, lost[0], self.step))
+        return lost[0]
 
     @torch.no_grad()
     def validate(self, workspace: Workspace) -> Path:
@@ -417,6 +444,7 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "overflowed": self.overflowed,
+            "lost_in_a_row": self.lost_in_a_row,
             "attention": None if self.attention is None else list(self.attention),
         }
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
@@ -442,6 +470,7 @@ class Trainer:
         self.skipped.copy_(state["skipped"])
         self.overflowed.copy_(state["overflowed"])
         self.skipped_in_a_row.copy_(state.get("skipped_in_a_row", torch.zeros(())))  # as above
+        self.lost_in_a_row.copy_(state.get("lost_in_a_row", torch.zeros(2)))
         kept = state.get("attention")  # checkpoints of earlier versions have none
         self.attention = None if kept is None else Chosen(*kept)
 

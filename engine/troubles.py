@@ -1,4 +1,5 @@
-"""What the machine does to a run, as one sentence with the way on: a disk that is full or gone."""
+"""What the machine does to a run, as one sentence with the way on: a disk that is full or gone, a GPU whose
+memory is."""
 
 import errno
 import os
@@ -6,8 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from dream_fast.engine.checkpoint import list_checkpoints, step_of
+from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.health import memory_sentence
 from dream_fast.engine.workspace import Workspace
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,6 +32,15 @@ def disk_troubles(workspace: Workspace) -> Iterator[None]:
         what = "there is no room left for" if error.errno in FULL else "the system refuses to write"
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"{what} --workspace {workspace.path} ({reason}); {way_on(workspace)}") from error
+
+
+@contextmanager
+def memory_troubles(config: Config, workspace: Workspace) -> Iterator[None]:
+    """Turns a lack of GPU memory outside the steps (loading a model, pictures at the end) into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(memory_sentence(config, error, way_on(workspace))) from error
 
 
 def way_on(workspace: Workspace) -> str:

@@ -21,12 +21,13 @@ from dream_fast.engine.guidance.loader import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.health import DIVERGED
 from dream_fast.engine.losses import ramp
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import choose_runtime
 from dream_fast.engine.schedule import LinearSchedule, values_at
 from dream_fast.engine.stopping import Stopped
-from dream_fast.engine.trainer import DIVERGED, Dials, Schedule, Trainer, choose_phase
+from dream_fast.engine.trainer import Dials, Schedule, Trainer, choose_phase
 from dream_fast.engine.workspace import Workspace
 
 SMALL = {
