@@ -23,6 +23,7 @@ from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
+from dream_fast.engine.repeat import in_a_line
 from dream_fast.engine.schedule import LinearSchedule, Scalar
 
 _EXAMPLES = """examples:
@@ -216,7 +217,7 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
         texts = [typed[name] for name in _PROMPTS if name in typed]
         warnings = [warning for text in texts for warning in check_prompt(text, typed.get("negative", ""))]
         for warning in dict.fromkeys(warnings):
-            print(f"dream-fast: warning: {warning}", file=sys.stderr)
+            print(f"dream-fast: warning: {in_a_line(warning)}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
     config = resolve(typed, model, device)
     if typed.get("fp16") and device == "cpu":
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(config)
     except UserError as error:
-        print(f"dream-fast: error: {error}", file=sys.stderr)
+        print(f"dream-fast: error: {in_a_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as signal:
         print("dream-fast: interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ COMMANDS = {
     "main_job": "time and memory of the main command",
     "kills": "runs that are killed and taken up again, beside one that is not",
     "selftest": "every kernel once against its reference, on tiny inputs",
+    "long_run": "memory, open files and speed of a long run",
     "quality": "whole runs with default settings, looked at by the judge",
 }
 

@@ -97,6 +97,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
             raise UserError(f"{flag} is empty")
         if isinstance(item, str | bool):
             continue
+        if isinstance(item, int) and abs(item) >= 2**63:
+            raise UserError(f"{flag} is too large a number")
         if not math.isfinite(item):
             raise UserError(f"{flag} must be a finite number, not {item}")
         for bound, good, words in (
@@ -366,7 +368,7 @@ class GuidanceConfig(Room):
         ("dream-mini",), "the model that guides: the embedded one, or Stable Diffusion", choices=("dream-mini", "SD")
     )
     sd_version: str | None = option(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
-    hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by name")
+    hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by NAME or NAME@REVISION")
     score: str = option(
         "sds",
         "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "

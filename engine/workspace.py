@@ -21,7 +21,7 @@ from typing import Any
 
 from dream_fast.engine.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.config import Config
-from dream_fast.engine.errors import UserError
+from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.files import half_written, written_aside
 from dream_fast.engine.lock import Lock
 
@@ -105,8 +105,15 @@ class Workspace:
         Writes nothing: the model may still turn out to be missing.
         """
         existing = self.path
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        try:
+            while not existing.exists() and existing != existing.parent:
+                existing = existing.parent
+            inside = self.path.resolve()
+            away = [path.name for path in self._everything() if not path.resolve().is_relative_to(inside)]
+        except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, or links in a circle
+            raise UserError(f"--workspace {self.path} cannot be a folder ({first_line(error)})") from error
+        if away:
+            raise UserError(f"--workspace {self.path}: {', '.join(away)} would be written elsewhere, being a link")
         if not existing.is_dir():
             raise UserError(f"--workspace {self.path}: {existing} is a file, not a folder")
         if not os.access(existing, os.W_OK | os.X_OK):
@@ -147,11 +154,11 @@ class Workspace:
 
     def stored_config(self) -> Config | None:
         """The configuration of the run that lives here, or None in a fresh folder."""
-        if not self.config.exists():
-            return None
         try:
+            if not self.config.exists():
+                return None
             return Config.from_dict(json.loads(self.config.read_text(encoding="utf-8")))
-        except (OSError, ValueError, UserError) as error:
+        except (OSError, ValueError, RecursionError, UserError) as error:
             raise UserError(f"{self.config} cannot be used: {error}") from error
 
     def check_same_run(self, config: Config) -> None:
@@ -186,9 +193,13 @@ class Workspace:
         if not self.manifest.exists():
             return {}
         try:
-            return json.loads(self.manifest.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.manifest} cannot be used: {error}") from error
+        runs = manifest.get("runs", []) if isinstance(manifest, dict) else None
+        if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+            raise UserError(f"{self.manifest} cannot be used: it lists no runs")
+        return manifest
 
     def set_aside(self, checkpoint: Path) -> Path:
         """Takes a damaged checkpoint out of the run, and keeps it: returns its new path."""
@@ -238,7 +249,7 @@ def _step_of(row: str) -> int | None:
     """The step of a row of the metrics, or None when it is no such row."""
     try:
         step = json.loads(row)["step"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return step if isinstance(step, int) else None
 
