@@ -1,7 +1,7 @@
 """The command ``dream-fast``: checks what was typed, settles the configuration, and hands it to the engine.
 
 Nothing heavy is imported before the arguments are good, so that help and a refused argument answer at once.
-Exit status: 0 done, 2 a mistake of the user (one sentence on stderr), 130 interrupted.
+Exit status: 0 done, 2 a mistake of the user (one sentence on stderr), 130 interrupted (SIGINT), 143 terminated.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
+from dream_fast.engine.repeat import in_a_line
 from dream_fast.engine.room import ScalarRange, check_value, value_type
 from dream_fast.engine.schedule import LinearSchedule, Scalar
 
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--file", metavar="FILE", help=COMMAND_FLAGS["--file"])
     parser.add_argument("--print-config", "--print_config", action="store_true", help=COMMAND_FLAGS["--print-config"])
+    parser.add_argument("--doctor", action="store_true", help=COMMAND_FLAGS["--doctor"])
     parser.add_argument("-O", dest="O", action="store_true", help=COMMAND_FLAGS["-O"])
     parser.add_argument("-O2", dest="O2", action="store_true", help=COMMAND_FLAGS["-O2"])
     parser.add_argument("--IF", action="store_true", help=COMMAND_FLAGS["--IF"])
@@ -231,7 +233,7 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
         texts = [typed[name] for name in _PROMPTS if name in typed]
         warnings = [warning for text in texts for warning in check_prompt(text, typed.get("negative", ""))]
         for warning in dict.fromkeys(warnings):
-            print(f"dream-fast: warning: {warning}", file=sys.stderr)
+            print(f"dream-fast: warning: {in_a_line(warning)}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
     if typed.get("dmtet") and "init_with" in typed:
         typed = {**_field_of(typed), **typed}
@@ -247,6 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         typed = parse(sys.argv[1:] if argv is None else argv)
         typed.pop("cuda_ray", None)
         print_only = typed.pop("print_config", False)
+        if typed.pop("doctor", False):
+            from dream_fast.bench import doctor
+
+            return doctor.main()
         config = _settle(typed, print_only)
         if print_only:
             print(json.dumps(config.to_dict(), indent=2))
@@ -255,11 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(config)
     except UserError as error:
-        print(f"dream-fast: error: {error}", file=sys.stderr)
+        print(f"dream-fast: error: {in_a_line(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signal:
         print("dream-fast: interrupted", file=sys.stderr)
-        return 130
+        return getattr(signal, "status", 130)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ COMMANDS = {
     "mesh": "meshes of finished runs beside their fields, and the time of the export",
     "sharpness": "mesh refinement against the field that it began from",
     "reference_lines": "command lines of stable-dreamfusion, run here, into docs/coming_from_stable_dreamfusion.md",
+    "kills": "runs that are killed and taken up again, beside one that is not",
+    "selftest": "every kernel once against its reference, on tiny inputs",
+    "long_run": "memory, open files and speed of a long run",
     "quality": "whole runs with default settings, or one set of them a score, looked at by the judge",
 }
 

@@ -85,13 +85,20 @@ def same_rays(results: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
 def judge(case: Case, device: torch.device, operators: dict[str, Callable[..., Any]]) -> dict[str, Verdict]:
     """Verdicts on implementations of a case's operator, by name. Raises AssertionError where none can be given."""
     problem = judged_case(case).build(device, count_bytes=False)
-    exact = run(in_dtype(problem, torch.float64), problem.reference, case.mode, torch.float64)
-    own = run(copied(problem), problem.reference, case.mode, case.compute_dtype)
+    return judge_problem(problem, case.mode, case.compute_dtype, operators, march=case.op == "march")
+
+
+def judge_problem(
+    problem: Problem, mode: str, dtype: torch.dtype, operators: dict[str, Callable[..., Any]], *, march: bool
+) -> dict[str, Verdict]:
+    """The same for a problem, computed in `dtype`; `march`: its results are samples of rays."""
+    exact = run(in_dtype(problem, torch.float64), problem.reference, mode, torch.float64)
+    own = run(copied(problem), problem.reference, mode, dtype)
     verdicts = {}
     for name, operator in operators.items():
-        got = run(copied(problem), operator, case.mode, case.compute_dtype)
+        got = run(copied(problem), operator, mode, dtype)
         results = [got, own, exact]
-        if case.op == "march":
+        if march:
             results = same_rays(results)
         found = [
             Verdict(error(mine.double(), true.double()), tolerance(theirs.double(), true.double()))

@@ -17,10 +17,19 @@ _PART = re.compile(
 )
 
 
+LARGEST = 1_000_000  # characters
+
+
 def read_arguments(name: str) -> list[str]:
     """The words of the file ``name``. UserError: it cannot be read, is no text, or a quote in it is not closed."""
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
+        path = Path(name).expanduser()
+        if path.exists() and not path.is_file() and not path.is_dir() and not path.is_fifo():
+            raise UserError(f"--file {name} is not a text file")  # a device may have no end
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError(f"--file {name} is longer than {LARGEST} characters, so it is no list of arguments")
     except (OSError, RuntimeError) as error:  # RuntimeError: a home folder that nobody knows
         raise UserError(f"--file {name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except ValueError:

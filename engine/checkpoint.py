@@ -2,10 +2,11 @@
 
 A state is a nested dict of tensors and plain values (numbers, strings, booleans, None, lists of them). Tensors are
 stored under their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata, beside the
-format version and the architecture of the field. A file is written aside and renamed, so that a run that is killed
-leaves the previous one whole.
+format version, the architecture of the field and a SHA-256 of all of it. A file is written aside and renamed, so that a
+run that is killed leaves the previous one whole.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,14 +18,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dream_fast.engine.errors import UserError
+from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.files import written_aside
 
 FORMAT = "dream-fast checkpoint"  # the key of the header in the file's metadata
-VERSION = 2
+VERSION = 3
+READS = (2, 3)  # 2 had no checksum
 KEEP = 2
 
-_NAME = re.compile(r"step_(\d+)\.safetensors")
+_NAME = re.compile(r"step_(\d{6,12})\.safetensors")
+_OS_ERROR = re.compile(r"os error (\d+)")  # how safetensors speaks of a full disk
+
+
+class Damaged(UserError):
+    """A checkpoint that is no whole checkpoint any more."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -37,16 +44,20 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
     values: dict[str, Any] = {}
     _flatten(state, "", tensors, values)
     header = {"version": VERSION, "step": step, "architecture": architecture, "values": values}
+    header["checksum"] = _checksum(header, tensors)
     # one entry, since safetensors writes several in no fixed order and the same run should give the same file
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     path = checkpoint_path(directory, step)
     with written_aside(path) as aside:
         aside.touch()
         mode = aside.stat().st_mode  # what the umask gives to any other file of the run
-        save_file(tensors, aside, metadata=metadata)  # always makes a file that its owner alone can read
+        try:
+            save_file(tensors, aside, metadata=metadata)  # always makes a file that its owner alone can read
+        except SafetensorError as error:
+            if (number := _OS_ERROR.search(str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         aside.chmod(mode)
-        with open(aside, "rb") as handle:
-            os.fsync(handle.fileno())  # on disk before it takes the name
     for old in list_checkpoints(directory)[:-KEEP]:
         old.unlink()
     return path
@@ -77,9 +88,15 @@ def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, d
         _check_architecture(path, header["architecture"], json.loads(json.dumps(architecture)))
         try:
             flat: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise damaged(path, error) from error
-    return header["step"], _nest(flat | header["values"])
+        except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
+            raise damaged(path, first_line(error)) from error
+    if "checksum" in header or header["version"] > 2:
+        if header.pop("checksum", None) != _checksum(header, flat):
+            raise damaged(path, "its checksum is another")
+    try:
+        return header["step"], _nest(flat | header["values"])
+    except (AttributeError, TypeError) as error:
+        raise damaged(path, f"its state: {first_line(error)}") from error
 
 
 def _open(path: Path):
@@ -87,16 +104,16 @@ def _open(path: Path):
         raise UserError(f"there is no checkpoint at {path}")
     try:
         return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise damaged(path, error) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, first_line(error)) from error
 
 
-def damaged(path: Path, reason: object) -> UserError:
+def damaged(path: Path, reason: object) -> Damaged:
     """The error that says so of the checkpoint at ``path``, and how to go on."""
     beside = list_checkpoints(path.parent)
-    earlier = beside[: beside.index(path)] if path in beside else []
-    advice = f"remove it to go on from {earlier[-1].name}" if earlier else "--ckpt scratch starts over"
-    return UserError(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({reason}); {advice}")
+    only = path not in beside or beside.index(path) == 0
+    advice = "; --ckpt scratch starts over" if only else ""
+    return Damaged(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({reason}){advice}")
 
 
 def _header(path: Path, file) -> dict[str, Any]:
@@ -105,18 +122,30 @@ def _header(path: Path, file) -> dict[str, Any]:
         raise UserError(f"{path} is a safetensors file, but not a checkpoint of dream-fast")
     try:
         header = json.loads(metadata[FORMAT])
-    except ValueError as error:
-        raise damaged(path, f"its header: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"its header: {first_line(error)}") from error
     if not isinstance(header, dict) or "version" not in header:
         raise damaged(path, "its header has no version")
-    if header["version"] != VERSION:
+    if header["version"] not in READS:
         raise UserError(
             f"the checkpoint {path} has format version {header['version']}; this program reads version {VERSION}"
         )
     for name, kind in (("step", int), ("architecture", dict), ("values", dict)):
         if type(header.get(name)) is not kind:
             raise damaged(path, f"its header has no {name}")
+    if header["step"] < 0:
+        raise damaged(path, f"its header says step {header['step']}")
     return header
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of the header (without a checksum) and the names, kinds and bytes of the tensors."""
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _check_architecture(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -80,6 +80,12 @@ class RunConfig(Room):
         may_change=True,
     )
     log_every: int = option(10, "steps between two rows of metrics.jsonl", low=1, may_change=True)
+    rescue: bool = option(
+        False,
+        "when the object vanishes or fills the whole box, start again, at most twice, with settings against it; without"
+        " this flag a warning names them",
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,9 +146,10 @@ class CameraConfig(Room):
         above=0,
         high=180,
     )
-    w: int = option(64, "width of a training render", low=1)
-    h: int = option(64, "height of a training render", low=1)
-    batch_size: int = option(1, "views in a step", low=1)
+    # These three may change because a GPU's memory may leave no choice.
+    w: int = option(64, "width of a training render", low=1, may_change=True)
+    h: int = option(64, "height of a training render", low=1, may_change=True)
+    batch_size: int = option(1, "views in a step", low=1, may_change=True)
     default_radius: float = option(3.2, "distance of the output camera", above=0, may_change=True)
     default_polar: float = option(90.0, "polar angle of the output camera", low=0, high=180, may_change=True)
     default_azimuth: float = option(
@@ -249,13 +256,11 @@ class GuidanceConfig(Room):
         choices=("dream-mini", "SD", "IF", "clip"),
     )
     sd_version: str | None = option(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
-    hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by name")
+    hf_key: str | None = option(None, "Stable Diffusion from a folder, or from the hub by NAME or NAME@REVISION")
     if_key: str | None = option(
-        None, "the first stage of IF from a folder, or from the hub by name; default: DeepFloyd/IF-I-XL-v1.0"
+        None, "the first stage of IF, as --hf_key names a model; default: DeepFloyd/IF-I-XL-v1.0"
     )
-    clip_key: str | None = option(
-        None, "CLIP from a folder, or from the hub by name; default: openai/clip-vit-base-patch16"
-    )
+    clip_key: str | None = option(None, "CLIP, as --hf_key names a model; default: openai/clip-vit-base-patch16")
     score: str = option(
         "sds",
         "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "

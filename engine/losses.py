@@ -22,9 +22,9 @@ MESH_TERMS = ("mesh_normal", "mesh_laplacian")
 SMOOTH_REACH = 0.01  # world units, standard deviation of the neighbour in the 3D smoothness term
 
 
-def ramp(step: int, iters: int) -> float:
-    """0 at the start, 1 from the middle of the run on."""
-    return min(1.0, 2.0 * step / iters)
+def ramp(progress: float) -> float:
+    """0 at the start, 1 from the middle of the run on; a run that is taken further does not fall back."""
+    return min(1.0, 2.0 * progress)
 
 
 def binary_entropy(p: Tensor) -> Tensor:
@@ -181,21 +181,20 @@ def add_table_gradients(
     config: LossConfig,
     *,
     step: int,
-    iters: int,
-    progress: float = 0.0,
+    progress: float,
     scale: float | Tensor,
     generator: torch.Generator,
 ) -> None:
     """Add total variation and weight decay of the hash table straight to its gradient (after `backward`).
 
-    `scale` is the loss scale by which the gradient there is already multiplied; `progress` is what schedules in
-    fractions of the run read.
+    `scale` is the loss scale by which the gradient there is already multiplied; `progress` is the part of
+    the run that is done.
     """
     spec = field.spec.grid  # both weights are 0 where there is no table: Config sees to it
     variation, decay = (value_at(weight, step, progress) for weight in (config.lambda_tv, config.lambda_wd))
     if variation > 0:
         points = torch.rand(TV_POINTS, 3, generator=generator, device=generator.device).to(field.table.device)
-        weight = variation * ramp(step, iters)
+        weight = variation * ramp(progress)
         field.table.grad += scale * kernels.hash_grid_total_variation_grad(field.table, spec, points, weight)
     if decay > 0:
         field.table.grad += scale * kernels.hash_grid_weight_decay_grad(field.table, spec, decay)

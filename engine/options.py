@@ -18,6 +18,7 @@ COMMAND_FLAGS = {
     "--version": "show the version and stop",
     "--file": "more arguments from a text file, as if they stood here; later ones count more",
     "--print-config": "print the settings as JSON and stop",
+    "--doctor": "look at this machine (versions, GPU, attention, each kernel against its reference), advise and stop",
     "-O": "--fp16 and --cuda_ray",
     "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless you type another value; nothing beside -O",
     "--IF": "DeepFloyd IF in the place of SD in --guidance",

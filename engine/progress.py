@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dream_fast.engine.repeat import in_a_line
+
 T = TypeVar("T")
 
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
@@ -30,7 +32,9 @@ class Reporter:
         self._waiting.clear()
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        """Says ``line``; what would steer the terminal in it is shown, as are long prompts in part."""
+        line = "\n".join(in_a_line(part) for part in line.split("\n"))
+        self.console.print(line, markup=False, emoji=False, soft_wrap=True)
         self._write(line)
 
     def warn(self, line: str) -> None:

@@ -76,6 +76,13 @@ def visible(text: str) -> str:
     return "".join(_escaped(character) if _hidden(character) else character for character in text)
 
 
+def in_a_line(text: str, most: int = 1000) -> str:
+    """`visible` text of at most about ``most`` characters, its middle left out: for a terminal and a log."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... ({len(text) - most} characters) ... {text[-most // 2 :]}"
+    return visible(text)
+
+
 def _hidden(character: str) -> bool:
     return character in _BIDIRECTIONAL or unicodedata.category(character) in ("Cc", "Cs")
 

@@ -88,6 +88,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
             raise UserError(f"{flag} is empty")
         if isinstance(item, str | bool):
             continue
+        if isinstance(item, int) and abs(item) >= 2**63:
+            raise UserError(f"{flag} is too large a number")
         if not math.isfinite(item):
             raise UserError(f"{flag} must be a finite number, not {item}")
         for bound, good, words in (

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import dream_fast
-from dream_fast.engine.checkpoint import list_checkpoints
+from dream_fast.engine.checkpoint import Damaged, list_checkpoints
 from dream_fast.engine.compiling import compile_kernels
-from dream_fast.engine.config import Config
+from dream_fast.engine.config import Config, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import mesh_paths, write_mesh, write_textured
@@ -30,13 +30,16 @@ from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.several import GuidanceSum
 from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
+from dream_fast.engine.health import KINDS, RESCUED, Lost, flags, rescued
 from dream_fast.engine.mesh_renderer import MeshRenderer
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
 from dream_fast.engine.scene_field import SceneField
+from dream_fast.engine.stopping import terminating_cleanly
 from dream_fast.engine.trainer import Trainer
+from dream_fast.engine.troubles import disk_troubles, memory_troubles
 from dream_fast.engine.watch import check_watchable
 from dream_fast.engine.workspace import Workspace
 
@@ -46,26 +49,43 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "safeten
 def run(config: Config) -> int:
     """Optimises (unless ``--test``, or all iterations are done) and writes the outputs; returns the exit status.
 
+    With --rescue a run whose object is lost starts again with other settings, at most twice.
+
     Everything that can be refused is refused before anything is written.
     """
-    started = time.monotonic()
-    reporter = Reporter()
-    runtime = choose_runtime(config)
     workspace = Workspace(Path(config.run.workspace).expanduser())
     workspace.check_usable()
+    reporter = Reporter()
+    with terminating_cleanly(), workspace.claimed(), disk_troubles(workspace), memory_troubles(config, workspace):
+        for last in (False, False, True):
+            try:
+                return _run(config.override({"rescue": config.run.rescue and not last}), workspace, reporter)
+            except Lost as lost:
+                tried = workspace.stored_config() or config
+                changes = rescued(tried, lost.kind)
+                config = tried.override({**changes, "ckpt": "latest", "rescue": True})
+                workspace.clear()
+                workspace.write_config(config)
+                reporter.warn(f"{KINDS[lost.kind]}: starting again with {flags(changes)}")
+        raise AssertionError("the last turn does not raise Lost")
+
+
+def _run(config: Config, workspace: Workspace, reporter: Reporter) -> int:
+    started = time.monotonic()
+    runtime = choose_runtime(config)
     fresh = config.run.ckpt == "scratch"
     stored = None if fresh else workspace.stored_config()
     config = _with_seed(config, stored)
+    if stored is not None and config.run.rescue:
+        config = config.override({name: _setting(stored, name) for name in RESCUED})
     if stored is not None:
         # Looking at a run is no part of it, so that may happen on another device.
         asked = config.override({"device": stored.run.device}) if config.run.test else config
         workspace.check_same_run(asked)
     prepare(runtime, config.run.seed, deterministic=config.run.deterministic, vram_O=config.run.vram_O)
     trainer = Trainer(config, runtime, config.run.seed)
-    checkpoint = _find_checkpoint(config, workspace)
-    if checkpoint is not None:
-        trainer.load(checkpoint)
-    elif trainer.shape is not None:
+    spoiled = _load_checkpoint(trainer, config, workspace, reporter)
+    if trainer.shape is not None and trainer.step == 0:
         reporter.say(f"the surface starts from {config.dmtet.init_with or 'a sphere'}")
         trainer.start_shape()
 
@@ -84,8 +104,11 @@ def run(config: Config) -> int:
         guiding = load_guidance(config, runtime, trainer.attention)
         trainer.guidance, trainer.attention = guiding.guidance, guiding.attention
 
+        workspace.make()
         if fresh:
             workspace.clear()
+        for path in spoiled:
+            reporter.warn(f"the damaged checkpoint is kept as {workspace.set_aside(path)}")
         workspace.write_config(config)
         workspace.rewind(trainer.step)
         reporter.open_log(workspace.log)
@@ -182,8 +205,31 @@ def _with_seed(config: Config, stored: Config | None) -> Config:
     return config.override({"seed": draw_seed() if stored is None else stored.run.seed})
 
 
-def _find_checkpoint(config: Config, workspace: Workspace) -> Path | None:
-    """The checkpoint to start from, or None to start at the beginning."""
+def _load_checkpoint(trainer: Trainer, config: Config, workspace: Workspace, reporter: Reporter) -> list[Path]:
+    """Loads the checkpoint to start from, if there is one; returns those that are newer but damaged.
+
+    UserError: the only one is damaged, or the one that was asked for.
+    """
+    candidates, spoiled = _find_checkpoints(config, workspace), []
+    while candidates:
+        path = candidates.pop()
+        try:
+            trainer.load(path)
+            return spoiled
+        except Damaged as error:
+            if not candidates:
+                raise
+            spoiled.append(path)
+            reporter.warn(f"{error}: this run goes back to {candidates[-1].name}")
+    return spoiled
+
+
+def _setting(config: Config, name: str) -> Any:
+    return next(getattr(getattr(config, room.name), name) for room, field in settings() if field.name == name)
+
+
+def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:
+    """The checkpoints to start from, the best one last; none to start at the beginning."""
     own = list_checkpoints(workspace.checkpoints)
     if config.run.ckpt not in ("latest", "scratch"):
         path = Path(config.run.ckpt).expanduser()
@@ -192,11 +238,11 @@ def _find_checkpoint(config: Config, workspace: Workspace) -> Path | None:
                 f"--ckpt {path} would replace the run that --workspace {workspace.path} holds; leave it out to go on "
                 "with that run, or choose another --workspace"
             )
-        return path
+        return [path]
     found = own if config.run.ckpt == "latest" else []
     if config.run.test and not found:
         raise UserError(f"--test needs a checkpoint, and --workspace {workspace.path} has none yet")
-    return found[-1] if found else None
+    return found
 
 
 class Guiding(NamedTuple):

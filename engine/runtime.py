@@ -3,10 +3,12 @@
 import logging
 import os
 import platform
+import random
 import resource
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dream_fast.engine.config import Config
@@ -58,12 +60,13 @@ def choose_runtime(config: Config) -> Runtime:
 def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False, vram_O: bool = False) -> None:
     """Process-wide settings of a run: global seeds, TF32 on a GPU, subnormals flushed to zero on a CPU.
 
-    Every draw of the engine takes its own generator; the global seeds only cover what a library draws behind our back.
+    Every draw of the engine takes its own generator; the global seeds only cover what a library draws, at the start and
+    (the step's own) in the steps.
     ``deterministic`` makes a GPU repeat bit for bit (a CPU always does). Subnormal numbers cost a CPU a hundred times
     an ordinary one and appear in the moments of the optimiser. With ``vram_O`` torch takes a GPU's memory in segments
     that grow, of which less is lost between blocks (a choice in the environment is kept).
     """
-    torch.manual_seed(seed)
+    seed_libraries(seed)
     if runtime.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -95,6 +98,13 @@ def step_seed(seed: int, step: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return (z ^ (z >> 31)) >> 1
+
+
+def seed_libraries(seed: int) -> None:
+    """Seeds the global generators of torch, numpy and Python, from which a library may draw behind our back."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % (1 << 32))
+    random.seed(seed)
 
 
 def draw_seed() -> int:

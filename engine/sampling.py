@@ -134,11 +134,13 @@ class OccupancySampler:
         self.overflowed.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The occupancy grid and the capacity, as tensors."""
+        """The occupancy grid, the capacity, and what the capacity will next be adapted to."""
         return {
             "density": self.density,
             "bits": self.bits,
             "samples_per_ray": torch.tensor(self.samples_per_ray),
+            "most_samples": self.most_samples,
+            "overflowed": self.overflowed,
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -148,6 +150,8 @@ class OccupancySampler:
                 raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the renderer's is {tuple(own.shape)}")
             own.copy_(state[name])
         self.samples_per_ray = int(state["samples_per_ray"])
+        for name, own in (("most_samples", self.most_samples), ("overflowed", self.overflowed)):
+            own.copy_(state.get(name, torch.zeros(())))  # checkpoints of earlier versions have none
 
 
 class ImportanceSampler:

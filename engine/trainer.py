@@ -9,11 +9,8 @@ import dataclasses
 import json
 import math
 import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,19 +32,20 @@ from dream_fast.engine.field import make_field
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
+from dream_fast.engine.health import ALL, DIVERGED, LOST, NOTHING, Lost, diagnosis, lost_sentence, memory_sentence
 from dream_fast.engine.losses import add_table_gradients, mesh_regularizers, needs_normals, ramp, regularizers
 from dream_fast.engine.mesh_renderer import MeshRenderer, RenderedMesh
 from dream_fast.engine.optim import LossScaler, Optimizer
 from dream_fast.engine.progress import Bar, Reporter
 from dream_fast.engine.renderer import Rendered, Renderer
-from dream_fast.engine.runtime import Runtime, step_seed
+from dream_fast.engine.runtime import Runtime, seed_libraries, step_seed
 from dream_fast.engine.schedule import largest, value_at, values_at
+from dream_fast.engine.stopping import finishing_steps
 from dream_fast.engine.watch import Seen, Watch
 from dream_fast.engine.workspace import Workspace
 
 EPOCH = 100  # steps; validation pictures and checkpoints fall on its multiples
 CHECKPOINT_SECONDS = 30.0  # a fast run does not write a checkpoint every epoch
-DIVERGED = 50  # steps in a row without a finite gradient: more than a loss scale needs to find its place
 NEUTRAL = 0.5  # background of the latent phase: the middle of the latents' range
 
 Guidance = Callable[..., GuidanceResult]  # called like engine.guidance.text.TextGuidance
@@ -157,6 +155,7 @@ class Trainer:
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.lost_in_a_row = torch.zeros(2, dtype=torch.int64, device=runtime.device)  # without an object, full of it
         self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
         self._graphs: CudaGraphs | None = None  # of the gradient of a step, one a kind of step
         self._graphs_capacity = 0
@@ -171,8 +170,10 @@ class Trainer:
         """One step of the optimisation."""
         self.mark("start")
         config, progress, phases = self.config, self.schedule.progress(self.step), self.phases.progress(self.step)
-        dice = random.Random(step_seed(self.seed, self.step))
-        generator = self.generator.manual_seed(step_seed(self.seed, self.step))
+        seed = step_seed(self.seed, self.step)
+        seed_libraries(seed)
+        dice = random.Random(seed)
+        generator = self.generator.manual_seed(seed)
         phase = choose_phase(config.shading, phases, dice, self.step, progress)
         if config.dmtet.lock_geo and phase.shading in ("textureless", "normal"):
             phase = phase._replace(shading="lambertian")  # the shape alone would teach nothing
@@ -183,7 +184,7 @@ class Trainer:
             self.renderer.update_occupancy(generator, active_levels=levels)
         if self._graphs is None or not isinstance(self.guidance, TextGuidance):
             now = values_at(config.loss, self.step, progress)
-            dials = Dials(phase.ambient, ramp(self.step, config.run.iters), now, None)
+            dials = Dials(phase.ambient, ramp(progress), now, None)
             done = self._gradients(phase, network, dials, progress, levels)
         else:
             done = self._replayed_gradients(phase, network, progress)
@@ -199,6 +200,8 @@ class Trainer:
         self.skipped += skipped
         self.overflowed += done.overflow
         self.skipped_in_a_row.add_(1).mul_(skipped)
+        opacity = done.opacity.mean()
+        self.lost_in_a_row.add_(1).mul_(torch.stack([opacity < NOTHING, opacity > ALL]))
         self.mark("optimiser")
         self.step += 1
         return done._replace(phase=phase)
@@ -240,7 +243,6 @@ class Trainer:
             self.field,
             config.loss,
             step=self.step,
-            iters=config.run.iters,
             progress=progress,
             scale=self.scaler.scale,
             generator=generator,
@@ -274,10 +276,10 @@ class Trainer:
 
     def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> Step:
         """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
-        batch, steps = self.config.camera.batch_size, self.config.run.iters
+        batch = self.config.camera.batch_size
         now = Dials(
             phase.ambient,
-            ramp(self.step, steps),
+            ramp(progress),
             values_at(self.config.loss, self.step, progress),
             self.guidance.settle(batch, self.step, progress, self.generator),
         )
@@ -328,22 +330,22 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def fit(self, workspace: Workspace, reporter: Reporter) -> None:
-        """Trains up to the configured iterations. Ctrl-C ends after the current step, with a checkpoint.
+        """Trains up to the configured iterations. A signal to stop ends it after the current step, with a checkpoint.
 
-        Raises KeyboardInterrupt then, and UserError when the gradients stay non-finite.
+        Raises Stopped then, and UserError when the gradients stay non-finite.
         """
         run, output = self.config.run, self.config.output
         evaluation, tests = output.eval_interval * EPOCH, output.test_interval * EPOCH
         saved = started = time.monotonic()
-        logged_step, logged = self.step, started
+        logged_step, logged, warned = self.step, started, ""
         with (
-            stopped_by_signal() as stop,
+            finishing_steps() as stop,
             workspace.metrics.open("a", encoding="utf-8") as metrics,
             reporter.bar("start", run.iters, self.step) as bar,
             Watch(self, workspace, reporter) as watch,
         ):
-            while self.step < run.iters and not stop.is_set():
-                result = self.train_step()
+            while self.step < run.iters and stop.number is None:
+                result = self._train_step_or_save(workspace)
                 last = self.step == run.iters
                 watch.step(result)
                 if self.step % run.log_every == 0 or last:
@@ -356,7 +358,10 @@ class Trainer:
                     metrics.flush()
                     watch.row(row)
                     self._show(bar, row)
-                    self._check_alive()
+                    self._check_alive(row)
+                    workspace.check_there()
+                if self.step % run.log_every == 0 or self.step % EPOCH == 0:
+                    warned = self._check_object(reporter, warned)
                 bar.advance(self.step)
                 if self.step % evaluation == 0 or last:
                     self.validate(workspace)
@@ -365,10 +370,12 @@ class Trainer:
                 if self.step % EPOCH == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS and not last:
                     self.save(workspace)
                     saved = time.monotonic()
-        self.save(workspace)
-        if stop.is_set():
+            if self.step >= run.iters:
+                workspace.clear_outputs()  # those of fewer steps, which would look like the end of this run
+            self.save(workspace)
+        if stop.number is not None:
             reporter.say(f"stopped after step {self.step} of {run.iters}; the same command takes it up again")
-            raise KeyboardInterrupt
+        stop.check()
 
     def _row(self, result: Step) -> dict[str, Any]:
         """A row of metrics.jsonl: numbers of the last step, and the count of skipped steps. Reads the device."""
@@ -391,15 +398,37 @@ class Trainer:
 
     def _show(self, bar: Bar, row: dict[str, Any]) -> None:
         terms = {name.removeprefix("loss_"): value for name, value in row.items() if name.startswith("loss_")}
-        bar.show(row["phase"], row["it_per_s"], terms | {"opacity": row["opacity"]})
+        skipped = {"skipped": row["skipped"]} if row["skipped"] else {}
+        bar.show(row["phase"], row["it_per_s"], terms | {"opacity": row["opacity"]} | skipped)
 
-    def _check_alive(self) -> None:
+    def _train_step_or_save(self, workspace: Workspace) -> Step:
+        """One step. UserError: the GPU's memory does not suffice; what the steps before it reached is saved."""
+        try:
+            return self.train_step()
+        except torch.OutOfMemoryError as error:
+            self._graphs = None
+            path = self.save(workspace)
+            way_on = (
+                f"the checkpoint of step {self.step} is saved ({path.name}), and the same command with them goes on"
+            )
+            raise UserError(memory_sentence(self.config, error, way_on)) from error
+
+    def _check_alive(self, row: dict[str, Any]) -> None:
         bad = int(self.skipped_in_a_row)
         if bad >= DIVERGED:
-            raise UserError(
-                f"the gradients of the last {bad} steps were not finite, so the run cannot go on (a lower --lr or "
-                "--guidance_scale may help); its last checkpoint is kept"
-            )
+            raise UserError(diagnosis(self.config, bad, row))
+
+    def _check_object(self, reporter: Reporter, warned: str) -> str:
+        """Warns of an object that is lost, once for each way; raises Lost with --rescue. Reads the device."""
+        lost = [
+            kind for kind, count in zip(("vanished", "full"), self.lost_in_a_row.tolist(), strict=True) if count >= LOST
+        ]
+        if not lost or lost[0] == warned:
+            return warned
+        if self.config.run.rescue:
+            raise Lost(lost[0])
+        reporter.warn(lost_sentence(self.config, lost[0], self.step))
+        return lost[0]
 
     @torch.no_grad()
     def validate(self, workspace: Workspace) -> Path:
@@ -433,6 +462,7 @@ class Trainer:
         return found
 
     def save(self, workspace: Workspace) -> Path:
+        workspace.check_there()
         state = {
             "optimizer": self.optimizer.state_dict(),
             "renderer": self.renderer.state_dict(),
@@ -440,7 +470,9 @@ class Trainer:
             "schedule": dataclasses.asdict(self.schedule),
             "phases": dataclasses.asdict(self.phases),
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "overflowed": self.overflowed,
+            "lost_in_a_row": self.lost_in_a_row,
             "attention": None if self.attention is None else list(self.attention),
         }
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
@@ -481,6 +513,8 @@ class Trainer:
             self.phases = Schedule(**phases).stretched(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
         self.overflowed.copy_(state["overflowed"])
+        self.skipped_in_a_row.copy_(state.get("skipped_in_a_row", torch.zeros(())))  # as above
+        self.lost_in_a_row.copy_(state.get("lost_in_a_row", torch.zeros(2)))
         kept = state.get("attention")  # checkpoints of earlier versions have none
         self.attention = None if kept is None else Chosen(*kept)
 
@@ -501,24 +535,3 @@ def _number(tensor: Tensor) -> float | None:
     """A number for JSON, which knows no infinity."""
     value = tensor.item()
     return value if math.isfinite(value) else None
-
-
-@contextmanager
-def stopped_by_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a request to terminate sets; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,22 +14,29 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dream_fast.engine.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.config import Config
-from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.files import written_aside
+from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.export.files import half_written, written_aside
+from dream_fast.engine.lock import Lock
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Workspace:
-    """The folder at ``path`` and the names of the things in it. Making one touches no disk."""
+    """The folder at ``path`` and the names of the things in it. Making one touches no disk.
+
+    ``lock`` keeps other processes out, inside `claimed`.
+    """
 
     path: Path
+    lock: Lock | None = None
 
     @property
     def config(self) -> Path:
@@ -98,8 +105,15 @@ class Workspace:
         Writes nothing: the model may still turn out to be missing.
         """
         existing = self.path
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        try:
+            while not existing.exists() and existing != existing.parent:
+                existing = existing.parent
+            inside = self.path.resolve()
+            away = [path.name for path in self._everything() if not path.resolve().is_relative_to(inside)]
+        except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, or links in a circle
+            raise UserError(f"--workspace {self.path} cannot be a folder ({first_line(error)})") from error
+        if away:
+            raise UserError(f"--workspace {self.path}: {', '.join(away)} would be written elsewhere, being a link")
         if not existing.is_dir():
             raise UserError(f"--workspace {self.path}: {existing} is a file, not a folder")
         if not os.access(existing, os.W_OK | os.X_OK):
@@ -112,13 +126,39 @@ class Workspace:
                     "dream-fast; choose another folder"
                 )
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Inside the `with` block no other process works here: from now on, or from when the folder is made on."""
+        if self.path.is_dir():
+            self._claim()
+        try:
+            yield
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+                self.lock = None
+
+    def _claim(self) -> None:
+        try:
+            self.lock = Lock(self.path)
+        except OSError as error:
+            raise UserError(f"--workspace {self.path} cannot be written to ({error.strerror})") from error
+
+    def check_there(self) -> None:
+        """UserError when the folder was moved or removed, or replaced, since it was claimed."""
+        if self.lock is not None and not self.lock.is_there():
+            raise UserError(
+                f"--workspace {self.path} is gone: it was moved, removed or unmounted during the run; what was saved "
+                "is where the folder is now, and the same command with that --workspace goes on from there"
+            )
+
     def stored_config(self) -> Config | None:
         """The configuration of the run that lives here, or None in a fresh folder."""
-        if not self.config.exists():
-            return None
         try:
+            if not self.config.exists():
+                return None
             return Config.from_dict(json.loads(self.config.read_text(encoding="utf-8")))
-        except (OSError, ValueError, UserError) as error:
+        except (OSError, ValueError, RecursionError, UserError) as error:
             raise UserError(f"{self.config} cannot be used: {error}") from error
 
     def check_same_run(self, config: Config) -> None:
@@ -130,11 +170,19 @@ class Workspace:
                 "--workspace, or replace that run with --ckpt scratch)"
             )
 
-    def write_config(self, config: Config) -> None:
+    def make(self) -> None:
+        """The folder, claimed. UserError: it cannot be made, or another run began in it since this one started."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--workspace {self.path} cannot be made ({error})") from error
+        if self.lock is None:
+            self._claim()
+            if self.config.exists():
+                raise UserError(f"another run has just begun in --workspace {self.path}; choose another one")
+
+    def write_config(self, config: Config) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -145,9 +193,17 @@ class Workspace:
         if not self.manifest.exists():
             return {}
         try:
-            return json.loads(self.manifest.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.manifest} cannot be used: {error}") from error
+        runs = manifest.get("runs", []) if isinstance(manifest, dict) else None
+        if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+            raise UserError(f"{self.manifest} cannot be used: it lists no runs")
+        return manifest
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Takes a damaged checkpoint out of the run, and keeps it: returns its new path."""
+        return checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
 
     def clear(self) -> None:
         """Removes the run that lives here: what ``--ckpt scratch`` asks for."""
@@ -157,8 +213,15 @@ class Workspace:
             else:
                 path.unlink(missing_ok=True)
 
+    def clear_outputs(self) -> None:
+        """Removes what a finished run writes at its end."""
+        shutil.rmtree(self.mesh, ignore_errors=True)
+        for path in [*self.results.glob("*"), self.report]:
+            if not path.name.startswith("turntable_step_"):  # of the steps, not of the end
+                path.unlink(missing_ok=True)
+
     def rewind(self, step: int) -> None:
-        """Drops what was recorded after ``step``: a run that resumes there records it again.
+        """Drops what was recorded after ``step``: a run that resumes there records it again. Half-written files go too.
 
         Rows of the metrics that cannot be read are dropped too, with a logged warning; the last one may be cut short by
         whatever stopped the run, so it goes without one.
@@ -166,6 +229,12 @@ class Workspace:
         for path in list_checkpoints(self.checkpoints):
             if step_of(path) > step:
                 path.unlink()
+        for folder in (self.validation, self.guidance, self.results):
+            for path in folder.glob("*step_*.*"):
+                if (number := path.stem.rpartition("_")[2]).isdecimal() and int(number[:12]) > step:
+                    path.unlink()
+        for path in half_written(self.path):
+            path.unlink(missing_ok=True)
         if self.metrics.exists():
             text = self.metrics.read_text(encoding="utf-8", errors="replace")
             rows = [(line, _step_of(line)) for line in text.split("\n")[:-1]]
@@ -180,7 +249,7 @@ def _step_of(row: str) -> int | None:
     """The step of a row of the metrics, or None when it is no such row."""
     try:
         step = json.loads(row)["step"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return step if isinstance(step, int) else None
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dream_fast.engine.checkpoint import (
@@ -77,12 +78,27 @@ def test_a_header_of_another_form_is_refused(tmp_path, header):
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_the_refusal_of_a_damaged_checkpoint_names_the_one_before_it(tmp_path):
-    for step in (999999, 1000000):
-        path = save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="step_1000000.*remove it to go on from step_999999"):
-        load_checkpoint(path, ARCHITECTURE)
+def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path):
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    whole = path.read_bytes()
+    for place in range(8, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(UserError):
+            load_checkpoint(path, ARCHITECTURE)
+
+
+def test_a_checkpoint_of_the_version_without_checksums_is_read(tmp_path):
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[FORMAT])
+    del header["checksum"]
+    for version, read in ((2, True), (3, False)):
+        save_file(load_file(path), path, metadata={FORMAT: json.dumps(header | {"version": version})})
+        if read:
+            assert load_checkpoint(path, ARCHITECTURE)[0] == 7
+        else:
+            with pytest.raises(UserError, match="its checksum is another"):
+                load_checkpoint(path, ARCHITECTURE)
 
 
 def test_other_architecture_is_refused_naming_both_values(tmp_path):

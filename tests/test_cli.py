@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import REFERENCE_FLAGS
 from dream_fast.engine.presets import mini_cpu_defaults, resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.stopping import Stopped
 from dream_fast.engine.workspace import Workspace
 
 
@@ -315,7 +317,7 @@ def test_the_engines_mistakes_and_interrupts_have_their_status(monkeypatch, caps
 
     assert fail(UserError("the disk is full")) == 2
     assert capsys.readouterr().err == "dream-fast: error: the disk is full\n"
-    assert fail(KeyboardInterrupt()) == 130
+    assert fail(KeyboardInterrupt()) == 130 and fail(Stopped(signal.SIGTERM)) == 143
     with pytest.raises(ZeroDivisionError):
         fail(ZeroDivisionError())
 

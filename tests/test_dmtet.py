@@ -383,6 +383,7 @@ def test_the_command_from_a_run_to_a_mesh(tiny_model, tmp_path, capsys):
     assert stored.guidance.t_range == (0.02, 0.5) and stored.shading.latent_iter_ratio == 0
     assert stored.train_size == (16, 16)
     mesh = trimesh.load(second / "mesh" / "mesh.glb", force="mesh")
+    mesh.merge_vertices(merge_tex=True, merge_norm=True)  # those that seams of the texture double
     assert mesh.is_watertight and mesh.volume > 0
     assert Image.open(second / "results" / "front.png").size == (20, 20)
     log = (second / "log.txt").read_text()

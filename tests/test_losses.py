@@ -21,7 +21,7 @@ def leaf(*values):
 
 
 def test_ramp():
-    assert [losses.ramp(step, 100) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+    assert [losses.ramp(progress) for progress in (0.0, 0.25, 0.5, 0.99)] == [0, 0.5, 1, 1]
 
 
 def test_opacity_entropy_pushes_away_from_one_half():
@@ -113,7 +113,7 @@ def terms_of(renderer, need_normals=True, empty=False, **weights):
     return losses.regularizers(
         rendered,
         dataclasses.replace(LossConfig(), **{**NOTHING, **weights}),
-        up=losses.ramp(50, 100),
+        up=losses.ramp(0.5),
         height=6,
         width=8,
         field=renderer.field,
@@ -159,7 +159,7 @@ def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
         field = small_renderer().field
         field.table.grad = torch.ones_like(field.table)
         config = dataclasses.replace(LossConfig(), **{**NOTHING, name: 1e-2})
-        options = dict(step=50, iters=100, scale=4.0, generator=torch.Generator().manual_seed(0))
+        options = dict(step=50, progress=0.5, scale=4.0, generator=torch.Generator().manual_seed(0))
         losses.add_table_gradients(field, config, **options)
         added = field.table.grad - 1
         assert (added * field.table).sum() > 0  # descending shrinks the random table

@@ -7,6 +7,7 @@ import random
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -20,11 +21,13 @@ from dream_fast.engine.guidance.loader import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
+from dream_fast.engine.health import DIVERGED
 from dream_fast.engine.losses import ramp
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import choose_runtime
 from dream_fast.engine.schedule import LinearSchedule, values_at
-from dream_fast.engine.trainer import DIVERGED, Dials, Schedule, Trainer, choose_phase
+from dream_fast.engine.stopping import Stopped
+from dream_fast.engine.trainer import Dials, Schedule, Trainer, choose_phase
 from dream_fast.engine.workspace import Workspace
 
 SMALL = {
@@ -347,7 +350,7 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
         got = trainer.optimizer.grads.clone()
         trainer.generator.manual_seed(step)
         settled = trainer.guidance.settle(2, step, progress, trainer.generator)
-        dials = Dials(phase.ambient, ramp(step, 8), values_at(trainer.config.loss, step, progress), settled)
+        dials = Dials(phase.ambient, ramp(progress), values_at(trainer.config.loss, step, progress), settled)
         called = trainer._gradients(phase, True, dials, progress, None)
         assert torch.equal(replayed.t, called.t) and called.terms.keys() == replayed.terms.keys()
         for name, term in called.terms.items():
@@ -397,14 +400,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(text_guida
 
 
 class Interrupting:
-    """Sends Ctrl-C to the process in the middle of the step with number ``at``."""
+    """Sends a signal to the process in the middle of the step with number ``at``."""
 
-    def __init__(self, guidance, at: int):
-        self.guidance, self.at, self.calls = guidance, at, 0
+    def __init__(self, guidance, at: int, number: int = signal.SIGINT):
+        self.guidance, self.at, self.number, self.calls = guidance, at, number, 0
 
     def __call__(self, *args, **kwargs):
         if self.calls == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
         self.calls += 1
         return self.guidance(*args, **kwargs)
 
@@ -431,6 +434,45 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(t
     assert same_state(resumed, stopped)
     assert rows_without_times(fit(resumed, tmp_path / "parts")) == expected
     assert same_state(resumed, whole)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_finish_saves_it_and_leaves_with_its_status(text_guidance, tmp_path, number, status):
+    trainer = make_trainer(text_guidance, **CHEAP)
+    trainer.guidance = Interrupting(trainer.guidance, at=2, number=number)
+    with pytest.raises(Stopped) as stopped:
+        fit(trainer, tmp_path)
+    assert stopped.value.status == status and trainer.step == 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000003.safetensors"]
+
+
+def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_path):
+    """Learning rate, regularisers' ramp and phase at step 4 of 8 go on from there when 80 steps are asked for."""
+    changes = dict(lr_decay=0.25, lambda_entropy=1.0, latent_iter_ratio=0.25, albedo_iter_ratio=0.4)
+    first = make_trainer(text_guidance, iters=8, **changes)
+    first.step = 4
+    path = first.save(Workspace(tmp_path))
+    longer = make_trainer(text_guidance, iters=80, **changes)
+    longer.load(path)
+    seen, optimise = {}, longer.optimizer.step
+    longer.optimizer.step = lambda *, lr_scale, **named: (
+        seen.update(lr=lr_scale) or optimise(lr_scale=lr_scale, **named)
+    )
+    gradients = longer._gradients
+    longer._gradients = lambda *given: seen.update(up=given[2].up) or gradients(*given)
+    assert longer.train_step().phase.name == "shaded"
+    assert seen["up"] == 1.0 and seen["lr"] == pytest.approx(0.5)
+
+
+def test_libraries_draw_the_same_in_a_step_that_is_taken_up(text_guidance):
+    drawn = []
+    for step in (0, 2):
+        trainer = make_trainer(text_guidance, **CHEAP)
+        trainer.step = step
+        for _ in range(3 - step):
+            trainer.train_step()
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path):

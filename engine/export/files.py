@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all."""
+"""Files that are there completely or not at all, also after a crash of the machine."""
 
 import os
 from collections.abc import Iterator
@@ -8,12 +8,30 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path with the same suffix to write to; it takes the place of `path` when the block ends without an error."""
+    """A path with the same suffix to write to; it takes the place of `path` when the block ends without an error.
+
+    It is on the disk before it takes the name, and so is the name before this returns.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
         yield aside
+        _sync(aside)
         os.replace(aside, path)
+        _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def half_written(folder: Path) -> list[Path]:
+    """What a process that was killed had begun to write in `folder` and the folders in it."""
+    return [*folder.glob(".*.writing*"), *folder.glob("*/.*.writing*")]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -111,14 +111,17 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = Path(source).expanduser()
-    if not folder.is_dir() and not HUB_NAME.fullmatch(source):
-        raise UserError(f"the CLIP folder {folder} does not exist")
-    found = folder if folder.is_dir() else source
+    found, pinned = folder, {}
+    if not folder.is_dir():
+        on_hub = HUB_NAME.fullmatch(source)
+        if on_hub is None:
+            raise UserError(f"the CLIP folder {folder} does not exist")
+        found, pinned = on_hub[1], {"revision": on_hub[2]} if on_hub[2] else {}
     try:
         with quiet_progress():
-            tokenizer = CLIPTokenizer.from_pretrained(found)
+            tokenizer = CLIPTokenizer.from_pretrained(found, **pinned)
             model, info = CLIPModel.from_pretrained(
-                found, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                found, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **pinned
             )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"the CLIP model {source} does not load: {first_line(error)}") from error

@@ -50,7 +50,7 @@ COMPILED = ("unet", "vae")
 FUSED_FROM = 256
 
 
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a revision
 
 
 class _Kind(NamedTuple):
@@ -285,21 +285,23 @@ def _find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"the model {folder} is a file; a folder in the layout of diffusers is needed")
-    if not HUB_NAME.fullmatch(str(source)):
+    found = HUB_NAME.fullmatch(str(source))
+    if found is None:
         raise UserError(f"the model folder {folder} does not exist")
-    return _download(str(source), kind, half=half)
+    return _download(found[1], found[2], kind, half=half)
 
 
-def _download(name: str, kind: str, *, half: bool) -> Path:
+def _download(name: str, revision: str | None, kind: str, *, half: bool) -> Path:
     """Fetch what the guidance reads of a hub model (or find it in the hub's cache) and return its folder.
 
+    With a ``revision`` (a commit, a tag or a branch) it is that one, whatever the repository becomes later.
     For fp16 the half-sized copies of the weights are preferred where the repository has them.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
     def files(part: str, stem: str, variant: str | None) -> list[str]:
         whole, index = _weight_files(stem, variant)
@@ -378,7 +380,7 @@ def _check_part(folder: Path, kind: str, part: str) -> str | None:
     for variant in (None, "fp16"):
         name, index = _weight_files(stem, variant)
         if (folder / part / index).exists():
-            files = sorted(set(_read_json(folder / part / index).get("weight_map", {}).values()))
+            files = _shards(folder / part / index)
         elif (folder / part / name).exists():
             files = [name]
         else:
@@ -387,6 +389,15 @@ def _check_part(folder: Path, kind: str, part: str) -> str | None:
             _check_safetensors(folder / part / file)
         return variant
     raise UserError(f"the model {folder} lacks {part}/{stem}.safetensors (pickled weights are not loaded)")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names. UserError: it names none, or files outside its folder."""
+    named = _read_json(index).get("weight_map")
+    files = list(named.values()) if isinstance(named, dict) else []
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise UserError(f"the model file {index} must name files beside it in its weight_map")
+    return sorted(set(files))
 
 
 def _check_safetensors(path: Path) -> None:
@@ -402,11 +413,14 @@ def _check_safetensors(path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"the model {path.parent} lacks {path.name}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the model file {path} cannot be read ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"the model file {path} is not a JSON object")
+    return found
 
 
 def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:

@@ -117,7 +117,7 @@ def fit(tokenizer: Any, window: int, text: str, endings: list[str]) -> str:
     words = text.split()
     if fits(text) or len(words) < 2:
         return text  # one endless word: the tokenizer cuts it
-    kept = len(words) - 1
+    kept = min(len(words) - 1, window)  # a word is a token at least
     while kept > 1 and not fits(" ".join(words[:kept])):
         kept -= 1
     logger.warning(
