@@ -7,8 +7,9 @@ brightness' gradient (central differences, per pixel) where it counts:
 
     silhouette   pixels inside whose neighbour is outside
     creases      of the pixels with inside neighbours alone, the 5 % whose normals differ most from their neighbours'
-    rest         the other ones: what is there is noise, which creases of a noisy shape hold as well
+    rest         the other ones: what is there is mostly noise, which the creases of a noisy shape hold as well
 
+`contrast` is sharpness as a multiple of the rest.
 Written to <work>/sharpness.json, with a picture of both beside one another. The refinement has to be 1.3 times as sharp
 on the mean of the two, and not worse for the judge.
 """
@@ -83,7 +84,9 @@ def measure(trainer: Trainer, prompt: str) -> tuple[dict[str, float | None], Ten
         name: round(steep[where].mean().item(), 4) if where.any() else 0.0
         for name, where in (("silhouette", silhouette), ("creases", creases), ("rest", inner & ~creases))
     }
-    return row | {"sharpness": round((row["silhouette"] + row["creases"]) / 2, 4)}, brightness.cpu()
+    sharpness = (row["silhouette"] + row["creases"]) / 2
+    row |= {"sharpness": round(sharpness, 4), "contrast": round(sharpness / max(row["rest"], 1e-6), 2)}
+    return row, brightness.cpu()
 
 
 def make(typed: dict, device: str) -> Trainer:
