@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -62,7 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         seen = {"host_bytes": resident_bytes(), "device_bytes": device, "files": open_files()}
         return made | seen
 
-    trainer.Trainer._row = row
     wrong: list[str] = []
     done = 0
     if record.exists():
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     while done < args.steps:
         end = min(args.steps, done + args.piece)
         typed = {"text": "a hamburger", "iters": end, "seed": 0, "workspace": str(args.workspace), "six_views": True}
-        run.run(resolve(typed | {"device": args.device}, "dream-mini", args.device))
+        with mock.patch.object(trainer.Trainer, "_row", row):
+            run.run(resolve(typed | {"device": args.device}, "dream-mini", args.device))
         rows = [json.loads(line) for line in (args.workspace / "metrics.jsonl").read_text().splitlines()]
         begin = json.loads((args.workspace / "manifest.json").read_text())["runs"][-1]["from_step"]
         rows = [made | {"in_piece": made["step"] - begin} for made in rows if made["step"] > begin and "files" in made]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dream_fast.bench import long_run
+from dream_fast.engine.trainer import Trainer
 
 FLAT = [{"in_piece": i, "host_bytes": 1e9, "device_bytes": 2e9, "files": 9, "it_per_s": 50.0} for i in range(1, 101)]
 
@@ -36,8 +37,10 @@ def test_pieces_take_each_other_up(tmp_path, monkeypatch, capsys):
         done.append(config.run.iters)
 
     done: list[int] = []
+    whole = Trainer._row
     monkeypatch.setattr(run_module, "run", fake)
     words = ["--piece", "50", "--warm", "5", "--device", "cpu", "--workspace", str(tmp_path), "--steps"]
     assert long_run.main([*words, "50"]) == 0
     assert long_run.main([*words, "100"]) == 0 and done == [50, 100]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"steps": 100, "faults": []}
+    assert Trainer._row is whole  # later runs of this process have their own rows
