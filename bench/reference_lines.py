@@ -75,14 +75,16 @@ _HEAD = """# Coming from stable-dreamfusion
 
 Write `dream-fast` for `python main.py`. Below are {count} command lines of its README and scripts with what happened
 here to each: `python -m dream_fast.bench reference_lines` ran them for {steps} steps with dream-mini on a CPU
-({machine}), with pictures of 96 x 96 and 6 frames, each in a folder of its own (those with `--test` in that of
-the first). A test keeps the sentences current. Every single flag: [options.md](options.md).
+({machine}, two cores that others used too: the seconds measure nothing), with pictures of
+96 x 96 and 6 frames, each in a folder of its own (those with `--test` in that of the first). A test keeps the sentences
+current. Every single flag: [options.md](options.md).
 
 What to know besides:
 
 - Without `--sd_version`, `--hf_key`, `--IF` or `--guidance` the embedded model guides, not Stable Diffusion 2.1. It
   knows {things} things and says so of a prompt without any of them; such a line was run with the prompt "{known}".
-- A line that asks for a model that has to be downloaded was run with dream-mini in its place.
+- A line that asks for a model that has to be downloaded was run with dream-mini in its place, everything else as typed.
+  The paths of those models are tested with random weights; their trained ones were not at hand.
 - A workspace holds one run. The README's lines mostly say `--workspace trial`; a second one with other settings is
   refused, with the settings that differ, where the reference would go on from the first one's checkpoint. Take another
   folder, or `--ckpt scratch`.
@@ -146,21 +148,20 @@ def with_dream_mini(words: list[str]) -> list[str]:
 
 
 def settled(words: list[str], folder: Path) -> tuple[list[str], Outcome]:
-    """What is run of a line, and its outcome before that: refused, or what it works with."""
-    notes = []
+    """What is run of a line, and its outcome before that: refused, or what it works with, and nothing happened yet."""
     sentence, model = wanted_model(words, folder)
+    here = "works"
     if model:
-        notes.append(f"asks for {model}; run with dream-mini")
+        here = f"works; it asks for {model}, run with dream-mini"
         words = with_dream_mini(words)
         sentence, _ = wanted_model(words, folder)
     if sentence and sentence.startswith(UNKNOWN):
-        notes.append(f'dream-mini does not know the prompt; run with "{KNOWN}"')
+        unknown = f'dream-mini does not know the prompt; works with "{KNOWN}" or another model'
+        here = f'{here} and "{KNOWN}"' if model else unknown
         words = list(words)
         words[words.index("--text") + 1] = KNOWN
         sentence, _ = wanted_model(words, folder)
-    if sentence:
-        return words, Outcome("refused", sentence)
-    return words, Outcome("; ".join(["works", *notes]), "")
+    return words, Outcome("refused", sentence) if sentence else Outcome(here, "")
 
 
 def run_line(line: Line, folder: Path) -> Outcome:

@@ -320,6 +320,7 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
         ({"progressive_view": True}, "dream-mini", "cuda", False),
         ({"backbone": "vanilla"}, "dream-mini", "cuda", False),
         ({"backbone": "grid_torch"}, "dream-mini", "cuda", False),
+        ({"guidance": ("dream-mini", "clip")}, "dream-mini", "cuda", False),
         ({"backbone": "vanilla", "step_graph": True}, "dream-mini", "cuda", True),
     ],
 )
