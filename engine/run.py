@@ -198,9 +198,7 @@ class Written(NamedTuple):
         return 0
 
 
-def write_outputs(
-    trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False
-) -> Written:
+def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> Written:
     """Writes the outputs from the averaged weights, without specks."""
     some, no_mesh = False, None
     with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():

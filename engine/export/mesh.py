@@ -10,9 +10,10 @@ import numpy as np
 import trimesh
 from PIL import Image
 
+from dream_fast.engine.export.atlas import unwrap
 from dream_fast.engine.export.files import written_together
 from dream_fast.engine.export.surface import Mesh, Volume, log_density_volume, simplify, smooth_normals, surface_of
-from dream_fast.engine.export.texture import bake, unwrap
+from dream_fast.engine.export.texture import bake
 from dream_fast.engine.scene_field import SceneField
 
 # What of the time passes until the volume, the surface, the atlas and the pictures are there, on two cores.
@@ -91,7 +92,7 @@ def write_textured(
 
 
 def _mtl(albedo: str, normal: str | None = None) -> str:
-    """A material in Wavefront's form: opaque, no gloss, normals as programs for physically based materials read them."""
+    """A material in Wavefront's form: opaque, no gloss; `norm` is the extension for physically based materials."""
     lines = ["newmtl surface", "Kd 1 1 1", "Ks 0 0 0", "d 1", "illum 1", f"map_Kd {albedo}"]
     return "\n".join([*lines, *([f"norm {normal}"] if normal else [])]) + "\n"
 

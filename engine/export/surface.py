@@ -205,8 +205,11 @@ def is_closed(mesh: Mesh) -> bool:
 
 def _without_flaps(mesh: Mesh) -> Mesh:
     """Without pairs of triangles that lie on each other, which collapsed edges leave, and vertices of no triangle."""
-    _, number, times = np.unique(np.sort(mesh.faces, axis=1), axis=0, return_inverse=True, return_counts=True)
-    faces = mesh.faces[times[number.reshape(-1)] == 1]
+    a, b, c = mesh.faces.T
+    turns = np.where(((a < b).astype(int) + (b < c) + (c < a)) == 2, 1, -1)  # the way around: two on each other differ
+    corners, number = np.unique(np.sort(mesh.faces, axis=1), axis=0, return_inverse=True)
+    left = np.bincount(number.reshape(-1), weights=turns, minlength=len(corners)).astype(int)
+    faces = np.where(left[:, None] > 0, corners, corners[:, ::-1]).repeat(np.abs(left), axis=0)
     used, faces = np.unique(faces, return_inverse=True)
     return Mesh(mesh.vertices[used], faces.reshape(-1, 3))
 
@@ -271,7 +274,7 @@ def _points_at_once(field: SceneField) -> int:
 
 
 class Volume(NamedTuple):
-    """A field at the points of a grid that spans the scene cube [-bound, bound]^3, on the host, [N, N, N] by x, y, z."""
+    """A field at the points of a grid that spans the scene cube [-bound, bound]^3, [N, N, N] by x, y, z."""
 
     values: Tensor  # log density, at least log(level) - 14
     shape: Tensor  # the same near the level, smoothed: what the surface and its normals are taken from

@@ -1,7 +1,11 @@
-"""Pictures for a mesh: its triangles laid out on a square (a UV atlas), and colours and normals of the field baked in.
+"""Pictures for a mesh: colours and normals of the field, baked into the charts of a UV atlas.
 
-Texture coordinates (u, v) are in [0, 1] with v up, so that row 0 of a picture is v = 1. Normals are in tangent space, as
-glTF has them: x along u, y along v, z along the smooth normal of the mesh.
+What is seen of a field is a layer that begins around the surface. So at each vertex rays are sent into it, straight and
+at 45 degrees to four sides: that gives the colour of the layer there and the mean depth that is seen. A texel has the
+field's colour at that depth, plus what the colour of the layer differs from it at the vertices around: detail from the
+field itself, and on average the colours of the renders.
+
+Normals are in tangent space, as glTF has them: x along u, y along v, z along the smooth normal of the mesh.
 Between the charts the colours of their borders go on, from coarse to fine (pull-push: Gortler et al., The Lumigraph,
 1996), so that neither filtering nor a smaller copy of the picture shows a seam.
 """
@@ -15,22 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast import kernels
-from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.atlas import Atlas, tangents
 from dream_fast.engine.export.surface import Mesh, Volume, smooth_normals
 from dream_fast.engine.scene_field import SceneField
 
-PADDING = 4  # texels between two charts
-BEFORE, BEHIND, SAMPLES = 1 / 128, 1 / 16, 16  # of the ray into a texel, from and to (of the bound), and how many
+BEFORE, BEHIND, SAMPLES = 1 / 64, 1 / 4, 48  # of a ray: from and to (of the bound, around the surface), and how many
+QUANTILES = (1 / 6, 3 / 6, 5 / 6)  # of the light of a ray, where the field is asked for its colour
+GATHERED = 0.2  # part of the time that the rays take
 STEEPEST = 0.1  # cosine between a normal of the picture and the mesh's, at least
-LARGEST_PAGE = 1 << 15
-
-
-class Atlas(NamedTuple):
-    """A mesh whose vertices are doubled along the borders of its charts."""
-
-    source: np.ndarray  # [V] int64: the vertex of the mesh that each one is
-    faces: np.ndarray  # [T, 3] int64: the mesh's triangles, in their order
-    uv: np.ndarray  # [V, 2] float32 in [0, 1]
 
 
 class Baked(NamedTuple):
@@ -38,54 +34,6 @@ class Baked(NamedTuple):
 
     albedo: np.ndarray  # sRGB
     normal: np.ndarray | None  # (n + 1) / 2 of unit normals in tangent space
-
-
-# ---------------------------------------------------------------------------------------------------------------- atlas
-
-
-def unwrap(mesh: Mesh, resolution: int) -> Atlas:
-    """Lay the mesh out for a picture of resolution^2 texels, by uvunwrap or, where that cannot, xatlas."""
-    vertices, faces = mesh.vertices.astype(np.float32), mesh.faces.astype(np.uint32)
-    try:
-        return _unwrap_by_uvunwrap(vertices, faces, resolution)
-    except ImportError:
-        pass
-    except BaseException as error:
-        # Its Rust panics on some surfaces full of splinters, with an exception that is none of Python's errors.
-        if type(error).__name__ not in ("PanicException", "UnwrapError"):
-            raise
-    return _unwrap_by_xatlas(vertices, faces, resolution)
-
-
-def _unwrap_by_uvunwrap(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Atlas:
-    import uvunwrap
-
-    mesh, page = uvunwrap.Mesh(vertices, faces), resolution
-    while True:
-        # The densest packing takes minutes for the thousands of charts of a rough surface, and gains 4 % of the page.
-        atlas = uvunwrap.generate([mesh], page_size=page, padding=PADDING, packing="fast")
-        if atlas.page_count == 1 or page >= LARGEST_PAGE:
-            break
-        page *= 2  # more charts than fit with their padding: that gets smaller
-    laid = atlas.meshes[0]
-    uv = np.array(laid.uv, dtype=np.float32).reshape(-1, 2)
-    return Atlas(np.array(laid.xref, dtype=np.int64), np.array(laid.indices, dtype=np.int64).reshape(-1, 3), uv)
-
-
-def _unwrap_by_xatlas(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Atlas:
-    try:
-        import xatlas
-    except ImportError:
-        raise UserError("a textured mesh needs uvunwrap or xatlas: pip install uvunwrap xatlas") from None
-    atlas, packing = xatlas.Atlas(), xatlas.PackOptions()
-    packing.resolution, packing.padding = resolution, PADDING
-    atlas.add_mesh(vertices, faces)
-    atlas.generate(pack_options=packing)
-    source, laid, uv = atlas[0]
-    return Atlas(source.astype(np.int64), laid.astype(np.int64), np.asarray(uv, dtype=np.float32))
-
-
-# --------------------------------------------------------------------------------------------------------------- baking
 
 
 @torch.no_grad()
@@ -98,56 +46,75 @@ def bake(
     *,
     progress: Callable[[float], None] = lambda part: None,
 ) -> Baked:
-    """The field's colours at the surface as a picture of resolution^2 texels, and with a volume its normals.
+    """The field's colours as a picture of resolution^2 texels, and with a volume its normals too.
 
-    With a volume a texel has the colour of the depth from which a ray straight into the surface gathers its light, on
-    average: what is seen of a field is a layer, and the surface lies somewhere in it. Without one it is the colour of
-    the surface itself, and the mesh's own normals are all there is. `progress` is told the part that is done.
+    Without a volume the colours are those of the surface itself, and the mesh's own normals are all there is.
+    `progress` is told the part that is done.
     """
-    device = field.device
-    uv = torch.from_numpy(atlas.uv).to(device)
+    device, cuda = field.device, field.device.type == "cuda"
+    uv, faces = torch.from_numpy(atlas.uv).to(device), torch.from_numpy(atlas.faces).int().to(device)
     clip = torch.cat([uv * 2 - 1, torch.zeros_like(uv[:, :1]), torch.ones_like(uv[:, :1])], dim=1)
-    faces = torch.from_numpy(atlas.faces).int().to(device)
     seen = kernels.rasterize(clip[None], faces, resolution, resolution)
-    normals = smooth_normals(mesh)[atlas.source]
-    each = np.concatenate([mesh.vertices[atlas.source], normals, tangents(mesh, atlas, normals)], axis=1)
-    places = kernels.interpolate(torch.from_numpy(each).float().to(device), faces, seen)[0]  # [R, R, 10]
-    texels = (seen.triangle[0] >= 0).nonzero()  # [K, 2]
-    del seen
-    values, shape = (None, None) if volume is None else (volume.values.to(device), volume.shape.to(device))
-    albedo = torch.zeros(resolution, resolution, 3, device=device)
-    normal = None if volume is None else torch.zeros_like(albedo)
-    chunk = 1 << (22 if device.type == "cuda" else 16)
-    for done, some in enumerate(texels.split(chunk)):
-        row, column = some.unbind(1)
-        point, up, tangent, side = places[row, column].split([3, 3, 3, 1], dim=1)
-        up = F.normalize(up, dim=1)
-        looked = point
-        if values is not None:
-            looked = point - _seen_depth(values, volume.bound, point, up) * up
-            normal[row, column] = _in_tangent_space(_slope(shape, volume, point), up, tangent, side)
-        albedo[row, column] = field.albedo(looked.clamp(-field.bound, field.bound)).float()
-        progress(min(1.0, (done + 1) * chunk / len(texels)))
-    known = torch.zeros(resolution, resolution, dtype=torch.bool, device=device)
-    known[texels.unbind(1)] = True
-    return Baked(*(None if one is None else _as_picture(fill_holes(one, known)) for one in (albedo, normal)))
+    known = seen.triangle[0] >= 0
+
+    points, up = (torch.from_numpy(one).float().to(device) for one in (mesh.vertices, smooth_normals(mesh)))
+    depth, missing = torch.zeros_like(points[:, :1]), torch.zeros_like(points)
+    if volume is not None:
+        volume = volume._replace(values=volume.values.to(device), shape=volume.shape.to(device))
+        parts = zip(*(one.split(1 << (18 if cuda else 13)) for one in (points, up)), strict=True)
+        gathered = [_gather(field, volume, *part) for part in parts]
+        depth, missing = (torch.cat(one) for one in zip(*gathered, strict=True))
+        progress(GATHERED)
+
+    source = torch.from_numpy(atlas.source).to(device)
+    frame = torch.from_numpy(tangents(mesh, atlas)).float().to(device)
+    each = torch.cat([points[source], up[source], frame, depth[source], missing[source]], dim=1)
+    albedo, normal = torch.zeros(2, resolution, resolution, 3, device=device)
+    rows = max(1, (1 << (22 if cuda else 16)) // resolution)
+    for first in range(0, resolution, rows):
+        some = slice(first, first + rows)
+        there = known[some]
+        band = kernels.Fragments(*(one[:, some].contiguous() for one in seen))
+        texels = kernels.interpolate(each, faces, band)[0][there]
+        point, above, tangent, side, deep, rest = texels.split([3, 3, 3, 1, 1, 3], dim=1)
+        above = F.normalize(above, dim=1)
+        colour = field.albedo(_inside(point - deep * above, field.bound)).float() if len(point) else point
+        albedo[some][there] = (colour + rest).clamp(0, 1)
+        if volume is not None:
+            normal[some][there] = _in_tangent_space(_slope(volume, point), above, tangent, side)
+        progress(GATHERED + (1 - GATHERED) * min(1.0, (first + rows) / resolution))
+    pictures = [_as_picture(fill_holes(one, known)) for one in ([albedo] if volume is None else [albedo, normal])]
+    return Baked(pictures[0], pictures[1] if volume is not None else None)
 
 
-def tangents(mesh: Mesh, atlas: Atlas, normals: np.ndarray) -> np.ndarray:
-    """Of each vertex of the atlas [V, 4]: the direction in which u grows, and 1, or -1 where v grows to its right."""
-    corners = mesh.vertices[atlas.source][atlas.faces]
-    uv = atlas.uv.astype(np.float64)[atlas.faces]
-    (du1, dv1), (du2, dv2) = (uv[:, 1] - uv[:, 0]).T, (uv[:, 2] - uv[:, 0]).T
-    edge1, edge2 = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
-    twice = du1 * dv2 - du2 * dv1  # area in the picture
-    along = (dv2[:, None] * edge1 - dv1[:, None] * edge2) * np.sign(twice)[:, None]  # by area, so that slivers count less
-    vertices = np.repeat(atlas.faces.ravel(), 3).reshape(-1, 3)
-    summed, side = np.zeros((len(atlas.source), 3)), np.zeros(len(atlas.source))
-    np.add.at(summed, (vertices, np.arange(3)), np.repeat(along, 3, axis=0))
-    np.add.at(side, atlas.faces.ravel(), np.repeat(twice, 3))
-    summed -= (summed * normals).sum(1, keepdims=True) * normals
-    length = np.linalg.norm(summed, axis=1, keepdims=True)
-    return np.concatenate([summed / np.maximum(length, 1e-30), np.where(side < 0, -1.0, 1.0)[:, None]], axis=1)
+def _gather(field: SceneField, volume: Volume, points: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """At points [V, 3] of the surface with normals `up`: the depth [V, 1] below it that is seen on average, world
+    units, and what the colour of the layer differs from the colour at that depth [V, 3].
+    """
+    bound, step = volume.bound, (BEFORE + BEHIND) * volume.bound / SAMPLES
+    t = step * (torch.arange(SAMPLES, device=points.device) + 0.5) - BEFORE * bound
+    one = F.normalize(torch.linalg.cross(up, torch.eye(3, device=up.device)[up.abs().argmin(1)]), dim=1)
+    other = torch.linalg.cross(up, one)
+    light = torch.full_like(points[:, :1], 1e-6)
+    depth, colour = torch.zeros_like(light), 1e-6 * field.albedo(_inside(points, bound)).float()
+    for way in (up, up + one, up - one, up + other, up - other):
+        way = F.normalize(way, dim=1)
+        tau = _look_up(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp() * step
+        weight = torch.exp(tau - tau.cumsum(1)) * -torch.expm1(-tau)  # [V, SAMPLES]
+        opacity = weight.sum(1, keepdim=True)
+        light += opacity
+        depth += (weight * t).sum(1, keepdim=True) * (way * up).sum(1, keepdim=True)
+        until = weight.cumsum(1) / opacity.clamp(min=1e-12)
+        for part in QUANTILES:
+            at = t[(until < part).sum(1).clamp(max=SAMPLES - 1)]
+            seen = field.albedo(_inside(points - at[:, None] * way, bound)).float()
+            colour += opacity / len(QUANTILES) * seen
+    depth = depth / light
+    return depth, colour / light - field.albedo(_inside(points - depth * up, bound)).float()
+
+
+def _inside(points: Tensor, bound: float) -> Tensor:
+    return points.clamp(-bound, bound)
 
 
 def _look_up(values: Tensor, bound: float, points: Tensor) -> Tensor:
@@ -157,24 +124,15 @@ def _look_up(values: Tensor, bound: float, points: Tensor) -> Tensor:
     return found.view(points.shape[:-1])
 
 
-def _seen_depth(values: Tensor, bound: float, point: Tensor, up: Tensor) -> Tensor:
-    """How far behind the surface [K, 1] a ray against `up` [K, 3] gathers its light on average, world units."""
-    step = (BEFORE + BEHIND) * bound / SAMPLES
-    t = step * (torch.arange(SAMPLES, device=point.device) + 0.5) - BEFORE * bound
-    tau = _look_up(values, bound, point[:, None] - t[:, None] * up[:, None]).exp() * step
-    weight = torch.exp(tau - tau.cumsum(1)) * -torch.expm1(-tau)
-    return ((weight * t).sum(1) / weight.sum(1).clamp(min=1e-12))[:, None]
-
-
-def _slope(values: Tensor, volume: Volume, point: Tensor) -> Tensor:
+def _slope(volume: Volume, point: Tensor) -> Tensor:
     """Unit directions [K, 3] in which the density falls most, by differences over two cells of the volume."""
     offsets = volume.cell * torch.eye(3, device=point.device)
-    ahead, behind = (_look_up(values, volume.bound, point[:, None] + way) for way in (offsets, -offsets))
+    ahead, behind = (_look_up(volume.shape, volume.bound, point[:, None] + way) for way in (offsets, -offsets))
     return F.normalize(behind - ahead, dim=1)
 
 
 def _in_tangent_space(normal: Tensor, up: Tensor, tangent: Tensor, side: Tensor) -> Tensor:
-    """(n + 1) / 2 of world normals [K, 3] in the frame of the mesh; those that nearly face inwards become the mesh's."""
+    """(n + 1) / 2 of world normals [K, 3] in the frame of the mesh; its own instead of those that face away."""
     tangent = F.normalize(tangent - (tangent * up).sum(1, keepdim=True) * up, dim=1)
     across = torch.linalg.cross(up, tangent) * side.sign()
     local = torch.stack([(normal * axis).sum(1) for axis in (tangent, across, up)], dim=1)
