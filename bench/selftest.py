@@ -7,6 +7,7 @@ of the benchmark's gate: an error of at most twice that of the reference in the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -179,6 +180,7 @@ def check(
 
 
 def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m dream_fast.bench selftest", description=__doc__).parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wrong = 0
     for line in check(device):

@@ -7,7 +7,9 @@ brightness' gradient (central differences, per pixel) where it counts:
 
     silhouette   pixels inside whose neighbour is outside
     creases      of the pixels with inside neighbours alone, the 5 % whose normals differ most from their neighbours'
+    rest         the other ones: what is there is mostly noise, which the creases of a noisy shape hold as well
 
+`contrast` is sharpness as a multiple of the rest.
 Written to <work>/sharpness.json, with a picture of both beside one another. The refinement has to be 1.3 times as sharp
 on the mean of the two, and not worse for the judge.
 """
@@ -45,8 +47,8 @@ def textureless(trainer: Trainer) -> tuple[Tensor, Tensor, Tensor]:
     return view.rgb[..., 0], view.opacity, view.normal
 
 
-def edges(opacity: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
-    """The silhouette's pixels and the creases', bool [N, H, W] each, of opacities and normals."""
+def edges(opacity: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels of the silhouette, of creases and all inner ones, bool [N, H, W] each, of opacities and normals."""
     inside = opacity > 0.5
     eroded = -F.max_pool2d(-inside[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
     inner = -F.max_pool2d(-eroded[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
@@ -60,7 +62,7 @@ def edges(opacity: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
         found = turn[number][inner[number]]
         if found.numel():
             creases[number] = inner[number] & (turn[number] >= found.quantile(1 - SHARPEST))
-    return inside & ~eroded, creases
+    return inside & ~eroded, creases, inner
 
 
 def slope(brightness: Tensor) -> Tensor:
@@ -75,14 +77,16 @@ def measure(trainer: Trainer, prompt: str) -> tuple[dict[str, float | None], Ten
     """The row of a finished run, and its textureless pictures [8, H, W]."""
     scores = assess(load_judge(), pictures_of(trainer).cpu(), prompt)
     brightness, opacity, normal = textureless(trainer)
-    silhouette, creases = edges(opacity, normal)
+    silhouette, creases, inner = edges(opacity, normal)
     steep = slope(brightness)
     row = {name: scores[name] for name in ("object", "object_color")}
     row |= {
         name: round(steep[where].mean().item(), 4) if where.any() else 0.0
-        for name, where in (("silhouette", silhouette), ("creases", creases))
+        for name, where in (("silhouette", silhouette), ("creases", creases), ("rest", inner & ~creases))
     }
-    return row | {"sharpness": round((row["silhouette"] + row["creases"]) / 2, 4)}, brightness.cpu()
+    sharpness = (row["silhouette"] + row["creases"]) / 2
+    row |= {"sharpness": round(sharpness, 4), "contrast": round(sharpness / max(row["rest"], 1e-6), 2)}
+    return row, brightness.cpu()
 
 
 def make(typed: dict, device: str) -> Trainer:

@@ -357,14 +357,16 @@ class DMTetConfig(Room):
     tet_grid_size: int = option(
         128, "with --dmtet: layers of tetrahedra across the grid, an even number", low=4, high=256
     )
+    lr_geo: float | None = option(None, "with --dmtet: learning rate of the shape; default: --lr", above=0)
     lock_geo: bool = option(False, "with --dmtet: only the colours are optimised, the shape stays")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tet_grid_size % 2:
             raise UserError(f"--tet_grid_size must be even, not {self.tet_grid_size}")
-        for name, given in (("init_with", self.init_with is not None), ("lock_geo", self.lock_geo)):
-            if given and not self.dmtet:
+        given = {"init_with": self.init_with is not None, "lr_geo": self.lr_geo is not None, "lock_geo": self.lock_geo}
+        for name in given:
+            if given[name] and not self.dmtet:
                 raise UserError(f"--{name} is of the mesh refinement: it goes with --dmtet only")
 
 

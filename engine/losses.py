@@ -78,7 +78,8 @@ def normal_smoothness(normals: Tensor, near_normals: Tensor, count: Tensor) -> T
 def normal_consistency(surface: Surface, beyond: Tensor) -> Tensor:
     """Neighbouring triangles should lie in one plane: mean of 1 - n_a.n_b over the edges that two of them share.
 
-    beyond: `opposite_corners` of the faces.
+    An edge of a triangle smaller than the mean counts as much less as that one is smaller: marching tetrahedra leaves
+    slivers, whose normals turn with the slightest movement. beyond: `opposite_corners` of the faces.
     """
     a, b, c = surface.vertices[surface.faces].unbind(1)
     weighted = torch.linalg.cross(b - a, c - a)
@@ -86,7 +87,13 @@ def normal_consistency(surface: Surface, beyond: Tensor) -> Tensor:
     other = beyond.clamp(min=0) // 3
     difference = 1 - (normals[:, None] * normals[other]).sum(2)  # [T, 3], of every edge twice
     shared = beyond >= 0
-    return torch.where(shared, difference, 0).sum() / shared.sum().clamp(min=1)
+    counts = _edge_counts(weighted.detach().norm(dim=1), other)
+    return torch.where(shared, counts * difference, 0).sum() / shared.sum().clamp(min=1)
+
+
+def _edge_counts(area: Tensor, other: Tensor) -> Tensor:
+    """How much edges count, [T, 3]: the smaller one of the areas [T] on both sides as a part of the mean, at most 1."""
+    return (torch.minimum(area[:, None], area[other]) / area.mean().clamp(min=1e-20)).clamp(max=1)
 
 
 def laplacian(surface: Surface) -> Tensor:

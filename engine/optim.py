@@ -21,7 +21,7 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-15
 
 class Optimizer:
     """Optimises `table` (if there is one), `others` and `shape` (if there is one) in place and keeps their exponential
-    moving average (EMA). The parameters of `shape` learn at --lr itself.
+    moving average (EMA). The parameters of `shape` learn at `shape_lr`, or --lr itself.
 
     After construction the parameters and their gradients are views of `params` and `grads`, both flat [P] fp32. Move
     the module to its device first; afterwards do not replace `.data` or `.grad` of a parameter, and use `zero_grad` of
@@ -34,6 +34,7 @@ class Optimizer:
         others: list[nn.Parameter],
         config: OptimConfig,
         shape: list[nn.Parameter] | None = None,
+        shape_lr: float | None = None,
     ):
         self.config = config
         parameters = [*([] if table is None else [table]), *others, *(shape or [])]
@@ -54,7 +55,7 @@ class Optimizer:
         self.scene = self.params.numel() - sum(parameter.numel() for parameter in shape or [])
         groups.append((self.scene, base))
         if shape:
-            groups.append((self.params.numel(), config.lr))
+            groups.append((self.params.numel(), config.lr if shape_lr is None else shape_lr))
         self.group_ends, self.lrs = zip(*groups, strict=True)
         self.steps = 0  # attempted, so known to the host; it only sets the warm-up of the average
         make = kernels.AdanState.zeros if config.optim == "adan" else AdamState

@@ -146,7 +146,7 @@ class Trainer:
             self.renderer = Renderer(self.field, config.render)
         others = [parameter for parameter in self.field.parameters() if parameter is not self.field.table]
         free = [] if self.shape is None or self.shape.locked else list(self.shape.parameters())
-        self.optimizer = Optimizer(self.field.table, others, config.optim, free)
+        self.optimizer = Optimizer(self.field.table, others, config.optim, free, config.dmtet.lr_geo)
         self.scaler = LossScaler(runtime.fp16, runtime.device)
         self.generator = torch.Generator(runtime.device)
         self.schedule = Schedule(config.run.iters)  # of the learning rate, the noise level and the guidance scale

@@ -157,5 +157,5 @@ def test_the_command_prints_findings_and_its_status_tells_whether_something_is_w
 
 def test_lines_of_the_self_test_are_json(capsys, monkeypatch):
     monkeypatch.setattr(selftest, "check", lambda device: iter([{"kernel": "march", "error": "no", "seconds": 0}]))
-    assert selftest.main() == 1
+    assert selftest.main([]) == 1
     assert json.loads(capsys.readouterr().out)["kernel"] == "march"

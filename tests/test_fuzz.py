@@ -192,6 +192,12 @@ def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.fixture(autouse=True)
+def small_numbers():
+    """A run on a CPU takes numbers next to 0 as 0, from then on in the whole process; here they are inputs."""
+    torch.set_flush_denormal(False)
+
+
 def test_hypothesis_finds_no_traceback_no_hang_and_no_way_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inputs = int(os.environ.get("FUZZ_INPUTS", "2000"))

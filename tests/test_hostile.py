@@ -112,7 +112,7 @@ def test_a_revision_pins_what_is_taken_from_the_hub(monkeypatch, tiny_model):
     assert set(asked) == {("somebody/model", "0123abc"), ("somebody/model", None)}
     for source in ("somebody/model@", "a/b@../x", "a/b@-x"):
         with pytest.raises(UserError, match="does not exist"):
-            loader._find_folder(source, half=False)
+            loader._find_folder(source, "SD", half=False)
 
 
 def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):

@@ -171,7 +171,7 @@ def added_gradient(field, scale, step=50, **weights):
     field.table.grad = torch.zeros_like(field.table)
     config = dataclasses.replace(LossConfig(), **NOTHING | weights)
     generator = torch.Generator().manual_seed(0)
-    losses.add_table_gradients(field, config, step=step, iters=100, scale=scale, generator=generator)
+    losses.add_table_gradients(field, config, step=step, progress=step / 100, scale=scale, generator=generator)
     return field.table.grad / scale
 
 

@@ -175,8 +175,8 @@ def test_a_download_takes_one_set_of_weights(
         (broken / name).parent.mkdir(exist_ok=True)
         (broken / name).write_bytes(b"junk")
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        assert name == "nobody/if"
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("nobody/if", None)
         for path in broken.rglob("*"):
             relative = str(path.relative_to(broken))
             if path.is_file() and any(fnmatch(relative, pattern) for pattern in allow_patterns):
