@@ -375,7 +375,7 @@ def test_the_command_from_a_run_to_a_mesh(tiny_model, tmp_path, capsys):
     assert main(command(first, tiny_model, "--six_views", "--occupancy_resolution", "16", *FIELD_FLAGS)) == 0
     refine = command(
         second, tiny_model, "--dmtet", "--init_with", str(first), "--tet_grid_size", "16", "--dmtet_reso_scale", "2",
-        "--save_mesh", "--batch_size", "2",
+        "--save_mesh", "--batch_size", "2", "--texture_resolution", "64",
     )  # fmt: skip
     assert main(refine) == 0
     stored = Workspace(second).stored_config()
