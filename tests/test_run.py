@@ -108,7 +108,8 @@ def test_cameras_phases_and_prompts_of_a_file_of_arguments_reach_the_steps(tiny_
 
 
 def test_a_vanilla_run_writes_everything_is_taken_up_and_looked_at(tmp_path, tiny_model, capsys):
-    words = "--frequencies 3 --hidden_width 16 --num_steps 8 --upsample_steps 4 --bound 0.6 --mcubes_resolution 24 --texture_resolution 64"
+    words = "--frequencies 3 --hidden_width 16 --num_steps 8 --upsample_steps 4 --bound 0.6 --mcubes_resolution 24"
+    words += " --texture_resolution 64"
     words += f" --device cpu --log_every 1 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}"
     start = ["--text", "a hamburger", "--hf_key", str(tiny_model), *words.split(), "--save_mesh", "-O2", "--workspace"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

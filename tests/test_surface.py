@@ -17,7 +17,7 @@ from dream_fast.engine.export.surface import Mesh, NoSurface
 class Analytic:
     """A field with the density exp(-steep * distance(x)) * 10: the surface of level 10 is where the distance is 0."""
 
-    device = torch.device("cpu")
+    device, finest = torch.device("cpu"), None
 
     def __init__(self, distance, bound=1.0, steep=40.0):
         self.distance, self.bound, self.steep, self.asked = distance, bound, steep, 0
@@ -78,6 +78,16 @@ def test_a_plate_two_points_thick_stands_smoothing():
     shape = found(plate, 64)
     assert shape.is_watertight and shape.extents[1] == pytest.approx(1.2, abs=0.07)
     assert 0.03 < shape.extents[0] < 0.1
+
+
+def test_noise_finer_than_the_field_is_smoothed_at_any_resolution():
+    def roughness(finest):
+        noise = torch.from_numpy(np.random.default_rng(0).standard_normal((24, 24, 24))).float()
+        field = Analytic(lambda x: ball(0.6)(x) + 0.02 * noise[tuple(((x + 1) * 11.5).round().long().T)])
+        field.finest = finest
+        return np.linalg.norm(found(field, 60).vertices, axis=1).std()
+
+    assert roughness(24) < 0.75 * roughness(None)
 
 
 def test_walls_of_cavities_are_dropped():
@@ -146,7 +156,7 @@ def test_of_three_triangles_on_each_other_one_is_left():
 def test_a_rough_surface_stays_closed(faces):
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((64, 64, 64))).float()
     axis = torch.linspace(-1, 1, 64)
-    rough = 0.6 - torch.cartesian_prod(axis, axis, axis).norm(dim=1).view(64, 64, 64) + 0.3 * surface.smoothed(noise)
+    rough = 0.6 - torch.cartesian_prod(axis, axis, axis).norm(dim=1).view(64, 64, 64) + 0.2 * surface.smoothed(noise)
     full = surface.visible_parts(surface.marching_tetrahedra(rough.numpy(), 0.0))
     simpler = surface.simplify(full, faces)
     assert len(full.faces) > 3 * faces >= 3 * len(simpler.faces) and surface.is_closed(simpler)

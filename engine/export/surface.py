@@ -15,7 +15,7 @@ Triangles run counter-clockwise seen from outside.
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import permutations
+from itertools import permutations, product
 from typing import NamedTuple
 
 import fast_simplification
@@ -31,6 +31,7 @@ SMALLEST_COMPONENT = 0.02  # of the area of the largest; smaller ones are floate
 LAYER_POINTS = 1 << 22  # of the grid that are looked at together
 FINEST_WHOLE = 128  # points along an edge at which all of the grid is looked at
 NEAR = 3.0  # of log density on either side of the surface that it is taken from: thin parts stand smoothing so
+MOST_PASSES = 8  # of smoothing
 EDGE_MARGIN = 0.02  # a vertex keeps this part of its edge from both ends, so that no triangle collapses
 
 
@@ -287,10 +288,13 @@ class Volume(NamedTuple):
         return 2 * self.bound / (len(self.values) - 1)
 
     @classmethod
-    def of(cls, values: Tensor, level: float, bound: float) -> "Volume":
-        """The volume of these log densities."""
+    def of(cls, values: Tensor, level: float, field: SceneField) -> "Volume":
+        """The volume of these log densities of a field."""
         near = values.clamp(math.log(level) - NEAR, math.log(level) + NEAR)
-        return cls(values, smoothed(near), level, bound)
+        # The width of a pass grows with the root of their number; between its own points the field has no detail.
+        finest = field.finest or len(values)
+        passes = min(MOST_PASSES, max(1, round(1.5 * ((len(values) - 1) / finest) ** 2)))
+        return cls(values, smoothed(near, passes), level, field.bound)
 
 
 def density_volume(
@@ -333,7 +337,7 @@ def log_density_volume(
     level = surface_level(coarse, threshold)
     coarse = _logarithm(coarse, level)
     if len(coarse) == resolution:
-        return Volume.of(coarse, level, field.bound)
+        return Volume.of(coarse, level, field)
     near = _cells_near(coarse, math.log(level))
     axis = torch.linspace(-field.bound, field.bound, resolution, device=field.device)
     places = torch.linspace(0, len(coarse) - 1, resolution, dtype=torch.float64)  # in the coarse grid
@@ -353,19 +357,26 @@ def log_density_volume(
         progress((1 + min(1.0, (first + layers) / resolution)) / 2)
     if not torch.isfinite(volume).all():
         raise NoSurface("the field's density is not finite, so it has no surface to export")
-    return Volume.of(volume, level, field.bound)
+    return Volume.of(volume, level, field)
 
 
-def smoothed(values: Tensor) -> Tensor:
-    """values [N, N, N] with a quarter of both neighbours and half of the value itself along each axis. In place.
+def smoothed(values: Tensor, passes: int = 1) -> Tensor:
+    """values [N, N, N] without what single points of a learned field have of their own.
 
-    That takes away what single points of a learned field have of their own.
+    A pass has a quarter of both neighbours and half of the value itself, along each axis. What the passes took is
+    smoothed as well and given back (Tukey's twicing), so that round parts do not shrink. Overwrites its argument.
     """
-    for axis in range(3):
-        before, after = values.narrow(axis, 0, 1), values.narrow(axis, -1, 1)
-        neighbours = torch.cat([values.narrow(axis, 1, values.shape[axis] - 1), after], dim=axis)
-        neighbours.narrow(axis, 1, values.shape[axis] - 1).add_(values.narrow(axis, 0, values.shape[axis] - 1))
-        neighbours.narrow(axis, 0, 1).add_(before)
+    smooth = _averaged(values.clone(), passes)
+    return smooth.add_(_averaged(values.sub_(smooth), passes))
+
+
+def _averaged(values: Tensor, passes: int) -> Tensor:
+    """The passes of `smoothed`, in place."""
+    for _, axis in product(range(passes), range(3)):
+        count = values.shape[axis] - 1
+        neighbours = torch.cat([values.narrow(axis, 1, count), values.narrow(axis, count, 1)], dim=axis)
+        neighbours.narrow(axis, 1, count).add_(values.narrow(axis, 0, count))
+        neighbours.narrow(axis, 0, 1).add_(values.narrow(axis, 0, 1))
         values.mul_(0.5).add_(neighbours, alpha=0.25)
     return values
 

@@ -1,9 +1,9 @@
 """Pictures for a mesh: colours and normals of the field, baked into the charts of a UV atlas.
 
 What is seen of a field is a layer that begins around the surface. So at each vertex rays are sent into it, straight and
-at 45 degrees to four sides: that gives the colour of the layer there and the mean depth that is seen. A texel has the
-field's colour at that depth, plus what the colour of the layer differs from it at the vertices around: detail from the
-field itself, and on average the colours of the renders.
+at 45 degrees to four sides: that gives the colour of the layer there and the depths that are seen. A texel has the mean
+of the field's colours at those depths, plus what the colour of the layer differs from that at the vertices around:
+detail from the field itself, and on average the colours of the renders.
 
 Normals are in tangent space, as glTF has them: x along u, y along v, z along the smooth normal of the mesh.
 Between the charts the colours of their borders go on, from coarse to fine (pull-push: Gortler et al., The Lumigraph,
@@ -24,7 +24,7 @@ from dream_fast.engine.export.surface import Mesh, Volume, smooth_normals
 from dream_fast.engine.scene_field import SceneField
 
 BEFORE, BEHIND, SAMPLES = 1 / 64, 1 / 4, 48  # of a ray: from and to (of the bound, around the surface), and how many
-QUANTILES = (1 / 6, 3 / 6, 5 / 6)  # of the light of a ray, where the field is asked for its colour
+QUANTILES = (1 / 6, 3 / 6, 5 / 6)  # of the light of a ray, from the depths of which the field is asked for its colour
 GATHERED = 0.2  # part of the time that the rays take
 STEEPEST = 0.1  # cosine between a normal of the picture and the mesh's, at least
 
@@ -58,17 +58,17 @@ def bake(
     known = seen.triangle[0] >= 0
 
     points, up = (torch.from_numpy(one).float().to(device) for one in (mesh.vertices, smooth_normals(mesh)))
-    depth, missing = torch.zeros_like(points[:, :1]), torch.zeros_like(points)
+    depths, missing = torch.zeros_like(points[:, :1]), torch.zeros_like(points)
     if volume is not None:
         volume = volume._replace(values=volume.values.to(device), shape=volume.shape.to(device))
         parts = zip(*(one.split(1 << (18 if cuda else 13)) for one in (points, up)), strict=True)
         gathered = [_gather(field, volume, *part) for part in parts]
-        depth, missing = (torch.cat(one) for one in zip(*gathered, strict=True))
+        depths, missing = (torch.cat(one) for one in zip(*gathered, strict=True))
         progress(GATHERED)
 
     source = torch.from_numpy(atlas.source).to(device)
     frame = torch.from_numpy(tangents(mesh, atlas)).float().to(device)
-    each = torch.cat([points[source], up[source], frame, depth[source], missing[source]], dim=1)
+    each = torch.cat([points[source], up[source], frame, missing[source], depths[source]], dim=1)
     albedo, normal = torch.zeros(2, resolution, resolution, 3, device=device)
     rows = max(1, (1 << (22 if cuda else 16)) // resolution)
     for first in range(0, resolution, rows):
@@ -76,10 +76,9 @@ def bake(
         there = known[some]
         band = kernels.Fragments(*(one[:, some].contiguous() for one in seen))
         texels = kernels.interpolate(each, faces, band)[0][there]
-        point, above, tangent, side, deep, rest = texels.split([3, 3, 3, 1, 1, 3], dim=1)
+        point, above, tangent, side, rest, deep = texels.split([3, 3, 3, 1, 3, depths.shape[1]], dim=1)
         above = F.normalize(above, dim=1)
-        colour = field.albedo(_inside(point - deep * above, field.bound)).float() if len(point) else point
-        albedo[some][there] = (colour + rest).clamp(0, 1)
+        albedo[some][there] = (_below(field, point, above, deep) + rest).clamp(0, 1)
         if volume is not None:
             normal[some][there] = _in_tangent_space(_slope(volume, point), above, tangent, side)
         progress(GATHERED + (1 - GATHERED) * min(1.0, (first + rows) / resolution))
@@ -88,33 +87,35 @@ def bake(
 
 
 def _gather(field: SceneField, volume: Volume, points: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """At points [V, 3] of the surface with normals `up`: the depth [V, 1] below it that is seen on average, world
-    units, and what the colour of the layer differs from the colour at that depth [V, 3].
+    """At points [V, 3] of the surface with normals `up`: the depths [V, Q] below it at the quantiles of what is seen,
+    world units, and what the colour of the layer differs from the mean colour at those depths [V, 3].
     """
     bound, step = volume.bound, (BEFORE + BEHIND) * volume.bound / SAMPLES
     t = step * (torch.arange(SAMPLES, device=points.device) + 0.5) - BEFORE * bound
     one = F.normalize(torch.linalg.cross(up, torch.eye(3, device=up.device)[up.abs().argmin(1)]), dim=1)
     other = torch.linalg.cross(up, one)
     light = torch.full_like(points[:, :1], 1e-6)
-    depth, colour = torch.zeros_like(light), 1e-6 * field.albedo(_inside(points, bound)).float()
+    depths, colour = torch.zeros(len(points), len(QUANTILES), device=points.device), 1e-6 * _below(field, points, up)
     for way in (up, up + one, up - one, up + other, up - other):
         way = F.normalize(way, dim=1)
         tau = _look_up(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp() * step
         weight = torch.exp(tau - tau.cumsum(1)) * -torch.expm1(-tau)  # [V, SAMPLES]
         opacity = weight.sum(1, keepdim=True)
-        light += opacity
-        depth += (weight * t).sum(1, keepdim=True) * (way * up).sum(1, keepdim=True)
         until = weight.cumsum(1) / opacity.clamp(min=1e-12)
-        for part in QUANTILES:
-            at = t[(until < part).sum(1).clamp(max=SAMPLES - 1)]
-            seen = field.albedo(_inside(points - at[:, None] * way, bound)).float()
-            colour += opacity / len(QUANTILES) * seen
-    depth = depth / light
-    return depth, colour / light - field.albedo(_inside(points - depth * up, bound)).float()
+        at = torch.stack([t[(until < part).sum(1).clamp(max=SAMPLES - 1)] for part in QUANTILES], dim=1)
+        light += opacity
+        depths += opacity * at * (way * up).sum(1, keepdim=True)
+        colour += opacity * _below(field, points, way, at)
+    depths = depths / light
+    return depths, colour / light - _below(field, points, up, depths)
 
 
-def _inside(points: Tensor, bound: float) -> Tensor:
-    return points.clamp(-bound, bound)
+def _below(field: SceneField, points: Tensor, way: Tensor, depths: Tensor | None = None) -> Tensor:
+    """The mean colour [K, 3] of the field at depths [K, Q] against a direction `way` from points [K, 3]; None: at 0."""
+    if depths is None:
+        depths = torch.zeros_like(points[:, :1])
+    places = points[:, None] - depths[..., None] * way[:, None]
+    return field.albedo(places.view(-1, 3).clamp(-field.bound, field.bound)).float().view(places.shape).mean(1)
 
 
 def _look_up(values: Tensor, bound: float, points: Tensor) -> Tensor:
