@@ -4,7 +4,8 @@
 
 The mesh is read from its GLB file as any program would read it, rasterised with its texture, and compared with the
 field as it renders: intersection over union of the two silhouettes (of the field: where a ray is more than half
-opaque), and PSNR where both are seen, of the field's colours without what shines through from behind.
+opaque), and PSNR where both are seen, of the field's colours without what shines through from behind; once more where
+the field is opaque (19 parts of 20), since what is translucent no surface can show. Wanted: 0.95, and 25 dB.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from dream_fast.engine.renderer import Renderer
 from dream_fast.engine.workspace import Workspace
 
 NEAR = 0.1
+OPAQUE = 0.95
 
 
 class Textured(NamedTuple):
@@ -64,6 +66,7 @@ class Likeness(NamedTuple):
     """How a mesh looks beside its field, a number a view of SIX_VIEWS, and both as pictures."""
 
     psnr: list[float]  # dB, where both are seen
+    opaque_psnr: list[float]  # dB, of that where the field is opaque
     iou: list[float]
     pictures: Tensor  # [2, 6, size, size, 3]: the field, the mesh
 
@@ -75,14 +78,16 @@ def compare(renderer: Renderer, mesh: Textured, cameras: Cameras, size: int) -> 
     view = renderer.view(cameras, size, size, background=black, normals=False)
     own = view.rgb / view.opacity[..., None].clamp(min=1e-6)
     colours, covered = draw(mesh, cameras, size)
-    solid = view.opacity > 0.5
-    both = solid & covered
-    iou = (both.sum((1, 2)) / (solid | covered).sum((1, 2))).tolist()
-    errors = ((own - colours).square().mean(-1) * both).sum((1, 2)) / both.sum((1, 2))
+    solid, error = view.opacity > 0.5, (own - colours).square().mean(-1)
+    iou = ((solid & covered).sum((1, 2)) / (solid | covered).sum((1, 2)).clamp(min=1)).tolist()
+
+    def psnr(where: Tensor) -> list[float]:
+        errors = (error * where).sum((1, 2)) / where.sum((1, 2)).clamp(min=1)
+        return [-10 * math.log10(max(e, 1e-10)) for e in errors.tolist()]
+
+    opaque = covered & (view.opacity > OPAQUE)
     before_white = view.rgb + 1 - view.opacity[..., None]
-    return Likeness(
-        [-10 * math.log10(max(e, 1e-10)) for e in errors.tolist()], iou, torch.stack([before_white, colours])
-    )
+    return Likeness(psnr(solid & covered), psnr(opaque), iou, torch.stack([before_white, colours]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         config = Workspace(path).stored_config().override({"device": args.device, "workspace": str(path), "test": True})
         trainer = finished(config, path)
         glb = args.out / path.name / "mesh.glb"
-        with trainer.optimizer.ema_weights(), trainer.renderer.sampler.without_specks():
+        with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
             start = time.perf_counter()
             surface = write_mesh(
                 glb,
@@ -115,12 +120,13 @@ def main(argv: list[str] | None = None) -> int:
             found = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, args.size)
         save_grid(glb.with_name("views.png"), found.pictures)
         row = {"workspace": path.name, "seconds": round(seconds, 2), "faces": len(surface.faces)}
-        row |= {"psnr": dict(zip(SIX_VIEWS, (round(p, 2) for p in found.psnr), strict=True))}
-        row |= {"iou": dict(zip(SIX_VIEWS, (round(i, 4) for i in found.iou), strict=True))}
+        for name, digits in (("psnr", 2), ("opaque_psnr", 2), ("iou", 4)):
+            row[name] = dict(zip(SIX_VIEWS, (round(x, digits) for x in getattr(found, name)), strict=True))
         rows.append(row)
         print(
             f"{path.name:24} {row['faces']} faces in {seconds:.1f} s; worst of six views: "
-            f"PSNR {min(found.psnr):.1f} dB, IoU {min(found.iou):.3f}; {glb.with_name('views.png')}"
+            f"PSNR {min(found.psnr):.1f} dB ({min(found.opaque_psnr):.1f} dB where the field is opaque), "
+            f"IoU {min(found.iou):.3f}; {glb.with_name('views.png')}"
         )
     print(json.dumps({"device": args.device, "meshes": rows}))
     return 0

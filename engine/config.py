@@ -407,8 +407,8 @@ class OutputConfig(Room):
     )
     dataset_size_valid: int = option(8, "pictures in a validation set", low=1, may_change=True)
     dataset_size_test: int = option(100, "frames of the 360-degree video", low=1, may_change=True)
-    mcubes_resolution: int = option(256, "cells along an edge for the mesh", low=8, high=1024, may_change=True)
-    decimate_target: int = option(50_000, "most triangles of the mesh", low=4, may_change=True)
+    mcubes_resolution: int = option(256, "points along an edge of the mesh's grid", low=8, high=512, may_change=True)
+    decimate_target: int = option(50_000, "most triangles of the mesh; 0: all of them", low=0, may_change=True)
     texture_resolution: int = option(
         2048, "texels along an edge of the mesh's texture", low=16, high=8192, may_change=True
     )

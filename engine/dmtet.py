@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import trimesh
 from torch import Tensor, nn
 
 from dream_fast.engine.checkpoint import list_checkpoints, read_architecture
 from dream_fast.engine.config import CameraConfig, Config, FieldConfig, settings
-from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.surface import density_volume, surface_level
+from dream_fast.engine.mesh_file import SUFFIXES, load_mesh
 from dream_fast.engine.sampling import large_parts
 from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.signed_distance import signed_distance
@@ -31,7 +31,6 @@ MARGIN = 0.1  # between the object and the border of the grid, of the bound
 FILLS = 0.8  # part of the picture's height, or of the cube, that a mesh file is scaled to
 OUTSIDE = -1e-2  # distance of the border's vertices at most
 VOLUME = 64  # points along an edge at which a field is looked at to find the object
-MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 
 
 class TetShape(nn.Module):
@@ -108,10 +107,10 @@ def find_start(name: str) -> Start:
         raise UserError(
             f"--init_with {name}: checkpoints of other programs cannot be read; give a run's or a mesh file"
         )
-    if path.suffix.lower() not in (".safetensors", *MESH_SUFFIXES):
+    if path.suffix.lower() not in (".safetensors", *SUFFIXES):
         raise UserError(
             f"--init_with {name} is neither a checkpoint (.safetensors, or the folder of a run) nor a mesh file "
-            f"({', '.join(MESH_SUFFIXES)})"
+            f"({', '.join(SUFFIXES)})"
         )
     return Start(path, path.suffix.lower() == ".safetensors")
 
@@ -156,18 +155,10 @@ def start_from_field(shape: TetShape, field: SceneField, threshold: float) -> No
     shape.start_from(shape.middle.clone(), shape.reach.clone(), value * (SLOPE / steep.clamp(min=1e-3)))
 
 
-def load_mesh(path: Path) -> Surface:
-    """The triangles of a mesh file, on the host. UserError: it cannot be read, or holds none."""
-    try:
-        mesh = trimesh.load(path, force="mesh", process=False)
-        vertices, faces = torch.tensor(mesh.vertices).float(), torch.tensor(mesh.faces).long()
-    except Exception as error:  # whatever a broken file makes of the reader
-        raise UserError(f"the mesh file {path} cannot be read: {first_line(error)}") from error
-    if len(faces) == 0:
-        raise UserError(f"the mesh file {path} has no triangles")
-    if not torch.isfinite(vertices[faces]).all():
-        raise UserError(f"the mesh file {path} has vertices that are not finite")
-    return Surface(vertices, faces)
+def read_surface(path: Path) -> Surface:
+    """The triangles of a mesh file, on the host. UserError: what `load_mesh` refuses."""
+    mesh = load_mesh(path)
+    return Surface(torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces))
 
 
 def fitted(mesh: Surface, bound: float, camera: CameraConfig) -> Surface:
@@ -210,5 +201,5 @@ def load_start(config: Config, shape: TetShape) -> Start | None:
     start = find_start(config.dmtet.init_with)
     field_settings(start)  # complains about a checkpoint of another kind
     if not start.checkpoint:
-        start_from_mesh(shape, fitted(load_mesh(start.path), shape.bound, config.camera))
+        start_from_mesh(shape, fitted(read_surface(start.path), shape.bound, config.camera))
     return start

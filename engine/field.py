@@ -29,6 +29,7 @@ class Field(SceneField):
             interpolation=config.interpolation,
         )
         super().__init__(config, bound, grid)
+        self.finest = config.max_resolution
         self.on_torch = config.backbone == "grid_torch"
         self.table = uniform((grid.rows, grid.features), TABLE_INIT, generator)
         widths = [grid.channels, *[config.hidden_width] * config.hidden_layers, 4]

@@ -17,7 +17,7 @@ from dream_fast.engine.camera import Cameras, clip_positions, rays
 from dream_fast.engine.config import RenderConfig
 from dream_fast.engine.dmtet import TetShape
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.surface import Mesh, without_floaters
+from dream_fast.engine.export.surface import Mesh, visible_parts
 from dream_fast.engine.renderer import Renderer, shade
 from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.tets import Surface, vertex_normals
@@ -63,7 +63,7 @@ class MeshRenderer(Renderer):
         """The surface for a file, without floaters, on the host."""
         with torch.no_grad():
             surface = self.surface()
-        return without_floaters(Mesh(surface.vertices.detach().cpu().double().numpy(), surface.faces.cpu().numpy()))
+        return visible_parts(Mesh(surface.vertices.detach().cpu().double().numpy(), surface.faces.cpu().numpy()))
 
     # ------------------------------------------------------------------------------------------------- training
 

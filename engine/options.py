@@ -65,7 +65,7 @@ DIFFERENCES = {
     "--min_near": "holds for rays, which the reference's never reaches",
     "--num_steps": "with --backbone vanilla alone: the grids always march through the occupancy grid",
     "--save_guidance": "the estimate is right at every t; the reference's takes the noise levels of single steps",
-    "--save_mesh": "mesh.glb, and mesh.obj with mesh.mtl and mesh.png",
+    "--save_mesh": "mesh.glb, and mesh.obj with mesh.mtl, mesh.png and mesh_normal.png",
     "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
     "--seed": "drawn when not given, and kept in manifest.json",
     "--tet_grid_size": "any even number: the grid is made, not read; 128 has 129 layers of vertices across",

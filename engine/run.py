@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import mesh_paths, write_mesh, write_textured
 from dream_fast.engine.export.report import write_report
+from dream_fast.engine.export.surface import NoSurface, simplify
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.clip import CLIP_MODEL, clip_guidance
@@ -94,10 +94,10 @@ def _run(config: Config, workspace: Workspace, reporter: Reporter) -> int:
             reporter.open_log(workspace.log)
             reporter.say(_looking_line(config, runtime, trainer.step))
             written = write_outputs(trainer, workspace, reporter, only_missing=not config.run.test)
-            if written or not workspace.report.exists():
+            if written.some or not workspace.report.exists():
                 write_report(workspace)
             reporter.files(workspace.files())
-            return 0
+            return written.status()
 
         check_watchable(config.output)
         earlier = [] if fresh else workspace.read_manifest().get("runs", [])
@@ -121,7 +121,7 @@ def _run(config: Config, workspace: Workspace, reporter: Reporter) -> int:
         times.append(time.monotonic())
         trainer.guidance = None
         del guiding  # its memory is the outputs' now
-        write_outputs(trainer, workspace, reporter)
+        written = write_outputs(trainer, workspace, reporter)
         times.append(time.monotonic())
         seconds, peak = times[-1] - started, peak_memory(runtime.device)
         parts = zip(("start", "steps", "outputs"), pairwise(times), strict=True)
@@ -133,7 +133,7 @@ def _run(config: Config, workspace: Workspace, reporter: Reporter) -> int:
         memory = ", ".join(f"{count / 1e9:.2f} GB of {place} memory" for place, count in peak.items())
         reporter.say(f"done in {seconds:.0f} s, at most {memory}")
         reporter.files(workspace.files())
-        return 0
+        return written.status()
 
 
 # -------------------------------------------------------------------------------------------------------------- outputs
@@ -150,7 +150,7 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
     """The outputs that were asked for: six views; the video, unless six views alone were asked; the mesh."""
     config = trainer.config
     camera, output = config.camera, config.output
-    video, mesh = workspace.results / "turntable.mp4", workspace.mesh / "mesh.glb"
+    video = workspace.results / "turntable.mp4"
 
     def write_turntable() -> None:
         with reporter.bar("video", output.dataset_size_test) as bar:
@@ -163,36 +163,53 @@ def outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[
     if not config.run.six_views:
         wanted.append(Output([video], write_turntable))
     if config.run.save_mesh:
-        if isinstance(trainer.renderer, MeshRenderer):
-            # The colours are those of the surface itself: there is no layer to look into.
-            depth, texels = 1e-3 * config.render.bound, output.texture_resolution
-
-            def write() -> None:
-                write_textured(mesh, trainer.renderer.mesh(), trainer.field, depth, texels)
-
-        else:
-            write = partial(
-                write_mesh,
-                mesh,
-                trainer.field,
-                output.mcubes_resolution,
-                config.render.density_thresh,
-                decimate_target=output.decimate_target,
-                texture_resolution=output.texture_resolution,
-            )
-        wanted.append(Output(mesh_paths(mesh), write))
+        wanted.append(_mesh_output(trainer, workspace.mesh / "mesh.glb", reporter))
     return wanted
 
 
-def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> bool:
-    """Writes the outputs from the averaged weights, without specks; returns whether there was something to write."""
-    written = False
+def _mesh_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
+    """The field's surface, or that of a mesh refinement as it is."""
+    output, refined = trainer.config.output, isinstance(trainer.renderer, MeshRenderer)
+
+    def write() -> None:
+        with reporter.bar("mesh", 100) as bar:
+            texels, told = output.texture_resolution, dict(progress=lambda part: bar.advance(round(100 * part)))
+            if refined:
+                mesh = simplify(trainer.renderer.mesh(), output.decimate_target)
+                write_textured(path, mesh, trainer.field, texels, **told)
+            else:
+                threshold, target = trainer.config.render.density_thresh, output.decimate_target
+                options = dict(decimate_target=target, texture_resolution=texels, **told)
+                write_mesh(path, trainer.field, output.mcubes_resolution, threshold, **options)
+
+    return Output(mesh_paths(path, normals=not refined), write)
+
+
+class Written(NamedTuple):
+    """What became of the outputs: whether there was something to write, and why there is no mesh."""
+
+    some: bool
+    no_mesh: NoSurface | None
+
+    def status(self) -> int:
+        """The exit status: 0, or the error, now that everything else is there."""
+        if self.no_mesh is not None:
+            raise self.no_mesh
+        return 0
+
+
+def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> Written:
+    """Writes the outputs from the averaged weights, without specks."""
+    some, no_mesh = False, None
     with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
         for output in outputs(trainer, workspace, reporter):
             if not (only_missing and all(path.exists() for path in output.paths)):
-                output.write()
-                written = True
-    return written
+                some = True
+                try:
+                    output.write()
+                except NoSurface as error:
+                    no_mesh = error
+    return Written(some, no_mesh)
 
 
 # ---------------------------------------------------------------------------------------------------------------- start

@@ -76,6 +76,7 @@ class SceneField(nn.Module):
     """
 
     background_bands = 6
+    finest: int | None = None  # cells along an edge of the scene below which the field has no detail of its own
 
     def __init__(self, config: FieldConfig, bound: float, grid: kernels.HashGridSpec | None = None):
         super().__init__()

@@ -14,7 +14,7 @@ from dream_fast.cli import main
 from dream_fast.engine.camera import clip_positions, make_cameras, project, rays, six_views
 from dream_fast.engine.checkpoint import save_checkpoint
 from dream_fast.engine.config import CameraConfig, Config
-from dream_fast.engine.dmtet import TetShape, find_start, fitted, load_mesh, start_from_field, start_from_mesh
+from dream_fast.engine.dmtet import TetShape, find_start, fitted, read_surface, start_from_field, start_from_mesh
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import depth_image
 from dream_fast.engine.guidance.sds import GuidanceResult
@@ -213,7 +213,7 @@ def test_start_from_a_mesh_file(tmp_path):
     ).apply_translation((50, 0, -7))
     for name in ("shape.glb", "shape.obj", "shape.stl", "shape.ply"):
         scene.export(tmp_path / name)
-        mesh = fitted(load_mesh(tmp_path / name), 0.6, CameraConfig())
+        mesh = fitted(read_surface(tmp_path / name), 0.6, CameraConfig())
         shape = TetShape(32, 0.6)
         start_from_mesh(shape, mesh)
         surface = shape.surface()
@@ -238,7 +238,7 @@ def test_what_is_no_start_is_told(tmp_path):
             "has no triangles|cannot be read",
         ),
         "nan.obj": (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not finite|cannot be read"),
-        "point.obj": (b"v 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n", "has no extent"),
+        "point.obj": (b"v 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n", "has no triangle with an area"),
         "flat.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "encloses no space"),
         "other.safetensors": (b"x", "damaged"),
     }
@@ -375,7 +375,7 @@ def test_the_command_from_a_run_to_a_mesh(tiny_model, tmp_path, capsys):
     assert main(command(first, tiny_model, "--six_views", "--occupancy_resolution", "16", *FIELD_FLAGS)) == 0
     refine = command(
         second, tiny_model, "--dmtet", "--init_with", str(first), "--tet_grid_size", "16", "--dmtet_reso_scale", "2",
-        "--save_mesh", "--batch_size", "2",
+        "--save_mesh", "--batch_size", "2", "--texture_resolution", "64",
     )  # fmt: skip
     assert main(refine) == 0
     stored = Workspace(second).stored_config()

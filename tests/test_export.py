@@ -18,7 +18,7 @@ from dream_fast.bench import mesh as bench_mesh
 from dream_fast.engine.camera import six_views
 from dream_fast.engine.config import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export import images, mesh, surface, texture, video
+from dream_fast.engine.export import atlas, files, images, mesh, surface, texture, video
 from dream_fast.engine.export.files import written_aside
 from dream_fast.engine.field import Field
 from dream_fast.engine.renderer import Renderer
@@ -97,7 +97,7 @@ def test_floaters_are_dropped_and_parts_kept():
     parts = np.stack([ball(points, (-0.4, 0, 0), 0.4), ball(points, (0.5, 0, 0), 0.2), ball(points, (0, 0.9, 0), 0.05)])
     full = surface.marching_tetrahedra(parts.max(axis=0), 0.0)
     assert len(np.unique(surface.components(full))) == 3
-    cleaned = surface.without_floaters(full)
+    cleaned = surface.visible_parts(full)
     assert len(np.unique(surface.components(cleaned))) == 2
     shape = trimesh.Trimesh(cleaned.vertices, cleaned.faces, process=False)
     assert shape.is_watertight and shape.euler_number == 4
@@ -137,7 +137,7 @@ def test_triangles_that_lie_on_each_other_are_dropped():
     [
         ([0.0, 0.0, 40.0, 40.0], 10.0, 10.0),
         ([0.0, 0.0, 0.0, 8.0], 10.0, 2.0),  # the mean is lower than the threshold
-        ([20.0, 30.0, 40.0, 50.0], 10.0, 35.0),  # full: everything is above it
+        ([20.0, 30.0, 40.0, 80.0], 10.0, 40.0),  # full: everything is above it
         ([0.0, 0.0, 1.0, 1.0], 0.5, 0.5),
     ],
 )
@@ -253,8 +253,8 @@ def test_the_material_is_matt_and_opaque(written, glb):
 
 def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written):
     field = fitted_renderer().field
-    shape = surface.simplify(surface.extract_mesh(field, 40, 10.0), 2000)
-    for unwrapped in (texture.unwrap(shape, 256), texture._unwrap_by_xatlas(*as_arrays(shape), 256)):
+    shape = surface.simplify(surface.surface_of(surface.log_density_volume(field, 40, 10.0)), 2000)
+    for unwrapped in (atlas.unwrap(shape, 256), atlas._unwrap_by_xatlas(*as_arrays(shape), 256)):
         assert np.array_equal(unwrapped.source[unwrapped.faces], shape.faces)
         assert 0 <= unwrapped.uv.min() and unwrapped.uv.max() <= 1
         a, b, c = (unwrapped.uv[unwrapped.faces[:, k]].astype(float) for k in range(3))
@@ -267,10 +267,10 @@ def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written):
         # As many pixels are covered as the triangles are large together.
         covered = (seen.triangle >= 0).double().mean().item()
         assert covered == pytest.approx(np.abs(areas).sum(), rel=0.02) and covered > 0.3
-        picture = texture.bake(field, shape, unwrapped, 256, 1e-4) / 255
+        picture = texture.bake(field, shape, unwrapped, 256).albedo / 255
         texels = torch.from_numpy(unwrapped.source)[faces.long()]
         middle = torch.from_numpy(shape.vertices).float()[texels].mean(1)
-        column, row = ((unwrapped.uv[unwrapped.faces].mean(1)) * [256, -256] + [0, 256]).astype(int).T
+        column, row = (unwrapped.uv[unwrapped.faces].mean(1) * [256, -256] + [0, 256]).clip(0, 255).astype(int).T
         expected = field.albedo(middle).numpy()
         assert np.median(np.abs(picture[row, column] - expected)) < 0.02
 
@@ -293,21 +293,33 @@ def test_holes_take_the_colours_around_them():
 def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypatch):
     shape = surface.marching_tetrahedra(SHAPES["sphere"][0](grid(12)), 0.0)
     monkeypatch.setitem(sys.modules, "uvunwrap", None)
-    assert len(texture.unwrap(shape, 64).faces) == len(shape.faces)
+    assert len(atlas.unwrap(shape, 64).faces) == len(shape.faces)
     monkeypatch.setitem(sys.modules, "xatlas", None)
     with pytest.raises(UserError, match="pip install uvunwrap"):
-        texture.unwrap(shape, 64)
+        atlas.unwrap(shape, 64)
 
 
-def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", ["the last file", "the disk, when the files are flushed"])
+def test_a_full_disk_leaves_the_old_files(fault, tmp_path, monkeypatch):
     field, path = fitted_renderer().field, tmp_path / "mesh.glb"
     for old in mesh.mesh_paths(path):
         old.write_text("old")
+    save, sync = Image.Image.save, files._sync
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+    def full(this, to, *options, **named):
+        if str(to).endswith("_normal.writing.png"):
+            raise OSError(28, "No space left on device")
+        save(this, to, *options, **named)
 
-    monkeypatch.setattr(mesh.Image.Image, "save", full)
+    def flush(file):
+        if str(file).endswith(".writing.glb"):
+            raise OSError(28, "No space left on device")
+        sync(file)
+
+    if fault == "the last file":
+        monkeypatch.setattr(mesh.Image.Image, "save", full)
+    else:
+        monkeypatch.setattr(files, "_sync", flush)
     with pytest.raises(OSError, match="No space"):
         mesh.write_mesh(path, field, 16, 10.0, texture_resolution=32)
     assert sorted(tmp_path.iterdir()) == sorted(mesh.mesh_paths(path))
@@ -324,7 +336,7 @@ from dream_fast.engine.config import FieldConfig
 from dream_fast.engine.export.mesh import write_mesh
 from dream_fast.engine.field import Field
 shape = FieldConfig(levels=2, log2_entries=12, max_resolution=32, bg_radius=-1.0)
-write_mesh(sys.argv[1], Field(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0)
+write_mesh(sys.argv[1], Field(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
 """
     path = tmp_path / "mesh.glb"
     done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from dream_fast.cli import main
 from dream_fast.engine.checkpoint import FORMAT
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
+from dream_fast.engine.scene_field import SceneField
 
 SIDE, FRAMES = 24, 5
 SMALL = f"""
     --device cpu --iters 4 --log_every 2 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}
     --dataset_size_valid 2 --levels 3 --log2_entries 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
     --bound 0.6 --max_steps 48 --occupancy_resolution 16 --mcubes_resolution 24
+    --texture_resolution 64
 """.split()
 
 
@@ -107,6 +109,7 @@ def test_cameras_phases_and_prompts_of_a_file_of_arguments_reach_the_steps(tiny_
 
 def test_a_vanilla_run_writes_everything_is_taken_up_and_looked_at(tmp_path, tiny_model, capsys):
     words = "--frequencies 3 --hidden_width 16 --num_steps 8 --upsample_steps 4 --bound 0.6 --mcubes_resolution 24"
+    words += " --texture_resolution 64"
     words += f" --device cpu --log_every 1 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}"
     start = ["--text", "a hamburger", "--hf_key", str(tiny_model), *words.split(), "--save_mesh", "-O2", "--workspace"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -127,6 +130,30 @@ def test_a_vanilla_run_writes_everything_is_taken_up_and_looked_at(tmp_path, tin
     said = refused(capsys, command(tmp_path / "new", tiny_model, "--ckpt", checkpoint))
     assert said.endswith("is of another architecture: backbone vanilla there, grid here")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_scene_without_a_surface_costs_the_mesh_alone(copy, tiny_model, capsys, monkeypatch):
+    for old in ("mesh", "results"):
+        shutil.rmtree(copy / old)
+    (copy / "report.html").unlink()
+    before = contents(copy / "checkpoints")
+    monkeypatch.setattr(SceneField, "density", lambda self, x, **_: torch.zeros(len(x)))
+    said = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"])
+    assert said.endswith("the field's density is the same everywhere, so it has no surface to export")
+    assert contents(copy / "checkpoints") == before and not list(copy.glob("mesh/*"))
+    assert (copy / "results" / "turntable.mp4").exists() and (copy / "report.html").exists()
+
+
+def test_a_full_disk_at_the_mesh_leaves_nothing_half_written(copy, capsys, monkeypatch):
+    before = contents(copy / "checkpoints") | contents(copy / "mesh")
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device", str(copy / "mesh" / ".mesh.writing.obj"))
+
+    monkeypatch.setattr("dream_fast.engine.export.mesh._obj", full)
+    said = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--six_views", "--device", "cpu"])
+    assert "there is no room left" in said and "the checkpoint of step 4 is whole" in said
+    assert contents(copy / "checkpoints") | contents(copy / "mesh") == before
 
 
 def test_a_finished_run_says_so_and_writes_only_what_is_missing(copy, tiny_model, capsys):

@@ -1,8 +1,8 @@
 """Files that are there completely or not at all, also after a crash of the machine."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -22,6 +22,16 @@ def written_aside(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """`written_aside` for files that belong together: all of them are on the disk before the first takes its name."""
+    with ExitStack() as stack:
+        asides = [stack.enter_context(written_aside(path)) for path in paths]
+        yield asides
+        for aside in asides:
+            _sync(aside)
 
 
 def half_written(folder: Path) -> list[Path]:

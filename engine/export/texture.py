@@ -1,10 +1,16 @@
-"""A picture for a mesh: its triangles laid out on a square (a UV atlas), and the field's colours baked into it.
+"""Pictures for a mesh: colours and normals of the field, baked into the charts of a UV atlas.
 
-Texture coordinates (u, v) are in [0, 1] with v up, so that row 0 of the picture is v = 1.
+What is seen of a field is a layer that begins around the surface. So at each vertex rays are sent into it, straight and
+at 45 degrees to four sides: that gives the colour of the layer there and the depths that are seen. A texel has the mean
+of the field's colours at those depths, plus what the colour of the layer differs from that at the vertices around:
+detail from the field itself, and on average the colours of the renders.
+
+Normals are in tangent space, as glTF has them: x along u, y along v, z along the smooth normal of the mesh.
 Between the charts the colours of their borders go on, from coarse to fine (pull-push: Gortler et al., The Lumigraph,
 1996), so that neither filtering nor a smaller copy of the picture shows a seam.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,81 +19,130 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast import kernels
-from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.surface import Mesh, smooth_normals
+from dream_fast.engine.export.atlas import Atlas, tangents
+from dream_fast.engine.export.surface import Mesh, Volume, smooth_normals
 from dream_fast.engine.scene_field import SceneField
 
-PADDING = 4  # texels between two charts
-SAMPLES = 6  # of the ray into a texel
-CHUNK = 1 << 17  # texels whose rays are looked at together
+BEFORE, BEHIND, SAMPLES = 1 / 64, 1 / 4, 48  # of a ray: from and to (of the bound, around the surface), and how many
+QUANTILES = (1 / 6, 3 / 6, 5 / 6)  # of the light of a ray, from the depths of which the field is asked for its colour
+GATHERED = 0.2  # part of the time that the rays take
+STEEPEST = 0.1  # cosine between a normal of the picture and the mesh's, at least
 
 
-class Atlas(NamedTuple):
-    """A mesh whose vertices are doubled along the borders of its charts."""
+class Baked(NamedTuple):
+    """Pictures [R, R, 3] uint8 without holes."""
 
-    source: np.ndarray  # [V] int64: the vertex of the mesh that each one is
-    faces: np.ndarray  # [T, 3] int64: the mesh's triangles, in their order
-    uv: np.ndarray  # [V, 2] float32 in [0, 1]
-
-
-def unwrap(mesh: Mesh, resolution: int) -> Atlas:
-    """Lay the mesh out for a picture of resolution^2 texels, by uvunwrap or, where that is missing, xatlas."""
-    vertices, faces = mesh.vertices.astype(np.float32), mesh.faces.astype(np.uint32)
-    try:
-        import uvunwrap
-    except ImportError:
-        return _unwrap_by_xatlas(vertices, faces, resolution)
-    # The densest packing takes minutes for the thousands of charts of a rough surface, and gains 4 % of the page.
-    atlas = uvunwrap.generate([uvunwrap.Mesh(vertices, faces)], page_size=resolution, padding=PADDING, packing="fast")
-    laid = atlas.meshes[0]
-    uv = np.array(laid.uv, dtype=np.float32).reshape(-1, 2)
-    # The page may be smaller than asked for.
-    return Atlas(np.array(laid.xref, dtype=np.int64), np.array(laid.indices, dtype=np.int64).reshape(-1, 3), uv)
-
-
-def _unwrap_by_xatlas(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Atlas:
-    try:
-        import xatlas
-    except ImportError:
-        raise UserError("a textured mesh needs uvunwrap or xatlas: pip install uvunwrap") from None
-    atlas, packing = xatlas.Atlas(), xatlas.PackOptions()
-    packing.resolution, packing.padding = resolution, PADDING
-    atlas.add_mesh(vertices, faces)
-    atlas.generate(pack_options=packing)
-    source, laid, uv = atlas[0]
-    return Atlas(source.astype(np.int64), laid.astype(np.int64), np.asarray(uv, dtype=np.float32))
+    albedo: np.ndarray  # sRGB
+    normal: np.ndarray | None  # (n + 1) / 2 of unit normals in tangent space
 
 
 @torch.no_grad()
-def bake(field: SceneField, mesh: Mesh, atlas: Atlas, resolution: int, depth: float) -> np.ndarray:
-    """The field's colours at the surface as a picture [resolution, resolution, 3], uint8 sRGB, without holes.
+def bake(
+    field: SceneField,
+    mesh: Mesh,
+    atlas: Atlas,
+    resolution: int,
+    volume: Volume | None = None,
+    *,
+    progress: Callable[[float], None] = lambda part: None,
+) -> Baked:
+    """The field's colours as a picture of resolution^2 texels, and with a volume its normals too.
 
-    A texel has the colour that a short ray straight into the surface gathers between `depth` world units before and
-    twice as many behind it: what is seen is a layer, and the surface lies somewhere in it.
+    Without a volume the colours are those of the surface itself, and the mesh's own normals are all there is.
+    `progress` is told the part that is done.
     """
-    device = field.device
-    uv = torch.from_numpy(atlas.uv).to(device)
+    device, cuda = field.device, field.device.type == "cuda"
+    uv, faces = torch.from_numpy(atlas.uv).to(device), torch.from_numpy(atlas.faces).int().to(device)
     clip = torch.cat([uv * 2 - 1, torch.zeros_like(uv[:, :1]), torch.ones_like(uv[:, :1])], dim=1)
-    faces = torch.from_numpy(atlas.faces).int().to(device)
     seen = kernels.rasterize(clip[None], faces, resolution, resolution)
-    both = np.concatenate([mesh.vertices, smooth_normals(mesh)], axis=1)[atlas.source]
-    places = kernels.interpolate(torch.from_numpy(both).float().to(device), faces, seen)[0]
-    covered = seen.triangle[0] >= 0
-    points, inward = places[covered].split(3, dim=-1)
-    inward = -inward / inward.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    colours = torch.zeros(resolution, resolution, 3, device=device)
-    step = 3 * depth / SAMPLES
-    found = []
-    for start, way in zip(points.split(CHUNK), inward.split(CHUNK), strict=True):
-        t = step * (torch.arange(SAMPLES, device=device) + 0.5) - depth
-        along = (start[:, None] + t[:, None] * way[:, None]).clamp(-field.bound, field.bound)
-        values = field(along.view(-1, 3))
-        tau = values.sigma.view(-1, SAMPLES) * step
-        weights = torch.exp(tau - tau.cumsum(1)) * -torch.expm1(-tau) + 1e-6
-        found.append((weights[..., None] * values.albedo.view(-1, SAMPLES, 3)).sum(1) / weights.sum(1, keepdim=True))
-    colours[covered] = torch.cat([colours[:0, 0], *found]).float()
-    filled = fill_holes(colours, covered)
-    return (filled * 255).round().clamp(0, 255).byte().cpu().numpy()
+    known = seen.triangle[0] >= 0
+
+    points, up = (torch.from_numpy(one).float().to(device) for one in (mesh.vertices, smooth_normals(mesh)))
+    depths, missing = torch.zeros_like(points[:, :1]), torch.zeros_like(points)
+    if volume is not None:
+        volume = volume._replace(values=volume.values.to(device), shape=volume.shape.to(device))
+        parts = zip(*(one.split(1 << (18 if cuda else 13)) for one in (points, up)), strict=True)
+        gathered = [_gather(field, volume, *part) for part in parts]
+        depths, missing = (torch.cat(one) for one in zip(*gathered, strict=True))
+        progress(GATHERED)
+
+    source = torch.from_numpy(atlas.source).to(device)
+    frame = torch.from_numpy(tangents(mesh, atlas)).float().to(device)
+    each = torch.cat([points[source], up[source], frame, missing[source], depths[source]], dim=1)
+    albedo, normal = torch.zeros(2, resolution, resolution, 3, device=device)
+    rows = max(1, (1 << (22 if cuda else 16)) // resolution)
+    for first in range(0, resolution, rows):
+        some = slice(first, first + rows)
+        there = known[some]
+        band = kernels.Fragments(*(one[:, some].contiguous() for one in seen))
+        texels = kernels.interpolate(each, faces, band)[0][there]
+        point, above, tangent, side, rest, deep = texels.split([3, 3, 3, 1, 3, depths.shape[1]], dim=1)
+        above = F.normalize(above, dim=1)
+        albedo[some][there] = (_below(field, point, above, deep) + rest).clamp(0, 1)
+        if volume is not None:
+            normal[some][there] = _in_tangent_space(_slope(volume, point), above, tangent, side)
+        progress(GATHERED + (1 - GATHERED) * min(1.0, (first + rows) / resolution))
+    pictures = [_as_picture(fill_holes(one, known)) for one in ([albedo] if volume is None else [albedo, normal])]
+    return Baked(pictures[0], pictures[1] if volume is not None else None)
+
+
+def _gather(field: SceneField, volume: Volume, points: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """At points [V, 3] of the surface with normals `up`: the depths [V, Q] below it at the quantiles of what is seen,
+    world units, and what the colour of the layer differs from the mean colour at those depths [V, 3].
+    """
+    bound, step = volume.bound, (BEFORE + BEHIND) * volume.bound / SAMPLES
+    t = step * (torch.arange(SAMPLES, device=points.device) + 0.5) - BEFORE * bound
+    one = F.normalize(torch.linalg.cross(up, torch.eye(3, device=up.device)[up.abs().argmin(1)]), dim=1)
+    other = torch.linalg.cross(up, one)
+    light = torch.full_like(points[:, :1], 1e-6)
+    depths, colour = torch.zeros(len(points), len(QUANTILES), device=points.device), 1e-6 * _below(field, points, up)
+    for way in (up, up + one, up - one, up + other, up - other):
+        way = F.normalize(way, dim=1)
+        tau = _look_up(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp() * step
+        weight = torch.exp(tau - tau.cumsum(1)) * -torch.expm1(-tau)  # [V, SAMPLES]
+        opacity = weight.sum(1, keepdim=True)
+        until = weight.cumsum(1) / opacity.clamp(min=1e-12)
+        at = torch.stack([t[(until < part).sum(1).clamp(max=SAMPLES - 1)] for part in QUANTILES], dim=1)
+        light += opacity
+        depths += opacity * at * (way * up).sum(1, keepdim=True)
+        colour += opacity * _below(field, points, way, at)
+    depths = depths / light
+    return depths, colour / light - _below(field, points, up, depths)
+
+
+def _below(field: SceneField, points: Tensor, way: Tensor, depths: Tensor | None = None) -> Tensor:
+    """The mean colour [K, 3] of the field at depths [K, Q] against a direction `way` from points [K, 3]; None: at 0."""
+    if depths is None:
+        depths = torch.zeros_like(points[:, :1])
+    places = points[:, None] - depths[..., None] * way[:, None]
+    return field.albedo(places.view(-1, 3).clamp(-field.bound, field.bound)).float().view(places.shape).mean(1)
+
+
+def _look_up(values: Tensor, bound: float, points: Tensor) -> Tensor:
+    """Values [N, N, N] of a volume between its points, at world points [..., 3]."""
+    places = (points / bound).flip(-1).reshape(1, 1, 1, -1, 3)  # grid_sample takes z, y, x
+    found = F.grid_sample(values[None, None], places, mode="bilinear", padding_mode="border", align_corners=True)
+    return found.view(points.shape[:-1])
+
+
+def _slope(volume: Volume, point: Tensor) -> Tensor:
+    """Unit directions [K, 3] in which the density falls most, by differences over two cells of the volume."""
+    offsets = volume.cell * torch.eye(3, device=point.device)
+    ahead, behind = (_look_up(volume.shape, volume.bound, point[:, None] + way) for way in (offsets, -offsets))
+    return F.normalize(behind - ahead, dim=1)
+
+
+def _in_tangent_space(normal: Tensor, up: Tensor, tangent: Tensor, side: Tensor) -> Tensor:
+    """(n + 1) / 2 of world normals [K, 3] in the frame of the mesh; its own instead of those that face away."""
+    tangent = F.normalize(tangent - (tangent * up).sum(1, keepdim=True) * up, dim=1)
+    across = torch.linalg.cross(up, tangent) * side.sign()
+    local = torch.stack([(normal * axis).sum(1) for axis in (tangent, across, up)], dim=1)
+    good = local[:, 2:] > STEEPEST
+    return (torch.where(good, local, local.new_tensor([0.0, 0.0, 1.0])) + 1) / 2
+
+
+def _as_picture(values: Tensor) -> np.ndarray:
+    return (values * 255).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def fill_holes(picture: Tensor, known: Tensor) -> Tensor:
