@@ -20,7 +20,21 @@ from typing import NamedTuple
 import dream_fast
 from dream_fast.engine.errors import first_line
 
-NEEDED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow", "av", "trimesh", "rich")
+NEEDED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "av",
+    "trimesh",
+    "fast-simplification",
+    "uvunwrap",
+    "xatlas",
+    "rich",
+)
 SECONDS = 120.0  # for the kernels, most of it compiling the first time
 TORCH_WITH_CUDA = "install a torch that is built for CUDA: pytorch.org has the command"
 

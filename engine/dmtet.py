@@ -101,12 +101,12 @@ def find_start(name: str) -> Start:
         if not inside:
             raise UserError(f"--init_with {name}: the folder holds no checkpoint of a run")
         return Start(inside[-1], True)
-    if not path.is_file():
-        raise UserError(f"--init_with {name}: there is no such file")
     if path.suffix.lower() in (".pth", ".pt", ".ckpt"):
         raise UserError(
             f"--init_with {name}: checkpoints of other programs cannot be read; give a run's or a mesh file"
         )
+    if not path.is_file():
+        raise UserError(f"--init_with {name}: there is no such file")
     if path.suffix.lower() not in (".safetensors", *SUFFIXES):
         raise UserError(
             f"--init_with {name} is neither a checkpoint (.safetensors, or the folder of a run) nor a mesh file "

@@ -46,9 +46,9 @@ def load_mesh(path: Path) -> Mesh:
         raise UserError(
             f"the mesh file {path} has {faces} triangles, of at most {MOST_FACES}: simplify it in another program first"
         )
-    offsets = np.cumsum([0, *(len(part.vertices) for part in parts)])
+    offsets = np.cumsum([0, *(len(part.vertices) for part in parts[:-1])])
     vertices = np.concatenate([np.asarray(part.vertices, dtype=np.float64) for part in parts])
-    faces = np.concatenate([np.asarray(part.faces, np.int64) + at for part, at in zip(parts, offsets, strict=False)])
+    faces = np.concatenate([np.asarray(part.faces, np.int64) + at for part, at in zip(parts, offsets, strict=True)])
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise UserError(f"the mesh file {path} is broken: a triangle has a vertex that is not there")
     if not (np.abs(vertices[faces]) < np.finfo(np.float32).max).all():

@@ -120,7 +120,16 @@ class MeshRenderer(Renderer):
 
     # -------------------------------------------------------------------------------------------------- looking
 
-    def _look(self, camera: Cameras, height: int, width: int, background: Tensor, normals: bool) -> kernels.View:
+    def _look(
+        self,
+        camera: Cameras,
+        height: int,
+        width: int,
+        origins: Tensor,
+        directions: Tensor,
+        background: Tensor,
+        normals: bool,
+    ) -> kernels.View:
         seen = self.train_views(camera, height, width, background=background)
         length = seen.normal.norm(dim=1, keepdim=True)
         unit = torch.where(length > 0, seen.normal / length.clamp(min=1e-12), 0)

@@ -146,9 +146,9 @@ class Renderer:
         views = []
         for number in range(len(cameras.fovy)):
             camera = Cameras(*(part[number : number + 1] for part in cameras))
-            directions = rays(camera, height, width)[1][0]
+            origins, directions = (part[0] for part in rays(camera, height, width))
             behind = self._background(directions, background)
-            seen = self._look(camera, height, width, behind, normals or shading != "albedo")
+            seen = self._look(camera, height, width, origins, directions, behind, normals or shading != "albedo")
             rgb = seen.rgb
             if shading != "albedo":
                 toward = -directions if light is None else light
@@ -162,9 +162,18 @@ class Renderer:
             views.append(View(rgb, seen.normal, seen.depth, seen.opacity))
         return View(*(torch.stack(part).unflatten(1, (height, width)) for part in zip(*views, strict=True)))
 
-    def _look(self, camera: Cameras, height: int, width: int, background: Tensor, normals: bool) -> kernels.View:
-        """The R pixels of one camera over a background [R, 3], unshaded, with the normal at the expected depth."""
-        origins, directions = (part[0] for part in rays(camera, height, width))
+    def _look(
+        self,
+        camera: Cameras,
+        height: int,
+        width: int,
+        origins: Tensor,
+        directions: Tensor,
+        background: Tensor,
+        normals: bool,
+    ) -> kernels.View:
+        """The R pixels of one camera, whose rays [R, 3] these are, over a background [R, 3], unshaded, with the normal
+        at the expected depth."""
         if isinstance(self.sampler, ImportanceSampler):
             samples = VIEW_SAMPLES * (32 if directions.is_cuda else 1)
             chunk = max(1, samples // self.sampler.samples_per_ray)

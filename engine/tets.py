@@ -10,6 +10,7 @@ Sources: Labelle and Shewchuk, Isosurface stuffing, 2007 (the lattice); Doi and 
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,25 +60,34 @@ def tet_grid(size: int) -> TetGrid:
     return TetGrid(layers * (2 / size) - 1.0, tets, border)
 
 
-@lru_cache(maxsize=4)
-def _triangles(device: torch.device) -> tuple[Tensor, Tensor]:
-    """By case (bit v: vertex v is inside): the number of triangles [16], and three edges of each [16, 2, 3]."""
-    corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    counts, table = torch.zeros(16, dtype=torch.int64), torch.zeros(16, 2, 3, dtype=torch.int64)
+@lru_cache(maxsize=1)
+def triangle_table() -> dict[int, list[list[tuple[int, int]]]]:
+    """Triangles of a positive tetrahedron by case (bit v set: vertex v is inside); a triangle is three edges, each from
+    an inner vertex to an outer one."""
+    corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=float)
+    table = {}
     for case in range(1, 15):
         inside = [v for v in range(4) if case >> v & 1]
         outside = [v for v in range(4) if not case >> v & 1]
         ring = [(i, o) for i in inside for o in outside]
         if len(inside) == 2:
             ring = [ring[0], ring[1], ring[3], ring[2]]
-        points = torch.stack([corners[i] + corners[o] for i, o in ring]) / 2
-        normal = torch.linalg.cross(points[1] - points[0], points[2] - points[0])
+        points = np.array([corners[i] + corners[o] for i, o in ring]) / 2
+        normal = np.cross(points[1] - points[0], points[2] - points[0])
         if normal @ (corners[outside].mean(0) - corners[inside].mean(0)) < 0:
             ring.reverse()
-        edges = [EDGES.index((min(pair), max(pair))) for pair in ring]
-        counts[case] = len(edges) - 2
-        for k in range(len(edges) - 2):
-            table[case, k] = torch.tensor([edges[0], edges[k + 1], edges[k + 2]])
+        table[case] = [[ring[0], ring[k], ring[k + 1]] for k in range(1, len(ring) - 1)]
+    return table
+
+
+@lru_cache(maxsize=4)
+def _triangles(device: torch.device) -> tuple[Tensor, Tensor]:
+    """By case (bit v: vertex v is inside): the number of triangles [16], and three edges of each [16, 2, 3]."""
+    counts, table = torch.zeros(16, dtype=torch.int64), torch.zeros(16, 2, 3, dtype=torch.int64)
+    for case, triangles in triangle_table().items():
+        counts[case] = len(triangles)
+        for k, triangle in enumerate(triangles):
+            table[case, k] = torch.tensor([EDGES.index((min(pair), max(pair))) for pair in triangle])
     return counts.to(device), table.to(device)
 
 

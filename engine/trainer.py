@@ -258,8 +258,9 @@ class Trainer:
     ) -> dict[str, Tensor]:
         config = self.config
         if isinstance(rendered, RenderedMesh):
-            shown = None if self.shape.locked else (rendered.surface, rendered.beyond)
-            return {} if shown is None else mesh_regularizers(*shown, config.loss, dials.losses)
+            if self.shape.locked:
+                return {}
+            return mesh_regularizers(rendered.surface, rendered.beyond, config.loss, dials.losses)
         return regularizers(
             rendered,
             config.loss,

@@ -42,12 +42,28 @@ def check_fragments(fragments: Fragments, like: tuple[str, Tensor]) -> None:
     check_tensor("fragments.depth", fragments.depth, shape, like=like)
 
 
-def add_at_corners(values: Tensor, corners: Tensor, rows: int) -> Tensor:
-    """values [n, C] at corners int64 [n] -> fp32 [rows, C]: sums in an order that does not change. -1: nowhere."""
-    total = torch.zeros(rows, values.shape[1], dtype=torch.float32, device=values.device)
+def picture_numbers(height: int, width: int) -> dict[str, int | float]:
+    """How large a picture is, as every kernel over pixels takes it."""
+    return {"width": width, "height": height, "half_width": width / 2, "half_height": height / 2}
+
+
+def corner_sums(rows: int, noted: int, channels: int, device: torch.device, deterministic: bool) -> dict[str, Tensor]:
+    """Where a backward adds up the gradients of vertices: `grad` [rows, channels], by atomics; where the order must not
+    change, lists of up to `noted` `values` and their `corners` (row, -1: none) besides, for `add_at_corners`."""
+    found = {"grad": torch.zeros(rows, channels, dtype=torch.float32, device=device), "values": None, "corners": None}
+    if deterministic:
+        found["values"] = torch.zeros(noted, channels, dtype=torch.float32, device=device)
+        found["corners"] = torch.full((noted,), -1, dtype=torch.int64, device=device)
+    return found
+
+
+def add_at_corners(grad: Tensor, values: Tensor | None, corners: Tensor | None) -> Tensor:
+    """The gradient [rows, channels] of what `corner_sums` gave, once a kernel has filled it."""
+    if values is None or not len(grad):
+        return grad
     values = torch.where(corners[:, None] >= 0, values, 0)
     # Under torch's deterministic algorithms this sorts; index_add_ would not repeat everywhere.
-    return total.index_put_((corners.clamp(min=0),), values, accumulate=True) if rows else total
+    return grad.index_put_((corners.clamp(min=0),), values, accumulate=True)
 
 
 @jit
@@ -88,6 +104,17 @@ def from_pixel(corner, cx, cy):
 def cross(a, b):
     """Twice the signed area of the pixel and two points as `from_pixel` gives them, times both w."""
     return tl.fma(a[0], b[1], -(b[0] * a[1]))
+
+
+@jit
+def corners_seen(clip, faces, triangle, seen, number, vertices, width, height, half_width, half_height):
+    """Of the triangles that pixels see: rows of the corners, these as seen from the pixels, and the centres of those."""
+    picture, cx, cy = pixel_centre(number, width, height, half_width, half_height)
+    i, j, k = corner_rows(faces, triangle.to(tl.int64), picture * vertices, seen)
+    p = from_pixel(load_corner(clip, i, seen, half_width, half_height), cx, cy)
+    q = from_pixel(load_corner(clip, j, seen, half_width, half_height), cx, cy)
+    r = from_pixel(load_corner(clip, k, seen, half_width, half_height), cx, cy)
+    return i, j, k, p, q, r, cx, cy
 
 
 @jit

@@ -26,7 +26,14 @@ from torch.nn import functional as F
 
 from dream_fast.kernels import _antialias_kernels as kernels
 from dream_fast.kernels._launch import FLOATS, check_kernel_dtype, check_tensor, launch, use_triton
-from dream_fast.kernels._raster import Fragments, add_at_corners, check_fragments, check_mesh
+from dream_fast.kernels._raster import (
+    Fragments,
+    add_at_corners,
+    check_fragments,
+    check_mesh,
+    corner_sums,
+    picture_numbers,
+)
 from dream_fast.kernels._reference import gather_rows
 
 
@@ -186,17 +193,12 @@ def _antialias_config(channels: int) -> dict[str, int]:
     return {"GROUP": group, "BLOCK": 128, "num_warps": 4}
 
 
-def _picture(shape: torch.Size) -> dict[str, int | float]:
-    _, height, width = shape
-    return {"width": width, "height": height, "half_width": width / 2, "half_height": height / 2}
-
-
 @torch.library.custom_op("dream_fast::antialias", mutates_args=())
 def _antialias(
     image: Tensor, clip: Tensor, faces: Tensor, opposite: Tensor, triangle: Tensor, depth: Tensor
 ) -> tuple[Tensor, Tensor]:
     channels, size, device = image.shape[-1], triangle.numel(), image.device
-    config, picture = _antialias_config(channels), _picture(triangle.shape)
+    config, picture = _antialias_config(channels), picture_numbers(*triangle.shape[1:])
     weights = torch.empty(size, 2, dtype=torch.float32, device=device)
     out = torch.empty(image.shape, dtype=image.dtype, device=device)
     launch(
@@ -252,8 +254,7 @@ def _antialias_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     channels, size, device = image.shape[-1], triangle.numel(), image.device
-    config, picture = _antialias_config(channels), _picture(triangle.shape)
-    rows = clip.shape[0] * clip.shape[1]
+    config, picture = _antialias_config(channels), picture_numbers(*triangle.shape[1:])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=device)
     grad_weights = torch.empty(size, 2, dtype=torch.float32, device=device)
     launch(
@@ -273,13 +274,9 @@ def _antialias_backward(
         GROUP=config["GROUP"],
         BLOCK=config["BLOCK"],
     )
-    grad = torch.zeros(rows if to_clip else 0, 4, dtype=torch.float32, device=device)
     if not to_clip:
-        return grad_image, grad
-    values = corners = None
-    if deterministic:
-        values = torch.zeros(size * 4, 4, dtype=torch.float32, device=device)
-        corners = torch.full((size * 4,), -1, dtype=torch.int64, device=device)
+        return grad_image, grad_weights.new_empty(0, 4)
+    sums = corner_sums(clip.shape[0] * clip.shape[1], size * 4, 4, device, deterministic)
     launch(
         kernels.backward_kernel,
         (-(-size // config["BLOCK"]),),
@@ -292,18 +289,14 @@ def _antialias_backward(
         triangle=triangle.contiguous(),
         depth=depth.contiguous(),
         weights=weights,
-        grad=grad,
-        values=values,
-        corners=corners,
+        **sums,
         vertices=clip.shape[1],
         **picture,
         all_pixels=size,
         TO_CORNERS=deterministic,
         BLOCK=config["BLOCK"],
     )
-    if deterministic:
-        grad = add_at_corners(values, corners, rows)
-    return grad_image, grad.view(clip.shape)
+    return grad_image, add_at_corners(**sums).view(clip.shape)
 
 
 @_antialias_backward.register_fake

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.kernels._launch import FLOATS, check_kernel_dtype, check_tensor, jit, launch, tl, use_triton
-from dream_fast.kernels._raster import INDICES, Fragments, add_at_corners, check_fragments, corner_rows
+from dream_fast.kernels._raster import INDICES, Fragments, add_at_corners, check_fragments, corner_rows, corner_sums
 from dream_fast.kernels._reference import gather_rows
 
 
@@ -188,12 +188,9 @@ def _interpolate_backward(
     channels, size, device = attributes.shape[-1], triangle.numel(), attributes.device
     config = _interpolate_config(channels)
     rows = attributes.numel() // max(1, channels)
-    grad = values = corners = None
+    sums = {"grad": None, "values": None, "corners": None}
     if to_attributes:
-        grad = torch.zeros(rows, channels, dtype=torch.float32, device=device)
-        if deterministic:
-            values = torch.zeros(size * 3, channels, dtype=torch.float32, device=device)
-            corners = torch.full((size * 3,), -1, dtype=torch.int64, device=device)
+        sums = corner_sums(rows, size * 3, channels, device, deterministic)
     grad_barycentrics = torch.empty_like(barycentrics, memory_format=torch.contiguous_format)
     launch(
         _interpolate_backward_kernel,
@@ -205,23 +202,19 @@ def _interpolate_backward(
         faces=faces.contiguous(),
         triangle=triangle.contiguous(),
         barycentrics=barycentrics.contiguous(),
-        grad=grad,
-        values=values,
-        corners=corners,
+        **sums,
         grad_barycentrics=grad_barycentrics if to_barycentrics else None,
         vertices=attributes.shape[1] if attributes.dim() == 3 else 0,
         all_pixels=size,
         per_picture=triangle.shape[1] * triangle.shape[2],
         CHANNELS=channels,
         GROUP=config["GROUP"],
-        TO_CORNERS=values is not None,
+        TO_CORNERS=to_attributes and deterministic,
         BLOCK=config["BLOCK"],
     )
-    if values is not None:
-        grad = add_at_corners(values, corners, rows)
     none = attributes.new_empty(0)
     return (
-        none if grad is None else grad.to(attributes.dtype).view(attributes.shape),
+        add_at_corners(**sums).to(attributes.dtype).view(attributes.shape) if to_attributes else none,
         grad_barycentrics if to_barycentrics else none.clone(),
     )
 

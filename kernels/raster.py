@@ -37,10 +37,12 @@ from dream_fast.kernels._raster import (
     add_corner,
     check_mesh,
     corner_rows,
+    corner_sums,
+    corners_seen,
     cross,
     from_pixel,
     load_corner,
-    pixel_centre,
+    picture_numbers,
 )
 from dream_fast.kernels._reference import gather_rows
 
@@ -312,11 +314,9 @@ def _raster_resolve_kernel(
     key = tl.load(keys + number, mask=here, other=_EMPTY)
     seen = key != _EMPTY
     found = tl.where(seen, key & 0xFFFFFFFF, -1).to(tl.int32)
-    picture, cx, cy = pixel_centre(number, width, height, half_width, half_height)
-    i, j, k = corner_rows(faces, found.to(tl.int64), picture * vertices, seen)
-    p = from_pixel(load_corner(clip, i, seen, half_width, half_height), cx, cy)
-    q = from_pixel(load_corner(clip, j, seen, half_width, half_height), cx, cy)
-    r = from_pixel(load_corner(clip, k, seen, half_width, half_height), cx, cy)
+    _, _, _, p, q, r, _, _ = corners_seen(
+        clip, faces, found, seen, number, vertices, width, height, half_width, half_height
+    )
     u, v, t = cross(q, r), cross(r, p), cross(p, q)
     area = u + v + t
     inverse = 1 / tl.where(area == 0, 1.0, area)
@@ -350,11 +350,9 @@ def _raster_backward_kernel(
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(triangle + number, mask=number < all_pixels, other=-1)
     seen = found >= 0
-    picture, cx, cy = pixel_centre(number, width, height, half_width, half_height)
-    i, j, k = corner_rows(faces, found.to(tl.int64), picture * vertices, seen)
-    p = from_pixel(load_corner(clip, i, seen, half_width, half_height), cx, cy)
-    q = from_pixel(load_corner(clip, j, seen, half_width, half_height), cx, cy)
-    r = from_pixel(load_corner(clip, k, seen, half_width, half_height), cx, cy)
+    i, j, k, p, q, r, cx, cy = corners_seen(
+        clip, faces, found, seen, number, vertices, width, height, half_width, half_height
+    )
     u, v, t = cross(q, r), cross(r, p), cross(p, q)
     area = u + v + t
     inverse = 1 / tl.where(area == 0, 1.0, area)
@@ -397,8 +395,7 @@ def _rasterize(clip: Tensor, faces: Tensor, height: int, width: int) -> tuple[Te
     keys = torch.full((size,), 0x7FFFFFFFFFFFFFFF, dtype=torch.int64, device=device)
     queue = torch.empty(entries, dtype=torch.int64, device=device)
     counts = torch.zeros(2, dtype=torch.int32, device=device)
-    picture = {"width": width, "height": height, "half_width": width / 2, "half_height": height / 2}
-    common = {"clip": clip, "faces": faces, "keys": keys, "vertices": vertices, **picture}
+    common = {"clip": clip, "faces": faces, "keys": keys, "vertices": vertices, **picture_numbers(height, width)}
     queued = {"queue": queue, "counts": counts, "triangles": triangles, "entries": entries, "TILE": config["TILE"]}
     blocks = -(-triangles // config["BLOCK"])
     launch(
@@ -459,11 +456,7 @@ def _rasterize_backward(
     _, height, width = triangle.shape
     config = _raster_config(device)
     size = triangle.numel()
-    grad = torch.zeros(batch * vertices, 4, dtype=torch.float32, device=device)
-    values = corners = None
-    if deterministic:
-        values = torch.zeros(size * 3, 4, dtype=torch.float32, device=device)
-        corners = torch.full((size * 3,), -1, dtype=torch.int64, device=device)
+    sums = corner_sums(batch * vertices, size * 3, 4, device, deterministic)
     launch(
         _raster_backward_kernel,
         (-(-size // config["PIXELS"]),),
@@ -473,21 +466,14 @@ def _rasterize_backward(
         clip=clip.contiguous(),
         faces=faces.contiguous(),
         triangle=triangle,
-        grad=grad,
-        values=values,
-        corners=corners,
+        **sums,
         vertices=vertices,
-        width=width,
-        height=height,
-        half_width=width / 2,
-        half_height=height / 2,
+        **picture_numbers(height, width),
         all_pixels=size,
         TO_CORNERS=deterministic,
         BLOCK=config["PIXELS"],
     )
-    if deterministic:
-        grad = add_at_corners(values, corners, batch * vertices)
-    return grad.view(batch, vertices, 4)
+    return add_at_corners(**sums).view(batch, vertices, 4)
 
 
 @_rasterize_backward.register_fake

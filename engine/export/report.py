@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -265,7 +266,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
 def _marks(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
     """Where a phase begins, when there is more than one."""
     phases = [(row["step"], row.get("phase", "")) for row in rows]
-    begins = [now for before, now in zip([None, *phases], phases, strict=False) if not before or before[1] != now[1]]
+    begins = [now for before, now in pairwise([None, *phases]) if not before or before[1] != now[1]]
     return begins if len(begins) > 1 else []
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.scene_field import SceneField
+from dream_fast.engine.tets import triangle_table
 
 SMALLEST_COMPONENT = 0.02  # of the area of the largest; smaller ones are floaters
 LAYER_POINTS = 1 << 22  # of the grid that are looked at together
@@ -62,27 +63,6 @@ def _tetrahedra() -> np.ndarray:
             corners = corners[[0, 2, 1, 3]]
         cells.append(corners)
     return np.stack(cells)
-
-
-@lru_cache(maxsize=1)
-def _triangle_table() -> dict[int, list[list[tuple[int, int]]]]:
-    """Triangles of a positive tetrahedron by case (bit v set: corner v is inside); a triangle is three edges."""
-    corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=float)
-    table = {}
-    for case in range(1, 15):
-        inside = [v for v in range(4) if case >> v & 1]
-        outside = [v for v in range(4) if not case >> v & 1]
-        if len(inside) == 2:
-            (a, b), (c, d) = inside, outside
-            ring = [(a, c), (a, d), (b, d), (b, c)]
-        else:
-            ring = [(i, o) for i in inside for o in outside]
-        points = np.array([corners[i] + corners[o] for i, o in ring]) / 2
-        normal = np.cross(points[1] - points[0], points[2] - points[0])
-        if normal @ (corners[outside].mean(0) - corners[inside].mean(0)) < 0:
-            ring.reverse()
-        table[case] = [[ring[0], ring[k], ring[k + 1]] for k in range(1, len(ring) - 1)]
-    return table
 
 
 def marching_tetrahedra(volume: np.ndarray, level: float) -> Mesh:
@@ -128,7 +108,7 @@ def _crossings(volume: np.ndarray, level: float, strides: np.ndarray) -> tuple[n
     for tetrahedron in _tetrahedra():
         points = cubes[:, None] + tetrahedron @ strides  # [A, 4]
         case = flat_inside[points] @ np.array([1, 2, 4, 8])
-        for number, triangles in _triangle_table().items():
+        for number, triangles in triangle_table().items():
             found = points[case == number]
             edges += [found[:, np.array(triangle)] for triangle in triangles]
     edges = np.concatenate(edges)
