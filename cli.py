@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import dream_fast
@@ -20,6 +19,7 @@ from dream_fast.engine.argument_file import read_arguments
 from dream_fast.engine.config import Config, other_backbones, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import COMMAND_FLAGS
+from dream_fast.engine.paths import expanded
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
@@ -200,7 +200,7 @@ def _stored(typed: dict[str, Any]) -> Config:
     from dream_fast.engine.workspace import Workspace
 
     folder = typed.get("workspace", Config().run.workspace)
-    stored = Workspace(Path(folder).expanduser()).stored_config()
+    stored = Workspace(expanded(folder)).stored_config()
     if stored is None:
         raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
     values = {name: value for name, value in typed.items() if name != "fp16"}
@@ -214,7 +214,7 @@ def _field_of(typed: dict[str, Any]) -> dict[str, Any]:
     from dream_fast.engine.workspace import Workspace
 
     if typed.get("ckpt") != "scratch":
-        workspace = Workspace(Path(typed.get("workspace", Config().run.workspace)).expanduser())
+        workspace = Workspace(expanded(typed.get("workspace", Config().run.workspace)))
         stored = workspace.stored_config()
         if stored is not None and stored.dmtet.init_with == typed["init_with"]:
             rooms = {name: value for room in ("field", "render") for name, value in stored.to_dict()[room].items()}

@@ -20,6 +20,7 @@ from dream_fast.engine.config import CameraConfig, Config, FieldConfig, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.surface import density_volume, surface_level
 from dream_fast.engine.mesh_file import SUFFIXES, load_mesh
+from dream_fast.engine.paths import expanded
 from dream_fast.engine.sampling import large_parts
 from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.signed_distance import signed_distance
@@ -95,7 +96,7 @@ class Start(NamedTuple):
 
 def find_start(name: str) -> Start:
     """The checkpoint (of a folder the latest) or mesh file that `name` is. UserError: it is neither."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         inside = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
         if not inside:

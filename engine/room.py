@@ -84,6 +84,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     for item in _numbers(value):
         if meta["choices"] is not None and item not in meta["choices"]:
             raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
+        if isinstance(item, str) and any("\ud800" <= sign <= "\udfff" for sign in item):  # how Python keeps other bytes
+            raise UserError(f"{flag} is not text in UTF-8: {item!r}")
         if isinstance(item, str) and not item.strip() and field.default != "":
             raise UserError(f"{flag} is empty")
         if isinstance(item, str | bool):

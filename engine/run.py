@@ -32,6 +32,7 @@ from dream_fast.engine.guidance.several import GuidanceSum
 from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
 from dream_fast.engine.health import KINDS, RESCUED, Lost, flags, rescued
 from dream_fast.engine.mesh_renderer import MeshRenderer
+from dream_fast.engine.paths import expanded
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import known_words
 from dream_fast.engine.progress import Reporter
@@ -53,7 +54,7 @@ def run(config: Config) -> int:
 
     Everything that can be refused is refused before anything is written.
     """
-    workspace = Workspace(Path(config.run.workspace).expanduser())
+    workspace = Workspace(expanded(config.run.workspace))
     workspace.check_usable()
     reporter = Reporter()
     with terminating_cleanly(), workspace.claimed(), disk_troubles(workspace), memory_troubles(config, workspace):
@@ -249,7 +250,7 @@ def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:
     """The checkpoints to start from, the best one last; none to start at the beginning."""
     own = list_checkpoints(workspace.checkpoints)
     if config.run.ckpt not in ("latest", "scratch"):
-        path = Path(config.run.ckpt).expanduser()
+        path = expanded(config.run.ckpt)
         if own and not config.run.test and path.resolve() not in [mine.resolve() for mine in own]:
             raise UserError(
                 f"--ckpt {path} would replace the run that --workspace {workspace.path} holds; leave it out to go on "

@@ -108,7 +108,7 @@ def cross(a, b):
 
 @jit
 def corners_seen(clip, faces, triangle, seen, number, vertices, width, height, half_width, half_height):
-    """Of the triangles that pixels see: rows of the corners, these as seen from the pixels, and the centres of those."""
+    """Of the triangles that pixels see: rows of the corners, these as seen from the pixels, and their centres."""
     picture, cx, cy = pixel_centre(number, width, height, half_width, half_height)
     i, j, k = corner_rows(faces, triangle.to(tl.int64), picture * vertices, seen)
     p = from_pixel(load_corner(clip, i, seen, half_width, half_height), cx, cy)

@@ -73,6 +73,22 @@ def test_a_name_that_no_folder_can_have_is_refused(name):
         Workspace(Path(name)).check_usable()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--text", "caf\udce9"], "--text is not text in UTF-8"),
+        (["--text", "a cat", "--workspace", "~nobody-has-this-name/x"], "there is no home folder of that name"),
+        (["--test", "--workspace", "~nobody-has-this-name/x"], "there is no home folder of that name"),
+        (["--file", "~nobody-has-this-name/x"], "cannot be read"),
+        (["--text", "a cat", "--hf_key", "~nobody-has-this-name/x"], "there is no home folder of that name"),
+    ],
+)
+def test_bytes_that_are_no_text_and_homes_of_nobody_are_refused(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("named", [["../../secret.safetensors"], ["/etc/passwd"], [3], []])
 def test_an_index_of_weights_names_files_beside_it_alone(tmp_path, tiny_model, named):
     model = shutil.copytree(tiny_model, tmp_path / "model")

@@ -14,7 +14,6 @@ often be too small for fp16.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from dream_fast.engine.guidance.loader import HUB_NAME, quiet_progress
 from dream_fast.engine.guidance.prompts import VIEWS, fit, view_weights
 from dream_fast.engine.guidance.sds import GuidanceResult, InjectGradient, resize
 from dream_fast.engine.guidance.text import PromptGuidance
+from dream_fast.engine.paths import expanded
 from dream_fast.engine.runtime import quiet_diffusers
 from dream_fast.engine.schedule import value_at
 
@@ -110,7 +110,7 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
     quiet_diffusers()
     from transformers import CLIPModel, CLIPTokenizer
 
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     found, pinned = folder, {}
     if not folder.is_dir():
         on_hub = HUB_NAME.fullmatch(source)

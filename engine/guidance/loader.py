@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.guidance.attention import Chosen, choose_attention
 from dream_fast.engine.guidance.fused_norm import fuse_group_norms
+from dream_fast.engine.paths import expanded
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import quiet_diffusers
 
@@ -280,7 +281,7 @@ def recompute_in_backward(encoder: torch.nn.Module) -> None:
 
 def _find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
     """The local folder of ``source``, downloading it when it is a name on the hub."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return folder
     if folder.exists():

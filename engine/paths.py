@@ -1,0 +1,13 @@
+"""Paths as they are typed."""
+
+from pathlib import Path
+
+from dream_fast.engine.errors import UserError
+
+
+def expanded(name: str | Path) -> Path:
+    """The path with ~ and ~user for a home folder. UserError: there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: there is no home folder of that name") from error
