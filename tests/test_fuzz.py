@@ -1,5 +1,6 @@
-"""Inputs that nobody would type: flags, --file, checkpoints, config.json. Each is taken, or refused in a sentence: no
-traceback, no hang over 10 s, nothing written or removed outside the workspace, nothing unpickled, no program started.
+"""Inputs that nobody would type: flags, --file, checkpoints, config.json, mesh files. Each is taken, or refused in a
+sentence: no traceback, no hang over 10 s, nothing written or removed outside the workspace, nothing unpickled, no
+program started.
 
 2,000 inputs by hypothesis, some from words of the format, some good ones with a change; 200,000 with
 `FUZZ_INPUTS=200000 python -m pytest tests/test_fuzz.py -k hypothesis`.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trimesh
 from safetensors.torch import save
 
 from dream_fast.cli import main
@@ -26,6 +28,7 @@ from dream_fast.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoin
 from dream_fast.engine.config import Config, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.report import text
+from dream_fast.engine.mesh_file import load_mesh
 from dream_fast.engine.repeat import in_a_line, repeating_command, visible
 from dream_fast.engine.workspace import Workspace
 
@@ -115,7 +118,13 @@ def targets(folder: Path) -> dict[str, Callable]:
         if stored is not None:
             workspace.check_same_run(Config())
 
-    return {"flags": flags, "file": argument_file, "checkpoint": checkpoint, "config": config}
+    def mesh(change: tuple) -> None:
+        suffix, content = change
+        path = folder / f"mesh{suffix}"
+        path.write_bytes(content)
+        load_mesh(path)
+
+    return {"flags": flags, "file": argument_file, "checkpoint": checkpoint, "config": config, "mesh": mesh}
 
 
 def strategies() -> dict[str, object]:
@@ -143,6 +152,29 @@ def strategies() -> dict[str, object]:
         },
     ).map(json.dumps)
     place = st.tuples(st.integers(0, 10_000), st.integers(0, 255))
+    kinds, whole = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl"), trimesh.creation.box()
+    good = {kind: as_bytes(whole.export(file_type=kind[1:])) for kind in kinds if kind != ".gltf"}
+
+    def changed(drawn: tuple) -> tuple[str, bytes]:
+        kind, other, (at, byte), cut = drawn
+        content = good[other]
+        at %= len(content)
+        return kind, content[:at] + bytes([byte]) + (b"" if cut else content[at + 1 :])
+
+    kind, lines = (
+        st.sampled_from(kinds),
+        st.sampled_from(["v 0 0 0", "v 1e999 nan 0", "f 1 2 3", "f 1//9 -7 2", "OFF", "ply", "solid"]),
+    )
+    mesh = st.tuples(kind, st.binary(max_size=200)) | st.tuples(
+        kind, st.sampled_from(list(good)), place, st.booleans()
+    ).map(changed)
+    mesh |= st.tuples(
+        kind,
+        st.lists(lines | st.text(max_size=10), max_size=20)
+        .map("\n".join)
+        .map(lambda text: text.encode("utf-8", "replace")),
+    )
+    mesh |= st.tuples(st.just(".gltf"), value.map(json.dumps).map(str.encode))
     return {
         "flags": st.lists(flag | flag | word, max_size=4).map(lambda words: ["--text=a cat", *words]),
         "file": st.lists(pieces | st.text(max_size=10), max_size=30).map("".join),
@@ -156,7 +188,12 @@ def strategies() -> dict[str, object]:
             ),
         )
         | st.tuples(st.just("text"), value.map(json.dumps) | st.text(max_size=50) | st.just("[" * 100_000)),
+        "mesh": mesh,
     }
+
+
+def as_bytes(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
