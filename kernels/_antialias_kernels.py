@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dream_fast.kernels._launch import constant, jit, tl
-from dream_fast.kernels._raster import add_corner, corner_rows, cross, from_pixel, load_corner, pixel_centre
+from dream_fast.kernels._raster import (
+    add_corner,
+    corner_rows,
+    cross,
+    from_pixel,
+    load_corner,
+    pixel_centre,
+    product_difference,
+)
 
 STEPS = 16
 _LEAST_W = constant(1e-8)  # an edge with an end below is left as it is
@@ -13,8 +21,8 @@ _STEPS = constant(STEPS)
 @jit
 def _seen_from(clip, row, mask, cx, cy, half_width, half_height, ALONG_X: tl.constexpr):
     """A vertex from a pixel: (along, across, w), along the axis of the pair of pixels."""
-    corner = load_corner(clip, row, mask, half_width, half_height)
-    x, y = from_pixel(corner, cx, cy)
+    corner = load_corner(clip, row, mask)
+    x, y = from_pixel(corner, cx, cy, half_width, half_height)
     if ALONG_X:
         found = (x, y, corner[3])
     else:
@@ -35,7 +43,7 @@ def _crosses(a, b):
 @jit
 def _crossing(a, b):
     """Where an edge crosses the axis; 0 where it does not."""
-    slope = a[2] * b[1] - b[2] * a[1]
+    slope = product_difference(a[2], b[1], b[2], a[1])
     there = _crosses(a, b) & (slope != 0)
     return tl.where(there, cross(a, b) / tl.where(there, slope, 1.0), 0.0)
 
@@ -44,6 +52,15 @@ def _crossing(a, b):
 def _faces(a, b, c):
     """Which side of a triangle looks at the camera."""
     return cross(b, c) * a[2] + cross(c, a) * b[2] + cross(a, b) * c[2] > 0
+
+
+@jit
+def _is_steep(clip, row_a, row_b, mask, half_width, half_height):
+    """Whether edges are steeper than 45 degrees: from the vertices themselves, so the same from every pixel."""
+    xa, ya, _, wa = load_corner(clip, row_a, mask)
+    xb, yb, _, wb = load_corner(clip, row_b, mask)
+    across = tl.abs(product_difference(xa, wb, xb, wa)) * half_width
+    return across <= tl.abs(product_difference(ya, wb, yb, wa)) * half_height
 
 
 @jit
@@ -119,11 +136,7 @@ def _pair(
         distance = tl.where(walking, towards * _crossing(a, b), distance)
         walking = walking & (distance <= 1)
         step += 1
-    lean = tl.abs(a[0] * b[2] - b[0] * a[2]) - tl.abs(a[1] * b[2] - b[1] * a[2])
-    if ALONG_X:
-        found = found & (lean <= 0)
-    else:
-        found = found & (lean < 0)
+    found = found & (_is_steep(clip, row_a, row_b, found, half_width, half_height) == ALONG_X)
     found = found & (a[2] > _LEAST_W) & (b[2] > _LEAST_W)
     return tl.where(found, towards * (0.5 - distance), 0.0), a, b, row_a, row_b, cx, cy
 
@@ -207,7 +220,7 @@ def backward_kernel(
             axis == 0,
         )
         upstream = tl.load(grad_weights + number * 2 + axis, mask=mask, other=0.0)
-        slope = a[2] * b[1] - b[2] * a[1]
+        slope = product_difference(a[2], b[1], b[2], a[1])
         safe = tl.where(mask, slope, 1.0)
         at = cross(a, b) / safe
         # v = towards (1/2 - towards at): the sign of the side cancels.

@@ -85,25 +85,37 @@ def corner_rows(faces, triangle, first, mask):
 
 
 @jit
-def load_corner(clip, row, mask, half_width, half_height):
-    """(X, Y, z, w) of a vertex; 0 where masked."""
+def load_corner(clip, row, mask):
+    """(x, y, z, w) of a vertex; 0 where masked."""
     x = tl.load(clip + row * 4, mask=mask, other=0.0)
     y = tl.load(clip + row * 4 + 1, mask=mask, other=0.0)
     z = tl.load(clip + row * 4 + 2, mask=mask, other=0.0)
     w = tl.load(clip + row * 4 + 3, mask=mask, other=0.0)
-    return x * half_width, -y * half_height, z, w
+    return x, y, z, w
 
 
 @jit
-def from_pixel(corner, cx, cy):
-    """A corner (X, Y, z, w) as seen from a pixel: (x, y), times w. One rounding, so the same in every kernel."""
-    return tl.fma(-cx, corner[3], corner[0]), tl.fma(-cy, corner[3], corner[1])
+def product_difference(a, b, c, d):
+    """a b - c d, rounded about once, however much of it cancels.
+
+    Source: Jeannerod, Louvet and Muller, Further analysis of Kahan's algorithm for the accurate computation of 2 x 2
+    determinants, 2013.
+    """
+    product = c * d
+    return tl.fma(a, b, -product) + tl.fma(-c, d, product)
+
+
+@jit
+def from_pixel(corner, cx, cy, half_width, half_height):
+    """A corner as seen from a pixel, (X - cx w, Y - cy w); the same in every kernel."""
+    x, y, _, w = corner
+    return product_difference(x, half_width, cx, w), product_difference(-y, half_height, cy, w)
 
 
 @jit
 def cross(a, b):
     """Twice the signed area of the pixel and two points as `from_pixel` gives them, times both w."""
-    return tl.fma(a[0], b[1], -(b[0] * a[1]))
+    return product_difference(a[0], b[1], b[0], a[1])
 
 
 @jit
@@ -111,9 +123,9 @@ def corners_seen(clip, faces, triangle, seen, number, vertices, width, height, h
     """Of the triangles that pixels see: rows of the corners, these as seen from the pixels, and their centres."""
     picture, cx, cy = pixel_centre(number, width, height, half_width, half_height)
     i, j, k = corner_rows(faces, triangle.to(tl.int64), picture * vertices, seen)
-    p = from_pixel(load_corner(clip, i, seen, half_width, half_height), cx, cy)
-    q = from_pixel(load_corner(clip, j, seen, half_width, half_height), cx, cy)
-    r = from_pixel(load_corner(clip, k, seen, half_width, half_height), cx, cy)
+    p = from_pixel(load_corner(clip, i, seen), cx, cy, half_width, half_height)
+    q = from_pixel(load_corner(clip, j, seen), cx, cy, half_width, half_height)
+    r = from_pixel(load_corner(clip, k, seen), cx, cy, half_width, half_height)
     return i, j, k, p, q, r, cx, cy
 
 

@@ -96,6 +96,12 @@ def _see(clip: Tensor, rows: Tensor, pixel: Tensor, axis: int, height: int, widt
     return _Seen(x, y, w) if axis == 0 else _Seen(y, x, w)
 
 
+def _is_steep(clip: Tensor, row_a: Tensor, row_b: Tensor, height: int, width: int) -> Tensor:
+    """Whether edges are steeper than 45 degrees: from the vertices themselves, so the same from every pixel."""
+    (xa, ya, _, wa), (xb, yb, _, wb) = (gather_rows(clip, row).unbind(1) for row in (row_a, row_b))
+    return (xa * wb - xb * wa).abs() * (width / 2) <= (ya * wb - yb * wa).abs() * (height / 2)
+
+
 @torch.no_grad()
 def _walk(clip, faces, opposite, owner, triangle, towards, axis, height, width, vertices):
     """From pixels over the surface: whether a silhouette comes within a pixel, and the rows of its edge's ends."""
@@ -143,8 +149,8 @@ def _walk(clip, faces, opposite, owner, triangle, towards, axis, height, width, 
         is_after = flat[after.clamp(min=0)] + base == row_c
         corner = torch.where(walking, torch.where(is_after, after, start + (side + 2) % 3), corner)
         distance = torch.where(walking, towards * a.crossing(b), distance)
-    lean = (a.along * b.w - b.along * a.w).abs() - (a.across * b.w - b.across * a.w).abs()
-    found &= (lean <= 0 if axis == 0 else lean < 0) & (a.w > 1e-8) & (b.w > 1e-8)
+    found &= _is_steep(clip, row_a, row_b, height, width) == (axis == 0)
+    found &= (a.w > 1e-8) & (b.w > 1e-8)
     return found, row_a, row_b
 
 

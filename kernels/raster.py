@@ -143,16 +143,16 @@ def _ordered(bits):
 
 
 @jit
-def _load_triangle(clip, faces, triangle, first, mask, half_width, half_height):
+def _load_triangle(clip, faces, triangle, first, mask):
     """Corners in the order of their vertices, which is the same for all triangles of an edge."""
     a, b, c = corner_rows(faces, triangle, first, mask)
     low, high = tl.minimum(a, b), tl.maximum(a, b)
     lowest, highest = tl.minimum(low, c), tl.maximum(high, c)
     middle = tl.maximum(low, tl.minimum(high, c))
     return (
-        load_corner(clip, lowest, mask, half_width, half_height),
-        load_corner(clip, middle, mask, half_width, half_height),
-        load_corner(clip, highest, mask, half_width, half_height),
+        load_corner(clip, lowest, mask),
+        load_corner(clip, middle, mask),
+        load_corner(clip, highest, mask),
     )
 
 
@@ -174,8 +174,9 @@ def _box(a, b, c, mask, width, height, half_width, half_height):
     ahead = (a[3] > _LEAST_W) & (b[3] > _LEAST_W) & (c[3] > _LEAST_W)
     some = mask & ((a[3] > 0) | (b[3] > 0) | (c[3] > 0))
     aw, bw, cw = tl.where(ahead, a[3], 1.0), tl.where(ahead, b[3], 1.0), tl.where(ahead, c[3], 1.0)
-    left, columns = _span(a[0] / aw, b[0] / bw, c[0] / cw, ahead, some, half_width, width)
-    top, rows = _span(a[1] / aw, b[1] / bw, c[1] / cw, ahead, some, half_height, height)
+    across, down = half_width, -half_height
+    left, columns = _span(a[0] / aw * across, b[0] / bw * across, c[0] / cw * across, ahead, some, half_width, width)
+    top, rows = _span(a[1] / aw * down, b[1] / bw * down, c[1] / cw * down, ahead, some, half_height, height)
     return left, top, columns, rows
 
 
@@ -184,7 +185,9 @@ def _visit(keys, base, column, row, mask, a, b, c, triangle, width, half_width, 
     """Lower the entry of a pixel to that of a triangle which covers it."""
     cx = column.to(tl.float32) + (0.5 - half_width)
     cy = row.to(tl.float32) + (0.5 - half_height)
-    p, q, r = from_pixel(a, cx, cy), from_pixel(b, cx, cy), from_pixel(c, cx, cy)
+    p = from_pixel(a, cx, cy, half_width, half_height)
+    q = from_pixel(b, cx, cy, half_width, half_height)
+    r = from_pixel(c, cx, cy, half_width, half_height)
     u, v, t = cross(q, r), -cross(p, r), cross(p, q)
     det = u * a[3] + v * b[3] + t * c[3]
     depth = (u * a[2] + v * b[2] + t * c[2]) / tl.where(det == 0, 1.0, det)
@@ -225,7 +228,7 @@ def _raster_small_kernel(
     picture = program // blocks
     triangle = program % blocks * BLOCK + tl.arange(0, BLOCK)
     here = triangle < triangles
-    a, b, c = _load_triangle(clip, faces, triangle, picture * vertices, here, half_width, half_height)
+    a, b, c = _load_triangle(clip, faces, triangle, picture * vertices, here)
     left, top, columns, rows = _box(a, b, c, here, width, height, half_width, half_height)
     pixels = columns * rows
     tiles = ((columns + TILE - 1) // TILE) * ((rows + TILE - 1) // TILE)
@@ -277,7 +280,7 @@ def _raster_tiles_kernel(
     while item < count:
         entry = tl.load(queue + tl.where(large, entries - 1 - item, item.to(tl.int64)))
         picture, triangle = entry // triangles, entry % triangles
-        a, b, c = _load_triangle(clip, faces, triangle, picture * vertices, True, half_width, half_height)
+        a, b, c = _load_triangle(clip, faces, triangle, picture * vertices, True)
         left, top, columns, rows = _box(a, b, c, True, width, height, half_width, half_height)
         across = (columns + TILE - 1) // TILE
         tiles = across * ((rows + TILE - 1) // TILE)
