@@ -35,7 +35,7 @@ NEEDED = (
     "xatlas",
     "rich",
 )
-SECONDS = 120.0  # for the kernels, most of it compiling the first time
+SECONDS = 300.0  # for the kernels, most of it compiling the first time
 TORCH_WITH_CUDA = "install a torch that is built for CUDA: pytorch.org has the command"
 
 
@@ -183,6 +183,8 @@ def findings() -> Iterator[Finding]:
     yield loaded
     yield from attention(torch, torch.device("cuda" if on_gpu else "cpu"))
     if loaded.state == "ok":
+        where = "on the GPU (compiling them takes a while the first time)" if on_gpu else "in Triton's interpreter"
+        yield Finding("note", f"now every kernel beside its reference, {where}")
         yield from kernels(on_gpu)
 
 

@@ -106,6 +106,7 @@ def arm(kill: Kill | None) -> None:
 
 def prepare_to_fork() -> None:
     """Imports everything that a run does, and starts no thread, after which a process cannot be forked safely."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking CUDA itself for a GPU would start it here
     torch.set_num_threads(1)
     import dream_fast.engine.run  # noqa: F401
     from dream_fast.engine.runtime import quiet_diffusers

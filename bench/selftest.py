@@ -11,19 +11,20 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.bench.cases import Problem, normal, random
+from dream_fast.bench.cases import Problem, normal, random, run
 from dream_fast.bench.gate import judge_problem
 from dream_fast.kernels import AdanState, FieldSpec, HashGridSpec, grid_regularizers
 
 GRID = HashGridSpec(levels=2, features=2, log2_entries=8, base_resolution=4, max_resolution=16)
 FIELD = FieldSpec(grid=GRID)
-POINTS, RAYS, CELLS, HIDDEN = 48, 9, 16, 16
+POINTS, RAYS, CELLS, HIDDEN, PIXELS = 48, 9, 16, 16, 8
 BOTH, FORWARD = "forward_backward", "forward"
 
 
@@ -55,6 +56,7 @@ def _rays(device: torch.device) -> dict[str, Tensor]:
 
 def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
     """The operators by name, each with its inputs on `device` and what is computed of it."""
+    k, r = kernels, grid_regularizers
     draw, uniform = partial(normal, device=device), partial(random, device=device)
     points, parameters, rays = uniform(POINTS, 3, seed=7), _parameters(device), _rays(device)
     leaves = tuple(parameters)
@@ -81,6 +83,18 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
         found = op(t["params"], t["grads"], state, group_ends=(60, 100), lrs=(5e-2, 5e-3), ema_decay=0.9)
         return (*(t[name] for name in t if name != "grads"), found)
 
+    def rasterized(op, t, dtype):
+        return (op(t["clip"], t["faces"], PIXELS, PIXELS).barycentrics,)
+
+    def fragments(t):
+        return k.Fragments(t["triangle"], t["barycentrics"], t["depth"])
+
+    def interpolated(op, t, dtype):
+        return (op(t["attributes"], t["faces"], fragments(t)),)
+
+    def smoothed(op, t, dtype):
+        return (op(t["image"], t["clip"], t["faces"], fragments(t)),)
+
     def occupancy(op, t, dtype):
         bits, mean = op(t["density"], t["fresh"])
         return t["density"], mean, bits
@@ -94,7 +108,11 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
     samples = {"sigma": 4 * uniform(POINTS, seed=30), "values": uniform(POINTS, 3, seed=31)}
     samples |= {"t": 1 + uniform(POINTS, seed=32).sort().values, "dt": torch.full((POINTS,), 0.05, device=device)}
     image = draw(5, 3, seed=33)
-    k, r = kernels, grid_regularizers
+    corners = torch.tensor([[0.9, 0.8], [-0.7, 0.6], [-0.8, -0.9], [0.6, -0.7], [0.1, 0.2]], device=device)
+    flat = torch.tensor([[0.3, 1.1], [0.2, 0.9], [0.1, 1.2], [0.4, 1.0], [0.2, 1.3]], device=device)
+    mesh = {"clip": torch.cat([corners, flat], 1)[None]}
+    mesh["faces"] = torch.tensor([[0, 1, 4], [1, 2, 4], [2, 3, 4], [3, 0, 4]], dtype=torch.int32, device=device)
+    seen = {**mesh, **k.rasterize_reference(mesh["clip"], mesh["faces"], PIXELS, PIXELS)._asdict()}
     found = {
         "hash_grid": (k.hash_grid, k.hash_grid_reference, grid, {"x": points, "table": parameters["table"]}, BOTH),
         "field": (k.field, k.field_reference, field, x, BOTH),
@@ -132,6 +150,15 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
             {"x": draw(1, 4, 4, 4, seed=70), "weight": 1 + 0.2 * draw(4, seed=71), "bias": 0.2 * draw(4, seed=72)},
             BOTH,
         ),
+        "rasterize": (k.rasterize, k.rasterize_reference, rasterized, mesh, BOTH),
+        "interpolate": (
+            *(k.interpolate, k.interpolate_reference, interpolated),
+            *(seen | {"attributes": draw(5, 3, seed=80)}, BOTH),
+        ),
+        "antialias": (
+            *(k.antialias, k.antialias_reference, smoothed),
+            *(seen | {"image": uniform(1, PIXELS, PIXELS, 3, seed=81)}, BOTH),
+        ),
     }
     upstream = {
         "hash_grid": (draw(POINTS, GRID.channels, seed=11),),
@@ -140,8 +167,10 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
         "field_normals (analytic)": tuple(up),
         "composite": (image, None, None, None),
         "group_norm_silu": (draw(1, 4, 4, 4, seed=73),),
+        **dict.fromkeys(("rasterize", "interpolate", "antialias"), (draw(1, PIXELS, PIXELS, 3, seed=82),)),
     }
     differentiated = {"hash_grid": ("table",), "composite": ("sigma", "values"), "group_norm_silu": ("x",)}
+    differentiated |= {"rasterize": ("clip",), "interpolate": ("attributes",), "antialias": ("image", "clip")}
     return {
         name: (
             Problem(
@@ -158,6 +187,15 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
     }
 
 
+def compile_all(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile the kernels side by side; one after the other they would take a minute. What fails is found by `check`."""
+    with kernels.recorded_launches() as launches:
+        for problem, mode in problems(device).values():
+            run(problem, problem.operator, mode, dtype)
+    with suppress(Exception):
+        kernels.compile_launches(launches, lambda done: None)
+
+
 def check(
     device: torch.device, wrap: Callable[[Callable], Callable] = lambda operator: operator
 ) -> Iterator[dict[str, object]]:
@@ -166,6 +204,8 @@ def check(
     `wrap` may put another implementation in the operator's place: tests do.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.float32  # as a run computes there
+    if device.type == "cuda":
+        compile_all(device, dtype)
     for name, (problem, mode) in problems(device).items():
         start, wrong = time.monotonic(), None
         try:

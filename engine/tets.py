@@ -103,7 +103,8 @@ def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> Surf
     case, found = case[at], tets[at]
     ends = found[:, torch.tensor(EDGES, device=device)].sort(2).values  # [n, 6, 2]
     crosses = inside[ends[..., 0]] != inside[ends[..., 1]]
-    key, number = torch.unique(ends[crosses] @ torch.tensor([count, 1], device=device), return_inverse=True)
+    low, high = ends[crosses].unbind(1)
+    key, number = torch.unique(low * count + high, return_inverse=True)
     vertex = torch.zeros_like(crosses, dtype=torch.int64).masked_scatter_(crosses, number)  # [n, 6]
     counts, table = _triangles(device)
     faces = [

@@ -49,9 +49,12 @@ def _crossing(a, b):
 
 
 @jit
-def _faces(a, b, c):
-    """Which side of a triangle looks at the camera."""
-    return cross(b, c) * a[2] + cross(c, a) * b[2] + cross(a, b) * c[2] > 0
+def _folds(a, b, o, towards):
+    """Whether the triangle beyond edge (a, b), to o, lies on this side of it; no where it has no area."""
+    ax, ay = product_difference(a[0], o[2], o[0], a[2]), product_difference(a[1], o[2], o[1], a[2])
+    bx, by = product_difference(b[0], o[2], o[0], b[2]), product_difference(b[1], o[2], o[1], b[2])
+    slope = product_difference(a[2], b[1], b[2], a[1])
+    return product_difference(ax, by, bx, ay) * slope * towards > 0
 
 
 @jit
@@ -110,7 +113,7 @@ def _pair(
     by_q = (at_q == distance) & ~by_p
     a, row_a = _pick(by_p, q, _pick(by_q, r, p)), tl.where(by_p, j, tl.where(by_q, k, i))
     b, row_b = _pick(by_p, r, _pick(by_q, p, q)), tl.where(by_p, k, tl.where(by_q, i, j))
-    c, row_c = _pick(by_p, p, _pick(by_q, q, r)), tl.where(by_p, i, tl.where(by_q, j, k))
+    row_c = tl.where(by_p, i, tl.where(by_q, j, k))  # the corner that the edge turns its back to
     corner = owner * 3 + tl.where(by_p, 0, tl.where(by_q, 1, 2))
     found = mask & (distance < 0) & (distance >= 0)  # none yet
     walking = mask & (distance >= 0) & (distance <= 1)
@@ -120,13 +123,13 @@ def _pair(
         inner = walking & (beyond >= 0)
         row_o = base + tl.load(faces + beyond, mask=inner, other=0).to(tl.int64)
         o = _seen_from(clip, row_o, inner, cx, cy, half_width, half_height, ALONG_X)
-        edge = walking & ((beyond < 0) | (_faces(a, b, c) == _faces(a, b, o)))
+        edge = walking & ((beyond < 0) | _folds(a, b, o, towards))
         found = found | edge
         walking = walking & ~edge
         # On into the triangle (a, b, o): out of it through the edge from o to the end on the other side of the axis.
         to_b = walking & _crosses(o, b)
         to_a = walking & ~to_b
-        row_c, c = tl.where(to_b, row_a, tl.where(to_a, row_b, row_c)), _pick(to_b, a, _pick(to_a, b, c))
+        row_c = tl.where(to_b, row_a, tl.where(to_a, row_b, row_c))
         row_a, a = tl.where(to_b, row_b, row_a), _pick(to_b, b, a)
         row_b, b = tl.where(walking, row_o, row_b), _pick(walking, o, b)
         start = beyond // 3 * 3
@@ -204,38 +207,41 @@ def backward_kernel(
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     for axis in tl.static_range(2):
         mask = tl.load(weights + number * 2 + axis, mask=number < all_pixels, other=0.0) != 0
-        _, a, b, row_a, row_b, cx, cy = _pair(
-            clip,
-            faces,
-            opposite,
-            triangle,
-            depth,
-            number,
-            mask,
-            vertices,
-            width,
-            height,
-            half_width,
-            half_height,
-            axis == 0,
-        )
-        upstream = tl.load(grad_weights + number * 2 + axis, mask=mask, other=0.0)
-        slope = product_difference(a[2], b[1], b[2], a[1])
-        safe = tl.where(mask, slope, 1.0)
-        at = cross(a, b) / safe
-        # v = towards (1/2 - towards at): the sign of the side cancels.
-        g = -upstream / safe
-        along_a, along_b = g * b[1], -g * a[1]
-        across_a, across_b = g * (at * b[2] - b[0]), g * (a[0] - at * a[2])
-        if axis == 0:
-            xa, ya, xb, yb = along_a, across_a, along_b, across_b
-        else:
-            xa, ya, xb, yb = across_a, along_a, across_b, along_b
-        wa = -g * at * b[1] - cx * xa - cy * ya
-        wb = g * at * a[1] - cx * xb - cy * yb
-        entry = (number * 2 + axis) * 2
-        add_corner(grad, values, corners, row_a, entry, xa * half_width, -ya * half_height, wa, mask, TO_CORNERS)
-        add_corner(grad, values, corners, row_b, entry + 1, xb * half_width, -yb * half_height, wb, mask, TO_CORNERS)
+        if tl.max(mask.to(tl.int32)) > 0:  # few blocks have an edge
+            _, a, b, row_a, row_b, cx, cy = _pair(
+                clip,
+                faces,
+                opposite,
+                triangle,
+                depth,
+                number,
+                mask,
+                vertices,
+                width,
+                height,
+                half_width,
+                half_height,
+                axis == 0,
+            )
+            upstream = tl.load(grad_weights + number * 2 + axis, mask=mask, other=0.0)
+            slope = product_difference(a[2], b[1], b[2], a[1])
+            safe = tl.where(mask, slope, 1.0)
+            at = cross(a, b) / safe
+            # v = towards (1/2 - towards at): the sign of the side cancels.
+            g = -upstream / safe
+            along_a, along_b = g * b[1], -g * a[1]
+            across_a, across_b = g * (at * b[2] - b[0]), g * (a[0] - at * a[2])
+            if axis == 0:
+                xa, ya, xb, yb = along_a, across_a, along_b, across_b
+            else:
+                xa, ya, xb, yb = across_a, along_a, across_b, along_b
+            wa = -g * at * b[1] - cx * xa - cy * ya
+            wb = g * at * a[1] - cx * xb - cy * yb
+            entry = (number * 2 + axis) * 2
+            add_corner(grad, values, corners, row_a, entry, xa * half_width, -ya * half_height, wa, mask, TO_CORNERS)
+            add_corner(
+                grad, values, corners, row_b, entry + 1, xb * half_width, -yb * half_height, wb, mask, TO_CORNERS
+            )
 
 
 @jit

@@ -130,6 +130,15 @@ def corners_seen(clip, faces, triangle, seen, number, vertices, width, height, h
 
 
 @jit
+def one_row(row, mask):
+    """Whether a block's rows are all the same, and which that is. Then one sum goes there instead of a queue of them:
+    large triangles would make whole blocks wait, and lose digits."""
+    low = tl.min(tl.where(mask, row, 0x7FFFFFFFFFFFFFFF), axis=0)
+    high = tl.max(tl.where(mask, row, -1), axis=0)
+    return low == high, high
+
+
+@jit
 def add_corner(grad, values, corners, row, number, x, y, w, mask, TO_CORNERS: tl.constexpr):
     """Add a gradient (x, y, w) to a vertex; or note it, with its row, as row `number` of `values` and `corners`."""
     if TO_CORNERS:
@@ -139,6 +148,12 @@ def add_corner(grad, values, corners, row, number, x, y, w, mask, TO_CORNERS: tl
         tl.store(values + number * 4 + 3, w, mask=mask)
         tl.store(corners + number, row, mask=mask)
     else:
-        tl.atomic_add(grad + row * 4, x, mask=mask, sem="relaxed")
-        tl.atomic_add(grad + row * 4 + 1, y, mask=mask, sem="relaxed")
-        tl.atomic_add(grad + row * 4 + 3, w, mask=mask, sem="relaxed")
+        same, only = one_row(row, mask)
+        if same:
+            tl.atomic_add(grad + only * 4, tl.sum(tl.where(mask, x, 0.0)), sem="relaxed")
+            tl.atomic_add(grad + only * 4 + 1, tl.sum(tl.where(mask, y, 0.0)), sem="relaxed")
+            tl.atomic_add(grad + only * 4 + 3, tl.sum(tl.where(mask, w, 0.0)), sem="relaxed")
+        else:
+            tl.atomic_add(grad + row * 4, x, mask=mask, sem="relaxed")
+            tl.atomic_add(grad + row * 4 + 1, y, mask=mask, sem="relaxed")
+            tl.atomic_add(grad + row * 4 + 3, w, mask=mask, sem="relaxed")

@@ -83,9 +83,15 @@ class _Seen(NamedTuple):
         there = self.crosses(other) & (slope != 0)
         return torch.where(there, self.cross(other) / torch.where(there, slope, 1), 0)
 
-    def faces(self, b: _Seen, c: _Seen) -> Tensor:
-        """Which side of the triangle looks at the camera."""
-        return b.cross(c) * self.w + c.cross(self) * b.w + self.cross(b) * c.w > 0
+    def less(self, other: _Seen) -> _Seen:
+        """From the other vertex to this one, times both w."""
+        along, across = (mine * other.w - its * self.w for mine, its in zip(self[:2], other[:2], strict=True))
+        return _Seen(along, across, self.w * other.w)
+
+    def folds(self, b: _Seen, o: _Seen, towards: Tensor) -> Tensor:
+        """Whether the triangle beyond the edge to b, to o, lies on this side of it; no where it has no area."""
+        slope = self.w * b.across - b.w * self.across
+        return self.less(o).cross(b.less(o)) * slope * towards > 0
 
 
 def _see(clip: Tensor, rows: Tensor, pixel: Tensor, axis: int, height: int, width: int) -> _Seen:
@@ -124,7 +130,7 @@ def _walk(clip, faces, opposite, owner, triangle, towards, axis, height, width, 
         row = torch.stack(rows).gather(0, which[None])[0]
         return row, _Seen(*(torch.stack(part).gather(0, which[None])[0] for part in zip(*ends, strict=True)))
 
-    (row_a, a), (row_b, b), (row_c, c) = pick(1), pick(2), pick(0)
+    (row_a, a), (row_b, b), (row_c, _) = pick(1), pick(2), pick(0)  # c: the corner that the edge turns its back to
     corner = triangle * 3 + side
     distance = torch.stack(distances).amax(0)
     walking, found = distance >= 0, torch.zeros_like(distance, dtype=torch.bool)
@@ -135,13 +141,13 @@ def _walk(clip, faces, opposite, owner, triangle, towards, axis, height, width, 
         beyond = beyond_of[corner]
         row_o = flat[beyond.clamp(min=0)] + base
         o = see(row_o)
-        edge = walking & ((beyond < 0) | (a.faces(b, c) == a.faces(b, o)))
+        edge = walking & ((beyond < 0) | a.folds(b, o, towards))
         found |= edge
         walking = walking & ~edge
         # On into the triangle (a, b, o): out of it through the edge from o to the end on the other side of the axis.
         to_b = walking & o.crosses(b)
         to_a = walking & ~to_b
-        row_c, c = torch.where(to_b, row_a, torch.where(to_a, row_b, row_c)), a.where(to_b, b.where(to_a, c))
+        row_c = torch.where(to_b, row_a, torch.where(to_a, row_b, row_c))
         row_a, a = torch.where(to_b, row_b, row_a), b.where(to_b, a)
         row_b, b = torch.where(walking, row_o, row_b), o.where(walking, b)
         start, side = beyond // 3 * 3, beyond % 3

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from dream_fast.kernels._launch import FLOATS, check_kernel_dtype, check_tensor, jit, launch, tl, use_triton
-from dream_fast.kernels._raster import INDICES, Fragments, add_at_corners, check_fragments, corner_rows, corner_sums
+from dream_fast.kernels._raster import (
+    INDICES,
+    Fragments,
+    add_at_corners,
+    check_fragments,
+    corner_rows,
+    corner_sums,
+    one_row,
+)
 from dream_fast.kernels._reference import gather_rows
 
 
@@ -82,7 +90,12 @@ def _to_vertex(grad, values, corners, row, at, value, channel, mask, seen, CHANN
         tl.store(values + at[:, None] * CHANNELS + channel, value, mask=mask)
         tl.store(corners + at, row, mask=seen)
     else:
-        tl.atomic_add(grad + row[:, None] * CHANNELS + channel, value, mask=mask, sem="relaxed")
+        same, only = one_row(row, seen)
+        if same:
+            total = tl.sum(tl.where(mask, value, 0.0), axis=0)[None, :]
+            tl.atomic_add(grad + only * CHANNELS + channel, total, mask=channel < CHANNELS, sem="relaxed")
+        else:
+            tl.atomic_add(grad + row[:, None] * CHANNELS + channel, value, mask=mask, sem="relaxed")
 
 
 @jit

@@ -249,3 +249,14 @@ def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
         assert min(render.std(), noisy.std(), clean.std()) > 1
     # At the last step t is low: what is shown three times is nearly the same picture.
     assert np.abs(clean - render).mean() < 20 and np.abs(noisy - render).mean() < 40
+
+
+def test_a_mesh_refinement_takes_steps():
+    """Its surface asks the host how large it is; everything else is as for a field."""
+    trainer = make_trainer(dmtet=True, tet_grid_size=32)
+    before = [part.detach().clone() for part in (trainer.shape.distance, trainer.shape.shift, trainer.field.table)]
+    for _ in range(3):
+        step = trainer.train_step()
+    assert int(trainer.skipped) == 0 and torch.isfinite(step.guidance).all()
+    after = (trainer.shape.distance, trainer.shape.shift, trainer.field.table)
+    assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))

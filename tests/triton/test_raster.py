@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
+from dream_fast.bench.cases import ball
 from dream_fast.kernels import (
     Fragments,
     antialias,
@@ -262,7 +263,23 @@ def compare_antialias(image, clip, faces, fragments):
         found.append((out.detach(), *grads))
     for name, *parts in zip(("image", "gradient of image", "gradient of clip"), *found, strict=True):
         check(name, *parts)
+    # A pixel takes half of the difference to a neighbour at most.
+    most = torch.zeros_like(image, dtype=torch.float32)
+    for axis in (1, 2):
+        half = image.float().diff(dim=axis).abs() / 2
+        length = half.shape[axis]
+        most.narrow(axis, 0, length).add_(half)
+        most.narrow(axis, 1, length).add_(half)
+    assert ((found[0][0] - image).float().abs() <= most + 1e-3).all()
     return found[0]
+
+
+def test_triangles_without_area_are_walked_over(device):
+    """At the poles of this ball all vertices are one; one of them lies at the rim."""
+    clip, faces, _ = ball("1k", device)
+    found = rasterize(clip, faces, 48, 48)
+    stripes = (torch.arange(48, device=device) % 2).float().expand(1, 48, 48)
+    compare_antialias(torch.stack([stripes, stripes.mT], -1), clip, faces, found)
 
 
 @pytest.mark.parametrize("size", [2, 5])
