@@ -188,7 +188,7 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
 
 
 def compile_all(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile the kernels side by side; one after the other they would take a minute. What fails is found by `check`."""
+    """Compile the kernels side by side; one by one they would take a minute. What fails is found by `check`."""
     with kernels.recorded_launches() as launches:
         for problem, mode in problems(device).values():
             run(problem, problem.operator, mode, dtype)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -304,12 +305,12 @@ def test_a_full_disk_leaves_the_old_files(fault, tmp_path, monkeypatch):
     field, path = fitted_renderer().field, tmp_path / "mesh.glb"
     for old in mesh.mesh_paths(path):
         old.write_text("old")
-    save, sync = Image.Image.save, files._sync
+    write, sync = Path.write_bytes, files._sync
 
-    def full(this, to, *options, **named):
-        if str(to).endswith("_normal.writing.png"):
+    def full(to, data):
+        if to.name.endswith("_normal.writing.png"):
             raise OSError(28, "No space left on device")
-        save(this, to, *options, **named)
+        return write(to, data)
 
     def flush(file):
         if str(file).endswith(".writing.glb"):
@@ -317,7 +318,7 @@ def test_a_full_disk_leaves_the_old_files(fault, tmp_path, monkeypatch):
         sync(file)
 
     if fault == "the last file":
-        monkeypatch.setattr(mesh.Image.Image, "save", full)
+        monkeypatch.setattr(Path, "write_bytes", full)
     else:
         monkeypatch.setattr(files, "_sync", flush)
     with pytest.raises(OSError, match="No space"):

@@ -3,8 +3,11 @@
 World axes are glTF's (y up, the front faces +z), so nothing is turned.
 """
 
+import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import trimesh
@@ -69,7 +72,8 @@ def write_textured(
     baked = bake(
         field, mesh, atlas, texture_resolution, volume, progress=lambda part: progress(start + (end - start) * part)
     )
-    pictures = [Image.fromarray(one) for one in baked if one is not None]
+    with ThreadPoolExecutor() as pool:
+        pictures = list(pool.map(_Png, (one for one in baked if one is not None)))
     vertices, normals = mesh.vertices[atlas.source], smooth_normals(mesh)[atlas.source]
     paths = mesh_paths(path, normals=baked.normal is not None)
     material = trimesh.visual.material.PBRMaterial(
@@ -87,8 +91,23 @@ def write_textured(
         obj.write_text(_obj(vertices, normals, atlas.uv, atlas.faces, names[2]), encoding="ascii")
         mtl.write_text(_mtl(*names[3:]), encoding="ascii")
         for png, picture in zip(pngs, pictures, strict=True):
-            picture.save(png)
+            png.write_bytes(picture.data)
     progress(1.0)
+
+
+class _Png:
+    """A picture that is encoded already, in the shape in which trimesh takes one into a GLB."""
+
+    format = "PNG"
+
+    def __init__(self, pixels: np.ndarray):
+        out = io.BytesIO()
+        # Level 6, the default, takes more than twice the time for 3 % fewer bytes.
+        Image.fromarray(pixels).save(out, format="PNG", compress_level=4)
+        self.data = out.getvalue()
+
+    def save(self, file: BinaryIO, format: str) -> None:
+        file.write(self.data)
 
 
 def _mtl(albedo: str, normal: str | None = None) -> str:
