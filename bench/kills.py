@@ -106,14 +106,20 @@ def arm(kill: Kill | None) -> None:
 
 def prepare_to_fork() -> None:
     """Imports everything that a run does, and starts no thread, after which a process cannot be forked safely."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking CUDA itself for a GPU would start it here
     torch.set_num_threads(1)
+    # A library that finds a GPU while it is imported starts CUDA, and that cannot be forked at all.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import dream_fast.engine.run  # noqa: F401
     from dream_fast.engine.runtime import quiet_diffusers
 
     quiet_diffusers()
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+    del os.environ["CUDA_VISIBLE_DEVICES"]
+    os.environ |= {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
 
 
 def forked(config: Config, log: Path, kill: Kill | None) -> int:

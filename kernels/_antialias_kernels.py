@@ -15,6 +15,7 @@ from dream_fast.kernels._raster import (
 
 STEPS = 16
 _LEAST_W = constant(1e-8)  # an edge with an end below is left as it is
+_LEAST_V = constant(1e-30)
 _STEPS = constant(STEPS)
 
 
@@ -141,7 +142,9 @@ def _pair(
         step += 1
     found = found & (_is_steep(clip, row_a, row_b, found, half_width, half_height) == ALONG_X)
     found = found & (a[2] > _LEAST_W) & (b[2] > _LEAST_W)
-    return tl.where(found, towards * (0.5 - distance), 0.0), a, b, row_a, row_b, cx, cy
+    v = towards * (0.5 - distance)
+    v = tl.where(v == 0, _LEAST_V, v)  # an edge halfway has a gradient too
+    return tl.where(found, v, 0.0), a, b, row_a, row_b, cx, cy
 
 
 @jit

@@ -130,12 +130,26 @@ def corners_seen(clip, faces, triangle, seen, number, vertices, width, height, h
 
 
 @jit
-def one_row(row, mask):
-    """Whether a block's rows are all the same, and which that is. Then one sum goes there instead of a queue of them:
+def runs(triangle, found, number, all_pixels, per_picture, BLOCK: tl.constexpr):
+    """Whether pixels are the first, and the last, of a run in their block that sees one triangle."""
+    lane = tl.arange(0, BLOCK)
+    before = tl.load(triangle + number - 1, mask=(lane > 0) & (number < all_pixels), other=-1)
+    after = tl.load(triangle + number + 1, mask=number + 1 < all_pixels, other=-1)
+    first = (lane == 0) | (before != found) | (number % per_picture == 0)
+    last = (lane == BLOCK - 1) | (after != found) | ((number + 1) % per_picture == 0)
+    return first, last
+
+
+@jit
+def _add_up(first_a, a, first_b, b):
+    return first_a | first_b, tl.where(first_b != 0, b, a + b)
+
+
+@jit
+def run_sum(value, first):
+    """At the last pixel of each run the sum over it, along axis 0. One sum goes to a vertex instead of a queue of them:
     large triangles would make whole blocks wait, and lose digits."""
-    low = tl.min(tl.where(mask, row, 0x7FFFFFFFFFFFFFFF), axis=0)
-    high = tl.max(tl.where(mask, row, -1), axis=0)
-    return low == high, high
+    return tl.associative_scan((first.to(tl.int32), value), 0, _add_up)[1]
 
 
 @jit
@@ -148,12 +162,6 @@ def add_corner(grad, values, corners, row, number, x, y, w, mask, TO_CORNERS: tl
         tl.store(values + number * 4 + 3, w, mask=mask)
         tl.store(corners + number, row, mask=mask)
     else:
-        same, only = one_row(row, mask)
-        if same:
-            tl.atomic_add(grad + only * 4, tl.sum(tl.where(mask, x, 0.0)), sem="relaxed")
-            tl.atomic_add(grad + only * 4 + 1, tl.sum(tl.where(mask, y, 0.0)), sem="relaxed")
-            tl.atomic_add(grad + only * 4 + 3, tl.sum(tl.where(mask, w, 0.0)), sem="relaxed")
-        else:
-            tl.atomic_add(grad + row * 4, x, mask=mask, sem="relaxed")
-            tl.atomic_add(grad + row * 4 + 1, y, mask=mask, sem="relaxed")
-            tl.atomic_add(grad + row * 4 + 3, w, mask=mask, sem="relaxed")
+        tl.atomic_add(grad + row * 4, x, mask=mask, sem="relaxed")
+        tl.atomic_add(grad + row * 4 + 1, y, mask=mask, sem="relaxed")
+        tl.atomic_add(grad + row * 4 + 3, w, mask=mask, sem="relaxed")

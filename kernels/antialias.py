@@ -192,7 +192,8 @@ def antialias_reference(
         weight = _reference_weights(clip, faces, fragments, opposite, axis)[..., None].narrow(dim, 0, length)
         change = image.narrow(dim, 1, length) - image.narrow(dim, 0, length)
         blank = torch.zeros_like(image.narrow(dim, 0, 1))
-        to_first, to_second = weight.clamp(min=0) * change, weight.clamp(max=0) * change
+        # Of an edge halfway, v = 0, the gradient is that of the first's side; clamp would give both.
+        to_first, to_second = (weight.where(side, 0) * change for side in (weight >= 0, weight < 0))
         out = out + torch.cat([to_first, blank], dim) + torch.cat([blank, to_second], dim)
     return out.to(image.dtype)
 

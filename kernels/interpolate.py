@@ -21,7 +21,8 @@ from dream_fast.kernels._raster import (
     check_fragments,
     corner_rows,
     corner_sums,
-    one_row,
+    run_sum,
+    runs,
 )
 from dream_fast.kernels._reference import gather_rows
 
@@ -45,11 +46,10 @@ def interpolate_reference(attributes: Tensor, faces: Tensor, fragments: Fragment
 
 @jit
 def _pixel_corners(triangle, faces, number, all_pixels, per_picture, vertices):
-    """Rows of the attributes at the corners that pixels see, and whether they see any."""
+    """The triangle that pixels see (-1: none), and the rows of the attributes at its corners."""
     found = tl.load(triangle + number, mask=number < all_pixels, other=-1).to(tl.int64)
-    seen = found >= 0
-    i, j, k = corner_rows(faces, found, number // per_picture * vertices, seen)
-    return i, j, k, seen
+    i, j, k = corner_rows(faces, found, number // per_picture * vertices, found >= 0)
+    return found, i, j, k
 
 
 @jit
@@ -69,7 +69,8 @@ def _interpolate_forward_kernel(
     """A block of pixels and a group of channels."""
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[None, :]
-    i, j, k, seen = _pixel_corners(triangle, faces, number, all_pixels, per_picture, vertices)
+    found, i, j, k = _pixel_corners(triangle, faces, number, all_pixels, per_picture, vertices)
+    seen = found >= 0
     u = tl.load(barycentrics + number * 3, mask=seen, other=0.0).to(tl.float32)
     v = tl.load(barycentrics + number * 3 + 1, mask=seen, other=0.0).to(tl.float32)
     t = tl.load(barycentrics + number * 3 + 2, mask=seen, other=0.0).to(tl.float32)
@@ -90,12 +91,7 @@ def _to_vertex(grad, values, corners, row, at, value, channel, mask, seen, CHANN
         tl.store(values + at[:, None] * CHANNELS + channel, value, mask=mask)
         tl.store(corners + at, row, mask=seen)
     else:
-        same, only = one_row(row, seen)
-        if same:
-            total = tl.sum(tl.where(mask, value, 0.0), axis=0)[None, :]
-            tl.atomic_add(grad + only * CHANNELS + channel, total, mask=channel < CHANNELS, sem="relaxed")
-        else:
-            tl.atomic_add(grad + row[:, None] * CHANNELS + channel, value, mask=mask, sem="relaxed")
+        tl.atomic_add(grad + row[:, None] * CHANNELS + channel, value, mask=mask, sem="relaxed")
 
 
 @jit
@@ -119,7 +115,9 @@ def _interpolate_backward_kernel(
 ):
     """A block of pixels, its channels a group after the other."""
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i, j, k, seen = _pixel_corners(triangle, faces, number, all_pixels, per_picture, vertices)
+    found, i, j, k = _pixel_corners(triangle, faces, number, all_pixels, per_picture, vertices)
+    seen = found >= 0
+    first, last = runs(triangle, found, number, all_pixels, per_picture, BLOCK)
     u = tl.load(barycentrics + number * 3, mask=seen, other=0.0).to(tl.float32)
     v = tl.load(barycentrics + number * 3 + 1, mask=seen, other=0.0).to(tl.float32)
     t = tl.load(barycentrics + number * 3 + 2, mask=seen, other=0.0).to(tl.float32)
@@ -137,11 +135,15 @@ def _interpolate_backward_kernel(
             to_v += tl.sum(upstream * b, axis=1)
             to_t += tl.sum(upstream * c, axis=1)
         if grad is not None:
-            at = number * 3
-            for_u, for_v, for_t = upstream * u[:, None], upstream * v[:, None], upstream * t[:, None]
-            _to_vertex(grad, values, corners, i, at, for_u, channel, mask, seen, CHANNELS, TO_CORNERS)
-            _to_vertex(grad, values, corners, j, at + 1, for_v, channel, mask, seen, CHANNELS, TO_CORNERS)
-            _to_vertex(grad, values, corners, k, at + 2, for_t, channel, mask, seen, CHANNELS, TO_CORNERS)
+            at, start_of_run = number * 3, first[:, None] & (channel >= 0)
+            for_u = run_sum(upstream * u[:, None], start_of_run)
+            for_v = run_sum(upstream * v[:, None], start_of_run)
+            for_t = run_sum(upstream * t[:, None], start_of_run)
+            one = seen & last
+            mask = mask & one[:, None]
+            _to_vertex(grad, values, corners, i, at, for_u, channel, mask, one, CHANNELS, TO_CORNERS)
+            _to_vertex(grad, values, corners, j, at + 1, for_v, channel, mask, one, CHANNELS, TO_CORNERS)
+            _to_vertex(grad, values, corners, k, at + 2, for_t, channel, mask, one, CHANNELS, TO_CORNERS)
     if grad_barycentrics is not None:
         here = number < all_pixels
         tl.store(grad_barycentrics + number * 3, to_u, mask=here)

@@ -43,6 +43,8 @@ from dream_fast.kernels._raster import (
     from_pixel,
     load_corner,
     picture_numbers,
+    run_sum,
+    runs,
 )
 from dream_fast.kernels._reference import gather_rows
 
@@ -371,9 +373,13 @@ def _raster_backward_kernel(
     # x = X - cx w, with X = x W / 2 and Y = -y H / 2.
     at = number * 3
     pw, qw, rw = -cx * px - cy * py, -cx * qx - cy * qy, -cx * rx - cy * ry
-    add_corner(grad, values, corners, i, at, px * half_width, -py * half_height, pw, seen, TO_CORNERS)
-    add_corner(grad, values, corners, j, at + 1, qx * half_width, -qy * half_height, qw, seen, TO_CORNERS)
-    add_corner(grad, values, corners, k, at + 2, rx * half_width, -ry * half_height, rw, seen, TO_CORNERS)
+    first, last = runs(triangle, found, number, all_pixels, width * height, BLOCK)
+    px, py, pw = run_sum(px, first) * half_width, run_sum(py, first) * -half_height, run_sum(pw, first)
+    qx, qy, qw = run_sum(qx, first) * half_width, run_sum(qy, first) * -half_height, run_sum(qw, first)
+    rx, ry, rw = run_sum(rx, first) * half_width, run_sum(ry, first) * -half_height, run_sum(rw, first)
+    add_corner(grad, values, corners, i, at, px, py, pw, seen & last, TO_CORNERS)
+    add_corner(grad, values, corners, j, at + 1, qx, qy, qw, seen & last, TO_CORNERS)
+    add_corner(grad, values, corners, k, at + 2, rx, ry, rw, seen & last, TO_CORNERS)
 
 
 def _raster_config(device: torch.device) -> dict[str, int]:

@@ -282,6 +282,17 @@ def test_triangles_without_area_are_walked_over(device):
     compare_antialias(torch.stack([stripes, stripes.mT], -1), clip, faces, found)
 
 
+def test_an_edge_halfway_between_two_pixels_moves(device):
+    """v = 0: nothing is blended yet, and still the edge has a gradient."""
+    clip = torch.tensor([[0.0, -2, 0, 1], [0, 2, 0, 1], [-2, 0, 0, 1]], device=device)[None]
+    faces = torch.tensor([[0, 1, 2]], device=device)
+    found = rasterize(clip, faces, 4, 4)
+    image = torch.rand(1, 4, 4, 2, device=device)
+    out, _, grad = compare_antialias(image, clip, faces, found)
+    torch.testing.assert_close(out, image)
+    assert (grad[0, :2, 0] != 0).all()
+
+
 @pytest.mark.parametrize("size", [2, 5])
 def test_antialiasing_moves_silhouettes(size, device, deterministic):
     clip, faces = surface(size, device)
