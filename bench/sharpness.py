@@ -2,21 +2,23 @@
 
 For each prompt one run, and one with --dmtet that starts from it, by the command's own path. Of both, from the eight
 azimuths of `quality`: the share of pictures in which the judge sees the object (and its colour), and how sharp the
-shape is, in 256 x 256 textureless pictures lit from the camera over white. Sharpness is the mean length of the
-brightness' gradient (central differences, per pixel) where it counts:
+shape is, in 512 x 512 textureless pictures lit from the camera. Sharpness is the mean length of the brightness'
+gradient (central differences, per pixel) where it counts:
 
-    silhouette   pixels inside whose neighbour is outside
-    creases      of the pixels with inside neighbours alone, the 5 % whose normals differ most from their neighbours'
-    rest         the other ones: what is there is mostly noise, which the creases of a noisy shape hold as well
+    silhouette   pixels inside whose neighbour is outside, of each of the two. Over white and over black, and the mean
+                 of both: a face that looks at the light is as white as the one background, a rim as dark as the other
+    creases      the 5 % of the mesh's inner pixels whose normals differ most from their neighbours', in both pictures
+    own_creases  the same of each picture's own normals: a field's are mostly noise
+    rest         the inner pixels that are none of its own creases
 
-`contrast` is sharpness as a multiple of the rest.
-Written to <work>/sharpness.json, with a picture of both beside one another. The refinement has to be 1.3 times as sharp
-on the mean of the two, and not worse for the judge.
+The refinement has to be 1.3 times as sharp on the mean of silhouette and creases, and not worse for the judge.
+Written to <work>/sharpness.json, with a picture of both beside one another.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,20 +33,30 @@ from dream_fast.engine.presets import resolve
 from dream_fast.engine.trainer import Trainer
 
 PROMPTS = ("a hamburger", "a yellow duck", "a red mushroom")
-SIZE = 256
+SIZE = 512
 SHARPEST = 0.05  # part of the inner pixels that are creases
 FACTOR = 1.3
 
 
+class Look(NamedTuple):
+    """What a finished run looks like from all sides, and what the judge says."""
+
+    scores: dict[str, float | None]
+    brightness: Tensor  # [8, H, W] textureless, over black
+    opacity: Tensor  # [8, H, W]
+    normal: Tensor  # [8, H, W, 3]
+
+
 @torch.no_grad()
-def textureless(trainer: Trainer) -> tuple[Tensor, Tensor, Tensor]:
-    """Brightness [8, H, W] over white, opacity [8, H, W] and normals [8, H, W, 3], from averaged weights."""
+def look(trainer: Trainer, prompt: str) -> Look:
+    """A run with its averaged weights."""
+    found = assess(load_judge(), pictures_of(trainer).cpu(), prompt)
     cameras = turntable(trainer.config.camera, AZIMUTHS, trainer.device)
+    black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
-        view = trainer.renderer.view(
-            cameras, SIZE, SIZE, shading="textureless", background=torch.ones(3, device=trainer.device)
-        )
-    return view.rgb[..., 0], view.opacity, view.normal
+        view = trainer.renderer.view(cameras, SIZE, SIZE, shading="textureless", background=black)
+    scores = {name: found[name] for name in ("object", "object_color")}
+    return Look(scores, view.rgb[..., 0].cpu(), view.opacity.cpu(), view.normal.cpu())
 
 
 def edges(opacity: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,20 +85,20 @@ def slope(brightness: Tensor) -> Tensor:
     return found.norm(dim=0)
 
 
-def measure(trainer: Trainer, prompt: str) -> tuple[dict[str, float | None], Tensor]:
-    """The row of a finished run, and its textureless pictures [8, H, W]."""
-    scores = assess(load_judge(), pictures_of(trainer).cpu(), prompt)
-    brightness, opacity, normal = textureless(trainer)
-    silhouette, creases, inner = edges(opacity, normal)
-    steep = slope(brightness)
-    row = {name: scores[name] for name in ("object", "object_color")}
-    row |= {
-        name: round(steep[where].mean().item(), 4) if where.any() else 0.0
-        for name, where in (("silhouette", silhouette), ("creases", creases), ("rest", inner & ~creases))
+def described(seen: Look, mesh: Look) -> dict[str, float | None]:
+    """What is said of a run; the creases are those of the mesh."""
+    over_black, over_white = slope(seen.brightness), slope(seen.brightness + 1 - seen.opacity)
+    silhouette, own, inner = edges(seen.opacity, seen.normal)
+    creases = edges(mesh.opacity, mesh.normal)[1]
+    means = {
+        "silhouette": (over_black + over_white)[silhouette] / 2,
+        "silhouette_over_white": over_white[silhouette],
+        "creases": over_black[creases],
+        "own_creases": over_black[own],
+        "rest": over_black[inner & ~own],
     }
-    sharpness = (row["silhouette"] + row["creases"]) / 2
-    row |= {"sharpness": round(sharpness, 4), "contrast": round(sharpness / max(row["rest"], 1e-6), 2)}
-    return row, brightness.cpu()
+    found = seen.scores | {name: round(part.mean().item(), 4) if len(part) else 0.0 for name, part in means.items()}
+    return found | {"sharpness": round((found["silhouette"] + found["creases"]) / 2, 4)}
 
 
 def make(typed: dict, device: str) -> Trainer:
@@ -115,11 +127,11 @@ def main(argv: list[str] | None = None) -> int:
         mesh = common | {"workspace": str(args.work / f"{name}-dmtet"), "dmtet": True, "init_with": field["workspace"]}
         field |= {"iters": args.iters} if args.iters else {}
         mesh |= {"iters": args.dmtet_iters} if args.dmtet_iters else {}
-        before, shown_before = measure(make(field, args.device), prompt)
-        after, shown_after = measure(make(mesh, args.device), prompt)
-        save_grid(
-            args.work / f"{name}.png", torch.stack([shown_before, shown_after])[..., None].expand(-1, -1, -1, -1, 3)
-        )
+        before = look(make(field, args.device), prompt)
+        after = look(make(mesh, args.device), prompt)
+        shown = torch.stack([1 + seen.brightness - seen.opacity for seen in (before, after)])
+        save_grid(args.work / f"{name}.png", shown[..., None].expand(-1, -1, -1, -1, 3))
+        before, after = described(before, after), described(after, after)
         factor = round(after["sharpness"] / max(before["sharpness"], 1e-6), 3)
         good &= factor >= FACTOR and after["object"] >= before["object"]
         rows.append({"prompt": prompt, "field": before, "dmtet": after, "factor": factor})

@@ -59,12 +59,23 @@ def _folds(a, b, o, towards):
 
 
 @jit
-def _is_steep(clip, row_a, row_b, mask, half_width, half_height):
-    """Whether edges are steeper than 45 degrees: from the vertices themselves, so the same from every pixel."""
-    xa, ya, _, wa = load_corner(clip, row_a, mask)
-    xb, yb, _, wb = load_corner(clip, row_b, mask)
-    across = tl.abs(product_difference(xa, wb, xb, wa)) * half_width
-    return across <= tl.abs(product_difference(ya, wb, yb, wa)) * half_height
+def _edge_between(clip, row_a, row_b, mask, cx, cy, towards, half_width, half_height, ALONG_X: tl.constexpr):
+    """Of edges whether they count along this axis, and v: from halfway between the two centres, where its sign cannot
+    be lost. The angle is from the vertices themselves, so the same from every pixel."""
+    a, b = load_corner(clip, row_a, mask), load_corner(clip, row_b, mask)
+    across = tl.abs(product_difference(a[0], b[3], b[0], a[3])) * half_width
+    steep = across <= tl.abs(product_difference(a[1], b[3], b[1], a[3])) * half_height
+    if ALONG_X:
+        cx += 0.5 * towards
+    else:
+        cy += 0.5 * towards
+    xa, ya = from_pixel(a, cx, cy, half_width, half_height)
+    xb, yb = from_pixel(b, cx, cy, half_width, half_height)
+    if ALONG_X:
+        v = -_crossing((xa, ya, a[3]), (xb, yb, b[3]))
+    else:
+        v = -_crossing((ya, xa, a[3]), (yb, xb, b[3]))
+    return steep == ALONG_X, tl.where(v == 0, _LEAST_V, v)  # an edge halfway has a gradient too
 
 
 @jit
@@ -140,10 +151,8 @@ def _pair(
         distance = tl.where(walking, towards * _crossing(a, b), distance)
         walking = walking & (distance <= 1)
         step += 1
-    found = found & (_is_steep(clip, row_a, row_b, found, half_width, half_height) == ALONG_X)
-    found = found & (a[2] > _LEAST_W) & (b[2] > _LEAST_W)
-    v = towards * (0.5 - distance)
-    v = tl.where(v == 0, _LEAST_V, v)  # an edge halfway has a gradient too
+    counts, v = _edge_between(clip, row_a, row_b, found, cx, cy, towards, half_width, half_height, ALONG_X)
+    found = found & counts & (a[2] > _LEAST_W) & (b[2] > _LEAST_W)
     return tl.where(found, v, 0.0), a, b, row_a, row_b, cx, cy
 
 
