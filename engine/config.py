@@ -147,9 +147,9 @@ class CameraConfig(Room):
         high=180,
     )
     # These three may change because a GPU's memory may leave no choice.
-    w: int = option(64, "width of a training render", low=1, may_change=True)
-    h: int = option(64, "height of a training render", low=1, may_change=True)
-    batch_size: int = option(1, "views in a step", low=1, may_change=True)
+    w: int = option(64, "width of a training render", low=1, high=4096, may_change=True)
+    h: int = option(64, "height of a training render", low=1, high=4096, may_change=True)
+    batch_size: int = option(1, "views in a step", low=1, high=1024, may_change=True)
     default_radius: float = option(3.2, "distance of the output camera", above=0, may_change=True)
     default_polar: float = option(90.0, "polar angle of the output camera", low=0, high=180, may_change=True)
     default_azimuth: float = option(
@@ -158,8 +158,8 @@ class CameraConfig(Room):
     default_fovy: float = option(
         20.0, "vertical field of view of the output camera", above=0, below=180, may_change=True
     )
-    W: int = option(800, "width of the output pictures", low=1, may_change=True)
-    H: int = option(800, "height of the output pictures", low=1, may_change=True)
+    W: int = option(800, "width of the output pictures", low=1, high=16384, may_change=True)
+    H: int = option(800, "height of the output pictures", low=1, high=16384, may_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class FieldConfig(Room):
     frequencies: int = option(
         12, "bands of the frequency encoding, each twice as fine as the one before", low=1, high=24, backbones=VANILLA
     )
-    hidden_width: int = option(64, "width of the MLP's hidden layers", low=1)
+    hidden_width: int = option(64, "width of the MLP's hidden layers", low=1, high=4096)
     hidden_layers: int = option(2, "number of the MLP's hidden layers", low=0, high=8)
     density_activation: str = option("exp", "activation of the density", choices=("exp", "softplus"))
     blob_density: float = option(5.0, "density of the blob at the centre from which a run starts", low=0)
@@ -206,7 +206,7 @@ class FieldConfig(Room):
 class RenderConfig(Room):
     """Samples of rays: marching through the occupancy grid, or by importance."""
 
-    bound: float = option(1.0, "the scene is the cube [-bound, bound]^3", above=0)
+    bound: float = option(1.0, "the scene is the cube [-bound, bound]^3", above=0, high=128)
     max_steps: int = option(
         1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1, backbones=GRIDS
     )
@@ -405,8 +405,8 @@ class OutputConfig(Room):
     profile: bool = option(
         False, "trace 20 steps after the first 20 with torch's profiler, into profile/", may_change=True
     )
-    dataset_size_valid: int = option(8, "pictures in a validation set", low=1, may_change=True)
-    dataset_size_test: int = option(100, "frames of the 360-degree video", low=1, may_change=True)
+    dataset_size_valid: int = option(8, "pictures in a validation set", low=1, high=10_000, may_change=True)
+    dataset_size_test: int = option(100, "frames of the 360-degree video", low=1, high=10_000, may_change=True)
     mcubes_resolution: int = option(256, "points along an edge of the mesh's grid", low=8, high=512, may_change=True)
     decimate_target: int = option(50_000, "most triangles of the mesh; 0: all of them", low=0, may_change=True)
     texture_resolution: int = option(

@@ -9,6 +9,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from dream_fast.engine.repeat import in_a_line
 
@@ -47,7 +48,7 @@ class Reporter:
             yield QuietBar(self, what, total, done)
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
@@ -64,7 +65,7 @@ class Reporter:
         table.columns[1].justify = "right"
         for path in files:
             size = _size(path.stat().st_size)
-            table.add_row(str(path), size)
+            table.add_row(Text(str(path)), size)
             self._write(f"{path} {size}")
         self.console.print(table, soft_wrap=True)
 

@@ -1,18 +1,22 @@
 """Device, precision, seeds and threads of a run, and what it used of the machine."""
 
+import importlib.util
 import logging
 import os
 import platform
 import random
 import resource
 import sys
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dream_fast.engine.config import Config
-from dream_fast.engine.errors import UserError
+from dream_fast.engine.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 # Either tells torch how to take memory of a GPU.
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
@@ -41,11 +45,21 @@ def choose_runtime(config: Config) -> Runtime:
     fp16 is a matter of GPUs: a CPU computes in fp32 whatever is asked, because its fp16 is emulated and slow.
     """
     wanted = config.run.device
+    with warnings.catch_warnings(record=True) as said:  # of a driver that is too old, in a paragraph
+        warnings.simplefilter("always")
+        there = torch.cuda.is_available()
+    why = f" ({first_line(said[0].message)})" if said else ""
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if there else "cpu"
+        if why:
+            logger.warning("the GPU is not used%s", why)
     if wanted == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no GPU on this machine; leave --device out to use the CPU")
+        if not there:
+            raise UserError(
+                f"--device cuda: torch finds no GPU on this machine{why}; leave --device out to use the CPU"
+            )
+        if importlib.util.find_spec("triton") is None:
+            raise UserError("a GPU needs triton, which is not installed: pip install triton, or run with --device cpu")
         dtype = torch.float16 if config.run.fp16 else torch.float32
         device = torch.device("cuda", torch.cuda.current_device())
         name = torch.cuda.get_device_name(device)

@@ -149,7 +149,10 @@ class OccupancySampler:
             if state[name].shape != own.shape:
                 raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the renderer's is {tuple(own.shape)}")
             own.copy_(state[name])
-        self.samples_per_ray = int(state["samples_per_ray"])
+        samples = int(state["samples_per_ray"])
+        if not 0 < samples <= max(8, self.config.max_steps):
+            raise ValueError(f"samples_per_ray is {samples}, and --max_steps {self.config.max_steps}")
+        self.samples_per_ray = samples
         for name, own in (("most_samples", self.most_samples), ("overflowed", self.overflowed)):
             own.copy_(state.get(name, torch.zeros(())))  # checkpoints of earlier versions have none
 

@@ -29,7 +29,7 @@ from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.field import make_field
-from dream_fast.engine.guidance.attention import Chosen
+from dream_fast.engine.guidance.attention import KINDS, Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
 from dream_fast.engine.health import ALL, DIVERGED, LOST, NOTHING, Lost, diagnosis, lost_sentence, memory_sentence
@@ -61,6 +61,10 @@ class Schedule:
     iters: int
     start_step: int = 0
     start_progress: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start_progress <= 1 and self.start_step >= 0):
+            raise ValueError(f"a schedule from step {self.start_step} and {self.start_progress} of its way")
 
     def progress(self, step: int) -> float:
         if step >= self.iters:
@@ -517,6 +521,8 @@ class Trainer:
         self.skipped_in_a_row.copy_(state.get("skipped_in_a_row", torch.zeros(())))  # as above
         self.lost_in_a_row.copy_(state.get("lost_in_a_row", torch.zeros(2)))
         kept = state.get("attention")  # checkpoints of earlier versions have none
+        if kept is not None and (len(kept) != 2 or not set(kept) <= set(KINDS)):
+            raise ValueError(f"attention is {kept}")
         self.attention = None if kept is None else Chosen(*kept)
 
 

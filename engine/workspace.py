@@ -27,6 +27,12 @@ from dream_fast.engine.lock import Lock
 
 logger = logging.getLogger(__name__)
 
+# What is read of a run in the manifest again, and its kind: float any number, a dict one of such values.
+MANIFEST = {
+    **{"from_step": int, "to_step": int, "seconds": float, "device": str, "finished": str},
+    **{"seconds_of": {str: float}, "peak_bytes": {str: float}, "machine": dict, "versions": dict},
+}
+
 
 @dataclasses.dataclass
 class Workspace:
@@ -199,6 +205,9 @@ class Workspace:
         runs = manifest.get("runs", []) if isinstance(manifest, dict) else None
         if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
             raise UserError(f"{self.manifest} cannot be used: it lists no runs")
+        wrong = {name for run in runs for name, value in run.items() if not _fits(MANIFEST.get(name), value)}
+        if wrong:
+            raise UserError(f"{self.manifest} cannot be used: {', '.join(sorted(wrong))} of a run is no such thing")
         return manifest
 
     def set_aside(self, checkpoint: Path) -> Path:
@@ -243,6 +252,17 @@ class Workspace:
             kept = "".join(f"{line}\n" for line, reached in rows if reached is not None and reached <= step)
             if kept != text:
                 write_text(self.metrics, kept)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a kind of MANIFEST; numbers are finite."""
+    if kind is None:
+        return True
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(_fits(kind[str], part) for part in value.values())
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < float("inf")
+    return isinstance(value, kind)
 
 
 def _step_of(row: str) -> int | None:

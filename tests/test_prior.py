@@ -65,6 +65,8 @@ def test_a_prompt_without_a_known_object_is_refused_with_all_that_is_known() -> 
 
 def test_a_word_that_the_model_does_not_know_is_warned_about_once() -> None:
     assert check_prompt("a small grey robot wearing a blue hat, back view") == []
+    many = check_prompt("a hamburger " + " ".join(f"word{'x' * i}" for i in range(9000)))
+    assert len(many) == 11 and many[-1] == "nor does it know 8990 other words"
     warnings = check_prompt("a glorious, glorious DSLR photo of a velvet hamburger")
     assert len(warnings) == 2 and '"glorious"' in warnings[0] and '"velvet"' in warnings[1]
 

@@ -253,6 +253,9 @@ def test_what_is_missing_or_damaged_is_named(copy):
     assert "turntable.mp4 cannot be read" in missing and "back.png cannot be read" in missing
     assert "step_000003.png cannot be read" in missing
     assert len(page.of("img")) == 13 and "nothing was recorded" in page.texts["text"]
+    row = '{"step": 2, "phase": 3, "loss_guidance": %s, "it_per_s": "fast", "samples": [1], "lr": {}}\n'
+    (copy / "metrics.jsonl").write_text("".join(row % value for value in ("1", "NaN", "1e400", "true", "1" * 400)))
+    assert len(Page(write_report(Workspace(copy))).of("img")) == 13
     for folder in ("results", "validation", "guidance"):
         shutil.rmtree(copy / folder)
     (copy / "metrics.jsonl").unlink()

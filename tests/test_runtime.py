@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -23,6 +24,31 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     with pytest.raises(UserError, match="--device cuda"):
         choose_runtime(Config().override({"device": "cuda"}))
     assert choose_runtime(Config()).device.type == "cpu"
+
+
+def test_what_a_driver_says_is_said_in_one_sentence(monkeypatch, caplog):
+    def old_driver():
+        warnings.warn("The NVIDIA driver is too old (found 11000).\nPlease update it.", UserWarning, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", old_driver)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_runtime(Config()).device.type == "cpu"
+        with pytest.raises(
+            UserError, match=r"no GPU on this machine \(The NVIDIA driver is too old \(found 11000\).\);"
+        ):
+            choose_runtime(Config().override({"device": "cuda"}))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the GPU is not used (The NVIDIA driver is too old (found 11000).)"
+    ]
+
+
+def test_a_gpu_without_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install triton, or run with --device cpu"):
+        choose_runtime(Config())
 
 
 def test_step_seeds_differ_from_step_to_step_and_from_seed_to_seed():

@@ -509,13 +509,23 @@ def test_what_a_backbone_does_not_read_is_no_part_of_its_architecture(text_guida
         ("renderer", {}),
         ("schedule", {"start_step": 1, "colour": "red"}),
         ("phases", {"start_step": 1, "colour": "red"}),
+        ("schedule", {"iters": 1, "start_step": 0, "start_progress": 7e9}),
+        ("attention", ["evil", "sdpa"]),
+        ("attention", ["sdpa"]),
+        ("renderer", {"samples_per_ray": torch.tensor(10**12)}),
+        ("renderer", {"samples_per_ray": torch.tensor(-5)}),
         ("skipped", torch.zeros(3)),
     ],
 )
 def test_a_checkpoint_whose_state_does_not_fit_is_refused(text_guidance, tmp_path, part, broken):
     trainer = make_trainer(text_guidance, iters=1)
     _, state = load_checkpoint(fit(trainer, tmp_path).checkpoints / "step_000001.safetensors", trainer.architecture())
-    state = {name: value for name, value in state.items() if name != part} | ({} if broken is None else {part: broken})
+    if broken is None:
+        del state[part]
+    elif part == "renderer" and broken:
+        state[part] |= broken
+    else:
+        state[part] = broken
     path = save_checkpoint(tmp_path / "broken", 1, state, trainer.architecture())
     with pytest.raises(UserError, match="damaged.*its state: .*--ckpt scratch starts over"):
         make_trainer(text_guidance, iters=1).load(path)

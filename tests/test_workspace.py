@@ -83,6 +83,21 @@ def test_a_damaged_manifest_is_refused(tmp_path):
         workspace.read_manifest()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("to_step", "6"), ("from_step", None), ("seconds", "1"), ("seconds", 1e999), ("seconds_of", [1])),
+        *(("seconds_of", {"start": "1"}), ("peak_bytes", {"host": None}), ("machine", [1]), ("versions", "1")),
+        *(("device", 1), ("finished", {})),
+    ],
+)
+def test_a_manifest_of_other_kinds_of_values_is_refused(name, value, tmp_path):
+    workspace = make_workspace(tmp_path)
+    workspace.manifest.write_text(json.dumps({"runs": [{"to_step": 1}, {name: value}]}))
+    with pytest.raises(UserError, match=f"cannot be used: {name} of a run"):
+        workspace.read_manifest()
+
+
 def test_rewind_drops_what_came_later(tmp_path, caplog):
     workspace = make_workspace(tmp_path)
     for step in (5, 10):

@@ -234,11 +234,16 @@ def _rows(workspace: Workspace) -> list[dict[str, Any]]:
         for line in workspace.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and _is_plain(row["step"]):
+                rows.append({name: value for name, value in row.items() if _is_plain(value)})
     return rows
+
+
+def _is_plain(value: Any) -> bool:
+    """Nothing, text, or a number that can be drawn."""
+    return value is None or isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 1e300)
 
 
 class Chart(NamedTuple):
@@ -265,7 +270,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
 
 def _marks(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
     """Where a phase begins, when there is more than one."""
-    phases = [(row["step"], row.get("phase", "")) for row in rows]
+    phases = [(row["step"], str(row.get("phase", ""))) for row in rows]
     begins = [now for before, now in pairwise([None, *phases]) if not before or before[1] != now[1]]
     return begins if len(begins) > 1 else []
 
@@ -294,7 +299,7 @@ def _facts(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any
         "finished": last.get("finished", "?"),
         "peak memory": _memory(last),
     }
-    if speeds := [row["it_per_s"] for row in rows if row.get("it_per_s")]:
+    if speeds := [speed for row in rows if isinstance(speed := row.get("it_per_s"), int | float) and speed > 0]:
         facts["median speed"] = f"{statistics.median(speeds):.2f} steps a second"
     if config.run.negative:
         facts["negative prompt"] = config.run.negative

@@ -127,6 +127,9 @@ def find_object(text: str) -> str | None:
     return _NAMES[min(found, key=lambda place: place[0])[1]] if found else None
 
 
+MOST_NAMED = 10  # unknown words, in warnings
+
+
 def known_words(text: str) -> str:
     """What dream-mini reads of a prompt: the words that it knows, in lower case, without punctuation."""
     known = set(words())
@@ -145,5 +148,8 @@ def check_prompt(text: str, negative: str = "") -> list[str]:
             "for anything else use Stable Diffusion: --sd_version 2.1, or --hf_key FOLDER_OR_HUB_NAME"
         )
     known = set(words())
-    unknown = dict.fromkeys(word for word in _split(f"{text} {negative}") if word not in known)
-    return [f'the embedded model does not know the word "{word}" and will ignore it' for word in unknown]
+    unknown = list(dict.fromkeys(word for word in _split(f"{text} {negative}") if word not in known))
+    found = [f'the embedded model does not know the word "{word}" and will ignore it' for word in unknown[:MOST_NAMED]]
+    if more := len(unknown) - MOST_NAMED:
+        found += [f"nor does it know {more} other words"] * (more > 0)
+    return found
