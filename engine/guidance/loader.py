@@ -182,8 +182,12 @@ def load_components(
             vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
 
     text = text_encoder.config
-    facts = _facts(folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler)
     longest = IF_TOKENS if kind == "IF" else text.max_position_embeddings
+    try:
+        facts = _facts(folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler)
+        window = min(tokenizer.model_max_length, longest)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the settings of the model {folder} cannot be used: {first_line(error)}") from error
     if vae is not None and not need_vae_decoder:
         vae.decoder = None
         vae.post_quant_conv = None
@@ -196,7 +200,7 @@ def load_components(
         device=device,
         dtype=dtype,
         alphas_cumprod=scheduler.alphas_cumprod.to(device=device, dtype=torch.float32),
-        window=min(tokenizer.model_max_length, longest),
+        window=window,
         t5=kind == "IF",
         **facts,
     )
@@ -428,7 +432,7 @@ def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:
     """``cls.from_pretrained`` of one component, with what goes wrong in it as a UserError."""
     try:
         return cls.from_pretrained(folder / part, local_files_only=True, **options)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
+    except Exception as error:  # settings that the library does not expect end in any of Python's errors
         raise UserError(f"the {part} of the model {folder} does not load: {first_line(error)}") from error
 
 
