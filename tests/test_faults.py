@@ -1,5 +1,6 @@
 """What a disk and other processes do to a run: it ends in a sentence, and nothing half-done looks done."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -78,6 +79,31 @@ def test_a_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
     assert done.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
     lock = Lock(tmp_path)
     assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
+    lock.release()
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_no_lock(tmp_path, monkeypatch):
+    """As where the holder before ends just then: the lock would be on a file that nobody else finds."""
+    flock, removed = fcntl.flock, []
+
+    def late(handle, how):
+        if not removed:
+            removed.append((tmp_path / LOCK).unlink())
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = Lock(tmp_path)
+    assert removed and lock.is_there()
+    with pytest.raises(UserError, match="is in use"):
+        Lock(tmp_path)
+    lock.release()
+
+
+def test_the_lock_says_nothing_of_who_held_it_before(tmp_path):
+    (tmp_path / LOCK).write_text("process 1 on a machine with a very long name, for which nobody waits any more\n" * 9)
+    lock = Lock(tmp_path)
+    assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    assert (tmp_path / LOCK).read_text().count("\n") == 1
     lock.release()
 
 
