@@ -239,7 +239,7 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
         typed = {**_field_of(typed), **typed}
     config = resolve(typed, model, device)
     if typed.get("fp16") and device == "cpu":
-        print("dream-fast: note: no GPU in use, so this runs on the CPU, in fp32", file=sys.stderr)
+        print("dream-fast: note: no GPU in use, so this runs on the CPU", file=sys.stderr)
     return config
 
 

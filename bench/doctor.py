@@ -85,7 +85,7 @@ def gpu(torch) -> Finding:
     if not available:
         if number is None:
             build = f"; torch is built for CUDA {built}, which does no harm" if built else ""
-            return Finding("note", f"no NVIDIA GPU{build}: runs take the CPU, in fp32")
+            return Finding("note", f"no NVIDIA GPU{build}: runs take the CPU")
         if built is None:
             return Finding("wrong", "there is a GPU, but this torch is a build for CPUs", TORCH_WITH_CUDA)
         reason = first_line(said[-1].message) if said else "it gives no reason"

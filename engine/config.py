@@ -52,7 +52,9 @@ class RunConfig(Room):
     six_views: bool = option(False, "write the six views only, no video", may_change=True)
     save_mesh: bool = option(False, "export a textured mesh to mesh/ at the end, as GLB and as OBJ", may_change=True)
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
-    fp16: bool = option(False, "half precision on a CUDA GPU; a CPU runs in fp32")
+    fp16: bool = option(
+        False, "half precision: fp16 on a CUDA GPU, bf16 on a CPU that multiplies it (AMX); other CPUs run in fp32"
+    )
     vram_O: bool = option(
         False,
         "less memory: xformers attention, VAE in slices, parts of its encoder computed again in the backward pass",

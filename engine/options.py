@@ -54,7 +54,7 @@ DIFFERENCES = {
     "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
     "--dmtet": "also from a sphere; a checkpoint of it takes up, tests and exports as any other",
     "--file": "quotes and # comments work",
-    "--fp16": "on a GPU; a CPU runs in fp32",
+    "--fp16": "on a GPU; a CPU runs in bf16 if it has a unit for it (AMX), else in fp32",
     "--guidance": "dream-mini needs no download; with clip the prompt follows the view as with the others, so the back "
     "counts as much as the front",
     "--init_with": "the folder of a run, its checkpoint (.safetensors), or a mesh file; no .pth",

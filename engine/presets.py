@@ -202,8 +202,8 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     """The configuration of a run: defaults of the model and the device, then the preset, then what the user typed.
 
     typed: values by flag name, only those that were typed. model: "dream-mini" or "sd" (:func:`chosen_model`).
-    device: "cpu" or "cuda", where the run really takes place; ``fp16`` is off on a CPU. The seed stays None when none
-    was typed: it is drawn when a new run starts.
+    device: "cpu" or "cuda", where the run really takes place. The seed stays None when none was typed: it is drawn
+    when a new run starts.
     """
     if model not in ("dream-mini", "sd") or device not in ("cpu", "cuda"):
         raise ValueError(f"resolve: model {model!r} must be dream-mini or sd, device {device!r} cpu or cuda")
@@ -221,9 +221,7 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
         base = base.override(mesh)
     _check_backbone(typed)
     values = {**typed, "device": device}
-    if device == "cpu":
-        values["fp16"] = False
-    elif model == "dream-mini":
+    if device == "cuda" and model == "dream-mini":
         # Replayed, two runs were not the same bit for bit; and it was measured with this backbone alone.
         plain = typed.get("backbone", "grid") == "grid" and not typed.get("deterministic")
         plain = plain and len(typed.get("guidance", ("dream-mini",))) == 1

@@ -42,7 +42,7 @@ class Runtime:
 def choose_runtime(config: Config) -> Runtime:
     """The device and precision that ``config`` asks for; UserError when it names a GPU that is not there.
 
-    fp16 is a matter of GPUs: a CPU computes in fp32 whatever is asked, because its fp16 is emulated and slow.
+    Half precision is fp16 on a GPU, bf16 on a CPU that multiplies it, and elsewhere fp32: emulated it is slow.
     """
     wanted = config.run.device
     with warnings.catch_warnings(record=True) as said:  # of a driver that is too old, in a paragraph
@@ -65,10 +65,16 @@ def choose_runtime(config: Config) -> Runtime:
         name = torch.cuda.get_device_name(device)
         return Runtime(device=device, dtype=dtype, description=f"{name}, {'fp16' if config.run.fp16 else 'fp32'}")
     threads = torch.get_num_threads()
-    description = f"cpu ({threads} thread{'s' if threads != 1 else ''}), fp32"
-    if config.run.fp16:
-        description += " (no GPU used, so fp16 does not apply)"
-    return Runtime(device=torch.device("cpu"), dtype=torch.float32, description=description)
+    dtype = torch.bfloat16 if config.run.fp16 and multiplies_bf16() else torch.float32
+    name = "bf16" if dtype == torch.bfloat16 else "fp32"
+    description = f"cpu ({threads} thread{'s' if threads != 1 else ''}), {name}"
+    return Runtime(device=torch.device("cpu"), dtype=dtype, description=description)
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has a unit for matrix products in bf16 (Intel's AMX) that torch uses."""
+    asks = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not public
+    return bool(asks and asks())
 
 
 def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False, vram_O: bool = False) -> None:

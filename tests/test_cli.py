@@ -134,7 +134,7 @@ def test_the_whole_configuration_reaches_the_engine(engine):
     assert main(["--text", "a hamburger", "--device", "cpu", *words.split()]) == 0
     typed = dict(
         text="a hamburger", workspace="trial", save_mesh=True, iters=5, seed=3, phi_range=(-90.0, -0.5), w=32,
-        lambda_orient=0.0,
+        lambda_orient=0.0, fp16=True,
     )  # fmt: skip
     assert engine == [resolve(typed, "dream-mini", "cpu")]
 
@@ -277,9 +277,9 @@ def test_a_prompt_for_stable_diffusion_is_free(engine):
     assert engine[0].guidance.hf_key == "folder"
 
 
-def test_O_without_a_gpu_says_that_the_cpu_runs_in_fp32(engine, capsys):
+def test_O_without_a_gpu_says_so(engine, capsys):
     assert main(["--text", "a cat", "-O", "--device", "cpu"]) == 0
-    assert "runs on the CPU, in fp32" in capsys.readouterr().err
+    assert "no GPU in use, so this runs on the CPU" in capsys.readouterr().err
     assert main(["--text", "a cat", "--device", "cpu"]) == 0
     assert capsys.readouterr().err == ""
 

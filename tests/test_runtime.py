@@ -13,10 +13,19 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, peak_memory, prepare, step_seed
 
 
-def test_cpu_computes_in_fp32_whatever_is_asked_and_says_so():
-    runtime = choose_runtime(Config().override({"device": "cpu", "fp16": True}))
-    assert (runtime.device.type, runtime.dtype, runtime.fp16) == ("cpu", torch.float32, False)
-    assert "fp16 does not apply" in runtime.description
+@pytest.mark.parametrize(
+    ("fp16", "amx", "dtype", "name"),
+    [
+        (True, True, torch.bfloat16, "bf16"),
+        (True, False, torch.float32, "fp32"),
+        (False, True, torch.float32, "fp32"),
+    ],
+)
+def test_half_precision_is_bf16_on_a_cpu_that_multiplies_it(fp16, amx, dtype, name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    found = choose_runtime(Config().override({"device": "cpu", "fp16": fp16}))
+    assert (found.device.type, found.dtype, found.fp16) == ("cpu", dtype, False)
+    assert found.description.endswith(f", {name}")
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
