@@ -190,9 +190,12 @@ def _device(wanted: str) -> str:
     """Where the run takes place. torch is imported only when it has to be asked."""
     if wanted != "auto":
         return wanted
-    import torch
+    from dream_fast.engine.runtime import find_gpu
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    there, why = find_gpu()
+    if why:
+        print(f"dream-fast: note: the GPU is not used ({in_a_line(why)})", file=sys.stderr)
+    return "cuda" if there else "cpu"
 
 
 def _stored(typed: dict[str, Any]) -> Config:

@@ -16,8 +16,6 @@ import torch
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError, first_line
 
-logger = logging.getLogger(__name__)
-
 # Either tells torch how to take memory of a GPU.
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
@@ -39,24 +37,26 @@ class Runtime:
         return self.dtype == torch.float16
 
 
+def find_gpu() -> tuple[bool, str]:
+    """Whether torch finds a GPU; and if not, what it says of one that it cannot use (its driver is too old), or ""."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        there = torch.cuda.is_available()
+    return there, first_line(said[0].message) if said and not there else ""
+
+
 def choose_runtime(config: Config) -> Runtime:
     """The device and precision that ``config`` asks for; UserError when it names a GPU that is not there.
 
     Half precision is fp16 on a GPU, bf16 on a CPU that multiplies it, and elsewhere fp32: emulated it is slow.
     """
     wanted = config.run.device
-    with warnings.catch_warnings(record=True) as said:  # of a driver that is too old, in a paragraph
-        warnings.simplefilter("always")
-        there = torch.cuda.is_available()
-    why = f" ({first_line(said[0].message)})" if said else ""
-    if wanted == "auto":
-        wanted = "cuda" if there else "cpu"
-        if why:
-            logger.warning("the GPU is not used%s", why)
-    if wanted == "cuda":
+    there, why = (False, "") if wanted == "cpu" else find_gpu()
+    if wanted == "cuda" or there:
         if not there:
+            said = f" ({why})" if why else ""
             raise UserError(
-                f"--device cuda: torch finds no GPU on this machine{why}; leave --device out to use the CPU"
+                f"--device cuda: torch finds no GPU on this machine{said}; leave --device out to use the CPU"
             )
         if importlib.util.find_spec("triton") is None:
             raise UserError("a GPU needs triton, which is not installed: pip install triton, or run with --device cpu")

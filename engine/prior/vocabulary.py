@@ -150,6 +150,6 @@ def check_prompt(text: str, negative: str = "") -> list[str]:
     known = set(words())
     unknown = list(dict.fromkeys(word for word in _split(f"{text} {negative}") if word not in known))
     found = [f'the embedded model does not know the word "{word}" and will ignore it' for word in unknown[:MOST_NAMED]]
-    if more := len(unknown) - MOST_NAMED:
-        found += [f"nor does it know {more} other words"] * (more > 0)
+    if len(unknown) > MOST_NAMED:
+        found.append(f"nor does it know {len(unknown) - MOST_NAMED} other words")
     return found
