@@ -66,6 +66,7 @@ BALL = {
 MINI = {"text": "a hamburger", "fp16": True, "seed": 0, "w": 64, "h": 64}
 # On a CPU, to try the command: the same parts, tiny.
 TINY = {
+    "fp16": False,
     "w": 12,
     "h": 12,
     "levels": 3,

@@ -42,7 +42,8 @@ def find_gpu() -> tuple[bool, str]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         there = torch.cuda.is_available()
-    return there, first_line(said[0].message) if said and not there else ""
+    why = first_line(said[0].message).split(" (Triggered internally")[0] if said and not there else ""
+    return there, why
 
 
 def choose_runtime(config: Config) -> Runtime:

@@ -38,7 +38,11 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 def test_what_a_driver_says_is_said_in_one_sentence(monkeypatch, capsys):
     def old_driver():
-        warnings.warn("The NVIDIA driver is too old (found 11000).\nPlease update it.", UserWarning, stacklevel=1)
+        warnings.warn(
+            "The NVIDIA driver is too old (found 11000). (Triggered internally at A.cpp:1.)\nPlease",
+            UserWarning,
+            stacklevel=1,
+        )
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", old_driver)
