@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.bench.cases import Problem, normal, random, run
-from dream_fast.bench.gate import judge_problem
+from dream_fast.bench.gate import copied, judge_problem
 from dream_fast.kernels import AdanState, FieldSpec, HashGridSpec, grid_regularizers
 
 GRID = HashGridSpec(levels=2, features=2, log2_entries=8, base_resolution=4, max_resolution=16)
@@ -189,11 +189,11 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
     }
 
 
-def compile_all(device: torch.device, dtype: torch.dtype) -> None:
+def compile_all(found: Iterable[tuple[Problem, str]], dtype: torch.dtype) -> None:
     """Compile the kernels side by side; one by one they would take a minute. What fails is found by `check`."""
     with kernels.recorded_launches() as launches:
-        for problem, mode in problems(device).values():
-            run(problem, problem.operator, mode, dtype)
+        for problem, mode in found:
+            run(copied(problem), problem.operator, mode, dtype)
     with suppress(Exception):
         kernels.compile_launches(launches, lambda done: None)
 
@@ -206,9 +206,10 @@ def check(
     `wrap` may put another implementation in the operator's place: tests do.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.float32  # as a run computes there
+    found = problems(device)
     if device.type == "cuda":
-        compile_all(device, dtype)
-    for name, (problem, mode) in problems(device).items():
+        compile_all(found.values(), dtype)
+    for name, (problem, mode) in found.items():
         start, wrong = time.monotonic(), None
         try:
             operators = {"kernel": wrap(problem.operator)}

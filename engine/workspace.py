@@ -29,8 +29,15 @@ logger = logging.getLogger(__name__)
 
 # What is read of a run in the manifest again, and its kind: float any number, a dict one of such values.
 MANIFEST = {
-    **{"from_step": int, "to_step": int, "seconds": float, "device": str, "finished": str},
-    **{"seconds_of": {str: float}, "peak_bytes": {str: float}, "machine": dict, "versions": dict},
+    "from_step": int,
+    "to_step": int,
+    "seconds": float,
+    "seconds_of": {str: float},
+    "peak_bytes": {str: float},
+    "device": str,
+    "finished": str,
+    "machine": dict,
+    "versions": dict,
 }
 
 

@@ -79,23 +79,10 @@ def _edge_between(clip, row_a, row_b, mask, cx, cy, towards, half_width, half_he
 
 
 @jit
-def _pair(
-    clip,
-    faces,
-    opposite,
-    triangle,
-    depth,
-    number,
-    mask,
-    vertices,
-    width,
-    height,
-    half_width,
-    half_height,
-    ALONG_X: tl.constexpr,
-):
+def _pair(clip, faces, opposite, triangle, depth, number, mask, vertices, size, ALONG_X: tl.constexpr):
     """A pixel and the next one: v (0: no edge); of the edge its ends, as seen from the nearer pixel, and their rows;
     the centre of that pixel."""
+    width, height, half_width, half_height = size
     if ALONG_X:
         next_one = number + 1
         mask = mask & (number % width < width - 1)
@@ -174,23 +161,9 @@ def weights_kernel(
 ):
     """v of each pixel to the right and below, [all_pixels, 2]."""
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = number < all_pixels
+    here, size = number < all_pixels, (width, height, half_width, half_height)
     for axis in tl.static_range(2):
-        value = _pair(
-            clip,
-            faces,
-            opposite,
-            triangle,
-            depth,
-            number,
-            here,
-            vertices,
-            width,
-            height,
-            half_width,
-            half_height,
-            axis == 0,
-        )[0]
+        value = _pair(clip, faces, opposite, triangle, depth, number, here, vertices, size, axis == 0)[0]
         tl.store(weights + number * 2 + axis, value, mask=here)
 
 
@@ -217,23 +190,12 @@ def backward_kernel(
 ):
     """From the gradient of v to that of the two ends of its edge."""
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = (width, height, half_width, half_height)
     for axis in tl.static_range(2):
         mask = tl.load(weights + number * 2 + axis, mask=number < all_pixels, other=0.0) != 0
         if tl.max(mask.to(tl.int32)) > 0:  # few blocks have an edge
             _, a, b, row_a, row_b, cx, cy = _pair(
-                clip,
-                faces,
-                opposite,
-                triangle,
-                depth,
-                number,
-                mask,
-                vertices,
-                width,
-                height,
-                half_width,
-                half_height,
-                axis == 0,
+                clip, faces, opposite, triangle, depth, number, mask, vertices, size, axis == 0
             )
             upstream = tl.load(grad_weights + number * 2 + axis, mask=mask, other=0.0)
             slope = product_difference(a[2], b[1], b[2], a[1])

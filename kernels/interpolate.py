@@ -135,7 +135,7 @@ def _interpolate_backward_kernel(
             to_v += tl.sum(upstream * b, axis=1)
             to_t += tl.sum(upstream * c, axis=1)
         if grad is not None:
-            at, start_of_run = number * 3, first[:, None] & (channel >= 0)
+            at, start_of_run = number * 3, first[:, None] & (channel >= 0)  # [BLOCK, GROUP], as a scan wants it
             for_u = run_sum(upstream * u[:, None], start_of_run)
             for_v = run_sum(upstream * v[:, None], start_of_run)
             for_t = run_sum(upstream * t[:, None], start_of_run)
