@@ -226,6 +226,14 @@ def test_channels(channels, own, device, deterministic):
         compare_antialias(torch.rand(2, 8, 9, channels, device=device), clip, faces, found)
 
 
+def test_a_triangle_that_fills_two_pictures_has_gradients_of_its_own_in_each(device):
+    corners = torch.tensor([[-2.0, -2, 0, 1], [6, -2, 0.1, 1.5], [-2, 6, 0.2, 1]], device=device)
+    clip, faces = torch.stack([corners, 1.25 * corners]), torch.tensor([[0, 1, 2]], device=device)
+    found = compare_raster(clip, faces, 4, 4)
+    assert (found.triangle == 0).all()
+    compare_interpolate(torch.randn(2, 3, 2, device=device), faces, found)
+
+
 def test_half_precision(device):
     clip, faces = surface(2, device)
     found = rasterize(clip, faces, 12, 12)
