@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MEASURED = {"median_ms", "p20_ms", "p80_ms", "floor_ms", "pct_of_floor", "peak_bytes", "max_err", "tol"}
-MEASURED |= {"split_ms", "samples", "attention", "start_s"}  # of a whole step
+MEASURED |= {"split_ms", "modules_ms", "samples", "attention", "start_s"}  # of a whole step
 SHARE = 0.05
 SPREADS = 2
 

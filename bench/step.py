@@ -7,9 +7,10 @@ that the scene stays. `dream_mini` is the embedded model's own run at 64 x 64 pi
 
 A time is a 16th of 16 steps; between two such blocks numbers are read, as a run does. `peak_bytes` is all that torch
 has reserved, weights and CUDA graphs included. `split_ms` is of other steps, with a wait between them; its parts
-include the host's delays. The accuracy is that of the gradient in the picture, against plain diffusers in fp32; the
-tolerance is twice the error of plain diffusers in the model's own dtype. `reference` is the same step on plain
-diffusers, without CUDA graphs, and on the operators' PyTorch references.
+include the host's delays. `modules_ms` is of the UNet (two rows) and of the VAE's encoder (forward and backward, one
+picture) each alone, as the step computes them. The accuracy is that of the gradient in the picture, against plain
+diffusers in fp32; the tolerance is twice the error of plain diffusers in the model's own dtype. `reference` is the same
+step on plain diffusers, without CUDA graphs, and on the operators' PyTorch references.
 """
 
 from __future__ import annotations
@@ -289,6 +290,31 @@ class Clock:
         return {part: round(time / BLOCK, 4) for part, time in total.items()}
 
 
+def time_modules(components: Components, tokens: int) -> dict[str, float]:
+    """ms of the UNet on two rows, and of the VAE's encoder forward and backward on one picture, each alone."""
+    device, dtype, size = components.device, components.dtype, components.latent_size
+    channels, side = components.latent_channels, components.image_size
+    generator = torch.Generator(device).manual_seed(6)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    latents, prompt = drawn(2, channels, size, size), drawn(2, tokens, components.unet.config.cross_attention_dim)
+    levels = torch.full((2,), 500, device=device)
+    picture, upstream = drawn(1, 3, side, side).requires_grad_(), drawn(1, 2 * channels, size, size)
+
+    @torch.no_grad()
+    def unet() -> None:
+        components.unet(latents, levels, encoder_hidden_states=prompt, return_dict=False)
+
+    def encoder() -> None:
+        moments = components.vae.encode(picture).latent_dist.parameters
+        torch.autograd.grad(moments, picture, upstream)
+
+    calls = {"unet": unet, "vae_encoder": encoder}
+    return {name: round(measure.time_call(call, device).median, 4) for name, call in calls.items()}
+
+
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -337,6 +363,7 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     row = make_row(case, "triton" if device.type == "cuda" else "torch", trainer, timing, peak, exact, head)
     row |= {"max_err": float(f"{found:.3g}"), "samples": int(step.samples)}
     row |= {"attention": str(score.components.attention), "start_s": round(start_s, 1)}
+    row["modules_ms"] = time_modules(score.components, tokens)
     try:
         row["split_ms"] = Clock(trainer, device).split()
     except RuntimeError as failure:  # events inside a graph ask for a recent driver; the rest of the row is good
@@ -351,6 +378,8 @@ def peer_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str,
         timing = time_steps(trainer, device, 2)
         peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
         row = make_row(case, "reference", trainer, timing, peak, exact, head)
+        guidance = trainer.guidance
+        row["modules_ms"] = time_modules(guidance.score.components, guidance.prompts.negative.shape[1])
         row["split_ms"] = Clock(trainer, device).split()
     return row | {"max_err": float(f"{exact.tol / 2:.3g}")}
 
@@ -388,11 +417,13 @@ def line(case: StepCase, row: dict[str, Any]) -> str:
     must = [
         f"must {value:g} {unit}" for value, unit in ((case.must_ms, "ms"), (case.must_gib, "GiB")) if ours and value
     ]
-    parts = " ".join(f"{part} {time:.2f}" for part, time in row.get("split_ms", {}).items())
+    parts, alone = (
+        " ".join(f"{part} {time:.2f}" for part, time in row.get(name, {}).items()) for name in ("split_ms", "modules_ms")
+    )
     return (
         f"{row['case']:17} {row['impl']:9} {row['median_ms']:9.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f}), "
         f"{1e3 / row['median_ms']:.1f} it/s, {row['peak_bytes'] / GIB:.2f} GiB, floor {row['floor_ms']:.2f} ms, error "
-        f"{row['max_err']:.1e} of {row['tol']:.1e}; {parts}; {', '.join(must)}"
+        f"{row['max_err']:.1e} of {row['tol']:.1e}; {parts}; alone {alone}; {', '.join(must)}"
     ).rstrip("; ")
 
 

@@ -43,7 +43,8 @@ def test_the_command_writes_rows_beside_those_of_the_operators(tmp_path, capsys)
     for row in found["rows"][1:]:
         assert list(row)[: len(ROW)] == ROW and row["op"] == "sds_step" and row["max_err"] <= row["tol"]
         assert list(row["split_ms"]) == ["render", "encode", "unet", "backward", "optimiser"]
-        assert all(part > 0 for part in row["split_ms"].values())
+        assert list(row["modules_ms"]) == ["unet", "vae_encoder"]
+        assert all(part > 0 for name in ("split_ms", "modules_ms") for part in row[name].values())
     assert found["steps"].keys() == {"default", "vram_O"} and "git_sha" in found["steps"]["default"]
     assert compare.main([str(out)] * 2) == 0
 
