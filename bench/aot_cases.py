@@ -120,12 +120,15 @@ def occupancy() -> Call:
     return call
 
 
-def group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, last: bool, silu: bool = True) -> Call:
-    """Gradients into x, weight and bias."""
+def group_norm(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, last: bool, silu: bool = True, added: bool = False
+) -> Call:
+    """Gradients into x, weight and bias, or with ``added`` into x alone, as in a frozen model."""
     order = torch.channels_last if last else torch.contiguous_format
     x = torch.zeros(shape, dtype=dtype).to(memory_format=order).requires_grad_()
-    weight, bias = (torch.zeros(shape[1], dtype=dtype, requires_grad=True) for _ in range(2))
-    return lambda: backward(kernels.group_norm_silu(x, groups, weight, bias, silu=silu))
+    weight, bias = (torch.zeros(shape[1], dtype=dtype, requires_grad=not added) for _ in range(2))
+    more = torch.zeros(shape[:2], dtype=dtype) if added else None
+    return lambda: backward(kernels.group_norm_silu(x, groups, weight, bias, silu=silu, added=more))
 
 
 HALF, FULL, BRAIN = torch.float16, torch.float32, torch.bfloat16
@@ -174,6 +177,8 @@ AOT_CASES: dict[str, Callable[[], Call]] = {
         for case in ("vae_512x512x128", "vae_512x512x128_channels_last")
         + ("unet_64x64x320_channels_last", "unet_16x16x1280_channels_last")
     },
+    "bias_residual/vae": partial(benchmarked, "bias_residual", "vae_512x512x128", "forward", "float16"),
+    "bias_residual/unet": partial(benchmarked, "bias_residual", "unet_64x64x320_channels_last", "forward", "float16"),
     "raster/float32": partial(benchmarked, "raster", "mesh_50k_512", "forward_backward", "float32"),
     "raster/interpolate": partial(benchmarked, "interpolate", "mesh_50k_512", "forward_backward", "float32"),
     "raster/antialias": partial(benchmarked, "antialias", "mesh_50k_512", "forward_backward", "float32"),
@@ -181,4 +186,5 @@ AOT_CASES: dict[str, Callable[[], Call]] = {
     "group_norm_silu/weights_float32": partial(group_norm, (1, 128, 512, 512), 32, FULL, False),
     "group_norm_silu/weights_bfloat16": partial(group_norm, (2, 640, 32, 32), 32, BRAIN, True, False),
     "group_norm_silu/weights_small": partial(group_norm, (2, 640, 16, 16), 32, HALF, False, False),
+    "group_norm_silu/added": partial(group_norm, (1, 128, 512, 512), 32, HALF, True, added=True),
 }

@@ -405,6 +405,22 @@ def _group_norm_silu(case: Case, device: torch.device, count_bytes: bool) -> Pro
     )
 
 
+def _bias_residual(case: Case, device: torch.device, count_bytes: bool) -> Problem:
+    norm = _group_norm_silu(case, device, count_bytes)
+    x, bias = norm.tensors["x"], norm.tensors["bias"]
+    residual = torch.empty_like(x).copy_(normal(*x.shape, device=device, seed=45))
+    return Problem(
+        operator=kernels.bias_residual,
+        reference=kernels.bias_residual_reference,
+        call=lambda op, tensors, dtype: (op(tensors["x"], tensors["bias"], tensors["residual"]),),
+        tensors={"x": x, "bias": bias, "residual": residual},
+        leaves=("x", "residual"),
+        upstream=norm.upstream,
+        # The gradients of x and residual are the one that comes.
+        least_bytes=nbytes(x, bias, residual) + nbytes(x),
+    )
+
+
 def ball(triangles: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """A bumpy ball of about "50k" or "1M" triangles before the camera: clip [1, V, 4], faces [T, 3], points [V, 3]."""
     count = float(triangles[:-1]) * {"k": 1e3, "M": 1e6}[triangles[-1]]
@@ -496,6 +512,7 @@ _BUILDERS = {
     "render": _render,
     "adan": _adan,
     "group_norm_silu": _group_norm_silu,
+    "bias_residual": _bias_residual,
     "raster": _mesh,
     "interpolate": _mesh,
     "antialias": _mesh,
@@ -529,6 +546,7 @@ FULL = (
     *_rows("render", ("frame_800", "frame_800_normals"), BOTH[:1], "float16"),
     *_rows("adan", ("12.2M",), BOTH[:1], "float32"),
     *_rows("group_norm_silu", NORMS, BOTH, "float16"),
+    *_rows("bias_residual", (*NORMS[:2], *NORMS[8:10]), BOTH[:1], "float16"),
     *_rows("raster", MESHES, BOTH, "float32"),
     *_rows("interpolate", (MESHES[0], MESHES[-1]), BOTH, "float32"),
     *_rows("antialias", (MESHES[0], MESHES[-1]), BOTH, "float32"),
@@ -542,6 +560,7 @@ SMALL = (
     *_rows("render", ("frame_16",), BOTH[:1], "float32"),
     *_rows("adan", ("0.1M",), BOTH[:1], "float32"),
     *_rows("group_norm_silu", ("vae_16x16x64", "unet_8x8x64_channels_last"), BOTH, "float32"),
+    *_rows("bias_residual", ("vae_16x16x64",), BOTH[:1], "float32"),
     *_rows("raster", ("mesh_1k_16",), BOTH, "float32"),
     *_rows("interpolate", ("mesh_1k_16",), BOTH, "float32"),
     *_rows("antialias", ("mesh_1k_16",), BOTH, "float32"),

@@ -40,7 +40,7 @@ QUICK_CASES = (
 )
 PEER_CASES = (*QUICK_CASES, "unet_64x64x320", "unet_64x64x320_channels_last")
 # Operators whose references ask the host for nothing, so that their peers run from a CUDA graph as well.
-CAPTURABLE = ("group_norm_silu",)
+CAPTURABLE = ("group_norm_silu", "bias_residual")
 
 
 def git_state() -> tuple[str, bool | None]:

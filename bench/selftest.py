@@ -152,6 +152,12 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
             {"x": draw(1, 4, 4, 4, seed=70), "weight": 1 + 0.2 * draw(4, seed=71), "bias": 0.2 * draw(4, seed=72)},
             BOTH,
         ),
+        "bias_residual": (
+            *(k.bias_residual, k.bias_residual_reference),
+            lambda op, t, dtype: (op(t["x"], t["bias"], t["residual"]),),
+            {"x": draw(1, 4, 4, 4, seed=74), "bias": draw(4, seed=75), "residual": draw(1, 4, 4, 4, seed=76)},
+            FORWARD,
+        ),
         "rasterize": (k.rasterize, k.rasterize_reference, rasterized, mesh, BOTH),
         "interpolate": (
             *(k.interpolate, k.interpolate_reference, interpolated),

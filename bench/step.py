@@ -418,7 +418,8 @@ def line(case: StepCase, row: dict[str, Any]) -> str:
         f"must {value:g} {unit}" for value, unit in ((case.must_ms, "ms"), (case.must_gib, "GiB")) if ours and value
     ]
     parts, alone = (
-        " ".join(f"{part} {time:.2f}" for part, time in row.get(name, {}).items()) for name in ("split_ms", "modules_ms")
+        " ".join(f"{part} {time:.2f}" for part, time in row.get(name, {}).items())
+        for name in ("split_ms", "modules_ms")
     )
     return (
         f"{row['case']:17} {row['impl']:9} {row['median_ms']:9.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f}), "

@@ -4,6 +4,7 @@ from dream_fast.kernels._launch import compile_launches, recorded_launches
 from dream_fast.kernels._raster import Fragments
 from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
 from dream_fast.kernels.antialias import antialias, antialias_reference, opposite_corners
+from dream_fast.kernels.bias_residual import bias_residual, bias_residual_reference
 from dream_fast.kernels.composite import Composited, composite, composite_reference
 from dream_fast.kernels.field import (
     FieldSpec,
@@ -42,6 +43,8 @@ __all__ = [
     "adan_step_reference",
     "antialias",
     "antialias_reference",
+    "bias_residual",
+    "bias_residual_reference",
     "cascades",
     "compile_launches",
     "composite",

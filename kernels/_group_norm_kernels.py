@@ -3,6 +3,7 @@
 Tiles are [ROWS, GROUPS * WIDTH]: places by channels, of which GROUPS groups with WIDTH columns each. A group of another
 number of channels than WIDTH leaves columns empty, or is cut into several parts. D: channels of a group where channels
 are last in memory (the compiler then knows how far loads are aligned), else 0; there GROUPS is 1.
+added [N, C] or None: what is added to x first, a number a channel.
 moments [2, N, G]: mean and rstd. partials [2, N, G, P]: what the parts of a group add up to. The second half of such a
 pair lies a `plane` behind the first.
 """
@@ -97,6 +98,27 @@ def _moments(x, inside, count, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @jit
+def _added(added, image, channel, channels, is_channel):
+    """What is added to x in every column, fp32."""
+    if added is None:
+        return tl.zeros(channel.shape, tl.float32)
+    else:
+        return tl.load(added + image * channels + channel, mask=is_channel, other=0.0).to(tl.float32)
+
+
+@jit
+def _element(x, added, image, base, group, groups, first, channels, D: tl.constexpr):
+    """An element of each group, fp32. It is as far from the mean as any other, so that differences to it are small.
+
+    It is of the channel group * D where channels are last, else of the channel `first`.
+    """
+    here = group < groups
+    channel = group * D if D > 0 else first + group * 0
+    value = tl.load(x + base + group * D, mask=here, other=0.0).to(tl.float32)
+    return value + _added(added, image, channel, channels, here)
+
+
+@jit
 def _merged_moments(
     partials, plane, base, here, parts, row_parts, chunk, places, width, eps, GROUPS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -158,18 +180,19 @@ def _activated(x, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 @jit
 def _before_activation(x, grad, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """n and e of a tile, from x and the gradient of y."""
-    normed = (x - mean[None, :]) * rstd[None, :]
+    """x - mean, which is n / rstd, and e of a tile, from x and the gradient of y."""
+    apart = x - mean[None, :]
     if SILU:
-        z = normed * weight[None, :] + bias[None, :]
+        z = apart * (rstd * weight)[None, :] + bias[None, :]
         sigmoid = 1 / (1 + tl.exp(-z))
         grad = grad * sigmoid * (1 + z * (1 - sigmoid))
-    return normed, grad
+    return apart, grad
 
 
 @jit
 def group_norm_moments_kernel(
     x,
+    added,
     partials,
     plane,
     places,
@@ -188,26 +211,34 @@ def group_norm_moments_kernel(
     """A program a part of a block of groups: mean and sum of squared deviations to partials [2, N, G, P]."""
     image, block, part = _place(tl.program_id(0), parts, blocks, D)
     group, channel, is_channel = _columns(block, part // row_parts, groups, width, D, GROUPS, WIDTH)
-    columns = tl.minimum(WIDTH, width - (part // row_parts) * WIDTH)
     begin = (part % row_parts).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, places)
-    count = tl.full([], 0.0, tl.float32)
-    mean, squares = tl.zeros([GROUPS], tl.float32), tl.zeros([GROUPS], tl.float32)
+    first = block * width + (part // row_parts) * WIDTH
+    base, _ = _addresses(image, block, part // row_parts, begin, channel, places, channels, width, WIDTH, ROWS, D)
+    shift = _element(x, added, image, base, group, groups, first, channels, D)[None, :]
+    more = _added(added, image, channel, channels, is_channel)
+    # Of every place in a tile: lanes meet once, behind the loop.
+    sums, squares = tl.zeros([ROWS, GROUPS * WIDTH], tl.float32), tl.zeros([ROWS, GROUPS * WIDTH], tl.float32)
     row = begin
     while row < end:
         base, offset = _addresses(
             image, block, part // row_parts, row, channel, places, channels, width, WIDTH, ROWS, D
         )
         inside = (tl.arange(0, ROWS) < end - row)[:, None] & is_channel[None, :]
-        tile = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
-        more = tl.minimum(ROWS, end - row).to(tl.float32) * columns
-        tile_mean, tile_squares = _moments(tile, inside, more, GROUPS, WIDTH)
-        apart = tile_mean - mean
-        mean += apart * (more / (count + more))
-        squares += tile_squares + apart * apart * (count * (more / (count + more)))
-        count += more
+        value = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
+        if added is not None:
+            value += more[None, :]
+        apart = tl.where(inside, value - shift, 0.0)
+        sums += apart
+        squares += apart * apart
         row += ROWS
+    base, _ = _addresses(image, block, part // row_parts, begin, channel, places, channels, width, WIDTH, ROWS, D)
     group = block * GROUPS + tl.arange(0, GROUPS)
+    columns = tl.minimum(WIDTH, width - (part // row_parts) * WIDTH)
+    sums = _of_groups(tl.sum(sums, axis=0), GROUPS, WIDTH)
+    apart = sums / ((end - begin).to(tl.float32) * columns)
+    squares = tl.maximum(_of_groups(tl.sum(squares, axis=0), GROUPS, WIDTH) - sums * apart, 0.0)
+    mean = _element(x, added, image, base, group, groups, first, channels, D) + apart
     at = (image * groups + group) * parts + part
     tl.store(partials + at, mean, mask=group < groups)
     tl.store(partials + plane + at, squares, mask=group < groups)
@@ -230,6 +261,7 @@ def group_norm_merge_moments_kernel(
 @jit
 def group_norm_apply_kernel(
     x,
+    added,
     weight,
     bias,
     y,
@@ -265,6 +297,8 @@ def group_norm_apply_kernel(
     base, offset = _addresses(image, block, tile // row_tiles, row, channel, places, channels, width, WIDTH, ROWS, D)
     inside = (tl.arange(0, ROWS) < places - row)[:, None] & is_channel[None, :]
     value = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
+    if added is not None:
+        value += _added(added, image, channel, channels, is_channel)[None, :]
     scale = tl.load(weight + channel, mask=is_channel, other=0.0).to(tl.float32)
     shift = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
     if MERGE:
@@ -288,6 +322,7 @@ def group_norm_apply_kernel(
 @jit
 def group_norm_whole_forward_kernel(
     x,
+    added,
     weight,
     bias,
     y,
@@ -309,6 +344,8 @@ def group_norm_whole_forward_kernel(
     base, offset = _addresses(image, block, 0, 0, channel, places, channels, width, WIDTH, ROWS, D)
     inside = (tl.arange(0, ROWS) < places)[:, None] & is_channel[None, :]
     value = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
+    if added is not None:
+        value = tl.where(inside, value + _added(added, image, channel, channels, is_channel)[None, :], 0.0)
     scale = tl.load(weight + channel, mask=is_channel, other=0.0).to(tl.float32)
     shift = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
     count = places * 1.0 * width
@@ -325,6 +362,7 @@ def group_norm_whole_forward_kernel(
 def group_norm_backward_sums_kernel(
     grad_y,
     x,
+    added,
     weight,
     bias,
     moments,
@@ -360,7 +398,9 @@ def group_norm_backward_sums_kernel(
     shift = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
     begin = (part % row_parts).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, places)
-    sums, products = tl.zeros([GROUPS * WIDTH], tl.float32), tl.zeros([GROUPS * WIDTH], tl.float32)
+    # Of every place in a tile: lanes meet once, behind the loop.
+    more = _added(added, image, channel, channels, is_channel)
+    sums, products = tl.zeros([ROWS, GROUPS * WIDTH], tl.float32), tl.zeros([ROWS, GROUPS * WIDTH], tl.float32)
     row = begin
     while row < end:
         base, offset = _addresses(
@@ -368,11 +408,14 @@ def group_norm_backward_sums_kernel(
         )
         inside = (tl.arange(0, ROWS) < end - row)[:, None] & is_channel[None, :]
         value = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
+        if added is not None:
+            value += more[None, :]
         grad = tl.load(grad_y + base + offset, mask=inside, other=0.0).to(tl.float32)
-        normed, grad = _before_activation(value, grad, mean, rstd, scale, shift, SILU)
-        sums += tl.sum(grad, axis=0)
-        products += tl.sum(grad * normed, axis=0)
+        apart, grad = _before_activation(value, grad, mean, rstd, scale, shift, SILU)
+        sums += grad
+        products += grad * apart
         row += ROWS
+    sums, products = tl.sum(sums, axis=0), tl.sum(products, axis=0) * rstd
     if channel_sums is not None:
         at = (image * row_parts + part % row_parts) * channels + channel
         tl.store(channel_sums + at, sums, mask=is_channel)
@@ -396,6 +439,7 @@ def group_norm_merge_backward_sums_kernel(partials, plane, sums, sums_plane, par
 def group_norm_backward_apply_kernel(
     grad_y,
     x,
+    added,
     weight,
     bias,
     moments,
@@ -431,6 +475,8 @@ def group_norm_backward_apply_kernel(
     base, offset = _addresses(image, block, tile // row_tiles, row, channel, places, channels, width, WIDTH, ROWS, D)
     inside = (tl.arange(0, ROWS) < places - row)[:, None] & is_channel[None, :]
     value = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
+    if added is not None:
+        value += _added(added, image, channel, channels, is_channel)[None, :]
     grad = tl.load(grad_y + base + offset, mask=inside, other=0.0).to(tl.float32)
     if MERGE:
         merged = block * GROUPS + tl.arange(0, GROUPS)
@@ -440,8 +486,8 @@ def group_norm_backward_apply_kernel(
         first = tl.load(sums + own, mask=is_channel, other=0.0)
         second = tl.load(sums + moments_plane + own, mask=is_channel, other=0.0)
     share = 1.0 / (places * 1.0 * width)
-    normed, grad = _before_activation(value, grad, mean, rstd, scale, shift, SILU)
-    common = (first * share)[None, :] + normed * (second * share)[None, :]
+    apart, grad = _before_activation(value, grad, mean, rstd, scale, shift, SILU)
+    common = (first * share)[None, :] + apart * (rstd * second * share)[None, :]
     tl.store(grad_x + base + offset, (grad * scale[None, :] - common) * rstd[None, :], mask=inside)
 
 
@@ -449,6 +495,7 @@ def group_norm_backward_apply_kernel(
 def group_norm_whole_backward_kernel(
     grad_y,
     x,
+    added,
     weight,
     bias,
     moments,
@@ -476,13 +523,15 @@ def group_norm_whole_backward_kernel(
     base, offset = _addresses(image, block, 0, 0, channel, places, channels, width, WIDTH, ROWS, D)
     inside = (tl.arange(0, ROWS) < places)[:, None] & is_channel[None, :]
     value = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
+    if added is not None:
+        value += _added(added, image, channel, channels, is_channel)[None, :]
     grad = tl.load(grad_y + base + offset, mask=inside, other=0.0).to(tl.float32)
-    normed, grad = _before_activation(value, grad, mean, rstd, scale, shift, SILU)
-    sums, products = tl.sum(grad, axis=0), tl.sum(grad * normed, axis=0)
+    apart, grad = _before_activation(value, grad, mean, rstd, scale, shift, SILU)
+    sums, products = tl.sum(grad, axis=0), tl.sum(grad * apart, axis=0) * rstd
     if channel_sums is not None:
         at = image * channels + channel
         tl.store(channel_sums + at, sums, mask=is_channel)
         tl.store(channel_sums + channel_plane + at, products, mask=is_channel)
     share = 1.0 / (places * 1.0 * width)
-    common = tl.sum(sums * scale, axis=0) * share + normed * (tl.sum(products * scale, axis=0) * share)
+    common = tl.sum(sums * scale, axis=0) * share + apart * (rstd * tl.sum(products * scale, axis=0) * share)[None, :]
     tl.store(grad_x + base + offset, (grad * scale[None, :] - common) * rstd[None, :], mask=inside)

@@ -6,11 +6,15 @@ z_i = n_i w_c + b_c with the weight and bias of the channel, y_i = z_i sigmoid(z
 Backward, g_i the gradient of y_i and e_i = g_i s_i (1 + z_i (1 - s_i)), s_i = sigmoid(z_i) (without SiLU e_i = g_i):
 dL/dx_i = rstd (w_c e_i - sum_j w_c e_j / M - n_i sum_j w_c e_j n_j / M), dL/dw_c = sum e_i n_i, dL/db_c = sum e_i.
 
-Gradients: into x, weight and bias. z and s are computed again from x, mean and rstd; nothing else is kept.
+`added`, a number for each channel of an image, is added to x before all that: the bias of a convolution, say, or the
+embedding of the time.
+
+Gradients: into x, weight, bias and added. z and s are computed again from x, mean and rstd; nothing else is kept.
 Legend: N images, C channels, G groups of D channels, S places (H W of a picture); P parts of a group.
 Layouts: x [N, C, ...] contiguous, or with channels last in memory; the output has the layout of x. Others are copied.
-Numerics: everything in fp32. A part's mean and sum of squared deviations come from two passes over tiles in registers;
-parts are merged by the formula of Chan et al. in a fixed order, so that results repeat bit for bit.
+Numerics: everything in fp32. A group that stays in registers has its mean taken off before squares are added up; of a
+part of a larger one, differences to one of its elements and their squares are. Parts are merged by the formula of Chan
+et al. in a fixed order, so that results repeat bit for bit.
 Source: Wu and He, Group Normalization, 2018. Merging: Chan, Golub and LeVeque, Algorithms for Computing the Sample
 Variance, 1983.
 """
@@ -44,9 +48,17 @@ from dream_fast.kernels._launch import (
 
 
 def group_norm_silu_reference(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    silu: bool = True,
+    added: Tensor | None = None,
 ) -> Tensor:
     """The definition of `group_norm_silu` in plain PyTorch, for any float dtype."""
+    if added is not None:
+        x = x + added.view(*added.shape, *[1] * (x.dim() - 2))
     if x.numel() == 0:  # torch leaves the gradients of the weights unwritten
         return x * (weight + bias).view(1, -1, *[1] * (x.dim() - 2))
     normed = torch.group_norm(x, groups, weight, bias, eps)
@@ -56,8 +68,11 @@ def group_norm_silu_reference(
 # Elements of a tile: 32 for each lane of 4 warps, so that four 16-byte loads of a lane are under way and its values in
 # fp32 leave registers for several programs a multiprocessor.
 _TILE = 4096
-# Programs of a pass that adds up: some for each of an H100's 132 multiprocessors, and few parts to merge after it.
-_PROGRAMS = 1024
+# A pass that adds up: elements of its tiles, of which a warp takes _SUMMED (it keeps two sums of each in registers, and
+# many warps wait long for each other at its end); and the most programs, eight for each of an H100's multiprocessors.
+_SUM_TILE = 2048
+_SUMMED = 1024
+_PROGRAMS = 1056
 # Elements of a group that one program keeps in registers: 32 a lane of 16 warps. Twice as many spill.
 _WHOLE = 16384
 # Parts of a group, times the groups of a tile, up to which every tile merges them for itself instead of a kernel of its
@@ -91,21 +106,23 @@ def _config(images: int, groups: int, width: int, places: int, channels_last: bo
         together, rows = 1, min(rows, _TILE)
         columns = min(columns, _TILE // rows)
     blocks, column_parts, row_tiles = -(-groups // together), -(-width // columns), -(-places // rows)
-    steps = max(1, min(row_tiles, images * blocks * column_parts * row_tiles // _PROGRAMS))
-    row_parts = -(-row_tiles // steps)
+    sum_rows = max(1, min(rows, _SUM_TILE // (together * columns)))
+    chunk = sum_rows * -(-images * blocks * column_parts * -(-places // sum_rows) // _PROGRAMS)
+    row_parts = -(-places // chunk)
     return {
         "whole": 0,
         "ROWS": rows,
         "GROUPS": together,
         "WIDTH": columns,
         "blocks": blocks,
-        "chunk": rows * steps,
+        "chunk": chunk,
         "row_parts": row_parts,
         "parts": column_parts * row_parts,
         "row_tiles": row_tiles,
         "tiles": column_parts * row_tiles,
         "merge": int(column_parts * row_parts * together <= _MERGE),
         "num_warps": max(1, min(8, rows * together * columns // 1024)),
+        "sums": {"ROWS": sum_rows, "num_warps": max(1, min(8, sum_rows * together * columns // _SUMMED))},
     }
 
 
@@ -137,16 +154,17 @@ def _dense(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("dream_fast::group_norm_silu", mutates_args=())
 def _group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, added: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and rstd of every group [2, N, G]."""
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    added = None if added is None else added.contiguous()
     images, device = x.shape[0], x.device
     y, moments = torch.empty_like(x), torch.empty(2, images, groups, dtype=torch.float32, device=device)
     if x.numel() == 0:
         return y, moments.zero_()
     layout, split, config = _tiling(x, groups)
-    common = {"x": x, "moments": moments, "moments_plane": images * groups, "eps": eps}
+    common = {"x": x, "added": added, "moments": moments, "moments_plane": images * groups, "eps": eps}
     affine = {"weight": weight, "bias": bias, "y": y, "SILU": silu}
     if config["whole"]:
         launch(group_norm_whole_forward_kernel, (images * groups,), device, **layout, **common, **affine)
@@ -159,7 +177,8 @@ def _group_norm_silu(
         (images * config["blocks"] * parts,),
         device,
         x=x,
-        **layout,
+        added=added,
+        **layout | config["sums"],
         **split,
         **chunks,
         **buffer,
@@ -197,16 +216,24 @@ def _group_norm_silu(
 
 
 @_group_norm_silu.register_fake
-def _(x, groups, weight, bias, eps, silu):
+def _(x, groups, weight, bias, eps, silu, added):
     return torch.empty_like(_dense(x)), x.new_empty(2, x.shape[0], groups, dtype=torch.float32)
 
 
 @torch.library.custom_op("dream_fast::group_norm_silu_backward", mutates_args=())
 def _group_norm_silu_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, silu: bool, of_channels: bool
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    moments: Tensor,
+    silu: bool,
+    of_channels: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, and those of bias and weight, [2, C] ([2, 0] unless `of_channels`)."""
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    added = None if added is None else added.contiguous()
     images, channels, groups, device = x.shape[0], x.shape[1], moments.shape[2], x.device
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
@@ -216,8 +243,8 @@ def _group_norm_silu_backward(
     layout, split, config = _tiling(x, groups)
     rows = 1 if config["whole"] else config["row_parts"]
     channel_sums = torch.empty(2, images, rows, channels, dtype=torch.float32, device=device) if of_channels else None
-    common = {"grad_y": grad_y, "x": x, "weight": weight, "bias": bias, "moments": moments, "SILU": silu}
-    common |= {"moments_plane": images * groups, **layout}
+    common = {"grad_y": grad_y, "x": x, "added": added, "weight": weight, "bias": bias, "moments": moments}
+    common |= {"moments_plane": images * groups, "SILU": silu, **layout}
     sums_of = {"channel_sums": channel_sums, "channel_plane": images * rows * channels}
     if config["whole"]:
         launch(
@@ -239,7 +266,7 @@ def _group_norm_silu_backward(
             group_norm_backward_sums_kernel,
             (images * config["blocks"] * parts,),
             device,
-            **common,
+            **common | config["sums"],
             **split,
             **buffer,
             **sums_of,
@@ -275,37 +302,50 @@ def _group_norm_silu_backward(
 
 
 @_group_norm_silu_backward.register_fake
-def _(grad_y, x, weight, bias, moments, silu, of_channels):
+def _(grad_y, x, weight, bias, added, moments, silu, of_channels):
     return torch.empty_like(_dense(x)), x.new_empty(2, x.shape[1] if of_channels else 0, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    x, _, weight, bias, _, silu = inputs
+    x, _, weight, bias, _, silu, added = inputs
     ctx.silu = silu
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.save_for_backward(x, weight, bias, added, output[1])
 
 
 def _backward(ctx, grad_y, _):
     if grad_y is None:
-        return (None,) * 6
-    x, weight, bias, moments = ctx.saved_tensors
+        return (None,) * 7
+    x, weight, bias, added, moments = ctx.saved_tensors
     of_weight, of_bias = ctx.needs_input_grad[2:4]
-    grad_x, sums = _group_norm_silu_backward(grad_y, x, weight, bias, moments, ctx.silu, of_weight or of_bias)
+    of_channels = of_weight or of_bias
+    grad_x, sums = _group_norm_silu_backward(grad_y, x, weight, bias, added, moments, ctx.silu, of_channels)
     grad_weight = sums[1].to(weight.dtype) if of_weight else None
-    return grad_x, None, grad_weight, sums[0].to(bias.dtype) if of_bias else None, None, None
+    grad_bias = sums[0].to(bias.dtype) if of_bias else None
+    grad_added = None
+    if ctx.needs_input_grad[6]:
+        grad_added = grad_x.flatten(2).sum(2, dtype=torch.float32).to(added.dtype) if x.dim() > 2 else grad_x
+    return grad_x, None, grad_weight, grad_bias, None, None, grad_added
 
 
 _group_norm_silu.register_autograd(_backward, setup_context=_setup_context)
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    silu: bool = True,
+    added: Tensor | None = None,
 ) -> Tensor:
     """x [N, C, ...], weight [C], bias [C] -> [N, C, ...] in the dtype and memory format of x.
 
     Each of the `groups` (a divisor of C) is normalised over its channels and all places of an image; `silu` puts SiLU
-    behind it. Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
+    behind it; `added` [N, C] is added to x first.
+
+    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
@@ -317,8 +357,10 @@ def group_norm_silu(
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
     check_tensor("weight", weight, (channels,), dtypes=(x.dtype,), like=("x", x))
     check_tensor("bias", bias, (channels,), dtypes=(x.dtype,), like=("x", x))
+    if added is not None:
+        check_tensor("added", added, (x.shape[0], channels), dtypes=(x.dtype,), like=("x", x))
     check_positive("eps", eps)
     if use_triton(x):
         check_kernel_dtype("x", x)
-        return _group_norm_silu(x, groups, weight, bias, eps, silu)[0]
-    return group_norm_silu_reference(x, groups, weight, bias, eps, silu)
+        return _group_norm_silu(x, groups, weight, bias, eps, silu, added)[0]
+    return group_norm_silu_reference(x, groups, weight, bias, eps, silu, added)

@@ -78,16 +78,19 @@ def test_the_model_computes_what_it_does_with_diffusers_own_processors(
 
 
 def test_channels_last_gives_the_same_and_stays_so(tiny_model: Path) -> None:
-    results, strides = [], []
+    results, strides, pictures = [], [], []
     for layout in ((), ("unet", "vae")):
         components = load_components(tiny_model, DEVICE, attention="sdpa")
         prepare_components(components, 77, attention="sdpa", channels_last=layout)
         attn = components.vae.encoder.mid_block.attentions[0]
         attn.register_forward_hook(lambda module, inputs, out: strides.append(out.stride()))
+        first = components.vae.encoder.conv_in
+        first.register_forward_pre_hook(lambda module, inputs: pictures.append(inputs[0].stride()[1:]))
         results.append(outputs(components))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     assert strides == [(2048, 64, 8, 1), (2048, 1, 256, 32)]  # no copy between the blocks around the attention
+    assert pictures == [(1024, 32, 1), (1, 96, 3)]  # nor of the gradient behind the first convolution
 
 
 def attend(kind: str, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:

@@ -61,6 +61,15 @@ def test_gradients(shape, silu):
     assert torch.autograd.gradcheck(lambda x, w, b: group_norm_silu(x, 2, w, b, 1e-2, silu), leaves)
 
 
+def test_what_is_added_is_added_first():
+    x, weight, bias = inputs()
+    added = torch.randn(2, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = group_norm_silu(x + added[:, :, None, None], 3, weight, bias)
+    torch.testing.assert_close(group_norm_silu(x, 3, weight, bias, added=added), expected, rtol=0, atol=1e-12)
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias, added)]
+    assert torch.autograd.gradcheck(lambda x, w, b, a: group_norm_silu(x, 2, w, b, 1e-2, added=a), leaves)
+
+
 def test_gradient_by_the_formula():
     x, weight, bias = inputs((2, 6, 3, 5))
     x.requires_grad_()
@@ -115,6 +124,8 @@ def test_complaints_name_the_argument():
         group_norm_silu(x, 2, weight[:5], bias)
     with pytest.raises(TypeError, match="bias must be float64, got float32"):
         group_norm_silu(x, 2, weight, bias.float())
+    with pytest.raises(ValueError, match=r"added must have shape \[2, 6\], got \[6\]"):
+        group_norm_silu(x, 2, weight, bias, added=bias)
     with pytest.raises(ValueError, match="weight is on meta but x is on cpu"):
         group_norm_silu(x, 2, weight.to("meta"), bias)
     with pytest.raises(ValueError, match="eps must be greater than 0, got 0"):
@@ -137,7 +148,9 @@ def test_tiles_cover_everything_and_fit(side, channels, images, channels_last):
         return
     assert config["row_tiles"] * config["ROWS"] >= places > (config["row_tiles"] - 1) * config["ROWS"]
     assert config["row_parts"] * config["chunk"] >= places > (config["row_parts"] - 1) * config["chunk"]
-    assert config["chunk"] % config["ROWS"] == 0 and config["blocks"] * config["GROUPS"] >= 32
+    assert config["chunk"] % config["sums"]["ROWS"] == 0 and config["blocks"] * config["GROUPS"] >= 32
+    programs = images * config["blocks"] * config["parts"]
+    assert programs <= MODULE._PROGRAMS or config["row_parts"] == 1  # all under way at once
     columns = config["parts"] // config["row_parts"]
     assert columns * config["WIDTH"] >= width > (columns - 1) * config["WIDTH"]
     if channels_last:  # a row of a tile is a long run of memory

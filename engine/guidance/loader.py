@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.guidance.attention import Chosen, choose_attention
-from dream_fast.engine.guidance.fused_norm import fuse_group_norms
+from dream_fast.engine.guidance.fused_blocks import ResidualBlock, fuse_group_norms, fuse_residual_blocks
 from dream_fast.engine.paths import expanded
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import quiet_diffusers
@@ -225,9 +225,9 @@ def prepare_components(
     xformers' attention where nothing else is wanted and it works. ``compiled`` names what is left to torch.compile,
     "unet" and "vae" (not the latter with ``vram_O``: compiling undoes the recomputation); ``channels_last`` names those
     whose pictures lie in memory with the channels of a pixel together. On a GPU a model whose pictures have FUSED_FROM
-    pixels or more gets the group normalisations of `fused_norm` in what is not compiled, and CHANNELS_LAST. Where
-    latents are pixels, all this is of the UNet, and that keeps the attention of diffusers: it has keys and values of
-    the prompt among those of the picture.
+    pixels or more gets the modules of `fused_blocks`, and CHANNELS_LAST. Where latents are pixels, all this
+    is of the UNet, and that keeps the attention of diffusers: it has keys and values of the prompt among those of the
+    picture.
 
     Raises UserError for an attention that does not work on the device, and for ``compiled`` without a GPU.
     """
@@ -245,9 +245,10 @@ def prepare_components(
         if model is None:
             continue
         if name in channels_last:
-            model.to(memory_format=torch.channels_last)
-        if large and name not in compiled:
+            put_channels_last(model)
+        if large:
             fuse_group_norms(model)
+            fuse_residual_blocks(model)
     if encoder is not None:
         if vram_O:
             vae.enable_slicing()
@@ -273,12 +274,25 @@ def _frugal(choose: Callable[[str, Chosen | None], Chosen]) -> Chosen:
         return choose("sdpa", None)
 
 
+def put_channels_last(model: torch.nn.Module) -> None:
+    """Let ``model`` compute with the channels of a pixel together in memory, its input included.
+
+    torch's convolution lays the gradient of its output out as its input is first: that of an encoder's first one, at
+    512 x 512, would be turned forth and back, for half a millisecond.
+    """
+
+    def turned(_: torch.nn.Module, inputs: tuple) -> tuple:
+        return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
+
+    model.to(memory_format=torch.channels_last).register_forward_pre_hook(turned)
+
+
 def recompute_in_backward(encoder: torch.nn.Module) -> None:
     """Let the residual blocks of ``encoder`` keep their inputs alone and compute the rest again when differentiated."""
     from diffusers.models.resnet import ResnetBlock2D
 
     for block in encoder.modules():
-        if isinstance(block, ResnetBlock2D):
+        if isinstance(block, (ResnetBlock2D, ResidualBlock)):
             # No random numbers are drawn inside, and asking for their state would end the capture of a CUDA graph.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 

@@ -1,4 +1,4 @@
-"""Fused group normalisations in diffusers' models: the same outputs, gradients and names as the plain modules."""
+"""Fused norms and residual blocks in diffusers' models: the same outputs, gradients and names as the plain modules."""
 
 import copy
 from pathlib import Path
@@ -6,11 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.guidance import loader
-from dream_fast.engine.guidance.fused_norm import FusedGroupNorm, fuse_group_norms
+from dream_fast.engine.guidance.fused_blocks import (
+    FusedGroupNorm,
+    ResidualBlock,
+    fuse_group_norms,
+    fuse_residual_blocks,
+)
 from dream_fast.engine.guidance.loader import Components
 
 UNET = {
@@ -54,24 +60,36 @@ def fused(model: nn.Module) -> nn.Module:
     return found
 
 
+def residual(model: nn.Module) -> nn.Module:
+    found = fused(model)
+    fuse_residual_blocks(found)
+    return found
+
+
+def blocks_of(model: nn.Module, kind: type) -> int:
+    return sum(isinstance(layer, kind) for layer in model.modules())
+
+
 def unet_of(model: UNet2DConditionModel, sample: torch.Tensor) -> torch.Tensor:
     text = torch.randn(2, 5, model.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
-    return model(sample, torch.tensor([3, 700]), encoder_hidden_states=text).sample
+    return model(sample, torch.tensor([3, 700]), encoder_hidden_states=text.to(sample)).sample
 
 
 def moments_of(model: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
     return model.encode(image).latent_dist.parameters
 
 
-def both(call, plain: nn.Module, other: nn.Module, shape: tuple[int, ...], order=torch.contiguous_format):
-    """Outputs and gradients of the input, of both models."""
+def both(call, plain: nn.Module, other: nn.Module | None, shape: tuple[int, ...], order=torch.contiguous_format):
+    """Outputs and gradients of the input, of both models, or of one."""
     generator = torch.Generator().manual_seed(2)
     source = torch.randn(shape, generator=generator).contiguous(memory_format=order)
     found = []
     for model in (plain, other):
-        leaf = source.clone().requires_grad_()
+        if model is None:
+            continue
+        leaf = source.to(model.dtype, copy=True).requires_grad_()
         out = call(model.to(memory_format=order), leaf)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
         found.append((out.detach(), *torch.autograd.grad(out, leaf, upstream)))
     return found
 
@@ -99,11 +117,41 @@ def test_the_decoder_gives_the_same():
         assert one.abs().max() > 0 and torch.equal(one, two)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("call", "make", "shape"), [(unet_of, random_unet, (2, 4, 8, 8)), (moments_of, random_vae, (1, 3, 32, 32))]
+)
+def test_residual_blocks_give_the_same(call, make, shape, order):
+    """Outputs and gradients as near to fp64 as the plain modules."""
+    torch.manual_seed(1)
+    plain = make()
+    for layer in plain.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.bias, 0, 0.3)
+    single = both(call, plain, residual(plain), shape, order)
+    (exact,) = both(call, copy.deepcopy(plain).double(), None, shape, order)
+    for name, theirs, mine, true in zip(("output", "gradient"), *single, exact, strict=True):
+        check(name, mine, theirs, true)
+
+
+def test_residual_blocks_of_another_kind_stay():
+    for changes in ({"resnet_time_scale_shift": "scale_shift"}, {"act_fn": "gelu"}):
+        model = residual(random_unet(**changes))
+        assert blocks_of(model, ResidualBlock) == 0 < blocks_of(model, ResnetBlock2D), changes
+    halved, training = fused(random_unet()), fused(random_unet(dropout=0.1)).train()
+    for block in halved.modules():
+        if isinstance(block, ResnetBlock2D):
+            block.output_scale_factor = 2.0
+    assert fuse_residual_blocks(halved) == fuse_residual_blocks(training) == 0
+    assert fuse_residual_blocks(training.eval()) > 0
+
+
 @pytest.mark.parametrize("make", [random_unet, random_vae])
 def test_names_and_weights_stay(make):
     model = make()
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     fuse_group_norms(model)
+    fuse_residual_blocks(model)
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
     assert not model.training and not any(layer.training for layer in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -137,6 +185,8 @@ def test_stable_diffusions_own_sizes():
         assert fuse_group_norms(model) == 2 * blocks + 1 + attentions and list(model.state_dict()) == names
         silu = [layer.silu for layer in model.modules() if isinstance(layer, FusedGroupNorm)]
         assert silu.count(True) == 2 * blocks + 1
+        assert fuse_residual_blocks(model) == blocks and fuse_residual_blocks(model) == 0
+        assert list(model.state_dict()) == names
 
 
 def kinds(components: Components) -> set[type]:
@@ -163,6 +213,7 @@ def test_a_large_model_on_a_gpu_takes_the_kernels(
     monkeypatch.setattr(loader, "FUSED_FROM", 32)
     ours = loader.load_components(tiny_model, "cuda", dtype)
     assert kinds(ours) == {FusedGroupNorm}
+    assert blocks_of(ours.unet, ResidualBlock) > 0 and blocks_of(ours.vae, ResidualBlock) > 0
     exact = loader.load_components(tiny_model, "cpu", torch.float64)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))

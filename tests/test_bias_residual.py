@@ -1,0 +1,48 @@
+"""The end of a residual block: the definition, gradients in fp64, layouts, complaints."""
+
+import pytest
+import torch
+
+from dream_fast.kernels import bias_residual
+
+
+def inputs(shape=(2, 6, 3, 5), dtype=torch.float64):
+    """x, bias, residual"""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, shape[1:2], shape)
+    return [torch.randn(size, generator=generator, dtype=dtype) for size in sizes]
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (3, 6), (1, 6, 4), (2, 6, 2, 3, 2)])
+def test_definition(shape):
+    x, bias, residual = inputs(shape)
+    got = bias_residual(x, bias, residual)
+    for channel in range(6):
+        expected = x[:, channel] + float(bias[channel]) + residual[:, channel]
+        torch.testing.assert_close(got[:, channel], expected, rtol=0, atol=1e-14)
+
+
+def test_gradients():
+    assert torch.autograd.gradcheck(bias_residual, [tensor.requires_grad_() for tensor in inputs()])
+
+
+def test_memory_format_is_kept():
+    x, bias, residual = inputs()
+    x, residual = (tensor.to(memory_format=torch.channels_last) for tensor in (x, residual))
+    assert bias_residual(x, bias, residual).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_complaints_name_the_argument():
+    x, bias, residual = inputs()
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        bias_residual([1.0], bias, residual)
+    with pytest.raises(ValueError, match=r"x must have shape \[N, C, ...\], got \[6\]"):
+        bias_residual(bias, bias, residual)
+    with pytest.raises(ValueError, match=r"bias must have shape \[6\], got \[5\]"):
+        bias_residual(x, bias[:5], residual)
+    with pytest.raises(ValueError, match=r"residual must have shape \[2, 6, 3, 5\], got \[1, 6, 3, 5\]"):
+        bias_residual(x, bias, residual[:1])
+    with pytest.raises(TypeError, match="residual must be float64, got float32"):
+        bias_residual(x, bias, residual.float())
+    with pytest.raises(ValueError, match="bias is on meta but x is on cpu"):
+        bias_residual(x, bias.to("meta"), residual)
