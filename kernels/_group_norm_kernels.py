@@ -214,8 +214,8 @@ def group_norm_moments_kernel(
     begin = (part % row_parts).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, places)
     first = block * width + (part // row_parts) * WIDTH
-    base, _ = _addresses(image, block, part // row_parts, begin, channel, places, channels, width, WIDTH, ROWS, D)
-    shift = _element(x, added, image, base, group, groups, first, channels, D)[None, :]
+    start, _ = _addresses(image, block, part // row_parts, begin, channel, places, channels, width, WIDTH, ROWS, D)
+    shift = _element(x, added, image, start, group, groups, first, channels, D)[None, :]
     more = _added(added, image, channel, channels, is_channel)
     # Of every place in a tile: lanes meet once, behind the loop.
     sums, squares = tl.zeros([ROWS, GROUPS * WIDTH], tl.float32), tl.zeros([ROWS, GROUPS * WIDTH], tl.float32)
@@ -232,13 +232,12 @@ def group_norm_moments_kernel(
         sums += apart
         squares += apart * apart
         row += ROWS
-    base, _ = _addresses(image, block, part // row_parts, begin, channel, places, channels, width, WIDTH, ROWS, D)
     group = block * GROUPS + tl.arange(0, GROUPS)
     columns = tl.minimum(WIDTH, width - (part // row_parts) * WIDTH)
     sums = _of_groups(tl.sum(sums, axis=0), GROUPS, WIDTH)
     apart = sums / ((end - begin).to(tl.float32) * columns)
     squares = tl.maximum(_of_groups(tl.sum(squares, axis=0), GROUPS, WIDTH) - sums * apart, 0.0)
-    mean = _element(x, added, image, base, group, groups, first, channels, D) + apart
+    mean = _element(x, added, image, start, group, groups, first, channels, D) + apart
     at = (image * groups + group) * parts + part
     tl.store(partials + at, mean, mask=group < groups)
     tl.store(partials + plane + at, squares, mask=group < groups)

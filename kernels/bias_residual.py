@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._launch import FLOATS, check_kernel_dtype, check_tensor, jit, launch, tl, use_triton
+from dream_fast.kernels._launch import check_kernel_dtype, check_tensor, jit, launch, tl, use_triton
+from dream_fast.kernels._layout import check_feature_map, dense, laid_out_like, power_of_two
 
 
 def bias_residual_reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -58,25 +59,18 @@ _TILE = 2048
 
 def _config(rows: int, columns: int) -> dict[str, int]:
     """Long tiles: whole rows where they fit."""
-    width = min(_TILE, 1 << max(0, columns - 1).bit_length())
-    height = min(_TILE // width, 1 << max(0, rows - 1).bit_length())
+    width = min(_TILE, power_of_two(columns))
+    height = min(_TILE // width, power_of_two(rows))
     return {"ROWS": height, "COLUMNS": width, "num_warps": max(1, height * width // 512)}
-
-
-def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    """The numbers of `tensor` in the layout of x, an axis of one element aside."""
-    same = all(size < 2 or a == b for size, a, b in zip(x.shape, tensor.stride(), x.stride(), strict=True))
-    return tensor if same else torch.empty_like(x).copy_(tensor)
 
 
 @torch.library.custom_op("dream_fast::bias_residual", mutates_args=())
 def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    x = x if last else x.contiguous()
-    residual, bias, y = _like(residual, x), bias.contiguous(), torch.empty_like(x)
+    x = dense(x)
+    residual, bias, y = laid_out_like(residual, x), bias.contiguous(), torch.empty_like(x)
     if x.numel() == 0:
         return y
-    channels = x.shape[1]
+    channels, last = x.shape[1], not x.is_contiguous()
     columns = channels if last else x[0, 0].numel()
     rows = x.numel() // columns
     config = _config(rows, columns)
@@ -101,8 +95,7 @@ def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
 
 @_bias_residual.register_fake
 def _(x, bias, residual):
-    last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    return torch.empty_like(x if last else x.contiguous())
+    return torch.empty_like(dense(x))
 
 
 def _setup_context(ctx, inputs, output):
@@ -126,11 +119,7 @@ def bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
 
     Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dim() < 2:
-        raise ValueError(f"x must have shape [N, C, ...], got {list(x.shape)}")
-    check_tensor("x", x, tuple(x.shape), dtypes=FLOATS)
+    check_feature_map("x", x)
     check_tensor("bias", bias, (x.shape[1],), dtypes=(x.dtype,), like=("x", x))
     check_tensor("residual", residual, tuple(x.shape), dtypes=(x.dtype,), like=("x", x))
     if use_triton(x):

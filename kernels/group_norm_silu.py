@@ -37,14 +37,8 @@ from dream_fast.kernels._group_norm_kernels import (
     group_norm_whole_backward_kernel,
     group_norm_whole_forward_kernel,
 )
-from dream_fast.kernels._launch import (
-    FLOATS,
-    check_kernel_dtype,
-    check_positive,
-    check_tensor,
-    launch,
-    use_triton,
-)
+from dream_fast.kernels._launch import check_kernel_dtype, check_positive, check_tensor, launch, use_triton
+from dream_fast.kernels._layout import check_feature_map, dense, laid_out_like, power_of_two
 
 
 def group_norm_silu_reference(
@@ -82,11 +76,6 @@ _MERGE = 1024
 _COLUMNS = 128
 
 
-def _power(number: int) -> int:
-    """The smallest power of two from `number` on, at least 1."""
-    return 1 << max(0, number - 1).bit_length()
-
-
 def _config(images: int, groups: int, width: int, places: int, channels_last: bool) -> dict[str, int]:
     """Tiles of [ROWS, GROUPS * WIDTH] for groups of `width` channels: one a group where it fits, or as follows.
 
@@ -94,13 +83,13 @@ def _config(images: int, groups: int, width: int, places: int, channels_last: bo
     width of a group; else many places of one channel, or all places of some channels of a group. Then `parts` (a part
     is `chunk` rows) are added up first; more rows a part keep the number of parts down.
     """
-    rows, columns = _power(places), _power(width)
+    rows, columns = power_of_two(places), power_of_two(width)
     if rows * columns <= _WHOLE:
         warps = max(1, rows * columns // 1024)
         return {"whole": 1, "ROWS": rows, "GROUPS": 1, "WIDTH": columns, "num_warps": warps}
     if channels_last:
         columns = min(columns, _COLUMNS)
-        together = min(_power(groups), max(1, min(_COLUMNS, _TILE) // columns))
+        together = min(power_of_two(groups), max(1, min(_COLUMNS, _TILE) // columns))
         rows = max(1, min(rows, _TILE // (together * columns)))
     else:
         together, rows = 1, min(rows, _TILE)
@@ -147,17 +136,12 @@ def _tiling(x: Tensor, groups: int) -> tuple[dict[str, Any], dict[str, Any], dic
     return layout, {"GROUPS": config["GROUPS"], "parts": config["parts"], "blocks": config["blocks"]}, config
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x in one of the two layouts that the kernels read; contiguous where it is in neither."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
-
-
 @torch.library.custom_op("dream_fast::group_norm_silu", mutates_args=())
 def _group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, added: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y, and mean and rstd of every group [2, N, G]."""
-    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    x, weight, bias = dense(x), weight.contiguous(), bias.contiguous()
     added = None if added is None else added.contiguous()
     images, device = x.shape[0], x.device
     y, moments = torch.empty_like(x), torch.empty(2, images, groups, dtype=torch.float32, device=device)
@@ -217,7 +201,7 @@ def _group_norm_silu(
 
 @_group_norm_silu.register_fake
 def _(x, groups, weight, bias, eps, silu, added):
-    return torch.empty_like(_dense(x)), x.new_empty(2, x.shape[0], groups, dtype=torch.float32)
+    return torch.empty_like(dense(x)), x.new_empty(2, x.shape[0], groups, dtype=torch.float32)
 
 
 @torch.library.custom_op("dream_fast::group_norm_silu_backward", mutates_args=())
@@ -232,14 +216,13 @@ def _group_norm_silu_backward(
     of_channels: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, and those of bias and weight, [2, C] ([2, 0] unless `of_channels`)."""
-    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    x, weight, bias = dense(x), weight.contiguous(), bias.contiguous()
     added = None if added is None else added.contiguous()
     images, channels, groups, device = x.shape[0], x.shape[1], moments.shape[2], x.device
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
         return grad_x, x.new_zeros(2, channels if of_channels else 0, dtype=torch.float32)
-    if any(size > 1 and a != b for size, a, b in zip(x.shape, grad_y.stride(), x.stride(), strict=True)):
-        grad_y = torch.empty_like(x).copy_(grad_y)
+    grad_y = laid_out_like(grad_y, x)
     layout, split, config = _tiling(x, groups)
     rows = 1 if config["whole"] else config["row_parts"]
     channel_sums = torch.empty(2, images, rows, channels, dtype=torch.float32, device=device) if of_channels else None
@@ -303,7 +286,7 @@ def _group_norm_silu_backward(
 
 @_group_norm_silu_backward.register_fake
 def _(grad_y, x, weight, bias, added, moments, silu, of_channels):
-    return torch.empty_like(_dense(x)), x.new_empty(2, x.shape[1] if of_channels else 0, dtype=torch.float32)
+    return torch.empty_like(dense(x)), x.new_empty(2, x.shape[1] if of_channels else 0, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -347,11 +330,7 @@ def group_norm_silu(
 
     Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dim() < 2:
-        raise ValueError(f"x must have shape [N, C, ...], got {list(x.shape)}")
-    check_tensor("x", x, tuple(x.shape), dtypes=FLOATS)
+    check_feature_map("x", x)
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")

@@ -276,3 +276,19 @@ def test_colours_are_those_of_the_layer_that_is_seen():
     np.testing.assert_allclose(depths.mean(0), expected, rtol=0.2, atol=0.01)
     # exp(-0.05 * 10) = 0.61 of the light of the straight ray is red, exp(-0.86) = 0.42 of the others'.
     assert (through.albedo[there] / 255)[:, 0].mean() == pytest.approx(0.46, abs=0.12)
+
+
+def test_haze_before_the_surface_is_in_the_colours():
+    """A red ball within a blue shell 0.05 thick, which is too thin to be surface."""
+    field = Analytic(ball(0.6))
+    field.density = lambda x: torch.where(x.norm(dim=-1) < 0.6, 200.0, torch.where(x.norm(dim=-1) < 0.65, 8.0, 1e-6))
+    red, blue = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+    field.albedo = lambda x: torch.where((x.norm(dim=-1) < 0.6)[:, None], red, blue)
+    volume = surface.log_density_volume(field, 128, 40.0)
+    mesh = surface.simplify(surface.surface_of(volume), 1000)
+    assert np.abs(np.linalg.norm(mesh.vertices, axis=1) - 0.6).mean() < 0.01
+    laid = atlas.unwrap(mesh, 64)
+    there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()
+    blue = (texture.bake(field, mesh, laid, 64, volume).albedo[there] / 255)[:, 2].mean()
+    # Straight rays cross the shell: 1 - exp(-8 * 0.05) = 0.33. Slanted ones begin 1/16 before: 1 - exp(-8 / 16) = 0.39.
+    assert blue == pytest.approx(0.38, abs=0.12)

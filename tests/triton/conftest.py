@@ -42,6 +42,49 @@ def deterministic():
     torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
+@pytest.fixture
+def everywhere():
+    """everywhere(call): what it gives, and what it gives once more where waiting for the GPU raises, on a stream of its
+    own, and from a CUDA graph."""
+
+    def repeated(call):
+        expected = call()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            aside = call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        graph.replay()
+        return expected, (again, aside, captured)
+
+    return repeated
+
+
+@pytest.fixture
+def eager_and_compiled():
+    """eager_and_compiled(loss, tensors): its value and its gradients into all of them, as it is and compiled."""
+
+    def both(loss, tensors):
+        found = []
+        for call in (loss, torch.compile(loss, fullgraph=True)):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            value = call(*leaves)
+            value.backward()
+            found.append((value.detach(), *(leaf.grad for leaf in leaves)))
+        return zip(*found, strict=True)
+
+    return both
+
+
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch):
     """The interpreter takes as long for one lane as for a thousand: many lanes, few steps and few instructions."""

@@ -110,43 +110,22 @@ def test_sizes_of_stable_diffusion(side, channels, images, last, device, determi
 
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
-def test_no_synchronisation_graph_and_stream(device):
+def test_no_synchronisation_graph_and_stream(device, everywhere):
     tensors = inputs((2, 320, 64, 64), device, last=True, dtype=torch.float16)
-    expected = run(bias_residual, tensors)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        again = run(bias_residual, tensors)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        aside = run(bias_residual, tensors)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(bias_residual, tensors)
-    graph.replay()
-    for a, *others in zip(expected, again, aside, captured, strict=True):
-        assert all(torch.equal(a, b) for b in others)
+    expected, repeats = everywhere(lambda: run(bias_residual, tensors))
+    for found in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.full_size("compiled code runs only there")
 @pytest.mark.parametrize("last", [False, True])
-def test_compiled(last, device):
-    *tensors, upstream = inputs((2, 320, 32, 32), device, last=last)
+def test_compiled(last, device, eager_and_compiled):
+    *tensors, upstream = inputs((2, 320, 8, 8), device, last=last)
 
     def loss(x, bias, residual):
         return (bias_residual(2 * x, bias.square(), residual) * upstream).sum()
 
-    found = []
-    for call in (loss, torch.compile(loss, fullgraph=True)):
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        value = call(*leaves)
-        value.backward()
-        found.append((value.detach(), *(leaf.grad for leaf in leaves)))
-    for eager, compiled in zip(*found, strict=True):
+    for eager, compiled in eager_and_compiled(loss, tensors):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-4)
 
 

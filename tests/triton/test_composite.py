@@ -238,27 +238,12 @@ def step(tensors, upstream):
 
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
-def test_no_synchronisation_graph_and_stream(device):
+def test_no_synchronisation_graph_and_stream(device, everywhere):
     tensors = inputs([(31 * i) % 300 for i in range(5000)], device, padding=1000)
     upstream = [torch.randn(5000, 3, device=device), torch.randn(5000, device=device), torch.randn_like(tensors[0])]
-    expected = step(tensors, upstream)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        again = step(tensors, upstream)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        aside = step(tensors, upstream)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(tensors, upstream)
-    graph.replay()
-    for a, b, c, d in zip(expected, again, aside, captured, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c) and torch.equal(a, d)
+    expected, repeats = everywhere(lambda: step(tensors, upstream))
+    for found in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     if torch.cuda.device_count() > 1:
         there = step([tensor.to("cuda:1") for tensor in tensors], [grad.to("cuda:1") for grad in upstream])
         assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, there, strict=True))
@@ -266,20 +251,14 @@ def test_no_synchronisation_graph_and_stream(device):
 
 @pytest.mark.full_size("compiled code runs only there")
 @pytest.mark.parametrize("outputs", [("values",), OUTPUTS])
-def test_compiled(outputs, device):
+def test_compiled(outputs, device, eager_and_compiled):
     sigma, values, t, dt, offsets = inputs([(31 * i) % 300 for i in range(500)], device)
 
     def loss(sigma, values):
         out = composite(2 * sigma, values.square(), t, dt, offsets, count=offsets[-1])
         return sum(getattr(out, name).square().sum() for name in outputs)
 
-    found = []
-    for run in (loss, torch.compile(loss, fullgraph=True)):
-        leaves = [sigma.clone().requires_grad_(), values.clone().requires_grad_()]
-        value = run(*leaves)
-        value.backward()
-        found.append((value.detach(), *(leaf.grad for leaf in leaves)))
-    for eager, compiled in zip(*found, strict=True):
+    for eager, compiled in eager_and_compiled(loss, [sigma, values]):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 

@@ -284,26 +284,11 @@ def test_more_parts_than_a_kernel_merges_at_a_time(device, monkeypatch, determin
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
 @pytest.mark.parametrize("shape", [(1, 128, 256, 256), (2, 320, 64, 64), (2, 1280, 16, 16)])
 @pytest.mark.parametrize("last", [False, True])
-def test_no_synchronisation_graph_and_stream(shape, last, device):
+def test_no_synchronisation_graph_and_stream(shape, last, device, everywhere):
     tensors = inputs(shape, device, last=last, dtype=torch.float16)
-    expected = run(group_norm_silu, tensors, 32)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        again = run(group_norm_silu, tensors, 32)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        aside = run(group_norm_silu, tensors, 32)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(group_norm_silu, tensors, 32)
-    graph.replay()
-    for a, b, c, d in zip(expected, again, aside, captured, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c) and torch.equal(a, d)
+    expected, repeats = everywhere(lambda: run(group_norm_silu, tensors, 32))
+    for found in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     if torch.cuda.device_count() > 1:
         there = run(group_norm_silu, [tensor.to("cuda:1") for tensor in tensors], 32)
         assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, there, strict=True))
@@ -311,20 +296,14 @@ def test_no_synchronisation_graph_and_stream(shape, last, device):
 
 @pytest.mark.full_size("compiled code runs only there")
 @pytest.mark.parametrize("last", [False, True])
-def test_compiled(last, device):
+def test_compiled(last, device, eager_and_compiled):
     *tensors, upstream = inputs((2, 320, 64, 64), device, last=last)
 
     def loss(x, weight, bias):
         out = group_norm_silu(2 * x, 32, weight, bias.square(), silu=True)
         return (group_norm_silu(out, 32, weight, bias, silu=False) * upstream).sum()
 
-    found = []
-    for call in (loss, torch.compile(loss, fullgraph=True)):
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        value = call(*leaves)
-        value.backward()
-        found.append((value.detach(), *(leaf.grad for leaf in leaves)))
-    for eager, compiled in zip(*found, strict=True):
+    for eager, compiled in eager_and_compiled(loss, tensors):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
