@@ -37,6 +37,7 @@ from torch import Tensor
 from dream_fast.bench.judge import WEIGHTS, Judge, load_judge, verdicts
 from dream_fast.engine.camera import turntable
 from dream_fast.engine.config import Config, GuidanceConfig
+from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.prior import MODEL_FOLDER
@@ -290,20 +291,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
     parser.add_argument("--scores", help="compare these scores, such as sds,csd,asd,ism")
-    parser.add_argument("--iters", type=int, help="steps of a run; default: the model's own")
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="""of every run, such as '{"iters": 600}'; default: the model's own""",
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run that would end later; 0: none at all")
     parser.add_argument("--no_prior", action="store_true", help="leave dream-mini's own pictures out")
     args = parser.parse_args(argv)
-    if args.iters is not None and args.iters < 1:
-        parser.error(f"--iters must be at least 1, not {args.iters}")
-    common = {} if args.iters is None else {"iters": args.iters}
+    try:
+        resolve(args.settings, "dream-mini", args.device)
+    except UserError as error:
+        parser.error(f"--settings: {error}")
     if args.scores is not None:
         scores = args.scores.split(",")
         known = (*GuidanceConfig.__dataclass_fields__["score"].metadata["choices"], *ALIASES)
         if unknown := [name for name in scores if name not in known]:
             parser.error(f"--scores takes some of {','.join(known)}, not {unknown[0]!r}")
-        return compare_scores(scores, args, common, parser)
-    record = measure(args, args.work, common, parser, full=True)
+        return compare_scores(scores, args, parser)
+    record = measure(args, args.work, args.settings, parser, full=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
     contact_sheet(args.work, tuple(args.prompts or PROMPTS), args.out / "quality.png")
@@ -360,9 +368,7 @@ def measure(
     }
 
 
-def compare_scores(
-    scores: list[str], args: argparse.Namespace, common: Mapping[str, object], parser: argparse.ArgumentParser
-) -> int:
+def compare_scores(scores: list[str], args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """`measure` once for each of ``scores``; writes the table, and a contact sheet for each."""
     args.out.mkdir(parents=True, exist_ok=True)
     records = {}
@@ -371,7 +377,7 @@ def compare_scores(
         if score != name:
             print(f"{name} is measured as {score}, the score of its family that guides here", flush=True)
         work = args.work / score
-        records[score] = measure(args, work, {**common, "score": score}, parser)
+        records[score] = measure(args, work, {**args.settings, "score": score}, parser)
         contact_sheet(work, tuple(args.prompts or PROMPTS), args.out / f"quality_{score}.png")
         (args.out / "quality_scores.json").write_text(json.dumps(records, indent=1) + "\n")
     print(table_of(records))

@@ -355,6 +355,7 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     skipped, overflowed = int(trainer.skipped), int(trainer.overflowed)
     timing = time_steps(trainer, device, blocks)
     peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+    bound_memory(None, device)  # what looks at the step from here on is no part of it
     lost = int(trainer.skipped) - skipped + int(trainer.overflowed) - overflowed
     if lost:
         print(f"{case.name}: {lost} of the timed steps were not taken", flush=True)

@@ -168,7 +168,8 @@ def test_runs_of_other_settings_are_not_mixed(bench, capsys):
 
 
 def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
-    where = ["--work", str(bench.work), "--out", str(bench.out), "--device", "cpu", "--iters", "7", "--seeds", "1"]
+    where = ["--work", str(bench.work), "--out", str(bench.out), "--device", "cpu", "--seeds", "1"]
+    where += ["--settings", '{"iters": 7}']
     words = [*where, "--prompts", "a mug", "a hat", "--scores", "sds,ism,csd"]
     assert quality.main(words) == 0
     assert bench.made == [("a mug", 0), ("a hat", 0)] * 3
@@ -186,6 +187,10 @@ def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
     with pytest.raises(SystemExit):
         quality.main([*where, "--scores", "sds,dds"])
     assert "--scores takes some of sds,csd,asd,sdi,ism, not 'dds'" in capsys.readouterr().err
+    for wrong, sentence in (('{"iters": 0}', "--iters must be"), ('{"itres": 7}', "unknown setting: itres")):
+        with pytest.raises(SystemExit):
+            quality.main([*where, "--settings", wrong])
+        assert f"--settings: {sentence}" in capsys.readouterr().err
 
 
 def test_the_settings_of_a_score_are_its_own():
