@@ -16,7 +16,8 @@ from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.schedule import largest, value_at
 from dream_fast.engine.tets import Surface
 
-TV_POINTS = 1_000_000  # in each level
+TV_POINTS = 1_000_000  # whose differences --lambda_tv weights, in each level
+TV_SHARE = 32  # of them, one in so many stands for all on a CPU, where all would take four times as long as a step
 TERMS = ("entropy", "entropy_weights", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth")  # lambda_...
 MESH_TERMS = ("mesh_normal", "mesh_laplacian")
 SMOOTH_REACH = 0.01  # world units, standard deviation of the neighbour in the 3D smoothness term
@@ -200,8 +201,9 @@ def add_table_gradients(
     spec = field.spec.grid  # both weights are 0 where there is no table: Config sees to it
     variation, decay = (value_at(weight, step, progress) for weight in (config.lambda_tv, config.lambda_wd))
     if variation > 0:
-        points = torch.rand(TV_POINTS, 3, generator=generator, device=generator.device).to(field.table.device)
-        weight = variation * ramp(progress)
+        share = TV_SHARE if field.table.device.type == "cpu" else 1
+        points = torch.rand(TV_POINTS // share, 3, generator=generator, device=generator.device).to(field.table.device)
+        weight = variation * share * ramp(progress)
         field.table.grad += scale * kernels.hash_grid_total_variation_grad(field.table, spec, points, weight)
     if decay > 0:
         field.table.grad += scale * kernels.hash_grid_weight_decay_grad(field.table, spec, decay)

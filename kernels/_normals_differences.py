@@ -156,7 +156,7 @@ def differences_bwd_kernel(
     """Each program takes a run of (tile, tap) pairs and adds up what layers FIRST to LAST get.
 
     With FIRST = 0 also writes to_features [L * F, columns], positions [columns, 3] and to_raw [columns] (may be None)
-    at column tap * (padded number of points) + point, and to `rows` how many columns those are.
+    at column (TAPS - 1 - tap) * (padded number of points) + point, and to `rows` how many columns those are.
     """
     DTYPE: tl.constexpr = parameters.dtype.element_ty
     SINGLE: tl.constexpr = DTYPE == tl.float32
@@ -202,7 +202,7 @@ def differences_bwd_kernel(
         gradients, into_features = mlp_backward(to_outputs, hidden, weights, DTYPE, LAYERS, FEATURES)
         sums = mlp_accumulate(sums, features, hidden, gradients, BLOCK, DTYPE, FIRST, LAST, LAYERS, FEATURES)
         if FIRST == 0:
-            column = tap * (tiles * BLOCK) + row
+            column = (_TAPS - 1 - tap) * (tiles * BLOCK) + row  # what is largest comes last: the sums round less
             every = row >= 0
             store_channels(to_features, into_features, column, every, columns, LEVELS, FEATURES, PADDED)
             store_vector(positions, column, every, u, v, w)
@@ -242,7 +242,7 @@ def differences_points_kernel(
         px, free_x = _step(x0, tap, 1, epsilon, bound)
         py, free_y = _step(y0, tap, 3, epsilon, bound)
         pz, free_z = _step(z0, tap, 5, epsilon, bound)
-        column = tap * stride + row
+        column = (_TAPS - 1 - tap) * stride + row
         along = tl.load(to_raw + column, mask=live, other=0.0)
         along *= blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)
         ux, uy, uz = load_vector(to_units, column, live)

@@ -34,7 +34,7 @@ if INTERPRETED:
 NAMES = ("sigma", "albedo", "normal")
 
 
-def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0):
+def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0, active_levels=None):
     """Random x, table, weights, biases, and upstream gradients. x reaches `reach` bounds; `logit` shifts the density's.
 
     The direction of a small gradient is rounding noise, of which the largest would decide every comparison: of four
@@ -53,7 +53,7 @@ def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0):
     upstream = [uniform(n), uniform(n, 3), uniform(n, 3)]
     at = x.double().requires_grad_()
     parameters = (table.double(), [w.double() for w in weights], [b.double() for b in biases])
-    sigma, _ = field_reference(at, *parameters, spec)
+    sigma, _ = field_reference(at, *parameters, spec, active_levels=active_levels)
     (gradient,) = torch.autograd.grad(sigma.sum(), at)
     x = x[(gradient.norm(dim=1) / sigma.detach()).topk(n).indices.sort().values]
     biases[-1][0] += logit
@@ -91,18 +91,27 @@ def compare(inputs, upstream, spec, *, dtype=None, **options):
 
 
 def all_three(inputs, upstream, spec, *, dtype=None, **options):
-    """What the kernels find, what their reference finds in their dtype, and in fp64."""
+    """What the kernels find, what their reference finds in their dtype, and in fp64.
+
+    In fp32 without what a ReLU decides that is so near its kink that rounding may put it on the other side: there
+    gradients jump, and so do analytic normals.
+    """
+    keep = None
     if dtype in (None, torch.float32):
-        upstream = away_from_kinks(inputs, upstream, spec, options.get("epsilon", 0.01), options.get("active_levels"))
+        keep = away_from_kinks(inputs, spec, options.get("epsilon", 0.01), options.get("active_levels"))
+        upstream = [u * (keep if u.dim() == 1 else keep[:, None]) for u in upstream]
     got = run(field_normals, inputs, upstream, spec, dtype=dtype, **options)
     own = run(field_normals_reference, inputs, upstream, spec, dtype=dtype, **options)
     exact = run(field_normals_reference, inputs, upstream, spec, precise=True, **options)
     assert all(value.dtype == torch.float32 for value in got.values())
+    if keep is not None and options.get("mode") == "analytic":
+        for found in (got, own, exact):
+            found["normal"] = found["normal"] * keep[:, None]
     return got, own, exact
 
 
-def away_from_kinks(inputs, upstream, spec, epsilon, active_levels):
-    """The upstream gradients, 0 where a ReLU at a point or its taps is so near its kink that fp32 may be beside it."""
+def away_from_kinks(inputs, spec, epsilon, active_levels):
+    """Which points have no ReLU near its kink, at the point or at its taps; nearly all of them."""
     x, table, weights, biases = ([part.double() for part in v] if isinstance(v, list) else v.double() for v in inputs)
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
     steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device)
@@ -113,7 +122,8 @@ def away_from_kinks(inputs, upstream, spec, epsilon, active_levels):
             h = h @ weight.t() + bias
             keep &= (h.abs() > 1e-5).all(1)
             h = h.relu()
-    return [u * (keep if u.dim() == 1 else keep[:, None]) for u in upstream]
+    assert keep.float().mean() > 0.9 or len(keep) < 100
+    return keep
 
 
 def judge(got, own, exact):
@@ -292,15 +302,17 @@ def test_random_settings(seed, device):
     n = choose.randint(32, 64) if INTERPRETED else choose.randint(1000, 6000)
     hidden = (choose.choice([16, 32, 64, 128]),) * choose.randint(1, 4)
     # A few points past the cube, but none so near a face that fp32 and fp64 could see it on different sides.
-    inputs, upstream = make(n, spec, hidden, device=device, seed=seed, reach=choose.choice([0.7, 1.02]))
+    reach, epsilon = choose.choice([0.7, 1.02]), bound * choose.choice([0.03, 0.1])
+    active_levels = choose.choice([None, 1, grid.levels])
+    inputs, upstream = make(n, spec, hidden, device=device, seed=seed, reach=reach, active_levels=active_levels)
     compare(
         inputs,
         upstream,
         spec,
         dtype=dtype,
         mode=mode,
-        epsilon=bound * choose.choice([0.03, 0.1]),
-        active_levels=choose.choice([None, 1, grid.levels]),
+        epsilon=epsilon,
+        active_levels=active_levels,
         count=choose.choice([None, torch.tensor(max(1, n - 5), device=device)]),
         points=choose.random() < 0.3,
     )
