@@ -492,8 +492,6 @@ class Config:
             "--dmtet": self.dmtet.dmtet,
             "--progressive_level": self.shading.progressive_level,
             "--progressive_view": self.camera.progressive_view,
-            "--lambda_tv": largest(self.loss.lambda_tv) > 0,
-            "--lambda_wd as a schedule": isinstance(self.loss.lambda_wd, LinearSchedule),
         }
         return [flag for flag, on in found.items() if on]
 

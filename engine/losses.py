@@ -13,7 +13,7 @@ from dream_fast import kernels
 from dream_fast.engine.config import LossConfig
 from dream_fast.engine.renderer import Rendered
 from dream_fast.engine.scene_field import SceneField
-from dream_fast.engine.schedule import largest, value_at
+from dream_fast.engine.schedule import largest
 from dream_fast.engine.tets import Surface
 
 TV_POINTS = 1_000_000  # whose differences --lambda_tv weights, in each level
@@ -188,22 +188,22 @@ def add_table_gradients(
     field: SceneField,
     config: LossConfig,
     *,
-    step: int,
-    progress: float,
+    up: float | Tensor,
+    now: Mapping[str, float | Tensor],
     scale: float | Tensor,
     generator: torch.Generator,
 ) -> None:
     """Add total variation and weight decay of the hash table straight to its gradient (after `backward`).
 
-    `scale` is the loss scale by which the gradient there is already multiplied; `progress` is the part of
-    the run that is done.
+    `scale` is the loss scale by which the gradient there is already multiplied; `up` and `now` are those of
+    `regularizers`.
     """
     spec = field.spec.grid  # both weights are 0 where there is no table: Config sees to it
-    variation, decay = (value_at(weight, step, progress) for weight in (config.lambda_tv, config.lambda_wd))
-    if variation > 0:
+    variation, decay = (now.get(name, getattr(config, name)) for name in ("lambda_tv", "lambda_wd"))
+    if largest(config.lambda_tv) > 0:
         share = TV_SHARE if field.table.device.type == "cpu" else 1
         points = torch.rand(TV_POINTS // share, 3, generator=generator, device=generator.device).to(field.table.device)
-        weight = variation * share * ramp(progress)
+        weight = share * up * variation
         field.table.grad += scale * kernels.hash_grid_total_variation_grad(field.table, spec, points, weight)
-    if decay > 0:
+    if largest(config.lambda_wd) > 0:
         field.table.grad += scale * kernels.hash_grid_weight_decay_grad(field.table, spec, decay)

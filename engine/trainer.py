@@ -246,8 +246,8 @@ class Trainer:
         add_table_gradients(
             self.field,
             config.loss,
-            step=self.step,
-            progress=progress,
+            up=dials.up,
+            now=dials.losses,
             scale=self.scaler.scale,
             generator=generator,
         )

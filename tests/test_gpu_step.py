@@ -21,6 +21,7 @@ from dream_fast.engine.guidance.text import TextGuidance
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import choose_runtime, prepare
+from dream_fast.engine.schedule import LinearSchedule
 from dream_fast.engine.trainer import Trainer, choose_phase
 
 pytestmark = [
@@ -54,6 +55,8 @@ def trainer() -> Trainer:
 # Shaded steps take the field with normals; the others are the defaults.
 SHADED = {"albedo_iter_ratio": 0.0}
 AS_SD = SHADED | {"bg_radius": 1.4, "lambda_orient": 1e-2, "textureless_ratio": 0.0}
+# Regularisers of the hash table, whose weights change in each step.
+TABLE = {"lambda_tv": LinearSchedule.parse("0.0:1e-5:1e-4:1.0"), "lambda_wd": LinearSchedule.parse("0.0:0.0:1e-2:1.0")}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,7 @@ AS_SD = SHADED | {"bg_radius": 1.4, "lambda_orient": 1e-2, "textureless_ratio": 
         AS_SD | {"vram_O": True},
         {"step_graph": False},
         AS_SD | {"step_graph": False},
+        TABLE,
         {"perpneg": True},
         {"perpneg": True, "step_graph": False},
         {"score": "csd", "clip_grad_latent": 1.0},
@@ -163,8 +167,8 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"score": "asd"}],
-    ids=["albedo", "jitter", "shaded", "perpneg", "asd"],
+    [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"score": "asd"}, TABLE],
+    ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table"],
 )
 def test_a_replayed_step_is_the_step(changes):
     """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""

@@ -159,19 +159,19 @@ def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
         field = small_renderer().field
         field.table.grad = torch.ones_like(field.table)
         config = dataclasses.replace(LossConfig(), **{**NOTHING, name: 1e-2})
-        options = dict(step=50, progress=0.5, scale=4.0, generator=torch.Generator().manual_seed(0))
+        options = dict(up=1.0, now={}, scale=4.0, generator=torch.Generator().manual_seed(0))
         losses.add_table_gradients(field, config, **options)
         added = field.table.grad - 1
         assert (added * field.table).sum() > 0  # descending shrinks the random table
         assert added.abs().max() > 0
 
 
-def added_gradient(field, scale, step=50, **weights):
+def added_gradient(field, scale, up=1.0, **weights):
     """What `add_table_gradients` adds, over the loss scale."""
     field.table.grad = torch.zeros_like(field.table)
     config = dataclasses.replace(LossConfig(), **NOTHING | weights)
     generator = torch.Generator().manual_seed(0)
-    losses.add_table_gradients(field, config, step=step, progress=step / 100, scale=scale, generator=generator)
+    losses.add_table_gradients(field, config, up=up, now={}, scale=scale, generator=generator)
     return field.table.grad / scale
 
 
@@ -185,10 +185,14 @@ def test_weight_decay_is_the_gradient_of_the_mean_squares_of_the_levels():
     torch.testing.assert_close(added_gradient(field, 4.0, lambda_wd=0.3), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("step", "up"), [(50, 1.0), (25, 0.5)])
-def test_total_variation_is_the_gradient_of_a_vertexs_distance_from_its_neighbours(monkeypatch, step, up):
-    """Vertex by vertex: sqrt(sum of squared differences + 1e-9) / 6, with those neighbours held that the grid has."""
-    monkeypatch.setattr(losses, "TV_POINTS", 60)
+@pytest.mark.parametrize(("share", "up"), [(1, 1.0), (1, 0.5), (3, 1.0)])
+def test_total_variation_is_the_gradient_of_a_vertexs_distance_from_its_neighbours(monkeypatch, share, up):
+    """Vertex by vertex: sqrt(sum of squared differences + 1e-9) / 6, with those neighbours held that the grid has.
+
+    Where a share of the points stands for all, each counts as many times.
+    """
+    monkeypatch.setattr(losses, "TV_POINTS", 60 * share)
+    monkeypatch.setattr(losses, "TV_SHARE", share)
     field = small_renderer().field
     points = torch.rand(60, 3, generator=torch.Generator().manual_seed(0))
     table = field.table.detach().double().requires_grad_()
@@ -204,7 +208,7 @@ def test_total_variation_is_the_gradient_of_a_vertexs_distance_from_its_neighbou
             assert 3 <= len(near) <= 6
             differences = table[row((x, y, z))] - fixed[near]
             total = total + (differences.square().sum(dim=0) + 1e-9).sqrt().sum() / 6
-    (expected,) = torch.autograd.grad(0.2 * up * total, table)
+    (expected,) = torch.autograd.grad(0.2 * share * up * total, table)
     assert expected.count_nonzero() > 100
-    got = added_gradient(field, 8.0, step, lambda_tv=0.2)
+    got = added_gradient(field, 8.0, up, lambda_tv=0.2)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
