@@ -199,6 +199,7 @@ class Suite:
         self.inaccurate: list[str] = []
         self.verdicts: dict[tuple[Case, str], Verdict] = {}
         self.compiled: dict[str, Callable[..., Any]] = {}
+        self.not_compiled: set[str] = set()  # operators whose reference failed to compile, or took too long
         self.head = header(device)
 
     def operator(self, case: Case, name: str) -> Callable[..., Any]:
@@ -215,6 +216,9 @@ class Suite:
         limit = min(left, self.peer_seconds) if name != "triton" else left
         if limit <= 0:
             self.left_out.append(f"{what}: no time left (--seconds)")
+            return
+        if name == "compiled" and case.op in self.not_compiled:
+            self.left_out.append(f"{what}: not compiled, see above")
             return
         try:
             with at_most(limit):
@@ -236,6 +240,8 @@ class Suite:
         except Exception as failure:  # a peer may fail in any way; of ours it is a reason to fail in the end
             reason = f"{what}: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"[:300]
             (self.inaccurate if name == "triton" else self.left_out).append(reason)
+            if name == "compiled":
+                self.not_compiled.add(case.op)
             print(reason, flush=True)
         else:
             self.rows.append(found)

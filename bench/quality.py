@@ -43,6 +43,7 @@ from dream_fast.engine.presets import resolve
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS, find_object
 from dream_fast.engine.runtime import Runtime, choose_runtime, machine
+from dream_fast.engine.schedule import LinearSchedule
 from dream_fast.engine.trainer import Trainer
 from dream_fast.engine.workspace import Workspace
 
@@ -291,19 +292,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
     parser.add_argument("--scores", help="compare these scores, such as sds,csd,asd,ism")
-    parser.add_argument(
-        "--settings",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help="""of every run, such as '{"iters": 600}'; default: the model's own""",
-    )
+    of_runs = """of every run, such as '{"iters": 600, "lambda_tv": "0.5:0:1e-5:1.0"}'; default: the model's own"""
+    parser.add_argument("--settings", default="{}", metavar="JSON", help=of_runs)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run that would end later; 0: none at all")
     parser.add_argument("--no_prior", action="store_true", help="leave dream-mini's own pictures out")
     args = parser.parse_args(argv)
     try:
+        args.settings = read_settings(args.settings)
         resolve(args.settings, "dream-mini", args.device)
-    except UserError as error:
+    except (UserError, ValueError) as error:
         parser.error(f"--settings: {error}")
     if args.scores is not None:
         scores = args.scores.split(",")
@@ -319,6 +316,15 @@ def main(argv: list[str] | None = None) -> int:
         contact_sheet(args.work, HELD_OUT, args.work / "held_out.png")
     print(json.dumps({k: v for k, v in record.items() if k not in ("rows", "settings")}, indent=1))
     return 0
+
+
+def read_settings(text: str) -> dict[str, object]:
+    """Settings by name, of a JSON object in which schedules are written as on the command line. ValueError: none."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON object, not {text}")
+    schedule = {name: LinearSchedule.parse(v) for name, v in found.items() if isinstance(v, str) and ":" in v}
+    return found | schedule
 
 
 def measure(

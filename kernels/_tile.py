@@ -366,11 +366,13 @@ def precise_exp(x, SINGLE: tl.constexpr):
 def blob(x, y, z, density, radius, SOFTPLUS: tl.constexpr, SINGLE: tl.constexpr):
     """What the density's logit gets at world points [BLOCK]."""
     squared = x * x + y * y + z * z
+    # Rounded as IEEE says: normals by differences make an error of the last bit a hundred times as large.
     if SOFTPLUS:
-        # Rounded as IEEE says: normals by differences make an error of the last bit a hundred times as large.
         return density * (1.0 - tl.div_rn(tl.sqrt_rn(tl.maximum(squared, 1e-12)), radius))
+    elif SINGLE:
+        return density * precise_exp(tl.div_rn(squared, -2.0 * radius * radius), True)
     else:
-        return density * precise_exp(squared / (-2.0 * radius * radius), SINGLE)
+        return density * precise_exp(squared / (-2.0 * radius * radius), False)
 
 
 @jit

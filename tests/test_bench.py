@@ -23,6 +23,7 @@ from dream_fast.engine.prior.data import NATURAL, Views
 from dream_fast.engine.prior.tracer import pack, render
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS, check_prompt, find_object
 from dream_fast.engine.prior.world import make_scene
+from dream_fast.engine.schedule import LinearSchedule
 
 OBJECTS, SHADES = list(THINGS), list(COLORS)
 
@@ -187,7 +188,14 @@ def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
     with pytest.raises(SystemExit):
         quality.main([*where, "--scores", "sds,dds"])
     assert "--scores takes some of sds,csd,asd,sdi,ism, not 'dds'" in capsys.readouterr().err
-    for wrong, sentence in (('{"iters": 0}', "--iters must be"), ('{"itres": 7}', "unknown setting: itres")):
+    assert quality.read_settings('{"lambda_tv": "0.5:0:1:1.0"}') == {"lambda_tv": LinearSchedule(0.5, 0, 1, 1.0)}
+    wrongs = {
+        '{"iters": 0}': "--iters must be",
+        '{"itres": 7}': "unknown setting: itres",
+        "[7]": "a JSON object",
+        "{": "Expecting",
+    }
+    for wrong, sentence in wrongs.items():
         with pytest.raises(SystemExit):
             quality.main([*where, "--settings", wrong])
         assert f"--settings: {sentence}" in capsys.readouterr().err

@@ -212,6 +212,7 @@ def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_rea
 
     monkeypatch.setattr(bench, "implementation", lambda case, name, device: raises)
     suite.row(case, "compiled")
+    suite.row(case, "compiled")  # compiling it fails once, and not once a case
     monkeypatch.setattr(bench, "implementation", lambda case, name, device: lambda *args, **kwargs: time.sleep(5))
     started = time.monotonic()
     suite.row(case, "reference")
@@ -221,6 +222,7 @@ def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_rea
     assert suite.rows == [] and suite.inaccurate == []
     assert suite.left_out == [
         "composite rays_8 forward compiled: OutOfMemoryError: all of it",
+        "composite rays_8 forward compiled: not compiled, see above",
         "composite rays_8 forward reference: TimeoutError: more than 0 s",
         "composite rays_8 forward reference: no time left (--seconds)",
     ]
