@@ -6,6 +6,7 @@ The mesh is read from its GLB file as any program would read it, rasterised with
 field as it renders: intersection over union of the two silhouettes (of the field: where a ray is more than half
 opaque), and PSNR where both are seen, of the field's colours without what shines through from behind; once more where
 the field is opaque (19 parts of 20), since what is translucent no surface can show. Wanted: 0.95, and 25 dB.
+The field's rays take more samples than in the run, whose noise is none of the mesh's.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from dream_fast.engine.workspace import Workspace
 
 NEAR = 0.1
 OPAQUE = 0.95
+FINER = 4  # times the samples of a ray
 
 
 class Textured(NamedTuple):
@@ -102,7 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows = []
     for path in args.workspaces:
-        config = Workspace(path).stored_config().override({"device": args.device, "workspace": str(path), "test": True})
+        stored = Workspace(path).stored_config()
+        looking = {"device": args.device, "workspace": str(path), "test": True}
+        config = stored.override(looking | {"max_steps": FINER * stored.render.max_steps})
         trainer = finished(config, path)
         glb = args.out / path.name / "mesh.glb"
         with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
