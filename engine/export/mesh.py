@@ -72,10 +72,13 @@ def write_textured(
     baked = bake(
         field, mesh, atlas, texture_resolution, volume, progress=lambda part: progress(start + (end - start) * part)
     )
-    with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(_Png, (one for one in baked if one is not None)))
-    vertices, normals = mesh.vertices[atlas.source], smooth_normals(mesh)[atlas.source]
     paths = mesh_paths(path, normals=baked.normal is not None)
+    names = [path.name for path in paths]
+    with ThreadPoolExecutor() as pool:  # pictures are packed while the text is written
+        encoded = pool.map(_Png, (one for one in baked if one is not None))
+        vertices, normals = mesh.vertices[atlas.source], smooth_normals(mesh)[atlas.source]
+        text = _obj(vertices, normals, atlas.uv, atlas.faces, names[2])
+        pictures = list(encoded)
     material = trimesh.visual.material.PBRMaterial(
         baseColorTexture=pictures[0],
         normalTexture=pictures[1] if len(pictures) == 2 else None,
@@ -87,8 +90,7 @@ def write_textured(
     shape = trimesh.Trimesh(vertices, atlas.faces, vertex_normals=normals, visual=visual, process=False)
     with written_together(paths) as (glb, obj, mtl, *pngs):
         shape.export(glb, file_type="glb", include_normals=True)
-        names = [path.name for path in paths]
-        obj.write_text(_obj(vertices, normals, atlas.uv, atlas.faces, names[2]), encoding="ascii")
+        obj.write_text(text, encoding="ascii")
         mtl.write_text(_mtl(*names[3:]), encoding="ascii")
         for png, picture in zip(pngs, pictures, strict=True):
             png.write_bytes(picture.data)
@@ -118,9 +120,14 @@ def _mtl(albedo: str, normal: str | None = None) -> str:
 
 def _obj(vertices: np.ndarray, normals: np.ndarray, uv: np.ndarray, faces: np.ndarray, material: str) -> str:
     """A mesh in Wavefront's form; its indices begin at 1."""
-    parts = [f"mtllib {material}"]
+    parts = [f"mtllib {material}\n"]
     for word, rows in (("v", vertices), ("vt", uv), ("vn", normals)):
-        parts += [f"{word} " + " ".join(f"{number:.7g}" for number in row) for row in rows.tolist()]
-    parts.append("usemtl surface")
-    parts += ["f " + " ".join(f"{index}/{index}/{index}" for index in row) for row in (faces + 1).tolist()]
-    return "\n".join(parts) + "\n"
+        parts.append(_lines(f"{word}{' %.7g' * rows.shape[1]}\n", rows))
+    parts.append("usemtl surface\n")
+    parts.append(_lines("f %d/%d/%d %d/%d/%d %d/%d/%d\n", np.repeat(faces + 1, 3, axis=1)))
+    return "".join(parts)
+
+
+def _lines(form: str, rows: np.ndarray) -> str:
+    """Each row in this form. All at once: row by row it takes four times as long."""
+    return form * len(rows) % tuple(rows.ravel().tolist())
