@@ -1,6 +1,7 @@
 """The ahead-of-time gate: every kernel compiled as a GPU would, beside the golden file, and faults planted in it."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -237,6 +238,31 @@ def test_the_kernels_are_as_in_the_golden_file(compiled):
         pytest.skip(reason)  # registers belong to one compiler; the version that CI pins has its file and is compared
     told = aot.differences(aot.load_golden(), aot.gated(compiled))
     assert told == [], "better or worse? If better: python -m dream_fast.bench aot --write\n" + "\n".join(told)
+
+
+def starts(code: str) -> list[str]:
+    """What the products of a kernel start from, other than zero and another product."""
+    products = dict(re.findall(r"(%\S+) = tt\.dot \S+ \S+ (%\S+) :", code))
+    assert products
+    return [start for start in products.values() if start not in products and not start.startswith("%cst")]
+
+
+@jit
+def _biased_product_kernel(a_ptr, b_ptr, SIZE: tl.constexpr):
+    column = tl.arange(0, SIZE)[None, :]
+    at = tl.arange(0, SIZE)[:, None] * SIZE + column
+    product = tl.dot(tl.load(a_ptr + at), tl.load(a_ptr + at), input_precision="ieee")
+    tl.store(b_ptr + at, product + tl.load(a_ptr + column))
+
+
+def test_no_product_of_fp32_starts_from_a_bias():
+    """Its steps would round at the size of the bias, which normals by differences show on a GPU and nowhere else."""
+    forward = next(one for one in aot.record("field/float32") if one.kernel.__name__ == "field_fwd_kernel")
+    assert starts(aot.compile_launch(forward, "sm_90").asm["ttir"]) == []
+    with recorded_launches() as launches:
+        a = torch.zeros(32, 32)
+        launch(_biased_product_kernel, (1,), a.device, a_ptr=a, b_ptr=a, SIZE=32)
+    assert starts(aot.compile_launch(launches[0], "sm_90").asm["ttir"])
 
 
 @pytest.mark.parametrize("target", ["gfx942", "sm_100"])
