@@ -36,14 +36,13 @@ from torch import Tensor
 
 from dream_fast.bench.judge import WEIGHTS, Judge, load_judge, verdicts
 from dream_fast.engine.camera import turntable
-from dream_fast.engine.config import Config, GuidanceConfig
+from dream_fast.engine.config import Config, GuidanceConfig, read_values
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS, find_object
 from dream_fast.engine.runtime import Runtime, choose_runtime, machine
-from dream_fast.engine.schedule import LinearSchedule
 from dream_fast.engine.trainer import Trainer
 from dream_fast.engine.workspace import Workspace
 
@@ -323,8 +322,7 @@ def read_settings(text: str) -> dict[str, object]:
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError(f"a JSON object, not {text}")
-    schedule = {name: LinearSchedule.parse(v) for name, v in found.items() if isinstance(v, str) and ":" in v}
-    return found | schedule
+    return read_values(found)
 
 
 def measure(

@@ -534,6 +534,12 @@ def _read(field: dataclasses.Field, value: Any) -> Any:
     return LinearSchedule.parse(value) if takes and isinstance(value, str) else value
 
 
+def read_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name as JSON holds them -> as :meth:`Config.override` takes them. UserError: a bad schedule."""
+    known = {field.name: field for _, field in settings()}
+    return {name: _read(known[name], value) if name in known else value for name, value in values.items()}
+
+
 def _shown(value: Any) -> Any:
     """A setting for a sentence: a range of schedules as they are typed."""
     found = isinstance(value, tuple) and any(isinstance(item, LinearSchedule) for item in value)

@@ -188,10 +188,12 @@ def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
     with pytest.raises(SystemExit):
         quality.main([*where, "--scores", "sds,dds"])
     assert "--scores takes some of sds,csd,asd,sdi,ism, not 'dds'" in capsys.readouterr().err
-    assert quality.read_settings('{"lambda_tv": "0.5:0:1:1.0"}') == {"lambda_tv": LinearSchedule(0.5, 0, 1, 1.0)}
+    read = quality.read_settings('{"lambda_tv": "0.5:0:1:1.0", "t_range": [0.1, 0.9]}')
+    assert read == {"lambda_tv": LinearSchedule(0.5, 0, 1, 1.0), "t_range": (0.1, 0.9)}
     wrongs = {
         '{"iters": 0}': "--iters must be",
         '{"itres": 7}': "unknown setting: itres",
+        '{"lambda_tv": "1:2"}': "'1:2' is no schedule",
         "[7]": "a JSON object",
         "{": "Expecting",
     }
