@@ -199,7 +199,7 @@ class Suite:
         self.inaccurate: list[str] = []
         self.verdicts: dict[tuple[Case, str], Verdict] = {}
         self.compiled: dict[str, Callable[..., Any]] = {}
-        self.not_compiled: set[str] = set()  # operators whose reference failed to compile, or took too long
+        self.not_compiled: set[tuple[str, str]] = set()  # operator and case that failed to compile, or took too long
         self.head = header(device)
 
     def operator(self, case: Case, name: str) -> Callable[..., Any]:
@@ -217,7 +217,7 @@ class Suite:
         if limit <= 0:
             self.left_out.append(f"{what}: no time left (--seconds)")
             return
-        if name == "compiled" and case.op in self.not_compiled:
+        if name == "compiled" and (case.op, case.case) in self.not_compiled:
             self.left_out.append(f"{what}: not compiled, see above")
             return
         try:
@@ -241,7 +241,7 @@ class Suite:
             reason = f"{what}: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"[:300]
             (self.inaccurate if name == "triton" else self.left_out).append(reason)
             if name == "compiled":
-                self.not_compiled.add(case.op)
+                self.not_compiled.add((case.op, case.case))
             print(reason, flush=True)
         else:
             self.rows.append(found)

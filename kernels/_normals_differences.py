@@ -2,7 +2,8 @@
 
 The seven points of a sample (taps: the centre, then plus and minus a step along x, y and z) run one after the other
 through one encoding and MLP. Forward keeps the gradient of sigma, so that backward, which recomputes the rest, needs
-each tap once; what goes into the table is written tap by tap, so that rays stay in order.
+each tap once; what goes into the table is written tap by tap of a tile: rays stay in order there, and the taps, which
+cancel, meet soon, so that sums of them in any order stay small and round less.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ def _unit(x, tap, scale):
     """World coordinate of a tap -> unit coordinate; rounding does not push a tap out of the cube."""
     u = x * scale + 0.5
     return tl.where(tap == 0, u, tl.minimum(tl.maximum(u, 0.0), 1.0))
+
+
+@jit
+def _column(tile, lane, tap, TILE: tl.constexpr):
+    """Where a tap of a point is written: the taps of a tile one after the other, the centre's, the largest, last."""
+    return (tile * _TAPS + (_TAPS - 1 - tap)) * TILE + lane
 
 
 @jit
@@ -156,7 +163,7 @@ def differences_bwd_kernel(
     """Each program takes a run of (tile, tap) pairs and adds up what layers FIRST to LAST get.
 
     With FIRST = 0 also writes to_features [L * F, columns], positions [columns, 3] and to_raw [columns] (may be None)
-    at column (TAPS - 1 - tap) * (padded number of points) + point, and to `rows` how many columns those are.
+    with the taps of a tile side by side, as `_column` says, and to `rows` how many columns those are.
     """
     DTYPE: tl.constexpr = parameters.dtype.element_ty
     SINGLE: tl.constexpr = DTYPE == tl.float32
@@ -202,7 +209,7 @@ def differences_bwd_kernel(
         gradients, into_features = mlp_backward(to_outputs, hidden, weights, DTYPE, LAYERS, FEATURES)
         sums = mlp_accumulate(sums, features, hidden, gradients, BLOCK, DTYPE, FIRST, LAST, LAYERS, FEATURES)
         if FIRST == 0:
-            column = (_TAPS - 1 - tap) * (tiles * BLOCK) + row  # what is largest comes last: the sums round less
+            column = _column(item // _TAPS, tl.arange(0, BLOCK), tap, BLOCK)
             every = row >= 0
             store_channels(to_features, into_features, column, every, columns, LEVELS, FEATURES, PADDED)
             store_vector(positions, column, every, u, v, w)
@@ -219,7 +226,6 @@ def differences_points_kernel(
     to_units,
     to_raw,
     count,
-    rows,
     out,
     n,
     scale,
@@ -228,12 +234,12 @@ def differences_points_kernel(
     blob_density,
     blob_radius,
     SOFTPLUS: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients into the taps' unit coordinates [columns, 3] and logits [columns] -> into the points [n, 3]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = row < limit_rows(count, n)
-    stride = tl.load(rows) // _TAPS
     x0, y0, z0 = load_vector(x, row, live)
     gx = tl.zeros((BLOCK,), tl.float32)
     gy = tl.zeros((BLOCK,), tl.float32)
@@ -242,7 +248,7 @@ def differences_points_kernel(
         px, free_x = _step(x0, tap, 1, epsilon, bound)
         py, free_y = _step(y0, tap, 3, epsilon, bound)
         pz, free_z = _step(z0, tap, 5, epsilon, bound)
-        column = (_TAPS - 1 - tap) * stride + row
+        column = _column(row // TILE, row % TILE, tap, TILE)
         along = tl.load(to_raw + column, mask=live, other=0.0)
         along *= blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)
         ux, uy, uz = load_vector(to_units, column, live)

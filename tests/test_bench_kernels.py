@@ -212,7 +212,7 @@ def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_rea
 
     monkeypatch.setattr(bench, "implementation", lambda case, name, device: raises)
     suite.row(case, "compiled")
-    suite.row(case, "compiled")  # compiling it fails once, and not once a case
+    suite.row(case, "compiled")  # compiling it fails once, and not once a mode
     monkeypatch.setattr(bench, "implementation", lambda case, name, device: lambda *args, **kwargs: time.sleep(5))
     started = time.monotonic()
     suite.row(case, "reference")
