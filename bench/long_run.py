@@ -70,8 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     while done < args.steps:
         end = min(args.steps, done + args.piece)
         typed = {"text": "a hamburger", "iters": end, "seed": 0, "workspace": str(args.workspace), "six_views": True}
+        typed |= {"device": args.device, "fp16": True}
         with mock.patch.object(trainer.Trainer, "_row", row):
-            run.run(resolve(typed | {"device": args.device}, "dream-mini", args.device))
+            run.run(resolve(typed, "dream-mini", args.device))
         rows = [json.loads(line) for line in (args.workspace / "metrics.jsonl").read_text().splitlines()]
         begin = json.loads((args.workspace / "manifest.json").read_text())["runs"][-1]["from_step"]
         rows = [made | {"in_piece": made["step"] - begin} for made in rows if made["step"] > begin and "files" in made]

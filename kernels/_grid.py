@@ -6,8 +6,9 @@ a tangent t of the coordinates: the gradients of sum_f g_f (t . d enc_f / du).
 
 Legend: N points, L levels, F features a level; features are stored by channel, [L * F, N].
 Units: u = x * scale + shift is in [0,1] inside the scene cube; points outside contribute nothing.
-Numerics: everything in fp32. Sums into the table are atomic, in any order, unless `deterministic`: then they are whole
-numbers of 2^-s, s chosen on the device so that nothing overflows, and whole numbers add up the same in any order.
+Numerics: everything in fp32. Sums into the table are atomic, in any order, unless `deterministic`, or where fp32
+features of many points go into few rows: then they are whole numbers of 2^-s, s chosen on the device so that nothing
+overflows, and whole numbers add up the same in any order.
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ def _scatter_kernel(
     _flush(grad, cell, numbers, a, b, cell[0] >= 0, factor, FEATURES, WIDTH)
 
 
-def _scatter_config(n: int, features: int, deterministic: bool) -> dict[str, int]:
+def _scatter_config(n: int, features: int, whole: bool) -> dict[str, int]:
     """Lanes a program, rows a lane, numbers an atomic, warps.
 
     A longer run merges more and leaves fewer lanes: few rows need them all. Runs of 8 and 32, and loads of several
@@ -247,7 +248,7 @@ def _scatter_config(n: int, features: int, deterministic: bool) -> dict[str, int
     """
     width = {1: 1, 2: 4, 4: 2}[features]
     run = 4 if n < 1 << 17 else 16
-    return {"BLOCK": 128, "RUN": run, "WIDTH": 1 if deterministic else width, "num_warps": 4}
+    return {"BLOCK": 128, "RUN": run, "WIDTH": 1 if whole else width, "num_warps": 4}
 
 
 def _largest(value: Tensor, count: Tensor | None) -> Tensor:
@@ -291,7 +292,10 @@ def scatter_features(
     if n == 0:
         return torch.zeros(spec.rows, spec.features, device=x.device) if out is None else out
     factor = inverse = None
-    if deterministic:
+    # In fp32 the roundings of a thousand sums into one row would be more than torch's, which adds corner by corner.
+    single = all(part is None or part.dtype == torch.float32 for part in (features, tangent_features))
+    whole = deterministic or (single and n > spec.rows)
+    if whole:
         bound = torch.zeros((), device=x.device)
         if features is not None:
             bound = bound + _largest(features, count)
@@ -301,10 +305,10 @@ def scatter_features(
             bound = bound + _largest(tangent_features, count) * reach
         factor, inverse = fixed_point(bound * n)
     grad = out
-    if deterministic or out is None:
-        dtype = torch.int64 if deterministic else torch.float32
+    if whole or out is None:
+        dtype = torch.int64 if whole else torch.float32
         grad = torch.zeros(spec.rows, spec.features, device=x.device, dtype=dtype)
-    config = _scatter_config(n, spec.features, deterministic)
+    config = _scatter_config(n, spec.features, whole)
     blocks = -(-n // (config["BLOCK"] * config["RUN"]))
     padded = blocks * config["BLOCK"] * config["RUN"]
     coordinates = torch.empty(3, padded, device=x.device)
@@ -340,7 +344,7 @@ def scatter_features(
         SMOOTH=spec.interpolation == "smoothstep",
         **config,
     )
-    if deterministic:
+    if whole:
         grad = grad.float() * inverse
         return grad if out is None else out.add_(grad)
     return grad

@@ -3,7 +3,7 @@
 The seven points of a sample (taps: the centre, then plus and minus a step along x, y and z) run one after the other
 through one encoding and MLP. Forward keeps the gradient of sigma, so that backward, which recomputes the rest, needs
 each tap once; what goes into the table is written tap by tap of a tile: rays stay in order there, and the taps, which
-cancel, meet soon, so that sums of them in any order stay small and round less.
+cancel, meet soon, so that their sums stay small and round less.
 """
 
 from __future__ import annotations

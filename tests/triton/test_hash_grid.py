@@ -106,6 +106,7 @@ def test_widths_of_atomics_and_runs(device, width, run, monkeypatch):
     config = {"BLOCK": 32, "RUN": run, "WIDTH": width, "num_warps": 1}
     monkeypatch.setattr(GRID, "_scatter_config", lambda *_: config)
     x, table, upstream, _ = inputs(TINY, 129, device)
+    upstream = upstream.half()  # in fp32 so many points into so few rows would be whole numbers
     grads = []
     for dtype in (torch.float32, torch.float64):
         leaf = table.detach().clone().to(dtype).requires_grad_()
@@ -113,6 +114,17 @@ def test_widths_of_atomics_and_runs(device, width, run, monkeypatch):
         grads.append(leaf.grad)
     features = upstream.t().contiguous()
     check("table", GRID.scatter_features(x, TINY, scale=1.0, shift=0.0, features=features), *grads)
+
+
+def test_many_points_into_few_rows_add_up_the_same_in_any_order(device):
+    """What lanes write, each the sum of its run, is added as whole numbers in fp32."""
+    x, _, upstream, _ = inputs(TINY, 300, device)
+    runs = torch.arange(300, device=device).view(-1, GRID._scatter_config(300, 2, True)["RUN"])
+    grads = [
+        GRID.scatter_features(x[rows], TINY, scale=1.0, shift=0.0, features=upstream[rows].t().contiguous())
+        for rows in (runs.flatten(), runs.flip(0).flatten())
+    ]
+    assert grads[0].any() and torch.equal(*grads)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
