@@ -38,7 +38,8 @@ QUICK_CASES = (
     *("vae_512x512x128", "vae_512x512x128_channels_last", "vae_64x64x512", "vae_64x64x512_channels_last"),
     "mesh_50k_512",
 )
-PEER_CASES = (*QUICK_CASES, "unet_64x64x320", "unet_64x64x320_channels_last")
+# Judging and timing the reference of a frame does not end in 200 s.
+PEER_CASES = (*(set(QUICK_CASES) - {"frame_800"}), "unet_64x64x320", "unet_64x64x320_channels_last")
 # Operators whose references ask the host for nothing, so that their peers run from a CUDA graph as well.
 CAPTURABLE = ("group_norm_silu", "bias_residual")
 

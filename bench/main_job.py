@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     record = {
         "seconds": round(seconds, 1),
+        "seconds_of": manifest["seconds_of"],
         "host_peak_bytes": peak,
         "peak_bytes": manifest["peak_bytes"],
         "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,

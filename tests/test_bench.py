@@ -270,7 +270,7 @@ def test_the_main_job_runs_the_command_and_records_it(tmp_path, monkeypatch):
         commands.append(words)
         workspace = Path(words[words.index("--workspace") + 1])
         workspace.mkdir()
-        runs = [{"peak_bytes": {"host": 1}}, {"peak_bytes": {"host": 2}}]
+        runs = [{"peak_bytes": {"host": n}, "seconds_of": {"start": n, "steps": 3.0, "outputs": 4.0}} for n in (1, 2)]
         (workspace / "manifest.json").write_text(json.dumps({"runs": runs}))
         return SimpleNamespace(returncode=0)
 
@@ -280,6 +280,7 @@ def test_the_main_job_runs_the_command_and_records_it(tmp_path, monkeypatch):
     assert words[words.index("--text") + 1] == "a hamburger" and {"-O", "--save_mesh"} <= set(words)
     record = json.loads((tmp_path / "out" / "main_job-cpu.json").read_text())
     assert record["peak_bytes"] == {"host": 2} and record["gpu"] is None
+    assert record["seconds_of"] == {"start": 2, "steps": 3.0, "outputs": 4.0}
     assert record["seconds"] >= 0 and record["host_peak_bytes"] > 0 and record["torch"] == torch.__version__
 
 
