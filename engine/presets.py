@@ -79,7 +79,7 @@ def mini_cpu_defaults() -> Config:
     """dream-mini on a CPU: a small field and small pictures, so that two cores finish in minutes."""
     return Config().override(
         dict(
-            iters=900,
+            iters=750,
             radius_range=(3.0, 3.5),
             theta_range=(50.0, 95.0),
             fovy_range=(20.0, 26.0),
