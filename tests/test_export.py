@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+import uvunwrap
 from PIL import Image
 from skimage import measure
 
@@ -298,6 +300,28 @@ def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypa
     monkeypatch.setitem(sys.modules, "xatlas", None)
     with pytest.raises(UserError, match="pip install uvunwrap"):
         atlas.unwrap(shape, 64)
+
+
+@pytest.mark.parametrize("panics", [1, 2])
+def test_a_panic_of_uvunwrap_is_tried_from_the_other_end_and_then_left_to_xatlas(panics, monkeypatch, capfd):
+    shape = surface.marching_tetrahedra(SHAPES["sphere"][0](grid(12)), 0.0)
+    generate, xatlas, calls = uvunwrap.generate, atlas._unwrap_by_xatlas, []
+    panic = type("PanicException", (BaseException,), {})
+
+    def unreliable(meshes, **options):
+        calls.append("uvunwrap")
+        if len(calls) <= panics:
+            os.write(2, b"thread panicked, stack backtrace")
+            raise panic("index out of bounds")
+        return generate(meshes, **options)
+
+    monkeypatch.setattr(uvunwrap, "generate", unreliable)
+    monkeypatch.setattr(atlas, "_unwrap_by_xatlas", lambda *of: calls.append("xatlas") or xatlas(*of))
+    laid = atlas.unwrap(shape, 64)
+    assert calls == ["uvunwrap", "uvunwrap"] + ["xatlas"] * (panics - 1)
+    assert np.array_equal(laid.source[laid.faces], shape.faces)  # in the mesh's order
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"
 
 
 @pytest.mark.parametrize("fault", ["the last file", "the disk, when the files are flushed"])

@@ -3,6 +3,9 @@
 Texture coordinates (u, v) are in [0, 1] with v up, so that row 0 of a picture is v = 1.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -25,15 +28,37 @@ class Atlas(NamedTuple):
 def unwrap(mesh: Mesh, resolution: int) -> Atlas:
     """Lay the mesh out for a picture of resolution^2 texels, by uvunwrap or, where that cannot, xatlas."""
     vertices, faces = mesh.vertices.astype(np.float32), mesh.faces.astype(np.uint32)
-    try:
-        return _unwrap_by_uvunwrap(vertices, faces, resolution)
-    except ImportError:
-        pass
-    except BaseException as error:
-        # Its Rust panics on some surfaces full of splinters, with an exception that is none of Python's errors.
-        if type(error).__name__ not in ("PanicException", "UnwrapError"):
-            raise
+    # Its Rust panics on some surfaces full of splinters; from their last triangle to the first it starts elsewhere.
+    for order in (slice(None), slice(None, None, -1)):
+        try:
+            with _panics_unheard():
+                laid = _unwrap_by_uvunwrap(vertices, np.ascontiguousarray(faces[order]), resolution)
+            return laid._replace(faces=laid.faces[order])
+        except ImportError:
+            break
+        except BaseException as error:
+            # A panic is none of Python's errors.
+            if type(error).__name__ not in ("PanicException", "UnwrapError"):
+                raise
     return _unwrap_by_xatlas(vertices, faces, resolution)
+
+
+@contextmanager
+def _panics_unheard() -> Iterator[None]:
+    """With standard error shut: Rust prints a panic there, and a page of its stack, before it is raised."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # shut already
+        yield
+        return
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _unwrap_by_uvunwrap(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Atlas:
