@@ -179,8 +179,7 @@ def test_a_disk_that_is_really_full(tmp_path, tiny_model, often, capsys):
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)]
     if subprocess.run(mount, capture_output=True).returncode:
-        # A mount is the system's to allow; who is not root has the test above, which limits the size of files.
-        pytest.skip("only root may mount a small disk; the test above limits the size of files instead")
+        pytest.skip("only root may mount a small disk")  # who is not has the test above, which limits the size of files
     try:
         assert main(command(small / "trial", tiny_model)) == 2
         error = sentence(capsys)

@@ -23,8 +23,8 @@ def pytest_collection_modifyitems(items):
         if HERE in item.path.parents:
             item.add_marker("gpu")
             if INTERPRETED and (marker := item.get_closest_marker("full_size")):
-                # What only the real device has (graphs, streams, its memory) or what would take the interpreter hours.
-                item.add_marker(pytest.mark.skip(reason=f"only on a GPU: {marker.args[0]}"))
+                reason = f"only on a GPU: {marker.args[0]}"  # graphs, streams, its memory; or hours when interpreted
+                item.add_marker(pytest.mark.skip(reason=reason))  # not left out: `pytest -m gpu` runs it there
 
 
 @pytest.fixture
