@@ -122,8 +122,14 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def seed_libraries(seed: int) -> None:
-    """Seeds the global generators of torch, numpy and Python, from which a library may draw behind our back."""
-    torch.manual_seed(seed)
+    """Seeds the global generators of torch, numpy and Python, from which a library may draw behind our back.
+
+    torch's are those of the CPU and of a GPU in use: torch.manual_seed turns to other kinds of device as well and
+    writes down who asked, for 0.14 ms of every step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
     np.random.seed(seed % (1 << 32))
     random.seed(seed)
 

@@ -292,9 +292,10 @@ def scatter_features(
     if n == 0:
         return torch.zeros(spec.rows, spec.features, device=x.device) if out is None else out
     factor = inverse = None
-    # Thousands of sums into one row lose in fp32 what the addends still have: 5e-6 of the largest, for 3e-7.
+    # A thousand sums and more into a row of the coarsest level lose in fp32 what the addends still have: 5e-6 of the
+    # largest, for 3e-7.
     single = all(part is None or part.dtype == torch.float32 for part in (features, tangent_features))
-    whole = deterministic or (single and n > spec.rows)
+    whole = deterministic or (single and 8 * n > 1000 * spec.offsets[1])
     if whole:
         bound = torch.zeros((), device=x.device)
         if features is not None:

@@ -14,6 +14,8 @@ from dream_fast.engine.config import CameraConfig
 from dream_fast.engine.export.files import written_aside
 from dream_fast.engine.renderer import Renderer, View
 
+PNG_LEVEL = 4  # of zlib; its default, 6, takes up to twice the time for at most 3 % fewer bytes
+
 
 def to_uint8(image: Tensor) -> np.ndarray:
     """Values in [0, 1], any shape, as rounded uint8 on the host."""
@@ -27,7 +29,7 @@ def save_png(path: Path, image: Tensor | np.ndarray, texts: Mapping[str, str] | 
     for name, text in (texts or {}).items():
         info.add_text(name, text)
     with written_aside(path) as aside:
-        Image.fromarray(pixels).save(aside, pnginfo=info)
+        Image.fromarray(pixels).save(aside, pnginfo=info, compress_level=PNG_LEVEL)
 
 
 def save_grid(path: Path, images: Tensor, texts: Mapping[str, str] | None = None) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dream_fast.engine.export.atlas import unwrap
 from dream_fast.engine.export.files import written_together
+from dream_fast.engine.export.images import PNG_LEVEL
 from dream_fast.engine.export.surface import Mesh, Volume, log_density_volume, simplify, smooth_normals, surface_of
 from dream_fast.engine.export.texture import bake
 from dream_fast.engine.scene_field import SceneField
@@ -104,8 +105,7 @@ class _Png:
 
     def __init__(self, pixels: np.ndarray):
         out = io.BytesIO()
-        # Level 6, the default, takes more than twice the time for 3 % fewer bytes.
-        Image.fromarray(pixels).save(out, format="PNG", compress_level=4)
+        Image.fromarray(pixels).save(out, format="PNG", compress_level=PNG_LEVEL)
         self.data = out.getvalue()
 
     def save(self, file: BinaryIO, format: str) -> None:

@@ -35,7 +35,7 @@ SIDES = (384, 288, 192, 128)  # pixels along the longer edge of a picture, from 
 MOST_FRAMES = 48  # of the turntable
 MOST_STRIPS = 4  # pictures of the run
 MOST_GUIDANCE = 6
-QUALITY = 82  # of WebP
+QUALITY, EFFORT = 82, 2  # of WebP; more effort, 4, takes twice the time for 3 % fewer bytes
 KINDS = ("colour", "normals", "depth")  # in a frame of the turntable, from left to right
 
 
@@ -88,7 +88,7 @@ def text(value: Any) -> str:
 def _webp(picture: Image.Image) -> str:
     """A data URI."""
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "WEBP", quality=QUALITY, method=4)
+    picture.convert("RGB").save(file, "WEBP", quality=QUALITY, method=EFFORT)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -118,10 +118,11 @@ def test_widths_of_atomics_and_runs(device, width, run, monkeypatch):
 
 def test_many_points_into_few_rows_add_up_the_same_in_any_order(device):
     """What lanes write, each the sum of its run, is added as whole numbers in fp32."""
-    x, _, upstream, _ = inputs(TINY, 300, device)
-    runs = torch.arange(300, device=device).view(-1, GRID._scatter_config(300, 2, True)["RUN"])
+    spec = HashGridSpec(levels=2, features=2, log2_entries=3, base_resolution=2, max_resolution=5)
+    x, _, upstream, _ = inputs(spec, 1200, device)
+    runs = torch.arange(1200, device=device).view(-1, GRID._scatter_config(1200, 2, True)["RUN"])
     grads = [
-        GRID.scatter_features(x[rows], TINY, scale=1.0, shift=0.0, features=upstream[rows].t().contiguous())
+        GRID.scatter_features(x[rows], spec, scale=1.0, shift=0.0, features=upstream[rows].t().contiguous())
         for rows in (runs.flatten(), runs.flip(0).flatten())
     ]
     assert grads[0].any() and torch.equal(*grads)
