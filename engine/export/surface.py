@@ -1,12 +1,8 @@
 """The scene's surface as a closed triangle mesh: taken from the density, cleaned and simplified.
 
-The density is sampled on a grid and its iso-surface taken by marching tetrahedra: each cube of the grid is cut into
-six tetrahedra around its main diagonal (Kuhn's subdivision, the same in every cube, so neighbours agree on their shared
-faces), and each tetrahedron yields no, one or two triangles. No case is ambiguous, so the surface is a closed manifold;
-the grid is padded with empty space to close it at the border too. Source: Doi and Koide, 1991.
-
-The grid is filled from coarse to fine: every second point of it or so shows where the surface may be, and only there
-the others are looked at (the cells with a corner on either side, and those around them).
+The density is sampled on a grid and its iso-surface taken by marching cubes. The grid is filled from coarse to fine:
+every second point of it or so shows where the surface may be, and only there the others are looked at (the cells with a
+corner on either side, and those around them).
 
 Simplification is by quadric error (Garland and Heckbert, 1997), through fast-simplification.
 Triangles run counter-clockwise seen from outside.
@@ -14,8 +10,7 @@ Triangles run counter-clockwise seen from outside.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
-from itertools import permutations, product
+from itertools import product
 from typing import NamedTuple
 
 import fast_simplification
@@ -25,15 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.marching_cubes import marching_cubes
 from dream_fast.engine.scene_field import SceneField
-from dream_fast.engine.tets import triangle_table
 
 SMALLEST_COMPONENT = 0.02  # of the area of the largest; smaller ones are floaters
 LAYER_POINTS = 1 << 22  # of the grid that are looked at together
 FINEST_WHOLE = 128  # points along an edge at which all of the grid is looked at
 NEAR = 3.0  # of log density on either side of the surface that it is taken from: thin parts stand smoothing so
 MOST_PASSES = 8  # of smoothing
-EDGE_MARGIN = 0.02  # a vertex keeps this part of its edge from both ends, so that no triangle collapses
 
 
 class NoSurface(UserError):
@@ -45,81 +39,6 @@ class Mesh(NamedTuple):
 
     vertices: np.ndarray  # [V, 3] float, world units
     faces: np.ndarray  # [T, 3] int64, counter-clockwise seen from outside
-
-
-# ---------------------------------------------------------------------------------------------- marching tetrahedra
-
-
-@lru_cache(maxsize=1)
-def _tetrahedra() -> np.ndarray:
-    """Six tetrahedra of the unit cube as corners [6, 4, 3], each with positive volume."""
-    cells = []
-    for order in permutations(range(3)):
-        corners = np.zeros((4, 3), dtype=np.int64)
-        for step, axis in enumerate(order):
-            corners[step + 1] = corners[step]
-            corners[step + 1, axis] = 1
-        if np.linalg.det(corners[1:] - corners[0]) < 0:
-            corners = corners[[0, 2, 1, 3]]
-        cells.append(corners)
-    return np.stack(cells)
-
-
-def marching_tetrahedra(volume: np.ndarray, level: float) -> Mesh:
-    """The surface volume = level around the region above it, for values [X, Y, Z] on a grid of unit spacing.
-
-    Vertices are in grid coordinates. Outside the grid counts as below the level. Empty where nothing is above.
-    Beside the volume and the surface it needs the memory of some layers.
-    """
-    shape = np.array(volume.shape) + 2  # with empty space around it
-    strides = np.array([shape[1] * shape[2], shape[2], 1])
-    outside = min(float(volume.min()), level - 1)
-    layers = max(1, LAYER_POINTS // int(strides[0]))
-    keys, points, corners = [], [], []
-    for first in range(0, int(shape[0]) - 1, layers):
-        last = min(first + layers, int(shape[0]) - 1)  # cubes from layer `first` to `last`
-        padded = np.full((last + 1 - first, *shape[1:]), outside, dtype=np.float32)
-        low, high = max(first - 1, 0), min(last, int(shape[0]) - 2)
-        padded[low + 1 - first : high + 1 - first, 1:-1, 1:-1] = volume[low:high]
-        found, place, edges = _crossings(padded, level, strides)
-        keys.append(found + first * strides[0] * np.array([1, 1]))
-        points.append(place + np.array([first, 0, 0]))
-        corners.append(edges + sum(map(len, keys[:-1])))
-    # Slabs share the vertices of the layer between them.
-    keys, points, corners = np.concatenate(keys), np.concatenate(points), np.concatenate(corners)
-    _, first, number = np.unique(keys[:, 0] * int(shape.prod()) + keys[:, 1], return_index=True, return_inverse=True)
-    return Mesh(points[first] - 1.0, number[corners].reshape(-1, 3))
-
-
-def _crossings(volume: np.ndarray, level: float, strides: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vertices of the surface in a slab: the grid points of their edges [V, 2], places [V, 3], triangles [T * 3]."""
-    inside = volume > level
-    shape = np.array(volume.shape)
-    flat_volume, flat_inside = volume.reshape(-1), inside.reshape(-1)
-
-    # Cubes with corners on both sides.
-    corners_inside = np.zeros(shape - 1, dtype=np.int8)
-    for dx, dy, dz in np.ndindex(2, 2, 2):
-        corners_inside += inside[dx : shape[0] - 1 + dx, dy : shape[1] - 1 + dy, dz : shape[2] - 1 + dz]
-    cubes = np.argwhere((corners_inside > 0) & (corners_inside < 8)) @ strides  # [A]
-
-    # Every triangle corner lies on an edge between two grid points: [number of triangles, 3, 2].
-    edges = []
-    for tetrahedron in _tetrahedra():
-        points = cubes[:, None] + tetrahedron @ strides  # [A, 4]
-        case = flat_inside[points] @ np.array([1, 2, 4, 8])
-        for number, triangles in triangle_table().items():
-            found = points[case == number]
-            edges += [found[:, np.array(triangle)] for triangle in triangles]
-    edges = np.concatenate(edges)
-
-    # Triangles that meet on an edge share its vertex.
-    keys, faces = np.unique(edges.min(axis=2) * len(flat_volume) + edges.max(axis=2), return_inverse=True)
-    low, high = keys // len(flat_volume), keys % len(flat_volume)
-    start, end = flat_volume[low], flat_volume[high]
-    part = ((level - start) / (end - start)).clip(EDGE_MARGIN, 1 - EDGE_MARGIN)[:, None]
-    place, other = (np.stack(np.unravel_index(ends, shape), axis=-1) for ends in (low, high))
-    return np.stack([low, high], axis=1), place + part * (other - place), faces.reshape(-1)
 
 
 # ------------------------------------------------------------------------------------------------------- components
@@ -374,7 +293,7 @@ def _cells_near(values: Tensor, level: float) -> Tensor:
 
 def surface_of(volume: Volume) -> Mesh:
     """The surface of a volume in world units, without floaters and cavities."""
-    mesh = visible_parts(marching_tetrahedra(volume.shape.numpy(), math.log(volume.level)))
+    mesh = visible_parts(Mesh(*marching_cubes(volume.shape.numpy(), math.log(volume.level))))
     return mesh._replace(vertices=mesh.vertices * volume.cell - volume.bound)
 
 
