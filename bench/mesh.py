@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from dream_fast import kernels
 from dream_fast.bench.quality import finished
 from dream_fast.engine.camera import SIX_VIEWS, Cameras, clip_positions, six_views
 from dream_fast.engine.export.images import save_grid
-from dream_fast.engine.export.mesh import write_mesh
+from dream_fast.engine.export.mesh import PARTS, write_mesh
 from dream_fast.engine.renderer import Renderer
 from dream_fast.engine.workspace import Workspace
 
@@ -92,6 +93,13 @@ def compare(renderer: Renderer, mesh: Textured, cameras: Cameras, size: int) -> 
     return Likeness(psnr(solid & covered), psnr(opaque), iou, torch.stack([before_white, colours]))
 
 
+def seconds_of(start: float, told: list[tuple[float, float]]) -> dict[str, float]:
+    """How long each part of the export took, from the moments at which `write_mesh` told how far it was."""
+    ends = [max(moment for part, moment in told if part < end + 1e-6) for end in (*PARTS, 1.0)]
+    parts = zip(("volume", "surface", "atlas", "pictures", "files"), pairwise([start, *ends]), strict=True)
+    return {name: round(after - before, 2) for name, (before, after) in parts}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench mesh", description=__doc__.split("\n\n")[0])
     parser.add_argument("workspaces", nargs="+", type=Path, metavar="WORKSPACE", help="of a finished run")
@@ -111,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         glb = args.out / path.name / "mesh.glb"
         with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
             start = time.perf_counter()
+            told = []
             surface = write_mesh(
                 glb,
                 trainer.field,
@@ -118,17 +127,20 @@ def main(argv: list[str] | None = None) -> int:
                 config.render.density_thresh,
                 decimate_target=args.decimate_target,
                 texture_resolution=args.texture_resolution,
+                progress=lambda part, told=told: told.append((part, time.perf_counter())),
             )
             seconds = time.perf_counter() - start
             cameras = six_views(config.camera, trainer.device)
             found = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, args.size)
         save_grid(glb.with_name("views.png"), found.pictures)
         row = {"workspace": path.name, "seconds": round(seconds, 2), "faces": len(surface.faces)}
+        row["seconds_of"] = seconds_of(start, told)
         for name, digits in (("psnr", 2), ("opaque_psnr", 2), ("iou", 4)):
             row[name] = dict(zip(SIX_VIEWS, (round(x, digits) for x in getattr(found, name)), strict=True))
         rows.append(row)
         print(
-            f"{path.name:24} {row['faces']} faces in {seconds:.1f} s; worst of six views: "
+            f"{path.name:24} {row['faces']} faces in {seconds:.1f} s "
+            f"({', '.join(f'{name} {part:.1f}' for name, part in row['seconds_of'].items())}); worst of six views: "
             f"PSNR {min(found.psnr):.1f} dB ({min(found.opaque_psnr):.1f} dB where the field is opaque), "
             f"IoU {min(found.iou):.3f}; {glb.with_name('views.png')}"
         )

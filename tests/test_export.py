@@ -129,6 +129,14 @@ def test_a_simpler_surface_is_closed_and_near(target):
     assert len(np.unique(simpler.faces)) == len(simpler.vertices)
 
 
+def test_the_parts_of_an_export_are_timed_by_what_it_tells():
+    volume, surface_, atlas_, pictures = mesh.PARTS
+    told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + pictures) / 2, 7.0)]
+    told += [(atlas_ + (pictures - atlas_), 8.0), (1.0, 9.5)]
+    parts = bench_mesh.seconds_of(0.5, told)
+    assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "pictures": 2.0, "files": 1.5}
+
+
 def test_triangles_that_lie_on_each_other_are_dropped():
     ball_ = iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
     flap = np.array([[ball_.faces[0, 0], ball_.faces[0, 1], len(ball_.vertices)]])

@@ -174,6 +174,8 @@ def test_a_rough_surface_stays_closed(faces):
     simpler = surface.simplify(full, faces)
     assert len(full.faces) > 3 * faces >= 3 * len(simpler.faces) and surface.is_closed(simpler)
     assert as_trimesh(simpler).volume == pytest.approx(as_trimesh(full).volume, rel=0.03)
+    merged = trimesh.Trimesh(simpler.vertices.astype(np.float32), simpler.faces, process=True)  # as its reader may
+    assert merged.is_watertight
 
 
 def test_no_target_keeps_all_triangles():
