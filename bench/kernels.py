@@ -15,9 +15,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from dream_fast.bench.gate import Verdict, judge, judged_case
 from dream_fast.bench.targets import GPU, TARGETS
 
 SCHEMA = 1
+IMPLEMENTATIONS = ("triton", "reference", "compiled")
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 # Cases that --quick times: one of each operator and kind of points.
@@ -254,12 +257,39 @@ class Suite:
             release(self.device)
 
 
+def compile_side_by_side(cases: Sequence[Case], device: str, seconds: float) -> None:
+    """Leaves in inductor's cache what the compiled peers of these cases need, each case by a process of its own."""
+    end = time.monotonic() + seconds
+
+    def compiled(what: tuple[str, str]) -> None:
+        left = max(1.0, end - time.monotonic())
+        with tempfile.TemporaryDirectory() as folder, suppress(subprocess.TimeoutExpired):
+            options = {"op": what[0], "case": what[1], "impl": "compiled", "peers": "all", "device": device, "ms": 1}
+            options |= {"seconds": left, "peer-seconds": left, "out": f"{folder}/rows.json"}
+            words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+            command = [sys.executable, "-P", "-m", "dream_fast.bench", "kernels", *words]
+            subprocess.run(command, timeout=left, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    different = list(dict.fromkeys((case.op, case.case) for case in cases))
+    # From the end, where those are that take longest.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        for number, _ in enumerate(pool.map(compiled, reversed(different)), start=1):
+            print(f"compiled {number} of {len(different)}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", help="only this operator (may be given several times)")
     parser.add_argument("--case", action="append", help="only this case (may be given several times)")
     parser.add_argument("--quick", action="store_true", help="one case a kind, no peers")
     parser.add_argument("--peers", choices=("none", "some", "all"), default="some", help="cases of the PyTorch peers")
+    parser.add_argument("--impl", action="append", choices=IMPLEMENTATIONS, help="only this one (also several times)")
+    parser.add_argument(
+        "--compile-seconds",
+        type=float,
+        default=0,
+        help="most time for compiling the peers side by side, before anything is timed; each takes minutes in turn",
+    )
     parser.add_argument("--out", type=Path, help="file to write (default results/<gpu>.json of the package)")
     parser.add_argument("--seconds", type=float, default=240, help="time after which no more rows are started")
     parser.add_argument("--peer-seconds", type=float, default=45, help="most time for a row of a peer")
@@ -277,20 +307,23 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         print("error: no such case; there are:", *sorted({f"{c.op}/{c.case}" for c in FULL}), file=sys.stderr)
         return 2
+    some = [case for case in cases if case.case in PEER_CASES]
+    peers = {"none": [], "some": some, "all": cases}["none" if args.quick else args.peers]
+    implementations = args.impl or IMPLEMENTATIONS
+    rows = {
+        "triton": cases if device.type == "cuda" else [],
+        "reference": cases if device.type == "cpu" else peers,
+        # The grids' references, which come first, take longest to compile: they come last here, as time may end.
+        "compiled": [case for case in reversed(peers) if case.case != NEVER_COMPILED],
+    }
+    if "compiled" in implementations and args.compile_seconds:
+        compile_side_by_side(rows["compiled"], args.device, args.compile_seconds)
     suite = Suite(device, seconds=args.seconds, peer_seconds=args.peer_seconds, milliseconds=args.ms)
     print(json.dumps(suite.head))
     print(HEAD)
-    if device.type == "cuda":
-        for case in cases:
-            suite.row(case, "triton")
-    some = [case for case in cases if case.case in PEER_CASES]
-    peers = {"none": [], "some": some, "all": cases}["none" if args.quick else args.peers]
-    for case in cases if device.type == "cpu" else peers:
-        suite.row(case, "reference")
-    # The grids' references, which come first, take longest to compile: they come last here, as time may end.
-    for case in reversed(peers):
-        if case.case != NEVER_COMPILED:
-            suite.row(case, "compiled")
+    for name in implementations:
+        for case in rows[name]:
+            suite.row(case, name)
     print(f"* ms on an {GPU}: the fastest CUDA peer, what ours must reach (! = not reached here), what it aims at")
     for reason in suite.left_out:
         print(f"left out: {reason}")

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import subprocess
 import time
 
 import pytest
@@ -226,6 +227,32 @@ def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_rea
         "composite rays_8 forward reference: TimeoutError: more than 0 s",
         "composite rays_8 forward reference: no time left (--seconds)",
     ]
+
+
+def test_peers_are_compiled_side_by_side_each_case_once(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def run(command, *, timeout, **_):
+        asked.append(command)
+        assert timeout <= 9
+        raise subprocess.TimeoutExpired(command, timeout)  # what takes too long is nobody's fault
+
+    cases = [
+        Case(op="composite", case="rays_8", mode="forward", dtype="float32"),
+        Case(op="composite", case="rays_8", mode="forward_backward", dtype="float32"),
+        Case(op="march", case="rays_8", mode="forward", dtype="float32"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.subprocess, "run", run)
+        bench.compile_side_by_side(cases, "cpu", 9)
+    assert sorted(command[command.index("--op") + 1] for command in asked) == ["composite", "march"]
+    # The other process takes these words, for the implementation that is named alone.
+    words = asked[0][asked[0].index("kernels") + 1 :]
+    assert words[words.index("--impl") + 1] == "compiled"
+    out = tmp_path / "rows.json"
+    words[words.index("--impl") + 1], words[words.index("--out") + 1] = "reference", str(out)
+    assert bench.main(words) == 0
+    assert {row["impl"] for row in json.loads(out.read_text())["rows"]} == {"reference"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the command measures for minutes and refuses nothing")
