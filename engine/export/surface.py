@@ -144,7 +144,7 @@ def _taken_apart(mesh: Mesh) -> Mesh:
 
 
 def _set_apart(mesh: Mesh) -> Mesh:
-    """Vertices at one place each a hundredth of an edge into their own sheet, or who merges by place joins the sheets."""
+    """Vertices at one place, each a hundredth of an edge into its own sheet: merging by place must not join them."""
     _, of, count = np.unique(mesh.vertices, axis=0, return_inverse=True, return_counts=True)
     shared = count[of.reshape(-1)] > 1
     a, b = mesh.vertices[mesh.faces[:, 0]], mesh.vertices[mesh.faces[:, 1]]
