@@ -33,10 +33,6 @@ def grid(n):
     return np.stack(np.meshgrid(*[np.linspace(-1, 1, n)] * 3, indexing="ij"), axis=-1)
 
 
-def iso_surface(volume, level):
-    return surface.Mesh(*marching_cubes.marching_cubes(volume, level))
-
-
 def ball(points, centre, radius):
     return radius - np.linalg.norm(points - np.array(centre), axis=-1)
 
@@ -59,7 +55,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_surfaces_are_closed_manifolds_that_face_outwards(name):
     function, euler = SHAPES[name]
-    result = iso_surface(function(grid(25)), 0.0)
+    result = surface.iso_surface(function(grid(25)), 0.0)
     shape = trimesh.Trimesh(result.vertices, result.faces, process=False)
     assert shape.is_watertight and shape.is_winding_consistent and surface.is_closed(result)
     assert shape.volume > 0
@@ -72,22 +68,22 @@ def test_surfaces_are_closed_manifolds_that_face_outwards(name):
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_a_surface_in_slabs_is_the_surface(layers, monkeypatch):
     volume = SHAPES["noise"][0](grid(12))
-    whole = iso_surface(volume, 0.0)
+    whole = surface.iso_surface(volume, 0.0)
     monkeypatch.setattr(marching_cubes, "LAYER_POINTS", layers * 14 * 14)
-    parts = iso_surface(volume, 0.0)
+    parts = surface.iso_surface(volume, 0.0)
     np.testing.assert_allclose(parts.vertices, whole.vertices)
     assert np.array_equal(*(np.unique(one.faces, axis=0) for one in (whole, parts)))
 
 
 def test_nothing_above_the_level_is_an_empty_mesh():
-    result = iso_surface(np.zeros((4, 4, 4)), 1.0)
+    result = surface.iso_surface(np.zeros((4, 4, 4)), 1.0)
     assert result.vertices.shape == (0, 3) and result.faces.shape == (0, 3)
 
 
 def test_a_sphere_agrees_with_another_marching_cubes():
     n, radius = 48, 0.6
     volume = ball(grid(n), (0.03, -0.02, 0.01), radius)
-    own = iso_surface(volume, 0.0)
+    own = surface.iso_surface(volume, 0.0)
     shape = trimesh.Trimesh(own.vertices, own.faces, process=False)
     vertices, faces, _, _ = measure.marching_cubes(volume, 0.0)
     oracle = trimesh.Trimesh(vertices, faces[:, ::-1], process=False)
@@ -102,7 +98,7 @@ def test_a_sphere_agrees_with_another_marching_cubes():
 def test_floaters_are_dropped_and_parts_kept():
     points = grid(40)
     parts = np.stack([ball(points, (-0.4, 0, 0), 0.4), ball(points, (0.5, 0, 0), 0.2), ball(points, (0, 0.9, 0), 0.05)])
-    full = iso_surface(parts.max(axis=0), 0.0)
+    full = surface.iso_surface(parts.max(axis=0), 0.0)
     assert len(np.unique(surface.components(full))) == 3
     cleaned = surface.visible_parts(full)
     assert len(np.unique(surface.components(cleaned))) == 2
@@ -120,7 +116,7 @@ def bumps(points):
 @pytest.mark.parametrize("target", [200, 3000, 10**6])
 def test_a_simpler_surface_is_closed_and_near(target):
     n = 64
-    full = iso_surface(bumps(grid(n)), 0.0)
+    full = surface.iso_surface(bumps(grid(n)), 0.0)
     simpler = surface.simplify(full, target)
     before, after = (trimesh.Trimesh(one.vertices, one.faces, process=False) for one in (full, simpler))
     assert 0.8 * min(target, len(full.faces)) <= len(simpler.faces) <= target
@@ -138,7 +134,7 @@ def test_the_parts_of_an_export_are_timed_by_what_it_tells():
 
 
 def test_triangles_that_lie_on_each_other_are_dropped():
-    ball_ = iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    ball_ = surface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
     flap = np.array([[ball_.faces[0, 0], ball_.faces[0, 1], len(ball_.vertices)]])
     vertices = np.concatenate([ball_.vertices, [[9.0, 9.0, 9.0]]])
     broken = surface.Mesh(vertices, np.concatenate([ball_.faces, flap, flap[:, ::-1]]))
@@ -306,7 +302,7 @@ def test_holes_take_the_colours_around_them():
 
 
 def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypatch):
-    shape = iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    shape = surface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
     monkeypatch.setitem(sys.modules, "uvunwrap", None)
     assert len(atlas.unwrap(shape, 64).faces) == len(shape.faces)
     monkeypatch.setitem(sys.modules, "xatlas", None)
@@ -316,7 +312,7 @@ def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypa
 
 @pytest.mark.parametrize("panics", [1, 2])
 def test_a_panic_of_uvunwrap_is_tried_from_the_other_end_and_then_left_to_xatlas(panics, monkeypatch, capfd):
-    shape = iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    shape = surface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
     generate, xatlas, calls = uvunwrap.generate, atlas._unwrap_by_xatlas, []
     panic = type("PanicException", (BaseException,), {})
 

@@ -1,8 +1,11 @@
 """What the long run judges by; its pieces take each other up."""
 
+import gc
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dream_fast.bench import long_run
 from dream_fast.engine.trainer import Trainer
@@ -29,6 +32,8 @@ def test_pieces_take_each_other_up(tmp_path, monkeypatch, capsys):
     from dream_fast.engine import run as run_module
 
     def fake(config):
+        Trainer._row(SimpleNamespace(device=torch.device("cpu")), None)
+        frozen.append(gc.get_freeze_count())
         start = done[-1] if done else 0
         rows = [row | {"step": start + row["in_piece"]} for row in FLAT[: config.run.iters - start]]
         with (tmp_path / "metrics.jsonl").open("a") as out:
@@ -37,6 +42,8 @@ def test_pieces_take_each_other_up(tmp_path, monkeypatch, capsys):
         done.append(config.run.iters)
 
     done: list[int] = []
+    frozen: list[int] = []
+    monkeypatch.setattr(Trainer, "_row", lambda self, result: {})
     whole = Trainer._row
     monkeypatch.setattr(run_module, "run", fake)
     words = ["--piece", "50", "--warm", "5", "--device", "cpu", "--workspace", str(tmp_path), "--steps"]
@@ -44,3 +51,4 @@ def test_pieces_take_each_other_up(tmp_path, monkeypatch, capsys):
     assert long_run.main([*words, "100"]) == 0 and done == [50, 100]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"steps": 100, "faults": []}
     assert Trainer._row is whole  # later runs of this process have their own rows
+    assert min(frozen) > 10_000 and gc.get_freeze_count() == 0  # what was imported, for as long as a piece takes

@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.marching_cubes import marching_cubes
+from dream_fast.engine.export.marching_cubes import LAYER_POINTS, marching_cubes
 from dream_fast.engine.scene_field import SceneField
 
 SMALLEST_COMPONENT = 0.02  # of the area of the largest; smaller ones are floaters
-LAYER_POINTS = 1 << 22  # of the grid that are looked at together
 FINEST_WHOLE = 128  # points along an edge at which all of the grid is looked at
 NEAR = 3.0  # of log density on either side of the surface that it is taken from: thin parts stand smoothing so
 MOST_PASSES = 8  # of smoothing
@@ -300,9 +299,14 @@ def _cells_near(values: Tensor, level: float) -> Tensor:
     return F.max_pool3d(((greatest > level) & (least <= level))[None].float(), 3, 1, padding=1)[0] > 0
 
 
+def iso_surface(volume: np.ndarray, level: float) -> Mesh:
+    """Of `marching_cubes`, with its arguments, in grid coordinates."""
+    return Mesh(*marching_cubes(volume, level))
+
+
 def surface_of(volume: Volume) -> Mesh:
     """The surface of a volume in world units, without floaters and cavities."""
-    mesh = visible_parts(Mesh(*marching_cubes(volume.shape.numpy(), math.log(volume.level))))
+    mesh = visible_parts(iso_surface(volume.shape.numpy(), math.log(volume.level)))
     return mesh._replace(vertices=mesh.vertices * volume.cell - volume.bound)
 
 

@@ -123,7 +123,7 @@ def away_from_kinks(inputs, spec, epsilon, active_levels):
             h = h @ weight.t() + bias
             keep &= (h.abs() > 1e-5).all(1)
             h = h.relu()
-    assert keep.float().mean() > 0.8 or len(keep) < 100
+    assert keep.float().mean() > 0.9 or len(keep) < 100
     return keep
 
 
