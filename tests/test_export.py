@@ -328,6 +328,7 @@ def test_a_panic_of_uvunwrap_is_tried_from_the_other_end_and_then_left_to_xatlas
     laid = atlas.unwrap(shape, 64)
     assert calls == ["uvunwrap", "uvunwrap"] + ["xatlas"] * (panics - 1)
     assert np.array_equal(laid.source[laid.faces], shape.faces)  # in the mesh's order
+    assert texture.bake(fitted_renderer().field, shape, laid, 64).albedo.any()
     os.write(2, b"heard again")
     assert capfd.readouterr().err == "heard again"
 

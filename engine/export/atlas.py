@@ -33,7 +33,7 @@ def unwrap(mesh: Mesh, resolution: int) -> Atlas:
         try:
             with _panics_unheard():
                 laid = _unwrap_by_uvunwrap(vertices, np.ascontiguousarray(faces[order]), resolution)
-            return laid._replace(faces=laid.faces[order])
+            return laid._replace(faces=np.ascontiguousarray(laid.faces[order]))
         except ImportError:
             break
         except BaseException as error:
