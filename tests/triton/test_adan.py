@@ -203,6 +203,7 @@ def test_graph_replays_the_step(device):
         if graphed:
             before = snapshot(params, state)
             stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 step()
             torch.cuda.synchronize()
