@@ -28,6 +28,7 @@ from dream_fast.bench.quality import finished
 from dream_fast.engine.camera import SIX_VIEWS, Cameras, clip_positions, six_views
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.export.mesh import PARTS, write_mesh
+from dream_fast.engine.export.outline import outline_of
 from dream_fast.engine.renderer import Renderer
 from dream_fast.engine.workspace import Workspace
 
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer = finished(config, path)
         glb = args.out / path.name / "mesh.glb"
         with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
+            cameras = six_views(config.camera, trainer.device)
             start = time.perf_counter()
             told = []
             surface = write_mesh(
@@ -125,12 +127,12 @@ def main(argv: list[str] | None = None) -> int:
                 trainer.field,
                 args.mcubes_resolution,
                 config.render.density_thresh,
+                outline=outline_of(trainer.renderer, cameras),
                 decimate_target=args.decimate_target,
                 texture_resolution=args.texture_resolution,
                 progress=lambda part, told=told: told.append((part, time.perf_counter())),
             )
             seconds = time.perf_counter() - start
-            cameras = six_views(config.camera, trainer.device)
             found = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, args.size)
         save_grid(glb.with_name("views.png"), found.pictures)
         row = {"workspace": path.name, "seconds": round(seconds, 2), "faces": len(surface.faces)}

@@ -219,7 +219,10 @@ class RenderConfig(Room):
     )
     min_near: float = option(0.01, "nearest distance of a sample from the camera", low=0)
     density_thresh: float = option(
-        10.0, "density above which a cell of the grid is occupied, and a point inside the exported mesh", above=0
+        10.0,
+        "density above which a cell of the grid is occupied, the mean density at most (a mesh has the outline of the "
+        "pictures instead)",
+        above=0,
     )
     update_extra_interval: int = option(16, "steps between two updates of the occupancy grid", low=1, backbones=GRIDS)
     occupancy_resolution: int = option(

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import dream_fast
+from dream_fast.engine.camera import six_views
 from dream_fast.engine.checkpoint import Damaged, list_checkpoints
 from dream_fast.engine.compiling import compile_kernels
 from dream_fast.engine.config import Config, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh import mesh_paths, write_mesh, write_textured
+from dream_fast.engine.export.outline import outline_of
 from dream_fast.engine.export.report import write_report
 from dream_fast.engine.export.surface import NoSurface, simplify
 from dream_fast.engine.export.video import turntable_frames, write_video
@@ -179,8 +181,9 @@ def _mesh_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
                 mesh = simplify(trainer.renderer.mesh(), output.decimate_target)
                 write_textured(path, mesh, trainer.field, texels, **told)
             else:
+                outline = outline_of(trainer.renderer, six_views(trainer.config.camera, trainer.device))
                 threshold, target = trainer.config.render.density_thresh, output.decimate_target
-                options = dict(decimate_target=target, texture_resolution=texels, **told)
+                options = dict(outline=outline, decimate_target=target, texture_resolution=texels, **told)
                 write_mesh(path, trainer.field, output.mcubes_resolution, threshold, **options)
 
     return Output(mesh_paths(path, normals=not refined), write)

@@ -23,6 +23,7 @@ from dream_fast.engine.config import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import atlas, files, images, marching_cubes, mesh, surface, texture, video
 from dream_fast.engine.export.files import written_aside
+from dream_fast.engine.export.outline import outline_of
 from dream_fast.engine.field import Field
 from dream_fast.engine.renderer import Renderer
 
@@ -180,6 +181,9 @@ def scene(points):
     return sigma, albedo
 
 
+CAMERAS = six_views(dataclasses.replace(CameraConfig(), default_radius=3.0, default_fovy=24.0))
+
+
 @functools.cache
 def fitted_renderer():
     """A field fitted to `scene`, so that rendering and export read the same parameters."""
@@ -216,7 +220,7 @@ def fitted_renderer():
 def written(tmp_path_factory):
     """The files of a mesh of `fitted_renderer`'s field."""
     path = tmp_path_factory.mktemp("mesh") / "mesh.glb"
-    options = dict(decimate_target=4000, texture_resolution=256)
+    options = dict(outline=outline_of(fitted_renderer(), CAMERAS), decimate_target=4000, texture_resolution=256)
     result = mesh.write_mesh(path, fitted_renderer().field, 48, 10.0, **options)
     assert sorted(path.parent.iterdir()) == sorted(mesh.mesh_paths(path)) and len(result.faces) <= 4000
     return path
@@ -228,13 +232,24 @@ def glb(written):
 
 
 def test_six_views_of_the_mesh_are_those_of_the_field(written):
-    cameras = six_views(dataclasses.replace(CameraConfig(), default_radius=3.0, default_fovy=24.0))
-    found = bench_mesh.compare(fitted_renderer(), bench_mesh.read_glb(written), cameras, 96)
+    found = bench_mesh.compare(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
     assert min(found.iou) > 0.95 and min(found.psnr) > 25
     # The object is lopsided: seen in a mirror it is another one.
     mirrored = bench_mesh.read_glb(written)
     mirrored.vertices[:, 0] *= -1
-    assert min(bench_mesh.compare(fitted_renderer(), mirrored, cameras, 96).iou) < 0.85
+    assert min(bench_mesh.compare(fitted_renderer(), mirrored, CAMERAS, 96).iou) < 0.85
+
+
+def test_the_mesh_has_the_outline_of_the_pictures_whatever_the_threshold(tmp_path):
+    def worst_overlap(threshold, outline):
+        options = dict(outline=outline, decimate_target=4000, texture_resolution=64)
+        mesh.write_mesh(tmp_path / "mesh.glb", fitted_renderer().field, 48, threshold, **options)
+        shape = bench_mesh.read_glb(tmp_path / "mesh.glb")
+        return min(bench_mesh.compare(fitted_renderer(), shape, CAMERAS, 96).iou)
+
+    outline = outline_of(fitted_renderer(), CAMERAS)
+    for threshold in (0.05, 0.3):
+        assert worst_overlap(threshold, None) < 0.9 and worst_overlap(threshold, outline) > 0.94
 
 
 @pytest.mark.parametrize("suffix", [".glb", ".obj"])

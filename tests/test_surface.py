@@ -10,7 +10,10 @@ import torch
 import trimesh
 
 from dream_fast import kernels
+from dream_fast.engine.camera import rays, six_views
+from dream_fast.engine.config import CameraConfig
 from dream_fast.engine.export import atlas, surface, texture
+from dream_fast.engine.export.outline import Outline
 from dream_fast.engine.export.surface import Mesh, NoSurface
 
 
@@ -96,6 +99,23 @@ def test_noise_finer_than_the_field_is_smoothed_at_any_resolution():
         return np.linalg.norm(found(field, 60).vertices, axis=1).std()
 
     assert roughness(24) < 0.75 * roughness(None)
+
+
+@pytest.mark.parametrize("radius", [0.3, 0.4, 0.5])
+def test_a_surface_has_the_outline_that_is_seen(radius):
+    field = Analytic(ball(0.4), steep=10.0)
+    origins, directions = rays(six_views(CameraConfig()), 128, 128)
+    past = torch.linalg.cross(origins, directions).norm(dim=-1)  # distance from the ball's centre
+    volume = surface.log_density_volume(field, 100, 10.0, outline=Outline(origins, directions, past < radius))
+    distances = np.linalg.norm(surface.surface_of(volume).vertices, axis=1)
+    assert np.abs(distances - radius).max() < 0.01  # half a cell; a pixel is 0.009
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_views_without_an_outline_leave_the_level(everywhere):
+    origins, directions = rays(six_views(CameraConfig()), 8, 8)
+    outline = Outline(origins, directions, torch.full(origins.shape[:2], everywhere))
+    assert surface.log_density_volume(Analytic(ball(0.4)), 24, 7.0, outline=outline).level == pytest.approx(7.0)
 
 
 def test_walls_of_cavities_are_dropped():

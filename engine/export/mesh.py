@@ -16,6 +16,7 @@ from PIL import Image
 from dream_fast.engine.export.atlas import unwrap
 from dream_fast.engine.export.files import written_together
 from dream_fast.engine.export.images import PNG_LEVEL
+from dream_fast.engine.export.outline import Outline
 from dream_fast.engine.export.surface import Mesh, Volume, log_density_volume, simplify, smooth_normals, surface_of
 from dream_fast.engine.export.texture import bake
 from dream_fast.engine.scene_field import SceneField
@@ -37,17 +38,20 @@ def write_mesh(
     resolution: int,
     threshold: float,
     *,
+    outline: Outline | None = None,
     decimate_target: int = 50_000,
     texture_resolution: int = 2048,
     progress: Callable[[float], None] = lambda part: None,
 ) -> Mesh:
     """Write the field's surface as `write_textured` does, with normals; returns it. NoSurface: there is none.
 
-    resolution: points along an edge of the scene cube. threshold: density of the surface. decimate_target: most faces,
-    0 for all of them. texture_resolution: texels along an edge of the pictures. `progress` is told the part that is
-    done.
+    resolution: points along an edge of the scene cube. threshold: density of the surface, where it has no `outline` to
+    keep to. decimate_target: most faces, 0 for all of them. texture_resolution: texels along an edge of the pictures.
+    `progress` is told the part that is done.
     """
-    volume = log_density_volume(field, resolution, threshold, progress=lambda part: progress(PARTS[0] * part))
+    volume = log_density_volume(
+        field, resolution, threshold, outline=outline, progress=lambda part: progress(PARTS[0] * part)
+    )
     mesh = simplify(surface_of(volume), decimate_target)
     progress(PARTS[1])
     write_textured(path, mesh, field, texture_resolution, volume, progress=progress)

@@ -21,12 +21,14 @@ from torch.nn import functional as F
 
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.marching_cubes import LAYER_POINTS, marching_cubes
+from dream_fast.engine.export.outline import Outline, outlined_level
 from dream_fast.engine.scene_field import SceneField
 
 SMALLEST_COMPONENT = 0.02  # of the area of the largest; smaller ones are floaters
 FINEST_WHOLE = 128  # points along an edge at which all of the grid is looked at
 NEAR = 3.0  # of log density on either side of the surface that it is taken from: thin parts stand smoothing so
 MOST_PASSES = 8  # of smoothing
+TURNS, SETTLED = 6, 0.3  # at most, to find the level of an outline; what its logarithm may still move by
 
 
 class NoSurface(UserError):
@@ -234,15 +236,23 @@ def surface_level(volume: Tensor, threshold: float) -> float:
 
 
 def log_density_volume(
-    field: SceneField, resolution: int, threshold: float, *, progress: Callable[[float], None] = lambda part: None
+    field: SceneField,
+    resolution: int,
+    threshold: float,
+    *,
+    outline: Outline | None = None,
+    progress: Callable[[float], None] = lambda part: None,
 ) -> Volume:
     """The field at resolution^3 points, exact where its surface may be. NoSurface: there is none.
 
-    `progress` is told the part that is done.
+    The surface is of the density that has the outline, or that `surface_level` finds. `progress` is told the part that
+    is done.
     """
     coarse = density_volume(field, min(resolution, FINEST_WHOLE), progress=lambda part: progress(part / 2))
     level = surface_level(coarse, threshold)
     coarse = _logarithm(coarse, level)
+    if outline is not None:
+        level = _settled(coarse, level, field, outline)
     if len(coarse) == resolution:
         return Volume.of(coarse, level, field)
     near = _cells_near(coarse, math.log(level))
@@ -265,6 +275,16 @@ def log_density_volume(
     if not torch.isfinite(volume).all():
         raise NoSurface("the field's density is not finite, so it has no surface to export")
     return Volume.of(volume, level, field)
+
+
+def _settled(values: Tensor, level: float, field: SceneField, outline: Outline) -> float:
+    """The density that has the outline in a volume near that density, beginning with one near `level`."""
+    for _ in range(TURNS):
+        before, found = level, outlined_level(Volume.of(values, level, field).shape, field.bound, outline)
+        level = level if found is None else math.exp(found)
+        if abs(math.log(level / before)) < SETTLED:
+            break
+    return level
 
 
 def smoothed(values: Tensor, passes: int = 1) -> Tensor:
