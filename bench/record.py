@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 STEP = "sds_step"
+NAMES = ("op", "case", "mode", "dtype", "impl")  # of a row
+SAME = ("torch", "triton", "driver", "git_sha", "dirty")  # where these are equal, rows of two calls go together
 
 
 def read(path: Path, gpu: str | None) -> dict[str, Any]:
@@ -28,10 +30,13 @@ def write(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 def write_kernels(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Replaces everything but the rows of whole steps."""
+    """Replaces the rows of these names, and all those of another commit, but for whole steps."""
     before = read(path, head["gpu"])
-    kept = [row for row in before.get("rows", []) if row["op"] == STEP]
-    write(path, head | ({"steps": before["steps"]} if kept else {}), rows + kept)
+    same = not head["dirty"] and all(before.get(name) == head[name] for name in SAME)
+    found, measured = before.get("rows", []), {tuple(row[name] for name in NAMES) for row in rows}
+    steps = [row for row in found if row["op"] == STEP]
+    others = [row for row in found if same and row["op"] != STEP and tuple(map(row.get, NAMES)) not in measured]
+    write(path, head | ({"steps": before["steps"]} if steps else {}), others + rows + steps)
 
 
 def write_steps(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], measured: Callable[[str], bool]) -> None:

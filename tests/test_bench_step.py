@@ -57,10 +57,22 @@ def test_the_command_writes_rows_beside_those_of_the_operators(tmp_path, capsys)
     assert [row["op"] for row in json.loads(out.read_text())["rows"]] == ["march"] + 3 * ["sds_step"]
 
 
-def test_results_of_another_gpu_are_not_mixed(tmp_path):
-    record.write_kernels(tmp_path / "r.json", {"gpu": "A"}, [{"op": "march"}])
-    assert record.read(tmp_path / "r.json", "A")["rows"] == [{"op": "march"}]
-    assert record.read(tmp_path / "r.json", "B") == {}
+def test_rows_go_together_where_gpu_and_commit_are_the_same(tmp_path):
+    path = tmp_path / "r.json"
+    head = {"gpu": "A", "torch": "2", "triton": "3", "driver": "5", "git_sha": "abc", "dirty": False}
+
+    def written(head, *rows):
+        names = dict(case="rays_8", mode="forward", dtype="float32", impl="triton")
+        record.write_kernels(path, head, [{"op": op, **names, "median_ms": median} for op, median in rows])
+        return [(row["op"], row["median_ms"]) for row in record.read(path, head["gpu"])["rows"]]
+
+    assert written(head, ("march", 1), ("adan", 1)) == [("march", 1), ("adan", 1)]
+    assert written(head, ("march", 2), ("field", 2)) == [("adan", 1), ("march", 2), ("field", 2)]
+    assert record.read(path, "B") == {}
+    for other in ({"git_sha": "abd"}, {"torch": "2.1"}, {"gpu": "B"}, {"dirty": True}):
+        assert written(head, ("march", 3), ("field", 3))[-2:] == [("march", 3), ("field", 3)]
+        assert written(head | other, ("adan", 4)) == [("adan", 4)]
+    assert written(head | {"dirty": True}, ("march", 5)) == [("march", 5)]  # two states without a commit may differ
 
 
 def test_a_wrong_gradient_is_a_failure(tmp_path, monkeypatch, capsys):
