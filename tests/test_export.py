@@ -108,6 +108,15 @@ def test_floaters_are_dropped_and_parts_kept():
     assert shape.vertices[:, 1].max() < 39 * 0.75
 
 
+@pytest.mark.parametrize(("gap", "radius", "stays"), [(0.02, 0.06, True), (0.1, 0.06, False), (0.02, 0.02, False)])
+def test_what_lies_beside_a_part_stays_unless_it_is_a_crumb(gap, radius, stays):
+    points = grid(160)
+    pot, knob = ball(points, (0, -0.2, 0), 0.5), ball(points, (0, 0.3 + gap + radius, 0), radius)
+    full = surface.iso_surface(np.maximum(pot, knob), 0.0)
+    assert len(np.unique(surface.components(full))) == 2
+    assert len(np.unique(surface.components(surface.visible_parts(full)))) == 1 + stays
+
+
 def bumps(points):
     """A ball and a torus through it, wavy: a surface that is nowhere easy to simplify."""
     waves = np.prod([np.sin(k * points[..., i]) for i, k in enumerate((15, 14, 13))], axis=0)

@@ -35,7 +35,7 @@ def outline_of(renderer: Renderer, cameras: Cameras) -> Outline:
 
 
 def outlined_level(values: Tensor, bound: float, outline: Outline) -> float | None:
-    """The level above which `values` have the outline as nearly as can be: by overlap, in the view where it is least.
+    """The level above which `values` have the outline as nearly as can be: by overlap, the mean of all views.
 
     values: [N, N, N] by x, y, z, at points that span the cube [-bound, bound]^3. None: no view has an outline.
     """
@@ -56,4 +56,4 @@ def outlined_level(values: Tensor, bound: float, outline: Outline) -> float | No
     levels = torch.linspace(values.min().item(), values.max().item(), LEVELS, device=solid.device)[1:-1]
     covered = torch.cat(greatest).view(solid.shape)[..., None] > levels  # [V, R, LEVELS - 2]
     both, either = (covered & solid[..., None]).sum(1), (covered | solid[..., None]).sum(1)
-    return levels[(both / either).amin(0).argmax()].item()
+    return levels[(both / either).mean(0).argmax()].item()

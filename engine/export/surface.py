@@ -24,7 +24,9 @@ from dream_fast.engine.export.marching_cubes import LAYER_POINTS, marching_cubes
 from dream_fast.engine.export.outline import Outline, outlined_level
 from dream_fast.engine.scene_field import SceneField
 
-SMALLEST_COMPONENT = 0.02  # of the area of the largest; smaller ones are floaters
+SMALLEST_PART = 0.02  # of the area of the largest; smaller ones are floaters
+SMALLEST_PIECE = 0.002  # the same of what is near a part
+BESIDE = 0.02  # of the longest side of the mesh: what is nearer is one part
 FINEST_WHOLE = 128  # points along an edge at which all of the grid is looked at
 NEAR = 3.0  # of log density on either side of the surface that it is taken from: thin parts stand smoothing so
 MOST_PASSES = 8  # of smoothing
@@ -68,8 +70,10 @@ def components(mesh: Mesh) -> np.ndarray:
 def visible_parts(mesh: Mesh) -> Mesh:
     """The mesh without what is no part of the object: floaters and the walls of cavities.
 
-    Floaters are components whose area is under 2 % of the largest one's. The wall of a cavity is a closed component
-    that faces its own inside, so that its volume is negative: nobody sees it, and it would take triangles and texels.
+    A part is made of the components that lie side by side, such as the lid of a pot and its knob, but for crumbs: those
+    of less than 0.2 % of the area of the largest one. Floaters are parts of less than 2 % of the area of the largest.
+    The wall of a cavity is a closed component that faces its own inside, so that its volume is negative: nobody sees
+    it, and it would take triangles and texels.
     """
     if len(mesh.faces) == 0:
         return mesh
@@ -82,10 +86,31 @@ def visible_parts(mesh: Mesh) -> Mesh:
         return np.bincount(label[mesh.faces[:, 0]], weights=values, minlength=len(label))
 
     area, volume = total(np.linalg.norm(across, axis=1)), total((a * across).sum(axis=1))
-    kept = (area >= SMALLEST_COMPONENT * area.max()) & (volume > 0)
+    kept = (area >= SMALLEST_PIECE * area.max()) & (volume > 0)
+    part = _side_by_side(mesh.vertices, label, kept)
+    size = np.bincount(part, weights=area * kept, minlength=len(part))
+    kept &= size[part] >= SMALLEST_PART * size.max()
     kept_vertices = (kept if kept.any() else area > 0)[label]
     index = np.cumsum(kept_vertices) - 1
     return Mesh(mesh.vertices[kept_vertices], index[mesh.faces[kept_vertices[mesh.faces[:, 0]]]])
+
+
+def _side_by_side(vertices: np.ndarray, label: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The part [V] of each component, at its lowest vertex: the lowest of those that lie side by side, of what is kept.
+
+    Two points nearer than half of a cell are in one cell of the lattice or of one that is shifted by half of a cell.
+    """
+    here = np.flatnonzero(kept[label])
+    low, size = vertices.min(axis=0), 2 * BESIDE * np.ptp(vertices, axis=0).max()
+    places, cells = (vertices[here] - low) / size, math.ceil(1 / (2 * BESIDE)) + 2
+    pairs = []
+    for shift in product((0.0, 0.5), repeat=3):
+        cell = (places + shift).astype(np.int64) @ (cells**2, cells, 1)
+        somebody = np.empty(cells**3, dtype=np.int64)
+        somebody[cell] = label[here]
+        pairs.append(np.stack([label[here], somebody[cell]]))
+    pairs = np.concatenate(pairs, axis=1)
+    return _groups(len(vertices), pairs[:, pairs[0] != pairs[1]])
 
 
 # --------------------------------------------------------------------------------------------------- simplification
@@ -197,13 +222,21 @@ class Volume(NamedTuple):
         return 2 * self.bound / (len(self.values) - 1)
 
     @classmethod
-    def of(cls, values: Tensor, level: float, field: SceneField) -> "Volume":
-        """The volume of these log densities of a field."""
-        near = values.clamp(math.log(level) - NEAR, math.log(level) + NEAR)
+    def of(cls, values: Tensor, level: float, field: SceneField, outline: Outline | None = None) -> "Volume":
+        """The volume of these log densities of a field: of this level or, looked for from there, of that with the
+        outline. What is near the level moves with it, so that is done again where it moves far.
+        """
         # The width of a pass grows with the root of their number; between its own points the field has no detail.
         finest = field.finest or len(values)
         passes = min(MOST_PASSES, max(1, round(1.5 * ((len(values) - 1) / finest) ** 2)))
-        return cls(values, smoothed(near, passes), level, field.bound)
+        for _ in range(TURNS):
+            before = math.log(level)
+            shape = smoothed(values.clamp(before - NEAR, before + NEAR), passes)
+            found = outlined_level(shape, field.bound, outline) if outline is not None else None
+            level = level if found is None else math.exp(found)
+            if found is None or abs(found - before) < SETTLED:
+                break
+        return cls(values, shape, level, field.bound)
 
 
 def density_volume(
@@ -250,11 +283,9 @@ def log_density_volume(
     """
     coarse = density_volume(field, min(resolution, FINEST_WHOLE), progress=lambda part: progress(part / 2))
     level = surface_level(coarse, threshold)
-    coarse = _logarithm(coarse, level)
-    if outline is not None:
-        level = _settled(coarse, level, field, outline)
+    coarse, _, level, _ = found = Volume.of(_logarithm(coarse, level), level, field, outline)
     if len(coarse) == resolution:
-        return Volume.of(coarse, level, field)
+        return found
     near = _cells_near(coarse, math.log(level))
     axis = torch.linspace(-field.bound, field.bound, resolution, device=field.device)
     places = torch.linspace(0, len(coarse) - 1, resolution, dtype=torch.float64)  # in the coarse grid
@@ -274,17 +305,7 @@ def log_density_volume(
         progress((1 + min(1.0, (first + layers) / resolution)) / 2)
     if not torch.isfinite(volume).all():
         raise NoSurface("the field's density is not finite, so it has no surface to export")
-    return Volume.of(volume, level, field)
-
-
-def _settled(values: Tensor, level: float, field: SceneField, outline: Outline) -> float:
-    """The density that has the outline in a volume near that density, beginning with one near `level`."""
-    for _ in range(TURNS):
-        before, found = level, outlined_level(Volume.of(values, level, field).shape, field.bound, outline)
-        level = level if found is None else math.exp(found)
-        if abs(math.log(level / before)) < SETTLED:
-            break
-    return level
+    return Volume.of(volume, level, field, outline)
 
 
 def smoothed(values: Tensor, passes: int = 1) -> Tensor:
