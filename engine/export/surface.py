@@ -102,15 +102,15 @@ def _side_by_side(vertices: np.ndarray, label: np.ndarray, kept: np.ndarray) -> 
     """
     here = np.flatnonzero(kept[label])
     low, size = vertices.min(axis=0), 2 * BESIDE * np.ptp(vertices, axis=0).max()
-    places, cells = (vertices[here] - low) / size, math.ceil(1 / (2 * BESIDE)) + 2
+    places, cells, one = ((vertices[here] - low) / size).T, math.ceil(1 / (2 * BESIDE)) + 2, label[here]
+    steps = [[(place + shift).astype(np.int64) * cells**k for shift in (0.0, 0.5)] for k, place in enumerate(places)]
     pairs = []
-    for shift in product((0.0, 0.5), repeat=3):
-        cell = (places + shift).astype(np.int64) @ (cells**2, cells, 1)
-        somebody = np.empty(cells**3, dtype=np.int64)
-        somebody[cell] = label[here]
-        pairs.append(np.stack([label[here], somebody[cell]]))
-    pairs = np.concatenate(pairs, axis=1)
-    return _groups(len(vertices), pairs[:, pairs[0] != pairs[1]])
+    for x, y, z in product(*steps):
+        cell, somebody = x + y + z, np.empty(cells**3, dtype=np.int64)
+        somebody[cell] = one
+        other = somebody[cell]
+        pairs.append(np.stack([one, other])[:, one != other])
+    return _groups(len(vertices), np.concatenate(pairs, axis=1))
 
 
 # --------------------------------------------------------------------------------------------------- simplification
