@@ -32,11 +32,13 @@ def write(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 def write_kernels(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Replaces the rows of these names, and all those of another commit, but for whole steps."""
     before = read(path, head["gpu"])
-    same = not head["dirty"] and all(before.get(name) == head[name] for name in SAME)
-    found, measured = before.get("rows", []), {tuple(row[name] for name in NAMES) for row in rows}
-    steps = [row for row in found if row["op"] == STEP]
-    others = [row for row in found if same and row["op"] != STEP and tuple(map(row.get, NAMES)) not in measured]
-    write(path, head | ({"steps": before["steps"]} if steps else {}), others + rows + steps)
+    measured = {tuple(row[name] for name in NAMES): row for row in rows}
+    steps = [row for row in before.get("rows", []) if row["op"] == STEP]
+    others = [row for row in before.get("rows", []) if row["op"] != STEP]
+    if head["dirty"] or any(before.get(name) != head[name] for name in SAME):
+        others = []
+    others = [measured.pop(tuple(row[name] for name in NAMES), row) for row in others]  # each in its place
+    write(path, head | ({"steps": before["steps"]} if steps else {}), [*others, *measured.values(), *steps])
 
 
 def write_steps(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], measured: Callable[[str], bool]) -> None:

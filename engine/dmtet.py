@@ -131,9 +131,9 @@ def field_settings(start: Start) -> dict[str, Any]:
 def start_from_field(shape: TetShape, field: SceneField, threshold: float) -> None:
     """Lay the grid over what `field` has denser than the threshold, and take the distance from its density.
 
-    The threshold is that of a mesh (`surface_level`): one is found where the given one leaves nothing or all. Density
-    rises exponentially, so its logarithm, scaled to the slope of a distance at the surface, is what straight lines
-    between vertices fit. UserError: the density is the same everywhere.
+    One is found where the given one leaves nothing or all (`surface_level`). Density rises exponentially, so its
+    logarithm, scaled to the slope of a distance at the surface, is what straight lines between vertices fit.
+    UserError: the density is the same everywhere.
     """
     volume = density_volume(field, VOLUME)
     level = surface_level(volume, threshold)
