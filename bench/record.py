@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 STEP = "sds_step"
-NAMES = ("op", "case", "mode", "dtype", "impl")  # of a row
 SAME = ("torch", "triton", "driver", "git_sha", "dirty")  # where these are equal, rows of two calls go together
 
 
@@ -29,15 +28,19 @@ def write(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n", encoding="utf-8")
 
 
+def _names(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("op", "case", "mode", "dtype", "impl"))
+
+
 def write_kernels(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Replaces the rows of these names, and all those of another commit, but for whole steps."""
     before = read(path, head["gpu"])
-    measured = {tuple(row[name] for name in NAMES): row for row in rows}
+    measured = {_names(row): row for row in rows}
     steps = [row for row in before.get("rows", []) if row["op"] == STEP]
     others = [row for row in before.get("rows", []) if row["op"] != STEP]
     if head["dirty"] or any(before.get(name) != head[name] for name in SAME):
         others = []
-    others = [measured.pop(tuple(row[name] for name in NAMES), row) for row in others]  # each in its place
+    others = [measured.pop(_names(row), row) for row in others]  # each in its place
     write(path, head | ({"steps": before["steps"]} if steps else {}), [*others, *measured.values(), *steps])
 
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dream_fast.cli import main
+from dream_fast.engine import run
 from dream_fast.engine.checkpoint import FORMAT
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.scene_field import SceneField
@@ -62,6 +63,19 @@ def copy(finished, tmp_path) -> Path:
         (tmp_path / "trial" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "trial" / name).write_bytes(data)
     return tmp_path / "trial"
+
+
+def test_the_mesh_has_the_outline_of_six_views(copy, monkeypatch):
+    genuine, outlines = run.write_mesh, []
+
+    def watched(*of, outline, **options):
+        outlines.append(outline)
+        return genuine(*of, outline=outline, **options)
+
+    monkeypatch.setattr(run, "write_mesh", watched)
+    assert main(["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"]) == 0
+    (outline,) = outlines
+    assert len(outline.solid) == 6 and 0 < outline.solid.float().mean() < 1
 
 
 def test_a_run_writes_everything(finished, tiny_model):

@@ -102,7 +102,9 @@ def test_noise_finer_than_the_field_is_smoothed_at_any_resolution():
 
 
 @pytest.mark.parametrize("radius", [0.3, 0.4, 0.5])
-def test_a_surface_has_the_outline_that_is_seen(radius):
+@pytest.mark.parametrize("coarse", [100, 50])
+def test_a_surface_has_the_outline_that_is_seen(coarse, radius, monkeypatch):
+    monkeypatch.setattr(surface, "FINEST_WHOLE", coarse)
     field = Analytic(ball(0.4), steep=10.0)
     origins, directions = rays(six_views(CameraConfig()), 128, 128)
     past = torch.linalg.cross(origins, directions).norm(dim=-1)  # distance from the ball's centre

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dream_fast.engine.camera import Cameras, rays
+from dream_fast.engine.export.lookup import look_up
 from dream_fast.engine.renderer import Renderer
+from dream_fast.kernels import near_far
 
 SIZE = 128  # pixels along an edge of a view
 STEPS = 128  # of a ray through a volume
@@ -43,16 +44,13 @@ def outlined_level(values: Tensor, bound: float, outline: Outline) -> float | No
     if not some.any():
         return None
     origins, directions, solid = (part[some] for part in outline)
-    grid = values.to(solid.device)[None, None]
-    step = (torch.arange(STEPS, device=solid.device) + 0.5) / STEPS
+    values, step = values.to(solid.device), (torch.arange(STEPS, device=solid.device) + 0.5) / STEPS
     greatest = []
     for origin, direction in zip(*(part.flatten(0, 1).split(RAYS) for part in (origins, directions)), strict=True):
-        walls = torch.stack([-bound - origin, bound - origin]) / direction  # [2, rays, 3]
-        near, far = walls.amin(0).amax(1).clamp(min=0), walls.amax(0).amin(1)
+        near, far = near_far(origin, direction, bound, 0.0)
         t = near[:, None] + (far - near)[:, None] * step
-        points = (origin[:, None] + t[..., None] * direction[:, None]) / bound
-        found = F.grid_sample(grid, points.flip(-1)[None, None], align_corners=True, padding_mode="border")[0, 0, 0]
-        greatest.append(torch.where(far > near, found.amax(1), -math.inf))
+        found = look_up(values, bound, origin[:, None] + t[..., None] * direction[:, None]).amax(1)
+        greatest.append(torch.where(far > near, found, -math.inf))
     levels = torch.linspace(values.min().item(), values.max().item(), LEVELS, device=solid.device)[1:-1]
     covered = torch.cat(greatest).view(solid.shape)[..., None] > levels  # [V, R, LEVELS - 2]
     both, either = (covered & solid[..., None]).sum(1), (covered | solid[..., None]).sum(1)

@@ -283,9 +283,10 @@ def log_density_volume(
     """
     coarse = density_volume(field, min(resolution, FINEST_WHOLE), progress=lambda part: progress(part / 2))
     level = surface_level(coarse, threshold)
-    coarse, _, level, _ = found = Volume.of(_logarithm(coarse, level), level, field, outline)
+    found = Volume.of(_logarithm(coarse, level), level, field, outline)
     if len(coarse) == resolution:
         return found
+    coarse, level = found.values, found.level
     near = _cells_near(coarse, math.log(level))
     axis = torch.linspace(-field.bound, field.bound, resolution, device=field.device)
     places = torch.linspace(0, len(coarse) - 1, resolution, dtype=torch.float64)  # in the coarse grid

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dream_fast import kernels
 from dream_fast.engine.export.atlas import Atlas, tangents
+from dream_fast.engine.export.lookup import look_up
 from dream_fast.engine.export.surface import Mesh, Volume, smooth_normals
 from dream_fast.engine.scene_field import SceneField
 
@@ -99,7 +100,7 @@ def _gather(field: SceneField, volume: Volume, points: Tensor, up: Tensor) -> tu
     depths, colour = torch.zeros(len(points), len(QUANTILES), device=points.device), 1e-6 * _below(field, points, up)
     for way in (up, up + one, up - one, up + other, up - other):
         way = F.normalize(way, dim=1)
-        tau = _look_up(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp() * step
+        tau = look_up(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp() * step
         weight = torch.exp(tau - tau.cumsum(1)) * -torch.expm1(-tau)  # [V, SAMPLES]
         opacity = weight.sum(1, keepdim=True)
         until = weight.cumsum(1) / opacity.clamp(min=1e-12)
@@ -119,17 +120,10 @@ def _below(field: SceneField, points: Tensor, way: Tensor, depths: Tensor | None
     return field.albedo(places.view(-1, 3).clamp(-field.bound, field.bound)).float().view(places.shape).mean(1)
 
 
-def _look_up(values: Tensor, bound: float, points: Tensor) -> Tensor:
-    """Values [N, N, N] of a volume between its points, at world points [..., 3]."""
-    places = (points / bound).flip(-1).reshape(1, 1, 1, -1, 3)  # grid_sample takes z, y, x
-    found = F.grid_sample(values[None, None], places, mode="bilinear", padding_mode="border", align_corners=True)
-    return found.view(points.shape[:-1])
-
-
 def _slope(volume: Volume, point: Tensor) -> Tensor:
     """Unit directions [K, 3] in which the density falls most, by differences over two cells of the volume."""
     offsets = volume.cell * torch.eye(3, device=point.device)
-    ahead, behind = (_look_up(volume.shape, volume.bound, point[:, None] + way) for way in (offsets, -offsets))
+    ahead, behind = (look_up(volume.shape, volume.bound, point[:, None] + way) for way in (offsets, -offsets))
     return F.normalize(behind - ahead, dim=1)
 
 
