@@ -1,0 +1,208 @@
+"""Mutation tests of the host code, with mutmut: which changes of the code does no test notice?
+
+    python .ci/mutants.py                              # every module of mutants.toml
+    python .ci/mutants.py engine/camera.py --jobs 8    # some of them
+    python .ci/mutants.py --sample 40 --seed 1         # at most 40 mutants a module, drawn at random
+    python .ci/mutants.py engine/camera.py --show      # the diffs of the mutants that survived
+
+Each module is mutated in a temporary copy of the tree and tested with the test files that mutants.toml names, so that
+a mutant counts as caught only where a test of its unit notices it. Messages (strings of three words or more), log
+lines and type hints are not mutated. Survivors that mutants.toml explains are counted apart.
+
+Needs `pip install mutmut` (https://mutmut.readthedocs.io). Exit status 1 when fewer than 90 % are caught.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / ".ci" / "mutants.toml"
+TARGET = 0.9
+UNNOTICED = (0, 5, 33)  # exit codes of mutmut's workers: all tests passed, or there are none
+
+# mutmut has no setting for it: leave out strings that a person reads.
+LAUNCHER = """
+import json
+import sys
+import mutmut.mutation.mutators as mutators
+import mutmut.mutation.file_mutation as file_mutation
+
+def keep(node):
+    value = getattr(node, "value", "")
+    return () if len(value.split()) > 2 else mutators.operator_string(node)
+
+mutators.mutation_operators[:] = [
+    (kind, keep if operator is mutators.operator_string else operator) for kind, operator in mutators.mutation_operators
+]
+if sys.argv[1] == "diffs":
+    from mutmut.__main__ import find_mutant
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+    names = json.loads(sys.stdin.read())
+    print(json.dumps({name: get_diff_for_mutant(name, path=find_mutant(name).path) for name in names}))
+else:
+    from mutmut.__main__ import cli
+
+    cli()
+"""
+
+
+def load_table() -> dict:
+    return tomllib.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def tracked_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [name for name in listed.split("\0") if name and (ROOT / name).exists()]
+
+
+def copy_tree(folder: Path) -> None:
+    """The package as folder/dream_fast and the tests beside it, as mutmut expects a project."""
+    for name in tracked_files():
+        if name.startswith((".ci/", ".github/", "docs/", "bench/results/")):
+            continue
+        target = folder / (name if name.startswith("tests/") else f"dream_fast/{name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".safetensors":
+            target.symlink_to(ROOT / name)
+        else:
+            shutil.copy(ROOT / name, target)
+    (folder / "launch.py").write_text(LAUNCHER, encoding="utf-8")
+    (folder / "mutants").mkdir()  # before Python looks for it: a missing folder of PYTHONPATH is never looked at again
+
+
+def write_settings(folder: Path, module: str, tests: list[str], deselected: list[str]) -> None:
+    options = ["--import-mode=importlib", "-p", "no:cacheprovider", "-m", "not gpu"]
+    for name in deselected:
+        options += ["--deselect", name]
+    settings = {
+        "source_paths": ["dream_fast"],
+        "only_mutate": [f"dream_fast/{module}"],
+        "pytest_add_cli_args_test_selection": tests,
+        "pytest_add_cli_args": options,
+        "do_not_mutate_patterns": [r"\blogger\.", r"\bcast\(", r"^\s*raise AssertionError"],
+        "timeout_multiplier": 4.0,
+        "timeout_constant": 15.0,
+        "process_isolation": "fork",
+        "use_git_change_detection": False,
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    markers = 'markers = ["gpu: needs a GPU", "full_size(reason): needs a real GPU"]'
+    text = "\n".join(["[tool.mutmut]", *lines, "", "[tool.pytest.ini_options]", markers, ""])
+    (folder / "pyproject.toml").write_text(text, encoding="utf-8")
+
+
+def run_mutmut(folder: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder / "mutants"), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    words = [sys.executable, "-P", "launch.py", *arguments]
+    return subprocess.run(words, cwd=folder, env=environment, input=text, capture_output=True, text=True)
+
+
+def read_verdicts(folder: Path, module: str) -> dict[str, int | None]:
+    meta = folder / "mutants" / "dream_fast" / f"{module}.meta"
+    return json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"] if meta.exists() else {}
+
+
+def changed_line(diff: str) -> str:
+    """The first line that a mutant adds, or the first that it removes where it adds none."""
+    lines = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    added = [line[1:].strip() for line in lines if line.startswith("+")]
+    return added[0] if added else f"- {lines[0][1:].strip()}" if lines else ""
+
+
+@dataclass
+class Verdicts:
+    """Mutants of a module by what became of them; those that no test noticed with their diffs."""
+
+    module: str
+    caught: list[str] = field(default_factory=list)
+    explained: list[str] = field(default_factory=list)
+    survived: dict[str, str] = field(default_factory=dict)
+    failure: str = ""
+
+    def row(self) -> str:
+        if self.failure:
+            return f"{self.module:40} could not be tested"
+        counts = len(self.caught), len(self.explained), len(self.survived)
+        return f"{self.module:40} {sum(counts):8} {counts[0]:7} {counts[1]:10} {counts[2]:9}"
+
+
+def test_module(module: str, args: argparse.Namespace, table: dict) -> Verdicts:
+    """Mutates one module in a copy of the tree and tests the mutants."""
+    entry = table["modules"][module]
+    explained = {item["change"] for item in table.get("explained", []) if item["module"] == module}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = Path(name)
+        copy_tree(folder)
+        write_settings(folder, module, entry["tests"], table.get("deselect", []))
+        names: list[str] = []
+        if args.sample:
+            run_mutmut(folder, "run", "no such mutant")  # makes the mutants and ends
+            made = sorted(read_verdicts(folder, module))
+            names = random.Random(f"{args.seed} {module}").sample(made, min(args.sample, len(made)))
+        result = run_mutmut(folder, "run", "--max-children", str(args.jobs), *names)
+        codes = {key: code for key, code in read_verdicts(folder, module).items() if code is not None}
+        codes = {key: code for key, code in codes.items() if not names or key in names}
+        if result.returncode or not codes:
+            return Verdicts(module, failure=f"{result.stdout[-3000:]}\n{result.stderr[-2000:]}")
+        verdicts = Verdicts(module, [key for key, code in codes.items() if code not in UNNOTICED])
+        lost = [key for key, code in codes.items() if code in UNNOTICED]
+        diffs = json.loads(run_mutmut(folder, "diffs", text=json.dumps(lost)).stdout)
+        verdicts.explained = [key for key in lost if changed_line(diffs[key]) in explained]
+        verdicts.survived = {key: diffs[key] for key in lost if key not in verdicts.explained}
+        return verdicts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", help="modules such as engine/camera.py; default: all of mutants.toml")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants tested at a time in a module")
+    parser.add_argument("--together", type=int, default=1, help="modules at a time")
+    parser.add_argument("--sample", type=int, help="at most so many mutants a module, drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", action="store_true", help="print the diffs of survivors")
+    parser.add_argument("--out", type=Path, help="folder for the verdicts of each module, as JSON")
+    args = parser.parse_args()
+    table = load_table()
+    modules = args.modules or list(table["modules"])
+    if unknown := [name for name in modules if name not in table["modules"]]:
+        parser.error(f"not in {TABLE.name}: {', '.join(unknown)}")
+    print(f"{'module':40} {'mutants':>8} {'caught':>7} {'explained':>10} {'survived':>9}", flush=True)
+    results = []
+    with ThreadPoolExecutor(args.together) as pool:
+        for future in as_completed([pool.submit(test_module, name, args, table) for name in modules]):
+            verdicts = future.result()
+            results.append(verdicts)
+            print(verdicts.row(), flush=True)
+            if verdicts.failure or args.show:
+                print("\n".join([verdicts.failure, *verdicts.survived.values()]))
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+                path = args.out / f"{verdicts.module.replace('/', '.')}.json"
+                path.write_text(json.dumps(asdict(verdicts), indent=1), encoding="utf-8")
+    caught, explained, survived = (
+        sum(len(getattr(verdicts, name)) for verdicts in results) for name in ("caught", "explained", "survived")
+    )
+    part = caught / max(caught + survived, 1)
+    print(f"{'all':40} {caught + explained + survived:8} {caught:7} {explained:10} {survived:9}   {part:.1%}")
+    return int(part < TARGET or any(verdicts.failure for verdicts in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
