@@ -32,7 +32,7 @@ TARGET = 0.9
 RETRIES = 6  # tests that fail without a mutant, such as those of a package that is missing here, are left out
 UNNOTICED = (0, 5, 33)  # exit codes of mutmut's workers: all tests passed, or there are none
 
-# mutmut has no setting for it: leave out strings that a person reads.
+# What mutmut has no settings for: strings that a person reads are left out, functions under torch.no_grad are not.
 LAUNCHER = """
 import json
 import sys
@@ -46,6 +46,18 @@ def keep(node):
 mutators.mutation_operators[:] = [
     (kind, keep if operator is mutators.operator_string else operator) for kind, operator in mutators.mutation_operators
 ]
+skips = file_mutation.MutationVisitor._skip_node_and_children
+
+def skip(self, node):
+    decorators = getattr(node, "decorators", ())
+    if type(node).__name__ == "FunctionDef" and len(decorators) == 1:
+        function = getattr(decorators[0].decorator, "func", decorators[0].decorator)
+        if getattr(getattr(function, "attr", function), "value", "") in ("no_grad", "once_differentiable"):
+            node = node.with_changes(decorators=())
+    return skips(self, node)
+
+file_mutation.MutationVisitor._skip_node_and_children = skip
+
 if sys.argv[1] == "diffs":
     from mutmut.__main__ import find_mutant
     from mutmut.mutation.diff_apply import get_diff_for_mutant
