@@ -113,7 +113,6 @@ def test_the_gate_passes_the_reference_and_catches_a_small_fault(op, case, mode)
 
     verdicts = gate.judge(what, CPU, {"good": reference, "wrong": wrong})
     assert verdicts["good"].good and not verdicts["wrong"].good
-    assert verdicts["wrong"].max_err == pytest.approx(1e-3, rel=0.5)
 
 
 def test_the_gate_sees_a_wrong_gradient_and_a_number_that_is_none():

@@ -1,0 +1,206 @@
+"""The rule for accuracy: exact values, what it refuses, and planted faults that it catches in every dtype."""
+
+import math
+
+import pytest
+import torch
+
+from dream_fast.bench.accuracy import BLOCK, check, check_together, error, tolerance
+
+MILLION = 1_000_000
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def two_roundings(exact, dtype):
+    """`exact` rounded to `dtype`, and thrice its rounded third: equally good, with other errors."""
+    return (exact / 3).to(dtype).double() * 3, exact.to(dtype)
+
+
+def test_error_is_the_relative_norm():
+    """Up to a block the error is the norm of the deviation over the norm of the exact values."""
+    assert error(tensor(3, 4.5), tensor(3, 4)) == 0.5 / 5
+    assert error(tensor(3, 4), tensor(3, 4)) == 0
+
+
+def test_error_of_two_dimensions_is_that_of_the_flat_vector():
+    """Neither the shape nor a transposed layout changes the error."""
+    exact = numbers(7, 11)
+    got = exact + 0.1 * numbers(7, 11, seed=1)
+    assert error(got, exact) == error(got.flatten(), exact.flatten())
+    assert error(got.t().contiguous().t(), exact) == error(got, exact)
+
+
+@pytest.mark.parametrize("size", [BLOCK, BLOCK + 1, 10 * BLOCK + 3])
+@pytest.mark.parametrize("at", [0, -1])
+def test_one_wrong_element_counts_as_among_a_block(size, at):
+    """Beyond a block, one element's error does not depend on how many others there are, nor on its place."""
+    exact = torch.ones(size, dtype=torch.float64)
+    got = exact.clone()
+    got[at] += 0.5
+    assert error(got, exact) == 0.5 / math.sqrt(BLOCK)
+
+
+def test_error_is_absolute_where_all_is_zero():
+    """Against zeros the error is the root of the mean square of the deviation."""
+    assert error(tensor(0, 0), tensor(0, 0)) == 0
+    assert error(tensor(0, 0, 0, 3), tensor(0, 0, 0, 0)) == 1.5
+
+
+def test_error_of_nothing_is_zero():
+    """Empty tensors are equal."""
+    assert error(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
+    assert check("empty", *[torch.zeros(0)] * 3) == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_error_is_infinite_where_a_number_is_not_finite(value):
+    """One NaN or infinity is never accurate, even with a weight of zero."""
+    got = tensor(1, 2, value)
+    assert error(got, tensor(1, 2, 3)) == math.inf
+    assert error(got, tensor(1, 2, 3), weight=tensor(1, 1, 0)) == math.inf
+    with pytest.raises(AssertionError, match="error inf"):
+        check("sigma", got, tensor(1, 2, 3), tensor(1, 2, 3))
+
+
+def test_error_is_infinite_where_the_shape_differs():
+    """A shape that would broadcast, or hold as many numbers, is wrong."""
+    assert error(torch.ones(3, 1), torch.ones(3)) == math.inf
+    assert error(torch.ones(1), torch.ones(3)) == math.inf
+    assert error(torch.ones(0), torch.ones(3)) == math.inf
+
+
+def test_tolerance_is_twice_the_error_of_the_reference_and_a_millionth():
+    """Factor and floor, exactly."""
+    exact = tensor(3, 4)
+    assert tolerance(exact, exact) == 1e-6
+    assert tolerance(tensor(3, 4.5), exact) == 2 * 0.1 + 1e-6
+
+
+def test_check_accepts_the_tolerance_itself_and_nothing_above():
+    """An error on the border passes, the next number fails."""
+    exact, reference = tensor(1, 0), tensor(1, 2.0**-10)
+    border = 2 * 2.0**-10 + 1e-6
+    assert check("on the border", tensor(1, border), reference, exact) == border
+    with pytest.raises(AssertionError, match="beyond: error 0.00195, allowed 0.00195"):
+        check("beyond", tensor(1, math.nextafter(border, 1)), reference, exact)
+
+
+@pytest.mark.parametrize("reference", [tensor(1, math.nan), tensor(1, math.inf), tensor(1, 2, 3)])
+def test_a_broken_reference_allows_nothing(reference):
+    """A reference that is not finite or has another shape is refused instead of allowing everything."""
+    with pytest.raises(AssertionError, match="reference must be finite"):
+        check("sigma", tensor(1, 2), reference, tensor(1, 2))
+
+
+def test_exact_values_and_weights_must_be_finite():
+    """Nothing is compared with NaN, which no error would be larger than."""
+    with pytest.raises(AssertionError, match="exact and weight must be finite"):
+        error(tensor(1, 2), tensor(1, math.nan))
+    with pytest.raises(AssertionError, match="exact and weight must be finite"):
+        error(tensor(1, 2), tensor(1, 2), weight=tensor(1, math.inf))
+
+
+def test_weight_multiplies_deviation_and_exact():
+    """Rows are weighted by a broadcast column, in the error as in the tolerance."""
+    exact, got = torch.tensor([[3.0, 4], [6, 8]]), torch.tensor([[3.0, 4.5], [6, 9]])
+    weight = torch.tensor([[1.0], [0.0]])
+    assert error(got, exact, weight) == 0.5 / 5
+    assert tolerance(got, exact, weight) == 2 * 0.1 + 1e-6
+    assert error(got, exact, 2 * weight) == error(got, exact, weight)
+
+
+def test_a_weight_takes_an_ill_conditioned_element_out_of_the_tolerance():
+    """Without its weight one near-zero direction of the reference would allow a wrong direction elsewhere."""
+    gradient = numbers(100, 3)
+    gradient[0] *= 1e-7
+    length = gradient.norm(dim=1, keepdim=True)
+    exact, noise = gradient / length, 1e-7 * numbers(100, 3, seed=1)
+    reference = torch.nn.functional.normalize(gradient + noise)
+    wrong = reference.clone()
+    wrong[50] = -wrong[50]
+    with pytest.raises(AssertionError):
+        check("normal", wrong, reference, exact, length)
+    other = torch.nn.functional.normalize(gradient + 1e-7 * numbers(100, 3, seed=2))
+    check("normal", other, reference, exact, length)
+
+
+def test_check_together_takes_the_worst_of_both_sides():
+    """A reference right by luck in one tensor of a result is judged by the others; a wrong tensor still fails."""
+    exact = [tensor(1, 0), tensor(2, 0)]
+    reference = [tensor(1, 0), tensor(2, 0.02)]
+    assert check_together("layers", [tensor(1, 0.01), tensor(2, 0)], reference, exact) == 0.01
+    with pytest.raises(AssertionError, match="layers: error 0.03, allowed 0.02"):
+        check_together("layers", [tensor(1, 0.03), tensor(2, 0)], reference, exact)
+
+
+def test_check_together_wants_as_many_of_each():
+    """A missing tensor is an error instead of being left out."""
+    with pytest.raises(ValueError):
+        check_together("layers", [tensor(1)], [tensor(1), tensor(2)], [tensor(1), tensor(2)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [100, 3000, MILLION])
+def test_another_way_to_round_is_accurate(dtype, size):
+    """Two computations of the same numbers in one dtype pass, whichever of them is the reference."""
+    for seed in range(20 if size < MILLION else 1):
+        exact = numbers(size, seed=seed)
+        one, other = two_roundings(exact, dtype)
+        check("one", one, other, exact)
+        check("other", other, one, exact)
+
+
+def shifted_element(image):
+    image[317, 5, 1] += 0.5
+
+
+def masked_element(image):
+    image[-1, -1, -1] = 0
+
+
+def one_ray(image):
+    image[211, 300] = image[211, 301].clone()
+
+
+def masked_block(image):
+    image[100, 64:128] = 0
+
+
+def stale_tail(image):
+    image[-1, -3:] = image[0, :3].clone()
+
+
+def scaled(image):
+    image *= 1.001
+
+
+FAULTS = [shifted_element, masked_element, one_ray, masked_block, stale_tail]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_among_a_million_is_caught(fault, dtype):
+    """One element, one ray, one block of an image of 1.2 million numbers: each fails, though most is right."""
+    exact = numbers(640, 640, 3)
+    reference, got = two_roundings(exact, dtype)
+    fault(got)
+    with pytest.raises(AssertionError):
+        check(fault.__name__, got, reference, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_factor_of_a_thousandth_is_caught(dtype):
+    """A constant factor of 1.001 fails in the dtypes that round to less (bf16 rounds by 1/512)."""
+    exact = numbers(640, 640, 3)
+    reference, got = two_roundings(exact, dtype)
+    scaled(got)
+    with pytest.raises(AssertionError):
+        check("scaled", got, reference, exact)
