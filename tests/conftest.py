@@ -4,10 +4,13 @@
 enough that a guided step costs a few milliseconds, yet made of the very classes that the loader expects.
 """
 
+import copy
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -228,6 +231,20 @@ def tiny_velocity_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer_writer() -> Callable[..., int]:
     """`write_tokenizer`, for tests that build their own model (tests cannot import this file)."""
     return write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def in_fp64() -> Callable[..., Any]:
+    """A function that copies a model's `Components` in fp64: what is computed with the copy counts as exact."""
+    import torch
+
+    def copied(components):
+        names = ("unet", "vae", "text_encoder")
+        models = {name: copy.deepcopy(getattr(components, name)) for name in names}
+        models = {name: None if model is None else model.double() for name, model in models.items()}
+        return dataclasses.replace(components, **models, dtype=torch.float64)
+
+    return copied
 
 
 @pytest.fixture

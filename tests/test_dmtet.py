@@ -331,6 +331,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(locked, tmp_path):
         make_trainer(lock_geo=locked).load(tmp_path / "bad" / "step_000001.safetensors")
 
 
+@pytest.mark.parametrize("locked", [False, True])
+def test_another_checkpoint_shows_another_surface(locked, tmp_path):
+    """What was looked at before a checkpoint is loaded is not what is looked at afterwards."""
+    smaller, trainer = (make_trainer(lock_geo=locked) for _ in range(2))
+    with torch.no_grad():
+        smaller.shape.distance.sub_(0.6)
+    path = smaller.save(Workspace(tmp_path))
+    before = volume(trainer)  # looks at its own, which a locked shape keeps
+    trainer.load(path)
+    assert volume(trainer) == volume(smaller) < 0.8 * before
+    cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.2, 20.0)))
+    seen = [made.renderer.view(cameras, 20, 20).opacity for made in (trainer, smaller)]
+    assert torch.equal(*seen)
+
+
 def test_small_parts_are_not_looked_at_and_the_average_is():
     trainer = make_trainer(tet_grid_size=16)
     grid = trainer.shape.vertices

@@ -72,6 +72,74 @@ def test_the_second_time_nothing_is_installed(make):
     assert make(".venv/.installed", torch_build="cpu") == []
 
 
+# What `make` starts, by the words that tell it apart, and the program that is to fail.
+CHECKS = {
+    "lint": "-m ruff check",
+    "format": "-m ruff format --check",
+    "tests": "-m pytest;",
+    "interpreted": "-m pytest -q --no-header tests/triton/test_b.py;1;1",
+}
+FAILS = """#!/bin/sh
+echo "$*;$TRITON_INTERPRET;$OMP_NUM_THREADS;" >> "$SEEN"
+case "$*;$TRITON_INTERPRET;$OMP_NUM_THREADS;" in *"$FAILING"*) exit 1 ;; esac
+"""
+# As NVIDIA's: errors that it sees change its exit status with --error-exitcode only.
+SANITIZER = """#!/bin/sh
+echo "$*" >> "$SEEN"
+while [ $# -gt 0 ]; do
+  if [ "$1" = --error-exitcode ]; then status=$2; fi
+  shift
+done
+exit ${status:-0}
+"""
+
+
+@pytest.fixture
+def make_installed(tmp_path):
+    """Runs make where everything is installed, with pretend programs; returns its exit status and what was started."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    for name in ("pyproject.toml", "constraints-cpu.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs = {".venv/bin/python": FAILS, "path/compute-sanitizer": SANITIZER}
+    for name, text in programs.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name in ("a", "b"):
+        (tmp_path / "tests" / "triton").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tests" / "triton" / f"test_{name}.py").touch()
+    for name in (".torch", ".installed", ".installed-test"):
+        (tmp_path / ".venv" / name).touch()
+
+    def run(target: str, failing: str = "nothing") -> tuple[int, str]:
+        seen = tmp_path / "seen"
+        seen.write_text("")
+        path = f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}"
+        left_out = ("TRITON_INTERPRET", "OMP_NUM_THREADS")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in left_out}
+        environment |= {"PATH": path, "FAILING": failing, "SEEN": str(seen)}
+        done = subprocess.run(["make", target], cwd=tmp_path, env=environment, capture_output=True)
+        return done.returncode, seen.read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_make_test_fails_with_each_of_its_checks(make_installed, check):
+    """`make test` runs the linter, the formatter, the tests and interpreted kernels, and fails if one of them does."""
+    status, seen = make_installed("test")
+    assert status == 0 and all(words in seen for words in CHECKS.values())
+    status, seen = make_installed("test", failing=CHECKS[check])
+    assert status != 0 and CHECKS[check] in seen
+
+
+def test_make_sanitize_fails_with_the_errors_that_it_sees(make_installed):
+    """An error of a kernel's access that the sanitizer reports fails `make sanitize`."""
+    status, seen = make_installed("sanitize")
+    assert status != 0 and "--tool memcheck" in seen and "-m pytest tests/triton -m gpu" in seen
+
+
 def test_the_build_of_torch_is_read_without_importing_it():
     command = [sys.executable, "-X", "importtime", ROOT / ".ci" / "torch_build.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")

@@ -1,5 +1,8 @@
 """The wheel: every module and data file is in it, nothing else, and it works outside the repository."""
 
+import ast
+import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,64 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ROOMS = ("kernels", "engine", "bench")
 DATA = ("engine/prior/dream-mini", "bench/judge", "bench/results")
+
+
+# Distributions that have another name than what is imported.
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image"}
+# Needed without being imported by us.
+INDIRECT = {
+    "accelerate": "diffusers and transformers load weights without a second copy with it",
+    "sentencepiece": "transformers reads IF's tokenizer with it",
+    "protobuf": "transformers reads IF's tokenizer with it",
+    "tensorboard": "torch.utils.tensorboard writes with it",
+    "debugpy": "its command is started",
+    "ruff": "its command is started",
+    "pytest-benchmark": "a fixture of pytest",
+}
+
+
+def declared(requirements: list[str]) -> set[str]:
+    """Names of distributions, of requirements with versions and markers."""
+    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
+    """What a file imports, at its top or inside a function."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    return frozenset(name.split(".")[0] for name in names)
+
+
+def imported(files: list[Path]) -> set[str]:
+    """Names of the distributions that files import; the standard library apart."""
+    names = frozenset().union(*map(imports, files)) - {*sys.stdlib_module_names, "dream_fast"}
+    return {DISTRIBUTIONS.get(name, name.lower().replace("_", "-")) for name in names}
+
+
+PROJECT = PYPROJECT["project"]
+OWN = [ROOT / "__init__.py", ROOT / "cli.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+TESTS = [*(ROOT / "tests").rglob("*.py"), *(path for path in OWN if path.name.startswith("test_"))]
+
+
+def test_every_import_is_declared():
+    """What the package imports is installed with it, and what the tests import besides with the extra `test`."""
+    needs = declared(PROJECT["dependencies"])
+    ours = imported([path for path in OWN if path not in TESTS])
+    assert {"torch", "pillow", "fast-simplification"} <= ours <= needs
+    assert imported(TESTS) <= needs | declared(PROJECT["optional-dependencies"]["test"])
+
+
+def test_every_dependency_is_needed():
+    """What is installed is imported, or there is another reason."""
+    extras = [name for group in PROJECT["optional-dependencies"].values() for name in group]
+    needs = declared([*PROJECT["dependencies"], *extras])
+    assert needs <= imported(OWN) | imported(TESTS) | INDIRECT.keys()
+    assert INDIRECT.keys() <= needs - imported([path for path in OWN if path not in TESTS])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
 
+from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance import loader
@@ -17,7 +21,7 @@ from dream_fast.engine.guidance.loader import Components, load_components
 from dream_fast.engine.guidance.looking import guidance_pictures
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode
 from dream_fast.engine.guidance.sampling import sample
-from dream_fast.engine.guidance.sds import ScoreDistillation, resize
+from dream_fast.engine.guidance.sds import ScoreDistillation
 
 SIZE = 16
 
@@ -49,17 +53,19 @@ def test_facts(components: Components) -> None:
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     cosine = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2  # the schedule of Nichol and Dhariwal 2021
     betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
-    torch.testing.assert_close(components.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-4, atol=1e-6)
+    check("alphas", components.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
 
 
-def test_prompts_are_in_lower_case_and_their_padding_is_left_out(tiny_if_model: Path, components: Components) -> None:
+def test_prompts_are_in_lower_case_and_their_padding_is_left_out(
+    tiny_if_model: Path, components: Components, in_fp64: Callable
+) -> None:
     (embedded,) = encode(components, ["A Hamburger "])
     assert embedded.shape == (77, 24)
     ids = components.tokenizer(["a hamburger"], return_tensors="pt").input_ids
     assert ids.shape[1] < 20
-    with torch.no_grad():
-        alone = components.text_encoder(ids)[0][0]  # without padding
-    torch.testing.assert_close(embedded[: len(alone)], alone, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # without padding
+        alone, exact = (model.text_encoder(ids)[0][0] for model in (components, in_fp64(components)))
+    check("embeddings", embedded[: len(alone)], alone, exact)
     prompts = PromptEmbeddings(load_components(tiny_if_model, "cpu", kind="IF"), "a hamburger")
     assert prompts.views.shape == (4, 77, 24) and prompts.negative.shape == (1, 77, 24)
 
@@ -70,34 +76,66 @@ def test_a_longer_prompt_is_cut_at_77_tokens_though_t5_reads_more(components: Co
     assert "longer than the 77 tokens that the text encoder reads; left out: " in caplog.text
 
 
+def by_hand(
+    components: Components,
+    z: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    noise: Tensor,
+    others: Sequence[Tensor] = (),
+    weights: Tensor | None = None,
+) -> Tensor:
+    """g of pictures ``z`` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of ``components``."""
+    z, cond, uncond, noise = (x.to(components.dtype) for x in (z, cond, uncond, noise))
+    found = []
+    for i, level in enumerate(t):
+        a = components.alphas_cumprod[level].to(components.dtype)
+        noisy = a.sqrt() * z[i] + (1 - a).sqrt() * noise[i]
+
+        def tell(prompt: Tensor, noisy: Tensor = noisy, level: Tensor = level) -> Tensor:
+            with torch.no_grad():
+                out = components.unet(noisy[None], level, encoder_hidden_states=prompt[None].to(components.dtype))
+            assert out.sample.shape[1] == 6
+            return out.sample[0, :3]  # the others are the variance
+
+        plain = tell(uncond[i])
+        main = tell(cond[i]) - plain
+        turned = main.clone()
+        for j, other in enumerate(others):
+            delta = tell(other) - plain
+            turned += weights[i, j] * (delta - (delta * main).sum() / main.square().sum() * main)
+        found.append((1 - a) * (plain + 20 * turned - noise[i]))
+    return torch.stack(found)
+
+
 @pytest.mark.parametrize("side", [SIZE, 40])
 def test_the_gradient_is_that_of_the_picture_with_the_first_three_channels_as_noise(
-    components: Components, side: int
+    components: Components, in_fp64: Callable, side: int
 ) -> None:
-    rgb = torch.rand(2, 3, side, side, generator=generator(1)).requires_grad_()
-    cond, uncond = torch.randn(2, 2, 77, 24, generator=generator(2))
-    score = ScoreDistillation(components, GuidanceConfig(guidance_scale=20.0, lambda_guidance=3.0))
+    """Also of a picture that shrinks, whose gradient goes back through the averaging."""
+    rgb = torch.rand(4, 3, side, side, generator=generator(1)).requires_grad_()
+    cond, uncond = torch.randn(2, 4, 77, 24, generator=generator(2))
+    score = ScoreDistillation(components, GuidanceConfig(guidance_scale=20.0, lambda_guidance=4.0))
     result = score(rgb, cond, uncond, generator=generator(3))
     result.loss.backward()
 
     drawn = generator(3)
-    t = score.timesteps(2, 0.0, drawn)
-    noise = torch.randn(2, 3, SIZE, SIZE, generator=drawn)
+    t = score.timesteps(4, 0.0, drawn)
+    noise = torch.randn(4, 3, SIZE, SIZE, generator=drawn)
     assert torch.equal(t, result.t)
-    a = components.alphas_cumprod[t].view(-1, 1, 1, 1)
-    picture = rgb.detach().requires_grad_()
-    z = resize(picture, SIZE) * 2 - 1
-    noisy = a.sqrt() * z + (1 - a).sqrt() * noise
-    with torch.no_grad():
-        both = [components.unet(noisy, t, encoder_hidden_states=prompt).sample for prompt in (uncond, cond)]
-    assert both[0].shape[1] == 6
-    uncond_noise, cond_noise = (out[:, :3] for out in both)
-    wanted = 3 * (1 - a) * (uncond_noise + 20 * (cond_noise - uncond_noise) - noise)
-    torch.testing.assert_close(result.gradient, wanted, rtol=1e-3, atol=1e-4)
-    (expected,) = torch.autograd.grad(z, picture, wanted / 2)
-    torch.testing.assert_close(rgb.grad, expected, rtol=1e-3, atol=1e-5)
+    seen = []
+    for model in (components, in_fp64(components)):
+        picture = rgb.detach().to(model.dtype).requires_grad_()
+        z = F.interpolate(picture, (SIZE, SIZE), mode="bilinear", antialias=True) * 2 - 1
+        gradient = 4 * by_hand(model, z.detach(), t, cond, uncond, noise)
+        seen.append((gradient, torch.autograd.grad(z, picture, gradient / 4)[0]))
+    (reference, picture_reference), (exact, picture_exact) = seen
+    check("latents", result.gradient, reference, exact)
+    check("picture", rgb.grad, picture_reference, picture_exact)
     if side == SIZE:
-        torch.testing.assert_close(expected, wanted)  # twice, for [-1, 1], over a batch of two
+        # Twice, for [-1, 1], over a batch of four.
+        check("picture and latents", rgb.grad, result.gradient / 2, result.gradient.double() / 2)
 
 
 @pytest.mark.parametrize(
@@ -111,20 +149,21 @@ def test_every_score_guides_pixels(components: Components, options: dict) -> Non
     assert torch.isfinite(rgb.grad).all() and rgb.grad.abs().max() > 0
 
 
-def test_perp_neg_of_a_batch_is_that_of_its_samples(components: Components) -> None:
+def test_perp_neg_of_a_batch_is_that_of_its_samples(components: Components, in_fp64: Callable) -> None:
+    """A batch is the loop over its samples, each with weights of its own, and weights of 0 are none."""
     z, noise = torch.randn(2, 3, 3, SIZE, SIZE, generator=generator(1))
     cond, uncond = torch.randn(2, 3, 77, 24, generator=generator(2))
     others, weights = torch.randn(2, 77, 24, generator=generator(4)), torch.tensor([[-1.0, 0], [0, -2.0], [0, 0]])
     score, t = ScoreDistillation(components, GuidanceConfig(perpneg=True)), torch.tensor([100, 500, 900])
     scale = {"guidance_scale": torch.tensor(20.0)}
     whole, *_ = score._gradient(z, t, cond, uncond, scale, noise, others, weights)
-    for i in range(3):
-        row = slice(i, i + 1)
-        one, *_ = score._gradient(z[row], t[row], cond[row], uncond[row], scale, noise[row], others, weights[row])
-        torch.testing.assert_close(whole[row], one, rtol=1e-3, atol=1e-3)
+    models = (components, in_fp64(components))
+    check("turned", whole, *(by_hand(model, z, t, cond, uncond, noise, others, weights) for model in models))
     plain, *_ = score._gradient(z, t, cond, uncond, scale, noise)
-    torch.testing.assert_close(whole[2], plain[2], rtol=1e-3, atol=1e-3)
-    assert ((whole - plain).flatten(1).norm(dim=1)[:2] > 1e-2).all()
+    without = [by_hand(model, z, t, cond, uncond, noise) for model in models]
+    check("plain", plain, *without)
+    check("weights of 0", whole[2], without[0][2], without[1][2])
+    assert all(error(whole[i], without[1][i]) > 100 * error(plain[i], without[1][i]) for i in (0, 1))
 
 
 def test_latents_are_refused(components: Components) -> None:
@@ -139,8 +178,8 @@ def test_it_paints_and_shows_what_it_sees_without_a_decoder(components: Componen
     assert images.shape == (2, 3, SIZE, SIZE) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
     z = torch.rand(2, 3, SIZE, SIZE, generator=generator()) * 2 - 1
     seen = guidance_pictures(components, (z + 1) / 2, z, z)
-    torch.testing.assert_close(seen[:, 1], seen[:, 0])
-    torch.testing.assert_close(seen[:, 2], seen[:, 0])
+    for column in (1, 2):
+        check("seen", seen[:, column], (z + 1) / 2, (z.double() + 1) / 2)
 
 
 def test_half_precision_shards_load_under_the_names_that_the_libraries_write(tiny_if_model: Path, broken: Path) -> None:

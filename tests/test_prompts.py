@@ -1,11 +1,13 @@
 """Prompts: the weights of the sides, the embeddings, and what happens to words that do not fit."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.guidance.loader import Components, load_components
 from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings, encode, view_weights
 
@@ -23,11 +25,11 @@ def components(tiny_model: Path) -> Components:
         (-45, 90, [0.5, 0.5, 0, 0]),
         (90, 90, [0, 1, 0, 0]),
         (-90, 90, [0, 1, 0, 0]),
-        (108, 60, [0, 0.8, 0.2, 0]),
+        (112.5, 60, [0, 0.75, 0.25, 0]),
         (180, 90, [0, 0, 1, 0]),
         (-180, 90, [0, 0, 1, 0]),
         (270, 90, [0, 1, 0, 0]),  # turned once around
-        (-350, 90, [8 / 9, 1 / 9, 0, 0]),
+        (-337.5, 90, [0.75, 0.25, 0, 0]),
         (180, 30, [0, 0, 0, 1]),  # overhead, its limit included
         (180, 30.5, [0, 0, 1, 0]),
         (20, 0, [0, 0, 0, 1]),
@@ -35,15 +37,27 @@ def components(tiny_model: Path) -> Components:
 )
 def test_weights_of_the_views(azimuth: float, polar: float, weights: list[float]) -> None:
     got = view_weights(torch.tensor([float(azimuth)]), torch.tensor([float(polar)]), 30.0)
-    torch.testing.assert_close(got, torch.tensor([weights], dtype=torch.float32), rtol=0, atol=1e-6)
+    assert torch.equal(got, torch.tensor([weights], dtype=torch.float32))  # quarters of the half turn are exact
+
+
+def test_weights_between_the_views_are_linear_in_the_azimuth() -> None:
+    """All around: r = 1 - |azimuth| / 90 of front and the rest of side, then of side and back."""
+    azimuth = torch.linspace(-180, 180, 501)[:-1]
+
+    def expected(dtype: torch.dtype) -> torch.Tensor:
+        r = 1 - azimuth.to(dtype).abs() / 90
+        return torch.stack([r.clamp(min=0), 1 - r.abs(), (-r).clamp(min=0), 0 * r], dim=1)
+
+    got = view_weights(azimuth, torch.full_like(azimuth, 90.0), 30.0)
+    check("weights", got, expected(torch.float32), expected(torch.float64))
 
 
 def test_views_may_turn_into_each_other_over_fewer_degrees() -> None:
     azimuth = torch.tensor([0.0, 34.0, -40.0, 45.0, 50.0, 56.0, 124.0, -135.0, 146.0])
     front, side, back, overhead = view_weights(azimuth, torch.full((9,), 90.0), 30.0, 20.0).T
-    torch.testing.assert_close(front, torch.tensor([1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0]))
-    torch.testing.assert_close(back, torch.tensor([0, 0, 0, 0, 0, 0, 0, 0.5, 1]))
-    torch.testing.assert_close(front + side + back, torch.ones(9))
+    assert front.tolist() == [1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0]
+    assert back.tolist() == [0, 0, 0, 0, 0, 0, 0, 0.5, 1]
+    assert torch.equal(front + side + back, torch.ones(9))
     assert not overhead.any()
 
 
@@ -70,30 +84,54 @@ def test_weighing_the_views_reads_no_value(nothing_read) -> None:
             view_weights(torch.tensor([0.0, 100.0]), torch.tensor([90.0, 10.0]), 30.0, 90.0, angle_front)
 
 
-def test_embeddings_are_the_encoded_prompts_blended(components: Components) -> None:
-    prompts = PromptEmbeddings(components, "a red mug", "blurry", keep_text_encoder=True)
-    front, side, back, overhead = encode(components, [f"a red mug, {view} view" for view in VIEWS])
-    torch.testing.assert_close(prompts.negative, encode(components, ["blurry"]))
-    assert not torch.allclose(prompts.negative, encode(components, [""]), atol=1e-3)
-    azimuth, polar = torch.tensor([0.0, 30.0, -135.0, 180.0]), torch.tensor([90.0, 60.0, 90.0, 10.0])
+def by_diffusers(components: Components, texts: list[str]) -> torch.Tensor:
+    """Embeddings of texts by diffusers' own pipeline, in the dtype of ``components``."""
+    from diffusers import StableDiffusionPipeline
+
+    parts = dict.fromkeys(["vae", "unet", "scheduler", "safety_checker", "feature_extractor"])
+    pipeline = StableDiffusionPipeline(
+        text_encoder=components.text_encoder, tokenizer=components.tokenizer, requires_safety_checker=False, **parts
+    )
+    with torch.no_grad():
+        return pipeline.encode_prompt(texts, "cpu", 1, do_classifier_free_guidance=False)[0]
+
+
+@pytest.fixture
+def both(components: Components, in_fp64: Callable) -> tuple[Components, Components]:
+    """The model, and the same in fp64."""
+    return components, in_fp64(components)
+
+
+def test_embeddings_are_the_encoded_prompts_blended(both: tuple[Components, Components]) -> None:
+    """Against diffusers' own encoding of each side's text."""
+    prompts = PromptEmbeddings(both[0], "a red mug", "blurry", keep_text_encoder=True)
+    texts = [f"a red mug, {view} view" for view in VIEWS]
+    check("negative", prompts.negative, *(by_diffusers(model, ["blurry"]) for model in both))
+    empty = by_diffusers(both[1], [""])
+    assert error(prompts.negative, empty) > 100 * error(prompts.negative, by_diffusers(both[1], ["blurry"]))
+    azimuth, polar = torch.tensor([0.0, 22.5, -135.0, 180.0]), torch.tensor([90.0, 60.0, 90.0, 10.0])
     cond, uncond = prompts.embeddings(azimuth, polar, 30.0)
-    expected = torch.stack([front, front * 2 / 3 + side / 3, side / 2 + back / 2, overhead])
-    torch.testing.assert_close(cond, expected, rtol=1e-5, atol=1e-5)
-    assert cond.shape == uncond.shape == (4, 77, 32)
     sharp, _ = prompts.embeddings(azimuth, polar, 30.0, 90.0, 60.0)
-    torch.testing.assert_close(sharp, torch.stack([front, front, side, overhead]), rtol=1e-5, atol=1e-5)
+    blended, thresholded = [], []
+    for model in both:
+        front, side, back, overhead = by_diffusers(model, texts)
+        blended.append(torch.stack([front, front * 0.75 + side * 0.25, side / 2 + back / 2, overhead]))
+        thresholded.append(torch.stack([front, front, side, overhead]))
+    check("blended", cond, *blended)
+    check("one side each", sharp, *thresholded)
+    assert cond.shape == uncond.shape == (4, 77, 32)
     assert all(torch.equal(row, prompts.negative[0]) for row in uncond)
     assert (front - back).abs().max() > 1e-2  # the sides differ at all
 
 
-def test_a_side_may_have_a_text_of_its_own(components: Components) -> None:
+def test_a_side_may_have_a_text_of_its_own(both: tuple[Components, Components]) -> None:
     own = {"back": "the back of a red mug", "overhead": "the inside of a red mug"}
-    prompts = PromptEmbeddings(components, "a red mug", own=own, keep_text_encoder=True)
+    prompts = PromptEmbeddings(both[0], "a red mug", own=own, keep_text_encoder=True)
     texts = ["a red mug, front view", "a red mug, side view", own["back"], own["overhead"]]
-    torch.testing.assert_close(prompts.views, encode(components, texts))
-    torch.testing.assert_close(prompts.negative, encode(components, [""]))
+    check("views", prompts.views, *(by_diffusers(model, texts) for model in both))
+    check("negative", prompts.negative, *(by_diffusers(model, [""]) for model in both))
     with pytest.raises(ValueError, match="own has texts of front, side, back, overhead, not of below, left"):
-        PromptEmbeddings(components, "a red mug", own={"left": "a", "below": "b"})
+        PromptEmbeddings(both[0], "a red mug", own={"left": "a", "below": "b"})
 
 
 def test_own_texts_that_do_not_fit_are_cut_and_leave_room_for_no_side(
@@ -111,13 +149,10 @@ def test_own_texts_that_do_not_fit_are_cut_and_leave_room_for_no_side(
     assert torch.equal(cut.views, whole.views)
 
 
-def test_encoding_is_that_of_the_model_itself(components: Components) -> None:
-    """Token by token, against the plain use of tokenizer and encoder."""
-    ids = components.tokenizer("a red mug").input_ids
-    ids += [components.tokenizer.pad_token_id] * (77 - len(ids))
-    with torch.no_grad():
-        expected = components.text_encoder(torch.tensor([ids])).last_hidden_state
-    torch.testing.assert_close(encode(components, ["a red mug"]), expected)
+def test_encoding_is_that_of_the_model_itself(both: tuple[Components, Components]) -> None:
+    """Short, long and empty prompts, against diffusers' own pipeline."""
+    texts = ["a red mug", "", "a very long prompt " * 20]
+    check("embeddings", encode(both[0], texts), *(by_diffusers(model, texts) for model in both))
 
 
 def test_text_encoder_is_freed_once_the_prompts_are_embedded(components: Components) -> None:

@@ -23,6 +23,7 @@ from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.text import TextGuidance
 from dream_fast.engine.health import DIVERGED
 from dream_fast.engine.losses import ramp
+from dream_fast.engine.optim import LossScaler
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import choose_runtime
 from dream_fast.engine.schedule import LinearSchedule, values_at
@@ -301,11 +302,14 @@ def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
     return trainer.optimizer.grads.clone()
 
 
-def test_grad_clip_rgb_limits_the_gradient_of_a_pixel(text_guidance):
-    free = constant_pull(make_trainer(text_guidance, **CHEAP), 2.0)
-    limited = constant_pull(make_trainer(text_guidance, grad_clip_rgb=0.5, **CHEAP), 2.0)
-    assert free.abs().max() > 0
-    assert torch.allclose(limited, free / 4, rtol=1e-4, atol=1e-8)
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_grad_clip_rgb_limits_the_gradient_of_a_pixel(text_guidance, loss_scale):
+    """A pull of 2 with a limit of 1/2 is a pull of 1/2, bit for bit, whatever the loss scale (powers of two)."""
+    free, limited = (make_trainer(text_guidance, grad_clip_rgb=limit, **CHEAP) for limit in (-1.0, 0.5))
+    limited.scaler = LossScaler(True, "cpu", start=loss_scale)
+    expected = constant_pull(free, 2.0) * (loss_scale / 4)
+    assert expected.abs().max() > 0
+    assert torch.equal(constant_pull(limited, 2.0), expected)
 
 
 def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_reason(text_guidance, tmp_path):
