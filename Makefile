@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH_BUILD := .ci/torch_build.py
 
-.PHONY: demo test sanitize
+.PHONY: demo test timing sanitize
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -P -m ruff format --check .
 	$(BIN)/python -P -m pytest
 	ls tests/triton/test_*.py | TRITON_INTERPRET=1 OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python -P -m pytest -q --no-header
+
+# Speed on a CPU beside another commit, by default where the branch left main: make timing BASE=v1.0
+timing: $(VENV)/.installed
+	$(BIN)/python -P -m dream_fast.bench timing $(if $(BASE),--base '$(BASE)')
 
 # Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
 TOOL ?= memcheck

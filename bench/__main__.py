@@ -8,7 +8,7 @@ COMMANDS = {
     "kernels": "accuracy and speed of every operator on a GPU",
     "step": "time, memory and parts of a whole step, also at Stable Diffusion's size",
     "compare": "whether a result of `kernels` is slower than an earlier one",
-    "cpu_ratios": "speed of the CPU path, beside a fixed piece of work",
+    "timing": "speed on a CPU beside an earlier commit, on the same machine",
     "main_job": "time and memory of the main command",
     "mesh": "meshes of finished runs beside their fields, and the time of the export",
     "sharpness": "mesh refinement against the field that it began from",

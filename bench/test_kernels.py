@@ -1,8 +1,10 @@
 """Every operator under pytest-benchmark: `pytest bench`, with --benchmark-autosave and --benchmark-compare.
 
 The cases of `python -m dream_fast.bench kernels` on a GPU, where a CUDA graph of the call is replayed, and small ones
-on a CPU. Only the public operators are timed: Triton on a GPU, the reference on a CPU.
+on a CPU, by the timer of `make timing`. Only the public operators are timed: Triton on a GPU, the reference on a CPU.
 """
+
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dream_fast.bench import measure
 from dream_fast.bench.cases import FULL, SMALL, run
 
 GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.benchmark(timer=time.perf_counter if GPU else measure.processor_time)
 CASES = FULL if GPU else SMALL
 
 

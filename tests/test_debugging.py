@@ -17,7 +17,6 @@ import dream_fast
 from dream_fast.engine import run, trainer
 
 PAGE = Path(dream_fast.__file__).parent / "docs" / "debugging.md"
-SECONDS = 120  # to wait for the debugger: a loaded machine imports slowly
 SMALL = """
     --text hamburger --device cpu --iters 3 --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views
     --dataset_size_valid 1 --levels 3 --log2_entries 10 --max_resolution 32 --hidden_width 16 --occupancy_resolution 16
@@ -28,13 +27,12 @@ class Client:
     """A client of the debug adapter protocol, as an editor is one."""
 
     def __init__(self, port: int, process: subprocess.Popen):
-        deadline = time.monotonic() + SECONDS
         while True:  # the server opens its port when it has started
             try:
-                self.socket = socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
+                self.socket = socket.create_connection(("127.0.0.1", port))
                 break
             except ConnectionRefusedError:
-                assert process.poll() is None and time.monotonic() < deadline, "nothing listens"
+                assert process.poll() is None, "nothing listens"
                 time.sleep(0.1)
         self.stream, self.sent = self.socket.makefile("rb"), 0
 
@@ -114,7 +112,7 @@ def test_a_debugger_stops_a_run_in_a_step_and_lets_it_go_on(tmp_path):
                 shown = client.ask("evaluate", expression="(self.step, done.t.shape)", frameId=frame["id"])
                 assert shown["result"] == "(1, torch.Size([1]))"
             client.ask("continue", threadId=thread)
-        assert process.wait(timeout=SECONDS) == 0
+        assert process.wait() == 0
         assert (tmp_path / "trial" / "report.html").is_file()
     finally:
         process.kill()

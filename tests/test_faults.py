@@ -75,7 +75,7 @@ def test_looking_at_a_run_that_goes_on_is_refused_too(tmp_path, tiny_model, caps
 
 def test_a_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
     code = "import sys, os, pathlib; from dream_fast.engine.lock import Lock; Lock(pathlib.Path(sys.argv[1])); os.kill("
-    done = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)], timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
     assert done.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
     lock = Lock(tmp_path)
     assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
@@ -162,7 +162,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
     words = command(tmp_path / "trial", tiny_model, "--eval_interval", "9")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [sys.executable, "-P", "-c", LIMITED, *words], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", LIMITED, *words], env=environment, capture_output=True, text=True
     )
     error = process.stderr.strip().splitlines()[-1]
     assert process.returncode == 2 and "Traceback" not in process.stderr

@@ -1,9 +1,9 @@
 """Inputs that nobody would type: flags, --file, checkpoints, config.json, mesh files. Each is taken, or refused in a
-sentence: no traceback, no hang over 10 s, nothing written or removed outside the workspace, nothing unpickled, no
+sentence: no traceback, no hang, nothing written or removed outside the workspace, nothing unpickled, no
 program started.
 
 2,000 inputs by hypothesis, some from words of the format, some good ones with a change; 200,000 with
-`FUZZ_INPUTS=200000 python -m pytest tests/test_fuzz.py -k hypothesis`.
+`FUZZ_INPUTS=200000 python -m pytest tests/test_fuzz.py -k hypothesis --timeout 0`, without the guard against hangs.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import os
 import pickle
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from dream_fast.engine.mesh_file import load_mesh
 from dream_fast.engine.repeat import in_a_line, repeating_command, visible
 from dream_fast.engine.workspace import Workspace
 
-HANG = 10.0  # seconds
 WRITES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
 RUNS = {"subprocess.Popen", "os.system", "os.exec", "pickle.find_class", "socket.connect"}
 ARCHITECTURE = {"levels": 2, "backbone": "grid"}
@@ -208,15 +206,13 @@ def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
 
         def one(data: object) -> None:
             counts[name] += 1  # noqa: B023  # called before the next turn
-            start, guard.armed = time.monotonic(), True
+            guard.armed = True
             try:
                 target(data)  # noqa: B023
             except UserError as error:
                 in_a_line(str(error)), text(error)
             finally:
                 guard.armed = False
-            if time.monotonic() - start > HANG:
-                raise AssertionError(f"{time.monotonic() - start:.0f} s")
 
         options = settings(
             max_examples=inputs // len(told),

@@ -18,13 +18,14 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 # A run whose second step never ends; the file says that it has begun.
 STUCK = """
-import sys, time, pathlib
+import sys, signal, pathlib
 from dream_fast.engine import trainer
 take = trainer.Trainer.train_step
 def train_step(self):
     if self.step == 1:
         pathlib.Path("begun").touch()
-        time.sleep(300)
+        while True:
+            signal.pause()
     return take(self)
 trainer.Trainer.train_step = train_step
 trainer.EPOCH, trainer.CHECKPOINT_SECONDS = 1, 0.0
@@ -40,9 +41,7 @@ TINY = """
 def test_a_killed_run_is_taken_up_bit_for_bit(tiny_model):
     """`python -m dream_fast.bench kills` with fewer runs."""
     command = [sys.executable, "-P", "-m", "dream_fast.bench", "kills", "--times", "3", "--seed", "5"]
-    done = subprocess.run(
-        [*command, "--hf_key", str(tiny_model)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*command, "--hf_key", str(tiny_model)], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"killed": 3, "different": 0}
 
@@ -56,10 +55,9 @@ def test_the_planned_kills_meet_every_stage_and_come_one_after_the_other():
         assert all(kill.step % EVERY == 0 for kill in plan if kill.stage)
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
+def wait_for(path: Path, process: subprocess.Popen) -> None:
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < end
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
 
 
@@ -71,14 +69,12 @@ def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(tmp_path,
     )
     try:
         wait_for(tmp_path / "begun", process)
-        time.sleep(0.1)  # into the step
         process.send_signal(number)
-        time.sleep(0.3)
-        assert process.poll() is None  # the step is being finished
+        # The step, which never ends, is being finished.
+        assert any("finishing this step" in line for line in process.stderr) and process.poll() is None
         process.send_signal(number)
-        said = process.communicate(timeout=5)[1]
+        process.communicate()
     finally:
         process.kill()
     assert process.returncode == -number  # which a shell calls 130 or 143
-    assert "finishing this step" in said
     assert [path.name for path in list_checkpoints(tmp_path / "trial" / "checkpoints")] == ["step_000001.safetensors"]

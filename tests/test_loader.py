@@ -175,12 +175,11 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_hub_name_without_a_network_answers_at_once(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+def test_hub_name_without_a_network_is_answered_without_a_pause(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    started = time.monotonic()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s for another try"))
     with pytest.raises(UserError, match="no folder called nobody/nothing, the hub cannot be reached"):
         load_components("nobody/nothing", "cpu")
-    assert time.monotonic() - started < 30  # not a timing: it must not sit through retries

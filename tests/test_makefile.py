@@ -145,3 +145,25 @@ def test_the_build_of_torch_is_read_without_importing_it():
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == ("cpu" if torch.version.cuda is None and torch.version.hip is None else "gpu")
     assert "torch._C" not in done.stderr
+
+
+@pytest.mark.parametrize(("base", "asked"), [(None, ["test"]), ("", ["test"]), ("v1.0", ["test", "timing BASE=v1.0"])])
+def test_what_decides_about_a_change_is_make_test_and_timing_only_with_a_base(tmp_path, base, asked):
+    """.ci/run compares speed where TIMING_BASE names a commit, and only there."""
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n')
+    make.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "TIMING_BASE"}
+    environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {} if base is None else {"TIMING_BASE": base}
+    subprocess.run([ROOT / ".ci" / "run"], env=environment, check=True)
+    assert (tmp_path / "asked").read_text().splitlines() == asked
+
+
+@pytest.mark.parametrize(("words", "end"), [([], "timing "), (["BASE=v1.0"], "timing --base 'v1.0'")])
+def test_the_base_of_make_timing_is_handed_on(words, end):
+    """Without BASE the command chooses one itself."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--dry-run", "--no-print-directory", "timing", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].endswith(f"-m dream_fast.bench {end}")

@@ -1,12 +1,13 @@
-"""The true configurations of Stable Diffusion 1.5, 2.0 and 2.1, with random weights, through the one loader.
+"""The true configurations of Stable Diffusion 1.5, 2.0 and 2.1 through the one loader, without a trained weight.
 
 The weights go to disk as those models have them: fp16, and under the names that their files use, which are older than
-today's classes. No trained weight is involved; what is tested is that the shapes, names and constants fit.
+today's classes. At their true size they are holes in sparse files that nothing reads, which shows that shapes, names
+and constants fit; guidance runs on random weights, with a fifth of the channels and two layers of the text encoder.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,49 +122,81 @@ MODELS = {
 
 # Attention in the VAE's files, by the names of the time -> by today's.
 OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
 
 
-def random_weights(module: torch.nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """fp16 weights for ``module`` (on the meta device): norms at one, the rest small draws, tiled from one block."""
-    block = torch.randn(1 << 22, generator=generator).half()
-    weights = {}
-    for name, parameter in module.named_parameters():
-        if name.endswith("weight") and parameter.ndim > 1:
-            count, fan_in = parameter.numel(), parameter[0].numel()
-            values = block.repeat(-(-count // len(block)))[:count] if count > len(block) else block[:count].clone()
-            weights[name] = values.mul_(fan_in**-0.5).view(parameter.shape)
-        else:
-            weights[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=torch.float16)
-    return weights
+def narrowed(unet: dict, vae: dict, text: dict) -> tuple[dict, dict, dict]:
+    """The same architecture with fewer channels and layers, whose text width and spatial sizes are the true ones.
+
+    Heads have a width of 64 in version 2, as in truth; in version 1 there are as many as in truth.
+    """
+    heads = unet["attention_head_dim"]
+    unet = unet | {"block_out_channels": [count // 5 for count in unet["block_out_channels"]]}
+    if isinstance(heads, list):
+        unet["attention_head_dim"] = [count // 5 for count in heads]
+    vae = vae | {"block_out_channels": [count // 4 for count in vae["block_out_channels"]]}
+    return unet, vae, text | {"num_hidden_layers": 2}
 
 
-def write_weights(folder: Path, unet: dict, vae: dict, text: dict) -> None:
-    """Write random weights of these shapes in the Stable Diffusion layout, 2.6 GB."""
+def shapes_in_files(unet: dict, vae: dict, text: dict) -> dict[str, dict[str, torch.Size]]:
+    """Shapes of the weights of each part, by their names in its file."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        unet_model = UNet2DConditionModel.from_config(unet)
-        vae_model = AutoencoderKL.from_config(vae)
-        text_model = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in text.items() if k != "torch_dtype"}))
-    for part in ("unet", "vae", "text_encoder", "scheduler"):
-        (folder / part).mkdir()
-    save_file(random_weights(unet_model, generator), folder / "unet" / "diffusion_pytorch_model.safetensors")
+        modules = {
+            "unet": UNet2DConditionModel.from_config(unet),
+            "vae": AutoencoderKL.from_config(vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**{k: v for k, v in text.items() if k != "torch_dtype"})),
+        }
+    shapes = {}
+    for part, module in modules.items():
+        shapes[part] = {}
+        for name, parameter in module.named_parameters():
+            if part == "vae":
+                for new, old in OLD_VAE_NAMES.items():
+                    name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+            elif part == "text_encoder":
+                name = f"text_model.{name.removeprefix('text_model.')}"
+            shapes[part][name] = parameter.shape
+    return shapes
 
+
+def write_random(path: Path, shapes: dict[str, torch.Size], generator: torch.Generator) -> None:
+    """Write fp16 weights: norms at one, the rest small draws."""
     weights = {}
-    for name, value in random_weights(vae_model, generator).items():
-        for new, old in OLD_VAE_NAMES.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
-        weights[name] = value
-    save_file(weights, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    for name, shape in shapes.items():
+        if name.endswith("weight") and len(shape) > 1:
+            weights[name] = torch.randn(shape, generator=generator).mul_(math.prod(shape[1:]) ** -0.5).half()
+        else:
+            weights[name] = torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
+    if path.parent.name == "text_encoder":
+        weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(weights, path, metadata={"format": "pt"})
 
-    weights = {
-        f"text_model.{name.removeprefix('text_model.')}": value
-        for name, value in random_weights(text_model, generator).items()
-    }
-    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    save_file(weights, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+
+def write_holes(path: Path, shapes: dict[str, torch.Size]) -> None:
+    """Write a file of fp16 weights whose numbers are a hole: 1.7 GB for a UNet, of which the disk holds a few KB."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+    if path.parent.name == "text_encoder":
+        start, end = end, end + 8 * 77
+        header["text_model.embeddings.position_ids"] = {
+            "dtype": "I64",
+            "shape": [1, 77],
+            "data_offsets": [start, end],
+        }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def write_configurations(folder: Path, unet: dict, vae: dict, text: dict, schedule: dict) -> None:
@@ -175,7 +208,7 @@ def write_configurations(folder: Path, unet: dict, vae: dict, text: dict, schedu
         ("scheduler", schedule, "scheduler_config.json"),
     ):
         (folder / part / file).write_text(json.dumps(config))
-    if text is TEXT_2:  # these pad with another token than their tokenizer_config.json says
+    if text["hidden_size"] == 1024:  # these pad with another token than their tokenizer_config.json says
         (folder / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
     (folder / "model_index.json").write_text(
         json.dumps(
@@ -194,37 +227,33 @@ def write_configurations(folder: Path, unet: dict, vae: dict, text: dict, schedu
     )
 
 
-@pytest.fixture(scope="module")
-def write_model(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer_writer: Callable[..., int]
-) -> Iterator[Callable[[str], Path]]:
-    """Writes a version's model and gives its folder. Versions of the same shapes share weights, one after the other."""
-    folders: dict[str, Path] = {}
+@pytest.fixture
+def write_model(tmp_path: Path, tokenizer_writer: Callable[..., int]) -> Callable[..., Path]:
+    """write_model(version, narrow): the folder of a model, at its true size or narrow enough to compute."""
 
-    def remove() -> None:
-        for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-        folders.clear()
-
-    def write(version: str) -> Path:
+    def write(version: str, *, narrow: bool) -> Path:
         unet, vae, text, schedule = MODELS[version]
-        shapes = version[0]
-        if shapes not in folders:
-            remove()
-            folders[shapes] = tmp_path_factory.mktemp("model")
-            write_weights(folders[shapes], unet, vae, text)
-            tokenizer_writer(folders[shapes] / "tokenizer", vocabulary_size=text["vocab_size"])
-        write_configurations(folders[shapes], unet, vae, text, schedule)
-        return folders[shapes]
+        configs = narrowed(unet, vae, text) if narrow else (unet, vae, text)
+        generator = torch.Generator().manual_seed(0)
+        for part, shapes in shapes_in_files(*configs).items():
+            (tmp_path / part).mkdir()
+            if narrow:
+                write_random(tmp_path / part / FILES[part], shapes, generator)
+            else:
+                write_holes(tmp_path / part / FILES[part], shapes)
+        (tmp_path / "scheduler").mkdir()
+        tokenizer_writer(tmp_path / "tokenizer", vocabulary_size=text["vocab_size"])
+        write_configurations(tmp_path, *configs, schedule)
+        return tmp_path
 
-    yield write
-    remove()
+    return write
 
 
 @pytest.mark.parametrize("version", MODELS)
-def test_true_configuration_loads_and_guides(version: str, write_model: Callable[[str], Path]) -> None:
+def test_true_configuration_loads(version: str, write_model: Callable[..., Path]) -> None:
+    """Every size, constant and name of the published models fits the loader."""
     unet, _, text, schedule = MODELS[version]
-    components = load_components(write_model(version), "cpu", torch.bfloat16)
+    components = load_components(write_model(version, narrow=False), "cpu", torch.float16)
 
     latent_size = unet["sample_size"]
     assert (components.latent_size, components.image_size) == (latent_size, 8 * latent_size)
@@ -237,7 +266,14 @@ def test_true_configuration_loads_and_guides(version: str, write_model: Callable
     assert ids[0] == 49406 and ids[2:] == [49407, 49407 if version == "1.5" else 0]
     parameters = sum(parameter.numel() for parameter in components.unet.parameters())
     assert parameters == (859_520_964 if version == "1.5" else 865_910_724)  # as published
+    assert components.text_encoder.config.num_hidden_layers == text["num_hidden_layers"]
 
+
+@pytest.mark.parametrize("version", MODELS)
+def test_true_configuration_guides(version: str, write_model: Callable[..., Path]) -> None:
+    """Prompts are embedded and a step of guidance has a finite gradient that is not zero."""
+    text = MODELS[version][2]
+    components = load_components(write_model(version, narrow=True), "cpu", torch.bfloat16)
     prompts = PromptEmbeddings(components, "a hamburger")
     assert components.text_encoder is None
     width = text["hidden_size"]

@@ -324,7 +324,8 @@ def test_a_profile_is_of_some_steps_after_the_warm_up_and_the_run_goes_on(tiny_m
     costs = [float(milliseconds) for milliseconds, *_ in table]
     assert len(table) == profiling.ROWS and costs == sorted(costs, reverse=True) and costs[0] > 0
     for milliseconds, share, calls, name in table:
-        assert float(share) == pytest.approx(100 * float(milliseconds) / float(head), abs=0.2) and float(calls) > 0
+        rounding = 0.05 + (0.05 + 0.005 * float(share)) / float(head)  # of the share, the milliseconds and the head
+        assert abs(float(share) - 100 * float(milliseconds) / float(head)) <= rounding and float(calls) > 0
         assert not name.startswith("ProfilerStep")
 
 
