@@ -49,6 +49,11 @@ class RunConfig(Room):
         may_change=True,
     )
     test: bool = option(False, "no optimisation: write the outputs of the workspace's checkpoint", may_change=True)
+    output: str | None = option(
+        None,
+        "with --test: the folder to write to instead of the workspace, which is only read",
+        may_change=True,
+    )
     six_views: bool = option(False, "write the six views only, no video", may_change=True)
     save_mesh: bool = option(False, "export a textured mesh to mesh/ at the end, as GLB and as OBJ", may_change=True)
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
@@ -99,6 +104,8 @@ class RunConfig(Room):
                 f"--exp_start_iter must be less than --iters {self.iters}, where the phases end without "
                 f"--exp_end_iter, not {start}"
             )
+        if self.output is not None and not self.test:
+            raise UserError("--output goes with --test only: a run writes everything to its --workspace")
         if self.compile and self.deterministic:
             raise UserError(
                 "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "

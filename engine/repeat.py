@@ -43,7 +43,8 @@ def _typed(config: Config) -> dict[str, Any]:
     wanted = deciding | differing | {"device": mine["device"]}
     if mine["ckpt"] in ("latest", "scratch"):
         wanted.pop("ckpt", None)
-    wanted.pop("test", None)
+    for name in ("test", "output"):
+        wanted.pop(name, None)
     return {name: wanted[name] for name in mine if name in wanted}
 
 
