@@ -79,7 +79,12 @@ class RunConfig(Room):
         may_change=True,
     )
     deterministic: bool = option(False, "on a GPU, the same seed gives the same bits, somewhat slower")
-    device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto",
+        "where to run; auto takes the GPU if there is one, cuda:N the GPU of that number among those that "
+        "CUDA_VISIBLE_DEVICES leaves",
+        choices=("auto", "cpu", "cuda", "cuda:N"),
+    )
     step_graph: bool = option(
         False,
         "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
@@ -524,9 +529,16 @@ class Config:
         learned = DEFAULT_VIEW if self.camera.progressive_view and not other.run.test else ()
         for room, field in settings():
             mine, theirs = (getattr(getattr(config, room.name), field.name) for config in (self, other))
+            if field.name == "device":  # any GPU will do
+                mine, theirs = device_kind(mine), device_kind(theirs)
             if mine != theirs and (field.name in learned or not field.metadata["may_change"]):
                 found.append(f"--{field.name} {_shown(mine)}, not {_shown(theirs)}")
         return found
+
+
+def device_kind(device: str) -> str:
+    """A device without the number of a GPU: "cuda" of "cuda:1"."""
+    return device.partition(":")[0]
 
 
 def _written(value: Any) -> Any:

@@ -55,7 +55,8 @@ ANSWERS: dict[str, str] = {
     "negative_prompt neg neg_prompt n_prompt negative_text prompt_negative": _NEGATIVE,
     "steps n_steps nsteps num_steps_total num_inference_steps inference_steps ddim_steps sampling_steps step "
     "iterations num_iters num_iterations n_iters n_iter niter max_iters max_iterations max_num_iterations "
-    "max_train_steps train_steps training_steps total_steps epochs num_epochs epoch max_epochs num_train_epochs": _STEPS,
+    "max_train_steps train_steps training_steps total_steps epochs num_epochs epoch max_epochs "
+    "num_train_epochs": _STEPS,
     "cfg cfg_scale guidance_weight scale cfg_weight guidancescale text_guidance_scale sd_guidance_scale": _SCALE,
     "outdir output_dir out_dir out output_folder outputdir o result_dir results_dir save_dir save_path savedir outpath "
     "exp_root_dir exp_dir experiment_name exp_name expname logdir log_dir logging_dir name tag run_name": _FOLDER,

@@ -1,21 +1,29 @@
 """What users of such programs type and complain about gets the answer that they need."""
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import dream_fast
 from dream_fast.cli import build_parser, main
 from dream_fast.engine import other_programs
+from dream_fast.engine.config import Config
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.presets import resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 from dream_fast.engine.repeat import repeating_command
+from dream_fast.engine.runtime import choose_runtime, prepare
 from dream_fast.engine.spelling import nearest, slips
 from dream_fast.engine.workspace import Workspace
+from dream_fast.kernels._launch import launch
 
 SMALL = """
     --device cpu --iters 2 --log_every 1 --seed 7 --w 8 --h 8 --W 16 --H 16 --dataset_size_test 2
@@ -203,3 +211,81 @@ def test_folder_for_outputs_that_holds_something_else(finished, tmp_path, capsys
     assert (tmp_path / "mine" / "results" / "front.png").read_text() == "mine"
     said = refusal(capsys, ["--text", "a cat", "--output", str(tmp_path / "new"), "--device", "cpu"])
     assert said == "--output goes with --test only: a run writes everything to its --workspace"
+
+
+# ---------------------------------------------------------------------------------------------------------- which GPU
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> Iterator[list[torch.device]]:
+    """A torch that finds two GPUs; returns what is made the current one."""
+    current: list[torch.device] = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {getattr(device, 'index', device)}")
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield current
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 0), ("auto", 0)])
+def test_gpu_of_a_number_is_the_current_one(device, number, two_gpus):
+    """The run's device has the number that was typed, and what names no device goes there too."""
+    runtime = choose_runtime(Config().override({"device": device}))
+    assert runtime.device == torch.device("cuda", number) and f"NVIDIA {number}" in runtime.description
+    prepare(runtime, 0)
+    assert two_gpus == [torch.device("cuda", number)]
+
+
+def test_gpu_that_is_not_there_is_refused_with_those_that_are(two_gpus, monkeypatch):
+    """A number too large gets the list of GPUs, and the variable that hides others."""
+    with pytest.raises(UserError) as refused:
+        choose_runtime(Config().override({"device": "cuda:2"}))
+    there = "only cuda:0 (NVIDIA 0), cuda:1 (NVIDIA 1)"
+    assert str(refused.value) == f"--device cuda:2: there is no GPU of that number, {there}"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(UserError, match="; CUDA_VISIBLE_DEVICES=4,5 hides all others"):
+        choose_runtime(Config().override({"device": "cuda:2"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda:1: torch finds no GPU on this machine"):
+        choose_runtime(Config().override({"device": "cuda:1"}))
+
+
+@pytest.mark.parametrize("device", ["cuda:", "cuda:-1", "cuda:x", "cuda:01", "cuda1", "cuda:1,2", "CUDA:1", "cpu:0"])
+def test_device_that_is_no_device_is_refused(device):
+    """Only cuda with a whole number names one of several GPUs."""
+    with pytest.raises(UserError, match="--device is one of auto, cpu, cuda, cuda:N, not "):
+        Config().override({"device": device})
+
+
+def test_number_of_the_gpu_is_not_part_of_a_run():
+    """A run has the defaults of a GPU on each, goes on with another one, and its command names none."""
+    first, other = (resolve({"text": "a cat", "seed": 1}, "dream-mini", device) for device in ("cuda", "cuda:1"))
+    assert other.run.device == "cuda:1" and other.override({"device": "cuda"}) == first
+    assert first.differences(other) == [] == other.differences(first)
+    assert first.differences(first.override({"device": "cpu"})) == ["--device cuda, not cpu"]
+    assert repeating_command(other) == repeating_command(first)
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
+    """A launch makes the device of its tensors the current one, whichever was before."""
+    entered = []
+
+    class Device(contextlib.nullcontext):
+        def __enter__(self):
+            entered.append(self.enter_result)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    launch({(1,): lambda **options: None}, (1,), torch.device("cuda", 1))
+    assert entered == [torch.device("cuda", 1)]
+
+
+def test_no_code_names_a_gpu_without_its_number():
+    """Nothing in the engine and the kernels puts a tensor on whichever GPU is current."""
+    root = Path(dream_fast.__file__).parent
+    for path in [*(root / "engine").rglob("*.py"), *(root / "kernels").rglob("*.py")]:
+        named = re.findall(r"""device=["']cuda|torch\.device\(["']cuda["']\)|\.cuda\(\)""", path.read_text("utf-8"))
+        assert not named, path
