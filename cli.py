@@ -6,7 +6,6 @@ Exit status: 0 done, 2 a mistake of the user (one sentence on stderr), 130 inter
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -19,6 +18,7 @@ from dream_fast.engine.argument_file import read_arguments
 from dream_fast.engine.config import Config, other_backbones, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.options import COMMAND_FLAGS
+from dream_fast.engine.other_programs import FLAGS, KEYS, VALUES, plain_name
 from dream_fast.engine.paths import expanded
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
@@ -26,6 +26,7 @@ from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLA
 from dream_fast.engine.repeat import in_a_line
 from dream_fast.engine.room import ScalarRange, check_value, value_type
 from dream_fast.engine.schedule import LinearSchedule, Scalar
+from dream_fast.engine.spelling import nearest
 
 _EXAMPLES = """examples:
   dream-fast --text "a hamburger" -O --save_mesh
@@ -121,7 +122,7 @@ def _looks_like_flag(word: str) -> bool:
 
 
 def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """UserError for a flag or a value that we refuse, or a flag that nobody knows (with the nearest one)."""
+    """UserError for a flag or a value that we refuse, or a flag that nobody knows, with what does the same here."""
     known = list(parser._option_string_actions)
     flag = ""
     for word in words:
@@ -132,15 +133,41 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             if flag in RENAMED_FLAGS:
                 raise UserError(f"{flag} is gone: {RENAMED_FLAGS[flag]}")
             if flag not in known:
-                near = difflib.get_close_matches(flag, known, n=1)
-                raise UserError(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+                raise UserError(f"unknown flag {flag}{_instead(flag, known)}")
         if (flag, word) in REFUSED_VALUES:
             raise UserError(f"{flag} {word} is not available: {REFUSED_VALUES[flag, word]}")
+        if (flag, word) in VALUES:
+            raise UserError(f"{flag} {word} is not known here: {VALUES[flag, word]}")
+
+
+def _instead(flag: str, known: Sequence[str]) -> str:
+    """The end of the sentence about an unknown flag: what it is called here, or what its user may have meant."""
+    name = plain_name(flag)
+    spelled = [ours for ours in known if len(name) > 1 and plain_name(ours) == name]
+    if len(spelled) == 1:
+        return f"; did you mean {spelled[0]}?"
+    if name in FLAGS:
+        return f": {FLAGS[name]}"
+    refused = [ours for ours in REFUSED_FLAGS if plain_name(ours) == name]
+    if refused:
+        return f"; {refused[0]} is not available: {REFUSED_FLAGS[refused[0]]}"
+    near = nearest(name, {plain_name(ours): ours for ours in known})
+    return "; see --help" if near is None else f"; did you mean {near}?"
 
 
 def _why_unexpected(words: Sequence[str], word: str) -> str:
     """The end of the sentence about a word that belongs to no flag."""
+    if word.startswith(("\u2013", "\u2014", "\u2212")):
+        return ": it begins with a dash that is no hyphen; type flags as in --text"
+    key, sign, _ = word.partition("=")
+    name = plain_name(key.rpartition(".")[2])
+    if sign and name in KEYS:
+        return f": settings are flags here; {KEYS[name]}"
+    if sign and key.replace(".", "").replace("_", "").isalnum():
+        return ": settings are flags here, as in --iters 5000; see --help"
     flags = [before for before in words[: list(words).index(word)] if _looks_like_flag(before)]
+    if any(sign in "\u201c\u201d\u2018\u2019" for sign in " ".join(words)):
+        return ": a prompt stands in straight quotes, as in --text 'a hamburger'"
     if flags and flags[-1] != "--text":
         return f" after {flags[-1]}"
     return ": a prompt of several words stands in quotes after --text"
@@ -207,7 +234,7 @@ def _stored(typed: dict[str, Any]) -> Config:
     if stored is None:
         raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
     values = {name: value for name, value in typed.items() if name != "fp16"}
-    asked_each_time = dict(six_views=False, save_mesh=False, ckpt="latest", workspace=folder)
+    asked_each_time = dict(six_views=False, save_mesh=False, ckpt="latest", workspace=folder, output=None)
     return stored.override({**asked_each_time, **values, "device": _device(typed.get("device", "auto"))})
 
 

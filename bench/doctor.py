@@ -97,11 +97,14 @@ def gpu(torch) -> Finding:
     try:
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         memory = torch.cuda.get_device_properties(0).total_memory
+        count = torch.cuda.device_count()
         torch.ones(8, device="cuda").sum().item()
     except Exception as error:  # whatever the driver says
         advice = "restart the machine or its driver; with --device cpu runs go on meanwhile"
         return Finding("wrong", f"the GPU does not compute: {first_line(error)}", advice)
     what = f"{name}, {memory / 2**30:.0f} GiB, sm_{capability[0]}{capability[1]}, driver {number}, CUDA {built}"
+    if count > 1:
+        what += f"; the first of {count}, --device cuda:1 takes the next"
     if capability < (8, 0):
         return Finding("note", f"{what}; the kernels are written for sm_80 and later")
     return Finding("ok", what)

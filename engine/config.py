@@ -49,6 +49,11 @@ class RunConfig(Room):
         may_change=True,
     )
     test: bool = option(False, "no optimisation: write the outputs of the workspace's checkpoint", may_change=True)
+    output: str | None = option(
+        None,
+        "with --test: the folder to write to instead of the workspace, which is only read",
+        may_change=True,
+    )
     six_views: bool = option(False, "write the six views only, no video", may_change=True)
     save_mesh: bool = option(False, "export a textured mesh to mesh/ at the end, as GLB and as OBJ", may_change=True)
     ckpt: str = option("latest", "latest: resume if there is one; scratch: start anew; or a path", may_change=True)
@@ -74,7 +79,12 @@ class RunConfig(Room):
         may_change=True,
     )
     deterministic: bool = option(False, "on a GPU, the same seed gives the same bits, somewhat slower")
-    device: str = option("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto",
+        "where to run; auto takes the GPU if there is one, cuda:N the GPU of that number among those that "
+        "CUDA_VISIBLE_DEVICES leaves",
+        choices=("auto", "cpu", "cuda", "cuda:N"),
+    )
     step_graph: bool = option(
         False,
         "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
@@ -99,6 +109,8 @@ class RunConfig(Room):
                 f"--exp_start_iter must be less than --iters {self.iters}, where the phases end without "
                 f"--exp_end_iter, not {start}"
             )
+        if self.output is not None and not self.test:
+            raise UserError("--output goes with --test only: a run writes everything to its --workspace")
         if self.compile and self.deterministic:
             raise UserError(
                 "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "
@@ -517,9 +529,16 @@ class Config:
         learned = DEFAULT_VIEW if self.camera.progressive_view and not other.run.test else ()
         for room, field in settings():
             mine, theirs = (getattr(getattr(config, room.name), field.name) for config in (self, other))
+            if field.name == "device":  # any GPU will do
+                mine, theirs = device_kind(mine), device_kind(theirs)
             if mine != theirs and (field.name in learned or not field.metadata["may_change"]):
                 found.append(f"--{field.name} {_shown(mine)}, not {_shown(theirs)}")
         return found
+
+
+def device_kind(device: str) -> str:
+    """A device without the number of a GPU: "cuda" of "cuda:1"."""
+    return device.partition(":")[0]
 
 
 def _written(value: Any) -> Any:

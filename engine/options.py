@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dream_fast.engine.config import Config, settings
+from dream_fast.engine.other_programs import ANSWERS
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 from dream_fast.engine.room import ScalarRange, value_type
@@ -103,13 +104,20 @@ What `--backbone vanilla` (and so `-O2`) starts from where that is not the defau
 """
 
 
+_OTHERS_HEAD = """## Flags of other programs
+
+What other programs call it, without the dashes, and what the refusal of such a flag names. `-` counts as `_`.
+"""
+
+
 def page() -> str:
     """The text of docs/options.md."""
     command = [[f"`{flag}`", text] for flag, text in COMMAND_FLAGS.items()]
     parts = [_HEAD, "### The command\n", _table(["flag", "meaning"], command), *_rooms()]
     rows = [[f"`{flag}`", *_here(flag)] for flag in REFERENCE_FLAGS]
     parts += [_REFERENCE_HEAD, _table(["flag", "here", "remark"], rows)]
-    return "\n".join([*parts, _VANILLA_HEAD, _vanilla()])
+    others = _table(["elsewhere", "here"], [[names, answer] for names, answer in ANSWERS.items()])
+    return "\n".join([*parts, _VANILLA_HEAD, _vanilla(), _OTHERS_HEAD, others])
 
 
 def _vanilla() -> str:

@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dream_fast.engine.config import Config, other_backbones
+from dream_fast.engine.config import Config, device_kind, other_backbones
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.schedule import LinearSchedule
 
@@ -202,10 +202,11 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     """The configuration of a run: defaults of the model and the device, then the preset, then what the user typed.
 
     typed: values by flag name, only those that were typed. model: "dream-mini" or "sd" (:func:`chosen_model`).
-    device: "cpu" or "cuda", where the run really takes place. The seed stays None when none was typed: it is drawn
-    when a new run starts.
+    device: "cpu", "cuda" or "cuda:N", where the run really takes place. The seed stays None when none was typed: it
+    is drawn when a new run starts.
     """
-    if model not in ("dream-mini", "sd") or device not in ("cpu", "cuda"):
+    kind = device_kind(device)
+    if model not in ("dream-mini", "sd") or kind not in ("cpu", "cuda"):
         raise ValueError(f"resolve: model {model!r} must be dream-mini or sd, device {device!r} cpu or cuda")
     vanilla, mesh = VANILLA_DEFAULTS, DMTET_DEFAULTS
     if typed.get("preset") == "reference":
@@ -213,15 +214,15 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
     elif model == "sd":
         base = sd_defaults()
     else:
-        base = mini_cuda_defaults() if device == "cuda" else mini_cpu_defaults()
-        vanilla, mesh = vanilla | MINI_VANILLA[device], MINI_DMTET[device]
+        base = mini_cuda_defaults() if kind == "cuda" else mini_cpu_defaults()
+        vanilla, mesh = vanilla | MINI_VANILLA[kind], MINI_DMTET[kind]
     if typed.get("backbone") == "vanilla":
         base = base.override(vanilla)
     if typed.get("dmtet"):
         base = base.override(mesh)
     _check_backbone(typed)
     values = {**typed, "device": device}
-    if device == "cuda" and model == "dream-mini":
+    if kind == "cuda" and model == "dream-mini":
         # Replayed, two runs were not the same bit for bit; and it was measured with this backbone alone.
         plain = typed.get("backbone", "grid") == "grid" and not typed.get("deterministic")
         plain = plain and len(typed.get("guidance", ("dream-mini",))) == 1

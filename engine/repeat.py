@@ -4,7 +4,7 @@ import shlex
 import unicodedata
 from typing import Any
 
-from dream_fast.engine.config import Config, settings
+from dream_fast.engine.config import Config, device_kind, settings
 from dream_fast.engine.presets import resolve
 from dream_fast.engine.room import value_type
 
@@ -30,6 +30,7 @@ def _typed(config: Config) -> dict[str, Any]:
     mine = {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
     default = {field.name: field.default for _, field in settings()}
     model = "dream-mini" if config.guidance.embedded else "sd"
+    mine["device"] = device_kind(mine["device"])  # its number is of one machine
     device = "cuda" if mine["device"] == "cuda" else "cpu"
     deciding = {name: mine[name] for name in _DECIDING if mine[name] != default[name]}
     if deciding.get("guidance") == ("SD",):
@@ -43,7 +44,8 @@ def _typed(config: Config) -> dict[str, Any]:
     wanted = deciding | differing | {"device": mine["device"]}
     if mine["ckpt"] in ("latest", "scratch"):
         wanted.pop("ckpt", None)
-    wanted.pop("test", None)
+    for name in ("test", "output"):
+        wanted.pop(name, None)
     return {name: wanted[name] for name in mine if name in wanted}
 
 

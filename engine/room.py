@@ -5,6 +5,7 @@ This module imports nothing heavy. Errors: a bad value raises :class:`UserError`
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -34,6 +35,8 @@ def option(
     backbones: tuple[str, ...] = BACKBONES,
 ) -> Any:
     """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
+
+    The N of a choice such as "cuda:N" is any whole number.
 
     ``may_change``: a resumed run may have another value (it shapes what is written, not what is learned).
     ``backbones``: those that read it.
@@ -82,7 +85,7 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     if not _has_type(value, kind):
         raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
     for item in _numbers(value):
-        if meta["choices"] is not None and item not in meta["choices"]:
+        if meta["choices"] is not None and not any(_is_choice(item, choice) for choice in meta["choices"]):
             raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
         if isinstance(item, str) and any("\ud800" <= sign <= "\udfff" for sign in item):  # how Python keeps other bytes
             raise UserError(f"{flag} is not text in UTF-8: {item!r}")
@@ -111,6 +114,13 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
     if kind == tuple[str, ...] and not value:
         raise UserError(f"{flag} needs at least one value")
+
+
+def _is_choice(item: str, choice: str) -> bool:
+    pattern = (
+        re.escape(choice.removesuffix("N")) + "(0|[1-9][0-9]{0,3})" if choice.endswith(":N") else re.escape(choice)
+    )
+    return re.fullmatch(pattern, item) is not None
 
 
 def _numbers(value: Any) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """A whole run, from a configuration to the files: what the command calls once its arguments are good."""
 
 import logging
+import os
 import platform
 import shlex
 import subprocess
@@ -57,12 +58,15 @@ def run(config: Config) -> int:
     Everything that can be refused is refused before anything is written.
     """
     workspace = Workspace(expanded(config.run.workspace))
-    workspace.check_usable()
+    target = _output_folder(config, workspace)
+    otherwise = "; --output FOLDER takes the outputs of --test elsewhere"
+    target.check_usable(otherwise if config.run.test and target is workspace else "")
     reporter = Reporter()
-    with terminating_cleanly(), workspace.claimed(), disk_troubles(workspace), memory_troubles(config, workspace):
+    troubles = disk_troubles(target, workspace), memory_troubles(config, workspace)
+    with _warnings_to(reporter), terminating_cleanly(), target.claimed(), troubles[0], troubles[1]:
         for last in (False, False, True):
             try:
-                return _run(config.override({"rescue": config.run.rescue and not last}), workspace, reporter)
+                return _run(config.override({"rescue": config.run.rescue and not last}), workspace, target, reporter)
             except Lost as lost:
                 tried = workspace.stored_config() or config
                 changes = rescued(tried, lost.kind)
@@ -73,7 +77,15 @@ def run(config: Config) -> int:
         raise AssertionError("the last turn does not raise Lost")
 
 
-def _run(config: Config, workspace: Workspace, reporter: Reporter) -> int:
+def _output_folder(config: Config, workspace: Workspace) -> Workspace:
+    """Where the outputs go: the workspace, or with --output another folder."""
+    if config.run.output is None:
+        return workspace
+    target = Workspace(expanded(config.run.output), flag="--output")
+    return workspace if os.path.realpath(target.path) == os.path.realpath(workspace.path) else target
+
+
+def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Reporter) -> int:
     started = time.monotonic()
     runtime = choose_runtime(config)
     fresh = config.run.ckpt == "scratch"
@@ -92,51 +104,52 @@ def _run(config: Config, workspace: Workspace, reporter: Reporter) -> int:
         reporter.say(f"the surface starts from {config.dmtet.init_with or 'a sphere'}")
         trainer.start_shape()
 
-    with _warnings_to(reporter):
-        if config.run.test or trainer.step >= config.run.iters:
-            reporter.open_log(workspace.log)
-            reporter.say(_looking_line(config, runtime, trainer.step))
-            written = write_outputs(trainer, workspace, reporter, only_missing=not config.run.test)
-            if written.some or not workspace.report.exists():
-                write_report(workspace)
-            reporter.files(workspace.files())
-            return written.status()
-
-        check_watchable(config.output)
-        earlier = [] if fresh else workspace.read_manifest().get("runs", [])
-        guiding = load_guidance(config, runtime, trainer.attention)
-        trainer.guidance, trainer.attention = guiding.guidance, guiding.attention
-
-        workspace.make()
-        if fresh:
-            workspace.clear()
-        for path in spoiled:
-            reporter.warn(f"the damaged checkpoint is kept as {workspace.set_aside(path)}")
-        workspace.write_config(config)
-        workspace.rewind(trainer.step)
-        reporter.open_log(workspace.log)
-        manifest = _manifest(config, runtime, guiding, earlier, trainer.step)
-        workspace.write_manifest(manifest)
-        reporter.say(_start_line(config, runtime, guiding, trainer.field, trainer.step))
-        compile_kernels(config, runtime, reporter)
-        times = [started, time.monotonic()]
-        trainer.fit(workspace, reporter)
-        times.append(time.monotonic())
-        trainer.guidance = None
-        del guiding  # its memory is the outputs' now
-        written = write_outputs(trainer, workspace, reporter)
-        times.append(time.monotonic())
-        seconds, peak = times[-1] - started, peak_memory(runtime.device)
-        parts = zip(("start", "steps", "outputs"), pairwise(times), strict=True)
-        seconds_of = {part: round(end - begin, 1) for part, (begin, end) in parts}
-        finished = {"finished": _now(), "seconds": round(seconds, 1), "seconds_of": seconds_of, "peak_bytes": peak}
-        manifest["runs"][-1] |= finished
-        workspace.write_manifest(manifest)
-        write_report(workspace)
-        memory = ", ".join(f"{count / 1e9:.2f} GB of {place} memory" for place, count in peak.items())
-        reporter.say(f"done in {seconds:.0f} s, at most {memory}")
-        reporter.files(workspace.files())
+    if config.run.test or trainer.step >= config.run.iters:
+        if target is not workspace:
+            target.make_for_outputs_of(workspace, config)
+        reporter.open_log(target.log)
+        reporter.say(_looking_line(config, runtime, trainer.step))
+        written = write_outputs(trainer, target, reporter, only_missing=not config.run.test)
+        if written.some or not target.report.exists():
+            write_report(target)
+        reporter.files(target.files())
         return written.status()
+
+    check_watchable(config.output)
+    earlier = [] if fresh else workspace.read_manifest().get("runs", [])
+    guiding = load_guidance(config, runtime, trainer.attention)
+    trainer.guidance, trainer.attention = guiding.guidance, guiding.attention
+
+    workspace.make()
+    if fresh:
+        workspace.clear()
+    for path in spoiled:
+        reporter.warn(f"the damaged checkpoint is kept as {workspace.set_aside(path)}")
+    workspace.write_config(config)
+    workspace.rewind(trainer.step)
+    reporter.open_log(workspace.log)
+    manifest = _manifest(config, runtime, guiding, earlier, trainer.step)
+    workspace.write_manifest(manifest)
+    reporter.say(_start_line(config, runtime, guiding, trainer.field, trainer.step))
+    compile_kernels(config, runtime, reporter)
+    times = [started, time.monotonic()]
+    trainer.fit(workspace, reporter)
+    times.append(time.monotonic())
+    trainer.guidance = None
+    del guiding  # its memory is the outputs' now
+    written = write_outputs(trainer, workspace, reporter)
+    times.append(time.monotonic())
+    seconds, peak = times[-1] - started, peak_memory(runtime.device)
+    parts = zip(("start", "steps", "outputs"), pairwise(times), strict=True)
+    seconds_of = {part: round(end - begin, 1) for part, (begin, end) in parts}
+    finished = {"finished": _now(), "seconds": round(seconds, 1), "seconds_of": seconds_of, "peak_bytes": peak}
+    manifest["runs"][-1] |= finished
+    workspace.write_manifest(manifest)
+    write_report(workspace)
+    memory = ", ".join(f"{count / 1e9:.2f} GB of {place} memory" for place, count in peak.items())
+    reporter.say(f"done in {seconds:.0f} s, at most {memory}")
+    reporter.files(workspace.files())
+    return written.status()
 
 
 # -------------------------------------------------------------------------------------------------------------- outputs

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dream_fast.engine.config import Config
+from dream_fast.engine.config import Config, device_kind
 from dream_fast.engine.errors import UserError, first_line
 
 # Either tells torch how to take memory of a GPU.
@@ -49,20 +49,22 @@ def find_gpu() -> tuple[bool, str]:
 def choose_runtime(config: Config) -> Runtime:
     """The device and precision that ``config`` asks for; UserError when it names a GPU that is not there.
 
+    Without a number it is torch's current GPU.
+
     Half precision is fp16 on a GPU, bf16 on a CPU that multiplies it, and elsewhere fp32: emulated it is slow.
     """
     wanted = config.run.device
     there, why = (False, "") if wanted == "cpu" else find_gpu()
-    if wanted == "cuda" or there:
+    if device_kind(wanted) == "cuda" or there:
         if not there:
             said = f" ({why})" if why else ""
             raise UserError(
-                f"--device cuda: torch finds no GPU on this machine{said}; leave --device out to use the CPU"
+                f"--device {wanted}: torch finds no GPU on this machine{said}; leave --device out to use the CPU"
             )
         if importlib.util.find_spec("triton") is None:
             raise UserError("a GPU needs triton, which is not installed: pip install triton, or run with --device cpu")
         dtype = torch.float16 if config.run.fp16 else torch.float32
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", _gpu_number(wanted))
         name = torch.cuda.get_device_name(device)
         return Runtime(device=device, dtype=dtype, description=f"{name}, {'fp16' if config.run.fp16 else 'fp32'}")
     threads = torch.get_num_threads()
@@ -72,6 +74,19 @@ def choose_runtime(config: Config) -> Runtime:
     return Runtime(device=torch.device("cpu"), dtype=dtype, description=description)
 
 
+def _gpu_number(wanted: str) -> int:
+    """The number of the GPU that ``wanted`` names. UserError: there is none of that number."""
+    if ":" not in wanted:
+        return torch.cuda.current_device()
+    number, count = int(wanted.partition(":")[2]), torch.cuda.device_count()
+    if number < count:
+        return number
+    there = ", ".join(f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(count))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limited = f"; CUDA_VISIBLE_DEVICES={visible} hides all others" if visible is not None else ""
+    raise UserError(f"--device {wanted}: there is no GPU of that number, only {there}{limited}")
+
+
 def multiplies_bf16() -> bool:
     """Whether this CPU has a unit for matrix products in bf16 (Intel's AMX) that torch uses."""
     asks = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not public
@@ -79,7 +94,7 @@ def multiplies_bf16() -> bool:
 
 
 def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False, vram_O: bool = False) -> None:
-    """Process-wide settings of a run: global seeds, TF32 on a GPU, subnormals flushed to zero on a CPU.
+    """Process-wide settings of a run: current GPU, global seeds, TF32 on a GPU, subnormals flushed to zero on a CPU.
 
     Every draw of the engine takes its own generator; the global seeds only cover what a library draws, at the start and
     (the step's own) in the steps.
@@ -87,6 +102,8 @@ def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False, vram_O:
     an ordinary one and appear in the moments of the optimiser. With ``vram_O`` torch takes a GPU's memory in segments
     that grow, of which less is lost between blocks (a choice in the environment is kept).
     """
+    if runtime.device.type == "cuda" and runtime.device.index is not None:
+        torch.cuda.set_device(runtime.device)  # for what libraries launch, allocate and seed without naming a device
     seed_libraries(seed)
     if runtime.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True

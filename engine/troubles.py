@@ -21,17 +21,20 @@ DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 @contextmanager
-def disk_troubles(workspace: Workspace) -> Iterator[None]:
-    """Turns an error of the system about the workspace's files into a UserError that says how to go on."""
+def disk_troubles(target: Workspace, workspace: Workspace) -> Iterator[None]:
+    """Turns an error of the system about the files in ``target`` into a UserError that says how to go on.
+
+    ``workspace`` is the run's, the same folder unless the outputs go elsewhere.
+    """
     try:
         yield
     except OSError as error:
-        workspace.check_there()
-        if error.errno not in DISK and not _inside(error.filename, workspace.path):
+        target.check_there()
+        if error.errno not in DISK and not _inside(error.filename, target.path):
             raise
         what = "there is no room left for" if error.errno in FULL else "the system refuses to write"
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{what} --workspace {workspace.path} ({reason}); {way_on(workspace)}") from error
+        raise UserError(f"{what} {target.named} ({reason}); {way_on(workspace)}") from error
 
 
 @contextmanager

@@ -45,11 +45,17 @@ MANIFEST = {
 class Workspace:
     """The folder at ``path`` and the names of the things in it. Making one touches no disk.
 
-    ``lock`` keeps other processes out, inside `claimed`.
+    ``lock`` keeps other processes out, inside `claimed`. ``flag`` is the one that named the folder, for messages.
     """
 
     path: Path
     lock: Lock | None = None
+    flag: str = "--workspace"
+
+    @property
+    def named(self) -> str:
+        """The folder as it was typed, such as ``--workspace trial``."""
+        return f"{self.flag} {self.path}"
 
     @property
     def config(self) -> Path:
@@ -112,10 +118,11 @@ class Workspace:
         during = [self.validation, self.guidance, self.tensorboard, self.profile, self.checkpoints]
         return [*files, *during, self.results, self.mesh, self.report]
 
-    def check_usable(self) -> None:
+    def check_usable(self, otherwise: str = "") -> None:
         """UserError when the folder cannot be this run's: a file in its place, no right to write, another's files.
 
-        Writes nothing: the model may still turn out to be missing.
+        Writes nothing: the model may still turn out to be missing. ``otherwise`` says what to do where the folder may
+        only be read.
         """
         existing = self.path
         try:
@@ -124,18 +131,20 @@ class Workspace:
             inside = self.path.resolve()
             away = [path.name for path in self._everything() if not path.resolve().is_relative_to(inside)]
         except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, or links in a circle
-            raise UserError(f"--workspace {self.path} cannot be a folder ({first_line(error)})") from error
+            raise UserError(f"{self.named} cannot be a folder ({first_line(error)})") from error
         if away:
-            raise UserError(f"--workspace {self.path}: {', '.join(away)} would be written elsewhere, being a link")
+            raise UserError(f"{self.named}: {', '.join(away)} would be written elsewhere, being a link")
         if not existing.is_dir():
-            raise UserError(f"--workspace {self.path}: {existing} is a file, not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"--workspace {self.path}: no permission to write in {existing}")
+            raise UserError(f"{self.named}: {existing} is a file, not a folder")
+        for path in (existing, *(path for path in (self.results, self.mesh, self.log) if path.exists())):
+            if not os.access(path, os.W_OK | (os.X_OK if path.is_dir() else 0)):
+                place = "in " * path.is_dir() + str(path)
+                raise UserError(f"{self.named}: no permission to write {place}{otherwise}")
         if not self.config.exists():
             foreign = [path.name for path in self._everything() if path.exists()]
             if foreign:
                 raise UserError(
-                    f"--workspace {self.path} holds {', '.join(foreign)} but no config.json, so it is not a run of "
+                    f"{self.named} holds {', '.join(foreign)} but no config.json, so it is not a run of "
                     "dream-fast; choose another folder"
                 )
 
@@ -155,13 +164,13 @@ class Workspace:
         try:
             self.lock = Lock(self.path)
         except OSError as error:
-            raise UserError(f"--workspace {self.path} cannot be written to ({error.strerror})") from error
+            raise UserError(f"{self.named} cannot be written to ({error.strerror})") from error
 
     def check_there(self) -> None:
         """UserError when the folder was moved or removed, or replaced, since it was claimed."""
         if self.lock is not None and not self.lock.is_there():
             raise UserError(
-                f"--workspace {self.path} is gone: it was moved, removed or unmounted during the run; what was saved "
+                f"{self.named} is gone: it was moved, removed or unmounted during the run; what was saved "
                 "is where the folder is now, and the same command with that --workspace goes on from there"
             )
 
@@ -179,8 +188,8 @@ class Workspace:
         stored = self.stored_config()
         if stored is not None and (differences := stored.differences(config)):
             raise UserError(
-                f"--workspace {self.path} holds another run: it has {'; '.join(differences)} (choose another "
-                "--workspace, or replace that run with --ckpt scratch)"
+                f"{self.named} holds another run: it has {'; '.join(differences)} (choose another "
+                f"{self.flag}{', or replace that run with --ckpt scratch' * (self.flag == '--workspace')})"
             )
 
     def make(self) -> None:
@@ -188,15 +197,31 @@ class Workspace:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--workspace {self.path} cannot be made ({error})") from error
+            raise UserError(f"{self.named} cannot be made ({error})") from error
         if self.lock is None:
             self._claim()
             if self.config.exists():
-                raise UserError(f"another run has just begun in --workspace {self.path}; choose another one")
+                raise UserError(f"another run has just begun in {self.named}; choose another one")
 
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
+
+    def make_for_outputs_of(self, workspace: "Workspace", config: Config) -> None:
+        """The folder, claimed, with the settings, the manifest and the metrics of the run in ``workspace``.
+
+        UserError: it cannot be made, or holds something else.
+        """
+        if list_checkpoints(self.checkpoints):
+            raise UserError(
+                f"{self.named} is the workspace of a run; choose another folder, or --workspace {self.path}"
+            )
+        self.check_same_run(config)
+        self.make()
+        self.write_config(config)
+        for ours, theirs in ((self.manifest, workspace.manifest), (self.metrics, workspace.metrics)):
+            if theirs.exists():
+                write_text(ours, theirs.read_text(encoding="utf-8", errors="replace"))
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_text(self.manifest, json.dumps(manifest, indent=1) + "\n")

@@ -70,7 +70,7 @@ def test_a_self_test_that_fails_or_dies_or_hangs_is_a_finding(code, seconds, sen
     assert found.state == "wrong" and sentence in found.what and "--backbone grid_torch" in found.advice
 
 
-def fake_torch(*, built=None, available=False, works=True, capability=(9, 0), warning=None):
+def fake_torch(*, built=None, available=False, works=True, capability=(9, 0), warning=None, count=1):
     """What the doctor asks of torch, on another machine."""
     import warnings
 
@@ -86,6 +86,7 @@ def fake_torch(*, built=None, available=False, works=True, capability=(9, 0), wa
 
     cuda = SimpleNamespace(
         is_available=is_available,
+        device_count=lambda: count,
         get_device_name=lambda: "NVIDIA Test",
         get_device_capability=lambda: capability,
         get_device_properties=lambda _: SimpleNamespace(total_memory=80 * 2**30),
@@ -113,6 +114,7 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
         ),
         ({"built": "12.8", "available": True, "capability": (7, 0)}, "550.1", "note", "sm_70", ""),
         ({"built": "12.8", "available": True}, "550.1", "ok", "NVIDIA Test, 80 GiB, sm_90, driver 550.1", ""),
+        ({"built": "12.8", "available": True, "count": 2}, "550.1", "ok", "the first of 2, --device cuda:1 takes", ""),
     ],
 )
 def test_what_is_said_of_the_gpu(machine, driver, state, sentence, advice, monkeypatch):

@@ -82,7 +82,7 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "cli.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "__main__.py", "cli.py"):
         shutil.copy(ROOT / name, source)
     for room in (*ROOMS, "tests"):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -101,7 +101,7 @@ def test_every_package_is_declared():
 
 
 def test_the_wheel_holds_the_modules_the_weights_and_nothing_else(wheel):
-    modules = [ROOT / "__init__.py", ROOT / "cli.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+    modules = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
     data = [path for folder in DATA for path in (ROOT / folder).rglob("*") if path.is_file()]
     data.append(ROOT / "engine/export/report.html")
     expected = {f"dream_fast/{path.relative_to(ROOT).as_posix()}" for path in [*modules, *data]}

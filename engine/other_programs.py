@@ -1,0 +1,187 @@
+"""What people type in other programs, each with what does the same here.
+
+The flags are those of earlier versions of stable-dreamfusion, threestudio, nerfstudio, the scripts of diffusers, and
+AUTOMATIC1111's and CompVis's programs. A name is looked up without its dashes, in lower case, with `_` in place of `-`
+(`plain_name`). Nothing heavy is imported.
+"""
+
+_PROMPT = "the prompt is --text 'a hamburger'"
+_NEGATIVE = "what the images should not show is --negative 'blurry'"
+_STEPS = "--iters N sets the steps of the optimisation; no image is sampled, so there is no other number of steps"
+_SCALE = "--guidance_scale X is the scale of classifier-free guidance"
+_FOLDER = "--workspace FOLDER holds everything that a run writes; with --test, --output FOLDER writes elsewhere"
+_RESUME = "the same command with the same --workspace goes on from its last checkpoint; --ckpt PATH names another one"
+_AFRESH = "--ckpt scratch replaces the run that the workspace holds"
+_GPU = "--device cuda:1 takes GPU 1, where the first is 0; a run takes one GPU"
+_CPU = "--device cpu runs on the CPU"
+_MESH = "--save_mesh writes mesh/mesh.glb and mesh/mesh.obj, with the textures of each, at the end of a run"
+_TEST = "--test --workspace FOLDER writes the outputs of a finished run again"
+_LORA = (
+    "a LoRA cannot be added here; put it into the weights with diffusers (load_lora_weights, fuse_lora, "
+    "save_pretrained) and name that folder with --hf_key"
+)
+_EMBEDDING = "textual inversions cannot be added here; write in words what they stand for"
+_CONDITION = "a run starts from a prompt alone; images and maps do not condition it yet"
+_MODEL = "--hf_key FOLDER_OR_HUB_NAME names a Stable Diffusion, --sd_version 2.1 one by its version"
+_OTHER_MODEL = "Stable Diffusion 1.x and 2.x guide (--sd_version, --hf_key), and DeepFloyd IF (--IF)"
+_HALF = "-O computes in half precision"
+_WHOLE = "single precision is the default: leave out -O and --fp16"
+_MEMORY = "--vram_O takes less memory; so do a smaller --w and --h"
+_TRAIN_SIZE = "--w and --h are the sides of the training renders, --W and --H those of the output images"
+_FACES = "prompts follow the view here; --perpneg and --text_back 'a hamburger from behind' work against several faces"
+_VIEWS = "the prompt follows the view by itself; --text_front, --text_side and --text_back give a side its own"
+_BATCH = "--batch_size N sets the views of a step"
+_RATE = "--lr X is the learning rate"
+_DECAY = "--lr_decay X is what is left of the learning rate at the end of the run"
+_LOGGING = "metrics.jsonl has the numbers of a run, report.html their curves; --tensorboard writes them for TensorBoard"
+_NO_PAGE = "there is no web page; look at report.html in the workspace"
+_HUB = "the variable HF_HOME sets where downloads are kept; HF_HUB_OFFLINE=1 forbids any"
+_TOKEN = "`hf auth login` keeps the token of the hub"
+_REVISION = "--hf_key NAME@REVISION takes that revision"
+_FILE = "--file FILE reads more arguments from a text file; --print-config shows what a command comes to"
+_EVERY = "checkpoints are saved by themselves, and the last two kept"
+_EVAL = "--eval_interval N sets the epochs, of 100 steps, between two sets of validation images"
+_THREADS = "the variable OMP_NUM_THREADS sets the threads of a CPU"
+_SAMPLER = "no image is sampled; --score, --t_range and --t_anneal set which timesteps guide, and how"
+_FRAMES = "--dataset_size_test N sets the frames of the video"
+_ATTENTION = "--attention xformers, sdpa or cudnn names what computes attention; by default the fastest is measured"
+_BACKBONE = "--backbone grid, grid_torch or vanilla names the field"
+_INIT = "--dmtet --init_with FOLDER_OR_MESH refines a run or a mesh file"
+_CHECK = "--doctor looks at the installation"
+
+# Names of a flag -> what to do here.
+ANSWERS: dict[str, str] = {
+    "prompt prompts p t text_prompt input_prompt caption description": _PROMPT,
+    "negative_prompt neg neg_prompt n_prompt negative_text prompt_negative": _NEGATIVE,
+    "steps n_steps nsteps num_steps_total num_inference_steps inference_steps ddim_steps sampling_steps step "
+    "iterations num_iters num_iterations n_iters n_iter niter max_iters max_iterations max_num_iterations "
+    "max_train_steps train_steps training_steps total_steps epochs num_epochs epoch max_epochs "
+    "num_train_epochs": _STEPS,
+    "cfg cfg_scale guidance_weight scale cfg_weight guidancescale text_guidance_scale sd_guidance_scale": _SCALE,
+    "outdir output_dir out_dir out output_folder outputdir o result_dir results_dir save_dir save_path savedir outpath "
+    "exp_root_dir exp_dir experiment_name exp_name expname logdir log_dir logging_dir name tag run_name": _FOLDER,
+    "resume resume_from resume_from_checkpoint resume_path continue load load_dir load_ckpt load_model checkpoint "
+    "checkpoint_path ckpt_path resume_training restore": _RESUME,
+    "overwrite force fresh no_resume restart clean from_scratch": _AFRESH,
+    "gpu gpus gpu_id gpu_ids device_id device_ids devices cuda_device num_gpus n_gpus n_gpu multi_gpu cuda "
+    "visible_devices": _GPU,
+    "cpu no_cuda use_cpu nocuda no_gpu cpu_only": _CPU,
+    "mesh_format mesh save_obj save_glb export export_mesh mesh_type obj glb ply export_type exporter extract_mesh "
+    "save_textured_mesh write_mesh fmt": _MESH,
+    "eval evaluate render render_only infer inference validate test_only eval_only write_video save_video video": _TEST,
+    "lora loras lora_path lora_weights lora_scale lora_dir lora_name lyco": _LORA,
+    "embedding embeddings embedding_path embeddings_dir textual_inversion learned_embeds ti": _EMBEDDING,
+    "controlnet control control_image ip_adapter ip_adapter_scale init_img init_image input_image image_path img input "
+    "i reference_image ref_image mask strength": _CONDITION,
+    "model model_id model_name model_path model_key pretrained_model pretrained_model_name_or_path "
+    "pretrained_model_name model_name_or_path sd_path sd_model diffusion_model hf_model model_dir ckpt_dir "
+    "sd_key": _MODEL,
+    "sdxl xl sd_xl flux sd3 turbo lcm lightning hyper deepfloyd": _OTHER_MODEL,
+    "half amp fp_16 bf16 bfloat16 float16 mixed_precision dtype torch_dtype variant weights_dtype precision "
+    "autocast use_fp16": _HALF,
+    "no_half full_precision fp32 float32 no_half_vae no_fp_16 precision_full": _WHOLE,
+    "medvram lowvram low_vram low_mem gradient_checkpointing enable_attention_slicing attention_slicing vae_slicing "
+    "enable_vae_slicing cpu_offload enable_model_cpu_offload enable_sequential_cpu_offload use_8bit_adam "
+    "memory_efficient vram": _MEMORY,
+    "width height resolution res size image_size img_size ref_size train_resolution render_resolution": _TRAIN_SIZE,
+    "suppress_face front_back janus suppress_faces": _FACES,
+    "dir_text view_dependent view_prompts view_dependent_prompting directional_text": _VIEWS,
+    "bs batch train_batch_size n_views num_views batchsize n_samples": _BATCH,
+    "learning_rate lr_init base_lr": _RATE,
+    "lr_scheduler lr_schedule scheduler_gamma warm_iters lr_warmup_steps": _DECAY,
+    "wandb report_to use_wandb logger log_with tb wandb_project verbose debug v": _LOGGING,
+    "share listen port server_port viewer vis gradio web ui webui autolaunch api viser": _NO_PAGE,
+    "cache_dir hf_home offline local_files_only no_download hf_cache data_dir": _HUB,
+    "token hf_token use_auth_token auth_token access_token api_key": _TOKEN,
+    "revision model_revision commit branch": _REVISION,
+    "config opt config_file cfg_file yaml options args from_file dry_run": _FILE,
+    "checkpointing_steps save_interval ckpt_interval save_every checkpoint_interval save_steps checkpoints_total_limit "
+    "save_ckpt": _EVERY,
+    "val_interval validation_steps val_freq eval_every test_freq val_check_interval validation_epochs": _EVAL,
+    "threads num_threads num_workers workers dataloader_num_workers n_jobs": _THREADS,
+    "sampler scheduler sampler_name sampling_method plms ddim ddim_eta eta karras": _SAMPLER,
+    "n_frames frames num_frames test_samples": _FRAMES,
+    "xformers enable_xformers enable_xformers_memory_efficient_attention use_xformers opt_sdp_attention "
+    "opt_sdp_no_mem_attention opt_split_attention flash_attention flash_attn sdp": _ATTENTION,
+    "nerf network field tcnn hashgrid use_tcnn": _BACKBONE,
+    "init_mesh mesh_init init_from init_geo init_shape refine geometry_convert_from": _INIT,
+    "check selftest doctor_only diagnose skip_torch_cuda_test info": _CHECK,
+    "max_grad_norm clip_grad grad_norm gradient_clip": "--grad_clip X limits the gradient of a parameter",
+    "bg background bg_color background_color": "--bg_radius -1 learns no background",
+    "albedo_iters": "--albedo_iter_ratio X is the part of the run in which colour is not shaded",
+    "latent_iters": "--latent_iter_ratio X is the first part of the run, in which normals are the latent",
+    "lambda_smooth": "--lambda_2d_normal_smooth and --lambda_3d_normal_smooth smooth the normals",
+    "train": "a run optimises without being told; --test looks at a finished one",
+    "torch_compile": "--compile leaves the image model to torch.compile",
+    "deterministic_mode reproducible": "--deterministic gives the same bits for the same --seed",
+    "random_seed s": "--seed N sets all random numbers",
+    "fov": "--fovy_range LOW HIGH is of the training cameras, --default_fovy X of the output camera",
+    "elevation azimuth camera_distance": "--default_polar, --default_azimuth and --default_radius set the output "
+    "camera; polar angles count from above, so elevation 0 is polar 90",
+    "quiet q": "what is printed also stands in log.txt; redirect it to be quiet",
+}
+
+# Flag, without its dashes -> what to do here.
+FLAGS: dict[str, str] = {name: answer for names, answer in ANSWERS.items() for name in names.split()}
+
+# threestudio and DreamGaussian take settings as words: the end of the name -> what to do here.
+KEYS: dict[str, str] = {
+    "prompt": _PROMPT,
+    "negative_prompt": _NEGATIVE,
+    "guidance_scale": _SCALE,
+    "max_steps": _STEPS,
+    "iters": _STEPS,
+    "pretrained_model_name_or_path": _MODEL,
+    "seed": "--seed N sets all random numbers",
+    "width": _TRAIN_SIZE,
+    "height": _TRAIN_SIZE,
+    "batch_size": _BATCH,
+    "lr": _RATE,
+    "resume": _RESUME,
+    "save_path": _FOLDER,
+    "exp_root_dir": _FOLDER,
+    "name": _FOLDER,
+    "tag": _FOLDER,
+    "exporter_type": _MESH,
+    "fmt": _MESH,
+    "geometry_convert_from": _INIT,
+    "val_check_interval": _EVAL,
+    "lambda_orient": "--lambda_orient X is the weight of normals that look away",
+    "use_perp_neg": "--perpneg turns it on",
+    "input": _CONDITION,
+    "elevation": "--default_polar X sets the output camera; it counts from above, so elevation 0 is 90",
+}
+
+# Values of our flags that are another program's words.
+VALUES: dict[tuple[str, str], str] = {
+    **{("--guidance", name): "Stable Diffusion is --guidance SD" for name in ("stable-diffusion", "sd", "sd2", "sd1")},
+    **{("--guidance", name): "DeepFloyd IF is --guidance IF, or --IF" for name in ("deepfloyd", "if", "deep-floyd")},
+    ("--guidance", "CLIP"): "CLIP is --guidance clip",
+    **{
+        ("--sd_version", name): "the versions are 1.5, 2.0 and 2.1; --hf_key names any other model of those "
+        "architectures"
+        for name in ("1", "2", "v1-5", "v1.5", "1-5", "2.1-base", "2.0-base", "v2", "v2-1")
+    },
+    ("--sd_version", "1.4"): "--hf_key CompVis/stable-diffusion-v1-4 is Stable Diffusion 1.4",
+    **{("--sd_version", name): _OTHER_MODEL for name in ("xl", "XL", "sdxl", "SDXL", "3.5", "turbo")},
+    **{
+        ("--device", name): "a GPU is --device cuda, or --device cuda:1 for the second one"
+        for name in ("gpu", "GPU", "gpu:0", "gpu:1", "0", "1", "2", "3", "cuda0", "cuda1", "cuda:", "nvidia", "0,1")
+    },
+    **{
+        ("--device", name): "GPUs of that kind are not used; leave --device out"
+        for name in ("mps", "xpu", "tpu", "dml")
+    },
+    **{("--ckpt", name): "--ckpt latest goes on with a run" for name in ("last", "newest", "resume", "auto")},
+    **{("--ckpt", name): "--ckpt scratch starts anew" for name in ("none", "None", "no", "new")},
+    **{
+        ("--attention", name): "torch's own attention, with its flash kernels, is --attention sdpa"
+        for name in ("flash", "flash_attn", "torch", "sdp", "math", "flash_attention_2")
+    },
+}
+
+
+def plain_name(flag: str) -> str:
+    """A flag as the tables have it: `--CFG-scale` is `cfg_scale`. A single letter keeps its case."""
+    name = flag.lstrip("-\u2013\u2014\u2212").replace("-", "_")
+    return name.lower() if len(name) > 1 else name

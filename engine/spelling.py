@@ -1,0 +1,30 @@
+"""Words that are nearly the same: what somebody meant who mistyped one. Nothing heavy is imported."""
+
+from collections.abc import Mapping
+
+# Letters of a word for each letter that may be wrong: below 4 none, a long word at most MOST.
+LETTERS_A_SLIP = 4
+MOST = 2
+
+
+def nearest(word: str, choices: Mapping[str, str]) -> str | None:
+    """The value of the key that `word` is nearly spelled like, or None: no key is, or several are as near."""
+    allowed = min(MOST, len(word) // LETTERS_A_SLIP)
+    distances = {key: slips(word, key) for key in choices if abs(len(key) - len(word)) <= allowed}
+    least = min(distances.values(), default=allowed + 1)
+    near = [choices[key] for key, distance in distances.items() if distance == least]
+    return near[0] if least <= allowed and len(near) == 1 else None
+
+
+def slips(a: str, b: str) -> int:
+    """Letters to insert, remove, replace, or swap with their neighbour until `a` is `b` (optimal string alignment)."""
+    before, last = [], list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        row = [i]
+        for j, y in enumerate(b, start=1):
+            cost = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, before[j - 2] + 1)
+            row.append(cost)
+        before, last = last, row
+    return last[-1]
