@@ -29,6 +29,7 @@ INDIRECT = {
     "debugpy": "its command is started",
     "ruff": "its command is started",
     "pytest-benchmark": "a fixture of pytest",
+    "pytest-timeout": "a setting of pytest",
 }
 
 
