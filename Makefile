@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH_BUILD := .ci/torch_build.py
 
-.PHONY: demo test sanitize
+.PHONY: demo test any-cpu sanitize
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -P -m ruff format --check .
 	$(BIN)/python -P -m pytest
 	ls tests/triton/test_*.py | TRITON_INTERPRET=1 OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python -P -m pytest -q --no-header
+
+# The suite as on other processors: make any-cpu, or make any-cpu ROUND="--jobs 12 --shard 1/2"
+any-cpu: $(VENV)/.installed-test
+	$(BIN)/python -P .ci/any_cpu.py $(ROUND)
 
 # Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
 TOOL ?= memcheck
