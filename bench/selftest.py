@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.bench.cases import Problem, normal, random, relative_slope, run
+from dream_fast.bench import cases
+from dream_fast.bench.cases import Problem, relative_slope, run
 from dream_fast.bench.gate import copied, judge_problem
 from dream_fast.kernels import EMPTY_OPACITY, AdanState, FieldSpec, HashGridSpec, grid_regularizers
 
@@ -26,6 +27,16 @@ GRID = HashGridSpec(levels=2, features=2, log2_entries=8, base_resolution=4, max
 FIELD = FieldSpec(grid=GRID)
 POINTS, RAYS, CELLS, HIDDEN, PIXELS = 128, 64, 16, 16, 16
 BOTH, FORWARD = "forward_backward", "forward"
+
+
+def normal(*shape: int, device: torch.device, seed: int) -> Tensor:
+    """As `cases.normal`, but the same numbers on every device."""
+    return cases.normal(*shape, device=torch.device("cpu"), seed=seed).to(device)
+
+
+def random(*shape: int, device: torch.device, seed: int) -> Tensor:
+    """As `cases.random`, but the same numbers on every device."""
+    return cases.random(*shape, device=torch.device("cpu"), seed=seed).to(device)
 
 
 def _parameters(device: torch.device) -> dict[str, Tensor]:
@@ -85,7 +96,10 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
     draw, uniform = partial(normal, device=device), partial(random, device=device)
     # A GPU has time for more; normals by differences in 16 bits need them.
     count = 4096 if device.type == "cuda" else POINTS
-    points, parameters, rays = uniform(count, 3, seed=7), _parameters(device), _rays(device)
+    parameters, rays = _parameters(device), _rays(device)
+    # Normals of 16 bits need a slope that the differences do not lose: the steepest quarter of the points.
+    points = uniform(4 * count, 3, seed=7)
+    points = points[_slope_at(2 * points - 1, parameters)[:, 0].topk(count).indices]
     leaves = tuple(parameters)
     viewing = {"resolution": CELLS, "max_steps": 32, "normals": True}
 
@@ -130,7 +144,8 @@ def problems(device: torch.device) -> dict[str, tuple[Problem, str]]:
     x = {"x": 2 * points - 1, **parameters}
     up = [draw(count, seed=8), draw(count, 3, seed=9), draw(count, 3, seed=10)]
     # Weighted as the normals' errors are: else one normal that rounding turns would decide about all gradients.
-    up[2] *= _slope_at(x["x"], x)
+    slope = _slope_at(x["x"], x)
+    up[2] *= slope / slope.mean()
     moments = {name: 0.01 * draw(100, seed=20 + i) for i, name in enumerate(("exp_avg", "exp_avg_diff"))}
     moments |= {"exp_avg_sq": 1e-4 + uniform(100, seed=22), "previous_grad": 0.01 * draw(100, seed=23)}
     moments |= {"ema": draw(100, seed=24), "step": torch.full((), 10.0, device=device)}
