@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH_BUILD := .ci/torch_build.py
 
-.PHONY: demo test timing sanitize
+.PHONY: demo test timing any-cpu sanitize
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
@@ -21,6 +21,10 @@ test: $(VENV)/.installed-test
 # Speed on a CPU beside another commit, by default where the branch left main: make timing BASE=v1.0
 timing: $(VENV)/.installed
 	$(BIN)/python -P -m dream_fast.bench timing $(if $(BASE),--base '$(BASE)')
+
+# The suite as on other processors: make any-cpu, or make any-cpu ROUND="--jobs 12 --shard 1/2"
+any-cpu: $(VENV)/.installed-test
+	$(BIN)/python -P .ci/any_cpu.py $(ROUND)
 
 # Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
 TOOL ?= memcheck

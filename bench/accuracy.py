@@ -66,6 +66,16 @@ def check(name: str, got: Tensor, reference: Tensor, exact: Tensor, weight: Tens
     return check_together(name, [got], [reference], [exact], [weight])
 
 
+def check_fp64(name: str, got: Tensor, exact: Tensor, weight: Tensor | None = None) -> float:
+    """Return the error of a computation in fp64 against an independent truth in fp64, such as a closed form.
+
+    Raises `AssertionError`: when it is larger than 1e-6, or `got` is not fp64.
+    """
+    if got.dtype != torch.float64:
+        raise AssertionError(f"{name}: got must be float64, is {got.dtype}")
+    return check(name, got, exact, exact, weight)
+
+
 def check_together(
     name: str,
     got: list[Tensor],

@@ -49,9 +49,10 @@ class Problem:
 
     call(operator, tensors, dtype) runs the public operator, or its reference, on `tensors` in a compute dtype and gives
     the outputs as a tuple. tensors: the inputs by name. leaves: those that get gradients. upstream: gradients of the
-    outputs (None: the loss does not use it). mutates: whether it changes its inputs. least_bytes: what has to move,
-    each input read once and each output written once. flops: of matrix products. gathers: corners read, a row of the
-    table each; scatters: corners added to.
+    outputs (None: the loss does not use it). weights(tensors): a weight for the error of each output, or None, from
+    the inputs in fp64 (see `dream_fast.bench.accuracy`). mutates: whether it changes its inputs. least_bytes: what has
+    to move, each input read once and each output written once. flops: of matrix products. gathers: corners read, a row
+    of the table each; scatters: corners added to.
     """
 
     operator: Callable[..., Any]
@@ -60,6 +61,7 @@ class Problem:
     tensors: dict[str, Tensor]
     leaves: tuple[str, ...] = ()
     upstream: tuple[Tensor | None, ...] = ()
+    weights: Callable[[dict[str, Tensor]], tuple[Tensor | None, ...]] | None = None
     mutates: bool = False
     least_bytes: int = 0
     flops: int = 0
@@ -183,6 +185,18 @@ def mlp(tensors: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return [tensors[f"weight_{layer}"] for layer in layers], [tensors[f"bias_{layer}"] for layer in layers]
 
 
+def relative_slope(x: Tensor, table: Tensor, weights: list[Tensor], biases: list[Tensor], spec: FieldSpec) -> Tensor:
+    """|grad sigma| / sigma of the field at x: [N, 1], in the dtype of x.
+
+    The weight of a normal's error: the rounding of sigma moves a normal the further, the less sigma changes.
+    """
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        sigma, _ = kernels.field_reference(at, table, weights, biases, spec, dtype=x.dtype)
+        (gradient,) = torch.autograd.grad(sigma.sum(), at)
+    return gradient.norm(dim=1, keepdim=True) / sigma.detach()[:, None].clamp(min=torch.finfo(x.dtype).tiny)
+
+
 @lru_cache
 def touched_bytes(case: str, device: torch.device) -> int:
     """Bytes of the fp32 table that the points of a case read: rows that get a gradient."""
@@ -255,6 +269,7 @@ def _field(case: Case, device: torch.device, count_bytes: bool) -> Problem:
         tensors={"x": x, **weights},
         leaves=tuple(weights),
         upstream=tuple(upstream),
+        weights=(lambda t: (None, None, relative_slope(t["x"], t["table"], *mlp(t), FIELD))) if normals else None,
         least_bytes=nbytes(x, *upstream) + table_bytes + backward * nbytes(*upstream, weights["table"]),
         flops=rows * fields * MLP_FLOPS * (3 if backward else 1),
         gathers=corners,

@@ -143,6 +143,17 @@ def attention(torch, device) -> Iterator[Finding]:
             yield Finding("note", f"attention {kind} is not available here; runs take another", advice[kind])
 
 
+def kernels_advice(on_gpu: bool) -> tuple[str, str]:
+    """State and advice of a finding about a kernel that fails. A run on a CPU calls no kernel of Triton."""
+    if not on_gpu:
+        return "note", "runs on this CPU do not use Triton's kernels; please report this line with the versions above"
+    cache = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
+    advice = (
+        f"empty Triton's cache ({cache}) and try again; if it stays, please report this line with the versions above"
+    )
+    return "wrong", f"{advice}; with --backbone grid_torch or --device cpu runs go on meanwhile"
+
+
 def kernels(on_gpu: bool, seconds: float = SECONDS) -> Iterator[Finding]:
     """Each kernel against its reference: on the GPU, or in Triton's interpreter."""
     how = "on the GPU" if on_gpu else "in Triton's interpreter"
@@ -159,15 +170,13 @@ def kernels(on_gpu: bool, seconds: float = SECONDS) -> Iterator[Finding]:
     if right:
         took = sum(line["seconds"] for line in lines)
         yield Finding("ok", f"kernels right {how}, {took:.1f} s: {', '.join(right)}")
-    advice = (
-        "empty Triton's cache (~/.triton/cache) and try again; with --backbone grid_torch or --device cpu runs go on"
-    )
+    state, advice = kernels_advice(on_gpu)
     for line in lines:
         if line["error"] is not None:
-            yield Finding("wrong", f"kernel {line['kernel']} {how}: {line['error']}", advice)
+            yield Finding(state, f"kernel {line['kernel']} {how}: {line['error']}", advice)
     if status not in (0, 1) or not lines:
         last = (said.strip().splitlines() or ["no word of it"])[-1]
-        yield Finding("wrong", f"the self test of the kernels ended early, status {status}: {last[:300]}", advice)
+        yield Finding(state, f"the self test of the kernels ended early, status {status}: {last[:300]}", advice)
 
 
 def findings() -> Iterator[Finding]:

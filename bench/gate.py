@@ -15,6 +15,8 @@ from torch import Tensor
 from dream_fast.bench.accuracy import error, tolerance
 from dream_fast.bench.cases import Case, Problem, run
 
+# Of fewer numbers luck may decide: see `dream_fast.bench.accuracy`.
+FEW_NUMBERS = 64
 # Part of march's rays on which fp32 and fp64 may disagree about a sample at the border of a cell.
 FEW_RAYS = 1e-3
 
@@ -92,17 +94,38 @@ def judge_problem(
     problem: Problem, mode: str, dtype: torch.dtype, operators: dict[str, Callable[..., Any]], *, march: bool
 ) -> dict[str, Verdict]:
     """The same for a problem, computed in `dtype`; `march`: its results are samples of rays."""
-    exact = run(in_dtype(problem, torch.float64), problem.reference, mode, torch.float64)
+    precise = in_dtype(problem, torch.float64)
+    weights = problem.weights(precise.tensors) if problem.weights else ()
+    exact = run(precise, problem.reference, mode, torch.float64)
     own = run(copied(problem), problem.reference, mode, dtype)
+    gradients = len(problem.leaves) if mode == "forward_backward" else 0
     verdicts = {}
     for name, operator in operators.items():
-        got = run(copied(problem), operator, mode, dtype)
-        results = [got, own, exact]
+        results = [run(copied(problem), operator, mode, dtype), own, exact]
         if march:
             results = same_rays(results)
-        found = [
-            Verdict(error(mine.double(), true.double()), tolerance(theirs.double(), true.double()))
-            for mine, theirs, true in zip(*results, strict=True)
-        ]
-        verdicts[name] = max(found, key=lambda verdict: verdict.max_err / verdict.tol)
+        verdicts[name] = worst_verdict(*results, weights, gradients)
     return verdicts
+
+
+def worst_verdict(
+    got: tuple[Tensor, ...],
+    reference: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    weights: tuple[Tensor | None, ...] = (),
+    gradients: int = 0,
+) -> Verdict:
+    """The verdict on the result that comes closest to its tolerance; the last `gradients` results are gradients.
+
+    A gradient of few numbers, such as that of a network's last bias, is allowed what any of the gradients is: on one
+    processor in ten its reference is right by luck.
+    """
+    weights = (*weights, *[None] * (len(exact) - len(weights)))
+    errors = [error(*tensors) for tensors in zip(got, exact, weights, strict=True)]
+    allowed = [tolerance(*tensors) for tensors in zip(reference, exact, weights, strict=True)]
+    first = len(exact) - gradients
+    for number in range(first, len(exact)):
+        if exact[number].numel() < FEW_NUMBERS:
+            allowed[number] = max(allowed[first:])
+    verdicts = map(Verdict, errors, allowed)
+    return max(verdicts, key=lambda verdict: verdict.max_err / verdict.tol)

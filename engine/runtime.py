@@ -88,9 +88,14 @@ def _gpu_number(wanted: str) -> int:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has a unit for matrix products in bf16 (Intel's AMX) that torch uses."""
+    """Whether this CPU has a unit for matrix products in bf16 (Intel's AMX) that torch uses.
+
+    torch multiplies bf16 by oneDNN, which leaves AMX alone where `ONEDNN_MAX_CPU_ISA` names an older instruction set.
+    """
     asks = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not public
-    return bool(asks and asks())
+    newest = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    allowed = newest.upper() in ("ALL", "DEFAULT") or "AMX" in newest.upper()
+    return bool(asks and asks() and allowed and torch.backends.mkldnn.is_available())
 
 
 def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False, vram_O: bool = False) -> None:

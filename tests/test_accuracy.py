@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dream_fast.bench.accuracy import BLOCK, check, check_together, error, tolerance
+from dream_fast.bench.accuracy import BLOCK, check, check_fp64, check_together, error, tolerance
 
 MILLION = 1_000_000
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -130,6 +130,16 @@ def test_a_weight_takes_an_ill_conditioned_element_out_of_the_tolerance():
         check("normal", wrong, reference, exact, length)
     other = torch.nn.functional.normalize(gradient + 1e-7 * numbers(100, 3, seed=2))
     check("normal", other, reference, exact, length)
+
+
+def test_check_fp64_allows_a_millionth_of_a_computation_in_fp64():
+    """An error of 1e-6 passes and a larger one fails; numbers in fp32 are refused, even where they are right."""
+    exact = tensor(1, 0)
+    assert check_fp64("on the border", tensor(1, 1e-6), exact) == 1e-6
+    with pytest.raises(AssertionError, match="beyond: error 1.1e-06, allowed 1e-06"):
+        check_fp64("beyond", tensor(1, 1.1e-6), exact)
+    with pytest.raises(AssertionError, match="single: got must be float64, is torch.float32"):
+        check_fp64("single", exact.float(), exact)
 
 
 def test_check_together_takes_the_worst_of_both_sides():

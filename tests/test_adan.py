@@ -6,6 +6,7 @@ import pytest
 import torch
 from pytorch_optimizer import Adan
 
+from dream_fast.bench.accuracy import check, check_fp64
 from dream_fast.kernels import AdanState, adan_step
 
 ENDS, LRS = (40, 100), (0.05, 0.005)
@@ -25,9 +26,8 @@ def copy_of(params, state):
     return [params.clone(), *(value.clone() for value in vars(state).values())]
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 5.0])
-def test_oracle(max_grad_norm):
-    params, state = start()
+def oracle_step(params, max_grad_norm):
+    """step(grads): the parameters after one more step of the published implementation, in the dtype of `params`."""
     groups = [torch.nn.Parameter(params[:40].clone()), torch.nn.Parameter(params[40:].clone())]
     oracle = Adan(
         [{"params": [p], "lr": lr} for p, lr in zip(groups, LRS, strict=True)],
@@ -36,11 +36,22 @@ def test_oracle(max_grad_norm):
         weight_decay=0.02,
         max_grad_norm=max_grad_norm,
     )
+
+    def step(grads):
+        groups[0].grad, groups[1].grad = (part.to(params.dtype, copy=True) for part in (grads[:40], grads[40:]))
+        oracle.step()
+        return torch.cat([p.detach() for p in groups])
+
+    return step
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 5.0])
+def test_oracle(max_grad_norm):
+    params, state = start()
+    oracles = [oracle_step(params.to(dtype), max_grad_norm) for dtype in (torch.float32, torch.float64)]
     for grads in gradients(20):
         adan_step(params, grads, state, group_ends=ENDS, lrs=LRS, weight_decay=0.02, max_grad_norm=max_grad_norm)
-        groups[0].grad, groups[1].grad = grads[:40].clone(), grads[40:].clone()
-        oracle.step()
-        torch.testing.assert_close(params, torch.cat([p.detach() for p in groups]), rtol=1e-5, atol=1e-6)
+        check("parameters", params, *(step(grads) for step in oracles))
     assert float(state.step) == 20
 
 
@@ -48,12 +59,16 @@ def test_the_norm_is_clipped_over_all_groups():
     """Gradients ten times over the limit take the same step as gradients at the limit."""
     results = []
     for scale in (1.0, 100.0):
-        params, state = start()
+        params, _ = start()
+        params = params.double()
+        state = AdanState.zeros(params)
         for grads in gradients(3):
+            grads = grads.double()
             adan_step(params, scale * 50 * grads / grads.norm(), state, group_ends=ENDS, lrs=LRS)
         results.append(params)
-        assert float(state.previous_grad.norm()) == pytest.approx(5.0)
-    torch.testing.assert_close(results[0], results[1])
+        limit = torch.tensor(5.0, dtype=torch.float64)
+        check_fp64("norm", state.previous_grad.double().norm(), limit)
+    check_fp64("parameters", *results)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -97,15 +112,16 @@ def test_gradients_are_left_alone():
 
 
 def test_average():
-    params, state = start()
+    params = start()[0].double()
+    state = AdanState.zeros(params)
     expected = params.clone()
     for step, grads in enumerate(gradients(6)):
         decay = (1 + step) / (10 + step)
-        given = torch.tensor(decay) if step % 2 else decay
-        adan_step(params, grads, state, group_ends=ENDS, lrs=LRS, ema_decay=given)
+        given = torch.tensor(decay, dtype=torch.float64) if step % 2 else decay
+        adan_step(params, grads.double(), state, group_ends=ENDS, lrs=LRS, ema_decay=given)
         expected = decay * expected + (1 - decay) * params
-        torch.testing.assert_close(state.ema, expected)
-    assert not torch.allclose(state.ema, params)
+        check_fp64("average", state.ema, expected)
+    assert not torch.equal(state.ema, params)
 
 
 def test_entries_without_gradient_only_decay():

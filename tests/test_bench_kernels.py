@@ -131,6 +131,27 @@ def test_the_gate_sees_a_wrong_gradient_and_a_number_that_is_none():
     assert not verdicts["scaled"].good and verdicts["missing"].max_err == math.inf
 
 
+def test_a_gradient_of_few_numbers_is_allowed_what_the_others_are():
+    """A bias whose reference is right by luck passes with the network's error; an output, or a wrong bias, does not."""
+    exact = (torch.ones(4).double(), torch.ones(100).double(), torch.ones(4).double())
+    reference = (exact[0], exact[1] * (1 + 1e-5), exact[2])
+    got = (exact[0], exact[1], exact[2] * (1 + 1.25e-5))
+    assert gate.worst_verdict(got, reference, exact, gradients=2).good
+    assert not gate.worst_verdict(got, reference, exact).good
+    assert not gate.worst_verdict((exact[0], exact[1], exact[2] * 1.0001), reference, exact, gradients=2).good
+    assert not gate.worst_verdict((exact[0] * 1.00001, *got[1:]), reference, exact, gradients=2).good
+
+
+def test_the_gate_weighs_an_output_by_its_condition():
+    """A deviation where the weight is 0 does not count, and one where it is 1 does."""
+    exact = (torch.ones(100, 3).double(),)
+    weight = (torch.arange(100.0)[:, None] != 7).double()
+    for row, good in ((7, True), (8, False)):
+        got = exact[0].clone()
+        got[row] = -1
+        assert gate.worst_verdict((got,), exact, exact, (weight,)).good == good
+
+
 def test_the_gate_refuses_a_march_that_loses_samples():
     what = Case(op="march", case="rays_8", mode="forward", dtype="float32")
 

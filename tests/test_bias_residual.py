@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dream_fast.bench.accuracy import check_fp64
 from dream_fast.kernels import bias_residual
 
 
@@ -19,7 +20,7 @@ def test_definition(shape):
     got = bias_residual(x, bias, residual)
     for channel in range(6):
         expected = x[:, channel] + float(bias[channel]) + residual[:, channel]
-        torch.testing.assert_close(got[:, channel], expected, rtol=0, atol=1e-14)
+        check_fp64("output", got[:, channel], expected)
 
 
 def test_gradients():

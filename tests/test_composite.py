@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dream_fast.bench.accuracy import check, check_fp64
 from dream_fast.kernels import composite
 
 LENGTHS = (3, 0, 1, 7, 0, 40, 2)
@@ -45,7 +46,7 @@ def by_hand(sigma, values, t, dt, offsets, stop):
 def test_definition(channels, stop):
     arguments = inputs(channels=channels, scale=10.0)
     for got, expected in zip(composite(*arguments, stop=stop), by_hand(*arguments, stop), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        check_fp64("output", got, expected)
 
 
 @pytest.mark.parametrize("stop", [0.0, 0.3])
@@ -65,9 +66,9 @@ def test_gradient_of_weights_by_the_formula():
     weights = composite(sigma, values, t, dt, offsets, stop=0).weights
     weights.backward(upstream)
     after = torch.exp(-(sigma * dt).cumsum(0))
-    for i in range(6):
-        expected = dt[i] * (upstream[i] * after[i] - (upstream * weights)[i + 1 :].sum())
-        torch.testing.assert_close(sigma.grad[i], expected.detach(), rtol=0, atol=1e-12)
+    weighted = (upstream * weights).detach()
+    expected = [dt[i] * (upstream[i] * after[i] - weighted[i + 1 :].sum()) for i in range(6)]
+    check_fp64("gradient of sigma", sigma.grad, torch.stack(expected).detach())
 
 
 def test_samples_behind_the_stop_take_no_gradient():
@@ -117,12 +118,16 @@ def test_empty():
 
 
 def test_single_precision_far_into_a_long_buffer():
-    """An optical depth of 1e9 in front of a thin ray must not blur it: sums run in fp64."""
-    thick, thin = 200, 50
-    sigma = torch.cat([torch.full((thick,), 1e8), torch.full((thin,), 1e-3)])
-    values, t, dt = torch.ones(thick + thin, 1), torch.ones(thick + thin), torch.full((thick + thin,), 0.05)
-    out = composite(sigma, values, t, dt, torch.tensor([0, thick, thick + thin]))
-    assert float(out.opacity[1]) == pytest.approx(1 - math.exp(-1e-3 * 0.05 * thin), rel=1e-5)
+    """An optical depth of 1e9 in front of thin rays does not blur them: they are as good as alone."""
+    thick, thin, rays = 200, 50, 100
+    density = 1e-3 * (1 + torch.arange(rays) / rays).repeat_interleave(thin)
+    sigma = torch.cat([torch.full((thick,), 1e8), density])
+    dt = torch.full_like(sigma, 0.05)
+    offsets = thick + thin * torch.arange(rays + 1)
+    out = composite(sigma, torch.ones_like(sigma)[:, None], dt, dt, torch.cat([torch.zeros(1).long(), offsets]))
+    alone = composite(density, torch.ones_like(density)[:, None], dt[thick:], dt[thick:], offsets - thick)
+    depth = (density.double() * dt[thick:].double()).view(rays, thin).sum(1)
+    check("opacity", out.opacity[1:], alone.opacity, -torch.expm1(-depth))
     assert float(out.opacity[0]) == 1.0
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dream_fast.bench import doctor, selftest
+from dream_fast.bench import doctor, gate, selftest
 from dream_fast.bench.doctor import Finding
 from dream_fast.cli import main
 
@@ -68,6 +68,36 @@ def test_a_self_test_that_fails_or_dies_or_hangs_is_a_finding(code, seconds, sen
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
     (found,) = doctor.kernels(on_gpu=True, seconds=seconds)
     assert found.state == "wrong" and sentence in found.what and "--backbone grid_torch" in found.advice
+
+
+def test_the_advice_about_a_failing_kernel_fits_the_device(monkeypatch):
+    """On a GPU the cache in use is named; a CPU run calls no kernel and has no cache, so it is a note without one."""
+    run, code = subprocess.run, 'print(\'{"kernel": "march", "error": "error 1, allowed 0", "seconds": 1}\'); exit(1)'
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere/else")
+    (on_gpu,), (on_cpu,) = doctor.kernels(on_gpu=True), doctor.kernels(on_gpu=False)
+    assert (on_gpu.state, on_cpu.state) == ("wrong", "note")
+    assert "(/somewhere/else)" in on_gpu.advice and "cache" not in on_cpu.advice
+    assert all("error 1, allowed 0" in found.what and "report" in found.advice for found in (on_gpu, on_cpu))
+
+
+def test_the_self_test_allows_other_roundings_and_no_turned_normal():
+    """Inputs moved by half a rounding, as another processor rounds, pass; a normal turned by a thousandth does not."""
+    name = "field_normals (differences)"
+    problem, mode = selftest.problems(torch.device("cpu"))[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded_otherwise(x, table, *rest, **options):
+        noise = torch.rand(table.shape, generator=generator, dtype=table.dtype) - 0.5
+        return problem.reference(x, table * (1 + 2**-23 * noise), *rest, **options)
+
+    def turned(*inputs, **options):
+        sigma, albedo, normal = problem.reference(*inputs, **options)
+        return sigma, albedo, normal + 1e-3 * normal.roll(1, 1)
+
+    operators = {"rounded": rounded_otherwise, "turned": turned}
+    verdicts = gate.judge_problem(problem, mode, torch.float32, operators, march=False)
+    assert verdicts["rounded"].good and not verdicts["turned"].good
 
 
 def fake_torch(*, built=None, available=False, works=True, capability=(9, 0), warning=None, count=1):

@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dream_fast.kernels import FieldSpec, HashGridSpec, field, field_normals
+from dream_fast.bench.accuracy import check, check_fp64
+from dream_fast.kernels import FieldSpec, HashGridSpec, field, field_normals, hash_grid
 from dream_fast.kernels._tile import unit_scale
 
 GRID = HashGridSpec(levels=3, features=2, log2_entries=6, base_resolution=3, max_resolution=8)
@@ -38,28 +39,31 @@ def flat(*, constant=0.0):
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
 def test_blob(activation):
     spec = FieldSpec(grid=GRID, density_activation=activation, blob_density=4.0, blob_radius=0.3)
-    sigma, albedo = field(torch.tensor([[0.0, 0, 0], [0.3, 0, 0], [0, 0.4, 0.3]]).double(), *flat(), spec)
+    sigma, albedo = field(torch.tensor([[0.0, 0, 0], [0.3, 0, 0], [0, 0.4, 0.3]], dtype=torch.float64), *flat(), spec)
     if activation == "exp":
         expected = [math.exp(4 * math.exp(-(r**2) / (2 * 0.09))) for r in (0, 0.3, 0.5)]
     else:
-        expected = [math.log1p(math.exp(4 * (1 - r / 0.3))) for r in (0, 0.3, 0.5)]
-    torch.testing.assert_close(sigma, torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+        expected = [math.log1p(math.exp(4 * (1 - r / 0.3))) for r in (1e-6, 0.3, 0.5)]  # the floor of r
+    check_fp64("sigma", sigma, torch.tensor(expected, dtype=torch.float64))
     assert torch.equal(albedo, torch.full_like(albedo, 0.5))
+
+
+def by_torchs_layers(x, table, weights, biases, dtype):
+    """sigma and albedo with torch's own layers in `dtype`, in a cube of bound 0.6."""
+    first, second = torch.nn.Linear(6, 5, dtype=dtype), torch.nn.Linear(5, 4, dtype=dtype)
+    for layer, weight, bias in zip((first, second), weights, biases, strict=True):
+        layer.load_state_dict({"weight": weight, "bias": bias})
+    with torch.no_grad():
+        h = second(torch.relu(first(hash_grid((x + 0.6) / 1.2, table, GRID, dtype=dtype)))).to(x.dtype)
+    return torch.exp(h[:, 0] + 5 * torch.exp(-x.square().sum(1) / 0.08)), torch.sigmoid(h[:, 1:])
 
 
 def test_definition():
     """The whole pipeline written out once more with torch's own layers."""
-    from dream_fast.kernels import hash_grid
-
-    table, weights, biases = parameters()
-    spec, x = FieldSpec(grid=GRID, bound=0.6), points()
-    first, second = torch.nn.Linear(6, 5, dtype=torch.float64), torch.nn.Linear(5, 4, dtype=torch.float64)
-    for layer, weight, bias in zip((first, second), weights, biases, strict=True):
-        layer.load_state_dict({"weight": weight, "bias": bias})
-    h = second(torch.relu(first(hash_grid((x + 0.6) / 1.2, table, GRID))))
-    sigma, albedo = field(x, table, weights, biases, spec)
-    torch.testing.assert_close(sigma, torch.exp(h[:, 0] + 5 * torch.exp(-x.square().sum(1) / 0.08)))
-    torch.testing.assert_close(albedo, torch.sigmoid(h[:, 1:]))
+    parts, x = parameters(), points()
+    found = field(x, *parts, FieldSpec(grid=GRID, bound=0.6))
+    for got, expected in zip(found, by_torchs_layers(x, *parts, torch.float64), strict=True):
+        check_fp64("output", got, expected)
 
 
 def test_exponential_is_clamped_and_keeps_its_gradient():
@@ -67,9 +71,9 @@ def test_exponential_is_clamped_and_keeps_its_gradient():
     biases[-1].requires_grad_()
     spec = FieldSpec(grid=GRID)
     sigma, _ = field(points(), table, weights, biases, spec)
-    torch.testing.assert_close(sigma, torch.full_like(sigma, math.exp(15.0)))
+    check_fp64("sigma", sigma, torch.full_like(sigma, math.exp(15.0)))
     sigma.sum().backward()
-    assert float(biases[-1].grad[0]) == pytest.approx(6 * math.exp(15.0))
+    check_fp64("gradient", biases[-1].grad[:1], torch.full_like(sigma[:1], 6 * math.exp(15.0)))
     normal = field_normals(points(), table, weights, biases, spec)[2]
     assert torch.isfinite(normal).all()
 
@@ -109,7 +113,16 @@ def test_normals_of_the_blob_point_outwards(mode, activation):
     spec = FieldSpec(grid=GRID, density_activation=activation, blob_radius=0.4)
     x = torch.nn.functional.normalize(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double(), dim=1)
     normal = field_normals(0.3 * x, *flat(), spec, mode=mode, epsilon=1e-3)[2]
-    torch.testing.assert_close(normal, x, rtol=0, atol=1e-4)
+
+    def blob(at):
+        r = at.norm(dim=-1)
+        if activation == "exp":
+            return torch.exp(spec.blob_density * torch.exp(-r.square() / (2 * 0.4**2)))
+        return torch.nn.functional.softplus(spec.blob_density * (1 - r / 0.4))
+
+    step = 1e-3 * torch.eye(3, dtype=x.dtype)
+    slope = blob(0.3 * x[:, None] - step) - blob(0.3 * x[:, None] + step)
+    check_fp64("normal", normal, x if mode == "analytic" else torch.nn.functional.normalize(slope, dim=1))
 
 
 def test_modes_agree_for_small_steps():
@@ -118,8 +131,8 @@ def test_modes_agree_for_small_steps():
     one = field_normals(x, table, weights, biases, spec, epsilon=1e-6)
     other = field_normals(x, table, weights, biases, spec, mode="analytic")
     for got, expected in zip(one, other, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(other[2].norm(dim=1), torch.ones(40).double())
+        check_fp64("output", got, expected)
+    check_fp64("length", other[2].norm(dim=1), torch.ones(40).double())
 
 
 def test_differences_stay_inside_the_cube():
@@ -135,7 +148,7 @@ def test_differences_stay_inside_the_cube():
     ]
     sigma = field(torch.cat(taps), table, weights, biases, spec)[0].view(3, 2)
     expected = torch.nn.functional.normalize(sigma[:, 1] - sigma[:, 0], dim=0)
-    torch.testing.assert_close(normal[0], expected)
+    check_fp64("normal", normal[0], expected)
 
 
 @pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
@@ -189,12 +202,15 @@ def test_no_points(mode):
 def test_compute_dtype():
     table, weights, biases = parameters(dtype=torch.float32)
     spec, x = FieldSpec(grid=GRID, bound=0.6), points(50, dtype=torch.float32)
-    exact = field(x, table, weights, biases, spec)
+    single = field(x, table, weights, biases, spec)
+    plain = by_torchs_layers(x, table, weights, biases, torch.bfloat16)
+    precise = [[part.double() for part in layers] for layers in (weights, biases)]
+    exact = by_torchs_layers(x.double(), table.double(), *precise, torch.float64)
     table.requires_grad_(), weights[0].requires_grad_()
     out = field(x, table, weights, biases, spec, dtype=torch.bfloat16)
-    for got, expected in zip(out, exact, strict=True):
-        assert got.dtype == torch.float32 and not torch.equal(got, expected)
-    torch.testing.assert_close(out[1], exact[1], rtol=0, atol=0.05)
+    for name, got, rounded, *others in zip(("sigma", "albedo"), out, plain, exact, single, strict=True):
+        check(name, got, rounded, others[0])
+        assert got.dtype == torch.float32 and not torch.equal(got, others[1])
     out[1].sum().backward()
     assert table.grad.dtype == weights[0].grad.dtype == torch.float32
 
@@ -206,7 +222,7 @@ def test_active_levels():
     spec = FieldSpec(grid=GRID, bound=0.6)
     got = field(points(), table, weights, biases, spec, active_levels=1)
     for value, expected in zip(got, field(points(), cut, weights, biases, spec), strict=True):
-        torch.testing.assert_close(value, expected)
+        check_fp64("output", value, expected)
 
 
 def test_complaints_name_the_argument():

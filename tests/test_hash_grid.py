@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from dream_fast.bench.accuracy import check, check_fp64
 from dream_fast.kernels import (
     HashGridSpec,
     hash_grid,
@@ -69,14 +70,14 @@ def test_definition(interpolation, features):
     x = torch.cat([points(20), torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 0, 0.5], [0.125, 0.375, 0.999]]).double()])
     table = random_table(spec)
     expected = torch.tensor([by_hand(row, table, spec) for row in x.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(hash_grid(x, table, spec), expected, rtol=0, atol=1e-12)
+    check_fp64("features", hash_grid(x, table, spec), expected)
 
 
 def test_hashing_of_large_coordinates():
     spec = HashGridSpec(levels=2, features=2, log2_entries=10, base_resolution=16, max_resolution=1 << 19)
     x, table = points(16), random_table(spec)
     expected = torch.tensor([by_hand(row, table, spec) for row in x.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(hash_grid(x, table, spec), expected, rtol=0, atol=1e-9)
+    check_fp64("features", hash_grid(x, table, spec), expected)
 
 
 @pytest.mark.parametrize("interpolation", ["smoothstep", "linear"])
@@ -143,12 +144,13 @@ def test_compute_dtype_rounds_but_keeps_an_exact_master(dtype):
     out = hash_grid(x, table, SMALL, dtype=dtype)
     assert out.dtype == dtype
     exact = hash_grid(x.double(), table.detach().to(dtype).double(), SMALL)
-    torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    check("features", out, exact.to(dtype), exact)
     out.float().sum().backward()
-    plain = table.detach().clone().requires_grad_()
+    plain, precise = table.detach().clone().requires_grad_(), table.detach().double().requires_grad_()
     hash_grid(x, plain, SMALL).sum().backward()
+    hash_grid(x.double(), precise, SMALL).sum().backward()
     assert table.grad.dtype == torch.float32
-    torch.testing.assert_close(table.grad, plain.grad, rtol=1e-6, atol=1e-6)
+    check("gradient", table.grad, plain.grad, precise.grad)
 
 
 def test_backward_repeats_bit_for_bit_with_any_threads():
@@ -192,7 +194,7 @@ def test_total_variation_gradient():
     neighbours = [(0, 1, 3), (2, 1, 3), (1, 0, 3), (1, 2, 3), (1, 1, 2)]
     difference = torch.stack([grid[vertex] - grid[n] for n in neighbours])
     expected[1 + 4 + 3 * 16] = 3.0 / 6 * difference.sum(0) / (difference.square().sum(0) + 1e-9).sqrt()
-    torch.testing.assert_close(grad, expected)
+    check_fp64("gradient", grad, expected)
 
 
 def test_total_variation_never_leaves_the_grid():
@@ -212,4 +214,4 @@ def test_weight_decay_gradient():
     table = random_table(SMALL).requires_grad_()
     loss = sum(table[start:end].square().sum() / (end - start) for start, end in pairwise(SMALL.offsets))
     (0.7 * loss).backward()
-    torch.testing.assert_close(hash_grid_weight_decay_grad(table.detach(), SMALL, 0.7), table.grad)
+    check_fp64("gradient", hash_grid_weight_decay_grad(table.detach(), SMALL, 0.7), table.grad)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dream_fast.bench.accuracy import check_fp64
 from dream_fast.kernels import cascades, march, occupancy_points, occupancy_query, occupancy_update
 
 
@@ -72,9 +73,9 @@ def test_definition(bound, dt_gamma, max_steps, shifted, dense):
         expected = by_hand(origins[ray].tolist(), directions[ray].tolist(), bits, perturb=shift, **options)
         rows = slice(int(out.offsets[ray]), int(out.offsets[ray + 1]))
         got = torch.stack([out.t[rows], out.dt[rows]], 1)
-        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64).view(-1, 2), rtol=0, atol=1e-9)
+        check_fp64("t and dt", got, torch.tensor(expected, dtype=torch.float64).view(-1, 2))
         assert (out.ray_ids[rows] == ray).all()
-        torch.testing.assert_close(out.positions[rows], origins[ray] + out.t[rows, None] * directions[ray])
+        check_fp64("positions", out.positions[rows], origins[ray] + out.t[rows, None] * directions[ray])
     assert out.offsets[3] == out.offsets[2], "a ray that misses has no sample"
 
 
@@ -134,7 +135,8 @@ def test_min_near_and_gradients_of_positions():
     directions.requires_grad_()
     options = {"bound": 1.0, "resolution": 16, "capacity": 100, "max_steps": 32, "min_near": 0.2}
     out = march(origins, directions, full(), **options)
-    assert float(out.t[: int(out.count)].min()) == pytest.approx(0.2 + math.sqrt(3) / 32)
+    first = torch.tensor(0.2 + math.sqrt(3) / 32, dtype=torch.float64)
+    check_fp64("first sample", out.t[: int(out.count)].min(), first)
     assert not out.t.requires_grad and not out.dt.requires_grad
     assert torch.autograd.gradcheck(lambda o, d: march(o, d, full(), **options).positions, (origins, directions))
 

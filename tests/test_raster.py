@@ -6,6 +6,7 @@ import pytest
 import torch
 import trimesh
 
+from dream_fast.bench.accuracy import check_fp64
 from dream_fast.kernels import antialias, interpolate, opposite_corners, rasterize
 
 NEAR, FAR = 0.1, 20.0
@@ -75,11 +76,11 @@ def test_definition(height, width, size):
     ahead = points[faces][..., 2] < 0
     assert (ahead.any(1) & ~ahead.all(1)).any() == (size > 0.1)
     assert torch.equal(found.triangle[0].long(), triangle) and (triangle >= 0).sum() > 10
-    torch.testing.assert_close(found.barycentrics[0], weights, rtol=0, atol=1e-9)
+    check_fp64("barycentrics", found.barycentrics[0], weights)
     where = (found.barycentrics[0, ..., None] * points[faces[triangle]]).sum(2)  # [H, W, 3]
     z = project(where)
     seen = triangle >= 0
-    torch.testing.assert_close(found.depth[0][seen], (z[..., 2] / z[..., 3])[seen], rtol=0, atol=1e-9)
+    check_fp64("depth", found.depth[0][seen], (z[..., 2] / z[..., 3])[seen])
     assert (found.depth[0][~seen] == 1).all()
 
 
@@ -149,7 +150,7 @@ def test_every_picture_has_its_own_vertices():
     seen = interpolate(own, faces, found)
     for number in range(2):
         part = type(found)(*(value[number : number + 1] for value in found))
-        torch.testing.assert_close(seen[number], interpolate(own[number], faces, part)[0])
+        check_fp64("attributes", seen[number], interpolate(own[number], faces, part)[0])
 
 
 def test_interpolation_is_straight_in_space():
@@ -160,8 +161,8 @@ def test_interpolation_is_straight_in_space():
     seen = found.triangle[0] >= 0
     again = project(where[seen])
     row, column = seen.nonzero(as_tuple=True)
-    torch.testing.assert_close(again[:, 0] / again[:, 3], (2.0 * column.double() + 1) / 32 - 1, rtol=0, atol=1e-12)
-    torch.testing.assert_close(again[:, 1] / again[:, 3], 1 - (2 * row.double() + 1) / 32, rtol=0, atol=1e-12)
+    check_fp64("x", again[:, 0] / again[:, 3], (2.0 * column.double() + 1) / 32 - 1)
+    check_fp64("y", again[:, 1] / again[:, 3], 1 - (2 * row.double() + 1) / 32)
     assert not where[~seen].any()
 
 
@@ -220,8 +221,8 @@ def test_an_edge_covers_part_of_a_pixel():
     picture = coverage(*rectangle(*sides))
     row = torch.tensor([0, 0.7, 1, 1, 1, 1, 0.6, 0], dtype=torch.float64)
     column = torch.tensor([0, 0, 0.2, 1, 1, 1, 1, 0.45], dtype=torch.float64)
-    torch.testing.assert_close(picture[5], row, rtol=0, atol=1e-12)
-    torch.testing.assert_close(picture[:, 4], column, rtol=0, atol=1e-12)
+    check_fp64("row", picture[5].detach(), row)
+    check_fp64("column", picture[:, 4].detach(), column)
     for line, grads in ((picture[5], (-1, 0, 1, 0)), (picture[:, 4], (0, -1, 0, 1))):
         found = torch.autograd.grad(line.sum(), sides, retain_graph=True)
         assert [round(g.item(), 9) for g in found] == list(grads)

@@ -24,9 +24,33 @@ from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, peak_m
 )
 def test_half_precision_is_bf16_on_a_cpu_that_multiplies_it(fp16, amx, dtype, name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(variable, raising=False)
     found = choose_runtime(Config().override({"device": "cpu", "fp16": fp16}))
     assert (found.device.type, found.dtype, found.fp16) == ("cpu", dtype, False)
     assert found.description.endswith(f", {name}")
+
+
+@pytest.mark.parametrize(
+    ("variable", "newest", "used"),
+    [
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI", False),
+        ("ONEDNN_MAX_CPU_ISA", "avx2", False),
+        ("DNNL_MAX_CPU_ISA", "AVX512_CORE_BF16", False),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", True),
+        ("ONEDNN_MAX_CPU_ISA", "all", True),
+        ("ONEDNN_MAX_CPU_ISA", "", True),
+    ],
+)
+def test_half_precision_is_fp32_where_onednn_may_not_use_the_unit(variable, newest, used, monkeypatch):
+    """A unit for bf16 that oneDNN is kept from is none; an instruction set that includes it is as no limit."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, newest)
+    assert choose_runtime(Config().override({"device": "cpu", "fp16": True})).dtype == (
+        torch.bfloat16 if used else torch.float32
+    )
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
