@@ -251,10 +251,11 @@ def even_edges(near: Tensor, far: Tensor, intervals: int, generator: torch.Gener
     return near[:, None] + (far - near)[:, None] * parts
 
 
-def ray_weights(sigma: Tensor, dt: Tensor) -> Tensor:
+def ray_weights(sigma: Tensor, dt: Tensor | float) -> Tensor:
     """Weights [R, K] of samples in volume rendering: w = exp(-depth before) (1 - exp(-sigma dt)); NeRF, equation 3."""
     tau = sigma * dt
-    return torch.exp(tau - tau.cumsum(dim=1)) * -torch.expm1(-tau)
+    before = F.pad(tau[:, :-1].cumsum(dim=1), (1, 0))  # not the sum minus tau, which loses all digits in a wall
+    return torch.exp(-before) * -torch.expm1(-tau)
 
 
 def importance_samples(edges: Tensor, weights: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:

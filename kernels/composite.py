@@ -38,7 +38,8 @@ from dream_fast.kernels._reference import gather_rows, live_rows, pad_rows, scat
 # Optical depths from which on nothing is left: exp(-200) is 0 in fp32, and a larger depth would cost the next samples'
 # digits for nothing.
 _OPAQUE = 200.0
-_MOST_TAU = constant(1e4)
+_MOST = 1e4
+_MOST_TAU = constant(_MOST)
 _LOG2_E = constant(math.log2(math.e))
 
 
@@ -71,7 +72,7 @@ def composite_reference(
     rows, rays, channels = sigma.shape[0], offsets.shape[0] - 1, values.shape[1]
     live = live_rows(rows, offsets[-1] if count is None else torch.minimum(offsets[-1], count))
     ray = ray_of_row(offsets, live)
-    tau = sigma[:live].double() * dt[:live].double()
+    tau = (sigma[:live].double() * dt[:live].double()).clamp(max=_MOST)
     # before[i] = tau_0 + ... + tau_{i-1}, over the whole buffer.
     before = torch.cat([tau.new_zeros(1), tau.cumsum(0)])
     transmittance = torch.exp(gather_rows(before, offsets[ray]) - before[:-1])

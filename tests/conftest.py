@@ -247,6 +247,31 @@ def in_fp64() -> Callable[..., Any]:
     return copied
 
 
+@pytest.fixture(scope="session")
+def pixels_inside() -> Callable[..., int]:
+    """A function that counts the pixels whose middles are inside of triangles, those in two of them twice."""
+    import numpy as np
+
+    def counted(uv, faces, resolution: int) -> int:
+        count = 0
+        corners = uv.astype(float)[faces] * resolution  # [T, 3, 2]
+        first = np.floor(corners.min(axis=1)).astype(int)
+        last = np.ceil(corners.max(axis=1)).astype(int)
+        for triangle, low, high in zip(corners, first, last, strict=True):
+            x, y = (np.arange(a, b) + 0.5 for a, b in zip(low, high, strict=True))
+            sides = []
+            for k in range(3):
+                (ax, ay), (bx, by) = triangle[k], triangle[(k + 1) % 3]
+                sides.append((bx - ax) * (y[:, None] - ay) - (by - ay) * (x[None] - ax))
+            # Rounding of a few ulps decides about middles on an edge: they are inside of none.
+            edge = 1e-6 * resolution
+            inside = np.min(sides, axis=0) > edge
+            count += int((inside | (np.max(sides, axis=0) < -edge)).sum())
+        return count
+
+    return counted
+
+
 @pytest.fixture
 def nothing_read():
     """A context in which reading a tensor's value on the host fails, or an operator whose shape depends on values.

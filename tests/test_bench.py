@@ -266,8 +266,11 @@ def test_every_benchmark_has_help_and_refuses_an_unknown_flag(name, capsys):
 def test_the_main_job_runs_the_command_and_records_it(tmp_path, monkeypatch):
     commands = []
 
+    now = [50.0]
+
     def run(words, *, check):
         commands.append(words)
+        now[0] += 123.44
         workspace = Path(words[words.index("--workspace") + 1])
         workspace.mkdir()
         runs = [{"peak_bytes": {"host": n}, "seconds_of": {"start": n, "steps": 3.0, "outputs": 4.0}} for n in (1, 2)]
@@ -275,13 +278,14 @@ def test_the_main_job_runs_the_command_and_records_it(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(main_job, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(main_job, "time", SimpleNamespace(monotonic=lambda: now[0]))
     assert command.main(["main_job", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     (words,) = commands
     assert words[words.index("--text") + 1] == "a hamburger" and {"-O", "--save_mesh"} <= set(words)
     record = json.loads((tmp_path / "out" / "main_job-cpu.json").read_text())
     assert record["peak_bytes"] == {"host": 2} and record["gpu"] is None
     assert record["seconds_of"] == {"start": 2, "steps": 3.0, "outputs": 4.0}
-    assert record["seconds"] >= 0 and record["host_peak_bytes"] > 0 and record["torch"] == torch.__version__
+    assert record["seconds"] == 123.4 and record["host_peak_bytes"] > 2**20 and record["torch"] == torch.__version__
 
 
 # ----------------------------------------------------------------------------------------------------------- the judge
@@ -327,11 +331,19 @@ def test_the_judge_recognises_objects_colours_and_sides(judge):
     assert OBJECTS[verdicts(judge, large).object[0]] == "robot"
 
 
-def test_its_stated_accuracy_is_high():
-    stated = json.loads(WEIGHTS.with_suffix(".json").read_text())
-    assert stated["held_out_pictures"] > 1000 and stated["held_out_faces"] > 1000
-    assert stated["held_out"]["object"] > 0.95 and stated["held_out"]["object_color"] > 0.85
-    assert stated["held_out"]["view_faces"] > 0.85 and set(stated["views_of_faces"]) == set(VIEWS)
+def test_the_judge_is_as_good_as_it_states(judge):
+    """On pictures from a seed that nothing was trained on: as many right as stated, but for five standard errors."""
+    stated = json.loads(WEIGHTS.with_suffix(".json").read_text())["held_out"]
+    colors = ["red", "green", "blue", "yellow"]
+    things = [(name, colors[k % 4]) for k, name in enumerate(sorted(OBJECTS)[::3][:24])]
+    found = verdicts(judge, pictures_of(things, 30.0))
+    right = {
+        "object": [OBJECTS[k] == name for k, (name, _) in zip(found.object, things, strict=True)],
+        "color": [SHADES[k] == color for k, (_, color) in zip(found.color, things, strict=True)],
+    }
+    for name, hits in right.items():
+        p, n = stated[name], len(things)
+        assert n >= 16 and sum(hits) >= n * p - 5 * (n * p * (1 - p)) ** 0.5, (name, things, hits)
 
 
 def logits(picture_classes: list[tuple[int, int, int]]):

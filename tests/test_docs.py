@@ -58,7 +58,8 @@ def test_the_operators_learn_a_disc(names) -> None:
 def test_the_field_is_a_blob_in_pictures_and_as_a_mesh(names, tmp_path) -> None:
     page = names("The field")
     assert page["sigma"][0] > page["sigma"][1] > 0
-    assert torch.allclose(page["normal"], torch.tensor([[0.0, 1, 0], [1, 0, 0]]), atol=0.05)
+    # Outwards, but for the network's own slope, which is small beside the blob's at its start.
+    assert (page["normal"] * torch.tensor([[0.0, 1, 0], [1, 0, 0]])).sum(1).min() > 0.99
     opacity = page["view"].opacity
     assert opacity.shape == (6, 48, 48) and opacity[:, 24, 24].min() > 0.95 and opacity[:, 0, 0].max() < 0.05
     assert Image.open(tmp_path / "front.png").size == (48, 48)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import av
+import fast_simplification
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from skimage import measure
 
 from dream_fast import kernels
 from dream_fast.bench import mesh as bench_mesh
+from dream_fast.bench.accuracy import check
 from dream_fast.engine.camera import six_views
 from dream_fast.engine.config import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
@@ -72,7 +74,7 @@ def test_a_surface_in_slabs_is_the_surface(layers, monkeypatch):
     whole = surface.iso_surface(volume, 0.0)
     monkeypatch.setattr(marching_cubes, "LAYER_POINTS", layers * 14 * 14)
     parts = surface.iso_surface(volume, 0.0)
-    np.testing.assert_allclose(parts.vertices, whole.vertices)
+    assert np.array_equal(parts.vertices, whole.vertices)
     assert np.array_equal(*(np.unique(one.faces, axis=0) for one in (whole, parts)))
 
 
@@ -86,14 +88,21 @@ def test_a_sphere_agrees_with_another_marching_cubes():
     volume = ball(grid(n), (0.03, -0.02, 0.01), radius)
     own = surface.iso_surface(volume, 0.0)
     shape = trimesh.Trimesh(own.vertices, own.faces, process=False)
-    vertices, faces, _, _ = measure.marching_cubes(volume, 0.0)
-    oracle = trimesh.Trimesh(vertices, faces[:, ::-1], process=False)
-    assert shape.volume == pytest.approx(abs(oracle.volume), rel=5e-3)
-    assert shape.area == pytest.approx(oracle.area, rel=5e-3)
-    cell = 2 / (n - 1)
-    assert shape.volume * cell**3 == pytest.approx(4 / 3 * np.pi * radius**3, rel=5e-3)
-    distance = np.linalg.norm(own.vertices * cell - 1 - np.array([0.03, -0.02, 0.01]), axis=1)
-    assert np.abs(distance - radius).max() < 0.03 * cell + 1e-3
+    vertices, _, _, _ = measure.marching_cubes(volume, 0.0)
+    # Both have a vertex on each edge that crosses: in fp32 there, of coordinates up to n; ours a margin from its ends.
+    assert len(vertices) == len(own.vertices)
+    pairs = (torch.from_numpy(one).double() for one in (vertices.copy(), own.vertices))
+    apart = torch.cdist(*pairs, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+    assert apart.median() < 4 * n * np.finfo(np.float32).eps and apart.max() < marching_cubes.EDGE_MARGIN
+    # In cells: zeros of straight lines over an edge of 1 lie inside by 1 / 8r at most, if the margin does not move
+    # them, and the middle of a triangle, whose corners lie on one cube, below them by (sqrt(3) / 2)^2 / 2r.
+    cells, cell, margin = radius * (n - 1) / 2, 2 / (n - 1), marching_cubes.EDGE_MARGIN
+    distance = np.linalg.norm(own.vertices * cell - 1 - np.array([0.03, -0.02, 0.01]), axis=1) / cell
+    outer, inner = cells + margin, cells - margin - 1 / (8 * cells)
+    assert inner < distance.min() and distance.max() < outer
+    inner -= 3 / (8 * cells)
+    assert 4 / 3 * np.pi * inner**3 < shape.volume < 4 / 3 * np.pi * outer**3
+    assert 4 * np.pi * inner**2 < shape.area < 4 * np.pi * outer**2
 
 
 def test_floaters_are_dropped_and_parts_kept():
@@ -131,7 +140,12 @@ def test_a_simpler_surface_is_closed_and_near(target):
     before, after = (trimesh.Trimesh(one.vertices, one.faces, process=False) for one in (full, simpler))
     assert 0.8 * min(target, len(full.faces)) <= len(simpler.faces) <= target
     assert after.is_watertight and after.is_winding_consistent and surface.is_closed(simpler)
-    assert after.volume == pytest.approx(before.volume, rel=0.1 if target == 200 else 0.01)
+    # The volume is kept as well as the library keeps it that simplifies, but for what closing pinches costs.
+    ratio = max(0.0, 1 - target / len(full.faces))
+    points, triangles = fast_simplification.simplify(full.vertices, full.faces.astype(np.int32), ratio)
+    plain = trimesh.Trimesh(points, triangles, process=False)
+    volumes = (torch.tensor([float(one.volume)], dtype=torch.float64) for one in (after, plain, before))
+    check("volume", *volumes)
     assert len(np.unique(simpler.faces)) == len(simpler.vertices)
 
 
@@ -163,7 +177,8 @@ def test_triangles_that_lie_on_each_other_are_dropped():
     ],
 )
 def test_surface_level(volume, threshold, level):
-    assert surface.surface_level(torch.tensor(volume), threshold) == pytest.approx(level)
+    exact = torch.tensor(level, dtype=torch.float64)
+    check("level", torch.tensor(surface.surface_level(torch.tensor(volume), threshold)), exact.float(), exact)
 
 
 @pytest.mark.parametrize("volume", [[0.0, 0.0], [1.0, float("nan")]])
@@ -286,22 +301,19 @@ def test_the_material_is_matt_and_opaque(written, glb):
     assert "d 1" in lines and "Ks 0 0 0" in lines and "map_Kd mesh.png" in lines
 
 
-def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written):
+def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written, pixels_inside):
     field = fitted_renderer().field
     shape = surface.simplify(surface.surface_of(surface.log_density_volume(field, 40, 10.0)), 2000)
     for unwrapped in (atlas.unwrap(shape, 256), atlas._unwrap_by_xatlas(*as_arrays(shape), 256)):
         assert np.array_equal(unwrapped.source[unwrapped.faces], shape.faces)
         assert 0 <= unwrapped.uv.min() and unwrapped.uv.max() <= 1
-        a, b, c = (unwrapped.uv[unwrapped.faces[:, k]].astype(float) for k in range(3))
-        (ux, uy), (vx, vy) = (b - a).T, (c - a).T
-        areas = (ux * vy - uy * vx) / 2
         uv = torch.from_numpy(unwrapped.uv)
         clip = torch.cat([2 * uv - 1, torch.zeros(len(uv), 1), torch.ones(len(uv), 1)], dim=1)[None]
         faces = torch.from_numpy(unwrapped.faces).int()
         seen = kernels.rasterize(clip, faces, 1024, 1024)
-        # As many pixels are covered as the triangles are large together.
-        covered = (seen.triangle >= 0).double().mean().item()
-        assert covered == pytest.approx(np.abs(areas).sum(), rel=0.02) and covered > 0.3
+        # No pixel is inside of two triangles: together they hold no more of them than are covered.
+        covered = int((seen.triangle >= 0).sum())
+        assert 0.3 * 1024**2 < covered and pixels_inside(unwrapped.uv, unwrapped.faces, 1024) <= covered
         picture = texture.bake(field, shape, unwrapped, 256).albedo / 255
         texels = torch.from_numpy(unwrapped.source)[faces.long()]
         middle = torch.from_numpy(shape.vertices).float()[texels].mean(1)
@@ -320,9 +332,10 @@ def test_holes_take_the_colours_around_them():
     picture[:, -6:], known[:, -6:] = torch.tensor([0.0, 0.2, 1.0]), True
     filled = texture.fill_holes(picture, known)
     assert torch.equal(filled[known], picture[known])
-    torch.testing.assert_close(filled[..., 1], torch.full((37, 20), 0.2))
+    even = torch.full((37, 20), 0.2)
+    check("even", filled[..., 1], even, torch.full((37, 20), 0.2, dtype=torch.float64))
     assert (filled[:, 6, 0] > 0.6).all() and (filled[:, 13, 2] > 0.6).all()
-    assert filled.min() >= 0 and filled.max() <= 1.0001
+    assert filled.min() >= 0 and filled.max() <= 1 + 16 * torch.finfo(torch.float32).eps
 
 
 def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypatch):

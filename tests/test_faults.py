@@ -174,22 +174,26 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
     assert not [path for path in (tmp_path / "trial").rglob(".*")]
 
 
-def test_a_disk_that_is_really_full(tmp_path, tiny_model, often, capsys):
-    small = tmp_path / "disk"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)]
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB, which is taken away whatever happens to the test, also while a file on it is still open."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")  # who is not has the test above, which limits the size of files
-    try:
-        assert main(command(small / "trial", tiny_model)) == 2
-        error = sentence(capsys)
-        assert "there is no room left for --workspace" in error and "(No space left on device)" in error
-        assert not [path for path in small.rglob("*.writing*")]
-        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        assert main(command(small / "trial", tiny_model)) == 2
-        assert "no permission to write in" in sentence(capsys)
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, tiny_model, often, capsys):
+    assert main(command(small_disk / "trial", tiny_model)) == 2
+    error = sentence(capsys)
+    assert "there is no room left for --workspace" in error and "(No space left on device)" in error
+    assert not [path for path in small_disk.rglob("*.writing*")]
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert main(command(small_disk / "trial", tiny_model)) == 2
+    assert "no permission to write in" in sentence(capsys)
 
 
 @pytest.mark.parametrize("how", ["moved", "removed", "replaced"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import trimesh
 
+from dream_fast.bench.accuracy import check
 from dream_fast.engine import losses
 from dream_fast.engine import signed_distance as module
 from dream_fast.engine.config import LossConfig
@@ -20,6 +21,12 @@ def as_trimesh(surface: Surface) -> trimesh.Trimesh:
     return trimesh.Trimesh(surface.vertices.detach().numpy(), surface.faces.numpy(), process=False)
 
 
+def check_value(name, got, exact):
+    """Compares a number in fp64 with one that is exact."""
+    exact = torch.as_tensor(exact, dtype=torch.float64)
+    check(name, got.detach(), exact, exact)
+
+
 def from_trimesh(mesh: trimesh.Trimesh, dtype=torch.float32) -> Surface:
     return Surface(torch.tensor(mesh.vertices).to(dtype), torch.tensor(mesh.faces))
 
@@ -32,7 +39,8 @@ def test_a_grid_fills_its_inside_once_with_one_shape(size):
     corners = grid.vertices[grid.tets].double()
     volume = torch.linalg.det(corners[:, 1:] - corners[:, :1]) / 6
     assert len(grid.tets) == 12 * n * n * (n - 1) and grid.vertices.abs().max() == 1
-    torch.testing.assert_close(volume, torch.full_like(volume, (2 / n) ** 3 / 12), rtol=1e-5, atol=0)
+    exact = torch.full_like(volume, (2 / n) ** 3 / 12)  # of corners in fp32
+    check("volume", volume, torch.linalg.det((corners[:, 1:] - corners[:, :1]).float()) / 6, exact)
     # The hull: between two tetrahedra lies each face but those of the border.
     faces = torch.cat([grid.tets[:, [i for i in range(4) if i != k]] for k in range(4)]).sort(1).values
     unique, times = faces.unique(dim=0, return_counts=True)
@@ -58,8 +66,20 @@ def test_a_surface_is_closed_and_lies_where_the_values_are_zero(shape):
     assert len(used) == len(surface.vertices) and len(surface.faces) > 100
     if shape == "noise":
         return
-    expected = {"ball": 4 / 3 * math.pi * 0.61**3, "ring": 2 * math.pi**2 * 0.55 * 0.2**2}[shape]
-    assert mesh.volume == pytest.approx(expected, rel={"ball": 0.03, "ring": 0.12}[shape])
+    # On an edge of length L straight lines miss the zero of a distance whose second derivative is at most 1 / r by
+    # L^2 / 8r, and a triangle lies its circumradius' square over 2r, at most L^2 / 6r, below a surface of radius r.
+    longest, radius = 2 / 12, {"ball": 0.61, "ring": 0.2}[shape]
+    distance = {
+        "ball": lambda p: 0.61 - p.norm(dim=1),
+        "ring": lambda p: 0.2 - torch.hypot(torch.hypot(p[:, 0], p[:, 1]) - 0.55, p[:, 2]),
+    }[shape]
+    assert distance(surface.vertices).abs().max() < longest**2 / (8 * radius)
+    missed = longest**2 / (8 * radius) + longest**2 / (6 * radius)
+    within = {
+        "ball": lambda r: 4 / 3 * math.pi * r**3,
+        "ring": lambda r: 2 * math.pi**2 * 0.55 * r**2,
+    }[shape]
+    assert within(radius - missed) < mesh.volume < within(radius)
     assert mesh.euler_number == {"ball": 2, "ring": 0}[shape]
     outward = (vertex_normals(surface) * surface.vertices).sum(1)
     assert shape != "ball" or (outward > 0.5 * surface.vertices.norm(dim=1)).all()
@@ -96,8 +116,8 @@ def signed(mesh: Surface, reach=0.3) -> torch.Tensor:
     return signed_distance(mesh, ORIGIN, SPACING, SHAPE, reach)
 
 
-def box(extents, shift=0.0) -> torch.Tensor:
-    q = (lattice() - shift).abs() - torch.tensor(extents) / 2
+def box(extents, dtype=torch.float32) -> torch.Tensor:
+    q = lattice().to(dtype).abs() - torch.tensor(extents, dtype=dtype) / 2
     return -(q.clamp(min=0).norm(dim=-1) + q.amax(-1).clamp(max=0))
 
 
@@ -105,7 +125,9 @@ def box(extents, shift=0.0) -> torch.Tensor:
 def test_distance_to_a_box_is_exact(pairs, monkeypatch):
     monkeypatch.setattr(module, "PAIRS", pairs)
     mesh = from_trimesh(trimesh.creation.box((0.8, 1.1, 0.5)))
-    torch.testing.assert_close(signed(mesh), box((0.8, 1.1, 0.5)).clamp(-0.3, 0.3), rtol=0, atol=1e-6)
+    extents = (0.8, 1.1, 0.5)
+    reference, exact = (box(extents, dtype=dtype).clamp(-0.3, 0.3) for dtype in (torch.float32, torch.float64))
+    check("distance", signed(mesh), reference, exact)
 
 
 def test_inside_out_overlapping_and_open_meshes():
@@ -135,9 +157,10 @@ def test_beyond_the_lattice():
 def test_normal_consistency_of_a_cube_and_a_plane():
     cube = from_trimesh(trimesh.creation.box((1, 1, 1)), torch.float64)
     # 12 edges at right angles, 6 diagonals in a plane.
-    assert normal_consistency(cube, opposite_corners(cube.faces)).item() == pytest.approx(12 / 18)
-    flat = Surface(torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]), torch.tensor([[0, 1, 2], [2, 1, 3]]))
-    assert normal_consistency(flat, opposite_corners(flat.faces)).item() == pytest.approx(0, abs=1e-7)
+    check_value("cube", normal_consistency(cube, opposite_corners(cube.faces)), 12 / 18)
+    corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]], dtype=torch.float64)
+    flat = Surface(corners, torch.tensor([[0, 1, 2], [2, 1, 3]]))
+    check_value("plane", normal_consistency(flat, opposite_corners(flat.faces)), 0.0)
 
 
 def test_laplacian_by_hand():
@@ -146,14 +169,14 @@ def test_laplacian_by_hand():
     for number, place in enumerate(mesh.vertices):
         neighbours = {int(v) for face in mesh.faces if number in face for v in face} - {number}
         by_hand.append(sum(place - mesh.vertices[v] for v in neighbours).norm())
-    assert laplacian(mesh).item() == pytest.approx(torch.stack(by_hand).mean().item())
+    check_value("laplacian", laplacian(mesh), torch.stack(by_hand).mean())
 
 
 def test_small_triangles_count_less():
     mesh = from_trimesh(trimesh.creation.box((1, 1, 1)), torch.float64)
     beyond = opposite_corners(mesh.faces)
     counts = losses._edge_counts(torch.tensor([1.0, 1.0, 0.5, 1.5]), torch.tensor([[1, 2, 3]] * 4))
-    torch.testing.assert_close(counts, torch.tensor([[1, 0.5, 1], [1, 0.5, 1], [0.5, 0.5, 0.5], [1, 0.5, 1.0]]))
+    assert counts.tolist() == [[1, 0.5, 1], [1, 0.5, 1], [0.5, 0.5, 0.5], [1, 0.5, 1.0]]
     # A sliver between two faces of a box turns with the slightest movement, and pulls no harder than the others.
     places, faces = mesh.vertices.clone(), mesh.faces.clone()
     a, b, c = faces[0].tolist()
@@ -183,7 +206,7 @@ def test_gradients_of_the_terms_and_their_weights(monkeypatch):
     assert one["mesh_normal"] == normal_consistency(surface, beyond) and len(one) == 1
     annealed = LossConfig(lambda_mesh_laplacian=LinearSchedule(0.0, 0.0, 1.0, 1.0))
     now = mesh_regularizers(surface, beyond, annealed, {"lambda_mesh_laplacian": 0.25})
-    assert now["mesh_laplacian"].item() == pytest.approx(laplacian(surface).item() / 4)
+    assert now["mesh_laplacian"] == laplacian(surface) / 4
 
 
 def test_terms_of_a_collapsed_mesh_are_finite():

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._pytree import tree_map
 
 from dream_fast import kernels
+from dream_fast.bench.accuracy import check
 from dream_fast.engine.camera import Cameras, sample_cameras
 from dream_fast.engine.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.config import Config, ShadingConfig
@@ -109,6 +111,12 @@ def rows_without_times(workspace: Workspace) -> bytes:
     return "\n".join(json.dumps(row) for row in rows).encode()
 
 
+def check_values(name: str, got, exact) -> None:
+    """Compares numbers of the host with those that they should be."""
+    got, exact = (torch.as_tensor(values, dtype=torch.float64) for values in (got, exact))
+    check(name, got, exact, exact)
+
+
 def same_state(a: Trainer, b: Trainer) -> bool:
     pairs = [
         (one[name], other[name])
@@ -128,8 +136,7 @@ def test_progress_runs_from_zero_and_a_longer_run_never_falls_back():
     schedule = Schedule(100)
     assert [schedule.progress(step) for step in (0, 50, 100)] == [0.0, 0.5, 1.0]
     longer = schedule.stretched(60, 200)
-    assert longer.progress(60) == pytest.approx(0.6)
-    assert longer.progress(130) == pytest.approx(0.8)
+    check_values("progress", [longer.progress(step) for step in (60, 130)], [0.6, 0.8])
     assert longer.progress(200) == 1.0
     assert schedule.stretched(60, 100) == schedule
 
@@ -150,7 +157,8 @@ def test_phases_follow_each_other():
     shaded = [choose_phase(config, 0.9, dice) for _ in range(1000)]
     assert {phase.shading for phase in shaded} == {"textureless", "lambertian"}
     assert all(0.3 <= phase.ambient <= 1.0 for phase in shaded)
-    assert sum(phase.shading == "textureless" for phase in shaded) / 1000 == pytest.approx(0.4, abs=0.06)
+    share = sum(phase.shading == "textureless" for phase in shaded) / 1000
+    assert abs(share - 0.4) < 5 * (0.4 * 0.6 / 1000) ** 0.5  # five standard errors
 
 
 def test_a_ratio_of_zero_leaves_the_phase_out_from_the_first_step_on():
@@ -181,7 +189,8 @@ def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidanc
     for row in rows:
         assert row["skipped"] == 0 and row["grad_norm"] > 0 and row["samples"] > 0 and len(row["t"]) == 2
         assert {f"loss_{name}" for name in ("guidance", "entropy", "orient", *terms)} <= row.keys()
-        assert row["loss"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("loss_")), rel=1e-5)
+        losses = torch.tensor([v for k, v in row.items() if k.startswith("loss_")], dtype=torch.float64)
+        check("loss", torch.tensor(row["loss"]), losses.float().sum(), losses.sum())
     assert not torch.equal(trainer.optimizer.params, before)
     assert not torch.equal(trainer.optimizer.state.ema, trainer.optimizer.params)
     assert (workspace.validation / "step_000008.png").is_file()
@@ -199,8 +208,9 @@ def test_frequencies_join_during_the_run(text_guidance, monkeypatch):
 
 def test_the_table_learns_ten_times_as_fast_and_a_network_alone_at_its_rate(text_guidance):
     grid, vanilla = (make_trainer(text_guidance, lr=0.01, **BACKBONES[name]) for name in ("grid", "vanilla"))
-    assert grid.optimizer.lrs == pytest.approx((0.5, 0.05)) and len(grid.optimizer.group_ends) == 2
-    assert vanilla.optimizer.lrs == pytest.approx((0.05,))
+    check_values("grid", grid.optimizer.lrs, [0.5, 0.05])
+    check_values("vanilla", vanilla.optimizer.lrs, [0.05])
+    assert grid.optimizer.group_ends == (grid.field.table.numel(), sum(p.numel() for p in grid.field.parameters()))
     assert vanilla.optimizer.group_ends == (sum(p.numel() for p in vanilla.field.parameters()),)
 
 
@@ -266,7 +276,7 @@ def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_el
     assert names == ["latent"] * 3 + ["albedo"] + ["shaded"] * 4
     assert views == levels == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
     assert noise == [step / 8 for step in range(8)]
-    assert rates == pytest.approx([0.5 ** (step / 8) for step in range(8)])
+    check_values("rates", rates, [0.5 ** (step / 8) for step in range(8)])
 
 
 @pytest.mark.parametrize(
@@ -282,13 +292,13 @@ def test_a_longer_run_stretches_its_phases_unless_their_end_was_asked_for(
     text_guidance, tmp_path, asked, before, after
 ):
     first = make_trainer(text_guidance, **CHEAP, **asked)
-    assert [first.phases.progress(step) for step in (2, 4)] == pytest.approx(before)
+    check_values("before", [first.phases.progress(step) for step in (2, 4)], before)
     first.step = 4
     path = first.save(Workspace(tmp_path))
     longer = make_trainer(text_guidance, iters=16, **CHEAP, **asked)
     longer.load(path)
-    assert [longer.phases.progress(step) for step in (4, 10, 16)] == pytest.approx(after)
-    assert [longer.schedule.progress(step) for step in (4, 10, 16)] == pytest.approx([0.5, 0.75, 1.0])
+    check_values("after", [longer.phases.progress(step) for step in (4, 10, 16)], after)
+    check_values("schedule", [longer.schedule.progress(step) for step in (4, 10, 16)], [0.5, 0.75, 1.0])
 
 
 def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
@@ -355,12 +365,13 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
         trainer.generator.manual_seed(step)
         settled = trainer.guidance.settle(2, step, progress, trainer.generator)
         dials = Dials(phase.ambient, ramp(progress), values_at(trainer.config.loss, step, progress), settled)
+        # A graph reads them in fp32; with those numbers nothing differs.
+        dials = tree_map(lambda x: torch.tensor(x).item() if isinstance(x, float) else x, dials)
         called = trainer._gradients(phase, True, dials, progress, None)
         assert torch.equal(replayed.t, called.t) and called.terms.keys() == replayed.terms.keys()
         for name, term in called.terms.items():
-            torch.testing.assert_close(replayed.terms[name], term, rtol=1e-4, atol=0)
-            assert not term.requires_grad
-        torch.testing.assert_close(got, trainer.optimizer.grads, rtol=1e-3, atol=1e-4 * float(got.abs().max()))
+            assert torch.equal(replayed.terms[name], term) and not term.requires_grad
+        assert torch.equal(got, trainer.optimizer.grads) and got.abs().max() > 0
     assert {name for name, *_ in trainer._graphs.kinds} == {"latent", "albedo", "shaded"}
 
 
@@ -465,7 +476,7 @@ def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_
     gradients = longer._gradients
     longer._gradients = lambda *given: seen.update(up=given[2].up) or gradients(*given)
     assert longer.train_step().phase.name == "shaded"
-    assert seen["up"] == 1.0 and seen["lr"] == pytest.approx(0.5)
+    assert seen["up"] == 1.0 and seen["lr"] == 0.5
 
 
 def test_libraries_draw_the_same_in_a_step_that_is_taken_up(text_guidance):

@@ -22,6 +22,7 @@ from dream_fast import kernels
 from dream_fast.engine.export.atlas import Atlas, tangents
 from dream_fast.engine.export.lookup import look_up
 from dream_fast.engine.export.surface import Mesh, Volume, smooth_normals
+from dream_fast.engine.sampling import ray_weights
 from dream_fast.engine.scene_field import SceneField
 
 BEFORE, BEHIND, SAMPLES = 1 / 16, 1 / 4, 60  # of a ray: from and to (of the bound, around the surface), and how many
@@ -100,8 +101,8 @@ def _gather(field: SceneField, volume: Volume, points: Tensor, up: Tensor) -> tu
     depths, colour = torch.zeros(len(points), len(QUANTILES), device=points.device), 1e-6 * _below(field, points, up)
     for way in (up, up + one, up - one, up + other, up - other):
         way = F.normalize(way, dim=1)
-        tau = look_up(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp() * step
-        weight = torch.exp(tau - tau.cumsum(1)) * -torch.expm1(-tau)  # [V, SAMPLES]
+        sigma = look_up(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp()
+        weight = ray_weights(sigma, step)  # [V, SAMPLES]
         opacity = weight.sum(1, keepdim=True)
         until = weight.cumsum(1) / opacity.clamp(min=1e-12)
         at = torch.stack([t[(until < part).sum(1).clamp(max=SAMPLES - 1)] for part in QUANTILES], dim=1)
