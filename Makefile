@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH_BUILD := .ci/torch_build.py
 
-.PHONY: demo test timing sanitize
+.PHONY: demo test timing faults sanitize
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
@@ -21,6 +21,10 @@ test: $(VENV)/.installed-test
 # Speed on a CPU beside another commit, by default where the branch left main: make timing BASE=v1.0
 timing: $(VENV)/.installed
 	$(BIN)/python -P -m dream_fast.bench timing $(if $(BASE),--base '$(BASE)')
+
+# Faults planted in the kernels, one at a time, and the test that notices each: make faults FAULTS="-n 16 mlp march"
+faults: $(VENV)/.installed-test
+	$(BIN)/python -P tests/planted/run.py $(FAULTS)
 
 # Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
 TOOL ?= memcheck
