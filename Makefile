@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH_BUILD := .ci/torch_build.py
 
-.PHONY: demo test timing any-cpu sanitize
+.PHONY: demo test timing any-cpu faults sanitize
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
@@ -28,6 +28,10 @@ timing: $(VENV)/.installed
 # The suite as on other processors: make any-cpu, or make any-cpu ROUND="--jobs 12 --shard 1/2"
 any-cpu: $(VENV)/.installed-test
 	$(BIN)/python -P .ci/any_cpu.py $(ROUND)
+
+# Faults planted in the kernels, one at a time, and the test that notices each: make faults FAULTS="-n 16 mlp march"
+faults: $(VENV)/.installed-test
+	$(BIN)/python -P tests/planted/run.py $(FAULTS)
 
 # Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
 TOOL ?= memcheck

@@ -4,8 +4,12 @@ Without either there is nothing to test here, and nothing is collected.
 """
 
 import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +29,99 @@ def pytest_collection_modifyitems(items):
             if INTERPRETED and (marker := item.get_closest_marker("full_size")):
                 reason = f"only on a GPU: {marker.args[0]}"  # graphs, streams, its memory; or hours when interpreted
                 item.add_marker(pytest.mark.skip(reason=reason))  # not left out: `pytest -m gpu` runs it there
+
+
+class InterpretedMemory:
+    """What interpreted kernels read and write, checked lane by lane.
+
+    A lane that reads or writes outside of the launch's tensors raises AssertionError. What a masked load without
+    `other=` leaves undefined is NaN or the largest whole number. Inside `far` one program of a launch runs, perhaps far
+    from all others: nothing is written, what is read outside of the tensors is 1, and `touched` counts the lanes that
+    read or write an argument's memory, {"x read": 64, ...}.
+    """
+
+    def __init__(self, monkeypatch):
+        from triton import knobs
+        from triton.runtime import interpreter
+
+        self.interpreter, self.tensors, self.is_far = interpreter, {}, False
+        self.touched: Counter[str] = Counter()
+        builder = interpreter.InterpreterBuilder
+        originals = {name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store")}
+        original_atomic, original_arguments = builder.create_atomic_rmw, interpreter.GridExecutor._init_args_hst
+
+        def load(this, pointers, mask, other, *options):
+            keep = self.check(pointers, mask, "read")
+            if other is None or self.is_far:
+                kind = interpreter._get_np_dtype(pointers.get_element_ty())
+                unknown = np.nan if kind.kind == "f" else np.iinfo(kind).max
+                value = unknown if other is None else other.data
+                value = np.where(mask.data, 1, value) if self.is_far else np.full(pointers.data.shape, value)
+                other = interpreter.TensorHandle(value.astype(kind), pointers.get_element_ty())
+            return originals["create_masked_load"](this, pointers, keep, other, *options)
+
+        def store(this, pointers, value, mask, *options):
+            return originals["create_masked_store"](
+                this, pointers, value, self.check(pointers, mask, "written"), *options
+            )
+
+        def atomic(this, operation, pointers, value, mask, *options):
+            keep = self.check(pointers, mask, "written")
+            return original_atomic(this, operation, pointers, value, keep, *options)
+
+        def arguments(this, positional, keywords):
+            self.tensors = {name: part for name, part in keywords.items() if isinstance(part, torch.Tensor)}
+            return original_arguments(this, positional, keywords)
+
+        monkeypatch.setattr(builder, "create_masked_load", load)
+        monkeypatch.setattr(builder, "create_masked_store", store)
+        monkeypatch.setattr(builder, "create_atomic_rmw", atomic)
+        monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", arguments)
+        monkeypatch.setattr(knobs.compilation, "front_end_debugging", True)  # an AssertionError comes out as it is
+        self.builder = builder
+
+    def check(self, pointers, mask, verb):
+        """The lanes that may go on, as the interpreter takes a mask."""
+        live = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        address, inside = pointers.data, np.zeros(pointers.data.shape, bool)
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        for name, tensor in self.tensors.items():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            extent = tensor.element_size() * (1 + sum((n - 1) * abs(step) for n, step in steps))
+            if tensor.numel() and extent >= size:
+                # Below the tensor the difference wraps around.
+                here = address - np.uint64(tensor.data_ptr()) <= np.uint64(extent - size)
+                inside |= here
+                if self.is_far:
+                    self.touched[f"{name} {verb}"] += int((live & here).sum())
+        if self.is_far:
+            live = live & inside if verb == "read" else np.zeros_like(live)
+        elif not inside[live].all():
+            raise AssertionError(f"memory outside of a kernel's tensors is {verb} in {(live & ~inside).sum()} lanes")
+        return self.interpreter.TensorHandle(live, mask.dtype)
+
+    @contextmanager
+    def far(self, monkeypatch, program: tuple[int, ...], programs: tuple[int, ...]) -> Iterator[None]:
+        """Kernels that are launched inside run as program number `program` of `programs`, each given an axis."""
+        handle, int32 = self.interpreter.TensorHandle, self.interpreter.tl.int32
+        self.touched, self.is_far = Counter(), True
+        with monkeypatch.context() as patch:
+            for name, numbers in (("create_get_program_id", program), ("create_get_num_programs", programs)):
+                patch.setattr(
+                    self.builder,
+                    name,
+                    lambda _, axis, numbers=numbers: handle(np.array([numbers[axis]], np.int32), int32),
+                )
+            try:
+                yield
+            finally:
+                self.is_far = False
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    """Checks every access of interpreted kernels: see `InterpretedMemory`. None on a GPU (`make sanitize` is there)."""
+    return InterpretedMemory(monkeypatch) if INTERPRETED else None
 
 
 @pytest.fixture
