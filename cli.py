@@ -225,6 +225,10 @@ def _device(wanted: str) -> str:
     return "cuda" if there else "cpu"
 
 
+# What each command says anew of a run that is there, by setting.
+_SAID_EACH_TIME = {"six_views": False, "save_mesh": False, "ckpt": "latest", "output": None}
+
+
 def _stored(typed: dict[str, Any]) -> Config:
     """``--test``: the workspace's own settings, with what was typed on top; precision as the run had it."""
     from dream_fast.engine.workspace import Workspace
@@ -234,8 +238,19 @@ def _stored(typed: dict[str, Any]) -> Config:
     if stored is None:
         raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
     values = {name: value for name, value in typed.items() if name != "fp16"}
-    asked_each_time = dict(six_views=False, save_mesh=False, ckpt="latest", workspace=folder, output=None)
-    return stored.override({**asked_each_time, **values, "device": _device(typed.get("device", "auto"))})
+    here = {"workspace": folder, "device": _device(typed.get("device", "auto"))}
+    return stored.override({**_SAID_EACH_TIME, **values, **here})
+
+
+def _taken_up(config: Config, typed: dict[str, Any]) -> Config:
+    """``config``, unless a run of another version is taken up, whose defaults were others: its own, under ``typed``."""
+    from dream_fast.engine.workspace import Workspace
+
+    stored = None if config.run.ckpt == "scratch" else Workspace(expanded(config.run.workspace)).stored_run()
+    if stored is None or stored.is_of_this_version:
+        return config
+    here = {"test": False, "workspace": config.run.workspace, "device": config.run.device}
+    return stored.config.override({**_SAID_EACH_TIME, **typed, **here})
 
 
 def _field_of(typed: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +285,7 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
     config = resolve(typed, model, device)
     if typed.get("fp16") and device == "cpu":
         print("dream-fast: note: no GPU in use, so this runs on the CPU", file=sys.stderr)
-    return config
+    return config if print_only else _taken_up(config, typed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

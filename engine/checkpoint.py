@@ -18,12 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dream_fast import __version__
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.files import written_aside
+from dream_fast.engine.stored import UNNAMED, complete_architecture, unknown_settings, way_to_read
 
 FORMAT = "dream-fast checkpoint"  # the key of the header in the file's metadata
 VERSION = 3
-READS = (2, 3)  # 2 had no checksum
+READS = (1, 2, 3)  # 1 did not count the steps whose samples did not fit, 2 had no checksum
 KEEP = 2
 
 _NAME = re.compile(r"step_(\d{6,12})\.safetensors")
@@ -44,6 +46,7 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
     values: dict[str, Any] = {}
     _flatten(state, "", tensors, values)
     header = {"version": VERSION, "step": step, "architecture": architecture, "values": values}
+    header["dream_fast"] = __version__
     header["checksum"] = _checksum(header, tensors)
     # one entry, since safetensors writes several in no fixed order and the same run should give the same file
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
@@ -76,16 +79,19 @@ def step_of(path: Path) -> int:
 
 
 def read_architecture(path: Path) -> dict[str, Any]:
-    """The architecture of the run that wrote the checkpoint at ``path``; UserError when that is none."""
+    """The architecture of the run that wrote the checkpoint at ``path``, as this version names it.
+
+    Raises UserError: it is no checkpoint.
+    """
     with _open(path) as file:
-        return _header(path, file)["architecture"]
+        return complete_architecture(_header(path, file)["architecture"])
 
 
 def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """The step and the state (tensors on the CPU) of ``path``; UserError when it does not fit ``architecture``."""
     with _open(path) as file:
         header = _header(path, file)
-        _check_architecture(path, header["architecture"], json.loads(json.dumps(architecture)))
+        _check_architecture(path, header, json.loads(json.dumps(architecture)))
         try:
             flat: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
@@ -128,7 +134,9 @@ def _header(path: Path, file) -> dict[str, Any]:
         raise damaged(path, "its header has no version")
     if header["version"] not in READS:
         raise UserError(
-            f"the checkpoint {path} has format version {header['version']}; this program reads version {VERSION}"
+            f"the checkpoint {path} has format version {header['version']}, written by dream-fast "
+            f"{header.get('dream_fast', 'of another version')}; this is {__version__}, which reads format versions "
+            f"{READS[0]} to {READS[-1]}: upgrade dream-fast"
         )
     for name, kind in (("step", int), ("architecture", dict), ("values", dict)):
         if type(header.get(name)) is not kind:
@@ -148,7 +156,13 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
     return found.hexdigest()
 
 
-def _check_architecture(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_architecture(path: Path, header: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if unknown := unknown_settings(header["architecture"]):
+        raise UserError(
+            f"the checkpoint {path} is of a field with settings that this version of dream-fast does not know "
+            f"({', '.join(unknown)}); {way_to_read(header.get('dream_fast', UNNAMED))}"
+        )
+    saved = complete_architecture(header["architecture"])
     # Another backbone has other settings, so that it alone is worth saying.
     names = sorted(saved.keys() | wanted.keys())
     if saved.get("backbone") != wanted.get("backbone"):

@@ -456,14 +456,17 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> "Config":
-        """Inverse of :meth:`to_dict`, also through JSON. UserError: unknown or missing settings, bad values."""
+        """Inverse of :meth:`to_dict`, also through JSON; `stored` reads other versions'.
+
+        Raises UserError: unknown or missing settings, bad values.
+        """
         if not isinstance(data, Mapping) or not all(isinstance(values, Mapping) for values in data.values()):
             raise UserError("a saved configuration must map rooms to their settings")
         known = {(room.name, field.name) for room, field in settings()}
         given = {(room, name) for room, values in data.items() for name in values}
         if known != given:
             listed = ", ".join(f"{room}.{name}" for room, name in sorted(known ^ given))
-            raise UserError(f"the saved configuration is of another version; missing or unknown: {listed}")
+            raise UserError(f"the saved configuration has missing or unknown settings: {listed}")
         rooms: dict[str, dict[str, Any]] = {room.name: {} for room in dataclasses.fields(cls)}
         for room, field in settings():
             rooms[room.name][field.name] = _read(field, data[room.name][field.name])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import dream_fast
+from dream_fast import __version__
 from dream_fast.engine.camera import six_views
 from dream_fast.engine.checkpoint import Damaged, list_checkpoints
 from dream_fast.engine.compiling import compile_kernels
@@ -42,6 +43,7 @@ from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
 from dream_fast.engine.scene_field import SceneField
 from dream_fast.engine.stopping import terminating_cleanly
+from dream_fast.engine.stored import StoredRun
 from dream_fast.engine.trainer import Trainer
 from dream_fast.engine.troubles import disk_troubles, memory_troubles
 from dream_fast.engine.watch import check_watchable
@@ -89,7 +91,8 @@ def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Repo
     started = time.monotonic()
     runtime = choose_runtime(config)
     fresh = config.run.ckpt == "scratch"
-    stored = None if fresh else workspace.stored_config()
+    earlier = None if fresh else workspace.stored_run()
+    stored = None if earlier is None else earlier.config
     config = _with_seed(config, stored)
     if stored is not None and config.run.rescue:
         config = config.override({name: _setting(stored, name) for name in RESCUED})
@@ -97,6 +100,7 @@ def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Repo
         # Looking at a run is no part of it, so that may happen on another device.
         asked = config.override({"device": stored.run.device}) if config.run.test else config
         workspace.check_same_run(asked)
+        _say_version(earlier, reporter)
     prepare(runtime, config.run.seed, deterministic=config.run.deterministic, vram_O=config.run.vram_O)
     trainer = Trainer(config, runtime, config.run.seed)
     spoiled = _load_checkpoint(trainer, config, workspace, reporter)
@@ -116,7 +120,7 @@ def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Repo
         return written.status()
 
     check_watchable(config.output)
-    earlier = [] if fresh else workspace.read_manifest().get("runs", [])
+    runs = [] if fresh else workspace.read_manifest().get("runs", [])
     guiding = load_guidance(config, runtime, trainer.attention)
     trainer.guidance, trainer.attention = guiding.guidance, guiding.attention
 
@@ -128,7 +132,7 @@ def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Repo
     workspace.write_config(config)
     workspace.rewind(trainer.step)
     reporter.open_log(workspace.log)
-    manifest = _manifest(config, runtime, guiding, earlier, trainer.step)
+    manifest = _manifest(config, runtime, guiding, runs, trainer.step)
     workspace.write_manifest(manifest)
     reporter.say(_start_line(config, runtime, guiding, trainer.field, trainer.step))
     compile_kernels(config, runtime, reporter)
@@ -237,6 +241,15 @@ def _with_seed(config: Config, stored: Config | None) -> Config:
     if config.run.seed is not None:
         return config
     return config.override({"seed": draw_seed() if stored is None else stored.run.seed})
+
+
+def _say_version(stored: StoredRun, reporter: Reporter) -> None:
+    """Tell of a run of another version, and which of its settings are ignored."""
+    if not stored.is_of_this_version:
+        reporter.say(f"dream-fast {stored.version} wrote this run, which keeps its settings; this is {__version__}")
+    if stored.ignored:
+        flags = ", ".join(f"--{name.partition('.')[2]} {value}" for name, value in stored.ignored.items())
+        reporter.warn(f"settings of this run that dream-fast {__version__} does not have are ignored: {flags}")
 
 
 def _load_checkpoint(trainer: Trainer, config: Config, workspace: Workspace, reporter: Reporter) -> list[Path]:
@@ -400,7 +413,7 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             return None
 
-    ours = {"dream_fast": dream_fast.__version__, "python": platform.python_version()}
+    ours = {"dream_fast": __version__, "python": platform.python_version()}
     return ours | {package: version(package) for package in PACKAGES}
 
 

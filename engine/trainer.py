@@ -517,8 +517,8 @@ class Trainer:
             phases = state.get("phases", state["schedule"])  # checkpoints of earlier versions have one for both
             self.phases = Schedule(**phases).stretched(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
-        self.overflowed.copy_(state["overflowed"])
-        self.skipped_in_a_row.copy_(state.get("skipped_in_a_row", torch.zeros(())))  # as above
+        self.overflowed.copy_(state.get("overflowed", torch.zeros(())))  # as above
+        self.skipped_in_a_row.copy_(state.get("skipped_in_a_row", torch.zeros(())))
         self.lost_in_a_row.copy_(state.get("lost_in_a_row", torch.zeros(2)))
         kept = state.get("attention")  # checkpoints of earlier versions have none
         if kept is not None and (len(kept) != 2 or not set(kept) <= set(KINDS)):

@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dream_fast import __version__
 from dream_fast.engine.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.files import half_written, written_aside
 from dream_fast.engine.lock import Lock
+from dream_fast.engine.stored import VERSION_KEY, StoredRun, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +178,18 @@ class Workspace:
 
     def stored_config(self) -> Config | None:
         """The configuration of the run that lives here, or None in a fresh folder."""
+        stored = self.stored_run()
+        return None if stored is None else stored.config
+
+    def stored_run(self) -> StoredRun | None:
+        """The run that lives here, of this version or another one, or None in a fresh folder.
+
+        Raises UserError: its settings are damaged, or this version cannot read them.
+        """
         try:
             if not self.config.exists():
                 return None
-            return Config.from_dict(json.loads(self.config.read_text(encoding="utf-8")))
+            return read_run(json.loads(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError, UserError) as error:
             raise UserError(f"{self.config} cannot be used: {error}") from error
 
@@ -205,7 +215,7 @@ class Workspace:
 
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
+        write_text(self.config, json.dumps({VERSION_KEY: __version__, **config.to_dict()}, indent=1) + "\n")
 
     def make_for_outputs_of(self, workspace: "Workspace", config: Config) -> None:
         """The folder, claimed, with the settings, the manifest and the metrics of the run in ``workspace``.

@@ -1,14 +1,17 @@
 """A checkpoint gives back what was put in, and says in a sentence why it cannot."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dream_fast import __version__
 from dream_fast.engine.checkpoint import (
     FORMAT,
+    VERSION,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
@@ -17,7 +20,7 @@ from dream_fast.engine.checkpoint import (
 )
 from dream_fast.engine.errors import UserError
 
-ARCHITECTURE = {"levels": 8, "hidden": [32, 1]}
+ARCHITECTURE = {"levels": 8, "hidden_width": 32}
 
 
 def make_state():
@@ -105,6 +108,57 @@ def test_other_architecture_is_refused_naming_both_values(tmp_path):
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     with pytest.raises(UserError, match="levels 8 there, 16 here"):
         load_checkpoint(path, ARCHITECTURE | {"levels": 16})
+
+
+def rewrite_header(path, **changes):
+    """Give the header of the checkpoint at `path` other values; its checksum is not that of them."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[FORMAT]) | changes
+    save_file(load_file(path), path, metadata={FORMAT: json.dumps(header)})
+
+
+def test_format_of_a_newer_version_is_refused(tmp_path):
+    """A format that this version does not know is refused with the version that wrote it."""
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    rewrite_header(path, version=VERSION + 1, dream_fast="999.0.0")
+    with pytest.raises(
+        UserError, match=f"version {VERSION + 1}, written by dream-fast 999.0.0; .*: upgrade dream-fast"
+    ):
+        load_checkpoint(path, ARCHITECTURE)
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [
+        ({"dream_fast": "999.0.0"}, f"dream-fast 999.0.0 wrote it and this is {__version__}: upgrade dream-fast"),
+        ({"dream_fast": "0.1.5"}, f"dream-fast 0.1.5, which wrote it, reads it; this is {__version__}"),
+    ],
+)
+def test_unknown_setting_of_the_field_is_refused(tmp_path, version, sentence):
+    """A field with a setting that this version does not know is refused with the version that reads it."""
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    rewrite_header(path, architecture=ARCHITECTURE | {"depth": 3}, **version)
+    with pytest.raises(UserError, match=re.escape(f"(depth); {sentence}")):
+        load_checkpoint(path, ARCHITECTURE)
+
+
+def test_header_of_an_earlier_field_is_completed(tmp_path):
+    """A header without a setting that came later is that of a field with the value of then."""
+    saved = {"backbone": "vanilla", "bg_radius": 1.4}
+    path = save_checkpoint(tmp_path, 7, make_state(), saved)
+    assert load_checkpoint(path, saved | {"frequencies": 12})[0] == 7
+    with pytest.raises(UserError, match="another architecture: frequencies 12 there, 6 here"):
+        load_checkpoint(path, saved | {"frequencies": 6})
+
+
+def test_header_names_the_version(tmp_path):
+    """Each checkpoint names the version that wrote it, under its checksum."""
+    path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()[FORMAT])["dream_fast"] == __version__
+    rewrite_header(path, dream_fast="0.3.0")
+    with pytest.raises(UserError, match="its checksum is another"):
+        load_checkpoint(path, ARCHITECTURE)
 
 
 def test_other_version_and_foreign_file_are_refused(tmp_path):
