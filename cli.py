@@ -17,6 +17,7 @@ import dream_fast
 from dream_fast.engine.argument_file import read_arguments
 from dream_fast.engine.config import Config, other_backbones, settings
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.model_names import typed_name
 from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.other_programs import FLAGS, KEYS, VALUES, plain_name
 from dream_fast.engine.paths import expanded
@@ -208,6 +209,9 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         if "file" in piece:
             typed |= _parse_file(parser, piece.pop("file"))
         typed |= piece
+    for name in ("hf_key", "if_key", "clip_key"):
+        if name in typed:
+            typed[name] = typed_name(typed[name])
     if typed.get("O") and typed.get("O2"):
         print("dream-fast: note: -O2 does nothing beside -O", file=sys.stderr)
     return expand_shortcuts(typed)
