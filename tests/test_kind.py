@@ -1,6 +1,8 @@
 """What users of such programs type and complain about gets the answer that they need."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -14,7 +16,7 @@ import torch
 
 import dream_fast
 from dream_fast.cli import build_parser, main
-from dream_fast.engine import other_programs
+from dream_fast.engine import lock, other_programs
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.presets import resolve
@@ -289,3 +291,80 @@ def test_no_code_names_a_gpu_without_its_number():
     for path in [*(root / "engine").rglob("*.py"), *(root / "kernels").rglob("*.py")]:
         named = re.findall(r"""device=["']cuda|torch\.device\(["']cuda["']\)|\.cuda\(\)""", path.read_text("utf-8"))
         assert not named, path
+
+
+# ---------------------------------------------------------------------------------------------- a disk without locks
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def no_locks(request, monkeypatch) -> None:
+    """A disk on which a file cannot be locked, and on which a lease expires after half a second."""
+
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 0.5)
+
+
+HOLD = """
+import fcntl, os, pathlib, sys
+from dream_fast.engine import lock
+def refuse(handle, how): raise OSError(37, "No locks available")
+fcntl.flock, lock.LEASE_SECONDS = refuse, 0.5
+own = lock.Lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workspace_is_locked_on_a_disk_without_locks(tmp_path, no_locks):
+    """The second process is told who holds the workspace; the end of the first, also by a signal, lets it in."""
+    own = lock.Lock(tmp_path)
+    assert own.is_there() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
+        lock.Lock(tmp_path)
+    own.release()
+    assert not any(tmp_path.iterdir())
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"is in use by process {holder.pid} on "):
+            lock.Lock(tmp_path)
+        holder.kill()
+    lock.Lock(tmp_path).release()
+
+
+def test_lease_of_another_machine_is_waited_for_and_taken_over(tmp_path, no_locks, monkeypatch, caplog):
+    """A lease that nobody renews is taken over; one that is renewed keeps the workspace."""
+    own = lock.Lock(tmp_path)
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
+    with pytest.raises(UserError, match="is in use by process"):
+        lock.Lock(tmp_path)
+    assert "waiting up to 1 s in case it has ended" in caplog.text
+    own.release()
+    record = f"filelock/2\npid=1\nhost=node7\nmode=lease\ntoken={'a' * 32}\nduration=0.5\n"
+    (tmp_path / lock.LEASE).write_text(record)
+    own = lock.Lock(tmp_path)
+    assert "process 1 on node7 holds the workspace" in caplog.text
+    own.release()
+
+
+def test_run_goes_on_where_nothing_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
+    """A whole run works on such a disk, with a lease and without; one warning says that there is none."""
+    words = ["--test", "--six_views", "--workspace", str(shutil.copytree(finished, tmp_path / "trial"))]
+    assert main([*words, "--device", "cpu"]) == 0
+    assert "locks" not in capsys.readouterr().out
+    assert not [path for path in (tmp_path / "trial").iterdir() if path.name.startswith(".lock")]
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(lock.SoftFileLease, "acquire", refuse)
+    (tmp_path / "link").symlink_to(tmp_path / "trial")
+    words[-1] = str(tmp_path / "link")
+    assert main([*words, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("has no locks") == 1 and "take care that no other run works in this workspace" in said
+    assert not [path for path in (tmp_path / "trial").iterdir() if path.name.startswith(".lock")]
