@@ -23,6 +23,7 @@ from dream_fast.engine.other_programs import FLAGS, KEYS, VALUES, plain_name
 from dream_fast.engine.paths import expanded
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
+from dream_fast.engine.prompt_syntax import foreign_syntax
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
 from dream_fast.engine.repeat import in_a_line
 from dream_fast.engine.room import ScalarRange, check_value, value_type
@@ -263,6 +264,9 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
     model = chosen_model(typed)
     if "text" not in typed and not print_only:
         raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
+    for name in (*_PROMPTS, "negative"):
+        for note in foreign_syntax(typed.get(name, "")):
+            print(f"dream-fast: note: --{name}: {in_a_line(note)}", file=sys.stderr)
     if model == "dream-mini":
         texts = [typed[name] for name in _PROMPTS if name in typed]
         warnings = [warning for text in texts for warning in check_prompt(text, typed.get("negative", ""))]

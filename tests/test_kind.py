@@ -20,6 +20,7 @@ from dream_fast.engine import lock, other_programs
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.presets import resolve
+from dream_fast.engine.prompt_syntax import foreign_syntax
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 from dream_fast.engine.repeat import repeating_command
 from dream_fast.engine.runtime import choose_runtime, prepare
@@ -156,6 +157,52 @@ def test_slips_are_counted_as_they_are_made():
     assert nearest("abcdefgh", {"abcdefgx": "one", "abcdefgy": "two"}) is None
     assert nearest("abcdefgh", {"abcdefgx": "one", "abcdefxy": "two"}) == "one"
     assert nearest("abc", {"abx": "one"}) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown", "advice"),
+    [
+        ("a (red:1.3) hamburger", "(red:1.3)", "--guidance_scale"),
+        ("a ((red)) hamburger", "((red))", "--guidance_scale"),
+        ("a [red|blue] hamburger", "[red|blue]", "--guidance_scale"),
+        ("a [red:blue:0.5] hamburger", "[red:blue:0.5]", "--guidance_scale"),
+        ("a red++ hamburger", "red++", "--guidance_scale"),
+        ("a (red hamburger)-", ")-", "--guidance_scale"),
+        ("a hamburger <lora:x:0.8>", "<lora:x:0.8>", "--hf_key"),
+        ("a <my-cat> hamburger", "<my-cat>", "textual inversions"),
+        ("a hamburger, embedding:easy", "embedding:easy", "textual inversions"),
+        ("a {red|blue} hamburger", "{red|blue}", "plain words"),
+        ("a hamburger BREAK a plate", "BREAK", "plain words"),
+        ("a hamburger --ar 16:9", "--ar 16:9", "flags"),
+        ("a hamburger --no people", "--no people", "--negative"),
+    ],
+)
+def test_syntax_of_other_programs_in_a_prompt_is_noted(prompt, shown, advice, capsys):
+    """It is read as words, and a note names it and what to do, for each prompt and for the negative one."""
+    (note,) = foreign_syntax(prompt)
+    assert note.startswith(f'"{shown}" has no meaning of its own here') and advice in note
+    words = ["--print-config", "--device", "cpu", "--hf_key", "x", "--text"]
+    assert main([*words, prompt]) == 0
+    assert capsys.readouterr().err == f"dream-fast: note: --text: {note}\n"
+    assert main([*words, "a hamburger", "--text_back", prompt, "--negative", prompt]) == 0
+    assert capsys.readouterr().err == "".join(f"dream-fast: note: --{at}: {note}\n" for at in ("text_back", "negative"))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a hamburger (with cheese), 3:4 view",
+        "a DSLR photo of a T-rex - roaring",
+        "C++ and a well-known cat",
+        "a < b > c",
+        *(part * 100_000 for part in ("(", "((", "[", "<lora:", "__", "a", "(a:1", "{a|", "--no ", "(:", "1+")),
+        "(a:" + "1" * 100_000,
+    ],
+    ids=lambda prompt: prompt[:12],
+)
+def test_plain_prompt_has_no_note(prompt):
+    """Brackets, colons and dashes of plain English are nothing to remark on."""
+    assert foreign_syntax(prompt) == []
 
 
 # -------------------------------------------------------------------------------------------------- outputs elsewhere
