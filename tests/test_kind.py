@@ -415,3 +415,42 @@ def test_run_goes_on_where_nothing_locks(finished, tmp_path, no_locks, monkeypat
     said = capsys.readouterr().out
     assert said.count("has no locks") == 1 and "take care that no other run works in this workspace" in said
     assert not [path for path in (tmp_path / "trial").iterdir() if path.name.startswith(".lock")]
+
+
+# --------------------------------------------------------------------------------------------------- absurd numbers
+
+ABSURD = [
+    *((name, str(2**63 - 1)) for name in ("max_steps", "max_resolution", "base_resolution")),
+    *((name, "1e308") for name in ("min_near", "density_thresh", "normal_epsilon", "default_radius", "blob_radius")),
+    *((name, "1e308") for name in ("guidance_scale", "jitter_center", "jitter_target", "jitter_up")),
+    *((name, "5e-324") for name in ("bound", "blob_radius", "normal_epsilon")),
+    ("max_steps", "1000000000"),
+    ("radius_range", "1e308", "1e308"),
+    ("clip_grad_latent", "0:1:1e308:5"),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), [(name, values) for name, *values in ABSURD])
+def test_number_that_nothing_can_compute_with_is_refused(name, values, capsys):
+    """It is refused with the flag and the bound before anything starts."""
+    said = refusal(capsys, ["--text", "a cat", "--device", "cpu", "--print-config", f"--{name}", *values])
+    assert re.match(rf"--{name} (must be at (most|least) [\d.e+-]+, not |is too large a number)", said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--jitter_pose --jitter_center 1e9 --jitter_target 1e9 --jitter_up 1e9",
+        "--radius_range 1e9 1e9 --default_radius 1e9 --min_near 1e9",
+        "--radius_range 1e-9 1e-9 --default_radius 1e-9",
+        "--base_resolution 1000000000 --max_resolution 1000000000",
+        "--blob_radius 1e9 --blob_density 1e9 --density_thresh 1e9",
+        "--blob_radius 1e-9 --bound 1e-9",
+        "--normal_epsilon 1e9 --latent_iter_ratio 0 --guidance_scale 1e9 --max_steps 16384",
+        "--normal_epsilon 1e-9 --latent_iter_ratio 0 --clip_grad_latent 1e9 --lambda_orient 1e9",
+    ],
+)
+def test_largest_and_smallest_numbers_run(words, tiny_model, tmp_path, capsys):
+    """A run with numbers at their bounds ends, and not in a traceback."""
+    words = [*SMALL, "--six_views", *words.split()]
+    assert main(["--text", "a cat", "--hf_key", str(tiny_model), "--workspace", str(tmp_path / "w"), *words]) == 0
