@@ -17,11 +17,13 @@ import dream_fast
 from dream_fast.engine.argument_file import read_arguments
 from dream_fast.engine.config import Config, other_backbones, settings
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.model_names import typed_name
 from dream_fast.engine.options import COMMAND_FLAGS
 from dream_fast.engine.other_programs import FLAGS, KEYS, VALUES, plain_name
 from dream_fast.engine.paths import expanded
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
+from dream_fast.engine.prompt_syntax import foreign_syntax
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
 from dream_fast.engine.repeat import in_a_line
 from dream_fast.engine.room import ScalarRange, check_value, value_type
@@ -208,6 +210,9 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         if "file" in piece:
             typed |= _parse_file(parser, piece.pop("file"))
         typed |= piece
+    for name in ("hf_key", "if_key", "clip_key"):
+        if name in typed:
+            typed[name] = typed_name(typed[name])
     if typed.get("O") and typed.get("O2"):
         print("dream-fast: note: -O2 does nothing beside -O", file=sys.stderr)
     return expand_shortcuts(typed)
@@ -274,6 +279,9 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
     model = chosen_model(typed)
     if "text" not in typed and not print_only:
         raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
+    for name in (*_PROMPTS, "negative"):
+        for note in foreign_syntax(typed.get(name, "")):
+            print(f"dream-fast: note: --{name}: {in_a_line(note)}", file=sys.stderr)
     if model == "dream-mini":
         texts = [typed[name] for name in _PROMPTS if name in typed]
         warnings = [warning for text in texts for warning in check_prompt(text, typed.get("negative", ""))]

@@ -88,6 +88,14 @@ What to know besides:
 - A workspace holds one run. The README's lines mostly say `--workspace trial`; a second one with other settings is
   refused, with the settings that differ, where the reference would go on from the first one's checkpoint. Take another
   folder, or `--ckpt scratch`.
+- The names of models of 2022 are gone from the hub (`runwayml/stable-diffusion-v1-5`, `stabilityai/stable-diffusion-2`,
+  `-2-base`, `-2-1`, `-2-1-base`). `--sd_version` takes their living copies; a name that is gone is refused with its
+  copy.
+- `--device cuda:1` takes the second GPU of several; `CUDA_VISIBLE_DEVICES` works as everywhere. A run takes one GPU.
+- `--test --output FOLDER` writes the outputs of a run to another folder and only reads its workspace.
+- What other programs call a flag (`--prompt`, `--steps`, `--cfg_scale`, `--lora`, `--gpu`) is refused with what does
+  the same here. Weights such as `(red:1.3)` and tags such as `<lora:x:0.8>` in a prompt are words; a note says what to
+  do instead.
 - Results are `results/turntable.mp4`, `results/six_views.png`, `mesh/mesh.glb` and `report.html`.
 
 | from | line | here | what happened |

@@ -222,7 +222,7 @@ class RenderConfig(Room):
 
     bound: float = option(1.0, "the scene is the cube [-bound, bound]^3", above=0, high=128)
     max_steps: int = option(
-        1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1, backbones=GRIDS
+        1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1, high=16384, backbones=GRIDS
     )
     dt_gamma: float = option(0.0, "the step grows with distance by this factor; 0: even steps", low=0, backbones=GRIDS)
     num_steps: int = option(64, "even samples of a ray", low=1, high=4096, backbones=VANILLA)

@@ -1,5 +1,6 @@
 """The command that makes a run again, from its settings, as a person would type it. Nothing heavy is imported."""
 
+import re
 import shlex
 import unicodedata
 from typing import Any
@@ -10,7 +11,10 @@ from dream_fast.engine.room import value_type
 
 # What decides about other settings' defaults, so it comes before them.
 _DECIDING = ("guidance", "hf_key", "sd_version", "preset", "score")
-_BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# Characters that show nothing and belong to no category that says so: fillers, and the marks of variants of letters.
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U000e0100-\U000e01ef]")
+# Of the category of invisible ones: joiners, which emoji and Persian are written with, and signs that are seen.
+_SEEN = "\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
 
 
 def repeating_command(config: Config, iters: int | None = None) -> str:
@@ -74,7 +78,7 @@ def quote(word: str) -> str:
 
 
 def visible(text: str) -> str:
-    """``text`` with the characters that steer a terminal or the direction of writing as escapes: \\x1b, \\u202e."""
+    """``text`` with the characters that steer a terminal or that nobody sees as escapes: \\x1b, \\u202e, \\u200b."""
     return "".join(_escaped(character) if _hidden(character) else character for character in text)
 
 
@@ -86,11 +90,15 @@ def in_a_line(text: str, most: int = 1000) -> str:
 
 
 def _hidden(character: str) -> bool:
-    return character in _BIDIRECTIONAL or unicodedata.category(character) in ("Cc", "Cs")
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return character not in _SEEN
+    return _INVISIBLE.match(character) is not None
 
 
 def _escaped(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte of the command line that is no UTF-8
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -18,6 +18,10 @@ ScalarRange = tuple[Scalar, Scalar]
 # Settings that a score, a renderer or an optimiser reads as "no limit" where they are not positive.
 LIMITS = ("clip_grad_latent", "grad_clip", "grad_clip_rgb")
 
+# What a number without bounds of its own may be, and how small one that must be more than 0: single precision computes
+# with it, and so with its square.
+LARGEST, SMALLEST = 1e9, 1e-9
+
 BACKBONES = ("grid", "grid_torch", "vanilla")
 GRIDS, VANILLA = BACKBONES[:2], BACKBONES[2:]
 
@@ -35,6 +39,8 @@ def option(
     backbones: tuple[str, ...] = BACKBONES,
 ) -> Any:
     """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
+
+    Without them a number is at most LARGEST either way, and one above 0 at least SMALLEST.
 
     The N of a choice such as "cuda:N" is any whole number.
 
@@ -97,6 +103,10 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
             raise UserError(f"{flag} is too large a number")
         if not math.isfinite(item):
             raise UserError(f"{flag} must be a finite number, not {item}")
+        if abs(item) > max(LARGEST, meta["high"] or 0):
+            raise UserError(f"{flag} must be at most {LARGEST:g}{' either way' * (item < 0)}, not {item:g}")
+        if meta["above"] == 0 and 0 < item < SMALLEST:
+            raise UserError(f"{flag} must be at least {SMALLEST:g}, not {item:g}")
         for bound, good, words in (
             (meta["low"], lambda b, x: x >= b, "at least"),
             (meta["above"], lambda b, x: x > b, "more than"),

@@ -28,14 +28,15 @@ from dream_fast.engine.export.report import write_report
 from dream_fast.engine.export.surface import NoSurface, simplify
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.guidance.attention import Chosen
-from dream_fast.engine.guidance.clip import CLIP_MODEL, clip_guidance
-from dream_fast.engine.guidance.loader import COMPILED, IF_MODEL, Components, choose_source, load_components
+from dream_fast.engine.guidance.clip import clip_guidance
+from dream_fast.engine.guidance.loader import COMPILED, Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.guidance.several import GuidanceSum
 from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
 from dream_fast.engine.health import KINDS, RESCUED, Lost, flags, rescued
 from dream_fast.engine.mesh_renderer import MeshRenderer
+from dream_fast.engine.model_names import CLIP_MODEL, IF_MODEL
 from dream_fast.engine.paths import expanded
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.vocabulary import known_words

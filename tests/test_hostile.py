@@ -10,7 +10,7 @@ import torch
 from dream_fast.cli import main
 from dream_fast.engine.argument_file import LARGEST
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.guidance import loader
+from dream_fast.engine.guidance.hub import find_folder
 from dream_fast.engine.guidance.loader import load_components
 from dream_fast.engine.repeat import visible
 from dream_fast.engine.workspace import Workspace
@@ -128,7 +128,7 @@ def test_a_revision_pins_what_is_taken_from_the_hub(monkeypatch, tiny_model):
     assert set(asked) == {("somebody/model", "0123abc"), ("somebody/model", None)}
     for source in ("somebody/model@", "a/b@../x", "a/b@-x"):
         with pytest.raises(UserError, match="does not exist"):
-            loader._find_folder(source, "SD", half=False)
+            find_folder(source, "SD", half=False)
 
 
 def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):

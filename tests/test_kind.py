@@ -1,6 +1,8 @@
 """What users of such programs type and complain about gets the answer that they need."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -14,10 +16,11 @@ import torch
 
 import dream_fast
 from dream_fast.cli import build_parser, main
-from dream_fast.engine import other_programs
+from dream_fast.engine import lock, other_programs
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.presets import resolve
+from dream_fast.engine.prompt_syntax import foreign_syntax
 from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES
 from dream_fast.engine.repeat import repeating_command
 from dream_fast.engine.runtime import choose_runtime, prepare
@@ -156,6 +159,52 @@ def test_slips_are_counted_as_they_are_made():
     assert nearest("abc", {"abx": "one"}) is None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "shown", "advice"),
+    [
+        ("a (red:1.3) hamburger", "(red:1.3)", "--guidance_scale"),
+        ("a ((red)) hamburger", "((red))", "--guidance_scale"),
+        ("a [red|blue] hamburger", "[red|blue]", "--guidance_scale"),
+        ("a [red:blue:0.5] hamburger", "[red:blue:0.5]", "--guidance_scale"),
+        ("a red++ hamburger", "red++", "--guidance_scale"),
+        ("a (red hamburger)-", ")-", "--guidance_scale"),
+        ("a hamburger <lora:x:0.8>", "<lora:x:0.8>", "--hf_key"),
+        ("a <my-cat> hamburger", "<my-cat>", "textual inversions"),
+        ("a hamburger, embedding:easy", "embedding:easy", "textual inversions"),
+        ("a {red|blue} hamburger", "{red|blue}", "plain words"),
+        ("a hamburger BREAK a plate", "BREAK", "plain words"),
+        ("a hamburger --ar 16:9", "--ar 16:9", "flags"),
+        ("a hamburger --no people", "--no people", "--negative"),
+    ],
+)
+def test_syntax_of_other_programs_in_a_prompt_is_noted(prompt, shown, advice, capsys):
+    """It is read as words, and a note names it and what to do, for each prompt and for the negative one."""
+    (note,) = foreign_syntax(prompt)
+    assert note.startswith(f'"{shown}" has no meaning of its own here') and advice in note
+    words = ["--print-config", "--device", "cpu", "--hf_key", "x", "--text"]
+    assert main([*words, prompt]) == 0
+    assert capsys.readouterr().err == f"dream-fast: note: --text: {note}\n"
+    assert main([*words, "a hamburger", "--text_back", prompt, "--negative", prompt]) == 0
+    assert capsys.readouterr().err == "".join(f"dream-fast: note: --{at}: {note}\n" for at in ("text_back", "negative"))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a hamburger (with cheese), 3:4 view",
+        "a DSLR photo of a T-rex - roaring",
+        "C++ and a well-known cat",
+        "a < b > c",
+        *(part * 100_000 for part in ("(", "((", "[", "<lora:", "__", "a", "(a:1", "{a|", "--no ", "(:", "1+")),
+        "(a:" + "1" * 100_000,
+    ],
+    ids=lambda prompt: prompt[:12],
+)
+def test_plain_prompt_has_no_note(prompt):
+    """Brackets, colons and dashes of plain English are nothing to remark on."""
+    assert foreign_syntax(prompt) == []
+
+
 # -------------------------------------------------------------------------------------------------- outputs elsewhere
 
 
@@ -289,3 +338,119 @@ def test_no_code_names_a_gpu_without_its_number():
     for path in [*(root / "engine").rglob("*.py"), *(root / "kernels").rglob("*.py")]:
         named = re.findall(r"""device=["']cuda|torch\.device\(["']cuda["']\)|\.cuda\(\)""", path.read_text("utf-8"))
         assert not named, path
+
+
+# ---------------------------------------------------------------------------------------------- a disk without locks
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def no_locks(request, monkeypatch) -> None:
+    """A disk on which a file cannot be locked, and on which a lease expires after half a second."""
+
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 0.5)
+
+
+HOLD = """
+import fcntl, os, pathlib, sys
+from dream_fast.engine import lock
+def refuse(handle, how): raise OSError(37, "No locks available")
+fcntl.flock, lock.LEASE_SECONDS = refuse, 0.5
+own = lock.Lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workspace_is_locked_on_a_disk_without_locks(tmp_path, no_locks):
+    """The second process is told who holds the workspace; the end of the first, also by a signal, lets it in."""
+    own = lock.Lock(tmp_path)
+    assert own.is_there() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
+        lock.Lock(tmp_path)
+    own.release()
+    assert not any(tmp_path.iterdir())
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"is in use by process {holder.pid} on "):
+            lock.Lock(tmp_path)
+        holder.kill()
+    lock.Lock(tmp_path).release()
+
+
+def test_lease_of_another_machine_is_waited_for_and_taken_over(tmp_path, no_locks, monkeypatch, caplog):
+    """A lease that nobody renews is taken over; one that is renewed keeps the workspace."""
+    own = lock.Lock(tmp_path)
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
+    with pytest.raises(UserError, match="is in use by process"):
+        lock.Lock(tmp_path)
+    assert "waiting up to 1 s in case it has ended" in caplog.text
+    own.release()
+    record = f"filelock/2\npid=1\nhost=node7\nmode=lease\ntoken={'a' * 32}\nduration=0.5\n"
+    (tmp_path / lock.LEASE).write_text(record)
+    own = lock.Lock(tmp_path)
+    assert "process 1 on node7 holds the workspace" in caplog.text
+    own.release()
+
+
+def test_run_goes_on_where_nothing_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
+    """A whole run works on such a disk, with a lease and without; one warning says that there is none."""
+    words = ["--test", "--six_views", "--workspace", str(shutil.copytree(finished, tmp_path / "trial"))]
+    assert main([*words, "--device", "cpu"]) == 0
+    assert "locks" not in capsys.readouterr().out
+    assert not [path for path in (tmp_path / "trial").iterdir() if path.name.startswith(".lock")]
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(lock.SoftFileLease, "acquire", refuse)
+    (tmp_path / "link").symlink_to(tmp_path / "trial")
+    words[-1] = str(tmp_path / "link")
+    assert main([*words, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("has no locks") == 1 and "take care that no other run works in this workspace" in said
+    assert not [path for path in (tmp_path / "trial").iterdir() if path.name.startswith(".lock")]
+
+
+# --------------------------------------------------------------------------------------------------- absurd numbers
+
+ABSURD = [
+    *((name, str(2**63 - 1)) for name in ("max_steps", "max_resolution", "base_resolution")),
+    *((name, "1e308") for name in ("min_near", "density_thresh", "normal_epsilon", "default_radius", "blob_radius")),
+    *((name, "1e308") for name in ("guidance_scale", "jitter_center", "jitter_target", "jitter_up")),
+    *((name, "5e-324") for name in ("bound", "blob_radius", "normal_epsilon")),
+    ("max_steps", "1000000000"),
+    ("radius_range", "1e308", "1e308"),
+    ("clip_grad_latent", "0:1:1e308:5"),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), [(name, values) for name, *values in ABSURD])
+def test_number_that_nothing_can_compute_with_is_refused(name, values, capsys):
+    """It is refused with the flag and the bound before anything starts."""
+    said = refusal(capsys, ["--text", "a cat", "--device", "cpu", "--print-config", f"--{name}", *values])
+    assert re.match(rf"--{name} (must be at (most|least) [\d.e+-]+, not |is too large a number)", said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--jitter_pose --jitter_center 1e9 --jitter_target 1e9 --jitter_up 1e9",
+        "--radius_range 1e9 1e9 --default_radius 1e9 --min_near 1e9",
+        "--radius_range 1e-9 1e-9 --default_radius 1e-9",
+        "--base_resolution 1000000000 --max_resolution 1000000000",
+        "--blob_radius 1e9 --blob_density 1e9 --density_thresh 1e9",
+        "--blob_radius 1e-9 --bound 1e-9",
+        "--normal_epsilon 1e9 --latent_iter_ratio 0 --guidance_scale 1e9 --max_steps 16384",
+        "--normal_epsilon 1e-9 --latent_iter_ratio 0 --clip_grad_latent 1e9 --lambda_orient 1e9",
+    ],
+)
+def test_largest_and_smallest_numbers_run(words, tiny_model, tmp_path, capsys):
+    """A run with numbers at their bounds ends, and not in a traceback."""
+    words = [*SMALL, "--six_views", *words.split()]
+    assert main(["--text", "a cat", "--hf_key", str(tiny_model), "--workspace", str(tmp_path / "w"), *words]) == 0

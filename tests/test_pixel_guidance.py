@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config import GuidanceConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.guidance import loader
+from dream_fast.engine.guidance import model_folder
 from dream_fast.engine.guidance.loader import Components, load_components
 from dream_fast.engine.guidance.looking import guidance_pictures
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode
@@ -252,7 +252,7 @@ def test_what_is_no_first_stage_of_if_is_one_sentence(broken: Path, tiny_if_mode
 def test_a_tokenizer_of_sentencepiece_says_what_to_install(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (broken / "tokenizer" / "tokenizer.json").rename(broken / "tokenizer" / "spiece.model")
     for missing in ("sentencepiece", "google.protobuf"):
-        monkeypatch.setattr(loader, "_installed", lambda package, missing=missing: package != missing)
+        monkeypatch.setattr(model_folder, "_installed", lambda package, missing=missing: package != missing)
         with pytest.raises(UserError, match=r"whose reader is missing: pip install 'dream-fast\[if\]'"):
             load_components(broken, "cpu", kind="IF")
     (broken / "tokenizer" / "spiece.model").unlink()
@@ -261,7 +261,11 @@ def test_a_tokenizer_of_sentencepiece_says_what_to_install(broken: Path, monkeyp
 
 
 def test_a_package_is_looked_for_without_importing_it() -> None:
-    assert loader._installed("json") and not loader._installed("nobody_has.this") and not loader._installed("nobodys")
+    assert (
+        model_folder._installed("json")
+        and not model_folder._installed("nobody_has.this")
+        and not model_folder._installed("nobodys")
+    )
 
 
 def test_the_command_optimises_by_if(tmp_path: Path, tiny_if_model: Path) -> None:

@@ -88,3 +88,22 @@ def test_bytes_of_the_command_line_that_are_no_text_are_kept():
     word = b"caf\xe9".decode("utf-8", errors="surrogateescape")
     assert quote(word) == "$'caf\\xe9'" and visible(word) == "caf\\xe9"
     assert words_of(quote(word)) == [word]
+
+
+@pytest.mark.parametrize(
+    "code", [0x85, 0xAD, 0x61C, 0x200B, 0x200E, 0x200F, 0x2028, 0x2029, 0x2060, 0x3164, 0xFEFF, 0xE0041]
+)
+def test_characters_that_nobody_sees_are_shown_and_kept(code):
+    """They are escapes wherever a prompt is shown, and the command to copy gives a shell the prompt that was typed."""
+    word = f"a c{chr(code)}at"
+    escape = f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    assert visible(word) == f"a c{escape}at" and quote(word) == f"$'a c{escape}at'"
+    assert words_of(quote(word)) == [word]
+
+
+@pytest.mark.parametrize(
+    "word", ["\U0001f469\u200d\U0001f680", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "K\u00e4se \u2764\ufe0f"]
+)
+def test_joiners_of_emoji_and_scripts_stay(word):
+    """What a word is written with is no hidden character."""
+    assert visible(word) == word

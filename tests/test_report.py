@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main, parse
@@ -283,6 +284,18 @@ def test_what_is_missing_or_damaged_is_named(copy):
     (copy / "metrics.jsonl").unlink()
     page = Page(write_report(Workspace(copy)))
     assert page.of("img") == [] and "no turntable was made" in page.texts["p"]
+
+
+def test_pictures_that_pillow_refuses_are_named(copy, monkeypatch):
+    """Too many pixels, which `--W` can make, too long a text, and a video without room for three kinds."""
+    long = PngInfo()
+    long.add_text("t", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(copy / "results" / "back.png", pnginfo=long)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write_video(copy / "results" / "turntable.mp4", iter([np.zeros((2, 2, 3), np.uint8)]), 25)
+    missing = "\n".join(Page(write_report(Workspace(copy))).texts["p"])
+    assert "back.png cannot be read" in missing and "turntable.mp4 cannot be read" in missing
+    assert "front.png cannot be read: Image size" in missing and "step_000003.png cannot be read" in missing
 
 
 # Curves

@@ -36,6 +36,8 @@ MOST_FRAMES = 48  # of the turntable
 MOST_STRIPS = 4  # pictures of the run
 MOST_GUIDANCE = 6
 QUALITY, EFFORT = 82, 2  # of WebP; more effort, 4, takes twice the time for 3 % fewer bytes
+# Pillow's, beside OSError, of a picture with more pixels than it opens and of text in one that is too long.
+UNREADABLE = (Image.DecompressionBombError, ValueError)
 KINDS = ("colour", "normals", "depth")  # in a frame of the turntable, from left to right
 
 
@@ -106,7 +108,7 @@ def _image(path: Path, width: int, height: int, alt: str) -> str:
             picture = _fitted(picture, width, height)
             size = f'width="{picture.width}" height="{picture.height}"'
             return f'<img src="{_webp(picture)}" {size} alt="{text(alt)}">'
-    except OSError as error:
+    except (OSError, *UNREADABLE) as error:
         return f'<p class="missing">{text(path.name)} cannot be read: {text(first_line(error))}</p>'
 
 
@@ -149,6 +151,8 @@ def _turntable(path: Path, side: int) -> str:
 def _frames(path: Path, side: int) -> list[list[Image.Image]]:
     """The frames to show, each as a small picture of each kind. OSError: there are none."""
     with av.open(str(path)) as video:
+        if not video.streams.video or video.streams.video[0].width < len(KINDS):
+            raise OSError("it holds no pictures of the three kinds")
         shown = set(_spread(range(video.streams.video[0].frames), MOST_FRAMES))
         frames = [
             _kinds(frame.to_ndarray(format="rgb24"), side)
@@ -220,7 +224,7 @@ def _level(path: Path) -> str:
     try:
         with Image.open(path) as picture:
             return f", t = {text(picture.info['t'])}"
-    except (OSError, KeyError):  # a picture that is damaged has been named already
+    except (OSError, KeyError, *UNREADABLE):  # a picture that is damaged has been named already
         return ""
 
 

