@@ -78,7 +78,7 @@ def load_table() -> dict:
 def tracked_files() -> list[str]:
     """Files of the repository, relative to its root; without git, all that are no hidden ones."""
     try:
-        command = ["git", "ls-files", "-z"]
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
         paths = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
@@ -139,11 +139,26 @@ def read_verdicts(folder: Path, module: str) -> dict[str, int | None]:
     return json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"] if meta.exists() else {}
 
 
-def changed_line(diff: str) -> str:
-    """The first line that a mutant adds, or the first that it removes where it adds none."""
+def changed_lines(diff: str) -> tuple[str, str]:
+    """What a mutant removes and what it adds, each as one line."""
     lines = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    added = [line[1:].strip() for line in lines if line.startswith("+")]
-    return added[0] if added else f"- {lines[0][1:].strip()}" if lines else ""
+    return tuple(" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
+
+
+def explain(module: str, diff: str, table: dict) -> str | None:
+    """Why no test can or need notice a mutant: the reason that mutants.toml gives, or None.
+
+    An entry of `explained` names the line that the mutant adds. One of `equivalent` holds a pattern: where the removed
+    and the added line are the same once its matches are deleted, the mutant is what the reason speaks of.
+    """
+    removed, added = changed_lines(diff)
+    for entry in table.get("explained", []):
+        if entry["module"] == module and entry["line"] in (added, f"- {removed}"):
+            return entry["reason"]
+    for entry in table.get("equivalent", []):
+        if re.sub(entry["pattern"], "", removed) == re.sub(entry["pattern"], "", added):
+            return entry["reason"]
+    return None
 
 
 @dataclass
@@ -174,7 +189,6 @@ def draw_mutants(folder: Path, module: str, args: argparse.Namespace) -> list[st
 def test_module(module: str, args: argparse.Namespace, table: dict) -> Verdicts:
     """Mutates one module in a copy of the tree and tests the mutants."""
     entry = table["modules"][module]
-    explained = {item["change"] for item in table.get("explained", []) if item["module"] == module}
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
         copy_tree(folder)
@@ -194,7 +208,7 @@ def test_module(module: str, args: argparse.Namespace, table: dict) -> Verdicts:
         verdicts = Verdicts(module, [key for key, code in codes.items() if code not in UNNOTICED])
         lost = [key for key, code in codes.items() if code in UNNOTICED]
         diffs = json.loads(run_mutmut(folder, "diffs", text=json.dumps(lost)).stdout)
-        verdicts.explained = [key for key in lost if changed_line(diffs[key]) in explained]
+        verdicts.explained = [key for key in lost if explain(module, diffs[key], table)]
         verdicts.survived = {key: diffs[key] for key in lost if key not in verdicts.explained}
         return verdicts
 
