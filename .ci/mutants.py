@@ -145,13 +145,16 @@ def changed_lines(diff: str) -> tuple[str, str]:
     return tuple(" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
 
 
-def explain(module: str, diff: str, table: dict) -> str | None:
+def explain(module: str, name: str, diff: str, table: dict) -> str | None:
     """Why no test can or need notice a mutant: the reason that mutants.toml gives, or None.
 
     An entry of `explained` names the line that the mutant adds. One of `equivalent` holds a pattern: where the removed
     and the added line are the same once its matches are deleted, the mutant is what the reason speaks of.
     """
     removed, added = changed_lines(diff)
+    function = name.rpartition(".")[2].partition("__mutmut")[0].removeprefix("x_").rpartition("ǁ")[2]
+    if function in table["modules"][module].get("gpu_only", ()):
+        return "runs on a GPU alone; tests on a GPU notice"
     for entry in table.get("explained", []):
         if entry["module"] == module and entry["line"] in (added, f"- {removed}"):
             return entry["reason"]
@@ -208,7 +211,7 @@ def test_module(module: str, args: argparse.Namespace, table: dict) -> Verdicts:
         verdicts = Verdicts(module, [key for key, code in codes.items() if code not in UNNOTICED])
         lost = [key for key, code in codes.items() if code in UNNOTICED]
         diffs = json.loads(run_mutmut(folder, "diffs", text=json.dumps(lost)).stdout)
-        verdicts.explained = [key for key in lost if explain(module, diffs[key], table)]
+        verdicts.explained = [key for key in lost if explain(module, key, diffs[key], table)]
         verdicts.survived = {key: diffs[key] for key in lost if key not in verdicts.explained}
         return verdicts
 
