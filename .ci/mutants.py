@@ -159,7 +159,8 @@ def explain(module: str, name: str, diff: str, table: dict) -> str | None:
         if entry["module"] == module and entry["line"] in (added, f"- {removed}"):
             return entry["reason"]
     for entry in table.get("equivalent", []):
-        if re.sub(entry["pattern"], "", removed) == re.sub(entry["pattern"], "", added):
+        before, after = (re.sub(entry["pattern"], "", line) for line in (removed, added))
+        if before == re.sub(r",\s*\)", ")", after):  # mutmut leaves the comma of an argument that it drops
             return entry["reason"]
     return None
 
