@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check
+from dream_fast.bench.sd_model import in_dtype
 from dream_fast.engine.cuda_graph import warm_up
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance import attention
@@ -45,9 +46,12 @@ def draws(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[T
     return [torch.randn(size, generator=generator).to(DEVICE, dtype) for size in sizes]
 
 
+NAMES = ("prediction", "latents", "gradient")
+
+
 def outputs(components: Components) -> list[Tensor]:
     """What the UNet predicts, the latents of a picture, and their gradient in the picture."""
-    noisy, prompt, picture = draws((2, 4, 8, 8), (2, 5, 32), (1, 3, 32, 32))
+    noisy, prompt, picture = (part.to(components.dtype) for part in draws((2, 4, 8, 8), (2, 5, 32), (1, 3, 32, 32)))
     with torch.no_grad():
         predicted = components.unet(noisy, torch.tensor([3, 500], device=DEVICE), prompt).sample
     latents = components.vae.encode(picture.requires_grad_()).latent_dist.mean
@@ -73,8 +77,9 @@ def test_the_model_computes_what_it_does_with_diffusers_own_processors(
                 replaced += isinstance(module.processor, attention.Processor)
                 module.set_processor(AttnProcessor2_0())
     assert replaced == 9  # self and cross in four blocks of the UNet, and the encoder's own
-    for mine, theirs in zip(got, outputs(components), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    exact = outputs(in_dtype(components, torch.float64))
+    for name, *results in zip(NAMES, got, outputs(components), exact, strict=True):
+        check(name, *results)
 
 
 def test_channels_last_gives_the_same_and_stays_so(tiny_model: Path) -> None:
@@ -87,8 +92,9 @@ def test_channels_last_gives_the_same_and_stays_so(tiny_model: Path) -> None:
         first = components.vae.encoder.conv_in
         first.register_forward_pre_hook(lambda module, inputs: pictures.append(inputs[0].stride()[1:]))
         results.append(outputs(components))
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    exact = outputs(in_dtype(load_components(tiny_model, DEVICE, attention="sdpa"), torch.float64))
+    for name, plain, channels_last, true in zip(NAMES, *results, exact, strict=True):
+        check(name, channels_last, plain, true)
     assert strides == [(2048, 64, 8, 1), (2048, 1, 256, 32)]  # no copy between the blocks around the attention
     assert pictures == [(1024, 32, 1), (1, 96, 3)]  # nor of the gradient behind the first convolution
 
@@ -276,10 +282,13 @@ def test_auto_takes_what_works_and_guidance_runs_with_every_choice_in_a_graph(ti
             picture = picture.detach().requires_grad_()
             score(picture, cond, uncond, generator=torch.Generator("cuda").manual_seed(seed)).loss.backward()
         gradients[kind] = picture.grad
-    largest = float(gradients["sdpa"].abs().max())
+    exact = in_dtype(load_components(tiny_model, "cuda", torch.float32, attention="sdpa"), torch.float64)
+    score = ScoreDistillation(exact, GuidanceConfig(guidance_scale=10.0), cuda_graphs=False)
+    picture = picture.detach().requires_grad_()
+    cond, uncond = cond.double(), uncond.double()
+    score(picture, cond, uncond, generator=torch.Generator("cuda").manual_seed(1)).loss.backward()
     for kind in kinds:
-        difference = (gradients[kind] - gradients["sdpa"]).abs().max()
-        assert difference < 0.02 * largest, kind
+        check(kind, gradients[kind], gradients["sdpa"], picture.grad.double())
 
 
 @pytest.mark.gpu
@@ -294,4 +303,6 @@ def test_xformers_is_taken_where_only_its_half_precision_operators_load(tiny_mod
         got = components.unet(noisy, torch.tensor([3, 500], device="cuda"), prompt).sample
         set_attention(components.unet, OPERATORS["sdpa"])
         expected = components.unet(noisy, torch.tensor([3, 500], device="cuda"), prompt).sample
-    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
+        precise = in_dtype(components, torch.float64).unet
+        exact = precise(noisy.double(), torch.tensor([3, 500], device="cuda"), prompt.double()).sample
+    check("prediction", got, expected, exact)

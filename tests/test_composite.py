@@ -120,7 +120,7 @@ def test_empty():
 def test_single_precision_far_into_a_long_buffer():
     """An optical depth of 1e9 in front of thin rays does not blur them: they are as good as alone."""
     thick, thin, rays = 200, 50, 100
-    density = 1e-3 * (1 + torch.arange(rays) / rays).repeat_interleave(thin)
+    density = (1e-3 * (1 + torch.arange(rays) / rays)).repeat_interleave(thin)
     sigma = torch.cat([torch.full((thick,), 1e8), density])
     dt = torch.full_like(sigma, 0.05)
     offsets = thick + thin * torch.arange(rays + 1)

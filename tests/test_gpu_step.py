@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dream_fast import kernels
-from dream_fast.bench.accuracy import error
+from dream_fast.bench.accuracy import check, error
+from dream_fast.bench.sd_model import in_dtype
 from dream_fast.cli import main
 from dream_fast.engine.camera import rays, sample_cameras
 from dream_fast.engine.config import Config, GuidanceConfig
@@ -174,8 +175,13 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
             picture.requires_grad_().grad = None
             score(picture, *drawn, generator=torch.Generator("cuda").manual_seed(draw)).loss.backward()
             results.append(picture.grad.clone())
-    for plain, graphed in zip(results[:3], results[3:], strict=True):
-        torch.testing.assert_close(graphed, plain, rtol=0, atol=2e-3 * float(plain.abs().max()))
+    precise = in_dtype(components, torch.float64)
+    score = ScoreDistillation(precise, GuidanceConfig(guidance_scale=8.0), cuda_graphs=False)
+    for draw, (plain, graphed) in enumerate(zip(results[:3], results[3:], strict=True)):
+        picture.requires_grad_().grad = None
+        prompts = (part.double() for part in drawn)
+        score(picture, *prompts, generator=torch.Generator("cuda").manual_seed(draw)).loss.backward()
+        check(f"draw {draw}", graphed, plain, picture.grad.double())
     assert not torch.equal(results[3], results[4])
 
 
@@ -197,12 +203,14 @@ def test_a_replayed_step_is_the_step(changes):
         trainer.generator.manual_seed(seed)
         replayed = trainer._replayed_gradients(phase, network, progress)
         got, loss = trainer.optimizer.grads.clone(), replayed.terms["guidance"].clone()
-        trainer.generator.manual_seed(seed)
-        score.timesteps(1, progress, trainer.generator)
-        called = trainer._gradients(phase, network, trainer._dials, progress, None)
-        torch.testing.assert_close(loss, called.terms["guidance"], rtol=1e-2, atol=0)
-        expected = trainer.optimizer.grads
-        assert float((got - expected).norm() / expected.norm()) < 1e-2
+        calls = []
+        for _ in range(2):  # sums of atomics differ from call to call
+            trainer.generator.manual_seed(seed)
+            score.timesteps(1, progress, trainer.generator)
+            called = trainer._gradients(phase, network, trainer._dials, progress, None)
+            calls.append((called.terms["guidance"].clone(), trainer.optimizer.grads.clone()))
+        for name, replay, again, first in zip(("loss", "gradients"), (loss, got), *calls[::-1], strict=True):
+            check(name, replay, again, first.double())
         seen.append(loss)
     assert not torch.equal(*seen)  # the draws are those of the seed, not those of the capture
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dream_fast.bench.accuracy import check
 from dream_fast.kernels import _grid
 
 HERE = Path(__file__).parent
@@ -167,19 +168,27 @@ def everywhere():
 
 
 @pytest.fixture
-def eager_and_compiled():
-    """eager_and_compiled(loss, tensors): its value and its gradients into all of them, as it is and compiled."""
+def compare_compiled():
+    """compare_compiled(loss, operator, reference, tensors): check that compiled code is as accurate as eager code.
 
-    def both(loss, tensors):
-        found = []
-        for call in (loss, torch.compile(loss, fullgraph=True)):
-            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-            value = call(*leaves)
-            value.backward()
-            found.append((value.detach(), *(leaf.grad for leaf in leaves)))
-        return zip(*found, strict=True)
+    loss(operator, *tensors) is a scalar. Its value and its gradients into all tensors count, against the reference in
+    fp64.
+    """
 
-    return both
+    def gradients(call, operator, tensors, dtype=None):
+        leaves = [tensor.to(dtype or tensor.dtype, copy=True).requires_grad_() for tensor in tensors]
+        value = call(operator, *leaves)
+        value.backward()
+        return value.detach(), *(leaf.grad for leaf in leaves)
+
+    def compare(loss, operator, reference, tensors):
+        compiled = gradients(torch.compile(loss, fullgraph=True), operator, tensors)
+        eager = gradients(loss, operator, tensors)
+        exact = gradients(loss, reference, tensors, torch.float64)
+        for number, results in enumerate(zip(compiled, eager, exact, strict=True)):
+            check("value" if number == 0 else f"gradient {number}", *results)
+
+    return compare
 
 
 @pytest.fixture(autouse=True)

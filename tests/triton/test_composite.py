@@ -166,12 +166,17 @@ def test_offsets_past_the_buffer(device, tiles):
     compare([*tensors, offsets])
 
 
-def test_depth_of_a_billion_in_front_of_a_thin_ray(device):
-    thick, thin = 200, 50
-    sigma = torch.cat([torch.full((thick,), 1e8), torch.full((thin,), 1e-3)]).to(device)
+def test_depth_of_a_billion_in_front_of_thin_rays(device):
+    thick, thin, rays = 200, 50, 100
+    density = (1e-3 * (1 + torch.arange(rays) / rays)).repeat_interleave(thin).to(device)
+    sigma = torch.cat([torch.full((thick,), 1e8, device=device), density])
     t, dt = torch.ones_like(sigma), torch.full_like(sigma, 0.05)
-    out = composite(sigma, t[:, None], t, dt, torch.tensor([0, thick, thick + thin], device=device), stop=0.0)
-    assert float(out.opacity[1]) == pytest.approx(-math.expm1(-1e-3 * 0.05 * thin), rel=1e-5)
+    offsets = thick + thin * torch.arange(rays + 1, device=device)
+    out = composite(sigma, t[:, None], t, dt, torch.cat([torch.zeros_like(offsets[:1]), offsets]), stop=0.0)
+    t, dt = t[thick:], dt[thick:]
+    alone = composite_reference(density, t[:, None], t, dt, offsets - thick, stop=0.0)
+    depth = (density.double() * dt.double()).view(rays, thin).sum(1)
+    check("opacity", out.opacity[1:], alone.opacity, -torch.expm1(-depth))
     assert float(out.opacity[0]) == 1.0
 
 
@@ -251,15 +256,15 @@ def test_no_synchronisation_graph_and_stream(device, everywhere):
 
 @pytest.mark.full_size("compiled code runs only there")
 @pytest.mark.parametrize("outputs", [("values",), OUTPUTS])
-def test_compiled(outputs, device, eager_and_compiled):
+def test_compiled(outputs, device, compare_compiled):
     sigma, values, t, dt, offsets = inputs([(31 * i) % 300 for i in range(500)], device)
 
-    def loss(sigma, values):
-        out = composite(2 * sigma, values.square(), t, dt, offsets, count=offsets[-1])
+    def loss(operator, sigma, values):
+        steps = [part.to(sigma.dtype) for part in (t, dt)]
+        out = operator(2 * sigma, values.square(), *steps, offsets, count=offsets[-1])
         return sum(getattr(out, name).square().sum() for name in outputs)
 
-    for eager, compiled in eager_and_compiled(loss, [sigma, values]):
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    compare_compiled(loss, composite, composite_reference, [sigma, values])
 
 
 @pytest.mark.full_size("30 GB of values and gradients")

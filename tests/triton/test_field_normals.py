@@ -352,6 +352,12 @@ def test_complaints_name_the_argument(device):
 FULL = HashGridSpec()
 
 
+def layer_gradients(gradients):
+    """Gradients of all weights, then of all biases, joined layer by layer as `run` does."""
+    half = len(gradients) // 2
+    return [torch.cat([w.flatten(), b]) for w, b in zip(gradients[:half], gradients[half:], strict=True)]
+
+
 @pytest.mark.full_size("a captured graph")
 @pytest.mark.parametrize("mode", MODES)
 def test_cuda_graph(mode, device):
@@ -379,8 +385,11 @@ def test_cuda_graph(mode, device):
     expected_outputs, expected_gradients = step()
     for got, expected in zip(outputs, expected_outputs, strict=True):
         assert torch.equal(got, expected)
-    for got, expected in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    exact = run(field_normals_reference, inputs, upstream, FieldSpec(grid=FULL), precise=True, mode=mode, count=count)
+    table, layers = exact["gradient of table"], [value for name, value in exact.items() if "layer" in name]
+    both = [(found[0], layer_gradients(found[1:])) for found in (gradients, expected_gradients)]
+    check("gradient of table", *(found for found, _ in both), table)
+    check_together("network", *(found for _, found in both), layers)
 
 
 @pytest.mark.full_size("the device's synchronisation")
@@ -407,8 +416,7 @@ def test_compiled(mode, device):
     spec = SPEC
     eager = run(field_normals, inputs, upstream, spec, mode=mode)
     compiled = run(function, inputs, upstream, spec, mode=mode)
-    for name, value in eager.items():
-        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
+    judge(compiled, eager, run(field_normals_reference, inputs, upstream, spec, precise=True, mode=mode))
 
 
 @pytest.mark.full_size("streams")
@@ -447,9 +455,8 @@ def test_long_buffers(mode, device):
     spec = FieldSpec(grid=FULL, blob_density=0.0)
     expected = run(field_normals, inputs, upstream, spec, mode=mode, dtype=HALF)
     got = run(field_normals, [x, *inputs[1:]], longer, spec, mode=mode, dtype=HALF)
-    for name, value in expected.items():
-        found = got[name][-tail:] if name in NAMES else got[name]
-        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name)
+    got |= {name: got[name][-tail:] for name in NAMES}
+    judge(got, expected, run(field_normals_reference, inputs, upstream, spec, precise=True, mode=mode))
 
 
 @pytest.mark.parametrize(("n", "count"), [(150, None), (150, 100), (150, 40), (128, 128)])
