@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dream_fast.kernels._launch import check_kernel_dtype, check_positive, check_tensor, launch, use_triton
 from dream_fast.kernels._render_kernels import (
@@ -74,7 +75,8 @@ def _render_rays(origins, directions, bits, parameters, spec: FieldSpec, options
         columns = origins.new_zeros(*there.shape, 5)
         columns[there] = torch.cat([albedo, t[rows, None], torch.ones_like(t[rows, None])], 1)
         total = tau.cumsum(1)
-        before = transmittance[live, None] * torch.exp(tau - total)
+        # Not total - tau, which loses all digits in a wall.
+        before = transmittance[live, None] * torch.exp(-F.pad(total[:, :-1], (1, 0)))
         weights = torch.where(before >= stop, -torch.expm1(-tau) * before, 0)
         sums[live] += (weights[..., None] * columns).sum(1)
         transmittance[live] *= torch.exp(-total[:, -1])

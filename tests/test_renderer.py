@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 
 import pytest
 import torch
@@ -289,6 +290,26 @@ def test_view_agrees_with_the_training_renderer():
         check(name, getattr(out, name).detach(), truth.float(), truth)
         left_out = (truth - getattr(view, name).view(truth.shape)).abs().max()
         assert left_out <= (stop + tolerance(truth.float(), truth)) * largest
+
+
+@pytest.mark.parametrize("density", [1e10, 1e20, float("inf")])
+def test_a_wall_behind_fog_looks_alike_however_dense_it_is(density, monkeypatch):
+    """A red fog before a blue wall: that of a wall which a step can hardly pass is that of any denser one."""
+
+    def view(wall):
+        def field(x, *_, **__):
+            behind = x[:, 2:] < 0
+            blue = torch.tensor([0.0, 0.0, 1.0]).expand(len(x), 3)
+            return torch.where(behind[:, 0], wall, 1.0), torch.where(behind, blue, blue.flip(1))
+
+        monkeypatch.setattr(sys.modules["dream_fast.kernels.render"], "field_reference", field)
+        return make_renderer().view(camera(), 8, 8, normals=False, background=BLACK)
+
+    plain, dense = view(1e3), view(density)  # at steps of 0.027 exp(-27) passes one
+    for name in ("rgb", "opacity", "depth"):
+        exact = getattr(plain, name).double()
+        check(name, getattr(dense, name), exact.float(), exact)
+    assert (dense.rgb[0, 4, 4, [0, 2]] > 0.2).all()
 
 
 def test_view_shadings_use_the_light():

@@ -322,6 +322,20 @@ def test_grad_clip_rgb_limits_the_gradient_of_a_pixel(text_guidance, loss_scale)
     assert torch.equal(constant_pull(limited, 2.0), expected)
 
 
+@pytest.mark.parametrize("grad_clip", [-1.0, 1e-3])
+def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
+    """Whatever has a gradient is scaled by it and back: a step with a scale of 1024 is one without, bit for bit."""
+    weights = {f"lambda_{name}": 0.25 for name in ("entropy", "opacity", "orient", "tv", "wd", "3d_normal_smooth")}
+    trainers = [make_trainer(text_guidance, grad_clip=grad_clip, **CHEAP | weights) for _ in range(2)]
+    trainers[1].scaler = LossScaler(True, "cpu", start=1024.0)
+    for trainer in trainers:
+        trainer.schedule = Schedule(8, 0, 0.5)  # the regularisers have their full weight
+        before = trainer.optimizer.params.clone()
+        trainer.train_step()
+        assert int(trainer.skipped) == 0 and not torch.equal(trainer.optimizer.params, before)
+    assert same_state(*trainers)
+
+
 def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_reason(text_guidance, tmp_path):
     trainer = make_trainer(text_guidance, iters=3 * DIVERGED, log_every=DIVERGED, **CHEAP)
 
