@@ -11,12 +11,15 @@ TORCH_BUILD := .ci/torch_build.py
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
-# By modules: an environment around a Python that has pytest gets no script of its own for it.
+# By modules: an environment around a Python that has pytest gets no script of its own for it. Tests run in JOBS processes
+# of one thread each; one that has no more of them takes over some of another's.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal
 test: $(VENV)/.installed-test
 	$(BIN)/python -P -m ruff check .
 	$(BIN)/python -P -m ruff format --check .
-	$(BIN)/python -P -m pytest
-	ls tests/triton/test_*.py | TRITON_INTERPRET=1 OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python -P -m pytest -q --no-header
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 
 # Speed on a CPU beside another commit, by default where the branch left main: make timing BASE=v1.0
 timing: $(VENV)/.installed

@@ -1,6 +1,7 @@
 """`make` prepares an environment once, and chooses torch and triton by what the machine and the environment have."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -76,8 +77,8 @@ def test_the_second_time_nothing_is_installed(make):
 CHECKS = {
     "lint": "-m ruff check",
     "format": "-m ruff format --check",
-    "tests": "-m pytest;",
-    "interpreted": "-m pytest -q --no-header tests/triton/test_b.py;1;1",
+    "tests": "-m pytest -n 2 --dist worksteal;;1;",
+    "interpreted": "-m pytest -n 2 --dist worksteal tests/triton;1;1;",
 }
 FAILS = """#!/bin/sh
 echo "$*;$TRITON_INTERPRET;$OMP_NUM_THREADS;" >> "$SEEN"
@@ -106,9 +107,6 @@ def make_installed(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    for name in ("a", "b"):
-        (tmp_path / "tests" / "triton").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "tests" / "triton" / f"test_{name}.py").touch()
     for name in (".torch", ".installed", ".installed-test"):
         (tmp_path / ".venv" / name).touch()
 
@@ -167,3 +165,27 @@ def test_the_base_of_make_timing_is_handed_on(words, end):
     command = ["make", "--dry-run", "--no-print-directory", "timing", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].endswith(f"-m dream_fast.bench {end}")
+
+
+# A process that holds nothing, whose child holds 100 MB until its input ends.
+HOLD = """
+import subprocess, sys
+code = "memory = b'x' * 100_000_000; print('held', flush=True); input()"
+raise SystemExit(subprocess.call([sys.executable, "-c", code]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the script reads Linux's /proc")
+def test_the_memory_of_a_command_and_its_children_is_added_up(capfd):
+    """What a child holds counts, once, and the status of the command is handed on."""
+    script = runpy.run_path(ROOT / ".ci" / "peak_memory.py")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout.readline() == b"held\n"
+        (child,) = script["descendants"](process.pid) - {process.pid}
+        assert script["proportional_bytes"](child) > 100e6 > script["proportional_bytes"](process.pid) > 0
+        process.communicate(b"\n")
+    assert script["proportional_bytes"](child) == 0
+    assert script["main"]([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+    assert capfd.readouterr().err.startswith("peak memory ")
