@@ -12,9 +12,9 @@ demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
 # By modules: an environment around a Python that has pytest gets no script of its own for it. Tests run in JOBS processes
-# of one thread each; one that has no more of them takes over some of another's.
+# of one thread each; one that has no more of them takes over some of another's. A thread that waits leaves its core alone.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -P -m pytest -n $(JOBS) --dist worksteal
 test: $(VENV)/.installed-test
 	$(BIN)/python -P -m ruff check .
 	$(BIN)/python -P -m ruff format --check .

@@ -30,7 +30,7 @@ INDIRECT = {
     "ruff": "its command is started",
     "pytest-benchmark": "a fixture of pytest",
     "pytest-timeout": "a setting of pytest",
-    "pytest-xdist": "an option of pytest",
+    "pytest-xdist": "an option of make test",
 }
 
 
