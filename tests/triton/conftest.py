@@ -35,7 +35,7 @@ class InterpretedMemory:
     """What interpreted kernels read and write, checked lane by lane.
 
     A lane that reads or writes outside of the launch's tensors raises AssertionError. What a masked load without
-    `other=` leaves undefined is NaN or the largest whole number. Inside `far` one program of a launch runs, perhaps far
+    `other=` leaves undefined is NaN or a large whole number. Inside `far` one program of a launch runs, perhaps far
     from all others: nothing is written, what is read outside of the tensors is 1, and `touched` counts the lanes that
     read or write an argument's memory, {"x read": 64, ...}.
     """
@@ -54,7 +54,7 @@ class InterpretedMemory:
             keep = self.check(pointers, mask, "read")
             if self.is_far or (other is None and not mask.data.all()):
                 kind = interpreter._get_np_dtype(pointers.get_element_ty())
-                unknown = np.nan if kind.kind == "f" else np.iinfo(kind).max
+                unknown = np.nan if kind.kind == "f" else np.iinfo(kind).max // 3
                 value = unknown if other is None else other.data
                 value = np.where(mask.data, 1, value) if self.is_far else np.full(pointers.data.shape, value)
                 other = interpreter.TensorHandle(value.astype(kind), pointers.get_element_ty())

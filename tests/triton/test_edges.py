@@ -263,3 +263,75 @@ def test_corrections_of_adan_in_the_first_step(device):
         return (params,)
 
     compare(("parameters",), call, kernels.adan_step, kernels.adan_step_reference, (grads,))
+
+
+def test_adan_of_few_programs(device, monkeypatch):
+    """Programs that take many blocks each, and the part of a block at the end."""
+    module = importlib.import_module("dream_fast.kernels.adan")
+    for name in ("_norm_config", "_update_config"):
+        monkeypatch.setattr(module, name, lambda: (16, 1, 2))
+    grads = torch.randn(106, generator=torch.Generator().manual_seed(9)).to(device)
+
+    def call(operator, grads):
+        params = torch.zeros_like(grads)
+        state = kernels.AdanState.zeros(params)
+        operator(params, grads, state, group_ends=(106,), lrs=(0.1,), max_grad_norm=0.5)
+        return params, state.previous_grad
+
+    compare(("parameters", "gradient"), call, kernels.adan_step, kernels.adan_step_reference, (grads,))
+
+
+@pytest.mark.parametrize(("logit", "normals"), [(2.0, False), (-14.0, True)])
+def test_no_normals(logit, normals, device, deterministic):
+    """Normals are 0 where nobody asks for them, and of rays through next to nothing."""
+    spec = FieldSpec(grid=GRID, blob_density=0.0)
+    table, weights, biases = network(GRID, device)
+    fields = (table * 0.1, weights, [biases[0], biases[1] + torch.tensor([logit, 0, 0, 0], device=device)])
+    origins = torch.tensor([[0.1, 0.2, 2.0]] * 5 + [[5.0, 5.0, 2.0]], device=device)
+    rays = (origins, torch.tensor([[0.0, 0.0, -1.0]], device=device).expand(6, 3))
+    _, opacity, normal = look(kernels.render, rays, spec, fields, normals=normals)
+    assert opacity[:5].all() and not normal.any()
+
+
+def test_softplus_near_the_middle_of_the_blob(device):
+    """The blob's distance and its slope next to its middle, where they have no derivative."""
+    spec = FieldSpec(grid=GRID, density_activation="softplus", blob_density=10.0, blob_radius=0.2)
+    table, weights, biases = network(GRID, device)
+    x = (torch.rand(64, 3, generator=torch.Generator().manual_seed(10)).to(device) - 0.5) * 0.05
+    x[0] = 0
+
+    def call(operator, x, table, weights, biases):
+        x = x.detach().requires_grad_()
+        sigma, albedo = operator(x, table * 0.1, weights, biases, spec)
+        return sigma.detach(), torch.autograd.grad(sigma.sum(), x)[0]
+
+    names = ("sigma", "gradient of x")
+    compare(names, call, kernels.field, kernels.field_reference, (x, table, weights, biases))
+
+
+def test_gradient_at_the_last_vertex(device):
+    """A point on the last vertex of a level belongs to the cell before it."""
+    grid = HashGridSpec(
+        levels=1, features=2, log2_entries=8, base_resolution=4, max_resolution=4, interpolation="linear"
+    )
+    table = network(grid, device)[0]
+    upstream = torch.randn(64, 2, generator=torch.Generator().manual_seed(11)).to(device)
+    x = torch.rand(64, 3, generator=torch.Generator().manual_seed(12)).to(device)
+    x[range(64), [i % 3 for i in range(64)]] = 3.5 / 4
+
+    def call(operator, x, table, upstream):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(operator(x, table, grid), x, upstream)
+
+    compare(("gradient of x",), call, kernels.hash_grid, kernels.hash_grid_reference, (x, table, upstream))
+
+
+def test_sixteen_levels_outside_of_the_cube(device):
+    """Where every level counts nothing is masked; outside the features are zero all the same."""
+    grid = HashGridSpec(levels=16, features=2, log2_entries=6, base_resolution=2, max_resolution=9)
+    x = torch.rand(64, 3, generator=torch.Generator().manual_seed(13)).to(device) * 2.6 - 1.3
+
+    def call(operator, x, *fields):
+        return operator(x, *fields, FieldSpec(grid=grid))
+
+    compare(("sigma", "albedo"), call, kernels.field, kernels.field_reference, (x, *network(grid, device)))
