@@ -37,6 +37,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from time import monotonic, sleep
 from typing import NoReturn
@@ -55,8 +56,8 @@ SETTINGS = {
     "COLUMNS": "400",  # of pytest's summary, which is cut there
 }
 FAILED = re.compile(r"^FAILED (\S+?\.py::.+?)(?: - (.*))?$", re.MULTILINE)
-# How pytest names a failed assert, `raise AssertionError`, and `pytest.fail` or `pytest.raises`.
-ASSERTED = re.compile(r"^(assert |AssertionError|Failed: )")
+# How pytest names a failed assert, `raise AssertionError`, `pytest.fail`, and an assertion in a function of a kernel.
+ASSERTED = re.compile(r"^(assert |AssertionError|Failed: )|InterpreterError.*AssertionError\(")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Fault:
         return f"{self.file}:{self.function} [{self.kind}] {self.old.strip()!r} -> {self.new.strip()!r}"
 
 
+@lru_cache(maxsize=64)
 def kernel_functions(source: str) -> dict[str, tuple[int, int]]:
     """First and last line (from 1) of every function that Triton compiles, by name."""
     return {
@@ -117,14 +119,14 @@ def plant(source: str, fault: Fault) -> str:
     body = "".join(lines[first - 1 : last])
     if body.count(fault.old) != 1:
         raise ValueError(f"{fault}: the old text occurs {body.count(fault.old)} times, it must occur once")
-    planted = "".join(lines[: first - 1]) + body.replace(fault.old, fault.new) + "".join(lines[last:])
+    planted = body.replace(fault.old, fault.new)
     try:
-        same = ast.dump(ast.parse(planted)) == ast.dump(ast.parse(source))
+        same = ast.dump(ast.parse(planted)) == ast.dump(ast.parse(body))
     except SyntaxError as error:
         raise ValueError(f"{fault}: the result is no Python: {error}") from None
     if same:
         raise ValueError(f"{fault}: the result is the same program")
-    return planted
+    return "".join([*lines[: first - 1], planted, *lines[last:]])
 
 
 def problems(faults: list[Fault], root: Path = ROOT) -> Iterator[str]:

@@ -84,6 +84,8 @@ def test_read_faults_unknown_kind(tree):
         (0, "3 passed", "missed"),
         (1, "FAILED tests/a.py::test_b[1-x y] - AssertionError: values: error 1", "caught"),
         (1, "FAILED tests/a.py::test_b - assert 1 == 2", "caught"),
+        (1, "FAILED tests/a.py::test_b - triton.runtime.errors.InterpreterError: AssertionError('outside')", "caught"),
+        (1, "FAILED tests/a.py::test_b - triton.runtime.errors.InterpreterError: NameError('x')", "broke"),
         (1, "FAILED tests/a.py::test_b - NameError: name 'x' is not defined", "broke"),
         (2, "ERROR tests/a.py - SyntaxError", "broke"),
         (-11, "", "broke"),

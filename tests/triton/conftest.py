@@ -36,7 +36,7 @@ class InterpretedMemory:
     """What interpreted kernels read and write, checked lane by lane.
 
     A lane that reads or writes outside of the launch's tensors raises AssertionError. What a masked load without
-    `other=` leaves undefined is NaN or the largest whole number. Inside `far` one program of a launch runs, perhaps far
+    `other=` leaves undefined is NaN or a large whole number. Inside `far` one program of a launch runs, perhaps far
     from all others: nothing is written, what is read outside of the tensors is 1, and `touched` counts the lanes that
     read or write an argument's memory, {"x read": 64, ...}.
     """
@@ -45,7 +45,7 @@ class InterpretedMemory:
         from triton import knobs
         from triton.runtime import interpreter
 
-        self.interpreter, self.tensors, self.is_far = interpreter, {}, False
+        self.interpreter, self.is_far = interpreter, False
         self.touched: Counter[str] = Counter()
         builder = interpreter.InterpreterBuilder
         originals = {name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store")}
@@ -53,9 +53,9 @@ class InterpretedMemory:
 
         def load(this, pointers, mask, other, *options):
             keep = self.check(pointers, mask, "read")
-            if other is None or self.is_far:
+            if self.is_far or (other is None and not mask.data.all()):
                 kind = interpreter._get_np_dtype(pointers.get_element_ty())
-                unknown = np.nan if kind.kind == "f" else np.iinfo(kind).max
+                unknown = np.nan if kind.kind == "f" else np.iinfo(kind).max // 3
                 value = unknown if other is None else other.data
                 value = np.where(mask.data, 1, value) if self.is_far else np.full(pointers.data.shape, value)
                 other = interpreter.TensorHandle(value.astype(kind), pointers.get_element_ty())
@@ -71,7 +71,7 @@ class InterpretedMemory:
             return original_atomic(this, operation, pointers, value, keep, *options)
 
         def arguments(this, positional, keywords):
-            self.tensors = {name: part for name, part in keywords.items() if isinstance(part, torch.Tensor)}
+            self.measure(keywords)
             return original_arguments(this, positional, keywords)
 
         monkeypatch.setattr(builder, "create_masked_load", load)
@@ -81,24 +81,29 @@ class InterpretedMemory:
         monkeypatch.setattr(knobs.compilation, "front_end_debugging", True)  # an AssertionError comes out as it is
         self.builder = builder
 
+    def measure(self, arguments):
+        """Note where the tensors of a launch begin and end."""
+        self.extents = {}
+        for name, tensor in arguments.items():
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                last = sum((n - 1) * abs(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+                self.extents[name] = tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+        ordered = np.array(sorted(self.extents.values()) or [(0, 0)], np.uint64)
+        # Of tensors that overlap, the one that reaches farthest counts.
+        self.begins, self.ends = ordered[:, 0].copy(), np.maximum.accumulate(ordered[:, 1])
+
     def check(self, pointers, mask, verb):
         """The lanes that may go on, as the interpreter takes a mask."""
-        live = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
-        address, inside = pointers.data, np.zeros(pointers.data.shape, bool)
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        for name, tensor in self.tensors.items():
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            extent = tensor.element_size() * (1 + sum((n - 1) * abs(step) for n, step in steps))
-            if tensor.numel() and extent >= size:
-                # Below the tensor the difference wraps around.
-                here = address - np.uint64(tensor.data_ptr()) <= np.uint64(extent - size)
-                inside |= here
-                if self.is_far:
-                    self.touched[f"{name} {verb}"] += int((live & here).sum())
+        address, size = pointers.data, np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        live = np.broadcast_to(mask.data, address.shape).astype(bool)
+        before = np.searchsorted(self.begins, address, "right") - 1
+        outside = live & ((before < 0) | (address + size > self.ends[before]))
         if self.is_far:
-            live = live & inside if verb == "read" else np.zeros_like(live)
-        elif not inside[live].all():
-            raise AssertionError(f"memory outside of a kernel's tensors is {verb} in {(live & ~inside).sum()} lanes")
+            for name, (begin, end) in self.extents.items():
+                self.touched[f"{name} {verb}"] += int((live & (address >= begin) & (address + size <= end)).sum())
+            live = live & ~outside if verb == "read" else np.zeros_like(live)
+        elif outside.any():
+            raise AssertionError(f"memory outside of a kernel's tensors is {verb} in {outside.sum()} lanes")
         return self.interpreter.TensorHandle(live, mask.dtype)
 
     @contextmanager

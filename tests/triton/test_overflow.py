@@ -120,8 +120,9 @@ def test_overflow_of_channels_of_a_hash_grid(memory, monkeypatch):
     (turn,) = record(monkeypatch, lambda: _grid.by_channel(torch.ones(48, GRID.channels).t(), None)).values()
     wrapped, apart = (touched(memory, monkeypatch, turn, (0,), n=number) for number in (1 << 30, (1 << 30) - (1 << 20)))
     assert wrapped == apart
-    one, other = (touched(memory, monkeypatch, turn, (program,)) for program in FAR)
-    assert one == other
+    for launch in (turn, launches["_position_gradient_kernel"]):
+        one, other = (touched(memory, monkeypatch, launch, (program,)) for program in FAR)
+        assert one == other, launch.kernel.__name__
 
 
 def field_launches(monkeypatch, kernel, into_x=False):
@@ -129,7 +130,8 @@ def field_launches(monkeypatch, kernel, into_x=False):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(48, 3, generator=generator).requires_grad_(into_x)
     table = torch.randn(GRID.rows, GRID.features, generator=generator).requires_grad_()
-    weights, biases = [torch.ones(16, 10), torch.ones(4, 16)], [torch.ones(16), torch.ones(4)]
+    shapes = ((16, GRID.channels), (4, 16)), ((16,), (4,))
+    weights, biases = ([torch.ones(shape, requires_grad=True) for shape in part] for part in shapes)
     operator = kernels.field if kernel.startswith("field") else kernels.field_normals
     options = {"mode": "analytic"} if kernel.startswith("analytic") else {}
 
@@ -181,6 +183,24 @@ def test_overflow_of_pictures(memory, monkeypatch):
 
 
 @interpreted
+def test_overflow_of_rays(memory, monkeypatch):
+    """Three numbers of ray 1431655766 are not those of ray 0, where 3 times that wraps around to."""
+    tensors = PROBLEMS["march"][0].tensors
+
+    def call():
+        rays = (tensors["origins"].clone().requires_grad_(), tensors["directions"], tensors["bits"])
+        kernels.march(*rays, bound=1.0, resolution=selftest.CELLS, capacity=50).positions.sum().backward()
+
+    launches, most = record(monkeypatch, call), (1 << 31) - 1
+    changed = {"rays": most, "ray_programs": most}
+    for kernel in ("march_count_kernel", "march_write_kernel", "march_backward_kernel"):
+        launch = launches[kernel]
+        given = {name: value for name, value in changed.items() if name in launch.arguments}
+        lanes = touched(memory, monkeypatch, launch, (1431655766,), (most,), **given)
+        assert not {"origins read", "grad_origins written"} & lanes.keys(), kernel
+
+
+@interpreted
 def test_overflow_of_cascades(memory, monkeypatch):
     """Cells of the fifth cascade of 1024^3 are not those of the first."""
     origins = torch.tensor([[-16.02, -15.99, -15.99]])
@@ -205,7 +225,7 @@ def test_overflow_of_rows_of_a_table(memory, monkeypatch):
         touched(
             memory, monkeypatch, launch, (0,), levels=torch.where(levels != 0, levels & 0xFFFFFFFF | first << 32, 0)
         )
-        for first in ((1 << 31) - 256, -256)  # the latter is 2^32 - 256, as levels are read
+        for first in ((1 << 31) - 256, -16)  # the latter is 2^32 - 16, as levels are read
     )
     assert near == far
 
