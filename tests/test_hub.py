@@ -229,6 +229,8 @@ def test_cached_model_of_an_old_name_is_found(cache, repository):
         ("https://hf.co/a/b/tree/fp16", "a/b@fp16"),
         ("https://huggingface.co/a/b.git", "a/b"),
         ("a/b@fp16", "a/b@fp16"),
+        ("a/b/", "a/b"),
+        ("hf://a/b", "a/b"),
         ("https://huggingface.co/a/b/blob/main/x.safetensors", None),
         ("https://civitai.com/models/4384", None),
     ],
@@ -336,6 +338,14 @@ def test_single_file_gets_the_command_that_converts_it(tmp_path, name):
     assert callable(StableDiffusionPipeline.from_single_file)
     with pytest.raises(UserError, match="lacks model_index.json; .* is a single file"):
         load_components(path.parent, "cpu")
+
+
+def test_name_without_its_owner_is_told_apart_from_a_folder():
+    """A name alone may be a folder, or a model whose owner is left out."""
+    assert sentence("stable-diffusion-v1-5").endswith(
+        "does not exist; a name on the hub has an owner, as in OWNER/NAME"
+    )
+    assert sentence("a/b/c").endswith("does not exist")
 
 
 def test_lora_and_other_files_are_named(tmp_path):

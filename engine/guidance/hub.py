@@ -33,7 +33,8 @@ def find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
             raise UserError(
                 f"{source} is no address of a model on the hub; download what it shows and name the file or folder"
             )
-        raise UserError(f"the model folder {folder} does not exist")
+        owner = "; a name on the hub has an owner, as in OWNER/NAME" * ("/" not in str(source))
+        raise UserError(f"the model folder {folder} does not exist{owner}")
     return _download(*named, kind, half=half)
 
 
