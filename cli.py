@@ -19,7 +19,7 @@ from dream_fast.engine.config import Config, other_backbones, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.model_names import typed_name
 from dream_fast.engine.options import COMMAND_FLAGS
-from dream_fast.engine.other_programs import FLAGS, KEYS, VALUES, plain_name
+from dream_fast.engine.other_programs import COMMANDS, FLAGS, KEYS, VALUES, plain_name
 from dream_fast.engine.paths import expanded
 from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.prior import check_prompt
@@ -129,17 +129,23 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     flag = ""
     for word in words:
         if _looks_like_flag(word):
-            flag, _, word = word.partition("=")
+            flag, sign, word = word.partition("=")
             if flag in REFUSED_FLAGS:
                 raise UserError(f"{flag} is not available: {REFUSED_FLAGS[flag]}")
             if flag in RENAMED_FLAGS:
                 raise UserError(f"{flag} is gone: {RENAMED_FLAGS[flag]}")
             if flag not in known:
                 raise UserError(f"unknown flag {flag}{_instead(flag, known)}")
+            if sign and _off(flag) in known:
+                raise UserError(f"{flag} takes no value, so not {word!r}: {_off(flag)} turns it off")
         if (flag, word) in REFUSED_VALUES:
             raise UserError(f"{flag} {word} is not available: {REFUSED_VALUES[flag, word]}")
         if (flag, word) in VALUES:
             raise UserError(f"{flag} {word} is not known here: {VALUES[flag, word]}")
+
+
+def _off(flag: str) -> str:
+    return f"--no-{flag.removeprefix('--')}"
 
 
 def _instead(flag: str, known: Sequence[str]) -> str:
@@ -157,10 +163,12 @@ def _instead(flag: str, known: Sequence[str]) -> str:
     return "; see --help" if near is None else f"; did you mean {near}?"
 
 
-def _why_unexpected(words: Sequence[str], word: str) -> str:
+def _why_unexpected(parser: argparse.ArgumentParser, words: Sequence[str], word: str) -> str:
     """The end of the sentence about a word that belongs to no flag."""
     if word.startswith(("\u2013", "\u2014", "\u2212")):
         return ": it begins with a dash that is no hyphen; type flags as in --text"
+    if word == words[0] and word in COMMANDS:
+        return f": there are no commands here; {COMMANDS[word]}"
     key, sign, _ = word.partition("=")
     name = plain_name(key.rpartition(".")[2])
     if sign and name in KEYS:
@@ -171,7 +179,8 @@ def _why_unexpected(words: Sequence[str], word: str) -> str:
     if any(sign in "\u201c\u201d\u2018\u2019" for sign in " ".join(words)):
         return ": a prompt stands in straight quotes, as in --text 'a hamburger'"
     if flags and flags[-1] != "--text":
-        return f" after {flags[-1]}"
+        off = _off(flags[-1]) in parser._option_string_actions
+        return f" after {flags[-1]}" + f", which takes no value: {_off(flags[-1])} turns it off" * off
     return ": a prompt of several words stands in quotes after --text"
 
 
@@ -180,7 +189,7 @@ def _parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[
     _check_words(parser, words)
     namespace, rest = parser.parse_known_args(words)
     if rest:
-        raise UserError(f"unexpected {rest[0]!r}{_why_unexpected(words, rest[0])}")
+        raise UserError(f"unexpected {rest[0]!r}{_why_unexpected(parser, words, rest[0])}")
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     for _, field in settings():
         if field.name in typed:

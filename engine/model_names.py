@@ -63,7 +63,7 @@ _NAME = r"\w[\w.-]*/\w[\w.-]*"
 _REVISION = r"\w[\w./-]*"
 _HUB_NAME = re.compile(rf"({_NAME})(?:@({_REVISION}))?")
 _ADDRESS = re.compile(
-    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/(?:models/)?({_NAME})"
+    rf"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf://)(?:models/)?({_NAME})"
     rf"(?:\.git|/(?:tree|blob|resolve)/({_REVISION}?)(/.*)?)?/*(?:[?#].*)?",
     re.IGNORECASE,
 )
@@ -76,7 +76,12 @@ def is_address(source: str) -> bool:
 
 
 def typed_name(source: str) -> str:
-    """NAME or NAME@REVISION of a model page's address on the hub; any other `source` as it is."""
+    """NAME or NAME@REVISION of a model page's address on the hub; any other `source` as it is.
+
+    A slash at the end of a name is dropped: a shell completes a folder so.
+    """
+    if _HUB_NAME.fullmatch(source.rstrip("/")):
+        return source.rstrip("/")
     found = _ADDRESS.fullmatch(source.strip())
     if found is None or (found[3] or "").strip("/"):
         return source

@@ -152,6 +152,16 @@ KEYS: dict[str, str] = {
     "elevation": "--default_polar X sets the output camera; it counts from above, so elevation 0 is 90",
 }
 
+# Words that come before the flags in programs with several commands.
+COMMANDS: dict[str, str] = {
+    **dict.fromkeys(("train", "run", "generate", "fit", "launch", "start"), "flags stand alone, --text first"),
+    **dict.fromkeys(("test", "eval", "render", "validate"), _TEST),
+    **dict.fromkeys(("export", "mesh"), _MESH),
+    **dict.fromkeys(("doctor", "check"), _CHECK),
+    "help": "--help shows all flags",
+    "version": "--version shows it",
+}
+
 # Values of our flags that are another program's words.
 VALUES: dict[tuple[str, str], str] = {
     **{("--guidance", name): "Stable Diffusion is --guidance SD" for name in ("stable-diffusion", "sd", "sd2", "sd1")},
@@ -172,6 +182,7 @@ VALUES: dict[tuple[str, str], str] = {
         ("--device", name): "GPUs of that kind are not used; leave --device out"
         for name in ("mps", "xpu", "tpu", "dml")
     },
+    **{("--seed", name): "a seed is drawn where --seed is left out" for name in ("-1", "random", "none", "None")},
     **{("--ckpt", name): "--ckpt latest goes on with a run" for name in ("last", "newest", "resume", "auto")},
     **{("--ckpt", name): "--ckpt scratch starts anew" for name in ("none", "None", "no", "new")},
     **{

@@ -99,7 +99,7 @@ def engine(monkeypatch, tmp_path):
         (["--text", "a cat", "--max_resolution", "8"], "--max_resolution 8 is less than --base_resolution 16"),
         (["--text", "a cat", "--base_resolution", "999"], "is less than --base_resolution 999"),
         (["--text", "a cat", "--occupancy_resolution", "9"], "--occupancy_resolution must be even, not 9"),
-        (["--text", "a cat", "--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--text", "a cat", "--seed", "-2"], "--seed must be at least 0, not -2"),
         (["--text", "a cat", "--workspace", ""], "--workspace is empty"),
         (["--text", "a cat", "--hf_key", ""], "--hf_key is empty"),
         (["--text", "a cat", "--ckpt", ""], "--ckpt is empty"),

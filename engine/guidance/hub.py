@@ -33,7 +33,8 @@ def find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
             raise UserError(
                 f"{source} is no address of a model on the hub; download what it shows and name the file or folder"
             )
-        raise UserError(f"the model folder {folder} does not exist")
+        owner = "; a name on the hub has an owner, as in OWNER/NAME" * ("/" not in str(source))
+        raise UserError(f"the model folder {folder} does not exist{owner}")
     return _download(*named, kind, half=half)
 
 
@@ -57,7 +58,10 @@ def _download(name: str, revision: str | None, kind: str, *, half: bool) -> Path
     try:
         folder = _fetch_parts(fetch, kind, half)
     except GatedRepoError as error:
-        raise UserError(f"the hub model {name} asks to accept its licence (and for `hf auth login`)") from error
+        raise UserError(
+            f"the hub model {name} asks to accept its licence, at https://huggingface.co/{name}, and for "
+            "`hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         flag = KINDS[kind].flag
         raise UserError(f"there is no folder and no model on the hub called {name}{copies(name, flag)}") from error
@@ -67,6 +71,12 @@ def _download(name: str, revision: str | None, kind: str, *, half: bool) -> Path
         return _in_cache(name, revision, kind, error)
     except OSError as error:
         raise UserError(f"the download of the hub model {name} failed: {first_line(error)}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith(
+            "httpx"
+        ):  # the client's: a proxy that refuses, an answer that breaks off
+            raise
+        return _in_cache(name, revision, kind, error)
     # Without a network an older client returns whatever it has, also a part.
     if missing_files(folder, kind) and not _reaches_hub(name, revision):
         return _in_cache(name, revision, kind)
@@ -97,7 +107,7 @@ def _reaches_hub(name: str, revision: str | None) -> bool:
     from huggingface_hub import HfApi
 
     try:
-        HfApi().list_repo_files(name, revision=revision)
+        HfApi().model_info(name, revision=revision, timeout=10)
     except Exception:  # of the client's own kinds, which are not the same in all of its versions
         return False
     return True
@@ -122,17 +132,26 @@ def _in_cache(name: str, revision: str | None, kind: str, error: Exception | Non
             )
         return whole[0]
     command = f"where there is a network: {_fetching(name, revision, kind, folders)}"
+    unreachable = f"the hub cannot be reached{_why_not(error)}"
     if folders:
         lacking = ", ".join(missing_files(folders[0], kind))
-        raise UserError(f"the hub cannot be reached, and its cache of {name} lacks {lacking}; {command}") from error
+        raise UserError(f"{unreachable}, and its cache of {name} lacks {lacking}; {command}") from error
     flag = KINDS[kind].flag
     at = f" at revision {revision}" if revision else ""
-    nothing = f"there is no folder called {name}, the hub cannot be reached, and its cache does not hold that model{at}"
+    nothing = f"there is no folder called {name}, {unreachable}, and its cache does not hold that model{at}"
     held = [other for other in other_names(name) if any(not missing_files(f, kind) for f in _snapshots(other, None))]
     if held:
         raise UserError(f"{nothing}, but {flag} {held[0]}, which has the same weights") from error
     gone = copies(name, flag)
     raise UserError(nothing + (gone or f"; {command}")) from error
+
+
+def _why_not(error: Exception | None) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return " (HF_HUB_OFFLINE is set)"
+    return f" ({first_line(error)})" if type(error).__module__.startswith("httpx") else ""
 
 
 def _snapshots(name: str, revision: str | None) -> list[Path]:
