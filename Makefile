@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 TORCH_BUILD := .ci/torch_build.py
 
-.PHONY: demo test timing any-cpu faults sanitize
+.PHONY: demo test timing any-cpu faults mutants sanitize
 demo: $(VENV)/.installed
 	$(BIN)/dream-fast --text "a hamburger" --workspace trial -O --save_mesh
 
@@ -32,6 +32,11 @@ any-cpu: $(VENV)/.installed-test
 # Faults planted in the kernels, one at a time, and the test that notices each: make faults FAULTS="-n 16 mlp march"
 faults: $(VENV)/.installed-test
 	$(BIN)/python -P tests/planted/run.py $(FAULTS)
+
+# Changes of the host code that no test notices: make mutants, or make mutants MUTANTS="engine/camera.py --show"
+mutants: $(VENV)/.installed-test
+	$(PIP) 'mutmut==3.*'
+	$(BIN)/python .ci/mutants.py $(MUTANTS)
 
 # Kernels over small shapes on a GPU, every access checked: make sanitize, or make sanitize TOOL=racecheck
 TOOL ?= memcheck

@@ -4,6 +4,7 @@
     python .ci/mutants.py engine/camera.py --jobs 8    # some of them
     python .ci/mutants.py --sample 40 --seed 1         # at most 40 mutants a module, drawn at random
     python .ci/mutants.py engine/camera.py --show      # the diffs of the mutants that survived
+    python .ci/mutants.py --write docs/testing.md --read FOLDER     # the table of what --out FOLDER keeps; runs nothing
 
 Each module is mutated in a temporary copy of the tree and tested with the test files that mutants.toml names, so that
 a mutant counts as caught only where a test of its unit notices it. Messages (strings of three words or more), log
@@ -28,6 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / ".ci" / "mutants.toml"
+START, END = "<!-- mutants -->", "<!-- end of mutants -->"
 TARGET = 0.9
 RETRIES = 6  # tests that fail without a mutant, such as those of a package that is missing here, are left out
 UNNOTICED = (0, 5, 33)  # exit codes of mutmut's workers: all tests passed, or there are none
@@ -217,6 +219,32 @@ def test_module(module: str, args: argparse.Namespace, table: dict) -> Verdicts:
         return verdicts
 
 
+def read_results(folder: Path, table: dict) -> list[Verdicts]:
+    """What `--out` keeps, with the reasons of today."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        verdicts = Verdicts(**json.loads(path.read_text(encoding="utf-8")))
+        lost = {key: diff for key, diff in verdicts.survived.items() if explain(verdicts.module, key, diff, table)}
+        verdicts.explained += lost
+        verdicts.survived = {key: diff for key, diff in verdicts.survived.items() if key not in lost}
+        results.append(verdicts)
+    return results
+
+
+def write_table(page: Path, results: list[Verdicts]) -> None:
+    """Replaces the table between the markers of `page`."""
+    rows = ["| module | mutants | caught | explained | survived |", "|---|---|---|---|---|"]
+    tested = sorted((verdicts for verdicts in results if not verdicts.failure), key=lambda verdicts: verdicts.module)
+    counts = [(len(verdicts.caught), len(verdicts.explained), len(verdicts.survived)) for verdicts in tested]
+    named = [(f"`{verdicts.module}`", numbers) for verdicts, numbers in zip(tested, counts, strict=True)]
+    for name, (caught, explained, survived) in [*named, ("all", tuple(map(sum, zip(*counts, strict=True))))]:
+        rows.append(f"| {name} | {caught + explained + survived} | {caught} | {explained} | {survived} |")
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    page.write_text("\n".join([before + START, *rows, END + after]), encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="modules such as engine/camera.py; default: all of mutants.toml")
@@ -226,6 +254,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print the diffs of survivors")
     parser.add_argument("--out", type=Path, help="folder for the verdicts of each module, as JSON")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the table into this Markdown page")
+    parser.add_argument("--read", type=Path, metavar="FOLDER", help="take the verdicts of --out instead of testing")
     args = parser.parse_args()
     table = load_table()
     modules = args.modules or list(table["modules"])
@@ -234,8 +264,10 @@ def main() -> int:
     print(f"{'module':40} {'mutants':>8} {'caught':>7} {'explained':>10} {'survived':>9}", flush=True)
     results = []
     with ThreadPoolExecutor(args.together) as pool:
-        for future in as_completed([pool.submit(test_module, name, args, table) for name in modules]):
-            verdicts = future.result()
+        tested = (
+            as_completed([pool.submit(test_module, name, args, table) for name in modules]) if not args.read else ()
+        )
+        for verdicts in read_results(args.read, table) if args.read else (future.result() for future in tested):
             results.append(verdicts)
             print(verdicts.row(), flush=True)
             if verdicts.failure or args.show:
@@ -244,6 +276,8 @@ def main() -> int:
                 args.out.mkdir(parents=True, exist_ok=True)
                 path = args.out / f"{verdicts.module.replace('/', '.')}.json"
                 path.write_text(json.dumps(asdict(verdicts), indent=1), encoding="utf-8")
+    if args.write:
+        write_table(args.write, results)
     caught, explained, survived = (
         sum(len(getattr(verdicts, name)) for verdicts in results) for name in ("caught", "explained", "survived")
     )
