@@ -51,7 +51,7 @@ def main(command: list[str]) -> int:
     finally:
         ended.set()
         watcher.join()
-    print(f"peak memory {peak[0] / 1e9:.2f} GB", file=sys.stderr)
+        print(f"peak memory {peak[0] / 1e9:.2f} GB", file=sys.stderr)
     return status
 
 
