@@ -269,6 +269,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only check that every fault applies")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the summary into this Markdown page")
     options = parser.parse_args(argv)
+    if options.write and (options.lists or options.k):
+        parser.error("--write needs all faults: leave out the lists and -k")
     faults = read_faults(options.lists)
     wrong = [line for line in problems(faults) if not (options.lists and line.endswith("has no planted fault"))]
     print(*wrong, sep="\n", end="\n" if wrong else "")

@@ -190,7 +190,7 @@ def test_analytic_normals_where_the_density_is_all_but_flat(device):
 
 def test_normals_by_differences_have_gradients_beside_the_faces(device):
     """A tap that the face of the cube holds back does not move with the point; the free ones do."""
-    spec = FieldSpec(grid=GRID)
+    spec = FieldSpec(grid=GRID, blob_radius=0.7)
     table, weights, biases = network(GRID, device)
     generator = torch.Generator().manual_seed(5)
     x = torch.rand(24, 3, generator=generator).to(device) * 1.6 - 0.8
