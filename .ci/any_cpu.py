@@ -77,7 +77,7 @@ def environment(combination: Combination, *, interpreted: bool) -> dict[str, str
 def test_files() -> list[Path]:
     """Every test file, those that take longest, interpreted ones, first."""
     interpreted = sorted((ROOT / "tests" / "triton").glob("test_*.py"))
-    return interpreted + sorted((ROOT / "tests").glob("test_*.py")) + sorted((ROOT / "bench").glob("test_*.py"))
+    return interpreted + sorted((ROOT / "tests").glob("test_*.py"))
 
 
 def run_file(combination: Combination, path: Path, options: list[str]) -> Row:
