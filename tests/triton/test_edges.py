@@ -100,7 +100,8 @@ def test_steps_of_a_picture_end_where_cells_do(device):
     compare(names, call, kernels.render, kernels.render_reference, (rays, *fields))
 
 
-def test_normals_beside_a_face_of_the_cube(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_normals_beside_a_face_of_the_cube(dtype, device):
     """The taps of a normal stay in the cube, where the surface is its face."""
     spec = FieldSpec(grid=GRID, blob_density=0.0)
     table, weights, biases = network(GRID, device)
@@ -113,7 +114,15 @@ def test_normals_beside_a_face_of_the_cube(device):
     dense = [biases[0], biases[1] + torch.tensor([7.0, 0, 0, 0], device=device)]
 
     def call(operator, rays, *fields):
-        return look(operator, rays, spec, fields, max_steps=512, normal_epsilon=0.05)[2:]
+        return look(
+            operator,
+            rays,
+            spec,
+            fields,
+            max_steps=512,
+            normal_epsilon=0.05,
+            dtype=None if rays[0].dtype == torch.float64 else dtype,
+        )[2:]
 
     compare(("normal",), call, kernels.render, kernels.render_reference, (rays, table, weights, dense))
 
