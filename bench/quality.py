@@ -39,7 +39,7 @@ from dream_fast.bench.kernels import git_state
 from dream_fast.bench.looks import measure_color, measure_mesh, measure_shape, rounded, write_strip
 from dream_fast.bench.measures import kid
 from dream_fast.bench.quality_page import write_sheet
-from dream_fast.bench.world import color_error, read_world, world_summary
+from dream_fast.bench.world import color_error, color_spread, paints_of, read_world, world_summary
 from dream_fast.engine.camera import turntable
 from dream_fast.engine.config import Config, GuidanceConfig, read_values
 from dream_fast.engine.errors import UserError
@@ -272,24 +272,23 @@ def scored_again(rows: list[dict], work: Path) -> list[dict]:
 def beside_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -> dict:
     """How the runs of some prompts look beside the world's own objects: `result`, `world`, and `ratio` of the two.
 
-    kid and color_error are distances to the world already. Those that need renders of the world are left out where
-    none are stored (`bench world`).
+    kid and color_error are distances to the world already. What needs renders of the world is left out where none are
+    stored (`bench world`).
     """
     rows = [row for row in rows if row["prompt"] in prompts]
     prompts = tuple(prompt for prompt in prompts if any(row["prompt"] == prompt for row in rows))
-    result = {name: _mean(rows, name) for name in SHAPE}
-    if not prompts or (world := read_world(prompts)) is None:
-        return {"result": result}
-    judge, colors, shown = load_judge(), [], []
-    for row in rows:
-        if (path := _views(work, row["prompt"], row["seed"])).exists():
-            colors.append(color_error(torch.tensor(row["color"]), world.colors[prompts.index(row["prompt"])]))
-            shown.append(judge.features(read_views(path)))
-    if shown:
-        result["color_error"] = sum(colors) / len(colors)
-        result["kid"] = kid(torch.cat(shown), world.features.flatten(0, 2))
-    own = world_summary(world)
-    ratio = {name: result[name] / own[name] for name in SHAPE if result[name] is not None and own[name]}
+    result, own = {name: _mean(rows, name) for name in SHAPE}, {}
+    if colored := [row for row in rows if row.get("color")]:
+        errors = [color_error(torch.tensor(row["color"]), paints_of(row["prompt"])) for row in colored]
+        result["color_error"], own["color_error"] = sum(errors) / len(errors), color_spread(prompts)
+    if prompts and (world := read_world(prompts)) is not None:
+        own |= world_summary(world)
+        paths = [path for row in rows if (path := _views(work, row["prompt"], row["seed"])).exists()]
+        if paths:
+            judge = load_judge()
+            shown = torch.cat([judge.features(read_views(path)) for path in paths])
+            result["kid"] = kid(shown, world.features.flatten(0, 2))
+    ratio = {name: result[name] / own[name] for name in SHAPE if result[name] is not None and own.get(name)}
     return {name: rounded(part) for name, part in {"result": result, "world": own, "ratio": ratio}.items()}
 
 

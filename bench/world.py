@@ -31,7 +31,7 @@ SCENES = {"cuda": 16, "cpu": 2}  # a prompt, of which pictures are rendered
 SHAPES = {"cuda": 8, "cpu": 1}  # of them, whose shapes are measured
 PAINTS = 32  # scenes a prompt whose colours are looked at
 SAME = 10.0  # CIEDE2000 below which two colours of an object are one
-FINER = 1.5  # rays along an edge of a picture, a pixel
+FINER = {"cuda": 1.5, "cpu": 1.0}  # rays along an edge of a picture, a pixel
 LOOKS = Path(__file__).parent / "results" / "world.safetensors"
 
 
@@ -39,7 +39,6 @@ class WorldLook(NamedTuple):
     """What the world's objects for some prompts look like: P prompts, N scenes of each, V views, D features."""
 
     features: Tensor  # [P, N, V, D] of the judge
-    colors: Tensor  # [P, M, 3] of the part that the prompt colours, of M scenes
     shapes: Tensor  # [P, 3] roughness_deg, edge_ratio, floaters
 
 
@@ -67,6 +66,11 @@ def scenes_of(prompt: str, count: int, seed: int = SEED) -> list[Scene]:
 def paint_of(scene: Scene) -> np.ndarray:
     """The colour [3] of the part that a prompt colours."""
     return next(part.color for part in scene.primitives if part.main and not part.cut)
+
+
+def paints_of(prompt: str) -> Tensor:
+    """Those of PAINTS scenes, [PAINTS, 3]: without light a part has its colour, so nothing need be rendered."""
+    return torch.tensor(np.array([paint_of(scene) for scene in scenes_of(prompt, PAINTS)]))
 
 
 def palette_of(prompt: str) -> Tensor:
@@ -110,7 +114,7 @@ def surfaces(scene: Scene, cameras: Cameras, size: int, device: str) -> Surfaces
 
 def pictures(scene: Scene, cameras: Cameras, size: int, background: float, device: str) -> Tensor:
     """Colours without light over gray from V cameras, antialiased: [V, 3, size, size] in [0, 1]."""
-    seen = surfaces(scene, cameras, round(FINER * size), device)
+    seen = surfaces(scene, cameras, round(FINER[device] * size), device)
     shown = torch.where(seen.opacity[..., None] > 0, seen.albedo, background).permute(0, 3, 1, 2)
     return F.interpolate(shown, (size, size), mode="bilinear", antialias=True)
 
@@ -120,18 +124,17 @@ def measure_world(
 ) -> WorldLook:
     """Looks of the world for the prompts: pictures from `around`, shapes from `sides`, of these sizes in pixels."""
     judge = load_judge(device)
-    features, colors, shapes = [], [], []
+    features, shapes = [], []
     for prompt in prompts:
-        scenes = scenes_of(prompt, max(SCENES[device], PAINTS))
-        colors.append(torch.tensor(np.array([paint_of(scene) for scene in scenes])))
-        shown = [pictures(scene, around, sizes[0], background, device) for scene in scenes[: SCENES[device]]]
+        scenes = scenes_of(prompt, SCENES[device])
+        shown = [pictures(scene, around, sizes[0], background, device) for scene in scenes]
         features.append(torch.stack([judge.features(views).cpu() for views in shown]))
         of_prompt = []
         for scene in scenes[: SHAPES[device]]:
             seen = surfaces(scene, sides, sizes[1], device)
             of_prompt.append((roughness(seen.normal, seen.opacity), edge_ratio(seen.opacity), floaters(seen.opacity)))
         shapes.append(torch.tensor(of_prompt).mean(0))
-    return WorldLook(torch.stack(features), torch.stack(colors).float(), torch.stack(shapes))
+    return WorldLook(torch.stack(features), torch.stack(shapes))
 
 
 def write_world(path: Path, prompts: Sequence[str], world: WorldLook) -> None:
@@ -165,17 +168,18 @@ def color_error(colors: Tensor, world: Tensor) -> float:
     return delta_e(colors, world.median(0).values).mean().item()
 
 
+def color_spread(prompts: Sequence[str]) -> float:
+    """The colour error of the world's own objects, mean over the prompts."""
+    paints = [paints_of(prompt) for prompt in prompts]
+    return sum(color_error(colors, colors) for colors in paints) / len(paints)
+
+
 def world_summary(world: WorldLook) -> dict[str, float]:
     """The measures of the world's own objects: means over the prompts, and the distance of one half to the other."""
     halves = world.features.chunk(2, dim=1)
-    shapes = world.shapes.mean(0)
-    return {
-        "roughness_deg": shapes[0].item(),
-        "edge_ratio": shapes[1].item(),
-        "floaters": shapes[2].item(),
-        "color_error": sum(color_error(colors, colors) for colors in world.colors) / len(world.colors),
-        "kid": kid(*(half.flatten(0, 2) for half in halves)),
-    }
+    roughness_deg, edge, floating = world.shapes.mean(0).tolist()
+    distance = kid(*(half.flatten(0, 2) for half in halves))
+    return {"roughness_deg": roughness_deg, "edge_ratio": edge, "floaters": floating, "kid": distance}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from dream_fast.bench import quality_page, world
 from dream_fast.bench.measures import delta_e
 from dream_fast.bench.quality import HELD_OUT, PROMPTS
 from dream_fast.bench.quality_page import BEGIN, END, table, with_generated
-from dream_fast.bench.world import PAINTS, WorldLook, color_error, paint_of, palette_of, scenes_of, world_summary
+from dream_fast.bench.world import PAINTS, WorldLook, color_error, paints_of, palette_of, scenes_of, world_summary
 from dream_fast.engine.prior.vocabulary import COLORS, find_object
 
 
@@ -57,7 +57,8 @@ def test_the_worlds_scenes_are_what_the_prompt_says(prompt: str) -> None:
     if color is not None:
         assert delta_e(palette[0], torch.tensor(COLORS[color])) < 5
     assert (delta_e(palette[1:], palette[0]) > world.SAME).all()
-    paints = torch.tensor([list(paint_of(scene)) for scene in scenes_of(prompt, PAINTS)])
+    paints = paints_of(prompt)
+    assert len(paints) == PAINTS
     own = color_error(paints, paints)
     assert 0 < own < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
 
@@ -65,23 +66,24 @@ def test_the_worlds_scenes_are_what_the_prompt_says(prompt: str) -> None:
 def test_the_world_is_stored_and_found_by_prompt(tmp_path) -> None:
     """In the order asked for; not for a prompt that is not there, nor for features of another judge."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 3, 5), (2, 6, 3), (2, 3)]
+    shapes = [(2, 4, 3, 5), (2, 3)]
     look = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
     path = tmp_path / "world.safetensors"
     assert world.read_world(["a mug"], path) is None
     world.write_world(path, ["a mug", "a hat"], look)
     found = world.read_world(["a hat", "a mug"], path)
-    assert torch.equal(found.colors, look.colors.flip(0)) and torch.equal(found.shapes, look.shapes.flip(0))
+    assert torch.equal(found.shapes, look.shapes.flip(0))
     assert torch.equal(found.features, look.features.half().float().flip(0))
     assert world.read_world(["a cat"], path) is None
     own = world_summary(found)
-    assert own["roughness_deg"] == pytest.approx(look.shapes[:, 0].mean().item()) and own["color_error"] > 0
+    assert own["roughness_deg"] == pytest.approx(look.shapes[:, 0].mean().item())
+    assert own.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
 
 
 def test_looks_of_another_judge_are_not_used(tmp_path, monkeypatch) -> None:
     """Features mean nothing to other weights."""
     path = tmp_path / "world.safetensors"
-    world.write_world(path, ["a mug"], WorldLook(torch.rand(1, 2, 1, 5), torch.rand(1, 6, 3), torch.rand(1, 3)))
+    world.write_world(path, ["a mug"], WorldLook(torch.rand(1, 2, 1, 5), torch.rand(1, 3)))
     monkeypatch.setattr(world, "judge_digest", lambda: "another")
     assert world.read_world(["a mug"], path) is None
 
