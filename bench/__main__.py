@@ -16,7 +16,9 @@ COMMANDS = {
     "kills": "runs that are killed and taken up again, beside one that is not",
     "selftest": "every kernel once against its reference, on tiny inputs",
     "long_run": "memory, open files and speed of a long run",
+    "world": "renders of the procedural world, with which `quality` compares results",
     "quality": "whole runs with default settings, or one set of them a score, looked at by the judge",
+    "quality_page": "docs/quality.md, from the results of `quality --name`",
 }
 
 

@@ -35,6 +35,11 @@ from PIL import Image
 from torch import Tensor
 
 from dream_fast.bench.judge import WEIGHTS, Judge, load_judge, verdicts
+from dream_fast.bench.kernels import git_state
+from dream_fast.bench.looks import measure_color, measure_mesh, measure_shape, rounded, write_strip
+from dream_fast.bench.measures import kid
+from dream_fast.bench.quality_page import write_sheet
+from dream_fast.bench.world import color_error, color_spread, paints_of, read_world, world_summary
 from dream_fast.engine.camera import turntable
 from dream_fast.engine.config import Config, GuidanceConfig, read_values
 from dream_fast.engine.errors import UserError
@@ -60,6 +65,7 @@ AZIMUTHS, SIZE = 8, 128
 FRONT, BEHIND, BACK = 0, (3, 4, 5), 4  # of the azimuths 0, 45, ... 315: the front, those from behind, the back
 BACKGROUND = 0.75
 SCORES = ("object", "object_color", "janus", "front", "back")
+SHAPE = ("roughness_deg", "edge_ratio", "floaters")
 ALIASES = {"ism": "sdi"}  # other names of the scores that guide
 SHOWN = ("object", "object_color", "janus_rate", "front_rate", "back_rate", "runs")  # in the table of several scores
 RESULTS = Path(__file__).parent / "results"
@@ -97,17 +103,22 @@ def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, ob
     shutil.rmtree(workspace, ignore_errors=True)
     typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
     typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
-    config = resolve(typed | other, "dream-mini", device)
+    meshes = other.get("save_mesh", False)  # measured, and not written among the outputs
+    config = resolve(typed | other | {"save_mesh": False}, "dream-mini", device)
     start = time.monotonic()
     run(config)
     seconds = time.monotonic() - start
-    strip = torch.cat(list(pictures_of(finished(config, workspace))), dim=2).permute(1, 2, 0)
+    trainer = finished(config, workspace)
+    strip = torch.cat(list(pictures_of(trainer)), dim=2).permute(1, 2, 0)
     path = _views(work, prompt, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_uint8(strip)).save(path)
+    write_strip(trainer, work / "strips" / f"{_name(prompt, seed)}.jpg", config.camera)
+    look = measure_shape(trainer) | (measure_mesh(trainer, workspace / "measured") if meshes else {})
+    del trainer
     gc.collect()
     torch.cuda.empty_cache()
-    scores = assess(load_judge(), read_views(path), prompt)
+    scores = assess(load_judge(), read_views(path), prompt) | rounded(look)
     return {"prompt": prompt, "seed": seed, **scores, "seconds": round(seconds, 1), "iters": config.run.iters}
 
 
@@ -227,7 +238,7 @@ def facts_of(device: str, other: Mapping[str, object]) -> dict:
 
 
 def _mean(rows: list[dict], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
+    values = [row[name] for row in rows if row.get(name) is not None]
     return round(sum(values) / len(values), 4) if values else None
 
 
@@ -246,12 +257,39 @@ def by_prompt(rows: list[dict], prompts: tuple[str, ...]) -> list[dict]:
 
 
 def scored_again(rows: list[dict], work: Path) -> list[dict]:
-    """The rows with the scores that today's judge gives their pictures."""
+    """The rows with the scores that today's judge gives their pictures, and the colours there."""
     judge, fresh = load_judge(), []
     for row in rows:
-        path = _views(work, row["prompt"], row["seed"])
-        fresh.append(row | assess(judge, read_views(path), row["prompt"]) if path.exists() else row)
+        path, prompt = _views(work, row["prompt"], row["seed"]), row["prompt"]
+        if path.exists():
+            pictures = read_views(path)
+            row = row | assess(judge, pictures, prompt)
+            row["color"] = rounded({"": measure_color(pictures, prompt, BACKGROUND)})[""]
+        fresh.append(row)
     return fresh
+
+
+def beside_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -> dict:
+    """How the runs of some prompts look beside the world's own objects: `result`, `world`, and `ratio` of the two.
+
+    kid and color_error are distances to the world already. What needs renders of the world is left out where none are
+    stored (`bench world`).
+    """
+    rows = [row for row in rows if row["prompt"] in prompts]
+    prompts = tuple(prompt for prompt in prompts if any(row["prompt"] == prompt for row in rows))
+    result, own = {name: _mean(rows, name) for name in SHAPE}, {}
+    if colored := [row for row in rows if row.get("color")]:
+        errors = [color_error(torch.tensor(row["color"]), paints_of(row["prompt"])) for row in colored]
+        result["color_error"], own["color_error"] = sum(errors) / len(errors), color_spread(prompts)
+    if prompts and (world := read_world(prompts)) is not None:
+        own |= world_summary(world)
+        paths = [path for row in rows if (path := _views(work, row["prompt"], row["seed"])).exists()]
+        if paths:
+            judge = load_judge()
+            shown = torch.cat([judge.features(read_views(path)) for path in paths])
+            result["kid"] = kid(shown, world.features.flatten(0, 2))
+    ratio = {name: result[name] / own[name] for name in SHAPE if result[name] is not None and own.get(name)}
+    return {name: rounded(part) for name, part in {"result": result, "world": own, "ratio": ratio}.items()}
 
 
 def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
@@ -294,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     of_runs = """of every run, such as '{"iters": 600, "lambda_tv": "0.5:0:1e-5:1.0"}'; default: the model's own"""
     parser.add_argument("--settings", default="{}", metavar="JSON", help=of_runs)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run that would end later; 0: none at all")
+    parser.add_argument("--name", help="also a column of docs/quality.md: writes quality-NAME.json and its sheet")
     parser.add_argument("--no_prior", action="store_true", help="leave dream-mini's own pictures out")
     args = parser.parse_args(argv)
     try:
@@ -311,10 +350,20 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
     contact_sheet(args.work, tuple(args.prompts or PROMPTS), args.out / "quality.png")
+    if args.name:
+        write_named(args.name, record, args.work, args.out)
     if not args.prompts:
         contact_sheet(args.work, HELD_OUT, args.work / "held_out.png")
     print(json.dumps({k: v for k, v in record.items() if k not in ("rows", "settings")}, indent=1))
     return 0
+
+
+def write_named(name: str, record: dict, work: Path, out: Path) -> None:
+    """The record as a column of docs/quality.md, and the sheet of its first seed."""
+    about = {"commit": git_state()[0], "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    (out / f"quality-{name}.json").write_text(json.dumps(about | record, indent=1) + "\n")
+    shown = [_name(line["prompt"], 0) for line in record["prompts"]]
+    write_sheet(work / "strips", shown, out / f"quality-{name}.jpg")
 
 
 def read_settings(text: str) -> dict[str, object]:
@@ -362,6 +411,8 @@ def measure(
     return {
         **summary([row for row in rows if row["prompt"] in prompts]),
         "held_out": summary([row for row in rows if row["prompt"] in held_out]),
+        "look": beside_world(rows, work, prompts),
+        "held_out_look": beside_world(rows, work, held_out),
         **(prior(work, args.device) if full and not args.no_prior else {}),
         **({"judge": judge} if full else {}),
         **facts,

@@ -342,6 +342,12 @@ class GuidanceConfig(Room):
 class LossConfig(Room):
     """Regularisers and gradient limits."""
 
+    regularizers: str = option(
+        "plain",
+        "plain: weights are the reference's, to be found anew for each image model; guided: they are parts of the "
+        "guidance's gradient, and mean as much whatever guides",
+        choices=("plain", "guided"),
+    )
     lambda_entropy: Scalar = option(1e-3, "entropy of the rays' opacity: empty or full", low=0)
     lambda_entropy_weights: Scalar = option(0.0, "entropy of the samples' weights, as the reference has it", low=0)
     lambda_opacity: Scalar = option(0.0, "mean square of the opacity", low=0)

@@ -20,6 +20,7 @@ TV_POINTS = 1_000_000  # whose differences --lambda_tv weights, in each level
 TV_SHARE = 32  # of them, one in so many stands for all on a CPU, where all would take four times as long as a step
 TERMS = ("entropy", "entropy_weights", "opacity", "orient", "2d_normal_smooth", "3d_normal_smooth")  # lambda_...
 MESH_TERMS = ("mesh_normal", "mesh_laplacian")
+TINY = 1e-20  # of a length that is divided by
 SMOOTH_REACH = 0.01  # world units, standard deviation of the neighbour in the 3D smoothness term
 
 
@@ -71,9 +72,20 @@ def normal_image_smoothness(image: Tensor) -> Tensor:
     return down.square().mean() + across.square().mean()
 
 
-def normal_smoothness(normals: Tensor, near_normals: Tensor, count: Tensor) -> Tensor:
-    """Mean absolute difference of normals [S, 3] and those of near points [S, 3]."""
-    return sample_mean((normals - near_normals).abs().mean(dim=-1), count)
+def normal_smoothness(
+    normals: Tensor, near_normals: Tensor, count: Tensor, seen: tuple[Tensor, int] | None = None
+) -> Tensor:
+    """Mean absolute difference of normals [S, 3] and those of near points [S, 3].
+
+    With `seen`, the weights [S] of the samples and the number of rays, it is that of what a ray sees, the mean over the
+    rays: a sample counts by its weight. Samples of near-empty space, and those inside, would otherwise outnumber those
+    of the surface. No gradient goes into the weights.
+    """
+    difference = (normals - near_normals).abs().mean(dim=-1)
+    if seen is None:
+        return sample_mean(difference, count)
+    weights, rays = seen
+    return sample_mean(weights.detach() * difference, count) * count / rays
 
 
 def normal_consistency(surface: Surface, beyond: Tensor) -> Tensor:
@@ -140,6 +152,7 @@ def regularizers(
     normal_epsilon: float,
     active_levels: int | Tensor | None = None,
     generator: torch.Generator,
+    pull: Tensor | float = 1.0,
 ) -> dict[str, Tensor]:
     """The weighted terms of this step, by name. Terms whose weight is 0 in the whole run, or without the normals they
     need, are left out.
@@ -147,11 +160,14 @@ def regularizers(
     `up` is the `ramp` of the step, by which the entropies join. `now` holds the weights, by their names in `config`,
     that `config` has a schedule for: their values in this step, on the host or as scalars on the device.
     `field`, `normals`, `normal_epsilon` and `active_levels` serve the 3D smoothness, which evaluates the field again.
+    `pull` is the length of the guidance's gradient, by which weights are multiplied where `config` says "guided".
     """
     count = rendered.samples.count
     weights = {name: getattr(config, f"lambda_{name}") for name in TERMS}
     wanted = {name for name, weight in weights.items() if largest(weight) > 0}
     weights |= {name: now[f"lambda_{name}"] for name in TERMS if f"lambda_{name}" in (now or {})}
+    if config.regularizers == "guided":
+        weights = {name: weights[name] * pull for name in wanted}
     terms = {}
     if "entropy" in wanted:
         terms["entropy"] = weights["entropy"] * up * opacity_entropy(rendered.opacity)
@@ -178,7 +194,8 @@ def regularizers(
             normals=normals,
             normal_epsilon=normal_epsilon,
         ).normal
-        smooth = normal_smoothness(rendered.sample_normals, near, count)
+        seen = (rendered.weights, len(rendered.opacity)) if config.regularizers == "guided" else None
+        smooth = normal_smoothness(rendered.sample_normals, near, count, seen)
         terms["3d_normal_smooth"] = weights["3d_normal_smooth"] * smooth
     return terms
 
@@ -192,18 +209,27 @@ def add_table_gradients(
     now: Mapping[str, float | Tensor],
     scale: float | Tensor,
     generator: torch.Generator,
-) -> None:
+) -> Tensor | None:
     """Add total variation and weight decay of the hash table straight to its gradient (after `backward`).
 
     `scale` is the loss scale by which the gradient there is already multiplied; `up` and `now` are those of
-    `regularizers`.
+    `regularizers`. Returns the length of what is added over that of the gradient before; None: nothing is added.
     """
+    if max(largest(config.lambda_tv), largest(config.lambda_wd)) == 0:
+        return None
+    before = field.table.grad.clone()
     spec = field.spec.grid  # both weights are 0 where there is no table: Config sees to it
     variation, decay = (now.get(name, getattr(config, name)) for name in ("lambda_tv", "lambda_wd"))
     if largest(config.lambda_tv) > 0:
         share = TV_SHARE if field.table.device.type == "cpu" else 1
         points = torch.rand(TV_POINTS // share, 3, generator=generator, device=generator.device).to(field.table.device)
-        weight = share * up * variation
-        field.table.grad += scale * kernels.hash_grid_total_variation_grad(field.table, spec, points, weight)
+        if config.regularizers == "guided":
+            change = kernels.hash_grid_total_variation_grad(field.table, spec, points, 1.0)
+            length = field.table.grad.norm() / change.norm().clamp(min=TINY)
+            field.table.grad += up * variation * length * change
+        else:
+            weight = share * up * variation
+            field.table.grad += scale * kernels.hash_grid_total_variation_grad(field.table, spec, points, weight)
     if largest(config.lambda_wd) > 0:
         field.table.grad += scale * kernels.hash_grid_weight_decay_grad(field.table, spec, decay)
+    return (field.table.grad - before).norm() / before.norm().clamp(min=TINY)

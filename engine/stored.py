@@ -74,6 +74,7 @@ WITHOUT: dict[str, Any] = {
     "guidance.negative_w": -2.0,
     "guidance.front_decay_factor": 2.0,
     "guidance.side_decay_factor": 10.0,
+    "loss.regularizers": "plain",
     "loss.lambda_mesh_normal": 0.5,
     "loss.lambda_mesh_laplacian": 0.5,
     "dmtet.dmtet": False,

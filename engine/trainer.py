@@ -32,7 +32,18 @@ from dream_fast.engine.field import make_field
 from dream_fast.engine.guidance.attention import KINDS, Chosen
 from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
-from dream_fast.engine.health import ALL, DIVERGED, LOST, NOTHING, Lost, diagnosis, lost_sentence, memory_sentence
+from dream_fast.engine.health import (
+    ALL,
+    DIVERGED,
+    LOST,
+    NOTHING,
+    OUTWEIGHS,
+    Lost,
+    diagnosis,
+    lost_sentence,
+    memory_sentence,
+    outweighed_sentence,
+)
 from dream_fast.engine.losses import add_table_gradients, mesh_regularizers, needs_normals, ramp, regularizers
 from dream_fast.engine.mesh_renderer import MeshRenderer, RenderedMesh
 from dream_fast.engine.optim import LossScaler, Optimizer
@@ -120,6 +131,7 @@ class Step(NamedTuple):
     opacity: Tensor  # [R]
     samples: Tensor  # how many there were
     overflow: Tensor  # whether they did not all fit
+    table_pull: Tensor | None = None  # of the hash table's regularisers, as a part of the rest of its gradient
     seen: Seen | None = None  # with --save_guidance
 
 
@@ -160,6 +172,7 @@ class Trainer:
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
         self.lost_in_a_row = torch.zeros(2, dtype=torch.int64, device=runtime.device)  # without an object, full of it
+        self.outweighed = torch.zeros_like(self.skipped)  # steps by the table's regularisers, less those that were not
         self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
         self._graphs: CudaGraphs | None = None  # of the gradient of a step, one a kind of step
         self._graphs_capacity = 0
@@ -206,6 +219,8 @@ class Trainer:
         self.skipped_in_a_row.add_(1).mul_(skipped)
         opacity = done.opacity.mean()
         self.lost_in_a_row.add_(1).mul_(torch.stack([opacity < NOTHING, opacity > ALL]))
+        if done.table_pull is not None:
+            self.outweighed.add_(2 * (done.table_pull > OUTWEIGHS) - 1).clamp_(min=0)  # it varies from step to step
         self.mark("optimiser")
         self.step += 1
         return done._replace(phase=phase)
@@ -239,11 +254,11 @@ class Trainer:
         asked = {"guidance": guided.loss}
         if several := getattr(guided, "losses", None):  # a guidance of one's own need not have it
             asked = {f"guidance_{name}": loss for name, loss in several.items()}
-        terms = asked | self._regularizers(rendered, dials, height, width, levels)
+        terms = asked | self._regularizers(rendered, dials, height, width, levels, guided.grad_norm.detach())
 
         self.optimizer.zero_grad()
         (torch.stack(list(terms.values())).sum() * self.scaler.scale).backward()
-        add_table_gradients(
+        table_pull = add_table_gradients(
             self.field,
             config.loss,
             up=dials.up,
@@ -255,10 +270,17 @@ class Trainer:
         terms = {name: term.detach() for name, term in terms.items()}  # nothing of the step's autograd graph lives on
         opacity, samples = rendered.opacity.detach(), rendered.count
         seen = Seen(pictures.detach(), guided.noisy, guided.clean) if config.output.save_guidance else None
-        return Step(phase, terms, guided.t, guided.grad_norm.detach(), opacity, samples, rendered.overflow, seen)
+        norm, overflow = guided.grad_norm.detach(), rendered.overflow
+        return Step(phase, terms, guided.t, norm, opacity, samples, overflow, table_pull, seen)
 
     def _regularizers(
-        self, rendered: Rendered | RenderedMesh, dials: Dials, height: int, width: int, levels: int | None
+        self,
+        rendered: Rendered | RenderedMesh,
+        dials: Dials,
+        height: int,
+        width: int,
+        levels: int | None,
+        pull: Tensor,
     ) -> dict[str, Tensor]:
         config = self.config
         if isinstance(rendered, RenderedMesh):
@@ -277,6 +299,7 @@ class Trainer:
             normal_epsilon=config.render.normal_epsilon,
             active_levels=levels,
             generator=self.generator,
+            pull=pull,
         )
 
     def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> Step:
@@ -342,7 +365,7 @@ class Trainer:
         run, output = self.config.run, self.config.output
         evaluation, tests = output.eval_interval * EPOCH, output.test_interval * EPOCH
         saved = started = time.monotonic()
-        logged_step, logged, warned = self.step, started, ""
+        logged_step, logged, warned, outweighed = self.step, started, "", False
         with (
             finishing_steps() as stop,
             workspace.metrics.open("a", encoding="utf-8") as metrics,
@@ -364,6 +387,7 @@ class Trainer:
                     watch.row(row)
                     self._show(bar, row)
                     self._check_alive(row)
+                    outweighed = outweighed or self._check_table(reporter, result)
                     workspace.check_there()
                 if self.step % run.log_every == 0 or self.step % EPOCH == 0:
                     warned = self._check_object(reporter, warned)
@@ -434,6 +458,13 @@ class Trainer:
             raise Lost(lost[0])
         reporter.warn(lost_sentence(self.config, lost[0], self.step))
         return lost[0]
+
+    def _check_table(self, reporter: Reporter, result: Step) -> bool:
+        """Warns where regularisers of the hash table outweigh the guidance; whether it did. Reads the device."""
+        if int(self.outweighed) < LOST:
+            return False
+        reporter.warn(outweighed_sentence(self.config, float(result.table_pull), self.step))
+        return True
 
     @torch.no_grad()
     def validate(self, workspace: Workspace) -> Path:

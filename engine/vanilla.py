@@ -74,8 +74,7 @@ class VanillaField(SceneField):
             slope = self._differences(x, active_levels, normal_epsilon)
         normal = None
         if slope is not None:
-            # Below the floor the normal shrinks to zero instead of dividing 0 by 0.
-            normal = -slope * slope.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
+            normal = kernels.normal_of_gradient(slope)
         return FieldValues(kernels.density_activation(logit, self.spec), colour.sigmoid(), normal).without_padding(
             count
         )

@@ -14,7 +14,7 @@ from dream_fast.kernels.field import (
     field_plan,
     field_reference,
 )
-from dream_fast.kernels.field_normals import field_normals, field_normals_reference
+from dream_fast.kernels.field_normals import field_normals, field_normals_reference, normal_of_gradient
 from dream_fast.kernels.grid_regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
 from dream_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
@@ -54,6 +54,7 @@ __all__ = [
     "field",
     "field_normals",
     "field_normals_reference",
+    "normal_of_gradient",
     "field_plan",
     "field_reference",
     "group_norm_silu",

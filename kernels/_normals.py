@@ -26,16 +26,22 @@ def load_vector(pointer, row, live):
 
 @jit
 def normal_of(gx, gy, gz):
-    inverse = tl.rsqrt(tl.maximum(gx * gx + gy * gy + gz * gz, _FLOOR))
+    """The unit normal; 0 where the gradient is below the floor."""
+    inverse = _inverse_length(gx, gy, gz)
     return -gx * inverse, -gy * inverse, -gz * inverse
 
 
 @jit
-def normal_backward(gx, gy, gz, tx, ty, tz):
-    """Gradient of sigma and gradient into the normal -> gradient into the former, and whether it is above the floor."""
+def _inverse_length(gx, gy, gz):
+    """1 / |g|, and 0 below the floor: what is flat has no normal, and gets no gradient through one."""
     squared = gx * gx + gy * gy + gz * gz
-    above = squared >= _FLOOR
-    inverse = tl.rsqrt(tl.maximum(squared, _FLOOR))
+    return tl.where(squared < _FLOOR, 0.0, tl.rsqrt(tl.maximum(squared, _FLOOR)))  # what is not a number stays that
+
+
+@jit
+def normal_backward(gx, gy, gz, tx, ty, tz):
+    """Gradient of sigma and gradient into the normal -> gradient into the former, 0 below the floor."""
+    inverse = _inverse_length(gx, gy, gz)
     nx, ny, nz = -gx * inverse, -gy * inverse, -gz * inverse
-    along = tl.where(above, nx * tx + ny * ty + nz * tz, 0.0)
-    return inverse * (along * nx - tx), inverse * (along * ny - ty), inverse * (along * nz - tz), above
+    along = nx * tx + ny * ty + nz * tz
+    return inverse * (along * nx - tx), inverse * (along * ny - ty), inverse * (along * nz - tz)

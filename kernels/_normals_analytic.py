@@ -284,13 +284,9 @@ def analytic_bwd_kernel(
         dy = _pull(by_v, into_features, FEATURES) * scale + outward * py
         dz = _pull(by_w, into_features, FEATURES) * scale + outward * pz
         tx, ty, tz = load_vector(to_normal, row, live)
-        gx, gy, gz, above = normal_backward(slope * dx, slope * dy, slope * dz, tx, ty, tz)
-        # The normal feels the slope only below the floor.
-        curvature = slope
-        if SOFTPLUS:
-            curvature = slope * (1.0 - slope)
-        to_slope = tl.where(above, 0.0, gx * dx + gy * dy + gz * dz)
-        to_logit = tl.load(to_sigma + row, mask=live, other=0.0) * slope + to_slope * curvature
+        # The slope scales the gradient alone, of which the normal feels nothing.
+        gx, gy, gz = normal_backward(slope * dx, slope * dy, slope * dz, tx, ty, tz)
+        to_logit = tl.load(to_sigma + row, mask=live, other=0.0) * slope
         gx, gy, gz = gx * slope, gy * slope, gz * slope
 
         pushed = _push(by_u, by_v, by_w, gx * scale, gy * scale, gz * scale, FEATURES)

@@ -201,7 +201,7 @@ def differences_bwd_kernel(
         to_density = tl.load(to_sigma + row, mask=centre, other=0.0)
         gx, gy, gz = load_vector(gradient, row, live & (tap > 0))
         tx, ty, tz = load_vector(to_normal, row, live & (tap > 0))
-        gx, gy, gz, above = normal_backward(gx, gy, gz, tx, ty, tz)
+        gx, gy, gz = normal_backward(gx, gy, gz, tx, ty, tz)
         along = tl.where(tap <= 2, gx, tl.where(tap <= 4, gy, gz)) / (2.0 * epsilon)
         to_density += tl.where(tap % 2 == 1, along, -along)
         to_logit = to_density * density_slope(raw, density, SOFTPLUS)

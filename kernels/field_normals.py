@@ -46,6 +46,8 @@ from dream_fast.kernels.field import (
     unfused_field,
 )
 
+FLOOR = 1e-20  # of the gradient's square, below which there is no normal; as in `_normals`
+
 
 def field_normals_reference(
     x: Tensor,
@@ -85,9 +87,18 @@ def field_normals_reference(
             )
             differences.append((plus - minus) / (2 * epsilon))
         gradient = torch.stack(differences, 1)
-    # Below the floor the normal shrinks to zero instead of dividing 0 by 0.
-    normal = -gradient * gradient.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
-    return pad_rows(sigma, rows), pad_rows(albedo, rows), pad_rows(normal, rows)
+    return pad_rows(sigma, rows), pad_rows(albedo, rows), pad_rows(normal_of_gradient(gradient), rows)
+
+
+def normal_of_gradient(gradient: Tensor) -> Tensor:
+    """Unit normals [N, 3], against the gradient; 0, without a gradient of its own, where that is nothing.
+
+    It is nothing where sigma is the same at all taps, as it is where exp is held at its largest value. Divided by a
+    floor, the gradient of such a normal would be ten orders of magnitude above all others.
+    """
+    squared = gradient.square().sum(1, keepdim=True)
+    flat = squared < FLOOR
+    return torch.where(flat, 0, -gradient * torch.where(flat, 1, squared).rsqrt())
 
 
 def _fwd_config(mode: str, dtype: torch.dtype) -> dict[str, int]:
@@ -476,7 +487,7 @@ def _unfused(
             plus, minus = (unfused_field(tap, table, weights, biases, spec, count=count, **options)[0] for tap in taps)
             differences.append((plus - minus) / (2 * epsilon))
         gradient = torch.stack(differences, 1)
-    normal = -gradient * gradient.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
+    normal = normal_of_gradient(gradient)
     return sigma, albedo, normal if live is None else torch.where(live, normal, 0)
 
 

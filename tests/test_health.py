@@ -12,8 +12,19 @@ from dream_fast.cli import main
 from dream_fast.engine import health
 from dream_fast.engine import trainer as trainer_module
 from dream_fast.engine.config import Config
-from dream_fast.engine.health import DIVERGED, LOST, Lost, diagnosis, flags, lighter, memory_sentence, rescued
+from dream_fast.engine.health import (
+    DIVERGED,
+    LOST,
+    Lost,
+    diagnosis,
+    flags,
+    lighter,
+    lost_sentence,
+    memory_sentence,
+    rescued,
+)
 from dream_fast.engine.optim import LossScaler
+from dream_fast.engine.presets import resolve
 from dream_fast.engine.progress import Reporter
 from dream_fast.engine.runtime import choose_runtime
 from dream_fast.engine.schedule import LinearSchedule
@@ -126,6 +137,30 @@ def test_rescue_starts_again_with_settings_under_which_there_is_an_object(
     assert stored["loss"]["lambda_opacity"] != 1e7 and stored["optim"]["lr"] < 0.05
     assert main([*words, "--iters", "31"]) == 0  # taken up with the settings of the rescue
     assert rows(tmp_path)[-1]["step"] == 31
+
+
+def test_a_regulariser_that_outweighs_the_guidance_is_named_once(tmp_path, tiny_model, monkeypatch, capsys):
+    """With the weight that would not, which is not warned of in its turn."""
+    monkeypatch.setattr(trainer_module, "LOST", 8)
+    assert main(command(tmp_path, tiny_model, "--lambda_tv", "1e3", "--log_every", "2")) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "times as hard as the guidance" in line]
+    assert len(said) == 1 and "--lambda_tv 1000 pulls" in said[0] and "would pull as hard as that" in said[0]
+    gentle = command(
+        tmp_path / "gentle", tiny_model, "--lambda_tv", "1", "--regularizers", "guided", "--log_every", "2"
+    )
+    assert main(gentle) == 0
+    assert "times as hard" not in capsys.readouterr().out
+
+
+def test_a_box_full_of_noise_is_a_lost_object_whose_regulariser_is_named():
+    """Opacities as a run of an H200 had them, which were never 0.98 for long; a good run's largest is far below."""
+    noise = [0.86, 0.94, 0.95, 0.92, 0.89, 1.0, 0.97, 0.93, 0.99, 0.83, 0.82, 0.81]
+    assert min(noise) > health.ALL > 0.56
+    config = resolve({"lambda_3d_normal_smooth": 0.1, "lambda_tv": LinearSchedule.parse("0:0:2:9")}, "sd", "cuda")
+    sentence = lost_sentence(config, "full", 500)
+    assert "--lambda_tv 2 --lambda_3d_normal_smooth 0.1 may be too strong; --rescue" in sentence
+    for usual in (resolve({}, "dream-mini", "cuda"), resolve({"preset": "reference"}, "dream-mini", "cpu")):
+        assert "too strong" not in lost_sentence(usual, "full", 500)
 
 
 @pytest.mark.parametrize("since", [0, 1, 37, 99, 100])

@@ -88,6 +88,18 @@ def test_normal_smoothness_ignores_padding():
     assert torch.autograd.gradcheck(lambda n: losses.normal_smoothness(n, near, COUNT), normals)
 
 
+def test_normal_smoothness_by_what_rays_see():
+    """A sample counts by its weight, so that one in empty space counts nothing; the mean is over the rays."""
+    generator = torch.Generator().manual_seed(0)
+    normals = torch.randn(5, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    weights = torch.tensor([0.5, 0.0, 0.25, 9.0, 9.0], dtype=torch.float64).requires_grad_()
+    loss = losses.normal_smoothness(normals, torch.zeros_like(normals), COUNT, (weights, 2))
+    each = normals.abs().mean(dim=1)
+    torch.testing.assert_close(loss, (0.5 * each[0] + 0.25 * each[2]) / 2)
+    loss.backward()
+    assert weights.grad is None and not normals.grad[1].any() and normals.grad[0].all()
+
+
 # --------------------------------------------------------------------------------------------------- on a true render
 
 ALL = dict(
@@ -111,7 +123,7 @@ def small_renderer():
     return Renderer(field, render_config)
 
 
-def terms_of(renderer, need_normals=True, empty=False, **weights):
+def terms_of(renderer, need_normals=True, empty=False, pull=1.0, **weights):
     if empty:
         renderer.sampler.bits.zero_()
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.0, 30.0)))
@@ -127,6 +139,7 @@ def terms_of(renderer, need_normals=True, empty=False, **weights):
         normals="finite_difference",
         normal_epsilon=0.01,
         generator=torch.Generator().manual_seed(2),
+        pull=pull,
     )
 
 
@@ -141,6 +154,15 @@ def test_each_term_reaches_the_field_and_scales_with_its_weight(name):
     loss.backward()
     gradient = renderer.field.table.grad
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_guided_weights_grow_with_the_guidances_gradient_and_plain_ones_do_not(name):
+    """The same weight means as much for a model whose gradient is seven times as long."""
+    renderer, short = small_renderer(), name.removeprefix("lambda_")
+    one, seven = (terms_of(renderer, pull=p, regularizers="guided", **{name: 1.0})[short] for p in (1.0, 7.0))
+    torch.testing.assert_close(seven, 7 * one)
+    assert torch.equal(terms_of(renderer, pull=7.0, **{name: 1.0})[short], terms_of(renderer, **{name: 1.0})[short])
 
 
 def test_terms_without_normals_are_left_out():
@@ -171,6 +193,23 @@ def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
         added = field.table.grad - 1
         assert (added * field.table).sum() > 0  # descending shrinks the random table
         assert added.abs().max() > 0
+
+
+@pytest.mark.parametrize("length", [1e-3, 1e3])
+def test_guided_total_variation_is_as_long_as_its_weight_says(monkeypatch, length):
+    """A part of the gradient that is there, whatever its length and the loss scale; the part is returned."""
+    monkeypatch.setattr(losses, "TV_POINTS", 2000)
+    field = small_renderer().field
+    there = torch.randn(field.table.shape, generator=torch.Generator().manual_seed(0))
+    there *= length / there.norm()
+    field.table.grad = there.clone()
+    config = dataclasses.replace(LossConfig(), **NOTHING | {"lambda_tv": 0.3, "regularizers": "guided"})
+    options = dict(up=0.5, now={}, scale=4.0, generator=torch.Generator().manual_seed(0))
+    part = losses.add_table_gradients(field, config, **options)
+    assert part.item() == pytest.approx(0.15)
+    assert (field.table.grad - there).norm().item() == pytest.approx(0.15 * length, rel=1e-3)
+    assert ((field.table.grad - there) * field.table).sum() > 0  # descending makes the table smoother
+    assert losses.add_table_gradients(field, dataclasses.replace(LossConfig(), **NOTHING), **options) is None
 
 
 def added_gradient(field, scale, up=1.0, **weights):

@@ -49,7 +49,8 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures [N, 3, 96, 96] in [0, 1] to logits: objects [N, 48], colours [N, 12], sectors and overhead [N, 25]."""
+    """Pictures [N, 3, H, W] in [0, 1], brought to 96 x 96, to logits: objects [N, 48], colours [N, 12],
+    sectors and overhead [N, 25]."""
 
     def __init__(self):
         super().__init__()
@@ -63,8 +64,13 @@ class Judge(nn.Module):
         self.view = nn.Linear(c, SECTORS + 1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = self.blocks(F.relu(self.stem(pictures * 2 - 1))).mean((2, 3))
+        y = self.features(pictures)
         return self.object(y), self.color(y), self.view(y)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the logits are linear in, [N, 120], of pictures [N, 3, H, W] in [0, 1] of any size."""
+        y = self.stem(_resized(pictures) * 2 - 1)
+        return self.blocks(F.relu(y)).mean((2, 3))
 
 
 def load_judge(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> Judge:
@@ -76,13 +82,18 @@ def load_judge(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> J
 
 @torch.no_grad()
 def verdicts(judge: Judge, pictures: Tensor) -> Verdicts:
-    """The judge's verdicts on pictures [N, 3, H, W] in [0, 1] of any size; they are brought to 96 x 96."""
-    if pictures.shape[-2:] != (SIZE, SIZE):
-        pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
+    """The judge's verdicts on pictures [N, 3, H, W] in [0, 1] of any size."""
     objects, colors, views = judge(pictures)
     sectors = views.softmax(-1)
     words = sectors @ _words().to(sectors)
     return Verdicts(objects.argmax(-1), colors.argmax(-1), words.argmax(-1))
+
+
+def _resized(pictures: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] brought to SIZE x SIZE."""
+    if pictures.shape[-2:] == (SIZE, SIZE):
+        return pictures
+    return F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
 
 
 def sector_middles() -> Tensor:
