@@ -135,7 +135,15 @@ HALF, FULL, BRAIN = torch.float16, torch.float32, torch.bfloat16
 FINITE, ANALYTIC = {"mode": "finite_difference"}, {"mode": "analytic"}
 LINEAR = HashGridSpec(interpolation="linear", features=4, levels=8)
 
+
 # Normals and rendering in fp32 take longest to compile and are nobody's default: tests run them, nothing gates them.
+def tracing() -> Call:
+    """Two scenes of one primitive."""
+    rays = torch.zeros(2, 4096, 3), torch.ones(2, 4096, 3)
+    starts = torch.tensor([[0, 1, 1], [1, 2, 2]], dtype=torch.int32)
+    return lambda: kernels.trace(*rays, torch.ones(2, 20), starts, torch.zeros(2, 2), torch.ones(2))
+
+
 AOT_CASES: dict[str, Callable[[], Call]] = {
     "hash_grid/float16": partial(benchmarked, "hash_grid", "rays_64", "forward_backward", "float16"),
     "hash_grid/float32": partial(benchmarked, "hash_grid", "rays_64", "forward_backward", "float32"),
@@ -170,6 +178,7 @@ AOT_CASES: dict[str, Callable[[], Call]] = {
     "composite/channels_float16": partial(composite_channels, HALF),
     "occupancy/float32": occupancy,
     "render/float16": partial(benchmarked, "render", "frame_800_normals", "forward", "float16"),
+    "trace/float32": tracing,
     "adan/float32": partial(benchmarked, "adan", "12.2M", "forward", "float32"),
     # Groups of many programs (where channels are last merged by a kernel of their own), of some, and of one each.
     **{

@@ -29,6 +29,7 @@ from dream_fast.kernels.occupancy import (
 )
 from dream_fast.kernels.raster import rasterize, rasterize_reference
 from dream_fast.kernels.render import EMPTY_OPACITY, View, render, render_reference
+from dream_fast.kernels.trace import Hits, trace, trace_reference
 
 __all__ = [
     "EMPTY_OPACITY",
@@ -37,6 +38,7 @@ __all__ = [
     "FieldSpec",
     "Fragments",
     "HashGridSpec",
+    "Hits",
     "Samples",
     "View",
     "adan_step",
@@ -77,4 +79,6 @@ __all__ = [
     "recorded_launches",
     "render",
     "render_reference",
+    "trace",
+    "trace_reference",
 ]
