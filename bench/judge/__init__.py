@@ -8,6 +8,7 @@ It tells views by sectors of azimuth, for objects whose front can be told from t
 and overhead are sums over sectors.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dream_fast.bench.judge.network import Network
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS
 
 SIZE = 96
@@ -49,7 +51,8 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures [N, 3, 96, 96] in [0, 1] to logits: objects [N, 48], colours [N, 12], sectors and overhead [N, 25]."""
+    """Pictures [N, 3, H, W] in [0, 1], brought to 96 x 96, to logits: objects [N, 48], colours [N, 12],
+    sectors and overhead [N, 25]."""
 
     def __init__(self):
         super().__init__()
@@ -63,26 +66,41 @@ class Judge(nn.Module):
         self.view = nn.Linear(c, SECTORS + 1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = self.blocks(F.relu(self.stem(pictures * 2 - 1))).mean((2, 3))
+        y = self.features(pictures)
         return self.object(y), self.color(y), self.view(y)
 
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the logits are linear in, [N, 120], of pictures [N, 3, H, W] in [0, 1] of any size."""
+        y = self.stem(_resized(pictures) * 2 - 1)
+        return self.blocks(F.relu(y)).mean((2, 3))
 
-def load_judge(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> Judge:
+
+def load_judge(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> Judge | Network:
     """The trained judge, in fp32, for inference."""
-    judge = Judge()
+    about = json.loads(weights.with_suffix(".json").read_text())
+    judge = Network(about["classes"]) if "classes" in about else Judge()  # the latter knows the world of 48 things
     judge.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in load_file(weights).items()})
     return judge.requires_grad_(False).eval().to(device)
 
 
 @torch.no_grad()
 def verdicts(judge: Judge, pictures: Tensor) -> Verdicts:
-    """The judge's verdicts on pictures [N, 3, H, W] in [0, 1] of any size; they are brought to 96 x 96."""
-    if pictures.shape[-2:] != (SIZE, SIZE):
-        pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
-    objects, colors, views = judge(pictures)
+    """The judge's verdicts on pictures [N, 3, H, W] in [0, 1] of any size."""
+    objects, colors, views, *_ = judge(pictures)
+    return Verdicts(objects.argmax(-1), colors.argmax(-1), to_words(views))
+
+
+def to_words(views: Tensor) -> Tensor:
+    """The most likely of VIEWS, [N] int64, by logits [N, SECTORS + 1] of sectors and of the view from above."""
     sectors = views.softmax(-1)
-    words = sectors @ _words().to(sectors)
-    return Verdicts(objects.argmax(-1), colors.argmax(-1), words.argmax(-1))
+    return (sectors @ _words().to(sectors)).argmax(-1)
+
+
+def _resized(pictures: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] brought to SIZE x SIZE."""
+    if pictures.shape[-2:] == (SIZE, SIZE):
+        return pictures
+    return F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
 
 
 def sector_middles() -> Tensor:

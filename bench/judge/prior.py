@@ -21,10 +21,10 @@ from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.guidance.loader import Components, load_components
 from dream_fast.engine.prior import MODEL_FOLDER
 from dream_fast.engine.prior.captions import view_of
+from dream_fast.engine.prior.compose import make_scene
 from dream_fast.engine.prior.sample import sample_views
 from dream_fast.engine.prior.tracer import pack, render
 from dream_fast.engine.prior.vocabulary import COLORS, THINGS, VIEWS
-from dream_fast.engine.prior.world import make_scene
 
 RENDER_SEED = 303  # neither dream-mini nor the judge has learned from it
 SIDES = VIEWS[:3]
