@@ -1,0 +1,68 @@
+"""Words that fit a text encoder's window, at the boundaries; the sides at which Perp-Neg begins to turn away."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dream_fast.engine.guidance.perp_neg import negative_weights
+from dream_fast.engine.guidance.prompts import fit
+
+
+def letters(text: str, verbose: bool) -> SimpleNamespace:
+    """A tokenizer: a token a letter, and two markers."""
+    assert not verbose  # it would warn of each prompt that is too long
+    return SimpleNamespace(input_ids=[0, *range(len(text.replace(" ", ""))), 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "window", "fitting", "left_out"),
+    [
+        ("aaa bb", 8, "aaa bb", None),  # 5 letters, an ending of one, two markers: as many as fit
+        ("aaa bb", 7, "aaa", "bb"),
+        ("a b c", 4, "a", "b c"),
+        ("a b c", 5, "a b", "c"),
+        ("aaaa b", 4, "aaaa", "b"),  # the first word stays, for the tokenizer to cut
+        ("aaaa b c", 4, "aaaa", "b c"),
+        ("aaaaaaaa", 4, "aaaaaaaa", None),
+        ("  aaa   bb cc ", 7, "aaa", "bb cc"),
+        ("", 4, "", None),
+    ],
+)
+def test_fit_keeps_the_words_that_fit(caplog, text: str, window: int, fitting: str, left_out: str | None) -> None:
+    """The longest run of leading words that fits with every ending is kept, at least one, and the rest is named."""
+    with caplog.at_level(logging.WARNING):
+        assert fit(letters, window, text, ["", "x"]) == fitting
+    said = [record.getMessage() for record in caplog.records]
+    sentence = f"the prompt is longer than the {window} tokens that the text encoder reads; left out: {left_out}"
+    assert said == ([] if left_out is None else [sentence])
+
+
+def test_fit_asks_for_no_more_words_than_tokens() -> None:
+    """A word is a token at least, so that a prompt of many thousand words is tried at the window's length first."""
+    tried = []
+
+    def tokenizer(text: str, verbose: bool) -> SimpleNamespace:
+        tried.append(len(text.split()))
+        return letters(text, verbose)
+
+    assert fit(tokenizer, 6, " ".join("a" * 10_000), [""]) == "a a a a"
+    assert tried == [10_000, 6, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("views", "weights"),
+    [
+        ([0.8, 0.2, 0.0, 0.0], [True, True]),
+        ([0.81, 0.19, 0.0, 0.0], [False, True]),
+        ([0.2, 0.8, 0.0, 0.0], [True, True]),
+        ([0.19, 0.81, 0.0, 0.0], [True, False]),
+        ([0.0, 0.8, 0.2, 0.0], [True, True]),
+        ([0.0, 0.81, 0.19, 0.0], [True, False]),
+    ],
+)
+def test_negative_weights_begin_with_their_limits(views: list[float], weights: list[bool]) -> None:
+    """Shares of 0.8 and 0.2 themselves still turn away: the formulas have r > 0.8 and r < 0.2 for none."""
+    got = negative_weights(torch.tensor([views], dtype=torch.float64), -2.0, 2.0, 10.0)
+    assert (got != 0).tolist() == [weights]
