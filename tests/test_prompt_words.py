@@ -39,8 +39,8 @@ def test_fit_keeps_the_words_that_fit(caplog, text: str, window: int, fitting: s
     assert said == ([] if left_out is None else [sentence])
 
 
-def test_fit_asks_for_no_more_words_than_tokens() -> None:
-    """A word is a token at least, so that a prompt of many thousand words is tried at the window's length first."""
+def test_fit_tries_no_more_words_than_tokens() -> None:
+    """A word is a token at least: a prompt of many thousand words is tried whole and from the window's length on."""
     tried = []
 
     def tokenizer(text: str, verbose: bool) -> SimpleNamespace:
@@ -49,6 +49,9 @@ def test_fit_asks_for_no_more_words_than_tokens() -> None:
 
     assert fit(tokenizer, 6, " ".join("a" * 10_000), [""]) == "a a a a"
     assert tried == [10_000, 6, 5, 4]
+    tried.clear()
+    assert fit(tokenizer, 6, "aaaa bbbb cc", [""]) == "aaaa"
+    assert tried == [3, 2]  # the whole once, and the first word not at all: it stays anyhow
 
 
 @pytest.mark.parametrize(
