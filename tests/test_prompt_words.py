@@ -1,13 +1,15 @@
-"""Words that fit a text encoder's window, at the boundaries; the sides at which Perp-Neg begins to turn away."""
+"""Words that fit a text encoder's window, what is encoded and how; where Perp-Neg begins to turn away."""
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from dream_fast.engine.guidance import prompts
 from dream_fast.engine.guidance.perp_neg import negative_weights
-from dream_fast.engine.guidance.prompts import fit
+from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode, fit
 
 
 def letters(text: str, verbose: bool) -> SimpleNamespace:
@@ -52,6 +54,52 @@ def test_fit_tries_no_more_words_than_tokens() -> None:
     tried.clear()
     assert fit(tokenizer, 6, "aaaa bbbb cc", [""]) == "aaaa"
     assert tried == [3, 2]  # the whole once, and the first word not at all: it stays anyhow
+
+
+def test_every_side_and_the_negative_prompt_are_encoded(monkeypatch, caplog) -> None:
+    """In the order of VIEWS, a side's own text as it is, each as long as it may be; the text encoder is freed."""
+    encoded, freed = [], []
+    monkeypatch.setattr(prompts, "encode", lambda components, texts: encoded.append(texts) or torch.eye(5)[:, None])
+    components = SimpleNamespace(
+        text_encoder="an encoder", tokenizer=letters, window=16, free_text_encoder=lambda: freed.append(True)
+    )
+    negative = "n" * 14  # as many as fit beside two markers: nothing comes behind it
+    with caplog.at_level(logging.WARNING):
+        made = PromptEmbeddings(components, "ab", negative, own={"overhead": "o" * 14, "side": "s"})
+    assert encoded == [["ab, front view", "s", "ab, back view", "o" * 14, negative]] and not caplog.records
+    assert torch.equal(made.views, torch.eye(5)[:4, None]) and torch.equal(made.negative, torch.eye(5)[4:, None])
+    assert freed == [True]
+    PromptEmbeddings(components, "ab", keep_text_encoder=True)
+    assert encoded[1] == [f"ab, {side} view" for side in ("front", "side", "back", "overhead")] + [""]
+    assert freed == [True]
+
+
+@pytest.mark.parametrize(
+    ("t5", "settings", "masked"),
+    [(True, {}, True), (False, {}, False), (False, {"use_attention_mask": False}, False)]
+    + [(False, {"use_attention_mask": True}, True)],
+)
+def test_padding_is_left_out_where_the_model_was_trained_so(t5: bool, settings: dict[str, bool], masked: bool) -> None:
+    """By T5 and by encoders that say it; T5 has lower case. All prompts are padded or cut to the window."""
+    calls = []
+
+    def tokenizer(texts: list[str], **options: Any) -> SimpleNamespace:
+        calls.append((texts, options))
+        return SimpleNamespace(input_ids=torch.tensor([[1, 2]]), attention_mask=torch.tensor([[1, 0]]))
+
+    def text_encoder(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        assert torch.equal(ids, torch.tensor([[1, 2]])) and (attention_mask is not None) is masked
+        assert not masked or torch.equal(attention_mask, torch.tensor([[1, 0]]))
+        assert not torch.is_grad_enabled()
+        return torch.ones(1, 2, 3), None
+
+    text_encoder.config = SimpleNamespace(**settings)
+    components = SimpleNamespace(
+        t5=t5, tokenizer=tokenizer, window=2, text_encoder=text_encoder, device=torch.device("cpu")
+    )
+    assert torch.equal(encode(components, [" A Mug "]), torch.ones(1, 2, 3))
+    options = dict(padding="max_length", max_length=2, truncation=True, return_tensors="pt")
+    assert calls == [(["a mug"] if t5 else [" A Mug "], options)]
 
 
 @pytest.mark.parametrize(
