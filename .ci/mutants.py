@@ -161,8 +161,9 @@ def explain(module: str, name: str, diff: str, table: dict) -> str | None:
         if entry["module"] == module and entry["line"] in (added, f"- {removed}"):
             return entry["reason"]
     for entry in table.get("equivalent", []):
-        before, after = (re.sub(entry["pattern"], "", line) for line in (removed, added))
-        if before == re.sub(r",\s*\)", ")", after):  # mutmut leaves the comma of an argument that it drops
+        lines = (re.sub(entry["pattern"], "", line) for line in (removed, added))
+        before, after = (re.sub(r",\s*\)", ")", line) for line in lines)  # what is deleted may leave its comma
+        if before == after:
             return entry["reason"]
     return None
 

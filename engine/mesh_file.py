@@ -66,9 +66,8 @@ def load_mesh(path: Path) -> Mesh:
 
 def _joined(mesh: Mesh) -> Mesh:
     """With one vertex a place, without triangles of no area and vertices of no triangle."""
-    x, y, z = (mesh.vertices + 0.0).T  # no -0
-    order = np.lexsort((x, y, z))
-    places = mesh.vertices[order] + 0.0
+    order = np.lexsort(mesh.vertices.T)
+    places = mesh.vertices[order] + 0.0  # no -0
     new = np.concatenate([[True], (places[1:] != places[:-1]).any(1)])
     number = np.empty(len(order), dtype=np.int64)
     number[order] = np.cumsum(new) - 1

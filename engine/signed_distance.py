@@ -54,10 +54,10 @@ def _triangle(p: Tensor, corners: Tensor) -> Tensor:
 
 
 def distance(mesh: Surface, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], reach: float) -> Tensor:
-    """Distance to the mesh at origin + spacing (i, j, k), float [shape]; where it is more than `reach`, `reach`."""
+    """Distance to the mesh at origin + spacing (i, j, k) [shape]; where it is more than `reach`, `reach`."""
     corners, size = mesh.vertices[mesh.faces], torch.tensor(shape, device=origin.device)
     first, counts = _boxes(corners.amin(1) - reach, corners.amax(1) + reach, origin, spacing, size)
-    found = torch.full((size.prod(),), reach**2, device=origin.device)
+    found = torch.full((size.prod(),), reach**2, dtype=corners.dtype, device=origin.device)
     total = int(counts.prod(1).sum())
     for start in range(0, total, PAIRS):
         triangle, point = _pairs(first, counts, start, min(start + PAIRS, total))

@@ -133,7 +133,7 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
 
 def _fetching(name: str, pinned: Mapping[str, str]) -> str:
     """The command that fetches what `load_clip` reads."""
-    revision = "".join(f" --revision {value}" for value in pinned.values())
+    revision = f" --revision {pinned['revision']}" if pinned else ""
     return f"hf download {name}{revision} --include '*.json' --include merges.txt --include model.safetensors"
 
 

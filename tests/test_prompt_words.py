@@ -1,0 +1,119 @@
+"""Words that fit a text encoder's window, what is encoded and how; where Perp-Neg begins to turn away."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dream_fast.engine.guidance import prompts
+from dream_fast.engine.guidance.perp_neg import negative_weights
+from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode, fit
+
+
+def letters(text: str, verbose: bool) -> SimpleNamespace:
+    """A tokenizer: a token a letter, and two markers."""
+    assert not verbose  # it would warn of each prompt that is too long
+    return SimpleNamespace(input_ids=[0, *range(len(text.replace(" ", ""))), 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "window", "fitting", "left_out"),
+    [
+        ("aaa bb", 8, "aaa bb", None),  # 5 letters, an ending of one, two markers: as many as fit
+        ("aaa bb", 7, "aaa", "bb"),
+        ("a b c", 4, "a", "b c"),
+        ("a b c", 5, "a b", "c"),
+        ("aaaa b", 4, "aaaa", "b"),  # the first word stays, for the tokenizer to cut
+        ("aaaa b c", 4, "aaaa", "b c"),
+        ("aaaaaaaa", 4, "aaaaaaaa", None),
+        ("  aaa   bb cc ", 7, "aaa", "bb cc"),
+        ("", 4, "", None),
+    ],
+)
+def test_fit_keeps_the_words_that_fit(caplog, text: str, window: int, fitting: str, left_out: str | None) -> None:
+    """The longest run of leading words that fits with every ending is kept, at least one, and the rest is named."""
+    with caplog.at_level(logging.WARNING):
+        assert fit(letters, window, text, ["", "x"]) == fitting
+    said = [record.getMessage() for record in caplog.records]
+    sentence = f"the prompt is longer than the {window} tokens that the text encoder reads; left out: {left_out}"
+    assert said == ([] if left_out is None else [sentence])
+
+
+def test_fit_tries_no_more_words_than_tokens() -> None:
+    """A word is a token at least: a prompt of many thousand words is tried whole and from the window's length on."""
+    tried = []
+
+    def tokenizer(text: str, verbose: bool) -> SimpleNamespace:
+        tried.append(len(text.split()))
+        return letters(text, verbose)
+
+    assert fit(tokenizer, 6, " ".join("a" * 10_000), [""]) == "a a a a"
+    assert tried == [10_000, 6, 5, 4]
+    tried.clear()
+    assert fit(tokenizer, 6, "aaaa bbbb cc", [""]) == "aaaa"
+    assert tried == [3, 2]  # the whole once, and the first word not at all: it stays anyhow
+
+
+def test_every_side_and_the_negative_prompt_are_encoded(monkeypatch, caplog) -> None:
+    """In the order of VIEWS, a side's own text as it is, each as long as it may be; the text encoder is freed."""
+    encoded, freed = [], []
+    monkeypatch.setattr(prompts, "encode", lambda components, texts: encoded.append(texts) or torch.eye(5)[:, None])
+    components = SimpleNamespace(
+        text_encoder="an encoder", tokenizer=letters, window=16, free_text_encoder=lambda: freed.append(True)
+    )
+    negative = "n" * 14  # as many as fit beside two markers: nothing comes behind it
+    with caplog.at_level(logging.WARNING):
+        made = PromptEmbeddings(components, "ab", negative, own={"overhead": "o" * 14, "side": "s"})
+    assert encoded == [["ab, front view", "s", "ab, back view", "o" * 14, negative]] and not caplog.records
+    assert torch.equal(made.views, torch.eye(5)[:4, None]) and torch.equal(made.negative, torch.eye(5)[4:, None])
+    assert freed == [True]
+    PromptEmbeddings(components, "ab", keep_text_encoder=True)
+    assert encoded[1] == [f"ab, {side} view" for side in ("front", "side", "back", "overhead")] + [""]
+    assert freed == [True]
+
+
+@pytest.mark.parametrize(
+    ("t5", "settings", "masked"),
+    [(True, {}, True), (False, {}, False), (False, {"use_attention_mask": False}, False)]
+    + [(False, {"use_attention_mask": True}, True)],
+)
+def test_padding_is_left_out_where_the_model_was_trained_so(t5: bool, settings: dict[str, bool], masked: bool) -> None:
+    """By T5 and by encoders that say it; T5 has lower case. All prompts are padded or cut to the window."""
+    calls = []
+
+    def tokenizer(texts: list[str], **options: Any) -> SimpleNamespace:
+        calls.append((texts, options))
+        return SimpleNamespace(input_ids=torch.tensor([[1, 2]]), attention_mask=torch.tensor([[1, 0]]))
+
+    def text_encoder(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        assert torch.equal(ids, torch.tensor([[1, 2]])) and (attention_mask is not None) is masked
+        assert not masked or torch.equal(attention_mask, torch.tensor([[1, 0]]))
+        assert not torch.is_grad_enabled()
+        return torch.ones(1, 2, 3), None
+
+    text_encoder.config = SimpleNamespace(**settings)
+    components = SimpleNamespace(
+        t5=t5, tokenizer=tokenizer, window=2, text_encoder=text_encoder, device=torch.device("cpu")
+    )
+    assert torch.equal(encode(components, [" A Mug "]), torch.ones(1, 2, 3))
+    options = dict(padding="max_length", max_length=2, truncation=True, return_tensors="pt")
+    assert calls == [(["a mug"] if t5 else [" A Mug "], options)]
+
+
+@pytest.mark.parametrize(
+    ("views", "weights"),
+    [
+        ([0.8, 0.2, 0.0, 0.0], [True, True]),
+        ([0.81, 0.19, 0.0, 0.0], [False, True]),
+        ([0.2, 0.8, 0.0, 0.0], [True, True]),
+        ([0.19, 0.81, 0.0, 0.0], [True, False]),
+        ([0.0, 0.8, 0.2, 0.0], [True, True]),
+        ([0.0, 0.81, 0.19, 0.0], [True, False]),
+    ],
+)
+def test_negative_weights_begin_with_their_limits(views: list[float], weights: list[bool]) -> None:
+    """Shares of 0.8 and 0.2 themselves still turn away: the formulas have r > 0.8 and r < 0.2 for none."""
+    got = negative_weights(torch.tensor([views], dtype=torch.float64), -2.0, 2.0, 10.0)
+    assert (got != 0).tolist() == [weights]
