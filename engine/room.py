@@ -103,10 +103,12 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
             raise UserError(f"{flag} is too large a number")
         if not math.isfinite(item):
             raise UserError(f"{flag} must be a finite number, not {item}")
-        if abs(item) > max(LARGEST, meta["high"] or 0):
-            raise UserError(f"{flag} must be at most {LARGEST:g}{' either way' * (item < 0)}, not {item:g}")
+        largest = max(LARGEST, meta["high"] or 0)
+        if abs(item) > largest:
+            either_way = " either way" if item < 0 else ""
+            raise UserError(f"{flag} must be at most {_digits(largest)}{either_way}, not {_digits(item)}")
         if meta["above"] == 0 and 0 < item < SMALLEST:
-            raise UserError(f"{flag} must be at least {SMALLEST:g}, not {item:g}")
+            raise UserError(f"{flag} must be at least {SMALLEST:g}, not {_digits(item)}")
         for bound, good, words in (
             (meta["low"], lambda b, x: x >= b, "at least"),
             (meta["above"], lambda b, x: x > b, "more than"),
@@ -114,7 +116,7 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
             (meta["below"], lambda b, x: x < b, "less than"),
         ):
             if bound is not None and not good(bound, item):
-                raise UserError(f"{flag} must be {words} {bound:g}, not {item:g}")
+                raise UserError(f"{flag} must be {words} {_digits(bound)}, not {_digits(item)}")
     if isinstance(value, LinearSchedule) and field.name in LIMITS and smallest(value) <= 0:
         raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 is no limit to start from")
     if kind == ScalarRange and any(isinstance(end, LinearSchedule) for end in value):
@@ -124,6 +126,11 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
     if kind == tuple[str, ...] and not value:
         raise UserError(f"{flag} needs at least one value")
+
+
+def _digits(number: float) -> str:
+    """A number for a sentence: every digit of a whole one."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _is_choice(item: str, choice: str) -> bool:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
-from dream_fast.engine.camera import clip_positions, make_cameras, project, rays, six_views
+from dream_fast.engine.camera import make_cameras, rays, six_views
 from dream_fast.engine.checkpoint import save_checkpoint
 from dream_fast.engine.config import CameraConfig, Config
 from dream_fast.engine.dmtet import TetShape, find_start, fitted, read_surface, start_from_field, start_from_mesh
@@ -62,31 +62,6 @@ def volume(trainer: Trainer) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------- rendering
-
-
-def test_clip_space_is_that_of_the_rays():
-    cameras = make_cameras(*(torch.tensor(v) for v in ([40.0, 100], [10.0, -130], [2.0, 3.1], [20.0, 35])))
-    points = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) - 0.5
-    clip = clip_positions(cameras, points, 24, 40, 0.1)
-    row = (1 - clip[..., 1] / clip[..., 3]) * 12
-    column = (clip[..., 0] / clip[..., 3] + 1) * 20
-
-    def pinhole(dtype):
-        """Rows and columns of the points, by the angles of the cameras alone."""
-        places = cameras.c2w[:, :3, 3].to(dtype)
-        local = (points.to(dtype)[None] - places[:, None]) @ cameras.c2w[:, :3, :3].to(dtype)
-        focal = 12 / torch.tan(cameras.fovy.to(dtype).deg2rad() / 2)[:, None]
-        return torch.stack([12 + focal * local[..., 1] / local[..., 2], 20 - focal * local[..., 0] / local[..., 2]], -1)
-
-    check("pixels", torch.stack([row, column], -1), pinhole(torch.float32), pinhole(torch.float64))
-    check("project", project(cameras, points, 24, 40), pinhole(torch.float32), pinhole(torch.float64))
-    depth = clip[..., 2] / clip[..., 3]
-    ahead = cameras.c2w[:1, :3, 3] - 0.1 * cameras.c2w[:1, :3, 2]  # 0.1 before the first camera
-    at_near = clip_positions(cameras, ahead, 8, 8, 0.1)[0, 0]
-    distance = (cameras.c2w[0, :3, 3] - ahead[0]).norm()  # in fp32, of places at 2
-    plain = (distance - 0.2) / distance
-    assert (depth.abs() < 1).all()
-    check("near", at_near[2] / at_near[3], plain, torch.tensor(-1.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("size", [(24, 24), (18, 30)])
