@@ -110,7 +110,7 @@ def test_exact_values_and_weights_must_be_finite():
 
 def test_weight_multiplies_deviation_and_exact():
     """Rows are weighted by a broadcast column, in the error as in the tolerance."""
-    exact, got = torch.tensor([[3.0, 4], [6, 8]]), torch.tensor([[3.0, 4.5], [6, 9]])
+    exact, got = torch.tensor([[3.0, 4], [6, 8]]), torch.tensor([[3.0, 4.5], [6, 10]])
     weight = torch.tensor([[1.0], [0.0]])
     assert error(got, exact, weight) == 0.5 / 5
     assert tolerance(got, exact, weight) == 2 * 0.1 + 1e-6
@@ -155,6 +155,16 @@ def test_check_together_wants_as_many_of_each():
     """A missing tensor is an error instead of being left out."""
     with pytest.raises(ValueError):
         check_together("layers", [tensor(1)], [tensor(1), tensor(2)], [tensor(1), tensor(2)])
+
+
+def test_weights_reach_every_check():
+    """With a weight of 0 a wrong element is right for each of the functions, and allows nothing in a reference."""
+    exact, wrong, weight = tensor(1, 1), tensor(1, 5), tensor(1, 0)
+    assert check_fp64("one", wrong, exact, weight) == 0
+    assert check("one", wrong, exact, exact, weight) == 0
+    assert check_together("two", [exact, wrong], [exact, exact], [exact, exact], [None, weight]) == 0
+    with pytest.raises(AssertionError, match="two: error 1, allowed 1e-06"):
+        check_together("two", [exact, tensor(2, 1)], [exact, wrong], [exact, exact], [None, weight])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
