@@ -107,7 +107,7 @@ def test_attention_that_the_processor_knows_gets_it() -> None:
 
 
 class Recorded:
-    """Records what the choice asks of a model and of operators, and what it sets; ``fails``: shapes that fail."""
+    """Records the questions that a choice has about a model, and what it sets; ``fails``: whose shapes fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str = "cuda", fails: str = ""):
         like = SimpleNamespace(device=torch.device(device), dtype=torch.float16)
@@ -115,17 +115,17 @@ class Recorded:
         self.asked: list[tuple] = []
         self.operators: list[tuple] = []
 
-        def asks(name: str, answer: Any) -> None:
-            def asked(*words: Any, **options: Any) -> Any:
+        def record(name: str, answer: Any) -> None:
+            def answered(*words: Any, **options: Any) -> Any:
                 self.asked.append((name, *words, *options.values()))
                 return answer(*words)
 
-            monkeypatch.setattr(attention, name, asked)
+            monkeypatch.setattr(attention, name, answered)
 
-        asks("unet_shapes", lambda *words: "shapes of the UNet")
-        asks("encoder_shapes", lambda *words: "shapes of the encoder")
-        asks("fastest", lambda kinds, *words: kinds[-1])
-        asks("why_not", lambda kind, shapes, *words: "no such kernel" if fails and fails in shapes else None)
+        record("unet_shapes", lambda *words: "shapes of the UNet")
+        record("encoder_shapes", lambda *words: "shapes of the encoder")
+        record("fastest", lambda kinds, *words: kinds[-1])
+        record("why_not", lambda kind, shapes, *words: "no such kernel" if fails and fails in shapes else None)
         monkeypatch.setattr(attention, "set_attention", lambda *words: self.operators.append(words))
 
     def choose(self, wanted: str, kept: Chosen | None = None) -> Chosen:
@@ -239,8 +239,8 @@ def test_a_pass_computes_every_shape_as_often_as_it_is_counted(monkeypatch, dtyp
     assert backward == [True] * (6 if gradient else 0)
 
 
-def test_a_pass_says_nothing(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warnings of kernels that do not take a shape are for nobody."""
+def test_a_pass_hides_its_warnings(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings of kernels that do not take a shape do not reach the user."""
     import warnings
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ def test_the_grid_of_a_mesh_lies_around_it(monkeypatch: pytest.MonkeyPatch) -> N
         start_from_mesh(shape, mesh)
         check("half", shape.reach, torch.tensor([0.7, 0.95, 2.0]), torch.tensor([0.7, 0.95, 2.0]).double())
         assert not shape.middle.any() and not shape.shift.any()
-        # Three of the layers of the longest side, 2 / (size / 2), or what a distance of 1 stands for.
+        # Three of the layers of the longest side, 2 / (size / 2), or the distance in the scene that counts as 1.
         reach = 0.1
         assert [given for _, given in asked] == [reach] * 2
         assert all(torch.equal(used.vertices, corners) and used.faces is mesh.faces for used, _ in asked)
@@ -253,7 +253,7 @@ def test_the_grid_of_a_mesh_lies_around_it(monkeypatch: pytest.MonkeyPatch) -> N
         check("distance", shape.distance.detach(), far, exact)
 
 
-def test_a_fine_grid_asks_for_the_distance_of_three_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fine_grid_needs_the_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Farther off only the sign counts."""
     asked = []
 

@@ -93,7 +93,7 @@ def test_every_option_of_a_load_is_passed_on(tiny_model: Path, monkeypatch: pyte
 
 
 def test_the_models_own_name_is_that_of_the_folder_in_the_package() -> None:
-    """The path of the package is nobody's business; a version is a name on the hub."""
+    """Reports of a run do not hold the path of the package; a version is a name on the hub."""
     assert load_components(MODEL_FOLDER, "cpu").name == MODEL_FOLDER.name
     assert choose_source() == MODEL_FOLDER and choose_source(hf_key="~/x") == "~/x"
     assert [choose_source(sd_version=version) for version in SD_VERSIONS] == list(SD_VERSIONS.values())

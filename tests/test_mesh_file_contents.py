@@ -75,7 +75,7 @@ def test_as_many_as_the_limits_are_read(tmp_path: Path, monkeypatch: pytest.Monk
                 load_mesh(path)
 
 
-def test_a_file_of_another_kind_is_told_which_there_are(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
     """All suffixes are named."""
     with pytest.raises(UserError) as caught:
         load_mesh(tmp_path / "scene.fbx")
@@ -85,7 +85,7 @@ def test_a_file_of_another_kind_is_told_which_there_are(tmp_path: Path) -> None:
 
 
 def test_the_file_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mesh file itself, or one that it needs: by the error's name for it, else by what the error says."""
+    """The mesh file itself, or one that it needs: by the error's name for it, else by the error's text."""
     path = tmp_path / "model.gltf"
     with pytest.raises(UserError, match=f"^the mesh file {path} cannot be read: there is no file {path}$"):
         load_mesh(path)
@@ -103,8 +103,8 @@ def test_the_file_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.M
         load_mesh(path)
 
 
-def test_what_a_reader_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first line, and the file is read as it is, without changes by the library."""
+def test_the_message_of_a_reader_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its first line; the file is read as it is, without changes by the library."""
     path, asked = obj(tmp_path / "one.obj", [(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)]), []
 
     def broken(*words: object, **options: object) -> None:

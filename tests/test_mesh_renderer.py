@@ -177,7 +177,7 @@ def test_a_locked_shape_is_computed_once() -> None:
 
 
 def test_a_surface_that_has_vanished_is_one_sentence() -> None:
-    """It says what to change."""
+    """With the settings that can be changed."""
     made = renderer(Surface(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
     with pytest.raises(UserError) as caught:
         made.surface()

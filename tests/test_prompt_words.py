@@ -80,7 +80,7 @@ def test_every_side_and_the_negative_prompt_are_encoded(monkeypatch, caplog) -> 
     + [(False, {"use_attention_mask": True}, True)],
 )
 def test_padding_is_left_out_where_the_model_was_trained_so(t5: bool, settings: dict[str, bool], masked: bool) -> None:
-    """By T5 and by encoders that say it; T5 has lower case. All prompts are padded or cut to the window."""
+    """By T5 and by encoders with that setting; T5 has lower case. All prompts are padded or cut to the window."""
     calls = []
 
     def tokenizer(texts: list[str], **options: Any) -> SimpleNamespace:

@@ -157,3 +157,15 @@ def test_a_learned_variance_is_left_out(components: Components) -> None:
 
     got = guided_prediction(dataclasses.replace(components, unet=Wider()), noisy, t, *prompts(2), scale=5.0)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_limit_of_zero_is_none(components: Components) -> None:
+    """Zero clamps nothing, as a negative limit does."""
+    z = torch.randn(1, 4, 8, 8, generator=generator())
+    free, zero = (
+        ScoreDistillation(components, GuidanceConfig(clip_grad_latent=limit))(
+            z, *prompts(1), generator=generator(), latents=True
+        ).gradient
+        for limit in (-1.0, 0.0)
+    )
+    assert torch.equal(free, zero) and free.abs().max() > 0

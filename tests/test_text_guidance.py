@@ -35,7 +35,7 @@ class Score:
 
 
 class Prompts:
-    """Embeddings that say which angles were asked for."""
+    """Embeddings that hold the angles of the call."""
 
     views = torch.arange(4.0).view(4, 1, 1).expand(4, 5, 32)
 
