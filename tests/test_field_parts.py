@@ -199,3 +199,38 @@ def test_encoding_stays_in_the_dtype_of_its_points():
     exact = torch.cat([torch.sin(4 * x), torch.cos(4 * x)], dim=1)
     check("finest", encoded[:, [3, 4, 5]], torch.sin(x), torch.sin(x))
     check("all", frequency_encoding(x, 3)[:, [9, 10, 11, 18, 19, 20]], exact, exact)
+
+
+def test_vanilla_blocks_start_as_plain_normalisation():
+    """Scales are ones and shifts zeros, one pair for each hidden layer after the first."""
+    for layers, pairs in ((0, 0), (1, 0), (2, 1), (4, 3)):
+        field = make("vanilla", hidden_layers=layers)
+        assert len(field.scales) == len(field.shifts) == pairs and len(field.weights) == layers + 1
+        assert all(torch.equal(scale, torch.ones(8)) and scale.requires_grad for scale in field.scales)
+        assert all(torch.equal(shift, torch.zeros(8)) and shift.requires_grad for shift in field.shifts)
+
+
+@pytest.mark.parametrize("normals", [None, "finite_difference", "analytic"])
+def test_vanilla_bands_that_are_off_count_nowhere(normals):
+    """As if the network did not read them, in values and normals, with and without a gradient."""
+    field, x = make("vanilla"), torch.rand(20, 3, generator=seeded()) - 0.5
+    coarse, fine = field(x, active_levels=1, normals=normals), field(x, normals=normals)
+    with torch.no_grad():
+        quiet = field(x, active_levels=1, normals=normals)
+        field.weights[0][:, [*range(6, 12), *range(15, 21)]] = 0  # sines and cosines of the two finer bands
+    for name in ("sigma", "albedo") if normals is None else ("sigma", "albedo", "normal"):
+        got, expected = getattr(coarse, name), getattr(field(x, normals=normals), name)
+        assert torch.equal(got, expected) and torch.equal(getattr(quiet, name), got)
+        assert not torch.equal(got, getattr(fine, name)) and got.requires_grad
+        assert not getattr(quiet, name).requires_grad
+    assert normals is not None or coarse.normal is None
+
+
+def test_vanilla_differences_take_a_hundredth_by_default():
+    """The step of a normal is that of the settings' default unless another one is given."""
+    field, x = make("vanilla"), torch.rand(20, 3, generator=seeded()) - 0.5
+    normal, same, other = (
+        field(x, normals="finite_difference", **step).normal
+        for step in ({}, {"normal_epsilon": 0.01}, {"normal_epsilon": 0.1})
+    )
+    assert torch.equal(normal, same) and not torch.equal(normal, other)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from dream_fast.engine.config import RunConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.room import BACKBONES, LARGEST, SMALLEST, Range, Room, ScalarRange, option, value_type
 from dream_fast.engine.schedule import LinearSchedule, Scalar
@@ -122,15 +121,11 @@ def test_choice_is_the_whole_word(word):
 
 
 def test_field_holds_what_was_said_of_it():
-    """Default, help and bounds are read back; a setting may not change in a resumed run unless that is said."""
-    fields = {field.name: field for field in dataclasses.fields(Sample)}
+    """Default, help and bounds are read back; without a word there are none, and a resumed run may not change it."""
     nothing = dict(choices=None, low=None, above=None, high=None, below=None, may_change=False, backbones=BACKBONES)
-    assert dict(fields["free"].metadata) == nothing | {"help": "without bounds"} and fields["free"].default == 0.5
-    assert dict(fields["number"].metadata) == nothing | {"help": "open on both sides", "above": 0, "below": 2}
-    (marked,) = (field for field in dataclasses.fields(RunConfig) if field.name == "iters")
-    assert marked.metadata["may_change"] and marked.metadata["low"] == 1
-    assert (value_type(fields["maybe"]), value_type(fields["scalar"]), value_type(fields["span"])) == (
-        float,
-        Scalar,
-        Range,
-    )
+    bare = option(0.5, "a number")
+    assert bare.default == 0.5 and dict(bare.metadata) == nothing | {"help": "a number"}
+    said = dict(choices=("a",), low=1, above=2, high=3, below=4, may_change=True, backbones=("grid",))
+    assert dict(option("a", "a word", **said).metadata) == said | {"help": "a word"}
+    kinds = {field.name: value_type(field) for field in dataclasses.fields(Sample)}
+    assert (kinds["maybe"], kinds["scalar"], kinds["span"], kinds["count"]) == (float, Scalar, Range, int)
