@@ -200,7 +200,8 @@ def simplified(monkeypatch):
 
 def test_simplify_takes_the_first_closed_surface(simplified):
     """An open one is followed by a target that is a little lower."""
-    simplified.gives += [(TETRAHEDRON.vertices, TETRAHEDRON.faces[1:]), TETRAHEDRON]
+    single = TETRAHEDRON.vertices.astype(np.float32)
+    simplified.gives += [(single, TETRAHEDRON.faces[1:]), (single, TETRAHEDRON.faces.astype(np.int32))]
     simpler = surface.simplify(together(*[box(1, (2 * k, 0, 0)) for k in range(20)]), 200)
     assert simplified.targets == [200, 198] and surface.is_closed(simpler) and len(simpler.faces) == 4
     assert (simpler.vertices.dtype, simpler.faces.dtype) == (np.float64, np.int64)
@@ -411,12 +412,27 @@ def test_a_small_grid_is_looked_at_as_a_whole(monkeypatch):
     assert torch.equal(volume.values, surface._logarithm(surface.density_volume(Ball(), 9), volume.level))
 
 
+@pytest.mark.parametrize(("resolution", "points"), [(9, [9]), (21, [9, 21])])
+def test_the_outline_is_looked_for_in_both_grids(resolution, points, monkeypatch):
+    """It decides the level of a whole grid, and of a coarse one before the fine one."""
+    asked, outline = [], object()
+
+    def outlined_level(values, bound, of):
+        asked.append((len(values), of))
+        return 0.0
+
+    monkeypatch.setattr(surface, "FINEST_WHOLE", 9)
+    monkeypatch.setattr(surface, "outlined_level", outlined_level)
+    volume = surface.log_density_volume(Ball(), resolution, 1.0, outline=outline)
+    assert volume.level == 1.0 and list(dict.fromkeys(asked)) == [(count, outline) for count in points]
+
+
 def test_a_surface_is_in_world_units():
     """One point above the level: an octahedron around its place in the cube [-bound, bound]^3."""
     shape = torch.full((5, 5, 5), -1.0)
     shape[1, 2, 4] = 1.0
-    mesh = surface.surface_of(Volume(shape, shape, 1.0, 2.0))
+    mesh = surface.surface_of(Volume(shape, shape, 1.0, 4.0))
     assert len(mesh.faces) == 8
-    check_fp64("middle", torch.from_numpy(mesh.vertices).mean(0), torch.tensor([-1.0, 0.0, 2.0]).double())
-    lengths = torch.from_numpy(np.linalg.norm(mesh.vertices - np.array([-1.0, 0, 2]), axis=1))
-    check_fp64("lengths", lengths, torch.full((6,), 0.5).double())
+    check_fp64("middle", torch.from_numpy(mesh.vertices).mean(0), torch.tensor([-2.0, 0.0, 4.0]).double())
+    lengths = torch.from_numpy(np.linalg.norm(mesh.vertices - np.array([-2.0, 0, 4]), axis=1))
+    check_fp64("lengths", lengths, torch.ones(6).double())
