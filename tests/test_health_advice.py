@@ -125,3 +125,13 @@ def test_memory_sentence_has_the_request_the_advice_and_the_step():
         "--batch_size 1 --w 32 --h 32); go on"
     )
     assert health.memory_sentence(smallest, RuntimeError("other"), "go on").startswith("the GPU has no memory left: a")
+
+
+def test_outweighed_guidance_is_told_with_weights_that_pull_as_hard_as_it():
+    """Each weight over the ratio, to one digit; a weight of 0 is not named, and of a schedule the largest counts."""
+    ending = "(most of 100 steps before step 700) and smooths the object away; {} would pull as hard as that"
+    one = health.outweighed_sentence(configured(lambda_tv=1.0, lambda_wd=0.0), 4.0, 700)
+    assert one == "--lambda_tv 1 pulls 4.0 times as hard as the guidance " + ending.format("--lambda_tv 0.2")
+    both = health.outweighed_sentence(configured(lambda_tv=LinearSchedule(0.1, 1.0, 8.0, 0.9), lambda_wd=2.0), 4.0, 700)
+    beginning = "--lambda_tv 8 --lambda_wd 2 pulls 4.0 times as hard as the guidance "
+    assert both == beginning + ending.format("--lambda_tv 2 --lambda_wd 0.5")
