@@ -78,6 +78,12 @@ def test_saving_leaves_the_state_as_it_was(tmp_path):
     assert weight.requires_grad
 
 
+def test_the_order_of_the_architecture_changes_no_byte(tmp_path):
+    """The same run gives the same file, however its settings are ordered."""
+    one, other = save(tmp_path / "a"), save(tmp_path / "b", architecture=dict(reversed(ARCHITECTURE.items())))
+    assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize(
     "tensors",
     [

@@ -166,6 +166,7 @@ def test_adam_step_weighs_the_average_by_its_decay():
     check("params", params, exact.float(), exact)
     average = 0.75 * torch.arange(6.0).double() + 0.25 * exact
     check("average", state.ema, average.float(), average)
+    check("moment", state.exp_avg, torch.full((6,), 0.1), torch.full((6,), 0.1).double())  # of a gradient of 1
     assert not skipped and skipped.dtype == torch.bool and state.step == 1
 
 

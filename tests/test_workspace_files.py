@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dream_fast import __version__
+from dream_fast.engine import workspace as module
 from dream_fast.engine.checkpoint import save_checkpoint
 from dream_fast.engine.config import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.lock import LOCK
-from dream_fast.engine.workspace import Workspace, write_text
+from dream_fast.engine.workspace import Workspace
 
 CONFIG = Config().override({"text": "a hamburger", "seed": 3})
 
@@ -98,6 +99,13 @@ def test_rewind_keeps_the_row_of_the_step_and_writes_only_what_changes(tmp_path,
     assert caplog.messages[0].endswith("left out: 3")
 
 
+def test_rewind_does_not_mind_what_is_gone_already(tmp_path, monkeypatch):
+    """A half-written file that another process removes in between is no error."""
+    monkeypatch.setattr(module, "half_written", lambda folder: [folder / ".gone.writing.txt"])
+    Workspace(tmp_path).rewind(5)
+    assert names(tmp_path) == []
+
+
 def test_config_is_written_with_the_version(tmp_path):
     """The version comes first; the text ends in a newline and is indented by one."""
     workspace = make(tmp_path / "a" / "b")
@@ -161,10 +169,10 @@ def test_a_damaged_configuration_is_named_with_its_reason(tmp_path):
 def test_outputs_go_to_a_folder_with_the_settings_manifest_and_metrics(tmp_path):
     """What the run has of them is copied; the folder is claimed."""
     run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out" / "deep", flag="--output")
-    write_text(run.metrics, '{"step": 1}\n')
+    run.metrics.write_bytes(b'{"step": 1}\n\xff\n')
     outputs.make_for_outputs_of(run, CONFIG)
     assert names(outputs.path) == [LOCK, "config.json", "metrics.jsonl"]
-    assert outputs.metrics.read_text() == '{"step": 1}\n' and outputs.stored_config() == CONFIG
+    assert outputs.metrics.read_text() == '{"step": 1}\n\ufffd\n' and outputs.stored_config() == CONFIG
     run.write_manifest({"runs": []})
     outputs.make_for_outputs_of(run, CONFIG)
     assert outputs.read_manifest() == {"runs": []}
@@ -256,6 +264,8 @@ def test_a_place_that_cannot_be_written_is_named_with_the_advice(tmp_path, monke
         with pytest.raises(UserError) as refused:
             workspace.check_usable("; copy it")
         assert str(refused.value) == f"--workspace {tmp_path}: no permission to write {words}{place}; copy it"
+        with pytest.raises(UserError, match=re.escape(f"no permission to write {words}{place}") + "$"):
+            workspace.check_usable()
 
 
 def test_a_link_that_leads_elsewhere_is_refused(tmp_path):
