@@ -32,7 +32,7 @@ def turned(mesh):
 
 def together(*meshes):
     starts = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes])
-    faces = [mesh.faces + start for mesh, start in zip(meshes, starts, strict=False)]
+    faces = [mesh.faces + start for mesh, start in zip(meshes, starts[:-1], strict=True)]
     return Mesh(np.concatenate([mesh.vertices for mesh in meshes]), np.concatenate(faces))
 
 

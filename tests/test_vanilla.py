@@ -85,7 +85,7 @@ def test_the_network_is_residual_blocks(products):
             parameter.data.copy_(torch.rand(parameter.shape, generator=generator) * 4 - 2)
     field.compute_dtype = products
     reference, exact = by_hand(field, x, products), by_hand(exactly, x.double(), torch.float64)
-    for name, *tensors in zip(("sigma", "albedo"), field(x), reference, exact, strict=False):
+    for name, *tensors in zip(("sigma", "albedo"), field(x)[:2], reference, exact, strict=True):
         check(name, *tensors)
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0, ac
     sizes = [spec.grid.channels, *hidden, 4]
     x = uniform(4 * n, 3) * spec.bound * reach
     table = uniform(spec.grid.rows, spec.grid.features)
-    weights = [uniform(o, i) * (3 / i) ** 0.5 for i, o in zip(sizes, sizes[1:], strict=False)]
+    weights = [uniform(o, i) * (3 / i) ** 0.5 for i, o in pairwise(sizes)]
     biases = [uniform(o) * 0.3 for o in sizes[1:]]
     upstream = [uniform(n), uniform(n, 3), uniform(n, 3)]
     at = x.double().requires_grad_()
