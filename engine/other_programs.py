@@ -118,7 +118,7 @@ ANSWERS: dict[str, str] = {
     "fov": "--fovy_range LOW HIGH is of the training cameras, --default_fovy X of the output camera",
     "elevation azimuth camera_distance": "--default_polar, --default_azimuth and --default_radius set the output "
     "camera; polar angles count from above, so elevation 0 is polar 90",
-    "quiet q": "what is printed also stands in log.txt; redirect it to be quiet",
+    "quiet q": "the output is in log.txt as well; redirect it to be quiet",
 }
 
 # Flag, without its dashes -> what to do here.
