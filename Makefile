@@ -19,7 +19,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -P -m ruff check .
 	$(BIN)/python -P -m ruff format --check .
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/triton
 
 # Speed on a CPU beside another commit, by default where the branch left main: make timing BASE=v1.0
 timing: $(VENV)/.installed
@@ -33,7 +33,7 @@ any-cpu: $(VENV)/.installed-test
 faults: $(VENV)/.installed-test
 	$(BIN)/python -P tests/planted/run.py $(FAULTS)
 
-# Changes of the host code that no test notices: make mutants, or make mutants MUTANTS="engine/camera.py --show"
+# Changes of the host code that no test notices: make mutants, or make mutants MUTANTS="engine/scene/camera.py --show"
 mutants: $(VENV)/.installed-test
 	$(PIP) 'mutmut==3.*'
 	$(BIN)/python .ci/mutants.py $(MUTANTS)
@@ -42,7 +42,7 @@ mutants: $(VENV)/.installed-test
 TOOL ?= memcheck
 sanitize: $(VENV)/.installed-test
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(TOOL) --error-exitcode 1 \
-	  $(BIN)/python -P -m pytest tests/triton -m gpu -k small_shapes
+	  $(BIN)/python -P -m pytest tests/kernels/triton -m gpu -k small_shapes
 
 # An environment around a Python that has a good torch of its own uses that one.
 $(BIN)/python:

@@ -14,21 +14,21 @@ from itertools import pairwise
 from typing import Any, NoReturn, get_args, get_origin
 
 import dream_fast
-from dream_fast.engine.argument_file import read_arguments
-from dream_fast.engine.config import Config, other_backbones, settings
+from dream_fast.engine.config.argument_file import read_arguments
+from dream_fast.engine.config.compat import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
+from dream_fast.engine.config.model_names import typed_name
+from dream_fast.engine.config.options_page import COMMAND_FLAGS
+from dream_fast.engine.config.other_programs import COMMANDS, FLAGS, KEYS, VALUES, plain_name
+from dream_fast.engine.config.presets import chosen_model, expand_shortcuts, resolve
+from dream_fast.engine.config.prompt_syntax import foreign_syntax
+from dream_fast.engine.config.reproduce import in_a_line
+from dream_fast.engine.config.schedule import LinearSchedule, Scalar
+from dream_fast.engine.config.schema import Config, other_backbones, settings
+from dream_fast.engine.config.setting import ScalarRange, check_value, value_type
+from dream_fast.engine.config.spelling import nearest
+from dream_fast.engine.dream_mini import check_prompt
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.model_names import typed_name
-from dream_fast.engine.options import COMMAND_FLAGS
-from dream_fast.engine.other_programs import COMMANDS, FLAGS, KEYS, VALUES, plain_name
-from dream_fast.engine.paths import expanded
-from dream_fast.engine.presets import chosen_model, expand_shortcuts, resolve
-from dream_fast.engine.prior import check_prompt
-from dream_fast.engine.prompt_syntax import foreign_syntax
-from dream_fast.engine.refused import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
-from dream_fast.engine.repeat import in_a_line
-from dream_fast.engine.room import ScalarRange, check_value, value_type
-from dream_fast.engine.schedule import LinearSchedule, Scalar
-from dream_fast.engine.spelling import nearest
+from dream_fast.engine.runtime.paths import expanded
 
 _EXAMPLES = """examples:
   dream-fast --text "a hamburger" -O --save_mesh
@@ -231,7 +231,7 @@ def _device(wanted: str) -> str:
     """Where the run takes place. torch is imported only when it has to be asked."""
     if wanted != "auto":
         return wanted
-    from dream_fast.engine.runtime import find_gpu
+    from dream_fast.engine.runtime.device import find_gpu
 
     there, why = find_gpu()
     if why:
@@ -245,7 +245,7 @@ _SAID_EACH_TIME = {"six_views": False, "save_mesh": False, "ckpt": "latest", "ou
 
 def _stored(typed: dict[str, Any]) -> Config:
     """``--test``: the workspace's own settings, with what was typed on top; precision as the run had it."""
-    from dream_fast.engine.workspace import Workspace
+    from dream_fast.engine.workspace.folder import Workspace
 
     folder = typed.get("workspace", Config().run.workspace)
     stored = Workspace(expanded(folder)).stored_config()
@@ -258,7 +258,7 @@ def _stored(typed: dict[str, Any]) -> Config:
 
 def _taken_up(config: Config, typed: dict[str, Any]) -> Config:
     """``config``, unless a run of another version is taken up, whose defaults were others: its own, under ``typed``."""
-    from dream_fast.engine.workspace import Workspace
+    from dream_fast.engine.workspace.folder import Workspace
 
     stored = None if config.run.ckpt == "scratch" else Workspace(expanded(config.run.workspace)).stored_run()
     if stored is None or stored.is_of_this_version:
@@ -269,8 +269,8 @@ def _taken_up(config: Config, typed: dict[str, Any]) -> Config:
 
 def _field_of(typed: dict[str, Any]) -> dict[str, Any]:
     """The settings of the field that a mesh refinement takes over; once it is under way, those that it has itself."""
-    from dream_fast.engine.dmtet import field_settings, find_start
-    from dream_fast.engine.workspace import Workspace
+    from dream_fast.engine.training.dmtet_init import field_settings, find_start
+    from dream_fast.engine.workspace.folder import Workspace
 
     if typed.get("ckpt") != "scratch":
         workspace = Workspace(expanded(typed.get("workspace", Config().run.workspace)))
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         typed.pop("cuda_ray", None)
         print_only = typed.pop("print_config", False)
         if typed.pop("doctor", False):
-            from dream_fast.bench import doctor
+            from dream_fast.bench.doctor import doctor
 
             return doctor.main()
         config = _settle(typed, print_only)

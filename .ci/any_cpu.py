@@ -3,11 +3,11 @@
     python .ci/any_cpu.py                         a covering part of the combinations: each pair of values occurs
     python .ci/any_cpu.py --all                   every combination
     python .ci/any_cpu.py --jobs 12 --shard 1/2 --out rows_1.json     half of them, twelve test files at a time
-    python .ci/any_cpu.py --only tests/test_march.py -- -x            one file; options of pytest after --
+    python .ci/any_cpu.py --only tests/kernels/reference/test_march.py -- -x     one file; options of pytest after --
     python .ci/any_cpu.py --write rows_1.json rows_2.json             their table into docs/testing.md; runs nothing
 
-Each test file is a process of its own, without a GPU; those in tests/triton run in Triton's interpreter. Exit status 1
-where a test fails.
+Each test file is a process of its own, without a GPU; those in tests/kernels/triton run in Triton's interpreter. Exit
+status 1 where a test fails.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Mutation tests of the host code, with mutmut: which changes of the code does no test notice?
 
     python .ci/mutants.py                              # every module of mutants.toml
-    python .ci/mutants.py engine/camera.py --jobs 8    # some of them
+    python .ci/mutants.py engine/scene/camera.py --jobs 8    # some of them
     python .ci/mutants.py --sample 40 --seed 1         # at most 40 mutants a module, drawn at random
-    python .ci/mutants.py engine/camera.py --show      # the diffs of the mutants that survived
+    python .ci/mutants.py engine/scene/camera.py --show      # the diffs of the mutants that survived
     python .ci/mutants.py --write docs/testing.md --read FOLDER     # the table of what --out FOLDER keeps; runs nothing
 
 Each module is mutated in a temporary copy of the tree and tested with the test files that mutants.toml names, so that
@@ -248,7 +248,7 @@ def write_table(page: Path, results: list[Verdicts]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", help="modules such as engine/camera.py; default: all of mutants.toml")
+    parser.add_argument("modules", nargs="*", help="such as engine/scene/camera.py; default: all of mutants.toml")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants tested at a time in a module")
     parser.add_argument("--together", type=int, default=1, help="modules at a time")
     parser.add_argument("--sample", type=int, help="at most so many mutants a module, drawn at random")

@@ -16,39 +16,39 @@ from typing import Any, NamedTuple
 
 import dream_fast
 from dream_fast import __version__
-from dream_fast.engine.camera import six_views
-from dream_fast.engine.checkpoint import Damaged, list_checkpoints
-from dream_fast.engine.compiling import compile_kernels
-from dream_fast.engine.config import Config, settings
+from dream_fast.engine.config.model_names import CLIP_MODEL, IF_MODEL
+from dream_fast.engine.config.schema import Config, settings
+from dream_fast.engine.dream_mini import MODEL_FOLDER
+from dream_fast.engine.dream_mini.vocabulary import known_words
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import six_view_paths, write_six_views
-from dream_fast.engine.export.mesh import mesh_paths, write_mesh, write_textured
-from dream_fast.engine.export.outline import outline_of
+from dream_fast.engine.export.isosurface import NoSurface, simplify
+from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_textured
 from dream_fast.engine.export.report import write_report
-from dream_fast.engine.export.surface import NoSurface, simplify
+from dream_fast.engine.export.silhouette import outline_of
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.guidance.attention import Chosen
 from dream_fast.engine.guidance.clip import clip_guidance
-from dream_fast.engine.guidance.loader import COMPILED, Components, choose_source, load_components
+from dream_fast.engine.guidance.diffusion import PromptGuidance, TextGuidance
+from dream_fast.engine.guidance.model.attention import Chosen
+from dream_fast.engine.guidance.model.components import COMPILED, Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
-from dream_fast.engine.guidance.several import GuidanceSum
-from dream_fast.engine.guidance.text import PromptGuidance, TextGuidance
-from dream_fast.engine.health import KINDS, RESCUED, Lost, flags, rescued
-from dream_fast.engine.mesh_renderer import MeshRenderer
-from dream_fast.engine.model_names import CLIP_MODEL, IF_MODEL
-from dream_fast.engine.paths import expanded
-from dream_fast.engine.prior import MODEL_FOLDER
-from dream_fast.engine.prior.vocabulary import known_words
-from dream_fast.engine.progress import Reporter
-from dream_fast.engine.runtime import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
-from dream_fast.engine.scene_field import SceneField
-from dream_fast.engine.stopping import terminating_cleanly
-from dream_fast.engine.stored import StoredRun
-from dream_fast.engine.trainer import Trainer
-from dream_fast.engine.troubles import disk_troubles, memory_troubles
-from dream_fast.engine.watch import check_watchable
-from dream_fast.engine.workspace import Workspace
+from dream_fast.engine.guidance.sum import GuidanceSum
+from dream_fast.engine.render.mesh import MeshRenderer
+from dream_fast.engine.runtime.device import Runtime, choose_runtime, draw_seed, machine, peak_memory, prepare
+from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.runtime.reporter import Reporter
+from dream_fast.engine.runtime.signals import terminating_cleanly
+from dream_fast.engine.scene.camera import six_views
+from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.training.callbacks import check_watchable
+from dream_fast.engine.training.divergence import KINDS, RESCUED, Lost, flags, rescued
+from dream_fast.engine.training.failures import disk_troubles, memory_troubles
+from dream_fast.engine.training.kernel_warmup import compile_kernels
+from dream_fast.engine.training.trainer import Trainer
+from dream_fast.engine.workspace.checkpoint import Damaged, list_checkpoints
+from dream_fast.engine.workspace.folder import Workspace
+from dream_fast.engine.workspace.stored_run import StoredRun
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "safetensors", "numpy")
 

@@ -1,12 +1,7 @@
 """Operators of text-to-3D: hash grid, occupancy, marching, compositing, field, rendering, triangles, Adan, norm."""
 
-from dream_fast.kernels._launch import compile_launches, recorded_launches
-from dream_fast.kernels._raster import Fragments
-from dream_fast.kernels.adan import AdanState, adan_step, adan_step_reference
-from dream_fast.kernels.antialias import antialias, antialias_reference, opposite_corners
-from dream_fast.kernels.bias_residual import bias_residual, bias_residual_reference
-from dream_fast.kernels.composite import Composited, composite, composite_reference
-from dream_fast.kernels.field import (
+from dream_fast.kernels._core.launch import compile_launches, recorded_launches
+from dream_fast.kernels.fields.field import (
     FieldSpec,
     density_activation,
     density_logit,
@@ -14,21 +9,26 @@ from dream_fast.kernels.field import (
     field_plan,
     field_reference,
 )
-from dream_fast.kernels.field_normals import field_normals, field_normals_reference, normal_of_gradient
-from dream_fast.kernels.grid_regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
-from dream_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
-from dream_fast.kernels.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
-from dream_fast.kernels.interpolate import interpolate, interpolate_reference
-from dream_fast.kernels.march import Samples, march, march_reference, near_far
-from dream_fast.kernels.occupancy import (
+from dream_fast.kernels.fields.normals import field_normals, field_normals_reference, normal_of_gradient
+from dream_fast.kernels.grid.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
+from dream_fast.kernels.grid.regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
+from dream_fast.kernels.mesh.antialias import antialias, antialias_reference, opposite_corners
+from dream_fast.kernels.mesh.device import Fragments
+from dream_fast.kernels.mesh.interpolate import interpolate, interpolate_reference
+from dream_fast.kernels.mesh.rasterize import rasterize, rasterize_reference
+from dream_fast.kernels.nn.bias_residual import bias_residual, bias_residual_reference
+from dream_fast.kernels.nn.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from dream_fast.kernels.optim.adan import AdanState, adan_step, adan_step_reference
+from dream_fast.kernels.rays.composite import Composited, composite, composite_reference
+from dream_fast.kernels.rays.march import Samples, march, march_reference, near_far
+from dream_fast.kernels.rays.occupancy import (
     cascades,
     occupancy_points,
     occupancy_query,
     occupancy_update,
     occupancy_update_reference,
 )
-from dream_fast.kernels.raster import rasterize, rasterize_reference
-from dream_fast.kernels.render import EMPTY_OPACITY, View, render, render_reference
+from dream_fast.kernels.rays.render import EMPTY_OPACITY, View, render, render_reference
 
 __all__ = [
     "EMPTY_OPACITY",

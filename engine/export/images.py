@@ -9,10 +9,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dream_fast.engine.camera import SIX_VIEWS, six_views, turntable
-from dream_fast.engine.config import CameraConfig
-from dream_fast.engine.export.files import written_aside
-from dream_fast.engine.renderer import Renderer, View
+from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.render.volume import Renderer, View
+from dream_fast.engine.scene.camera import SIX_VIEWS, six_views, turntable
+from dream_fast.engine.workspace.atomic import written_aside
 
 PNG_LEVEL = 4  # of zlib; its default, 6, takes more time, of large pictures twice as much, for 3 % fewer bytes at most
 

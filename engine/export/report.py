@@ -21,13 +21,13 @@ import av
 import numpy as np
 from PIL import Image
 
-from dream_fast.engine.camera import SIX_VIEWS
-from dream_fast.engine.config import Config, settings
+from dream_fast.engine.config.reproduce import repeating_command, visible
+from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.export.curves import SERIES, Series, curves
-from dream_fast.engine.export.files import written_aside
-from dream_fast.engine.repeat import repeating_command, visible
-from dream_fast.engine.workspace import Workspace
+from dream_fast.engine.export.charts import SERIES, Series, curves
+from dream_fast.engine.scene.camera import SIX_VIEWS
+from dream_fast.engine.workspace.atomic import written_aside
+from dream_fast.engine.workspace.folder import Workspace
 
 TEMPLATE = Path(__file__).with_name("report.html")
 LARGEST = 6_000_000  # bytes of the page; pictures shrink until it is smaller

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast import kernels
-from dream_fast.engine.export.atlas import Atlas, tangents
-from dream_fast.engine.export.lookup import look_up
-from dream_fast.engine.export.surface import Mesh, Volume, smooth_normals
-from dream_fast.engine.sampling import ray_weights
-from dream_fast.engine.scene_field import SceneField
+from dream_fast.engine.export.isosurface import Mesh, Volume, smooth_normals
+from dream_fast.engine.export.uv_atlas import Atlas, tangents
+from dream_fast.engine.geometry.voxels import look_up
+from dream_fast.engine.render.ray_samplers import ray_weights
+from dream_fast.engine.scene.field import SceneField
 
 BEFORE, BEHIND, SAMPLES = 1 / 16, 1 / 4, 60  # of a ray: from and to (of the bound, around the surface), and how many
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the light of a ray, at the depths of which the field is asked for its colour

@@ -6,11 +6,11 @@ from pathlib import Path
 import av
 import numpy as np
 
-from dream_fast.engine.camera import Cameras, turntable
-from dream_fast.engine.config import CameraConfig
-from dream_fast.engine.export.files import written_aside
+from dream_fast.engine.config.schema import CameraConfig
 from dream_fast.engine.export.images import depth_image, normal_image, strip, to_uint8
-from dream_fast.engine.renderer import Renderer
+from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.scene.camera import Cameras, turntable
+from dream_fast.engine.workspace.atomic import written_aside
 
 
 def turntable_frames(renderer: Renderer, config: CameraConfig, frames: int) -> Iterator[np.ndarray]:

@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dream_fast.engine.camera import Cameras
-from dream_fast.engine.config import GuidanceConfig
+from dream_fast.engine.config.model_names import hub_name
+from dream_fast.engine.config.schedule import value_at
+from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.guidance.loader import quiet_progress
+from dream_fast.engine.guidance.diffusion import PromptGuidance
+from dream_fast.engine.guidance.model.components import quiet_progress
 from dream_fast.engine.guidance.prompts import VIEWS, fit, view_weights
 from dream_fast.engine.guidance.sds import GuidanceResult, InjectGradient, resize
-from dream_fast.engine.guidance.text import PromptGuidance
-from dream_fast.engine.model_names import hub_name
-from dream_fast.engine.paths import expanded
-from dream_fast.engine.runtime import quiet_diffusers
-from dream_fast.engine.schedule import value_at
+from dream_fast.engine.runtime.device import quiet_diffusers
+from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.scene.camera import Cameras
 
 SCALE = 10.0  # the reference's
 # What OpenAI's models, and those trained after them, expect of a picture's colours.
@@ -39,7 +39,7 @@ SPREAD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipGuidance(PromptGuidance):
-    """Pulls pictures towards a prompt by CLIP. Called like :class:`~dream_fast.engine.guidance.text.TextGuidance`.
+    """Pulls pictures towards a prompt by CLIP. Called like :class:`~dream_fast.engine.guidance.diffusion.TextGuidance`.
 
     ``views`` [4, D] are unit vectors of the prompt from each of VIEWS. It has nothing to say about latents.
     """

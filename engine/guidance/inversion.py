@@ -8,8 +8,8 @@ sqrt(a_u') z0 + sqrt(1 - a_u') eps. The clean latent counts as one of level 0.
 import torch
 from torch import Tensor
 
-from dream_fast.engine.guidance.loader import Components
-from dream_fast.engine.guidance.prediction import guided_prediction, strengths
+from dream_fast.engine.guidance.cfg import guided_prediction, strengths
+from dream_fast.engine.guidance.model.components import Components
 
 
 @torch.no_grad()

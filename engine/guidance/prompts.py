@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_fast.engine.guidance.loader import Components
+from dream_fast.engine.guidance.model.components import Components
 
 logger = logging.getLogger(__name__)
 

@@ -39,13 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dream_fast.engine.config import GuidanceConfig
-from dream_fast.engine.cuda_graph import CudaGraphed
+from dream_fast.engine.config.schedule import LinearSchedule, largest, value_at, values_at
+from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.guidance.cfg import guide, split, strengths, unet_rows
 from dream_fast.engine.guidance.inversion import inverted_noise
-from dream_fast.engine.guidance.loader import Components
+from dream_fast.engine.guidance.model.components import Components
 from dream_fast.engine.guidance.perp_neg import Negatives
-from dream_fast.engine.guidance.prediction import guide, split, strengths, unet_rows
-from dream_fast.engine.schedule import LinearSchedule, largest, value_at, values_at
+from dream_fast.engine.runtime.cuda_graph import CudaGraphed
 
 # Half the width of the window that an annealed t is drawn from, in fractions of the whole range.
 ANNEAL_JITTER = 0.05

@@ -6,8 +6,8 @@
 
 A list `NAME.toml` beside this file holds the faults of one file of kernels:
 
-    file = "kernels/composite.py"
-    tests = ["tests/triton/test_composite.py"]   # pytest's arguments; the first test that fails ends a fault's run
+    file = "kernels/rays/composite.py"
+    tests = ["tests/kernels/triton/test_composite.py"] # pytest's; the first test that fails ends a fault's run
 
     [_alpha]                                     # a function
     faults = [

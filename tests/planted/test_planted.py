@@ -105,12 +105,12 @@ def test_run_faults_in_copies(monkeypatch):
         os._exit("(product, 0.0)" in planted)
 
     monkeypatch.setattr(run, "run_tests", pretend)
-    common = {"file": "kernels/_rays.py", "function": "rounded", "kind": "term", "old": "3.0e38", "tests": ()}
+    common = {"file": "kernels/rays/device.py", "function": "rounded", "kind": "term", "old": "3.0e38", "tests": ()}
     caught, missed, again = (run.Fault(**common, new=new) for new in ("0.0", "2.0e38", "1.0e38"))
     verdicts = run.run_faults([caught, missed, again], 2)
     assert verdicts == {caught: ("caught", "tests/a.py::test_a"), missed: ("missed", ""), again: ("missed", "")}
     table = run.summary([caught, missed, again], verdicts).splitlines()
-    assert table[2:] == ["| kernels/_rays.py | functions of kernels | 3 | 1 | 0 |", "| all |  | 3 | 1 | 0 |"]
+    assert table[2:] == ["| kernels/rays/device.py | functions of kernels | 3 | 1 | 0 |", "| all |  | 3 | 1 | 0 |"]
 
 
 def test_write_summary(tmp_path):

@@ -1,0 +1,335 @@
+"""Speed of the operators, behind a gate on their accuracy. `python -m dream_fast.bench kernels`.
+
+Three implementations of each case: `triton`, the PyTorch `reference`, and the reference under torch.compile (default
+mode, `compiled`). Peers are slow to compile and to run, so they are timed on a few cases only (--peers all for every
+one). Written to results/<gpu>.json; the table shows the time beside the floor, which is the larger of compulsory bytes
+over the measured rate of a copy and FLOPs over the measured rate of a matrix product, and beside the targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dream_fast.bench import measure, results
+from dream_fast.bench.ops.cases import FULL, SMALL, Case, run
+from dream_fast.bench.ops.gate import Verdict, judge, judged_case
+from dream_fast.bench.ops.targets import GPU, TARGETS
+
+SCHEMA = 1
+IMPLEMENTATIONS = ("triton", "reference", "compiled")
+RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[2]
+# Cases that --quick times: one of each operator and kind of points.
+QUICK_CASES = (
+    *("rays_64", "uniform_2^20", "rays_64_finite_difference", "rays_64_analytic", "frame_800", "12.2M"),
+    *("vae_512x512x128", "vae_512x512x128_channels_last", "vae_64x64x512", "vae_64x64x512_channels_last"),
+    "mesh_50k_512",
+)
+# Judging and timing the reference of a frame does not end in 200 s.
+PEER_CASES = (*(set(QUICK_CASES) - {"frame_800"}), "unet_64x64x320", "unet_64x64x320_channels_last")
+# It differentiates twice, which torch.compile refuses, after minutes; and inductor stopped on the way compiles no more.
+NEVER_COMPILED = "rays_64_analytic"
+# Operators whose references ask the host for nothing, so that their peers run from a CUDA graph as well.
+CAPTURABLE = ("group_norm_silu", "bias_residual")
+
+
+def git_state() -> tuple[str, bool | None]:
+    """Commit and whether the tree differs from it. A copy without git is told by GIT_STATE ("SHA" or "SHA-dirty")."""
+    if told := os.environ.get("GIT_STATE"):
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
+    try:
+        git = ["git", "-C", str(ROOT)]
+        sha = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+        return sha, bool(changes.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", None
+
+
+def driver_version() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    try:
+        import triton
+    except ModuleNotFoundError:
+        triton = None
+    sha, dirty = git_state()
+    cuda = device.type == "cuda"
+    return {
+        "schema": SCHEMA,
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "driver": driver_version() if cuda else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__ if triton else None,
+        "git_sha": sha,
+        "dirty": dirty,
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "copy_rate": round(measure.copy_rate(device)),
+        "matmul_rate": round(measure.matmul_rate(device)),
+    }
+
+
+def file_name(gpu: str | None) -> str:
+    """nvidia-h100-80gb-hbm3.json for "NVIDIA H100 80GB HBM3"."""
+    return "-".join((gpu or "cpu").lower().split()) + ".json"
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError when the block takes longer (compiling and eager PyTorch can be stopped so)."""
+
+    def stop(*_):
+        raise TimeoutError(f"more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def implementation(case: Case, name: str, device: torch.device) -> Callable[..., Any]:
+    """The callable that `name` stands for, for this case's operator."""
+    from dream_fast import kernels
+
+    names = {"adan": "adan_step", "raster": "rasterize"}
+    public = names.get(case.op, case.op)
+    if name == "triton":
+        return getattr(kernels, public)
+    reference = getattr(kernels, f"{public}_reference")
+    return torch.compile(reference, dynamic=False) if name == "compiled" else reference
+
+
+def time_row(
+    case: Case,
+    name: str,
+    operator: Callable[..., Any],
+    verdict: Verdict,
+    rates: dict[str, Any],
+    device: torch.device,
+    milliseconds: float,
+) -> tuple[dict[str, Any], str]:
+    """One row of the results, and a remark on it."""
+    problem = case.build(device)
+    call = lambda: run(problem, operator, case.mode, case.compute_dtype)  # noqa: E731
+    call()
+    peak = measure.peak_bytes(call, device)
+    # Only the kernels promise that they can be captured; most references ask for sizes.
+    graph = name == "triton" or case.op in CAPTURABLE
+    options = {"graph": graph, "least": 10 if name == "triton" else 3} if device.type == "cuda" else {}
+    timing = measure.time_call(call, device, milliseconds=milliseconds, **options)
+    floor = 1e3 * max(problem.least_bytes / rates["copy_rate"], problem.flops / rates["matmul_rate"])
+    row = {
+        "op": case.op,
+        "case": case.case,
+        "impl": name,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "median_ms": round(timing.median, 5),
+        "p20_ms": round(timing.p20, 5),
+        "p80_ms": round(timing.p80, 5),
+        "floor_ms": round(floor, 5),
+        "pct_of_floor": round(100 * floor / timing.median, 2),
+        "peak_bytes": peak,
+        "max_err": float(f"{verdict.max_err:.3g}"),
+        "tol": float(f"{verdict.tol:.3g}"),
+    }
+    remarks = []
+    if problem.gathers:
+        remarks.append(f"{problem.gathers / timing.median / 1e6:.0f} G gathers/s")
+    if problem.scatters:
+        remarks.append(f"{problem.scatters / timing.median / 1e6:.0f} G scatters/s")
+    if name == "triton" and device.type == "cuda" and not timing.graph:
+        remarks.append("not capturable: timed without a CUDA graph")
+    return row, ", ".join(remarks)
+
+
+HEAD = (
+    f"{'op':15} {'case':29} {'mode':16} {'dtype':8} {'impl':9} {'median':>9} {'p20':>9} {'p80':>9} {'floor':>8} "
+    f"{'% floor':>7} {'peak MB':>8} {'error':>8} {'tol':>8} {'peer*':>7} {'must*':>6} {'aim*':>6}"
+)
+
+
+def line(row: dict[str, Any], remark: str) -> str:
+    """A row for a person."""
+    target = TARGETS.get((row["op"], row["case"], row["mode"])) if row["impl"] == "triton" else None
+    columns = ["" if value is None else f"{value:g}" for value in (target or (None, None, None))]
+    if target:
+        columns[1] += " " if row["median_ms"] <= target.must else "!"
+    return (
+        f"{row['op']:15} {row['case']:29} {row['mode']:16} {row['dtype']:8} {row['impl']:9} {row['median_ms']:9.4f} "
+        f"{row['p20_ms']:9.4f} {row['p80_ms']:9.4f} {row['floor_ms']:8.4f} {row['pct_of_floor']:7.1f} "
+        f"{row['peak_bytes'] / 1e6:8.0f} {row['max_err']:8.1e} {row['tol']:8.1e} "
+        f"{columns[0]:>7} {columns[1]:>6} {columns[2]:>6}  {remark}"
+    ).rstrip()
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Suite:
+    """One run of the benchmark: rows in the order measured, and why others are not there."""
+
+    def __init__(self, device: torch.device, *, seconds: float, peer_seconds: float, milliseconds: float) -> None:
+        self.device, self.milliseconds, self.peer_seconds = device, milliseconds, peer_seconds
+        self.end = time.monotonic() + seconds
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: list[str] = []
+        self.inaccurate: list[str] = []
+        self.verdicts: dict[tuple[Case, str], Verdict] = {}
+        self.compiled: dict[str, Callable[..., Any]] = {}
+        self.not_compiled: set[tuple[str, str]] = set()  # operator and case that failed to compile, or took too long
+        self.head = header(device)
+
+    def operator(self, case: Case, name: str) -> Callable[..., Any]:
+        if name != "compiled":
+            return implementation(case, name, self.device)
+        if case.op not in self.compiled:
+            self.compiled[case.op] = implementation(case, name, self.device)
+        return self.compiled[case.op]
+
+    def row(self, case: Case, name: str) -> None:
+        """Judge, then time; what fails is left out, with the reason."""
+        what = f"{case.op} {case.case} {case.mode} {name}"
+        left = self.end - time.monotonic()
+        limit = min(left, self.peer_seconds) if name != "triton" else left
+        if limit <= 0:
+            self.left_out.append(f"{what}: no time left (--seconds)")
+            return
+        if name == "compiled" and (case.op, case.case) in self.not_compiled:
+            self.left_out.append(f"{what}: not compiled, see above")
+            return
+        try:
+            with at_most(limit):
+                operator = self.operator(case, name)
+                key = judged_case(case), name
+                if key not in self.verdicts:
+                    self.verdicts |= {key: judge(case, self.device, {name: operator})[name]}
+                verdict = self.verdicts[key]
+                if not verdict.good:
+                    reason = f"{what}: error {verdict.max_err:.3g}, allowed {verdict.tol:.3g}"
+                    (self.inaccurate if name == "triton" else self.left_out).append(reason)
+                    print(reason, flush=True)
+                    return
+                release(self.device)
+                found, remark = time_row(case, name, operator, verdict, self.head, self.device, self.milliseconds)
+        except AssertionError as failure:
+            self.inaccurate.append(f"{what}: {failure}")
+            print(self.inaccurate[-1], flush=True)
+        except Exception as failure:  # a peer may fail in any way; of ours it is a reason to fail in the end
+            # Two lines, since inductor's first one says no more than that it is inductor's.
+            reason = f"{what}: {type(failure).__name__}: {' '.join(str(failure).splitlines()[:2])}"[:300]
+            (self.inaccurate if name == "triton" else self.left_out).append(reason)
+            if name == "compiled":
+                self.not_compiled.add((case.op, case.case))
+            print(reason, flush=True)
+        else:
+            self.rows.append(found)
+            print(line(found, remark), flush=True)
+        finally:
+            release(self.device)
+
+
+def compile_side_by_side(cases: Sequence[Case], device: str, seconds: float) -> None:
+    """Leaves in inductor's cache what the compiled peers of these cases need, each case by a process of its own."""
+    end = time.monotonic() + seconds
+
+    def compiled(what: tuple[str, str]) -> None:
+        left = max(1.0, end - time.monotonic())
+        with tempfile.TemporaryDirectory() as folder, suppress(subprocess.TimeoutExpired):
+            options = {"op": what[0], "case": what[1], "impl": "compiled", "peers": "all", "device": device, "ms": 1}
+            options |= {"seconds": left, "peer-seconds": left, "out": f"{folder}/rows.json"}
+            words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+            command = [sys.executable, "-P", "-m", "dream_fast.bench", "kernels", *words]
+            subprocess.run(command, timeout=left, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    different = list(dict.fromkeys((case.op, case.case) for case in cases))
+    # From the end, where those are that take longest.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        for number, _ in enumerate(pool.map(compiled, reversed(different)), start=1):
+            print(f"compiled {number} of {len(different)}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", help="only this operator (may be given several times)")
+    parser.add_argument("--case", action="append", help="only this case (may be given several times)")
+    parser.add_argument("--quick", action="store_true", help="one case a kind, no peers")
+    parser.add_argument("--peers", choices=("none", "some", "all"), default="some", help="cases of the PyTorch peers")
+    parser.add_argument("--impl", action="append", choices=IMPLEMENTATIONS, help="only this one (also several times)")
+    parser.add_argument(
+        "--compile-seconds",
+        type=float,
+        default=0,
+        help="most time for compiling the peers side by side, before anything is timed; each takes minutes in turn",
+    )
+    parser.add_argument("--out", type=Path, help="file to write (default results/<gpu>.json of the package)")
+    parser.add_argument("--seconds", type=float, default=240, help="time after which no more rows are started")
+    parser.add_argument("--peer-seconds", type=float, default=45, help="most time for a row of a peer")
+    parser.add_argument("--ms", type=float, default=100, help="time measured for a row")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="a CPU has tiny cases and no triton")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: torch finds no GPU on this machine (--device cpu times the references)", file=sys.stderr)
+        return 2
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    cases = [case for case in (FULL if args.device == "cuda" else SMALL) if not args.op or case.op in args.op]
+    cases = [case for case in cases if not args.case or case.case in args.case]
+    if args.quick and args.device == "cuda":
+        cases = [case for case in cases if case.case in QUICK_CASES]
+    if not cases:
+        print("error: no such case; there are:", *sorted({f"{c.op}/{c.case}" for c in FULL}), file=sys.stderr)
+        return 2
+    some = [case for case in cases if case.case in PEER_CASES]
+    peers = {"none": [], "some": some, "all": cases}["none" if args.quick else args.peers]
+    implementations = args.impl or IMPLEMENTATIONS
+    rows = {
+        "triton": cases if device.type == "cuda" else [],
+        "reference": cases if device.type == "cpu" else peers,
+        # The grids' references, which come first, take longest to compile: they come last here, as time may end.
+        "compiled": [case for case in reversed(peers) if case.case != NEVER_COMPILED],
+    }
+    if "compiled" in implementations and args.compile_seconds:
+        compile_side_by_side(rows["compiled"], args.device, args.compile_seconds)
+    suite = Suite(device, seconds=args.seconds, peer_seconds=args.peer_seconds, milliseconds=args.ms)
+    print(json.dumps(suite.head))
+    print(HEAD)
+    for name in implementations:
+        for case in rows[name]:
+            suite.row(case, name)
+    print(f"* ms on an {GPU}: the fastest CUDA peer, what ours must reach (! = not reached here), what it aims at")
+    for reason in suite.left_out:
+        print(f"left out: {reason}")
+    for reason in suite.inaccurate:
+        print(f"FAILED: {reason}")
+    out = args.out or RESULTS / file_name(suite.head["gpu"])
+    results.write_kernels(out, suite.head, suite.rows)
+    print(json.dumps({"out": str(out), "rows": len(suite.rows), "failed": len(suite.inaccurate)}))
+    return int(bool(suite.inaccurate))

@@ -1,0 +1,40 @@
+"""Every operator under pytest-benchmark: `pytest bench`, with --benchmark-autosave and --benchmark-compare.
+
+The cases of `python -m dream_fast.bench kernels` on a GPU, where a CUDA graph of the call is replayed, and small ones
+on a CPU, by the timer of `make timing`. Only the public operators are timed: Triton on a GPU, the reference on a CPU.
+"""
+
+import time
+
+import pytest
+import torch
+
+from dream_fast.bench import measure
+from dream_fast.bench.ops.cases import FULL, SMALL, run
+
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.benchmark(timer=time.perf_counter if GPU else measure.processor_time)
+CASES = FULL if GPU else SMALL
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.case}-{case.mode}-{case.dtype}")
+def test_speed(benchmark, case):
+    problem = case.build("cuda" if GPU else "cpu", count_bytes=False)
+
+    def call():
+        return run(problem, problem.operator, case.mode, case.compute_dtype)
+
+    graph = measure.capture(call) if GPU else None
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    def eager():
+        call()
+        torch.cuda.synchronize()
+
+    benchmark.group = f"{case.op} {case.mode}"
+    benchmark.extra_info |= {"op": case.op, "case": case.case, "mode": case.mode, "dtype": case.dtype}
+    timed = call if not GPU else eager if graph is None else replay
+    benchmark.pedantic(timed, rounds=20 if GPU else 3, warmup_rounds=1)

@@ -1,0 +1,140 @@
+"""Mesh refinement against the field that it began from. `python -m dream_fast.bench sharpness`.
+
+For each prompt one run, and one with --dmtet that starts from it, by the command's own path. Of both, from the eight
+azimuths of `quality`: the share of pictures in which the judge sees the object (and its colour), and how sharp the
+shape is, in 512 x 512 textureless pictures lit from the camera. Sharpness is the mean length of the brightness'
+gradient (central differences, per pixel) where it counts:
+
+    silhouette   pixels inside whose neighbour is outside, of each of the two. Over white and over black, and the mean
+                 of both: a face that looks at the light is as white as the one background, a rim as dark as the other
+    creases      the 5 % of the mesh's inner pixels whose normals differ most from their neighbours', in both pictures
+    own_creases  the same of each picture's own normals: a field's are mostly noise
+    rest         the inner pixels that are none of its own creases
+
+The refinement has to be 1.3 times as sharp on the mean of silhouette and creases, and not worse for the judge.
+Written to <work>/sharpness.json, with a picture of both beside one another.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dream_fast.bench.quality.classifier import load_judge
+from dream_fast.bench.quality.run import AZIMUTHS, assess, finished, pictures_of
+from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.export.images import save_grid
+from dream_fast.engine.scene.camera import turntable
+from dream_fast.engine.training.trainer import Trainer
+
+PROMPTS = ("a hamburger", "a yellow duck", "a red mushroom")
+SIZE = 512
+SHARPEST = 0.05  # part of the inner pixels that are creases
+FACTOR = 1.3
+
+
+class Look(NamedTuple):
+    """What a finished run looks like from all sides, and what the judge says."""
+
+    scores: dict[str, float | None]
+    brightness: Tensor  # [8, H, W] textureless, over black
+    opacity: Tensor  # [8, H, W]
+    normal: Tensor  # [8, H, W, 3]
+
+
+@torch.no_grad()
+def look(trainer: Trainer, prompt: str) -> Look:
+    """A run with its averaged weights."""
+    found = assess(load_judge(), pictures_of(trainer).cpu(), prompt)
+    cameras = turntable(trainer.config.camera, AZIMUTHS, trainer.device)
+    black = torch.zeros(3, device=trainer.device)
+    with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
+        view = trainer.renderer.view(cameras, SIZE, SIZE, shading="textureless", background=black)
+    scores = {name: found[name] for name in ("object", "object_color")}
+    return Look(scores, view.rgb[..., 0].cpu(), view.opacity.cpu(), view.normal.cpu())
+
+
+def edges(opacity: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels of the silhouette, of creases and all inner ones, bool [N, H, W] each, of opacities and normals."""
+    inside = opacity > 0.5
+    eroded = -F.max_pool2d(-inside[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
+    inner = -F.max_pool2d(-eroded[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
+    turn = torch.zeros_like(opacity)
+    for dim in (1, 2):
+        length = normal.shape[dim]
+        cosine = (normal.narrow(dim, 2, length - 2) * normal.narrow(dim, 0, length - 2)).sum(-1)
+        turn.narrow(dim, 1, length - 2).add_(1 - cosine)
+    creases = torch.zeros_like(inner)
+    for number in range(len(opacity)):
+        found = turn[number][inner[number]]
+        if found.numel():
+            creases[number] = inner[number] & (turn[number] >= found.quantile(1 - SHARPEST))
+    return inside & ~eroded, creases, inner
+
+
+def slope(brightness: Tensor) -> Tensor:
+    """Length of the gradient [N, H, W] of brightnesses, per pixel; 0 at the border."""
+    found = torch.zeros(2, *brightness.shape, device=brightness.device)
+    found[0, :, :, 1:-1] = (brightness[:, :, 2:] - brightness[:, :, :-2]) / 2
+    found[1, :, 1:-1] = (brightness[:, 2:] - brightness[:, :-2]) / 2
+    return found.norm(dim=0)
+
+
+def described(seen: Look, mesh: Look) -> dict[str, float | None]:
+    """What is said of a run; the creases are those of the mesh."""
+    over_black, over_white = slope(seen.brightness), slope(seen.brightness + 1 - seen.opacity)
+    silhouette, own, inner = edges(seen.opacity, seen.normal)
+    creases = edges(mesh.opacity, mesh.normal)[1]
+    means = {
+        "silhouette": (over_black + over_white)[silhouette] / 2,
+        "silhouette_over_white": over_white[silhouette],
+        "creases": over_black[creases],
+        "own_creases": over_black[own],
+        "rest": over_black[inner & ~own],
+    }
+    found = seen.scores | {name: round(part.mean().item(), 4) if len(part) else 0.0 for name, part in means.items()}
+    return found | {"sharpness": round((found["silhouette"] + found["creases"]) / 2, 4)}
+
+
+def make(typed: dict, device: str) -> Trainer:
+    """The trainer of a run that is made now, or was before."""
+    from dream_fast.engine.run import run
+
+    config: Config = resolve(typed, "dream-mini", device)
+    run(config)
+    return finished(config, Path(config.run.workspace))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench sharpness", description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("sharpness"), help="folder of the runs and of sharpness.json")
+    parser.add_argument("--prompt", action="append", help="another prompt (may be given several times)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iters", type=int, help="steps of the runs that are refined; default: the preset's")
+    parser.add_argument("--dmtet_iters", type=int, help="steps of the refinements; default: the preset's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    rows, good = [], True
+    for prompt in args.prompt or PROMPTS:
+        name = f"{prompt.replace(' ', '-')}-{args.seed}"
+        common = {"text": prompt, "seed": args.seed, "fp16": True, "device": args.device, "six_views": True}
+        field = common | {"workspace": str(args.work / name)}
+        mesh = common | {"workspace": str(args.work / f"{name}-dmtet"), "dmtet": True, "init_with": field["workspace"]}
+        field |= {"iters": args.iters} if args.iters else {}
+        mesh |= {"iters": args.dmtet_iters} if args.dmtet_iters else {}
+        before = look(make(field, args.device), prompt)
+        after = look(make(mesh, args.device), prompt)
+        shown = torch.stack([1 + seen.brightness - seen.opacity for seen in (before, after)])
+        save_grid(args.work / f"{name}.png", shown[..., None].expand(-1, -1, -1, -1, 3))
+        before, after = described(before, after), described(after, after)
+        factor = round(after["sharpness"] / max(before["sharpness"], 1e-6), 3)
+        good &= factor >= FACTOR and after["object"] >= before["object"]
+        rows.append({"prompt": prompt, "field": before, "dmtet": after, "factor": factor})
+        print(json.dumps(rows[-1]), flush=True)
+    (args.work / "sharpness.json").write_text(json.dumps({"rows": rows, "good": good}, indent=1) + "\n")
+    return int(not good)

@@ -1,0 +1,98 @@
+"""What a finished run looks like close up: the measures of its shape and colour, its mesh, and a strip of pictures."""
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dream_fast.bench.quality.measures import SOLID, edge_ratio, floaters, part_color, roughness
+from dream_fast.bench.quality.world import palette_of
+from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.export.images import to_uint8
+from dream_fast.engine.scene.camera import Cameras, make_cameras, six_views, turntable
+from dream_fast.engine.training.trainer import Trainer
+
+SIDES = ((90.0, 0.0), (90.0, 90.0), (90.0, 180.0), (90.0, -90.0))  # (polar, azimuth): front, right, back, left
+SIZE = 256  # pixels of the views that shapes are measured in
+RADIUS, FOVY = 3.2, 23.0
+STRIP = 512  # pixels of a picture of the strip
+STRIP_VIEWS = (1, 5)  # of the eight azimuths around the object: from the front's right, from behind on the left
+
+
+def sides(device: torch.device | str) -> Cameras:
+    """The four cameras of SIDES."""
+    angles = torch.tensor(SIDES, device=device)
+    full = torch.ones(len(SIDES), device=device)
+    return make_cameras(angles[:, 0], angles[:, 1], RADIUS * full, FOVY * full)
+
+
+@torch.no_grad()
+def measure_shape(trainer: Trainer) -> dict[str, float | None]:
+    """roughness_deg, edge_ratio and floaters from four sides, of the averaged weights, before anything is cleaned."""
+    black = torch.zeros(3, device=trainer.device)
+    with trainer.optimizer.ema_weights():
+        view = trainer.renderer.view(sides(trainer.device), SIZE, SIZE, background=black)
+    return {
+        "roughness_deg": roughness(view.normal, view.opacity),
+        "edge_ratio": edge_ratio(view.opacity),
+        "floaters": floaters(view.opacity),
+    }
+
+
+def measure_color(pictures: Tensor, prompt: str, background: float) -> list[float]:
+    """Median colour [3] of the part that the prompt colours, in pictures [V, 3, H, W] over a gray background.
+
+    A pixel belongs to the part whose colour in the world is nearest, or to the background.
+    """
+    palette = torch.cat([palette_of(prompt), torch.full((1, 3), background, dtype=torch.float64)])
+    return part_color(pictures.permute(0, 2, 3, 1).reshape(-1, 3).double(), palette).tolist()
+
+
+@torch.no_grad()
+def write_strip(trainer: Trainer, path: Path, camera: CameraConfig) -> None:
+    """Two views of 512 x 512 pixels, each as it is and as normals, beside one another."""
+    gray = torch.full((3,), 0.75, device=trainer.device)
+    around = turntable(camera, 8, trainer.device)
+    chosen = Cameras(*(part[list(STRIP_VIEWS)] for part in around))
+    with trainer.optimizer.ema_weights():
+        view = trainer.renderer.view(chosen, STRIP, STRIP, background=gray)
+    normal = torch.where(view.opacity[..., None] > SOLID, view.normal / 2 + 0.5, 1.0)
+    images = torch.stack([view.rgb, normal], 1).flatten(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_uint8(torch.cat(list(images), 1))).save(path, quality=90)
+
+
+def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, float]:
+    """Worst of six views of the exported mesh beside the field: mesh_psnr in dB, mesh_iou."""
+    from dream_fast.bench.pipeline.mesh_export import compare, read_glb
+    from dream_fast.engine.export.mesh_files import write_mesh
+    from dream_fast.engine.export.silhouette import outline_of
+
+    output, glb = trainer.config.output, folder / "mesh.glb"
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
+        cameras = six_views(trainer.config.camera, trainer.device)
+        write_mesh(
+            glb,
+            trainer.field,
+            output.mcubes_resolution,
+            trainer.config.render.density_thresh,
+            outline=outline_of(trainer.renderer, cameras),
+            decimate_target=output.decimate_target,
+            texture_resolution=output.texture_resolution,
+        )
+        likeness = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, size)
+    return {"mesh_psnr": min(likeness.psnr), "mesh_iou": min(likeness.iou)}
+
+
+def rounded(values: dict[str, object], digits: int = 4) -> dict[str, object]:
+    """The same with numbers, and those of lists, rounded; None where one is not finite."""
+
+    def one(value: object) -> object:
+        if isinstance(value, float):
+            return round(value, digits) if math.isfinite(value) else None
+        return [one(item) for item in value] if isinstance(value, list) else value
+
+    return {name: one(value) for name, value in values.items()}

@@ -1,0 +1,100 @@
+"""docs/quality.md: how results look beside the world's own objects. `python -m dream_fast.bench quality_page`.
+
+Tables from results/quality-*.json, a column each, are written between the page's markers; `bench quality --name NAME`
+writes such a file, and its sheet of pictures.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+FOLDER = Path(__file__).parents[2]
+RESULTS, PAGE = FOLDER / "bench" / "results", FOLDER / "docs" / "quality.md"
+BEGIN, END = "<!-- generated: quality -->", "<!-- end: quality -->"
+MEASURES = {  # name -> what is written of it
+    "roughness_deg": "roughness, degrees",
+    "edge_ratio": "edge ratio",
+    "floaters": "floaters a view",
+    "color_error": "colour error, CIEDE2000",
+    "kid": "kernel distance",
+    "object": "object",
+    "object_color": "object and colour",
+    "janus_rate": "front seen from behind",
+    "mesh_psnr": "mesh beside field, worst view, dB",
+    "mesh_iou": "the same, overlap",
+}
+TILE, ACROSS = 160, 3  # pixels of a picture of the sheet, prompts in a row
+
+
+def read_records(folder: Path = RESULTS) -> dict[str, dict]:
+    """The named measurements, by name, in the order of their time."""
+    found = {path.stem.removeprefix("quality-"): json.loads(path.read_text()) for path in folder.glob("quality-*.json")}
+    return dict(sorted(found.items(), key=lambda item: item[1]["utc"]))
+
+
+def column_of(record: Mapping, part: str) -> dict[str, float]:
+    """The measures of a record for the fixed prompts (part "") or the held-out ones ("held_out")."""
+    summary = record["held_out"] if part else record
+    values = {name: summary.get(name) for name in MEASURES} | record[f"{part}_look".removeprefix("_")]["result"]
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def table(records: Mapping[str, Mapping], part: str) -> str:
+    """A row a measure: each record, and the world's own objects as the last record has them; empty without records."""
+    columns = {name: column_of(record, part) for name, record in records.items()}
+    columns = {name: column for name, column in columns.items() if column}
+    if not columns:
+        return ""
+    key = f"{part}_look".removeprefix("_")
+    world = next((r[key]["world"] for r in reversed(list(records.values())) if "world" in r[key]), {})
+    lines = [f"| | {' | '.join(columns)} | the world's own |", f"|{'---|' * (len(columns) + 2)}"]
+    for name, title in MEASURES.items():
+        values = [*(column.get(name) for column in columns.values()), world.get(name)]
+        if any(value is not None for value in values):
+            lines.append(f"| {title} | {' | '.join('' if v is None else f'{v:.3g}' for v in values)} |")
+    return "\n".join(lines)
+
+
+def source_line(name: str, record: Mapping) -> str:
+    """Where a column comes from."""
+    runs, held_out = record["runs"], record["held_out"]["runs"]
+    of = f"{runs} runs of fixed prompts" + (f" and {held_out} of held-out ones" if held_out else "")
+    return f"`{name}`: {of}, {record['device']}, commit {record['commit']}, {record['utc'][:10]}."
+
+
+def generated(records: Mapping[str, Mapping]) -> str:
+    parts = [(title, table(records, part)) for title, part in (("Fixed prompts", ""), ("Held-out prompts", "held_out"))]
+    text = "\n\n".join(f"### {title}\n\n{lines}" for title, lines in parts if lines)
+    sources = "\n".join(f"- {source_line(name, record)}" for name, record in records.items())
+    sheets = "\n\n".join(f"![{name}](../bench/results/quality-{name}.jpg)" for name in records)
+    return f"{BEGIN}\n{text}\n\n{sources}\n\n{sheets}\n{END}"
+
+
+def with_generated(page: str, records: Mapping[str, Mapping]) -> str:
+    """The page with what is between its markers written anew."""
+    before, rest = page.split(BEGIN)
+    return before + generated(records) + rest.split(END)[1]
+
+
+def write_sheet(strips: Path, names: list[str], path: Path) -> None:
+    """A small sheet of the strips of runs: of each the view from the front's right, as it is and as normals."""
+    found = [strips / f"{name}.jpg" for name in names if (strips / f"{name}.jpg").exists()]
+    sheet = Image.new("RGB", (ACROSS * 2 * TILE, -(-len(found) // ACROSS) * TILE), "white")
+    for number, file in enumerate(found):
+        strip = Image.open(file)
+        half = strip.crop((0, 0, strip.width // 2, strip.height)).resize((2 * TILE, TILE), Image.Resampling.LANCZOS)
+        sheet.paste(half, (number % ACROSS * 2 * TILE, number // ACROSS * TILE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, quality=85)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dream_fast.bench quality_page", description=__doc__.split("\n\n")[0]
+    )
+    parser.parse_args(argv)
+    PAGE.write_text(with_generated(PAGE.read_text(encoding="utf-8"), read_records()), encoding="utf-8")
+    return 0

@@ -1,0 +1,450 @@
+"""Quality: whole runs with default settings, looked at by the judge. `python -m dream_fast.bench quality`.
+
+R-precision over all captions (object, and object x colour): the share of pictures, eight azimuths around each object,
+whose most likely caption is the prompt's. `janus_rate`: for objects with a face, the share of pictures from behind that
+show the front; it means something where `front_rate` and `back_rate`, the shares of fronts seen as fronts and of backs
+seen as backs, are high. The prompts were fixed before any setting was tuned.
+
+--work holds what is done: rows.jsonl (a row a run, written as it ends), views/ (its pictures), runs/ (its workspace).
+The same command started again goes on from there, and ends by writing quality.json from the rows there are, all scored
+again by today's judge; `--seconds 0` starts no run and only does that.
+
+`--scores sds,csd,asd,ism` does that once for each score, each with its own defaults, in a folder of its own under
+--work, and writes quality_scores.json, a contact sheet a score (quality_SCORE.png) and a table. ISM (Interval Score
+Matching) is measured as sdi, which is of the same family and what --score offers.
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dream_fast.bench.ops.run import git_state
+from dream_fast.bench.quality.classifier import WEIGHTS, Judge, load_judge, verdicts
+from dream_fast.bench.quality.looks import measure_color, measure_mesh, measure_shape, rounded, write_strip
+from dream_fast.bench.quality.measures import kid
+from dream_fast.bench.quality.page import write_sheet
+from dream_fast.bench.quality.world import color_error, color_spread, paints_of, read_world, world_summary
+from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.schema import Config, GuidanceConfig, read_values
+from dream_fast.engine.dream_mini import MODEL_FOLDER
+from dream_fast.engine.dream_mini.vocabulary import COLORS, THINGS, VIEWS, find_object
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.images import to_uint8
+from dream_fast.engine.runtime.device import Runtime, choose_runtime, machine
+from dream_fast.engine.scene.camera import turntable
+from dream_fast.engine.training.trainer import Trainer
+from dream_fast.engine.workspace.folder import Workspace
+
+PROMPTS = (
+    "a hamburger", "a red robot", "a yellow duck", "a blue car", "a snowman", "a green cactus", "a pink pig",
+    "a purple mug", "a brown bear", "a white rabbit", "an orange cat", "a red mushroom", "a pineapple", "a cyan teapot",
+    "a blue house", "a black penguin",
+)  # fmt: skip
+HELD_OUT = (
+    "a donut", "a purple owl", "a red truck", "a yellow dog", "a green frog", "a pink cupcake", "a lighthouse",
+    "a blue fish", "a gray cat", "a white robot", "an orange bear", "a brown chair", "a cyan vase", "a black hat",
+    "a red apple", "a green turtle",
+)  # fmt: skip
+AZIMUTHS, SIZE = 8, 128
+FRONT, BEHIND, BACK = 0, (3, 4, 5), 4  # of the azimuths 0, 45, ... 315: the front, those from behind, the back
+BACKGROUND = 0.75
+SCORES = ("object", "object_color", "janus", "front", "back")
+SHAPE = ("roughness_deg", "edge_ratio", "floaters")
+ALIASES = {"ism": "sdi"}  # other names of the scores that guide
+SHOWN = ("object", "object_color", "janus_rate", "front_rate", "back_rate", "runs")  # in the table of several scores
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def wanted(prompt: str) -> tuple[int, int | None]:
+    """The classes that the judge should see: object, and colour where the prompt names one."""
+    words = prompt.split()
+    color = next((k for k, name in enumerate(COLORS) if name in words), None)
+    return list(THINGS).index(find_object(prompt)), color
+
+
+def assess(judge: Judge, pictures: Tensor, prompt: str) -> dict[str, float | None]:
+    """Shares of the pictures [8, 3, H, W] that are right; None where the prompt says nothing about it."""
+    found = verdicts(judge, pictures)
+    thing, color = wanted(prompt)
+    right = found.object == thing
+    both = None if color is None else (right & (found.color == color)).float().mean().item()
+    janus = front = back = None
+    if list(THINGS.values())[thing].face:
+        janus = (found.view[list(BEHIND)] == VIEWS.index("front")).float().mean().item()
+        front = float(found.view[FRONT] == VIEWS.index("front"))
+        back = float(found.view[BACK] == VIEWS.index("back"))
+    return {"object": right.float().mean().item(), "object_color": both, "janus": janus, "front": front, "back": back}
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, object]) -> dict:
+    """One run of the command's own path in this process, with ``other`` settings, and its pictures; returns its row."""
+    from dream_fast.engine.run import run
+
+    workspace = work / "runs" / _name(prompt, seed)
+    shutil.rmtree(workspace, ignore_errors=True)
+    typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
+    typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
+    meshes = other.get("save_mesh", False)  # measured, and not written among the outputs
+    config = resolve(typed | other | {"save_mesh": False}, "dream-mini", device)
+    start = time.monotonic()
+    run(config)
+    seconds = time.monotonic() - start
+    trainer = finished(config, workspace)
+    strip = torch.cat(list(pictures_of(trainer)), dim=2).permute(1, 2, 0)
+    path = _views(work, prompt, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_uint8(strip)).save(path)
+    write_strip(trainer, work / "strips" / f"{_name(prompt, seed)}.jpg", config.camera)
+    look = measure_shape(trainer) | (measure_mesh(trainer, workspace / "measured") if meshes else {})
+    del trainer
+    gc.collect()
+    torch.cuda.empty_cache()
+    scores = assess(load_judge(), read_views(path), prompt) | rounded(look)
+    return {"prompt": prompt, "seed": seed, **scores, "seconds": round(seconds, 1), "iters": config.run.iters}
+
+
+def finished(config: Config, workspace: Path) -> Trainer:
+    """The trainer of a finished run, loaded from its last checkpoint."""
+    runtime: Runtime = choose_runtime(config)
+    trainer = Trainer(config, runtime, config.run.seed)
+    trainer.load(max(Workspace(workspace).checkpoints.glob("*.safetensors")))
+    return trainer
+
+
+@torch.no_grad()
+def pictures_of(trainer: Trainer) -> Tensor:
+    """The object from eight azimuths at the default camera, averaged weights: [8, 3, 128, 128] in [0, 1]."""
+    device = trainer.device
+    background = torch.full((3,), BACKGROUND, device=device)
+    with trainer.optimizer.ema_weights():
+        cameras = turntable(trainer.config.camera, AZIMUTHS, device)
+        return trainer.renderer.view(cameras, SIZE, SIZE, background=background, normals=False).rgb.permute(0, 3, 1, 2)
+
+
+def read_views(path: Path) -> Tensor:
+    """The pictures of a run as they were written: [8, 3, 128, 128] in [0, 1]."""
+    strip = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    return torch.stack(strip.split(SIZE, dim=2)).float() / 255
+
+
+def _name(prompt: str, seed: int) -> str:
+    return f"{prompt.replace(' ', '-')}-{seed}"
+
+
+def _views(work: Path, prompt: str, seed: int) -> Path:
+    return work / "views" / f"{_name(prompt, seed)}.png"
+
+
+# ----------------------------------------------------------------------------------------------------------- many runs
+
+
+def make_all(
+    jobs: list[tuple[str, int]],
+    work: Path,
+    device: str,
+    at_once: int,
+    seconds: float,
+    other: Mapping[str, object] = MappingProxyType({}),
+) -> Iterator[dict]:
+    """Rows of the jobs as they end, `at_once` processes each taking one job after the other; for `other` see `make`.
+
+    A job is started only if, by the time that the last one took, it ends within `seconds`. A job that fails is said
+    and left out; a process that dies ends the rest.
+    """
+    deadline, queue, running, last = time.monotonic() + seconds, deque(jobs), {}, 0.0
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=context, initializer=_start, initargs=(work, threads)) as pool:
+        while True:
+            while queue and len(running) < at_once and time.monotonic() + last < deadline:
+                prompt, seed = queue.popleft()
+                running[pool.submit(make, prompt, seed, work, device, dict(other))] = prompt, seed, time.monotonic()
+            if not running:
+                return
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                prompt, seed, began = running.pop(job)
+                last = time.monotonic() - began
+                try:
+                    yield job.result()
+                except BrokenProcessPool:
+                    print(f"a process died during {prompt!r}, seed {seed}; see {work}/worker-*.log", flush=True)
+                    return
+                except Exception as error:  # of any kind: one run that fails does not take the others with it
+                    print(f"{prompt!r}, seed {seed}, failed: {error!r}; see {work}/worker-*.log", flush=True)
+
+
+def _start(work: Path, threads: int) -> None:
+    """A worker process writes what it says to a log of its own, and shares the cores with the others."""
+    log = os.open(work / f"worker-{os.getpid()}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    torch.set_num_threads(threads)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows that were written, the last of each run; a line that was cut off is left out."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["prompt"], row["seed"]] = row
+    return list(rows.values())
+
+
+def same_work(work: Path, facts: dict) -> bool:
+    """Whether `work` is fresh, or holds runs of these facts (settings, device, model)."""
+    work.mkdir(parents=True, exist_ok=True)
+    path, facts = work / "settings.json", json.loads(json.dumps(facts))
+    if path.exists():
+        return json.loads(path.read_text()) == facts
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    return True
+
+
+def facts_of(device: str, other: Mapping[str, object]) -> dict:
+    """What all runs of one measurement share: settings, device and the embedded model's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(MODEL_FOLDER.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else machine()["processor"],
+        "model": digest.hexdigest()[:16],
+        "settings": resolve({"fp16": True} | other, "dream-mini", device).to_dict(),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- summary
+
+
+def _mean(rows: list[dict], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def summary(rows: list[dict]) -> dict[str, float | None]:
+    names = {"janus": "janus_rate", "front": "front_rate", "back": "back_rate"}
+    return {**{names.get(name, name): _mean(rows, name) for name in SCORES}, "runs": len(rows)}
+
+
+def by_prompt(rows: list[dict], prompts: tuple[str, ...]) -> list[dict]:
+    """A row a prompt: the means over its seeds."""
+    table = []
+    for prompt in prompts:
+        if mine := [row for row in rows if row["prompt"] == prompt]:
+            table.append({"prompt": prompt, **summary(mine), "seconds": _mean(mine, "seconds")})
+    return table
+
+
+def scored_again(rows: list[dict], work: Path) -> list[dict]:
+    """The rows with the scores that today's judge gives their pictures, and the colours there."""
+    judge, fresh = load_judge(), []
+    for row in rows:
+        path, prompt = _views(work, row["prompt"], row["seed"]), row["prompt"]
+        if path.exists():
+            pictures = read_views(path)
+            row = row | assess(judge, pictures, prompt)
+            row["color"] = rounded({"": measure_color(pictures, prompt, BACKGROUND)})[""]
+        fresh.append(row)
+    return fresh
+
+
+def beside_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -> dict:
+    """How the runs of some prompts look beside the world's own objects: `result`, `world`, and `ratio` of the two.
+
+    kid and color_error are distances to the world already. What needs renders of the world is left out where none are
+    stored (`bench world`).
+    """
+    rows = [row for row in rows if row["prompt"] in prompts]
+    prompts = tuple(prompt for prompt in prompts if any(row["prompt"] == prompt for row in rows))
+    result, own = {name: _mean(rows, name) for name in SHAPE}, {}
+    if colored := [row for row in rows if row.get("color")]:
+        errors = [color_error(torch.tensor(row["color"]), paints_of(row["prompt"])) for row in colored]
+        result["color_error"], own["color_error"] = sum(errors) / len(errors), color_spread(prompts)
+    if prompts and (world := read_world(prompts)) is not None:
+        own |= world_summary(world)
+        paths = [path for row in rows if (path := _views(work, row["prompt"], row["seed"])).exists()]
+        if paths:
+            judge = load_judge()
+            shown = torch.cat([judge.features(read_views(path)) for path in paths])
+            result["kid"] = kid(shown, world.features.flatten(0, 2))
+    ratio = {name: result[name] / own[name] for name in SHAPE if result[name] is not None and own.get(name)}
+    return {name: rounded(part) for name, part in {"result": result, "world": own, "ratio": ratio}.items()}
+
+
+def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
+    """Four views of each prompt's first seed, two prompts a row in their order; the place of a missing run is white."""
+    sheet = Image.new("RGB", (2 * 4 * SIZE + 8, -(-len(prompts) // 2) * SIZE), "white")
+    for n, prompt in enumerate(prompts):
+        file = _views(work, prompt, 0)
+        if not file.exists():
+            continue
+        image = Image.open(file)
+        for k in range(4):
+            view = image.crop((2 * k * SIZE, 0, (2 * k + 1) * SIZE, SIZE))
+            sheet.paste(view, ((n % 2) * (4 * SIZE + 8) + k * SIZE, n // 2 * SIZE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def prior(work: Path, device: str) -> dict:
+    """dream-mini's own pictures before the judge, once for each judge: four seeds on a GPU, one on a CPU."""
+    from dream_fast.bench.quality.classifier.prior import prior_scores
+
+    path = work / f"prior-{hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:8]}.json"
+    if not path.exists():
+        path.write_text(json.dumps(prior_scores(device, 4 if device == "cuda" else 1), indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of quality.json and the contact sheet")
+    parser.add_argument("--work", type=Path, default=Path("quality"), help="folder of what is done; taken up again")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
+    parser.add_argument("--scores", help="compare these scores, such as sds,csd,asd,ism")
+    of_runs = """of every run, such as '{"iters": 600, "lambda_tv": "0.5:0:1e-5:1.0"}'; default: the model's own"""
+    parser.add_argument("--settings", default="{}", metavar="JSON", help=of_runs)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no run that would end later; 0: none at all")
+    parser.add_argument("--name", help="also a column of docs/quality.md: writes quality-NAME.json and its sheet")
+    parser.add_argument("--no_prior", action="store_true", help="leave dream-mini's own pictures out")
+    args = parser.parse_args(argv)
+    try:
+        args.settings = read_settings(args.settings)
+        resolve(args.settings, "dream-mini", args.device)
+    except (UserError, ValueError) as error:
+        parser.error(f"--settings: {error}")
+    if args.scores is not None:
+        scores = args.scores.split(",")
+        known = (*GuidanceConfig.__dataclass_fields__["score"].metadata["choices"], *ALIASES)
+        if unknown := [name for name in scores if name not in known]:
+            parser.error(f"--scores takes some of {','.join(known)}, not {unknown[0]!r}")
+        return compare_scores(scores, args, parser)
+    record = measure(args, args.work, args.settings, parser, full=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
+    contact_sheet(args.work, tuple(args.prompts or PROMPTS), args.out / "quality.png")
+    if args.name:
+        write_named(args.name, record, args.work, args.out)
+    if not args.prompts:
+        contact_sheet(args.work, HELD_OUT, args.work / "held_out.png")
+    print(json.dumps({k: v for k, v in record.items() if k not in ("rows", "settings")}, indent=1))
+    return 0
+
+
+def write_named(name: str, record: dict, work: Path, out: Path) -> None:
+    """The record as a column of docs/quality.md, and the sheet of its first seed."""
+    about = {"commit": git_state()[0], "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    (out / f"quality-{name}.json").write_text(json.dumps(about | record, indent=1) + "\n")
+    shown = [_name(line["prompt"], 0) for line in record["prompts"]]
+    write_sheet(work / "strips", shown, out / f"quality-{name}.jpg")
+
+
+def read_settings(text: str) -> dict[str, object]:
+    """Settings by name, of a JSON object in which schedules are written as on the command line. ValueError: none."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON object, not {text}")
+    return read_values(found)
+
+
+def measure(
+    args: argparse.Namespace,
+    work: Path,
+    other: Mapping[str, object],
+    parser: argparse.ArgumentParser,
+    *,
+    full: bool = False,
+) -> dict:
+    """Make the runs that `work` lacks, with `other` settings, and return the record of all that there are.
+
+    ``full``: with the judge's own figures and dream-mini's pictures before it.
+    """
+    held_out = () if args.prompts else HELD_OUT
+    prompts = tuple(args.prompts or PROMPTS)
+    facts = facts_of(args.device, other)
+    if not same_work(work, facts):
+        parser.error(f"--work {work} holds runs of other settings, another device or another model: name another")
+    written = work / "rows.jsonl"
+    done = {(row["prompt"], row["seed"]) for row in read_rows(written)}
+    jobs = [(prompt, seed) for seed in range(args.seeds) for prompt in (*prompts, *held_out)]
+    with written.open("a") as file:
+        if written.stat().st_size and not written.read_text().endswith("\n"):
+            file.write("\n")  # after a line that a killed command left
+        for row in make_all([j for j in jobs if j not in done], work, args.device, args.jobs, args.seconds, other):
+            line = json.dumps(row)
+            print(line, flush=True)
+            file.write(f"{line}\n")
+            file.flush()
+    rows = scored_again([row for row in read_rows(written) if (row["prompt"], row["seed"]) in jobs], work)
+    rows.sort(key=lambda row: jobs.index((row["prompt"], row["seed"])))
+    missing = len(jobs) - len(rows)
+    if missing:
+        print(f"{missing} of {len(jobs)} runs are missing: start the same command again to go on")
+    judge = json.loads((Path(__file__).parent / "classifier" / "judge.json").read_text())["held_out"] if full else None
+    return {
+        **summary([row for row in rows if row["prompt"] in prompts]),
+        "held_out": summary([row for row in rows if row["prompt"] in held_out]),
+        "look": beside_world(rows, work, prompts),
+        "held_out_look": beside_world(rows, work, held_out),
+        **(prior(work, args.device) if full and not args.no_prior else {}),
+        **({"judge": judge} if full else {}),
+        **facts,
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "jobs": args.jobs,
+        "prompts": by_prompt(rows, (*prompts, *held_out)),
+        "rows": rows,
+    }
+
+
+def compare_scores(scores: list[str], args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """`measure` once for each of ``scores``; writes the table, and a contact sheet for each."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    records = {}
+    for name in scores:
+        score = ALIASES.get(name, name)
+        if score != name:
+            print(f"{name} is measured as {score}, the score of its family that guides here", flush=True)
+        work = args.work / score
+        records[score] = measure(args, work, {**args.settings, "score": score}, parser)
+        contact_sheet(work, tuple(args.prompts or PROMPTS), args.out / f"quality_{score}.png")
+        (args.out / "quality_scores.json").write_text(json.dumps(records, indent=1) + "\n")
+    print(table_of(records))
+    return 0
+
+
+def table_of(records: Mapping[str, Mapping]) -> str:
+    """A Markdown table with a row a score: what the judge says of the prompts, and the seconds of a run."""
+    lines = [f"| score | {' | '.join(SHOWN)} | seconds a run |", f"|{'---|' * (len(SHOWN) + 2)}"]
+    for score, record in records.items():
+        shares = ["" if record[name] is None else f"{record[name]:.3f}" for name in SHOWN[:-1]]
+        seconds = _mean(record["rows"], "seconds")
+        time_of_one = "" if seconds is None else f"{seconds:.0f}"
+        lines.append(f"| {score} | {' | '.join([*shares, str(record['runs'])])} | {time_of_one} |")
+    return "\n".join(lines)

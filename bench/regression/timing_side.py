@@ -1,0 +1,109 @@
+"""One side of `python -m dream_fast.bench timing`: prepares a workload, runs it as often as it is asked to.
+
+A line of JSON in, a line of JSON out: `{"prepare": NAME}` gives `{"missing": null}`, or why this commit cannot run that
+workload; `{"calls": N}` gives `{"seconds": processor time of N calls}`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+import torch
+
+from dream_fast.bench import measure
+from dream_fast.bench.ops.cases import SMALL, Case, run
+
+STEP = "dream-mini step"
+PROMPT = "a hamburger"
+PR_SET_THP_DISABLE = 41  # linux/prctl.h
+
+
+def prepare_operator(case: Case) -> Callable[[], object]:
+    problem = case.build("cpu", count_bytes=False)
+    return lambda: run(problem, problem.operator, case.mode, case.compute_dtype)
+
+
+def prepare_step() -> Callable[[], object]:
+    """The same step of the main command, over and over."""
+    from dream_fast.engine.config.presets import resolve
+    from dream_fast.engine.dream_mini import MODEL_FOLDER
+    from dream_fast.engine.guidance.diffusion import TextGuidance
+    from dream_fast.engine.guidance.model.components import load_components
+    from dream_fast.engine.guidance.prompts import PromptEmbeddings
+    from dream_fast.engine.guidance.sds import ScoreDistillation
+    from dream_fast.engine.runtime.device import choose_runtime
+    from dream_fast.engine.training.trainer import Trainer
+
+    config = resolve({"text": PROMPT, "device": "cpu", "seed": 0}, "dream-mini", "cpu")
+    components = load_components(MODEL_FOLDER, "cpu")
+    guidance = TextGuidance(
+        ScoreDistillation(components, config.guidance),
+        PromptEmbeddings(components, PROMPT),
+        config.camera.angle_overhead,
+        config.camera.view_blend,
+    )
+    trainer = Trainer(config, choose_runtime(config), 0, guidance)
+    trainer.train_step()  # the first updates the occupancy
+
+    def step() -> None:
+        trainer.step = 1
+        trainer.train_step()
+
+    return step
+
+
+def workloads() -> dict[str, Callable[[], Callable[[], object]]]:
+    """Functions that prepare a call, by name: operators in their longest mode, on rays where they can, and the step."""
+    operators = {}
+    for case in SMALL:
+        if "uniform" not in case.case:
+            operators[f"{case.op} {case.case}"] = lambda case=case: prepare_operator(case)
+    return operators | {STEP: prepare_step}
+
+
+def answer(
+    requests: Iterator[str],
+    prepared: dict[str, Callable[[], Callable[[], object]]],
+    clock: Callable[[], float] = measure.processor_time,
+) -> Iterator[dict[str, Any]]:
+    """The answer to each request. A call runs once when it is prepared, which is not timed."""
+    call: Callable[[], object] = lambda: None  # noqa: E731
+    for line in requests:
+        request = json.loads(line)
+        if "prepare" in request:
+            try:
+                call = prepared[request["prepare"]]()
+                call()
+                missing = None
+            except Exception as failure:  # an earlier commit may lack anything that the workload needs
+                missing = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+            yield {"missing": missing}
+        else:
+            start = clock()
+            for _ in range(request["calls"]):
+                call()
+            yield {"seconds": clock() - start}
+
+
+def steady() -> None:
+    """One thread, and no huge pages: a process gets those by luck, and they are worth a factor of two."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+def main(requests: TextIO, answers: TextIO) -> None:
+    steady()
+    for found in answer(iter(requests), workloads()):
+        print(json.dumps(found), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    main(sys.stdin, answers)

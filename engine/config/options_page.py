@@ -1,0 +1,190 @@
+"""The page docs/options.md, from the dataclasses of the settings and the list of what is refused.
+
+``python -m dream_fast.engine.config.options_page > docs/options.md`` writes it anew. Nothing heavy is imported.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from dream_fast.engine.config.compat import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.config.other_programs import ANSWERS
+from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.schedule import Scalar
+from dream_fast.engine.config.schema import Config, settings
+from dream_fast.engine.config.setting import ScalarRange, value_type
+
+# What the command takes beside the settings.
+COMMAND_FLAGS = {
+    "--version": "show the version and stop",
+    "--file": "more arguments from a text file, as if they stood here; later ones count more",
+    "--print-config": "print the settings as JSON and stop",
+    "--doctor": "look at this machine (versions, GPU, attention, each kernel against its reference), advise and stop",
+    "-O": "--fp16 and --cuda_ray",
+    "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless you type another value; nothing beside -O",
+    "--IF": "DeepFloyd IF in the place of SD in --guidance",
+    "--cuda_ray": "march through the occupancy grid: always on with a grid, accepted for old commands",
+}
+
+# Every flag of stable-dreamfusion's main command.
+REFERENCE_FLAGS = """
+    --file --text --negative -O -O2 --test --six_views --eval_interval --test_interval --workspace --seed --image
+    --image_config --known_view_interval --IF --guidance --guidance_scale --save_mesh --mcubes_resolution
+    --decimate_target --dmtet --tet_grid_size --init_with --lock_geo --perpneg --negative_w --front_decay_factor
+    --side_decay_factor --iters --lr --ckpt --cuda_ray --taichi_ray --max_steps --num_steps --upsample_steps
+    --update_extra_interval --max_ray_batch --latent_iter_ratio --albedo_iter_ratio --min_ambient_ratio
+    --textureless_ratio --jitter_pose --jitter_center --jitter_target --jitter_up --uniform_sphere_rate --grad_clip
+    --grad_clip_rgb --bg_radius --density_activation --density_thresh --blob_density --blob_radius --backbone --optim
+    --sd_version --hf_key --fp16 --vram_O --w --h --known_view_scale --known_view_noise_scale --dmtet_reso_scale
+    --batch_size --bound --dt_gamma --min_near --radius_range --theta_range --phi_range --fovy_range --default_radius
+    --default_polar --default_azimuth --default_fovy --progressive_view --progressive_view_init_ratio
+    --progressive_level --angle_overhead --angle_front --t_range --dont_override_stuff --lambda_entropy --lambda_opacity
+    --lambda_orient --lambda_tv --lambda_wd --lambda_mesh_normal --lambda_mesh_laplacian --lambda_guidance --lambda_rgb
+    --lambda_mask --lambda_normal --lambda_depth --lambda_2d_normal_smooth --lambda_3d_normal_smooth --save_guidance
+    --save_guidance_interval --gui --W --H --radius --fovy --light_theta --light_phi --max_spp --zero123_config
+    --zero123_ckpt --zero123_grad_scale --dataset_size_train --dataset_size_valid --dataset_size_test --exp_start_iter
+    --exp_end_iter
+""".split()
+
+# Where a flag of the reference works, and a user of it should know what is different.
+DIFFERENCES = {
+    "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
+    "--angle_overhead": "works on the prompt; the reference reads it nowhere",
+    "--IF": "or name IF in --guidance; --if_key takes another model than the XL one",
+    "--ckpt": "latest, scratch or a path",
+    "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
+    "--dmtet": "also from a sphere; a checkpoint of it takes up, tests and exports as any other",
+    "--file": "quotes and # comments work",
+    "--fp16": "on a GPU; a CPU runs in bf16 if it has a unit for it (AMX), else in fp32",
+    "--guidance": "dream-mini needs no download; with clip the prompt follows the view as with the others, so the back "
+    "counts as much as the front",
+    "--init_with": "the folder of a run, its checkpoint (.safetensors), or a mesh file; no .pth",
+    "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
+    "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
+    "--lambda_orient": "always a mean over samples",
+    "--max_steps": "refused with --backbone vanilla, as all that belongs to the grids",
+    "--min_near": "holds for rays, which the reference's never reaches",
+    "--num_steps": "with --backbone vanilla alone: the grids always march through the occupancy grid",
+    "--save_guidance": "the estimate is right at every t; the reference's takes the noise levels of single steps",
+    "--save_mesh": "mesh.glb, and mesh.obj with mesh.mtl, mesh.png and mesh_normal.png",
+    "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
+    "--seed": "drawn when not given, and kept in manifest.json",
+    "--tet_grid_size": "any even number: the grid is made, not read; 128 has 129 layers of vertices across",
+    "--test_interval": "results/turntable_step_*.mp4",
+    "--upsample_steps": "with --backbone vanilla alone",
+    "--vram_O": "xformers attention, VAE in slices, recomputing in its encoder; nothing is offloaded to the CPU",
+}
+
+_HEAD = """# Options
+
+Made by `python -m dream_fast.engine.config.options_page > docs/options.md`; a test compares the two.
+A setting that is on or off is switched off by `--no-` before its name. `--print-config` shows what a command comes to.
+
+## Flags
+
+The column "reference" holds what `--preset reference` sets: the defaults of stable-dreamfusion, from which Stable
+Diffusion starts too (which model guides is never the preset's choice). The next two are dream-mini's defaults where
+they differ from it. "none" is no value.
+
+A flag marked "*schedule*" takes a number or `start:v0:v1:end`: v0 up to start, v1 from end on, linear in between. The
+ends are steps (`--lambda_orient 100:0.01:0.1:400`) or, when one of them has a decimal point, fractions of the run
+(`--guidance_scale 0.0:100:20:0.5`; `0:1:2:1` is from step 0 to step 1). Fractions follow a run that is taken further
+later with more --iters, steps stay where they are. `--t_range 0.02 0.0:0.98:0.5:0.4` has a schedule for its upper end.
+"""
+
+_REFERENCE_HEAD = """## The flags of stable-dreamfusion
+
+Each of them works under its own name or is refused with the reason below. What a working one means stands above.
+"""
+
+
+_VANILLA_HEAD = """## Defaults of the vanilla backbone
+
+What `--backbone vanilla` (and so `-O2`) starts from where that is not the default above.
+"""
+
+
+_OTHERS_HEAD = """## Flags of other programs
+
+What other programs call it, without the dashes, and what the refusal of such a flag names. `-` counts as `_`.
+"""
+
+
+def page() -> str:
+    """The text of docs/options.md."""
+    command = [[f"`{flag}`", text] for flag, text in COMMAND_FLAGS.items()]
+    parts = [_HEAD, "### The command\n", _table(["flag", "meaning"], command), *_rooms()]
+    rows = [[f"`{flag}`", *_here(flag)] for flag in REFERENCE_FLAGS]
+    parts += [_REFERENCE_HEAD, _table(["flag", "here", "remark"], rows)]
+    others = _table(["elsewhere", "here"], [[names, answer] for names, answer in ANSWERS.items()])
+    return "\n".join([*parts, _VANILLA_HEAD, _vanilla(), _OTHERS_HEAD, others])
+
+
+def _vanilla() -> str:
+    """The defaults of the vanilla backbone where they are not the grid's, and the settings that it does not read."""
+    cases = [({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]
+    configs = [
+        tuple(resolve(typed | {"backbone": name}, "dream-mini", device) for name in ("grid", "vanilla"))
+        for typed, device in cases
+    ]
+    rows = []
+    for room, field in settings():
+        pairs = [tuple(getattr(getattr(c, room.name), field.name) for c in pair) for pair in configs]
+        if field.name != "backbone" and any(grid != own for grid, own in pairs):
+            rows.append([f"`--{field.name}`", *(_value(own) if grid != own else "" for grid, own in pairs)])
+    unread = ", ".join(f"`--{field.name}`" for _, field in settings() if "vanilla" not in field.metadata["backbones"])
+    table = _table(["flag", "reference", "dream-mini, CPU", "dream-mini, GPU"], rows)
+    return f"{table}\nRefused there, since only the grids read them: {unread}.\n"
+
+
+def _rooms() -> Iterator[str]:
+    """A heading and a table for each room of the settings."""
+    # The device is asked of the machine, so it is no default of either.
+    mini = [resolve({}, "dream-mini", device).override({"device": "auto"}) for device in ("cpu", "cuda")]
+    head = ["flag", "reference", "dream-mini, CPU", "dream-mini, GPU", "meaning"]
+    for room in dataclasses.fields(Config):
+        rows = [_row(room, field, mini) for owner, field in settings() if owner is room]
+        yield f"### {room.type.__doc__.rstrip('.')}\n"
+        yield _table(head, rows)
+
+
+def _row(room: dataclasses.Field, field: dataclasses.Field, mini: list[Config]) -> list[str]:
+    own = [getattr(getattr(config, room.name), field.name) for config in mini]
+    shown = ["" if value == field.default else _value(value) for value in own]
+    choices = field.metadata["choices"]
+    return [f"`--{field.name}`", _value(field.default), *shown, _meaning(field, choices)]
+
+
+def _meaning(field: dataclasses.Field, choices: tuple[str, ...] | None) -> str:
+    text = field.metadata["help"]
+    if value_type(field) in (Scalar, ScalarRange):
+        text += "; *schedule*"
+    return f"{text} ({', '.join(choices)})" if choices else text
+
+
+def _value(value: Any) -> str:
+    """A default as it is typed."""
+    if isinstance(value, tuple):
+        return " ".join(map(_value, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {None: "none", "": '""'}.get(value, str(value))
+
+
+def _here(flag: str) -> tuple[str, str]:
+    """Whether a flag of the reference works, and what to know about it: the reasons of what is refused."""
+    if flag in REFUSED_FLAGS:
+        return "refused", REFUSED_FLAGS[flag]
+    values = [f"`{value}` is refused: {why}" for (owner, value), why in REFUSED_VALUES.items() if owner == flag]
+    return "works", "; ".join([*filter(None, [DIFFERENCES.get(flag)]), *values])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

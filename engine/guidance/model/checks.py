@@ -1,0 +1,283 @@
+"""What the folder of an image model must hold, checked before anything is loaded, each fault with what to do about it.
+
+Nothing is unpickled: weights are safetensors, and files that are not get the command that converts them.
+"""
+
+import json
+import logging
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from dream_fast.engine.config.model_names import SAME_PARTS, cached_name
+from dream_fast.engine.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
+
+SINGLE_FILES = (".safetensors", ".ckpt")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+class Kind(NamedTuple):
+    """What a kind of model consists of. ``parts``: folder of each component -> (class names that model_index.json may
+    have, its configuration, stem of its weights or None)."""
+
+    pipeline: str
+    flag: str
+    vocabularies: tuple[str, ...]
+    parts: dict[str, tuple[tuple[str, ...], str, str | None]]
+
+
+_UNET = (("UNet2DConditionModel",), "config.json", "diffusion_pytorch_model")
+_SCHEDULER = ((), "scheduler_config.json", None)  # of any class: only its noise schedule is used
+KINDS = {
+    "SD": Kind(
+        "StableDiffusionPipeline",
+        "--hf_key",
+        ("vocab.json", "tokenizer.json"),
+        {
+            "tokenizer": (("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_config.json", None),
+            "text_encoder": (("CLIPTextModel",), "config.json", "model"),
+            "unet": _UNET,
+            "vae": (("AutoencoderKL",), "config.json", "diffusion_pytorch_model"),
+            "scheduler": _SCHEDULER,
+        },
+    ),
+    "IF": Kind(
+        "IFPipeline",
+        "--if_key",
+        ("spiece.model", "tokenizer.json"),
+        {
+            "tokenizer": (("T5Tokenizer", "T5TokenizerFast"), "tokenizer_config.json", None),
+            "text_encoder": (("T5EncoderModel",), "config.json", "model"),
+            "unet": _UNET,
+            "scheduler": _SCHEDULER,
+        },
+    ),
+}
+
+
+def check_folder(folder: Path, kind: str, source: str | Path) -> dict[str, str | None]:
+    """The variant, None or "fp16", of each part's weights in ``folder``, which ``source`` (a folder, a name) led to.
+
+    Raises UserError: it is another kind of model or of folder, or a file is missing or damaged.
+    """
+    _check_layout(folder, kind)
+    _check_index(folder, kind)
+    return {part: _check_part(folder, kind, part, source) for part in KINDS[kind].parts}
+
+
+def missing_files(folder: Path, kind: str) -> list[str]:
+    """What ``folder`` lacks of what a run reads, by names relative to it; of weights those in full precision."""
+    _, _, vocabularies, parts = KINDS[kind]
+    wanted = ["model_index.json", *(f"{part}/{config}" for part, (_, config, _) in parts.items())]
+    lacking = [name for name in wanted if not (folder / name).exists()]
+    if not any((folder / "tokenizer" / name).exists() for name in vocabularies):
+        lacking.append(f"tokenizer/{vocabularies[0]}")
+    for part, (_, _, stem) in parts.items():
+        if stem and weights_of(folder, part, stem) is None:
+            lacking.append(f"{part}/{stem}.safetensors")
+    return lacking
+
+
+def weight_files(stem: str, variant: str | None) -> tuple[str, str]:
+    """Names of a component's weights in one file, and of the index of its several files."""
+    ending = "" if variant is None else f".{variant}"
+    return f"{stem}{ending}.safetensors", f"{stem}.safetensors.index{ending}.json"
+
+
+class Weights(NamedTuple):
+    """The files that hold a component's weights, and which variant they are."""
+
+    files: list[str]
+    variant: str | None
+
+
+def weights_of(folder: Path, part: str, stem: str) -> Weights | None:
+    """The weights of ``part`` in ``folder`` of which every file is there, in full precision first; None without any.
+
+    Raises UserError: an index that cannot be read.
+    """
+    for variant in (None, "fp16"):
+        name, index = weight_files(stem, variant)
+        files = _shards(folder / part / index) if (folder / part / index).exists() else [name]
+        if all((folder / part / file).exists() for file in files):
+            return Weights(files, variant)
+    return None
+
+
+def _check_layout(folder: Path, kind: str) -> None:
+    """UserError, saying what it is, for a folder that is not laid out as a model of diffusers."""
+    if (folder / "model_index.json").exists():
+        return
+    flag = KINDS[kind].flag
+    if (name := cached_name(folder.name)) is not None:
+        raise UserError(f"{folder} is the hub's cache of {name}: name the model by {flag} {name}")
+    if (folder.parent / "model_index.json").exists():
+        raise UserError(f"{folder} is one component of a model: name the folder around it, {flag} {folder.parent}")
+    single = sorted(path for path in folder.iterdir() if path.suffix in SINGLE_FILES)
+    if single and not (folder / "config.json").exists():
+        raise UserError(f"the model {folder} lacks model_index.json; {single_file(single[0], kind)}")
+
+
+def single_file(path: Path, kind: str) -> str:
+    """What to do with a model that is one file."""
+    if _is_lora(path):
+        return f"{path} is a LoRA: put it into the weights of a model with diffusers (load_lora_weights, fuse_lora)"
+    if path.suffix not in (*SINGLE_FILES, *PICKLES):
+        return f"{path} is a file; a folder in the layout of diffusers is needed"
+    out = path.with_suffix("")
+    flag, command = KINDS[kind].flag, _convert(kind, "from_single_file", path, out)
+    return f"{path} is a single file; this makes a folder of it, and then {flag} {out} names the model: {command}"
+
+
+def _is_lora(path: Path) -> bool:
+    """Whether the names of the tensors in a safetensors file are those of a LoRA."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any("lora" in name.lower() for name in file.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
+def _convert(kind: str, method: str, source: str | Path, out: str | Path) -> str:
+    """The command that writes a model anew, in the layout and the files that are read here."""
+    pipeline = KINDS[kind].pipeline
+    code = f"from diffusers import {pipeline} as P; P.{method}({_string(source)}).save_pretrained({_string(out)})"
+    return f"python -c {shlex.quote(code)}"
+
+
+def _string(path: str | Path) -> str:
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _check_index(folder: Path, kind: str) -> None:
+    """UserError unless model_index.json describes a pipeline of this kind's parts."""
+    index = _read_json(folder / "model_index.json")
+    found, parts = index.get("_class_name"), KINDS[kind].parts
+    if isinstance(found, list) and found:
+        found = found[-1]  # of a pipeline with code of its own, which comes first
+    if found not in SAME_PARTS[kind]:
+        raise UserError(_other_pipeline(folder, kind, found))
+    for part, (classes, _, _) in parts.items():
+        entry = index.get(part)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
+            raise UserError(f"the model {folder} lacks the component {part} (see its model_index.json)")
+        if classes and entry[1] not in classes:
+            raise UserError(f"the {part} of the model {folder} is a {entry[1]}; {classes[0]} is needed")
+    if "controlnet" in index or "adapter" in index:
+        logger.warning("the model %s is used without its ControlNet or adapter", folder)
+    if index["scheduler"][1] in ("LCMScheduler", "TCDScheduler"):
+        logger.warning(
+            "the model %s samples in few steps (%s), for which it was distilled; models before that guide better",
+            folder,
+            index["scheduler"][1],
+        )
+
+
+def _other_pipeline(folder: Path, kind: str, found: Any) -> str:
+    """The sentence about a pipeline that is none of this kind."""
+    is_a = f"is a {found}" if isinstance(found, str) else "states no pipeline"
+    sentence = f"the model {folder} {is_a}; only {KINDS[kind].pipeline} models can guide as {kind}"
+    other = next((name for name, classes in SAME_PARTS.items() if found in classes), None)
+    if other is not None:
+        return f"{sentence}: name it by {KINDS[other].flag}, with --guidance {other}"
+    if "SuperResolution" in str(found) or "Upscale" in str(found):
+        return f"{sentence}: name the model that makes the small images instead of the one that enlarges them"
+    advice = "a Stable Diffusion 1.x or 2.x, such as --sd_version 2.1" if kind == "SD" else "the first stage of IF"
+    return f"{sentence}: take {advice}"
+
+
+def check_sentencepiece(folder: Path) -> None:
+    """UserError when the tokenizer is there as a file that only packages beside ours can read."""
+    packages = ("sentencepiece", "google.protobuf")
+    if not (folder / "tokenizer" / "tokenizer.json").exists() and not all(map(_installed, packages)):
+        raise UserError(
+            f"the tokenizer of the model {folder} is a file of SentencePiece, whose reader is missing: "
+            "pip install 'dream-fast[if]'"
+        )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _check_part(folder: Path, kind: str, part: str, source: str | Path) -> str | None:
+    """UserError unless the files of ``part`` are there and whole; the variant of its weights (None or "fp16")."""
+    _, _, vocabularies, parts = KINDS[kind]
+    _, config, stem = parts[part]
+    if not (folder / part).is_dir():
+        raise UserError(f"the model {folder} lacks its component {part}/")
+    settings = _read_json(folder / part / config)
+    if stem is None:
+        if part == "tokenizer" and not any((folder / part / name).exists() for name in vocabularies):
+            raise UserError(f"the model {folder} lacks tokenizer/{vocabularies[0]}")
+        return None
+    if part == "unet" and settings.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            f"the unet of the model {folder} takes the guidance scale as an input (time_cond_proj_dim), as a distilled "
+            "model such as LCM does, so it has no unguided prediction; name the model that it was distilled from"
+        )
+    return _check_weights(folder, kind, part, stem, source)
+
+
+def _check_weights(folder: Path, kind: str, part: str, stem: str, source: str | Path) -> str | None:
+    """UserError unless the weights of ``part`` are there, whole, and safetensors; their variant."""
+    if (weights := weights_of(folder, part, stem)) is not None:
+        for file in weights.files:
+            _check_safetensors(folder / part / file)
+        return weights.variant
+    for index in (weight_files(stem, variant)[1] for variant in (None, "fp16")):
+        if (folder / part / index).exists():
+            for file in _shards(folder / part / index):
+                _check_safetensors(folder / part / file)
+    lacks = f"the model {source} lacks {part}/{stem}.safetensors"
+    from_hub = folder != Path(source).expanduser()
+    if not from_hub and not any(path.suffix in PICKLES for path in (folder / part).iterdir()):
+        raise UserError(lacks)
+    out = f"{Path(source).name.replace('@', '-')}-safetensors" if from_hub else f"{folder}-safetensors"
+    command = _convert(kind, "from_pretrained", source, out)
+    raise UserError(
+        f"{lacks}, and pickled weights are not loaded, as a pickle can run code; where you trust it, this makes a "
+        f"folder of safetensors, and then {KINDS[kind].flag} {out} names the model: {command}"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names. UserError: it names none, or files outside its folder."""
+    named = _read_json(index).get("weight_map")
+    files = list(named.values()) if isinstance(named, dict) else []
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise UserError(f"the model file {index} must name files beside it in its weight_map")
+    return sorted(set(files))
+
+
+def _check_safetensors(path: Path) -> None:
+    """UserError unless ``path`` is a whole safetensors file: its header must account for its length."""
+    if not path.exists():
+        raise UserError(f"the model file {path} is missing")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the model file {path} is damaged or incomplete ({first_line(error)})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"the model {path.parent} lacks {path.name}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"the model file {path} cannot be read ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"the model file {path} is not a JSON object")
+    return found

@@ -1,0 +1,322 @@
+"""Load an image model, Stable Diffusion or DeepFloyd IF: from a folder, from the hub, or the one inside the package.
+
+There is one path for all of them. The folder layout is that of diffusers' StableDiffusionPipeline (model_index.json,
+tokenizer/, text_encoder/, unet/, vae/, scheduler/) or IFPipeline (the same without a VAE: the first stage of IF works
+on pixels); a name on the hub is first downloaded to such a folder. Every size and constant comes from the
+configurations found there. Weights are safetensors only: nothing is unpickled and no code from a model repository runs.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dream_fast.engine.config.model_names import SD_VERSIONS, typed_name
+from dream_fast.engine.dream_mini import MODEL_FOLDER
+from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.guidance.model.attention import Chosen, choose_attention
+from dream_fast.engine.guidance.model.checks import check_folder, check_sentencepiece
+from dream_fast.engine.guidance.model.fused_blocks import ResidualBlock, fuse_group_norms, fuse_residual_blocks
+from dream_fast.engine.guidance.model.hub import find_folder
+from dream_fast.engine.runtime.device import quiet_diffusers
+
+logger = logging.getLogger(__name__)
+
+IF_TOKENS = 77  # the prompts that IF was trained with, though its T5 reads longer ones
+
+# On a GPU convolutions want channels last, and with fused norms the rest is as fast so: a step of Stable Diffusion's
+# size takes 24.4 ms for 26.9 on an H100. torch's own group norm is slow there: models that keep it keep its layout.
+CHANNELS_LAST = ("unet", "vae")
+# What --compile compiles.
+COMPILED = ("unet", "vae")
+# Pixels of a model's pictures from which on its group normalisations are fused on a GPU. dream-mini's 42 norms need 28
+# kernels, 13 s to compile on two cores, and its whole run is 600 steps of a few milliseconds.
+FUSED_FROM = 256
+
+
+@dataclass(kw_only=True)
+class Components:
+    """A loaded image model and the facts that the guidance needs about it.
+
+    ``image_size`` and ``latent_size`` are the edges of the square images and latents it was made for. A latent z is
+    (vae(x) - shift_factor) * scaling_factor, x being an image in [-1, 1]; without a ``vae`` (IF) it is x itself.
+    ``alphas_cumprod`` [num_train_timesteps], fp32 on the device, is the
+    cumulative signal power of the noise schedule: x_t = sqrt(a_t) z + sqrt(1 - a_t) noise. ``prediction_type`` is
+    "epsilon" or "v_prediction". ``attention`` says what computes the attention of the UNet and of the VAE. Prompts are
+    of ``window`` tokens; with ``t5`` they are in lower case and the text encoder leaves their padding out.
+    """
+
+    name: str
+    tokenizer: Any
+    text_encoder: Any
+    unet: Any
+    vae: Any
+    device: torch.device
+    dtype: torch.dtype
+    image_size: int
+    latent_size: int
+    latent_channels: int
+    scaling_factor: float
+    shift_factor: float
+    prediction_type: str
+    alphas_cumprod: Tensor
+    num_train_timesteps: int
+    window: int = 77
+    t5: bool = False
+    attention: Chosen = Chosen("sdpa", "sdpa")
+
+    @property
+    def latents_are_pixels(self) -> bool:
+        """Whether the model works on pictures themselves, as IF does."""
+        return self.vae is None
+
+    def free_text_encoder(self) -> None:
+        """Drop the text encoder, once the prompts of a run are embedded: its memory is never needed again."""
+        self.text_encoder = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def choose_source(*, sd_version: str | None = None, hf_key: str | None = None) -> str | Path:
+    """Where the wanted model comes from: ``hf_key`` (a folder or a hub name), else ``sd_version``, else the package."""
+    if hf_key is not None:
+        return hf_key
+    return MODEL_FOLDER if sd_version is None else SD_VERSIONS[sd_version]
+
+
+def load_components(
+    source: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kind: str = "SD",
+    need_vae_decoder: bool = False,
+    vram_O: bool = False,
+    attention: str = "auto",
+    kept: Chosen | None = None,
+    compiled: Sequence[str] = (),
+) -> Components:
+    """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
+
+    ``kind`` is "SD" or "IF". Without ``need_vae_decoder`` only the encoder half of the VAE is kept. For the rest see
+    :func:`prepare_components`.
+
+    Raises UserError for anything missing, damaged, unreachable, or of another kind.
+    """
+    quiet_diffusers()
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    device = torch.device(device)
+    folder = find_folder(source, kind, half=dtype == torch.float16)
+    variants = check_folder(folder, kind, typed_name(str(source)))
+    tokenizer_class, encoder_class = CLIPTokenizer, CLIPTextModel
+    if kind == "IF":
+        check_sentencepiece(folder)
+        tokenizer_class, encoder_class = T5TokenizerFast, T5EncoderModel
+
+    with quiet_progress():
+        tokenizer = _load(tokenizer_class, folder, "tokenizer")
+        scheduler = _load(DDIMScheduler, folder, "scheduler")  # read for its noise schedule, which all kinds share
+        text_encoder = _load_model(encoder_class, folder, "text_encoder", dtype=dtype, variant=variants["text_encoder"])
+        unet = _load_model(UNet2DConditionModel, folder, "unet", torch_dtype=dtype, variant=variants["unet"])
+        vae = None
+        if "vae" in variants:
+            vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
+
+    text = text_encoder.config
+    longest = IF_TOKENS if kind == "IF" else text.max_position_embeddings
+    try:
+        facts = _facts(folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler)
+        window = min(tokenizer.model_max_length, longest)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the settings of the model {folder} cannot be used: {first_line(error)}") from error
+    if vae is not None and not need_vae_decoder:
+        vae.decoder = None
+        vae.post_quant_conv = None
+    components = Components(
+        name=MODEL_FOLDER.name if folder == MODEL_FOLDER else str(source),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        unet=unet,
+        vae=vae,
+        device=device,
+        dtype=dtype,
+        alphas_cumprod=scheduler.alphas_cumprod.to(device=device, dtype=torch.float32),
+        window=window,
+        t5=kind == "IF",
+        **facts,
+    )
+    prepare_components(components, longest, vram_O=vram_O, attention=attention, kept=kept, compiled=compiled)
+    return components
+
+
+def prepare_components(
+    components: Components,
+    tokens: int,
+    *,
+    vram_O: bool = False,
+    attention: str = "auto",
+    kept: Chosen | None = None,
+    compiled: Sequence[str] = (),
+    channels_last: Sequence[str] | None = None,
+) -> None:
+    """Make loaded modules ready to guide with prompts of ``tokens``: frozen, on their device, with their attention.
+
+    ``attention`` and ``kept`` are those of `choose_attention`. ``vram_O``
+    encodes one image at a time, computes the encoder's blocks again in its backward instead of keeping them, and takes
+    xformers' attention where nothing else is wanted and it works. ``compiled`` names what is left to torch.compile,
+    "unet" and "vae" (not the latter with ``vram_O``: compiling undoes the recomputation); ``channels_last`` names those
+    whose pictures lie in memory with the channels of a pixel together. On a GPU a model whose pictures have FUSED_FROM
+    pixels or more gets the modules of `fused_blocks`, and CHANNELS_LAST. Where latents are pixels, all this
+    is of the UNet, and that keeps the attention of diffusers: it has keys and values of the prompt among those of the
+    picture.
+
+    Raises UserError for an attention that does not work on the device, and for ``compiled`` without a GPU.
+    """
+    if compiled and components.device.type != "cuda":
+        raise UserError("--compile needs a GPU: on a CPU it gains nothing; leave it out")
+    unet, vae = components.unet, components.vae
+    for model in (components.text_encoder, unet, vae):
+        if model is not None:
+            model.requires_grad_(False).eval().to(components.device)
+    large = components.device.type == "cuda" and components.image_size >= FUSED_FROM
+    if channels_last is None:
+        channels_last = CHANNELS_LAST if large else ()
+    encoder = None if vae is None else vae.encoder
+    for name, model in (("unet", unet), ("vae", encoder)):
+        if model is None:
+            continue
+        if name in channels_last:
+            put_channels_last(model)
+        if large:
+            fuse_group_norms(model)
+            fuse_residual_blocks(model)
+    if encoder is not None:
+        if vram_O:
+            vae.enable_slicing()
+            recompute_in_backward(encoder)
+        choose = partial(choose_attention, unet=unet, encoder=encoder, size=components.latent_size, tokens=tokens)
+        components.attention = (
+            _frugal(choose)
+            if vram_O and attention == "auto" and kept is None and components.device.type == "cuda"
+            else choose(attention, kept)
+        )
+    if "unet" in compiled:
+        unet.compile(dynamic=False)
+    if "vae" in compiled and encoder is not None and not vram_O:
+        encoder.compile(dynamic=False)
+
+
+def _frugal(choose: Callable[[str, Chosen | None], Chosen]) -> Chosen:
+    """xformers where it works, else torch's own."""
+    try:
+        return choose("xformers", None)
+    except UserError as error:
+        logger.info("%s", error)
+        return choose("sdpa", None)
+
+
+def put_channels_last(model: torch.nn.Module) -> None:
+    """Let ``model`` compute with the channels of a pixel together in memory, its input included.
+
+    torch's convolution lays the gradient of its output out as its input is first: that of an encoder's first one, at
+    512 x 512, would be turned forth and back, for half a millisecond.
+    """
+
+    def turned(_: torch.nn.Module, inputs: tuple) -> tuple:
+        return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
+
+    model.to(memory_format=torch.channels_last).register_forward_pre_hook(turned)
+
+
+def recompute_in_backward(encoder: torch.nn.Module) -> None:
+    """Let the residual blocks of ``encoder`` keep their inputs alone and compute the rest again when differentiated."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    for block in encoder.modules():
+        if isinstance(block, (ResnetBlock2D, ResidualBlock)):
+            # No random numbers are drawn inside, and asking for their state would end the capture of a CUDA graph.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:
+    """``cls.from_pretrained`` of one component, with what goes wrong in it as a UserError."""
+    try:
+        return cls.from_pretrained(folder / part, local_files_only=True, **options)
+    except Exception as error:  # settings that the library does not expect end in any of Python's errors
+        raise UserError(f"the {part} of the model {folder} does not load: {first_line(error)}") from error
+
+
+def _load_model(cls: type, folder: Path, part: str, **options: Any) -> Any:
+    """A component with weights; a weight that its files do not hold is an error, not a random number."""
+    model, info = _load(cls, folder, part, use_safetensors=True, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"the {part} of the model {folder} lacks {len(missing)} of its weights, such as {missing[0]}")
+    return model
+
+
+def _facts(folder: Path, text_width: int, unet: Any, vae: Any | None, scheduler: Any) -> dict[str, Any]:
+    """Sizes and constants of the model from its configurations; UserError where they do not fit each other."""
+    sides = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else [unet.sample_size]
+    if len(set(sides)) != 1 or not isinstance(sides[0], int):
+        raise UserError(f"the unet of the model {folder} states no square sample_size ({unet.sample_size})")
+    if vae is None:
+        if unet.in_channels != 3 or unet.out_channels not in (3, 6):  # 6: three more for a learned variance
+            raise UserError(
+                f"the unet of the model {folder} maps {unet.in_channels} to {unet.out_channels} channels, but that of "
+                "the first stage of IF maps 3 to 6: its later stages enlarge pictures and cannot guide"
+            )
+    elif unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+        raise UserError(
+            f"the unet of the model {folder} maps {unet.in_channels} to {unet.out_channels} channels but its vae has "
+            f"{vae.latent_channels}; inpainting and other conditioned models cannot guide"
+        )
+    expected = unet.encoder_hid_dim or unet.cross_attention_dim  # some project the text to another width first
+    if expected != text_width:
+        raise UserError(
+            f"the text encoder of the model {folder} has width {text_width} but its unet expects {expected}"
+        )
+    prediction = scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"the model {folder} predicts {prediction!r}; epsilon or v_prediction is needed")
+    return {
+        "image_size": sides[0] * (1 if vae is None else 2 ** (len(vae.block_out_channels) - 1)),
+        "latent_size": sides[0],
+        "latent_channels": 3 if vae is None else vae.latent_channels,
+        "scaling_factor": 1.0 if vae is None else float(vae.scaling_factor),
+        "shift_factor": 0.0 if vae is None else float(vae.get("shift_factor") or 0.0),
+        "prediction_type": prediction,
+        "num_train_timesteps": scheduler.config.num_train_timesteps,
+    }
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Keeps the libraries' bars of a load that takes a blink off the terminal; a download keeps its own bars.
+
+    What a caller has set is set again afterwards: transformers switches the hub's bars together with its own.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    downloads_shown = not are_progress_bars_disabled()
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+        if not downloads_shown:
+            disable_progress_bars()

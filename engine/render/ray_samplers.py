@@ -1,0 +1,286 @@
+"""Where the samples of a ray lie. Two samplers with one interface:
+
+    OccupancySampler   marches through an occupancy grid and leaves out empty space; for the grid backbones
+    ImportanceSampler  even samples, then more of them where those found something; for the vanilla backbone
+
+`sample` gives the packed samples of rays, `update` keeps the sampler up with the field, `without_specks` hides small
+things apart from the object, and the rest serves the size of the buffers and checkpoints.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dream_fast import kernels
+from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.scene.hash_grid_field import Field
+
+SMALLEST_PART = 0.02  # of the cells of the largest part; smaller ones are specks
+LEAST_WEIGHT = 1e-5  # of an interval, so that a ray through nothing still has a distribution
+
+
+def make_sampler(field: SceneField, config: RenderConfig) -> "OccupancySampler | ImportanceSampler":
+    """The sampler of the field's backbone."""
+    return (OccupancySampler if isinstance(field, Field) else ImportanceSampler)(field, config)
+
+
+class OccupancySampler:
+    """Marching through an occupancy grid. Grid and capacity of the sample buffers are part of a checkpoint.
+
+    The grid starts full: until the first `update` rays are marched through the whole cube.
+    """
+
+    def __init__(self, field: SceneField, config: RenderConfig):
+        self.field, self.config = field, config
+        device = field.device
+        cells = config.occupancy_resolution**3
+        self.cascades = kernels.cascades(config.bound)
+        self.density = torch.zeros(self.cascades, cells, device=device)
+        self.bits = torch.full((self.cascades, cells // 8), 255, dtype=torch.uint8, device=device)
+        self.samples_per_ray = min(config.max_steps, 256)
+        # Since the capacity was last adapted, on the device: the fullest step, and whether one did not fit.
+        self.most_samples = torch.zeros((), dtype=torch.int64, device=device)
+        self.overflowed = torch.zeros((), dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
+        """Look at the density once in every cell (at a random point, or the centre without a generator)."""
+        resolution = self.config.occupancy_resolution
+        noise = None
+        if generator is not None:
+            noise = torch.rand(self.density.numel(), 3, generator=generator, device=generator.device)
+            noise = noise.to(self.density.device)
+        points = kernels.occupancy_points(
+            resolution, self.cascades, self.config.bound, noise, device=self.density.device
+        )
+        fresh = self.field.density(points, active_levels=active_levels).view_as(self.density)
+        bits, _ = kernels.occupancy_update(self.density, fresh, threshold=self.config.density_thresh)
+        self.bits.copy_(bits)
+
+    def sample(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        generator: torch.Generator | None,
+        *,
+        active_levels: int | Tensor | None = None,
+    ) -> kernels.Samples:
+        """Samples of rays [R, 3]; with a generator each ray's first one is moved by a random part of a step."""
+        count = origins.shape[0]
+        perturb = None
+        if generator is not None:
+            perturb = torch.rand(count, generator=generator, device=generator.device).to(origins.device)
+        options = {**self.lattice(), "bound": self.config.bound, "perturb": perturb}
+        samples = kernels.march(origins, directions, self.bits, capacity=count * self.samples_per_ray, **options)
+        torch.maximum(self.most_samples, samples.count, out=self.most_samples)
+        self.overflowed |= samples.overflow
+        if origins.is_cuda:
+            return samples
+        # On a CPU reading the count is free: nothing is dropped, and the buffers hold no padding.
+        if samples.overflow:
+            samples = kernels.march(origins, directions, self.bits, capacity=count * self.config.max_steps, **options)
+        used = int(samples.count)
+        return samples._replace(
+            positions=samples.positions[:used],
+            ray_ids=samples.ray_ids[:used],
+            t=samples.t[:used],
+            dt=samples.dt[:used],
+        )
+
+    def lattice(self) -> dict:
+        """Where samples lie on a ray, as the operators' arguments."""
+        config = self.config
+        return {
+            "resolution": config.occupancy_resolution,
+            "max_steps": config.max_steps,
+            "dt_gamma": config.dt_gamma,
+            "min_near": config.min_near,
+        }
+
+    @contextmanager
+    def without_specks(self) -> Iterator[None]:
+        """Inside the `with` block rays pass through small groups of occupied cells that stand apart from the object.
+
+        Scenes of one cascade only; across several the groups are not followed, and nothing changes.
+        """
+        before = self.bits.clone()
+        if self.cascades == 1:
+            side = self.config.occupancy_resolution
+            powers = 2 ** torch.arange(8, device=self.bits.device)
+            cells = (self.bits[0][:, None] & powers).bool().view(side, side, side)
+            self.bits.copy_((large_parts(cells).view(-1, 8) * powers).sum(1))
+        try:
+            yield
+        finally:
+            self.bits.copy_(before)
+
+    def adapt_capacity(self, rays: int) -> None:
+        """Fit the sample buffers to the fullest step of `rays` rays since the last call, with room to spare.
+
+        Reads the device, so call it where the host waits anyway (when a line is logged). Views differ from step to
+        step: what is neither nearly full nor twice too large stays, since for each change graphs are captured anew.
+        """
+        used, overflowed = int(self.most_samples) / max(1, rays), bool(self.overflowed)
+        wanted = int(1.5 * used) + 1
+        if overflowed:
+            wanted = max(wanted, 2 * self.samples_per_ray)
+        if overflowed or used > 0.9 * self.samples_per_ray or wanted < self.samples_per_ray / 2:
+            self.samples_per_ray = max(8, min(self.config.max_steps, wanted))
+        self.most_samples.zero_()
+        self.overflowed.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The occupancy grid, the capacity, and what the capacity will next be adapted to."""
+        return {
+            "density": self.density,
+            "bits": self.bits,
+            "samples_per_ray": torch.tensor(self.samples_per_ray),
+            "most_samples": self.most_samples,
+            "overflowed": self.overflowed,
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`; raises ValueError when the grids differ in shape."""
+        for name, own in (("density", self.density), ("bits", self.bits)):
+            if state[name].shape != own.shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the renderer's is {tuple(own.shape)}")
+            own.copy_(state[name])
+        samples = int(state["samples_per_ray"])
+        if not 0 < samples <= max(8, self.config.max_steps):
+            raise ValueError(f"samples_per_ray is {samples}, and --max_steps {self.config.max_steps}")
+        self.samples_per_ray = samples
+        for name, own in (("most_samples", self.most_samples), ("overflowed", self.overflowed)):
+            own.copy_(state.get(name, torch.zeros(())))  # checkpoints of earlier versions have none
+
+
+class ImportanceSampler:
+    """`num_steps` even intervals between a ray's entry into the cube and its exit, cut at `upsample_steps` places more
+    that are drawn from the weights of those; a sample lies in the middle of each interval.
+
+    Every ray has as many, also one that misses the cube (of no length). The places carry no gradient. Nothing is kept
+    between steps. Source: Mildenhall et al., NeRF, 2020, section 5.2; here one field serves both passes, as in
+    stable-dreamfusion. They place the samples so, and not the ends of their intervals; with samples in the middle the
+    error falls with the square of the number of samples.
+    """
+
+    def __init__(self, field: SceneField, config: RenderConfig):
+        self.field, self.config = field, config
+        self.samples_per_ray = config.num_steps + config.upsample_steps
+
+    def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
+        """Nothing to keep up."""
+
+    def sample(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        generator: torch.Generator | None,
+        *,
+        active_levels: int | Tensor | None = None,
+    ) -> kernels.Samples:
+        """Samples of rays [R, 3], `samples_per_ray` of each; a generator moves the places at random in their strata."""
+        rays, each = origins.shape[0], self.samples_per_ray
+        with torch.no_grad():
+            near, far = kernels.near_far(origins, directions, self.config.bound, self.config.min_near)
+            edges = even_edges(near, torch.maximum(near, far), self.config.num_steps, generator)
+            if self.config.upsample_steps:
+                positions = _places_on(origins, directions, middles(edges))
+                sigma = self.field.density(positions, active_levels=active_levels).view(rays, -1)
+                weights = ray_weights(sigma, edges.diff(dim=1))
+                more = importance_samples(edges, weights, self.config.upsample_steps, generator)
+                edges = torch.cat([edges, more], dim=1).sort(dim=1).values
+            t = middles(edges)
+        offsets = torch.arange(rays + 1, device=origins.device) * each
+        return kernels.Samples(
+            positions=_places_on(origins, directions, t),
+            ray_ids=torch.arange(rays, device=origins.device).repeat_interleave(each, output_size=rays * each),
+            t=t.view(-1),
+            dt=edges.diff(dim=1).view(-1),
+            offsets=offsets,
+            count=offsets[-1],
+            overflow=torch.zeros((), dtype=torch.bool, device=origins.device),
+        )
+
+    @contextmanager
+    def without_specks(self) -> Iterator[None]:
+        """Changes nothing: without an occupancy grid nothing tells specks from the object."""
+        yield
+
+    def adapt_capacity(self, rays: int) -> None:
+        """The buffers fit always."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"the renderer keeps no state, but there is {', '.join(sorted(state))}")
+
+
+def _places_on(origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
+    """Points [R K, 3] at distances t [R, K] along rays [R, 3]."""
+    return (origins[:, None] + t[..., None] * directions[:, None]).view(-1, 3)
+
+
+def _strata(rays: int, parts: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """One number in each of `parts` equal parts of [0, 1), [rays, parts]: at random, or in the middle."""
+    inside = 0.5
+    if generator is not None:
+        inside = torch.rand(rays, parts, generator=generator, device=generator.device).to(like)
+    return ((torch.arange(parts, device=like.device) + inside) / parts).to(like.dtype).expand(rays, parts)
+
+
+def middles(edges: Tensor) -> Tensor:
+    """[R, K + 1] -> [R, K]."""
+    return (edges[:, 1:] + edges[:, :-1]) / 2
+
+
+def even_edges(near: Tensor, far: Tensor, intervals: int, generator: torch.Generator | None) -> Tensor:
+    """Edges [R, K + 1] of K even intervals from near to far ([R] each); a generator moves each inner one by up to half
+    an interval."""
+    parts = (
+        torch.arange(intervals + 1, device=near.device).to(near.dtype).expand(near.shape[0], intervals + 1) / intervals
+    )
+    if generator is not None:
+        inner = _strata(near.shape[0], intervals, generator, near)[:, 1:] - 0.5 / intervals
+        parts = torch.cat([parts[:, :1], inner, parts[:, -1:]], dim=1)
+    return near[:, None] + (far - near)[:, None] * parts
+
+
+def ray_weights(sigma: Tensor, dt: Tensor | float) -> Tensor:
+    """Weights [R, K] of samples in volume rendering: w = exp(-depth before) (1 - exp(-sigma dt)); NeRF, equation 3."""
+    tau = sigma * dt
+    before = F.pad(tau[:, :-1].cumsum(dim=1), (1, 0))  # not the sum minus tau, which loses all digits in a wall
+    return torch.exp(-before) * -torch.expm1(-tau)
+
+
+def importance_samples(edges: Tensor, weights: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Distances [R, samples], near to far, that follow the weights [R, K] of the intervals of edges [R, K + 1].
+
+    The inverse of the cumulative distribution, piecewise linear, at one number in each equal part of [0, 1).
+    """
+    weights = weights + LEAST_WEIGHT
+    cumulative = F.pad((weights / weights.sum(dim=1, keepdim=True)).cumsum(dim=1), (1, 0))  # [R, K + 1]
+    u = _strata(edges.shape[0], samples, generator, edges).contiguous()
+    # Rounding may leave the last one below a number close to 1.
+    interval = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, weights.shape[1] - 1)
+    below, above = cumulative.gather(1, interval), cumulative.gather(1, interval + 1)
+    start, end = edges.gather(1, interval), edges.gather(1, interval + 1)
+    return start + (end - start) * ((u - below) / (above - below)).clamp(0, 1)
+
+
+def large_parts(cells: Tensor) -> Tensor:
+    """Of occupied cells [G, G, G] (bool), those in groups of neighbours (26) of at least 2 % of the largest group."""
+    label = torch.arange(cells.numel(), dtype=torch.float64, device=cells.device).view(cells.shape)
+    label, before = torch.where(cells, label, -1.0), None
+    while before is None or not torch.equal(label, before):
+        before = label
+        label = torch.where(cells, F.max_pool3d(label[None], 3, stride=1, padding=1)[0], -1.0)
+    groups = (label + 1).long()  # 0: not occupied
+    sizes = torch.bincount(groups.flatten(), minlength=2)
+    sizes[0] = 0
+    return (sizes >= SMALLEST_PART * sizes.max())[groups] & cells

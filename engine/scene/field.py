@@ -1,0 +1,141 @@
+"""What every backbone's field is made of: the interface, the background network, and the frequency encoding.
+
+A field turns a point into density and albedo. `engine.field` has the hash grid, `engine.vanilla` the frequency MLP.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dream_fast import kernels
+from dream_fast.engine.config.schema import FieldConfig
+
+BACKGROUND_WIDTH = 32
+
+
+class FieldValues(NamedTuple):
+    """What the field says about N points."""
+
+    sigma: Tensor  # [N] density, per world unit
+    albedo: Tensor  # [N, 3] in (0, 1)
+    normal: Tensor | None  # [N, 3] unit, outward (-grad sigma), None when not asked for
+
+    def without_padding(self, count: Tensor | None) -> "FieldValues":
+        """Zeros in the rows from `count` on, without asking the device how many those are."""
+        if count is None:
+            return self
+        live = torch.arange(self.sigma.shape[0], device=self.sigma.device) < count
+        normal = None if self.normal is None else torch.where(live[:, None], self.normal, 0)
+        return FieldValues(torch.where(live, self.sigma, 0), torch.where(live[:, None], self.albedo, 0), normal)
+
+
+def linear_layers(widths: Sequence[int], generator: torch.Generator) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Weights [out, in] and biases [out] of a network with these widths, uniform in +-1/sqrt(in)."""
+    weights, biases = nn.ParameterList(), nn.ParameterList()
+    for inputs, outputs in pairwise(widths):
+        reach = 1.0 / math.sqrt(inputs)
+        weights.append(uniform((outputs, inputs), reach, generator))
+        biases.append(uniform((outputs,), reach, generator))
+    return weights, biases
+
+
+def uniform(shape: tuple[int, ...], reach: float, generator: torch.Generator) -> nn.Parameter:
+    """A parameter drawn from [-reach, reach)."""
+    return nn.Parameter((torch.rand(shape, generator=generator, device=generator.device) * 2 - 1) * reach)
+
+
+def frequency_encoding(x: Tensor, bands: int, active: int | Tensor | None = None) -> Tensor:
+    """x [N, 3] -> [N, 3 + 6 bands]: x, then sin(2^k x) and cos(2^k x), k = 0 .. bands - 1 (Mildenhall et al., 2020).
+
+    Bands from `active` on are zeros. As in stable-dreamfusion the lowest band is one radian a unit, without NeRF's pi.
+    """
+    number = torch.arange(bands, device=x.device)
+    angles = (x[:, None, :] * (2.0 ** number.to(x.dtype))[:, None]).flatten(1)  # [N, 3 bands]
+    sines, cosines = angles.sin(), angles.cos()
+    if active is not None:
+        on = (number < active).to(x.dtype).repeat_interleave(3, output_size=3 * bands)
+        sines, cosines = sines * on, cosines * on
+    return torch.cat([x, sines, cosines], dim=-1)
+
+
+def _chunk(x: Tensor) -> int:
+    """Points evaluated together: on a CPU their temporaries stay in the cache (a fifth quicker), a GPU wants many."""
+    return 1 << 20 if x.is_cuda else 1 << 16
+
+
+class SceneField(nn.Module):
+    """Density and albedo in the cube [-bound, bound]^3, with normals on demand, and a background network.
+
+    `compute_dtype` is the type that the networks compute in (None: that of the parameters, which stay fp32).
+    Parameters are drawn from `generator` on its device; move the module afterwards.
+    """
+
+    background_bands = 6
+    finest: int | None = None  # cells along an edge of the scene below which the field has no detail of its own
+
+    def __init__(self, config: FieldConfig, bound: float, grid: kernels.HashGridSpec | None = None):
+        super().__init__()
+        self.spec = kernels.FieldSpec(
+            **({} if grid is None else {"grid": grid}),
+            bound=bound,
+            density_activation=config.density_activation,
+            blob_density=config.blob_density,
+            blob_radius=config.blob_radius,
+        )
+        self.bound = bound
+        self.register_parameter("table", None)  # learns ten times as fast as the networks, where a backbone has one
+        self.compute_dtype: torch.dtype | None = None
+        self.has_background = config.bg_radius > 0
+
+    def _add_background(self, generator: torch.Generator) -> None:
+        if self.has_background:
+            widths = [3 + 6 * self.background_bands, BACKGROUND_WIDTH, 3]
+            self.background_weights, self.background_biases = linear_layers(widths, generator)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def plan(self, normals: str) -> str:
+        """How a GPU computes this field with these normals, in a few words."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        active_levels: int | Tensor | None = None,
+        count: Tensor | None = None,
+        normals: str | None = None,
+        normal_epsilon: float = 0.01,
+    ) -> FieldValues:
+        """Values at world points x [N, 3]. Rows from `count` on are padding.
+
+        `active_levels`: how many of the encoding's levels or bands, coarse to fine, count; None: all. `normals` is
+        None, "finite_difference" (six more evaluations at +-normal_epsilon world units) or "analytic".
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def density(self, x: Tensor, *, active_levels: int | Tensor | None = None, chunk: int | None = None) -> Tensor:
+        """Densities [N] at world points [N, 3], without gradient, `chunk` points at a time."""
+        chunk = chunk or _chunk(x)
+        return torch.cat([self(part, active_levels=active_levels).sigma for part in x.split(chunk)])
+
+    @torch.no_grad()
+    def albedo(self, x: Tensor) -> Tensor:
+        """Albedo [N, 3] at world points [N, 3], without gradient, in chunks."""
+        return torch.cat([self(part).albedo for part in x.split(_chunk(x))])
+
+    def background(self, directions: Tensor) -> Tensor:
+        """Background colour [R, 3] in (0, 1) of unit directions [R, 3]; needs `bg_radius` > 0."""
+        if not self.has_background:
+            raise ValueError("this field has no background network: bg_radius is not positive")
+        h = frequency_encoding(directions, self.background_bands)
+        h = F.relu(F.linear(h, self.background_weights[0], self.background_biases[0]))
+        return F.linear(h, self.background_weights[1], self.background_biases[1]).sigmoid()

@@ -1,0 +1,94 @@
+"""The field of the backbone `vanilla`: a frequency encoding and a residual MLP, in plain PyTorch.
+
+    h_1 = relu(W_1 enc(x) + b_1);  h_l = silu(h_{l-1} + norm(W_l h_{l-1} + b_l));  out = W_L h_{L-1} + b_L
+    sigma = act(out_0 + blob(x)), albedo = sigmoid(out_1..3), act and blob as in `dream_fast.kernels.field`
+
+norm is layer normalisation with a scale and a shift. The background: a frequency encoding (4 bands) and 27 -> 32 -> 3.
+Source: Mildenhall et al., NeRF, 2020 (the encoding); stable-dreamfusion, nerf/network.py (the network).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dream_fast import kernels
+from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.scene.field import FieldValues, SceneField, frequency_encoding, linear_layers
+
+
+class VanillaField(SceneField):
+    """A frequency MLP. Encoding, normalisation, blob and results are fp32; the products are in `compute_dtype`."""
+
+    background_bands = 4
+
+    def __init__(self, config: FieldConfig, bound: float, generator: torch.Generator):
+        super().__init__(config, bound)
+        self.bands = config.frequencies
+        width, layers = config.hidden_width, config.hidden_layers
+        self.weights, self.biases = linear_layers([3 + 6 * self.bands, *[width] * layers, 4], generator)
+        residual = max(0, layers - 1)
+        self.scales = nn.ParameterList(torch.ones(width, device=generator.device) for _ in range(residual))
+        self.shifts = nn.ParameterList(torch.zeros(width, device=generator.device) for _ in range(residual))
+        self._add_background(generator)
+
+    def _network(self, x: Tensor, active: int | Tensor | None) -> tuple[Tensor, Tensor]:
+        """The logit of the density [N], blob included, and those of the albedo [N, 3]."""
+        h = frequency_encoding(x, self.bands, active)
+        for layer in range(len(self.weights) - 1):
+            out = self._linear(h, layer)
+            if layer == 0:
+                h = F.relu(out)
+            else:
+                norm = F.layer_norm(out, out.shape[1:], self.scales[layer - 1], self.shifts[layer - 1])
+                h = F.silu(h + norm)
+        out = self._linear(h, len(self.weights) - 1)
+        return kernels.density_logit(x, out[:, 0], self.spec), out[:, 1:]
+
+    def _linear(self, h: Tensor, layer: int) -> Tensor:
+        dtype = self.compute_dtype or h.dtype
+        return F.linear(h.to(dtype), self.weights[layer].to(dtype), self.biases[layer].to(dtype)).to(h.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        active_levels: int | Tensor | None = None,
+        count: Tensor | None = None,
+        normals: str | None = None,
+        normal_epsilon: float = 0.01,
+    ) -> FieldValues:
+        """As every field. Normals are those of the density's logit, with which the density rises."""
+        # The gradient of the density itself has the same direction, but leaves the range of half precision.
+        slope = None
+        if normals == "analytic":
+            training = torch.is_grad_enabled()
+            with torch.enable_grad():
+                at = x if x.requires_grad else x.detach().requires_grad_()
+                logit, colour = self._network(at, active_levels)
+                (slope,) = torch.autograd.grad(logit.sum(), at, create_graph=training)
+            if not training:
+                logit, colour = logit.detach(), colour.detach()
+        else:
+            logit, colour = self._network(x, active_levels)
+        if normals == "finite_difference":
+            slope = self._differences(x, active_levels, normal_epsilon)
+        normal = None
+        if slope is not None:
+            normal = kernels.normal_of_gradient(slope)
+        return FieldValues(kernels.density_activation(logit, self.spec), colour.sigmoid(), normal).without_padding(
+            count
+        )
+
+    def _differences(self, x: Tensor, active: int | Tensor | None, epsilon: float) -> Tensor:
+        """Central differences [N, 3] of the density's logit; points are held inside the cube."""
+        slopes = []
+        for axis in range(3):
+            step = epsilon * (torch.arange(3, device=x.device) == axis)
+            ahead, behind = (
+                self._network((x + sign * step).clamp(-self.bound, self.bound), active)[0] for sign in (1, -1)
+            )
+            slopes.append((ahead - behind) / (2 * epsilon))
+        return torch.stack(slopes, dim=1)
+
+    def plan(self, normals: str) -> str:
+        return "on PyTorch's operators"

@@ -1,0 +1,69 @@
+"""The field of the backbones `grid` and `grid_torch`, a hash grid and a small network, and the choice among all fields.
+
+Density and albedo come from the operator `dream_fast.kernels.field`, fused in Triton (`grid`) or on PyTorch's operators
+(`grid_torch`); this module owns the parameters. The background depends on the ray's direction alone: a frequency
+encoding (6 bands) and a network 39 -> 32 -> 3.
+"""
+
+import torch
+from torch import Tensor
+
+from dream_fast import kernels
+from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.scene.field import FieldValues, SceneField, linear_layers, uniform
+from dream_fast.engine.scene.frequency_field import VanillaField
+
+TABLE_INIT = 1e-4  # the table starts uniform in [-1e-4, 1e-4], so the blob alone shapes the first renders
+
+
+class Field(SceneField):
+    """A hash grid and a network, in Triton on a GPU unless the backbone is `grid_torch`."""
+
+    def __init__(self, config: FieldConfig, bound: float, generator: torch.Generator):
+        grid = kernels.HashGridSpec(
+            levels=config.levels,
+            features=config.features,
+            log2_entries=config.log2_entries,
+            base_resolution=config.base_resolution,
+            max_resolution=config.max_resolution,
+            interpolation=config.interpolation,
+        )
+        super().__init__(config, bound, grid)
+        self.finest = config.max_resolution
+        self.on_torch = config.backbone == "grid_torch"
+        self.table = uniform((grid.rows, grid.features), TABLE_INIT, generator)
+        widths = [grid.channels, *[config.hidden_width] * config.hidden_layers, 4]
+        self.weights, self.biases = linear_layers(widths, generator)
+        self._add_background(generator)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        active_levels: int | Tensor | None = None,
+        count: Tensor | None = None,
+        normals: str | None = None,
+        normal_epsilon: float = 0.01,
+    ) -> FieldValues:
+        inputs = (x, self.table, list(self.weights), list(self.biases), self.spec)
+        options = {"active_levels": active_levels, "dtype": self.compute_dtype}
+        # The references would ask the device for the count: they get all rows instead.
+        options |= {} if self.on_torch else {"count": count}
+        if normals is None:
+            operator = kernels.field_reference if self.on_torch else kernels.field
+            values = FieldValues(*operator(*inputs, **options), None)
+        else:
+            operator = kernels.field_normals_reference if self.on_torch else kernels.field_normals
+            values = FieldValues(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **options))
+        return values.without_padding(count) if self.on_torch else values
+
+    def plan(self, normals: str) -> str:
+        """How a GPU computes this field: "fused", or "unfused: " and the reason."""
+        if self.on_torch:
+            return "on PyTorch's operators"
+        return kernels.field_plan(self.spec, list(self.weights), self.compute_dtype or self.table.dtype, normals)
+
+
+def make_field(config: FieldConfig, bound: float, generator: torch.Generator) -> SceneField:
+    """The field of the configured backbone."""
+    return (VanillaField if config.backbone == "vanilla" else Field)(config, bound, generator)

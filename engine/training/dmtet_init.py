@@ -1,0 +1,206 @@
+"""The shape of a mesh refinement: a signed distance and a shift at each vertex of a grid of tetrahedra.
+
+    position = middle + reach * (vertex + tanh(shift) / N),    surface: distance = 0, positive inside
+
+N is --tet_grid_size, so that a vertex moves by up to half a layer. Distances are clamped to [-1, 1] at the start, and
+about ten times those of the scene. Source: Shen et al., Deep Marching Tetrahedra, 2021.
+
+A run starts from what --init_with names: a checkpoint, or a folder of a run, of a field; or a mesh file; else a sphere.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dream_fast.engine.config.schema import CameraConfig, Config, FieldConfig, settings
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.isosurface import density_volume, surface_level
+from dream_fast.engine.geometry.read_mesh import SUFFIXES, load_mesh
+from dream_fast.engine.geometry.signed_distance import signed_distance
+from dream_fast.engine.geometry.tet_grid import Surface, marching_tetrahedra, tet_grid
+from dream_fast.engine.render.ray_samplers import large_parts
+from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.workspace.checkpoint import list_checkpoints, read_architecture
+
+SLOPE = 10.0  # of the distance at the start, per world unit
+SPHERE = 0.5  # radius of the sphere that a run starts from, of the bound
+MARGIN = 0.1  # between the object and the border of the grid, of the bound
+FILLS = 0.8  # part of the picture's height, or of the cube, that a mesh file is scaled to
+OUTSIDE = -1e-2  # distance of the border's vertices at most
+VOLUME = 64  # points along an edge at which a field is looked at to find the object
+
+
+class TetShape(nn.Module):
+    """Distance [V] and shift [V, 3], parameters unless `locked`; where the grid lies is part of the state."""
+
+    def __init__(self, size: int, bound: float, *, locked: bool = False):
+        super().__init__()
+        grid = tet_grid(size)
+        self.size, self.bound, self.locked = size, bound, locked
+        self.register_buffer("vertices", grid.vertices)
+        self.register_buffer("tets", grid.tets)
+        self.register_buffer("border", grid.border)
+        self.register_buffer("middle", torch.zeros(3))
+        self.register_buffer("reach", torch.full((3,), float(bound)))
+        self.distance = nn.Parameter((SPHERE * bound - bound * grid.vertices.norm(dim=1)).mul(SLOPE).clamp(-1, 1))
+        self.shift = nn.Parameter(torch.zeros_like(grid.vertices))
+        self.requires_grad_(not locked)
+
+    def positions(self) -> Tensor:
+        """Places [V, 3] of the grid's vertices in the scene."""
+        return self.middle + self.reach * (self.vertices + self.shift.tanh() / self.size)
+
+    def surface(self) -> Surface:
+        """The surface as it is now, differentiable; closed. Waits for the device."""
+        distance = torch.where(self.border, self.distance.clamp(max=OUTSIDE), self.distance)
+        return marching_tetrahedra(self.positions(), distance, self.tets)
+
+    @torch.no_grad()
+    def start_from(self, middle: Tensor, reach: Tensor, distance: Tensor) -> None:
+        """Lay the grid over middle +- reach, [3] each, with distances [V]; shifts are 0."""
+        self.middle.copy_(middle)
+        self.reach.copy_(reach)
+        self.distance.copy_(distance.clamp(-1, 1))
+        self.shift.zero_()
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the parameters that are optimised."""
+        learned = {"distance": self.distance, "shift": self.shift} if self.locked else {}
+        return {"middle": self.middle, "reach": self.reach, **learned}
+
+    @torch.no_grad()
+    def load_kept_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `kept_state()`; raises ValueError when names or shapes differ."""
+        own = self.kept_state()
+        if state.keys() != own.keys():
+            raise ValueError(f"the grid's state holds {sorted(state)}, expected {sorted(own)}")
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
+            tensor.copy_(state[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------- start
+
+
+class Start(NamedTuple):
+    """What --init_with names, found on disk."""
+
+    path: Path
+    checkpoint: bool  # else a mesh file
+
+
+def find_start(name: str) -> Start:
+    """The checkpoint (of a folder the latest) or mesh file that `name` is. UserError: it is neither."""
+    path = expanded(name)
+    if path.is_dir():
+        inside = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+        if not inside:
+            raise UserError(f"--init_with {name}: the folder holds no checkpoint of a run")
+        return Start(inside[-1], True)
+    if path.suffix.lower() in (".pth", ".pt", ".ckpt"):
+        raise UserError(
+            f"--init_with {name}: checkpoints of other programs cannot be read; give a run's or a mesh file"
+        )
+    if not path.is_file():
+        raise UserError(f"--init_with {name}: there is no such file")
+    if path.suffix.lower() not in (".safetensors", *SUFFIXES):
+        raise UserError(
+            f"--init_with {name} is neither a checkpoint (.safetensors, or the folder of a run) nor a mesh file "
+            f"({', '.join(SUFFIXES)})"
+        )
+    return Start(path, path.suffix.lower() == ".safetensors")
+
+
+def field_settings(start: Start) -> dict[str, Any]:
+    """The settings that a run needs to take over the field of a checkpoint, by flag name; of a mesh file none."""
+    if not start.checkpoint:
+        return {}
+    architecture = read_architecture(start.path)
+    if "tet_grid_size" in architecture:
+        raise UserError(f"--init_with {start.path} is of a mesh refinement already: go on with its --workspace instead")
+    names = {field.name for room, field in settings() if room.type is FieldConfig} | {"bound", "occupancy_resolution"}
+    return {name: value for name, value in architecture.items() if name in names}
+
+
+@torch.no_grad()
+def start_from_field(shape: TetShape, field: SceneField, threshold: float) -> None:
+    """Lay the grid over what `field` has denser than the threshold, and take the distance from its density.
+
+    One is found where the given one leaves nothing or all (`surface_level`). Density rises exponentially, so its
+    logarithm, scaled to the slope of a distance at the surface, is what straight lines between vertices fit.
+    UserError: the density is the same everywhere.
+    """
+    volume = density_volume(field, VOLUME)
+    level = surface_level(volume, threshold)
+    kept = large_parts(volume > level)
+    bound, spacing = field.bound, 2 * field.bound / (VOLUME - 1)
+    occupied = kept.nonzero()
+    low, high = (occupied.amin(0) - 1) * spacing - bound, (occupied.amax(0) + 1) * spacing - bound
+    low, high = (low - MARGIN * bound).clamp(min=-bound), (high + MARGIN * bound).clamp(max=bound)
+    shape.start_from((low + high) / 2, (high - low) / 2, torch.zeros_like(shape.distance))
+    positions = shape.positions()
+    value = (field.density(positions).clamp(min=1e-6 * level) / level).log()
+    near = ((positions.cpu() + bound) / spacing).round().long().clamp(0, VOLUME - 1)
+    around = torch.nn.functional.max_pool3d(kept[None].float(), 5, stride=1, padding=2)[0] > 0
+    value = torch.where(around[near.unbind(1)].to(value.device), value, value.clamp(max=-1.0))  # specks stay behind
+    ends = shape.tets[:, :2]  # edges of each tetrahedron that cross the surface say how steep it is
+    at, to = value[ends[:, 0]], value[ends[:, 1]]
+    crossing = (at > 0) != (to > 0)
+    length = (positions[ends[crossing, 1]] - positions[ends[crossing, 0]]).norm(dim=1)
+    steep = ((at - to)[crossing].abs() / length).median() if crossing.any() else torch.tensor(SLOPE)
+    shape.start_from(shape.middle.clone(), shape.reach.clone(), value * (SLOPE / steep.clamp(min=1e-3)))
+
+
+def read_surface(path: Path) -> Surface:
+    """The triangles of a mesh file, on the host. UserError: what `load_mesh` refuses."""
+    mesh = load_mesh(path)
+    return Surface(torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces))
+
+
+def fitted(mesh: Surface, bound: float, camera: CameraConfig) -> Surface:
+    """The mesh moved to the middle, its largest side 0.8 of what the output camera, or the scene's cube, takes in."""
+    corners = mesh.vertices[mesh.faces].view(-1, 3)
+    low, high = corners.amin(0), corners.amax(0)
+    seen = camera.default_radius * float(torch.tensor(camera.default_fovy / 2).deg2rad().tan())
+    half = float((high - low).amax()) / 2
+    if not half > 0:
+        raise UserError("the mesh of --init_with has no extent: all of its triangles are one point")
+    return mesh._replace(vertices=(mesh.vertices - (low + high) / 2) * (FILLS * min(bound, seen) / half))
+
+
+@torch.no_grad()
+def start_from_mesh(shape: TetShape, mesh: Surface) -> None:
+    """Lay the grid over a mesh and take the distance to it. UserError: it encloses nothing."""
+    device, bound = shape.distance.device, shape.bound
+    mesh = Surface(*(part.to(device) for part in mesh))
+    corners = mesh.vertices[mesh.faces].view(-1, 3)
+    half = (corners.abs().amax(0) + MARGIN * bound).clamp(max=bound)
+    n = shape.size // 2
+    step, distances = 2 * half / n, []
+    # A few layers of tetrahedra are as far as the distance has to be right; farther off only its sign counts.
+    reach = min(1 / SLOPE, 3 * float(step.amax()))
+    for count, first in ((n + 1, -half), (n, -half + step / 2)):
+        found = signed_distance(mesh, first, step, (count,) * 3, reach).view(-1)
+        distances.append(torch.where(found.abs() >= reach, found.sign(), SLOPE * found))
+    distance = torch.cat(distances)
+    if not (distance > 0).any():
+        raise UserError(
+            "the mesh of --init_with encloses no space that --tet_grid_size resolves: it is open, or too thin"
+        )
+    shape.start_from(torch.zeros(3, device=device), half, distance)
+
+
+def load_start(config: Config, shape: TetShape) -> Start | None:
+    """Give the shape its start where that is a mesh file or the sphere; a checkpoint is returned, for its field."""
+    if config.dmtet.init_with is None:
+        return None
+    start = find_start(config.dmtet.init_with)
+    field_settings(start)  # complains about a checkpoint of another kind
+    if not start.checkpoint:
+        start_from_mesh(shape, fitted(read_surface(start.path), shape.bound, config.camera))
+    return start

@@ -1,0 +1,213 @@
+"""Settings that other versions stored, as those of this one: renamed, new, and no longer there.
+
+config.json and the header of a checkpoint name the version that wrote them since 0.2.0; what names none is read as
+0.1.0. `RENAMED` and `WITHOUT` grow with each version that changes the settings; docs/compatibility.md has the rules
+and which version reads what.
+
+`python -m dream_fast.engine.workspace.stored_run` prints the settings of this version with their defaults, for
+tests/fixtures/settings/VERSION.json. Nothing heavy is imported.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+from dream_fast import __version__
+from dream_fast.engine.config.presets import SCORE_DEFAULTS, resolve
+from dream_fast.engine.config.schema import Config, other_backbones, settings
+from dream_fast.engine.errors import UserError
+
+VERSION_KEY = "version"  # beside the rooms of config.json
+UNNAMED = "0.1.0"
+
+
+class Renamed(NamedTuple):
+    """The name of a setting now, and its value: of the old value and all stored settings; None: the old value."""
+
+    name: str
+    value: Callable[[Any, Mapping[str, Any]], Any] | None = None
+
+
+def _scale_schedule(end: Any, stored: Mapping[str, Any]) -> Any:
+    """The guidance scale that ran from --guidance_scale to --guidance_scale_end, over the whole run."""
+    scale = stored.get("guidance.guidance_scale")
+    return scale if end is None else f"0.0:{scale}:{end}:1.0"
+
+
+# Settings of earlier versions that have another name now, by "room.name".
+RENAMED: dict[str, Renamed] = {
+    "guidance.guidance_scale_end": Renamed("guidance.guidance_scale", _scale_schedule),
+}
+
+# Settings that a stored run may lack, each with the value that gives what the versions without it did.
+WITHOUT: dict[str, Any] = {
+    # the prompt of a side was the prompt with the side's name
+    **dict.fromkeys(("run.text_front", "run.text_side", "run.text_back", "run.text_overhead")),
+    "run.output": None,
+    "run.exp_start_iter": None,
+    "run.exp_end_iter": None,
+    "run.attention": "auto",
+    "run.compile": False,
+    "run.deterministic": False,
+    "run.step_graph": False,
+    "run.rescue": False,
+    "camera.progressive_view": False,
+    "camera.progressive_view_init_ratio": 0.2,
+    "camera.jitter_pose": False,
+    "camera.jitter_center": 0.2,
+    "camera.jitter_target": 0.2,
+    "camera.jitter_up": 0.02,
+    "camera.view_blend": 90.0,  # front turned into side from 0 to 90 degrees
+    "camera.angle_front": None,
+    "field.frequencies": 12,
+    "render.num_steps": 64,
+    "render.upsample_steps": 32,
+    "guidance.if_key": None,
+    "guidance.clip_key": None,
+    "guidance.score": "sds",
+    "guidance.loss_space": "noise",
+    "guidance.inversion_steps": 10,
+    "guidance.clip_grad_latent": -1.0,
+    "guidance.perpneg": False,
+    "guidance.negative_w": -2.0,
+    "guidance.front_decay_factor": 2.0,
+    "guidance.side_decay_factor": 10.0,
+    "loss.regularizers": "plain",
+    "loss.lambda_mesh_normal": 0.5,
+    "loss.lambda_mesh_laplacian": 0.5,
+    "dmtet.dmtet": False,
+    "dmtet.init_with": None,
+    "dmtet.dmtet_reso_scale": 8.0,
+    "dmtet.tet_grid_size": 128,
+    "dmtet.lr_geo": None,
+    "dmtet.lock_geo": False,
+    "optim.lr_decay": 1.0,
+    "output.test_interval": 100,
+    "output.save_guidance": False,
+    "output.save_guidance_interval": 10,
+    "output.tensorboard": False,
+    "output.profile": False,
+    "output.decimate_target": 50_000,
+    "output.texture_resolution": 2048,
+}
+
+
+class StoredRun(NamedTuple):
+    """Settings of a stored run, the version that wrote them, and those that this version ignores, by "room.name"."""
+
+    config: Config
+    version: str
+    ignored: dict[str, Any]
+
+    @property
+    def is_of_this_version(self) -> bool:
+        """Whether this very version wrote it, so that the defaults of a command were those of now."""
+        return self.version == __version__
+
+
+def read_run(data: Any) -> StoredRun:
+    """Settings as config.json holds them, of this version or another one.
+
+    Raises UserError: no settings of a run, bad values, or settings that this version would have to know.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError("it holds no settings of a run")
+    version = data.get(VERSION_KEY, UNNAMED)
+    _numbers(version)
+    rooms = {room: values for room, values in data.items() if room != VERSION_KEY}
+    if not all(isinstance(values, Mapping) for values in rooms.values()):
+        raise UserError("it holds no settings of a run")
+    values = _renamed({f"{room}.{name}": value for room, group in rooms.items() for name, value in group.items()})
+    known = [f"{room.name}.{field.name}" for room, field in settings()]
+    ignored = {name: values.pop(name) for name in sorted(values.keys() - set(known))}
+    _check_ignored(ignored, version)
+    values = WITHOUT | values
+    if missing := [name for name in known if name not in values]:
+        raise UserError(f"it lacks settings that every version stores: {', '.join(missing)}")
+    whole: dict[str, dict[str, Any]] = {room: {} for room in Config().to_dict()}
+    for name in known:
+        room, _, setting = name.partition(".")
+        whole[room][setting] = values[name]
+    try:
+        return StoredRun(Config.from_dict(whole), version, ignored)
+    except UserError as error:
+        if version == __version__:
+            raise
+        raise UserError(f"{error}; {way_to_read(version)}") from error
+
+
+def complete_architecture(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture in a checkpoint's header with the names of this version, and with the settings it lacks."""
+    names = {_setting(old): _setting(new.name) for old, new in RENAMED.items() if new.value is None}
+    values = {names.get(name, name): value for name, value in saved.items()}
+    unread = other_backbones(str(values.get("backbone")))
+    lacking = {_setting(name): value for name, value in WITHOUT.items() if name.startswith("field.")}
+    return {name: value for name, value in lacking.items() if name not in unread} | values
+
+
+def unknown_settings(saved: Mapping[str, Any]) -> list[str]:
+    """The settings in the architecture of a checkpoint's header that this version does not have."""
+    return sorted(complete_architecture(saved).keys() - {field.name for _, field in settings()})
+
+
+def way_to_read(version: Any) -> str:
+    """The end of the sentence about a file that ``version`` wrote and this one cannot read."""
+    if _numbers(version) > _numbers(__version__):
+        return f"dream-fast {version} wrote it and this is {__version__}: upgrade dream-fast"
+    return f"dream-fast {version}, which wrote it, reads it; this is {__version__}"
+
+
+def _numbers(version: Any) -> tuple[int, ...]:
+    """A version for comparing. Raises UserError: it is none."""
+    if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}(\.\d{1,6}){1,3}", version, re.ASCII):
+        raise UserError(f"{version!r} is no version of dream-fast")
+    return tuple(map(int, version.split(".")))
+
+
+def _setting(name: str) -> str:
+    """The name of a setting without its room."""
+    return name.partition(".")[2]
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with the names of this version."""
+    moved = {}
+    for old, new in RENAMED.items():
+        if old in values:
+            moved[new.name] = values[old] if new.value is None else new.value(values[old], values)
+    return {name: value for name, value in values.items() if name not in RENAMED} | moved
+
+
+def _check_ignored(names: Mapping[str, Any], version: str) -> None:
+    """Raises UserError where unknown settings may not be ignored: newer ones, those of the field, and misspelt ones."""
+    if not names:
+        return
+    unknown = f"it has settings that this version of dream-fast does not know: {', '.join(names)}"
+    if version == __version__:
+        raise UserError(unknown)
+    newer = _numbers(version) > _numbers(__version__)
+    if newer or any(name.startswith("field.") for name in names):
+        raise UserError(f"{unknown}; {way_to_read(version)}")
+
+
+def snapshot() -> dict[str, Any]:
+    """Every setting with its default, and what each model, device and kind of run has instead; ready for JSON."""
+    defaults = _flat(Config())
+    kinds = {"grid": {}, "vanilla": {"backbone": "vanilla"}, "dmtet": {"dmtet": True}}
+    kinds |= {score: {"score": score} for score in SCORE_DEFAULTS} | {"reference": {"preset": "reference"}}
+    presets = {}
+    for model, device, (kind, typed) in product(("dream-mini", "sd"), ("cpu", "cuda"), kinds.items()):
+        values = _flat(resolve(typed, model, device))
+        presets[f"{model} {device} {kind}"] = {name: v for name, v in values.items() if v != defaults[name]}
+    return {"settings": defaults, "presets": presets}
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    rooms = json.loads(json.dumps(config.to_dict()))
+    return {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(snapshot(), indent=1))

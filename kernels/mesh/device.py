@@ -1,0 +1,167 @@
+"""Device functions of the operators over triangles: corners in units of pixels, sums over corners; and who neighbours
+whom in a mesh.
+
+A corner (x, y, z, w) in clip space becomes (X, Y, z, w) with X = x W / 2, Y = -y H / 2. Seen from the centre of a pixel
+it lies at (X - cx w, Y - cy w) times 1 / w, where (cx, cy) goes from the middle of the picture to that centre, in
+pixels, to the right and down. The products are small near the pixel, so that nothing cancels, and no corner is divided
+by its w, so that a corner behind the camera needs no clipping.
+Source: Olano and Greer, Triangle scan conversion using 2D homogeneous coordinates, 1997.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dream_fast.kernels._core.launch import check_tensor, jit, tl
+
+INDICES = (torch.int32, torch.int64)
+
+
+class Fragments(NamedTuple):
+    """What the pixels of B pictures see. Row 0 is the top row."""
+
+    triangle: Tensor  # int32 [B, H, W] the nearest triangle, -1 where there is none
+    barycentrics: Tensor  # [B, H, W, 3] weights of its corners in space (not on the screen); 0 where there is none
+    depth: Tensor  # [B, H, W] z / w, from -1 (near) to 1 (far); 1 where there is none; no gradient
+
+
+def check_mesh(clip: Tensor, faces: Tensor) -> None:
+    """Raise unless `clip` is [B, V, 4] in fp32 or fp64 and `faces` [T, 3] whole numbers beside it."""
+    check_tensor("clip", clip, ("B", "V", 4), dtypes=(torch.float32, torch.float64))
+    check_tensor("faces", faces, ("T", 3), dtypes=INDICES, like=("clip", clip))
+
+
+def check_fragments(fragments: Fragments, like: tuple[str, Tensor]) -> None:
+    """Raise unless the parts of `fragments` fit each other and lie beside `like`."""
+    check_tensor("fragments.triangle", fragments.triangle, ("B", "H", "W"), dtypes=(torch.int32,), like=like)
+    shape = tuple(fragments.triangle.shape)
+    check_tensor("fragments.barycentrics", fragments.barycentrics, (*shape, 3), like=like)
+    check_tensor("fragments.depth", fragments.depth, shape, like=like)
+
+
+def picture_numbers(height: int, width: int) -> dict[str, int | float]:
+    """How large a picture is, as every kernel over pixels takes it."""
+    return {"width": width, "height": height, "half_width": width / 2, "half_height": height / 2}
+
+
+def corner_sums(rows: int, noted: int, channels: int, device: torch.device, deterministic: bool) -> dict[str, Tensor]:
+    """Where a backward adds up the gradients of vertices: `grad` [rows, channels], by atomics; where the order must not
+    change, lists of up to `noted` `values` and their `corners` (row, -1: none) besides, for `add_at_corners`."""
+    found = {"grad": torch.zeros(rows, channels, dtype=torch.float32, device=device), "values": None, "corners": None}
+    if deterministic:
+        found["values"] = torch.zeros(noted, channels, dtype=torch.float32, device=device)
+        found["corners"] = torch.full((noted,), -1, dtype=torch.int64, device=device)
+    return found
+
+
+def add_at_corners(grad: Tensor, values: Tensor | None, corners: Tensor | None) -> Tensor:
+    """The gradient [rows, channels] of what `corner_sums` gave, once a kernel has filled it."""
+    if values is None or not len(grad):
+        return grad
+    values = torch.where(corners[:, None] >= 0, values, 0)
+    # Under torch's deterministic algorithms this sorts; index_add_ would not repeat everywhere.
+    return grad.index_put_((corners.clamp(min=0),), values, accumulate=True)
+
+
+@jit
+def pixel_centre(number, width, height, half_width, half_height):
+    """Picture of pixels (numbers int64), and their centres from the picture's middle: to the right and down."""
+    row = number // width
+    cx = (number % width).to(tl.float32) + (0.5 - half_width)
+    cy = (row % height).to(tl.float32) + (0.5 - half_height)
+    return row // height, cx, cy
+
+
+@jit
+def corner_rows(faces, triangle, first, mask):
+    """Rows of clip's vertices int64 of triangles: the vertices of their picture start at row `first`."""
+    a = tl.load(faces + triangle * 3, mask=mask, other=0).to(tl.int64)
+    b = tl.load(faces + triangle * 3 + 1, mask=mask, other=0).to(tl.int64)
+    c = tl.load(faces + triangle * 3 + 2, mask=mask, other=0).to(tl.int64)
+    return first + a, first + b, first + c
+
+
+@jit
+def load_corner(clip, row, mask):
+    """(x, y, z, w) of a vertex; 0 where masked."""
+    x = tl.load(clip + row * 4, mask=mask, other=0.0)
+    y = tl.load(clip + row * 4 + 1, mask=mask, other=0.0)
+    z = tl.load(clip + row * 4 + 2, mask=mask, other=0.0)
+    w = tl.load(clip + row * 4 + 3, mask=mask, other=0.0)
+    return x, y, z, w
+
+
+@jit
+def product_difference(a, b, c, d):
+    """a b - c d, rounded about once, however much of it cancels.
+
+    Source: Jeannerod, Louvet and Muller, Further analysis of Kahan's algorithm for the accurate computation of 2 x 2
+    determinants, 2013.
+    """
+    product = c * d
+    return tl.fma(a, b, -product) + tl.fma(-c, d, product)
+
+
+@jit
+def from_pixel(corner, cx, cy, half_width, half_height):
+    """A corner as seen from a pixel, (X - cx w, Y - cy w); the same in every kernel."""
+    x, y, _, w = corner
+    return product_difference(x, half_width, cx, w), product_difference(-y, half_height, cy, w)
+
+
+@jit
+def cross(a, b):
+    """Twice the signed area of the pixel and two points as `from_pixel` gives them, times both w."""
+    return product_difference(a[0], b[1], b[0], a[1])
+
+
+@jit
+def corners_seen(clip, faces, triangle, seen, number, vertices, width, height, half_width, half_height):
+    """Of the triangles that pixels see: rows of the corners, these as seen from the pixels, and their centres."""
+    picture, cx, cy = pixel_centre(number, width, height, half_width, half_height)
+    i, j, k = corner_rows(faces, triangle.to(tl.int64), picture * vertices, seen)
+    p = from_pixel(load_corner(clip, i, seen), cx, cy, half_width, half_height)
+    q = from_pixel(load_corner(clip, j, seen), cx, cy, half_width, half_height)
+    r = from_pixel(load_corner(clip, k, seen), cx, cy, half_width, half_height)
+    return i, j, k, p, q, r, cx, cy
+
+
+@jit
+def runs(triangle, found, number, all_pixels, per_picture, BLOCK: tl.constexpr):
+    """Whether pixels are the first, and the last, of a run in their block that sees one triangle."""
+    lane = tl.arange(0, BLOCK)
+    before = tl.load(triangle + number - 1, mask=(lane > 0) & (number < all_pixels), other=-1)
+    after = tl.load(triangle + number + 1, mask=number + 1 < all_pixels, other=-1)
+    first = (lane == 0) | (before != found) | (number % per_picture == 0)
+    last = (lane == BLOCK - 1) | (after != found) | ((number + 1) % per_picture == 0)
+    return first, last
+
+
+@jit
+def _add_up(first_a, a, first_b, b):
+    return first_a | first_b, tl.where(first_b != 0, b, a + b)
+
+
+@jit
+def run_sum(value, first):
+    """At the last pixel of each run the sum over it, along axis 0. One sum goes to a vertex instead of a queue of them:
+    large triangles would make whole blocks wait, and lose digits."""
+    return tl.associative_scan((first.to(tl.int32), value), 0, _add_up)[1]
+
+
+@jit
+def add_corner(grad, values, corners, row, number, x, y, w, mask, TO_CORNERS: tl.constexpr):
+    """Add a gradient (x, y, w) to a vertex; or note it, with its row, as row `number` of `values` and `corners`."""
+    if TO_CORNERS:
+        tl.store(values + number * 4, x, mask=mask)
+        tl.store(values + number * 4 + 1, y, mask=mask)
+        tl.store(values + number * 4 + 2, tl.zeros_like(x), mask=mask)
+        tl.store(values + number * 4 + 3, w, mask=mask)
+        tl.store(corners + number, row, mask=mask)
+    else:
+        tl.atomic_add(grad + row * 4, x, mask=mask, sem="relaxed")
+        tl.atomic_add(grad + row * 4 + 1, y, mask=mask, sem="relaxed")
+        tl.atomic_add(grad + row * 4 + 3, w, mask=mask, sem="relaxed")

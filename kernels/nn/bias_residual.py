@@ -1,0 +1,128 @@
+"""The end of a residual block: a convolution's output, its bias and what went around it, in one pass.
+
+y = x + bias_c + residual, c the channel; a convolution that adds its bias itself writes and reads x once more for it.
+
+Gradients: into x and residual that of y itself, which costs nothing; into bias its sum over images and places.
+Legend: N images, C channels, S places (H W of a picture). In memory x is a matrix: [N S, C] where channels are last,
+else [N C, S]; a tile is [ROWS, COLUMNS] of it.
+Layouts: x [N, C, ...] contiguous, or with channels last in memory; y has the layout of x, in others they are copied.
+Numerics: sums in fp32, rounded once.
+Source: He et al., Deep Residual Learning for Image Recognition, 2015.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dream_fast.kernels._core.launch import check_kernel_dtype, check_tensor, jit, launch, tl, use_triton
+from dream_fast.kernels._core.layout import check_feature_map, dense, laid_out_like, power_of_two
+
+
+def bias_residual_reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """The definition of `bias_residual` in plain PyTorch, for any float dtype."""
+    return x + bias.view(1, -1, *[1] * (x.dim() - 2)) + residual
+
+
+@jit
+def bias_residual_kernel(
+    x,
+    bias,
+    residual,
+    y,
+    rows,
+    columns,
+    channels,
+    tiles,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program a tile, of which `tiles` lie side by side."""
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (program % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * columns + column[None, :]
+    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if LAST:
+        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    else:
+        total += tl.load(bias + row % channels, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    tl.store(y + at, total, mask=inside)
+
+
+# Elements of a tile: 16 for each lane of 4 warps, two 16-byte loads of each tensor under way in half precision.
+_TILE = 2048
+
+
+def _config(rows: int, columns: int) -> dict[str, int]:
+    """Long tiles: whole rows where they fit."""
+    width = min(_TILE, power_of_two(columns))
+    height = min(_TILE // width, power_of_two(rows))
+    return {"ROWS": height, "COLUMNS": width, "num_warps": max(1, height * width // 512)}
+
+
+@torch.library.custom_op("dream_fast::bias_residual", mutates_args=())
+def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    x = dense(x)
+    residual, bias, y = laid_out_like(residual, x), bias.contiguous(), torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    channels, last = x.shape[1], not x.is_contiguous()
+    columns = channels if last else x[0, 0].numel()
+    rows = x.numel() // columns
+    config = _config(rows, columns)
+    tiles = -(-columns // config["COLUMNS"])
+    launch(
+        bias_residual_kernel,
+        (-(-rows // config["ROWS"]) * tiles,),
+        x.device,
+        x=x,
+        bias=bias,
+        residual=residual,
+        y=y,
+        rows=rows,
+        columns=columns,
+        channels=channels,
+        tiles=tiles,
+        LAST=last,
+        **config,
+    )
+    return y
+
+
+@_bias_residual.register_fake
+def _(x, bias, residual):
+    return torch.empty_like(dense(x))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad):
+    if grad is None:
+        return None, None, None
+    grad_bias = None
+    if ctx.needs_input_grad[1]:
+        grad_bias = grad.movedim(1, 0).flatten(1).sum(1, dtype=torch.float32).to(grad.dtype)
+    return grad, grad_bias, grad
+
+
+_bias_residual.register_autograd(_backward, setup_context=_setup_context)
+
+
+def bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """x [N, C, ...], bias [C], residual as x -> [N, C, ...]: their sum, in the dtype and memory format of x.
+
+    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
+    """
+    check_feature_map("x", x)
+    check_tensor("bias", bias, (x.shape[1],), dtypes=(x.dtype,), like=("x", x))
+    check_tensor("residual", residual, tuple(x.shape), dtypes=(x.dtype,), like=("x", x))
+    if use_triton(x):
+        check_kernel_dtype("x", x)
+        return _bias_residual(x, bias, residual)
+    return bias_residual_reference(x, bias, residual)

@@ -1,0 +1,450 @@
+"""One step of Adan over flat parameters, with the loss scale, the clipping of the gradient's norm and the EMA in it.
+
+g = clip * inverse_scale * grads, clip = min(1, max_grad_norm / (norm + eps)), norm over all parameters together;
+d = g - g_previous (0 in the first step);
+m += (1 - b1)(g - m); v += (1 - b2)(d - v); n += (1 - b3)((g + b2 d)^2 - n);
+p = (p - lr (m / c1 + b2 v / c2) / (sqrt(n / c3) + eps)) / (1 + lr weight_decay), c_i = 1 - b_i^step;
+ema += (1 - ema_decay)(p - ema).
+A gradient whose norm is not finite changes nothing at all, and the step is not counted.
+
+Legend: P parameters, fp32, in groups [0, e_0), [e_0, e_1), ... with a learning rate each. All state is on the device
+and nothing asks the host. No gradients.
+Two kernels: the first leaves a sum of squares a program; in the second every program adds those up in the same order,
+so all come to the same clipping factor and the same verdict without atomics, and moves its part of the parameters.
+Source: Xie et al., Adan: Adaptive Nesterov Momentum Algorithm, 2022, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dream_fast.kernels._core.launch import (
+    FLOATS,
+    check_kernel_dtype,
+    check_tensor,
+    constant,
+    jit,
+    launch,
+    tl,
+    use_triton,
+)
+
+# At most so many programs of the norm kernel; each program of the update reads their sums, 4 KiB.
+MAX_PARTIALS = 1024
+_MAX_PARTIALS = constant(MAX_PARTIALS)
+_BUFFERS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "ema")
+
+
+@dataclass
+class AdanState:
+    """Moments of the gradient (exp_avg), of its difference (exp_avg_diff), of the squared sum (exp_avg_sq), the last
+    gradient (previous_grad) and the averaged parameters (ema), each [P] fp32; step: fp32 scalar, steps taken."""
+
+    exp_avg: Tensor
+    exp_avg_diff: Tensor
+    exp_avg_sq: Tensor
+    previous_grad: Tensor
+    ema: Tensor
+    step: Tensor
+
+    @classmethod
+    def zeros(cls, params: Tensor) -> AdanState:
+        """State before the first step; the average starts at the parameters."""
+        moments = (torch.zeros_like(params) for _ in range(4))
+        return cls(*moments, ema=params.detach().clone(), step=params.new_zeros(()))
+
+
+@torch.no_grad()
+def adan_step_reference(
+    params: Tensor,
+    grads: Tensor,
+    state: AdanState,
+    *,
+    group_ends: tuple[int, ...],
+    lrs: tuple[float, ...],
+    betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+    eps: float = 1e-8,
+    weight_decay: float = 2e-5,
+    max_grad_norm: float = 5.0,
+    inverse_scale: float | Tensor = 1.0,
+    ema_decay: float | Tensor = 0.95,
+) -> Tensor:
+    """The definition of `adan_step` in plain PyTorch."""
+    beta1, beta2, beta3 = betas
+    grad = grads * inverse_scale
+    norm = torch.linalg.vector_norm(grad)
+    finite = torch.isfinite(norm)
+    keep = finite.to(params.dtype)
+    if max_grad_norm > 0:
+        grad *= (max_grad_norm / (norm + eps)).clamp(max=1)
+    # With a weight of 0 a lerp leaves its start bit for bit, as long as its end is finite.
+    grad = torch.where(finite, grad, 0)
+    diff = (grad - state.previous_grad).mul_(state.step > 0)
+    state.exp_avg.lerp_(grad, (1 - beta1) * keep)
+    state.exp_avg_diff.lerp_(diff, (1 - beta2) * keep)
+    state.exp_avg_sq.lerp_(diff.mul_(beta2).add_(grad).square_(), (1 - beta3) * keep)
+    state.previous_grad.lerp_(grad, keep)
+    state.step += keep
+    step = state.step.double().clamp(min=1)
+    correction1, correction2, correction3 = ((1 - beta**step).to(params.dtype) for beta in betas)
+    update = state.exp_avg / correction1 + state.exp_avg_diff * (beta2 / correction2)
+    update /= (state.exp_avg_sq / correction3).sqrt_().add_(eps)
+    start = 0
+    for end, lr in zip(group_ends, lrs, strict=True):
+        group = params[start:end]
+        group.lerp_((group - lr * update[start:end]) / (1 + lr * weight_decay), keep)
+        start = end
+    state.ema.lerp_(params, keep * (1 - ema_decay))
+    return ~finite
+
+
+@jit
+def _lerp(start, end, weight):
+    """start + weight (end - start), but exactly `end` where the weight is 1, as torch.lerp."""
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (1 - weight) * (end - start))
+
+
+@jit
+def _read_scalar(value, IS_TENSOR: tl.constexpr):
+    return tl.load(value).to(tl.float32) if IS_TENSOR else value
+
+
+@jit
+def _adan_norm_kernel(
+    grads,
+    inverse_scale,
+    step,
+    partials,  # fp32 [programs]
+    step_before,
+    size,
+    SCALE_IS_TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    scale = _read_scalar(inverse_scale, SCALE_IS_TENSOR)
+    lane = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    # Whole blocks start at multiples of BLOCK and have no mask, so that 16 bytes are read at once whatever P is.
+    whole = size // BLOCK
+    block = pid
+    while block < whole:
+        grad = tl.load(grads + tl.cast(block, tl.int64) * BLOCK + lane) * scale
+        squares += grad * grad
+        block += programs
+    if pid == whole % programs:
+        start = tl.cast(whole, tl.int64) * BLOCK
+        grad = tl.load(grads + start + lane, mask=start + lane < size, other=0.0) * scale
+        squares += grad * grad
+    tl.store(partials + pid, tl.sum(squares, 0))
+    if pid == 0:
+        # The update counts the step while its other programs still need the count of before.
+        tl.store(step_before, tl.load(step))
+
+
+@jit
+def _move_block(
+    tensors,
+    start,
+    size,
+    lrs,
+    shrinks,
+    group_ends,
+    eps,
+    scalars,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    BETA3: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The step of parameters start, ..., start + BLOCK - 1."""
+    parameters, grads, exp_avg, exp_avg_diff, exp_avg_sq, previous_grad, ema = tensors
+    scale, clip, started, inverse1, inverse2, inverse3, ema_weight = scalars
+    lane = tl.arange(0, BLOCK)
+    index = start + lane
+    mask = index < size if MASKED else None
+    grad = tl.load(grads + start + lane, mask=mask) * scale * clip
+    diff = (grad - tl.load(previous_grad + start + lane, mask=mask)) * started
+    m = tl.load(exp_avg + start + lane, mask=mask)
+    v = tl.load(exp_avg_diff + start + lane, mask=mask)
+    n = tl.load(exp_avg_sq + start + lane, mask=mask)
+    p = tl.load(parameters + start + lane, mask=mask)
+    average = tl.load(ema + start + lane, mask=mask)
+
+    mixed = grad + BETA2 * diff
+    m = _lerp(m, grad, 1 - BETA1)
+    v = _lerp(v, diff, 1 - BETA2)
+    n = _lerp(n, mixed * mixed, 1 - BETA3)
+    lr, shrink = lrs[0], shrinks[0]
+    for group in tl.static_range(1, GROUPS):
+        beyond = index >= group_ends[group - 1]
+        lr = tl.where(beyond, lrs[group], lr)
+        shrink = tl.where(beyond, shrinks[group], shrink)
+    p = (p - lr * (m * inverse1 + v * inverse2) / (tl.sqrt(n * inverse3) + eps)) * shrink
+
+    tl.store(previous_grad + start + lane, grad, mask=mask)
+    tl.store(exp_avg + start + lane, m, mask=mask)
+    tl.store(exp_avg_diff + start + lane, v, mask=mask)
+    tl.store(exp_avg_sq + start + lane, n, mask=mask)
+    tl.store(parameters + start + lane, p, mask=mask)
+    tl.store(ema + start + lane, _lerp(average, p, ema_weight), mask=mask)
+
+
+@jit
+def _adan_update_kernel(
+    parameters,
+    grads,
+    exp_avg,
+    exp_avg_diff,
+    exp_avg_sq,
+    previous_grad,
+    ema,
+    step,
+    found_inf,
+    partials,  # fp32 [partial_count]
+    partial_count,
+    step_before,
+    size,
+    group_ends,
+    lrs,
+    shrinks,
+    inverse_scale,
+    ema_decay,
+    eps,
+    max_grad_norm,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    BETA3: tl.constexpr,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    LOG_BETA3: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CLIPS: tl.constexpr,
+    SCALE_IS_TENSOR: tl.constexpr,
+    DECAY_IS_TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    slot = tl.arange(0, _MAX_PARTIALS)
+    norm = tl.sqrt(tl.sum(tl.load(partials + slot, mask=slot < partial_count, other=0.0), 0))
+    finite = norm < float("inf")  # false for NaN as well
+    before = tl.load(step_before).to(tl.float64)
+    if pid == 0:
+        tl.store(found_inf, norm != norm or norm == float("inf"))
+        tl.store(step, (before + tl.where(finite, 1, 0)).to(step.dtype.element_ty))
+    clip = 1.0
+    if CLIPS:
+        clip = tl.minimum(max_grad_norm / (norm + eps), 1.0)
+    # In fp64, because b^step is close to 1 in the first steps.
+    inverse1 = (1 / (1 - tl.exp((before + 1) * LOG_BETA1))).to(tl.float32)
+    inverse2 = (BETA2 / (1 - tl.exp((before + 1) * LOG_BETA2))).to(tl.float32)
+    inverse3 = (1 / (1 - tl.exp((before + 1) * LOG_BETA3))).to(tl.float32)
+    started = tl.where(before > 0, 1.0, 0.0)
+    scale = _read_scalar(inverse_scale, SCALE_IS_TENSOR)
+    ema_weight = 1 - _read_scalar(ema_decay, DECAY_IS_TENSOR)
+    tensors = (parameters, grads, exp_avg, exp_avg_diff, exp_avg_sq, previous_grad, ema)
+    scalars = (scale, clip, started, inverse1, inverse2, inverse3, ema_weight)
+    # From the end: the norm read the end last, so that part of the gradient is still in the cache.
+    whole = tl.where(finite, size // BLOCK, 0)
+    done = pid
+    while done < whole:
+        start = tl.cast(whole - 1 - done, tl.int64) * BLOCK
+        _move_block(
+            tensors, start, size, lrs, shrinks, group_ends, eps, scalars, BETA1, BETA2, BETA3, GROUPS, False, BLOCK
+        )
+        done += programs
+    if finite and pid == whole % programs:
+        start = tl.cast(whole, tl.int64) * BLOCK
+        _move_block(
+            tensors, start, size, lrs, shrinks, group_ends, eps, scalars, BETA1, BETA2, BETA3, GROUPS, True, BLOCK
+        )
+
+
+def _norm_config() -> tuple[int, int, int]:
+    """BLOCK, warps and the largest number of programs: 8 blocks of 4 warps fit each of 132 SMs."""
+    return 2048, 4, MAX_PARTIALS
+
+
+def _update_config() -> tuple[int, int, int]:
+    """BLOCK, warps and the largest number of programs.
+
+    8 numbers a thread: 14 loads of 16 bytes in flight. A program goes on to a next block, so that the partial sums
+    are added and the corrections computed once for several blocks.
+    """
+    return 1024, 4, 132 * 16
+
+
+def _scalar(value: float | Tensor) -> tuple[float, Tensor | None]:
+    """As the operator takes it: a number, or a tensor on the device."""
+    return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
+
+
+@torch.library.custom_op(
+    "dream_fast::adan_step",
+    mutates_args=("params", "exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "ema", "step"),
+)
+def _adan_step(
+    params: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_diff: Tensor,
+    exp_avg_sq: Tensor,
+    previous_grad: Tensor,
+    ema: Tensor,
+    step: Tensor,
+    group_ends: list[int],
+    lrs: list[float],
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    inverse_scale: float,
+    inverse_scale_tensor: Tensor | None,
+    ema_decay: float,
+    ema_decay_tensor: Tensor | None,
+) -> Tensor:
+    size = params.shape[0]
+    grads = grads.contiguous()
+    scale = {
+        "inverse_scale": inverse_scale if inverse_scale_tensor is None else inverse_scale_tensor,
+        "SCALE_IS_TENSOR": inverse_scale_tensor is not None,
+    }
+    block, warps, programs = _norm_config()
+    programs = max(1, min(programs, -(-size // block)))
+    partials = torch.empty(programs, dtype=torch.float32, device=params.device)
+    step_before = torch.empty_like(step)
+    launch(
+        _adan_norm_kernel,
+        (programs,),
+        params.device,
+        grads=grads,
+        step=step,
+        partials=partials,
+        step_before=step_before,
+        size=size,
+        BLOCK=block,
+        num_warps=warps,
+        **scale,
+    )
+    found_inf = torch.empty((), dtype=torch.bool, device=params.device)
+    block, warps, programs = _update_config()
+    logarithms = [math.log(beta) if beta > 0 else -1e30 for beta in betas]
+    launch(
+        _adan_update_kernel,
+        (max(1, min(programs, -(-size // block))),),
+        params.device,
+        parameters=params,
+        grads=grads,
+        exp_avg=exp_avg,
+        exp_avg_diff=exp_avg_diff,
+        exp_avg_sq=exp_avg_sq,
+        previous_grad=previous_grad,
+        ema=ema,
+        step=step,
+        found_inf=found_inf,
+        partials=partials,
+        partial_count=partials.shape[0],
+        step_before=step_before,
+        size=size,
+        group_ends=tuple(group_ends),
+        lrs=tuple(lrs),
+        shrinks=tuple(1 / (1 + lr * weight_decay) for lr in lrs),
+        ema_decay=ema_decay if ema_decay_tensor is None else ema_decay_tensor,
+        eps=eps,
+        max_grad_norm=max_grad_norm,
+        BETA1=betas[0],
+        BETA2=betas[1],
+        BETA3=betas[2],
+        LOG_BETA1=logarithms[0],
+        LOG_BETA2=logarithms[1],
+        LOG_BETA3=logarithms[2],
+        GROUPS=len(lrs),
+        CLIPS=max_grad_norm > 0,
+        DECAY_IS_TENSOR=ema_decay_tensor is not None,
+        BLOCK=block,
+        num_warps=warps,
+        **scale,
+    )
+    return found_inf
+
+
+@_adan_step.register_fake
+def _(params: Tensor, *_arguments, **_options) -> Tensor:
+    return params.new_empty((), dtype=torch.bool)
+
+
+@torch.no_grad()
+def adan_step(
+    params: Tensor,
+    grads: Tensor,
+    state: AdanState,
+    *,
+    group_ends: tuple[int, ...],
+    lrs: tuple[float, ...],
+    betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+    eps: float = 1e-8,
+    weight_decay: float = 2e-5,
+    max_grad_norm: float = 5.0,
+    inverse_scale: float | Tensor = 1.0,
+    ema_decay: float | Tensor = 0.95,
+) -> Tensor:
+    """params [P] and state (changed in place), grads [P] (times the loss scale) -> found_inf, bool scalar tensor.
+
+    group_ends: where each group ends, the last at P; lrs: a learning rate a group. max_grad_norm 0 does not clip.
+    inverse_scale: what undoes the loss scale. ema_decay: part of the average that stays.
+    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype, device or range.
+    """
+    floats = (torch.float32, torch.float64)
+    check_tensor("params", params, ("P",), dtypes=floats)
+    like = ("params", params)
+    check_tensor("grads", grads, (params.shape[0],), dtypes=(params.dtype,), like=like)
+    for name in _BUFFERS:
+        check_tensor(f"state.{name}", getattr(state, name), (params.shape[0],), dtypes=(params.dtype,), like=like)
+    check_tensor("state.step", state.step, (), dtypes=floats, like=like)
+    if len(group_ends) != len(lrs):
+        raise ValueError(f"group_ends and lrs must be as many, got {len(group_ends)} and {len(lrs)}")
+    if list(group_ends) != sorted(group_ends) or not group_ends or group_ends[-1] != params.shape[0]:
+        raise ValueError(f"group_ends must rise to {params.shape[0]}, got {tuple(group_ends)}")
+    if use_triton(params):
+        check_kernel_dtype("params", params)
+        buffers = [getattr(state, name) for name in _BUFFERS]
+        for name, buffer in zip(("params", *(f"state.{name}" for name in _BUFFERS)), (params, *buffers), strict=True):
+            if not buffer.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {buffer.stride()}")
+        for name, scalar in (("inverse_scale", inverse_scale), ("ema_decay", ema_decay)):
+            if isinstance(scalar, Tensor):
+                check_tensor(name, scalar, (), dtypes=FLOATS, like=like)
+        return _adan_step(
+            params,
+            grads,
+            *buffers,
+            state.step,
+            list(group_ends),
+            list(lrs),
+            list(betas),
+            eps,
+            weight_decay,
+            max_grad_norm,
+            *_scalar(inverse_scale),
+            *_scalar(ema_decay),
+        )
+    return adan_step_reference(
+        params,
+        grads,
+        state,
+        group_ends=group_ends,
+        lrs=lrs,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        inverse_scale=inverse_scale,
+        ema_decay=ema_decay,
+    )

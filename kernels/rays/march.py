@@ -1,0 +1,409 @@
+"""Ray marching through the occupancy grid: packed samples of ragged rays.
+
+A ray o + t d is cut to the cube [-bound, bound]^3 and to t >= min_near, which gives near and far. From
+t_0 = near + perturb * dt_0 it advances in a lattice t_{k+1} = t_k + dt_k with
+dt_k = clamp(t_k dt_gamma, 2 sqrt(3) / max_steps, 2 sqrt(3) bound / resolution), where the upper limit wins. An interval
+[t_k, t_k + dt_k] is a sample when its middle lies before far and in an occupied cell (of the smallest cascade that
+holds it); a ray keeps its first max_steps samples.
+
+The samples of ray r are the rows offsets[r]:offsets[r + 1] of buffers of a fixed capacity, near to far. What does not
+fit is dropped and `overflow` says so. Rows from `count` on are padding: zeros everywhere.
+
+Legend: R rays, cap capacity. Units: world units. Gradients: positions = o + t d, with t held constant, into o and d.
+Numerics: fp32 (fp64 when the rays are). The result's shape does not depend on the data. The kernels compute each
+sample with the reference's operations in the reference's order, without fused multiply-adds, so that both agree on
+samples at a cell's edge: their samples are equal bit for bit.
+Source: Mueller et al., Instant Neural Graphics Primitives, 2022, appendix E.1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dream_fast.kernels._core.launch import check_kernel_dtype, check_positive, check_tensor, launch, use_triton
+from dream_fast.kernels._core.reference import gather_rows, pad_rows
+from dream_fast.kernels.rays import march_kernels as march_kernels
+from dream_fast.kernels.rays.occupancy import cascades, cell_of, check_resolution, half_sizes, occupied
+
+# Lattice points looked at together: a few temporaries of this many numbers stay in the cache.
+_BLOCK = 1 << 17
+
+
+class Samples(NamedTuple):
+    """positions [cap, 3], ray_ids int64 [cap], t [cap] (middle of the interval), dt [cap], offsets int64 [R + 1],
+    count int64 scalar, overflow bool scalar."""
+
+    positions: Tensor
+    ray_ids: Tensor
+    t: Tensor
+    dt: Tensor
+    offsets: Tensor
+    count: Tensor
+    overflow: Tensor
+
+
+def step_limits(bound: float, resolution: int, max_steps: int) -> tuple[float, float]:
+    """Smallest and largest step of the lattice, in world units."""
+    largest = 2 * math.sqrt(3) * bound / resolution
+    return min(2 * math.sqrt(3) / max_steps, largest), largest
+
+
+def near_far(origins: Tensor, directions: Tensor, bound: float, min_near: float) -> tuple[Tensor, Tensor]:
+    """Where rays enter and leave the cube, [R] each; far < near for rays that miss it."""
+    # A direction along a face has a zero component: a tiny one avoids 0 / 0 and changes nothing else.
+    safe = torch.where(directions.abs() < 1e-15, 1e-15, directions)
+    low, high = (-bound - origins) / safe, (bound - origins) / safe
+    return torch.minimum(low, high).amax(1).clamp(min=min_near), torch.maximum(low, high).amin(1)
+
+
+def _lattice(near: Tensor, far: Tensor, perturb: Tensor | None, limits: tuple[float, float], dt_gamma: float):
+    """Middles and steps of the lattice intervals of some rays: t [r, K], dt [r, K] (or [1, 1] when constant)."""
+    longest = float((far - near).max().clamp(min=0)) if near.numel() else 0.0
+    steps = math.ceil(longest / limits[0]) + 1
+    if dt_gamma == 0:
+        start = near if perturb is None else near + perturb * limits[0]
+        middle = torch.arange(steps, dtype=near.dtype, device=near.device) * limits[0] + 0.5 * limits[0]
+        return start[:, None] + middle, near.new_full((1, 1), limits[0])
+    step = (near * dt_gamma).clamp(*limits)
+    t = near if perturb is None else near + perturb * step
+    middles, widths = [], []
+    for _ in range(steps):
+        step = (t * dt_gamma).clamp(*limits)
+        middles.append(t + 0.5 * step)
+        widths.append(step)
+        t = t + step
+    return torch.stack(middles, 1), torch.stack(widths, 1)
+
+
+@torch.no_grad()
+def packed_intervals(
+    origins: Tensor,
+    directions: Tensor,
+    bits: Tensor,
+    *,
+    bound: float,
+    resolution: int,
+    max_steps: int,
+    dt_gamma: float,
+    min_near: float,
+    perturb: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All samples without a capacity: ray [M] int64, t [M], dt [M], samples a ray int64 [R]."""
+    rays = origins.shape[0]
+    limits = step_limits(bound, resolution, max_steps)
+    near, far = near_far(origins, directions, bound, min_near)
+    most = math.ceil(2 * math.sqrt(3) * bound / limits[0]) + 1
+    size = max(1, _BLOCK // most)
+    parts, counts = [], []
+    for first in range(0, rays, size):
+        block = slice(first, min(first + size, rays))
+        t, dt = _lattice(near[block], far[block], None if perturb is None else perturb[block], limits, dt_gamma)
+        axes = tuple(
+            (origin[block, None] + t * direction[block, None]).clamp_(-bound, bound)
+            for origin, direction in zip(origins.unbind(1), directions.unbind(1), strict=True)
+        )
+        kept = occupied(bits, cell_of(axes, bound, resolution)) & (t < far[block, None])
+        if t.shape[1] > max_steps:
+            kept &= kept.cumsum(1) <= max_steps
+        ray, step = kept.nonzero(as_tuple=True)
+        chosen = dt.expand_as(t)
+        parts.append((ray + first, t[ray, step], chosen[ray, step]))
+        counts.append(kept.sum(1))
+    if not parts:
+        empty = origins.new_zeros(0)
+        return empty.long(), empty, empty, empty.long()
+    ray, t, dt = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ray, t, dt, torch.cat(counts)
+
+
+def march_reference(
+    origins: Tensor,
+    directions: Tensor,
+    bits: Tensor,
+    *,
+    bound: float,
+    resolution: int,
+    capacity: int,
+    max_steps: int = 1024,
+    dt_gamma: float = 0.0,
+    min_near: float = 0.01,
+    perturb: Tensor | None = None,
+) -> Samples:
+    """The definition of `march` in plain PyTorch. It asks the device for sizes, which a kernel must not."""
+    ray, t, dt, samples = packed_intervals(
+        origins,
+        directions,
+        bits,
+        bound=bound,
+        resolution=resolution,
+        max_steps=max_steps,
+        dt_gamma=dt_gamma,
+        min_near=min_near,
+        perturb=perturb,
+    )
+    overflow = torch.tensor(ray.shape[0] > capacity, device=ray.device)
+    ray, t, dt = ray[:capacity], t[:capacity], dt[:capacity]
+    offsets = torch.cat([samples.new_zeros(1), samples.cumsum(0)]).clamp_(max=capacity)
+    positions = gather_rows(origins, ray) + t[:, None] * gather_rows(directions, ray)
+    return Samples(
+        positions=pad_rows(positions, capacity),
+        ray_ids=pad_rows(ray, capacity),
+        t=pad_rows(t, capacity),
+        dt=pad_rows(dt, capacity),
+        offsets=offsets,
+        count=offsets[-1].clone(),
+        overflow=overflow,
+    )
+
+
+def _march_config(rays: int, even: bool) -> dict[str, int]:
+    """Tiles of the passes. One warp a program: rays of very uneven length then wait for nobody."""
+    return {
+        # Lanes along a ray: neighbouring steps read the same bytes. Growing steps cost a sequential pass over the tile.
+        "COUNT_RAYS": 1,
+        "COUNT_STEPS": 128 if even else 32,
+        "WRITE_RAYS": 1,
+        "WRITE_STEPS": 128 if even else 32,
+        "BACKWARD_RAYS": 1,
+        "BACKWARD_STEPS": 64,
+        "PADDING": 2048,
+        # Up to 4096 rays one program adds up all counts, which saves a launch.
+        "SCAN": 4096 if rays <= 4096 else 1024,
+        "scan_warps": 16 if rays <= 4096 else 4,
+        "num_warps": 1,
+    }
+
+
+@torch.library.custom_op("dream_fast::march", mutates_args=())
+def _march(
+    origins: Tensor,
+    directions: Tensor,
+    bits: Tensor,
+    perturb: Tensor | None,
+    bound: float,
+    resolution: int,
+    capacity: int,
+    max_steps: int,
+    dt_gamma: float,
+    min_near: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    device, rays, even = origins.device, origins.shape[0], dt_gamma == 0
+    config = _march_config(rays, even)
+    shortest, longest = step_limits(bound, resolution, max_steps)
+    counts, spans = torch.empty(2, rays, dtype=torch.int32, device=device)
+    common = {
+        "origins": origins.contiguous(),
+        "directions": directions.contiguous(),
+        "bits": bits.contiguous(),
+        "perturb": None if perturb is None else perturb.contiguous(),
+        "counts": counts,
+        "spans": spans,
+        "first": torch.empty(rays, dtype=torch.int32 if even else torch.float32, device=device),
+        "rays": rays,
+        "bound": bound,
+        "min_near": min_near,
+        "shortest": shortest,
+        "longest": longest,
+        "dt_gamma": dt_gamma,
+        "outer_scale": resolution / (2 * half_sizes(bound)[-1]),
+        "EVEN": even,
+        "CASCADES": cascades(bound),
+        "RESOLUTION": resolution,
+        "num_warps": config["num_warps"],
+        "enable_fp_fusion": False,
+    }
+    launch(
+        march_kernels.march_count_kernel,
+        (-(-rays // config["COUNT_RAYS"]),),
+        device,
+        **common,
+        max_steps=min(max_steps, 2**31 - 1),
+        RAYS=config["COUNT_RAYS"],
+        STEPS=config["COUNT_STEPS"],
+    )
+    blocks = max(1, -(-rays // config["SCAN"]))
+    sums = None
+    if blocks > 1:
+        sums = torch.empty(blocks, dtype=torch.int64, device=device)
+        launch(
+            march_kernels.march_sums_kernel,
+            (blocks,),
+            device,
+            counts=counts,
+            sums=sums,
+            rays=rays,
+            BLOCK=config["SCAN"],
+        )
+    offsets = torch.empty(rays + 1, dtype=torch.int64, device=device)
+    count = torch.empty((), dtype=torch.int64, device=device)
+    overflow = torch.empty((), dtype=torch.bool, device=device)
+    launch(
+        march_kernels.march_offsets_kernel,
+        (blocks,),
+        device,
+        counts=counts,
+        sums=sums,
+        offsets=offsets,
+        count=count,
+        overflow=overflow,
+        rays=rays,
+        capacity=capacity,
+        num_warps=config["scan_warps"],
+        BLOCK=config["SCAN"],
+        BLOCKS=1024,
+    )
+    positions = torch.empty(capacity, 3, dtype=torch.float32, device=device)
+    ray_ids = torch.empty(capacity, dtype=torch.int64, device=device)
+    t, dt = (torch.empty(capacity, dtype=torch.float32, device=device) for _ in range(2))
+    ray_programs = -(-rays // config["WRITE_RAYS"])
+    launch(
+        march_kernels.march_write_kernel,
+        (ray_programs + -(-capacity // config["PADDING"]),),
+        device,
+        **common,
+        offsets=offsets,
+        positions=positions,
+        ray_ids=ray_ids,
+        t_out=t,
+        dt_out=dt,
+        ray_programs=ray_programs,
+        capacity=capacity,
+        RAYS=config["WRITE_RAYS"],
+        STEPS=config["WRITE_STEPS"],
+        PADDING=config["PADDING"],
+    )
+    return positions, ray_ids, t, dt, offsets, count, overflow
+
+
+@_march.register_fake
+def _(origins, directions, bits, perturb, bound, resolution, capacity, max_steps, dt_gamma, min_near):
+    return (
+        origins.new_empty(capacity, 3),
+        origins.new_empty(capacity, dtype=torch.int64),
+        origins.new_empty(capacity),
+        origins.new_empty(capacity),
+        origins.new_empty(origins.shape[0] + 1, dtype=torch.int64),
+        origins.new_empty((), dtype=torch.int64),
+        origins.new_empty((), dtype=torch.bool),
+    )
+
+
+@torch.library.custom_op("dream_fast::march_backward", mutates_args=())
+def _march_backward(grad: Tensor, t: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    rays = offsets.shape[0] - 1
+    config = _march_config(rays, True)
+    grad_origins, grad_directions = (torch.empty(rays, 3, dtype=grad.dtype, device=grad.device) for _ in range(2))
+    launch(
+        march_kernels.march_backward_kernel,
+        (-(-rays // config["BACKWARD_RAYS"]),),
+        grad.device,
+        num_warps=config["num_warps"],
+        grad=grad.contiguous(),
+        t=t,
+        offsets=offsets,
+        grad_origins=grad_origins,
+        grad_directions=grad_directions,
+        rays=rays,
+        RAYS=config["BACKWARD_RAYS"],
+        STEPS=config["BACKWARD_STEPS"],
+    )
+    return grad_origins, grad_directions
+
+
+@_march_backward.register_fake
+def _(grad, t, offsets):
+    return tuple(grad.new_empty(offsets.shape[0] - 1, 3) for _ in range(2))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], output[4])
+
+
+def _backward(ctx, grad, *_):
+    # Of the outputs only positions depend on the rays: the public function detaches t and dt.
+    rays = (None, None) if grad is None else _march_backward(grad, *ctx.saved_tensors)
+    return (*rays, *(None,) * 8)
+
+
+_march.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_rays(
+    origins: Tensor,
+    directions: Tensor,
+    bits: Tensor,
+    *,
+    bound: float,
+    resolution: int,
+    max_steps: int,
+    dt_gamma: float,
+    min_near: float,
+) -> None:
+    """Checks of the arguments that marching and rendering share."""
+    check_tensor("origins", origins, ("R", 3), dtypes=(torch.float32, torch.float64))
+    check_tensor("directions", directions, tuple(origins.shape), dtypes=(origins.dtype,), like=("origins", origins))
+    check_resolution(resolution)
+    check_tensor("bits", bits, (cascades(bound), resolution**3 // 8), dtypes=(torch.uint8,), like=("origins", origins))
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if not dt_gamma >= 0:
+        raise ValueError(f"dt_gamma must be at least 0, got {dt_gamma}")
+    if not min_near >= 0:
+        raise ValueError(f"min_near must be at least 0, got {min_near}")
+    check_positive("bound", bound)
+
+
+def march(
+    origins: Tensor,
+    directions: Tensor,
+    bits: Tensor,
+    *,
+    bound: float,
+    resolution: int,
+    capacity: int,
+    max_steps: int = 1024,
+    dt_gamma: float = 0.0,
+    min_near: float = 0.01,
+    perturb: Tensor | None = None,
+) -> Samples:
+    """origins [R, 3], directions [R, 3] (unit), bits uint8 [C, G^3 / 8] -> Samples with `capacity` rows.
+
+    perturb [R] in [0,1) shifts each ray's lattice by a part of its first step; None does not shift.
+    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype, device or range.
+    """
+    check_rays(
+        origins,
+        directions,
+        bits,
+        bound=bound,
+        resolution=resolution,
+        max_steps=max_steps,
+        dt_gamma=dt_gamma,
+        min_near=min_near,
+    )
+    if capacity < 0:
+        raise ValueError(f"capacity must be at least 0, got {capacity}")
+    if perturb is not None:
+        check_tensor("perturb", perturb, (origins.shape[0],), dtypes=(origins.dtype,), like=("origins", origins))
+    if use_triton(origins):
+        check_kernel_dtype("origins", origins)
+        options = (bound, resolution, capacity, max_steps, dt_gamma, min_near)
+        positions, ray_ids, t, dt, *sizes = _march(origins, directions, bits, perturb, *options)
+        return Samples(positions, ray_ids, t.detach(), dt.detach(), *sizes)
+    return march_reference(
+        origins,
+        directions,
+        bits,
+        bound=bound,
+        resolution=resolution,
+        capacity=capacity,
+        max_steps=max_steps,
+        dt_gamma=dt_gamma,
+        min_near=min_near,
+        perturb=perturb,
+    )

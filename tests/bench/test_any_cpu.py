@@ -1,0 +1,100 @@
+"""The round over processors: which combinations it takes, what it sets, what it counts and where it writes."""
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("any_cpu", ROOT / ".ci" / "any_cpu.py")
+any_cpu = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(any_cpu)
+
+PLAIN = {"capability": "unset", "threads": 1, "bf16": "used"}
+AS_AMD = {"capability": "avx2", "threads": 4, "bf16": "hidden"}
+ROW = {"cpu": "A", "units": "none", "torch": "2", "python": "3", "passed": 5, "skipped": 1, "seconds": 2.4}
+
+
+def test_every_pair_of_values_is_in_a_combination():
+    """Nine combinations have all pairs of 3 x 3 x 2 values, as few as there can be."""
+    taken = any_cpu.covering_combinations()
+    assert len(taken) == 9 and len(any_cpu.all_combinations()) == 18
+    for (one, values), (other, others) in itertools.combinations(any_cpu.FACTORS.items(), 2):
+        assert {(c[one], c[other]) for c in taken} == set(itertools.product(values, others))
+
+
+def test_the_environment_of_a_combination(monkeypatch):
+    """Every factor is set or unset, whatever the caller's environment has, and there is no GPU."""
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "of the caller")
+    plain, amd = any_cpu.environment(PLAIN, interpreted=False), any_cpu.environment(AS_AMD, interpreted=True)
+    assert not {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "TRITON_INTERPRET"} & plain.keys()
+    assert (plain["OMP_NUM_THREADS"], amd["OMP_NUM_THREADS"], amd["ATEN_CPU_CAPABILITY"]) == ("1", "4", "avx2")
+    assert (amd["ONEDNN_MAX_CPU_ISA"], amd["TRITON_INTERPRET"]) == ("AVX512_CORE_VNNI", "1")
+    assert plain["CUDA_VISIBLE_DEVICES"] == amd["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_shards_are_all_combinations_once():
+    """Three shards share the combinations; a shard past the last is refused."""
+    combinations = any_cpu.all_combinations()
+    shards = [any_cpu.take_shard(combinations, f"{number}/3") for number in (1, 2, 3)]
+    assert sorted(map(str, itertools.chain(*shards))) == sorted(map(str, combinations))
+    with pytest.raises(ValueError, match="--shard must be I/N with I from 1 to N, got 4/3"):
+        any_cpu.take_shard(combinations, "4/3")
+
+
+TESTS = """
+import os, pytest
+def test_right(): assert os.environ["OMP_NUM_THREADS"] == "4"
+def test_wrong(): assert False
+@pytest.fixture
+def broken(): raise OSError
+def test_of_a_fixture(broken): pass
+@pytest.mark.skip(reason="none")
+def test_skipped(): pass
+"""
+
+
+def test_a_round_counts_what_pytest_finds(tmp_path):
+    """Passed, failed (in a test or its fixture) and skipped tests are told apart; the status follows from them."""
+    path, out = tmp_path / "test_some.py", tmp_path / "rows.json"
+    path.write_text(TESTS)
+    row = any_cpu.run_file(AS_AMD, path, [])
+    assert (row["passed"], row["skipped"]) == (1, 1)
+    assert [name.split("::")[1] for name in row["failures"]] == ["test_wrong", "test_of_a_fixture"]
+    assert any_cpu.main(["--only", str(path), "--shard", "1/9", "--out", str(out), "--", "-k", "wrong"]) == 1
+    assert any_cpu.main(["--only", str(path), "--shard", "1/9", "--out", str(out), "--", "-k", "skipped"]) == 0
+    (row,) = json.loads(out.read_text())
+    assert (row["passed"], row["skipped"], row["failures"]) == (0, 1, [])
+
+
+def test_a_process_that_dies_is_a_failure(tmp_path):
+    """A crash leaves no report of pytest, and is not taken for a file without failures."""
+    path = tmp_path / "test_dies.py"
+    path.write_text("import os\ndef test_dies(): os._exit(3)\n")
+    (failure,) = any_cpu.run_file(PLAIN, path, [])["failures"]
+    assert failure.startswith("test_dies.py ended with status 3")
+
+
+def test_the_table_replaces_what_is_between_the_markers(tmp_path):
+    """The document keeps its text around the table; without markers it is left alone."""
+    document = tmp_path / "testing.md"
+    document.write_text(f"before\n{any_cpu.START}\nold\n{any_cpu.END}\nafter\n")
+    rows = [{**ROW, **PLAIN, "failures": []}, {**ROW, **AS_AMD, "units": "amx_bf16", "failures": ["a::b"]}]
+    any_cpu.write_table(rows, document)
+    text = document.read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
+    assert "| A | none | 2 | 3 | unset | 1 | 5 | 0 | 1 | 2 |" in text
+    assert "| A | amx_bf16, hidden | 2 | 3 | avx2 | 4 | 5 | 1 | 1 | 2 |" in text
+    document.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        any_cpu.write_table(rows, document)
+    assert document.read_text() == "no markers"
+
+
+def test_the_document_has_the_markers():
+    """docs/testing.md has a place for the table."""
+    text = any_cpu.DOCUMENT.read_text(encoding="utf-8")
+    assert text.count(any_cpu.START) == text.count(any_cpu.END) == 1

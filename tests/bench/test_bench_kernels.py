@@ -1,0 +1,407 @@
+"""The benchmark of the operators: its workloads, its gate on accuracy, its rows, its timer and its comparison."""
+
+import copy
+import json
+import math
+import subprocess
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dream_fast import kernels
+from dream_fast.bench import __main__ as command
+from dream_fast.bench import compare, measure
+from dream_fast.bench.accuracy import check_fp64
+from dream_fast.bench.ops import cases, gate
+from dream_fast.bench.ops import run as bench
+from dream_fast.bench.ops.cases import FULL, SMALL, Case, run
+from dream_fast.bench.ops.targets import TARGETS
+
+CPU = torch.device("cpu")
+ROW = "op case impl mode dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
+NEVER = 1e6  # seconds: no limit ends what these tests run
+HEAD = "schema gpu driver torch triton git_sha dirty utc copy_rate matmul_rate rows".split()
+
+# --- workloads
+
+
+@pytest.mark.parametrize(("side", "millions"), [(64, 0.51), (128, 2.03)])
+def test_the_rays_have_as_many_samples_as_the_workload_says(side, millions):
+    positions, t, offsets = cases.sphere_samples(side, CPU)
+    assert round(len(t) / 1e6, 2) == millions and len(t) % 256 == 0
+    assert positions.norm(dim=1).max() < cases.RADIUS + cases.STEP / 2
+    assert offsets.shape == (side * side + 1,) and offsets[-1] == len(t)
+    step = t.diff()
+    inner = torch.ones(len(t) - 1, dtype=torch.bool)
+    inner[offsets[(offsets > 0) & (offsets < len(t))] - 1] = False
+    # Two numbers of up to t.max() are rounded, each by half a unit; their difference is exact.
+    assert (step[inner].double() - cases.STEP).abs().max() <= torch.finfo(t.dtype).eps * t.max()
+
+
+def test_the_camera_sees_twenty_degrees_around_the_origin():
+    origins, directions = cases.camera(512, CPU)
+    assert torch.equal(origins.unique(dim=0), torch.tensor([[0, 0, 3.2]]))
+    check_fp64("lengths", directions.double().norm(dim=1), torch.ones(512**2, dtype=torch.float64))
+    corners = directions.view(512, 512, 3)
+    # The middle of the first row is half a pixel inside the field of view.
+    slope = (corners[0, 256, 1] / -corners[0, 256, 2]).double()
+    check_fp64("first row", slope, torch.tensor(math.tan(math.radians(10)) * 511 / 512, dtype=torch.float64))
+    assert corners[0, 0, 0] < 0 < corners[0, 511, 0]
+
+
+def test_the_occupancy_grid_holds_the_cells_of_the_sphere():
+    bits = cases.occupancy_bits(CPU)
+    x = 2 * torch.rand(4096, 3, generator=torch.Generator().manual_seed(0)) - 1
+    found = kernels.occupancy_query(bits, x, 1.0, cases.OCCUPANCY)
+    centre = ((x + 1) * 64).floor().add(0.5) / 64 - 1
+    assert torch.equal(found, centre.norm(dim=1) < cases.RADIUS) and found.any()
+
+
+def test_the_registry_has_every_row_that_there_is_a_target_for():
+    rows = {(case.op, case.case, case.mode) for case in FULL}
+    assert TARGETS.keys() <= rows and len(rows) == len(FULL)
+    assert {case.op for case in FULL} == {case.op for case in SMALL}
+    assert {case.mode for case in FULL} <= {"forward", "backward", "forward_backward"}
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if "difference" not in case.case], ids=str)
+def test_a_small_case_runs_and_its_floor_counts_bytes(case):
+    problem = case.build(CPU)
+    outputs = run(problem, problem.operator, case.mode, case.compute_dtype)
+    assert all(torch.isfinite(out).all() for out in outputs)
+    gradients = len(problem.leaves) if case.mode == "forward_backward" else 0
+    assert [out.shape for out in outputs[len(outputs) - gradients :]] == [
+        problem.tensors[name].shape for name in problem.leaves[:gradients]
+    ]
+    written = sum(cases.nbytes(out) for out in outputs)
+    assert problem.least_bytes >= (0.9 if case.op == "march" else 1) * written * (not problem.mutates)
+
+
+def test_the_bytes_of_a_table_are_those_of_the_rows_that_are_read():
+    few = Case(op="hash_grid", case="uniform_2^4", mode="forward", dtype="float32").build(CPU)
+    rest = cases.nbytes(few.tensors["x"]) + 16 * cases.GRID.channels * 4
+    rows = (few.least_bytes - rest) / (cases.GRID.features * 4)
+    assert 0.9 * 16 * 8 * 16 < rows <= 16 * 8 * 16  # hardly two points share a corner
+
+
+def test_a_name_that_is_no_case_is_refused():
+    with pytest.raises(ValueError, match="must be a rays_N, got uniform_2"):
+        Case(op="march", case="uniform_2^4", mode="forward", dtype="float32").build()
+    with pytest.raises(ValueError, match="ends in _finite_difference or _analytic, got rays_8"):
+        Case(op="field_normals", case="rays_8", mode="forward", dtype="float32").build()
+
+
+# --- the gate
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "mode"),
+    [
+        ("hash_grid", "uniform_2^6", "forward_backward"),
+        ("composite", "rays_8", "forward_backward"),
+        ("march", "rays_8", "forward"),
+        ("adan", "0.1M", "forward"),
+    ],
+)
+def test_the_gate_passes_the_reference_and_catches_a_small_fault(op, case, mode):
+    what = Case(op=op, case=case, mode=mode, dtype="float32")
+    reference = bench.implementation(what, "reference", CPU)
+
+    def wrong(*args, **kwargs):
+        out = reference(*args, **kwargs)
+        if op == "adan":
+            args[0].mul_(1.001)
+            return out
+        parts = [out] if isinstance(out, torch.Tensor) else list(out)
+        parts[0] = parts[0] * 1.001
+        return parts[0] if isinstance(out, torch.Tensor) else type(out)(*parts)
+
+    verdicts = gate.judge(what, CPU, {"good": reference, "wrong": wrong})
+    assert verdicts["good"].good and not verdicts["wrong"].good
+
+
+def test_the_gate_sees_a_wrong_gradient_and_a_number_that_is_none():
+    what = Case(op="composite", case="rays_8", mode="forward_backward", dtype="float32")
+
+    def scaled(sigma, *args, **kwargs):  # the same values, another gradient
+        return kernels.composite_reference(sigma.detach() * 1.01 - sigma * 0.01 + 0.0 * sigma.detach(), *args, **kwargs)
+
+    def missing(*args, **kwargs):
+        out = kernels.composite_reference(*args, **kwargs)
+        return out._replace(depth=out.depth * torch.nan)
+
+    verdicts = gate.judge(what, CPU, {"scaled": scaled, "missing": missing})
+    assert not verdicts["scaled"].good and verdicts["missing"].max_err == math.inf
+
+
+def test_a_gradient_of_few_numbers_is_allowed_what_the_others_are():
+    """A bias whose reference is right by luck passes with the network's error; an output, or a wrong bias, does not."""
+    exact = (torch.ones(4).double(), torch.ones(100).double(), torch.ones(4).double())
+    reference = (exact[0], exact[1] * (1 + 1e-5), exact[2])
+    got = (exact[0], exact[1], exact[2] * (1 + 1.25e-5))
+    assert gate.worst_verdict(got, reference, exact, gradients=2).good
+    assert not gate.worst_verdict(got, reference, exact).good
+    assert not gate.worst_verdict((exact[0], exact[1], exact[2] * 1.0001), reference, exact, gradients=2).good
+    assert not gate.worst_verdict((exact[0] * 1.00001, *got[1:]), reference, exact, gradients=2).good
+
+
+def test_the_gate_weighs_an_output_by_its_condition():
+    """A deviation where the weight is 0 does not count, and one where it is 1 does."""
+    exact = (torch.ones(100, 3).double(),)
+    weight = (torch.arange(100.0)[:, None] != 7).double()
+    for row, good in ((7, True), (8, False)):
+        got = exact[0].clone()
+        got[row] = -1
+        assert gate.worst_verdict((got,), exact, exact, (weight,)).good == good
+
+
+def test_the_gate_refuses_a_march_that_loses_samples():
+    what = Case(op="march", case="rays_8", mode="forward", dtype="float32")
+
+    def short(*args, **kwargs):
+        return kernels.march_reference(*args, **(kwargs | {"max_steps": 900}))
+
+    with pytest.raises(AssertionError, match="of the rays have another number of samples"):
+        gate.judge(what, CPU, {"short": short})
+
+
+def test_judging_leaves_the_inputs_of_an_operator_that_changes_them_alone():
+    problem = Case(op="adan", case="0.1M", mode="forward", dtype="float32").build(CPU)
+    before = problem.tensors["params"].clone()
+    run(gate.copied(problem), problem.operator, "forward", torch.float32)
+    run(gate.in_dtype(problem, torch.float32), problem.operator, "forward", torch.float32)
+    assert torch.equal(problem.tensors["params"], before)
+
+
+# --- rows
+
+
+def rows_of(tmp_path, *more: str) -> tuple[int, dict]:
+    out = tmp_path / "cpu.json"
+    limits = ["--seconds", str(NEVER), "--peer-seconds", str(NEVER)]
+    status = bench.main(["--device", "cpu", "--ms", "5", *limits, "--out", str(out), *more])
+    return status, json.loads(out.read_text())
+
+
+@pytest.fixture(autouse=True)
+def no_rates(monkeypatch):
+    """The machine's rates take a second to measure and are not what these tests look at."""
+    monkeypatch.setattr(measure, "copy_rate", lambda device: 10e9)
+    monkeypatch.setattr(measure, "matmul_rate", lambda device: 100e9)
+
+
+def test_the_file_has_the_fields_of_the_schema(tmp_path, capsys):
+    status, found = rows_of(tmp_path, "--op", "composite", "--op", "march")
+    assert status == 0 and list(found) == HEAD
+    assert [(row["op"], row["mode"]) for row in found["rows"]] == [
+        ("march", "forward"),
+        ("composite", "forward"),
+        ("composite", "forward_backward"),
+    ]
+    for row in found["rows"]:
+        assert list(row) == ROW
+        assert row["impl"] == "reference" and row["dtype"] == "float32"
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["median_ms"], rel=0.05, abs=0.01)
+        assert row["max_err"] <= row["tol"]
+    printed = capsys.readouterr().out
+    assert "composite" in printed and json.loads(printed.splitlines()[-1])["rows"] == 3
+    assert compare.main([str(tmp_path / "cpu.json")] * 2) == 0
+
+
+def test_the_results_are_named_after_the_gpu():
+    assert bench.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
+    assert bench.file_name(None) == "cpu.json"
+
+
+def test_an_implementation_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
+    suite = bench.Suite(CPU, seconds=NEVER, peer_seconds=NEVER, milliseconds=5)
+    case = Case(op="composite", case="rays_8", mode="forward", dtype="float32")
+
+    def wrong(*args, **kwargs):
+        out = kernels.composite_reference(*args, **kwargs)
+        return out._replace(values=out.values * 1.01)
+
+    monkeypatch.setattr(bench, "implementation", lambda case, name, device: wrong)
+    suite.row(case, "triton")
+    suite.row(case, "reference")
+    assert suite.rows == []
+    assert suite.inaccurate[0].startswith("composite rays_8 forward triton: error 0.01")
+    assert suite.left_out[0].startswith("composite rays_8 forward reference: error 0.01")
+
+
+def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_reason(monkeypatch):
+    suite = bench.Suite(CPU, seconds=NEVER, peer_seconds=NEVER, milliseconds=5)
+    case = Case(op="composite", case="rays_8", mode="forward", dtype="float32")
+
+    def raises(*args, **kwargs):
+        raise torch.OutOfMemoryError("all of it")
+
+    monkeypatch.setattr(bench, "implementation", lambda case, name, device: raises)
+    suite.row(case, "compiled")
+    suite.row(case, "compiled")  # compiling it fails once, and not once a mode
+    endless = threading.Event()
+    monkeypatch.setattr(bench, "implementation", lambda case, name, device: lambda *args, **kwargs: endless.wait())
+    suite.peer_seconds = 0.2
+    suite.row(case, "reference")
+    suite.end = 0.0  # long ago
+    suite.row(case, "reference")
+    assert suite.rows == [] and suite.inaccurate == []
+    assert suite.left_out == [
+        "composite rays_8 forward compiled: OutOfMemoryError: all of it",
+        "composite rays_8 forward compiled: not compiled, see above",
+        "composite rays_8 forward reference: TimeoutError: more than 0 s",
+        "composite rays_8 forward reference: no time left (--seconds)",
+    ]
+
+
+def test_peers_are_compiled_side_by_side_each_case_once(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def run(command, *, timeout, **_):
+        asked.append(command)
+        assert timeout <= NEVER
+        raise subprocess.TimeoutExpired(command, timeout)  # what takes too long is nobody's fault
+
+    cases = [
+        Case(op="composite", case="rays_8", mode="forward", dtype="float32"),
+        Case(op="composite", case="rays_8", mode="forward_backward", dtype="float32"),
+        Case(op="march", case="rays_8", mode="forward", dtype="float32"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.subprocess, "run", run)
+        bench.compile_side_by_side(cases, "cpu", NEVER)
+    assert sorted(command[command.index("--op") + 1] for command in asked) == ["composite", "march"]
+    # The other process takes these words, for the implementation that is named alone.
+    words = asked[0][asked[0].index("kernels") + 1 :]
+    assert words[words.index("--impl") + 1] == "compiled"
+    out = tmp_path / "rows.json"
+    words[words.index("--impl") + 1], words[words.index("--out") + 1] = "reference", str(out)
+    assert bench.main(words) == 0
+    assert {row["impl"] for row in json.loads(out.read_text())["rows"]} == {"reference"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the command measures for minutes and refuses nothing")
+def test_without_a_gpu_it_says_so(capsys):
+    assert bench.main([]) == 2
+    assert "finds no GPU" in capsys.readouterr().err
+    assert bench.main(["--device", "cpu", "--op", "nothing"]) == 2
+    assert "hash_grid/rays_64" in capsys.readouterr().err
+
+
+def test_a_copy_without_git_says_what_it_was_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert bench.git_state() == ("unknown", None)
+    monkeypatch.setenv("GIT_STATE", "abc123-dirty")
+    assert bench.git_state() == ("abc123", True)
+    monkeypatch.setenv("GIT_STATE", "abc123")
+    assert bench.git_state() == ("abc123", False)
+
+
+# --- the timer
+
+
+def test_the_timer_takes_the_median_and_asks_for_several_calls(monkeypatch):
+    now, calls = [0.0], []
+
+    def call():
+        calls.append(1)
+        now[0] += 0.05 if len(calls) == 3 else 0.002
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = measure.time_cpu(call, milliseconds=61)
+    # One to warm up, then 2, 50, 2, 2, 2, 2 and 2 ms.
+    assert len(calls) == 8 and found == pytest.approx((2, 2, 2, False))
+    measure.time_cpu(call, milliseconds=0)
+    assert len(calls) == 8 + 1 + 3  # never fewer than three
+    assert measure.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 2.0, 5.0, False)
+    assert measure.peak_bytes(call, CPU) == 0
+
+
+# --- the comparison
+
+
+def result(**changes) -> dict:
+    row = {"op": "field", "case": "rays_64", "impl": "triton", "mode": "forward", "dtype": "float16"}
+    numbers = {"median_ms": 1.0, "p20_ms": 0.99, "p80_ms": 1.01, "floor_ms": 0.1, "pct_of_floor": 10.0}
+    others = {"peak_bytes": 1, "max_err": 1e-4, "tol": 2e-4}
+    rows = [row | numbers | others, row | numbers | others | {"mode": "forward_backward"}]
+    return {"schema": 1, "gpu": "NVIDIA H100 80GB HBM3", "git_sha": "a", "rows": rows} | changes
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Exit status of the comparison of two results."""
+
+    def status(base, new) -> int:
+        for name, record in (("base", base), ("new", new)):
+            (tmp_path / name).write_text(record if isinstance(record, str) else json.dumps(record))
+        return command.main(["compare", str(tmp_path / "base"), str(tmp_path / "new")])
+
+    return status
+
+
+@pytest.mark.parametrize(
+    ("median", "spread", "status"),
+    [
+        (1.0, 0.02, 0),
+        (1.049, 0.02, 0),  # within 5 %
+        (1.051, 0.02, 1),
+        (2.0, 0.02, 1),
+        (1.15, 0.08, 0),  # within twice the spread
+        (1.17, 0.08, 1),
+        (0.5, 0.02, 0),
+    ],
+)
+def test_a_planted_regression_is_caught_and_noise_is_not(judged, capsys, median, spread, status):
+    new = result()
+    new["rows"][1] |= {"median_ms": median, "p20_ms": median - spread / 2, "p80_ms": median + spread / 2}
+    assert judged(result(), new) == status
+    printed = capsys.readouterr().out
+    assert ("field rays_64 forward_backward float16 triton" in printed) == bool(status)
+    assert "field rays_64 forward float16" not in printed
+
+
+def test_a_noisy_base_allows_what_it_saw(judged):
+    base, new = result(), result()
+    base["rows"][0] |= {"p20_ms": 0.9, "p80_ms": 1.1}
+    new["rows"][0] |= {"median_ms": 1.3}
+    assert judged(base, new) == 0
+
+
+def test_measurements_and_commits_make_no_other_row(judged):
+    new = result(git_sha="b")
+    for row in new["rows"]:
+        row |= {"floor_ms": 0.2, "peak_bytes": 5, "max_err": 3e-4, "tol": 5e-4, "pct_of_floor": 3.0, "split_ms": {}}
+    assert judged(result(), new) == 0
+
+
+def test_rows_that_are_gone_are_told(judged, capsys):
+    new = result()
+    del new["rows"][1]
+    assert judged(result(), new) == 0
+    assert "only in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("new", "complaint"),
+    [
+        (result(gpu="NVIDIA H200"), "gpu differs: NVIDIA H100 80GB HBM3 and NVIDIA H200"),
+        (result(schema=2), "schema differs: 1 and 2"),
+        (result(rows=[]), "no row in common"),
+        ("{", "Expecting property name"),
+        ("[]", "is not a result of `bench kernels`"),
+        ({"schema": 1}, "is not a result of `bench kernels`"),
+    ],
+)
+def test_files_that_cannot_be_compared(judged, capsys, new, complaint):
+    assert judged(result(), copy.deepcopy(new)) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "No such file" in capsys.readouterr().err

@@ -1,0 +1,201 @@
+"""--doctor on this machine and on machines that lack something; a run goes on without what it can do without."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dream_fast.bench.doctor import doctor, selftest
+from dream_fast.bench.doctor.doctor import Finding
+from dream_fast.bench.ops import gate
+from dream_fast.cli import main
+
+
+@pytest.fixture(scope="module")
+def said() -> list[dict]:
+    """What the self test says of each kernel, in the interpreter as on a machine without a GPU."""
+    found = [found for found in doctor.kernels(on_gpu=False)]
+    return found
+
+
+def test_every_kernel_is_right_against_its_reference(said):
+    (found,) = said
+    assert found.state == "ok"
+    assert {"hash_grid", "march", "render", "adan", "weight decay"} <= set(found.what.split(": ")[1].split(", "))
+
+
+def test_the_self_test_notices_a_kernel_that_is_a_little_off():
+    def spoiled(operator):
+        def call(*inputs, **options):
+            out = operator(*inputs, **options)
+            if isinstance(out, tuple):
+                # Samples and views are named tuples; the first float tensor of each is spoiled.
+                parts = list(out)
+                at = next(i for i, part in enumerate(parts) if part.is_floating_point())
+                parts[at] = parts[at] * 1.001
+                return type(out)(*parts) if hasattr(out, "_fields") else tuple(parts)
+            return out * 1.001 if out.is_floating_point() else out
+
+        return call
+
+    lines = {line["kernel"]: line["error"] for line in selftest.check(torch.device("cpu"), spoiled)}
+    unseen = [name for name, error in lines.items() if error is None]
+    assert unseen == ["adan"]  # changes its inputs and returns no numbers
+    wrong = selftest.check(torch.device("cpu"), lambda operator: lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+    assert all(line["error"] == "OSError: no" for line in wrong)
+
+
+ENOUGH = 1e6  # seconds: only what never ends meets its limit
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "sentence"),
+    [
+        (
+            'print(\'{"kernel": "march", "error": "error 1, allowed 0", "seconds": 1}\'); exit(1)',
+            ENOUGH,
+            "kernel march",
+        ),
+        ("import os; os.kill(os.getpid(), 11)", ENOUGH, "ended early, status -11"),
+        ("import signal; signal.pause()", 1, "no end after 1 s"),
+        ("raise SystemExit('no driver')", ENOUGH, "ended early, status 1: no driver"),
+    ],
+)
+def test_a_self_test_that_fails_or_dies_or_hangs_is_a_finding(code, seconds, sentence, monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
+    (found,) = doctor.kernels(on_gpu=True, seconds=seconds)
+    assert found.state == "wrong" and sentence in found.what and "--backbone grid_torch" in found.advice
+
+
+def test_the_advice_about_a_failing_kernel_fits_the_device(monkeypatch):
+    """On a GPU the cache in use is named; a CPU run calls no kernel and has no cache, so it is a note without one."""
+    run, code = subprocess.run, 'print(\'{"kernel": "march", "error": "error 1, allowed 0", "seconds": 1}\'); exit(1)'
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere/else")
+    (on_gpu,), (on_cpu,) = doctor.kernels(on_gpu=True), doctor.kernels(on_gpu=False)
+    assert (on_gpu.state, on_cpu.state) == ("wrong", "note")
+    assert "(/somewhere/else)" in on_gpu.advice and "cache" not in on_cpu.advice
+    assert all("error 1, allowed 0" in found.what and "report" in found.advice for found in (on_gpu, on_cpu))
+
+
+def test_the_self_test_allows_other_roundings_and_no_turned_normal():
+    """Inputs moved by half a rounding, as another processor rounds, pass; a normal turned by a thousandth does not."""
+    name = "field_normals (differences)"
+    problem, mode = selftest.problems(torch.device("cpu"))[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded_otherwise(x, table, *rest, **options):
+        noise = torch.rand(table.shape, generator=generator, dtype=table.dtype) - 0.5
+        return problem.reference(x, table * (1 + 2**-23 * noise), *rest, **options)
+
+    def turned(*inputs, **options):
+        sigma, albedo, normal = problem.reference(*inputs, **options)
+        return sigma, albedo, normal + 1e-3 * normal.roll(1, 1)
+
+    operators = {"rounded": rounded_otherwise, "turned": turned}
+    verdicts = gate.judge_problem(problem, mode, torch.float32, operators, march=False)
+    assert verdicts["rounded"].good and not verdicts["turned"].good
+
+
+def fake_torch(*, built=None, available=False, works=True, capability=(9, 0), warning=None, count=1):
+    """What the doctor asks of torch, on another machine."""
+    import warnings
+
+    def is_available():
+        if warning:
+            warnings.warn(warning, stacklevel=1)
+        return available
+
+    def ones(*_, **__):
+        if not works:
+            raise RuntimeError("CUDA error: unspecified launch failure\nmore lines")
+        return torch.ones(1)
+
+    cuda = SimpleNamespace(
+        is_available=is_available,
+        device_count=lambda: count,
+        get_device_name=lambda: "NVIDIA Test",
+        get_device_capability=lambda: capability,
+        get_device_properties=lambda _: SimpleNamespace(total_memory=80 * 2**30),
+    )
+    return SimpleNamespace(version=SimpleNamespace(cuda=built), cuda=cuda, ones=ones)
+
+
+OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
+
+
+@pytest.mark.parametrize(
+    ("machine", "driver", "state", "sentence", "advice"),
+    [
+        ({}, None, "note", "no NVIDIA GPU: runs take the CPU", ""),
+        ({"built": "12.8"}, None, "note", "built for CUDA 12.8, which does no harm", ""),
+        ({}, "550.1", "wrong", "this torch is a build for CPUs", "built for CUDA: pytorch.org"),
+        ({"built": "13.0", "warning": OLD_DRIVER}, "470.1", "wrong", "driver on your system is too old", "update the"),
+        ({"built": "12.8"}, "550.1", "wrong", "does not start it (it gives no reason)", "--device cpu"),
+        (
+            {"built": "12.8", "available": True, "works": False},
+            "550.1",
+            "wrong",
+            "unspecified launch failure",
+            "restart",
+        ),
+        ({"built": "12.8", "available": True, "capability": (7, 0)}, "550.1", "note", "sm_70", ""),
+        ({"built": "12.8", "available": True}, "550.1", "ok", "NVIDIA Test, 80 GiB, sm_90, driver 550.1", ""),
+        ({"built": "12.8", "available": True, "count": 2}, "550.1", "ok", "the first of 2, --device cuda:1 takes", ""),
+    ],
+)
+def test_what_is_said_of_the_gpu(machine, driver, state, sentence, advice, monkeypatch):
+    monkeypatch.setattr(doctor, "driver", lambda: driver)
+    found = doctor.gpu(fake_torch(**machine))
+    assert found.state == state and sentence in found.what and advice in found.advice and "\n" not in found.what
+
+
+def test_without_triton_or_xformers_it_says_what_to_install_where_it_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    assert doctor.triton(on_gpu=False).state == "note"
+    missing = doctor.triton(on_gpu=True)
+    assert missing.state == "wrong" and "pip install triton" in missing.advice
+    found = {found.what.split()[1]: found for found in doctor.attention(torch, torch.device("cpu"))}
+    assert found["sdpa"].state == "ok" and found["xformers"].state == "note" and "xformers" in found["xformers"].advice
+
+
+def test_a_run_goes_on_without_triton_and_xformers(tmp_path, tiny_model):
+    code = "import sys\nfor name in ('triton', 'xformers', 'xformers.ops'): sys.modules[name] = None\n"
+    code += "from dream_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
+    words = f"--hf_key {tiny_model} --workspace {tmp_path} --device cpu --iters 1 --w 8 --h 8 --W 32 --H 32 --levels 2"
+    words += " --max_resolution 32 --log2_entries 8 --occupancy_resolution 16 --dataset_size_test 1 --max_steps 32"
+    words += " --dataset_size_valid 1 --six_views"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "--text", "a hamburger", *words.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "done in" in done.stdout, done.stderr
+
+
+def test_a_torch_that_does_not_load_is_a_finding(monkeypatch):
+    def broken(name):
+        raise OSError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "import_module", broken)
+    found = list(doctor.findings())[-1]
+    assert found.state == "wrong" and "libcudart.so.12" in found.what and "reinstall" in found.advice
+
+
+def test_the_command_prints_findings_and_its_status_tells_whether_something_is_wrong(monkeypatch, capsys):
+    for found, status in ((Finding("note", "no GPU"), 0), (Finding("wrong", "no torch", "pip install torch"), 1)):
+        monkeypatch.setattr(doctor, "findings", lambda found=found: iter([Finding("ok", "fine"), found]))
+        assert main(["--doctor"]) == status
+        out = capsys.readouterr().out
+        assert found.what in out and found.advice in out
+        assert ("ready for a run" in out) == (status == 0)
+
+
+def test_lines_of_the_self_test_are_json(capsys, monkeypatch):
+    monkeypatch.setattr(selftest, "check", lambda device: iter([{"kernel": "march", "error": "no", "seconds": 0}]))
+    assert selftest.main([]) == 1
+    assert json.loads(capsys.readouterr().out)["kernel"] == "march"

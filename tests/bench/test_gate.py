@@ -1,0 +1,67 @@
+"""The gate of the benchmark: at which sizes it judges, and what of a problem reaches the verdict."""
+
+from dataclasses import replace
+
+import torch
+
+from dream_fast.bench.ops import gate
+from dream_fast.bench.ops.cases import FULL, Problem
+
+CPU = torch.device("cpu")
+TOO_LARGE = ("rays_128", "rays_256", "rays_512", "uniform_2^20", "uniform_2^22", "frame_800", "mesh_50k", "mesh_1M")
+
+
+def test_judged_case_is_the_case_at_a_size_where_fp64_fits():
+    """Nothing large is judged, what is small stays as it is, and nothing but the size changes."""
+    for case in FULL:
+        judged = gate.judged_case(case)
+        assert replace(judged, case=case.case) == case
+        large = case.case.startswith((*TOO_LARGE, "rays_64_"))
+        assert (judged.case != case.case) == large
+        assert not judged.case.startswith((*TOO_LARGE, "rays_64_"))
+        assert judged.case.partition("_")[0] == case.case.partition("_")[0]  # rays stay rays
+        normals = ("normals", "analytic", "finite_difference")
+        assert [judged.case.endswith(kind) for kind in normals] == [case.case.endswith(kind) for kind in normals]
+
+
+def problem(weights=None):
+    """Twice 100 numbers, computed in the dtype that is asked, with one input that gets a gradient."""
+    return Problem(
+        operator=lambda x: 2 * x,
+        reference=lambda x: 2 * x,
+        call=lambda operator, tensors, dtype: (operator(tensors["x"].to(dtype)),),
+        tensors={"x": torch.rand(100, generator=torch.Generator().manual_seed(0))},
+        leaves=("x",),
+        upstream=(torch.ones(100),),
+        weights=weights,
+    )
+
+
+def test_judge_problem_weighs_outputs_by_the_inputs_in_fp64():
+    """The weight comes from the problem's tensors: where it is 0 an error does not count."""
+    asked = []
+
+    def weights(tensors):
+        asked.append(tensors["x"].dtype)
+        return ((torch.arange(100) != 7).double(),)
+
+    def wrong(x):
+        return 2 * x + (torch.arange(100) == 7)
+
+    for weighted, good in ((weights, True), (None, False)):
+        found = gate.judge_problem(problem(weighted), "forward", torch.float32, {"wrong": wrong}, march=False)
+        assert found["wrong"].good == good
+    assert asked == [torch.float64]
+
+
+def test_judge_problem_counts_the_gradients_of_a_backward_alone(monkeypatch):
+    """The exact result is in fp64, and the number of gradients is that of the leaves, 0 without a backward."""
+    seen = []
+
+    def record(got, reference, exact, weights, gradients):
+        seen.append((got[0].dtype, exact[0].dtype, len(exact), gradients))
+
+    monkeypatch.setattr(gate, "worst_verdict", record)
+    for mode in ("forward", "forward_backward"):
+        gate.judge_problem(problem(), mode, torch.float32, {"ours": lambda x: 2 * x}, march=False)
+    assert seen == [(torch.float32, torch.float64, 1, 0), (torch.float32, torch.float64, 2, 1)]

@@ -1,0 +1,104 @@
+"""The page about quality: generated from stored measurements, and current."""
+
+import pytest
+import torch
+
+from dream_fast.bench.quality import page as quality_page
+from dream_fast.bench.quality import world
+from dream_fast.bench.quality.measures import delta_e
+from dream_fast.bench.quality.page import BEGIN, END, table, with_generated
+from dream_fast.bench.quality.run import HELD_OUT, PROMPTS
+from dream_fast.bench.quality.world import (
+    PAINTS,
+    WorldLook,
+    color_error,
+    paints_of,
+    palette_of,
+    scenes_of,
+    world_summary,
+)
+from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
+
+
+def record(**result: float) -> dict:
+    look = {"result": {"roughness_deg": 8.0, **result}, "world": {"roughness_deg": 2.5}}
+    about = {"runs": 2, "device": "a GPU", "commit": "abc", "utc": "2026-11-29T00:00:00Z", "object": 0.5}
+    return about | {"look": look, "held_out": {"runs": 0}, "held_out_look": {"result": {}}}
+
+
+def test_the_table_has_a_column_a_record_and_the_worlds_own() -> None:
+    """Measures that nothing has are left out, and so is a set of prompts without runs."""
+    records = {"before": record(kid=1.0), "after": record(kid=0.25)}
+    lines = table(records, "").splitlines()
+    assert lines[0] == "| | before | after | the world's own |"
+    assert lines[2:] == [
+        "| roughness, degrees | 8 | 8 | 2.5 |",
+        "| kernel distance | 1 | 0.25 |  |",
+        "| object | 0.5 | 0.5 |  |",
+    ]
+    assert table(records, "held_out") == ""
+
+
+def test_the_page_keeps_what_is_around_its_markers() -> None:
+    """Written twice it is the same."""
+    once = with_generated(f"a\n{BEGIN}\nold\n{END}\nb", {"before": record()})
+    assert once.startswith(f"a\n{BEGIN}\n### Fixed") and once.endswith(f"{END}\nb") and "old" not in once
+    assert with_generated(once, {"before": record()}) == once
+
+
+@pytest.mark.skipif(not quality_page.PAGE.exists(), reason="an installed package carries no docs")
+def test_the_page_is_current() -> None:
+    """What it shows is what the stored measurements say, and its pictures are there."""
+    page, records = quality_page.PAGE.read_text(encoding="utf-8"), quality_page.read_records()
+    assert with_generated(page, records) == page, "write it anew: python -m dream_fast.bench quality_page"
+    assert all((quality_page.RESULTS / f"quality-{name}.jpg").exists() for name in records)
+
+
+# ------------------------------------------------------------------------------------------------------------ the world
+
+
+@pytest.mark.parametrize("prompt", ["a hamburger", "a red robot", "a snowman", "a white rabbit"])
+def test_the_worlds_scenes_are_what_the_prompt_says(prompt: str) -> None:
+    """The object, in its colour, natural where none is named; the first colour of the palette is that one."""
+    scenes, color = scenes_of(prompt, 5), next((name for name in COLORS if name in prompt.split()), None)
+    assert {scene.name for scene in scenes} == {find_object(prompt)} and {scene.color for scene in scenes} == {color}
+    palette = palette_of(prompt)
+    if color is not None:
+        assert delta_e(palette[0], torch.tensor(COLORS[color])) < 5
+    assert (delta_e(palette[1:], palette[0]) > world.SAME).all()
+    paints = paints_of(prompt)
+    assert len(paints) == PAINTS
+    own = color_error(paints, paints)
+    assert 0 < own < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
+
+
+def test_the_world_is_stored_and_found_by_prompt(tmp_path) -> None:
+    """In the order asked for; not for a prompt that is not there, nor for features of another judge."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 3, 5), (2, 3)]
+    look = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
+    path = tmp_path / "world.safetensors"
+    assert world.read_world(["a mug"], path) is None
+    world.write_world(path, ["a mug", "a hat"], look)
+    found = world.read_world(["a hat", "a mug"], path)
+    assert torch.equal(found.shapes, look.shapes.flip(0))
+    assert torch.equal(found.features, look.features.half().float().flip(0))
+    assert world.read_world(["a cat"], path) is None
+    own = world_summary(found)
+    assert own["roughness_deg"] == pytest.approx(look.shapes[:, 0].mean().item())
+    assert own.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
+
+
+def test_looks_of_another_judge_are_not_used(tmp_path, monkeypatch) -> None:
+    """Features mean nothing to other weights."""
+    path = tmp_path / "world.safetensors"
+    world.write_world(path, ["a mug"], WorldLook(torch.rand(1, 2, 1, 5), torch.rand(1, 3)))
+    monkeypatch.setattr(world, "judge_digest", lambda: "another")
+    assert world.read_world(["a mug"], path) is None
+
+
+def test_named_measurements_are_of_the_fixed_prompts() -> None:
+    """A column of the page says nothing of prompts that somebody chose afterwards."""
+    for name, stored in quality_page.read_records().items():
+        prompts = {line["prompt"] for line in stored["prompts"]}
+        assert prompts <= {*PROMPTS, *HELD_OUT}, name

@@ -1,0 +1,202 @@
+"""What settings may be combined, at the border of each rule, and how settings are read, compared and copied."""
+
+import re
+
+import pytest
+
+from dream_fast.engine.config.schedule import LinearSchedule
+from dream_fast.engine.config.schema import Config, GuidanceConfig, device_kind, other_backbones, read_values, settings
+from dream_fast.engine.errors import UserError
+
+FADING = LinearSchedule(0.0, 0.5, 0.0, 1.0)
+IF = {"guidance": ("IF",), "latent_iter_ratio": 0.0}
+CLIP = {"guidance": ("clip",), "latent_iter_ratio": 0.0}
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"exp_end_iter": 1},
+        {"exp_start_iter": 9, "exp_end_iter": 10},
+        {"exp_start_iter": 9, "iters": 10},
+        {"exp_start_iter": 9, "exp_end_iter": 10, "iters": 2},
+        {"output": "elsewhere", "test": True},
+        {"test": True},
+        {"compile": True},
+        {"deterministic": True},
+        {"max_resolution": 16, "base_resolution": 16},
+        {"occupancy_resolution": 66},
+        {"perpneg": True, "score": "sds"},
+        {"loss_space": "x0", "score": "sdi"},
+        {"loss_space": "x0", "score": "sds"},
+        {"score": "csd"},
+        {"backbone": "vanilla"},
+        {"backbone": "grid_torch", "lambda_tv": 1.0, "lambda_wd": FADING},
+        {"dmtet": True, "init_with": "a", "lr_geo": 0.1, "lock_geo": True, "tet_grid_size": 6},
+        IF,
+        IF | {"attention": "sdpa"},
+        {"attention": "cudnn"},
+        {"guidance": ("SD", "clip"), "attention": "xformers"},
+        {"guidance": ("SD", "clip"), "save_guidance": True},
+        {"guidance": ("SD", "clip")},
+        {"guidance": ("SD",), "step_graph": True},
+        {"step_graph": True},
+        CLIP,
+    ],
+    ids=str,
+)
+def test_settings_that_go_together_are_taken(typed):
+    """What each rule leaves is taken as it was typed."""
+    config = Config().override(typed)
+    values = {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+    assert {name: values[name] for name in typed} == typed
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ({"output": "elsewhere"}, "--output goes with --test only"),
+        ({"exp_end_iter": 9, "exp_start_iter": 10}, "--exp_end_iter must be more than --exp_start_iter 10, not 9"),
+        ({"exp_start_iter": 11, "iters": 10}, "--exp_start_iter must be less than --iters 10"),
+        ({"perpneg": True, "score": "csd"}, "--perpneg goes with --score sds only, not with csd"),
+        ({"loss_space": "x0", "score": "csd"}, "--loss_space x0 goes with --score sds and sdi, not with csd"),
+        ({"loss_space": "x0", "score": "asd"}, "--loss_space x0 goes with --score sds and sdi, not with asd"),
+        ({"guidance": ("SD", "clip", "clip")}, "--guidance names clip twice"),
+        ({"backbone": "vanilla", "lambda_tv": 0.1}, "--lambda_tv and --lambda_wd are of the hash table"),
+        ({"backbone": "vanilla", "lambda_wd": FADING}, "--lambda_tv and --lambda_wd are of the hash table"),
+        ({"tet_grid_size": 7}, "--tet_grid_size must be even, not 7"),
+        ({"init_with": "a"}, "--init_with is of the mesh refinement"),
+        ({"lr_geo": 0.1}, "--lr_geo is of the mesh refinement"),
+        ({"lock_geo": True}, "--lock_geo is of the mesh refinement"),
+        ({"guidance": ("clip",)}, "--latent_iter_ratio 0.2 does not go with --guidance clip, which cannot be shown"),
+        ({"guidance": ("IF", "clip")}, "--latent_iter_ratio 0.2 does not go with --guidance IF clip"),
+        (IF | {"attention": "xformers"}, "--attention xformers is for Stable Diffusion: the models of --guidance IF"),
+        (
+            CLIP | {"step_graph": True},
+            "--step_graph replays steps of one diffusion model, not those of --guidance clip",
+        ),
+        (CLIP | {"save_guidance": True}, "--save_guidance shows what a diffusion model sees"),
+        ({"step_graph": True, "dmtet": True}, "--step_graph does not go with --dmtet, which"),
+        (
+            {"step_graph": True, "progressive_view": True, "progressive_level": True},
+            "--step_graph does not go with --progressive_level, which",
+        ),
+        ({"itres": 1, "Iters": 2, "iters": 3}, "unknown setting: Iters, itres"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together_are_refused(typed, sentence):
+    """The sentence begins with the flags that do not go together."""
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
+        Config().override(typed)
+
+
+def test_steps_that_a_graph_cannot_replay_are_named_in_order():
+    """Each of the three settings is one flag, and none without them."""
+    assert Config().read_on_the_host() == []
+    every = {"dmtet": True, "progressive_level": True, "progressive_view": True}
+    assert Config().override(every).read_on_the_host() == [f"--{name}" for name in every]
+    for name in every:
+        assert Config().override({name: True}).read_on_the_host() == [f"--{name}"]
+
+
+@pytest.mark.parametrize(
+    ("values", "embedded", "by_latents"),
+    [
+        ({}, True, True),
+        ({"guidance": ("dream-mini", "clip")}, True, True),
+        ({"sd_version": "1.5"}, False, True),
+        ({"hf_key": "a"}, False, True),
+        ({"guidance": ("SD",)}, False, True),
+        ({"guidance": ("SD", "clip")}, False, True),
+        ({"guidance": ("SD", "IF")}, False, False),
+        ({"guidance": ("IF", "clip")}, False, False),
+        ({"guidance": ("clip",)}, False, False),
+    ],
+)
+def test_guidance_tells_the_kind_of_its_models(values, embedded, by_latents):
+    """Which model is the embedded one, and whether latents can be shown to what guides."""
+    guidance = GuidanceConfig(**values)
+    assert (guidance.embedded, guidance.by_latents) == (embedded, by_latents)
+
+
+def test_train_size_is_scaled_for_a_mesh_only():
+    """Height and width, each rounded, and at least a pixel."""
+    base = Config().override({"h": 10, "w": 7, "dmtet_reso_scale": 1.5})
+    assert base.train_size == (10, 7)
+    mesh = base.override({"dmtet": True})
+    assert mesh.train_size == (15, 10)
+    assert mesh.override({"dmtet_reso_scale": 0.01}).train_size == (1, 1)
+
+
+def test_prompts_of_the_sides_are_named_by_side():
+    """Only sides with a prompt of their own are there."""
+    typed = {"text_front": "f", "text_side": "s", "text_back": "b", "text_overhead": "o"}
+    assert Config().run.own_texts == {}
+    assert Config().override(typed).run.own_texts == {"front": "f", "side": "s", "back": "b", "overhead": "o"}
+
+
+def test_saved_settings_are_read_back_by_their_kind():
+    """A schedule is one again where a number stands, and stays text in a prompt; lists are tuples again."""
+    typed = {
+        "text": "0:1:2:3",
+        "lambda_tv": LinearSchedule(0, 1.0, 2.0, 3, fractions=False),
+        "t_range": (0.02, LinearSchedule(0.0, 0.9, 0.5, 1.0)),
+        "guidance": ("SD", "clip"),
+    }
+    config = Config().override(typed)
+    saved = config.to_dict()
+    assert saved["loss"]["lambda_tv"] == "0:1:2:3" and saved["guidance"]["t_range"] == (0.02, "0.0:0.9:0.5:1.0")
+    saved["guidance"]["t_range"] = list(saved["guidance"]["t_range"])
+    assert Config.from_dict(saved) == config
+    values = {
+        "text": "0:1:2:3",
+        "lambda_tv": "0:1:2:3",
+        "t_range": [0.02, "0.0:0.9:0.5:1.0"],
+        "guidance": ["SD", "clip"],
+    }
+    assert read_values(values | {"other": "0:1:2:3"}) == typed | {"other": "0:1:2:3"}
+    with pytest.raises(UserError, match="is no schedule"):
+        read_values({"lambda_tv": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda data: data["run"].pop("text"), "the saved configuration has missing or unknown settings: run.text"),
+        (lambda data: data.pop("dmtet"), "settings: dmtet.dmtet, dmtet.dmtet_reso_scale, dmtet.init_with, "),
+        (lambda data: data.update(more={"a": 1}), "settings: more.a$"),
+        (lambda data: data["loss"].update(b=1, a=1), "settings: loss.a, loss.b$"),
+        (lambda data: data.update(run=3), "must map rooms to their settings"),
+        (lambda data: data["optim"].update(lr=-1.0), "--lr must be more than 0"),
+    ],
+)
+def test_saved_settings_that_are_damaged_are_refused(damage, sentence):
+    """Missing, unknown and bad settings are named."""
+    data = Config().to_dict()
+    damage(data)
+    with pytest.raises(UserError, match=sentence):
+        Config.from_dict(data)
+
+
+def test_differences_are_of_what_is_learned():
+    """Any GPU is the same device, schedules are shown as they are typed, and a view counts where training starts."""
+    base = Config().override({"device": "cuda:1"})
+    assert base.differences(base.override({"device": "cuda:0"})) == []
+    assert base.differences(base.override({"device": "cpu"})) == ["--device cuda, not cpu"]
+    fading = base.override({"lambda_tv": FADING, "t_range": (0.02, LinearSchedule(0.0, 0.9, 0.5, 1.0))})
+    assert fading.differences(base) == [
+        "--t_range 0.02 0.0:0.9:0.5:1.0, not (0.02, 0.98)",
+        "--lambda_tv 0.0:0.5:0:1.0, not 0.0",
+    ]
+    started = Config().override({"progressive_view": True})
+    moved = started.override({"default_polar": 60.0})
+    assert started.differences(moved) == ["--default_polar 90.0, not 60.0"]
+    assert Config().differences(moved) == ["--progressive_view False, not True"]
+
+
+def test_devices_and_backbones_have_their_names():
+    """The number of a GPU is cut off, and each backbone is without the settings of the others."""
+    assert [device_kind(name) for name in ("cuda:1", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+    assert {"levels", "max_steps", "lambda_tv", "lambda_wd"} <= other_backbones("vanilla")
+    assert not {"lr", "hidden_width", "frequencies"} & other_backbones("vanilla")

@@ -1,0 +1,93 @@
+"""The page of options: current, and complete on both sides."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dream_fast
+from dream_fast.cli import build_parser
+from dream_fast.engine.config.compat import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.config.options_page import DIFFERENCES, REFERENCE_FLAGS, page
+from dream_fast.engine.config.presets import mini_cpu_defaults, mini_cuda_defaults, resolve
+from dream_fast.engine.config.schema import settings
+
+FOLDER = Path(dream_fast.__file__).parent
+PAGE = FOLDER / "docs" / "options.md"
+
+
+def rows(part: str) -> dict[str, list[str]]:
+    """The other cells of each row of a table, by its flag."""
+    lines = [line for line in part.splitlines() if line.startswith("| `-")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    found = {name.strip("`"): others for name, *others in cells}
+    assert len(found) == len(lines), "a flag has two rows"
+    return found
+
+
+@pytest.fixture(scope="module")
+def tables() -> list[dict[str, list[str]]]:
+    """Our flags, those of the reference, and the defaults of the vanilla backbone."""
+    return [rows(part) for part in page().split("\n## ")[1:]]
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
+def test_the_committed_page_is_current_and_linked():
+    again = "python -m dream_fast.engine.config.options_page > docs/options.md"
+    assert PAGE.read_text(encoding="utf-8") == page(), f"write it anew: {again}"
+    assert "(docs/options.md)" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_flag_of_the_command_has_a_row(tables):
+    taken = set(build_parser()._option_string_actions) - {"-h", "--help", "--print_config"}
+    ours = {flag for flag in taken if not (flag.startswith("--no-") and f"--{flag[5:]}" in taken)}
+    assert set(tables[0]) == ours
+
+
+def test_defaults_are_shown_where_they_differ(tables):
+    shown, cpu, cuda = tables[0], mini_cpu_defaults(), mini_cuda_defaults()
+    assert shown["--iters"][:3] == ["10000", str(cpu.run.iters), str(cuda.run.iters)]
+    assert shown["--theta_range"][:3] == ["45 105", "50 95", "50 95"]
+    assert shown["--step_graph"][:3] == ["off", "", "on"]
+    assert shown["--device"][:3] == ["auto", "", ""]
+    assert shown["--seed"][:3] == ["none", "", ""]
+    assert shown["--negative"][0] == '""'
+    for _, field in settings():
+        assert shown[f"--{field.name}"][3].startswith(field.metadata["help"])
+
+
+def test_every_flag_of_the_reference_works_or_is_refused_with_the_reason(tables):
+    theirs = tables[1]
+    assert list(theirs) == REFERENCE_FLAGS
+    for flag, (here, remark) in theirs.items():
+        assert here == ("refused" if flag in REFUSED_FLAGS else "works")
+        assert remark == REFUSED_FLAGS.get(flag, remark)
+    assert set(DIFFERENCES) <= set(REFERENCE_FLAGS) - set(REFUSED_FLAGS)
+    for (flag, value), why in REFUSED_VALUES.items():
+        assert f"`{value}` is refused: {why}" in theirs[flag][1]
+
+
+def test_the_defaults_of_the_vanilla_backbone_are_shown(tables):
+    shown = tables[2]
+    assert shown["--lr_decay"] == ["0.1", "0.1", "0.1"] and shown["--hidden_layers"][0] == "4"
+    for place, (typed, device) in enumerate([({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]):
+        grid, own = (resolve(typed | {"backbone": name}, "dream-mini", device) for name in ("grid", "vanilla"))
+        for room, field in settings():
+            before, after = (getattr(getattr(config, room.name), field.name) for config in (grid, own))
+            if field.name != "backbone":
+                assert bool(shown.get(f"--{field.name}", [""] * 3)[place]) == (before != after)
+    assert "`--levels`, " in page() and "`--lambda_wd`.\n" in page()
+
+
+def test_the_page_is_printed_without_anything_heavy():
+    code = "import runpy, sys; runpy.run_module('dream_fast.engine.config.options_page', run_name='__main__')"
+    code += "; print([name for name in ('torch', 'numpy') if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert (done.stdout, done.stderr) == (page(), "[]\n")
+
+
+def test_no_cell_breaks_its_table():
+    columns = [len(re.findall(r"\|", line)) for line in page().splitlines() if line.startswith("| ")]
+    assert set(columns) == {3, 4, 5, 6}

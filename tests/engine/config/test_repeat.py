@@ -1,0 +1,109 @@
+"""The command that makes a run again comes out as the run's settings, through a shell too."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dream_fast.cli import parse
+from dream_fast.engine.config.presets import chosen_model, resolve
+from dream_fast.engine.config.reproduce import quote, repeating_command, visible
+from dream_fast.engine.config.schedule import LinearSchedule
+from dream_fast.engine.config.schema import Config
+
+SHELL = "bash"
+
+
+def words_of(line: str) -> list[str]:
+    """The words into which a shell splits ``line``."""
+    show = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    command = [SHELL, "-c", f'{sys.executable} -c "$0" {line}', show]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def settings_of(line: str) -> Config:
+    """The settings to which the command ``line`` comes."""
+    program, *words = words_of(line)
+    assert program == "dream-fast"
+    typed = parse(words)
+    return resolve(typed, chosen_model(typed), typed["device"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {},
+        {"fp16": True, "save_mesh": True, "iters": 7, "phi_range": (-90.0, -0.5)},
+        {"guidance_scale": 20.0},
+        {"guidance_scale": 8.0},  # the default at the start, and then not at the end
+        {"guidance_scale": LinearSchedule(0.0, 20.0, 5.0, 1.0)},
+        {"t_range": (0.02, LinearSchedule(10, 0.98, 0.5, 300, fractions=False)), "score": "asd"},
+        {"lambda_orient": LinearSchedule(1 / 3, 1e-7, 12345.678901, 2 / 3)},
+        {"score": "csd"},
+        {"score": "asd", "guidance_scale": 3.0},
+        {"preset": "reference"},
+        {"preset": "reference", "lr": 0.5},
+        {"sd_version": "1.5", "negative": "blurry"},
+        {"hf_key": "a folder/with 'quotes'"},
+        {"guidance": ("SD",)},
+        {"guidance": ("SD", "clip"), "hf_key": "a/b", "clip_key": "c/d"},
+        {"guidance": ("IF",), "if_key": "a/b"},
+        {"guidance": ("clip",), "preset": "reference"},
+        {"guidance": ("dream-mini", "clip")},
+        {"deterministic": True},
+        {"lambda_tv": 1.0},
+        {"step_graph": False, "grad_clip": -1.0, "bg_radius": -1.0, "view_blend": 90.0},
+        {"text": "-a \"hamburger\" $(rm) `x` !! \\ 'q'", "text_back": "--iters"},
+        {"text": "two\nlines\tand \x1b[31m \u202e and K\u00e4se \U0001f354", "workspace": "a b"},
+        {"exp_start_iter": 3, "exp_end_iter": 9, "test_interval": 1, "save_guidance": True},
+    ],
+    ids=lambda typed: "-".join(typed) or "default",
+)
+def test_the_command_comes_out_as_the_settings(typed, device):
+    typed = {"text": "a hamburger", "seed": 3} | typed
+    config = resolve(typed, chosen_model(typed), device)
+    line = repeating_command(config)
+    assert settings_of(line) == config
+    assert "\x1b" not in line and "\n" not in line
+    assert settings_of(repeating_command(config, 12)) == config.override({"iters": 12})
+
+
+def test_only_what_differs_is_in_it():
+    config = resolve({"text": "a hamburger", "seed": 3, "fp16": True}, "dream-mini", "cuda")
+    assert repeating_command(config) == "dream-fast --text 'a hamburger' --seed 3 -O --device cuda"
+
+
+def test_what_to_do_with_a_run_that_is_there_is_left_out():
+    config = resolve({"text": "cat", "seed": 3}, "dream-mini", "cpu")
+    for changes in ({"test": True}, {"ckpt": "scratch"}):
+        assert repeating_command(config.override(changes)) == repeating_command(config)
+    assert "--ckpt old/step_000004.safetensors" in repeating_command(
+        config.override({"ckpt": "old/step_000004.safetensors"})
+    )
+
+
+def test_bytes_of_the_command_line_that_are_no_text_are_kept():
+    word = b"caf\xe9".decode("utf-8", errors="surrogateescape")
+    assert quote(word) == "$'caf\\xe9'" and visible(word) == "caf\\xe9"
+    assert words_of(quote(word)) == [word]
+
+
+@pytest.mark.parametrize(
+    "code", [0x85, 0xAD, 0x61C, 0x200B, 0x200E, 0x200F, 0x2028, 0x2029, 0x2060, 0x3164, 0xFEFF, 0xE0041]
+)
+def test_characters_that_nobody_sees_are_shown_and_kept(code):
+    """They are escapes wherever a prompt is shown, and the command to copy gives a shell the prompt that was typed."""
+    word = f"a c{chr(code)}at"
+    escape = f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    assert visible(word) == f"a c{escape}at" and quote(word) == f"$'a c{escape}at'"
+    assert words_of(quote(word)) == [word]
+
+
+@pytest.mark.parametrize(
+    "word", ["\U0001f469\u200d\U0001f680", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "K\u00e4se \u2764\ufe0f"]
+)
+def test_joiners_of_emoji_and_scripts_stay(word):
+    """What a word is written with is no hidden character."""
+    assert visible(word) == word

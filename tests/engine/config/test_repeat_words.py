@@ -1,0 +1,90 @@
+"""How the words of a repeating command and of messages are written, character by character."""
+
+import subprocess
+
+import pytest
+
+from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.reproduce import in_a_line, quote, repeating_command, visible
+
+
+def command(**typed) -> str:
+    return repeating_command(resolve({"text": "cat", "seed": 3} | typed, "dream-mini", typed.pop("device", "cpu")))
+
+
+def test_command_is_of_any_machine_and_any_folder_for_outputs():
+    """The number of a GPU, and where the outputs of a finished run went, are not repeated."""
+    plain = "dream-fast --text cat --seed 3"
+    assert command(device="cuda:1") == command(device="cuda") == f"{plain} --device cuda"
+    assert command(test=True, output="elsewhere") == command() == f"{plain} --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ({"device": "cuda", "step_graph": False}, "--device cuda --no-step_graph"),
+        ({"save_mesh": True}, "--save_mesh"),
+        ({"workspace": "-w"}, "--workspace=-w"),
+        ({"ckpt": "latest"}, None),
+        ({"ckpt": "scratch"}, None),
+        ({"ckpt": "a/b"}, "--ckpt a/b"),
+        ({"phi_range": (-90.0, 5.5)}, "--phi_range -90.0 5.5"),
+        ({"fp16": True}, "-O"),
+    ],
+)
+def test_command_writes_a_setting_as_it_is_typed(typed, words):
+    """Switches by their name, values behind a dash with =, ranges as two words, and --ckpt only with a path."""
+    plain = ["dream-fast", "--text", "cat", "--seed", "3"]
+    added = [word for word in command(**typed).replace(" --device cpu", "").split() if word not in plain]
+    assert " ".join(added) == (words or "")
+
+
+@pytest.mark.parametrize(
+    ("word", "quoted"),
+    [
+        ("cat", "cat"),
+        ("a 'b' \\", "'a '\"'\"'b'\"'\"' \\'"),
+        ("\x1b\\'b'\\n", "$'\\x1b\\\\\\'b\\'\\\\n'"),
+        ("a\tb", "$'a\\x09b'"),
+    ],
+)
+def test_quote_is_read_back(word, quoted):
+    """Backslashes and quotes beside a hidden character are doubled, and bash gives the word back."""
+    assert quote(word) == quoted
+    said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, text=True, check=True).stdout
+    assert said == word
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        (0x1F, "\\x1f"),
+        (0x20, " "),
+        (0x7F, "\\x7f"),
+        (0x80, "\\u0080"),
+        (0x9F, "\\u009f"),
+        (0xDC7F, "\\udc7f"),
+        (0xDC80, "\\x80"),
+        (0xDCFF, "\\xff"),
+        (0xDD00, "\\udd00"),
+        (0x2028, "\\u2028"),
+        (0x2029, "\\u2029"),
+        (0xFFFB, "\\ufffb"),
+        (0x200C, "\u200c"),
+        (0xFFA0, "\\uffa0"),
+        (0x1D173, "\\U0001d173"),
+        (0xE0100, "\\U000e0100"),
+        (0x10000, "\U00010000"),
+    ],
+)
+def test_visible_writes_hidden_characters_as_escapes(code, shown):
+    """Each kind of hidden character at its borders: controls, formats, separators, bytes that are no text."""
+    assert visible(chr(code)) == shown
+
+
+def test_in_a_line_leaves_out_the_middle():
+    """A text of just so many characters stays; of a longer one both ends and the number of the others are shown."""
+    assert in_a_line("abcdef\n", 7) == "abcdef\\x0a"
+    assert in_a_line("abcdefghijk", 6) == "abc ... (5 characters) ... ijk"
+    assert in_a_line("x" * 1000) == "x" * 1000
+    assert in_a_line("x" * 500 + "y" + "z" * 500) == "x" * 500 + " ... (1 characters) ... " + "z" * 500

@@ -1,0 +1,481 @@
+"""Meshes, videos and pictures: closed surfaces, the right way round, whole files."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import fast_simplification
+import numpy as np
+import pytest
+import torch
+import trimesh
+import uvunwrap
+from PIL import Image
+from skimage import measure
+
+from dream_fast import kernels
+from dream_fast.bench.accuracy import check
+from dream_fast.bench.pipeline import mesh_export as bench_mesh
+from dream_fast.engine.config.schema import CameraConfig, FieldConfig, RenderConfig
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.export import images, isosurface, mesh_files, texture, uv_atlas, video
+from dream_fast.engine.export.silhouette import outline_of
+from dream_fast.engine.geometry import marching_cubes
+from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.scene.camera import six_views
+from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.workspace import atomic
+from dream_fast.engine.workspace.atomic import written_aside
+
+BOUND = 0.6
+
+
+def grid(n):
+    return np.stack(np.meshgrid(*[np.linspace(-1, 1, n)] * 3, indexing="ij"), axis=-1)
+
+
+def ball(points, centre, radius):
+    return radius - np.linalg.norm(points - np.array(centre), axis=-1)
+
+
+def torus(points):
+    return 0.2 - np.hypot(np.hypot(points[..., 0], points[..., 2]) - 0.6, points[..., 1])
+
+
+SHAPES = {
+    "sphere": (lambda p: ball(p, (0, 0, 0), 0.6), 2),
+    "torus": (torus, 0),
+    # The surfaces meet at a grid point, the hardest place to be manifold.
+    "touching": (lambda p: np.maximum(ball(p, (0.4, 0, 0), 0.4), ball(p, (-0.4, 0, 0), 0.4)), None),
+    "apart": (lambda p: np.maximum(ball(p, (0.5, 0, 0), 0.3), ball(p, (-0.5, 0, 0), 0.3)), 4),
+    "noise": (lambda p: np.random.default_rng(0).standard_normal(p.shape[:-1]), None),
+    "full": (lambda p: np.ones(p.shape[:-1]), 2),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_surfaces_are_closed_manifolds_that_face_outwards(name):
+    function, euler = SHAPES[name]
+    result = isosurface.iso_surface(function(grid(25)), 0.0)
+    shape = trimesh.Trimesh(result.vertices, result.faces, process=False)
+    assert shape.is_watertight and shape.is_winding_consistent and isosurface.is_closed(result)
+    assert shape.volume > 0
+    assert shape.area_faces.min() > 0
+    assert len(np.unique(result.faces)) == len(result.vertices)
+    if euler is not None:
+        assert shape.euler_number == euler
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_a_surface_in_slabs_is_the_surface(layers, monkeypatch):
+    volume = SHAPES["noise"][0](grid(12))
+    whole = isosurface.iso_surface(volume, 0.0)
+    monkeypatch.setattr(marching_cubes, "LAYER_POINTS", layers * 14 * 14)
+    parts = isosurface.iso_surface(volume, 0.0)
+    assert np.array_equal(parts.vertices, whole.vertices)
+    assert np.array_equal(*(np.unique(one.faces, axis=0) for one in (whole, parts)))
+
+
+def test_nothing_above_the_level_is_an_empty_mesh():
+    result = isosurface.iso_surface(np.zeros((4, 4, 4)), 1.0)
+    assert result.vertices.shape == (0, 3) and result.faces.shape == (0, 3)
+
+
+def test_a_sphere_agrees_with_another_marching_cubes():
+    n, radius = 48, 0.6
+    volume = ball(grid(n), (0.03, -0.02, 0.01), radius)
+    own = isosurface.iso_surface(volume, 0.0)
+    shape = trimesh.Trimesh(own.vertices, own.faces, process=False)
+    vertices, _, _, _ = measure.marching_cubes(volume, 0.0)
+    # Both have a vertex on each edge that crosses: in fp32 there, of coordinates up to n; ours a margin from its ends.
+    assert len(vertices) == len(own.vertices)
+    pairs = (torch.from_numpy(one).double() for one in (vertices.copy(), own.vertices))
+    apart = torch.cdist(*pairs, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+    assert apart.median() < 4 * n * np.finfo(np.float32).eps and apart.max() < marching_cubes.EDGE_MARGIN
+    # In cells: zeros of straight lines over an edge of 1 lie inside by 1 / 8r at most, if the margin does not move
+    # them, and the middle of a triangle, whose corners lie on one cube, below them by (sqrt(3) / 2)^2 / 2r.
+    cells, cell, margin = radius * (n - 1) / 2, 2 / (n - 1), marching_cubes.EDGE_MARGIN
+    distance = np.linalg.norm(own.vertices * cell - 1 - np.array([0.03, -0.02, 0.01]), axis=1) / cell
+    outer, inner = cells + margin, cells - margin - 1 / (8 * cells)
+    assert inner < distance.min() and distance.max() < outer
+    inner -= 3 / (8 * cells)
+    assert 4 / 3 * np.pi * inner**3 < shape.volume < 4 / 3 * np.pi * outer**3
+    assert 4 * np.pi * inner**2 < shape.area < 4 * np.pi * outer**2
+
+
+def test_floaters_are_dropped_and_parts_kept():
+    points = grid(40)
+    parts = np.stack([ball(points, (-0.4, 0, 0), 0.4), ball(points, (0.5, 0, 0), 0.2), ball(points, (0, 0.9, 0), 0.05)])
+    full = isosurface.iso_surface(parts.max(axis=0), 0.0)
+    assert len(np.unique(isosurface.components(full))) == 3
+    cleaned = isosurface.visible_parts(full)
+    assert len(np.unique(isosurface.components(cleaned))) == 2
+    shape = trimesh.Trimesh(cleaned.vertices, cleaned.faces, process=False)
+    assert shape.is_watertight and shape.euler_number == 4
+    assert shape.vertices[:, 1].max() < 39 * 0.75
+
+
+@pytest.mark.parametrize(("gap", "radius", "stays"), [(0.02, 0.06, True), (0.1, 0.06, False), (0.02, 0.02, False)])
+def test_what_lies_beside_a_part_stays_unless_it_is_a_crumb(gap, radius, stays):
+    points = grid(160)
+    pot, knob = ball(points, (0, -0.2, 0), 0.5), ball(points, (0, 0.3 + gap + radius, 0), radius)
+    full = isosurface.iso_surface(np.maximum(pot, knob), 0.0)
+    assert len(np.unique(isosurface.components(full))) == 2
+    assert len(np.unique(isosurface.components(isosurface.visible_parts(full)))) == 1 + stays
+
+
+def bumps(points):
+    """A ball and a torus through it, wavy: a surface that is nowhere easy to simplify."""
+    waves = np.prod([np.sin(k * points[..., i]) for i, k in enumerate((15, 14, 13))], axis=0)
+    return np.maximum(ball(points, (0, 0, 0), 0.5), torus(points)) + 0.02 * waves
+
+
+@pytest.mark.parametrize("target", [200, 3000, 10**6])
+def test_a_simpler_surface_is_closed_and_near(target):
+    n = 64
+    full = isosurface.iso_surface(bumps(grid(n)), 0.0)
+    simpler = isosurface.simplify(full, target)
+    before, after = (trimesh.Trimesh(one.vertices, one.faces, process=False) for one in (full, simpler))
+    assert 0.8 * min(target, len(full.faces)) <= len(simpler.faces) <= target
+    assert after.is_watertight and after.is_winding_consistent and isosurface.is_closed(simpler)
+    # The volume is kept as well as the library keeps it that simplifies, but for what closing pinches costs.
+    ratio = max(0.0, 1 - target / len(full.faces))
+    points, triangles = fast_simplification.simplify(full.vertices, full.faces.astype(np.int32), ratio)
+    plain = trimesh.Trimesh(points, triangles, process=False)
+    volumes = (torch.tensor([float(one.volume)], dtype=torch.float64) for one in (after, plain, before))
+    check("volume", *volumes)
+    assert len(np.unique(simpler.faces)) == len(simpler.vertices)
+
+
+def test_the_parts_of_an_export_are_timed_by_what_it_tells():
+    volume, surface_, atlas_, pictures = mesh_files.PARTS
+    told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + pictures) / 2, 7.0)]
+    told += [(atlas_ + (pictures - atlas_), 8.0), (1.0, 9.5)]
+    parts = bench_mesh.seconds_of(0.5, told)
+    assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "pictures": 2.0, "files": 1.5}
+
+
+def test_triangles_that_lie_on_each_other_are_dropped():
+    ball_ = isosurface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    flap = np.array([[ball_.faces[0, 0], ball_.faces[0, 1], len(ball_.vertices)]])
+    vertices = np.concatenate([ball_.vertices, [[9.0, 9.0, 9.0]]])
+    broken = isosurface.Mesh(vertices, np.concatenate([ball_.faces, flap, flap[:, ::-1]]))
+    assert not isosurface.is_closed(broken)
+    mended = isosurface._without_flaps(broken)
+    assert isosurface.is_closed(mended) and len(mended.vertices) == len(ball_.vertices)
+
+
+@pytest.mark.parametrize(
+    ("volume", "threshold", "level"),
+    [
+        ([0.0, 0.0, 40.0, 40.0], 10.0, 10.0),
+        ([0.0, 0.0, 0.0, 8.0], 10.0, 2.0),  # the mean is lower than the threshold
+        ([20.0, 30.0, 40.0, 80.0], 10.0, 40.0),  # full: everything is above it
+        ([0.0, 0.0, 1.0, 1.0], 0.5, 0.5),
+    ],
+)
+def test_surface_level(volume, threshold, level):
+    exact = torch.tensor(level, dtype=torch.float64)
+    check("level", torch.tensor(isosurface.surface_level(torch.tensor(volume), threshold)), exact.float(), exact)
+
+
+@pytest.mark.parametrize("volume", [[0.0, 0.0], [1.0, float("nan")]])
+def test_a_field_without_a_surface_is_said(volume):
+    with pytest.raises(UserError, match="no surface"):
+        isosurface.surface_level(torch.tensor(volume), 10.0)
+
+
+# ---------------------------------------------------------------------------------------------- a field that we know
+
+
+def scene(points):
+    """Density and albedo of a lopsided object: a red body, a green arm to +x, a blue horn up, a nose to the front."""
+
+    def inside(centre, radius):
+        return ((points - points.new_tensor(centre)).norm(dim=-1) < radius).float()
+
+    body, arm = inside((0.0, 0.0, 0.0), 0.25), inside((0.33, 0.05, 0.0), 0.12)
+    horn, nose = inside((-0.1, 0.34, 0.0), 0.1), inside((0.0, -0.1, 0.32), 0.1)
+    sigma = 200.0 * torch.stack([body, arm, horn, nose]).amax(dim=0) + 0.01
+    albedo = points.new_tensor([0.8, 0.1, 0.1]).expand(len(points), 3)
+    for part, colour in ((arm, [0.1, 0.8, 0.1]), (horn, [0.1, 0.1, 0.8]), (nose, [0.8, 0.8, 0.8])):
+        albedo = torch.where(part[:, None] > body[:, None], points.new_tensor(colour), albedo)
+    return sigma, albedo
+
+
+CAMERAS = six_views(dataclasses.replace(CameraConfig(), default_radius=3.0, default_fovy=24.0))
+
+
+@functools.cache
+def fitted_renderer():
+    """A field fitted to `scene`, so that rendering and export read the same parameters."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(
+        FieldConfig(),
+        levels=4,
+        log2_entries=14,
+        base_resolution=8,
+        max_resolution=32,
+        hidden_width=32,
+        hidden_layers=1,
+        blob_density=0.0,
+        bg_radius=-1.0,
+    )
+    field = Field(config, BOUND, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(field.parameters(), lr=0.02)
+    for _ in range(150):
+        points = (torch.rand(4096, 3) * 2 - 1) * BOUND
+        sigma, albedo = scene(points)
+        values = field(points)
+        colour_error = (values.albedo - albedo).square().sum(dim=-1) * (sigma > 1)
+        loss = (values.sigma.log() - sigma.log()).square().mean() + 10 * colour_error.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    render_config = dataclasses.replace(RenderConfig(), bound=BOUND, max_steps=256, occupancy_resolution=64)
+    renderer = Renderer(field.requires_grad_(False), render_config)
+    renderer.update_occupancy(None)
+    return renderer
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The files of a mesh of `fitted_renderer`'s field."""
+    path = tmp_path_factory.mktemp("mesh") / "mesh.glb"
+    options = dict(outline=outline_of(fitted_renderer(), CAMERAS), decimate_target=4000, texture_resolution=256)
+    result = mesh_files.write_mesh(path, fitted_renderer().field, 48, 10.0, **options)
+    assert sorted(path.parent.iterdir()) == sorted(mesh_files.mesh_paths(path)) and len(result.faces) <= 4000
+    return path
+
+
+@pytest.fixture(scope="module")
+def glb(written):
+    return next(iter(trimesh.load_scene(written, process=False).geometry.values()))
+
+
+def test_six_views_of_the_mesh_are_those_of_the_field(written):
+    found = bench_mesh.compare(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
+    assert min(found.iou) > 0.95 and min(found.psnr) > 25
+    # The object is lopsided: seen in a mirror it is another one.
+    mirrored = bench_mesh.read_glb(written)
+    mirrored.vertices[:, 0] *= -1
+    assert min(bench_mesh.compare(fitted_renderer(), mirrored, CAMERAS, 96).iou) < 0.85
+
+
+def test_the_mesh_has_the_outline_of_the_pictures_whatever_the_threshold(tmp_path):
+    def worst_overlap(threshold, outline):
+        options = dict(outline=outline, decimate_target=4000, texture_resolution=64)
+        mesh_files.write_mesh(tmp_path / "mesh.glb", fitted_renderer().field, 48, threshold, **options)
+        shape = bench_mesh.read_glb(tmp_path / "mesh.glb")
+        return min(bench_mesh.compare(fitted_renderer(), shape, CAMERAS, 96).iou)
+
+    outline = outline_of(fitted_renderer(), CAMERAS)
+    for threshold in (0.05, 0.3):
+        assert worst_overlap(threshold, None) < 0.9 and worst_overlap(threshold, outline) > 0.94
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".obj"])
+def test_the_files_hold_a_closed_textured_surface(written, suffix):
+    scene = trimesh.load_scene(written.with_suffix(suffix), process=False)
+    (shape,) = scene.geometry.values()
+    material = shape.visual.material
+    picture = material.baseColorTexture if suffix == ".glb" else material.image
+    colours = np.asarray(picture.convert("RGB")) / 255
+    assert colours.shape == (256, 256, 3)
+    for place, channel in (((0.43, 0.05, 0), 1), ((-0.1, 0.43, 0), 2), ((0, 0, -0.25), 0)):
+        u, v = shape.visual.uv[np.linalg.norm(shape.vertices - np.array(place), axis=1).argmin()]
+        assert colours[int((1 - v) * 256), int(u * 256)].argmax() == channel
+    assert np.abs(shape.bounds).max() < BOUND
+    outward = np.einsum("ij,ij->i", shape.vertex_normals, shape.vertices)
+    assert np.mean(outward > 0) > 0.8
+    # Seams have doubled vertices: without them the surface is closed.
+    shape.merge_vertices(merge_tex=True, merge_norm=True)
+    assert shape.is_watertight and shape.volume > 0
+
+
+def test_the_material_is_matt_and_opaque(written, glb):
+    assert glb.visual.material.metallicFactor == 0 and glb.visual.material.alphaMode in (None, "OPAQUE")
+    lines = written.with_suffix(".mtl").read_text().splitlines()
+    assert "d 1" in lines and "Ks 0 0 0" in lines and "map_Kd mesh.png" in lines
+
+
+def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written, pixels_inside):
+    field = fitted_renderer().field
+    shape = isosurface.simplify(isosurface.surface_of(isosurface.log_density_volume(field, 40, 10.0)), 2000)
+    for unwrapped in (uv_atlas.unwrap(shape, 256), uv_atlas._unwrap_by_xatlas(*as_arrays(shape), 256)):
+        assert np.array_equal(unwrapped.source[unwrapped.faces], shape.faces)
+        assert 0 <= unwrapped.uv.min() and unwrapped.uv.max() <= 1
+        uv = torch.from_numpy(unwrapped.uv)
+        clip = torch.cat([2 * uv - 1, torch.zeros(len(uv), 1), torch.ones(len(uv), 1)], dim=1)[None]
+        faces = torch.from_numpy(unwrapped.faces).int()
+        seen = kernels.rasterize(clip, faces, 1024, 1024)
+        # No pixel is inside of two triangles: together they hold no more of them than are covered.
+        covered = int((seen.triangle >= 0).sum())
+        assert 0.3 * 1024**2 < covered and pixels_inside(unwrapped.uv, unwrapped.faces, 1024) <= covered
+        picture = texture.bake(field, shape, unwrapped, 256).albedo / 255
+        texels = torch.from_numpy(unwrapped.source)[faces.long()]
+        middle = torch.from_numpy(shape.vertices).float()[texels].mean(1)
+        column, row = (unwrapped.uv[unwrapped.faces].mean(1) * [256, -256] + [0, 256]).clip(0, 255).astype(int).T
+        expected = field.albedo(middle).numpy()
+        assert np.median(np.abs(picture[row, column] - expected)) < 0.02
+
+
+def as_arrays(shape):
+    return shape.vertices.astype(np.float32), shape.faces.astype(np.uint32)
+
+
+def test_holes_take_the_colours_around_them():
+    picture, known = torch.zeros(37, 20, 3), torch.zeros(37, 20, dtype=torch.bool)
+    picture[:, :6], known[:, :6] = torch.tensor([1.0, 0.2, 0.0]), True
+    picture[:, -6:], known[:, -6:] = torch.tensor([0.0, 0.2, 1.0]), True
+    filled = texture.fill_holes(picture, known)
+    assert torch.equal(filled[known], picture[known])
+    even = torch.full((37, 20), 0.2)
+    check("even", filled[..., 1], even, torch.full((37, 20), 0.2, dtype=torch.float64))
+    assert (filled[:, 6, 0] > 0.6).all() and (filled[:, 13, 2] > 0.6).all()
+    assert filled.min() >= 0 and filled.max() <= 1 + 16 * torch.finfo(torch.float32).eps
+
+
+def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypatch):
+    shape = isosurface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    monkeypatch.setitem(sys.modules, "uvunwrap", None)
+    assert len(uv_atlas.unwrap(shape, 64).faces) == len(shape.faces)
+    monkeypatch.setitem(sys.modules, "xatlas", None)
+    with pytest.raises(UserError, match="pip install uvunwrap"):
+        uv_atlas.unwrap(shape, 64)
+
+
+@pytest.mark.parametrize("panics", [1, 2])
+def test_a_panic_of_uvunwrap_is_tried_from_the_other_end_and_then_left_to_xatlas(panics, monkeypatch, capfd):
+    shape = isosurface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    generate, xatlas, calls = uvunwrap.generate, uv_atlas._unwrap_by_xatlas, []
+    panic = type("PanicException", (BaseException,), {})
+
+    def unreliable(meshes, **options):
+        calls.append("uvunwrap")
+        if len(calls) <= panics:
+            os.write(2, b"thread panicked, stack backtrace")
+            raise panic("index out of bounds")
+        return generate(meshes, **options)
+
+    monkeypatch.setattr(uvunwrap, "generate", unreliable)
+    monkeypatch.setattr(uv_atlas, "_unwrap_by_xatlas", lambda *of: calls.append("xatlas") or xatlas(*of))
+    laid = uv_atlas.unwrap(shape, 64)
+    assert calls == ["uvunwrap", "uvunwrap"] + ["xatlas"] * (panics - 1)
+    assert np.array_equal(laid.source[laid.faces], shape.faces)  # in the mesh's order
+    assert texture.bake(fitted_renderer().field, shape, laid, 64).albedo.any()
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"
+
+
+@pytest.mark.parametrize("fault", ["the last file", "the disk, when the files are flushed"])
+def test_a_full_disk_leaves_the_old_files(fault, tmp_path, monkeypatch):
+    field, path = fitted_renderer().field, tmp_path / "mesh.glb"
+    for old in mesh_files.mesh_paths(path):
+        old.write_text("old")
+    write, sync = Path.write_bytes, atomic._sync
+
+    def full(to, data):
+        if to.name.endswith("_normal.writing.png"):
+            raise OSError(28, "No space left on device")
+        return write(to, data)
+
+    def flush(file):
+        if str(file).endswith(".writing.glb"):
+            raise OSError(28, "No space left on device")
+        sync(file)
+
+    if fault == "the last file":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(atomic, "_sync", flush)
+    with pytest.raises(OSError, match="No space"):
+        mesh_files.write_mesh(path, field, 16, 10.0, texture_resolution=32)
+    assert sorted(tmp_path.iterdir()) == sorted(mesh_files.mesh_paths(path))
+    assert all(old.read_text() == "old" for old in mesh_files.mesh_paths(path))
+
+
+def test_a_mesh_is_written_without_scipy(tmp_path):
+    """SciPy is no dependency of ours; trimesh falls back noisily and slowly where it asks for it."""
+    code = """
+import sys
+sys.modules["scipy"] = None
+import torch, trimesh
+from dream_fast.engine.config import FieldConfig
+from dream_fast.engine.export.mesh import write_mesh
+from dream_fast.engine.field import Field
+shape = FieldConfig(levels=2, log2_entries=12, max_resolution=32, bg_radius=-1.0)
+write_mesh(sys.argv[1], Field(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
+"""
+    path = tmp_path / "mesh.glb"
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    vertices = trimesh.load(path, force="mesh")
+    directions = vertices.vertices / np.linalg.norm(vertices.vertices, axis=1, keepdims=True)
+    assert (vertices.vertex_normals * directions).sum(axis=1).min() > 0.5  # the first field is a ball
+
+
+# ------------------------------------------------------------------------------------------------ pictures and videos
+
+
+def test_six_views_are_written_and_show_the_right_sides(tmp_path):
+    config = CameraConfig(W=32, H=24, default_radius=3.0, default_fovy=24.0)
+    paths = images.write_six_views(tmp_path, fitted_renderer(), config)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)
+    assert len(paths) == 13
+    front, back = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("front", "back"))
+    assert front.shape == (24, 32, 3)
+
+    def green_side(image):
+        columns = np.nonzero((image[..., 1] > image[..., 0] + 60) & (image[..., 1] > image[..., 2] + 60))[1]
+        return columns.mean() - 15.5
+
+    assert green_side(front) > 3 and green_side(back) < -3  # the arm points to +x
+    assert np.asarray(Image.open(tmp_path / "six_views.png")).shape == (48, 192, 3)
+
+
+def test_turntable_shows_colour_normals_and_depth_side_by_side():
+    config = CameraConfig(W=20, H=20, default_radius=3.0, default_fovy=24.0)
+    frames = list(video.turntable_frames(fitted_renderer(), config, 3))
+    assert len(frames) == 3 and frames[0].shape == (20, 60, 3) and frames[0].dtype == np.uint8
+    colour, normal, depth = np.split(frames[0].astype(int), 3, axis=1)
+    assert (colour[0, 0] == 255).all() and (normal[0, 0] == 255).all() and (depth[0, 0] == 0).all()
+    assert colour[10, 8, 0] > colour[10, 8, 1] + 60  # the red body
+    assert normal[10, 8, 2] > 200  # its front faces +z
+    assert depth[10, 8, 0] > 128  # and is nearer than the centre of the scene
+
+
+def test_video_holds_every_frame_also_with_odd_sides(tmp_path):
+    frames = [np.full((21, 33, 3), value, dtype=np.uint8) for value in (0, 120, 240)]
+    seen = []
+    codec = video.write_video(tmp_path / "v.mp4", iter(frames), 25, on_frame=lambda: seen.append(1))
+    assert codec in ("libx264", "mpeg4") and len(seen) == 3
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 25
+    assert len(decoded) == 3 and decoded[0].shape == (22, 34, 3)
+    for frame, expected in zip(decoded, (0, 120, 240), strict=True):
+        assert abs(frame.astype(int).mean() - expected) < 6
+    assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+
+
+def test_a_video_without_frames_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="at least one frame"):
+        video.write_video(tmp_path / "v.mp4", [], 25)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_aside(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with written_aside(path) as aside:
+        aside.write_text("new")
+    assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,403 @@
+"""The report: one file that needs nothing else, says what the run's files say, and in which nothing becomes markup."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dream_fast.bench.accuracy import check
+from dream_fast.cli import main, parse
+from dream_fast.engine import run as run_module
+from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.reproduce import repeating_command
+from dream_fast.engine.config.schema import settings
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.export import report
+from dream_fast.engine.export.charts import Series, _digits, curves, linear_axis, running_mean, short
+from dream_fast.engine.export.report import LARGEST, MOST_FRAMES, write_report
+from dream_fast.engine.export.video import write_video
+from dream_fast.engine.workspace.folder import Workspace
+
+SIDE, FRAMES = 24, 5
+SMALL = f"""
+    --device cpu --iters 6 --log_every 1 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}
+    --dataset_size_valid 2 --levels 3 --log2_entries 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --bound 0.6 --max_steps 48 --occupancy_resolution 16 --latent_iter_ratio 0.5 --save_guidance
+    --save_guidance_interval 3
+""".split()
+# Elements of HTML and SVG that have no end.
+EMPTY = ("meta", "img", "line", "path", "br")
+
+
+def command(workspace: Path, model: Path, *more: str) -> list[str]:
+    return ["--text", "a hamburger", "--hf_key", str(model), "--workspace", str(workspace), *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory) -> Path:
+    workspace = tmp_path_factory.mktemp("runs") / "trial"
+    assert main(command(workspace, tiny_model)) == 0
+    return workspace
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "trial")
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: elements, the text in each kind of them, and whether every one is closed."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.texts.setdefault(tag, [])
+        if tag not in EMPTY:
+            self.open.append(tag)
+            self.texts[tag].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+    def of(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def picture(uri: str) -> np.ndarray:
+    head, data = uri.split(",", 1)
+    assert head == "data:image/webp;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+
+
+def sheets(page: Page) -> dict[str, tuple[dict, np.ndarray]]:
+    """The sheets of frames of the turntable by kind: attributes and pixels."""
+    found = [attributes for attributes in page.of("div") if attributes.get("class") == "sheet"]
+    return {one["data-kind"]: (one, picture(re.search(r"url\((.*?)\)", one["style"])[1])) for one in found}
+
+
+# The page as a whole
+
+
+def test_a_run_ends_with_a_page_of_everything(finished):
+    page = Page(finished / "report.html")
+    assert page.texts["h1"] == ["a hamburger"]
+    assert page.texts["h2"] == ["Six views", "While it ran", "Curves", "Time", "Once more"]
+    pictures = [picture(image["src"]) for image in page.of("img")]
+    # 6 views twice, one strip of the last step, the guidance of steps 3 and 6
+    assert [pixels.shape[:2] for pixels in pictures] == [(SIDE, SIDE)] * 12 + [(2 * SIDE, 2 * SIDE)] + [(32, 96)] * 2
+    expected = np.asarray(Image.open(finished / "results" / "front.png").convert("RGB")).astype(int)
+    assert np.abs(pictures[0] - expected).mean() < 8
+    captions = "\n".join(page.texts["figcaption"])
+    levels = [json.loads(row)["t"] for row in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert f"step 3, t = {levels[2][0]}" in captions and f"step 6, t = {levels[5][0]}" in captions
+    assert "after 6 steps" in captions
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert (facts["steps"], facts["seed"], facts["torch"]) == ("6", "7", json_of(finished)["versions"]["torch"])
+    cells = page.texts["td"]
+    assert "0 to 6" in cells and f"{json_of(finished)['seconds']:.1f} s" in cells
+    for _, field in settings():
+        assert f"--{field.name}" in cells
+
+
+def json_of(workspace: Path) -> dict:
+    return json.loads((workspace / "manifest.json").read_text())["runs"][-1]
+
+
+def test_nothing_on_the_page_comes_from_elsewhere(finished):
+    page = Page(finished / "report.html")
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "base")
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, name)
+    assert not re.search(r"url\((?!data:)|@import|https?://|fetch\(|XMLHttpRequest", page.source)
+    (policy,) = [one["content"] for one in page.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'") and "http" not in policy
+    assert "prefers-color-scheme: dark" in page.source
+
+
+def test_the_time_is_split_into_its_parts(tiny_model, tmp_path, monkeypatch):
+    """With a clock that goes on in the loading of the model, the steps and the outputs alone."""
+    now = [100.0]
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
+
+    def taking(seconds, function):
+        def timed(*given, **named):
+            now[0] += seconds
+            return function(*given, **named)
+
+        return timed
+
+    for owner, name, seconds in (
+        (run_module, "load_guidance", 5),
+        (run_module.Trainer, "fit", 70),
+        (run_module, "write_outputs", 900),
+    ):
+        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
+    assert main(command(tmp_path, tiny_model, "--iters", "1", "--six_views")) == 0
+    run = json_of(tmp_path)
+    assert run["seconds_of"] == {"start": 5, "steps": 70, "outputs": 900} and run["seconds"] == 975
+
+
+EVIL = '<script>alert(1)</script> & "quoted" </title><img src=x onerror=alert(1)> \x1b[31m\x00\u202e$title </pre>'
+
+
+def test_a_prompt_stays_text(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["run"] |= {"text": EVIL, "negative": EVIL, "text_back": EVIL, "workspace": f"/{EVIL}"}
+    (copy / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["model"] = EVIL
+    manifest["runs"][-1] |= {"device": EVIL, "finished": EVIL}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with (copy / "metrics.jsonl").open("a") as metrics:
+        row = {"step": 7, "phase": EVIL, f"loss_{EVIL}": 1.0, "grad_norm": EVIL}
+        metrics.write(json.dumps(row) + "\n")
+    (copy / "validation" / f"step_000007{'<b>'}.png").write_bytes(b"no picture")
+    page = Page(write_report(Workspace(copy)))
+    shown = EVIL.replace("\x1b", "\\x1b").replace("\x00", "\\x00").replace("\u202e", "\\u202e")
+    assert page.texts["h1"] == [shown] and page.texts["title"][0] == f"{shown} \u2013 dream-fast"
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert facts["negative prompt"] == facts["prompt, back"] == facts["image model"] == shown
+    assert len(page.of("script")) == 1 and all("onerror" not in attributes for _, attributes in page.elements)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page.source)
+
+
+def test_the_command_on_the_page_makes_the_run_again(finished, tiny_model):
+    (shown,) = Page(finished / "report.html").texts["pre"]
+    config = Workspace(finished).stored_config()
+    assert shown == repeating_command(config)
+    typed = parse(command(finished, tiny_model))
+    assert config == resolve(typed, "sd", "cpu")
+
+
+def test_a_run_that_was_taken_further_has_a_command_for_each_part(copy, tiny_model):
+    assert main(command(copy, tiny_model, "--iters", "8")) == 0
+    page = Page(copy / "report.html")
+    config = Workspace(copy).stored_config()
+    assert page.texts["pre"] == ["\n".join(repeating_command(config, iters) for iters in (6, 8))]
+    assert "6 to 8" in page.texts["td"]
+
+
+def test_a_folder_without_a_run_has_no_report(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        write_report(Workspace(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_at_a_run_writes_the_report_anew_and_a_finished_one_only_what_is_missing(copy, tiny_model):
+    (copy / "report.html").unlink()
+    assert main(command(copy, tiny_model)) == 0
+    assert Page(copy / "report.html").texts["h1"] == ["a hamburger"]
+    (copy / "report.html").write_text("mine")
+    assert main(command(copy, tiny_model)) == 0
+    assert (copy / "report.html").read_text() == "mine"
+    (copy / "results" / "turntable.mp4").unlink()
+    assert main(command(copy, tiny_model)) == 0
+    assert sheets(Page(copy / "report.html"))
+    assert main(["--test", "--six_views", "--workspace", str(copy), "--W", "32", "--H", "20"]) == 0
+    assert picture(Page(copy / "report.html").of("img")[0]["src"]).shape[:2] == (20, 32)
+
+
+# Pictures
+
+
+def test_the_sheets_hold_the_frames_in_their_order(copy):
+    colours = np.linspace(0, 240, 7).astype(np.uint8)  # of frame i, in thirds for the three kinds
+
+    def frame(value: int) -> np.ndarray:
+        thirds = [np.full((SIDE, SIDE + 1, 3), (value, third, 255 - value), np.uint8) for third in (0, 120, 240)]
+        return np.concatenate(thirds, axis=1)  # 75 wide: the video repeats the last column
+
+    write_video(copy / "results" / "turntable.mp4", map(frame, colours), 25)
+    page = Page(write_report(Workspace(copy)))
+    (table,) = [one for one in page.of("div") if one.get("id") == "turntable"]
+    assert [table[f"data-{name}"] for name in ("frames", "columns", "rows")] == ["7", "3", "3"]
+    found = sheets(page)
+    assert list(found) == ["colour", "normals", "depth"]
+    for (_, (attributes, pixels)), third in zip(found.items(), (0, 120, 240), strict=True):
+        assert pixels.shape[:2] == (3 * SIDE, 3 * (SIDE + 1)) and "background-size: 300% 300%" in attributes["style"]
+        for index, value in enumerate(colours.astype(int)):
+            middle = pixels[index // 3 * SIDE + SIDE // 2, index % 3 * (SIDE + 1) + SIDE // 2]
+            assert np.abs(middle - (value, third, 255 - value)).max() < 20, (index, middle)
+    assert ["hidden" in attributes for attributes, _ in found.values()] == [False, True, True]
+
+
+def test_the_page_stays_small_whatever_its_pictures_hold(copy):
+    drawn = np.random.default_rng(0)
+
+    def noise(height: int, width: int) -> np.ndarray:
+        return drawn.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    write_video(copy / "results" / "turntable.mp4", (noise(384, 1152) for _ in range(MOST_FRAMES + 2)), 25)
+    for path in [*(copy / "results").glob("*.png"), *(copy / "validation").glob("*.png")]:
+        Image.fromarray(noise(400, 400)).save(path)
+    page = Page(write_report(Workspace(copy)))
+    assert 1_000_000 < (copy / "report.html").stat().st_size <= LARGEST
+    (table,) = [one for one in page.of("div") if one.get("id") == "turntable"]
+    assert int(table["data-frames"]) == MOST_FRAMES
+    assert len(page.of("img")) == 15
+
+
+def test_what_is_missing_or_damaged_is_named(copy):
+    (copy / "results" / "turntable.mp4").write_bytes(b"no video")
+    (copy / "results" / "back.png").write_bytes(b"no picture")
+    (copy / "guidance" / "step_000003.png").write_bytes(b"no picture")
+    (copy / "metrics.jsonl").write_bytes(b'junk\n[]\n{"step": 1, "loss_guidance": null}\n{"ste')
+    page = Page(write_report(Workspace(copy)))
+    missing = "\n".join(page.texts["p"])
+    assert "turntable.mp4 cannot be read" in missing and "back.png cannot be read" in missing
+    assert "step_000003.png cannot be read" in missing
+    assert len(page.of("img")) == 13 and "nothing was recorded" in page.texts["text"]
+    row = '{"step": 2, "phase": 3, "loss_guidance": %s, "it_per_s": "fast", "samples": [1], "lr": {}}\n'
+    (copy / "metrics.jsonl").write_text("".join(row % value for value in ("1", "NaN", "1e400", "true", "1" * 400)))
+    assert len(Page(write_report(Workspace(copy))).of("img")) == 13
+    for folder in ("results", "validation", "guidance"):
+        shutil.rmtree(copy / folder)
+    (copy / "metrics.jsonl").unlink()
+    page = Page(write_report(Workspace(copy)))
+    assert page.of("img") == [] and "no turntable was made" in page.texts["p"]
+
+
+def test_pictures_that_pillow_refuses_are_named(copy, monkeypatch):
+    """Too many pixels, which `--W` can make, too long a text, and a video without room for three kinds."""
+    long = PngInfo()
+    long.add_text("t", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(copy / "results" / "back.png", pnginfo=long)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write_video(copy / "results" / "turntable.mp4", iter([np.zeros((2, 2, 3), np.uint8)]), 25)
+    missing = "\n".join(Page(write_report(Workspace(copy))).texts["p"])
+    assert "back.png cannot be read" in missing and "turntable.mp4 cannot be read" in missing
+    assert "front.png cannot be read: Image size" in missing and "step_000003.png cannot be read" in missing
+
+
+# Curves
+
+
+def drawn(series: list[Series], marks=()) -> ElementTree.Element:
+    return ElementTree.fromstring(curves("Losses <&>", "loss & more", series, marks))
+
+
+def lines(root: ElementTree.Element) -> list[ElementTree.Element]:
+    """The paths of the series."""
+    return [path for path in root.iter("path") if path.get("class", "").startswith("s")]
+
+
+def points(path: ElementTree.Element) -> list[list[tuple[float, float]]]:
+    """The strokes of a path."""
+    strokes = [re.findall(r"([\d.]+) ([\d.]+)", part) for part in path.get("d").split("M")[1:]]
+    return [[(float(x), float(y)) for x, y in stroke] for stroke in strokes]
+
+
+def assert_there(point: tuple[float, float], place: tuple[float, float]) -> None:
+    """Both are written with a digit after the point, so that each is off by up to a twentieth."""
+    assert max(abs(a - b) for a, b in zip(point, place, strict=True)) < 0.11
+
+
+def test_points_lie_where_the_ticks_say():
+    root = drawn([Series("a", [0, 5, 10], [0.0, 5.0, 10.0]), Series("b", [0, 10], [10.0, None])])
+    (first, second) = lines(root)
+    ticks = {text.text: float(text.get("y")) - 3.5 for text in root.iter("text") if text.get("text-anchor") == "end"}
+    columns = {text.text: float(text.get("x")) for text in root.iter("text") if text.get("text-anchor") == "middle"}
+    ((start, middle, end),) = points(first)
+    assert_there(start, (columns["0"], ticks["0"]))
+    assert_there(end, (columns["10"], ticks["10"]))
+    assert_there(middle, ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2))
+    assert ticks["10"] < ticks["0"] and columns["0"] < columns["10"]
+    (((alone,),),) = [points(second)]
+    assert_there(alone, (columns["0"], ticks["10"]))
+    words = [text.text for text in root.iter("text")]
+    assert "step" in words and "loss & more" in words and root.find("title").text == "Losses <&>"
+
+
+def test_far_apart_positive_values_have_a_logarithmic_axis():
+    root = drawn([Series("a", [1, 2, 3], [0.01, 1.0, 100.0])])
+    (path,) = lines(root)
+    ((low, middle, high),) = points(path)
+    assert_there(middle, ((low[0] + high[0]) / 2, (low[1] + high[1]) / 2))
+    ticks = [text.text for text in root.iter("text") if text.get("text-anchor") == "end"]
+    assert ticks == ["0.01", "0.1", "1", "10", "100"]
+    negative = drawn([Series("a", [1, 2, 3], [-0.01, 1.0, 100.0])])
+    assert "0.1" not in [text.text for text in negative.iter("text")]
+
+
+def test_a_missing_value_breaks_the_line_and_a_lone_one_is_a_dot():
+    (path,) = lines(drawn([Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, None, 1.0, 2.0])]))
+    assert [len(stroke) for stroke in points(path)] == [2, 2]
+    (dot,) = lines(drawn([Series("a", [7], [3.0])]))
+    assert dot.get("d").endswith("h0")
+    for nothing in ([Series("a", [1], [None])], []):
+        assert "nothing was recorded" in [text.text for text in drawn(nothing).iter("text")]
+
+
+def test_long_lines_are_thinned_and_smoothed():
+    steps = list(range(1, 3001))
+    values = [float(step % 2) for step in steps]
+    raw, mean = lines(drawn([Series("a", steps, values)]))
+    assert raw.get("class") == "s0 raw" and mean.get("class") == "s0 mean"
+    assert all(len(stroke) <= 500 for path in (raw, mean) for stroke in points(path))
+    assert max(y for _, y in points(mean)[0][20:]) - min(y for _, y in points(mean)[0][20:]) < 2
+    assert running_mean([(1, 1.0), (2, 3.0), (3, None), (4, 7.0)], 2) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 7.0)]
+
+
+def test_marks_stand_where_a_phase_begins(finished):
+    page = Page(finished / "report.html")
+    assert page.source.count('class="phase"') == 2 * len(page.of("svg"))
+    assert page.texts["text"].count("latent") == page.texts["text"].count("shaded") == len(page.of("svg")) == 6
+    rows = [{"step": 1, "phase": "albedo"}, {"step": 2, "phase": "albedo"}]
+    assert report._marks(rows) == []
+    assert report._marks([*rows, {"step": 3, "phase": "shaded"}]) == [(1, "albedo"), (3, "shaded")]
+
+
+@pytest.mark.parametrize("low", [0.0, -3.7, 12.0, 1e-7, 1e6, 5.0])
+@pytest.mark.parametrize("reach", [0.0, 1e-6, 0.3, 1.0, 17.0, 1e5])
+def test_an_axis_holds_its_values_with_a_few_even_ticks(low, reach):
+    axis = linear_axis(low, low + reach)
+    unseen = 1e-6 * (axis.high - axis.low)
+    assert axis.low - unseen <= low <= low + reach <= axis.high + unseen and 2 <= len(axis.ticks) <= 9
+    steps = torch.from_numpy(np.diff(axis.ticks))
+    check("steps", steps, steps.mean().expand_as(steps), steps.mean().expand_as(steps))
+    assert axis.fraction(axis.high) == 1
+    words = [short(tick, _digits(axis.ticks)) for tick in axis.ticks]
+    assert len(set(words)) == len(words)
+
+
+def test_numbers_are_short():
+    shown = {
+        0: "0",
+        0.5: "0.5",
+        1234: "1234",
+        25000: "25k",
+        1.5e6: "1.5M",
+        1e-7: "1e-07",
+        1e12: "1e+12",
+        -20000: "-20k",
+    }
+    assert {value: short(value) for value in shown} == shown

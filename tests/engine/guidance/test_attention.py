@@ -1,0 +1,308 @@
+"""Attention inside the image model: every operator against diffusers' own, and which one is taken."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dream_fast.bench.accuracy import check
+from dream_fast.bench.pipeline.random_sd import in_dtype
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.model import attention
+from dream_fast.engine.guidance.model.attention import OPERATORS, Chosen, Shape, choose_attention, set_attention
+from dream_fast.engine.guidance.model.components import Components, load_components, prepare_components
+from dream_fast.engine.runtime.cuda_graph import warm_up
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def no_xformers(dtype: torch.dtype) -> str | None:
+    """Why xformers does not compute here; None where it does."""
+    return attention.why_not("xformers", {Shape(1, 16, 16, 2, 16): 1}, torch.device(DEVICE), dtype, gradient=True)
+
+
+@pytest.fixture
+def xformers_of_torch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Stands in for xformers: its layout, computed by torch. Returns the shapes that it was called with."""
+    calls = []
+
+    def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(tuple(q.shape))
+        scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * q.shape[-1] ** -0.5
+        return torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v)
+
+    stub = SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "xformers.ops", stub)
+    return calls
+
+
+def draws(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator).to(DEVICE, dtype) for size in sizes]
+
+
+NAMES = ("prediction", "latents", "gradient")
+
+
+def outputs(components: Components) -> list[Tensor]:
+    """What the UNet predicts, the latents of a picture, and their gradient in the picture."""
+    noisy, prompt, picture = (part.to(components.dtype) for part in draws((2, 4, 8, 8), (2, 5, 32), (1, 3, 32, 32)))
+    with torch.no_grad():
+        predicted = components.unet(noisy, torch.tensor([3, 500], device=DEVICE), prompt).sample
+    latents = components.vae.encode(picture.requires_grad_()).latent_dist.mean
+    (gradient,) = torch.autograd.grad(latents.square().sum(), picture)
+    return [predicted, latents.detach(), gradient]
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "xformers", "matmul"])
+def test_the_model_computes_what_it_does_with_diffusers_own_processors(
+    kind: str, tiny_model: Path, xformers_of_torch: list
+) -> None:
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    components = load_components(tiny_model, DEVICE, attention="sdpa")
+    set_attention(components.unet, OPERATORS[kind])
+    set_attention(components.vae.encoder, OPERATORS[kind])
+    got = outputs(components)
+    assert bool(xformers_of_torch) == (kind == "xformers")
+    replaced = 0
+    for model in (components.unet, components.vae.encoder):
+        for module in model.modules():
+            if isinstance(module, Attention):
+                replaced += isinstance(module.processor, attention.Processor)
+                module.set_processor(AttnProcessor2_0())
+    assert replaced == 9  # self and cross in four blocks of the UNet, and the encoder's own
+    exact = outputs(in_dtype(components, torch.float64))
+    for name, *results in zip(NAMES, got, outputs(components), exact, strict=True):
+        check(name, *results)
+
+
+def test_channels_last_gives_the_same_and_stays_so(tiny_model: Path) -> None:
+    results, strides, pictures = [], [], []
+    for layout in ((), ("unet", "vae")):
+        components = load_components(tiny_model, DEVICE, attention="sdpa")
+        prepare_components(components, 77, attention="sdpa", channels_last=layout)
+        attn = components.vae.encoder.mid_block.attentions[0]
+        attn.register_forward_hook(lambda module, inputs, out: strides.append(out.stride()))
+        first = components.vae.encoder.conv_in
+        first.register_forward_pre_hook(lambda module, inputs: pictures.append(inputs[0].stride()[1:]))
+        results.append(outputs(components))
+    exact = outputs(in_dtype(load_components(tiny_model, DEVICE, attention="sdpa"), torch.float64))
+    for name, plain, channels_last, true in zip(NAMES, *results, exact, strict=True):
+        check(name, channels_last, plain, true)
+    assert strides == [(2048, 64, 8, 1), (2048, 1, 256, 32)]  # no copy between the blocks around the attention
+    assert pictures == [(1024, 32, 1), (1, 96, 3)]  # nor of the gradient behind the first convolution
+
+
+def attend(kind: str, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = OPERATORS[kind](*leaves)
+    return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def exact(inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    return attend("sdpa", [x.double() for x in inputs], upstream.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_matrix_products_are_attention_forward_and_backward(dtype: torch.dtype) -> None:
+    """Against fp64, at most twice the error of the formula written out in the same dtype."""
+    q, k, v, upstream = draws((2, 37, 3, 48), (2, 21, 3, 48), (2, 21, 3, 40), (2, 37, 3, 40), dtype=dtype)
+    inputs = [4 * q, k, v]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    scores = torch.einsum("bmhd,bnhd->bhmn", *leaves[:2]) * 48**-0.5
+    out = torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), leaves[2])
+    own = [out, *torch.autograd.grad(out, leaves, upstream)]
+    got = attend("matmul", inputs, upstream)
+    for name, mine, theirs, true in zip(("out", "q", "k", "v"), got, own, exact(inputs, upstream), strict=True):
+        assert mine.dtype == dtype
+        check(name, mine, theirs, true)
+
+
+def test_gradients_of_small_weights_survive_half_precision() -> None:
+    """4096 keys of about equal weight: the gradients of their scores, about 3e-6, are subnormal in fp16."""
+    q, k, v, upstream = draws((1, 4, 1, 32), (1, 4096, 1, 32), (1, 4096, 1, 32), (1, 4, 1, 32), dtype=torch.float16)
+    inputs = [0.1 * q, k, v]
+    _, got, *_ = attend("matmul", inputs, 0.01 * upstream)
+    _, true, *_ = exact(inputs, 0.01 * upstream)
+    assert (got.double() - true).norm() / true.norm() < 2e-3
+
+
+def test_gradcheck() -> None:
+    leaves = [x.cpu().requires_grad_() for x in draws((1, 3, 2, 4), (1, 5, 2, 4), (1, 5, 2, 4), dtype=torch.float64)]
+    assert torch.autograd.gradcheck(OPERATORS["matmul"], leaves)
+
+
+def test_shapes_are_those_of_the_model(tiny_model: Path) -> None:
+    components = load_components(tiny_model, DEVICE, attention="sdpa")
+    found = attention.unet_shapes(components.unet, 2, 8, 77)
+    assert found == {Shape(2, 16, 16, 2, 16): 4, Shape(2, 16, 77, 2, 16): 4}
+    assert attention.encoder_shapes(components.vae.encoder, 1, 8) == {Shape(1, 64, 64, 1, 32): 1}
+    assert outputs(components)[0].abs().max() > 0  # what only looked is gone
+
+
+def test_masks_are_refused(tiny_model: Path) -> None:
+    components = load_components(tiny_model, DEVICE, attention="sdpa")
+    noisy, prompt = draws((2, 4, 8, 8), (2, 5, 32))
+    with pytest.raises(ValueError, match="attends to all tokens"):
+        mask = torch.ones(2, 5, device=DEVICE)
+        components.unet(noisy, 3, prompt, encoder_attention_mask=mask)
+
+
+# Choosing
+
+
+@pytest.fixture
+def choose(tiny_model: Path):
+    components = load_components(tiny_model, "cpu", attention="sdpa")
+
+    def choice(wanted: str, kept: Chosen | None = None) -> Chosen:
+        return choose_attention(wanted, kept, components.unet, components.vae.encoder, 8, 77)
+
+    return choice
+
+
+def test_a_cpu_takes_torchs_own(choose) -> None:
+    assert choose("auto") == choose("sdpa") == ("sdpa", "sdpa")
+    assert str(choose("auto")) == "sdpa" and str(Chosen("cudnn", "matmul")) == "cudnn, in the VAE matmul"
+
+
+@pytest.mark.parametrize("kind", ["xformers", "cudnn"])
+def test_a_named_choice_that_does_not_work_is_one_sentence(kind: str, choose) -> None:
+    with pytest.raises(UserError, match=rf"--attention {kind} does not work here, on cpu in float32 \(.+\)") as refused:
+        choose(kind)
+    assert "\n" not in str(refused.value) and str(refused.value).endswith("--attention sdpa always does")
+
+
+def test_little_attention_is_not_measured() -> None:
+    small = Counter({Shape(2, 256, 256, 4, 32): 6, Shape(2, 256, 24, 4, 32): 6})  # the embedded model's
+    kinds = ("cudnn", "xformers")  # neither of which would work here
+    assert attention.fastest(kinds, small, torch.device("cpu"), torch.float32, gradient=False) == "sdpa"
+
+
+def test_a_named_choice_that_works_is_taken_for_both(choose, xformers_of_torch: list) -> None:
+    assert choose("xformers") == ("xformers", "xformers")
+    assert set(xformers_of_torch) == {(2, 16, 2, 16), (1, 64, 1, 32)}
+
+
+def test_the_encoder_goes_its_own_way_where_a_named_choice_cannot(choose, monkeypatch) -> None:
+    def narrow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[-1] > 16:
+            raise NotImplementedError("no operator for heads wider than 16")
+        return q
+
+    monkeypatch.setitem(OPERATORS, "cudnn", narrow)
+    assert choose("cudnn") == ("cudnn", "sdpa")
+
+
+def test_a_run_keeps_its_choice_unless_another_is_named(choose, xformers_of_torch: list) -> None:
+    assert choose("auto", Chosen("xformers", "matmul")) == ("xformers", "matmul")
+    assert choose("sdpa", Chosen("xformers", "matmul")) == ("sdpa", "sdpa")
+
+
+def test_a_kept_choice_that_no_longer_works_is_one_sentence(choose, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(UserError, match="xformers, which this run has used so far, does not work here"):
+        choose("auto", Chosen("xformers", "xformers"))
+
+
+# On a GPU
+
+
+needs_gpu = pytest.mark.skipif(not GPU, reason="kernels of a GPU, and their CUDA graphs")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["xformers", "cudnn", "matmul"])
+def test_an_operator_in_a_cuda_graph_replays_with_other_inputs(kind: str) -> None:
+    """Shapes of Stable Diffusion's UNet and VAE in fp16, against fp64."""
+    if kind == "xformers" and (reason := no_xformers(torch.float16)):
+        pytest.skip(f"xformers does not compute here: {reason}")  # its build decides, and a user is told the same
+    shape = Shape(1, 1024, 1024, 1, 512) if kind == "matmul" else Shape(2, 1024, 77, 5, 64)
+    sizes = [(shape.rows, tokens, shape.heads, shape.width) for tokens in (shape.queries, shape.keys, shape.keys)]
+    sizes.append(sizes[0])
+    *inputs, upstream = draws(*sizes, dtype=torch.float16)
+    places = [x.clone().requires_grad_() for x in inputs]
+
+    def call() -> list[Tensor]:
+        out = OPERATORS[kind](*places)
+        return [out.detach(), *torch.autograd.grad(out, places, upstream)]
+
+    warm_up(call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for factor in (1.0, -0.5):
+        fresh = [factor * x for x in inputs]
+        with torch.no_grad():
+            torch._foreach_copy_(places, fresh)
+        graph.replay()
+        own, true = attend("sdpa", fresh, upstream), exact(fresh, upstream)
+        for name, mine, theirs, expected in zip(("out", "q", "k", "v"), results, own, true, strict=True):
+            check(name, mine, theirs, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_fastest_is_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Stable Diffusion's shapes."""
+
+    def refuses(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError("no operator for this")
+
+    monkeypatch.setitem(OPERATORS, "cudnn", refuses)
+    device, half = torch.device("cuda", 0), torch.float16
+    unet = Counter({Shape(2, 4096, 4096, 5, 64): 5, Shape(2, 4096, 77, 5, 64): 5})
+    encoder = Counter({Shape(1, 4096, 4096, 1, 512): 1})
+    assert attention.fastest(attention.KINDS, unet, device, half, gradient=False) in ("sdpa", "xformers")
+    assert attention.fastest(("cudnn", "matmul"), encoder, device, half, gradient=True) == "matmul"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_auto_takes_what_works_and_guidance_runs_with_every_choice_in_a_graph(tiny_model: Path) -> None:
+    from dream_fast.engine.config.schema import GuidanceConfig
+    from dream_fast.engine.guidance.sds import ScoreDistillation
+
+    kinds = ["auto", "sdpa", "cudnn"] + ["xformers"] * (no_xformers(torch.float16) is None)
+    gradients = {}
+    for kind in kinds:
+        components = load_components(tiny_model, "cuda", torch.float16, attention=kind)
+        assert components.attention.unet in attention.KINDS and components.attention.vae in attention.VAE_KINDS
+        assert kind in ("auto", components.attention.unet)
+        cond, uncond, picture = draws((1, 77, 32), (1, 77, 32), (1, 3, 32, 32))
+        score = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
+        for seed in (0, 1):  # the second replays
+            picture = picture.detach().requires_grad_()
+            score(picture, cond, uncond, generator=torch.Generator("cuda").manual_seed(seed)).loss.backward()
+        gradients[kind] = picture.grad
+    exact = in_dtype(load_components(tiny_model, "cuda", torch.float32, attention="sdpa"), torch.float64)
+    score = ScoreDistillation(exact, GuidanceConfig(guidance_scale=10.0), cuda_graphs=False)
+    picture = picture.detach().requires_grad_()
+    cond, uncond = cond.double(), uncond.double()
+    score(picture, cond, uncond, generator=torch.Generator("cuda").manual_seed(1)).loss.backward()
+    for kind in kinds:
+        check(kind, gradients[kind], gradients["sdpa"], picture.grad.double())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_xformers_is_taken_where_only_its_half_precision_operators_load(tiny_model: Path) -> None:
+    if reason := no_xformers(torch.float16):
+        pytest.skip(f"xformers does not compute here: {reason}")  # its build decides, and a user is told the same
+    components = load_components(tiny_model, "cuda", torch.float16, attention="xformers")
+    assert components.attention.unet == "xformers"
+    noisy, prompt = draws((2, 4, 8, 8), (2, 5, 32), dtype=torch.float16)
+    with torch.no_grad():
+        got = components.unet(noisy, torch.tensor([3, 500], device="cuda"), prompt).sample
+        set_attention(components.unet, OPERATORS["sdpa"])
+        expected = components.unet(noisy, torch.tensor([3, 500], device="cuda"), prompt).sample
+        precise = in_dtype(components, torch.float64).unet
+        exact = precise(noisy.double(), torch.tensor([3, 500], device="cuda"), prompt.double()).sample
+    check("prediction", got, expected, exact)

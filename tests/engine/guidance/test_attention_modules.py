@@ -1,0 +1,280 @@
+"""Attention in diffusers' modules: the processor against diffusers' own, which modules get it, how one is chosen."""
+
+import sys
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+)
+from torch import Tensor
+
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.model import attention
+from dream_fast.engine.guidance.model.attention import KINDS, OPERATORS, VAE_KINDS, Chosen, Processor, Shape
+
+PLAIN = dict(query_dim=16, heads=2, dim_head=8)
+
+
+def module(**options: Any) -> Attention:
+    """Random attention over 16 channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = Attention(**PLAIN | options)
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter)  # norms too
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 16), (2, 16, 3, 4)], ids=["tokens", "picture"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_num_groups": 4},
+        {"residual_connection": True},
+        {"rescale_output_factor": 2.0, "norm_num_groups": 4, "residual_connection": True, "bias": True},
+    ],
+    ids=["plain", "norm", "residual", "all"],
+)
+def test_the_processor_is_diffusers_own(size: tuple[int, ...], options: dict[str, Any]) -> None:
+    """Of tokens and of pictures: norm, projections, residual and rescaled output, against diffusers' in fp64."""
+    made, rows = module(**options), torch.randn(size, generator=torch.Generator().manual_seed(1))
+    outs = []
+    for processor, dtype in (
+        (Processor(OPERATORS["sdpa"]), torch.float32),
+        (AttnProcessor(), torch.float32),
+        (AttnProcessor(), torch.float64),
+    ):
+        made = made.to(dtype)
+        made.set_processor(processor)
+        outs.append(made(rows.to(dtype)))
+    check("output", *outs)
+
+
+def test_the_processor_takes_keys_and_values_of_a_prompt() -> None:
+    """Cross attention: keys and values of another width and number than the queries."""
+    made = module(cross_attention_dim=12)
+    rows, prompt = (torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in ((2, 5, 16), (2, 7, 12)))
+    outs = []
+    for processor, dtype in (
+        (Processor(OPERATORS["sdpa"]), torch.float32),
+        (AttnProcessor(), torch.float32),
+        (AttnProcessor(), torch.float64),
+    ):
+        made = made.to(dtype)
+        made.set_processor(processor)
+        outs.append(made(rows.to(dtype), encoder_hidden_states=prompt.to(dtype)))
+    check("output", *outs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query_dim": 32, "spatial_norm_dim": 4},
+        {"qk_norm": "layer_norm"},
+        {"cross_attention_dim": 12, "cross_attention_norm": "layer_norm"},
+        {"added_kv_proj_dim": 12},
+    ],
+    ids=["space", "queries", "prompt", "further"],
+)
+def test_attention_with_other_parts_keeps_its_processor(options: dict[str, Any]) -> None:
+    """Norms of queries and keys, of the prompt, and by another picture, and further keys: all would be left out."""
+    made = module(**options)
+    made.set_processor(AttnProcessor2_0())
+    before = made.processor
+    attention.set_attention(torch.nn.ModuleList([made]), OPERATORS["sdpa"])
+    assert made.processor is before
+
+
+def test_attention_that_the_processor_knows_gets_it() -> None:
+    """Those of diffusers' usual processor and those that have ours; not those of others, of normed keys, or a layer."""
+    known = [module(processor=AttnProcessor2_0()), module(processor=Processor(OPERATORS["matmul"]))]
+    keys, other = module(processor=AttnProcessor2_0()), module(processor=AttnProcessor())
+    keys.norm_k = torch.nn.LayerNorm(8)
+    attention.set_attention(torch.nn.ModuleList([keys, other, torch.nn.Linear(2, 2), *known]), OPERATORS["sdpa"])
+    assert all(one.processor.attend is OPERATORS["sdpa"] for one in known)
+    assert [type(one.processor) for one in (keys, other)] == [AttnProcessor2_0, AttnProcessor]
+
+
+# Choosing
+
+
+class Recorded:
+    """Records the questions that a choice has about a model, and what it sets; ``fails``: whose shapes fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str = "cuda", fails: str = ""):
+        like = SimpleNamespace(device=torch.device(device), dtype=torch.float16)
+        self.unet, self.encoder = (SimpleNamespace(parameters=lambda: iter([like])) for _ in range(2))
+        self.asked: list[tuple] = []
+        self.operators: list[tuple] = []
+
+        def record(name: str, answer: Any) -> None:
+            def answered(*words: Any, **options: Any) -> Any:
+                self.asked.append((name, *words, *options.values()))
+                return answer(*words)
+
+            monkeypatch.setattr(attention, name, answered)
+
+        record("unet_shapes", lambda *words: "shapes of the UNet")
+        record("encoder_shapes", lambda *words: "shapes of the encoder")
+        record("fastest", lambda kinds, *words: kinds[-1])
+        record("why_not", lambda kind, shapes, *words: "no such kernel" if fails and fails in shapes else None)
+        monkeypatch.setattr(attention, "set_attention", lambda *words: self.operators.append(words))
+
+    def choose(self, wanted: str, kept: Chosen | None = None) -> Chosen:
+        return attention.choose_attention(wanted, kept, self.unet, self.encoder, 64, 77)
+
+    def model(self) -> list[tuple]:
+        return [("unet_shapes", self.unet, 2, 64, 77), ("encoder_shapes", self.encoder, 1, 64)]
+
+
+def test_auto_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of the UNet without gradients and one of the encoder with them, each with its operators."""
+    model = Recorded(monkeypatch)
+    assert model.choose("auto") == ("cudnn", "matmul")
+    on = (torch.device("cuda"), torch.float16)
+    unet, encoder = model.model()
+    assert model.asked == [
+        unet,
+        ("fastest", KINDS, "shapes of the UNet", *on, False),
+        encoder,
+        ("fastest", VAE_KINDS, "shapes of the encoder", *on, True),
+    ]
+    assert model.operators == [(model.unet, OPERATORS["cudnn"]), (model.encoder, OPERATORS["matmul"])]
+
+
+def test_auto_on_a_cpu_and_sdpa_ask_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own works everywhere: it is neither measured nor tried."""
+    for device, wanted in (("cpu", "auto"), ("cuda", "sdpa")):
+        model = Recorded(monkeypatch, device, fails="shapes")
+        assert model.choose(wanted) == ("sdpa", "sdpa") and model.asked == []
+        assert model.operators == [(model.unet, OPERATORS["sdpa"]), (model.encoder, OPERATORS["sdpa"])]
+
+
+@pytest.mark.parametrize(("fails", "chosen"), [("", ("xformers", "xformers")), ("encoder", ("xformers", "sdpa"))])
+def test_a_named_operator_is_tried_on_both_models(monkeypatch: pytest.MonkeyPatch, fails: str, chosen: tuple) -> None:
+    """With the model's shapes, device and dtype, the encoder with gradients; where that fails it keeps torch's own."""
+    model = Recorded(monkeypatch, fails=fails)
+    assert model.choose("xformers") == chosen
+    on = (torch.device("cuda"), torch.float16)
+    unet, encoder = model.model()
+    assert model.asked == [
+        unet,
+        ("why_not", "xformers", "shapes of the UNet", *on, False),
+        encoder,
+        ("why_not", "xformers", "shapes of the encoder", *on, True),
+    ]
+    assert model.operators == [(model.unet, OPERATORS[chosen[0]]), (model.encoder, OPERATORS[chosen[1]])]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept", "named"),
+    [
+        ("cudnn", None, "cudnn does not work"),
+        ("auto", Chosen("xformers", "matmul"), "xformers, which this run has used so far, does not work"),
+    ],
+)
+def test_an_operator_that_fails_is_one_sentence(monkeypatch, wanted: str, kept: Chosen | None, named: str) -> None:
+    """It names the operator, the device, the precision, the reason and what works always; nothing is set."""
+    model = Recorded(monkeypatch, fails="UNet")
+    with pytest.raises(UserError) as caught:
+        model.choose(wanted, kept)
+    assert str(caught.value) == (
+        f"--attention {named} here, on cuda in float16 (no such kernel); --attention sdpa always does"
+    )
+    assert model.operators == []
+
+
+# Trying
+
+
+def test_why_not_is_the_first_line_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the ways in which a library refuses; a defect of the program is none of them."""
+    shapes = Counter({Shape(1, 2, 2, 1, 4): 1})
+
+    def raises(error: Exception) -> Any:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            raise error
+
+        monkeypatch.setitem(OPERATORS, "cudnn", attend)
+        return attention.why_not("cudnn", shapes, torch.device("cpu"), torch.float32, gradient=False)
+
+    for kind in attention.FAILURES:
+        assert raises(kind("a head is too wide\nsee the manual")) == "a head is too wide"
+    with pytest.raises(TypeError):
+        raises(TypeError("an argument is missing"))
+    assert attention.why_not("sdpa", shapes, torch.device("cpu"), torch.float32, gradient=True) is None
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pass_computes_every_shape_as_often_as_it_is_counted(monkeypatch, dtype: torch.dtype, gradient: bool) -> None:
+    """Once at each shape to try it, then all of them: inputs of the dtype, and gradients where they are wanted."""
+    calls, backward = [], []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert k.shape == v.shape and q.dtype == k.dtype == v.dtype == dtype
+        assert all(x.requires_grad is gradient for x in (q, k, v)) and torch.is_grad_enabled() is gradient
+        assert q.float().std() > 0.1 and not torch.equal(k, v)
+        calls.append((*q.shape, k.shape[1]))
+        out = 1 * q + 0 * (k.sum() + v.sum())
+        if gradient:
+            out.register_hook(lambda upstream: backward.append(torch.equal(upstream, out)))
+        return out
+
+    monkeypatch.setitem(OPERATORS, "cudnn", attend)
+    shapes = Counter({Shape(2, 6, 6, 3, 4): 3, Shape(2, 6, 5, 3, 4): 1})
+    call = attention.pass_over("cudnn", shapes, torch.device("cpu"), dtype, gradient)
+    assert calls == [(2, 6, 3, 4, 6), (2, 6, 3, 4, 5)]
+    calls.clear()
+    assert call() is None
+    assert calls == [(2, 6, 3, 4, 6)] * 3 + [(2, 6, 3, 4, 5)]
+    assert backward == [True] * (6 if gradient else 0)
+
+
+def test_a_pass_hides_its_warnings(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings of kernels that do not take a shape do not reach the user."""
+    import warnings
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        warnings.warn("not this kernel", stacklevel=1)
+        return q
+
+    monkeypatch.setitem(OPERATORS, "cudnn", attend)
+    shapes = Counter({Shape(1, 2, 2, 1, 4): 1})
+    attention.pass_over("cudnn", shapes, torch.device("cpu"), torch.float32, False)
+    assert not recwarn.list
+
+
+def test_operators_are_called_with_their_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """xformers takes [rows, tokens, heads, width] as it is, and cuDNN's kernels are the only ones that torch may take
+    for cudnn."""
+    from torch.nn.attention import SDPBackend
+
+    seen = []
+    stub = SimpleNamespace(memory_efficient_attention=lambda *inputs: seen.append(inputs) or "out")
+    monkeypatch.setitem(sys.modules, "xformers.ops", stub)
+    assert OPERATORS["xformers"]("q", "k", "v") == "out" and seen == [("q", "k", "v")]
+    held = []
+
+    class Held:
+        def __init__(self, backend: SDPBackend):
+            self.backend = backend
+
+        def __enter__(self) -> None:
+            held.append(self.backend)
+
+        def __exit__(self, *error: object) -> None:
+            held.append(None)
+
+    monkeypatch.setattr(attention, "sdpa_kernel", Held)
+    monkeypatch.setattr(attention, "_sdpa", lambda *inputs: held.append(inputs) or "out")
+    assert OPERATORS["cudnn"]("q", "k", "v") == "out"
+    assert held == [SDPBackend.CUDNN_ATTENTION, ("q", "k", "v"), None]

@@ -1,0 +1,135 @@
+"""Guidance by CLIP: what is loaded and with which options, and what a call takes and returns besides the loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dream_fast.engine.config.schedule import LinearSchedule
+from dream_fast.engine.config.schema import CameraConfig, GuidanceConfig
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance import clip
+from dream_fast.engine.guidance.clip import ClipGuidance, clip_guidance, clip_views, load_clip
+from dream_fast.engine.scene.camera import turntable
+
+OWN = {"back": "its rear"}
+CAMERAS = turntable(CameraConfig(), 1, "cpu")
+
+
+def guidance(folder: Path, **settings: Any) -> ClipGuidance:
+    return clip_guidance(str(folder), "cpu", "a mug", OWN, GuidanceConfig(guidance=("clip",), **settings), 30.0)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Names, sources and options that CLIP is loaded with; what is loaded is always the tiny one."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    calls = []
+    for cls in (CLIPTokenizer, CLIPModel):
+        load = cls.from_pretrained
+
+        def recorded(source: Any, cls: type = cls, load: Any = load, **options: Any) -> Any:
+            calls.append((cls.__name__, source, dict(options)))
+            options.pop("revision", None)
+            return load(tiny_clip, **options)
+
+        monkeypatch.setattr(cls, "from_pretrained", recorded)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "pinned"),
+    [
+        ("nobody/clip", "nobody/clip", {}),
+        ("nobody/clip@v2", "nobody/clip", {"revision": "v2"}),
+        ("https://huggingface.co/nobody/clip/tree/v2", "nobody/clip", {"revision": "v2"}),
+    ],
+)
+def test_clip_of_the_hub_is_the_revision_that_is_named(asked, typed: str, name: str, pinned: dict[str, str]) -> None:
+    """Tokenizer and model come from the same repository and revision, in fp32, from safetensors alone."""
+    load_clip(typed, "cpu")
+    (tokenizer, *first), (model, second, options) = asked
+    assert (tokenizer, model) == ("CLIPTokenizer", "CLIPModel")
+    assert first == [name, pinned] and second == name
+    assert options == {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True} | pinned
+
+
+@pytest.mark.parametrize(("typed", "revision"), [("nobody/clip", ""), ("nobody/clip@v2", " --revision v2")])
+def test_clip_that_cannot_be_fetched_comes_with_the_command(monkeypatch, typed: str, revision: str) -> None:
+    """The sentence gives the reason and the command that fetches what is read, of the same revision."""
+    from transformers import CLIPTokenizer
+
+    def fails(source: Any, **options: Any) -> None:
+        raise OSError("no network\nand a second line")
+
+    monkeypatch.setattr(CLIPTokenizer, "from_pretrained", fails)
+    with pytest.raises(UserError) as caught:
+        load_clip(typed, "cpu")
+    assert str(caught.value) == (
+        f"the CLIP model {typed} does not load: no network (where there is a network, `hf download nobody/clip"
+        f"{revision} --include '*.json' --include merges.txt --include model.safetensors` fetches it)"
+    )
+
+
+def test_clip_that_is_damaged_in_a_folder_comes_without_a_command(tmp_path: Path) -> None:
+    """A download would not mend a folder."""
+    with pytest.raises(UserError, match=f"the CLIP model {tmp_path} does not load: ") as caught:
+        load_clip(str(tmp_path), "cpu")
+    assert "hf download" not in str(caught.value)
+
+
+def test_clip_is_frozen_and_on_the_device(tiny_clip: Path, tmp_path: Path) -> None:
+    """Nothing of it is trained, whatever its files hold it computes in fp32, and it lies where it is asked to."""
+    from transformers import CLIPModel
+
+    half = tmp_path / "half"
+    CLIPModel.from_pretrained(tiny_clip, dtype=torch.float16).save_pretrained(half)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (half / name).write_text((tiny_clip / name).read_text())
+    model, _ = load_clip(str(half), "meta")
+    assert not model.training
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32 and not parameter.requires_grad and parameter.device.type == "meta"
+
+
+def test_clip_guidance_passes_everything_on(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source and device reach the loader, the texts of sides the views, and the angles the guidance."""
+    loaded = load_clip(str(tiny_clip), "cpu")
+    views = clip_views(*loaded, "a mug", OWN)
+    asked = []
+    monkeypatch.setattr(clip, "load_clip", lambda *words: asked.append(words) or loaded)
+    config = GuidanceConfig(guidance=("clip",))
+    guide = clip_guidance("a folder", "a device", "a mug", OWN, config, 20.0, 45.0, 60.0)
+    assert asked == [("a folder", "a device")]
+    assert torch.equal(guide.views, views) and not torch.equal(
+        views[2], clip_views(*load_clip(str(tiny_clip), "cpu"), "a mug")[2]
+    )
+    assert (guide.config, guide.angle_overhead, guide.view_blend, guide.angle_front) == (config, 20.0, 45.0, 60.0)
+
+
+def test_clip_guidance_is_given_the_gradient_that_it_returns(tiny_clip: Path) -> None:
+    """Besides the loss a call returns no level, and the picture's gradient and its norm."""
+    rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    result = guidance(tiny_clip)(rgb, CAMERAS, progress=0.0)
+    result.loss.backward()
+    assert torch.equal(result.gradient, rgb.grad)
+    assert torch.equal(result.grad_norm, torch.linalg.vector_norm(rgb.grad))
+    assert result.t.shape == (0,) and result.t.dtype == torch.int64
+
+
+def test_clip_guidance_without_a_step_is_that_of_the_first(tiny_clip: Path) -> None:
+    """A call without a step is the one at the start of a schedule by steps."""
+    rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    weight = LinearSchedule(0, 1.0, 5.0, 4, fractions=False)
+    guide = guidance(tiny_clip, lambda_guidance=weight)
+    first, second = (guide(rgb, CAMERAS, progress=0.0, step=step).loss for step in (0, 1))
+    assert torch.equal(guide(rgb, CAMERAS, progress=0.0).loss, first) and torch.equal(second, 2 * first)
+
+
+@pytest.mark.parametrize(("shape", "latents"), [((1, 3, 24, 24), True), ((3, 24, 24), False), ((1, 4, 24, 24), False)])
+def test_clip_guidance_refuses_latents_and_other_shapes(tiny_clip: Path, shape: tuple[int, ...], latents: bool) -> None:
+    """Each reason alone is enough: latents of three channels, three dimensions, four channels."""
+    with pytest.raises(ValueError, match="pictures must be"):
+        guidance(tiny_clip)(torch.zeros(shape), CAMERAS, progress=0.0, latents=latents)

@@ -1,0 +1,145 @@
+"""What a step of score distillation reads from the host: timesteps and scalars, by schedule; resized images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.config.schedule import LinearSchedule
+from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.guidance.model.components import Components, load_components
+from dream_fast.engine.guidance.sds import ScoreDistillation, resize
+
+FALLING = LinearSchedule(0.0, 0.9, 0.4, 1.0)
+BY_STEPS = LinearSchedule(0, 0.9, 0.5, 100, fractions=False)
+
+
+@pytest.fixture(scope="module")
+def components(tiny_model: Path) -> Components:
+    return load_components(tiny_model, "cpu")
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents [batch, 4, 8, 8] and embeddings (cond, uncond) [batch, 5, 32]."""
+    cond, uncond = torch.randn(2, batch, 5, 32, generator=generator())
+    return torch.randn(batch, 4, 8, 8, generator=generator()), cond, uncond
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "progress", "level"),
+    [(FALLING, 0, 0.0, 900), (FALLING, 0, 0.5, 650), (FALLING, 7, 1.0, 400), (BY_STEPS, 50, 0.0, 700)],
+)
+def test_levels_follow_a_schedule_of_their_range(components, schedule, step, progress, level):
+    """Both ends at one schedule leave one level: that of the step, or of the part of the run."""
+    score = ScoreDistillation(components, GuidanceConfig(t_range=(schedule, schedule)))
+    assert score.timesteps(3, progress, generator(), step).tolist() == [level] * 3
+    assert score.settle(3, step, progress, generator()).t.tolist() == [level] * 3
+    result = score(*inputs(), step=step, progress=progress, generator=generator(), latents=True)
+    assert result.t.tolist() == [level] * 2
+
+
+def test_the_first_step_is_step_zero(components):
+    """A call without a step is the one at the start of a schedule by steps."""
+    score = ScoreDistillation(components, GuidanceConfig(t_range=(BY_STEPS, BY_STEPS)))
+    assert score(*inputs(), generator=generator(), latents=True).t.tolist() == [900, 900]
+
+
+def test_a_settled_step_is_the_same_step(components):
+    """Levels and scalars that were settled beforehand are those of the call that settles them itself."""
+    config = GuidanceConfig(
+        t_range=(0.1, 0.9), guidance_scale=LinearSchedule(0.0, 2.0, 10.0, 1.0), guidance_rescale=0.3
+    )
+    score = ScoreDistillation(components, config)
+    rgb, cond, uncond = inputs()
+    g = generator()
+    settled = score.settle(2, 0, 0.25, g)
+    assert {name: value.item() for name, value in settled.numbers.items()} == {"guidance_scale": 4.0}
+    torch.manual_seed(0)
+    first = score(rgb, cond, uncond, settled=settled, generator=generator(), latents=True)
+    assert torch.equal(first.t, settled.t)
+    again = score(rgb, cond, uncond, settled=settled, progress=0.9, step=9, generator=generator(), latents=True)
+    assert torch.equal(first.gradient, again.gradient)  # what was settled counts
+    other = score.settle(2, 0, 0.75, generator())._replace(t=settled.t)
+    assert not torch.equal(
+        first.gradient, score(rgb, cond, uncond, settled=other, generator=generator(), latents=True).gradient
+    )
+
+
+def test_a_scale_that_changes_during_the_run_is_read_at_the_step(components):
+    """A call with a schedule is the call with the schedule's value."""
+    rgb, cond, uncond = inputs()
+    for schedule, step, progress in (
+        (LinearSchedule(0.0, 2.0, 10.0, 1.0), 0, 0.5),
+        (LinearSchedule(0, 2.0, 10.0, 8, fractions=False), 4, 0.0),
+    ):
+        changing, constant = (
+            ScoreDistillation(components, GuidanceConfig(guidance_scale=scale))(
+                rgb, cond, uncond, step=step, progress=progress, generator=generator(), latents=True
+            )
+            for scale in (schedule, 6.0)
+        )
+        assert torch.equal(changing.gradient, constant.gradient)
+
+
+def test_the_lowest_level_of_asd_is_read_at_the_step(components):
+    """Where the range has a schedule, asd measures its delay from the range's low end in this step."""
+    low = LinearSchedule(0.0, 0.5, 0.25, 1.0)
+    score = ScoreDistillation(components, GuidanceConfig(score="asd", t_range=(low, 0.9)))
+    assert score.annealed == ("guidance_scale", "low_level")
+    assert [score.numbers(0, progress)["low_level"] for progress in (0.0, 0.5, 1.0)] == [500, 375, 250]
+    assert score.settle(1, 0, 0.5, generator()).numbers["low_level"].item() == 375
+    steady = ScoreDistillation(components, GuidanceConfig(score="asd", t_range=(0.5, 0.9)))
+    assert steady.annealed == ("guidance_scale",)
+    assert ScoreDistillation(components, GuidanceConfig(score="sds", t_range=(low, 0.9))).annealed == (
+        "guidance_scale",
+    )
+
+
+def test_tiny_gradients_keep_their_size(components):
+    """The peak that is divided out for fp16 comes back, also where the whole gradient is far below 1."""
+    rgb, cond, uncond = inputs()
+    small, large = (
+        ScoreDistillation(components, GuidanceConfig(lambda_guidance=weight))(
+            leaf, cond, uncond, generator=generator(), latents=True
+        )
+        for weight in (2.0**-20, 1.0)
+        for leaf in [rgb.clone().requires_grad_()]
+    )
+    assert torch.equal(small.gradient * 2**20, large.gradient)
+    assert torch.equal(small.loss * 2**40, large.loss)
+
+
+def test_a_limit_that_is_not_crossed_changes_nothing(components):
+    """A gradient within its limit is left alone, and one beyond it has the limit's size."""
+    rgb, cond, uncond = inputs()
+    plain, wide, tight = (
+        ScoreDistillation(components, GuidanceConfig(clip_grad_latent=limit))(
+            rgb, cond, uncond, generator=generator(), latents=True
+        ).gradient
+        for limit in (-1.0, 1e6, 0.25)
+    )
+    assert torch.equal(plain, wide)
+    assert torch.equal(tight, plain.clamp(-0.25, 0.25)) and not torch.equal(plain, tight)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("shape", [(64, 48), (20, 12), (32, 16), (32, 32), (8, 200)])
+def test_resized_pictures_are_torchs_bilinear_ones(shape, deterministic):
+    """Averaged where a side shrinks, interpolated where both grow, as it is where the size is right; fp32 in all."""
+    picture = torch.rand(2, 3, *shape, generator=generator(), dtype=torch.float64)
+    shrinks = max(shape) > 32
+    exact = F.interpolate(picture, (32, 32), mode="bilinear", antialias=shrinks)
+    reference = F.interpolate(picture.float(), (32, 32), mode="bilinear", antialias=shrinks)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        got = resize(picture.float(), 32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert got.dtype == torch.float32
+    check("resized", got, reference, exact)

@@ -1,0 +1,150 @@
+"""What guidance by a prompt hands on: options to the score, prompts and weights of the sides, parts of a sum."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.guidance import snapshots
+from dream_fast.engine.guidance.clip import ClipGuidance
+from dream_fast.engine.guidance.diffusion import PromptGuidance, TextGuidance
+from dream_fast.engine.guidance.perp_neg import negative_weights
+from dream_fast.engine.guidance.prompts import view_weights
+from dream_fast.engine.guidance.sds import GuidanceResult
+from dream_fast.engine.guidance.sum import GuidanceSum, image_guidance
+from dream_fast.engine.scene.camera import Cameras, make_cameras
+
+ANGLES = (30.0, 40.0, 50.0)
+
+
+class Score:
+    """Records what it is called with."""
+
+    def __init__(self, **settings: Any):
+        self.config = GuidanceConfig(**settings)
+        self.calls: list[tuple[tuple, dict]] = []
+
+    def __call__(self, *words: Any, **options: Any) -> str:
+        self.calls.append((words, options))
+        return "a result"
+
+    def settle(self, *words: Any) -> tuple:
+        return words
+
+
+class Prompts:
+    """Embeddings that hold the angles of the call."""
+
+    views = torch.arange(4.0).view(4, 1, 1).expand(4, 5, 32)
+
+    def embeddings(self, *angles: Any) -> tuple:
+        return ("cond", angles), "uncond"
+
+
+def cameras(azimuth: list[float], polar: float = 90.0) -> Cameras:
+    places = torch.tensor(azimuth)
+    return make_cameras(*(torch.full_like(places, value) for value in (polar,)), places, places + 3, places + 20)
+
+
+def test_text_guidance_without_options_passes_the_defaults_on() -> None:
+    """Step zero, pictures, nothing settled, a blend of 90 degrees, no angle at which a side ends."""
+    guide, views = TextGuidance(Score(), Prompts(), 30.0), cameras([0.0, 100.0])
+    assert guide("pictures", views, progress=0.25, generator="draws") == "a result"
+    (((pictures, (_, angles), uncond), options),) = guide.score.calls
+    assert (pictures, uncond) == ("pictures", "uncond")
+    assert angles[0] is views.azimuth and angles[1] is views.polar and angles[2:] == (30.0, 90.0, None)
+    assert options == dict(progress=0.25, step=0, generator="draws", latents=False, settled=None)
+
+
+def test_text_guidance_passes_options_and_angles_on() -> None:
+    """All that a call names reaches the score, and all angles the prompts."""
+    guide = TextGuidance(Score(), Prompts(), *ANGLES)
+    given = dict(progress=0.5, step=7, generator="draws", latents=True, settled="numbers")
+    guide("latents", cameras([0.0]), **given)
+    (((_, (_, angles), _), options),) = guide.score.calls
+    assert options == given and angles[2:] == ANGLES
+    assert guide.settle(2, 7, 0.5, "draws") == (2, 7, 0.5, "draws")
+    assert guide.takes_latents
+
+
+def test_text_guidance_turns_away_from_the_front_and_the_side() -> None:
+    """With Perp-Neg the first two views go along, weighted by the sides that the cameras see at these angles."""
+    settings = dict(negative_w=-4.0, front_decay_factor=1.0, side_decay_factor=3.0)
+    guide, views = TextGuidance(Score(perpneg=True, **settings), Prompts(), *ANGLES[:2]), cameras([20.0, 60.0, 150.0])
+    guide("pictures", views, progress=0.0, generator=None)
+    negatives = guide.score.calls[0][1]["negatives"]
+    expected = negative_weights(view_weights(views.azimuth, views.polar, 30.0, 40.0), -4.0, 1.0, 3.0)
+    assert torch.equal(negatives.weights, expected)
+    assert torch.equal(negatives.embeddings, Prompts.views[:2])
+
+
+class Part(PromptGuidance):
+    """A guidance of a known loss that records its options."""
+
+    def __init__(self, loss: float, takes_latents: bool = True):
+        self.loss, self.takes_latents, self.options = loss, takes_latents, []
+
+    def __call__(self, pictures: Any, cameras: Any, **options: Any) -> GuidanceResult:
+        self.options.append((pictures, cameras, options))
+        number = torch.tensor(self.loss)
+        return GuidanceResult(number, number, number, number)
+
+
+class Image(Part, TextGuidance):
+    """As `Part`, of an image model."""
+
+
+def test_sum_passes_its_options_to_every_part() -> None:
+    """What a sum is called with reaches each part, and the defaults where nothing is named."""
+    guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
+    guide("pictures", "cameras", progress=0.5, step=3, generator="draws", latents=True)
+    guide("pictures", "cameras", progress=0.5, generator="draws")
+    for part in guide.parts.values():
+        named, plain = part.options
+        assert named == ("pictures", "cameras", dict(progress=0.5, step=3, generator="draws", latents=True))
+        assert plain == ("pictures", "cameras", dict(progress=0.5, step=0, generator="draws", latents=False))
+
+
+@pytest.mark.parametrize(
+    ("latents", "losses", "shown"),
+    [(False, {"clip": 1.0, "a": 2.0, "b": 4.0}, 2.0), (True, {"a": 2.0, "b": 4.0}, 2.0)],
+)
+def test_sum_shows_its_first_image_model(latents: bool, losses: dict[str, float], shown: float) -> None:
+    """Losses are added, all of them named; the rest is of the first image model, and of parts that take latents."""
+    guide = GuidanceSum({"clip": Part(1.0, takes_latents=False), "a": Image(2.0), "b": Image(4.0)})
+    result = guide("pictures", "cameras", progress=0.0, generator=None, latents=latents)
+    assert {name: loss.item() for name, loss in result.losses.items()} == losses
+    assert result.loss.item() == sum(losses.values()) and result.gradient.item() == shown
+    assert image_guidance(guide) is guide.parts["a"]
+
+
+def test_sum_without_an_image_model_shows_its_first_part() -> None:
+    """Two parts of another kind: levels and gradient are those of the first."""
+    guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
+    result = guide("pictures", "cameras", progress=0.0, generator=None)
+    assert result.gradient.item() == 1.0 and result.loss.item() == 3.0
+    assert image_guidance(guide) is None and image_guidance(object.__new__(ClipGuidance)) is None
+
+
+@pytest.mark.parametrize(("options", "first"), [({}, "shown at 32"), ({"latents": True}, "decoded shown at 8")])
+def test_pictures_of_a_step_are_render_noisy_and_clean(monkeypatch, options: dict, first: str) -> None:
+    """A render at the model's size, or latents resized and decoded; then the decoded latents, side by side."""
+    components, names = SimpleNamespace(latent_size=8, image_size=32), {}
+
+    def picture(name: str) -> torch.Tensor:
+        names[len(names)] = name
+        return torch.full((2, 3, 4, 4), len(names) - 1.0)
+
+    def decode(model: Any, latents: Any) -> torch.Tensor:
+        assert model is components
+        name = latents if isinstance(latents, str) else names[int(latents[0, 0, 0, 0])]
+        return picture(f"decoded {name}")
+
+    monkeypatch.setattr(snapshots, "decode", decode)
+    monkeypatch.setattr(snapshots, "resize", lambda shown, size: picture(f"{shown} at {size}"))
+    pictures = snapshots.guidance_pictures(components, "shown", "noisy", "clean", **options)
+    assert pictures.shape == (2, 3, 3, 4, 4)
+    for view in pictures:
+        assert [names[int(one.unique())] for one in view] == [first, "decoded noisy", "decoded clean"]

@@ -1,0 +1,238 @@
+"""Pictures of known meshes in known colours: a wall in closed form, and what is kept, handed on and handed back."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from torch import Tensor
+
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.geometry.tet_grid import Surface
+from dream_fast.engine.render import mesh as mesh_renderer
+from dream_fast.engine.render.mesh import MeshRenderer
+from dream_fast.engine.scene.camera import make_cameras, rays
+from dream_fast.engine.training.dmtet_init import TetShape
+from dream_fast.kernels import opposite_corners
+
+SIZE = (6, 10)
+# Two cameras, from the front and from a side and above, that look at the middle from z = 3.
+CAMERAS = make_cameras(*(torch.tensor(v) for v in ([90.0, 60.0], [0.0, 30.0], [3.0, 4.0], [20.0, 30.0])))
+
+
+class Field:
+    """Colours that are a function of the place; records the points and levels that it is asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Tensor, Any]] = []
+
+    def __call__(self, points: Tensor, *, active_levels: Any = None) -> SimpleNamespace:
+        self.asked.append((points, active_levels))
+        return SimpleNamespace(albedo=(points / 4 + 0.5).double())  # of another precision than the picture
+
+    def background(self, directions: Tensor) -> Tensor:
+        return directions.abs()
+
+
+def wall() -> Surface:
+    """Two triangles that cover all of the pictures at z = 0.25 and face the cameras."""
+    corners = torch.tensor([[-50, -50, 0.25], [50, -50, 0.25], [50, 50, 0.25], [-50, 50, 0.25]])
+    return Surface(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
+
+
+def box(side: float = 0.5) -> Surface:
+    made = trimesh.creation.box((side, side, side))
+    return Surface(torch.tensor(made.vertices).float(), torch.tensor(made.faces))
+
+
+def renderer(surface: Surface | None = None, locked: bool = False, **settings: Any) -> MeshRenderer:
+    shape: Any = TetShape(8, 0.6, locked=locked)
+    if surface is not None:
+        shape = SimpleNamespace(surface=lambda: surface, locked=locked)
+    return MeshRenderer(Field(), RenderConfig(**settings), shape)
+
+
+def test_a_wall_has_the_depth_and_colour_of_its_places() -> None:
+    """Everywhere: opaque, its normal, the distance of ray and plane, and the field's colour at their meeting."""
+    surface = wall()
+    made = renderer(surface)
+    seen = made.train_views(CAMERAS, *SIZE, background=torch.zeros(3))
+    depths, colours = [], []
+    for dtype in (torch.float32, torch.float64):
+        origins, directions = (part.reshape(-1, 3).to(dtype) for part in rays(CAMERAS, *SIZE))
+        depth = (0.25 - origins[:, 2]) / directions[:, 2]
+        depths.append(depth)
+        colours.append((origins + depth[:, None] * directions) / 4 + 0.5)
+    rows = 2 * SIZE[0] * SIZE[1]
+    assert seen.rgb.shape == seen.normal.shape == (rows, 3) and seen.opacity.shape == seen.depth.shape == (rows,)
+    assert torch.equal(seen.opacity, torch.ones(rows))
+    normal = torch.tensor([0.0, 0.0, 1.0]).expand(rows, 3)
+    check("normal", seen.normal, normal, normal.double())
+    check("depth", seen.depth, *depths)
+    check("rgb", seen.rgb, *colours)
+    assert seen.rgb.dtype == torch.float32
+    assert seen.surface is surface and torch.equal(seen.beyond, opposite_corners(surface.faces))
+    assert int(seen.count) == rows and seen.overflow.dtype == torch.bool and not seen.overflow
+
+
+def test_the_field_is_asked_at_the_pixels_that_are_covered() -> None:
+    """Once each, at their places, without a gradient into the shape; levels are passed on."""
+    made = renderer(box())
+    made.shape.surface = lambda: box()._replace(vertices=box().vertices.requires_grad_())
+    seen = made.train_views(CAMERAS, 20, 20, active_levels=3)
+    ((points, levels),) = made.field.asked
+    assert levels == 3 and not points.requires_grad and int(seen.count) == len(points)
+    assert 0 < len(points) < 2 * 20 * 20
+    on_box = points.abs().amax(1)
+    check("places", on_box, torch.full_like(on_box, 0.25), torch.full_like(on_box, 0.25).double())
+    inside = (seen.opacity == 1).sum()
+    assert inside <= len(points) <= (seen.opacity > 0).sum()
+
+
+def test_what_is_not_covered_is_background() -> None:
+    """One that is given, [3] or [R, 3], or the field's for the rays; silhouettes are between."""
+    made = renderer(box())
+    _, directions = (part.reshape(-1, 3) for part in rays(CAMERAS, 20, 20))
+    black = made.train_views(CAMERAS, 20, 20, background=torch.zeros(3))
+    assert ((black.opacity > 0) & (black.opacity < 1)).any()
+    given = torch.rand(800, 3, generator=torch.Generator().manual_seed(0))
+    for background, behind in ((torch.tensor([0.0, 1.0, 0.5]), None), (given, given), (None, directions.abs())):
+        seen = made.train_views(CAMERAS, 20, 20, background=background)
+        behind = background if behind is None else behind
+        assert torch.equal(seen.rgb, black.rgb + (1 - black.opacity)[:, None] * behind)
+        assert torch.equal(seen.opacity, black.opacity)
+
+
+def test_shading_gets_colour_normal_and_light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are those of the call, albedo without a light unless others are named."""
+    asked = []
+
+    def shade(shading: str, albedo: Tensor, normal: Tensor, light: Any, ambient: Any) -> Tensor:
+        asked.append((shading, light, ambient))
+        assert albedo.shape == normal.shape == (2 * SIZE[0] * SIZE[1], 3)
+        return albedo
+
+    monkeypatch.setattr(mesh_renderer, "shade", shade)
+    made = renderer(wall())
+    made.train_views(CAMERAS, *SIZE)
+    made.train_views(CAMERAS, *SIZE, shading="normal", ambient=0.25, light="a light")
+    assert asked == [("albedo", None, 1.0), ("normal", "a light", 0.25)]
+
+
+@pytest.mark.parametrize(("min_near", "near"), [(0.0, 0.01), (0.005, 0.01), (0.3, 0.3)])
+def test_the_near_plane_is_not_at_the_camera(monkeypatch: pytest.MonkeyPatch, min_near: float, near: float) -> None:
+    """At least a hundredth, so that depths differ; else where samples may begin."""
+    asked, positions = [], mesh_renderer.clip_positions
+
+    def recorded(*words: Any) -> Tensor:
+        asked.append(words[2:])
+        return positions(*words)
+
+    monkeypatch.setattr(mesh_renderer, "clip_positions", recorded)
+    renderer(box(), min_near=min_near).train_views(CAMERAS, *SIZE)
+    assert asked == [(*SIZE, near)]
+
+
+def test_views_have_unit_normals_and_none_where_nothing_is() -> None:
+    """Also at silhouettes, where a pixel is covered in part; colours, depths and opacities are the picture's."""
+    made, black = renderer(box()), torch.zeros(3)
+    view = made.view(CAMERAS, 20, 20, background=black)
+    seen = made.train_views(CAMERAS, 20, 20, background=black)
+    there = view.opacity > 0
+    assert ((view.opacity > 0) & (view.opacity < 1)).any() and not there.all()
+    length = view.normal.norm(dim=-1)[there]
+    check("length", length, torch.ones_like(length), torch.ones_like(length).double())
+    assert not view.normal[~there].any()
+    for name in ("rgb", "depth", "opacity"):
+        got, expected = getattr(view, name), getattr(seen, name)
+        check(name, got.reshape(expected.shape), expected, expected.double())
+    partly = seen.normal.norm(dim=1) < 0.5
+    along = (view.normal.view(-1, 3) * seen.normal).sum(1)
+    assert (along[partly & there.view(-1)] >= 0).all() and (along[seen.opacity == 1] > 0.99).all()
+
+
+# What is kept
+
+
+def test_a_shape_that_learns_is_looked_at_anew() -> None:
+    """Each surface is that of the distances now, and differentiable."""
+    made = renderer()
+    first, second = made.surface(), made.surface()
+    assert first is not second and torch.equal(first.vertices, second.vertices) and first.vertices.requires_grad
+
+
+def test_a_locked_shape_is_computed_once() -> None:
+    """From the second time on it is the same surface, without a gradient."""
+    made = renderer(locked=True)
+    first = made.surface()
+    again = made.surface()
+    assert again is made.surface() and not again.vertices.requires_grad
+    assert torch.equal(first.vertices, again.vertices) and torch.equal(first.faces, again.faces)
+
+
+def test_a_surface_that_has_vanished_is_one_sentence() -> None:
+    """With the settings that can be changed."""
+    made = renderer(Surface(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
+    with pytest.raises(UserError) as caught:
+        made.surface()
+    assert str(caught.value) == (
+        "the surface has vanished: every vertex of the tetrahedral grid lies outside (start from something larger "
+        "with --init_with, or lower --lr)"
+    )
+
+
+def with_speck() -> Surface:
+    """A box, and one of a hundredth of its size beside it."""
+    speck = box(0.005)
+    return Surface(
+        torch.cat([box().vertices, speck.vertices + 0.5]).requires_grad_(), torch.cat([box().faces, speck.faces + 8])
+    )
+
+
+def test_the_mesh_for_a_file_has_no_floaters() -> None:
+    """Places in fp64 and corners on the host, without a gradient."""
+    mesh = renderer(with_speck()).mesh()
+    assert type(mesh.vertices) is type(mesh.faces) is np.ndarray
+    assert mesh.vertices.dtype == np.float64 and mesh.faces.dtype == np.int64
+    assert sorted(map(tuple, mesh.vertices.tolist())) == sorted(map(tuple, box().vertices.tolist()))
+    assert mesh.faces.shape == (12, 3)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_specks_are_back_behind_the_block(locked: bool) -> None:
+    """Inside of it the surface is one, in fp32 and without them; an error inside changes nothing."""
+    made = renderer(with_speck(), locked=locked)
+    whole = made.surface()
+    with pytest.raises(KeyError), made.without_specks():
+        inside = made.surface()
+        assert inside is made.surface() and len(inside.faces) == 12
+        assert inside.vertices.dtype == torch.float32 and inside.faces.dtype == torch.int64
+        raise KeyError
+    again = made.surface()
+    assert torch.equal(again.vertices, whole.vertices) and len(again.faces) == 24
+
+
+def test_state_is_that_of_the_shape_and_forgets_what_was_looked_at() -> None:
+    """A locked shape is computed again after another state is loaded."""
+    smaller, made = (renderer(locked=True) for _ in range(2))
+    with torch.no_grad():
+        smaller.shape.distance.sub_(0.5)
+    before = made.surface()
+    made.load_state_dict(smaller.state_dict())
+    assert sorted(made.state_dict()) == sorted(smaller.shape.kept_state())
+    assert torch.equal(made.surface().vertices, smaller.surface().vertices)
+    assert len(made.surface().vertices) != len(before.vertices)
+
+
+def test_there_is_nothing_to_update_or_to_adapt() -> None:
+    """Neither an occupancy grid nor buffers for samples."""
+    made = renderer(box())
+    made.update_occupancy(None, active_levels=1)
+    made.adapt_capacity(10)
+    assert made.field.asked == [] and torch.equal(made.surface().vertices, box().vertices)

@@ -1,0 +1,187 @@
+"""What a sampler keeps and how large it is, and the parts of importance sampling by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dream_fast import kernels
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.render.ray_samplers import (
+    LEAST_WEIGHT,
+    ImportanceSampler,
+    OccupancySampler,
+    _strata,
+    even_edges,
+    importance_samples,
+    large_parts,
+    make_sampler,
+    middles,
+)
+from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.scene.camera import make_cameras
+from dream_fast.engine.scene.hash_grid_field import make_field
+
+GREY = torch.tensor([0.25, 0.5, 0.75])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make(backbone: str = "grid", background: float = -1.0, **changes) -> Renderer:
+    small = dict(levels=2, log2_entries=8, base_resolution=4, max_resolution=8, frequencies=2, hidden_width=8)
+    field = FieldConfig(backbone=backbone, hidden_layers=1, bg_radius=background, **small)
+    sizes = dict(max_steps=64, occupancy_resolution=16, num_steps=12, upsample_steps=6)
+    config = dataclasses.replace(RenderConfig(), **sizes | changes)
+    return Renderer(make_field(field, config.bound, seeded()), config)
+
+
+def cameras(count: int = 1):
+    numbers = torch.tensor([[70.0, 100.0], [20.0, -60.0], [3.0, 2.5], [30.0, 40.0]])
+    return make_cameras(*numbers[:, :count])
+
+
+def test_sampler_starts_full_and_as_large_as_configured():
+    """The occupancy grid of each cascade, and the capacity, which is 256 samples a ray at most."""
+    assert isinstance(make_sampler(make().field, RenderConfig()), OccupancySampler)
+    assert isinstance(make_sampler(make("vanilla").field, RenderConfig()), ImportanceSampler)
+    sampler = make(bound=1.5).sampler
+    assert sampler.cascades == kernels.cascades(1.5) == 2
+    assert sampler.density.shape == (2, 16**3) and (sampler.density == 0).all()
+    assert sampler.bits.shape == (2, 16**3 // 8) and sampler.bits.dtype == torch.uint8 and (sampler.bits == 255).all()
+    assert sampler.samples_per_ray == 64 and make(max_steps=1024).sampler.samples_per_ray == 256
+    assert sampler.most_samples == 0 and not sampler.overflowed
+    assert (sampler.most_samples.dtype, sampler.overflowed.dtype) == (torch.int64, torch.bool)
+
+
+def test_update_asks_the_density_once_in_each_cell():
+    """At the centres without a generator, else somewhere in the cell; with the levels of now, against the threshold."""
+    renderer, asked = make(density_thresh=3.0), []
+    sampler = renderer.sampler
+
+    def density(points, *, active_levels=None):
+        asked.append((points, active_levels))
+        return torch.where(points[:, 0] > 0, 8.0, 0.0)
+
+    renderer.field.density = density
+    renderer.update_occupancy(None, active_levels=1)
+    centres = kernels.occupancy_points(16, 1, 1.0, None)
+    assert torch.equal(asked[0][0], centres) and asked[0][1] == 1
+    assert torch.equal(sampler.density[0] > 0, centres[:, 0] > 0)
+    powers = 2 ** torch.arange(8)
+    assert torch.equal((sampler.bits[0][:, None] & powers).bool().flatten(), centres[:, 0] > 0)
+    renderer.update_occupancy(seeded(5))
+    moved = asked[1][0]
+    assert asked[1][1] is None and not torch.equal(moved, centres)
+    assert (moved - centres).abs().max() <= 1 / 16 + 1e-6  # half a cell of 2/16
+    noise = torch.rand(16**3, 3, generator=seeded(5))
+    assert torch.equal(moved, kernels.occupancy_points(16, 1, 1.0, noise))
+
+
+def test_state_of_a_sampler_has_its_names_and_is_checked():
+    """Five tensors; those of earlier versions lack two, which begin anew; shapes and capacity must fit."""
+    sampler, other = make().sampler, make().sampler
+    sampler.samples_per_ray = 17
+    sampler.most_samples.fill_(5)
+    sampler.overflowed.fill_(True)
+    sampler.density.fill_(3.0)
+    sampler.bits.fill_(9)
+    state = {name: value.clone() for name, value in sampler.state_dict().items()}
+    assert set(state) == {"density", "bits", "samples_per_ray", "most_samples", "overflowed"}
+    other.load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    old = {name: state[name] for name in ("density", "bits", "samples_per_ray")}
+    other.load_state_dict(old)
+    assert other.most_samples == 0 and not other.overflowed and other.samples_per_ray == 17
+    for capacity, good in ((0, False), (-1, False), (1, True), (64, True), (65, False)):
+        changed = state | {"samples_per_ray": torch.tensor(capacity)}
+        if good:
+            other.load_state_dict(changed)
+            assert other.samples_per_ray == capacity
+        else:
+            with pytest.raises(ValueError, match=f"^samples_per_ray is {capacity}, and --max_steps 64$"):
+                other.load_state_dict(changed)
+    make(max_steps=2).sampler.load_state_dict(state | {"samples_per_ray": torch.tensor(8)})  # the least capacity
+    with pytest.raises(ValueError, match=r"^bits has shape \(1, 3\), the renderer's is \(1, 512\)$"):
+        other.load_state_dict(state | {"bits": torch.zeros(1, 3)})
+    with pytest.raises(ValueError, match="^the renderer keeps no state, but there is a, b$"):
+        make("vanilla").sampler.load_state_dict({"b": GREY, "a": GREY})
+
+
+def test_capacity_has_a_least_and_a_largest_size():
+    """Eight samples a ray at least, `max_steps` at most, doubled after an overflow, also where no ray was drawn."""
+    sampler = make().sampler
+    for start, used, overflowed, capacity in (
+        (64, 0, False, 8),
+        (20, 100, False, 64),
+        (20, 4, True, 40),
+        (2, 1, True, 8),
+    ):
+        sampler.samples_per_ray = start
+        sampler.most_samples.fill_(used * 10)
+        sampler.overflowed.fill_(overflowed)
+        sampler.adapt_capacity(10)
+        assert (sampler.samples_per_ray, int(sampler.most_samples), bool(sampler.overflowed)) == (capacity, 0, False)
+    sampler.samples_per_ray = 7
+    sampler.most_samples.fill_(7)
+    sampler.adapt_capacity(0)
+    assert sampler.samples_per_ray == 11
+
+
+def test_use_is_remembered_until_the_capacity_is_adapted():
+    """The fullest step counts, not the last, and an overflow is not forgotten."""
+    renderer = make()
+    full = renderer.train_views(cameras(), 6, 6, background=GREY)
+    renderer.sampler.samples_per_ray = 1
+    renderer.train_views(cameras(), 2, 2, background=GREY)
+    assert renderer.sampler.most_samples == full.count > 0 and renderer.sampler.overflowed
+    renderer.sampler.samples_per_ray = 64
+    renderer.train_views(cameras(), 2, 2, background=GREY)
+    assert renderer.sampler.overflowed
+
+
+def test_even_edges_and_middles_by_hand():
+    """Edges from near to far; at random each inner one keeps to its half interval, and the ends stay."""
+    near, far = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
+    edges = even_edges(near, far, 4, None)
+    assert edges.tolist() == [[1.0, 1.5, 2.0, 2.5, 3.0], [2.0] * 5]
+    assert middles(edges).tolist() == [[1.25, 1.75, 2.25, 2.75], [2.0] * 4]
+    moved = even_edges(near.expand(500, 2).reshape(-1), far.expand(500, 2).reshape(-1), 4, seeded())[::2]
+    assert (moved[:, 0] == 1).all() and (moved[:, 4] == 3).all()
+    for i in (1, 2, 3):
+        place = (moved[:, i] - edges[0, i]) / 0.5  # in intervals
+        assert place.abs().max() <= 0.5 + 1e-6 and place.min() < -0.45 and place.max() > 0.45
+
+
+def test_strata_hold_one_number_each():
+    """In the middle without a generator; of the dtype of what they are for, drawn on the generator's device."""
+    like = torch.zeros(1, dtype=torch.float64)
+    middle = _strata(3, 4, None, like)
+    assert middle.dtype == torch.float64 and middle.tolist() == [[0.125, 0.375, 0.625, 0.875]] * 3
+    drawn = _strata(200, 4, seeded(), like)
+    assert drawn.shape == (200, 4) and drawn.dtype == torch.float64
+    inside = drawn * 4 - torch.arange(4)
+    assert 0 <= inside.min() < 0.01 and 0.99 < inside.max() < 1 and not torch.equal(drawn[0], drawn[1])
+
+
+def test_importance_samples_invert_a_distribution_of_two_steps():
+    """Three quarters of the weight in the second interval: places by hand, and evenly where there is no weight."""
+    edges = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
+    weights = torch.tensor([[0.25, 0.75]], dtype=torch.float64) - LEAST_WEIGHT
+    expected = torch.tensor([[0.5, 1 + 2 / 6, 1 + 2 / 2, 1 + 2 * 5 / 6]], dtype=torch.float64)
+    check("places", importance_samples(edges, weights, 4, None), expected, expected)
+    even = torch.tensor([[0.25, 0.75, 1.5, 2.5]], dtype=torch.float64)
+    check("nothing", importance_samples(edges, torch.zeros(1, 2).double(), 4, None), even, even)
+
+
+def test_large_parts_are_those_of_two_hundredths_of_the_largest():
+    """Of 100 cells two are large enough and one is not, wherever the grid ends; diagonal neighbours are one group."""
+    cells = torch.zeros(12, 12, 12, dtype=torch.bool)
+    cells[0:5, 0:5, 0:4] = True
+    cells[8, 8, 8] = cells[9, 9, 9] = True
+    kept = cells.clone()
+    cells[11, 11, 11] = True
+    assert torch.equal(large_parts(cells), kept)
+    assert torch.equal(large_parts(kept[8:10, 8:10, 8:10]), kept[8:10, 8:10, 8:10])

@@ -1,0 +1,180 @@
+"""Views by their formulas from what is seen unshaded, and what the renderer passes on."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dream_fast import kernels
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.render.volume import Renderer, shade
+from dream_fast.engine.scene.camera import make_cameras, rays
+from dream_fast.engine.scene.hash_grid_field import make_field
+
+GREY = torch.tensor([0.25, 0.5, 0.75])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make(backbone: str = "grid", background: float = -1.0, **changes) -> Renderer:
+    small = dict(levels=2, log2_entries=8, base_resolution=4, max_resolution=8, frequencies=2, hidden_width=8)
+    field = FieldConfig(backbone=backbone, hidden_layers=1, bg_radius=background, **small)
+    sizes = dict(max_steps=64, occupancy_resolution=16, num_steps=12, upsample_steps=6)
+    config = dataclasses.replace(RenderConfig(), **sizes | changes)
+    return Renderer(make_field(field, config.bound, seeded()), config)
+
+
+def cameras(count: int = 1):
+    numbers = torch.tensor([[70.0, 100.0], [20.0, -60.0], [3.0, 2.5], [30.0, 40.0]])
+    return make_cameras(*numbers[:, :count])
+
+
+@pytest.mark.parametrize("backbone", ["grid", "vanilla"])
+@pytest.mark.parametrize("shading", ["albedo", "lambertian", "textureless", "normal"])
+@pytest.mark.parametrize("light", [None, torch.tensor([0.0, 0.6, 0.8])], ids=["camera", "light"])
+def test_view_is_shaded_by_its_formula(backbone, shading, light):
+    """The part of a pixel that the object covers is shaded with its normal, and the background is not."""
+    renderer = make(backbone)
+    plain = renderer.view(cameras(2), 5, 6, background=GREY)
+    got = renderer.view(cameras(2), 5, 6, background=GREY, shading=shading, light=light, ambient=0.3)
+    assert all(torch.equal(getattr(got, name), getattr(plain, name)) for name in ("normal", "depth", "opacity"))
+    _, directions = rays(cameras(2), 5, 6)
+    toward = -directions.view(2, 5, 6, 3) if light is None else light.expand(2, 5, 6, 3)
+
+    def by_hand(dtype):
+        rgb, normal, opacity, to_light = (
+            t.to(dtype) for t in (plain.rgb, plain.normal, plain.opacity[..., None], toward)
+        )
+        behind = (1 - opacity) * GREY.to(dtype)
+        strength = 0.3 + 0.7 * (normal * to_light).sum(-1, keepdim=True).clamp(min=0)
+        covered = {
+            "albedo": rgb - behind,
+            "lambertian": (rgb - behind) * strength,
+            "textureless": opacity * strength.expand_as(rgb),
+            "normal": opacity * (normal + 1) / 2,
+        }
+        return behind + covered[shading]
+
+    check("rgb", got.rgb, by_hand(torch.float32), by_hand(torch.float64))
+    assert plain.opacity.min() < 0.75 < 0.9 < plain.opacity.max()  # so object and background both count
+
+
+@pytest.mark.parametrize("backbone", ["grid", "vanilla"])
+def test_view_without_normals_is_the_same_image(backbone):
+    """They are zeros where neither they nor a shading are wanted; the ambient light of a view is 0.1 by default."""
+    renderer = make(backbone)
+    bare, plain = (renderer.view(cameras(), 4, 4, background=GREY, normals=normals) for normals in (False, True))
+    assert (bare.normal == 0).all() and plain.normal.abs().sum() > 0 and torch.equal(bare.rgb, plain.rgb)
+    shaded = renderer.view(cameras(), 4, 4, background=GREY, normals=False, shading="lambertian")
+    again = renderer.view(cameras(), 4, 4, background=GREY, shading="lambertian", ambient=0.1)
+    assert torch.equal(shaded.normal, plain.normal) and torch.equal(shaded.rgb, again.rgb)
+    assert not any(part.requires_grad for part in shaded)
+
+
+@pytest.mark.parametrize("backbone", ["grid", "vanilla"])
+def test_view_has_the_network_or_white_behind_it(backbone):
+    """A given colour counts first, then the network, then white."""
+    for background in (1.4, -1.0):
+        renderer = make(backbone, background)
+        _, directions = rays(cameras(), 4, 4)
+        network = renderer.field.background(directions[0]).detach() if background > 0 else torch.ones(16, 3)
+        expected = renderer.view(cameras(), 4, 4, background=network)
+        assert torch.equal(renderer.view(cameras(), 4, 4).rgb, expected.rgb)
+        assert not torch.equal(renderer.view(cameras(), 4, 4, background=GREY).rgb, expected.rgb)
+
+
+def test_each_camera_is_looked_through_alone():
+    """What looks at the scene gets one camera at a time, the size, its rays, and whether normals are wanted."""
+    renderer, calls = make(), []
+    look = renderer._look
+
+    def record(camera, height, width, *others):
+        calls.append((camera, height, width, others[-1]))
+        return look(camera, height, width, *others)
+
+    renderer._look = record
+    both = cameras(2)
+    renderer.view(both, 3, 5, normals=False)
+    renderer.view(both, 3, 5, normals=False, shading="textureless")
+    assert [call[1:] for call in calls] == [(3, 5, False)] * 2 + [(3, 5, True)] * 2
+    for number, (camera, *_) in enumerate(calls[:2]):
+        assert all(torch.equal(got, own[number : number + 1]) for got, own in zip(camera, both, strict=True))
+
+
+def test_operator_of_a_view_gets_the_whole_scene(monkeypatch):
+    """Grid, parameters, background, precision, step of the normals and lattice reach the operator of a view."""
+    for name, backbone in (("render", "grid"), ("render_reference", "grid_torch")):
+        renderer, calls = make(backbone, normal_epsilon=0.07, dt_gamma=0.01, min_near=0.2), []
+        renderer.field.compute_dtype = torch.bfloat16
+
+        def operator(*inputs, calls=calls, **options):
+            calls.append((inputs, options))
+            zeros = torch.zeros(6)
+            return kernels.View(torch.zeros(6, 3), torch.zeros(6, 3), zeros, zeros)
+
+        monkeypatch.setattr(kernels, name, operator)
+        renderer.view(cameras(), 2, 3, background=GREY, normals=False)
+        ((inputs, options),) = calls
+        field = renderer.field
+        for got, own in zip(inputs[:2], rays(cameras(), 2, 3), strict=True):
+            assert torch.equal(got, own[0])
+        assert inputs[2] is renderer.sampler.bits and inputs[3] is field.table and inputs[6] is field.spec
+        assert [list(part) for part in inputs[4:6]] == [list(field.weights), list(field.biases)]
+        assert torch.equal(options.pop("background"), GREY.expand(6, 3))
+        assert options == {
+            "normals": False,
+            "normal_epsilon": 0.07,
+            "dtype": torch.bfloat16,
+            "chunk": 4096,
+            "resolution": 16,
+            "max_steps": 64,
+            "dt_gamma": 0.01,
+            "min_near": 0.2,
+        }
+
+
+def test_training_gives_the_field_what_it_was_asked():
+    """Levels, count, kind and step of the normals; of these only where a shading or the caller needs them."""
+    renderer, asked = make(normals="analytic", normal_epsilon=0.07), []
+    field = renderer.field
+
+    def record(x, **options):
+        asked.append(options)
+        return field(x, **options)
+
+    renderer.field = record
+    through = dict(background=GREY, active_levels=1)
+    seen = [
+        renderer.train_views(cameras(), 4, 4, **through),
+        renderer.train_views(cameras(), 4, 4, need_normals=True, **through),
+        renderer.train_views(cameras(), 4, 4, shading="normal", **through),
+    ]
+    assert [options["normals"] for options in asked] == [None, "analytic", "analytic"]
+    for options, out in zip(asked, seen, strict=True):
+        assert options["active_levels"] == 1 and options["normal_epsilon"] == 0.07
+        assert options["count"] is out.samples.count is out.count and out.overflow is out.samples.overflow
+    _, directions = rays(cameras(), 4, 4)
+    assert torch.equal(seen[0].sample_directions, directions[0][seen[0].samples.ray_ids])
+    assert torch.equal(seen[0].rgb, renderer.train_rays(*rays(cameras(), 4, 4), shading="albedo", **through).rgb)
+    assert seen[1].normal.shape == (16, 3) and seen[0].normal is None and seen[0].sample_normals is None
+
+
+def test_shade_names_what_it_needs():
+    """Normals first, then a light, by the name of the shading; ambient light alone lights all sides."""
+    albedo, normal = torch.rand(4, 3, generator=seeded()), torch.eye(3)[[0, 1, 2, 0]]
+    for shading in ("lambertian", "textureless", "normal"):
+        with pytest.raises(ValueError, match=f"^{shading} shading needs normals$"):
+            shade(shading, albedo, None, GREY, 0.1)
+    for shading in ("lambertian", "textureless"):
+        with pytest.raises(ValueError, match=f"^{shading} shading needs a light$"):
+            shade(shading, albedo, normal, None, 0.1)
+    assert torch.equal(shade("lambertian", albedo, normal, GREY, 1.0), albedo)
+    assert torch.equal(shade("textureless", albedo, normal, -GREY, 0.5), torch.full((4, 3), 0.5))
+    assert torch.equal(shade("textureless", albedo, normal, GREY, 0.0)[:, 0], GREY[[0, 1, 2, 0]])
+    with pytest.raises(
+        ValueError, match="^shading is 'flat', expected one of albedo, lambertian, textureless, normal$"
+    ):
+        make().view(cameras(), 2, 2, shading="flat")

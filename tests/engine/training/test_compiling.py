@@ -1,0 +1,64 @@
+"""What a run compiles before its first step is what the step and the pictures start."""
+
+import pytest
+import torch
+
+from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.guidance.sds import GuidanceResult
+from dream_fast.engine.runtime.device import choose_runtime
+from dream_fast.engine.runtime.reporter import Reporter
+from dream_fast.engine.scene.camera import turntable
+from dream_fast.engine.training.kernel_warmup import compile_kernels, needed_launches
+from dream_fast.engine.training.trainer import Trainer
+
+SMALL = dict(text="a hamburger", w=8, h=8, W=16, H=16, max_steps=16, occupancy_resolution=16)
+
+
+def small_config(device: str):
+    # The GPU's defaults, wherever this runs.
+    return resolve(SMALL | {"fp16": True}, "dream-mini", "cuda").override({"device": device})
+
+
+def sum_of(pictures, *_, **__):
+    return GuidanceResult(pictures.sum(), torch.zeros(1), pictures.sum().detach(), pictures.detach())
+
+
+@pytest.fixture
+def filled():
+    """What torch.empty gives holds the largest numbers, and not whatever lay there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_part_of_a_run_is_there_and_nothing_runs(filled):
+    config = small_config("cpu")
+    names = {launch.kernel.__name__ for launch in needed_launches(config, choose_runtime(config))}
+    for part in ("field_fwd", "field_bwd", "scatter", "march", "composite_backward", "threshold", "adan", "shade"):
+        assert any(part in name for name in names), part
+    # Afterwards operators compute again.
+    assert torch.isfinite(_one_step(config)).all()
+
+
+def _one_step(config):
+    trainer = Trainer(config.override({"step_graph": False}), choose_runtime(config), 0, sum_of)
+    trainer.train_step()
+    return trainer.optimizer.params
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are compiled for the GPU that is there")
+def test_the_first_step_and_the_pictures_compile_nothing(monkeypatch):
+    import triton
+
+    config = small_config("cuda").override({"w": 24, "h": 24, "hidden_width": 16})
+    runtime = choose_runtime(config)
+    compile_kernels(config, runtime, Reporter())
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
+    trainer = Trainer(config.override({"step_graph": False}), runtime, 0, sum_of)
+    trainer.train_step()
+    trainer.renderer.view(turntable(config.camera, 2, runtime.device), config.camera.H, config.camera.W)
+    trainer.field.density(torch.zeros(1000, 3, device="cuda"))
+    trainer.field.albedo(torch.zeros(77, 3, device="cuda"))
+    assert compiled == []

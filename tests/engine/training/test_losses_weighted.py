@@ -1,0 +1,136 @@
+"""The weighted terms of a render: each is weight, ramp and formula."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.scene.camera import make_cameras, rays
+from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.training import losses
+
+NOTHING = {field.name: 0.0 for field in dataclasses.fields(LossConfig) if field.name.startswith("lambda_")}
+HEIGHT, WIDTH = 6, 8
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A small random field, a render of two views of it with normals, and its renderer."""
+    config = dataclasses.replace(
+        FieldConfig(), levels=3, log2_entries=9, base_resolution=4, max_resolution=16, hidden_width=8, hidden_layers=1
+    )
+    field = Field(config, 1.0, torch.Generator().manual_seed(0))
+    field.table.data.normal_(generator=torch.Generator().manual_seed(1))
+    renderer = Renderer(field, dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16))
+    cameras = make_cameras(*(torch.tensor(x) for x in ([90.0, 60.0], [0.0, 90.0], [3.0, 3.0], [30.0, 30.0])))
+    with torch.no_grad():
+        rendered = renderer.train_rays(*rays(cameras, HEIGHT, WIDTH), background=torch.ones(3), need_normals=True)
+    return field, rendered
+
+
+@torch.no_grad()
+def weighted(scene, up=1.0, now=None, **weights):
+    field, rendered = scene
+    return losses.regularizers(
+        rendered,
+        dataclasses.replace(LossConfig(), **NOTHING | weights),
+        up=up,
+        now=now,
+        height=HEIGHT,
+        width=WIDTH,
+        field=field,
+        normals="finite_difference",
+        normal_epsilon=0.01,
+        active_levels=2,
+        generator=torch.Generator().manual_seed(2),
+    )
+
+
+def check_term(name, got, formula, *tensors):
+    """A term against its formula in fp64, by the error of the formula in fp32."""
+    check(name, got, formula(*tensors), formula(*(tensor.double() for tensor in tensors)))
+
+
+def test_entropies_are_weight_times_ramp_times_entropy(scene):
+    """Both entropies join with the ramp; the others are there from the start."""
+    _, rendered = scene
+    count = int(rendered.samples.count)
+
+    def entropy(p):
+        p = p.clamp(1e-5, 1 - 1e-5)
+        return 3.0 * 0.25 * (-p * p.log2() - (1 - p) * (1 - p).log2()).mean()
+
+    terms = weighted(scene, up=0.25, lambda_entropy=3.0, lambda_entropy_weights=3.0, lambda_opacity=3.0)
+    check_term("entropy", terms["entropy"], entropy, rendered.opacity)
+    check_term("weights", terms["entropy_weights"], entropy, rendered.weights[:count])
+    check_term("opacity", terms["opacity"], lambda x: 3.0 * x.square().mean(), rendered.opacity)
+
+
+def test_smooth_normal_images_are_compared_view_by_view(scene):
+    """Neighbours are those of one view, down its rows and across its columns."""
+    _, rendered = scene
+
+    def smoothness(normal):
+        views = normal.view(2, HEIGHT, WIDTH, 3)
+        down = torch.stack([view[row + 1] - view[row] for view in views for row in range(HEIGHT - 1)])
+        across = torch.stack([view[:, col + 1] - view[:, col] for view in views for col in range(WIDTH - 1)])
+        return 2.0 * (down.square().mean() + across.square().mean())
+
+    got = weighted(scene, lambda_2d_normal_smooth=2.0)["2d_normal_smooth"]
+    check_term("2d", got, smoothness, rendered.normal)
+
+
+def test_smooth_normals_are_compared_with_those_of_near_points(scene, monkeypatch):
+    """The neighbour of a sample is 0.01 away in each axis (standard deviation), on the levels that are active."""
+    field, rendered = scene
+    asked = []
+    forward = type(field).forward
+
+    def watched(self, x, **options):
+        asked.append((x, options))
+        return forward(self, x, **options)
+
+    monkeypatch.setattr(type(field), "forward", watched)
+    got = weighted(scene, lambda_3d_normal_smooth=2.0)["3d_normal_smooth"]
+    ((points, options),) = asked
+    assert options["active_levels"] == 2 and options["normals"] == "finite_difference"
+    assert options["normal_epsilon"] == 0.01 and options["count"] is rendered.samples.count
+    noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(2))
+    positions = rendered.samples.positions
+    check("points", points, positions + 0.01 * noise, positions.double() + 0.01 * noise.double())
+    near = forward(field, points, **options).normal
+    count = int(rendered.samples.count)
+
+    def difference(here, there):
+        return 2.0 * (here - there)[:count].abs().mean()
+
+    check_term("3d", got, difference, rendered.sample_normals, near)
+
+
+def test_a_schedule_replaces_the_weight_of_the_configuration(scene):
+    """`now` holds what a schedule has for this step."""
+    terms = weighted(scene, lambda_opacity=3.0)
+    assert torch.equal(
+        weighted(scene, now={"lambda_opacity": 6.0}, lambda_opacity=3.0)["opacity"], 2 * terms["opacity"]
+    )
+
+
+def test_the_mean_of_one_sample_is_that_sample():
+    """A single real sample counts whole."""
+    assert losses.sample_mean(torch.tensor([4.0, 7.0]), torch.tensor(1)) == 4.0
+
+
+def test_normals_of_tiny_triangles_are_unit_vectors():
+    """Two triangles at a right angle cost 1 in the edge that they share, whatever their size."""
+    from dream_fast.engine.geometry.tet_grid import Surface
+
+    corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    faces = torch.tensor([[0, 1, 2], [0, 3, 1]])
+    beyond = torch.tensor([[5, -1, -1], [-1, -1, 2]])  # of each edge, the corner (3 face + corner) opposite it
+    for size in (1.0, 1e-3):
+        got = losses.normal_consistency(Surface(size * corners, faces), beyond)
+        one = torch.tensor(1.0, dtype=torch.float64)
+        check("consistency", got, one, one)

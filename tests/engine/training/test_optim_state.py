@@ -1,0 +1,192 @@
+"""The optimiser's buffers, groups of learning rates and saved state."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.config.schema import OptimConfig
+from dream_fast.engine.training.optim import AdamState, LossScaler, Optimizer, adam_step
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))))
+
+
+def config(**changes):
+    return OptimConfig(**({"optim": "adam", "lr": 1e-3, "ema_decay": 0.9} | changes))
+
+
+@pytest.mark.parametrize(("optim", "factor"), [("adam", 1), ("adan", 5)])
+@pytest.mark.parametrize(("shape_lr", "lr"), [(None, 1e-3), (2e-4, 2e-4)])
+def test_groups_have_their_ends_and_rates(optim, factor, shape_lr, lr):
+    """The table learns at ten times the rate, the shape at its own or --lr itself, whatever the optimiser."""
+    table, others, shape = parameter(4, 2), [parameter(3), parameter(2, 5)], [parameter(6), parameter(1)]
+    optimizer = Optimizer(table, others, config(optim=optim), shape, shape_lr)
+    assert optimizer.group_ends == (8, 21, 28) and optimizer.scene == 21
+    assert optimizer.lrs == (factor * 1e-3 * 10, factor * 1e-3, lr)
+    without = Optimizer(None, others, config(optim=optim))
+    assert without.group_ends == (13,) and without.lrs == (factor * 1e-3,) and without.scene == 13
+
+
+def test_buffers_begin_with_the_values_and_no_gradient():
+    """Values and shapes stay, gradients are zero views in the order table, others, shape."""
+    parameters = [parameter(4, 2), parameter(3), parameter(2, 5)]
+    before = [one.detach().clone() for one in parameters]
+    optimizer = Optimizer(parameters[0], [parameters[1]], config(), [parameters[2]])
+    for one, then in zip(parameters, before, strict=True):
+        assert torch.equal(one, then) and torch.equal(one.grad, torch.zeros_like(then))
+    assert torch.equal(optimizer.params, torch.cat([one.flatten() for one in before]))
+    optimizer.grads.copy_(torch.arange(21.0))
+    assert torch.equal(torch.cat([one.grad.flatten() for one in parameters]), optimizer.grads)
+    optimizer.zero_grad()
+    assert not optimizer.grads.any() and not parameters[2].grad.any()
+    assert optimizer.steps == 0 and torch.equal(optimizer.state.ema, optimizer.params)
+
+
+def test_steps_go_by_the_rate_of_each_group():
+    """Three groups and an `lr_scale` against torch's Adam with the rates multiplied."""
+    rates = (1e-2, 1e-3, 0.5)
+
+    def changes(dtype):
+        parts = [nn.Parameter(torch.ones(size, dtype=dtype)) for size in (40, 50, 60)]
+        adam = torch.optim.Adam(
+            [{"params": [part], "lr": 0.25 * rate} for part, rate in zip(parts, rates, strict=True)],
+            betas=(0.9, 0.99),
+            eps=1e-15,
+        )
+        for step in range(3):
+            for part in parts:
+                part.grad = torch.linspace(-2, 3 + step, len(part), dtype=torch.float32).to(dtype)
+            adam.step()
+        return torch.cat([part.detach() - 1 for part in parts])
+
+    parts = [nn.Parameter(torch.ones(size)) for size in (40, 50, 60)]
+    optimizer = Optimizer(parts[0], [parts[1]], config(), [parts[2]], 0.5)
+    for step in range(3):
+        for part in parts:
+            part.grad.copy_(torch.linspace(-2, 3 + step, len(part)))
+        assert not optimizer.step(lr_scale=0.25)
+    check("changes", optimizer.params - 1, changes(torch.float32), changes(torch.float64))
+
+
+@pytest.mark.parametrize("scaling", [{}, {"inverse_scale": 0.5}, {"inverse_scale": torch.tensor(0.5)}])
+def test_clip_is_of_the_unscaled_gradient_on_both_sides(scaling):
+    """Components beyond the limit are cut to it, others stay; a limit of 0 or less cuts nothing."""
+    gradient = torch.tensor([-8.0, -0.25, 0.5, 8.0])
+    scale = float(scaling.get("inverse_scale", 1.0))
+    for clip, expected in ((1.0, gradient.mul(scale).clamp(-1, 1)), (0.0, gradient * scale), (-1.0, gradient * scale)):
+        optimizer = Optimizer(None, [parameter(4)], config())
+        optimizer.grads.copy_(gradient)
+        optimizer.step(grad_clip=clip, **scaling)
+        check("moment", optimizer.state.exp_avg, 0.1 * expected, expected.double() * 0.1)
+
+
+def test_default_step_neither_scales_nor_clips():
+    """Without arguments the gradient counts as it is, at the rate of the settings."""
+    optimizers = [Optimizer(None, [parameter(50)], config()) for _ in range(2)]
+    for optimizer, options in zip(optimizers, ({}, dict(inverse_scale=1.0, grad_clip=-1.0, lr_scale=1.0)), strict=True):
+        optimizer.grads.copy_(torch.linspace(-100, 100, 50))
+        optimizer.step(**options)
+    for name, value in optimizers[0].state_dict().items():
+        assert torch.equal(value, optimizers[1].state_dict()[name]), name
+
+
+def test_a_skipped_step_counts_for_the_warm_up_alone():
+    """`steps` counts attempts; Adam's own count, moments and average stay as they are."""
+    optimizer = Optimizer(None, [parameter(5)], config())
+    optimizer.grads.fill_(1.0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.grads[2] = torch.inf
+    assert optimizer.step()
+    after = optimizer.state_dict()
+    assert (before["steps"], after["steps"], after["step"]) == (1, 2, 1)
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "steps")
+
+
+def test_a_skipped_first_step_leaves_finite_numbers():
+    """With no good step yet the bias correction divides by no zero."""
+    optimizer = Optimizer(None, [parameter(5)], config())
+    before = optimizer.params.clone()
+    optimizer.grads.fill_(torch.nan)
+    assert optimizer.step() and torch.equal(optimizer.params, before)
+    assert torch.equal(optimizer.state.ema, before) and optimizer.state.step == 0
+
+
+def test_start_scene_takes_the_scene_and_leaves_the_shape():
+    """The averaged scene of another run becomes the parameters and the average; the shape keeps its values."""
+    shape = parameter(3, 1)
+    optimizer = Optimizer(parameter(4, 2), [parameter(2)], config(), [shape])
+    kept, average = shape.detach().clone(), torch.arange(10.0)
+    optimizer.start_scene(average)
+    assert torch.equal(optimizer.params[:10], average) and torch.equal(shape, kept)
+    assert torch.equal(optimizer.state.ema, optimizer.params)
+    for wrong in (torch.zeros(13), torch.zeros(9), torch.zeros(10, 1)):
+        with pytest.raises(ValueError, match=rf"ema has shape \({wrong.shape[0]}, ?.*expected \(10,\)"):
+            optimizer.start_scene(wrong)
+
+
+def test_load_state_dict_writes_into_the_same_buffers():
+    """Parameters stay views, and the count of steps is restored as a number."""
+    weight = parameter(6)
+    optimizer = Optimizer(None, [weight], config())
+    optimizer.grads.fill_(1.0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    assert optimizer.steps == 1 and isinstance(optimizer.steps, int)
+    assert torch.equal(weight, saved["params"]) and weight.data_ptr() == optimizer.params.data_ptr()
+    for name, value in optimizer.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+
+
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
+    """The sentence has both lists of names, or both shapes; nothing is copied before all of it is checked."""
+    optimizer = Optimizer(None, [parameter(6)], config())
+    before = copy.deepcopy(optimizer.state_dict())
+    more = {name: torch.ones_like(value) for name, value in before.items()}
+    names = r"\['ema', 'exp_avg', 'exp_avg_sq', 'params', 'step', 'steps'\]"
+    with pytest.raises(ValueError, match=rf"holds \['ema', 'step'\], expected {names}"):
+        optimizer.load_state_dict({name: more[name] for name in ("step", "ema")})
+    with pytest.raises(ValueError, match=r"ema has shape \(7,\), expected \(6,\)"):
+        optimizer.load_state_dict(more | {"ema": torch.ones(7)})
+    assert all(torch.equal(value, before[name]) for name, value in optimizer.state_dict().items())
+
+
+def test_adam_step_weighs_the_average_by_its_decay():
+    """The average keeps `ema_decay` of itself; groups beyond the last end do not move."""
+    params = torch.arange(6.0)
+    state = AdamState(params)
+    skipped = adam_step(params, torch.ones(6), state, group_ends=(2, 4), lrs=(0.5, 0.25), ema_decay=0.75)
+    exact = torch.arange(6.0).double() - torch.tensor([0.5, 0.5, 0.25, 0.25, 0, 0])
+    check("params", params, exact.float(), exact)
+    average = 0.75 * torch.arange(6.0).double() + 0.25 * exact
+    check("average", state.ema, average.float(), average)
+    check("moment", state.exp_avg, torch.full((6,), 0.1), torch.full((6,), 0.1).double())  # of a gradient of 1
+    assert not skipped and skipped.dtype == torch.bool and state.step == 1
+
+
+def test_loss_scaler_starts_at_two_to_the_sixteenth_and_doubles_after_two_thousand():
+    """The defaults, and the state that a resumed run reads."""
+    scaler, good = LossScaler(True, "cpu"), torch.tensor(False)
+    assert scaler.scale == 65536 and scaler.inverse == 2.0**-16 and scaler.good_steps == 0
+    scaler.load_state_dict({"scale": torch.tensor(8.0), "good_steps": torch.tensor(1998)})
+    scaler.update(good)
+    assert (scaler.scale, scaler.good_steps) == (8, 1999)
+    scaler.update(good)
+    assert (scaler.scale, scaler.good_steps) == (16, 0)
+    scaler.update(good)
+    scaler.update(torch.tensor(True))
+    assert scaler.state_dict() == {"scale": 8, "good_steps": 0}
+
+
+def test_a_disabled_loss_scaler_counts_nothing():
+    """It is 1, and so is its inverse, after good and bad steps."""
+    scaler = LossScaler(False, "cpu", start=4.0, interval=1)
+    for found in (False, True):
+        scaler.update(torch.tensor(found))
+        assert scaler.state_dict() == {"scale": 1, "good_steps": 0} and scaler.inverse == 1

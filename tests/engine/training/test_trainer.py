@@ -1,0 +1,580 @@
+"""The loop: phases, schedule, metrics that repeat, resume that equals the uninterrupted run, interruption."""
+
+import filecmp
+import json
+import os
+import random
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch.utils._pytree import tree_map
+
+from dream_fast import kernels
+from dream_fast.bench.accuracy import check
+from dream_fast.engine.config.schedule import LinearSchedule, values_at
+from dream_fast.engine.config.schema import Config, ShadingConfig
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.model.components import load_components
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
+from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.runtime.device import choose_runtime
+from dream_fast.engine.runtime.reporter import Reporter
+from dream_fast.engine.runtime.signals import Stopped
+from dream_fast.engine.scene.camera import Cameras, sample_cameras
+from dream_fast.engine.training.divergence import DIVERGED
+from dream_fast.engine.training.losses import ramp
+from dream_fast.engine.training.optim import LossScaler
+from dream_fast.engine.training.trainer import Dials, Schedule, Trainer, choose_phase
+from dream_fast.engine.workspace.checkpoint import load_checkpoint, save_checkpoint
+from dream_fast.engine.workspace.folder import Workspace
+
+SMALL = {
+    "text": "a hamburger",
+    "device": "cpu",
+    "iters": 8,
+    "log_every": 1,
+    "batch_size": 2,
+    "w": 12,
+    "h": 10,
+    "W": 16,
+    "H": 16,
+    "dataset_size_valid": 2,
+    "levels": 3,
+    "log2_entries": 10,
+    "max_resolution": 32,
+    "hidden_width": 16,
+    "hidden_layers": 1,
+    "bound": 0.6,
+    "max_steps": 48,
+    "occupancy_resolution": 16,
+    "update_extra_interval": 3,
+    "latent_iter_ratio": 0.25,
+    "albedo_iter_ratio": 0.5,
+}
+# Settings of the other backbones, also of that size.
+BACKBONES = {
+    "grid": {},
+    "grid_torch": {"backbone": "grid_torch"},
+    "vanilla": {"backbone": "vanilla", "frequencies": 4, "num_steps": 10, "upsample_steps": 6},
+}
+# Schedules of every kind of number that a step reads from the device.
+ANNEALED = {
+    "guidance_scale": LinearSchedule(0.0, 100.0, 5.0, 1.0),
+    "guidance_rescale": LinearSchedule(0.0, 0.0, 0.9, 0.5),
+    "lambda_guidance": LinearSchedule(1, 1.0, 3.0, 6, fractions=False),
+    "clip_grad_latent": LinearSchedule(0.25, 0.5, 2.0, 1.0),
+    "t_range": (LinearSchedule(0.0, 0.02, 0.3, 1.0), LinearSchedule(0.0, 0.98, 0.5, 1.0)),
+    "lambda_orient": LinearSchedule(0, 0.0, 1.0, 8, fractions=False),
+    "lambda_opacity": LinearSchedule(0.0, 1.0, 0.0, 1.0),
+    "grad_clip_rgb": LinearSchedule(0.0, 1e-3, 1e-1, 1.0),
+    "grad_clip": LinearSchedule(0.0, 1e-3, 1e-1, 1.0),
+    "min_ambient_ratio": LinearSchedule(0.5, 0.1, 0.9, 1.0),
+    "textureless_ratio": LinearSchedule(0.5, 1.0, 0.0, 1.0),
+}
+# Steps of colour alone, without regularisers.
+CHEAP = {"albedo_iter_ratio": 1.0, "latent_iter_ratio": 0.0, "lambda_entropy": 0.0, "bg_radius": -1.0}
+
+
+def small_config(**changes) -> Config:
+    return Config().override(SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def text_guidance(tiny_model):
+    components = load_components(tiny_model, "cpu")
+    prompts = PromptEmbeddings(components, "a hamburger")
+    return lambda config: TextGuidance(ScoreDistillation(components, config.guidance), prompts, 30.0)
+
+
+def make_trainer(text_guidance, seed=0, **changes) -> Trainer:
+    config = small_config(**changes)
+    return Trainer(config, choose_runtime(config), seed, text_guidance(config))
+
+
+def fit(trainer: Trainer, path) -> Workspace:
+    workspace = Workspace(path)
+    workspace.write_config(trainer.config)
+    workspace.rewind(trainer.step)
+    trainer.fit(workspace, Reporter(Console(quiet=True)))
+    return workspace
+
+
+def rows_without_times(workspace: Workspace) -> bytes:
+    rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]
+    for row in rows:
+        del row["it_per_s"], row["seconds"]
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def check_values(name: str, got, exact) -> None:
+    """Compares numbers of the host with those that they should be."""
+    got, exact = (torch.as_tensor(values, dtype=torch.float64) for values in (got, exact))
+    check(name, got, exact, exact)
+
+
+def same_state(a: Trainer, b: Trainer) -> bool:
+    pairs = [
+        (one[name], other[name])
+        for one, other in (
+            (a.optimizer.state_dict(), b.optimizer.state_dict()),
+            (a.renderer.sampler.state_dict(), b.renderer.sampler.state_dict()),
+        )
+        for name in one
+    ]
+    return a.step == b.step and all(torch.equal(one, other) for one, other in pairs)
+
+
+# ------------------------------------------------------------------------------------------------- schedule and phases
+
+
+def test_progress_runs_from_zero_and_a_longer_run_never_falls_back():
+    schedule = Schedule(100)
+    assert [schedule.progress(step) for step in (0, 50, 100)] == [0.0, 0.5, 1.0]
+    longer = schedule.stretched(60, 200)
+    check_values("progress", [longer.progress(step) for step in (60, 130)], [0.6, 0.8])
+    assert longer.progress(200) == 1.0
+    assert schedule.stretched(60, 100) == schedule
+
+
+def test_a_schedule_that_starts_late_is_at_0_before_and_at_1_after_its_end():
+    late = Schedule(60, 20)
+    assert [late.progress(step) for step in (0, 19, 20, 30, 60, 99)] == [0.0, 0.0, 0.0, 0.25, 1.0, 1.0]
+    before, inside = late.stretched(10, 100), late.stretched(40, 100)
+    assert [before.progress(step) for step in (10, 20, 60, 100)] == [0.0, 0.0, 0.5, 1.0]
+    assert [inside.progress(step) for step in (40, 70, 100)] == [0.5, 0.75, 1.0]
+
+
+def test_phases_follow_each_other():
+    config = ShadingConfig(latent_iter_ratio=0.2, albedo_iter_ratio=0.5, min_ambient_ratio=0.3, textureless_ratio=0.4)
+    dice = random.Random(0)
+    assert choose_phase(config, 0.1, dice) == ("latent", "normal", 1.0)
+    assert choose_phase(config, 0.3, dice) == ("albedo", "albedo", 1.0)
+    shaded = [choose_phase(config, 0.9, dice) for _ in range(1000)]
+    assert {phase.shading for phase in shaded} == {"textureless", "lambertian"}
+    assert all(0.3 <= phase.ambient <= 1.0 for phase in shaded)
+    share = sum(phase.shading == "textureless" for phase in shaded) / 1000
+    assert abs(share - 0.4) < 5 * (0.4 * 0.6 / 1000) ** 0.5  # five standard errors
+
+
+def test_a_ratio_of_zero_leaves_the_phase_out_from_the_first_step_on():
+    config = ShadingConfig(latent_iter_ratio=0.0, albedo_iter_ratio=0.0)
+    assert choose_phase(config, 0.0, random.Random(0)).name == "shaded"
+
+
+@pytest.mark.parametrize("name", ["latent", "albedo"])
+def test_a_ratio_of_one_keeps_the_phase_in_a_run_that_goes_on_after_its_end(name):
+    config = ShadingConfig(**{"latent_iter_ratio": 0.0, f"{name}_iter_ratio": 1.0})
+    assert choose_phase(config, 1.0, random.Random(0)).name == name
+
+
+# ------------------------------------------------------------------------------------------------------------- a step
+
+
+@pytest.mark.parametrize("normals", ["finite_difference", "analytic"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidance, tmp_path, backbone, normals):
+    terms = dict.fromkeys(("opacity", "2d_normal_smooth", "3d_normal_smooth", "entropy_weights"), 0.1)
+    changes = {f"lambda_{name}": weight for name, weight in terms.items()} | BACKBONES[backbone]
+    trainer = make_trainer(text_guidance, bg_radius=1.0, normals=normals, **changes)
+    before = trainer.optimizer.params.clone()
+    workspace = fit(trainer, tmp_path)
+    rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["phase"] for row in rows] == ["latent"] * 2 + ["albedo"] * 2 + ["shaded"] * 4
+    for row in rows:
+        assert row["skipped"] == 0 and row["grad_norm"] > 0 and row["samples"] > 0 and len(row["t"]) == 2
+        assert {f"loss_{name}" for name in ("guidance", "entropy", "orient", *terms)} <= row.keys()
+        losses = torch.tensor([v for k, v in row.items() if k.startswith("loss_")], dtype=torch.float64)
+        check("loss", torch.tensor(row["loss"]), losses.float().sum(), losses.sum())
+    assert not torch.equal(trainer.optimizer.params, before)
+    assert not torch.equal(trainer.optimizer.state.ema, trainer.optimizer.params)
+    assert (workspace.validation / "step_000008.png").is_file()
+
+
+def test_frequencies_join_during_the_run(text_guidance, monkeypatch):
+    trainer = make_trainer(text_guidance, progressive_level=True, **BACKBONES["vanilla"] | {"frequencies": 8})
+    assert [trainer._active_levels(progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
+    asked, network = [], trainer.field._network
+    monkeypatch.setattr(trainer.field, "_network", lambda x, active: asked.append(active) or network(x, active))
+    trainer.train_step()
+    assert len(asked) >= 3 and set(asked) == {2}  # the even samples, the final ones and those of normals
+    assert trainer.optimizer.grads.view(-1)[: trainer.field.weights[0].numel()].view(16, 51)[:, 9:27].abs().sum() == 0
+
+
+def test_the_table_learns_ten_times_as_fast_and_a_network_alone_at_its_rate(text_guidance):
+    grid, vanilla = (make_trainer(text_guidance, lr=0.01, **BACKBONES[name]) for name in ("grid", "vanilla"))
+    check_values("grid", grid.optimizer.lrs, [0.5, 0.05])
+    check_values("vanilla", vanilla.optimizer.lrs, [0.05])
+    assert grid.optimizer.group_ends == (grid.field.table.numel(), sum(p.numel() for p in grid.field.parameters()))
+    assert vanilla.optimizer.group_ends == (sum(p.numel() for p in vanilla.field.parameters()),)
+
+
+def test_progressive_levels_join_during_the_run(text_guidance):
+    trainer = make_trainer(text_guidance, progressive_level=True, levels=8)
+    assert [trainer._active_levels(progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
+    assert make_trainer(text_guidance)._active_levels(0.0) is None
+
+
+def cameras_of_steps(trainer: Trainer, steps: int) -> list[Cameras]:
+    """The cameras of the next steps."""
+    seen = []
+
+    def guidance(pictures, cameras, **_):
+        seen.append(cameras)
+        return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+
+    trainer.guidance = guidance
+    for _ in range(steps):
+        trainer.train_step()
+    return seen
+
+
+def test_progressive_views_widen_during_the_run(text_guidance):
+    changes = dict(progressive_view=True, progressive_view_init_ratio=0.0, default_azimuth=30.0, iters=8, **CHEAP)
+    azimuths = [cameras.azimuth for cameras in cameras_of_steps(make_trainer(text_guidance, **changes), 8)]
+    assert (azimuths[0] == 30).all()
+    for step in range(4):
+        width = 2 * step / 8
+        assert (azimuths[step] - 30 * (1 - width)).abs().max() <= 180 * width + 1e-3
+    assert max(float(azimuth.abs().max()) for azimuth in azimuths[4:]) > 120
+    plain = cameras_of_steps(make_trainer(text_guidance, **CHEAP), 1)
+    assert (plain[0].azimuth != 30).all()
+
+
+PHASED = dict(exp_start_iter=2, exp_end_iter=6, progressive_view=True, progressive_level=True, levels=8)
+
+
+def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_else_does(text_guidance, monkeypatch):
+    trainer = make_trainer(text_guidance, lr_decay=0.5, **PHASED)
+    views, levels, noise, rates = [], [], [], []
+    active, optimise = trainer._active_levels, trainer.optimizer.step
+
+    def spied_cameras(*given):
+        views.append(given[-1])
+        return sample_cameras(*given)
+
+    def spied_levels(progress):
+        levels.append(progress)
+        return active(progress)
+
+    def guidance(pictures, cameras, *, progress, **_):
+        noise.append(progress)
+        return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+
+    def spied_optimiser(*, lr_scale, **named):
+        rates.append(lr_scale)
+        return optimise(lr_scale=lr_scale, **named)
+
+    monkeypatch.setattr("dream_fast.engine.training.trainer.sample_cameras", spied_cameras)
+    trainer.guidance, trainer._active_levels, trainer.optimizer.step = guidance, spied_levels, spied_optimiser
+    names = [trainer.train_step().phase.name for _ in range(8)]
+    assert names == ["latent"] * 3 + ["albedo"] + ["shaded"] * 4
+    assert views == levels == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert noise == [step / 8 for step in range(8)]
+    check_values("rates", rates, [0.5 ** (step / 8) for step in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "after"),
+    [
+        ({}, [0.25, 0.5], [0.5, 0.75, 1.0]),
+        ({"exp_start_iter": 2}, [0.0, 1 / 3], [1 / 3, 2 / 3, 1.0]),
+        ({"exp_end_iter": 5}, [0.4, 0.8], [0.8, 1.0, 1.0]),
+        ({"exp_start_iter": 2, "exp_end_iter": 18}, [0.0, 0.125], [0.125, 0.5, 0.875]),
+    ],
+)
+def test_a_longer_run_stretches_its_phases_unless_their_end_was_asked_for(
+    text_guidance, tmp_path, asked, before, after
+):
+    first = make_trainer(text_guidance, **CHEAP, **asked)
+    check_values("before", [first.phases.progress(step) for step in (2, 4)], before)
+    first.step = 4
+    path = first.save(Workspace(tmp_path))
+    longer = make_trainer(text_guidance, iters=16, **CHEAP, **asked)
+    longer.load(path)
+    check_values("after", [longer.phases.progress(step) for step in (4, 10, 16)], after)
+    check_values("schedule", [longer.schedule.progress(step) for step in (4, 10, 16)], [0.5, 0.75, 1.0])
+
+
+def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
+    """The gradient of the table after one step under a guidance whose gradient in every pixel is ``gradient``."""
+
+    def guidance(pictures, cameras, **_):
+        return SimpleNamespace(loss=(pictures * gradient).sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+
+    trainer.guidance = guidance
+    trainer.train_step()
+    return trainer.optimizer.grads.clone()
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_grad_clip_rgb_limits_the_gradient_of_a_pixel(text_guidance, loss_scale):
+    """A pull of 2 with a limit of 1/2 is a pull of 1/2, bit for bit, whatever the loss scale (powers of two)."""
+    free, limited = (make_trainer(text_guidance, grad_clip_rgb=limit, **CHEAP) for limit in (-1.0, 0.5))
+    limited.scaler = LossScaler(True, "cpu", start=loss_scale)
+    expected = constant_pull(free, 2.0) * (loss_scale / 4)
+    assert expected.abs().max() > 0
+    assert torch.equal(constant_pull(limited, 2.0), expected)
+
+
+@pytest.mark.parametrize("grad_clip", [-1.0, 1e-3])
+def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
+    """Whatever has a gradient is scaled by it and back: a step with a scale of 1024 is one without, bit for bit."""
+    weights = {f"lambda_{name}": 0.25 for name in ("entropy", "opacity", "orient", "tv", "wd", "3d_normal_smooth")}
+    trainers = [make_trainer(text_guidance, grad_clip=grad_clip, **CHEAP | weights) for _ in range(2)]
+    trainers[1].scaler = LossScaler(True, "cpu", start=1024.0)
+    for trainer in trainers:
+        trainer.schedule = Schedule(8, 0, 0.5)  # the regularisers have their full weight
+        before = trainer.optimizer.params.clone()
+        trainer.train_step()
+        assert int(trainer.skipped) == 0 and not torch.equal(trainer.optimizer.params, before)
+    assert same_state(*trainers)
+
+
+def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_reason(text_guidance, tmp_path):
+    trainer = make_trainer(text_guidance, iters=3 * DIVERGED, log_every=DIVERGED, **CHEAP)
+
+    def guidance(pictures, cameras, **_):
+        loss = pictures.sum() * float("nan")
+        return SimpleNamespace(loss=loss, t=torch.zeros(2), grad_norm=loss.detach())
+
+    trainer.guidance = guidance
+    before = trainer.optimizer.params.clone()
+    with pytest.raises(UserError, match=f"last {DIVERGED} steps were not finite"):
+        fit(trainer, tmp_path)
+    assert torch.equal(trainer.optimizer.params, before)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["skipped"] == DIVERGED and row["grad_norm"] is None
+
+
+class Direct:
+    """Stands in for the CUDA graphs of a step: calls what would be captured."""
+
+    def __init__(self):
+        self.kinds = []
+
+    def __call__(self, kind, function):
+        self.kinds.append(kind)
+        return function()
+
+    def clear(self):
+        pass
+
+
+def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_step(text_guidance, tmp_path):
+    trainer = make_trainer(text_guidance, bg_radius=1.0, lambda_entropy=1.0, t_anneal="linear", **ANNEALED)
+    trainer._graphs = Direct()
+    for step in range(8):
+        trainer.step = step
+        progress = trainer.schedule.progress(step)
+        phase = choose_phase(trainer.config.shading, progress, random.Random(step))
+        trainer.generator.manual_seed(step)
+        replayed = trainer._replayed_gradients(phase, True, progress)
+        got = trainer.optimizer.grads.clone()
+        trainer.generator.manual_seed(step)
+        settled = trainer.guidance.settle(2, step, progress, trainer.generator)
+        dials = Dials(phase.ambient, ramp(progress), values_at(trainer.config.loss, step, progress), settled)
+        # A graph reads them in fp32; with those numbers nothing differs.
+        dials = tree_map(lambda x: torch.tensor(x).item() if isinstance(x, float) else x, dials)
+        called = trainer._gradients(phase, True, dials, progress, None)
+        assert torch.equal(replayed.t, called.t) and called.terms.keys() == replayed.terms.keys()
+        for name, term in called.terms.items():
+            assert torch.equal(replayed.terms[name], term) and not term.requires_grad
+        assert torch.equal(got, trainer.optimizer.grads) and got.abs().max() > 0
+    assert {name for name, *_ in trainer._graphs.kinds} == {"latent", "albedo", "shaded"}
+
+
+@pytest.mark.parametrize(
+    "guided",
+    [
+        {},
+        {"perpneg": True},
+        {"score": "csd", "clip_grad_latent": 1.0},
+        {"score": "asd", "guidance_scale": 7.5},
+        {"score": "sdi", "guidance_scale": 7.5, "inversion_steps": 2},
+    ],
+    ids=lambda guided: "-".join(guided) or "default",
+)
+def test_a_run_of_replayed_steps_takes_every_kind_of_step(text_guidance, tmp_path, guided):
+    trainer = make_trainer(text_guidance, bg_radius=1.0, iters=16, **guided)
+    trainer._graphs = Direct()
+    workspace = fit(trainer, tmp_path)
+    rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]
+    assert len(rows) == 16 and all(row["skipped"] == 0 and row["loss"] > 0 for row in rows)
+    assert {("albedo", "albedo", True), ("albedo", "albedo", False)} <= set(trainer._graphs.kinds)
+
+
+# --------------------------------------------------------------------------------------------- repetition and resuming
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(text_guidance, tmp_path, backbone):
+    torch.manual_seed(1)  # what the process drew before is no part of the run
+    first = make_trainer(text_guidance, **BACKBONES[backbone])
+    one = rows_without_times(fit(first, tmp_path / "a"))
+    torch.manual_seed(2)
+    second = make_trainer(text_guidance, **BACKBONES[backbone])
+    two = rows_without_times(fit(second, tmp_path / "b"))
+    assert one == two
+    assert same_state(first, second)
+    other = make_trainer(text_guidance, seed=1, **BACKBONES[backbone])
+    assert rows_without_times(fit(other, tmp_path / "c")) != one
+    for name in ("validation/step_000008.png", "checkpoints/step_000008.safetensors"):
+        assert filecmp.cmp(tmp_path / "a" / name, tmp_path / "b" / name, shallow=False)
+
+
+class Interrupting:
+    """Sends a signal to the process in the middle of the step with number ``at``."""
+
+    def __init__(self, guidance, at: int, number: int = signal.SIGINT):
+        self.guidance, self.at, self.number, self.calls = guidance, at, number, 0
+
+    def __call__(self, *args, **kwargs):
+        if self.calls == self.at:
+            os.kill(os.getpid(), self.number)
+        self.calls += 1
+        return self.guidance(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [*BACKBONES, "schedules"])
+def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(text_guidance, tmp_path, kind):
+    in_parts = {name: value for name, value in ANNEALED.items() if name != "lambda_guidance"}  # of no TextGuidance
+    changes = (BACKBONES | {"schedules": in_parts})[kind] | {"progressive_level": True}
+    whole = make_trainer(text_guidance, **changes)
+    expected = rows_without_times(fit(whole, tmp_path / "whole"))
+
+    stopped = make_trainer(text_guidance, **changes)
+    stopped.guidance = Interrupting(stopped.guidance, at=4)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, tmp_path / "parts")
+    assert signal.getsignal(signal.SIGINT) is handler
+    workspace = Workspace(tmp_path / "parts")
+    checkpoint = workspace.checkpoints / "step_000005.safetensors"
+    assert [path.name for path in workspace.checkpoints.iterdir()] == [checkpoint.name]
+
+    resumed = make_trainer(text_guidance, **changes)
+    resumed.load(checkpoint)
+    assert same_state(resumed, stopped)
+    assert rows_without_times(fit(resumed, tmp_path / "parts")) == expected
+    assert same_state(resumed, whole)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_finish_saves_it_and_leaves_with_its_status(text_guidance, tmp_path, number, status):
+    trainer = make_trainer(text_guidance, **CHEAP)
+    trainer.guidance = Interrupting(trainer.guidance, at=2, number=number)
+    with pytest.raises(Stopped) as stopped:
+        fit(trainer, tmp_path)
+    assert stopped.value.status == status and trainer.step == 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000003.safetensors"]
+
+
+def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_path):
+    """Learning rate, regularisers' ramp and phase at step 4 of 8 go on from there when 80 steps are asked for."""
+    changes = dict(lr_decay=0.25, lambda_entropy=1.0, latent_iter_ratio=0.25, albedo_iter_ratio=0.4)
+    first = make_trainer(text_guidance, iters=8, **changes)
+    first.step = 4
+    path = first.save(Workspace(tmp_path))
+    longer = make_trainer(text_guidance, iters=80, **changes)
+    longer.load(path)
+    seen, optimise = {}, longer.optimizer.step
+    longer.optimizer.step = lambda *, lr_scale, **named: (
+        seen.update(lr=lr_scale) or optimise(lr_scale=lr_scale, **named)
+    )
+    gradients = longer._gradients
+    longer._gradients = lambda *given: seen.update(up=given[2].up) or gradients(*given)
+    assert longer.train_step().phase.name == "shaded"
+    assert seen["up"] == 1.0 and seen["lr"] == 0.5
+
+
+def test_libraries_draw_the_same_in_a_step_that_is_taken_up(text_guidance):
+    drawn = []
+    for step in (0, 2):
+        trainer = make_trainer(text_guidance, **CHEAP)
+        trainer.step = step
+        for _ in range(3 - step):
+            trainer.train_step()
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path):
+    workspace = fit(make_trainer(text_guidance, iters=1), tmp_path)
+    with pytest.raises(UserError, match="levels 3 there, 4 here"):
+        make_trainer(text_guidance, levels=4).load(workspace.checkpoints / "step_000001.safetensors")
+    with pytest.raises(UserError, match="optim adan there, adam here"):
+        make_trainer(text_guidance, optim="adam").load(workspace.checkpoints / "step_000001.safetensors")
+
+
+@pytest.mark.parametrize("mine", BACKBONES)
+@pytest.mark.parametrize("other", BACKBONES)
+def test_a_checkpoint_of_another_backbone_is_refused(text_guidance, tmp_path, mine, other):
+    workspace = fit(make_trainer(text_guidance, iters=1, **BACKBONES[mine]), tmp_path)
+    path = workspace.checkpoints / "step_000001.safetensors"
+    trainer = make_trainer(text_guidance, iters=1, **BACKBONES[other])
+    if mine == other:
+        return trainer.load(path)
+    sentence = f"step_000001.safetensors is of another architecture: backbone {mine} there, {other} here$"
+    with pytest.raises(UserError, match=sentence):
+        trainer.load(path)
+
+
+def test_what_a_backbone_does_not_read_is_no_part_of_its_architecture(text_guidance):
+    grid, vanilla = (make_trainer(text_guidance, **BACKBONES[name]).architecture() for name in ("grid", "vanilla"))
+    assert "frequencies" not in grid and grid["levels"] == 3 and grid["occupancy_resolution"] == 16
+    assert vanilla["frequencies"] == 4 and not {"levels", "max_resolution", "occupancy_resolution"} & set(vanilla)
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("optimizer", None),
+        ("renderer", {}),
+        ("schedule", {"start_step": 1, "colour": "red"}),
+        ("phases", {"start_step": 1, "colour": "red"}),
+        ("schedule", {"iters": 1, "start_step": 0, "start_progress": 7e9}),
+        ("attention", ["evil", "sdpa"]),
+        ("attention", ["sdpa"]),
+        ("renderer", {"samples_per_ray": torch.tensor(10**12)}),
+        ("renderer", {"samples_per_ray": torch.tensor(-5)}),
+        ("skipped", torch.zeros(3)),
+    ],
+)
+def test_a_checkpoint_whose_state_does_not_fit_is_refused(text_guidance, tmp_path, part, broken):
+    trainer = make_trainer(text_guidance, iters=1)
+    _, state = load_checkpoint(fit(trainer, tmp_path).checkpoints / "step_000001.safetensors", trainer.architecture())
+    if broken is None:
+        del state[part]
+    elif part == "renderer" and broken:
+        state[part] |= broken
+    else:
+        state[part] = broken
+    path = save_checkpoint(tmp_path / "broken", 1, state, trainer.architecture())
+    with pytest.raises(UserError, match="damaged.*its state: .*--ckpt scratch starts over"):
+        make_trainer(text_guidance, iters=1).load(path)
+
+
+def test_schedules_of_a_step_are_read_at_that_step(text_guidance, monkeypatch):
+    """What the host reads itself: the limit of the gradient, the light, and the weights of the table's regularisers."""
+    steps = LinearSchedule.parse("0:1:5:4")
+    trainer = make_trainer(text_guidance, grad_clip=steps, lambda_tv=steps, lambda_wd=steps)
+    limits, weights, step = [], [], trainer.optimizer.step
+    monkeypatch.setattr(trainer.optimizer, "step", lambda **given: limits.append(given["grad_clip"]) or step(**given))
+    decay = kernels.hash_grid_weight_decay_grad
+    monkeypatch.setattr(
+        kernels,
+        "hash_grid_weight_decay_grad",
+        lambda table, spec, weight: weights.append(weight) or decay(table, spec, weight),
+    )
+    for _ in range(6):
+        trainer.train_step()
+    assert limits == weights == [1, 2, 3, 4, 5, 5]
+    light = ShadingConfig(latent_iter_ratio=0.0, min_ambient_ratio=LinearSchedule.parse("0:0.1:0.9:10"))
+    ambient = [choose_phase(light, 0.5, random.Random(0), step=step).ambient for step in (0, 10)]
+    assert ambient[0] < 0.9 < ambient[1]

@@ -1,0 +1,141 @@
+"""A workspace refuses what would mix two runs, and loses nothing."""
+
+import json
+
+import pytest
+import torch
+
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.workspace.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint
+from dream_fast.engine.workspace.folder import Workspace
+
+CONFIG = Config().override({"text": "a hamburger", "seed": 3})
+
+
+def make_workspace(path):
+    workspace = Workspace(path)
+    workspace.check_usable()
+    workspace.write_config(CONFIG)
+    return workspace
+
+
+def test_a_fresh_folder_is_usable_and_checking_it_writes_nothing(tmp_path):
+    workspace = Workspace(tmp_path / "a" / "b")
+    workspace.check_usable()
+    workspace.check_same_run(CONFIG)
+    assert workspace.stored_config() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_its_place_is_refused(tmp_path):
+    (tmp_path / "trial").write_text("notes")
+    for path in (tmp_path / "trial", tmp_path / "trial" / "inner"):
+        with pytest.raises(UserError, match="is a file"):
+            Workspace(path).check_usable()
+    assert (tmp_path / "trial").read_text() == "notes"
+
+
+def test_a_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere, so a mode bit shows nothing
+    with pytest.raises(UserError, match="permission"):
+        Workspace(tmp_path).check_usable()
+
+
+def test_files_of_others_are_refused_and_unrelated_files_are_not(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    Workspace(tmp_path).check_usable()
+    (tmp_path / "results").mkdir()
+    with pytest.raises(UserError, match="results"):
+        Workspace(tmp_path).check_usable()
+
+
+def test_configuration_comes_back(tmp_path):
+    assert make_workspace(tmp_path).stored_config() == CONFIG
+
+
+def test_another_run_is_refused_saying_what_differs(tmp_path):
+    workspace = make_workspace(tmp_path)
+    with pytest.raises(UserError) as refused:
+        workspace.check_same_run(CONFIG.override({"text": "a donut", "lr": 0.5}))
+    for part in ("--text a hamburger, not a donut", "--lr 0.001, not 0.5", "--ckpt scratch"):
+        assert part in str(refused.value)
+
+
+def test_iterations_output_and_memory_flags_may_change(tmp_path):
+    changed = {"iters": 7, "save_mesh": True, "W": 32, "video_fps": 5, "vram_O": True, "log_every": 1}
+    make_workspace(tmp_path).check_same_run(CONFIG.override(changed))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"run": {}}'])
+def test_a_damaged_configuration_is_refused(tmp_path, text):
+    workspace = make_workspace(tmp_path)
+    workspace.config.write_text(text)
+    with pytest.raises(UserError, match="config.json cannot be used"):
+        workspace.check_same_run(CONFIG)
+
+
+def test_a_damaged_manifest_is_refused(tmp_path):
+    workspace = make_workspace(tmp_path)
+    assert workspace.read_manifest() == {}
+    workspace.manifest.write_text("{")
+    with pytest.raises(UserError, match="manifest.json cannot be used"):
+        workspace.read_manifest()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("to_step", "6"), ("from_step", None), ("seconds", "1"), ("seconds", 1e999), ("seconds_of", [1])),
+        *(("seconds_of", {"start": "1"}), ("peak_bytes", {"host": None}), ("machine", [1]), ("versions", "1")),
+        *(("device", 1), ("finished", {})),
+    ],
+)
+def test_a_manifest_of_other_kinds_of_values_is_refused(name, value, tmp_path):
+    workspace = make_workspace(tmp_path)
+    workspace.manifest.write_text(json.dumps({"runs": [{"to_step": 1}, {name: value}]}))
+    with pytest.raises(UserError, match=f"cannot be used: {name} of a run"):
+        workspace.read_manifest()
+
+
+def test_rewind_drops_what_came_later(tmp_path, caplog):
+    workspace = make_workspace(tmp_path)
+    for step in (5, 10):
+        save_checkpoint(workspace.checkpoints, step, {"x": torch.zeros(1)}, {})
+    rows = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6, 8)]
+    workspace.metrics.write_text("".join(rows) + '{"ste')  # the last row was being written when the machine stopped
+    workspace.rewind(5)
+    assert list_checkpoints(workspace.checkpoints) == [checkpoint_path(workspace.checkpoints, 5)]
+    assert workspace.metrics.read_text() == "".join(rows[:2])
+    assert not caplog.records
+
+
+def test_rewind_keeps_the_rows_that_can_be_read_and_warns_once_of_others(tmp_path, caplog):
+    workspace = make_workspace(tmp_path)
+    good = [json.dumps({"step": step}).encode() + b"\n" for step in (2, 4, 6)]
+    junk = [b"junk\n", b"\n", b"[]\n", b"3\n", b'{"step": "4"}\n', b'{"loss": 1.0}\n', b"\xff\x00\n"]
+    workspace.metrics.write_bytes(good[0] + b"".join(junk[:4]) + good[1] + b"".join(junk[4:]) + good[2])
+    workspace.rewind(5)
+    assert workspace.metrics.read_bytes() == good[0] + good[1]
+    (warning,) = caplog.messages
+    assert str(workspace.metrics) in warning and warning.endswith(": 7")
+
+
+def test_rewind_needs_only_the_names_of_checkpoints(tmp_path):
+    workspace = make_workspace(tmp_path)
+    workspace.checkpoints.mkdir()
+    for step in (5, 10):
+        checkpoint_path(workspace.checkpoints, step).write_bytes(b"damaged")
+    workspace.rewind(5)
+    assert list_checkpoints(workspace.checkpoints) == [checkpoint_path(workspace.checkpoints, 5)]
+
+
+def test_clear_removes_the_run_and_nothing_else(tmp_path):
+    workspace = make_workspace(tmp_path)
+    for folder in (workspace.results, workspace.guidance, workspace.tensorboard, workspace.profile):
+        folder.mkdir()
+        (folder / "video.mp4").write_text("old")
+    workspace.report.write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    workspace.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

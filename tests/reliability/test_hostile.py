@@ -1,0 +1,160 @@
+"""What comes from elsewhere stays text, stays data, and stays in its folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dream_fast.cli import main
+from dream_fast.engine.config.argument_file import LARGEST
+from dream_fast.engine.config.reproduce import visible
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.model.components import load_components
+from dream_fast.engine.guidance.model.hub import find_folder
+from dream_fast.engine.workspace.folder import Workspace
+
+SMALL = """
+    --device cpu --iters 1 --log_every 1 --seed 7 --w 12 --h 12 --W 32 --H 32 --dataset_size_test 1 --six_views
+    --dataset_size_valid 1 --levels 2 --log2_entries 8 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --bound 0.6 --max_steps 48 --occupancy_resolution 16
+""".split()
+PROMPTS = {
+    "control": "a cat\x1b[2J\x07\r\n\x00\x9b31m<script>alert(1)</script>",
+    "right to left": "a \u202etac\u2066 \u05d7\u05ea\u05d5\u05dc",
+    "long": "a cat " * 17_000,
+    "path": "../../../etc/passwd; rm -rf ~ $(id) `id`",
+    "rich": "[bold red]a cat[/] :cat:",
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_a_prompt_stays_text_everywhere(prompt, tmp_path, tiny_model, capsys):
+    words = [
+        "--text",
+        prompt,
+        "--negative",
+        prompt,
+        "--hf_key",
+        str(tiny_model),
+        "--workspace",
+        str(tmp_path / "trial"),
+    ]
+    assert main([*words, *SMALL]) == 0
+    said = capsys.readouterr()
+    for text in (said.out, said.err, (tmp_path / "trial" / "log.txt").read_text()):
+        assert visible(text.replace("\n", "")) == text.replace("\n", "") and len(text) < 20_000
+    page = (tmp_path / "trial" / "report.html").read_text()
+    assert "<script>alert" not in page and "\u202e" not in page and "\x1b" not in page
+    assert json.loads((tmp_path / "trial" / "config.json").read_text())["run"]["text"] == prompt
+    assert {path.name for path in tmp_path.iterdir()} == {"trial"}
+    assert all(path.name.isascii() and path.name.isprintable() for path in (tmp_path / "trial").rglob("*"))
+    if prompt == PROMPTS["rich"]:
+        assert prompt in said.out
+
+
+def test_links_that_lead_out_of_a_workspace_are_refused(tmp_path, tiny_model, capsys):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "back.png").write_text("mine")
+    trial = tmp_path / "trial"
+    trial.mkdir()
+    (trial / "config.json").write_text("{}")
+    (trial / "results").symlink_to(tmp_path / "precious")
+    words = ["--text", "a cat", "--hf_key", str(tiny_model), "--workspace", str(trial), *SMALL, "--ckpt", "scratch"]
+    assert main(words) == 2
+    assert "results would be written elsewhere, being a link" in capsys.readouterr().err
+    assert (tmp_path / "precious" / "back.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_folder_can_have_is_refused(name):
+    with pytest.raises(UserError, match="cannot be a folder"):
+        Workspace(Path(name)).check_usable()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--text", "caf\udce9"], "--text is not text in UTF-8"),
+        (["--text", "a cat", "--workspace", "~nobody-has-this-name/x"], "there is no home folder of that name"),
+        (["--test", "--workspace", "~nobody-has-this-name/x"], "there is no home folder of that name"),
+        (["--file", "~nobody-has-this-name/x"], "cannot be read"),
+        (["--text", "a cat", "--hf_key", "~nobody-has-this-name/x"], "there is no home folder of that name"),
+    ],
+)
+def test_bytes_that_are_no_text_and_homes_of_nobody_are_refused(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("named", [["../../secret.safetensors"], ["/etc/passwd"], [3], []])
+def test_an_index_of_weights_names_files_beside_it_alone(tmp_path, tiny_model, named):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    index = {"weight_map": {str(i): name for i, name in enumerate(named)}}
+    (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="must name files beside it"):
+        load_components(model, "cpu")
+
+
+def test_a_pickle_in_place_of_weights_runs_nothing(tmp_path, tiny_model):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"):
+        torch.save({"a": Evil()}, model / "unet" / name)
+        with pytest.raises(UserError, match="pickled weights are not loaded|damaged or incomplete"):
+            load_components(model, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_revision_pins_what_is_taken_from_the_hub(monkeypatch, tiny_model):
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(tiny_model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for source in ("somebody/model@0123abc", "somebody/model"):
+        load_components(source, "cpu")
+    assert set(asked) == {("somebody/model", "0123abc"), ("somebody/model", None)}
+    for source in ("somebody/model@", "a/b@../x", "a/b@-x"):
+        with pytest.raises(UserError, match="does not exist"):
+            find_folder(source, "SD", half=False)
+
+
+def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("x " * LARGEST)
+    for name, sentence in (
+        ("/dev/zero", "is not a text file"),
+        (str(tmp_path / "long.txt"), "is no list of arguments"),
+    ):
+        assert main(["--text", "a cat", "--file", name]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_settings_of_a_model_of_other_kinds_end_in_a_sentence(tmp_path, tiny_model):
+    """Every setting of every part, as what none of them is: it is refused in a sentence, or does not matter."""
+    refused = 0
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    for path in sorted(tiny_model.rglob("*config.json")):
+        part = tmp_path / path.relative_to(tiny_model)
+        stated = json.loads(path.read_text())
+        for name in stated:
+            for value in (None, [None], "x"):
+                part.write_text(json.dumps(stated | {name: value}))
+                try:
+                    load_components(tmp_path, "cpu")
+                except UserError as error:
+                    refused += 1
+                    assert "\n" not in str(error)
+        shutil.copy(path, part)
+    assert refused > 100
