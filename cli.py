@@ -21,7 +21,6 @@ from dream_fast.engine.config.options_page import COMMAND_FLAGS
 from dream_fast.engine.config.other_programs import COMMANDS, FLAGS, KEYS, VALUES, plain_name
 from dream_fast.engine.config.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.config.prompt_syntax import foreign_syntax
-from dream_fast.engine.config.reproduce import in_a_line
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar
 from dream_fast.engine.config.schema import Config, other_backbones, settings
 from dream_fast.engine.config.setting import ScalarRange, check_value, value_type
@@ -29,6 +28,7 @@ from dream_fast.engine.config.spelling import nearest
 from dream_fast.engine.dream_mini import check_prompt
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.text import in_a_line
 
 _EXAMPLES = """examples:
   dream-fast --text "a hamburger" -O --save_mesh

@@ -10,8 +10,9 @@ from dream_fast.kernels.fields.field import (
     field_reference,
 )
 from dream_fast.kernels.fields.normals import field_normals, field_normals_reference, normal_of_gradient
-from dream_fast.kernels.grid.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
+from dream_fast.kernels.grid.hash_grid import hash_grid, hash_grid_reference
 from dream_fast.kernels.grid.regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
+from dream_fast.kernels.grid.spec import HashGridSpec
 from dream_fast.kernels.mesh.antialias import antialias, antialias_reference, opposite_corners
 from dream_fast.kernels.mesh.device import Fragments
 from dream_fast.kernels.mesh.interpolate import interpolate, interpolate_reference

@@ -124,7 +124,7 @@ def triton(on_gpu: bool) -> Finding:
 
 def attention(torch, device) -> Iterator[Finding]:
     from dream_fast.engine.guidance.model.attention import KINDS, Shape, why_not
-    from dream_fast.engine.runtime.device import quiet_diffusers
+    from dream_fast.engine.runtime.quiet import quiet_diffusers
 
     quiet_diffusers()  # xformers' own notice says in six lines what stands in one here
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dream_fast.engine.guidance.model.components import Components
 from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings
-from dream_fast.engine.runtime.device import quiet_diffusers
+from dream_fast.engine.runtime.quiet import quiet_diffusers
 
 TOKENS = 77
 # As published in unet/config.json and vae/config.json.

@@ -44,7 +44,8 @@ from dream_fast.engine.guidance.diffusion import TextGuidance
 from dream_fast.engine.guidance.model.components import COMPILED, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
-from dream_fast.engine.runtime.device import choose_runtime, prepare, quiet_diffusers
+from dream_fast.engine.runtime.device import choose_runtime, prepare
+from dream_fast.engine.runtime.quiet import quiet_diffusers
 from dream_fast.engine.training.trainer import Trainer
 
 MINI_TOKENS = 24

@@ -113,7 +113,7 @@ def prepare_to_fork() -> None:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import dream_fast.engine.run  # noqa: F401
-    from dream_fast.engine.runtime.device import quiet_diffusers
+    from dream_fast.engine.runtime.quiet import quiet_diffusers
 
     quiet_diffusers()
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: F401

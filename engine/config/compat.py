@@ -43,3 +43,54 @@ REFUSED_VALUES: dict[tuple[str, str], str] = {
 RENAMED_FLAGS: dict[str, str] = {
     "--guidance_scale_end": "--guidance_scale takes a schedule, as in --guidance_scale 0.0:8:4:1.0",
 }
+
+
+# Every flag of stable-dreamfusion's main command.
+REFERENCE_FLAGS = """
+    --file --text --negative -O -O2 --test --six_views --eval_interval --test_interval --workspace --seed --image
+    --image_config --known_view_interval --IF --guidance --guidance_scale --save_mesh --mcubes_resolution
+    --decimate_target --dmtet --tet_grid_size --init_with --lock_geo --perpneg --negative_w --front_decay_factor
+    --side_decay_factor --iters --lr --ckpt --cuda_ray --taichi_ray --max_steps --num_steps --upsample_steps
+    --update_extra_interval --max_ray_batch --latent_iter_ratio --albedo_iter_ratio --min_ambient_ratio
+    --textureless_ratio --jitter_pose --jitter_center --jitter_target --jitter_up --uniform_sphere_rate --grad_clip
+    --grad_clip_rgb --bg_radius --density_activation --density_thresh --blob_density --blob_radius --backbone --optim
+    --sd_version --hf_key --fp16 --vram_O --w --h --known_view_scale --known_view_noise_scale --dmtet_reso_scale
+    --batch_size --bound --dt_gamma --min_near --radius_range --theta_range --phi_range --fovy_range --default_radius
+    --default_polar --default_azimuth --default_fovy --progressive_view --progressive_view_init_ratio
+    --progressive_level --angle_overhead --angle_front --t_range --dont_override_stuff --lambda_entropy --lambda_opacity
+    --lambda_orient --lambda_tv --lambda_wd --lambda_mesh_normal --lambda_mesh_laplacian --lambda_guidance --lambda_rgb
+    --lambda_mask --lambda_normal --lambda_depth --lambda_2d_normal_smooth --lambda_3d_normal_smooth --save_guidance
+    --save_guidance_interval --gui --W --H --radius --fovy --light_theta --light_phi --max_spp --zero123_config
+    --zero123_ckpt --zero123_grad_scale --dataset_size_train --dataset_size_valid --dataset_size_test --exp_start_iter
+    --exp_end_iter
+""".split()
+
+
+# Where a flag of the reference works, and a user of it should know what is different.
+DIFFERENCES = {
+    "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
+    "--angle_overhead": "works on the prompt; the reference reads it nowhere",
+    "--IF": "or name IF in --guidance; --if_key takes another model than the XL one",
+    "--ckpt": "latest, scratch or a path",
+    "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
+    "--dmtet": "also from a sphere; a checkpoint of it takes up, tests and exports as any other",
+    "--file": "quotes and # comments work",
+    "--fp16": "on a GPU; a CPU runs in bf16 if it has a unit for it (AMX), else in fp32",
+    "--guidance": "dream-mini needs no download; with clip the prompt follows the view as with the others, so the back "
+    "counts as much as the front",
+    "--init_with": "the folder of a run, its checkpoint (.safetensors), or a mesh file; no .pth",
+    "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
+    "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
+    "--lambda_orient": "always a mean over samples",
+    "--max_steps": "refused with --backbone vanilla, as all that belongs to the grids",
+    "--min_near": "holds for rays, which the reference's never reaches",
+    "--num_steps": "with --backbone vanilla alone: the grids always march through the occupancy grid",
+    "--save_guidance": "the estimate is right at every t; the reference's takes the noise levels of single steps",
+    "--save_mesh": "mesh.glb, and mesh.obj with mesh.mtl, mesh.png and mesh_normal.png",
+    "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
+    "--seed": "drawn when not given, and kept in manifest.json",
+    "--tet_grid_size": "any even number: the grid is made, not read; 128 has 129 layers of vertices across",
+    "--test_interval": "results/turntable_step_*.mp4",
+    "--upsample_steps": "with --backbone vanilla alone",
+    "--vram_O": "xformers attention, VAE in slices, recomputing in its encoder; nothing is offloaded to the CPU",
+}

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dream_fast.engine.dream_mini.vocabulary import words
-from dream_fast.engine.runtime.device import quiet_diffusers
+from dream_fast.engine.runtime.quiet import quiet_diffusers
 
 quiet_diffusers()
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dream_fast.engine.config.reproduce import visible
+from dream_fast.engine.text import visible
 
 WIDTH, HEIGHT = 560, 250  # units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 18, 42  # margins around the axes

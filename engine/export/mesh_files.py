@@ -14,10 +14,11 @@ import trimesh
 from PIL import Image
 
 from dream_fast.engine.export.images import PNG_LEVEL
-from dream_fast.engine.export.isosurface import Mesh, Volume, log_density_volume, simplify, smooth_normals, surface_of
+from dream_fast.engine.export.isosurface import Volume, log_density_volume, surface_of
 from dream_fast.engine.export.silhouette import Outline
 from dream_fast.engine.export.texture import bake
 from dream_fast.engine.export.uv_atlas import unwrap
+from dream_fast.engine.geometry.mesh import Mesh, simplify, smooth_normals
 from dream_fast.engine.scene.field import SceneField
 from dream_fast.engine.workspace.atomic import written_together
 

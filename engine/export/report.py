@@ -21,11 +21,12 @@ import av
 import numpy as np
 from PIL import Image
 
-from dream_fast.engine.config.reproduce import repeating_command, visible
+from dream_fast.engine.config.reproduce import repeating_command
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.charts import SERIES, Series, curves
 from dream_fast.engine.scene.camera import SIX_VIEWS
+from dream_fast.engine.text import visible
 from dream_fast.engine.workspace.atomic import written_aside
 from dream_fast.engine.workspace.folder import Workspace
 

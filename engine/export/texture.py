@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast import kernels
-from dream_fast.engine.export.isosurface import Mesh, Volume, smooth_normals
+from dream_fast.engine.export.isosurface import Volume
 from dream_fast.engine.export.uv_atlas import Atlas, tangents
+from dream_fast.engine.geometry.mesh import Mesh, smooth_normals
 from dream_fast.engine.geometry.voxels import look_up
 from dream_fast.engine.render.ray_samplers import ray_weights
 from dream_fast.engine.scene.field import SceneField

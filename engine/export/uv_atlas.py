@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.isosurface import Mesh, smooth_normals
+from dream_fast.engine.geometry.mesh import Mesh, smooth_normals
 
 PADDING = 4  # texels between two charts
 LARGEST_PAGE = 1 << 15  # texels

@@ -6,7 +6,7 @@ import numpy as np
 import trimesh
 
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.export.isosurface import Mesh, components
+from dream_fast.engine.geometry.mesh import Mesh, components
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 MOST_BYTES = 1 << 30

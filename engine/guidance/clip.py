@@ -24,12 +24,12 @@ from dream_fast.engine.config.model_names import hub_name
 from dream_fast.engine.config.schedule import value_at
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.guidance.diffusion import PromptGuidance
+from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
 from dream_fast.engine.guidance.model.components import quiet_progress
 from dream_fast.engine.guidance.prompts import VIEWS, fit, view_weights
-from dream_fast.engine.guidance.sds import GuidanceResult, InjectGradient, resize
-from dream_fast.engine.runtime.device import quiet_diffusers
+from dream_fast.engine.guidance.sds import InjectGradient, resize
 from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.runtime.quiet import quiet_diffusers
 from dream_fast.engine.scene.camera import Cameras
 
 SCALE = 10.0  # the reference's

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dream_fast.engine.guidance.cfg import guided_prediction
+from dream_fast.engine.guidance.cfg import guided_prediction, strengths
 from dream_fast.engine.guidance.model.components import Components
 
 
@@ -59,3 +59,19 @@ def decode(components: Components, latents: Tensor) -> Tensor:
 def _need_decoder(components: Components) -> None:
     if not components.latents_are_pixels and components.vae.decoder is None:
         raise ValueError("components have no VAE decoder; load them with need_vae_decoder=True")
+
+
+@torch.no_grad()
+def inverted_noise(
+    components: Components, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, *, scale: float | Tensor, steps: int
+) -> Tensor:
+    """n [B, C, h, w] for which sqrt(a_t) z + sqrt(1 - a_t) n is what ``z`` is inverted to, up to levels ``t`` [B].
+
+    ``steps`` calls of the UNet on 2B rows, at levels evenly below ``t``; ``scale`` guides each of them.
+    """
+    noisy = z
+    for step in range(steps):
+        eps, clean = guided_prediction(components, noisy, t * step // steps, cond, uncond, scale=scale)
+        signal, noise = strengths(components, t * (step + 1) // steps)
+        noisy = signal * clean + noise * eps
+    return (noisy - signal * z) / noise

@@ -3,19 +3,11 @@
 import torch
 from torch import Tensor
 
+from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
 from dream_fast.engine.guidance.perp_neg import Negatives, negative_weights
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, view_weights
-from dream_fast.engine.guidance.sds import GuidanceResult, ScoreDistillation, Settled
+from dream_fast.engine.guidance.sds import ScoreDistillation, Settled
 from dream_fast.engine.scene.camera import Cameras
-
-
-class PromptGuidance:
-    """A guidance by a prompt: the trainer tells it the step besides, for its schedules.
-
-    Without ``takes_latents`` it can only be shown pictures.
-    """
-
-    takes_latents = True
 
 
 class TextGuidance(PromptGuidance):

@@ -41,8 +41,9 @@ from torch.autograd.function import once_differentiable
 
 from dream_fast.engine.config.schedule import LinearSchedule, largest, value_at, values_at
 from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.guidance.base import GuidanceResult
 from dream_fast.engine.guidance.cfg import guide, split, strengths, unet_rows
-from dream_fast.engine.guidance.inversion import inverted_noise
+from dream_fast.engine.guidance.ddim import inverted_noise
 from dream_fast.engine.guidance.model.components import Components
 from dream_fast.engine.guidance.perp_neg import Negatives
 from dream_fast.engine.runtime.cuda_graph import CudaGraphed
@@ -51,22 +52,6 @@ from dream_fast.engine.runtime.cuda_graph import CudaGraphed
 ANNEAL_JITTER = 0.05
 # asd compares with a level that is higher by one in so many levels: the authors' plus_ratio of 0.1.
 ASYNCHRONY = 10
-
-
-class GuidanceResult(NamedTuple):
-    """``loss`` scalar 1/2 |g|^2 / B, differentiable in the picture; ``t`` [B] int64; ``grad_norm`` scalar |g|, not
-    finite when the gradient is not; ``gradient`` g [B, C, h, w] of the latents, before the division by B.
-
-    To be looked at, where there are latents: ``noisy`` x_t and ``clean`` = (x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t),
-    the model's estimate of what it is without noise, each [B, C, h, w]. ``losses``: of several guidances each one's."""
-
-    loss: Tensor
-    t: Tensor
-    grad_norm: Tensor
-    gradient: Tensor
-    noisy: Tensor | None = None
-    clean: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
 
 
 class Settled(NamedTuple):

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dream_fast.engine.guidance.diffusion import PromptGuidance, TextGuidance
-from dream_fast.engine.guidance.sds import GuidanceResult
+from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
+from dream_fast.engine.guidance.diffusion import TextGuidance
 from dream_fast.engine.scene.camera import Cameras
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from dream_fast import kernels
 from dream_fast.engine.config.schema import RenderConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.isosurface import Mesh, visible_parts
+from dream_fast.engine.geometry.mesh import Mesh, visible_parts
 from dream_fast.engine.geometry.tet_grid import Surface, vertex_normals
 from dream_fast.engine.render.volume import Renderer, shade
 from dream_fast.engine.scene.camera import Cameras, clip_positions, rays
 from dream_fast.engine.scene.field import SceneField
-from dream_fast.engine.training.dmtet_init import TetShape
+from dream_fast.engine.scene.tet_mesh import TetShape
 
 LEAST_NEAR = 0.01  # of the near plane: at 0 all depths would be one
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.geometry.voxels import large_parts
 from dream_fast.engine.scene.field import SceneField
 from dream_fast.engine.scene.hash_grid_field import Field
 
-SMALLEST_PART = 0.02  # of the cells of the largest part; smaller ones are specks
 LEAST_WEIGHT = 1e-5  # of an interval, so that a ray through nothing still has a distribution
 
 
@@ -271,16 +271,3 @@ def importance_samples(edges: Tensor, weights: Tensor, samples: int, generator: 
     below, above = cumulative.gather(1, interval), cumulative.gather(1, interval + 1)
     start, end = edges.gather(1, interval), edges.gather(1, interval + 1)
     return start + (end - start) * ((u - below) / (above - below)).clamp(0, 1)
-
-
-def large_parts(cells: Tensor) -> Tensor:
-    """Of occupied cells [G, G, G] (bool), those in groups of neighbours (26) of at least 2 % of the largest group."""
-    label = torch.arange(cells.numel(), dtype=torch.float64, device=cells.device).view(cells.shape)
-    label, before = torch.where(cells, label, -1.0), None
-    while before is None or not torch.equal(label, before):
-        before = label
-        label = torch.where(cells, F.max_pool3d(label[None], 3, stride=1, padding=1)[0], -1.0)
-    groups = (label + 1).long()  # 0: not occupied
-    sizes = torch.bincount(groups.flatten(), minlength=2)
-    sizes[0] = 0
-    return (sizes >= SMALLEST_PART * sizes.max())[groups] & cells

@@ -1,20 +1,18 @@
 """Device, precision, seeds and threads of a run, and what it used of the machine."""
 
 import importlib.util
-import logging
 import os
 import platform
-import random
 import resource
 import sys
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from dream_fast.engine.config.schema import Config, device_kind
 from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.runtime.seeds import seed_libraries
 
 # Either tells torch how to take memory of a GPU.
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
@@ -128,56 +126,6 @@ def _take_memory_by(settings: str) -> None:
     """torch's name for this is not public, and another one before 2.11."""
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
     change(settings)
-
-
-def step_seed(seed: int, step: int) -> int:
-    """The seed of one step: a 63-bit mix (splitmix64) of the run's seed and the step.
-
-    Every step seeds its generators anew, so that a resumed run draws what the uninterrupted one would have drawn and
-    no generator state has to be saved.
-    """
-    mask = (1 << 64) - 1
-    z = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1B54A32D192ED03) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) >> 1
-
-
-def seed_libraries(seed: int) -> None:
-    """Seeds the global generators of torch, numpy and Python, from which a library may draw behind our back.
-
-    torch's are those of the CPU and of a GPU in use: torch.manual_seed turns to other kinds of device as well and
-    writes down who asked, for 0.14 ms of every step.
-    """
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed)
-    np.random.seed(seed % (1 << 32))
-    random.seed(seed)
-
-
-def draw_seed() -> int:
-    """A seed for a run whose user gave none: small enough to type."""
-    return int.from_bytes(os.urandom(4), "little") >> 1
-
-
-class _XformersNotice(logging.Filter):
-    """Drops the one notice of xformers that its compiled operators do not load beside this torch."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("WARNING[XFORMERS]")
-
-
-_XFORMERS_NOTICE = _XformersNotice()
-
-
-def quiet_diffusers() -> None:
-    """Call before ``import diffusers``: keeps xformers' notice about its CUDA operators off the terminal.
-
-    diffusers imports xformers when it is installed, and beside a CPU torch xformers then prints six lines about
-    operators that nobody asked for. Which attention a run uses is said by the run itself. Other warnings pass.
-    """
-    logging.getLogger("xformers").addFilter(_XFORMERS_NOTICE)  # adding the same filter twice does nothing
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

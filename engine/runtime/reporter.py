@@ -1,5 +1,6 @@
 """What a person sees of a run: lines on the terminal and in log.txt, a live bar, the table of files at the end."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dream_fast.engine.config.reproduce import in_a_line
+from dream_fast.engine.text import in_a_line
 
 T = TypeVar("T")
 
@@ -141,3 +142,19 @@ def _size(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+@contextmanager
+def log_warnings_to(reporter: Reporter):
+    """Warnings that our modules log (a truncated prompt) are said where the rest is said."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            reporter.warn(record.getMessage())
+
+    handler, logger = Handler(logging.WARNING), logging.getLogger("dream_fast")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -11,7 +11,6 @@ from torch import Tensor
 from dream_fast import kernels
 from dream_fast.engine.config.schema import FieldConfig
 from dream_fast.engine.scene.field import FieldValues, SceneField, linear_layers, uniform
-from dream_fast.engine.scene.frequency_field import VanillaField
 
 TABLE_INIT = 1e-4  # the table starts uniform in [-1e-4, 1e-4], so the blob alone shapes the first renders
 
@@ -62,8 +61,3 @@ class Field(SceneField):
         if self.on_torch:
             return "on PyTorch's operators"
         return kernels.field_plan(self.spec, list(self.weights), self.compute_dtype or self.table.dtype, normals)
-
-
-def make_field(config: FieldConfig, bound: float, generator: torch.Generator) -> SceneField:
-    """The field of the configured backbone."""
-    return (VanillaField if config.backbone == "vanilla" else Field)(config, bound, generator)

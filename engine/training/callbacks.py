@@ -31,7 +31,7 @@ NUMBERS = ("lr", "samples", "opacity", "grad_norm", "it_per_s")
 
 
 class Seen(NamedTuple):
-    """What a step showed to the guidance, and its latents (:class:`~dream_fast.engine.guidance.sds.GuidanceResult`)."""
+    """What a step showed to the guidance, and its latents (`GuidanceResult`)."""
 
     shown: Tensor
     noisy: Tensor

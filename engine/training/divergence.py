@@ -23,7 +23,6 @@ LOST = 100  # steps in a row; looked at every 100 steps at least, so that 200 pa
 NOTHING, ALL = 0.002, 0.75
 # Times the length of the table's gradient: a third smooths, and --lambda_tv 0.001, which blurs, has 4 to 9.
 OUTWEIGHS = 2.0
-LEAST_SIDE = 32  # pixels of a training render: less shows an image model nothing
 KINDS = {"vanished": "the object has vanished", "full": "the object fills the whole box"}
 # The settings that a rescue changes; a run that was rescued keeps its own when it is taken up.
 RESCUED = ("lambda_opacity", "lambda_entropy", "blob_density", "blob_radius", "lr")
@@ -117,28 +116,3 @@ def diagnosis(config: Config, bad: int, row: Mapping[str, Any]) -> str:
         f"the gradients of the last {bad} steps were not finite, so the run cannot go on: {cause}; {advice} may help, "
         "in a new --workspace with --ckpt and this run's last checkpoint, which those steps have not changed"
     )
-
-
-def lighter(config: Config) -> dict[str, Any]:
-    """Settings under which a step takes less memory, and under which the run may be taken up."""
-    camera, wanted = config.camera, {}
-    if not config.run.vram_O:
-        wanted["vram_O"] = True
-    if camera.batch_size > 1:
-        wanted["batch_size"] = camera.batch_size // 2
-    elif min(camera.w, camera.h) > LEAST_SIDE:
-        wanted |= {"w": max(LEAST_SIDE, camera.w // 2), "h": max(LEAST_SIDE, camera.h // 2)}
-    if config.run.step_graph:
-        wanted["step_graph"] = False
-    return wanted
-
-
-def memory_sentence(config: Config, error: BaseException, way_on: str) -> str:
-    """Which flags take less memory, for an error such as torch.cuda.OutOfMemoryError."""
-    said = str(error)
-    tried = said.partition("Tried to allocate ")[2].split(". ")[0]
-    camera, less = config.camera, lighter(config)
-    now = f"this step: --batch_size {camera.batch_size} --w {camera.w} --h {camera.h}"
-    advice = f"give {flags(less)} (" + now + ")" if less else f"a smaller image model or another GPU is needed ({now})"
-    asked = f", asked for {tried.rstrip('.')} more" if tried else ""
-    return f"the GPU has no memory left{asked}: {advice}; {way_on}"

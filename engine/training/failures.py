@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.training.divergence import memory_sentence
+from dream_fast.engine.training.divergence import flags
 from dream_fast.engine.workspace.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -59,3 +60,31 @@ def way_on(workspace: Workspace) -> str:
 
 def _inside(name: object, folder: Path) -> bool:
     return isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(folder.absolute())
+
+
+LEAST_SIDE = 32  # pixels of a training render: less shows an image model nothing
+
+
+def lighter(config: Config) -> dict[str, Any]:
+    """Settings under which a step takes less memory, and under which the run may be taken up."""
+    camera, wanted = config.camera, {}
+    if not config.run.vram_O:
+        wanted["vram_O"] = True
+    if camera.batch_size > 1:
+        wanted["batch_size"] = camera.batch_size // 2
+    elif min(camera.w, camera.h) > LEAST_SIDE:
+        wanted |= {"w": max(LEAST_SIDE, camera.w // 2), "h": max(LEAST_SIDE, camera.h // 2)}
+    if config.run.step_graph:
+        wanted["step_graph"] = False
+    return wanted
+
+
+def memory_sentence(config: Config, error: BaseException, way_on: str) -> str:
+    """Which flags take less memory, for an error such as torch.cuda.OutOfMemoryError."""
+    said = str(error)
+    tried = said.partition("Tried to allocate ")[2].split(". ")[0]
+    camera, less = config.camera, lighter(config)
+    now = f"this step: --batch_size {camera.batch_size} --w {camera.w} --h {camera.h}"
+    advice = f"give {flags(less)} (" + now + ")" if less else f"a smaller image model or another GPU is needed ({now})"
+    asked = f", asked for {tried.rstrip('.')} more" if tried else ""
+    return f"the GPU has no memory left{asked}: {advice}; {way_on}"

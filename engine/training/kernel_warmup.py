@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config.schema import Config
-from dream_fast.engine.guidance.sds import GuidanceResult
+from dream_fast.engine.guidance.base import GuidanceResult
 from dream_fast.engine.runtime.device import Runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import turntable

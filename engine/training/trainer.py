@@ -25,17 +25,19 @@ from dream_fast.engine.config.schema import Config, RunConfig, ShadingConfig, ot
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.guidance.diffusion import PromptGuidance, TextGuidance
+from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
+from dream_fast.engine.guidance.diffusion import TextGuidance
 from dream_fast.engine.guidance.model.attention import KINDS, Chosen
-from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.render.mesh import MeshRenderer, RenderedMesh
 from dream_fast.engine.render.volume import Rendered, Renderer
 from dream_fast.engine.runtime.cuda_graph import CudaGraphs
-from dream_fast.engine.runtime.device import Runtime, seed_libraries, step_seed
+from dream_fast.engine.runtime.device import Runtime
 from dream_fast.engine.runtime.reporter import Bar, Reporter
+from dream_fast.engine.runtime.seeds import seed_libraries, step_seed
 from dream_fast.engine.runtime.signals import finishing_steps
 from dream_fast.engine.scene.camera import Cameras, sample_cameras
-from dream_fast.engine.scene.hash_grid_field import make_field
+from dream_fast.engine.scene.make_field import make_field
+from dream_fast.engine.scene.tet_mesh import TetShape
 from dream_fast.engine.training.callbacks import Seen, Watch
 from dream_fast.engine.training.divergence import (
     ALL,
@@ -46,10 +48,10 @@ from dream_fast.engine.training.divergence import (
     Lost,
     diagnosis,
     lost_sentence,
-    memory_sentence,
     outweighed_sentence,
 )
-from dream_fast.engine.training.dmtet_init import TetShape, load_start, start_from_field
+from dream_fast.engine.training.dmtet_init import load_start, start_from_field
+from dream_fast.engine.training.failures import memory_sentence
 from dream_fast.engine.training.losses import add_table_gradients, mesh_regularizers, needs_normals, ramp, regularizers
 from dream_fast.engine.training.optim import LossScaler, Optimizer
 from dream_fast.engine.workspace.checkpoint import damaged, load_checkpoint, read_architecture, save_checkpoint

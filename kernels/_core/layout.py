@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, empty_like
 
-from dream_fast.kernels._core.launch import FLOATS, check_tensor
+from dream_fast.kernels._core.checks import FLOATS, check_tensor
 
 
 def check_feature_map(name: str, value: Tensor) -> None:

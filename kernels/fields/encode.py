@@ -21,7 +21,7 @@ from torch import Tensor
 from dream_fast.kernels._core.launch import constant, jit, tl
 from dream_fast.kernels.fields.mlp import COLUMNS, pick
 from dream_fast.kernels.grid.gradients import PRIMES
-from dream_fast.kernels.grid.hash_grid import HashGridSpec
+from dream_fast.kernels.grid.spec import HashGridSpec
 
 BLOCK = 64  # points of a tile
 WIDTHS = (16, 32, 64, 128)

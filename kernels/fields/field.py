@@ -22,16 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import (
-    FLOATS,
-    check_count,
-    check_kernel_dtype,
-    check_positive,
-    check_tensor,
-    launch,
-    multiprocessors,
-    use_triton,
-)
+from dream_fast.kernels._core.checks import FLOATS, check_count, check_kernel_dtype, check_positive, check_tensor
+from dream_fast.kernels._core.launch import launch, multiprocessors, use_triton
 from dream_fast.kernels._core.reference import live_rows, pad_rows
 from dream_fast.kernels.fields.encode import (
     BLOCK,
@@ -45,7 +37,8 @@ from dream_fast.kernels.fields.encode import (
 )
 from dream_fast.kernels.fields.field_kernels import field_bwd_kernel, field_fwd_kernel
 from dream_fast.kernels.grid.gradients import position_gradient, scatter_features
-from dream_fast.kernels.grid.hash_grid import HashGridSpec, hash_grid, hash_grid_reference
+from dream_fast.kernels.grid.hash_grid import hash_grid, hash_grid_reference
+from dream_fast.kernels.grid.spec import HashGridSpec
 
 MAX_EXPONENT = 15.0
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import check_kernel_dtype, check_positive, launch, multiprocessors, use_triton
+from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive
+from dream_fast.kernels._core.launch import launch, multiprocessors, use_triton
 from dream_fast.kernels._core.reference import live_rows, pad_rows
 from dream_fast.kernels.fields.encode import (
     BLOCK,

@@ -7,15 +7,12 @@ in fp32 and int32, but for rows of points and first rows of levels, which are in
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dream_fast.kernels._core.launch import constant, jit, tl
-
-if TYPE_CHECKING:
-    from dream_fast.kernels.grid.hash_grid import HashGridSpec
+from dream_fast.kernels.grid.spec import HashGridSpec
 
 # The first is 2654435761 as an int32: only the low bits of a product count.
 PRIMES = (1, 2654435761 - 2**32, 805459861)

@@ -13,8 +13,6 @@ overflows, and whole numbers add up the same in any order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -33,9 +31,7 @@ from dream_fast.kernels.grid.device import (
     packed,
     tangent_weights,
 )
-
-if TYPE_CHECKING:
-    from dream_fast.kernels.grid.hash_grid import HashGridSpec
+from dream_fast.kernels.grid.spec import HashGridSpec
 
 __all__ = ["PRIMES", "add_one", "fixed_point", "live_rows", "position_gradient", "scatter_features"]
 

@@ -16,11 +16,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import check_kernel_dtype, check_tensor, jit, launch, tl, use_triton
+from dream_fast.kernels._core.checks import check_kernel_dtype, check_tensor
+from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
 from dream_fast.kernels._core.reference import scatter_rows
 from dream_fast.kernels.grid.device import corner_row, level_table, load_level
 from dream_fast.kernels.grid.gradients import add_one, fixed_point
-from dream_fast.kernels.grid.hash_grid import HashGridSpec, axis_rows, check_features, combine_rows
+from dream_fast.kernels.grid.hash_grid import axis_rows, check_features, combine_rows
+from dream_fast.kernels.grid.spec import HashGridSpec
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dream_fast.kernels._core.launch import FLOATS, check_kernel_dtype, check_tensor, launch, use_triton
+from dream_fast.kernels._core.checks import FLOATS, check_kernel_dtype, check_tensor
+from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.reference import gather_rows
 from dream_fast.kernels.mesh import antialias_kernels
 from dream_fast.kernels.mesh.device import (

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import check_tensor, jit, tl
+from dream_fast.kernels._core.checks import check_tensor
+from dream_fast.kernels._core.launch import jit, tl
 
 INDICES = (torch.int32, torch.int64)
 

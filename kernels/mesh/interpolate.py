@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import FLOATS, check_kernel_dtype, check_tensor, jit, launch, tl, use_triton
+from dream_fast.kernels._core.checks import FLOATS, check_kernel_dtype, check_tensor
+from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
 from dream_fast.kernels._core.reference import gather_rows
 from dream_fast.kernels.mesh.device import (
     INDICES,

@@ -21,16 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import (
-    check_kernel_dtype,
-    check_positive,
-    constant,
-    jit,
-    launch,
-    multiprocessors,
-    tl,
-    use_triton,
-)
+from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive
+from dream_fast.kernels._core.launch import constant, jit, launch, multiprocessors, tl, use_triton
 from dream_fast.kernels._core.reference import gather_rows
 from dream_fast.kernels.mesh.device import (
     Fragments,

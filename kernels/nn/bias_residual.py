@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import check_kernel_dtype, check_tensor, jit, launch, tl, use_triton
+from dream_fast.kernels._core.checks import check_kernel_dtype, check_tensor
+from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
 from dream_fast.kernels._core.layout import check_feature_map, dense, laid_out_like, power_of_two
 
 

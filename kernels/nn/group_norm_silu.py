@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import check_kernel_dtype, check_positive, check_tensor, launch, use_triton
+from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
+from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.layout import check_feature_map, dense, laid_out_like, power_of_two
 from dream_fast.kernels.nn.group_norm_kernels import (
     group_norm_apply_kernel,

@@ -22,16 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import (
-    FLOATS,
-    check_kernel_dtype,
-    check_tensor,
-    constant,
-    jit,
-    launch,
-    tl,
-    use_triton,
-)
+from dream_fast.kernels._core.checks import FLOATS, check_kernel_dtype, check_tensor
+from dream_fast.kernels._core.launch import constant, jit, launch, tl, use_triton
 
 # At most so many programs of the norm kernel; each program of the update reads their sums, 4 KiB.
 MAX_PARTIALS = 1024

@@ -22,17 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import (
-    FLOATS,
-    check_count,
-    check_kernel_dtype,
-    check_tensor,
-    constant,
-    jit,
-    launch,
-    tl,
-    use_triton,
-)
+from dream_fast.kernels._core.checks import FLOATS, check_count, check_kernel_dtype, check_tensor
+from dream_fast.kernels._core.launch import constant, jit, launch, tl, use_triton
 from dream_fast.kernels._core.reference import gather_rows, live_rows, pad_rows, scatter_rows
 
 # Optical depths from which on nothing is left: exp(-200) is 0 in fp32, and a larger depth would cost the next samples'

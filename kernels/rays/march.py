@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import check_kernel_dtype, check_positive, check_tensor, launch, use_triton
+from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
+from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.reference import gather_rows, pad_rows
 from dream_fast.kernels.rays import march_kernels as march_kernels
 from dream_fast.kernels.rays.occupancy import cascades, cell_of, check_resolution, half_sizes, occupied

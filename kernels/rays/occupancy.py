@@ -18,15 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.launch import (
-    check_kernel_dtype,
-    check_positive,
-    check_tensor,
-    jit,
-    launch,
-    tl,
-    use_triton,
-)
+from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
+from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
 
 
 def cascades(bound: float) -> int:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dream_fast.kernels._core.launch import check_kernel_dtype, check_positive, check_tensor, launch, use_triton
+from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
+from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels.fields.encode import (
     BLOCK,
     aligned_rows,

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from dream_fast.cli import build_parser, main, parse
-from dream_fast.engine.config.compat import REFUSED_FLAGS, REFUSED_VALUES
-from dream_fast.engine.config.options_page import REFERENCE_FLAGS
+from dream_fast.engine.config.compat import REFERENCE_FLAGS, REFUSED_FLAGS, REFUSED_VALUES
 from dream_fast.engine.config.presets import mini_cpu_defaults, resolve
 from dream_fast.engine.config.schema import settings
 from dream_fast.engine.errors import UserError

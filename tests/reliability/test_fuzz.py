@@ -23,11 +23,12 @@ from safetensors.torch import save
 
 from dream_fast.cli import main
 from dream_fast.engine.config.argument_file import split
-from dream_fast.engine.config.reproduce import in_a_line, repeating_command, visible
+from dream_fast.engine.config.reproduce import repeating_command
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.report import text
 from dream_fast.engine.geometry.read_mesh import load_mesh
+from dream_fast.engine.text import in_a_line, visible
 from dream_fast.engine.workspace.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 

@@ -9,10 +9,10 @@ import torch
 
 from dream_fast.cli import main
 from dream_fast.engine.config.argument_file import LARGEST
-from dream_fast.engine.config.reproduce import visible
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.model.hub import find_folder
+from dream_fast.engine.text import visible
 from dream_fast.engine.workspace.folder import Workspace
 
 SMALL = """

@@ -25,7 +25,7 @@ from dream_fast.engine.guidance.model.attention import Chosen, choose_attention
 from dream_fast.engine.guidance.model.checks import check_folder, check_sentencepiece
 from dream_fast.engine.guidance.model.fused_blocks import ResidualBlock, fuse_group_norms, fuse_residual_blocks
 from dream_fast.engine.guidance.model.hub import find_folder
-from dream_fast.engine.runtime.device import quiet_diffusers
+from dream_fast.engine.runtime.quiet import quiet_diffusers
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import pytest
 
 import dream_fast
 from dream_fast.cli import build_parser
-from dream_fast.engine.config.compat import REFUSED_FLAGS, REFUSED_VALUES
-from dream_fast.engine.config.options_page import DIFFERENCES, REFERENCE_FLAGS, page
+from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.config.options_page import page
 from dream_fast.engine.config.presets import mini_cpu_defaults, mini_cuda_defaults, resolve
 from dream_fast.engine.config.schema import settings
 

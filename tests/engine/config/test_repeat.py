@@ -8,9 +8,10 @@ import pytest
 
 from dream_fast.cli import parse
 from dream_fast.engine.config.presets import chosen_model, resolve
-from dream_fast.engine.config.reproduce import quote, repeating_command, visible
+from dream_fast.engine.config.reproduce import repeating_command
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
+from dream_fast.engine.text import quote, visible
 
 SHELL = "bash"
 

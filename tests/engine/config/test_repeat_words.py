@@ -5,7 +5,8 @@ import subprocess
 import pytest
 
 from dream_fast.engine.config.presets import resolve
-from dream_fast.engine.config.reproduce import in_a_line, quote, repeating_command, visible
+from dream_fast.engine.config.reproduce import repeating_command
+from dream_fast.engine.text import in_a_line, quote, visible
 
 
 def command(**typed) -> str:

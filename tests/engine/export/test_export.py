@@ -25,6 +25,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import images, isosurface, mesh_files, texture, uv_atlas, video
 from dream_fast.engine.export.silhouette import outline_of
 from dream_fast.engine.geometry import marching_cubes
+from dream_fast.engine.geometry import mesh as geometry_mesh
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import six_views
 from dream_fast.engine.scene.hash_grid_field import Field
@@ -62,7 +63,7 @@ def test_surfaces_are_closed_manifolds_that_face_outwards(name):
     function, euler = SHAPES[name]
     result = isosurface.iso_surface(function(grid(25)), 0.0)
     shape = trimesh.Trimesh(result.vertices, result.faces, process=False)
-    assert shape.is_watertight and shape.is_winding_consistent and isosurface.is_closed(result)
+    assert shape.is_watertight and shape.is_winding_consistent and geometry_mesh.is_closed(result)
     assert shape.volume > 0
     assert shape.area_faces.min() > 0
     assert len(np.unique(result.faces)) == len(result.vertices)
@@ -111,9 +112,9 @@ def test_floaters_are_dropped_and_parts_kept():
     points = grid(40)
     parts = np.stack([ball(points, (-0.4, 0, 0), 0.4), ball(points, (0.5, 0, 0), 0.2), ball(points, (0, 0.9, 0), 0.05)])
     full = isosurface.iso_surface(parts.max(axis=0), 0.0)
-    assert len(np.unique(isosurface.components(full))) == 3
-    cleaned = isosurface.visible_parts(full)
-    assert len(np.unique(isosurface.components(cleaned))) == 2
+    assert len(np.unique(geometry_mesh.components(full))) == 3
+    cleaned = geometry_mesh.visible_parts(full)
+    assert len(np.unique(geometry_mesh.components(cleaned))) == 2
     shape = trimesh.Trimesh(cleaned.vertices, cleaned.faces, process=False)
     assert shape.is_watertight and shape.euler_number == 4
     assert shape.vertices[:, 1].max() < 39 * 0.75
@@ -124,8 +125,8 @@ def test_what_lies_beside_a_part_stays_unless_it_is_a_crumb(gap, radius, stays):
     points = grid(160)
     pot, knob = ball(points, (0, -0.2, 0), 0.5), ball(points, (0, 0.3 + gap + radius, 0), radius)
     full = isosurface.iso_surface(np.maximum(pot, knob), 0.0)
-    assert len(np.unique(isosurface.components(full))) == 2
-    assert len(np.unique(isosurface.components(isosurface.visible_parts(full)))) == 1 + stays
+    assert len(np.unique(geometry_mesh.components(full))) == 2
+    assert len(np.unique(geometry_mesh.components(geometry_mesh.visible_parts(full)))) == 1 + stays
 
 
 def bumps(points):
@@ -138,10 +139,10 @@ def bumps(points):
 def test_a_simpler_surface_is_closed_and_near(target):
     n = 64
     full = isosurface.iso_surface(bumps(grid(n)), 0.0)
-    simpler = isosurface.simplify(full, target)
+    simpler = geometry_mesh.simplify(full, target)
     before, after = (trimesh.Trimesh(one.vertices, one.faces, process=False) for one in (full, simpler))
     assert 0.8 * min(target, len(full.faces)) <= len(simpler.faces) <= target
-    assert after.is_watertight and after.is_winding_consistent and isosurface.is_closed(simpler)
+    assert after.is_watertight and after.is_winding_consistent and geometry_mesh.is_closed(simpler)
     # The volume is kept as well as the library keeps it that simplifies, but for what closing pinches costs.
     ratio = max(0.0, 1 - target / len(full.faces))
     points, triangles = fast_simplification.simplify(full.vertices, full.faces.astype(np.int32), ratio)
@@ -163,10 +164,10 @@ def test_triangles_that_lie_on_each_other_are_dropped():
     ball_ = isosurface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
     flap = np.array([[ball_.faces[0, 0], ball_.faces[0, 1], len(ball_.vertices)]])
     vertices = np.concatenate([ball_.vertices, [[9.0, 9.0, 9.0]]])
-    broken = isosurface.Mesh(vertices, np.concatenate([ball_.faces, flap, flap[:, ::-1]]))
-    assert not isosurface.is_closed(broken)
-    mended = isosurface._without_flaps(broken)
-    assert isosurface.is_closed(mended) and len(mended.vertices) == len(ball_.vertices)
+    broken = geometry_mesh.Mesh(vertices, np.concatenate([ball_.faces, flap, flap[:, ::-1]]))
+    assert not geometry_mesh.is_closed(broken)
+    mended = geometry_mesh._without_flaps(broken)
+    assert geometry_mesh.is_closed(mended) and len(mended.vertices) == len(ball_.vertices)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_the_material_is_matt_and_opaque(written, glb):
 
 def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written, pixels_inside):
     field = fitted_renderer().field
-    shape = isosurface.simplify(isosurface.surface_of(isosurface.log_density_volume(field, 40, 10.0)), 2000)
+    shape = geometry_mesh.simplify(isosurface.surface_of(isosurface.log_density_volume(field, 40, 10.0)), 2000)
     for unwrapped in (uv_atlas.unwrap(shape, 256), uv_atlas._unwrap_by_xatlas(*as_arrays(shape), 256)):
         assert np.array_equal(unwrapped.source[unwrapped.faces], shape.faces)
         assert 0 <= unwrapped.uv.min() and unwrapped.uv.max() <= 1

@@ -14,8 +14,9 @@ from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import CameraConfig
 from dream_fast.engine.export import isosurface, texture, uv_atlas
-from dream_fast.engine.export.isosurface import Mesh, NoSurface
 from dream_fast.engine.export.silhouette import Outline
+from dream_fast.engine.geometry import mesh as geometry_mesh
+from dream_fast.engine.geometry.mesh import Mesh, NoSurface
 from dream_fast.engine.scene.camera import rays, six_views
 
 
@@ -139,7 +140,7 @@ def test_walls_of_cavities_are_dropped():
     shell = Analytic(lambda x: torch.maximum(ball(0.7)(x), -ball(0.4)(x)))
     volume = isosurface.log_density_volume(shell, 48, 10.0)
     raw = isosurface.iso_surface(volume.shape.numpy(), math.log(volume.level))
-    assert len(np.unique(isosurface.components(raw))) == 2
+    assert len(np.unique(geometry_mesh.components(raw))) == 2
     shape = as_trimesh(isosurface.surface_of(volume))
     assert shape.is_watertight and shape.euler_number == 2
     assert in_a_ball(0.7 - below(2 / 47, 0.7)) < shape.volume < in_a_ball(0.7 + 1e-6)
@@ -190,16 +191,16 @@ def test_sheets_that_meet_are_taken_apart():
     a, b, c = BALL.faces[7]
     for pairs in ([(a, a)], [(a, b), (b, a)], [(a, b), (b, a), (c, c)]):
         together = glued(pairs)
-        apart = as_trimesh(isosurface._taken_apart(isosurface._without_flaps(together)))
-        assert isosurface.is_closed(Mesh(apart.vertices, apart.faces)) and apart.is_watertight
+        apart = as_trimesh(geometry_mesh._taken_apart(geometry_mesh._without_flaps(together)))
+        assert geometry_mesh.is_closed(Mesh(apart.vertices, apart.faces)) and apart.is_watertight
         check_volume(apart, as_trimesh(together))
-    assert not isosurface.is_closed(glued([(a, b), (b, a)]))
+    assert not geometry_mesh.is_closed(glued([(a, b), (b, a)]))
 
 
 def test_of_three_triangles_on_each_other_one_is_left():
     extra = np.concatenate([BALL.faces, BALL.faces[3:4], BALL.faces[3:4, ::-1]])
-    mended = isosurface._without_flaps(Mesh(BALL.vertices, extra))
-    assert isosurface.is_closed(mended) and len(mended.faces) == len(BALL.faces)
+    mended = geometry_mesh._without_flaps(Mesh(BALL.vertices, extra))
+    assert geometry_mesh.is_closed(mended) and len(mended.faces) == len(BALL.faces)
     check_volume(as_trimesh(mended), as_trimesh(BALL))
 
 
@@ -208,9 +209,9 @@ def test_a_rough_surface_stays_closed(faces):
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((96, 96, 96))).float()
     axis = torch.linspace(-1, 1, 96)
     rough = 0.6 - torch.cartesian_prod(axis, axis, axis).norm(dim=1).view(96, 96, 96) + 0.2 * isosurface.smoothed(noise)
-    full = isosurface.visible_parts(isosurface.iso_surface(rough.numpy(), 0.0))
-    simpler = isosurface.simplify(full, faces)
-    assert len(full.faces) > 3 * faces >= 3 * len(simpler.faces) and isosurface.is_closed(simpler)
+    full = geometry_mesh.visible_parts(isosurface.iso_surface(rough.numpy(), 0.0))
+    simpler = geometry_mesh.simplify(full, faces)
+    assert len(full.faces) > 3 * faces >= 3 * len(simpler.faces) and geometry_mesh.is_closed(simpler)
     # The volume is kept as well as the library keeps it that simplifies.
     points, triangles = fast_simplification.simplify(
         full.vertices, full.faces.astype(np.int32), 1 - faces / len(full.faces)
@@ -225,7 +226,7 @@ def test_a_rough_surface_stays_closed(faces):
 
 
 def test_no_target_keeps_all_triangles():
-    assert isosurface.simplify(BALL, 0) is BALL
+    assert geometry_mesh.simplify(BALL, 0) is BALL
 
 
 # --------------------------------------------------------------------------------------------------------- textures
@@ -240,7 +241,9 @@ def seen_in_the_picture(laid, resolution):
 
 @pytest.mark.parametrize("resolution", [16, 48])
 def test_more_charts_than_a_small_picture_has_room_for_do_not_overlap(resolution, pixels_inside):
-    simple = isosurface.simplify(isosurface.surface_of(isosurface.log_density_volume(Analytic(bumps), 40, 10.0)), 3000)
+    simple = geometry_mesh.simplify(
+        isosurface.surface_of(isosurface.log_density_volume(Analytic(bumps), 40, 10.0)), 3000
+    )
     laid = uv_atlas.unwrap(simple, resolution)
     covered = int((seen_in_the_picture(laid, 2048).triangle >= 0).sum())
     assert 0 < covered and pixels_inside(laid.uv, laid.faces, 2048) <= covered
@@ -267,7 +270,7 @@ def test_xatlas_takes_over_where_uvunwrap_panics(monkeypatch):
 def test_the_picture_of_normals_gives_back_what_simplification_took():
     field, resolution = Analytic(bumps), 512
     volume = isosurface.log_density_volume(field, 128, 10.0)
-    mesh = isosurface.simplify(isosurface.surface_of(volume), 1500)
+    mesh = geometry_mesh.simplify(isosurface.surface_of(volume), 1500)
     laid = uv_atlas.unwrap(mesh, resolution)
     picture = texture.bake(field, mesh, laid, resolution, volume).normal
     seen = seen_in_the_picture(laid, resolution)
@@ -283,7 +286,7 @@ def test_the_picture_of_normals_gives_back_what_simplification_took():
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     # As a viewer does that computes a frame of its own from places and texture coordinates of each triangle.
-    places, smooth = mesh.vertices[laid.source], unit(between(isosurface.smooth_normals(mesh)[laid.source]))
+    places, smooth = mesh.vertices[laid.source], unit(between(geometry_mesh.smooth_normals(mesh)[laid.source]))
     edge1, edge2 = places[faces[:, 1]] - places[faces[:, 0]], places[faces[:, 2]] - places[faces[:, 0]]
     uv = laid.uv.astype(float)
     (du1, dv1), (du2, dv2) = (uv[faces[:, 1]] - uv[faces[:, 0]]).T, (uv[faces[:, 2]] - uv[faces[:, 0]]).T
@@ -312,13 +315,13 @@ def test_colours_are_those_of_the_layer_that_is_seen():
     red, blue = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
     field.albedo = lambda x: torch.where((x.norm(dim=-1) < 0.55)[:, None], red, blue)
     volume = isosurface.log_density_volume(field, 128, 9.0)
-    mesh = isosurface.simplify(isosurface.surface_of(volume), 1000)
+    mesh = geometry_mesh.simplify(isosurface.surface_of(volume), 1000)
     assert np.linalg.norm(mesh.vertices, axis=1).min() > 0.58
     laid = uv_atlas.unwrap(mesh, 64)
     outside, through = texture.bake(field, mesh, laid, 64), texture.bake(field, mesh, laid, 64, volume)
     there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()
     assert (outside.albedo[there] == [0, 0, 255]).all() and outside.normal is None
-    points, up = (torch.from_numpy(one).float() for one in (mesh.vertices, isosurface.smooth_normals(mesh)))
+    points, up = (torch.from_numpy(one).float() for one in (mesh.vertices, geometry_mesh.smooth_normals(mesh)))
     depths, _ = texture._gather(field, volume, points, up)
     # Light comes from behind a depth t with exp(-10 t), as far as a ray goes, and four of five rays are slanted.
     cosine = (1 + texture.SLANT**2) ** -0.5
@@ -339,7 +342,7 @@ def test_haze_before_the_surface_is_in_the_colours():
     red, blue = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
     field.albedo = lambda x: torch.where((x.norm(dim=-1) < 0.6)[:, None], red, blue)
     volume = isosurface.log_density_volume(field, 128, 40.0)
-    mesh = isosurface.simplify(isosurface.surface_of(volume), 1000)
+    mesh = geometry_mesh.simplify(isosurface.surface_of(volume), 1000)
     assert np.abs(np.linalg.norm(mesh.vertices, axis=1) - 0.6).mean() < 0.01
     laid = uv_atlas.unwrap(mesh, 64)
     there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check_fp64
-from dream_fast.engine.export.isosurface import Mesh, components, is_closed
 from dream_fast.engine.geometry import marching_cubes as module
 from dream_fast.engine.geometry.marching_cubes import CORNERS, EDGES, marching_cubes
+from dream_fast.engine.geometry.mesh import Mesh, components, is_closed
 
 AXES = np.eye(3, dtype=int)
 

@@ -7,8 +7,8 @@ import pytest
 import trimesh
 
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.isosurface import is_closed
 from dream_fast.engine.geometry import read_mesh
+from dream_fast.engine.geometry.mesh import is_closed
 from dream_fast.engine.geometry.read_mesh import load_mesh
 
 BOX = trimesh.creation.box((1, 2, 3))

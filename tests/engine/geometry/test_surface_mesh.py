@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check, check_fp64
 from dream_fast.engine.export import isosurface
-from dream_fast.engine.export.isosurface import Mesh, NoSurface, Volume
+from dream_fast.engine.export.isosurface import Volume
+from dream_fast.engine.geometry import mesh as geometry_mesh
+from dream_fast.engine.geometry.mesh import Mesh, NoSurface
 
 TETRAHEDRON = Mesh(
     np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
@@ -52,13 +54,13 @@ def test_groups_are_named_by_their_lowest():
         linked[ends[0], ends[1]] = linked[ends[1], ends[0]] = True
         for _ in range(5):
             linked = linked @ linked
-        assert np.array_equal(isosurface._groups(30, ends), linked.argmax(axis=1))
+        assert np.array_equal(geometry_mesh._groups(30, ends), linked.argmax(axis=1))
 
 
 def test_components_are_those_of_the_edges():
     """Triangles in a row that share a vertex are one component; a vertex of no triangle is its own."""
     mesh = Mesh(np.zeros((9, 3)), np.array([[8, 1, 7], [7, 2, 3], [4, 6, 5]]))
-    assert isosurface.components(mesh).tolist() == [0, 1, 1, 1, 4, 4, 4, 1, 1]
+    assert geometry_mesh.components(mesh).tolist() == [0, 1, 1, 1, 4, 4, 4, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_components_are_those_of_the_edges():
 def test_floaters_and_crumbs_go_by_their_area(side, place, kept):
     """Of a box of side 1, what is apart needs 2 % of its area, and what is at its corner 0.2 %."""
     large, small = box(1), box(side, (place, place, place))
-    assert same(isosurface.visible_parts(together(small, large)), together(small, large) if kept else large)
+    assert same(geometry_mesh.visible_parts(together(small, large)), together(small, large) if kept else large)
 
 
 def test_pieces_that_lie_side_by_side_count_together():
@@ -75,17 +77,17 @@ def test_pieces_that_lie_side_by_side_count_together():
     large, first = box(1), box(0.11, (3, 0, 0))
     for y, kept in ((0.12, True), (1.0, False)):
         mesh = together(large, first, box(0.11, (3, y, 0)))
-        assert same(isosurface.visible_parts(mesh), mesh if kept else large)
+        assert same(geometry_mesh.visible_parts(mesh), mesh if kept else large)
 
 
 def test_walls_of_cavities_go_unless_there_is_nothing_else():
     """A component that faces its own inside goes, wherever the origin is; alone it stays."""
     shell = together(box(1, (5, 5, 5)), turned(box(0.5, (5, 5, 5))))
-    assert same(isosurface.visible_parts(shell), box(1, (5, 5, 5)))
+    assert same(geometry_mesh.visible_parts(shell), box(1, (5, 5, 5)))
     alone = turned(box(1))
-    assert same(isosurface.visible_parts(alone), alone)
+    assert same(geometry_mesh.visible_parts(alone), alone)
     nothing = Mesh(np.zeros((0, 3)), np.zeros((0, 3), dtype=int))
-    assert isosurface.visible_parts(nothing) is nothing
+    assert geometry_mesh.visible_parts(nothing) is nothing
 
 
 def test_points_nearer_than_a_fiftieth_are_side_by_side():
@@ -98,9 +100,9 @@ def test_points_nearer_than_a_fiftieth_are_side_by_side():
         corners = np.array([[0.0, 0, 0], [3, 3, 3]])
         for distance, joined in ((0.99 * 0.02 * 3, True), (1.01 * math.sqrt(3) * 0.04 * 3, False)):
             points = np.concatenate([[place, place + distance * way], corners]) - 1.5
-            part = isosurface._side_by_side(points, np.arange(4), np.ones(4, dtype=bool))
+            part = geometry_mesh._side_by_side(points, np.arange(4), np.ones(4, dtype=bool))
             assert part.tolist() == ([0, 0, 2, 3] if joined else [0, 1, 2, 3])
-        dropped = isosurface._side_by_side(points[[0, 0, 2, 3]], np.arange(4), np.array([True, False, True, True]))
+        dropped = geometry_mesh._side_by_side(points[[0, 0, 2, 3]], np.arange(4), np.array([True, False, True, True]))
         assert dropped.tolist() == [0, 1, 2, 3]
 
 
@@ -110,11 +112,11 @@ def test_points_nearer_than_a_fiftieth_are_side_by_side():
 def test_is_closed_wants_two_triangles_that_run_against_each_other():
     """A hole, a turned triangle, a doubled surface and a flap are not closed."""
     mesh = TETRAHEDRON
-    assert isosurface.is_closed(mesh) and isosurface.is_closed(together(mesh, box(1)))
-    assert not isosurface.is_closed(mesh._replace(faces=mesh.faces[1:]))
-    assert not isosurface.is_closed(mesh._replace(faces=np.concatenate([mesh.faces[:1, ::-1], mesh.faces[1:]])))
-    assert not isosurface.is_closed(mesh._replace(faces=np.concatenate([mesh.faces, mesh.faces])))
-    assert not isosurface.is_closed(mesh._replace(faces=np.concatenate([mesh.faces, mesh.faces[:, ::-1]])))
+    assert geometry_mesh.is_closed(mesh) and geometry_mesh.is_closed(together(mesh, box(1)))
+    assert not geometry_mesh.is_closed(mesh._replace(faces=mesh.faces[1:]))
+    assert not geometry_mesh.is_closed(mesh._replace(faces=np.concatenate([mesh.faces[:1, ::-1], mesh.faces[1:]])))
+    assert not geometry_mesh.is_closed(mesh._replace(faces=np.concatenate([mesh.faces, mesh.faces])))
+    assert not geometry_mesh.is_closed(mesh._replace(faces=np.concatenate([mesh.faces, mesh.faces[:, ::-1]])))
 
 
 @pytest.mark.parametrize("roll", [0, 1, 2])
@@ -122,8 +124,8 @@ def test_flaps_go_with_their_vertices(roll):
     """Two triangles on each other cancel however they begin; the rest keeps its way around."""
     flap = np.array([[4, 5, 6], np.roll([6, 5, 4], roll)])
     mesh = Mesh(np.concatenate([TETRAHEDRON.vertices, np.ones((3, 3))]), np.concatenate([TETRAHEDRON.faces, flap]))
-    left = isosurface._without_flaps(mesh)
-    assert np.array_equal(left.vertices, TETRAHEDRON.vertices) and isosurface.is_closed(left)
+    left = geometry_mesh._without_flaps(mesh)
+    assert np.array_equal(left.vertices, TETRAHEDRON.vertices) and geometry_mesh.is_closed(left)
     assert sorted(np.roll(face, -face.argmin()).tolist() for face in left.faces) == sorted(
         np.roll(face, -face.argmin()).tolist() for face in TETRAHEDRON.faces
     )
@@ -132,14 +134,14 @@ def test_flaps_go_with_their_vertices(roll):
 def test_of_equal_triangles_those_that_nothing_cancels_stay():
     """Twice the same triangle stays twice."""
     faces = np.array([[0, 1, 2], [1, 2, 0], [3, 2, 1]])
-    left = isosurface._without_flaps(Mesh(TETRAHEDRON.vertices, faces))
+    left = geometry_mesh._without_flaps(Mesh(TETRAHEDRON.vertices, faces))
     assert sorted(np.roll(face, -face.argmin()).tolist() for face in left.faces) == [[0, 1, 2], [0, 1, 2], [1, 3, 2]]
 
 
 def test_an_open_mesh_is_not_taken_apart():
     """Where edges do not pair up the mesh comes back itself."""
     mesh = TETRAHEDRON._replace(faces=TETRAHEDRON.faces[1:])
-    assert isosurface._taken_apart(mesh) is mesh
+    assert geometry_mesh._taken_apart(mesh) is mesh
 
 
 def test_sheets_that_share_a_vertex_get_one_each():
@@ -147,21 +149,21 @@ def test_sheets_that_share_a_vertex_get_one_each():
     other = np.where(TETRAHEDRON.faces == 0, 0, TETRAHEDRON.faces + 3)
     vertices = np.concatenate([TETRAHEDRON.vertices, -TETRAHEDRON.vertices[1:, ::-1]])
     mesh = Mesh(vertices, np.concatenate([TETRAHEDRON.faces, other]))
-    apart = isosurface._taken_apart(mesh)
-    assert len(apart.vertices) == 8 and isosurface.is_closed(apart)
+    apart = geometry_mesh._taken_apart(mesh)
+    assert len(apart.vertices) == 8 and geometry_mesh.is_closed(apart)
     assert np.array_equal(apart.vertices[apart.faces], mesh.vertices[mesh.faces])
-    assert len(np.unique(isosurface.components(apart))) == 2
+    assert len(np.unique(geometry_mesh.components(apart))) == 2
 
 
 def test_vertices_at_one_place_move_into_their_sheets():
     """By a hundredth of the mean first edge of the triangles, against the normal; all others stay."""
     mesh = together(TETRAHEDRON, box(2, (-1, -1, -1)))
-    moved = isosurface._set_apart(mesh).vertices - mesh.vertices
+    moved = geometry_mesh._set_apart(mesh).vertices - mesh.vertices
     a, b = mesh.vertices[mesh.faces[:, 0]], mesh.vertices[mesh.faces[:, 1]]
     step = 0.01 * np.linalg.norm(b - a, axis=1).mean()
     shared = (mesh.vertices == 0).all(axis=1)
     assert shared.sum() == 2 and not moved[~shared].any()
-    exact = -step * isosurface.smooth_normals(mesh)[shared]
+    exact = -step * geometry_mesh.smooth_normals(mesh)[shared]
     check_fp64("moved", torch.from_numpy(moved[shared]), torch.from_numpy(exact))
 
 
@@ -170,7 +172,7 @@ def test_normals_are_weighted_by_area():
     vertices = np.array([[0.0, 0, 0], [3, 0, 0], [0, 1.5, 0], [0, 0, 1], [9, 9, 9]])
     faces = np.array([[0, 2, 3], [0, 3, 1], [0, 1, 2], [4, 4, 4]])
     areas = np.array([1.5, 3, 4.5])
-    normals = torch.from_numpy(isosurface.smooth_normals(Mesh(vertices, faces)))
+    normals = torch.from_numpy(geometry_mesh.smooth_normals(Mesh(vertices, faces)))
     exact = torch.from_numpy(areas / np.linalg.norm(areas))
     check_fp64("corner", normals[0], exact)
     check_fp64(
@@ -194,7 +196,7 @@ def simplified(monkeypatch):
         targets.append(target_count)
         return gives[min(len(targets), len(gives)) - 1]
 
-    monkeypatch.setattr(isosurface.fast_simplification, "simplify", simplify)
+    monkeypatch.setattr(geometry_mesh.fast_simplification, "simplify", simplify)
     return SimpleNamespace(targets=targets, gives=gives)
 
 
@@ -202,8 +204,8 @@ def test_simplify_takes_the_first_closed_surface(simplified):
     """An open one is followed by a target that is a little lower."""
     single = TETRAHEDRON.vertices.astype(np.float32)
     simplified.gives += [(single, TETRAHEDRON.faces[1:]), (single, TETRAHEDRON.faces.astype(np.int32))]
-    simpler = isosurface.simplify(together(*[box(1, (2 * k, 0, 0)) for k in range(20)]), 200)
-    assert simplified.targets == [200, 198] and isosurface.is_closed(simpler) and len(simpler.faces) == 4
+    simpler = geometry_mesh.simplify(together(*[box(1, (2 * k, 0, 0)) for k in range(20)]), 200)
+    assert simplified.targets == [200, 198] and geometry_mesh.is_closed(simpler) and len(simpler.faces) == 4
     assert (simpler.vertices.dtype, simpler.faces.dtype) == (np.float64, np.int64)
 
 
@@ -211,19 +213,23 @@ def test_simplify_without_a_closed_surface_takes_the_first(simplified):
     """After six targets; one without triangles is no surface, and the mesh comes back."""
     mesh = together(*[box(1, (2 * k, 0, 0)) for k in range(20)])
     simplified.gives += [(TETRAHEDRON.vertices, TETRAHEDRON.faces[:3]), (TETRAHEDRON.vertices, TETRAHEDRON.faces[:2])]
-    assert len(isosurface.simplify(mesh, 100).faces) == 3
+    assert len(geometry_mesh.simplify(mesh, 100).faces) == 3
     assert simplified.targets == [100, 99, 98, 96, 93, 90]
     simplified.gives[:] = [(np.zeros((0, 3)), np.zeros((0, 3), dtype=int))]
-    assert isosurface.simplify(mesh, 100) is mesh
+    assert geometry_mesh.simplify(mesh, 100) is mesh
 
 
 def test_simplify_leaves_what_is_small_enough(simplified):
     """A mesh of as many triangles is not touched; fewer than four are never asked for."""
     mesh = box(1)
-    assert isosurface.simplify(mesh, 12) is mesh and isosurface.simplify(mesh, 0) is mesh and simplified.targets == []
+    assert (
+        geometry_mesh.simplify(mesh, 12) is mesh
+        and geometry_mesh.simplify(mesh, 0) is mesh
+        and simplified.targets == []
+    )
     simplified.gives.append(TETRAHEDRON)
-    isosurface.simplify(mesh, 1)
-    isosurface.simplify(mesh, 11)
+    geometry_mesh.simplify(mesh, 1)
+    geometry_mesh.simplify(mesh, 11)
     assert simplified.targets == [4, 11]
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from dream_fast.cli import parse
 from dream_fast.engine.config.model_names import COPIES, SAME_PARTS, SD_VERSIONS, hub_name, typed_name
-from dream_fast.engine.config.reproduce import in_a_line
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model.checks import KINDS, check_folder
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.model.hub import find_folder
+from dream_fast.engine.text import in_a_line
 
 NAME = "somebody/model"
 COMMIT, OLDER = "0123456789abcdef" * 2 + "01234567", "76543210" * 5

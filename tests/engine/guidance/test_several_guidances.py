@@ -11,8 +11,8 @@ from dream_fast.engine.config.presets import chosen_model, resolve
 from dream_fast.engine.config.schema import CameraConfig, Config
 from dream_fast.engine.guidance.clip import ClipGuidance
 from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.registry import load_guidance
 from dream_fast.engine.guidance.sum import GuidanceSum, image_guidance
-from dream_fast.engine.run import load_guidance
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.scene.camera import turntable
 

@@ -8,11 +8,11 @@ import torch
 
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.guidance import snapshots
+from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
 from dream_fast.engine.guidance.clip import ClipGuidance
-from dream_fast.engine.guidance.diffusion import PromptGuidance, TextGuidance
+from dream_fast.engine.guidance.diffusion import TextGuidance
 from dream_fast.engine.guidance.perp_neg import negative_weights
 from dream_fast.engine.guidance.prompts import view_weights
-from dream_fast.engine.guidance.sds import GuidanceResult
 from dream_fast.engine.guidance.sum import GuidanceSum, image_guidance
 from dream_fast.engine.scene.camera import Cameras, make_cameras
 

@@ -16,7 +16,7 @@ from dream_fast.engine.geometry.tet_grid import Surface
 from dream_fast.engine.render import mesh as mesh_renderer
 from dream_fast.engine.render.mesh import MeshRenderer
 from dream_fast.engine.scene.camera import make_cameras, rays
-from dream_fast.engine.training.dmtet_init import TetShape
+from dream_fast.engine.scene.tet_mesh import TetShape
 from dream_fast.kernels import opposite_corners
 
 SIZE = (6, 10)

@@ -10,7 +10,7 @@ import torch
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, tolerance
 from dream_fast.engine.config.schema import FieldConfig, RenderConfig
-from dream_fast.engine.render.ray_samplers import large_parts
+from dream_fast.engine.geometry.voxels import large_parts
 from dream_fast.engine.render.volume import Renderer, shade
 from dream_fast.engine.scene.camera import make_cameras, rays
 from dream_fast.engine.scene.hash_grid_field import Field

@@ -8,6 +8,7 @@ import torch
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.geometry.voxels import large_parts
 from dream_fast.engine.render.ray_samplers import (
     LEAST_WEIGHT,
     ImportanceSampler,
@@ -15,13 +16,12 @@ from dream_fast.engine.render.ray_samplers import (
     _strata,
     even_edges,
     importance_samples,
-    large_parts,
     make_sampler,
     middles,
 )
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import make_cameras
-from dream_fast.engine.scene.hash_grid_field import make_field
+from dream_fast.engine.scene.make_field import make_field
 
 GREY = torch.tensor([0.25, 0.5, 0.75])
 

@@ -21,7 +21,7 @@ from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import make_cameras, rays
 from dream_fast.engine.scene.field import FieldValues
 from dream_fast.engine.scene.frequency_field import VanillaField
-from dream_fast.engine.scene.hash_grid_field import make_field
+from dream_fast.engine.scene.make_field import make_field
 
 EDGES = torch.tensor([[1.0, 1.5, 1.75, 3.0, 3.5], [2.0, 3.0, 4.0, 5.0, 6.0]])
 WEIGHTS = torch.tensor([[0.1, 0.4, 0.2, 0.1], [0.0, 0.0, 0.3, 0.0]])

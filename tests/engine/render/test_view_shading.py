@@ -10,7 +10,7 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import FieldConfig, RenderConfig
 from dream_fast.engine.render.volume import Renderer, shade
 from dream_fast.engine.scene.camera import make_cameras, rays
-from dream_fast.engine.scene.hash_grid_field import make_field
+from dream_fast.engine.scene.make_field import make_field
 
 GREY = torch.tensor([0.25, 0.5, 0.75])
 

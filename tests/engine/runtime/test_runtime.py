@@ -11,7 +11,8 @@ from dream_fast.cli import main
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.runtime import device as runtime
-from dream_fast.engine.runtime.device import Runtime, choose_runtime, draw_seed, peak_memory, prepare, step_seed
+from dream_fast.engine.runtime.device import Runtime, choose_runtime, peak_memory, prepare
+from dream_fast.engine.runtime.seeds import draw_seed, step_seed
 
 
 @pytest.mark.parametrize(

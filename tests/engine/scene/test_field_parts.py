@@ -11,7 +11,8 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import FieldConfig
 from dream_fast.engine.scene.field import FieldValues, SceneField, frequency_encoding, linear_layers, uniform
 from dream_fast.engine.scene.frequency_field import VanillaField
-from dream_fast.engine.scene.hash_grid_field import Field, make_field
+from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.make_field import make_field
 
 GRID = dict(levels=3, features=4, log2_entries=9, base_resolution=5, max_resolution=17, interpolation="linear")
 BLOB = dict(density_activation="softplus", blob_density=7.0, blob_radius=0.35)

@@ -13,7 +13,8 @@ from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.field import frequency_encoding
 from dream_fast.engine.scene.frequency_field import VanillaField
-from dream_fast.engine.scene.hash_grid_field import Field, make_field
+from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.make_field import make_field
 
 SMALL = dict(backbone="vanilla", frequencies=4, hidden_width=16, hidden_layers=3)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from dream_fast.engine.config.schema import Config
-from dream_fast.engine.run import write_outputs
+from dream_fast.engine.outputs import write_outputs
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.training.trainer import Trainer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dream_fast.engine.config.presets import resolve
-from dream_fast.engine.guidance.sds import GuidanceResult
+from dream_fast.engine.guidance.base import GuidanceResult
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import turntable

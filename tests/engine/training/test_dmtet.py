@@ -16,18 +16,12 @@ from dream_fast.engine.config.presets import DMTET_DEFAULTS, resolve
 from dream_fast.engine.config.schema import CameraConfig, Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import depth_image
-from dream_fast.engine.guidance.sds import GuidanceResult
+from dream_fast.engine.guidance.base import GuidanceResult
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import make_cameras, rays, six_views
-from dream_fast.engine.training.dmtet_init import (
-    TetShape,
-    find_start,
-    fitted,
-    read_surface,
-    start_from_field,
-    start_from_mesh,
-)
+from dream_fast.engine.scene.tet_mesh import TetShape
+from dream_fast.engine.training.dmtet_init import find_start, fitted, read_surface, start_from_field, start_from_mesh
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace

@@ -13,10 +13,10 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import CameraConfig, Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.geometry.tet_grid import Surface, tet_grid
+from dream_fast.engine.scene.tet_mesh import TetShape
 from dream_fast.engine.training import dmtet_init
 from dream_fast.engine.training.dmtet_init import (
     Start,
-    TetShape,
     field_settings,
     find_start,
     fitted,

@@ -16,17 +16,8 @@ from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.training import divergence
 from dream_fast.engine.training import trainer as trainer_module
-from dream_fast.engine.training.divergence import (
-    DIVERGED,
-    LOST,
-    Lost,
-    diagnosis,
-    flags,
-    lighter,
-    lost_sentence,
-    memory_sentence,
-    rescued,
-)
+from dream_fast.engine.training.divergence import DIVERGED, LOST, Lost, diagnosis, flags, lost_sentence, rescued
+from dream_fast.engine.training.failures import lighter, memory_sentence
 from dream_fast.engine.training.optim import LossScaler
 from dream_fast.engine.training.trainer import Phase, Step, Trainer
 from dream_fast.engine.workspace.folder import Workspace

@@ -6,7 +6,7 @@ import pytest
 
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
-from dream_fast.engine.training import divergence
+from dream_fast.engine.training import divergence, failures
 
 
 def configured(**changes):
@@ -109,23 +109,23 @@ def test_diagnosis_names_the_cause_and_a_setting(row, cause, half, full):
 def test_lighter_settings_take_views_then_pixels(settings, less):
     """Half of the views; with one of them half of the pixels, down to 32; no step graph."""
     defaults = {"w": 64, "h": 64, "vram_O": False, "step_graph": False}
-    assert divergence.lighter(configured(**(defaults | settings))) == less
+    assert failures.lighter(configured(**(defaults | settings))) == less
 
 
 def test_memory_sentence_has_the_request_the_advice_and_the_step():
     """With and without a number from torch, and where no setting takes less."""
     error = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
     config = configured(batch_size=4, w=64, h=32, vram_O=True)
-    assert divergence.memory_sentence(config, error, "go on") == (
+    assert failures.memory_sentence(config, error, "go on") == (
         "the GPU has no memory left, asked for 2.50 GiB more: give --batch_size 2 (this step: --batch_size 4 --w 64 "
         "--h 32); go on"
     )
     smallest = configured(batch_size=1, w=32, h=32, vram_O=True)
-    assert divergence.memory_sentence(smallest, RuntimeError("Tried to allocate 2 MiB."), "go on") == (
+    assert failures.memory_sentence(smallest, RuntimeError("Tried to allocate 2 MiB."), "go on") == (
         "the GPU has no memory left, asked for 2 MiB more: a smaller image model or another GPU is needed (this step: "
         "--batch_size 1 --w 32 --h 32); go on"
     )
-    sentence = divergence.memory_sentence(smallest, RuntimeError("other"), "go on")
+    sentence = failures.memory_sentence(smallest, RuntimeError("other"), "go on")
     assert sentence.startswith("the GPU has no memory left: a")
 
 

@@ -1,0 +1,53 @@
+"""Checks of an operator's arguments, with messages that name the argument and both values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    value: Tensor,
+    shape: tuple[int | str | None, ...],
+    *,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    like: tuple[str, Tensor] | None = None,
+) -> None:
+    """Raise TypeError or ValueError unless `value` has this shape, one of these dtypes, and the device of `like`.
+
+    An int in `shape` must match; a string only names a free axis in the message.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    wanted = "[" + ", ".join(str(axis) for axis in shape) + "]"
+    fits = value.dim() == len(shape) and all(
+        not isinstance(axis, int) or axis == size for axis, size in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
+    if dtypes is not None and value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if like is not None and value.device != like[1].device:
+        raise ValueError(f"{name} is on {value.device} but {like[0]} is on {like[1].device}")
+
+
+def check_kernel_dtype(name: str, value: Tensor) -> None:
+    """Raise TypeError for float64, which only the references compute in."""
+    if value.dtype == torch.float64:
+        raise TypeError(f"{name} is float64, which the kernels do not compute in: call the operator's reference")
+
+
+def check_count(count: Tensor | None, like: tuple[str, Tensor]) -> None:
+    """Raise unless `count` is None or an int64 scalar tensor on the device of `like`."""
+    if count is not None:
+        check_tensor("count", count, (), dtypes=(torch.int64,), like=like)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless value > 0 (NaN is refused as well)."""
+    if not value > 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
