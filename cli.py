@@ -15,20 +15,20 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import dream_fast
 from dream_fast.engine.config.argument_file import read_arguments
-from dream_fast.engine.config.compat import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
+from dream_fast.engine.config.compat import RENAMED_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
 from dream_fast.engine.config.model_names import typed_name
 from dream_fast.engine.config.options_page import COMMAND_FLAGS
 from dream_fast.engine.config.other_programs import COMMANDS, FLAGS, KEYS, VALUES, plain_name
 from dream_fast.engine.config.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.config.prompt_syntax import foreign_syntax
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar
-from dream_fast.engine.config.schema import Config, other_backbones, settings
+from dream_fast.engine.config.schema import Config, settings, settings_unused_by
 from dream_fast.engine.config.setting import ScalarRange, check_value, value_type
 from dream_fast.engine.config.spelling import nearest
 from dream_fast.engine.dream_mini import check_prompt
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.runtime.paths import expanded
-from dream_fast.engine.text import in_a_line
+from dream_fast.engine.runtime.paths import expand_user
+from dream_fast.engine.text import one_line
 
 _EXAMPLES = """examples:
   dream-fast --text "a hamburger" -O --save_mesh
@@ -130,16 +130,16 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     for word in words:
         if _looks_like_flag(word):
             flag, sign, word = word.partition("=")
-            if flag in REFUSED_FLAGS:
-                raise UserError(f"{flag} is not available: {REFUSED_FLAGS[flag]}")
+            if flag in UNSUPPORTED_FLAGS:
+                raise UserError(f"{flag} is not available: {UNSUPPORTED_FLAGS[flag]}")
             if flag in RENAMED_FLAGS:
                 raise UserError(f"{flag} is gone: {RENAMED_FLAGS[flag]}")
             if flag not in known:
                 raise UserError(f"unknown flag {flag}{_instead(flag, known)}")
             if sign and _off(flag) in known:
                 raise UserError(f"{flag} takes no value, so not {word!r}: {_off(flag)} turns it off")
-        if (flag, word) in REFUSED_VALUES:
-            raise UserError(f"{flag} {word} is not available: {REFUSED_VALUES[flag, word]}")
+        if (flag, word) in UNSUPPORTED_VALUES:
+            raise UserError(f"{flag} {word} is not available: {UNSUPPORTED_VALUES[flag, word]}")
         if (flag, word) in VALUES:
             raise UserError(f"{flag} {word} is not known here: {VALUES[flag, word]}")
 
@@ -156,9 +156,9 @@ def _instead(flag: str, known: Sequence[str]) -> str:
         return f"; did you mean {spelled[0]}?"
     if name in FLAGS:
         return f": {FLAGS[name]}"
-    refused = [ours for ours in REFUSED_FLAGS if plain_name(ours) == name]
+    refused = [ours for ours in UNSUPPORTED_FLAGS if plain_name(ours) == name]
     if refused:
-        return f"; {refused[0]} is not available: {REFUSED_FLAGS[refused[0]]}"
+        return f"; {refused[0]} is not available: {UNSUPPORTED_FLAGS[refused[0]]}"
     near = nearest(name, {plain_name(ours): ours for ours in known})
     return "; see --help" if near is None else f"; did you mean {near}?"
 
@@ -235,7 +235,7 @@ def _device(wanted: str) -> str:
 
     there, why = find_gpu()
     if why:
-        print(f"dream-fast: note: the GPU is not used ({in_a_line(why)})", file=sys.stderr)
+        print(f"dream-fast: note: the GPU is not used ({one_line(why)})", file=sys.stderr)
     return "cuda" if there else "cpu"
 
 
@@ -248,7 +248,7 @@ def _stored(typed: dict[str, Any]) -> Config:
     from dream_fast.engine.workspace.folder import Workspace
 
     folder = typed.get("workspace", Config().run.workspace)
-    stored = Workspace(expanded(folder)).stored_config()
+    stored = Workspace(expand_user(folder)).stored_config()
     if stored is None:
         raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
     values = {name: value for name, value in typed.items() if name != "fp16"}
@@ -260,7 +260,7 @@ def _taken_up(config: Config, typed: dict[str, Any]) -> Config:
     """``config``, unless a run of another version is taken up, whose defaults were others: its own, under ``typed``."""
     from dream_fast.engine.workspace.folder import Workspace
 
-    stored = None if config.run.ckpt == "scratch" else Workspace(expanded(config.run.workspace)).stored_run()
+    stored = None if config.run.ckpt == "scratch" else Workspace(expand_user(config.run.workspace)).stored_run()
     if stored is None or stored.is_of_this_version:
         return config
     here = {"test": False, "workspace": config.run.workspace, "device": config.run.device}
@@ -269,16 +269,18 @@ def _taken_up(config: Config, typed: dict[str, Any]) -> Config:
 
 def _field_of(typed: dict[str, Any]) -> dict[str, Any]:
     """The settings of the field that a mesh refinement takes over; once it is under way, those that it has itself."""
-    from dream_fast.engine.training.dmtet_init import field_settings, find_start
+    from dream_fast.engine.training.dmtet_init import field_settings, find_init_source
     from dream_fast.engine.workspace.folder import Workspace
 
     if typed.get("ckpt") != "scratch":
-        workspace = Workspace(expanded(typed.get("workspace", Config().run.workspace)))
+        workspace = Workspace(expand_user(typed.get("workspace", Config().run.workspace)))
         stored = workspace.stored_config()
         if stored is not None and stored.dmtet.init_with == typed["init_with"]:
             rooms = {name: value for room in ("field", "render") for name, value in stored.to_dict()[room].items()}
-            return {name: value for name, value in rooms.items() if name not in other_backbones(stored.field.backbone)}
-    return field_settings(find_start(typed["init_with"]))
+            return {
+                name: value for name, value in rooms.items() if name not in settings_unused_by(stored.field.backbone)
+            }
+    return field_settings(find_init_source(typed["init_with"]))
 
 
 def _settle(typed: dict[str, Any], print_only: bool) -> Config:
@@ -290,12 +292,12 @@ def _settle(typed: dict[str, Any], print_only: bool) -> Config:
         raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
     for name in (*_PROMPTS, "negative"):
         for note in foreign_syntax(typed.get(name, "")):
-            print(f"dream-fast: note: --{name}: {in_a_line(note)}", file=sys.stderr)
+            print(f"dream-fast: note: --{name}: {one_line(note)}", file=sys.stderr)
     if model == "dream-mini":
         texts = [typed[name] for name in _PROMPTS if name in typed]
         warnings = [warning for text in texts for warning in check_prompt(text, typed.get("negative", ""))]
         for warning in dict.fromkeys(warnings):
-            print(f"dream-fast: warning: {in_a_line(warning)}", file=sys.stderr)
+            print(f"dream-fast: warning: {one_line(warning)}", file=sys.stderr)
     device = _device(typed.get("device", "auto"))
     if typed.get("dmtet") and "init_with" in typed:
         typed = {**_field_of(typed), **typed}
@@ -323,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(config)
     except UserError as error:
-        print(f"dream-fast: error: {in_a_line(str(error))}", file=sys.stderr)
+        print(f"dream-fast: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as signal:
         print("dream-fast: interrupted", file=sys.stderr)

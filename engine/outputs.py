@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_textured
-from dream_fast.engine.export.silhouette import outline_of
+from dream_fast.engine.export.silhouette import silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.geometry.mesh import NoSurface, simplify
 from dream_fast.engine.render.mesh import MeshRenderer
@@ -55,7 +55,7 @@ def _mesh_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
                 mesh = simplify(trainer.renderer.mesh(), output.decimate_target)
                 write_textured(path, mesh, trainer.field, texels, **told)
             else:
-                outline = outline_of(trainer.renderer, six_views(trainer.config.camera, trainer.device))
+                outline = silhouettes(trainer.renderer, six_views(trainer.config.camera, trainer.device))
                 threshold, target = trainer.config.render.density_thresh, output.decimate_target
                 options = dict(outline=outline, decimate_target=target, texture_resolution=texels, **told)
                 write_mesh(path, trainer.field, output.mcubes_resolution, threshold, **options)
@@ -63,7 +63,7 @@ def _mesh_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
     return Output(mesh_paths(path, normals=not refined), write)
 
 
-class Written(NamedTuple):
+class OutputStatus(NamedTuple):
     """What became of the outputs: whether there was something to write, and why there is no mesh."""
 
     some: bool
@@ -76,10 +76,12 @@ class Written(NamedTuple):
         return 0
 
 
-def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> Written:
+def write_outputs(
+    trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False
+) -> OutputStatus:
     """Writes the outputs from the averaged weights, without specks."""
     some, no_mesh = False, None
-    with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
+    with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
         for output in outputs(trainer, workspace, reporter):
             if not (only_missing and all(path.exists() for path in output.paths)):
                 some = True
@@ -87,4 +89,4 @@ def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *,
                     output.write()
                 except NoSurface as error:
                     no_mesh = error
-    return Written(some, no_mesh)
+    return OutputStatus(some, no_mesh)

@@ -10,18 +10,18 @@ from dream_fast import __version__
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.report import write_report
-from dream_fast.engine.guidance.registry import Guiding, load_guidance
+from dream_fast.engine.guidance.registry import LoadedGuidance, load_guidance
 from dream_fast.engine.outputs import write_outputs
 from dream_fast.engine.runtime.device import Runtime, choose_runtime, peak_memory, prepare
-from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter, log_warnings_to
 from dream_fast.engine.runtime.seeds import draw_seed
-from dream_fast.engine.runtime.signals import terminating_cleanly
-from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.runtime.signals import sigterm_raises
+from dream_fast.engine.scene.field import Field
 from dream_fast.engine.training.callbacks import check_watchable
-from dream_fast.engine.training.divergence import KINDS, RESCUED, Lost, flags, rescued
-from dream_fast.engine.training.failures import disk_troubles, memory_troubles
-from dream_fast.engine.training.kernel_warmup import compile_kernels
+from dream_fast.engine.training.divergence import DEGENERACIES, RESCUED, DegenerateScene, flags, rescue_overrides
+from dream_fast.engine.training.failures import translate_disk_errors, translate_oom
+from dream_fast.engine.training.kernel_warmup import precompile_kernels
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import Damaged, list_checkpoints
 from dream_fast.engine.workspace.folder import Workspace
@@ -36,23 +36,23 @@ def run(config: Config) -> int:
 
     Everything that can be refused is refused before anything is written.
     """
-    workspace = Workspace(expanded(config.run.workspace))
+    workspace = Workspace(expand_user(config.run.workspace))
     target = _output_folder(config, workspace)
     otherwise = "; --output FOLDER takes the outputs of --test elsewhere"
     target.check_usable(otherwise if config.run.test and target is workspace else "")
     reporter = Reporter()
-    troubles = disk_troubles(target, workspace), memory_troubles(config, workspace)
-    with log_warnings_to(reporter), terminating_cleanly(), target.claimed(), troubles[0], troubles[1]:
+    troubles = translate_disk_errors(target, workspace), translate_oom(config, workspace)
+    with log_warnings_to(reporter), sigterm_raises(), target.locked(), troubles[0], troubles[1]:
         for last in (False, False, True):
             try:
                 return _run(config.override({"rescue": config.run.rescue and not last}), workspace, target, reporter)
-            except Lost as lost:
+            except DegenerateScene as lost:
                 tried = workspace.stored_config() or config
-                changes = rescued(tried, lost.kind)
+                changes = rescue_overrides(tried, lost.kind)
                 config = tried.override({**changes, "ckpt": "latest", "rescue": True})
                 workspace.clear()
                 workspace.write_config(config)
-                reporter.warn(f"{KINDS[lost.kind]}: starting again with {flags(changes)}")
+                reporter.warn(f"{DEGENERACIES[lost.kind]}: starting again with {flags(changes)}")
         raise AssertionError("the last turn does not raise Lost")
 
 
@@ -60,7 +60,7 @@ def _output_folder(config: Config, workspace: Workspace) -> Workspace:
     """Where the outputs go: the workspace, or with --output another folder."""
     if config.run.output is None:
         return workspace
-    target = Workspace(expanded(config.run.output), flag="--output")
+    target = Workspace(expand_user(config.run.output), flag="--output")
     return workspace if os.path.realpath(target.path) == os.path.realpath(workspace.path) else target
 
 
@@ -89,7 +89,7 @@ def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Repo
         if target is not workspace:
             target.make_for_outputs_of(workspace, config)
         reporter.open_log(target.log)
-        reporter.say(_looking_line(config, runtime, trainer.step))
+        reporter.say(_test_banner(config, runtime, trainer.step))
         written = write_outputs(trainer, target, reporter, only_missing=not config.run.test)
         if written.some or not target.report.exists():
             write_report(target)
@@ -105,15 +105,15 @@ def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Repo
     if fresh:
         workspace.clear()
     for path in spoiled:
-        reporter.warn(f"the damaged checkpoint is kept as {workspace.set_aside(path)}")
+        reporter.warn(f"the damaged checkpoint is kept as {workspace.quarantine(path)}")
     workspace.write_config(config)
-    workspace.rewind(trainer.step)
+    workspace.truncate_after(trainer.step)
     reporter.open_log(workspace.log)
     attention = None if guiding.attention is None else str(guiding.attention)
     manifest = make_manifest(config, runtime, guiding.models, attention, runs, trainer.step)
     workspace.write_manifest(manifest)
     reporter.say(_start_line(config, runtime, guiding, trainer.field, trainer.step))
-    compile_kernels(config, runtime, reporter)
+    precompile_kernels(config, runtime, reporter)
     times = [started, time.monotonic()]
     trainer.fit(workspace, reporter)
     times.append(time.monotonic())
@@ -183,7 +183,7 @@ def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:
     """The checkpoints to start from, the best one last; none to start at the beginning."""
     own = list_checkpoints(workspace.checkpoints)
     if config.run.ckpt not in ("latest", "scratch"):
-        path = expanded(config.run.ckpt)
+        path = expand_user(config.run.ckpt)
         if own and not config.run.test and path.resolve() not in [mine.resolve() for mine in own]:
             raise UserError(
                 f"--ckpt {path} would replace the run that --workspace {workspace.path} holds; leave it out to go on "
@@ -196,9 +196,9 @@ def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:
     return found
 
 
-def _start_line(config: Config, runtime: Runtime, guiding: Guiding, field: SceneField, step: int) -> str:
+def _start_line(config: Config, runtime: Runtime, guiding: LoadedGuidance, field: Field, step: int) -> str:
     camera, guidance = config.camera, config.guidance
-    kernels = f"field {field.plan(config.render.normals)}, " if runtime.device.type == "cuda" else ""
+    kernels = f"field {field.backend_description(config.render.normals)}, " if runtime.device.type == "cuda" else ""
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
     score = f"{guidance.score}{' with Perp-Neg' * guidance.perpneg}, guidance scale {guidance.guidance_scale:g}"
     if guidance.guidance == ("clip",):
@@ -214,7 +214,7 @@ def _start_line(config: Config, runtime: Runtime, guiding: Guiding, field: Scene
     )
 
 
-def _looking_line(config: Config, runtime: Runtime, step: int) -> str:
+def _test_banner(config: Config, runtime: Runtime, step: int) -> str:
     if config.run.test:
         return f"{config.run.text!r} after {step} steps, on {runtime.description}"
     return (

@@ -14,19 +14,19 @@ def quote(word: str) -> str:
     """``word`` as a shell reads it back."""
     if not any(map(_hidden, word)):
         return shlex.quote(word)
-    return "$'" + visible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+    return "$'" + escape_controls(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """``text`` with the characters that steer a terminal or that nobody sees as escapes: \\x1b, \\u202e, \\u200b."""
     return "".join(_escaped(character) if _hidden(character) else character for character in text)
 
 
-def in_a_line(text: str, most: int = 1000) -> str:
+def one_line(text: str, most: int = 1000) -> str:
     """`visible` text of at most about ``most`` characters, its middle left out: for a terminal and a log."""
     if len(text) > most:
         text = f"{text[: most // 2]} ... ({len(text) - most} characters) ... {text[-most // 2 :]}"
-    return visible(text)
+    return escape_controls(text)
 
 
 def _hidden(character: str) -> bool:

@@ -123,7 +123,7 @@ def triton(on_gpu: bool) -> Finding:
 
 
 def attention(torch, device) -> Iterator[Finding]:
-    from dream_fast.engine.guidance.model.attention import KINDS, Shape, why_not
+    from dream_fast.engine.guidance.model.attention import KINDS, Shape, unsupported_reason
     from dream_fast.engine.runtime.quiet import quiet_diffusers
 
     quiet_diffusers()  # xformers' own notice says in six lines what stands in one here
@@ -134,7 +134,7 @@ def attention(torch, device) -> Iterator[Finding]:
         "cudnn": "comes with torch builds for CUDA",
     }
     for kind in KINDS:
-        reason = why_not(kind, Counter({Shape(1, 64, 64, 2, 64): 1}), device, dtype, gradient=False)
+        reason = unsupported_reason(kind, Counter({Shape(1, 64, 64, 2, 64): 1}), device, dtype, gradient=False)
         if reason is None:
             yield Finding("ok", f"attention {kind}")
         elif kind == "sdpa":

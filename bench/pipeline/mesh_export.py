@@ -27,7 +27,7 @@ from dream_fast import kernels
 from dream_fast.bench.quality.run import finished
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.export.mesh_files import PARTS, write_mesh
-from dream_fast.engine.export.silhouette import outline_of
+from dream_fast.engine.export.silhouette import silhouettes
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import SIX_VIEWS, Cameras, clip_positions, six_views
 from dream_fast.engine.workspace.folder import Workspace
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         config = stored.override(looking | {"max_steps": FINER * stored.render.max_steps})
         trainer = finished(config, path)
         glb = args.out / path.name / "mesh.glb"
-        with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
+        with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
             cameras = six_views(config.camera, trainer.device)
             start = time.perf_counter()
             told = []
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
                 trainer.field,
                 args.mcubes_resolution,
                 config.render.density_thresh,
-                outline=outline_of(trainer.renderer, cameras),
+                outline=silhouettes(trainer.renderer, cameras),
                 decimate_target=args.decimate_target,
                 texture_resolution=args.texture_resolution,
                 progress=lambda part, told=told: told.append((part, time.perf_counter())),

@@ -53,7 +53,7 @@ def look(trainer: Trainer, prompt: str) -> Look:
     found = assess(load_judge(), pictures_of(trainer).cpu(), prompt)
     cameras = turntable(trainer.config.camera, AZIMUTHS, trainer.device)
     black = torch.zeros(3, device=trainer.device)
-    with trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
+    with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
         view = trainer.renderer.view(cameras, SIZE, SIZE, shading="textureless", background=black)
     scores = {name: found[name] for name in ("object", "object_color")}
     return Look(scores, view.rgb[..., 0].cpu(), view.opacity.cpu(), view.normal.cpu())

@@ -40,7 +40,7 @@ from dream_fast.bench.pipeline.random_sd import TOKENS, RandomPrompt, in_dtype, 
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import MODEL_FOLDER
-from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import COMPILED, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -162,7 +162,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
     score = ScoreDistillation(components, config.guidance, cuda_graphs=not plain)
     camera = config.camera
     prompts = prompt_of(case, components)
-    guidance = TextGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
+    guidance = DiffusionGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
     return Trainer(config, runtime, config.run.seed, guidance)
 
 

@@ -68,18 +68,18 @@ def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, f
     """Worst of six views of the exported mesh beside the field: mesh_psnr in dB, mesh_iou."""
     from dream_fast.bench.pipeline.mesh_export import compare, read_glb
     from dream_fast.engine.export.mesh_files import write_mesh
-    from dream_fast.engine.export.silhouette import outline_of
+    from dream_fast.engine.export.silhouette import silhouettes
 
     output, glb = trainer.config.output, folder / "mesh.glb"
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), trainer.optimizer.ema_weights(), trainer.renderer.without_specks():
+    with torch.no_grad(), trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
         cameras = six_views(trainer.config.camera, trainer.device)
         write_mesh(
             glb,
             trainer.field,
             output.mcubes_resolution,
             trainer.config.render.density_thresh,
-            outline=outline_of(trainer.renderer, cameras),
+            outline=silhouettes(trainer.renderer, cameras),
             decimate_target=output.decimate_target,
             texture_resolution=output.texture_resolution,
         )

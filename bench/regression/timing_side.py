@@ -32,7 +32,7 @@ def prepare_step() -> Callable[[], object]:
     """The same step of the main command, over and over."""
     from dream_fast.engine.config.presets import resolve
     from dream_fast.engine.dream_mini import MODEL_FOLDER
-    from dream_fast.engine.guidance.diffusion import TextGuidance
+    from dream_fast.engine.guidance.diffusion import DiffusionGuidance
     from dream_fast.engine.guidance.model.components import load_components
     from dream_fast.engine.guidance.prompts import PromptEmbeddings
     from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -41,7 +41,7 @@ def prepare_step() -> Callable[[], object]:
 
     config = resolve({"text": PROMPT, "device": "cpu", "seed": 0}, "dream-mini", "cpu")
     components = load_components(MODEL_FOLDER, "cpu")
-    guidance = TextGuidance(
+    guidance = DiffusionGuidance(
         ScoreDistillation(components, config.guidance),
         PromptEmbeddings(components, PROMPT),
         config.camera.angle_overhead,

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     record = args.workspace / "long_run.jsonl"
     make_row = trainer.Trainer._row
 
-    def row(self: trainer.Trainer, result: trainer.Step) -> dict:
+    def row(self: trainer.Trainer, result: trainer.StepResult) -> dict:
         nonlocal settled
         made = make_row(self, result)
         gc.collect()

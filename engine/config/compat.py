@@ -6,7 +6,7 @@ Refusing is better than ignoring: a command moved over from there either means t
 _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
 
-REFUSED_FLAGS: dict[str, str] = {
+UNSUPPORTED_FLAGS: dict[str, str] = {
     "--dataset_size_train": "an epoch is always 100 steps; set --iters",
     "--dont_override_stuff": "nothing that you type is overridden",
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
@@ -31,7 +31,7 @@ REFUSED_FLAGS: dict[str, str] = {
     "--zero123_grad_scale": _IMAGE,
 }
 
-REFUSED_VALUES: dict[tuple[str, str], str] = {
+UNSUPPORTED_VALUES: dict[tuple[str, str], str] = {
     ("--backbone", "grid_taichi"): "that is another extension's grid; use --backbone grid",
     ("--backbone", "grid_tcnn"): "that is another extension's grid; use --backbone grid",
     ("--ckpt", "best"): "every checkpoint here holds the averaged weights; use --ckpt latest",

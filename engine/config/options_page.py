@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
 from dream_fast.engine.config.other_programs import ANSWERS
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import Scalar
@@ -127,9 +127,9 @@ def _value(value: Any) -> str:
 
 def _here(flag: str) -> tuple[str, str]:
     """Whether a flag of the reference works, and what to know about it: the reasons of what is refused."""
-    if flag in REFUSED_FLAGS:
-        return "refused", REFUSED_FLAGS[flag]
-    values = [f"`{value}` is refused: {why}" for (owner, value), why in REFUSED_VALUES.items() if owner == flag]
+    if flag in UNSUPPORTED_FLAGS:
+        return "refused", UNSUPPORTED_FLAGS[flag]
+    values = [f"`{value}` is refused: {why}" for (owner, value), why in UNSUPPORTED_VALUES.items() if owner == flag]
     return "works", "; ".join([*filter(None, [DIFFERENCES.get(flag)]), *values])
 
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, device_kind, other_backbones
+from dream_fast.engine.config.schema import Config, device_kind, settings_unused_by
 from dream_fast.engine.errors import UserError
 
 # What a score wants instead of the model's own values. The scales are those of the papers.
-_PAPERS_SCALE = {"guidance_scale": 7.5}
+PAPER_GUIDANCE_SCALE = {"guidance_scale": 7.5}
 SCORE_DEFAULTS: dict[str, dict[str, Any]] = {
     "csd": {"guidance_rescale": 0.0},  # the plain difference of two predictions
-    "asd": _PAPERS_SCALE,
-    "sdi": _PAPERS_SCALE,
+    "asd": PAPER_GUIDANCE_SCALE,
+    "sdi": PAPER_GUIDANCE_SCALE,
 }
 # The vanilla backbone of stable-dreamfusion: its five layers, its learning rate's end, its normals.
 VANILLA_DEFAULTS: dict[str, Any] = {"hidden_layers": 4, "lr_decay": 0.1, "normals": "analytic"}
@@ -59,7 +59,7 @@ DIFFUSION_SETTINGS = (
     "perpneg negative_w front_decay_factor side_decay_factor compile"
 ).split()
 # Why a setting is refused: with a grid, and with the vanilla backbone.
-WHY_OTHER = (
+REFUSAL_BY_BACKBONE = (
     "its rays march through the occupancy grid, where --max_steps sets the samples of a ray",
     "that has no hash grid, and its rays take --num_steps and --upsample_steps without an occupancy grid",
 )
@@ -194,8 +194,10 @@ def _check_backbone(typed: Mapping[str, Any]) -> None:
     """UserError for a typed setting that the run's backbone does not read."""
     backbone = typed.get("backbone", Config().field.backbone)
     for name in typed:
-        if name in other_backbones(backbone):
-            raise UserError(f"--{name} has no meaning with --backbone {backbone}: {WHY_OTHER[backbone == 'vanilla']}")
+        if name in settings_unused_by(backbone):
+            raise UserError(
+                f"--{name} has no meaning with --backbone {backbone}: {REFUSAL_BY_BACKBONE[backbone == 'vanilla']}"
+            )
 
 
 def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
@@ -226,7 +228,7 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
         # Replayed, two runs were not the same bit for bit; and it was measured with this backbone alone.
         plain = typed.get("backbone", "grid") == "grid" and not typed.get("deterministic")
         plain = plain and len(typed.get("guidance", ("dream-mini",))) == 1
-        values.setdefault("step_graph", plain and not base.override(typed).read_on_the_host())
+        values.setdefault("step_graph", plain and not base.override(typed).graph_breaking_flags())
     for name, value in SCORE_DEFAULTS.get(typed.get("score"), {}).items():
         values.setdefault(name, value)
     if model == "sd":

@@ -11,7 +11,7 @@ from dream_fast.engine.text import quote
 _DECIDING = ("guidance", "hf_key", "sd_version", "preset", "score")
 
 
-def repeating_command(config: Config, iters: int | None = None) -> str:
+def reproduce_command(config: Config, iters: int | None = None) -> str:
     """A shell command whose settings come out as those of ``config``, up to ``iters`` steps (default: its own).
 
     Only what differs from the defaults of its model and device is in it, and always the device; not --test, and of
@@ -27,7 +27,7 @@ def _typed(config: Config) -> dict[str, Any]:
     """The settings that have to be typed, by name."""
     mine = {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
     default = {field.name: field.default for _, field in settings()}
-    model = "dream-mini" if config.guidance.embedded else "sd"
+    model = "dream-mini" if config.guidance.uses_dream_mini else "sd"
     mine["device"] = device_kind(mine["device"])  # its number is of one machine
     device = "cuda" if mine["device"] == "cuda" else "cpu"
     deciding = {name: mine[name] for name in _DECIDING if mine[name] != default[name]}

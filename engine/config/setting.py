@@ -26,7 +26,7 @@ BACKBONES = ("grid", "grid_torch", "vanilla")
 GRIDS, VANILLA = BACKBONES[:2], BACKBONES[2:]
 
 
-def option(
+def setting(
     default: Any,
     help: str,
     *,
@@ -35,7 +35,7 @@ def option(
     above: float | None = None,
     high: float | None = None,
     below: float | None = None,
-    may_change: bool = False,
+    resumable: bool = False,
     backbones: tuple[str, ...] = BACKBONES,
 ) -> Any:
     """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
@@ -44,10 +44,10 @@ def option(
 
     The N of a choice such as "cuda:N" is any whole number.
 
-    ``may_change``: a resumed run may have another value (it shapes what is written, not what is learned).
+    ``resumable``: a resumed run may have another value (it shapes what is written, not what is learned).
     ``backbones``: those that read it.
     """
-    metadata = dict(help=help, choices=choices, low=low, above=above, high=high, below=below, may_change=may_change)
+    metadata = dict(help=help, choices=choices, low=low, above=above, high=high, below=below, resumable=resumable)
     metadata["backbones"] = backbones
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -90,7 +90,7 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     kind = value_type(field)
     if not _has_type(value, kind):
         raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
-    for item in _numbers(value):
+    for item in _leaves(value):
         if meta["choices"] is not None and not any(_is_choice(item, choice) for choice in meta["choices"]):
             raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
         if isinstance(item, str) and any("\ud800" <= sign <= "\udfff" for sign in item):  # how Python keeps other bytes
@@ -140,15 +140,15 @@ def _is_choice(item: str, choice: str) -> bool:
     return re.fullmatch(pattern, item) is not None
 
 
-def _numbers(value: Any) -> tuple[Any, ...]:
+def _leaves(value: Any) -> tuple[Any, ...]:
     """The single values of a setting, of a schedule its two."""
     if isinstance(value, tuple):
-        return tuple(number for item in value for number in _numbers(item))
+        return tuple(number for item in value for number in _leaves(item))
     return (value.first, value.last) if isinstance(value, LinearSchedule) else (value,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class ConfigSection:
     """Base of the rooms: checks every field when it is made."""
 
     def __post_init__(self) -> None:

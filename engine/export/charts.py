@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dream_fast.engine.text import visible
+from dream_fast.engine.text import escape_controls
 
 WIDTH, HEIGHT = 560, 250  # units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 18, 42  # margins around the axes
@@ -41,7 +41,7 @@ class Axis(NamedTuple):
         return (place - self.low) / (self.high - self.low)
 
 
-def curves(title: str, label: str, series: Sequence[Series], marks: Sequence[tuple[int, str]] = ()) -> str:
+def charts(title: str, label: str, series: Sequence[Series], marks: Sequence[tuple[int, str]] = ()) -> str:
     """The ``series`` in one <svg>, steps to the right and ``label`` upwards; ``marks`` are steps with a word.
 
     The vertical axis is logarithmic when all values are positive and LOGARITHMIC_FROM times apart. An empty drawing
@@ -176,4 +176,5 @@ def short(value: float, digits: int = 4) -> str:
 
 
 def _text(x: float, y: float, words: str, kind: str, anchor: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(visible(words))}</text>'
+    words = html.escape(escape_controls(words))
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'

@@ -12,7 +12,7 @@ from torch import Tensor
 from dream_fast.engine.config.schema import CameraConfig
 from dream_fast.engine.render.volume import Renderer, View
 from dream_fast.engine.scene.camera import SIX_VIEWS, six_views, turntable
-from dream_fast.engine.workspace.atomic import written_aside
+from dream_fast.engine.workspace.atomic import atomic_write
 
 PNG_LEVEL = 4  # of zlib; its default, 6, takes more time, of large pictures twice as much, for 3 % fewer bytes at most
 
@@ -28,7 +28,7 @@ def save_png(path: Path, image: Tensor | np.ndarray, texts: Mapping[str, str] | 
     info = PngInfo()
     for name, text in (texts or {}).items():
         info.add_text(name, text)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         Image.fromarray(pixels).save(aside, pnginfo=info, compress_level=PNG_LEVEL)
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dream_fast.engine.export.silhouette import Outline, outlined_level
+from dream_fast.engine.export.silhouette import Silhouette, silhouette_isovalue
 from dream_fast.engine.geometry.marching_cubes import LAYER_POINTS, marching_cubes
 from dream_fast.engine.geometry.mesh import Mesh, NoSurface, visible_parts
-from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.scene.field import Field
 
 FINEST_WHOLE = 128  # points along an edge at which all of the grid is looked at
 NEAR = 3.0  # of log density on either side of the surface that it is taken from: thin parts stand smoothing so
@@ -38,7 +38,7 @@ TURNS, SETTLED = 6, 0.3  # at most, to find the level of an outline; what its lo
 # ------------------------------------------------------------------------------------------------------ from a field
 
 
-def _points_at_once(field: SceneField) -> int:
+def _points_at_once(field: Field) -> int:
     """Of the grid; a CPU gets fewer so that it can tell how far it is."""
     return LAYER_POINTS if field.device.type == "cuda" else LAYER_POINTS // 16
 
@@ -57,7 +57,7 @@ class Volume(NamedTuple):
         return 2 * self.bound / (len(self.values) - 1)
 
     @classmethod
-    def of(cls, values: Tensor, level: float, field: SceneField, outline: Outline | None = None) -> "Volume":
+    def of(cls, values: Tensor, level: float, field: Field, outline: Silhouette | None = None) -> "Volume":
         """The volume of these log densities of a field: of this level or, looked for from there, of that with the
         outline. What is near the level moves with it, so that is done again where it moves far.
         """
@@ -67,16 +67,14 @@ class Volume(NamedTuple):
         for _ in range(TURNS):
             before = math.log(level)
             shape = smoothed(values.clamp(before - NEAR, before + NEAR), passes)
-            found = outlined_level(shape, field.bound, outline) if outline is not None else None
+            found = silhouette_isovalue(shape, field.bound, outline) if outline is not None else None
             level = level if found is None else math.exp(found)
             if found is None or abs(found - before) < SETTLED:
                 break
         return cls(values, shape, level, field.bound)
 
 
-def density_volume(
-    field: SceneField, resolution: int, *, progress: Callable[[float], None] = lambda part: None
-) -> Tensor:
+def density_volume(field: Field, resolution: int, *, progress: Callable[[float], None] = lambda part: None) -> Tensor:
     """Density at resolution^3 points that span the scene cube, [X, Y, Z] on the host."""
     axis = torch.linspace(-field.bound, field.bound, resolution, device=field.device)
     volume = torch.empty(resolution, resolution, resolution)
@@ -104,11 +102,11 @@ def surface_level(volume: Tensor, threshold: float) -> float:
 
 
 def log_density_volume(
-    field: SceneField,
+    field: Field,
     resolution: int,
     threshold: float,
     *,
-    outline: Outline | None = None,
+    outline: Silhouette | None = None,
     progress: Callable[[float], None] = lambda part: None,
 ) -> Volume:
     """The field at resolution^3 points, exact where its surface may be. NoSurface: there is none.

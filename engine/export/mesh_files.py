@@ -15,12 +15,12 @@ from PIL import Image
 
 from dream_fast.engine.export.images import PNG_LEVEL
 from dream_fast.engine.export.isosurface import Volume, log_density_volume, surface_of
-from dream_fast.engine.export.silhouette import Outline
+from dream_fast.engine.export.silhouette import Silhouette
 from dream_fast.engine.export.texture import bake
 from dream_fast.engine.export.uv_atlas import unwrap
 from dream_fast.engine.geometry.mesh import Mesh, simplify, smooth_normals
-from dream_fast.engine.scene.field import SceneField
-from dream_fast.engine.workspace.atomic import written_together
+from dream_fast.engine.scene.field import Field
+from dream_fast.engine.workspace.atomic import atomic_writes
 
 # What of the time passes until the volume, the surface, the atlas and the pictures are there, on two cores.
 PARTS = (0.22, 0.33, 0.37, 0.95)
@@ -35,11 +35,11 @@ def mesh_paths(glb: Path, *, normals: bool = True) -> list[Path]:
 
 def write_mesh(
     path: Path,
-    field: SceneField,
+    field: Field,
     resolution: int,
     threshold: float,
     *,
-    outline: Outline | None = None,
+    outline: Silhouette | None = None,
     decimate_target: int = 50_000,
     texture_resolution: int = 2048,
     progress: Callable[[float], None] = lambda part: None,
@@ -62,7 +62,7 @@ def write_mesh(
 def write_textured(
     path: Path,
     mesh: Mesh,
-    field: SceneField,
+    field: Field,
     texture_resolution: int,
     volume: Volume | None = None,
     *,
@@ -94,7 +94,7 @@ def write_textured(
     visual = trimesh.visual.TextureVisuals(uv=atlas.uv, material=material)
     # process=False: merging near vertices would break the manifold. Normals are ours: trimesh wants SciPy for its.
     shape = trimesh.Trimesh(vertices, atlas.faces, vertex_normals=normals, visual=visual, process=False)
-    with written_together(paths) as (glb, obj, mtl, *pngs):
+    with atomic_writes(paths) as (glb, obj, mtl, *pngs):
         shape.export(glb, file_type="glb", include_normals=True)
         obj.write_text(text, encoding="ascii")
         mtl.write_text(_mtl(*names[3:]), encoding="ascii")

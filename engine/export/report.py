@@ -21,13 +21,13 @@ import av
 import numpy as np
 from PIL import Image
 
-from dream_fast.engine.config.reproduce import repeating_command
+from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.export.charts import SERIES, Series, curves
+from dream_fast.engine.export.charts import SERIES, Series, charts
 from dream_fast.engine.scene.camera import SIX_VIEWS
-from dream_fast.engine.text import visible
-from dream_fast.engine.workspace.atomic import written_aside
+from dream_fast.engine.text import escape_controls
+from dream_fast.engine.workspace.atomic import atomic_write
 from dream_fast.engine.workspace.folder import Workspace
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -56,7 +56,7 @@ def write_report(workspace: Workspace) -> Path:
         page = template.substitute(_parts(workspace, config, manifest, rows, side))
         if len(page.encode()) <= LARGEST:
             break
-    with written_aside(workspace.report) as aside:
+    with atomic_write(workspace.report) as aside:
         aside.write_text(page, encoding="utf-8")
     return workspace.report
 
@@ -67,7 +67,7 @@ def _parts(
     """What the template's names stand for."""
     return {
         "title": text(config.run.text),
-        "facts": _facts(config, manifest, rows),
+        "facts": _model_constants(config, manifest, rows),
         "turntable": _turntable(workspace.results / "turntable.mp4", side),
         "views": _six_views(workspace.results, side),
         "strips": _strips(workspace, config, side),
@@ -81,7 +81,7 @@ def _parts(
 
 def text(value: Any) -> str:
     """``value`` as text of a page: what would be markup, steer a terminal or turn the writing around is escaped."""
-    shown = "".join(line if line in "\n\t" else visible(line) for line in str(value))
+    shown = "".join(line if line in "\n\t" else escape_controls(line) for line in str(value))
     return html.escape(shown)
 
 
@@ -288,11 +288,11 @@ def _figure(chart: Chart, rows: list[dict[str, Any]], marks: list[tuple[int, str
         series.append(Series(name.removeprefix("loss_"), [row["step"] for row in having], values))
     keys = "".join(f'<span class="key s{i % SERIES}">{text(line.name)}</span>' for i, line in enumerate(series))
     legend = f'<div class="keys">{keys}</div>' if len(series) > 1 else ""
-    drawing = curves(chart.title, chart.label, series, marks)
+    drawing = charts(chart.title, chart.label, series, marks)
     return f"<figure><figcaption><b>{text(chart.title)}</b></figcaption>{drawing}{legend}</figure>"
 
 
-def _facts(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+def _model_constants(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
     runs = manifest.get("runs", [])
     last = runs[-1] if runs else {}
     facts = {
@@ -308,7 +308,7 @@ def _facts(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any
         facts["median speed"] = f"{statistics.median(speeds):.2f} steps a second"
     if config.run.negative:
         facts["negative prompt"] = config.run.negative
-    facts |= {f"prompt, {view}": own for view, own in config.run.own_texts.items()}
+    facts |= {f"prompt, {view}": own for view, own in config.run.view_prompts.items()}
     return _list(facts)
 
 
@@ -352,7 +352,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _repeat(config: Config, manifest: Mapping[str, Any]) -> str:
     """The command, or one for each time that the run was taken further."""
     ends = list(dict.fromkeys(run["to_step"] for run in manifest.get("runs", []) if "to_step" in run))
-    lines = [repeating_command(config, iters) for iters in ends or [config.run.iters]]
+    lines = [reproduce_command(config, iters) for iters in ends or [config.run.iters]]
     # No line of the page ends between the two dashes of a flag and its name.
     return re.sub(r"(?<= )-\S*", r'<span class="flag">\g<0></span>', text("\n".join(lines)))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.engine.geometry.voxels import look_up
+from dream_fast.engine.geometry.voxels import trilinear
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import Cameras, rays
 from dream_fast.kernels import near_far
@@ -21,7 +21,7 @@ LEVELS = 97  # that are tried
 RAYS = 1 << 13  # at once
 
 
-class Outline(NamedTuple):
+class Silhouette(NamedTuple):
     """What V views of R rays each see of an object."""
 
     origins: Tensor  # [V, R, 3]
@@ -29,13 +29,13 @@ class Outline(NamedTuple):
     solid: Tensor  # [V, R] bool: more than half of the light is the object's
 
 
-def outline_of(renderer: Renderer, cameras: Cameras) -> Outline:
+def silhouettes(renderer: Renderer, cameras: Cameras) -> Silhouette:
     """The outline that V cameras see."""
     seen = renderer.view(cameras, SIZE, SIZE, normals=False)
-    return Outline(*rays(cameras, SIZE, SIZE), seen.opacity.flatten(1) > 0.5)
+    return Silhouette(*rays(cameras, SIZE, SIZE), seen.opacity.flatten(1) > 0.5)
 
 
-def outlined_level(values: Tensor, bound: float, outline: Outline) -> float | None:
+def silhouette_isovalue(values: Tensor, bound: float, outline: Silhouette) -> float | None:
     """The level above which `values` have the outline as nearly as can be: by overlap, the mean of all views.
 
     values: [N, N, N] by x, y, z, at points that span the cube [-bound, bound]^3. None: no view has an outline.
@@ -49,7 +49,7 @@ def outlined_level(values: Tensor, bound: float, outline: Outline) -> float | No
     for origin, direction in zip(*(part.flatten(0, 1).split(RAYS) for part in (origins, directions)), strict=True):
         near, far = near_far(origin, direction, bound, 0.0)
         t = near[:, None] + (far - near)[:, None] * step
-        found = look_up(values, bound, origin[:, None] + t[..., None] * direction[:, None]).amax(1)
+        found = trilinear(values, bound, origin[:, None] + t[..., None] * direction[:, None]).amax(1)
         greatest.append(torch.where(far > near, found, -math.inf))
     levels = torch.linspace(values.min().item(), values.max().item(), LEVELS, device=solid.device)[1:-1]
     covered = torch.cat(greatest).view(solid.shape)[..., None] > levels  # [V, R, LEVELS - 2]

@@ -22,9 +22,9 @@ from dream_fast import kernels
 from dream_fast.engine.export.isosurface import Volume
 from dream_fast.engine.export.uv_atlas import Atlas, tangents
 from dream_fast.engine.geometry.mesh import Mesh, smooth_normals
-from dream_fast.engine.geometry.voxels import look_up
+from dream_fast.engine.geometry.voxels import trilinear
 from dream_fast.engine.render.ray_samplers import ray_weights
-from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.scene.field import Field
 
 BEFORE, BEHIND, SAMPLES = 1 / 16, 1 / 4, 60  # of a ray: from and to (of the bound, around the surface), and how many
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the light of a ray, at the depths of which the field is asked for its colour
@@ -42,7 +42,7 @@ class Baked(NamedTuple):
 
 @torch.no_grad()
 def bake(
-    field: SceneField,
+    field: Field,
     mesh: Mesh,
     atlas: Atlas,
     resolution: int,
@@ -90,7 +90,7 @@ def bake(
     return Baked(pictures[0], pictures[1] if volume is not None else None)
 
 
-def _gather(field: SceneField, volume: Volume, points: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(field: Field, volume: Volume, points: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """At points [V, 3] of the surface with normals `up`: the depths [V, Q] below it at the quantiles of what is seen,
     world units, and what the colour of the layer differs from the mean colour at those depths [V, 3].
     """
@@ -102,7 +102,7 @@ def _gather(field: SceneField, volume: Volume, points: Tensor, up: Tensor) -> tu
     depths, colour = torch.zeros(len(points), len(QUANTILES), device=points.device), 1e-6 * _below(field, points, up)
     for way in (up, up + one, up - one, up + other, up - other):
         way = F.normalize(way, dim=1)
-        sigma = look_up(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp()
+        sigma = trilinear(volume.values, bound, points[:, None] - t[:, None] * way[:, None]).exp()
         weight = ray_weights(sigma, step)  # [V, SAMPLES]
         opacity = weight.sum(1, keepdim=True)
         until = weight.cumsum(1) / opacity.clamp(min=1e-12)
@@ -114,7 +114,7 @@ def _gather(field: SceneField, volume: Volume, points: Tensor, up: Tensor) -> tu
     return depths, colour / light - _below(field, points, up, depths)
 
 
-def _below(field: SceneField, points: Tensor, way: Tensor, depths: Tensor | None = None) -> Tensor:
+def _below(field: Field, points: Tensor, way: Tensor, depths: Tensor | None = None) -> Tensor:
     """The mean colour [K, 3] of the field at depths [K, Q] against a direction `way` from points [K, 3]; None: at 0."""
     if depths is None:
         depths = torch.zeros_like(points[:, :1])
@@ -125,7 +125,7 @@ def _below(field: SceneField, points: Tensor, way: Tensor, depths: Tensor | None
 def _slope(volume: Volume, point: Tensor) -> Tensor:
     """Unit directions [K, 3] in which the density falls most, by differences over two cells of the volume."""
     offsets = volume.cell * torch.eye(3, device=point.device)
-    ahead, behind = (look_up(volume.shape, volume.bound, point[:, None] + way) for way in (offsets, -offsets))
+    ahead, behind = (trilinear(volume.shape, volume.bound, point[:, None] + way) for way in (offsets, -offsets))
     return F.normalize(behind - ahead, dim=1)
 
 

@@ -10,7 +10,7 @@ from dream_fast.engine.config.schema import CameraConfig
 from dream_fast.engine.export.images import depth_image, normal_image, strip, to_uint8
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import Cameras, turntable
-from dream_fast.engine.workspace.atomic import written_aside
+from dream_fast.engine.workspace.atomic import atomic_write
 
 
 def turntable_frames(renderer: Renderer, config: CameraConfig, frames: int) -> Iterator[np.ndarray]:
@@ -31,7 +31,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, on_frame: Ca
     """
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     # The container is chosen by name, since the file is not called .mp4 until it is whole.
-    with written_aside(path) as aside, av.open(str(aside), "w", format="mp4") as container:
+    with atomic_write(path) as aside, av.open(str(aside), "w", format="mp4") as container:
         stream = None
         for frame in frames:
             height, width = frame.shape[:2]

@@ -108,7 +108,7 @@ def is_closed(mesh: Mesh) -> bool:
     return bool(np.array_equal(there, back) and (np.diff(there) > 0).all())
 
 
-def _without_flaps(mesh: Mesh) -> Mesh:
+def _drop_folded_faces(mesh: Mesh) -> Mesh:
     """Without pairs of triangles that lie on each other, which collapsed edges leave, and vertices of no triangle."""
     a, b, c = mesh.faces.T
     turns = np.where(((a < b).astype(int) + (b < c) + (c < a)) == 2, 1, -1)  # the way around: two on each other differ
@@ -119,7 +119,7 @@ def _without_flaps(mesh: Mesh) -> Mesh:
     return Mesh(mesh.vertices[used], faces.reshape(-1, 3))
 
 
-def _taken_apart(mesh: Mesh) -> Mesh:
+def _split_vertices(mesh: Mesh) -> Mesh:
     """Where sheets of the surface meet in an edge or a vertex, each with vertices of its own.
 
     Triangles stay together over an edge along which one runs forth and the other back; of an edge of four, two pairs
@@ -148,7 +148,7 @@ def _taken_apart(mesh: Mesh) -> Mesh:
     return apart
 
 
-def _set_apart(mesh: Mesh) -> Mesh:
+def _offset_copies(mesh: Mesh) -> Mesh:
     """Vertices at one place, each a hundredth of an edge into its own sheet: merging by place must not join them."""
     _, of, count = np.unique(mesh.vertices, axis=0, return_inverse=True, return_counts=True)
     shared = count[of.reshape(-1)] > 1
@@ -172,7 +172,7 @@ def simplify(mesh: Mesh, faces: int) -> Mesh:
             mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32), target_count=count
         )
         simpler = Mesh(np.asarray(vertices, dtype=np.float64), np.asarray(triangles, dtype=np.int64))
-        simpler = _set_apart(_taken_apart(_without_flaps(simpler)))
+        simpler = _offset_copies(_split_vertices(_drop_folded_faces(simpler)))
         if len(simpler.faces) and is_closed(simpler):
             return simpler
         found = found or simpler

@@ -25,7 +25,7 @@ class TetGrid(NamedTuple):
     border: Tensor  # bool [V]
 
 
-class Surface(NamedTuple):
+class TriMesh(NamedTuple):
     """A triangle mesh on the device."""
 
     vertices: Tensor  # [V, 3]
@@ -91,7 +91,7 @@ def _triangles(device: torch.device) -> tuple[Tensor, Tensor]:
     return counts.to(device), table.to(device)
 
 
-def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> Surface:
+def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> TriMesh:
     """The surface values = 0 around the region above it, for values [V] at positions [V, 3]; gradients into both.
 
     Waits for the device: how large the surface is depends on the values.
@@ -113,10 +113,10 @@ def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> Surf
     low, high = key // count, key % count
     start, end = values[low], values[high]
     part = (start / (start - end))[:, None]
-    return Surface(positions[low] + part * (positions[high] - positions[low]), torch.cat(faces))
+    return TriMesh(positions[low] + part * (positions[high] - positions[low]), torch.cat(faces))
 
 
-def vertex_normals(surface: Surface) -> Tensor:
+def vertex_normals(surface: TriMesh) -> Tensor:
     """Unit normals [V, 3], outward: the sum of the faces' normals, each weighted by its area."""
     vertices, faces = surface
     a, b, c = vertices[faces].unbind(1)

@@ -7,7 +7,7 @@ from torch import Tensor
 SMALLEST_PART = 0.02  # of the cells of the largest part; smaller ones are specks
 
 
-def look_up(values: Tensor, bound: float, points: Tensor) -> Tensor:
+def trilinear(values: Tensor, bound: float, points: Tensor) -> Tensor:
     """Values [N, N, N], by x, y, z at points that span the cube [-bound, bound]^3, at world points [..., 3].
 
     Trilinear; outside the cube the nearest.
@@ -17,7 +17,7 @@ def look_up(values: Tensor, bound: float, points: Tensor) -> Tensor:
     return found.view(points.shape[:-1])
 
 
-def large_parts(cells: Tensor) -> Tensor:
+def largest_components(cells: Tensor) -> Tensor:
     """Of occupied cells [G, G, G] (bool), those in groups of neighbours (26) of at least 2 % of the largest group."""
     label = torch.arange(cells.numel(), dtype=torch.float64, device=cells.device).view(cells.shape)
     label, before = torch.where(cells, label, -1.0), None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class PromptGuidance:
+class Guidance:
     """A guidance by a prompt: the trainer tells it the step besides, for its schedules.
 
     Without ``takes_latents`` it can only be shown pictures.

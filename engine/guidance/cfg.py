@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.guidance.model.components import Components
-from dream_fast.engine.guidance.perp_neg import turn_away
+from dream_fast.engine.guidance.perp_neg import perpendicular_combine
 
 
 @torch.no_grad()
@@ -37,11 +37,11 @@ def guided_prediction(
 
     One call of the UNet on 2B rows. For ``rescale`` see :func:`guide`.
     """
-    rows = unet_rows(components, noisy, t, [uncond, cond])
-    return guide(components, rows, noisy, t, scale=scale, rescale=rescale or None)
+    rows = predict(components, noisy, t, [uncond, cond])
+    return apply_cfg(components, rows, noisy, t, scale=scale, rescale=rescale or None)
 
 
-def unet_rows(
+def predict(
     components: Components,
     noisy: Tensor,
     t: Tensor,
@@ -65,7 +65,7 @@ def unet_rows(
     return out.chunk(len(prompts))
 
 
-def guide(
+def apply_cfg(
     components: Components,
     rows: Sequence[Tensor],
     noisy: Tensor,
@@ -75,33 +75,35 @@ def guide(
     rescale: float | Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(eps, z0) from the ``rows`` of :func:`unet_rows` for ``noisy`` at ``t``: without the prompt, with it, and others.
+    """(eps, z0) from the ``rows`` of :func:`predict` for ``noisy`` at ``t``: without the prompt, with it, and others.
 
     ``rescale`` in [0, 1] moves the standard deviation of z0 that far towards that of the prediction without guidance;
     None leaves it.
     ``weights`` [B, N] are those of the N other prompts, to turn away from.
     """
     out_uncond, out_cond, *others = rows
-    signal, noise = strengths(components, t)
+    signal, noise = sqrt_alphas(components, t)
     towards = out_cond - out_uncond
     if weights is not None:
-        towards = turn_away(towards, [other - out_uncond for other in others], weights)
-    eps, z0 = split(components, out_uncond + scale * towards, noisy, signal, noise)
+        towards = perpendicular_combine(towards, [other - out_uncond for other in others], weights)
+    eps, z0 = eps_and_x0(components, out_uncond + scale * towards, noisy, signal, noise)
     if rescale is not None:
-        _, plain = split(components, out_cond, noisy, signal, noise)
+        _, plain = eps_and_x0(components, out_cond, noisy, signal, noise)
         ratio = plain.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)
         z0 = z0 * (1 + rescale * (ratio - 1))
         eps = (noisy - signal * z0) / noise
     return eps, z0
 
 
-def strengths(components: Components, t: Tensor) -> tuple[Tensor, Tensor]:
+def sqrt_alphas(components: Components, t: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(a_t) and sqrt(1 - a_t), each [B, 1, 1, 1]: how much of a noisy latent is signal, and how much noise."""
     alpha = components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
     return alpha.sqrt(), (1 - alpha).sqrt()
 
 
-def split(components: Components, out: Tensor, noisy: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def eps_and_x0(
+    components: Components, out: Tensor, noisy: Tensor, signal: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
     """The noise and the clean latent, (eps, z0), by the model's output ``out`` for ``noisy`` at these strengths."""
     if components.prediction_type == "v_prediction":
         return signal * out + noise * noisy, signal * noisy - noise * out

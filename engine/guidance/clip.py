@@ -24,11 +24,11 @@ from dream_fast.engine.config.model_names import hub_name
 from dream_fast.engine.config.schedule import value_at
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult
 from dream_fast.engine.guidance.model.components import quiet_progress
 from dream_fast.engine.guidance.prompts import VIEWS, fit, view_weights
 from dream_fast.engine.guidance.sds import InjectGradient, resize
-from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.quiet import quiet_diffusers
 from dream_fast.engine.scene.camera import Cameras
 
@@ -38,8 +38,8 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 SPREAD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ClipGuidance(PromptGuidance):
-    """Pulls pictures towards a prompt by CLIP. Called like :class:`~dream_fast.engine.guidance.diffusion.TextGuidance`.
+class ClipGuidance(Guidance):
+    """Pulls pictures towards a prompt by CLIP. Called like `DiffusionGuidance`.
 
     ``views`` [4, D] are unit vectors of the prompt from each of VIEWS. It has nothing to say about latents.
     """
@@ -110,7 +110,7 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
     quiet_diffusers()
     from transformers import CLIPModel, CLIPTokenizer
 
-    folder = expanded(source)
+    folder = expand_user(source)
     found, pinned = folder, {}
     if not folder.is_dir():
         on_hub = hub_name(source)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dream_fast.engine.guidance.cfg import guided_prediction, strengths
+from dream_fast.engine.guidance.cfg import guided_prediction, sqrt_alphas
 from dream_fast.engine.guidance.model.components import Components
 
 
@@ -72,6 +72,6 @@ def inverted_noise(
     noisy = z
     for step in range(steps):
         eps, clean = guided_prediction(components, noisy, t * step // steps, cond, uncond, scale=scale)
-        signal, noise = strengths(components, t * (step + 1) // steps)
+        signal, noise = sqrt_alphas(components, t * (step + 1) // steps)
         noisy = signal * clean + noise * eps
     return (noisy - signal * z) / noise

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult
 from dream_fast.engine.guidance.perp_neg import Negatives, negative_weights
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, view_weights
 from dream_fast.engine.guidance.sds import ScoreDistillation, Settled
 from dream_fast.engine.scene.camera import Cameras
 
 
-class TextGuidance(PromptGuidance):
+class DiffusionGuidance(Guidance):
     """Pulls pictures towards a prompt, seen from where their cameras stand.
 
     The trainer takes anything that is called like this and returns a ``loss`` that is differentiable in the pictures,

@@ -45,7 +45,7 @@ def negative_weights(views: Tensor, base: float, front_decay: float, side_decay:
     return (torch.where(back > 0, behind, before) * (1 - overhead)).T
 
 
-def turn_away(towards: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
+def perpendicular_combine(towards: Tensor, others: Sequence[Tensor], weights: Tensor) -> Tensor:
     """d_0 + the weighted perpendicular parts, for d_0 = ``towards`` and N ``others``, each [B, C, h, w]."""
     main = towards.flatten(1)
     aside = torch.stack(list(others)).flatten(2)  # [N, B, C h w]

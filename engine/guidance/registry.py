@@ -8,10 +8,10 @@ from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.dream_mini.vocabulary import known_words
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.guidance.base import PromptGuidance
+from dream_fast.engine.guidance.base import Guidance
 from dream_fast.engine.guidance.clip import clip_guidance
-from dream_fast.engine.guidance.diffusion import TextGuidance
-from dream_fast.engine.guidance.model.attention import Chosen
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.model.attention import AttentionChoice
 from dream_fast.engine.guidance.model.components import COMPILED, Components, choose_source, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -19,27 +19,27 @@ from dream_fast.engine.guidance.sum import GuidanceSum
 from dream_fast.engine.runtime.device import Runtime
 
 
-class Guiding(NamedTuple):
+class LoadedGuidance(NamedTuple):
     """What guides a run, the models' names, and the attention of the one that is a Stable Diffusion, if one is."""
 
-    guidance: PromptGuidance
+    guidance: Guidance
     models: str
-    attention: Chosen | None
+    attention: AttentionChoice | None
 
 
-def load_guidance(config: Config, runtime: Runtime, kept: Chosen | None = None) -> Guiding:
+def load_guidance(config: Config, runtime: Runtime, kept: AttentionChoice | None = None) -> LoadedGuidance:
     """Load the models that guide, one after the other, and embed the prompts; of several guidances the sum.
 
     ``kept`` is the attention that a run which is taken up has computed with.
     """
     guidance, run, camera = config.guidance, config.run, config.camera
     angles = (camera.angle_overhead, camera.view_blend, camera.angle_front)
-    parts: dict[str, PromptGuidance] = {}
+    parts: dict[str, Guidance] = {}
     models, attention = [], None
     for name in guidance.guidance:
         if name == "clip":
             source = guidance.clip_key or CLIP_MODEL
-            parts[name] = clip_guidance(source, runtime.device, run.text, run.own_texts, guidance, *angles)
+            parts[name] = clip_guidance(source, runtime.device, run.text, run.view_prompts, guidance, *angles)
             models.append(source)
             continue
         source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
@@ -47,16 +47,16 @@ def load_guidance(config: Config, runtime: Runtime, kept: Chosen | None = None) 
             source = guidance.if_key or IF_MODEL
         components = _load_components(config, runtime, source, name, kept)
         prompts = _embed(config, components, source)
-        parts[name] = TextGuidance(ScoreDistillation(components, guidance), prompts, *angles)
+        parts[name] = DiffusionGuidance(ScoreDistillation(components, guidance), prompts, *angles)
         models.append(components.name)
         if not components.latents_are_pixels:
             attention = components.attention
     whole = GuidanceSum(parts) if len(parts) > 1 else next(iter(parts.values()))
-    return Guiding(whole, " + ".join(models), attention)
+    return LoadedGuidance(whole, " + ".join(models), attention)
 
 
 def _load_components(
-    config: Config, runtime: Runtime, source: str | Path, name: str, kept: Chosen | None
+    config: Config, runtime: Runtime, source: str | Path, name: str, kept: AttentionChoice | None
 ) -> Components:
     """The diffusion model at ``source``, for the guidance ``name``."""
     run = config.run
@@ -79,5 +79,5 @@ def _embed(config: Config, components: Components, source: str | Path) -> Prompt
     """The prompts as the model reads them: of each text the embedded one gets only the words that it knows."""
     run = config.run
     read = known_words if source == MODEL_FOLDER else str
-    own = {view: read(text) for view, text in run.own_texts.items()}
+    own = {view: read(text) for view, text in run.view_prompts.items()}
     return PromptEmbeddings(components, read(run.text), read(run.negative), own=own)

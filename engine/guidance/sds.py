@@ -42,11 +42,11 @@ from torch.autograd.function import once_differentiable
 from dream_fast.engine.config.schedule import LinearSchedule, largest, value_at, values_at
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.guidance.base import GuidanceResult
-from dream_fast.engine.guidance.cfg import guide, split, strengths, unet_rows
+from dream_fast.engine.guidance.cfg import apply_cfg, eps_and_x0, predict, sqrt_alphas
 from dream_fast.engine.guidance.ddim import inverted_noise
 from dream_fast.engine.guidance.model.components import Components
 from dream_fast.engine.guidance.perp_neg import Negatives
-from dream_fast.engine.runtime.cuda_graph import CudaGraphed
+from dream_fast.engine.runtime.cuda_graph import GraphedFunction
 
 # Half the width of the window that an annealed t is drawn from, in fractions of the whole range.
 ANNEAL_JITTER = 0.05
@@ -88,7 +88,7 @@ class ScoreDistillation:
         self.annealed = _annealed(config)
         graphed = cuda_graphs and components.device.type == "cuda"
         self.mark: Callable[[str], None] = lambda part: None  # called inside the graph when it is captured
-        self._score_of = CudaGraphed(self._score) if graphed else self._score
+        self._score_of = GraphedFunction(self._score) if graphed else self._score
 
     def __call__(
         self,
@@ -243,19 +243,19 @@ class ScoreDistillation:
         noisy = signal * z + spread * noise
         if config.score == "asd":
             further = (*self._noisier(z, t, noise, numbers.get("low_level")), cond)
-        rows = unet_rows(model, noisy, t, prompts, further)
+        rows = predict(model, noisy, t, prompts, further)
         guided = rows[: len(prompts)]
         if largest(config.guidance_rescale) == 0:
             rescale = None
-        eps, clean = guide(model, guided, noisy, t, scale=scale, rescale=rescale, weights=weights)
+        eps, clean = apply_cfg(model, guided, noisy, t, scale=scale, rescale=rescale, weights=weights)
         taken = noise
         if config.loss_space == "x0":
             return self._clamped(weight * (z - clean), limit), noisy, clean
         if config.score == "csd":
-            taken, _ = split(model, rows[0], noisy, signal, spread)
+            taken, _ = eps_and_x0(model, rows[0], noisy, signal, spread)
         elif config.score == "asd":
             later, level, _ = further
-            taken, _ = split(model, rows[-1], later, *strengths(model, level))
+            taken, _ = eps_and_x0(model, rows[-1], later, *sqrt_alphas(model, level))
         return self._clamped(weight * (1 - alpha) * (eps - taken), limit), noisy, clean
 
     def _clamped(self, gradient: Tensor, limit: float | Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class ScoreDistillation:
         if low is None:
             low, _ = self._level_range(0, 0.0)
         level = (t + (t - low) // ASYNCHRONY).clamp_max(self.components.num_train_timesteps - 1)
-        signal, spread = strengths(self.components, level)
+        signal, spread = sqrt_alphas(self.components, level)
         return signal * z + spread * noise, level
 
 

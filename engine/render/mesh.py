@@ -16,11 +16,11 @@ from dream_fast import kernels
 from dream_fast.engine.config.schema import RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.geometry.mesh import Mesh, visible_parts
-from dream_fast.engine.geometry.tet_grid import Surface, vertex_normals
+from dream_fast.engine.geometry.tet_grid import TriMesh, vertex_normals
 from dream_fast.engine.render.volume import Renderer, shade
 from dream_fast.engine.scene.camera import Cameras, clip_positions, rays
-from dream_fast.engine.scene.field import SceneField
-from dream_fast.engine.scene.tet_mesh import TetShape
+from dream_fast.engine.scene.field import Field
+from dream_fast.engine.scene.tet_mesh import TetMesh
 
 LEAST_NEAR = 0.01  # of the near plane: at 0 all depths would be one
 
@@ -32,20 +32,20 @@ class RenderedMesh(NamedTuple):
     opacity: Tensor  # [R] 1 inside, 0 outside, between them at silhouettes
     depth: Tensor  # [R] opacity * distance along the ray, world units
     normal: Tensor  # [R, 3] opacity * normal
-    surface: Surface
+    surface: TriMesh
     beyond: Tensor  # opposite_corners of its faces
     count: Tensor  # points at which the field was asked
     overflow: Tensor  # bool, never
 
 
 class MeshRenderer(Renderer):
-    """Renders the surface of a `TetShape` in the colours of a field."""
+    """Renders the surface of a `TetMesh` in the colours of a field."""
 
-    def __init__(self, field: SceneField, config: RenderConfig, shape: TetShape):
+    def __init__(self, field: Field, config: RenderConfig, shape: TetMesh):
         self.field, self.config, self.shape = field, config, shape
-        self._surface: Surface | None = None  # one that is looked at from many sides
+        self._surface: TriMesh | None = None  # one that is looked at from many sides
 
-    def surface(self) -> Surface:
+    def surface(self) -> TriMesh:
         """What is rendered. UserError: nothing is left of it."""
         if self._surface is not None:
             return self._surface
@@ -56,7 +56,7 @@ class MeshRenderer(Renderer):
                 "larger with --init_with, or lower --lr)"
             )
         if self.shape.locked:
-            self._surface = Surface(found.vertices.detach(), found.faces)
+            self._surface = TriMesh(found.vertices.detach(), found.faces)
         return found
 
     def mesh(self) -> Mesh:
@@ -136,11 +136,11 @@ class MeshRenderer(Renderer):
         return kernels.View(seen.rgb, unit, seen.depth, seen.opacity)
 
     @contextmanager
-    def without_specks(self) -> Iterator[None]:
+    def without_floaters(self) -> Iterator[None]:
         """Inside the `with` block the surface stays what it is now, without small parts apart from the object."""
         mesh, before = self.mesh(), self._surface
         device = self.field.device
-        self._surface = Surface(
+        self._surface = TriMesh(
             torch.from_numpy(mesh.vertices).float().to(device), torch.from_numpy(mesh.faces).to(device)
         )
         try:

@@ -3,7 +3,7 @@
     OccupancySampler   marches through an occupancy grid and leaves out empty space; for the grid backbones
     ImportanceSampler  even samples, then more of them where those found something; for the vanilla backbone
 
-`sample` gives the packed samples of rays, `update` keeps the sampler up with the field, `without_specks` hides small
+`sample` gives the packed samples of rays, `update` keeps the sampler up with the field, `without_floaters` hides small
 things apart from the object, and the rest serves the size of the buffers and checkpoints.
 """
 
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config.schema import RenderConfig
-from dream_fast.engine.geometry.voxels import large_parts
-from dream_fast.engine.scene.field import SceneField
-from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.geometry.voxels import largest_components
+from dream_fast.engine.scene.field import Field
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 
 LEAST_WEIGHT = 1e-5  # of an interval, so that a ray through nothing still has a distribution
 
 
-def make_sampler(field: SceneField, config: RenderConfig) -> "OccupancySampler | ImportanceSampler":
+def make_sampler(field: Field, config: RenderConfig) -> "OccupancySampler | ImportanceSampler":
     """The sampler of the field's backbone."""
-    return (OccupancySampler if isinstance(field, Field) else ImportanceSampler)(field, config)
+    return (OccupancySampler if isinstance(field, HashGridField) else ImportanceSampler)(field, config)
 
 
 class OccupancySampler:
@@ -34,7 +34,7 @@ class OccupancySampler:
     The grid starts full: until the first `update` rays are marched through the whole cube.
     """
 
-    def __init__(self, field: SceneField, config: RenderConfig):
+    def __init__(self, field: Field, config: RenderConfig):
         self.field, self.config = field, config
         device = field.device
         cells = config.occupancy_resolution**3
@@ -102,7 +102,7 @@ class OccupancySampler:
         }
 
     @contextmanager
-    def without_specks(self) -> Iterator[None]:
+    def without_floaters(self) -> Iterator[None]:
         """Inside the `with` block rays pass through small groups of occupied cells that stand apart from the object.
 
         Scenes of one cascade only; across several the groups are not followed, and nothing changes.
@@ -112,7 +112,7 @@ class OccupancySampler:
             side = self.config.occupancy_resolution
             powers = 2 ** torch.arange(8, device=self.bits.device)
             cells = (self.bits[0][:, None] & powers).bool().view(side, side, side)
-            self.bits.copy_((large_parts(cells).view(-1, 8) * powers).sum(1))
+            self.bits.copy_((largest_components(cells).view(-1, 8) * powers).sum(1))
         try:
             yield
         finally:
@@ -167,7 +167,7 @@ class ImportanceSampler:
     error falls with the square of the number of samples.
     """
 
-    def __init__(self, field: SceneField, config: RenderConfig):
+    def __init__(self, field: Field, config: RenderConfig):
         self.field, self.config = field, config
         self.samples_per_ray = config.num_steps + config.upsample_steps
 
@@ -186,17 +186,17 @@ class ImportanceSampler:
         rays, each = origins.shape[0], self.samples_per_ray
         with torch.no_grad():
             near, far = kernels.near_far(origins, directions, self.config.bound, self.config.min_near)
-            edges = even_edges(near, torch.maximum(near, far), self.config.num_steps, generator)
+            edges = stratified_edges(near, torch.maximum(near, far), self.config.num_steps, generator)
             if self.config.upsample_steps:
-                positions = _places_on(origins, directions, middles(edges))
+                positions = points_on_rays(origins, directions, midpoints(edges))
                 sigma = self.field.density(positions, active_levels=active_levels).view(rays, -1)
                 weights = ray_weights(sigma, edges.diff(dim=1))
-                more = importance_samples(edges, weights, self.config.upsample_steps, generator)
+                more = sample_pdf(edges, weights, self.config.upsample_steps, generator)
                 edges = torch.cat([edges, more], dim=1).sort(dim=1).values
-            t = middles(edges)
+            t = midpoints(edges)
         offsets = torch.arange(rays + 1, device=origins.device) * each
         return kernels.Samples(
-            positions=_places_on(origins, directions, t),
+            positions=points_on_rays(origins, directions, t),
             ray_ids=torch.arange(rays, device=origins.device).repeat_interleave(each, output_size=rays * each),
             t=t.view(-1),
             dt=edges.diff(dim=1).view(-1),
@@ -206,7 +206,7 @@ class ImportanceSampler:
         )
 
     @contextmanager
-    def without_specks(self) -> Iterator[None]:
+    def without_floaters(self) -> Iterator[None]:
         """Changes nothing: without an occupancy grid nothing tells specks from the object."""
         yield
 
@@ -221,7 +221,7 @@ class ImportanceSampler:
             raise ValueError(f"the renderer keeps no state, but there is {', '.join(sorted(state))}")
 
 
-def _places_on(origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
+def points_on_rays(origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
     """Points [R K, 3] at distances t [R, K] along rays [R, 3]."""
     return (origins[:, None] + t[..., None] * directions[:, None]).view(-1, 3)
 
@@ -234,12 +234,12 @@ def _strata(rays: int, parts: int, generator: torch.Generator | None, like: Tens
     return ((torch.arange(parts, device=like.device) + inside) / parts).to(like.dtype).expand(rays, parts)
 
 
-def middles(edges: Tensor) -> Tensor:
+def midpoints(edges: Tensor) -> Tensor:
     """[R, K + 1] -> [R, K]."""
     return (edges[:, 1:] + edges[:, :-1]) / 2
 
 
-def even_edges(near: Tensor, far: Tensor, intervals: int, generator: torch.Generator | None) -> Tensor:
+def stratified_edges(near: Tensor, far: Tensor, intervals: int, generator: torch.Generator | None) -> Tensor:
     """Edges [R, K + 1] of K even intervals from near to far ([R] each); a generator moves each inner one by up to half
     an interval."""
     parts = (
@@ -258,7 +258,7 @@ def ray_weights(sigma: Tensor, dt: Tensor | float) -> Tensor:
     return torch.exp(-before) * -torch.expm1(-tau)
 
 
-def importance_samples(edges: Tensor, weights: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+def sample_pdf(edges: Tensor, weights: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
     """Distances [R, samples], near to far, that follow the weights [R, K] of the intervals of edges [R, K + 1].
 
     The inverse of the cumulative distribution, piecewise linear, at one number in each equal part of [0, 1).

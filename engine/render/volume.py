@@ -19,7 +19,7 @@ from dream_fast import kernels
 from dream_fast.engine.config.schema import RenderConfig
 from dream_fast.engine.render.ray_samplers import ImportanceSampler, make_sampler
 from dream_fast.engine.scene.camera import Cameras, rays
-from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.scene.field import Field
 
 SHADINGS = ("albedo", "lambertian", "textureless", "normal")
 VIEW_SAMPLES = 1 << 17  # evaluated together when looking, where no operator does it; a GPU takes more
@@ -56,7 +56,7 @@ class View(NamedTuple):
 class Renderer:
     """Renders a field: the same shading and compositing whatever the backbone, with samples from its `sampler`."""
 
-    def __init__(self, field: SceneField, config: RenderConfig):
+    def __init__(self, field: Field, config: RenderConfig):
         self.field, self.config = field, config
         self.sampler = make_sampler(field, config)
 
@@ -180,7 +180,7 @@ class Renderer:
             parts = zip(origins.split(chunk), directions.split(chunk), background.split(chunk), strict=True)
             return kernels.View(*map(torch.cat, zip(*(self._look_evenly(*p, normals) for p in parts), strict=True)))
         field = self.field
-        operator = kernels.render_reference if field.on_torch else kernels.render
+        operator = kernels.render_reference if field.use_reference else kernels.render
         return operator(
             origins,
             directions,
@@ -211,9 +211,9 @@ class Renderer:
 
     # ---------------------------------------------------------------------------------------------------- state
 
-    def without_specks(self) -> AbstractContextManager[None]:
+    def without_floaters(self) -> AbstractContextManager[None]:
         """Inside the `with` block small things apart from the object are not seen."""
-        return self.sampler.without_specks()
+        return self.sampler.without_floaters()
 
     def adapt_capacity(self, rays: int) -> None:
         """Fit the sample buffers to the last steps of `rays` rays each. Reads the device."""

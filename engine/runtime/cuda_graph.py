@@ -11,7 +11,7 @@ WARM_UP = 3  # calls before the capture: libraries choose algorithms and allocat
 Tensors = tuple[Tensor, ...]
 
 
-class CudaGraphed:
+class GraphedFunction:
     """Calls `function` (tensors or None in, a tuple of tensors out, all on one GPU) as a CUDA graph.
 
     It is captured at the first call with inputs of these shapes and dtypes, after WARM_UP plain calls, and replayed
@@ -44,7 +44,7 @@ class CudaGraphed:
         return graph, [x for x in own if x is not None], results
 
 
-class CudaGraphs:
+class StepGraphs:
     """CUDA graphs of functions without inputs, told apart by a key, that share their memory.
 
     Such a function reads and writes tensors that stay where they are, may draw from `generator` (a replay draws what a

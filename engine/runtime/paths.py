@@ -5,7 +5,7 @@ from pathlib import Path
 from dream_fast.engine.errors import UserError
 
 
-def expanded(name: str | Path) -> Path:
+def expand_user(name: str | Path) -> Path:
     """The path with ~ and ~user for a home folder. UserError: there is no such user."""
     try:
         return Path(name).expanduser()

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dream_fast.engine.text import in_a_line
+from dream_fast.engine.text import one_line
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """Says ``line``; what would steer the terminal in it is shown, as are long prompts in part."""
-        line = "\n".join(in_a_line(part) for part in line.split("\n"))
+        line = "\n".join(one_line(part) for part in line.split("\n"))
         self.console.print(line, markup=False, emoji=False, soft_wrap=True)
         self._write(line)
 

@@ -24,7 +24,7 @@ class Stopped(KeyboardInterrupt):
         self.status = 128 + number
 
 
-class Stop:
+class StopRequest:
     """Whether a signal came, and which."""
 
     number: int | None = None
@@ -50,9 +50,9 @@ def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
 
 
 @contextmanager
-def finishing_steps() -> Iterator[Stop]:
+def stop_after_current_step() -> Iterator[StopRequest]:
     """Inside the `with` block the first signal is noted, for the loop to end after its step, and no second one is."""
-    stop = Stop()
+    stop = StopRequest()
     if not _in_main_thread():
         yield stop
         return
@@ -68,7 +68,7 @@ def finishing_steps() -> Iterator[Stop]:
 
 
 @contextmanager
-def terminating_cleanly() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """Inside the `with` block SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt, so that files are tidied."""
     if not _in_main_thread():
         yield

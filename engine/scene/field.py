@@ -18,20 +18,20 @@ from dream_fast.engine.config.schema import FieldConfig
 BACKGROUND_WIDTH = 32
 
 
-class FieldValues(NamedTuple):
+class FieldOutput(NamedTuple):
     """What the field says about N points."""
 
     sigma: Tensor  # [N] density, per world unit
     albedo: Tensor  # [N, 3] in (0, 1)
     normal: Tensor | None  # [N, 3] unit, outward (-grad sigma), None when not asked for
 
-    def without_padding(self, count: Tensor | None) -> "FieldValues":
+    def without_padding(self, count: Tensor | None) -> "FieldOutput":
         """Zeros in the rows from `count` on, without asking the device how many those are."""
         if count is None:
             return self
         live = torch.arange(self.sigma.shape[0], device=self.sigma.device) < count
         normal = None if self.normal is None else torch.where(live[:, None], self.normal, 0)
-        return FieldValues(torch.where(live, self.sigma, 0), torch.where(live[:, None], self.albedo, 0), normal)
+        return FieldOutput(torch.where(live, self.sigma, 0), torch.where(live[:, None], self.albedo, 0), normal)
 
 
 def linear_layers(widths: Sequence[int], generator: torch.Generator) -> tuple[nn.ParameterList, nn.ParameterList]:
@@ -68,7 +68,7 @@ def _chunk(x: Tensor) -> int:
     return 1 << 20 if x.is_cuda else 1 << 16
 
 
-class SceneField(nn.Module):
+class Field(nn.Module):
     """Density and albedo in the cube [-bound, bound]^3, with normals on demand, and a background network.
 
     `compute_dtype` is the type that the networks compute in (None: that of the parameters, which stay fp32).
@@ -101,7 +101,7 @@ class SceneField(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def plan(self, normals: str) -> str:
+    def backend_description(self, normals: str) -> str:
         """How a GPU computes this field with these normals, in a few words."""
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class SceneField(nn.Module):
         count: Tensor | None = None,
         normals: str | None = None,
         normal_epsilon: float = 0.01,
-    ) -> FieldValues:
+    ) -> FieldOutput:
         """Values at world points x [N, 3]. Rows from `count` on are padding.
 
         `active_levels`: how many of the encoding's levels or bands, coarse to fine, count; None: all. `normals` is

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from dream_fast import kernels
 from dream_fast.engine.config.schema import FieldConfig
-from dream_fast.engine.scene.field import FieldValues, SceneField, frequency_encoding, linear_layers
+from dream_fast.engine.scene.field import Field, FieldOutput, frequency_encoding, linear_layers
 
 
-class VanillaField(SceneField):
+class FrequencyField(Field):
     """A frequency MLP. Encoding, normalisation, blob and results are fp32; the products are in `compute_dtype`."""
 
     background_bands = 4
@@ -56,7 +56,7 @@ class VanillaField(SceneField):
         count: Tensor | None = None,
         normals: str | None = None,
         normal_epsilon: float = 0.01,
-    ) -> FieldValues:
+    ) -> FieldOutput:
         """As every field. Normals are those of the density's logit, with which the density rises."""
         # The gradient of the density itself has the same direction, but leaves the range of half precision.
         slope = None
@@ -75,7 +75,7 @@ class VanillaField(SceneField):
         normal = None
         if slope is not None:
             normal = kernels.normal_of_gradient(slope)
-        return FieldValues(kernels.density_activation(logit, self.spec), colour.sigmoid(), normal).without_padding(
+        return FieldOutput(kernels.density_activation(logit, self.spec), colour.sigmoid(), normal).without_padding(
             count
         )
 
@@ -90,5 +90,5 @@ class VanillaField(SceneField):
             slopes.append((ahead - behind) / (2 * epsilon))
         return torch.stack(slopes, dim=1)
 
-    def plan(self, normals: str) -> str:
+    def backend_description(self, normals: str) -> str:
         return "on PyTorch's operators"

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config.schema import FieldConfig
-from dream_fast.engine.scene.field import FieldValues, SceneField, linear_layers, uniform
+from dream_fast.engine.scene.field import Field, FieldOutput, linear_layers, uniform
 
 TABLE_INIT = 1e-4  # the table starts uniform in [-1e-4, 1e-4], so the blob alone shapes the first renders
 
 
-class Field(SceneField):
+class HashGridField(Field):
     """A hash grid and a network, in Triton on a GPU unless the backbone is `grid_torch`."""
 
     def __init__(self, config: FieldConfig, bound: float, generator: torch.Generator):
@@ -29,7 +29,7 @@ class Field(SceneField):
         )
         super().__init__(config, bound, grid)
         self.finest = config.max_resolution
-        self.on_torch = config.backbone == "grid_torch"
+        self.use_reference = config.backbone == "grid_torch"
         self.table = uniform((grid.rows, grid.features), TABLE_INIT, generator)
         widths = [grid.channels, *[config.hidden_width] * config.hidden_layers, 4]
         self.weights, self.biases = linear_layers(widths, generator)
@@ -43,21 +43,21 @@ class Field(SceneField):
         count: Tensor | None = None,
         normals: str | None = None,
         normal_epsilon: float = 0.01,
-    ) -> FieldValues:
+    ) -> FieldOutput:
         inputs = (x, self.table, list(self.weights), list(self.biases), self.spec)
         options = {"active_levels": active_levels, "dtype": self.compute_dtype}
         # The references would ask the device for the count: they get all rows instead.
-        options |= {} if self.on_torch else {"count": count}
+        options |= {} if self.use_reference else {"count": count}
         if normals is None:
-            operator = kernels.field_reference if self.on_torch else kernels.field
-            values = FieldValues(*operator(*inputs, **options), None)
+            operator = kernels.field_reference if self.use_reference else kernels.field
+            values = FieldOutput(*operator(*inputs, **options), None)
         else:
-            operator = kernels.field_normals_reference if self.on_torch else kernels.field_normals
-            values = FieldValues(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **options))
-        return values.without_padding(count) if self.on_torch else values
+            operator = kernels.field_normals_reference if self.use_reference else kernels.field_normals
+            values = FieldOutput(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **options))
+        return values.without_padding(count) if self.use_reference else values
 
-    def plan(self, normals: str) -> str:
+    def backend_description(self, normals: str) -> str:
         """How a GPU computes this field: "fused", or "unfused: " and the reason."""
-        if self.on_torch:
+        if self.use_reference:
             return "on PyTorch's operators"
         return kernels.field_plan(self.spec, list(self.weights), self.compute_dtype or self.table.dtype, normals)

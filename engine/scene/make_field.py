@@ -3,11 +3,11 @@
 import torch
 
 from dream_fast.engine.config.schema import FieldConfig
-from dream_fast.engine.scene.field import SceneField
-from dream_fast.engine.scene.frequency_field import VanillaField
-from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.field import Field
+from dream_fast.engine.scene.frequency_field import FrequencyField
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 
 
-def make_field(config: FieldConfig, bound: float, generator: torch.Generator) -> SceneField:
+def make_field(config: FieldConfig, bound: float, generator: torch.Generator) -> Field:
     """The field of the configured backbone."""
-    return (VanillaField if config.backbone == "vanilla" else Field)(config, bound, generator)
+    return (FrequencyField if config.backbone == "vanilla" else HashGridField)(config, bound, generator)

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dream_fast.engine.geometry.tet_grid import Surface, marching_tetrahedra, tet_grid
+from dream_fast.engine.geometry.tet_grid import TriMesh, marching_tetrahedra, tet_grid
 
 SLOPE = 10.0  # of the distance at the start, per world unit
 SPHERE = 0.5  # radius of the sphere that a run starts from, of the bound
 OUTSIDE = -1e-2  # distance of the border's vertices at most
 
 
-class TetShape(nn.Module):
+class TetMesh(nn.Module):
     """Distance [V] and shift [V, 3], parameters unless `locked`; where the grid lies is part of the state."""
 
     def __init__(self, size: int, bound: float, *, locked: bool = False):
@@ -32,7 +32,7 @@ class TetShape(nn.Module):
         """Places [V, 3] of the grid's vertices in the scene."""
         return self.middle + self.reach * (self.vertices + self.shift.tanh() / self.size)
 
-    def surface(self) -> Surface:
+    def surface(self) -> TriMesh:
         """The surface as it is now, differentiable; closed. Waits for the device."""
         distance = torch.where(self.border, self.distance.clamp(max=OUTSIDE), self.distance)
         return marching_tetrahedra(self.positions(), distance, self.tets)

@@ -18,19 +18,19 @@ from dream_fast.engine.config.schema import OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.guidance.snapshots import guidance_pictures
-from dream_fast.engine.guidance.sum import image_guidance
+from dream_fast.engine.guidance.sum import primary_diffusion
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.training.profiler import Profile
 from dream_fast.engine.workspace.folder import Workspace
 
 if TYPE_CHECKING:
-    from dream_fast.engine.training.trainer import Step, Trainer
+    from dream_fast.engine.training.trainer import StepResult, Trainer
 
 # Tags on the board of the numbers of a row, beside its losses.
 NUMBERS = ("lr", "samples", "opacity", "grad_norm", "it_per_s")
 
 
-class Seen(NamedTuple):
+class GuidanceSnapshot(NamedTuple):
     """What a step showed to the guidance, and its latents (`GuidanceResult`)."""
 
     shown: Tensor
@@ -44,7 +44,7 @@ def check_watchable(config: OutputConfig) -> None:
         raise UserError("--tensorboard needs the package tensorboard: pip install 'dream-fast[tensorboard]'")
 
 
-class Watch:
+class RunCallbacks:
     """A context around the steps of ``trainer``, which calls it after each step and with each row that is logged."""
 
     def __init__(self, trainer: "Trainer", workspace: Workspace, reporter: Reporter):
@@ -53,9 +53,9 @@ class Watch:
         self._profile: Profile | None = None
         self._open = ExitStack()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "RunCallbacks":
         trainer, workspace = self._trainer, self._workspace
-        if trainer.config.output.save_guidance and image_guidance(trainer.guidance) is None:
+        if trainer.config.output.save_guidance and primary_diffusion(trainer.guidance) is None:
             raise UserError("--save_guidance shows the latents of an image model, and this guidance has none")
         if trainer.config.output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -71,7 +71,7 @@ class Watch:
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    def step(self, result: "Step") -> None:
+    def step(self, result: "StepResult") -> None:
         """After each step, before the next one, which may overwrite ``result``."""
         step, output = self._trainer.step, self._trainer.config.output
         if output.save_guidance and step % output.save_guidance_interval == 0:
@@ -80,8 +80,8 @@ class Watch:
         if self._profile is not None:
             self._profile.step()
 
-    def _save_guidance(self, result: "Step") -> None:
-        components = image_guidance(self._trainer.guidance).score.components
+    def _save_guidance(self, result: "StepResult") -> None:
+        components = primary_diffusion(self._trainer.guidance).score.components
         pictures = guidance_pictures(components, *result.seen, latents=result.phase.name == "latent")
         levels = " ".join(map(str, result.t.tolist()))
         path = self._workspace.guidance / f"step_{self._trainer.step:06d}.png"

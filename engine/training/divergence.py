@@ -1,7 +1,7 @@
 """When the numbers of a run go wrong: what is said, and which settings would help.
 
     gradients that are not finite      skipped and counted; after DIVERGED in a row the run ends with a diagnosis
-    an object that vanishes            rays see less than NOTHING of it for LOST steps in a row
+    an object that vanishes            rays see less than NOTHING of it for MAX_DEGENERATE_STEPS steps in a row
     an object that fills the box       rays see more than ALL of it for as long
     a regulariser of the hash table    it pulls OUTWEIGHS times as hard as the guidance, about as long
     no memory left on the GPU          a checkpoint is saved, and the run ends with flags that take less
@@ -17,18 +17,18 @@ from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar, largest
 from dream_fast.engine.config.schema import Config, device_kind
 
-DIVERGED = 50  # steps in a row without a finite gradient: more than a loss scale needs to find its place
-LOST = 100  # steps in a row; looked at every 100 steps at least, so that 200 pass at most
+MAX_NONFINITE_STEPS = 50  # steps in a row without a finite gradient: more than a loss scale needs to find its place
+MAX_DEGENERATE_STEPS = 100  # steps in a row; looked at every 100 steps at least, so that 200 pass at most
 # Mean opacity of a step's rays. Of 54 good runs it was 0.56 at most; with a box full of noise it wavers from 0.8 to 1.
-NOTHING, ALL = 0.002, 0.75
+MIN_OPACITY, MAX_OPACITY = 0.002, 0.75
 # Times the length of the table's gradient: a third smooths, and --lambda_tv 0.001, which blurs, has 4 to 9.
 OUTWEIGHS = 2.0
-KINDS = {"vanished": "the object has vanished", "full": "the object fills the whole box"}
+DEGENERACIES = {"vanished": "the object has vanished", "full": "the object fills the whole box"}
 # The settings that a rescue changes; a run that was rescued keeps its own when it is taken up.
 RESCUED = ("lambda_opacity", "lambda_entropy", "blob_density", "blob_radius", "lr")
 
 
-class Lost(Exception):
+class DegenerateScene(Exception):
     """The object is lost, in the way ``kind`` of KINDS."""
 
     def __init__(self, kind: str):
@@ -36,7 +36,7 @@ class Lost(Exception):
         self.kind = kind
 
 
-def rescued(config: Config, kind: str) -> dict[str, Any]:
+def rescue_overrides(config: Config, kind: str) -> dict[str, Any]:
     """The settings to start again with, by name: those that differ."""
     loss, field, optim = config.loss, config.field, config.optim
     wanted: dict[str, Any] = {"lr": optim.lr / 2}
@@ -51,20 +51,21 @@ def rescued(config: Config, kind: str) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value != now[name]}
 
 
-def lost_sentence(config: Config, kind: str, step: int) -> str:
-    advice, strong = flags(rescued(config, kind)), raised_weights(config)
+def degenerate_message(config: Config, kind: str, step: int) -> str:
+    advice, strong = flags(rescue_overrides(config, kind)), raised_weights(config)
     cause = f"{flags(strong)} may be too strong; " if strong else ""
-    return f"{KINDS[kind]} ({LOST} steps in a row before step {step}); {cause}--rescue starts again with {advice}"
+    since = f"({MAX_DEGENERATE_STEPS} steps in a row before step {step})"
+    return f"{DEGENERACIES[kind]} {since}; {cause}--rescue starts again with {advice}"
 
 
-def outweighed_sentence(config: Config, times: float, step: int) -> str:
+def outweighed_message(config: Config, times: float, step: int) -> str:
     """What is said when the regularisers of the hash table pull so many ``times`` as hard as the guidance."""
     strong = {name: largest(getattr(config.loss, name)) for name in ("lambda_tv", "lambda_wd")}
     strong = {name: weight for name, weight in strong.items() if weight > 0}
     less = {name: float(f"{weight / times:.1g}") for name, weight in strong.items()}
     return (
-        f"{flags(strong)} pulls {times:.1f} times as hard as the guidance (most of {LOST} steps before step {step}) "
-        f"and smooths the object away; {flags(less)} would pull as hard as that"
+        f"{flags(strong)} pulls {times:.1f} times as hard as the guidance "
+        f"(most of {MAX_DEGENERATE_STEPS} steps before step {step}) and smooths the object away; {flags(less)} would pull as hard as that"
     )
 
 

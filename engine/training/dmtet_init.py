@@ -18,11 +18,11 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.isosurface import density_volume, surface_level
 from dream_fast.engine.geometry.read_mesh import SUFFIXES, load_mesh
 from dream_fast.engine.geometry.signed_distance import signed_distance
-from dream_fast.engine.geometry.tet_grid import Surface
-from dream_fast.engine.geometry.voxels import large_parts
-from dream_fast.engine.runtime.paths import expanded
-from dream_fast.engine.scene.field import SceneField
-from dream_fast.engine.scene.tet_mesh import SLOPE, TetShape
+from dream_fast.engine.geometry.tet_grid import TriMesh
+from dream_fast.engine.geometry.voxels import largest_components
+from dream_fast.engine.runtime.paths import expand_user
+from dream_fast.engine.scene.field import Field
+from dream_fast.engine.scene.tet_mesh import SLOPE, TetMesh
 from dream_fast.engine.workspace.checkpoint import list_checkpoints, read_architecture
 
 MARGIN = 0.1  # between the object and the border of the grid, of the bound
@@ -33,21 +33,21 @@ VOLUME = 64  # points along an edge at which a field is looked at to find the ob
 # ---------------------------------------------------------------------------------------------------------------- start
 
 
-class Start(NamedTuple):
+class InitSource(NamedTuple):
     """What --init_with names, found on disk."""
 
     path: Path
     checkpoint: bool  # else a mesh file
 
 
-def find_start(name: str) -> Start:
+def find_init_source(name: str) -> InitSource:
     """The checkpoint (of a folder the latest) or mesh file that `name` is. UserError: it is neither."""
-    path = expanded(name)
+    path = expand_user(name)
     if path.is_dir():
         inside = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
         if not inside:
             raise UserError(f"--init_with {name}: the folder holds no checkpoint of a run")
-        return Start(inside[-1], True)
+        return InitSource(inside[-1], True)
     if path.suffix.lower() in (".pth", ".pt", ".ckpt"):
         raise UserError(
             f"--init_with {name}: checkpoints of other programs cannot be read; give a run's or a mesh file"
@@ -59,10 +59,10 @@ def find_start(name: str) -> Start:
             f"--init_with {name} is neither a checkpoint (.safetensors, or the folder of a run) nor a mesh file "
             f"({', '.join(SUFFIXES)})"
         )
-    return Start(path, path.suffix.lower() == ".safetensors")
+    return InitSource(path, path.suffix.lower() == ".safetensors")
 
 
-def field_settings(start: Start) -> dict[str, Any]:
+def field_settings(start: InitSource) -> dict[str, Any]:
     """The settings that a run needs to take over the field of a checkpoint, by flag name; of a mesh file none."""
     if not start.checkpoint:
         return {}
@@ -74,7 +74,7 @@ def field_settings(start: Start) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def start_from_field(shape: TetShape, field: SceneField, threshold: float) -> None:
+def start_from_field(shape: TetMesh, field: Field, threshold: float) -> None:
     """Lay the grid over what `field` has denser than the threshold, and take the distance from its density.
 
     One is found where the given one leaves nothing or all (`surface_level`). Density rises exponentially, so its
@@ -83,7 +83,7 @@ def start_from_field(shape: TetShape, field: SceneField, threshold: float) -> No
     """
     volume = density_volume(field, VOLUME)
     level = surface_level(volume, threshold)
-    kept = large_parts(volume > level)
+    kept = largest_components(volume > level)
     bound, spacing = field.bound, 2 * field.bound / (VOLUME - 1)
     occupied = kept.nonzero()
     low, high = (occupied.amin(0) - 1) * spacing - bound, (occupied.amax(0) + 1) * spacing - bound
@@ -102,13 +102,13 @@ def start_from_field(shape: TetShape, field: SceneField, threshold: float) -> No
     shape.start_from(shape.middle.clone(), shape.reach.clone(), value * (SLOPE / steep.clamp(min=1e-3)))
 
 
-def read_surface(path: Path) -> Surface:
+def read_surface(path: Path) -> TriMesh:
     """The triangles of a mesh file, on the host. UserError: what `load_mesh` refuses."""
     mesh = load_mesh(path)
-    return Surface(torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces))
+    return TriMesh(torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces))
 
 
-def fitted(mesh: Surface, bound: float, camera: CameraConfig) -> Surface:
+def normalized(mesh: TriMesh, bound: float, camera: CameraConfig) -> TriMesh:
     """The mesh moved to the middle, its largest side 0.8 of what the output camera, or the scene's cube, takes in."""
     corners = mesh.vertices[mesh.faces].view(-1, 3)
     low, high = corners.amin(0), corners.amax(0)
@@ -120,10 +120,10 @@ def fitted(mesh: Surface, bound: float, camera: CameraConfig) -> Surface:
 
 
 @torch.no_grad()
-def start_from_mesh(shape: TetShape, mesh: Surface) -> None:
+def start_from_mesh(shape: TetMesh, mesh: TriMesh) -> None:
     """Lay the grid over a mesh and take the distance to it. UserError: it encloses nothing."""
     device, bound = shape.distance.device, shape.bound
-    mesh = Surface(*(part.to(device) for part in mesh))
+    mesh = TriMesh(*(part.to(device) for part in mesh))
     corners = mesh.vertices[mesh.faces].view(-1, 3)
     half = (corners.abs().amax(0) + MARGIN * bound).clamp(max=bound)
     n = shape.size // 2
@@ -141,12 +141,12 @@ def start_from_mesh(shape: TetShape, mesh: Surface) -> None:
     shape.start_from(torch.zeros(3, device=device), half, distance)
 
 
-def load_start(config: Config, shape: TetShape) -> Start | None:
+def load_start(config: Config, shape: TetMesh) -> InitSource | None:
     """Give the shape its start where that is a mesh file or the sphere; a checkpoint is returned, for its field."""
     if config.dmtet.init_with is None:
         return None
-    start = find_start(config.dmtet.init_with)
+    start = find_init_source(config.dmtet.init_with)
     field_settings(start)  # complains about a checkpoint of another kind
     if not start.checkpoint:
-        start_from_mesh(shape, fitted(read_surface(start.path), shape.bound, config.camera))
+        start_from_mesh(shape, normalized(read_surface(start.path), shape.bound, config.camera))
     return start

@@ -22,7 +22,7 @@ DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 @contextmanager
-def disk_troubles(target: Workspace, workspace: Workspace) -> Iterator[None]:
+def translate_disk_errors(target: Workspace, workspace: Workspace) -> Iterator[None]:
     """Turns an error of the system about the files in ``target`` into a UserError that says how to go on.
 
     ``workspace`` is the run's, the same folder unless the outputs go elsewhere.
@@ -30,24 +30,24 @@ def disk_troubles(target: Workspace, workspace: Workspace) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        target.check_there()
+        target.check_not_moved()
         if error.errno not in DISK and not _inside(error.filename, target.path):
             raise
         what = "there is no room left for" if error.errno in FULL else "the system refuses to write"
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{what} {target.named} ({reason}); {way_on(workspace)}") from error
+        raise UserError(f"{what} {target.named} ({reason}); {resume_hint(workspace)}") from error
 
 
 @contextmanager
-def memory_troubles(config: Config, workspace: Workspace) -> Iterator[None]:
+def translate_oom(config: Config, workspace: Workspace) -> Iterator[None]:
     """Turns a lack of GPU memory outside the steps (loading a model, pictures at the end) into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(memory_sentence(config, error, way_on(workspace))) from error
+        raise UserError(memory_message(config, error, resume_hint(workspace))) from error
 
 
-def way_on(workspace: Workspace) -> str:
+def resume_hint(workspace: Workspace) -> str:
     """What is left of the run, and what takes it up."""
     try:
         saved = list_checkpoints(workspace.checkpoints)
@@ -65,7 +65,7 @@ def _inside(name: object, folder: Path) -> bool:
 LEAST_SIDE = 32  # pixels of a training render: less shows an image model nothing
 
 
-def lighter(config: Config) -> dict[str, Any]:
+def low_memory_overrides(config: Config) -> dict[str, Any]:
     """Settings under which a step takes less memory, and under which the run may be taken up."""
     camera, wanted = config.camera, {}
     if not config.run.vram_O:
@@ -79,12 +79,12 @@ def lighter(config: Config) -> dict[str, Any]:
     return wanted
 
 
-def memory_sentence(config: Config, error: BaseException, way_on: str) -> str:
+def memory_message(config: Config, error: BaseException, resume_hint: str) -> str:
     """Which flags take less memory, for an error such as torch.cuda.OutOfMemoryError."""
     said = str(error)
     tried = said.partition("Tried to allocate ")[2].split(". ")[0]
-    camera, less = config.camera, lighter(config)
+    camera, less = config.camera, low_memory_overrides(config)
     now = f"this step: --batch_size {camera.batch_size} --w {camera.w} --h {camera.h}"
     advice = f"give {flags(less)} (" + now + ")" if less else f"a smaller image model or another GPU is needed ({now})"
     asked = f", asked for {tried.rstrip('.')} more" if tried else ""
-    return f"the GPU has no memory left{asked}: {advice}; {way_on}"
+    return f"the GPU has no memory left{asked}: {advice}; {resume_hint}"

@@ -19,7 +19,7 @@ from dream_fast.engine.scene.camera import turntable
 from dream_fast.engine.training.trainer import Trainer
 
 
-def needed_launches(config: Config, runtime: Runtime) -> list[Any]:
+def collect_launches(config: Config, runtime: Runtime) -> list[Any]:
     """The launches of a run's first step and of its pictures, none of which took place.
 
     Kernels of later phases are not among them.
@@ -41,12 +41,12 @@ def needed_launches(config: Config, runtime: Runtime) -> list[Any]:
     return launches
 
 
-def compile_kernels(config: Config, runtime: Runtime, reporter: Reporter) -> None:
+def precompile_kernels(config: Config, runtime: Runtime, reporter: Reporter) -> None:
     """Compile what the run will start on a GPU, or load it from Triton's cache."""
     # What a mesh starts depends on its size, which nobody knows before it is there.
     if runtime.device.type != "cuda" or config.dmtet.dmtet:
         return
-    launches = needed_launches(config, runtime)
+    launches = collect_launches(config, runtime)
     kinds = len({launch.kernel for launch in launches})
     with reporter.bar("compiling kernels", kinds) as bar:
         kernels.compile_launches(launches, lambda done: bar.advance(min(done, kinds - 1)))

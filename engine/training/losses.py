@@ -12,9 +12,9 @@ from torch import Tensor
 from dream_fast import kernels
 from dream_fast.engine.config.schedule import largest
 from dream_fast.engine.config.schema import LossConfig
-from dream_fast.engine.geometry.tet_grid import Surface
+from dream_fast.engine.geometry.tet_grid import TriMesh
 from dream_fast.engine.render.volume import Rendered
-from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.scene.field import Field
 
 TV_POINTS = 1_000_000  # whose differences --lambda_tv weights, in each level
 TV_SHARE = 32  # of them, one in so many stands for all on a CPU, where all would take four times as long as a step
@@ -88,7 +88,7 @@ def normal_smoothness(
     return sample_mean(weights.detach() * difference, count) * count / rays
 
 
-def normal_consistency(surface: Surface, beyond: Tensor) -> Tensor:
+def normal_consistency(surface: TriMesh, beyond: Tensor) -> Tensor:
     """Neighbouring triangles should lie in one plane: mean of 1 - n_a.n_b over the edges that two of them share.
 
     An edge of a triangle smaller than the mean counts as much less as that one is smaller: marching tetrahedra leaves
@@ -109,7 +109,7 @@ def _edge_counts(area: Tensor, other: Tensor) -> Tensor:
     return (torch.minimum(area[:, None], area[other]) / area.mean().clamp(min=1e-20)).clamp(max=1)
 
 
-def laplacian(surface: Surface) -> Tensor:
+def laplacian(surface: TriMesh) -> Tensor:
     """Vertices should lie amid their neighbours: mean over them of |sum over the neighbours of (v - neighbour)|.
 
     The surface is closed, so that two triangles share each edge. As in stable-dreamfusion the sum is not divided by the
@@ -124,7 +124,7 @@ def laplacian(surface: Surface) -> Tensor:
 
 
 def mesh_regularizers(
-    surface: Surface, beyond: Tensor, config: LossConfig, now: Mapping[str, float | Tensor] | None = None
+    surface: TriMesh, beyond: Tensor, config: LossConfig, now: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The weighted terms of a mesh, by name, as `regularizers` those of a field."""
     weights = {name: getattr(config, f"lambda_{name}") for name in MESH_TERMS}
@@ -147,7 +147,7 @@ def regularizers(
     now: Mapping[str, float | Tensor] | None = None,
     height: int,
     width: int,
-    field: SceneField,
+    field: Field,
     normals: str,
     normal_epsilon: float,
     active_levels: int | Tensor | None = None,
@@ -202,7 +202,7 @@ def regularizers(
 
 @torch.no_grad()
 def add_table_gradients(
-    field: SceneField,
+    field: Field,
     config: LossConfig,
     *,
     up: float | Tensor,

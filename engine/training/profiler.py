@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from dream_fast.engine.runtime.reporter import Reporter
-from dream_fast.engine.workspace.atomic import written_aside
+from dream_fast.engine.workspace.atomic import atomic_write
 
 WARM_UP = 20  # steps before the trace: kernels are compiled and graphs captured in the first ones
 STEPS = 20  # steps in the trace, so that an update of the occupancy grid is among them
@@ -66,7 +66,7 @@ class Profile:
         steps = self._traced - self.warm_up  # fewer than planned where the run was stopped
         if steps < 1:
             return
-        with written_aside(self.path) as aside:
+        with atomic_write(self.path) as aside:
             profiler.export_chrome_trace(str(aside))
         self.reporter.say(f"trace of steps {self.warm_up + 1} to {self._traced} of this start: {self.path}")
         if self.warm_up < WARM_UP:

@@ -21,37 +21,37 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from dream_fast.engine.config.schedule import largest, value_at, values_at
-from dream_fast.engine.config.schema import Config, RunConfig, ShadingConfig, other_backbones
+from dream_fast.engine.config.schema import Config, RunConfig, ShadingConfig, settings_unused_by
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
-from dream_fast.engine.guidance.diffusion import TextGuidance
-from dream_fast.engine.guidance.model.attention import KINDS, Chosen
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.model.attention import KINDS, AttentionChoice
 from dream_fast.engine.render.mesh import MeshRenderer, RenderedMesh
 from dream_fast.engine.render.volume import Rendered, Renderer
-from dream_fast.engine.runtime.cuda_graph import CudaGraphs
+from dream_fast.engine.runtime.cuda_graph import StepGraphs
 from dream_fast.engine.runtime.device import Runtime
 from dream_fast.engine.runtime.reporter import Bar, Reporter
 from dream_fast.engine.runtime.seeds import seed_libraries, step_seed
-from dream_fast.engine.runtime.signals import finishing_steps
+from dream_fast.engine.runtime.signals import stop_after_current_step
 from dream_fast.engine.scene.camera import Cameras, sample_cameras
 from dream_fast.engine.scene.make_field import make_field
-from dream_fast.engine.scene.tet_mesh import TetShape
-from dream_fast.engine.training.callbacks import Seen, Watch
+from dream_fast.engine.scene.tet_mesh import TetMesh
+from dream_fast.engine.training.callbacks import GuidanceSnapshot, RunCallbacks
 from dream_fast.engine.training.divergence import (
-    ALL,
-    DIVERGED,
-    LOST,
-    NOTHING,
+    MAX_DEGENERATE_STEPS,
+    MAX_NONFINITE_STEPS,
+    MAX_OPACITY,
+    MIN_OPACITY,
     OUTWEIGHS,
-    Lost,
+    DegenerateScene,
+    degenerate_message,
     diagnosis,
-    lost_sentence,
-    outweighed_sentence,
+    outweighed_message,
 )
 from dream_fast.engine.training.dmtet_init import load_start, start_from_field
-from dream_fast.engine.training.failures import memory_sentence
+from dream_fast.engine.training.failures import memory_message
 from dream_fast.engine.training.losses import add_table_gradients, mesh_regularizers, needs_normals, ramp, regularizers
 from dream_fast.engine.training.optim import LossScaler, Optimizer
 from dream_fast.engine.workspace.checkpoint import damaged, load_checkpoint, read_architecture, save_checkpoint
@@ -59,13 +59,13 @@ from dream_fast.engine.workspace.folder import Workspace
 
 EPOCH = 100  # steps; validation pictures and checkpoints fall on its multiples
 CHECKPOINT_SECONDS = 30.0  # a fast run does not write a checkpoint every epoch
-NEUTRAL = 0.5  # background of the latent phase: the middle of the latents' range
+LATENT_BACKGROUND = 0.5  # background of the latent phase: the middle of the latents' range
 
-Guidance = Callable[..., GuidanceResult]  # called like engine.guidance.text.TextGuidance
+GuidanceCall = Callable[..., GuidanceResult]  # called like engine.guidance.text.DiffusionGuidance
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class RunProgress:
     """How far a run is, from 0 at ``start_step`` and before to 1 at ``iters`` and after.
 
     More iterations asked later stretch what is left; nothing starts over.
@@ -85,17 +85,17 @@ class Schedule:
         done = max(0, step - self.start_step) / (self.iters - self.start_step)
         return self.start_progress + (1.0 - self.start_progress) * done
 
-    def stretched(self, step: int, iters: int) -> "Schedule":
+    def extended_to(self, step: int, iters: int) -> "RunProgress":
         """The schedule of a run of ``iters`` steps that continues this one at ``step``."""
         if iters == self.iters:
             return self
-        return Schedule(iters, max(step, self.start_step), self.progress(step))
+        return RunProgress(iters, max(step, self.start_step), self.progress(step))
 
 
-def phase_schedule(config: RunConfig) -> Schedule:
+def phase_schedule(config: RunConfig) -> RunProgress:
     """The part of a run in which phases, progressive view and levels go from their start to their end."""
     end = config.iters if config.exp_end_iter is None else config.exp_end_iter
-    return Schedule(end, config.exp_start_iter or 0)
+    return RunProgress(end, config.exp_start_iter or 0)
 
 
 class Phase(NamedTuple):
@@ -123,7 +123,7 @@ def choose_phase(
     return Phase("shaded", "textureless" if textureless else "lambertian", ambient)
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What a step did, still on the device; with --step_graph only until the next step."""
 
     phase: Phase
@@ -134,30 +134,30 @@ class Step(NamedTuple):
     samples: Tensor  # how many there were
     overflow: Tensor  # whether they did not all fit
     table_pull: Tensor | None = None  # of the hash table's regularisers, as a part of the rest of its gradient
-    seen: Seen | None = None  # with --save_guidance
+    seen: GuidanceSnapshot | None = None  # with --save_guidance
 
 
-class Dials(NamedTuple):
+class StepInputs(NamedTuple):
     """Numbers that change from step to step: the host's, or scalars on the device, where a CUDA graph reads them."""
 
     ambient: float | Tensor
     up: float | Tensor  # the ramp of the regularisers
     losses: dict[str, float | Tensor]  # those settings of the losses that have a schedule
-    settled: Any  # what a TextGuidance settles of a step; None: in its call
+    settled: Any  # what a DiffusionGuidance settles of a step; None: in its call
 
 
 class Trainer:
     """Field, renderer and optimiser of a run. Without ``guidance`` it can be loaded and looked at, not trained."""
 
-    def __init__(self, config: Config, runtime: Runtime, seed: int, guidance: Guidance | None = None):
+    def __init__(self, config: Config, runtime: Runtime, seed: int, guidance: GuidanceCall | None = None):
         self.config, self.device, self.seed, self.guidance = config, runtime.device, seed, guidance
         first = torch.Generator().manual_seed(step_seed(seed, -1))
         self.field = make_field(config.field, config.render.bound, first).to(runtime.device)
         if runtime.fp16:
             self.field.compute_dtype = torch.float16
-        self.shape: TetShape | None = None  # of a mesh refinement
+        self.shape: TetMesh | None = None  # of a mesh refinement
         if config.dmtet.dmtet:
-            self.shape = TetShape(config.dmtet.tet_grid_size, config.render.bound, locked=config.dmtet.lock_geo)
+            self.shape = TetMesh(config.dmtet.tet_grid_size, config.render.bound, locked=config.dmtet.lock_geo)
             self.shape.to(runtime.device)
             self.renderer = MeshRenderer(self.field, config.render, self.shape)
         else:
@@ -167,25 +167,25 @@ class Trainer:
         self.optimizer = Optimizer(self.field.table, others, config.optim, free, config.dmtet.lr_geo)
         self.scaler = LossScaler(runtime.fp16, runtime.device)
         self.generator = torch.Generator(runtime.device)
-        self.schedule = Schedule(config.run.iters)  # of the learning rate, the noise level and the guidance scale
+        self.schedule = RunProgress(config.run.iters)  # of the learning rate, the noise level and the guidance scale
         self.phases = phase_schedule(config.run)
-        self.attention: Chosen | None = None  # of the guidance; kept, so that a resumed run computes alike
+        self.attention: AttentionChoice | None = None  # of the guidance; kept, so that a resumed run computes alike
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=runtime.device)  # steps without a finite gradient
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
         self.lost_in_a_row = torch.zeros(2, dtype=torch.int64, device=runtime.device)  # without an object, full of it
         self.outweighed = torch.zeros_like(self.skipped)  # steps by the table's regularisers, less those that were not
         self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
-        self._graphs: CudaGraphs | None = None  # of the gradient of a step, one a kind of step
+        self._graphs: StepGraphs | None = None  # of the gradient of a step, one a kind of step
         self._graphs_capacity = 0
-        self._dials: Dials | None = None
+        self._dials: StepInputs | None = None
         if config.run.step_graph and runtime.device.type == "cuda":
-            self._graphs = CudaGraphs(self.generator)
+            self._graphs = StepGraphs(self.generator)
         self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part of a step, to time it
 
     # ------------------------------------------------------------------------------------------------------- a step
 
-    def train_step(self) -> Step:
+    def train_step(self) -> StepResult:
         """One step of the optimisation."""
         self.mark("start")
         config, progress, phases = self.config, self.schedule.progress(self.step), self.phases.progress(self.step)
@@ -201,9 +201,9 @@ class Trainer:
         levels = self._active_levels(phases)
         if self.step % config.render.update_extra_interval == 0:
             self.renderer.update_occupancy(generator, active_levels=levels)
-        if self._graphs is None or not isinstance(self.guidance, TextGuidance):
+        if self._graphs is None or not isinstance(self.guidance, DiffusionGuidance):
             now = values_at(config.loss, self.step, progress)
-            dials = Dials(phase.ambient, ramp(progress), now, None)
+            dials = StepInputs(phase.ambient, ramp(progress), now, None)
             done = self._gradients(phase, network, dials, progress, levels)
         else:
             done = self._replayed_gradients(phase, network, progress)
@@ -220,14 +220,16 @@ class Trainer:
         self.overflowed += done.overflow
         self.skipped_in_a_row.add_(1).mul_(skipped)
         opacity = done.opacity.mean()
-        self.lost_in_a_row.add_(1).mul_(torch.stack([opacity < NOTHING, opacity > ALL]))
+        self.lost_in_a_row.add_(1).mul_(torch.stack([opacity < MIN_OPACITY, opacity > MAX_OPACITY]))
         if done.table_pull is not None:
             self.outweighed.add_(2 * (done.table_pull > OUTWEIGHS) - 1).clamp_(min=0)  # it varies from step to step
         self.mark("optimiser")
         self.step += 1
         return done._replace(phase=phase)
 
-    def _gradients(self, phase: Phase, network: bool, dials: Dials, progress: float, levels: int | None) -> Step:
+    def _gradients(
+        self, phase: Phase, network: bool, dials: StepInputs, progress: float, levels: int | None
+    ) -> StepResult:
         """Renders, asks the guidance and leaves the gradients, times the loss scale, with the optimiser."""
         config, generator = self.config, self.generator
         (height, width), batch = config.train_size, config.camera.batch_size
@@ -247,7 +249,7 @@ class Trainer:
         limit = dials.losses.get("grad_clip_rgb", config.loss.grad_clip_rgb)
         pictures = self._pictures(rendered, phase, batch, height, width, limit)
         self.mark("render")
-        ours = {"step": self.step} if isinstance(self.guidance, PromptGuidance) else {}
+        ours = {"step": self.step} if isinstance(self.guidance, Guidance) else {}
         if dials.settled is not None:
             ours["settled"] = dials.settled
         guided = self.guidance(
@@ -271,14 +273,14 @@ class Trainer:
         self.mark("backward")
         terms = {name: term.detach() for name, term in terms.items()}  # nothing of the step's autograd graph lives on
         opacity, samples = rendered.opacity.detach(), rendered.count
-        seen = Seen(pictures.detach(), guided.noisy, guided.clean) if config.output.save_guidance else None
+        seen = GuidanceSnapshot(pictures.detach(), guided.noisy, guided.clean) if config.output.save_guidance else None
         norm, overflow = guided.grad_norm.detach(), rendered.overflow
-        return Step(phase, terms, guided.t, norm, opacity, samples, overflow, table_pull, seen)
+        return StepResult(phase, terms, guided.t, norm, opacity, samples, overflow, table_pull, seen)
 
     def _regularizers(
         self,
         rendered: Rendered | RenderedMesh,
-        dials: Dials,
+        dials: StepInputs,
         height: int,
         width: int,
         levels: int | None,
@@ -304,18 +306,18 @@ class Trainer:
             pull=pull,
         )
 
-    def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> Step:
+    def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> StepResult:
         """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
         batch = self.config.camera.batch_size
-        now = Dials(
+        now = StepInputs(
             phase.ambient,
             ramp(progress),
             values_at(self.config.loss, self.step, progress),
             self.guidance.settle(batch, self.step, progress, self.generator),
         )
         if self._dials is None:
-            self._dials = pytree.tree_map(partial(_place, device=self.device), now)
-        pytree.tree_map(_write, self._dials, now)
+            self._dials = pytree.tree_map(partial(_static_like, device=self.device), now)
+        pytree.tree_map(_copy_static, self._dials, now)
         dials, capacity = self._dials, self.renderer.sampler.samples_per_ray
         if capacity != self._graphs_capacity:
             self._graphs.clear()
@@ -338,7 +340,7 @@ class Trainer:
     def _background(self, phase: Phase, network: bool) -> Tensor | None:
         """One random colour [3], or None for the background network."""
         if phase.name == "latent":
-            return torch.full((3,), NEUTRAL, device=self.device)
+            return torch.full((3,), LATENT_BACKGROUND, device=self.device)
         colour = torch.rand(3, generator=self.generator, device=self.device)
         return None if network else colour
 
@@ -369,10 +371,10 @@ class Trainer:
         saved = started = time.monotonic()
         logged_step, logged, warned, outweighed = self.step, started, "", False
         with (
-            finishing_steps() as stop,
+            stop_after_current_step() as stop,
             workspace.metrics.open("a", encoding="utf-8") as metrics,
             reporter.bar("start", run.iters, self.step) as bar,
-            Watch(self, workspace, reporter) as watch,
+            RunCallbacks(self, workspace, reporter) as watch,
         ):
             while self.step < run.iters and stop.number is None:
                 result = self._train_step_or_save(workspace)
@@ -390,7 +392,7 @@ class Trainer:
                     self._show(bar, row)
                     self._check_alive(row)
                     outweighed = outweighed or self._check_table(reporter, result)
-                    workspace.check_there()
+                    workspace.check_not_moved()
                 if self.step % run.log_every == 0 or self.step % EPOCH == 0:
                     warned = self._check_object(reporter, warned)
                 bar.advance(self.step)
@@ -408,7 +410,7 @@ class Trainer:
             reporter.say(f"stopped after step {self.step} of {run.iters}; the same command takes it up again")
         stop.check()
 
-    def _row(self, result: Step) -> dict[str, Any]:
+    def _row(self, result: StepResult) -> dict[str, Any]:
         """A row of metrics.jsonl: numbers of the last step, and the count of skipped steps. Reads the device."""
         self.renderer.adapt_capacity(len(result.opacity))
         terms = {name: _number(term) for name, term in result.terms.items()}
@@ -432,40 +434,42 @@ class Trainer:
         skipped = {"skipped": row["skipped"]} if row["skipped"] else {}
         bar.show(row["phase"], row["it_per_s"], terms | {"opacity": row["opacity"]} | skipped)
 
-    def _train_step_or_save(self, workspace: Workspace) -> Step:
+    def _train_step_or_save(self, workspace: Workspace) -> StepResult:
         """One step. UserError: the GPU's memory does not suffice; what the steps before it reached is saved."""
         try:
             return self.train_step()
         except torch.OutOfMemoryError as error:
             self._graphs = None
             path = self.save(workspace)
-            way_on = (
+            resume_hint = (
                 f"the checkpoint of step {self.step} is saved ({path.name}), and the same command with them goes on"
             )
-            raise UserError(memory_sentence(self.config, error, way_on)) from error
+            raise UserError(memory_message(self.config, error, resume_hint)) from error
 
     def _check_alive(self, row: dict[str, Any]) -> None:
         bad = int(self.skipped_in_a_row)
-        if bad >= DIVERGED:
+        if bad >= MAX_NONFINITE_STEPS:
             raise UserError(diagnosis(self.config, bad, row))
 
     def _check_object(self, reporter: Reporter, warned: str) -> str:
         """Warns of an object that is lost, once for each way; raises Lost with --rescue. Reads the device."""
         lost = [
-            kind for kind, count in zip(("vanished", "full"), self.lost_in_a_row.tolist(), strict=True) if count >= LOST
+            kind
+            for kind, count in zip(("vanished", "full"), self.lost_in_a_row.tolist(), strict=True)
+            if count >= MAX_DEGENERATE_STEPS
         ]
         if not lost or lost[0] == warned:
             return warned
         if self.config.run.rescue:
-            raise Lost(lost[0])
-        reporter.warn(lost_sentence(self.config, lost[0], self.step))
+            raise DegenerateScene(lost[0])
+        reporter.warn(degenerate_message(self.config, lost[0], self.step))
         return lost[0]
 
-    def _check_table(self, reporter: Reporter, result: Step) -> bool:
+    def _check_table(self, reporter: Reporter, result: StepResult) -> bool:
         """Warns where regularisers of the hash table outweigh the guidance; whether it did. Reads the device."""
-        if int(self.outweighed) < LOST:
+        if int(self.outweighed) < MAX_DEGENERATE_STEPS:
             return False
-        reporter.warn(outweighed_sentence(self.config, float(result.table_pull), self.step))
+        reporter.warn(outweighed_message(self.config, float(result.table_pull), self.step))
         return True
 
     @torch.no_grad()
@@ -479,7 +483,7 @@ class Trainer:
     def write_test_video(self, path: Path) -> None:
         """The turntable of the object as it is now, from the averaged weights and without specks."""
         output = self.config.output
-        with self.optimizer.ema_weights(), self.renderer.without_specks():
+        with self.optimizer.ema_weights(), self.renderer.without_floaters():
             frames = turntable_frames(self.renderer, self.config.camera, output.dataset_size_test)
             write_video(path, frames, output.video_fps)
 
@@ -493,14 +497,14 @@ class Trainer:
             "occupancy_resolution": config.render.occupancy_resolution,
             "optim": config.optim.optim,
         }
-        elsewhere = other_backbones(config.field.backbone)
+        elsewhere = settings_unused_by(config.field.backbone)
         found = {name: value for name, value in shape.items() if name not in elsewhere}
         if self.shape is not None:
             found |= {"tet_grid_size": config.dmtet.tet_grid_size, "lock_geo": config.dmtet.lock_geo}
         return found
 
     def save(self, workspace: Workspace) -> Path:
-        workspace.check_there()
+        workspace.check_not_moved()
         state = {
             "optimizer": self.optimizer.state_dict(),
             "renderer": self.renderer.state_dict(),
@@ -545,10 +549,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.renderer.load_state_dict(state.get("renderer", {}))
         self.scaler.load_state_dict(state["scaler"])
-        self.schedule = Schedule(**state["schedule"]).stretched(self.step, self.config.run.iters)
+        self.schedule = RunProgress(**state["schedule"]).extended_to(self.step, self.config.run.iters)
         if self.config.run.exp_end_iter is None:  # an end that was asked for stays where it is
             phases = state.get("phases", state["schedule"])  # checkpoints of earlier versions have one for both
-            self.phases = Schedule(**phases).stretched(self.step, self.config.run.iters)
+            self.phases = RunProgress(**phases).extended_to(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
         self.overflowed.copy_(state.get("overflowed", torch.zeros(())))  # as above
         self.skipped_in_a_row.copy_(state.get("skipped_in_a_row", torch.zeros(())))
@@ -556,15 +560,15 @@ class Trainer:
         kept = state.get("attention")  # checkpoints of earlier versions have none
         if kept is not None and (len(kept) != 2 or not set(kept) <= set(KINDS)):
             raise ValueError(f"attention is {kept}")
-        self.attention = None if kept is None else Chosen(*kept)
+        self.attention = None if kept is None else AttentionChoice(*kept)
 
 
-def _place(value: float | Tensor, device: torch.device) -> Tensor:
+def _static_like(value: float | Tensor, device: torch.device) -> Tensor:
     """Where a graph finds ``value``: a scalar on the device, or a tensor like it."""
     return torch.zeros_like(value) if isinstance(value, Tensor) else torch.zeros((), device=device)
 
 
-def _write(place: Tensor, value: float | Tensor) -> None:
+def _copy_static(place: Tensor, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         place.copy_(value)
     else:

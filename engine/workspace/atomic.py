@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path with the same suffix to write to; it takes the place of `path` when the block ends without an error.
 
     It is on the disk before it takes the name, and so is the name before this returns.
@@ -25,16 +25,16 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def written_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """`written_aside` for files that belong together: all of them are on the disk before the first takes its name."""
+def atomic_writes(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """`atomic_write` for files that belong together: all of them are on the disk before the first takes its name."""
     with ExitStack() as stack:
-        asides = [stack.enter_context(written_aside(path)) for path in paths]
+        asides = [stack.enter_context(atomic_write(path)) for path in paths]
         yield asides
         for aside in asides:
             _sync(aside)
 
 
-def half_written(folder: Path) -> list[Path]:
+def stale_temp_files(folder: Path) -> list[Path]:
     """What a process that was killed had begun to write in `folder` and the folders in it."""
     return [*folder.glob(".*.writing*"), *folder.glob("*/.*.writing*")]
 

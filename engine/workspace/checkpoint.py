@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from dream_fast import __version__
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.workspace.atomic import written_aside
+from dream_fast.engine.workspace.atomic import atomic_write
 from dream_fast.engine.workspace.stored_run import UNNAMED, complete_architecture, unknown_settings, way_to_read
 
 FORMAT = "dream-fast checkpoint"  # the key of the header in the file's metadata
@@ -51,7 +51,7 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
     # one entry, since safetensors writes several in no fixed order and the same run should give the same file
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     path = checkpoint_path(directory, step)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.touch()
         mode = aside.stat().st_mode  # what the umask gives to any other file of the run
         try:

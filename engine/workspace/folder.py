@@ -22,7 +22,7 @@ from typing import Any
 from dream_fast import __version__
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.workspace.atomic import half_written, written_aside
+from dream_fast.engine.workspace.atomic import atomic_write, stale_temp_files
 from dream_fast.engine.workspace.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.workspace.lock import Lock
 from dream_fast.engine.workspace.stored_run import VERSION_KEY, StoredRun, read_run
@@ -151,7 +151,7 @@ class Workspace:
                 )
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Inside the `with` block no other process works here: from now on, or from when the folder is made on."""
         if self.path.is_dir():
             self._claim()
@@ -168,7 +168,7 @@ class Workspace:
         except OSError as error:
             raise UserError(f"{self.named} cannot be written to ({error.strerror})") from error
 
-    def check_there(self) -> None:
+    def check_not_moved(self) -> None:
         """UserError when the folder was moved or removed, or replaced, since it was claimed."""
         if self.lock is not None and not self.lock.is_there():
             raise UserError(
@@ -252,7 +252,7 @@ class Workspace:
             raise UserError(f"{self.manifest} cannot be used: {', '.join(sorted(wrong))} of a run is no such thing")
         return manifest
 
-    def set_aside(self, checkpoint: Path) -> Path:
+    def quarantine(self, checkpoint: Path) -> Path:
         """Takes a damaged checkpoint out of the run, and keeps it: returns its new path."""
         return checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
 
@@ -271,7 +271,7 @@ class Workspace:
             if not path.name.startswith("turntable_step_"):  # of the steps, not of the end
                 path.unlink(missing_ok=True)
 
-    def rewind(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drops what was recorded after ``step``: a run that resumes there records it again. Half-written files go too.
 
         Rows of the metrics that cannot be read are dropped too, with a logged warning; the last one may be cut short by
@@ -284,7 +284,7 @@ class Workspace:
             for path in folder.glob("*step_*.*"):
                 if (number := path.stem.rpartition("_")[2]).isdecimal() and int(number[:12]) > step:
                     path.unlink()
-        for path in half_written(self.path):
+        for path in stale_temp_files(self.path):
             path.unlink(missing_ok=True)
         if self.metrics.exists():
             text = self.metrics.read_text(encoding="utf-8", errors="replace")
@@ -318,5 +318,5 @@ def _step_of(row: str) -> int | None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes ``text`` so that ``path`` is never half a file."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dream_fast import __version__
 from dream_fast.engine.config.presets import SCORE_DEFAULTS, resolve
-from dream_fast.engine.config.schema import Config, other_backbones, settings
+from dream_fast.engine.config.schema import Config, settings, settings_unused_by
 from dream_fast.engine.errors import UserError
 
 VERSION_KEY = "version"  # beside the rooms of config.json
@@ -142,7 +142,7 @@ def complete_architecture(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture in a checkpoint's header with the names of this version, and with the settings it lacks."""
     names = {_setting(old): _setting(new.name) for old, new in RENAMED.items() if new.value is None}
     values = {names.get(name, name): value for name, value in saved.items()}
-    unread = other_backbones(str(values.get("backbone")))
+    unread = settings_unused_by(str(values.get("backbone")))
     lacking = {_setting(name): value for name, value in WITHOUT.items() if name.startswith("field.")}
     return {name: value for name, value in lacking.items() if name not in unread} | values
 

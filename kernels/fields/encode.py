@@ -95,7 +95,9 @@ def flatten_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
     return torch.cat([part.reshape(-1) for part in (*weights, *biases)])
 
 
-def fusable(spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype, normals: str | None = None) -> str:
+def unfused_reason(
+    spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype, normals: str | None = None
+) -> str:
     """Why these shapes cannot run fused in this compute dtype, with these normals; empty when they can."""
     hidden = [layer.shape[0] for layer in weights[:-1]]
     if not 1 <= len(hidden) <= MAX_HIDDEN_LAYERS:

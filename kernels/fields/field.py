@@ -29,10 +29,10 @@ from dream_fast.kernels.fields.encode import (
     BLOCK,
     aligned_rows,
     flatten_parameters,
-    fusable,
     level_table,
     tile_constants,
     tile_warps,
+    unfused_reason,
     unit_scale,
 )
 from dream_fast.kernels.fields.field_kernels import field_bwd_kernel, field_fwd_kernel
@@ -418,7 +418,7 @@ def field_plan(
 
     normals: with normals of this mode, as `field_normals` does.
     """
-    reason = fusable(spec.grid, weights, dtype, normals)
+    reason = unfused_reason(spec.grid, weights, dtype, normals)
     return f"unfused: {reason}" if reason else "fused"
 
 
@@ -447,7 +447,7 @@ def field(
     check_kernel_dtype("table", table)
     if dtype == torch.float64:
         raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
-    if fusable(spec.grid, weights, dtype):
+    if unfused_reason(spec.grid, weights, dtype):
         return unfused_field(x, table, weights, biases, spec, active_levels, count, dtype)
     parameters = flatten_parameters(weights, biases)
     active = active_levels if isinstance(active_levels, Tensor) else None

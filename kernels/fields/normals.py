@@ -22,10 +22,10 @@ from dream_fast.kernels.fields.encode import (
     BLOCK,
     aligned_rows,
     flatten_parameters,
-    fusable,
     level_table,
     tile_constants,
     tile_warps,
+    unfused_reason,
     unit_scale,
 )
 from dream_fast.kernels.fields.field import (
@@ -525,7 +525,7 @@ def field_normals(
     check_kernel_dtype("table", table)
     if dtype == torch.float64:
         raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
-    if fusable(spec.grid, weights, dtype, mode):
+    if unfused_reason(spec.grid, weights, dtype, mode):
         return _unfused(x, table, weights, biases, spec, count, mode, epsilon, options)
     parameters = flatten_parameters(weights, biases)
     active = active_levels if isinstance(active_levels, Tensor) else None

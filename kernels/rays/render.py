@@ -23,10 +23,10 @@ from dream_fast.kernels.fields.encode import (
     BLOCK,
     aligned_rows,
     flatten_parameters,
-    fusable,
     level_table,
     tile_constants,
     tile_warps,
+    unfused_reason,
     unit_scale,
 )
 from dream_fast.kernels.fields.field import FieldSpec, check_field, field, field_reference, spec_numbers, spec_of
@@ -349,7 +349,7 @@ def render(
         check_kernel_dtype("table", table)
         if dtype == torch.float64:
             raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
-        if fusable(spec.grid, weights, dtype):
+        if unfused_reason(spec.grid, weights, dtype):
             return _render_unfused(
                 origins,
                 directions,

@@ -118,10 +118,10 @@ def test_the_ball_has_the_samples_of_the_workload():
     """A quarter of 490,000 samples at a quarter of the pixels; the untrained network, left out here, adds 7 %."""
     from dream_fast.engine.render.volume import Renderer
     from dream_fast.engine.scene.camera import rays, sample_cameras
-    from dream_fast.engine.scene.hash_grid_field import Field
+    from dream_fast.engine.scene.hash_grid_field import HashGridField
 
     config = step.resolve(step.BALL, "sd", "cpu")
-    field = Field(config.field, config.render.bound, torch.Generator().manual_seed(0))
+    field = HashGridField(config.field, config.render.bound, torch.Generator().manual_seed(0))
     renderer = Renderer(field, config.render)
     density = torch.exp(field_blob(renderer, config))
     bits, _ = kernels.occupancy_update(

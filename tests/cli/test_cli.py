@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from dream_fast.cli import build_parser, main, parse
-from dream_fast.engine.config.compat import REFERENCE_FLAGS, REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.config.compat import REFERENCE_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
 from dream_fast.engine.config.presets import mini_cpu_defaults, resolve
 from dream_fast.engine.config.schema import settings
 from dream_fast.engine.errors import UserError
@@ -119,11 +119,11 @@ def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(words, senten
 
 def test_every_flag_of_the_reference_works_or_is_refused_with_a_reason():
     ours = set(build_parser()._option_string_actions)
-    refused = set(REFUSED_FLAGS)
+    refused = set(UNSUPPORTED_FLAGS)
     assert set(REFERENCE_FLAGS) - ours == refused
     assert not refused & ours
-    assert all(len(reason) > 15 for reason in [*REFUSED_FLAGS.values(), *REFUSED_VALUES.values()])
-    assert {flag for flag, _ in REFUSED_VALUES} <= ours
+    assert all(len(reason) > 15 for reason in [*UNSUPPORTED_FLAGS.values(), *UNSUPPORTED_VALUES.values()])
+    assert {flag for flag, _ in UNSUPPORTED_VALUES} <= ours
 
 
 def test_the_whole_configuration_reaches_the_engine(engine):
@@ -264,11 +264,11 @@ def test_texts_of_the_sides_are_prompts_too(engine, capsys):
     assert main(words) == 0
     warned = capsys.readouterr().err
     assert warned.count('"shiny"') == 1 and warned.count('"plump"') == 1 and warned.count("\n") == 2
-    assert engine[0].run.own_texts == {"front": "a shiny red cat", "side": "a plump cat"}
+    assert engine[0].run.view_prompts == {"front": "a shiny red cat", "side": "a plump cat"}
     for view in ("front", "side", "back", "overhead"):
         assert main(["--text", "a cat", f"--text_{view}", "qwzxlp", "--device", "cpu"]) == 2
         assert main(["--text", "a cat", f"--text_{view}", "qwzxlp", "--hf_key", "folder", "--device", "cpu"]) == 0
-        assert engine[-1].run.own_texts == {view: "qwzxlp"}
+        assert engine[-1].run.view_prompts == {view: "qwzxlp"}
 
 
 def test_a_prompt_for_stable_diffusion_is_free(engine):

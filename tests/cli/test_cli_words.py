@@ -11,12 +11,12 @@ import pytest
 import dream_fast
 from dream_fast import cli
 from dream_fast.cli import build_parser, main, parse
-from dream_fast.engine.config.compat import REFUSED_FLAGS, REFUSED_VALUES, RENAMED_FLAGS
+from dream_fast.engine.config.compat import RENAMED_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
 from dream_fast.engine.config.options_page import COMMAND_FLAGS
 from dream_fast.engine.config.other_programs import COMMANDS, FLAGS, KEYS, VALUES
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config, settings
-from dream_fast.engine.config.setting import option
+from dream_fast.engine.config.setting import setting
 from dream_fast.engine.errors import UserError
 
 DASH = ": it begins with a dash that is no hyphen; type flags as in --text"
@@ -69,7 +69,7 @@ def test_help_shows_what_a_flag_takes(flag, metavar):
 
 def test_help_may_name_a_percentage(monkeypatch):
     """A percent sign in the help of a setting is no format of argparse."""
-    field = dataclasses.make_dataclass("Room", [("share", float, option(0.5, "50 % of it"))])
+    field = dataclasses.make_dataclass("Room", [("share", float, setting(0.5, "50 % of it"))])
     room = SimpleNamespace(name="room", type=SimpleNamespace(__doc__="A room."))
     monkeypatch.setattr(cli, "settings", lambda: [(room, dataclasses.fields(field)[0])])
     assert "50 % of it" in build_parser().format_help()
@@ -93,7 +93,7 @@ def test_help_shows_its_examples_as_they_are(capsys):
 
 def test_refused_and_renamed_flags_are_answered_from_their_tables():
     """Flag, colon, and the reason, with a value behind = too."""
-    for flag, reason in REFUSED_FLAGS.items():
+    for flag, reason in UNSUPPORTED_FLAGS.items():
         assert refusal("--text", "a cat", flag, "1") == f"{flag} is not available: {reason}"
     for flag, reason in RENAMED_FLAGS.items():
         assert refusal("--text", "a cat", f"{flag}=1") == f"{flag} is gone: {reason}"
@@ -101,7 +101,7 @@ def test_refused_and_renamed_flags_are_answered_from_their_tables():
 
 def test_refused_values_are_answered_from_their_tables():
     """A value of a flag, apart or behind =, is refused with its reason."""
-    for (flag, word), reason in REFUSED_VALUES.items():
+    for (flag, word), reason in UNSUPPORTED_VALUES.items():
         sentence = f"{flag} {word} is not available: {reason}"
         assert refusal("--text", "a cat", flag, word) == refusal(f"{flag}={word}") == sentence
     for (flag, word), answer in VALUES.items():
@@ -119,7 +119,8 @@ def test_refused_values_are_answered_from_their_tables():
         (["--CFG-Scale", "3"], f"unknown flag --CFG-Scale: {FLAGS['cfg_scale']}"),
         (
             ["--Zero123-config"],
-            f"unknown flag --Zero123-config; --zero123_config is not available: {REFUSED_FLAGS['--zero123_config']}",
+            "unknown flag --Zero123-config; --zero123_config is not available: "
+            f"{UNSUPPORTED_FLAGS['--zero123_config']}",
         ),
         (["-w", "3"], "unknown flag -w; did you mean --w?"),
         (["-W", "3"], "unknown flag -W; did you mean --W?"),

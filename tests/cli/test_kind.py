@@ -17,10 +17,10 @@ import torch
 import dream_fast
 from dream_fast.cli import build_parser, main
 from dream_fast.engine.config import other_programs
-from dream_fast.engine.config.compat import REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.config.compat import UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.prompt_syntax import foreign_syntax
-from dream_fast.engine.config.reproduce import repeating_command
+from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.spelling import nearest, slips
 from dream_fast.engine.errors import UserError
@@ -107,7 +107,7 @@ def test_module_is_the_command(tmp_path):
         (["--text", "a cat", "--fp16=false"], "--fp16 takes no value, so not 'false': --no-fp16 turns it off"),
         (["\u2014text", "a cat"], "a dash that is no hyphen"),
         (["--text", "\u201ca", "cat\u201d"], "straight quotes"),
-        (["--text", "a cat", "--zero123-config", "x"], REFUSED_FLAGS["--zero123_config"]),
+        (["--text", "a cat", "--zero123-config", "x"], UNSUPPORTED_FLAGS["--zero123_config"]),
     ],
 )
 def test_flag_of_another_program_is_answered(words, flag, capsys):
@@ -122,7 +122,7 @@ def test_tables_of_other_programs_are_sound():
     names = [name for names in other_programs.ANSWERS for name in names.split()]
     assert len(names) == len(set(names)) and names == list(map(other_programs.plain_name, names))
     assert not {other_programs.plain_name(flag) for flag in ours} & set(names)
-    assert not {other_programs.plain_name(flag) for flag in REFUSED_FLAGS} & set(names)
+    assert not {other_programs.plain_name(flag) for flag in UNSUPPORTED_FLAGS} & set(names)
     answers = [
         *other_programs.FLAGS.values(),
         *other_programs.COMMANDS.values(),
@@ -133,7 +133,7 @@ def test_tables_of_other_programs_are_sound():
         assert {flag for flag in re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", answer)} <= ours, answer
         assert "|" not in answer
     assert {flag for flag, _ in other_programs.VALUES} <= ours
-    assert not set(other_programs.VALUES) & set(REFUSED_VALUES)
+    assert not set(other_programs.VALUES) & set(UNSUPPORTED_VALUES)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_outputs_of_test_go_elsewhere(finished, tmp_path, capsys):
     assert {*names, "results/front.png", "results/turntable.mp4"} <= set(contents(folder))
     assert f"{folder}"[:40] in capsys.readouterr().out
     stored = Workspace(folder).stored_config()
-    assert (stored.run.test, stored.camera.W) == (True, 16) and "--output" not in repeating_command(stored)
+    assert (stored.run.test, stored.camera.W) == (True, 16) and "--output" not in reproduce_command(stored)
 
 
 def test_workspace_that_may_only_be_read(finished, tmp_path, capsys, monkeypatch):
@@ -327,7 +327,7 @@ def test_number_of_the_gpu_is_not_part_of_a_run():
     assert other.run.device == "cuda:1" and other.override({"device": "cuda"}) == first
     assert first.differences(other) == [] == other.differences(first)
     assert first.differences(first.override({"device": "cpu"})) == ["--device cuda, not cpu"]
-    assert repeating_command(other) == repeating_command(first)
+    assert reproduce_command(other) == reproduce_command(first)
 
 
 def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from dream_fast.cli import main
 from dream_fast.engine import run
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.scene.field import SceneField
+from dream_fast.engine.scene.field import Field
 from dream_fast.engine.workspace.checkpoint import FORMAT
 
 SIDE, FRAMES = 24, 5
@@ -151,7 +151,7 @@ def test_a_scene_without_a_surface_costs_the_mesh_alone(copy, tiny_model, capsys
         shutil.rmtree(copy / old)
     (copy / "report.html").unlink()
     before = contents(copy / "checkpoints")
-    monkeypatch.setattr(SceneField, "density", lambda self, x, **_: torch.zeros(len(x)))
+    monkeypatch.setattr(Field, "density", lambda self, x, **_: torch.zeros(len(x)))
     said = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"])
     assert said.endswith("the field's density is the same everywhere, so it has no surface to export")
     assert contents(copy / "checkpoints") == before and not list(copy.glob("mesh/*"))

@@ -133,7 +133,7 @@ def test_of_many_who_want_a_lock_at_once_one_gets_it(tmp_path):
 
 def test_two_runs_that_begin_in_a_new_folder_do_not_mix(tmp_path):
     workspace = Workspace(tmp_path / "new")
-    with workspace.claimed():
+    with workspace.locked():
         (tmp_path / "new").mkdir()
         (tmp_path / "new" / "config.json").write_text("{}")  # another run was faster
         with pytest.raises(UserError, match="another run has just begun"):

@@ -23,12 +23,12 @@ from safetensors.torch import save
 
 from dream_fast.cli import main
 from dream_fast.engine.config.argument_file import split
-from dream_fast.engine.config.reproduce import repeating_command
+from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.report import text
 from dream_fast.engine.geometry.read_mesh import load_mesh
-from dream_fast.engine.text import in_a_line, visible
+from dream_fast.engine.text import escape_controls, one_line
 from dream_fast.engine.workspace.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -69,10 +69,10 @@ def flags(words: list[str]) -> None:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([*words, "--print-config"])
     said = err.getvalue()
-    assert visible(said.replace("\n", "")) == said.replace("\n", "") and len(said) < 20_000
+    assert escape_controls(said.replace("\n", "")) == said.replace("\n", "") and len(said) < 20_000
     if status == 0:
-        command = repeating_command(Config.from_dict(json.loads(out.getvalue())))
-        assert visible(command) == command and shlex.split(command)
+        command = reproduce_command(Config.from_dict(json.loads(out.getvalue())))
+        assert escape_controls(command) == command and shlex.split(command)
     else:
         assert status == 2 and said.splitlines()[-1].startswith("dream-fast: error: ")
 
@@ -211,7 +211,7 @@ def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
             try:
                 target(data)  # noqa: B023
             except UserError as error:
-                in_a_line(str(error)), text(error)
+                one_line(str(error)), text(error)
             finally:
                 guard.armed = False
 

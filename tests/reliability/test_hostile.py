@@ -12,7 +12,7 @@ from dream_fast.engine.config.argument_file import LARGEST
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.model.hub import find_folder
-from dream_fast.engine.text import visible
+from dream_fast.engine.text import escape_controls
 from dream_fast.engine.workspace.folder import Workspace
 
 SMALL = """
@@ -44,7 +44,7 @@ def test_a_prompt_stays_text_everywhere(prompt, tmp_path, tiny_model, capsys):
     assert main([*words, *SMALL]) == 0
     said = capsys.readouterr()
     for text in (said.out, said.err, (tmp_path / "trial" / "log.txt").read_text()):
-        assert visible(text.replace("\n", "")) == text.replace("\n", "") and len(text) < 20_000
+        assert escape_controls(text.replace("\n", "")) == text.replace("\n", "") and len(text) < 20_000
     page = (tmp_path / "trial" / "report.html").read_text()
     assert "<script>alert" not in page and "\u202e" not in page and "\x1b" not in page
     assert json.loads((tmp_path / "trial" / "config.json").read_text())["run"]["text"] == prompt

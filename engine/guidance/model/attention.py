@@ -37,7 +37,7 @@ WORTH_MEASURING = 5e9
 FAILURES = (ImportError, NotImplementedError, RuntimeError, ValueError, OSError)
 
 
-class Chosen(NamedTuple):
+class AttentionChoice(NamedTuple):
     """The operator of the UNet and that of the VAE's encoder."""
 
     unet: str
@@ -219,8 +219,8 @@ def encoder_shapes(encoder: torch.nn.Module, rows: int, size: int) -> Counter[Sh
 
 
 def choose_attention(
-    wanted: str, kept: Chosen | None, unet: Any, encoder: torch.nn.Module, size: int, tokens: int
-) -> Chosen:
+    wanted: str, kept: AttentionChoice | None, unet: Any, encoder: torch.nn.Module, size: int, tokens: int
+) -> AttentionChoice:
     """Settle which operators ``unet`` and the VAE's ``encoder`` compute with, and set them.
 
     ``wanted`` is one of KINDS or "auto"; latents are ``size``^2, prompts ``tokens`` long. "auto" takes what is ``kept``
@@ -238,39 +238,41 @@ def choose_attention(
         return encoder_shapes(encoder, 1, size)
 
     if wanted == "auto" and kept is None:
-        chosen = Chosen("sdpa", "sdpa")
+        chosen = AttentionChoice("sdpa", "sdpa")
         if device.type == "cuda":
-            chosen = Chosen(
+            chosen = AttentionChoice(
                 fastest(KINDS, in_unet(), device, dtype, gradient=False),
                 fastest(VAE_KINDS, in_encoder(), device, dtype, gradient=True),
             )
     else:
-        chosen = kept if wanted == "auto" else Chosen(wanted, wanted)
-        if chosen.unet != "sdpa" and (reason := why_not(chosen.unet, in_unet(), device, dtype, gradient=False)):
+        chosen = kept if wanted == "auto" else AttentionChoice(wanted, wanted)
+        if chosen.unet != "sdpa" and (
+            reason := unsupported_reason(chosen.unet, in_unet(), device, dtype, gradient=False)
+        ):
             earlier = ", which this run has used so far," if wanted == "auto" else ""
             raise UserError(
                 f"--attention {chosen.unet}{earlier} does not work here, on {device.type} in "
                 f"{str(dtype).removeprefix('torch.')} ({reason}); --attention sdpa always does"
             )
-        if chosen.vae != "sdpa" and why_not(chosen.vae, in_encoder(), device, dtype, gradient=True):
+        if chosen.vae != "sdpa" and unsupported_reason(chosen.vae, in_encoder(), device, dtype, gradient=True):
             chosen = chosen._replace(vae="sdpa")
     set_attention(unet, OPERATORS[chosen.unet])
     set_attention(encoder, OPERATORS[chosen.vae])
     return chosen
 
 
-def why_not(
+def unsupported_reason(
     kind: str, shapes: Counter[Shape], device: torch.device, dtype: torch.dtype, *, gradient: bool
 ) -> str | None:
     """None where ``kind`` computes all of ``shapes``, else the first line of what it says."""
     try:
-        pass_over(kind, shapes, device, dtype, gradient)
+        run_shapes(kind, shapes, device, dtype, gradient)
     except FAILURES as error:
         return first_line(error)
     return None
 
 
-def pass_over(
+def run_shapes(
     kind: str, shapes: Counter[Shape], device: torch.device, dtype: torch.dtype, gradient: bool
 ) -> Callable[[], None]:
     """Compute ``kind`` once at every shape; returns what computes all of ``shapes``, each as often as it is counted."""
@@ -310,7 +312,7 @@ def fastest(
     times = {}
     for kind in kinds:
         try:
-            times[kind] = _graph_ms(pass_over(kind, shapes, device, dtype, gradient), device)
+            times[kind] = _graph_ms(run_shapes(kind, shapes, device, dtype, gradient), device)
         except FAILURES as error:
             logger.info("attention %s is not available: %s", kind, first_line(error))
     torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dream_fast.engine.config.model_names import SD_VERSIONS, typed_name
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.guidance.model.attention import Chosen, choose_attention
+from dream_fast.engine.guidance.model.attention import AttentionChoice, choose_attention
 from dream_fast.engine.guidance.model.checks import check_folder, check_sentencepiece
 from dream_fast.engine.guidance.model.fused_blocks import ResidualBlock, fuse_group_norms, fuse_residual_blocks
 from dream_fast.engine.guidance.model.hub import find_folder
@@ -38,7 +38,7 @@ CHANNELS_LAST = ("unet", "vae")
 COMPILED = ("unet", "vae")
 # Pixels of a model's pictures from which on its group normalisations are fused on a GPU. dream-mini's 42 norms need 28
 # kernels, 13 s to compile on two cores, and its whole run is 600 steps of a few milliseconds.
-FUSED_FROM = 256
+MIN_FUSED_IMAGE_SIZE = 256
 
 
 @dataclass(kw_only=True)
@@ -70,7 +70,7 @@ class Components:
     num_train_timesteps: int
     window: int = 77
     t5: bool = False
-    attention: Chosen = Chosen("sdpa", "sdpa")
+    attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
 
     @property
     def latents_are_pixels(self) -> bool:
@@ -100,7 +100,7 @@ def load_components(
     need_vae_decoder: bool = False,
     vram_O: bool = False,
     attention: str = "auto",
-    kept: Chosen | None = None,
+    kept: AttentionChoice | None = None,
     compiled: Sequence[str] = (),
 ) -> Components:
     """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
@@ -134,7 +134,7 @@ def load_components(
     text = text_encoder.config
     longest = IF_TOKENS if kind == "IF" else text.max_position_embeddings
     try:
-        facts = _facts(folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler)
+        facts = _model_constants(folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler)
         window = min(tokenizer.model_max_length, longest)
     except (TypeError, ValueError) as error:
         raise UserError(f"the settings of the model {folder} cannot be used: {first_line(error)}") from error
@@ -164,7 +164,7 @@ def prepare_components(
     *,
     vram_O: bool = False,
     attention: str = "auto",
-    kept: Chosen | None = None,
+    kept: AttentionChoice | None = None,
     compiled: Sequence[str] = (),
     channels_last: Sequence[str] | None = None,
 ) -> None:
@@ -174,8 +174,8 @@ def prepare_components(
     encodes one image at a time, computes the encoder's blocks again in its backward instead of keeping them, and takes
     xformers' attention where nothing else is wanted and it works. ``compiled`` names what is left to torch.compile,
     "unet" and "vae" (not the latter with ``vram_O``: compiling undoes the recomputation); ``channels_last`` names those
-    whose pictures lie in memory with the channels of a pixel together. On a GPU a model whose pictures have FUSED_FROM
-    pixels or more gets the modules of `fused_blocks`, and CHANNELS_LAST. Where latents are pixels, all this
+    whose pictures lie in memory with the channels of a pixel together. On a GPU a model whose pictures have
+    MIN_FUSED_IMAGE_SIZE pixels or more gets the modules of `fused_blocks`, and CHANNELS_LAST. Where latents are pixels, all this
     is of the UNet, and that keeps the attention of diffusers: it has keys and values of the prompt among those of the
     picture.
 
@@ -187,7 +187,7 @@ def prepare_components(
     for model in (components.text_encoder, unet, vae):
         if model is not None:
             model.requires_grad_(False).eval().to(components.device)
-    large = components.device.type == "cuda" and components.image_size >= FUSED_FROM
+    large = components.device.type == "cuda" and components.image_size >= MIN_FUSED_IMAGE_SIZE
     if channels_last is None:
         channels_last = CHANNELS_LAST if large else ()
     encoder = None if vae is None else vae.encoder
@@ -195,17 +195,17 @@ def prepare_components(
         if model is None:
             continue
         if name in channels_last:
-            put_channels_last(model)
+            to_channels_last(model)
         if large:
             fuse_group_norms(model)
             fuse_residual_blocks(model)
     if encoder is not None:
         if vram_O:
             vae.enable_slicing()
-            recompute_in_backward(encoder)
+            enable_gradient_checkpointing(encoder)
         choose = partial(choose_attention, unet=unet, encoder=encoder, size=components.latent_size, tokens=tokens)
         components.attention = (
-            _frugal(choose)
+            _memory_efficient(choose)
             if vram_O and attention == "auto" and kept is None and components.device.type == "cuda"
             else choose(attention, kept)
         )
@@ -215,7 +215,7 @@ def prepare_components(
         encoder.compile(dynamic=False)
 
 
-def _frugal(choose: Callable[[str, Chosen | None], Chosen]) -> Chosen:
+def _memory_efficient(choose: Callable[[str, AttentionChoice | None], AttentionChoice]) -> AttentionChoice:
     """xformers where it works, else torch's own."""
     try:
         return choose("xformers", None)
@@ -224,7 +224,7 @@ def _frugal(choose: Callable[[str, Chosen | None], Chosen]) -> Chosen:
         return choose("sdpa", None)
 
 
-def put_channels_last(model: torch.nn.Module) -> None:
+def to_channels_last(model: torch.nn.Module) -> None:
     """Let ``model`` compute with the channels of a pixel together in memory, its input included.
 
     torch's convolution lays the gradient of its output out as its input is first: that of an encoder's first one, at
@@ -237,7 +237,7 @@ def put_channels_last(model: torch.nn.Module) -> None:
     model.to(memory_format=torch.channels_last).register_forward_pre_hook(turned)
 
 
-def recompute_in_backward(encoder: torch.nn.Module) -> None:
+def enable_gradient_checkpointing(encoder: torch.nn.Module) -> None:
     """Let the residual blocks of ``encoder`` keep their inputs alone and compute the rest again when differentiated."""
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -264,7 +264,7 @@ def _load_model(cls: type, folder: Path, part: str, **options: Any) -> Any:
     return model
 
 
-def _facts(folder: Path, text_width: int, unet: Any, vae: Any | None, scheduler: Any) -> dict[str, Any]:
+def _model_constants(folder: Path, text_width: int, unet: Any, vae: Any | None, scheduler: Any) -> dict[str, Any]:
     """Sizes and constants of the model from its configurations; UserError where they do not fit each other."""
     sides = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else [unet.sample_size]
     if len(set(sides)) != 1 or not isinstance(sides[0], int):

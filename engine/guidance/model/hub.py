@@ -12,7 +12,7 @@ from pathlib import Path
 from dream_fast.engine.config.model_names import copies, hub_name, is_address, other_names
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.guidance.model.checks import KINDS, missing_files, single_file, weight_files, weights_of
-from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.runtime.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
 
     Raises UserError: it is none, or is not there, with what to do.
     """
-    folder = expanded(source)
+    folder = expand_user(source)
     if folder.is_dir():
         return folder
     if folder.exists():

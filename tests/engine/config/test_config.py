@@ -20,8 +20,8 @@ from dream_fast.engine.config.schema import (
     Config,
     GuidanceConfig,
     OptimConfig,
-    other_backbones,
     settings,
+    settings_unused_by,
 )
 from dream_fast.engine.errors import UserError
 
@@ -147,9 +147,11 @@ def test_the_vanilla_backbone_has_defaults_of_its_own_under_every_preset():
 
 
 def test_a_setting_of_another_backbone_is_refused():
-    assert other_backbones("grid") == other_backbones("grid_torch") == {"frequencies", "num_steps", "upsample_steps"}
+    assert (
+        settings_unused_by("grid") == settings_unused_by("grid_torch") == {"frequencies", "num_steps", "upsample_steps"}
+    )
     for backbone in BACKBONES:
-        for name in other_backbones(backbone):
+        for name in settings_unused_by(backbone):
             with pytest.raises(UserError, match=f"^--{name} has no meaning with --backbone {backbone}: "):
                 resolve({"backbone": backbone, name: flat(Config())[name]}, "dream-mini", "cpu")
 
@@ -172,10 +174,10 @@ def test_half_precision_is_a_gpus():
 
 
 def test_which_model_guides():
-    assert resolve({}, chosen_model({}), "cpu").guidance.embedded
+    assert resolve({}, chosen_model({}), "cpu").guidance.uses_dream_mini
     named = {"guidance": ("SD",)}
     config = resolve(named, chosen_model(named), "cpu")
-    assert (config.guidance.sd_version, config.guidance.embedded) == ("2.1", False)
+    assert (config.guidance.sd_version, config.guidance.uses_dream_mini) == ("2.1", False)
     keyed = {"hf_key": "folder"}
     config = resolve(keyed, chosen_model(keyed), "cpu")
     assert (config.guidance.hf_key, config.guidance.sd_version) == ("folder", None)
@@ -261,7 +263,7 @@ def test_rooms_made_in_python_are_checked_too_and_stay_as_they_are():
         OptimConfig(lr=-1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         OptimConfig().lr = 3.0
-    assert GuidanceConfig(hf_key="folder").embedded is False
+    assert GuidanceConfig(hf_key="folder").uses_dream_mini is False
     assert CameraConfig(theta_range=(60, 60)).theta_range == (60, 60)
 
 

@@ -5,7 +5,14 @@ import re
 import pytest
 
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, GuidanceConfig, device_kind, other_backbones, read_values, settings
+from dream_fast.engine.config.schema import (
+    Config,
+    GuidanceConfig,
+    device_kind,
+    read_values,
+    settings,
+    settings_unused_by,
+)
 from dream_fast.engine.errors import UserError
 
 FADING = LinearSchedule(0.0, 0.5, 0.0, 1.0)
@@ -93,15 +100,15 @@ def test_settings_that_do_not_go_together_are_refused(typed, sentence):
 
 def test_steps_that_a_graph_cannot_replay_are_named_in_order():
     """Each of the three settings is one flag, and none without them."""
-    assert Config().read_on_the_host() == []
+    assert Config().graph_breaking_flags() == []
     every = {"dmtet": True, "progressive_level": True, "progressive_view": True}
-    assert Config().override(every).read_on_the_host() == [f"--{name}" for name in every]
+    assert Config().override(every).graph_breaking_flags() == [f"--{name}" for name in every]
     for name in every:
-        assert Config().override({name: True}).read_on_the_host() == [f"--{name}"]
+        assert Config().override({name: True}).graph_breaking_flags() == [f"--{name}"]
 
 
 @pytest.mark.parametrize(
-    ("values", "embedded", "by_latents"),
+    ("values", "embedded", "accepts_latents"),
     [
         ({}, True, True),
         ({"guidance": ("dream-mini", "clip")}, True, True),
@@ -114,10 +121,10 @@ def test_steps_that_a_graph_cannot_replay_are_named_in_order():
         ({"guidance": ("clip",)}, False, False),
     ],
 )
-def test_guidance_tells_the_kind_of_its_models(values, embedded, by_latents):
+def test_guidance_tells_the_kind_of_its_models(values, embedded, accepts_latents):
     """Which model is the embedded one, and whether latents can be shown to what guides."""
     guidance = GuidanceConfig(**values)
-    assert (guidance.embedded, guidance.by_latents) == (embedded, by_latents)
+    assert (guidance.uses_dream_mini, guidance.accepts_latents) == (embedded, accepts_latents)
 
 
 def test_train_size_is_scaled_for_a_mesh_only():
@@ -132,8 +139,8 @@ def test_train_size_is_scaled_for_a_mesh_only():
 def test_prompts_of_the_sides_are_named_by_side():
     """Only sides with a prompt of their own are there."""
     typed = {"text_front": "f", "text_side": "s", "text_back": "b", "text_overhead": "o"}
-    assert Config().run.own_texts == {}
-    assert Config().override(typed).run.own_texts == {"front": "f", "side": "s", "back": "b", "overhead": "o"}
+    assert Config().run.view_prompts == {}
+    assert Config().override(typed).run.view_prompts == {"front": "f", "side": "s", "back": "b", "overhead": "o"}
 
 
 def test_saved_settings_are_read_back_by_their_kind():
@@ -198,5 +205,5 @@ def test_differences_are_of_what_is_learned():
 def test_devices_and_backbones_have_their_names():
     """The number of a GPU is cut off, and each backbone is without the settings of the others."""
     assert [device_kind(name) for name in ("cuda:1", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
-    assert {"levels", "max_steps", "lambda_tv", "lambda_wd"} <= other_backbones("vanilla")
-    assert not {"lr", "hidden_width", "frequencies"} & other_backbones("vanilla")
+    assert {"levels", "max_steps", "lambda_tv", "lambda_wd"} <= settings_unused_by("vanilla")
+    assert not {"lr", "hidden_width", "frequencies"} & settings_unused_by("vanilla")

@@ -9,7 +9,7 @@ import pytest
 
 import dream_fast
 from dream_fast.cli import build_parser
-from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, REFUSED_FLAGS, REFUSED_VALUES
+from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
 from dream_fast.engine.config.options_page import page
 from dream_fast.engine.config.presets import mini_cpu_defaults, mini_cuda_defaults, resolve
 from dream_fast.engine.config.schema import settings
@@ -62,10 +62,10 @@ def test_every_flag_of_the_reference_works_or_is_refused_with_the_reason(tables)
     theirs = tables[1]
     assert list(theirs) == REFERENCE_FLAGS
     for flag, (here, remark) in theirs.items():
-        assert here == ("refused" if flag in REFUSED_FLAGS else "works")
-        assert remark == REFUSED_FLAGS.get(flag, remark)
-    assert set(DIFFERENCES) <= set(REFERENCE_FLAGS) - set(REFUSED_FLAGS)
-    for (flag, value), why in REFUSED_VALUES.items():
+        assert here == ("refused" if flag in UNSUPPORTED_FLAGS else "works")
+        assert remark == UNSUPPORTED_FLAGS.get(flag, remark)
+    assert set(DIFFERENCES) <= set(REFERENCE_FLAGS) - set(UNSUPPORTED_FLAGS)
+    for (flag, value), why in UNSUPPORTED_VALUES.items():
         assert f"`{value}` is refused: {why}" in theirs[flag][1]
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from dream_fast.cli import parse
 from dream_fast.engine.config.presets import chosen_model, resolve
-from dream_fast.engine.config.reproduce import repeating_command
+from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
-from dream_fast.engine.text import quote, visible
+from dream_fast.engine.text import escape_controls, quote
 
 SHELL = "bash"
 
@@ -65,29 +65,29 @@ def settings_of(line: str) -> Config:
 def test_the_command_comes_out_as_the_settings(typed, device):
     typed = {"text": "a hamburger", "seed": 3} | typed
     config = resolve(typed, chosen_model(typed), device)
-    line = repeating_command(config)
+    line = reproduce_command(config)
     assert settings_of(line) == config
     assert "\x1b" not in line and "\n" not in line
-    assert settings_of(repeating_command(config, 12)) == config.override({"iters": 12})
+    assert settings_of(reproduce_command(config, 12)) == config.override({"iters": 12})
 
 
 def test_only_what_differs_is_in_it():
     config = resolve({"text": "a hamburger", "seed": 3, "fp16": True}, "dream-mini", "cuda")
-    assert repeating_command(config) == "dream-fast --text 'a hamburger' --seed 3 -O --device cuda"
+    assert reproduce_command(config) == "dream-fast --text 'a hamburger' --seed 3 -O --device cuda"
 
 
 def test_what_to_do_with_a_run_that_is_there_is_left_out():
     config = resolve({"text": "cat", "seed": 3}, "dream-mini", "cpu")
     for changes in ({"test": True}, {"ckpt": "scratch"}):
-        assert repeating_command(config.override(changes)) == repeating_command(config)
-    assert "--ckpt old/step_000004.safetensors" in repeating_command(
+        assert reproduce_command(config.override(changes)) == reproduce_command(config)
+    assert "--ckpt old/step_000004.safetensors" in reproduce_command(
         config.override({"ckpt": "old/step_000004.safetensors"})
     )
 
 
 def test_bytes_of_the_command_line_that_are_no_text_are_kept():
     word = b"caf\xe9".decode("utf-8", errors="surrogateescape")
-    assert quote(word) == "$'caf\\xe9'" and visible(word) == "caf\\xe9"
+    assert quote(word) == "$'caf\\xe9'" and escape_controls(word) == "caf\\xe9"
     assert words_of(quote(word)) == [word]
 
 
@@ -98,7 +98,7 @@ def test_characters_that_nobody_sees_are_shown_and_kept(code):
     """They are escapes wherever a prompt is shown, and the command to copy gives a shell the prompt that was typed."""
     word = f"a c{chr(code)}at"
     escape = f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-    assert visible(word) == f"a c{escape}at" and quote(word) == f"$'a c{escape}at'"
+    assert escape_controls(word) == f"a c{escape}at" and quote(word) == f"$'a c{escape}at'"
     assert words_of(quote(word)) == [word]
 
 
@@ -107,4 +107,4 @@ def test_characters_that_nobody_sees_are_shown_and_kept(code):
 )
 def test_joiners_of_emoji_and_scripts_stay(word):
     """What a word is written with is no hidden character."""
-    assert visible(word) == word
+    assert escape_controls(word) == word

@@ -5,12 +5,12 @@ import subprocess
 import pytest
 
 from dream_fast.engine.config.presets import resolve
-from dream_fast.engine.config.reproduce import repeating_command
-from dream_fast.engine.text import in_a_line, quote, visible
+from dream_fast.engine.config.reproduce import reproduce_command
+from dream_fast.engine.text import escape_controls, one_line, quote
 
 
 def command(**typed) -> str:
-    return repeating_command(resolve({"text": "cat", "seed": 3} | typed, "dream-mini", typed.pop("device", "cpu")))
+    return reproduce_command(resolve({"text": "cat", "seed": 3} | typed, "dream-mini", typed.pop("device", "cpu")))
 
 
 def test_command_is_of_any_machine_and_any_folder_for_outputs():
@@ -80,12 +80,12 @@ def test_quote_is_read_back(word, quoted):
 )
 def test_visible_writes_hidden_characters_as_escapes(code, shown):
     """Each kind of hidden character at its borders: controls, formats, separators, bytes that are no text."""
-    assert visible(chr(code)) == shown
+    assert escape_controls(chr(code)) == shown
 
 
 def test_in_a_line_leaves_out_the_middle():
     """A text of just so many characters stays; of a longer one both ends and the number of the others are shown."""
-    assert in_a_line("abcdef\n", 7) == "abcdef\\x0a"
-    assert in_a_line("abcdefghijk", 6) == "abc ... (5 characters) ... ijk"
-    assert in_a_line("x" * 1000) == "x" * 1000
-    assert in_a_line("x" * 500 + "y" + "z" * 500) == "x" * 500 + " ... (1 characters) ... " + "z" * 500
+    assert one_line("abcdef\n", 7) == "abcdef\\x0a"
+    assert one_line("abcdefghijk", 6) == "abc ... (5 characters) ... ijk"
+    assert one_line("x" * 1000) == "x" * 1000
+    assert one_line("x" * 500 + "y" + "z" * 500) == "x" * 500 + " ... (1 characters) ... " + "z" * 500

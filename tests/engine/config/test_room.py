@@ -7,28 +7,37 @@ from dataclasses import dataclass
 import pytest
 
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar
-from dream_fast.engine.config.setting import BACKBONES, LARGEST, SMALLEST, Range, Room, ScalarRange, option, value_type
+from dream_fast.engine.config.setting import (
+    BACKBONES,
+    LARGEST,
+    SMALLEST,
+    ConfigSection,
+    Range,
+    ScalarRange,
+    setting,
+    value_type,
+)
 from dream_fast.engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Room):
+class Sample(ConfigSection):
     """One field of each kind."""
 
-    count: int = option(3, "a count", low=1, high=5)
-    big: int = option(0, "up to 4e9", low=0, high=4 * 10**9)
-    number: float = option(0.5, "open on both sides", above=0, below=2)
-    free: float = option(0.5, "without bounds")
-    maybe: float | None = option(None, "a number or nothing", low=1)
-    words: str = option("a", "never empty")
-    blank: str = option("", "may be empty")
-    switch: bool = option(False, "on or off")
-    place: str = option("cpu", "where", choices=("cpu", "cuda", "cuda:N", "v1.5"))
-    many: tuple[str, ...] = option(("a",), "some", choices=("a", "b"))
-    span: Range = option((0.0, 1.0), "two numbers", low=0)
-    scalar: Scalar = option(0.5, "a number or a schedule", low=0, high=1)
-    grad_clip: Scalar = option(-1.0, "a limit, or -1", low=-1)
-    scalars: ScalarRange = option((0.0, 1.0), "two numbers or schedules", low=0, high=2)
+    count: int = setting(3, "a count", low=1, high=5)
+    big: int = setting(0, "up to 4e9", low=0, high=4 * 10**9)
+    number: float = setting(0.5, "open on both sides", above=0, below=2)
+    free: float = setting(0.5, "without bounds")
+    maybe: float | None = setting(None, "a number or nothing", low=1)
+    words: str = setting("a", "never empty")
+    blank: str = setting("", "may be empty")
+    switch: bool = setting(False, "on or off")
+    place: str = setting("cpu", "where", choices=("cpu", "cuda", "cuda:N", "v1.5"))
+    many: tuple[str, ...] = setting(("a",), "some", choices=("a", "b"))
+    span: Range = setting((0.0, 1.0), "two numbers", low=0)
+    scalar: Scalar = setting(0.5, "a number or a schedule", low=0, high=1)
+    grad_clip: Scalar = setting(-1.0, "a limit, or -1", low=-1)
+    scalars: ScalarRange = setting((0.0, 1.0), "two numbers or schedules", low=0, high=2)
 
 
 UP, DOWN = LinearSchedule(0.0, 0.25, 0.75, 1.0), LinearSchedule(0.0, 0.75, 0.25, 1.0)
@@ -122,10 +131,10 @@ def test_choice_is_the_whole_word(word):
 
 def test_field_holds_what_was_said_of_it():
     """Default, help and bounds are read back; without a word there are none, and a resumed run may not change it."""
-    nothing = dict(choices=None, low=None, above=None, high=None, below=None, may_change=False, backbones=BACKBONES)
-    bare = option(0.5, "a number")
+    nothing = dict(choices=None, low=None, above=None, high=None, below=None, resumable=False, backbones=BACKBONES)
+    bare = setting(0.5, "a number")
     assert bare.default == 0.5 and dict(bare.metadata) == nothing | {"help": "a number"}
-    said = dict(choices=("a",), low=1, above=2, high=3, below=4, may_change=True, backbones=("grid",))
-    assert dict(option("a", "a word", **said).metadata) == said | {"help": "a word"}
+    said = dict(choices=("a",), low=1, above=2, high=3, below=4, resumable=True, backbones=("grid",))
+    assert dict(setting("a", "a word", **said).metadata) == said | {"help": "a word"}
     kinds = {field.name: value_type(field) for field in dataclasses.fields(Sample)}
     assert (kinds["maybe"], kinds["scalar"], kinds["span"], kinds["count"]) == (float, Scalar, Range, int)

@@ -9,7 +9,7 @@ import pytest
 from dream_fast.engine.config.other_programs import plain_name
 from dream_fast.engine.config.spelling import nearest, slips
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.runtime.paths import expanded
+from dream_fast.engine.runtime.paths import expand_user
 
 WORDS = ["".join(letters) for length in range(4) for letters in product("abc", repeat=length)]
 
@@ -98,7 +98,7 @@ def test_plain_name_of_a_flag(flag, name):
 def test_expanded_finds_home_and_names_who_has_none(monkeypatch, tmp_path):
     """~ is the home folder of the user, other paths stay, and a home that nobody has is one sentence."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert expanded("~/runs") == expanded(Path("~/runs")) == tmp_path / "runs"
-    assert expanded("runs/~") == Path("runs/~")
+    assert expand_user("~/runs") == expand_user(Path("~/runs")) == tmp_path / "runs"
+    assert expand_user("runs/~") == Path("runs/~")
     with pytest.raises(UserError, match=re.escape("~nobody_knows/runs: there is no home folder")):
-        expanded("~nobody_knows/runs")
+        expand_user("~nobody_knows/runs")

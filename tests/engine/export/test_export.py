@@ -23,14 +23,14 @@ from dream_fast.bench.pipeline import mesh_export as bench_mesh
 from dream_fast.engine.config.schema import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import images, isosurface, mesh_files, texture, uv_atlas, video
-from dream_fast.engine.export.silhouette import outline_of
+from dream_fast.engine.export.silhouette import silhouettes
 from dream_fast.engine.geometry import marching_cubes
 from dream_fast.engine.geometry import mesh as geometry_mesh
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import six_views
-from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.workspace import atomic
-from dream_fast.engine.workspace.atomic import written_aside
+from dream_fast.engine.workspace.atomic import atomic_write
 
 BOUND = 0.6
 
@@ -166,7 +166,7 @@ def test_triangles_that_lie_on_each_other_are_dropped():
     vertices = np.concatenate([ball_.vertices, [[9.0, 9.0, 9.0]]])
     broken = geometry_mesh.Mesh(vertices, np.concatenate([ball_.faces, flap, flap[:, ::-1]]))
     assert not geometry_mesh.is_closed(broken)
-    mended = geometry_mesh._without_flaps(broken)
+    mended = geometry_mesh._drop_folded_faces(broken)
     assert geometry_mesh.is_closed(mended) and len(mended.vertices) == len(ball_.vertices)
 
 
@@ -226,7 +226,7 @@ def fitted_renderer():
         blob_density=0.0,
         bg_radius=-1.0,
     )
-    field = Field(config, BOUND, torch.Generator().manual_seed(0))
+    field = HashGridField(config, BOUND, torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(field.parameters(), lr=0.02)
     for _ in range(150):
         points = (torch.rand(4096, 3) * 2 - 1) * BOUND
@@ -247,7 +247,7 @@ def fitted_renderer():
 def written(tmp_path_factory):
     """The files of a mesh of `fitted_renderer`'s field."""
     path = tmp_path_factory.mktemp("mesh") / "mesh.glb"
-    options = dict(outline=outline_of(fitted_renderer(), CAMERAS), decimate_target=4000, texture_resolution=256)
+    options = dict(outline=silhouettes(fitted_renderer(), CAMERAS), decimate_target=4000, texture_resolution=256)
     result = mesh_files.write_mesh(path, fitted_renderer().field, 48, 10.0, **options)
     assert sorted(path.parent.iterdir()) == sorted(mesh_files.mesh_paths(path)) and len(result.faces) <= 4000
     return path
@@ -274,7 +274,7 @@ def test_the_mesh_has_the_outline_of_the_pictures_whatever_the_threshold(tmp_pat
         shape = bench_mesh.read_glb(tmp_path / "mesh.glb")
         return min(bench_mesh.compare(fitted_renderer(), shape, CAMERAS, 96).iou)
 
-    outline = outline_of(fitted_renderer(), CAMERAS)
+    outline = silhouettes(fitted_renderer(), CAMERAS)
     for threshold in (0.05, 0.3):
         assert worst_overlap(threshold, None) < 0.9 and worst_overlap(threshold, outline) > 0.94
 
@@ -473,10 +473,10 @@ def test_a_video_without_frames_is_refused_and_leaves_nothing(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), written_aside(path) as aside:
+    with pytest.raises(RuntimeError), atomic_write(path) as aside:
         aside.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text("new")
     assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1

@@ -9,7 +9,7 @@ from PIL import Image
 from dream_fast.bench.accuracy import check, check_fp64
 from dream_fast.engine.config.schema import CameraConfig
 from dream_fast.engine.export import images
-from dream_fast.engine.geometry.voxels import look_up
+from dream_fast.engine.geometry.voxels import trilinear
 from dream_fast.engine.scene.camera import SIX_VIEWS
 
 
@@ -100,8 +100,8 @@ def test_look_up_is_trilinear_by_x_y_z():
     points = 6 * torch.rand(4, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 3
     inside = points.clamp(-bound, bound)
     exact = inside @ torch.tensor([1.0, 10, 100]).double()
-    found = look_up(x + 10 * y + 100 * z, bound, points)
+    found = trilinear(x + 10 * y + 100 * z, bound, points)
     assert found.shape == (4, 20)
     check_fp64("values", found, exact)
-    single = look_up((x + 10 * y + 100 * z).float(), bound, points.float())
+    single = trilinear((x + 10 * y + 100 * z).float(), bound, points.float())
     check("single", single, (inside.float() * torch.tensor([1.0, 10, 100])).sum(-1), exact)

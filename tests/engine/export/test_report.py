@@ -21,11 +21,11 @@ from dream_fast.bench.accuracy import check
 from dream_fast.cli import main, parse
 from dream_fast.engine import run as run_module
 from dream_fast.engine.config.presets import resolve
-from dream_fast.engine.config.reproduce import repeating_command
+from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import report
-from dream_fast.engine.export.charts import Series, _digits, curves, linear_axis, running_mean, short
+from dream_fast.engine.export.charts import Series, _digits, charts, linear_axis, running_mean, short
 from dream_fast.engine.export.report import LARGEST, MOST_FRAMES, write_report
 from dream_fast.engine.export.video import write_video
 from dream_fast.engine.workspace.folder import Workspace
@@ -193,7 +193,7 @@ def test_a_prompt_stays_text(copy):
 def test_the_command_on_the_page_makes_the_run_again(finished, tiny_model):
     (shown,) = Page(finished / "report.html").texts["pre"]
     config = Workspace(finished).stored_config()
-    assert shown == repeating_command(config)
+    assert shown == reproduce_command(config)
     typed = parse(command(finished, tiny_model))
     assert config == resolve(typed, "sd", "cpu")
 
@@ -202,7 +202,7 @@ def test_a_run_that_was_taken_further_has_a_command_for_each_part(copy, tiny_mod
     assert main(command(copy, tiny_model, "--iters", "8")) == 0
     page = Page(copy / "report.html")
     config = Workspace(copy).stored_config()
-    assert page.texts["pre"] == ["\n".join(repeating_command(config, iters) for iters in (6, 8))]
+    assert page.texts["pre"] == ["\n".join(reproduce_command(config, iters) for iters in (6, 8))]
     assert "6 to 8" in page.texts["td"]
 
 
@@ -302,7 +302,7 @@ def test_pictures_that_pillow_refuses_are_named(copy, monkeypatch):
 
 
 def drawn(series: list[Series], marks=()) -> ElementTree.Element:
-    return ElementTree.fromstring(curves("Losses <&>", "loss & more", series, marks))
+    return ElementTree.fromstring(charts("Losses <&>", "loss & more", series, marks))
 
 
 def lines(root: ElementTree.Element) -> list[ElementTree.Element]:

@@ -14,7 +14,7 @@ from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import CameraConfig
 from dream_fast.engine.export import isosurface, texture, uv_atlas
-from dream_fast.engine.export.silhouette import Outline
+from dream_fast.engine.export.silhouette import Silhouette
 from dream_fast.engine.geometry import mesh as geometry_mesh
 from dream_fast.engine.geometry.mesh import Mesh, NoSurface
 from dream_fast.engine.scene.camera import rays, six_views
@@ -123,7 +123,7 @@ def test_a_surface_has_the_outline_that_is_seen(coarse, radius, monkeypatch):
     field = Analytic(ball(0.4), steep=10.0)
     origins, directions = rays(six_views(CameraConfig()), 128, 128)
     past = torch.linalg.cross(origins, directions).norm(dim=-1)  # distance from the ball's centre
-    volume = isosurface.log_density_volume(field, 100, 10.0, outline=Outline(origins, directions, past < radius))
+    volume = isosurface.log_density_volume(field, 100, 10.0, outline=Silhouette(origins, directions, past < radius))
     distances = np.linalg.norm(isosurface.surface_of(volume).vertices, axis=1)
     assert np.abs(distances - radius).max() < 0.01  # half a cell; a pixel is 0.009
 
@@ -131,7 +131,7 @@ def test_a_surface_has_the_outline_that_is_seen(coarse, radius, monkeypatch):
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_views_without_an_outline_leave_the_level(everywhere):
     origins, directions = rays(six_views(CameraConfig()), 8, 8)
-    outline = Outline(origins, directions, torch.full(origins.shape[:2], everywhere))
+    outline = Silhouette(origins, directions, torch.full(origins.shape[:2], everywhere))
     level = isosurface.log_density_volume(Analytic(ball(0.4)), 24, 7.0, outline=outline).level
     check("level", torch.tensor(level), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64))
 
@@ -191,7 +191,7 @@ def test_sheets_that_meet_are_taken_apart():
     a, b, c = BALL.faces[7]
     for pairs in ([(a, a)], [(a, b), (b, a)], [(a, b), (b, a), (c, c)]):
         together = glued(pairs)
-        apart = as_trimesh(geometry_mesh._taken_apart(geometry_mesh._without_flaps(together)))
+        apart = as_trimesh(geometry_mesh._split_vertices(geometry_mesh._drop_folded_faces(together)))
         assert geometry_mesh.is_closed(Mesh(apart.vertices, apart.faces)) and apart.is_watertight
         check_volume(apart, as_trimesh(together))
     assert not geometry_mesh.is_closed(glued([(a, b), (b, a)]))
@@ -199,7 +199,7 @@ def test_sheets_that_meet_are_taken_apart():
 
 def test_of_three_triangles_on_each_other_one_is_left():
     extra = np.concatenate([BALL.faces, BALL.faces[3:4], BALL.faces[3:4, ::-1]])
-    mended = geometry_mesh._without_flaps(Mesh(BALL.vertices, extra))
+    mended = geometry_mesh._drop_folded_faces(Mesh(BALL.vertices, extra))
     assert geometry_mesh.is_closed(mended) and len(mended.faces) == len(BALL.faces)
     check_volume(as_trimesh(mended), as_trimesh(BALL))
 

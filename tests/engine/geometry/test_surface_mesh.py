@@ -124,7 +124,7 @@ def test_flaps_go_with_their_vertices(roll):
     """Two triangles on each other cancel however they begin; the rest keeps its way around."""
     flap = np.array([[4, 5, 6], np.roll([6, 5, 4], roll)])
     mesh = Mesh(np.concatenate([TETRAHEDRON.vertices, np.ones((3, 3))]), np.concatenate([TETRAHEDRON.faces, flap]))
-    left = geometry_mesh._without_flaps(mesh)
+    left = geometry_mesh._drop_folded_faces(mesh)
     assert np.array_equal(left.vertices, TETRAHEDRON.vertices) and geometry_mesh.is_closed(left)
     assert sorted(np.roll(face, -face.argmin()).tolist() for face in left.faces) == sorted(
         np.roll(face, -face.argmin()).tolist() for face in TETRAHEDRON.faces
@@ -134,14 +134,14 @@ def test_flaps_go_with_their_vertices(roll):
 def test_of_equal_triangles_those_that_nothing_cancels_stay():
     """Twice the same triangle stays twice."""
     faces = np.array([[0, 1, 2], [1, 2, 0], [3, 2, 1]])
-    left = geometry_mesh._without_flaps(Mesh(TETRAHEDRON.vertices, faces))
+    left = geometry_mesh._drop_folded_faces(Mesh(TETRAHEDRON.vertices, faces))
     assert sorted(np.roll(face, -face.argmin()).tolist() for face in left.faces) == [[0, 1, 2], [0, 1, 2], [1, 3, 2]]
 
 
 def test_an_open_mesh_is_not_taken_apart():
     """Where edges do not pair up the mesh comes back itself."""
     mesh = TETRAHEDRON._replace(faces=TETRAHEDRON.faces[1:])
-    assert geometry_mesh._taken_apart(mesh) is mesh
+    assert geometry_mesh._split_vertices(mesh) is mesh
 
 
 def test_sheets_that_share_a_vertex_get_one_each():
@@ -149,7 +149,7 @@ def test_sheets_that_share_a_vertex_get_one_each():
     other = np.where(TETRAHEDRON.faces == 0, 0, TETRAHEDRON.faces + 3)
     vertices = np.concatenate([TETRAHEDRON.vertices, -TETRAHEDRON.vertices[1:, ::-1]])
     mesh = Mesh(vertices, np.concatenate([TETRAHEDRON.faces, other]))
-    apart = geometry_mesh._taken_apart(mesh)
+    apart = geometry_mesh._split_vertices(mesh)
     assert len(apart.vertices) == 8 and geometry_mesh.is_closed(apart)
     assert np.array_equal(apart.vertices[apart.faces], mesh.vertices[mesh.faces])
     assert len(np.unique(geometry_mesh.components(apart))) == 2
@@ -158,7 +158,7 @@ def test_sheets_that_share_a_vertex_get_one_each():
 def test_vertices_at_one_place_move_into_their_sheets():
     """By a hundredth of the mean first edge of the triangles, against the normal; all others stay."""
     mesh = together(TETRAHEDRON, box(2, (-1, -1, -1)))
-    moved = geometry_mesh._set_apart(mesh).vertices - mesh.vertices
+    moved = geometry_mesh._offset_copies(mesh).vertices - mesh.vertices
     a, b = mesh.vertices[mesh.faces[:, 0]], mesh.vertices[mesh.faces[:, 1]]
     step = 0.01 * np.linalg.norm(b - a, axis=1).mean()
     shared = (mesh.vertices == 0).all(axis=1)
@@ -340,12 +340,12 @@ def test_level_of_an_outline_is_looked_for_until_it_settles(found, turns, level,
     """Each turn begins at the level of the one before; it ends where it moved by less than 0.3, or after six."""
     asked, outline = [], object()
 
-    def outlined_level(values, bound, of):
+    def silhouette_isovalue(values, bound, of):
         assert (bound, of) == (0.75, outline)
         asked.append((values.min().item(), values.max().item()))
         return found[len(asked) - 1]
 
-    monkeypatch.setattr(isosurface, "outlined_level", outlined_level)
+    monkeypatch.setattr(isosurface, "silhouette_isovalue", silhouette_isovalue)
     monkeypatch.setattr(isosurface, "smoothed", lambda values, passes: values)
     volume = Volume.of(torch.linspace(-20, 20, 8).view(2, 2, 2), 1.0, SimpleNamespace(finest=2, bound=0.75), outline)
     assert len(asked) == turns and volume.level == level
@@ -421,12 +421,12 @@ def test_the_outline_is_looked_for_in_both_grids(resolution, points, monkeypatch
     """It decides the level of a whole grid, and of a coarse one before the fine one."""
     asked, outline = [], object()
 
-    def outlined_level(values, bound, of):
+    def silhouette_isovalue(values, bound, of):
         asked.append((len(values), of))
         return 0.0
 
     monkeypatch.setattr(isosurface, "FINEST_WHOLE", 9)
-    monkeypatch.setattr(isosurface, "outlined_level", outlined_level)
+    monkeypatch.setattr(isosurface, "silhouette_isovalue", silhouette_isovalue)
     volume = isosurface.log_density_volume(Ball(), resolution, 1.0, outline=outline)
     assert volume.level == 1.0 and list(dict.fromkeys(asked)) == [(count, outline) for count in points]
 

@@ -13,7 +13,13 @@ from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model import attention
-from dream_fast.engine.guidance.model.attention import OPERATORS, Chosen, Shape, choose_attention, set_attention
+from dream_fast.engine.guidance.model.attention import (
+    OPERATORS,
+    AttentionChoice,
+    Shape,
+    choose_attention,
+    set_attention,
+)
 from dream_fast.engine.guidance.model.components import Components, load_components, prepare_components
 from dream_fast.engine.runtime.cuda_graph import warm_up
 
@@ -23,7 +29,9 @@ DEVICE = "cuda" if GPU else "cpu"
 
 def no_xformers(dtype: torch.dtype) -> str | None:
     """Why xformers does not compute here; None where it does."""
-    return attention.why_not("xformers", {Shape(1, 16, 16, 2, 16): 1}, torch.device(DEVICE), dtype, gradient=True)
+    return attention.unsupported_reason(
+        "xformers", {Shape(1, 16, 16, 2, 16): 1}, torch.device(DEVICE), dtype, gradient=True
+    )
 
 
 @pytest.fixture
@@ -161,7 +169,7 @@ def test_masks_are_refused(tiny_model: Path) -> None:
 def choose(tiny_model: Path):
     components = load_components(tiny_model, "cpu", attention="sdpa")
 
-    def choice(wanted: str, kept: Chosen | None = None) -> Chosen:
+    def choice(wanted: str, kept: AttentionChoice | None = None) -> AttentionChoice:
         return choose_attention(wanted, kept, components.unet, components.vae.encoder, 8, 77)
 
     return choice
@@ -169,7 +177,7 @@ def choose(tiny_model: Path):
 
 def test_a_cpu_takes_torchs_own(choose) -> None:
     assert choose("auto") == choose("sdpa") == ("sdpa", "sdpa")
-    assert str(choose("auto")) == "sdpa" and str(Chosen("cudnn", "matmul")) == "cudnn, in the VAE matmul"
+    assert str(choose("auto")) == "sdpa" and str(AttentionChoice("cudnn", "matmul")) == "cudnn, in the VAE matmul"
 
 
 @pytest.mark.parametrize("kind", ["xformers", "cudnn"])
@@ -201,14 +209,14 @@ def test_the_encoder_goes_its_own_way_where_a_named_choice_cannot(choose, monkey
 
 
 def test_a_run_keeps_its_choice_unless_another_is_named(choose, xformers_of_torch: list) -> None:
-    assert choose("auto", Chosen("xformers", "matmul")) == ("xformers", "matmul")
-    assert choose("sdpa", Chosen("xformers", "matmul")) == ("sdpa", "sdpa")
+    assert choose("auto", AttentionChoice("xformers", "matmul")) == ("xformers", "matmul")
+    assert choose("sdpa", AttentionChoice("xformers", "matmul")) == ("sdpa", "sdpa")
 
 
 def test_a_kept_choice_that_no_longer_works_is_one_sentence(choose, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(UserError, match="xformers, which this run has used so far, does not work here"):
-        choose("auto", Chosen("xformers", "xformers"))
+        choose("auto", AttentionChoice("xformers", "xformers"))
 
 
 # On a GPU

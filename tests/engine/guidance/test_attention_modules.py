@@ -17,7 +17,7 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model import attention
-from dream_fast.engine.guidance.model.attention import KINDS, OPERATORS, VAE_KINDS, Chosen, Processor, Shape
+from dream_fast.engine.guidance.model.attention import KINDS, OPERATORS, VAE_KINDS, AttentionChoice, Processor, Shape
 
 PLAIN = dict(query_dim=16, heads=2, dim_head=8)
 
@@ -125,10 +125,12 @@ class Recorded:
         record("unet_shapes", lambda *words: "shapes of the UNet")
         record("encoder_shapes", lambda *words: "shapes of the encoder")
         record("fastest", lambda kinds, *words: kinds[-1])
-        record("why_not", lambda kind, shapes, *words: "no such kernel" if fails and fails in shapes else None)
+        record(
+            "unsupported_reason", lambda kind, shapes, *words: "no such kernel" if fails and fails in shapes else None
+        )
         monkeypatch.setattr(attention, "set_attention", lambda *words: self.operators.append(words))
 
-    def choose(self, wanted: str, kept: Chosen | None = None) -> Chosen:
+    def choose(self, wanted: str, kept: AttentionChoice | None = None) -> AttentionChoice:
         return attention.choose_attention(wanted, kept, self.unet, self.encoder, 64, 77)
 
     def model(self) -> list[tuple]:
@@ -167,9 +169,9 @@ def test_a_named_operator_is_tried_on_both_models(monkeypatch: pytest.MonkeyPatc
     unet, encoder = model.model()
     assert model.asked == [
         unet,
-        ("why_not", "xformers", "shapes of the UNet", *on, False),
+        ("unsupported_reason", "xformers", "shapes of the UNet", *on, False),
         encoder,
-        ("why_not", "xformers", "shapes of the encoder", *on, True),
+        ("unsupported_reason", "xformers", "shapes of the encoder", *on, True),
     ]
     assert model.operators == [(model.unet, OPERATORS[chosen[0]]), (model.encoder, OPERATORS[chosen[1]])]
 
@@ -178,10 +180,12 @@ def test_a_named_operator_is_tried_on_both_models(monkeypatch: pytest.MonkeyPatc
     ("wanted", "kept", "named"),
     [
         ("cudnn", None, "cudnn does not work"),
-        ("auto", Chosen("xformers", "matmul"), "xformers, which this run has used so far, does not work"),
+        ("auto", AttentionChoice("xformers", "matmul"), "xformers, which this run has used so far, does not work"),
     ],
 )
-def test_an_operator_that_fails_is_one_sentence(monkeypatch, wanted: str, kept: Chosen | None, named: str) -> None:
+def test_an_operator_that_fails_is_one_sentence(
+    monkeypatch, wanted: str, kept: AttentionChoice | None, named: str
+) -> None:
     """It names the operator, the device, the precision, the reason and what works always; nothing is set."""
     model = Recorded(monkeypatch, fails="UNet")
     with pytest.raises(UserError) as caught:
@@ -204,13 +208,13 @@ def test_why_not_is_the_first_line_of_a_failure(monkeypatch: pytest.MonkeyPatch)
             raise error
 
         monkeypatch.setitem(OPERATORS, "cudnn", attend)
-        return attention.why_not("cudnn", shapes, torch.device("cpu"), torch.float32, gradient=False)
+        return attention.unsupported_reason("cudnn", shapes, torch.device("cpu"), torch.float32, gradient=False)
 
     for kind in attention.FAILURES:
         assert raises(kind("a head is too wide\nsee the manual")) == "a head is too wide"
     with pytest.raises(TypeError):
         raises(TypeError("an argument is missing"))
-    assert attention.why_not("sdpa", shapes, torch.device("cpu"), torch.float32, gradient=True) is None
+    assert attention.unsupported_reason("sdpa", shapes, torch.device("cpu"), torch.float32, gradient=True) is None
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -231,7 +235,7 @@ def test_a_pass_computes_every_shape_as_often_as_it_is_counted(monkeypatch, dtyp
 
     monkeypatch.setitem(OPERATORS, "cudnn", attend)
     shapes = Counter({Shape(2, 6, 6, 3, 4): 3, Shape(2, 6, 5, 3, 4): 1})
-    call = attention.pass_over("cudnn", shapes, torch.device("cpu"), dtype, gradient)
+    call = attention.run_shapes("cudnn", shapes, torch.device("cpu"), dtype, gradient)
     assert calls == [(2, 6, 3, 4, 6), (2, 6, 3, 4, 5)]
     calls.clear()
     assert call() is None
@@ -249,7 +253,7 @@ def test_a_pass_hides_its_warnings(recwarn: pytest.WarningsRecorder, monkeypatch
 
     monkeypatch.setitem(OPERATORS, "cudnn", attend)
     shapes = Counter({Shape(1, 2, 2, 1, 4): 1})
-    attention.pass_over("cudnn", shapes, torch.device("cpu"), torch.float32, False)
+    attention.run_shapes("cudnn", shapes, torch.device("cpu"), torch.float32, False)
     assert not recwarn.list
 
 

@@ -195,7 +195,7 @@ def kinds(components: Components) -> set[type]:
 
 
 def test_a_model_on_the_cpu_keeps_its_own(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loader, "FUSED_FROM", 0)
+    monkeypatch.setattr(loader, "MIN_FUSED_IMAGE_SIZE", 0)
     assert kinds(loader.load_components(tiny_model, "cpu")) == {nn.GroupNorm}
 
 
@@ -210,7 +210,7 @@ def test_a_large_model_on_a_gpu_takes_the_kernels(
         monkeypatch.setattr(switch, "allow_tf32", False)
     plain = loader.load_components(tiny_model, "cuda", dtype)
     assert kinds(plain) == {nn.GroupNorm}  # made for 32 x 32 pixels
-    monkeypatch.setattr(loader, "FUSED_FROM", 32)
+    monkeypatch.setattr(loader, "MIN_FUSED_IMAGE_SIZE", 32)
     ours = loader.load_components(tiny_model, "cuda", dtype)
     assert kinds(ours) == {FusedGroupNorm}
     assert blocks_of(ours.unet, ResidualBlock) > 0 and blocks_of(ours.vae, ResidualBlock) > 0

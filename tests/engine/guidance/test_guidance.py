@@ -13,7 +13,7 @@ from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.guidance.cfg import guided_prediction
 from dream_fast.engine.guidance.ddim import decode, sample
-from dream_fast.engine.guidance.model.components import Components, load_components, recompute_in_backward
+from dream_fast.engine.guidance.model.components import Components, enable_gradient_checkpointing, load_components
 from dream_fast.engine.guidance.sds import ScoreDistillation, resize
 
 
@@ -208,7 +208,7 @@ def test_recomputation_keeps_less_and_gives_the_same_gradient_bit_for_bit(tiny_m
     for again in (False, True):
         components = load_components(tiny_model, "cpu")
         if again:
-            recompute_in_backward(components.vae.encoder)
+            enable_gradient_checkpointing(components.vae.encoder)
         rgb, held = picture(1), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
             latents = components.vae.encode(rgb).latent_dist.mean

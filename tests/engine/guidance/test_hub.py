@@ -21,7 +21,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model.checks import KINDS, check_folder
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.model.hub import find_folder
-from dream_fast.engine.text import in_a_line
+from dream_fast.engine.text import one_line
 
 NAME = "somebody/model"
 COMMIT, OLDER = "0123456789abcdef" * 2 + "01234567", "76543210" * 5
@@ -134,7 +134,7 @@ def test_empty_cache_gets_the_command_that_fetches_all(cache, repository):
     """With nothing cached the command's patterns are all that a run reads, and no file more."""
     said = sentence(f"{NAME}@fp16")
     assert said.startswith(f"there is no folder called {NAME}, the hub cannot be reached")
-    assert len(in_a_line(said)) == len(said)  # the command prints it whole
+    assert len(one_line(said)) == len(said)  # the command prints it whole
     words = shlex.split(said.split("where there is a network: ")[1])
     assert words[:5] == ["hf", "download", NAME, "--revision", "fp16"]
     names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]

@@ -12,10 +12,10 @@ from dream_fast.engine.config.model_names import SD_VERSIONS
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model import components as loader
-from dream_fast.engine.guidance.model.attention import Chosen
+from dream_fast.engine.guidance.model.attention import AttentionChoice
 from dream_fast.engine.guidance.model.components import (
     CHANNELS_LAST,
-    FUSED_FROM,
+    MIN_FUSED_IMAGE_SIZE,
     Components,
     choose_source,
     load_components,
@@ -74,7 +74,7 @@ def test_every_option_of_a_load_is_passed_on(tiny_model: Path, monkeypatch: pyte
     monkeypatch.setattr(loader, "find_folder", found_in)
     monkeypatch.setattr(loader, "check_folder", lambda *words: checked.append(words) or look(*words))
     monkeypatch.setattr(loader, "prepare_components", lambda *words, **options: prepared.append((words, options)))
-    kept = Chosen("cudnn", "matmul")
+    kept = AttentionChoice("cudnn", "matmul")
     plain = load_components("nobody/model", "cpu")
     given = dict(vram_O=True, attention="xformers", kept=kept, compiled=("unet",))
     address = "https://huggingface.co/nobody/model/tree/v2"
@@ -123,7 +123,7 @@ def test_prompts_are_as_long_as_tokenizer_and_encoder_take(
 
 
 def facts(unet: dict[str, Any], vae: dict[str, Any] | None, width: int = 32, **scheduler: Any) -> dict[str, Any]:
-    """`_facts` of a model like Stable Diffusion, or like IF where ``vae`` is None, with these changes."""
+    """`_model_constants` of a model like Stable Diffusion, or like IF where ``vae`` is None, with these changes."""
 
     class Vae(SimpleNamespace):
         def get(self, name: str) -> Any:
@@ -134,7 +134,7 @@ def facts(unet: dict[str, Any], vae: dict[str, Any] | None, width: int = 32, **s
     plain |= dict(encoder_hid_dim=None, cross_attention_dim=32)
     settings = dict(latent_channels=4, block_out_channels=(1, 2, 3, 4), scaling_factor=0.5)
     schedule = SimpleNamespace(**dict(prediction_type="epsilon", num_train_timesteps=1000) | scheduler)
-    return loader._facts(
+    return loader._model_constants(
         Path("model"),
         width,
         SimpleNamespace(**plain | unet),
@@ -232,20 +232,24 @@ class Prepared:
     """Prepares a model on a GPU that need not be there; `done` lists what happened after it was frozen and moved."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, device: str = "cuda", size: int = FUSED_FROM, pixels: bool = False
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        device: str = "cuda",
+        size: int = MIN_FUSED_IMAGE_SIZE,
+        pixels: bool = False,
     ):
         self.device, self.size, self.pixels = torch.device(device), size, pixels
         self.broken: set[str] = set()
         self.calls: list[tuple] = []
-        for name in ("put_channels_last", "fuse_group_norms", "fuse_residual_blocks", "recompute_in_backward"):
+        for name in ("to_channels_last", "fuse_group_norms", "fuse_residual_blocks", "enable_gradient_checkpointing"):
             monkeypatch.setattr(loader, name, lambda model, name=name: self.calls.append((model.name, name)))
 
-        def choose(wanted: str, kept: Chosen | None, **about: Any) -> Chosen:
+        def choose(wanted: str, kept: AttentionChoice | None, **about: Any) -> AttentionChoice:
             self.calls.append(("attention", wanted, kept))
             assert about == dict(unet=self.unet, encoder=self.vae.encoder, size=8, tokens=77)
             if wanted in self.broken:
                 raise UserError(f"{wanted} does not work")
-            return Chosen(wanted, wanted)
+            return AttentionChoice(wanted, wanted)
 
         monkeypatch.setattr(loader, "choose_attention", choose)
 
@@ -269,16 +273,16 @@ class Prepared:
         return self.calls[len(ready) :], components
 
 
-FUSED = ["put_channels_last", "fuse_group_norms", "fuse_residual_blocks"]
+FUSED = ["to_channels_last", "fuse_group_norms", "fuse_residual_blocks"]
 ALL_FUSED = [(model, step) for model in ("unet", "encoder") for step in FUSED]
 AUTO = ("attention", "auto", None)
 
 
 def test_a_large_model_on_a_gpu_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """UNet and encoder, from FUSED_FROM pixels on, with the channels of a pixel together; on a CPU nothing is."""
+    """Channels last: UNet and encoder, from MIN_FUSED_IMAGE_SIZE pixels on; on a CPU nothing is."""
     assert CHANNELS_LAST == ("unet", "vae")
     assert Prepared(monkeypatch)()[0] == [*ALL_FUSED, AUTO]
-    assert Prepared(monkeypatch, size=FUSED_FROM - 1)()[0] == [AUTO]
+    assert Prepared(monkeypatch, size=MIN_FUSED_IMAGE_SIZE - 1)()[0] == [AUTO]
     done, components = Prepared(monkeypatch, "cpu")()
     assert done == [AUTO] and components.attention == ("auto", "auto")
 
@@ -300,7 +304,7 @@ def test_a_model_of_pixels_keeps_diffusers_attention(monkeypatch: pytest.MonkeyP
 
 def test_an_attention_that_is_named_or_kept_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wanted and what an earlier part of the run had reach the choice."""
-    kept = Chosen("cudnn", "matmul")
+    kept = AttentionChoice("cudnn", "matmul")
     for options in ({}, {"vram_O": True}):
         for wanted, earlier in (("cudnn", None), ("auto", kept), ("sdpa", kept)):
             done, components = Prepared(monkeypatch, size=64)(attention=wanted, kept=earlier, **options)
@@ -309,7 +313,7 @@ def test_an_attention_that_is_named_or_kept_is_chosen(monkeypatch: pytest.Monkey
 
 def test_a_frugal_model_takes_xformers_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """With --vram_O: one picture at a time, blocks that are computed again, and xformers on a GPU, else torch's own."""
-    frugal = [("vae", "enable_slicing"), ("encoder", "recompute_in_backward")]
+    frugal = [("vae", "enable_slicing"), ("encoder", "enable_gradient_checkpointing")]
     prepared = Prepared(monkeypatch, size=64)
     done, components = prepared(vram_O=True)
     assert done == [*frugal, ("attention", "xformers", None)] and components.attention == ("xformers", "xformers")
@@ -364,7 +368,7 @@ def test_channels_last_turns_weights_and_input() -> None:
             return super().forward(picture)
 
     layer, picture = Layer(3, 2, 3), torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    loader.put_channels_last(layer)
+    loader.to_channels_last(layer)
     layer(picture, "a level", "a prompt")
     layer(picture)
     assert seen == [((192, 1, 24, 3), ("a level", "a prompt")), ((192, 1, 24, 3), ())]
@@ -384,7 +388,7 @@ def test_recomputation_keeps_no_state_of_random_numbers(monkeypatch: pytest.Monk
     block = ResnetBlock2D(in_channels=8, groups=2, temb_channels=None)
     fused = ResidualBlock(ResnetBlock2D(in_channels=8, groups=2, temb_channels=None))
     encoder = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), block, torch.nn.Sequential(fused))
-    loader.recompute_in_backward(encoder)
+    loader.enable_gradient_checkpointing(encoder)
     picture = torch.ones(1, 8, 2, 2)
     block(picture, None)
     options = {"use_reentrant": False, "preserve_rng_state": False}

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import Components, load_components
-from dream_fast.engine.guidance.perp_neg import Negatives, negative_weights, turn_away
+from dream_fast.engine.guidance.perp_neg import Negatives, negative_weights, perpendicular_combine
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, view_weights
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.scene.camera import Cameras, make_cameras
@@ -107,14 +107,16 @@ def test_nothing_asks_for_a_value_on_the_host() -> None:
     azimuth, polar = torch.empty(2, 3, device="meta")
     weights = negative_weights(view_weights(azimuth, polar, 30.0), -2.0, 2.0, 10.0)
     towards = torch.empty(3, 4, 8, 8, device="meta")
-    assert weights.shape == (3, 2) and turn_away(towards, [towards, towards], weights).shape == towards.shape
+    assert (
+        weights.shape == (3, 2) and perpendicular_combine(towards, [towards, towards], weights).shape == towards.shape
+    )
 
 
 # The gradient
 
 
 def turned_away(towards: Tensor, others: list[Tensor], weights: Tensor) -> Tensor:
-    """`turn_away` by projection: the part of each other direction in the plane across d_0, from a QR decomposition."""
+    """`perpendicular_combine` by projection: each other direction in the plane across d_0, from a QR decomposition."""
     rows = []
     for i, main in enumerate(towards):
         along = torch.linalg.qr(main.reshape(-1, 1)).Q
@@ -128,15 +130,15 @@ def test_only_the_perpendicular_part_is_pushed_away() -> None:
     towards = torch.randn(3, 4, 8, 8, generator=generator())
     others = [torch.randn(3, 4, 8, 8, generator=generator(seed)) for seed in (1, 2)]
     weights = torch.tensor([[-1.0, -0.5], [0.0, -2.0], [0.0, 0.0]])
-    got = turn_away(towards, others, weights)
+    got = perpendicular_combine(towards, others, weights)
     exact = turned_away(towards.double(), [other.double() for other in others], weights.double())
     check("turned", got, turned_away(towards, others, weights), exact)
     assert torch.equal(got[2], towards[2]) and not torch.equal(got[1], towards[1])
     # What lies along d_0 is left alone, but for what cancelling 3 d_0 leaves; a d_0 of zero divides nothing by zero.
-    along = turn_away(towards, [3 * towards], weights[:, :1])
+    along = perpendicular_combine(towards, [3 * towards], weights[:, :1])
     check("along", along, turned_away(towards, [3 * towards], weights[:, :1]), towards.double())
     still = torch.zeros_like(towards)
-    assert torch.equal(turn_away(still, others[:1], weights[:, :1])[0], -others[0][0])
+    assert torch.equal(perpendicular_combine(still, others[:1], weights[:, :1])[0], -others[0][0])
 
 
 def by_hand(components: Components, latents: Tensor, prompts: PromptEmbeddings, azimuths: list[float]) -> Tensor:
@@ -181,7 +183,7 @@ def by_hand(components: Components, latents: Tensor, prompts: PromptEmbeddings, 
 def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: Callable, azimuths: list[float]) -> None:
     prompts = PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
     latents = torch.randn(len(azimuths), 4, 8, 8, generator=generator(8)).requires_grad_()
-    guidance = TextGuidance(
+    guidance = DiffusionGuidance(
         ScoreDistillation(components, GuidanceConfig(guidance_scale=SCALE, perpneg=True)), prompts, 30.0
     )
     rows = []
@@ -193,7 +195,7 @@ def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: C
     )
     assert rows == [4 * len(azimuths)]  # one call
     check("gradient", result.gradient, reference, exact)
-    plain = TextGuidance(ScoreDistillation(components, GuidanceConfig(guidance_scale=SCALE)), prompts, 30.0)
+    plain = DiffusionGuidance(ScoreDistillation(components, GuidanceConfig(guidance_scale=SCALE)), prompts, 30.0)
     without = plain(latents, cameras(azimuths), progress=0.0, generator=generator(3), latents=True)
     for i in range(len(azimuths)):  # more than rounding leaves
         assert error(without.gradient[i], exact[i]) > 10 * error(result.gradient[i], exact[i])
@@ -208,7 +210,7 @@ def test_the_view_from_above_is_left_alone(components: Components, in_fp64: Call
 
     def guided(model: Components, perpneg: bool) -> Tensor:
         sds = ScoreDistillation(model, GuidanceConfig(perpneg=perpneg))
-        guidance = TextGuidance(sds, prompts, 30.0)
+        guidance = DiffusionGuidance(sds, prompts, 30.0)
         return guidance(latents, views, progress=0.0, generator=generator(3), latents=True).gradient
 
     plain, turned = (guided(components, perpneg) for perpneg in (False, True))

@@ -12,7 +12,7 @@ from dream_fast.engine.guidance import sds
 from dream_fast.engine.guidance.cfg import guided_prediction
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.sds import ScoreDistillation, resize
-from dream_fast.engine.runtime.cuda_graph import CudaGraphed
+from dream_fast.engine.runtime.cuda_graph import GraphedFunction
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def picture(batch: int = 1, side: int = 32) -> torch.Tensor:
 def test_graphs_are_for_gpus(components: Components) -> None:
     """On a GPU the encoder and the UNet are a CUDA graph unless that is not wanted; on a CPU they never are."""
     config, on_gpu = GuidanceConfig(), dataclasses.replace(components, device=torch.device("cuda"))
-    assert isinstance(ScoreDistillation(on_gpu, config)._score_of, CudaGraphed)
-    assert not isinstance(ScoreDistillation(on_gpu, config, cuda_graphs=False)._score_of, CudaGraphed)
-    assert not isinstance(ScoreDistillation(components, config)._score_of, CudaGraphed)
+    assert isinstance(ScoreDistillation(on_gpu, config)._score_of, GraphedFunction)
+    assert not isinstance(ScoreDistillation(on_gpu, config, cuda_graphs=False)._score_of, GraphedFunction)
+    assert not isinstance(ScoreDistillation(components, config)._score_of, GraphedFunction)
 
 
 def test_the_encoders_graph_lives_no_longer_than_the_call(components: Components) -> None:

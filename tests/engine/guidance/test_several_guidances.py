@@ -10,9 +10,9 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.presets import chosen_model, resolve
 from dream_fast.engine.config.schema import CameraConfig, Config
 from dream_fast.engine.guidance.clip import ClipGuidance
-from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.registry import load_guidance
-from dream_fast.engine.guidance.sum import GuidanceSum, image_guidance
+from dream_fast.engine.guidance.sum import GuidanceSum, primary_diffusion
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.scene.camera import turntable
 
@@ -47,7 +47,9 @@ def gradient(guidance, latents: bool = False) -> tuple[torch.Tensor, object]:
     return shown.grad, result
 
 
-@pytest.mark.parametrize(("name", "kind"), [("SD", TextGuidance), ("IF", TextGuidance), ("clip", ClipGuidance)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("SD", DiffusionGuidance), ("IF", DiffusionGuidance), ("clip", ClipGuidance)]
+)
 def test_one_guidance_is_the_plain_object(keys, name: str, kind: type) -> None:
     config = configured(keys, name)
     guiding = load_guidance(config, choose_runtime(config))
@@ -92,9 +94,9 @@ def test_what_cannot_be_shown_latents_waits_until_they_are_over(keys) -> None:
 
 
 def test_the_image_model_of_several_is_the_first() -> None:
-    text, clip = object.__new__(TextGuidance), object.__new__(ClipGuidance)
-    assert image_guidance(text) is text and image_guidance(GuidanceSum({"clip": clip, "SD": text})) is text
-    assert image_guidance(clip) is None and image_guidance(None) is None
+    text, clip = object.__new__(DiffusionGuidance), object.__new__(ClipGuidance)
+    assert primary_diffusion(text) is text and primary_diffusion(GuidanceSum({"clip": clip, "SD": text})) is text
+    assert primary_diffusion(clip) is None and primary_diffusion(None) is None
 
 
 def test_the_command_adds_them_up_and_logs_each(tmp_path: Path, keys, capsys) -> None:

@@ -8,12 +8,12 @@ import torch
 
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.guidance import snapshots
-from dream_fast.engine.guidance.base import GuidanceResult, PromptGuidance
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult
 from dream_fast.engine.guidance.clip import ClipGuidance
-from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.perp_neg import negative_weights
 from dream_fast.engine.guidance.prompts import view_weights
-from dream_fast.engine.guidance.sum import GuidanceSum, image_guidance
+from dream_fast.engine.guidance.sum import GuidanceSum, primary_diffusion
 from dream_fast.engine.scene.camera import Cameras, make_cameras
 
 ANGLES = (30.0, 40.0, 50.0)
@@ -50,7 +50,7 @@ def cameras(azimuth: list[float], polar: float = 90.0) -> Cameras:
 
 def test_text_guidance_without_options_passes_the_defaults_on() -> None:
     """Step zero, pictures, nothing settled, a blend of 90 degrees, no angle at which a side ends."""
-    guide, views = TextGuidance(Score(), Prompts(), 30.0), cameras([0.0, 100.0])
+    guide, views = DiffusionGuidance(Score(), Prompts(), 30.0), cameras([0.0, 100.0])
     assert guide("pictures", views, progress=0.25, generator="draws") == "a result"
     (((pictures, (_, angles), uncond), options),) = guide.score.calls
     assert (pictures, uncond) == ("pictures", "uncond")
@@ -60,7 +60,7 @@ def test_text_guidance_without_options_passes_the_defaults_on() -> None:
 
 def test_text_guidance_passes_options_and_angles_on() -> None:
     """All that a call names reaches the score, and all angles the prompts."""
-    guide = TextGuidance(Score(), Prompts(), *ANGLES)
+    guide = DiffusionGuidance(Score(), Prompts(), *ANGLES)
     given = dict(progress=0.5, step=7, generator="draws", latents=True, settled="numbers")
     guide("latents", cameras([0.0]), **given)
     (((_, (_, angles), _), options),) = guide.score.calls
@@ -72,7 +72,10 @@ def test_text_guidance_passes_options_and_angles_on() -> None:
 def test_text_guidance_turns_away_from_the_front_and_the_side() -> None:
     """With Perp-Neg the first two views go along, weighted by the sides that the cameras see at these angles."""
     settings = dict(negative_w=-4.0, front_decay_factor=1.0, side_decay_factor=3.0)
-    guide, views = TextGuidance(Score(perpneg=True, **settings), Prompts(), *ANGLES[:2]), cameras([20.0, 60.0, 150.0])
+    guide, views = (
+        DiffusionGuidance(Score(perpneg=True, **settings), Prompts(), *ANGLES[:2]),
+        cameras([20.0, 60.0, 150.0]),
+    )
     guide("pictures", views, progress=0.0, generator=None)
     negatives = guide.score.calls[0][1]["negatives"]
     expected = negative_weights(view_weights(views.azimuth, views.polar, 30.0, 40.0), -4.0, 1.0, 3.0)
@@ -80,7 +83,7 @@ def test_text_guidance_turns_away_from_the_front_and_the_side() -> None:
     assert torch.equal(negatives.embeddings, Prompts.views[:2])
 
 
-class Part(PromptGuidance):
+class Part(Guidance):
     """A guidance of a known loss that records its options."""
 
     def __init__(self, loss: float, takes_latents: bool = True):
@@ -92,7 +95,7 @@ class Part(PromptGuidance):
         return GuidanceResult(number, number, number, number)
 
 
-class Image(Part, TextGuidance):
+class Image(Part, DiffusionGuidance):
     """As `Part`, of an image model."""
 
 
@@ -117,7 +120,7 @@ def test_sum_shows_its_first_image_model(latents: bool, losses: dict[str, float]
     result = guide("pictures", "cameras", progress=0.0, generator=None, latents=latents)
     assert {name: loss.item() for name, loss in result.losses.items()} == losses
     assert result.loss.item() == sum(losses.values()) and result.gradient.item() == shown
-    assert image_guidance(guide) is guide.parts["a"]
+    assert primary_diffusion(guide) is guide.parts["a"]
 
 
 def test_sum_without_an_image_model_shows_its_first_part() -> None:
@@ -125,7 +128,7 @@ def test_sum_without_an_image_model_shows_its_first_part() -> None:
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
     result = guide("pictures", "cameras", progress=0.0, generator=None)
     assert result.gradient.item() == 1.0 and result.loss.item() == 3.0
-    assert image_guidance(guide) is None and image_guidance(object.__new__(ClipGuidance)) is None
+    assert primary_diffusion(guide) is None and primary_diffusion(object.__new__(ClipGuidance)) is None
 
 
 @pytest.mark.parametrize(("options", "first"), [({}, "shown at 32"), ({"latents": True}, "decoded shown at 8")])

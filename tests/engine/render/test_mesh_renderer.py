@@ -12,11 +12,11 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import RenderConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.geometry.tet_grid import Surface
+from dream_fast.engine.geometry.tet_grid import TriMesh
 from dream_fast.engine.render import mesh as mesh_renderer
 from dream_fast.engine.render.mesh import MeshRenderer
 from dream_fast.engine.scene.camera import make_cameras, rays
-from dream_fast.engine.scene.tet_mesh import TetShape
+from dream_fast.engine.scene.tet_mesh import TetMesh
 from dream_fast.kernels import opposite_corners
 
 SIZE = (6, 10)
@@ -40,19 +40,19 @@ class Field:
         return directions.abs()
 
 
-def wall() -> Surface:
+def wall() -> TriMesh:
     """Two triangles that cover all of the pictures at z = 0.25 and face the cameras."""
     corners = torch.tensor([[-50, -50, 0.25], [50, -50, 0.25], [50, 50, 0.25], [-50, 50, 0.25]])
-    return Surface(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
+    return TriMesh(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
 
 
-def box(side: float = 0.5) -> Surface:
+def box(side: float = 0.5) -> TriMesh:
     made = trimesh.creation.box((side, side, side))
-    return Surface(torch.tensor(made.vertices).float(), torch.tensor(made.faces))
+    return TriMesh(torch.tensor(made.vertices).float(), torch.tensor(made.faces))
 
 
-def renderer(surface: Surface | None = None, locked: bool = False, **settings: Any) -> MeshRenderer:
-    shape: Any = TetShape(8, 0.6, locked=locked)
+def renderer(surface: TriMesh | None = None, locked: bool = False, **settings: Any) -> MeshRenderer:
+    shape: Any = TetMesh(8, 0.6, locked=locked)
     if surface is not None:
         shape = SimpleNamespace(surface=lambda: surface, locked=locked)
     return MeshRenderer(Field(), RenderConfig(**settings), shape)
@@ -178,7 +178,7 @@ def test_a_locked_shape_is_computed_once() -> None:
 
 def test_a_surface_that_has_vanished_is_one_sentence() -> None:
     """With the settings that can be changed."""
-    made = renderer(Surface(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
+    made = renderer(TriMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
     with pytest.raises(UserError) as caught:
         made.surface()
     assert str(caught.value) == (
@@ -187,10 +187,10 @@ def test_a_surface_that_has_vanished_is_one_sentence() -> None:
     )
 
 
-def with_speck() -> Surface:
+def with_speck() -> TriMesh:
     """A box, and one of a hundredth of its size beside it."""
     speck = box(0.005)
-    return Surface(
+    return TriMesh(
         torch.cat([box().vertices, speck.vertices + 0.5]).requires_grad_(), torch.cat([box().faces, speck.faces + 8])
     )
 
@@ -209,7 +209,7 @@ def test_specks_are_back_behind_the_block(locked: bool) -> None:
     """Inside of it the surface is one, in fp32 and without them; an error inside changes nothing."""
     made = renderer(with_speck(), locked=locked)
     whole = made.surface()
-    with pytest.raises(KeyError), made.without_specks():
+    with pytest.raises(KeyError), made.without_floaters():
         inside = made.surface()
         assert inside is made.surface() and len(inside.faces) == 12
         assert inside.vertices.dtype == torch.float32 and inside.faces.dtype == torch.int64

@@ -10,10 +10,10 @@ import torch
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, tolerance
 from dream_fast.engine.config.schema import FieldConfig, RenderConfig
-from dream_fast.engine.geometry.voxels import large_parts
+from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.render.volume import Renderer, shade
 from dream_fast.engine.scene.camera import make_cameras, rays
-from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 
 WHITE = torch.ones(3)
 BLACK = torch.zeros(3)
@@ -34,7 +34,7 @@ def make_renderer(seed=0, background=-1.0, backbone="grid", **changes):
     render_config = dataclasses.replace(
         RenderConfig(), **{"max_steps": 128, "occupancy_resolution": 32, "bound": 1.0, **changes}
     )
-    field = Field(field_config, render_config.bound, torch.Generator().manual_seed(seed))
+    field = HashGridField(field_config, render_config.bound, torch.Generator().manual_seed(seed))
     return Renderer(field, render_config)
 
 
@@ -88,8 +88,8 @@ def test_large_parts_keep_what_touches_and_what_is_large():
     cells[9, 9:11, 9:12] = True  # 6 cells, apart, more than 2 %
     kept = cells.clone()
     cells[0, 11, 0] = cells[11, 0, 11] = True  # the last cell of the grid and one beside a border
-    assert torch.equal(large_parts(cells), kept)
-    assert not large_parts(torch.zeros(4, 4, 4, dtype=torch.bool)).any()
+    assert torch.equal(largest_components(cells), kept)
+    assert not largest_components(torch.zeros(4, 4, 4, dtype=torch.bool)).any()
 
 
 def test_outputs_are_without_specks_and_the_grid_is_as_before():
@@ -99,7 +99,7 @@ def test_outputs_are_without_specks_and_the_grid_is_as_before():
     object_alone = renderer.sampler.bits.clone()
     renderer.sampler.bits.view(side, side, side // 8)[1, 1, 0] |= 4  # one cell in a corner
     with_speck = renderer.sampler.bits.clone()
-    with renderer.sampler.without_specks():
+    with renderer.sampler.without_floaters():
         assert torch.equal(renderer.sampler.bits, object_alone)
     assert torch.equal(renderer.sampler.bits, with_speck)
 
@@ -110,7 +110,7 @@ def test_several_cascades_keep_everything():
     renderer.sampler.bits[0, :2] = 255
     renderer.sampler.bits[1, 99] = 1
     before = renderer.sampler.bits.clone()
-    with renderer.sampler.without_specks():
+    with renderer.sampler.without_floaters():
         assert torch.equal(renderer.sampler.bits, before)
 
 

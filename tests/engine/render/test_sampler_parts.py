@@ -8,16 +8,16 @@ import torch
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import FieldConfig, RenderConfig
-from dream_fast.engine.geometry.voxels import large_parts
+from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.render.ray_samplers import (
     LEAST_WEIGHT,
     ImportanceSampler,
     OccupancySampler,
     _strata,
-    even_edges,
-    importance_samples,
     make_sampler,
-    middles,
+    midpoints,
+    sample_pdf,
+    stratified_edges,
 )
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import make_cameras
@@ -145,10 +145,10 @@ def test_use_is_remembered_until_the_capacity_is_adapted():
 def test_even_edges_and_middles_by_hand():
     """Edges from near to far; at random each inner one keeps to its half interval, and the ends stay."""
     near, far = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
-    edges = even_edges(near, far, 4, None)
+    edges = stratified_edges(near, far, 4, None)
     assert edges.tolist() == [[1.0, 1.5, 2.0, 2.5, 3.0], [2.0] * 5]
-    assert middles(edges).tolist() == [[1.25, 1.75, 2.25, 2.75], [2.0] * 4]
-    moved = even_edges(near.expand(500, 2).reshape(-1), far.expand(500, 2).reshape(-1), 4, seeded())[::2]
+    assert midpoints(edges).tolist() == [[1.25, 1.75, 2.25, 2.75], [2.0] * 4]
+    moved = stratified_edges(near.expand(500, 2).reshape(-1), far.expand(500, 2).reshape(-1), 4, seeded())[::2]
     assert (moved[:, 0] == 1).all() and (moved[:, 4] == 3).all()
     for i in (1, 2, 3):
         place = (moved[:, i] - edges[0, i]) / 0.5  # in intervals
@@ -171,9 +171,9 @@ def test_importance_samples_invert_a_distribution_of_two_steps():
     edges = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
     weights = torch.tensor([[0.25, 0.75]], dtype=torch.float64) - LEAST_WEIGHT
     expected = torch.tensor([[0.5, 1 + 2 / 6, 1 + 2 / 2, 1 + 2 * 5 / 6]], dtype=torch.float64)
-    check("places", importance_samples(edges, weights, 4, None), expected, expected)
+    check("places", sample_pdf(edges, weights, 4, None), expected, expected)
     even = torch.tensor([[0.25, 0.75, 1.5, 2.5]], dtype=torch.float64)
-    check("nothing", importance_samples(edges, torch.zeros(1, 2).double(), 4, None), even, even)
+    check("nothing", sample_pdf(edges, torch.zeros(1, 2).double(), 4, None), even, even)
 
 
 def test_large_parts_are_those_of_two_hundredths_of_the_largest():
@@ -183,5 +183,5 @@ def test_large_parts_are_those_of_two_hundredths_of_the_largest():
     cells[8, 8, 8] = cells[9, 9, 9] = True
     kept = cells.clone()
     cells[11, 11, 11] = True
-    assert torch.equal(large_parts(cells), kept)
-    assert torch.equal(large_parts(kept[8:10, 8:10, 8:10]), kept[8:10, 8:10, 8:10])
+    assert torch.equal(largest_components(cells), kept)
+    assert torch.equal(largest_components(kept[8:10, 8:10, 8:10]), kept[8:10, 8:10, 8:10])

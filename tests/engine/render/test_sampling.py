@@ -12,15 +12,15 @@ from dream_fast.engine.render.ray_samplers import (
     LEAST_WEIGHT,
     ImportanceSampler,
     OccupancySampler,
-    even_edges,
-    importance_samples,
-    middles,
+    midpoints,
     ray_weights,
+    sample_pdf,
+    stratified_edges,
 )
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import make_cameras, rays
-from dream_fast.engine.scene.field import FieldValues
-from dream_fast.engine.scene.frequency_field import VanillaField
+from dream_fast.engine.scene.field import FieldOutput
+from dream_fast.engine.scene.frequency_field import FrequencyField
 from dream_fast.engine.scene.make_field import make_field
 
 EDGES = torch.tensor([[1.0, 1.5, 1.75, 3.0, 3.5], [2.0, 3.0, 4.0, 5.0, 6.0]])
@@ -34,7 +34,7 @@ def seeded(seed=0):
 def vanilla(seed=0, bg_radius=-1.0, **changes) -> Renderer:
     field = FieldConfig(backbone="vanilla", frequencies=4, hidden_width=16, hidden_layers=3, bg_radius=bg_radius)
     config = dataclasses.replace(RenderConfig(), **{"num_steps": 12, "upsample_steps": 6, **changes})
-    return Renderer(VanillaField(field, config.bound, seeded(seed)), config)
+    return Renderer(FrequencyField(field, config.bound, seeded(seed)), config)
 
 
 def some_rays(size=6):
@@ -49,7 +49,7 @@ def some_rays(size=6):
 def test_samples_follow_the_weights_of_the_cells(generator):
     """One sample in each of n equal parts of the distribution: a share is off by two of them, one at each end."""
     n = 20_000
-    t = importance_samples(EDGES, WEIGHTS, n, generator)
+    t = sample_pdf(EDGES, WEIGHTS, n, generator)
     wanted = WEIGHTS + LEAST_WEIGHT
     wanted = wanted / wanted.sum(1, keepdim=True)
     for ray in range(2):
@@ -68,23 +68,23 @@ def test_samples_follow_the_weights_of_the_cells(generator):
 def test_samples_are_sorted_and_inside(generator):
     weights = torch.rand(50, 9, generator=seeded(2)) ** 8  # most of them next to nothing
     edges = torch.rand(50, 10, generator=seeded(3)).cumsum(1)
-    t = importance_samples(edges, weights, 33, generator)
+    t = sample_pdf(edges, weights, 33, generator)
     assert t.shape == (50, 33) and (t.diff(dim=1) >= 0).all()
     assert (t >= edges[:, :1]).all() and (t <= edges[:, -1:]).all()
 
 
 def test_a_ray_through_nothing_is_sampled_evenly():
-    t = importance_samples(torch.linspace(2, 4, 9)[None], torch.zeros(1, 8), 4, None)
+    t = sample_pdf(torch.linspace(2, 4, 9)[None], torch.zeros(1, 8), 4, None)
     exact = torch.tensor([[2.25, 2.75, 3.25, 3.75]], dtype=torch.float64)
     check("even", t, exact.float(), exact)
 
 
 def test_even_intervals_fill_the_ray_and_move_by_up_to_half():
     near, far = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
-    even = even_edges(near, far, 4, None)
+    even = stratified_edges(near, far, 4, None)
     assert even.tolist() == [[1.0, 1.5, 2.0, 2.5, 3.0], [2.0] * 5]
-    assert middles(even)[0].tolist() == [1.25, 1.75, 2.25, 2.75]
-    moved = even_edges(torch.ones(500), torch.full((500,), 3.0), 4, seeded())
+    assert midpoints(even)[0].tolist() == [1.25, 1.75, 2.25, 2.75]
+    moved = stratified_edges(torch.ones(500), torch.full((500,), 3.0), 4, seeded())
     by = (moved - even[0]) / 0.5
     assert (by[:, 0] == 0).all() and (by[:, -1] == 0).all()
     assert by.abs().max() <= 0.5 and by[:, 1:-1].min() < -0.45 and by[:, 1:-1].max() > 0.45
@@ -240,7 +240,7 @@ def test_it_has_no_state():
     sampler = vanilla().sampler
     sampler.update(seeded())
     sampler.adapt_capacity(5)
-    with sampler.without_specks():
+    with sampler.without_floaters():
         assert sampler.state_dict() == {} and sampler.samples_per_ray == 18
     sampler.load_state_dict({})
     with pytest.raises(ValueError, match="keeps no state, but there is bits"):
@@ -255,8 +255,8 @@ class Cloud:
 
     device, has_background = torch.device("cpu"), False
 
-    def __call__(self, x, **_) -> FieldValues:
-        return FieldValues(self.density(x), 0.5 + 0.4 * torch.sin(5 * x), None)
+    def __call__(self, x, **_) -> FieldOutput:
+        return FieldOutput(self.density(x), 0.5 + 0.4 * torch.sin(5 * x), None)
 
     def density(self, x, **_):
         centre = torch.tensor([0.1, -0.05, 0.2], dtype=x.dtype)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import FieldConfig
-from dream_fast.engine.scene.field import FieldValues, SceneField, frequency_encoding, linear_layers, uniform
-from dream_fast.engine.scene.frequency_field import VanillaField
-from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.field import Field, FieldOutput, frequency_encoding, linear_layers, uniform
+from dream_fast.engine.scene.frequency_field import FrequencyField
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.scene.make_field import make_field
 
 GRID = dict(levels=3, features=4, log2_entries=9, base_resolution=5, max_resolution=17, interpolation="linear")
@@ -22,7 +22,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make(backbone: str = "grid", bound: float = 0.75, **changes) -> SceneField:
+def make(backbone: str = "grid", bound: float = 0.75, **changes) -> Field:
     config = FieldConfig(backbone=backbone, frequencies=3, hidden_width=8, **GRID | BLOB | changes)
     return make_field(config, bound, seeded())
 
@@ -31,14 +31,14 @@ def make(backbone: str = "grid", bound: float = 0.75, **changes) -> SceneField:
 def test_field_is_built_as_configured(backbone):
     """Each setting of the grid, the blob and the scene is in the specification that the operators get."""
     field = make(backbone)
-    assert type(field) is (VanillaField if backbone == "vanilla" else Field)
+    assert type(field) is (FrequencyField if backbone == "vanilla" else HashGridField)
     expected = dict(bound=0.75, **BLOB) | ({} if backbone == "vanilla" else {"grid": kernels.HashGridSpec(**GRID)})
     assert field.spec == kernels.FieldSpec(**expected) and field.bound == 0.75
     assert field.finest == (None if backbone == "vanilla" else 17)
     assert field.compute_dtype is None and field.device == torch.device("cpu")
     assert (field.table is None) == (backbone == "vanilla")
     if backbone != "vanilla":
-        assert field.on_torch is (backbone == "grid_torch")
+        assert field.use_reference is (backbone == "grid_torch")
 
 
 @pytest.mark.parametrize(("radius", "there"), [(-1.0, False), (0.0, False), (0.1, True)])
@@ -121,21 +121,25 @@ def test_plan_is_the_operators_for_the_grid_alone(monkeypatch):
     asked = []
     monkeypatch.setattr(kernels, "field_plan", lambda *words: asked.append(words) or "fused")
     field = make()
-    assert field.plan("analytic") == "fused"
+    assert field.backend_description("analytic") == "fused"
     field.compute_dtype = torch.float16
-    assert field.plan("finite_difference") == "fused"
+    assert field.backend_description("finite_difference") == "fused"
     for (spec, weights, dtype, normals), expected in zip(
         asked, ((torch.float32, "analytic"), (torch.float16, "finite_difference")), strict=True
     ):
         assert spec is field.spec and (dtype, normals) == expected
         assert all(one is other for one, other in zip(weights, field.weights, strict=True))
-    assert make("grid_torch").plan("analytic") == make("vanilla").plan("analytic") == "on PyTorch's operators"
+    assert (
+        make("grid_torch").backend_description("analytic")
+        == make("vanilla").backend_description("analytic")
+        == "on PyTorch's operators"
+    )
     assert len(asked) == 2
 
 
 def test_padding_is_zeros_from_the_count_on():
     """Rows before the count stay, whatever stands behind them; without a count nothing changes."""
-    values = FieldValues(torch.tensor([1.0, 2.0, math.nan]), torch.full((3, 3), 0.5), torch.ones(3, 3))
+    values = FieldOutput(torch.tensor([1.0, 2.0, math.nan]), torch.full((3, 3), 0.5), torch.ones(3, 3))
     padded = values.without_padding(torch.tensor(2))
     assert padded.sigma.tolist() == [1, 2, 0]
     assert padded.albedo.tolist() == [[0.5] * 3] * 2 + [[0] * 3] and padded.normal.tolist() == [[1] * 3] * 2 + [[0] * 3]
@@ -143,7 +147,7 @@ def test_padding_is_zeros_from_the_count_on():
     assert values.without_padding(None) is values
 
 
-class Counted(SceneField):
+class Counted(Field):
     """A field that knows how many points it was asked at a time."""
 
     def __init__(self):
@@ -153,7 +157,7 @@ class Counted(SceneField):
 
     def forward(self, x, *, active_levels=None, **_):
         self.asked.append((len(x), active_levels))
-        return FieldValues(self.scale * x[:, 0], self.scale * x, None)
+        return FieldOutput(self.scale * x[:, 0], self.scale * x, None)
 
 
 def test_points_are_asked_in_chunks_without_gradient():

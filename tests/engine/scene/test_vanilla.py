@@ -12,14 +12,14 @@ from dream_fast.engine.config.schema import FieldConfig, RenderConfig
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.field import frequency_encoding
-from dream_fast.engine.scene.frequency_field import VanillaField
-from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.frequency_field import FrequencyField
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.scene.make_field import make_field
 
 SMALL = dict(backbone="vanilla", frequencies=4, hidden_width=16, hidden_layers=3)
 
 
-def make(seed=0, bound=1.0, **changes) -> VanillaField:
+def make(seed=0, bound=1.0, **changes) -> FrequencyField:
     return make_field(FieldConfig(**{**SMALL, **changes}), bound, torch.Generator().manual_seed(seed))
 
 
@@ -58,7 +58,7 @@ def test_parameters_follow_the_config_and_the_seed():
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def by_hand(field: VanillaField, x: torch.Tensor, products: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def by_hand(field: FrequencyField, x: torch.Tensor, products: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Density and albedo by the modules that stable-dreamfusion is built of, whose products are in one dtype."""
 
     def linear(h, layer):
@@ -188,7 +188,7 @@ def test_the_grid_on_pytorch_is_the_grid(normals):
         for name in ("grid", "grid_torch", "grid_torch")
     ]
     for field in fields:
-        assert type(field) is Field
+        assert type(field) is HashGridField
         field.table.data.normal_(generator=torch.Generator().manual_seed(1))
     fields[2].double()
     options = dict(normals=normals, active_levels=2, count=torch.tensor(150))

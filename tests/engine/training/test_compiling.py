@@ -8,7 +8,7 @@ from dream_fast.engine.guidance.base import GuidanceResult
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import turntable
-from dream_fast.engine.training.kernel_warmup import compile_kernels, needed_launches
+from dream_fast.engine.training.kernel_warmup import collect_launches, precompile_kernels
 from dream_fast.engine.training.trainer import Trainer
 
 SMALL = dict(text="a hamburger", w=8, h=8, W=16, H=16, max_steps=16, occupancy_resolution=16)
@@ -33,7 +33,7 @@ def filled():
 
 def test_every_part_of_a_run_is_there_and_nothing_runs(filled):
     config = small_config("cpu")
-    names = {launch.kernel.__name__ for launch in needed_launches(config, choose_runtime(config))}
+    names = {launch.kernel.__name__ for launch in collect_launches(config, choose_runtime(config))}
     for part in ("field_fwd", "field_bwd", "scatter", "march", "composite_backward", "threshold", "adan", "shade"):
         assert any(part in name for name in names), part
     # Afterwards operators compute again.
@@ -53,7 +53,7 @@ def test_the_first_step_and_the_pictures_compile_nothing(monkeypatch):
 
     config = small_config("cuda").override({"w": 24, "h": 24, "hidden_width": 16})
     runtime = choose_runtime(config)
-    compile_kernels(config, runtime, Reporter())
+    precompile_kernels(config, runtime, Reporter())
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
     trainer = Trainer(config.override({"step_graph": False}), runtime, 0, sum_of)

@@ -20,8 +20,14 @@ from dream_fast.engine.guidance.base import GuidanceResult
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import make_cameras, rays, six_views
-from dream_fast.engine.scene.tet_mesh import TetShape
-from dream_fast.engine.training.dmtet_init import find_start, fitted, read_surface, start_from_field, start_from_mesh
+from dream_fast.engine.scene.tet_mesh import TetMesh
+from dream_fast.engine.training.dmtet_init import (
+    find_init_source,
+    normalized,
+    read_surface,
+    start_from_field,
+    start_from_mesh,
+)
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
@@ -144,7 +150,7 @@ def test_a_ball_learns_its_size(radius, grows):
 
 
 def test_the_border_of_the_grid_stays_outside():
-    shape = TetShape(8, 1.0)
+    shape = TetMesh(8, 1.0)
     with torch.no_grad():
         shape.distance.fill_(1.0)
     surface = shape.surface()
@@ -175,7 +181,7 @@ def test_start_from_a_field(threshold, backbone):
     if backbone:
         backbone = backbone | {"occupancy_resolution": 128}
     trainer = nerf(blob_density=10.0, **backbone)
-    field, shape = trainer.field, TetShape(24, 0.6)
+    field, shape = trainer.field, TetMesh(24, 0.6)
     start_from_field(shape, field, threshold)
     surface = shape.surface()
     mesh = trimesh.Trimesh(surface.vertices.detach(), surface.faces, process=False)
@@ -200,7 +206,7 @@ def test_a_field_without_a_surface_is_told():
         for parameter in trainer.field.parameters():
             parameter.zero_()
     with pytest.raises(UserError, match="the same everywhere"):
-        start_from_field(TetShape(8, 0.6), trainer.field, 3.0)
+        start_from_field(TetMesh(8, 0.6), trainer.field, 3.0)
 
 
 def test_start_from_a_mesh_file(tmp_path):
@@ -209,8 +215,8 @@ def test_start_from_a_mesh_file(tmp_path):
     ).apply_translation((50, 0, -7))
     for name in ("shape.glb", "shape.obj", "shape.stl", "shape.ply"):
         scene.export(tmp_path / name)
-        mesh = fitted(read_surface(tmp_path / name), 0.6, CameraConfig())
-        shape = TetShape(32, 0.6)
+        mesh = normalized(read_surface(tmp_path / name), 0.6, CameraConfig())
+        shape = TetMesh(32, 0.6)
         start_from_mesh(shape, mesh)
         surface = shape.surface()
         found = trimesh.Trimesh(surface.vertices.detach(), surface.faces, process=False)
@@ -251,7 +257,7 @@ def test_what_is_no_start_is_told(tmp_path):
         with pytest.raises(UserError, match=sentence):
             make_trainer(init_with=str(tmp_path / name)).start_shape()
     with pytest.raises(UserError, match="the folder holds no checkpoint"):
-        find_start(str(tmp_path))
+        find_init_source(str(tmp_path))
 
 
 def test_a_run_starts_with_the_colours_and_the_shape_of_another(tmp_path):
@@ -295,7 +301,7 @@ def test_a_run_starts_with_the_colours_and_the_shape_of_another(tmp_path):
 def fit(trainer: Trainer, path: Path) -> Workspace:
     workspace = Workspace(path)
     workspace.write_config(trainer.config)
-    workspace.rewind(trainer.step)
+    workspace.truncate_after(trainer.step)
     trainer.fit(workspace, Reporter(Console(quiet=True)))
     return workspace
 
@@ -360,7 +366,7 @@ def test_small_parts_are_not_looked_at_and_the_average_is():
     with torch.no_grad():
         trainer.shape.distance.copy_(torch.maximum(ball, speck))
     whole = len(trainer.renderer.surface().faces)
-    with trainer.renderer.without_specks():
+    with trainer.renderer.without_floaters():
         inside = trainer.renderer.surface()
         assert 0 < len(inside.faces) < whole and inside.vertices.abs().max() < 0.4
         assert trainer.renderer.surface() is inside

@@ -12,15 +12,15 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import CameraConfig, Config
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.geometry.tet_grid import Surface, tet_grid
-from dream_fast.engine.scene.tet_mesh import TetShape
+from dream_fast.engine.geometry.tet_grid import TriMesh, tet_grid
+from dream_fast.engine.scene.tet_mesh import TetMesh
 from dream_fast.engine.training import dmtet_init
 from dream_fast.engine.training.dmtet_init import (
-    Start,
+    InitSource,
     field_settings,
-    find_start,
-    fitted,
+    find_init_source,
     load_start,
+    normalized,
     read_surface,
     start_from_field,
     start_from_mesh,
@@ -39,7 +39,7 @@ def generator() -> torch.Generator:
 @pytest.mark.parametrize("locked", [False, True])
 def test_a_shape_is_a_ball_at_first(locked: bool) -> None:
     """Half as large as the scene's cube, its distance ten times that of the scene; learned unless it is locked."""
-    shape, grid = TetShape(8, 2.0, locked=locked), tet_grid(8)
+    shape, grid = TetMesh(8, 2.0, locked=locked), tet_grid(8)
     expected = [
         (10 * (1 - 2 * grid.vertices.to(dtype).norm(dim=1))).clamp(-1, 1) for dtype in (torch.float32, torch.float64)
     ]
@@ -50,12 +50,12 @@ def test_a_shape_is_a_ball_at_first(locked: bool) -> None:
     assert (shape.size, shape.bound, shape.locked) == (8, 2.0, locked)
     assert all(parameter.requires_grad is not locked for parameter in shape.parameters())
     assert {name for name, _ in shape.named_parameters()} == {"distance", "shift"}
-    assert not TetShape(8, 2.0).locked
+    assert not TetMesh(8, 2.0).locked
 
 
 def test_positions_are_moved_by_less_than_half_a_layer() -> None:
     """middle + reach (vertex + tanh(shift) / N), along each axis by its own reach."""
-    shape = TetShape(8, 1.0)
+    shape = TetMesh(8, 1.0)
     middle, reach = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.25, 0.5, 1.0])
     shape.start_from(middle, reach, shape.distance.detach())
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_positions_are_moved_by_less_than_half_a_layer() -> None:
 @pytest.mark.parametrize(("border", "counted"), [(1.0, -0.01), (-0.005, -0.01), (-0.5, -0.5)])
 def test_the_border_has_a_distance_below_zero(border: float, counted: float) -> None:
     """At most -0.01, so that the surface closes just inside of it; what is lower stays, and so does what is inside."""
-    shape = TetShape(8, 1.0)
+    shape = TetMesh(8, 1.0)
     with torch.no_grad():
         shape.distance.copy_(torch.where(shape.border, torch.tensor(border), torch.tensor(1.0)))
     surface = shape.surface()
@@ -90,7 +90,7 @@ def test_the_border_has_a_distance_below_zero(border: float, counted: float) -> 
 
 def test_a_start_replaces_all_of_the_state() -> None:
     """The distance is clamped and nothing stays shifted; the parameters are the same objects."""
-    shape = TetShape(4, 1.0)
+    shape = TetMesh(4, 1.0)
     with torch.no_grad():
         shape.shift.fill_(0.5)
     distance = torch.linspace(-3, 3, len(shape.vertices))
@@ -105,7 +105,7 @@ def test_a_start_replaces_all_of_the_state() -> None:
 )
 def test_kept_state_is_read_back(locked: bool, names: list[str]) -> None:
     """What is not optimised travels with the checkpoint; other names and other shapes are refused with both."""
-    shape, other = TetShape(4, 1.0, locked=locked), TetShape(4, 1.0, locked=locked)
+    shape, other = TetMesh(4, 1.0, locked=locked), TetMesh(4, 1.0, locked=locked)
     shape.start_from(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), shape.distance / 2)
     state = shape.kept_state()
     assert sorted(state) == names
@@ -142,7 +142,11 @@ def test_a_start_is_a_checkpoint_or_a_mesh_file(tmp_path: Path, monkeypatch: pyt
         ("run/shape.GLB", "run/shape.GLB", False),
         ("run/shape.obj", "run/shape.obj", False),
     ):
-        assert find_start(str(tmp_path / name)) == find_start(f"~/{name}") == Start(tmp_path / path, checkpoint)
+        assert (
+            find_init_source(str(tmp_path / name))
+            == find_init_source(f"~/{name}")
+            == InitSource(tmp_path / path, checkpoint)
+        )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_what_is_no_start_is_one_sentence(tmp_path: Path, name: str, sentence: s
     touched(tmp_path, "note.txt")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError) as caught:
-        find_start(str(tmp_path / name))
+        find_init_source(str(tmp_path / name))
     assert str(caught.value) == f"--init_with {tmp_path / name}{sentence}"
 
 
@@ -180,10 +184,10 @@ def test_a_run_takes_over_the_settings_of_the_field(monkeypatch: pytest.MonkeyPa
     }
     asked = []
     monkeypatch.setattr(dmtet_init, "read_architecture", lambda path: asked.append(path) or architecture)
-    start = Start(Path("step.safetensors"), True)
+    start = InitSource(Path("step.safetensors"), True)
     assert field_settings(start) == {name: architecture[name] for name in architecture if name != "seed"}
     assert asked == [start.path]
-    assert field_settings(Start(Path("shape.glb"), False)) == {} and len(asked) == 1
+    assert field_settings(InitSource(Path("shape.glb"), False)) == {} and len(asked) == 1
     architecture["tet_grid_size"] = 32
     with pytest.raises(UserError, match="^--init_with step.safetensors is of a mesh refinement already: "):
         field_settings(start)
@@ -193,9 +197,9 @@ def test_a_run_takes_over_the_settings_of_the_field(monkeypatch: pytest.MonkeyPa
 def test_a_mesh_fills_most_of_what_is_seen(bound: float, camera: dict[str, float]) -> None:
     """0.8 of the cube, or of what the camera takes in at the middle (here 1); only places of triangles count."""
     corners = torch.tensor([[1.0, 2, 3], [5, 2, 3], [1, 4, 3], [1, 2, 4], [100, 100, 100]])
-    mesh = Surface(corners, torch.tensor([[0, 1, 2], [0, 3, 1]]))
+    mesh = TriMesh(corners, torch.tensor([[0, 1, 2], [0, 3, 1]]))
     half = 0.8 * min(bound, 1.0)
-    got = fitted(mesh, bound, CameraConfig(**{"default_radius": 4.0, "default_fovy": 90.0} | camera))
+    got = normalized(mesh, bound, CameraConfig(**{"default_radius": 4.0, "default_fovy": 90.0} | camera))
     exact = (corners.double() - torch.tensor([3, 3, 3.5])) * half / 2
     check("vertices", got.vertices, (corners - torch.tensor([3, 3, 3.5])) * half / 2, exact)
     assert got.faces is mesh.faces
@@ -204,9 +208,9 @@ def test_a_mesh_fills_most_of_what_is_seen(bound: float, camera: dict[str, float
 @pytest.mark.parametrize("place", [0.0, float("nan")])
 def test_a_mesh_without_extent_is_refused(place: float) -> None:
     """A mesh that is one point, or at no place, cannot be scaled."""
-    mesh = Surface(torch.full((3, 3), place), torch.tensor([[0, 1, 2]]))
+    mesh = TriMesh(torch.full((3, 3), place), torch.tensor([[0, 1, 2]]))
     with pytest.raises(UserError, match="the mesh of --init_with has no extent"):
-        fitted(mesh, 1.0, CameraConfig())
+        normalized(mesh, 1.0, CameraConfig())
 
 
 def test_a_mesh_file_is_read_in_single_precision(tmp_path: Path) -> None:
@@ -226,16 +230,16 @@ def test_the_grid_of_a_mesh_lies_around_it(monkeypatch: pytest.MonkeyPatch) -> N
     ten times that of the scene, and its sign where that is farther than it is computed."""
     asked = []
 
-    def distance(mesh: Surface, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
+    def distance(mesh: TriMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
         asked.append((mesh, reach))
         points = first + step * torch.cartesian_prod(*map(torch.arange, shape)).view(*shape, 3)
         return ball(points, 0.4).clamp(-reach, reach)
 
     monkeypatch.setattr(dmtet_init, "signed_distance", distance)
     corners = torch.tensor([[0.25, -0.75, 0.5], [-0.5, 0.5, 0.0], [0.0, 0.25, 1.875], [9, 9, 9]])
-    mesh = Surface(corners, torch.tensor([[0, 1, 2]]))
+    mesh = TriMesh(corners, torch.tensor([[0, 1, 2]]))
     for size in (8, 64):
-        shape = TetShape(size, 2.0)
+        shape = TetMesh(size, 2.0)
         with torch.no_grad():
             shape.shift.fill_(1.0)
         asked.clear()
@@ -257,13 +261,13 @@ def test_a_fine_grid_needs_the_distance_within_three_layers(monkeypatch: pytest.
     """Farther off only the sign counts."""
     asked = []
 
-    def distance(mesh: Surface, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
+    def distance(mesh: TriMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
         asked.append((float(step.max()), shape, reach))
         return torch.ones(shape)
 
     monkeypatch.setattr(dmtet_init, "signed_distance", distance)
-    mesh = Surface(torch.tensor([[0.125, 0.25, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.1]]), torch.tensor([[0, 1, 2]]))
-    shape = TetShape(32, 0.25)
+    mesh = TriMesh(torch.tensor([[0.125, 0.25, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.1]]), torch.tensor([[0, 1, 2]]))
+    shape = TetMesh(32, 0.25)
     start_from_mesh(shape, mesh)
     step = 2 * 0.25 / 16  # the longest side is cut off by the cube
     assert asked == [(step, (17, 17, 17), 3 * step), (step, (16, 16, 16), 3 * step)]
@@ -274,28 +278,28 @@ def test_a_fine_grid_needs_the_distance_within_three_layers(monkeypatch: pytest.
 def test_a_mesh_that_encloses_nothing_is_refused(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no vertex of the grid is inside there is no surface to refine, and the shape stays what it was."""
     monkeypatch.setattr(dmtet_init, "signed_distance", lambda mesh, first, step, shape, reach: torch.full(shape, value))
-    shape = TetShape(8, 1.0)
+    shape = TetMesh(8, 1.0)
     before = shape.distance.detach().clone()
     with pytest.raises(UserError, match="^the mesh of --init_with encloses no space that --tet_grid_size resolves"):
-        start_from_mesh(shape, Surface(torch.eye(3), torch.tensor([[0, 1, 2]])))
+        start_from_mesh(shape, TriMesh(torch.eye(3), torch.tensor([[0, 1, 2]])))
     assert torch.equal(shape.distance, before)
 
 
 def test_a_start_that_is_named_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mesh file lays the grid, fitted to cube and camera; a checkpoint is handed back; none leaves the ball."""
     BOX.export(tmp_path / "box.obj")
-    shape, before = TetShape(16, 0.6), TetShape(16, 0.6).distance.detach()
+    shape, before = TetMesh(16, 0.6), TetMesh(16, 0.6).distance.detach()
     config = Config().override({"dmtet": True, "text": "a box"})
     assert load_start(config, shape) is None and torch.equal(shape.distance, before)
     named = config.override({"init_with": str(tmp_path / "box.obj")})
-    assert load_start(named, shape) == Start(tmp_path / "box.obj", False)
-    expected = TetShape(16, 0.6)
-    start_from_mesh(expected, fitted(read_surface(tmp_path / "box.obj"), 0.6, named.camera))
+    assert load_start(named, shape) == InitSource(tmp_path / "box.obj", False)
+    expected = TetMesh(16, 0.6)
+    start_from_mesh(expected, normalized(read_surface(tmp_path / "box.obj"), 0.6, named.camera))
     assert torch.equal(shape.distance, expected.distance) and torch.equal(shape.reach, expected.reach)
     touched(tmp_path, "step_000001.safetensors")
     asked = []
     monkeypatch.setattr(dmtet_init, "field_settings", asked.append)
-    start = Start(tmp_path / "step_000001.safetensors", True)
+    start = InitSource(tmp_path / "step_000001.safetensors", True)
     assert load_start(config.override({"init_with": str(start.path)}), shape) == start and asked == [start]
     assert torch.equal(shape.distance, expected.distance)
 
@@ -322,8 +326,8 @@ class Boxes:
         return (self.steepness * self.depth(points)).exp()
 
 
-def started(field: Any, size: int = 16, threshold: float = 1.0) -> TetShape:
-    shape = TetShape(size, 1.0)
+def started(field: Any, size: int = 16, threshold: float = 1.0) -> TetMesh:
+    shape = TetMesh(size, 1.0)
     with torch.no_grad():
         shape.shift.fill_(1.0)
     start_from_field(shape, field, threshold)

@@ -17,7 +17,7 @@ from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config, GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
-from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -41,7 +41,7 @@ def make_trainer(**changes) -> Trainer:
     prompts = PromptEmbeddings(components, config.run.text)
     score = ScoreDistillation(components, config.guidance)
     camera = config.camera
-    guidance = TextGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
+    guidance = DiffusionGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
     return Trainer(config, runtime, 0, guidance)
 
 

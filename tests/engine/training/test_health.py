@@ -16,10 +16,18 @@ from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.training import divergence
 from dream_fast.engine.training import trainer as trainer_module
-from dream_fast.engine.training.divergence import DIVERGED, LOST, Lost, diagnosis, flags, lost_sentence, rescued
-from dream_fast.engine.training.failures import lighter, memory_sentence
+from dream_fast.engine.training.divergence import (
+    MAX_DEGENERATE_STEPS,
+    MAX_NONFINITE_STEPS,
+    DegenerateScene,
+    degenerate_message,
+    diagnosis,
+    flags,
+    rescue_overrides,
+)
+from dream_fast.engine.training.failures import low_memory_overrides, memory_message
 from dream_fast.engine.training.optim import LossScaler
-from dream_fast.engine.training.trainer import Phase, Step, Trainer
+from dream_fast.engine.training.trainer import Phase, StepResult, Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
 SMALL = """
@@ -81,8 +89,8 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_
     ],
 )
 def test_the_diagnosis_names_what_is_not_finite_and_a_flag(row, fp16, cause, advice):
-    sentence = diagnosis(Config().override({"fp16": fp16}), DIVERGED, row)
-    assert f"last {DIVERGED} steps were not finite" in sentence and cause in sentence and advice in sentence
+    sentence = diagnosis(Config().override({"fp16": fp16}), MAX_NONFINITE_STEPS, row)
+    assert f"last {MAX_NONFINITE_STEPS} steps were not finite" in sentence and cause in sentence and advice in sentence
 
 
 def test_the_loss_scale_recovers():
@@ -106,7 +114,7 @@ FILLING = ["--blob_density", "60", "--blob_radius", "5"]
 def test_a_lost_object_is_warned_of_once_with_the_settings_to_change(
     tmp_path, tiny_model, monkeypatch, capsys, typed, kind
 ):
-    monkeypatch.setattr(trainer_module, "LOST", 8)
+    monkeypatch.setattr(trainer_module, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, *typed)) == 0
     out = capsys.readouterr().out
     assert out.count(f"warning: the object {kind}") == 1 and "--rescue starts again with --lr 0.0" in out
@@ -117,7 +125,7 @@ def test_a_lost_object_is_warned_of_once_with_the_settings_to_change(
 def test_rescue_starts_again_with_settings_under_which_there_is_an_object(
     tmp_path, tiny_model, monkeypatch, capsys, typed, kind
 ):
-    monkeypatch.setattr(trainer_module, "LOST", 8)
+    monkeypatch.setattr(trainer_module, "MAX_DEGENERATE_STEPS", 8)
     words = command(tmp_path, tiny_model, *typed, "--rescue")
     assert main(words) == 0
     out = capsys.readouterr().out
@@ -132,7 +140,7 @@ def test_rescue_starts_again_with_settings_under_which_there_is_an_object(
 
 def test_a_regulariser_that_outweighs_the_guidance_is_named_once(tmp_path, tiny_model, monkeypatch, capsys):
     """With the weight that would not, which is not warned of in its turn."""
-    monkeypatch.setattr(trainer_module, "LOST", 8)
+    monkeypatch.setattr(trainer_module, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, "--lambda_tv", "1e3", "--log_every", "2")) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "times as hard as the guidance" in line]
     assert len(said) == 1 and "--lambda_tv 1000 pulls" in said[0] and "would pull as hard as that" in said[0]
@@ -146,23 +154,23 @@ def test_a_regulariser_that_outweighs_the_guidance_is_named_once(tmp_path, tiny_
 def test_a_box_full_of_noise_is_a_lost_object_whose_regulariser_is_named():
     """Opacities as a run of an H200 had them, which were never 0.98 for long; a good run's largest is far below."""
     noise = [0.86, 0.94, 0.95, 0.92, 0.89, 1.0, 0.97, 0.93, 0.99, 0.83, 0.82, 0.81]
-    assert min(noise) > divergence.ALL > 0.56
+    assert min(noise) > divergence.MAX_OPACITY > 0.56
     config = resolve({"lambda_3d_normal_smooth": 0.1, "lambda_tv": LinearSchedule.parse("0:0:2:9")}, "sd", "cuda")
-    sentence = lost_sentence(config, "full", 500)
+    sentence = degenerate_message(config, "full", 500)
     assert "--lambda_tv 2 --lambda_3d_normal_smooth 0.1 may be too strong; --rescue" in sentence
     for usual in (resolve({}, "dream-mini", "cuda"), resolve({"preset": "reference"}, "dream-mini", "cpu")):
-        assert "too strong" not in lost_sentence(usual, "full", 500)
+        assert "too strong" not in degenerate_message(usual, "full", 500)
 
 
 @pytest.mark.parametrize("since", [0, 1, 37, 99, 100])
 def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch):
     """However rarely a row is logged; the steps are pretended, and the object is gone from one of them on."""
 
-    def pretended(self) -> Step:
+    def pretended(self) -> StepResult:
         self.step += 1
         self.lost_in_a_row[0] = max(0, self.step - since)
         nothing = torch.zeros(())
-        return Step(Phase("shaded", "albedo", 1.0), {}, nothing, nothing, nothing, nothing, nothing)
+        return StepResult(Phase("shaded", "albedo", 1.0), {}, nothing, nothing, nothing, nothing, nothing)
 
     monkeypatch.setattr(Trainer, "train_step", pretended)
     monkeypatch.setattr(Trainer, "validate", lambda *_: None)
@@ -172,15 +180,15 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
         typed | {"text": "a hamburger", "device": "cpu", "iters": 1000, "log_every": 999, "rescue": True}
     )
     trainer = Trainer(config, choose_runtime(config), 0)
-    with pytest.raises(Lost):
+    with pytest.raises(DegenerateScene):
         trainer.fit(Workspace(tmp_path), Reporter(Console(quiet=True)))
-    assert LOST <= trainer.step - since <= 200
+    assert MAX_DEGENERATE_STEPS <= trainer.step - since <= 200
 
 
 def test_settings_of_a_rescue_go_away_from_what_lost_the_object():
     schedule = LinearSchedule(0.0, 30.0, 10.0, 1.0)
     config = Config().override({"lambda_opacity": 5.0, "lambda_entropy": schedule, "lr": 0.01})
-    vanished, full = (rescued(config, kind) for kind in divergence.KINDS)
+    vanished, full = (rescue_overrides(config, kind) for kind in divergence.DEGENERACIES)
     assert vanished["lambda_opacity"] == 0 and vanished["lambda_entropy"].first == 3 and vanished["blob_density"] == 10
     assert full["lambda_opacity"] == 50 and full["blob_density"] == 2.5 and vanished["lr"] == full["lr"] == 0.005
     assert config.override(vanished) != config != config.override(full)
@@ -224,11 +232,11 @@ def test_no_memory_for_the_model_or_the_pictures_is_one_sentence_too(tmp_path, t
 
 def test_what_takes_less_memory_ends_where_nothing_does():
     config, seen = Config().override({"batch_size": 2, "step_graph": True}), []
-    while less := lighter(config):
+    while less := low_memory_overrides(config):
         seen.append(flags(less))
         config = config.override(less)
     assert seen == ["--vram_O --batch_size 1 --no-step_graph", "--w 32 --h 32"]
-    assert "a smaller image model" in memory_sentence(config, RuntimeError("?"), "that is all")
+    assert "a smaller image model" in memory_message(config, RuntimeError("?"), "that is all")
 
 
 def test_samples_that_do_not_fit_make_the_buffers_grow_and_change_nothing(tmp_path, tiny_model):

@@ -16,23 +16,23 @@ def configured(**changes):
 def test_a_vanished_object_starts_again_denser_with_nothing_to_pull_it_down():
     """Half the rate, no opacity term, a tenth of the entropy, twice the blob and 10 at least."""
     config = configured(lr=0.5, lambda_opacity=0.25, lambda_entropy=2.0, blob_density=8.0, blob_radius=0.5)
-    assert divergence.rescued(config, "vanished") == {
+    assert divergence.rescue_overrides(config, "vanished") == {
         "lr": 0.25,
         "lambda_opacity": 0.0,
         "lambda_entropy": pytest.approx(0.2),
         "blob_density": 16.0,
     }
     sparse = configured(lr=0.5, lambda_opacity=0.0, lambda_entropy=0.0, blob_density=3.0)
-    assert divergence.rescued(sparse, "vanished") == {"lr": 0.25, "blob_density": 10.0}
+    assert divergence.rescue_overrides(sparse, "vanished") == {"lr": 0.25, "blob_density": 10.0}
 
 
 def test_a_full_box_starts_again_with_a_smaller_blob_that_opacity_pulls_down():
     """Ten times the opacity term and 1 at least, half the blob and 10 at most, a radius of 0.2 at most."""
     config = configured(lr=0.5, lambda_opacity=0.25, blob_density=8.0, blob_radius=0.5)
     expected = {"lr": 0.25, "lambda_opacity": 2.5, "blob_density": 4.0, "blob_radius": 0.2}
-    assert divergence.rescued(config, "full") == expected
+    assert divergence.rescue_overrides(config, "full") == expected
     config = configured(lr=0.5, lambda_opacity=0.01, blob_density=50.0, blob_radius=0.1)
-    assert divergence.rescued(config, "full") == {"lr": 0.25, "lambda_opacity": 1.0, "blob_density": 10.0}
+    assert divergence.rescue_overrides(config, "full") == {"lr": 0.25, "lambda_opacity": 1.0, "blob_density": 10.0}
 
 
 def test_a_schedule_is_multiplied_at_both_ends():
@@ -46,12 +46,12 @@ def test_a_schedule_is_multiplied_at_both_ends():
 def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
     """Kind, number of steps, step and flags."""
     config = configured(lr=0.5, lambda_opacity=0.0, lambda_entropy=0.0, blob_density=3.0)
-    assert divergence.lost_sentence(config, "vanished", 300) == (
+    assert divergence.degenerate_message(config, "vanished", 300) == (
         "the object has vanished (100 steps in a row before step 300); --rescue starts again with "
         "--lr 0.25 --blob_density 10"
     )
-    assert "the object fills the whole box (100 steps" in divergence.lost_sentence(config, "full", 300)
-    lost = divergence.Lost("full")
+    assert "the object fills the whole box (100 steps" in divergence.degenerate_message(config, "full", 300)
+    lost = divergence.DegenerateScene("full")
     assert lost.kind == "full" and str(lost) == "full"
 
 
@@ -109,32 +109,32 @@ def test_diagnosis_names_the_cause_and_a_setting(row, cause, half, full):
 def test_lighter_settings_take_views_then_pixels(settings, less):
     """Half of the views; with one of them half of the pixels, down to 32; no step graph."""
     defaults = {"w": 64, "h": 64, "vram_O": False, "step_graph": False}
-    assert failures.lighter(configured(**(defaults | settings))) == less
+    assert failures.low_memory_overrides(configured(**(defaults | settings))) == less
 
 
 def test_memory_sentence_has_the_request_the_advice_and_the_step():
     """With and without a number from torch, and where no setting takes less."""
     error = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
     config = configured(batch_size=4, w=64, h=32, vram_O=True)
-    assert failures.memory_sentence(config, error, "go on") == (
+    assert failures.memory_message(config, error, "go on") == (
         "the GPU has no memory left, asked for 2.50 GiB more: give --batch_size 2 (this step: --batch_size 4 --w 64 "
         "--h 32); go on"
     )
     smallest = configured(batch_size=1, w=32, h=32, vram_O=True)
-    assert failures.memory_sentence(smallest, RuntimeError("Tried to allocate 2 MiB."), "go on") == (
+    assert failures.memory_message(smallest, RuntimeError("Tried to allocate 2 MiB."), "go on") == (
         "the GPU has no memory left, asked for 2 MiB more: a smaller image model or another GPU is needed (this step: "
         "--batch_size 1 --w 32 --h 32); go on"
     )
-    sentence = failures.memory_sentence(smallest, RuntimeError("other"), "go on")
+    sentence = failures.memory_message(smallest, RuntimeError("other"), "go on")
     assert sentence.startswith("the GPU has no memory left: a")
 
 
 def test_outweighed_guidance_is_told_with_weights_that_pull_as_hard_as_it():
     """Each weight over the ratio, to one digit; a weight of 0 is not named, and of a schedule the largest counts."""
     ending = "(most of 100 steps before step 700) and smooths the object away; {} would pull as hard as that"
-    one = divergence.outweighed_sentence(configured(lambda_tv=1.0, lambda_wd=0.0), 4.0, 700)
+    one = divergence.outweighed_message(configured(lambda_tv=1.0, lambda_wd=0.0), 4.0, 700)
     assert one == "--lambda_tv 1 pulls 4.0 times as hard as the guidance " + ending.format("--lambda_tv 0.2")
     scheduled = configured(lambda_tv=LinearSchedule(0.1, 1.0, 8.0, 0.9), lambda_wd=2.0)
-    both = divergence.outweighed_sentence(scheduled, 4.0, 700)
+    both = divergence.outweighed_message(scheduled, 4.0, 700)
     beginning = "--lambda_tv 8 --lambda_wd 2 pulls 4.0 times as hard as the guidance "
     assert both == beginning + ending.format("--lambda_tv 2 --lambda_wd 0.5")

@@ -10,7 +10,7 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import make_cameras, rays
-from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.training import losses
 
 COUNT = torch.tensor(3)
@@ -118,7 +118,7 @@ def small_renderer():
         FieldConfig(), levels=2, log2_entries=9, base_resolution=4, max_resolution=8, hidden_width=8, hidden_layers=1
     )
     render_config = dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16)
-    field = Field(field_config, 1.0, torch.Generator().manual_seed(0))
+    field = HashGridField(field_config, 1.0, torch.Generator().manual_seed(0))
     field.table.data.normal_(generator=torch.Generator().manual_seed(1))
     return Renderer(field, render_config)
 

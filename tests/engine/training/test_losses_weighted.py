@@ -9,7 +9,7 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
 from dream_fast.engine.render.volume import Renderer
 from dream_fast.engine.scene.camera import make_cameras, rays
-from dream_fast.engine.scene.hash_grid_field import Field
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.training import losses
 
 NOTHING = {field.name: 0.0 for field in dataclasses.fields(LossConfig) if field.name.startswith("lambda_")}
@@ -22,7 +22,7 @@ def scene():
     config = dataclasses.replace(
         FieldConfig(), levels=3, log2_entries=9, base_resolution=4, max_resolution=16, hidden_width=8, hidden_layers=1
     )
-    field = Field(config, 1.0, torch.Generator().manual_seed(0))
+    field = HashGridField(config, 1.0, torch.Generator().manual_seed(0))
     field.table.data.normal_(generator=torch.Generator().manual_seed(1))
     renderer = Renderer(field, dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16))
     cameras = make_cameras(*(torch.tensor(x) for x in ([90.0, 60.0], [0.0, 90.0], [3.0, 3.0], [30.0, 30.0])))
@@ -125,12 +125,12 @@ def test_the_mean_of_one_sample_is_that_sample():
 
 def test_normals_of_tiny_triangles_are_unit_vectors():
     """Two triangles at a right angle cost 1 in the edge that they share, whatever their size."""
-    from dream_fast.engine.geometry.tet_grid import Surface
+    from dream_fast.engine.geometry.tet_grid import TriMesh
 
     corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
     faces = torch.tensor([[0, 1, 2], [0, 3, 1]])
     beyond = torch.tensor([[5, -1, -1], [-1, -1, 2]])  # of each edge, the corner (3 face + corner) opposite it
     for size in (1.0, 1e-3):
-        got = losses.normal_consistency(Surface(size * corners, faces), beyond)
+        got = losses.normal_consistency(TriMesh(size * corners, faces), beyond)
         one = torch.tensor(1.0, dtype=torch.float64)
         check("consistency", got, one, one)

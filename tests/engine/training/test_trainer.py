@@ -18,7 +18,7 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule, values_at
 from dream_fast.engine.config.schema import Config, ShadingConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -26,10 +26,10 @@ from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.runtime.signals import Stopped
 from dream_fast.engine.scene.camera import Cameras, sample_cameras
-from dream_fast.engine.training.divergence import DIVERGED
+from dream_fast.engine.training.divergence import MAX_NONFINITE_STEPS
 from dream_fast.engine.training.losses import ramp
 from dream_fast.engine.training.optim import LossScaler
-from dream_fast.engine.training.trainer import Dials, Schedule, Trainer, choose_phase
+from dream_fast.engine.training.trainer import RunProgress, StepInputs, Trainer, choose_phase
 from dream_fast.engine.workspace.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -88,7 +88,7 @@ def small_config(**changes) -> Config:
 def text_guidance(tiny_model):
     components = load_components(tiny_model, "cpu")
     prompts = PromptEmbeddings(components, "a hamburger")
-    return lambda config: TextGuidance(ScoreDistillation(components, config.guidance), prompts, 30.0)
+    return lambda config: DiffusionGuidance(ScoreDistillation(components, config.guidance), prompts, 30.0)
 
 
 def make_trainer(text_guidance, seed=0, **changes) -> Trainer:
@@ -99,7 +99,7 @@ def make_trainer(text_guidance, seed=0, **changes) -> Trainer:
 def fit(trainer: Trainer, path) -> Workspace:
     workspace = Workspace(path)
     workspace.write_config(trainer.config)
-    workspace.rewind(trainer.step)
+    workspace.truncate_after(trainer.step)
     trainer.fit(workspace, Reporter(Console(quiet=True)))
     return workspace
 
@@ -133,18 +133,18 @@ def same_state(a: Trainer, b: Trainer) -> bool:
 
 
 def test_progress_runs_from_zero_and_a_longer_run_never_falls_back():
-    schedule = Schedule(100)
+    schedule = RunProgress(100)
     assert [schedule.progress(step) for step in (0, 50, 100)] == [0.0, 0.5, 1.0]
-    longer = schedule.stretched(60, 200)
+    longer = schedule.extended_to(60, 200)
     check_values("progress", [longer.progress(step) for step in (60, 130)], [0.6, 0.8])
     assert longer.progress(200) == 1.0
-    assert schedule.stretched(60, 100) == schedule
+    assert schedule.extended_to(60, 100) == schedule
 
 
 def test_a_schedule_that_starts_late_is_at_0_before_and_at_1_after_its_end():
-    late = Schedule(60, 20)
+    late = RunProgress(60, 20)
     assert [late.progress(step) for step in (0, 19, 20, 30, 60, 99)] == [0.0, 0.0, 0.0, 0.25, 1.0, 1.0]
-    before, inside = late.stretched(10, 100), late.stretched(40, 100)
+    before, inside = late.extended_to(10, 100), late.extended_to(40, 100)
     assert [before.progress(step) for step in (10, 20, 60, 100)] == [0.0, 0.0, 0.5, 1.0]
     assert [inside.progress(step) for step in (40, 70, 100)] == [0.5, 0.75, 1.0]
 
@@ -329,7 +329,7 @@ def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
     trainers = [make_trainer(text_guidance, grad_clip=grad_clip, **CHEAP | weights) for _ in range(2)]
     trainers[1].scaler = LossScaler(True, "cpu", start=1024.0)
     for trainer in trainers:
-        trainer.schedule = Schedule(8, 0, 0.5)  # the regularisers have their full weight
+        trainer.schedule = RunProgress(8, 0, 0.5)  # the regularisers have their full weight
         before = trainer.optimizer.params.clone()
         trainer.train_step()
         assert int(trainer.skipped) == 0 and not torch.equal(trainer.optimizer.params, before)
@@ -337,7 +337,7 @@ def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
 
 
 def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_reason(text_guidance, tmp_path):
-    trainer = make_trainer(text_guidance, iters=3 * DIVERGED, log_every=DIVERGED, **CHEAP)
+    trainer = make_trainer(text_guidance, iters=3 * MAX_NONFINITE_STEPS, log_every=MAX_NONFINITE_STEPS, **CHEAP)
 
     def guidance(pictures, cameras, **_):
         loss = pictures.sum() * float("nan")
@@ -345,11 +345,11 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_r
 
     trainer.guidance = guidance
     before = trainer.optimizer.params.clone()
-    with pytest.raises(UserError, match=f"last {DIVERGED} steps were not finite"):
+    with pytest.raises(UserError, match=f"last {MAX_NONFINITE_STEPS} steps were not finite"):
         fit(trainer, tmp_path)
     assert torch.equal(trainer.optimizer.params, before)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert row["skipped"] == DIVERGED and row["grad_norm"] is None
+    assert row["skipped"] == MAX_NONFINITE_STEPS and row["grad_norm"] is None
 
 
 class Direct:
@@ -378,7 +378,7 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
         got = trainer.optimizer.grads.clone()
         trainer.generator.manual_seed(step)
         settled = trainer.guidance.settle(2, step, progress, trainer.generator)
-        dials = Dials(phase.ambient, ramp(progress), values_at(trainer.config.loss, step, progress), settled)
+        dials = StepInputs(phase.ambient, ramp(progress), values_at(trainer.config.loss, step, progress), settled)
         # A graph reads them in fp32; with those numbers nothing differs.
         dials = tree_map(lambda x: torch.tensor(x).item() if isinstance(x, float) else x, dials)
         called = trainer._gradients(phase, True, dials, progress, None)
@@ -443,7 +443,7 @@ class Interrupting:
 
 @pytest.mark.parametrize("kind", [*BACKBONES, "schedules"])
 def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(text_guidance, tmp_path, kind):
-    in_parts = {name: value for name, value in ANNEALED.items() if name != "lambda_guidance"}  # of no TextGuidance
+    in_parts = {name: value for name, value in ANNEALED.items() if name != "lambda_guidance"}  # of no DiffusionGuidance
     changes = (BACKBONES | {"schedules": in_parts})[kind] | {"progressive_level": True}
     whole = make_trainer(text_guidance, **changes)
     expected = rows_without_times(fit(whole, tmp_path / "whole"))

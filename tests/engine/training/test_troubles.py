@@ -22,7 +22,7 @@ def workspace(tmp_path):
 
 def test_way_on_names_the_newest_checkpoint(workspace):
     """The step is that of the newest one."""
-    assert failures.way_on(workspace) == "the checkpoint of step 12 is whole, and the same command goes on from it"
+    assert failures.resume_hint(workspace) == "the checkpoint of step 12 is whole, and the same command goes on from it"
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -30,7 +30,7 @@ def test_way_on_without_a_checkpoint(tmp_path, monkeypatch, fails):
     """There is none yet, or the disk no longer tells."""
     if fails:
         monkeypatch.setattr(failures, "list_checkpoints", lambda folder: os.stat(tmp_path / "gone"))
-    sentence = failures.way_on(Workspace(tmp_path / "run"))
+    sentence = failures.resume_hint(Workspace(tmp_path / "run"))
     assert sentence == "no checkpoint was saved yet, so the same command starts over"
 
 
@@ -44,9 +44,9 @@ def test_way_on_without_a_checkpoint(tmp_path, monkeypatch, fails):
 )
 def test_errors_of_the_run_are_a_sentence(workspace, tmp_path, code, name, sentence):
     """A full or broken disk is the run's trouble whatever the file, and any error of a file in its folder is."""
-    with pytest.raises(UserError) as caught, failures.disk_troubles(workspace, workspace):
+    with pytest.raises(UserError) as caught, failures.translate_disk_errors(workspace, workspace):
         raise OSError(code, os.strerror(code), None if name is None else str(tmp_path / name))
-    assert str(caught.value).startswith(sentence) and str(caught.value).endswith(failures.way_on(workspace))
+    assert str(caught.value).startswith(sentence) and str(caught.value).endswith(failures.resume_hint(workspace))
     assert os.strerror(code) in str(caught.value)
 
 
@@ -54,6 +54,6 @@ def test_errors_of_the_run_are_a_sentence(workspace, tmp_path, code, name, sente
 def test_errors_of_other_files_are_left_alone(workspace, tmp_path, name):
     """An error without a file, or of one outside, is not explained by the run's folder."""
     error = OSError(errno.EACCES, "denied", str(tmp_path / name) if isinstance(name, str) else name)
-    with pytest.raises(OSError) as caught, failures.disk_troubles(workspace, workspace):
+    with pytest.raises(OSError) as caught, failures.translate_disk_errors(workspace, workspace):
         raise error
     assert caught.value is error

@@ -22,7 +22,7 @@ from dream_fast.engine import run
 from dream_fast.engine.config.schema import Config, GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
-from dream_fast.engine.guidance.diffusion import TextGuidance
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -208,7 +208,7 @@ def make_trainer(components: Components, **changes) -> Trainer:
     values = [value if value == "cpu" else float(value) if "." in value else int(value) for value in SMALL[1::2]]
     config = Config().override(dict(zip(names, values, strict=True)) | {"text": "a hamburger"} | changes)
     prompts = PromptEmbeddings(components, "a hamburger", keep_text_encoder=True)
-    guidance = TextGuidance(ScoreDistillation(components, config.guidance), prompts, 30.0)
+    guidance = DiffusionGuidance(ScoreDistillation(components, config.guidance), prompts, 30.0)
     return Trainer(config, choose_runtime(config), 7, guidance)
 
 
@@ -280,7 +280,7 @@ def test_a_number_that_is_not_finite_is_one_on_the_board(components, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     made = make_trainer(components, tensorboard=True)
-    with callbacks.Watch(made, Workspace(tmp_path), Reporter(Console(quiet=True))) as board:
+    with callbacks.RunCallbacks(made, Workspace(tmp_path), Reporter(Console(quiet=True))) as board:
         board.row(dict.fromkeys(callbacks.NUMBERS, 1.0) | {"step": 1, "loss": None, "grad_norm": None})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -294,7 +294,7 @@ def test_what_the_board_shows_after_a_checkpoint_is_shown_anew(components, tmp_p
     for start, steps, value in ((0, (2, 4, 6), 1.0), (4, (6, 8), 2.0)):
         made = make_trainer(components, tensorboard=True)
         made.step = start
-        with callbacks.Watch(made, Workspace(tmp_path), Reporter(Console(quiet=True))) as board:
+        with callbacks.RunCallbacks(made, Workspace(tmp_path), Reporter(Console(quiet=True))) as board:
             for step in steps:
                 board.row(dict.fromkeys(callbacks.NUMBERS, value) | {"step": step, "loss": value})
     events = EventAccumulator(str(tmp_path / "tensorboard"))

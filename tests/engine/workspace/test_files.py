@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dream_fast.cli import main
-from dream_fast.engine.workspace.atomic import half_written, written_aside, written_together
+from dream_fast.engine.workspace.atomic import atomic_write, atomic_writes, stale_temp_files
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 
 SMALL = """
@@ -64,7 +64,7 @@ def test_written_aside_syncs_file_name_and_leaves_the_old_one_until_then(tmp_pat
     path = tmp_path / "new" / "notes.txt"
     for text in ("one", "two"):
         disk.clear()
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_text(text)
             assert path.exists() == (text == "two") and (text == "one" or path.read_text() == "one")
         assert disk == [("sync", aside), ("rename", path), ("sync", path.parent)]
@@ -75,9 +75,9 @@ def test_written_aside_after_an_error_leaves_the_old_file(tmp_path, disk):
     """What a writer had begun when it failed is gone, and nothing is renamed."""
     path = tmp_path / "notes.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), written_aside(path) as aside:
+    with pytest.raises(RuntimeError), atomic_write(path) as aside:
         aside.write_text("half")
-        assert half_written(tmp_path) == [aside]
+        assert stale_temp_files(tmp_path) == [aside]
         raise RuntimeError
     assert disk == [] and list(tmp_path.iterdir()) == [path] and path.read_text() == "old"
 
@@ -85,7 +85,7 @@ def test_written_aside_after_an_error_leaves_the_old_file(tmp_path, disk):
 def test_written_together_syncs_all_files_before_the_first_name(tmp_path, disk):
     """Files that belong together are all on the disk before one of them is renamed."""
     paths = [tmp_path / name for name in ("a.obj", "b.mtl", "c.png")]
-    with written_together(paths) as asides:
+    with atomic_writes(paths) as asides:
         for aside in asides:
             aside.write_text(aside.name)
     first = next(number for number, (what, _) in enumerate(disk) if what == "rename")

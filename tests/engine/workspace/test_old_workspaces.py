@@ -92,7 +92,7 @@ def test_pictures_of_other_weights_are_others(original, copy):
     config = workspace.stored_config()
     trainer = Trainer(config, choose_runtime(config), 1)
     trainer.load(list_checkpoints(workspace.checkpoints)[-1])
-    with trainer.optimizer.ema_weights(), trainer.renderer.without_specks(), torch.no_grad():
+    with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters(), torch.no_grad():
         table = trainer.field.table.view(-1, 2)
         table.copy_(table.roll(1, dims=0).clone())
         write_six_views(workspace.results, trainer.renderer, config.camera)

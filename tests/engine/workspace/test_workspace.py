@@ -104,7 +104,7 @@ def test_rewind_drops_what_came_later(tmp_path, caplog):
         save_checkpoint(workspace.checkpoints, step, {"x": torch.zeros(1)}, {})
     rows = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6, 8)]
     workspace.metrics.write_text("".join(rows) + '{"ste')  # the last row was being written when the machine stopped
-    workspace.rewind(5)
+    workspace.truncate_after(5)
     assert list_checkpoints(workspace.checkpoints) == [checkpoint_path(workspace.checkpoints, 5)]
     assert workspace.metrics.read_text() == "".join(rows[:2])
     assert not caplog.records
@@ -115,7 +115,7 @@ def test_rewind_keeps_the_rows_that_can_be_read_and_warns_once_of_others(tmp_pat
     good = [json.dumps({"step": step}).encode() + b"\n" for step in (2, 4, 6)]
     junk = [b"junk\n", b"\n", b"[]\n", b"3\n", b'{"step": "4"}\n', b'{"loss": 1.0}\n', b"\xff\x00\n"]
     workspace.metrics.write_bytes(good[0] + b"".join(junk[:4]) + good[1] + b"".join(junk[4:]) + good[2])
-    workspace.rewind(5)
+    workspace.truncate_after(5)
     assert workspace.metrics.read_bytes() == good[0] + good[1]
     (warning,) = caplog.messages
     assert str(workspace.metrics) in warning and warning.endswith(": 7")
@@ -126,7 +126,7 @@ def test_rewind_needs_only_the_names_of_checkpoints(tmp_path):
     workspace.checkpoints.mkdir()
     for step in (5, 10):
         checkpoint_path(workspace.checkpoints, step).write_bytes(b"damaged")
-    workspace.rewind(5)
+    workspace.truncate_after(5)
     assert list_checkpoints(workspace.checkpoints) == [checkpoint_path(workspace.checkpoints, 5)]
 
 

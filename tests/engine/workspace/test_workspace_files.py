@@ -77,7 +77,7 @@ def test_rewind_drops_what_is_beyond_the_step_alone(tmp_path):
     gone = ["validation/step_000006.png", "guidance/step_1000000.png", "results/turntable_step_000006.mp4"]
     gone += ["checkpoints/step_000006.safetensors", ".notes.writing.txt", "results/.front.writing.png"]
     fill(tmp_path, *kept, *gone)
-    Workspace(tmp_path).rewind(5)
+    Workspace(tmp_path).truncate_after(5)
     assert names(tmp_path) == sorted(kept)
 
 
@@ -86,23 +86,23 @@ def test_rewind_keeps_the_row_of_the_step_and_writes_only_what_changes(tmp_path,
     workspace = Workspace(tmp_path)
     rows = ['{"loss": 1.0,  "step": 0}\n', '{"step": 5}\n', '{"step": 6}\n']
     workspace.metrics.write_text("".join(rows))
-    workspace.rewind(5)
+    workspace.truncate_after(5)
     assert workspace.metrics.read_text() == "".join(rows[:2])
     before = workspace.metrics.stat()
-    workspace.rewind(5)
+    workspace.truncate_after(5)
     after = workspace.metrics.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     with caplog.at_level(logging.WARNING):
         workspace.metrics.write_text('{"step": null}\n{"step": 1.0}\n[]\n{"step": 4}\n{"st')
-        workspace.rewind(5)
+        workspace.truncate_after(5)
     assert workspace.metrics.read_text() == '{"step": 4}\n'
     assert caplog.messages[0].endswith("left out: 3")
 
 
 def test_rewind_does_not_mind_what_is_gone_already(tmp_path, monkeypatch):
     """A half-written file that another process removes in between is no error."""
-    monkeypatch.setattr(module, "half_written", lambda folder: [folder / ".gone.writing.txt"])
-    Workspace(tmp_path).rewind(5)
+    monkeypatch.setattr(module, "stale_temp_files", lambda folder: [folder / ".gone.writing.txt"])
+    Workspace(tmp_path).truncate_after(5)
     assert names(tmp_path) == []
 
 
@@ -195,14 +195,14 @@ def test_outputs_do_not_go_into_another_run(tmp_path):
 def test_claimed_holds_the_lock_inside_the_block_alone(tmp_path):
     """A second claim is refused with the flag's folder; a folder that is made in the block is claimed then."""
     workspace = Workspace(tmp_path)
-    with workspace.claimed():
+    with workspace.locked():
         assert workspace.lock.is_there()
-        workspace.check_there()
-        with pytest.raises(UserError, match="in use by process"), Workspace(tmp_path).claimed():
+        workspace.check_not_moved()
+        with pytest.raises(UserError, match="in use by process"), Workspace(tmp_path).locked():
             pass
     assert workspace.lock is None and not (tmp_path / LOCK).exists()
     fresh = Workspace(tmp_path / "a" / "b")
-    with fresh.claimed():
+    with fresh.locked():
         assert fresh.lock is None and not fresh.path.exists()
         fresh.make()
         assert (fresh.path / LOCK).exists() and fresh.lock.is_there()
@@ -213,11 +213,11 @@ def test_claimed_holds_the_lock_inside_the_block_alone(tmp_path):
 def test_a_folder_that_went_away_is_missed(tmp_path):
     """After the lock's file is gone the run ends with a sentence; without a lock nothing is asked."""
     workspace = Workspace(tmp_path / "run")
-    workspace.check_there()
+    workspace.check_not_moved()
     workspace.make()
     (workspace.path / LOCK).unlink()
     with pytest.raises(UserError, match=re.escape(f"--workspace {workspace.path} is gone: it was moved, removed")):
-        workspace.check_there()
+        workspace.check_not_moved()
     workspace.lock.release()
 
 
@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_made_or_claimed_is_named(tmp_path, monkeypatch)
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("os.open", refuse)
-    with pytest.raises(UserError) as refused, Workspace(tmp_path).claimed():
+    with pytest.raises(UserError) as refused, Workspace(tmp_path).locked():
         pass
     assert str(refused.value) == f"--workspace {tmp_path} cannot be written to (Read-only file system)"
 
@@ -295,6 +295,6 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path):
 def test_set_aside_keeps_the_damaged_checkpoint(tmp_path):
     """Under a name that is no checkpoint's."""
     fill(tmp_path, "step_000005.safetensors")
-    moved = Workspace(tmp_path).set_aside(tmp_path / "step_000005.safetensors")
+    moved = Workspace(tmp_path).quarantine(tmp_path / "step_000005.safetensors")
     assert moved == tmp_path / "damaged_step_000005.safetensors" and names(tmp_path) == [moved.name]
     assert moved.read_text() == "step_000005.safetensors"
