@@ -65,7 +65,8 @@ def outweighed_message(config: Config, times: float, step: int) -> str:
     less = {name: float(f"{weight / times:.1g}") for name, weight in strong.items()}
     return (
         f"{flags(strong)} pulls {times:.1f} times as hard as the guidance "
-        f"(most of {MAX_DEGENERATE_STEPS} steps before step {step}) and smooths the object away; {flags(less)} would pull as hard as that"
+        f"(most of {MAX_DEGENERATE_STEPS} steps before step {step}) and smooths the object away; "
+        f"{flags(less)} would pull as hard as that"
     )
 
 

@@ -175,9 +175,9 @@ def prepare_components(
     xformers' attention where nothing else is wanted and it works. ``compiled`` names what is left to torch.compile,
     "unet" and "vae" (not the latter with ``vram_O``: compiling undoes the recomputation); ``channels_last`` names those
     whose pictures lie in memory with the channels of a pixel together. On a GPU a model whose pictures have
-    MIN_FUSED_IMAGE_SIZE pixels or more gets the modules of `fused_blocks`, and CHANNELS_LAST. Where latents are pixels, all this
-    is of the UNet, and that keeps the attention of diffusers: it has keys and values of the prompt among those of the
-    picture.
+    MIN_FUSED_IMAGE_SIZE pixels or more gets the modules of `fused_blocks`, and CHANNELS_LAST. Where latents are pixels,
+    all this is of the UNet, and that keeps the attention of diffusers: it has keys and values of the prompt among those
+    of the picture.
 
     Raises UserError for an attention that does not work on the device, and for ``compiled`` without a GPU.
     """
