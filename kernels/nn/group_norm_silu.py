@@ -31,12 +31,12 @@ from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, 
 from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.layout import check_feature_map, dense, laid_out_like, power_of_two
 from dream_fast.kernels.nn.group_norm_kernels import (
-    group_norm_apply_fwd_kernel,
     group_norm_apply_bwd_kernel,
-    group_norm_sums_bwd_kernel,
+    group_norm_apply_fwd_kernel,
     group_norm_merge_bwd_kernel,
     group_norm_merge_fwd_kernel,
     group_norm_moments_fwd_kernel,
+    group_norm_sums_bwd_kernel,
     group_norm_whole_bwd_kernel,
     group_norm_whole_fwd_kernel,
 )

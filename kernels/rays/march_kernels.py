@@ -248,9 +248,7 @@ def march_write_fwd_kernel(
 
 
 @jit
-def march_bwd_kernel(
-    grad, t, offsets, grad_origins, grad_directions, rays, RAYS: tl.constexpr, STEPS: tl.constexpr
-):
+def march_bwd_kernel(grad, t, offsets, grad_origins, grad_directions, rays, RAYS: tl.constexpr, STEPS: tl.constexpr):
     """Sums over each ray of the gradients of its positions, and of t times them."""
     ray = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
     here = ray < rays

@@ -100,7 +100,9 @@ def occupancy_decay_kernel(density, fresh, sums, cells, decay, BLOCK: tl.constex
 
 
 @jit
-def occupancy_threshold_kernel(density, sums, bits, mean, cells, blocks, threshold, BLOCKS: tl.constexpr, BYTES: tl.constexpr):
+def occupancy_threshold_kernel(
+    density, sums, bits, mean, cells, blocks, threshold, BLOCKS: tl.constexpr, BYTES: tl.constexpr
+):
     """Bits of the cells above min(mean, threshold). Every program adds up the blocks' sums, in the same order."""
     total = tl.zeros([BLOCKS], tl.float64)
     first = 0
