@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
-from dream_fast.engine.guidance import registry
 from dream_fast.engine.config.schema import Config, GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
+from dream_fast.engine.guidance import registry
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
