@@ -59,7 +59,7 @@ def step_limits(bound: float, resolution: int, max_steps: int) -> tuple[float, f
 
 
 def near_far(origins: Tensor, directions: Tensor, bound: float, min_near: float) -> tuple[Tensor, Tensor]:
-    """origins, directions [R, 3] -> near, far [R]: t where rays enter and leave the cube; far < near if they miss it."""
+    """origins, directions [R, 3] -> near, far [R]: t where rays enter and leave the cube; far < near if they miss."""
     # A direction along a face has a zero component: a tiny one avoids 0 / 0 and changes nothing else.
     safe = torch.where(directions.abs() < 1e-15, 1e-15, directions)
     low, high = (-bound - origins) / safe, (bound - origins) / safe

@@ -222,7 +222,7 @@ def occupancy_update(
 
 
 def cell_of(axes: tuple[Tensor, Tensor, Tensor], bound: float, resolution: int) -> Tensor:
-    """Return linear indices into [C, G^3] of points given as three coordinates; points outside take the nearest cell."""
+    """Return linear indices into [C, G^3] of points, given as three coordinates; outside, of the nearest cell."""
     sizes = half_sizes(bound)
     if len(sizes) == 1:
         cascade, half = 0, sizes[0]
