@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dream_fast.bench.finished_run import load_finished
 from dream_fast.bench.quality.classifier import load_judge
-from dream_fast.bench.quality.run import AZIMUTHS, assess, finished, pictures_of
+from dream_fast.bench.quality.protocol import AZIMUTHS
+from dream_fast.bench.quality.run import assess, pictures_of
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.export.images import save_grid
@@ -108,7 +110,7 @@ def make(typed: dict, device: str) -> Trainer:
 
     config: Config = resolve(typed, "dream-mini", device)
     run(config)
-    return finished(config, Path(config.run.workspace))
+    return load_finished(config, Path(config.run.workspace))
 
 
 def main(argv: list[str] | None = None) -> int:

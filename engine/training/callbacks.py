@@ -18,7 +18,6 @@ from dream_fast.engine.config.schema import OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.guidance.snapshots import guidance_pictures
-from dream_fast.engine.guidance.sum import primary_diffusion
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.training.profiler import Profile
 from dream_fast.engine.workspace.folder import Workspace
@@ -55,7 +54,7 @@ class RunCallbacks:
 
     def __enter__(self) -> "RunCallbacks":
         trainer, workspace = self._trainer, self._workspace
-        if trainer.config.output.save_guidance and primary_diffusion(trainer.guidance) is None:
+        if trainer.config.output.save_guidance and getattr(trainer.guidance, "components", None) is None:
             raise UserError("--save_guidance shows the latents of an image model, and this guidance has none")
         if trainer.config.output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -81,7 +80,7 @@ class RunCallbacks:
             self._profile.step()
 
     def _save_guidance(self, result: "StepResult") -> None:
-        components = primary_diffusion(self._trainer.guidance).score.components
+        components = self._trainer.guidance.components
         pictures = guidance_pictures(components, *result.seen, latents=result.phase.name == "latent")
         levels = " ".join(map(str, result.t.tolist()))
         path = self._workspace.guidance / f"step_{self._trainer.step:06d}.png"

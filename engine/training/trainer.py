@@ -25,8 +25,7 @@ from dream_fast.engine.config.schema import Config, RunConfig, ShadingConfig, se
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.guidance.base import Guidance, GuidanceResult
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.model.attention import KINDS, AttentionChoice
 from dream_fast.engine.render.base import Rendered, RenderedMesh, Renderer, Shading
 from dream_fast.engine.render.mesh import MeshRenderer
@@ -62,7 +61,7 @@ EPOCH = 100  # steps; validation pictures and checkpoints fall on its multiples
 CHECKPOINT_SECONDS = 30.0  # a fast run does not write a checkpoint every epoch
 LATENT_BACKGROUND = 0.5  # background of the latent phase: the middle of the latents' range
 
-GuidanceCall = Callable[..., GuidanceResult]  # called like engine.guidance.text.DiffusionGuidance
+GuidanceCall = Guidance | Callable[[Tensor, Cameras, StepInputs], GuidanceResult]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +137,6 @@ class StepResult(NamedTuple):
     seen: GuidanceSnapshot | None = None  # with --save_guidance
 
 
-class StepInputs(NamedTuple):
-    """Numbers that change from step to step: the host's, or scalars on the device, where a CUDA graph reads them."""
-
-    ambient: float | Tensor
-    up: float | Tensor  # the ramp of the regularisers
-    losses: dict[str, float | Tensor]  # those settings of the losses that have a schedule
-    settled: Any  # what a DiffusionGuidance settles of a step; None: in its call
-
-
 class Trainer:
     """Field, renderer and optimiser of a run. Without ``guidance`` it can be loaded and looked at, not trained."""
 
@@ -179,7 +169,7 @@ class Trainer:
         self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
         self._graphs: StepGraphs | None = None  # of the gradient of a step, one a kind of step
         self._graphs_capacity = 0
-        self._dials: StepInputs | None = None
+        self._captured_inputs: tuple[Tensor, dict[str, Tensor]] | None = None  # where the graphs read
         if config.run.step_graph and runtime.device.type == "cuda":
             self._graphs = StepGraphs(self.generator)
         self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part of a step, to time it
@@ -202,12 +192,11 @@ class Trainer:
         levels = self._active_levels(phases)
         if self.step % config.render.update_extra_interval == 0:
             self.renderer.update_occupancy(generator, active_levels=levels)
-        if self._graphs is None or not isinstance(self.guidance, DiffusionGuidance):
-            now = values_at(config.loss, self.step, progress)
-            dials = StepInputs(phase.ambient, ramp(progress), now, None)
-            done = self._gradients(phase, network, dials, progress, levels)
+        inputs = self._inputs(phase, progress)
+        if self._graphs is None or not getattr(self.guidance, "capturable", False):  # a function has no attributes
+            done = self._gradients(phase, network, inputs, levels)
         else:
-            done = self._replayed_gradients(phase, network, progress)
+            done = self._replayed_gradients(phase, network, inputs)
 
         # A step whose samples did not fit their buffers is not taken: not a number tells the optimiser so.
         skipped = self.optimizer.step(
@@ -228,9 +217,12 @@ class Trainer:
         self.step += 1
         return done._replace(phase=phase)
 
-    def _gradients(
-        self, phase: Phase, network: bool, dials: StepInputs, progress: float, levels: int | None
-    ) -> StepResult:
+    def _inputs(self, phase: Phase, progress: float) -> StepInputs:
+        """The inputs of this step. Their scalars are "ambient", "ramp" and the scheduled settings of the losses."""
+        scalars = {"ambient": phase.ambient, "ramp": ramp(progress), **values_at(self.config.loss, self.step, progress)}
+        return StepInputs(self.step, progress, self.generator, latents=phase.name == "latent", scalars=scalars)
+
+    def _gradients(self, phase: Phase, network: bool, inputs: StepInputs, levels: int | None) -> StepResult:
         """Renders, asks the guidance and leaves the gradients, times the loss scale, with the optimiser."""
         config, generator = self.config, self.generator
         (height, width), batch = config.train_size, config.camera.batch_size
@@ -239,33 +231,28 @@ class Trainer:
             cameras,
             height,
             width,
-            Shading(phase.shading, dials.ambient, self._light(cameras)),
+            Shading(phase.shading, inputs.scalars["ambient"], self._light(cameras)),
             background=self._background(phase, network),
             need_normals=needs_normals(config.loss),
             active_levels=levels,
             generator=generator,
         )
-        limit = dials.losses.get("grad_clip_rgb", config.loss.grad_clip_rgb)
+        limit = inputs.scalars.get("grad_clip_rgb", config.loss.grad_clip_rgb)
         pictures = self._pictures(rendered, phase, limit)
         self.mark("render")
-        ours = {"step": self.step} if isinstance(self.guidance, Guidance) else {}
-        if dials.settled is not None:
-            ours["settled"] = dials.settled
-        guided = self.guidance(
-            pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **ours
-        )
+        guided = self.guidance(pictures, cameras, inputs)
         asked = {"guidance": guided.loss}
         if several := getattr(guided, "losses", None):  # a guidance of one's own need not have it
             asked = {f"guidance_{name}": loss for name, loss in several.items()}
-        terms = asked | self._regularizers(rendered, dials, levels, guided.grad_norm.detach())
+        terms = asked | self._regularizers(rendered, inputs, levels, guided.grad_norm.detach())
 
         self.optimizer.zero_grad()
         (torch.stack(list(terms.values())).sum() * self.scaler.scale).backward()
         table_pull = add_table_gradients(
             self.field,
             config.loss,
-            up=dials.up,
-            now=dials.losses,
+            up=inputs.scalars["ramp"],
+            now=inputs.scalars,
             scale=self.scaler.scale,
             generator=generator,
         )
@@ -277,18 +264,18 @@ class Trainer:
         return StepResult(phase, terms, guided.t, norm, opacity, samples, overflow, table_pull, seen)
 
     def _regularizers(
-        self, rendered: Rendered | RenderedMesh, dials: StepInputs, levels: int | None, pull: Tensor
+        self, rendered: Rendered | RenderedMesh, inputs: StepInputs, levels: int | None, pull: Tensor
     ) -> dict[str, Tensor]:
         config = self.config
         if self.shape is not None:
             if self.shape.locked:
                 return {}
-            return mesh_regularizers(rendered.surface, rendered.opposite, config.loss, dials.losses)
+            return mesh_regularizers(rendered.surface, rendered.opposite, config.loss, inputs.scalars)
         return regularizers(
             rendered,
             config.loss,
-            up=dials.up,
-            now=dials.losses,
+            up=inputs.scalars["ramp"],
+            now=inputs.scalars,
             field=self.field,
             normals=config.render.normals,
             normal_epsilon=config.render.normal_epsilon,
@@ -297,24 +284,20 @@ class Trainer:
             pull=pull,
         )
 
-    def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> StepResult:
-        """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
-        batch = self.config.camera.batch_size
-        now = StepInputs(
-            phase.ambient,
-            ramp(progress),
-            values_at(self.config.loss, self.step, progress),
-            self.guidance.settle(batch, self.step, progress, self.generator),
-        )
-        if self._dials is None:
-            self._dials = pytree.tree_map(partial(_static_like, device=self.device), now)
-        pytree.tree_map(_copy_static, self._dials, now)
-        dials, capacity = self._dials, self.renderer.sampler.samples_per_ray
+    def _replayed_gradients(self, phase: Phase, network: bool, inputs: StepInputs) -> StepResult:
+        """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_captured_inputs`."""
+        inputs = self.guidance.prepare_step(inputs, self.config.camera.batch_size)
+        changing = (inputs.timesteps, inputs.scalars)
+        if self._captured_inputs is None:
+            self._captured_inputs = pytree.tree_map(partial(_static_like, device=self.device), changing)
+        pytree.tree_map(_copy_static, self._captured_inputs, changing)
+        timesteps, scalars = self._captured_inputs
+        inputs, capacity = inputs._replace(timesteps=timesteps, scalars=scalars), self.renderer.sampler.samples_per_ray
         if capacity != self._graphs_capacity:
             self._graphs.clear()
             self._graphs_capacity = capacity
         kind = (phase.name, phase.shading, network)
-        return self._graphs(kind, lambda: self._gradients(phase, network, dials, progress, None))
+        return self._graphs(kind, lambda: self._gradients(phase, network, inputs, None))
 
     def _active_levels(self, progress: float) -> int | None:
         if not self.config.shading.progressive_level:

@@ -216,7 +216,7 @@ def _antialias(
     weights = torch.empty(size, 2, dtype=torch.float32, device=device)
     out = torch.empty(image.shape, dtype=image.dtype, device=device)
     launch(
-        antialias_kernels.weights_kernel,
+        antialias_kernels.antialias_weights_fwd_kernel,
         (-(-size // config["BLOCK"]),),
         device,
         num_warps=config["num_warps"],
@@ -232,7 +232,7 @@ def _antialias(
         BLOCK=config["BLOCK"],
     )
     launch(
-        antialias_kernels.blend_kernel,
+        antialias_kernels.antialias_blend_fwd_kernel,
         (-(-size // config["BLOCK"]), -(-channels // config["GROUP"])),
         device,
         num_warps=config["num_warps"],
@@ -272,7 +272,7 @@ def _antialias_backward(
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=device)
     grad_weights = torch.empty(size, 2, dtype=torch.float32, device=device)
     launch(
-        antialias_kernels.blend_backward_kernel,
+        antialias_kernels.antialias_blend_bwd_kernel,
         (-(-size // config["BLOCK"]),),
         device,
         num_warps=config["num_warps"],
@@ -292,7 +292,7 @@ def _antialias_backward(
         return grad_image, grad_weights.new_empty(0, 4)
     sums = corner_sums(clip.shape[0] * clip.shape[1], size * 4, 4, device, deterministic)
     launch(
-        antialias_kernels.backward_kernel,
+        antialias_kernels.antialias_weights_bwd_kernel,
         (-(-size // config["BLOCK"]),),
         device,
         num_warps=config["num_warps"],

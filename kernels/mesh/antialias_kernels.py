@@ -144,7 +144,7 @@ def _pair(clip, faces, opposite, triangle, depth, number, mask, vertices, size, 
 
 
 @jit
-def weights_kernel(
+def antialias_weights_fwd_kernel(
     clip,
     faces,
     opposite,
@@ -168,7 +168,7 @@ def weights_kernel(
 
 
 @jit
-def backward_kernel(
+def antialias_weights_bwd_kernel(
     grad_weights,
     clip,
     faces,
@@ -237,7 +237,7 @@ def _load_pixel(image, number, channel, mask, CHANNELS: tl.constexpr):
 
 
 @jit
-def blend_kernel(
+def antialias_blend_fwd_kernel(
     image, weights, out, width, height, all_pixels, CHANNELS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """What each pixel takes of its four neighbours; a block of pixels and a group of channels."""
@@ -255,7 +255,7 @@ def blend_kernel(
 
 
 @jit
-def blend_backward_kernel(
+def antialias_blend_bwd_kernel(
     grad_out,
     image,
     weights,

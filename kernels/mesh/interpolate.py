@@ -54,7 +54,7 @@ def _pixel_corners(triangle, faces, number, all_pixels, per_picture, vertices):
 
 
 @jit
-def _interpolate_forward_kernel(
+def interpolate_fwd_kernel(
     attributes,
     faces,
     triangle,
@@ -96,7 +96,7 @@ def _to_vertex(grad, values, corners, row, at, value, channel, mask, seen, CHANN
 
 
 @jit
-def _interpolate_backward_kernel(
+def interpolate_bwd_kernel(
     grad_out,
     attributes,
     faces,
@@ -166,7 +166,7 @@ def _interpolate(attributes: Tensor, faces: Tensor, triangle: Tensor, barycentri
     config = _interpolate_config(channels)
     out = attributes.new_empty(*triangle.shape, channels)
     launch(
-        _interpolate_forward_kernel,
+        interpolate_fwd_kernel,
         (-(-size // config["BLOCK"]), -(-channels // config["GROUP"])),
         attributes.device,
         num_warps=config["num_warps"],
@@ -209,7 +209,7 @@ def _interpolate_backward(
         sums = corner_sums(rows, size * 3, channels, device, deterministic)
     grad_barycentrics = torch.empty_like(barycentrics, memory_format=torch.contiguous_format)
     launch(
-        _interpolate_backward_kernel,
+        interpolate_bwd_kernel,
         (-(-size // config["BLOCK"]),),
         device,
         num_warps=config["num_warps"],

@@ -197,7 +197,7 @@ def _visit(keys, base, column, row, mask, a, b, c, triangle, width, half_width, 
 
 
 @jit
-def _raster_small_kernel(
+def rasterize_small_fwd_kernel(
     clip,
     faces,
     keys,
@@ -245,7 +245,7 @@ def _raster_small_kernel(
 
 
 @jit
-def _raster_tiles_kernel(
+def rasterize_tiles_fwd_kernel(
     clip,
     faces,
     keys,
@@ -290,7 +290,7 @@ def _raster_tiles_kernel(
 
 
 @jit
-def _raster_resolve_kernel(
+def rasterize_resolve_fwd_kernel(
     clip,
     faces,
     keys,
@@ -326,7 +326,7 @@ def _raster_resolve_kernel(
 
 
 @jit
-def _raster_backward_kernel(
+def rasterize_bwd_kernel(
     grad_barycentrics,
     clip,
     faces,
@@ -400,7 +400,7 @@ def _rasterize(clip: Tensor, faces: Tensor, height: int, width: int) -> tuple[Te
     queued = {"queue": queue, "counts": counts, "triangles": triangles, "entries": entries, "TILE": config["TILE"]}
     blocks = -(-triangles // config["BLOCK"])
     launch(
-        _raster_small_kernel,
+        rasterize_small_fwd_kernel,
         (batch * blocks,),
         device,
         num_warps=1,
@@ -412,7 +412,7 @@ def _rasterize(clip: Tensor, faces: Tensor, height: int, width: int) -> tuple[Te
         LARGE=config["LARGE"],
     )
     launch(
-        _raster_tiles_kernel,
+        rasterize_tiles_fwd_kernel,
         (2 * config["PROGRAMS"] if entries else 0,),
         device,
         num_warps=4,
@@ -425,7 +425,7 @@ def _rasterize(clip: Tensor, faces: Tensor, height: int, width: int) -> tuple[Te
     barycentrics = torch.empty(batch, height, width, 3, dtype=torch.float32, device=device)
     depth = torch.empty(batch, height, width, dtype=torch.float32, device=device)
     launch(
-        _raster_resolve_kernel,
+        rasterize_resolve_fwd_kernel,
         (-(-size // config["PIXELS"]),),
         device,
         num_warps=4,
@@ -459,7 +459,7 @@ def _rasterize_backward(
     size = triangle.numel()
     sums = corner_sums(batch * vertices, size * 3, 4, device, deterministic)
     launch(
-        _raster_backward_kernel,
+        rasterize_bwd_kernel,
         (-(-size // config["PIXELS"]),),
         device,
         num_warps=4,

@@ -26,7 +26,7 @@ def bias_residual_reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor
 
 
 @jit
-def bias_residual_kernel(
+def bias_residual_fwd_kernel(
     x,
     bias,
     residual,
@@ -77,7 +77,7 @@ def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     config = _config(rows, columns)
     tiles = -(-columns // config["COLUMNS"])
     launch(
-        bias_residual_kernel,
+        bias_residual_fwd_kernel,
         (-(-rows // config["ROWS"]) * tiles,),
         x.device,
         x=x,

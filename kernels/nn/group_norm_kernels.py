@@ -190,7 +190,7 @@ def _before_activation(x, grad, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 
 @jit
-def group_norm_moments_kernel(
+def group_norm_moments_fwd_kernel(
     x,
     added,
     partials,
@@ -244,7 +244,7 @@ def group_norm_moments_kernel(
 
 
 @jit
-def group_norm_merge_moments_kernel(
+def group_norm_merge_fwd_kernel(
     partials, plane, moments, moments_plane, places, width, parts, row_parts, chunk, eps, WIDTH: tl.constexpr
 ):
     """A program a group of an image: mean and rstd to moments [2, N, G]."""
@@ -258,7 +258,7 @@ def group_norm_merge_moments_kernel(
 
 
 @jit
-def group_norm_apply_kernel(
+def group_norm_apply_fwd_kernel(
     x,
     added,
     weight,
@@ -319,7 +319,7 @@ def group_norm_apply_kernel(
 
 
 @jit
-def group_norm_whole_forward_kernel(
+def group_norm_whole_fwd_kernel(
     x,
     added,
     weight,
@@ -358,7 +358,7 @@ def group_norm_whole_forward_kernel(
 
 
 @jit
-def group_norm_backward_sums_kernel(
+def group_norm_sums_bwd_kernel(
     grad_y,
     x,
     added,
@@ -426,7 +426,7 @@ def group_norm_backward_sums_kernel(
 
 
 @jit
-def group_norm_merge_backward_sums_kernel(partials, plane, sums, sums_plane, parts):
+def group_norm_merge_bwd_kernel(partials, plane, sums, sums_plane, parts):
     """A program a group of an image: both sums to sums [2, N, G]."""
     group = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     first, second = _merged_sums(partials, plane, group * parts, group >= 0, parts, 1)
@@ -435,7 +435,7 @@ def group_norm_merge_backward_sums_kernel(partials, plane, sums, sums_plane, par
 
 
 @jit
-def group_norm_backward_apply_kernel(
+def group_norm_apply_bwd_kernel(
     grad_y,
     x,
     added,
@@ -462,7 +462,7 @@ def group_norm_backward_apply_kernel(
     SILU: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """A program a tile, from the last to the first. MERGE as in `group_norm_apply_kernel`; sums [2, N, G]."""
+    """A program a tile, from the last to the first. MERGE as in `group_norm_apply_fwd_kernel`; sums [2, N, G]."""
     image, block, tile = _place(tl.num_programs(0) - 1 - tl.program_id(0), tiles, blocks, D)
     group, channel, is_channel = _columns(block, tile // row_tiles, groups, width, D, GROUPS, WIDTH)
     own = image * groups + group
@@ -491,7 +491,7 @@ def group_norm_backward_apply_kernel(
 
 
 @jit
-def group_norm_whole_backward_kernel(
+def group_norm_whole_bwd_kernel(
     grad_y,
     x,
     added,

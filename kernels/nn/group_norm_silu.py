@@ -31,14 +31,14 @@ from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, 
 from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.layout import check_feature_map, dense, laid_out_like, power_of_two
 from dream_fast.kernels.nn.group_norm_kernels import (
-    group_norm_apply_kernel,
-    group_norm_backward_apply_kernel,
-    group_norm_backward_sums_kernel,
-    group_norm_merge_backward_sums_kernel,
-    group_norm_merge_moments_kernel,
-    group_norm_moments_kernel,
-    group_norm_whole_backward_kernel,
-    group_norm_whole_forward_kernel,
+    group_norm_apply_bwd_kernel,
+    group_norm_apply_fwd_kernel,
+    group_norm_merge_bwd_kernel,
+    group_norm_merge_fwd_kernel,
+    group_norm_moments_fwd_kernel,
+    group_norm_sums_bwd_kernel,
+    group_norm_whole_bwd_kernel,
+    group_norm_whole_fwd_kernel,
 )
 
 
@@ -152,13 +152,13 @@ def _group_norm_silu(
     common = {"x": x, "added": added, "moments": moments, "moments_plane": images * groups, "eps": eps}
     affine = {"weight": weight, "bias": bias, "y": y, "SILU": silu}
     if config["whole"]:
-        launch(group_norm_whole_forward_kernel, (images * groups,), device, **layout, **common, **affine)
+        launch(group_norm_whole_fwd_kernel, (images * groups,), device, **layout, **common, **affine)
         return y, moments
     parts, chunks = config["parts"], {"row_parts": config["row_parts"], "chunk": config["chunk"]}
     partials = torch.empty(2, images, groups, parts, dtype=torch.float32, device=device)
     buffer = {"partials": partials, "plane": images * groups * parts}
     launch(
-        group_norm_moments_kernel,
+        group_norm_moments_fwd_kernel,
         (images * config["blocks"] * parts,),
         device,
         x=x,
@@ -170,7 +170,7 @@ def _group_norm_silu(
     )
     if not config["merge"]:
         launch(
-            group_norm_merge_moments_kernel,
+            group_norm_merge_fwd_kernel,
             (images * groups,),
             device,
             **buffer,
@@ -184,7 +184,7 @@ def _group_norm_silu(
             WIDTH=config["WIDTH"],
         )
     launch(
-        group_norm_apply_kernel,
+        group_norm_apply_fwd_kernel,
         (images * config["blocks"] * config["tiles"],),
         device,
         **layout,
@@ -232,7 +232,7 @@ def _group_norm_silu_backward(
     sums_of = {"channel_sums": channel_sums, "channel_plane": images * rows * channels}
     if config["whole"]:
         launch(
-            group_norm_whole_backward_kernel,
+            group_norm_whole_bwd_kernel,
             (images * groups,),
             device,
             **common,
@@ -247,7 +247,7 @@ def _group_norm_silu_backward(
         partials = torch.empty(2, images, groups, parts, dtype=torch.float32, device=device)
         buffer = {"partials": partials, "plane": images * groups * parts}
         launch(
-            group_norm_backward_sums_kernel,
+            group_norm_sums_bwd_kernel,
             (images * config["blocks"] * parts,),
             device,
             **common | config["sums"],
@@ -261,7 +261,7 @@ def _group_norm_silu_backward(
         if not config["merge"]:
             sums = torch.empty_like(moments)
             launch(
-                group_norm_merge_backward_sums_kernel,
+                group_norm_merge_bwd_kernel,
                 (images * groups,),
                 device,
                 **buffer,
@@ -270,7 +270,7 @@ def _group_norm_silu_backward(
                 parts=parts,
             )
         launch(
-            group_norm_backward_apply_kernel,
+            group_norm_apply_bwd_kernel,
             (images * config["blocks"] * config["tiles"],),
             device,
             **common,

@@ -106,7 +106,7 @@ def _read_scalar(value, IS_TENSOR: tl.constexpr):
 
 
 @jit
-def _adan_norm_kernel(
+def adan_norm_kernel(
     grads,
     inverse_scale,
     step,
@@ -189,7 +189,7 @@ def _move_block(
 
 
 @jit
-def _adan_update_kernel(
+def adan_update_kernel(
     parameters,
     grads,
     exp_avg,
@@ -313,7 +313,7 @@ def _adan_step(
     partials = torch.empty(programs, dtype=torch.float32, device=params.device)
     step_before = torch.empty_like(step)
     launch(
-        _adan_norm_kernel,
+        adan_norm_kernel,
         (programs,),
         params.device,
         grads=grads,
@@ -329,7 +329,7 @@ def _adan_step(
     block, warps, programs = _update_config()
     logarithms = [math.log(beta) if beta > 0 else -1e30 for beta in betas]
     launch(
-        _adan_update_kernel,
+        adan_update_kernel,
         (max(1, min(programs, -(-size // block))),),
         params.device,
         parameters=params,

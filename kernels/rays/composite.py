@@ -141,7 +141,7 @@ def _zero(pointer, begin, end, BLOCK: tl.constexpr):
 
 
 @jit
-def _composite_forward_kernel(
+def composite_fwd_kernel(
     sigma,
     values,
     t,
@@ -230,7 +230,7 @@ def _composite_forward_kernel(
 
 
 @jit
-def _composite_backward_kernel(
+def composite_bwd_kernel(
     grad_out,
     grad_opacity,
     grad_depth,
@@ -360,7 +360,7 @@ def _composite(
     group = max(1, min(channels, config["GROUP"]))
     ray_programs = -(-rays // config["FORWARD_RAYS"])
     launch(
-        _composite_forward_kernel,
+        composite_fwd_kernel,
         (ray_programs + -(-rows // config["PADDING"]), max(1, -(-channels // group))),
         device,
         num_warps=config["num_warps"],
@@ -430,7 +430,7 @@ def _composite_backward(
     }
     ray_programs = -(-rays // config["BACKWARD_RAYS"])
     launch(
-        _composite_backward_kernel,
+        composite_bwd_kernel,
         (ray_programs + -(-rows // config["PADDING"]),),
         sigma.device,
         num_warps=config["num_warps"],

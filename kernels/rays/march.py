@@ -218,7 +218,7 @@ def _march(
         "enable_fp_fusion": False,
     }
     launch(
-        march_kernels.march_count_kernel,
+        march_kernels.march_count_fwd_kernel,
         (-(-rays // config["COUNT_RAYS"]),),
         device,
         **common,
@@ -231,7 +231,7 @@ def _march(
     if blocks > 1:
         sums = torch.empty(blocks, dtype=torch.int64, device=device)
         launch(
-            march_kernels.march_sums_kernel,
+            march_kernels.march_sums_fwd_kernel,
             (blocks,),
             device,
             counts=counts,
@@ -243,7 +243,7 @@ def _march(
     count = torch.empty((), dtype=torch.int64, device=device)
     overflow = torch.empty((), dtype=torch.bool, device=device)
     launch(
-        march_kernels.march_offsets_kernel,
+        march_kernels.march_offsets_fwd_kernel,
         (blocks,),
         device,
         counts=counts,
@@ -262,7 +262,7 @@ def _march(
     t, dt = (torch.empty(capacity, dtype=torch.float32, device=device) for _ in range(2))
     ray_programs = -(-rays // config["WRITE_RAYS"])
     launch(
-        march_kernels.march_write_kernel,
+        march_kernels.march_write_fwd_kernel,
         (ray_programs + -(-capacity // config["PADDING"]),),
         device,
         **common,
@@ -299,7 +299,7 @@ def _march_backward(grad: Tensor, t: Tensor, offsets: Tensor) -> tuple[Tensor, T
     config = _march_config(rays, True)
     grad_origins, grad_directions = (torch.empty(rays, 3, dtype=grad.dtype, device=grad.device) for _ in range(2))
     launch(
-        march_kernels.march_backward_kernel,
+        march_kernels.march_bwd_kernel,
         (-(-rays // config["BACKWARD_RAYS"]),),
         grad.device,
         num_warps=config["num_warps"],

@@ -56,7 +56,7 @@ def _growing_steps(t, column, shortest, longest, dt_gamma, STEPS: tl.constexpr):
 
 
 @jit
-def march_count_kernel(
+def march_count_fwd_kernel(
     origins,
     directions,
     bits,
@@ -125,7 +125,7 @@ def march_count_kernel(
 
 
 @jit
-def march_sums_kernel(counts, sums, rays, BLOCK: tl.constexpr):
+def march_sums_fwd_kernel(counts, sums, rays, BLOCK: tl.constexpr):
     """Samples of each block of rays."""
     block = tl.program_id(0).to(tl.int64)
     ray = block * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +133,7 @@ def march_sums_kernel(counts, sums, rays, BLOCK: tl.constexpr):
 
 
 @jit
-def march_offsets_kernel(
+def march_offsets_fwd_kernel(
     counts, sums, offsets, count, overflow, rays, capacity, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """Where each ray's samples begin, how many there are, and whether they fit. sums: of the blocks; None for one."""
@@ -159,7 +159,7 @@ def march_offsets_kernel(
 
 
 @jit
-def march_write_kernel(
+def march_write_fwd_kernel(
     origins,
     directions,
     bits,
@@ -248,9 +248,7 @@ def march_write_kernel(
 
 
 @jit
-def march_backward_kernel(
-    grad, t, offsets, grad_origins, grad_directions, rays, RAYS: tl.constexpr, STEPS: tl.constexpr
-):
+def march_bwd_kernel(grad, t, offsets, grad_origins, grad_directions, rays, RAYS: tl.constexpr, STEPS: tl.constexpr):
     """Sums over each ray of the gradients of its positions, and of t times them."""
     ray = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
     here = ray < rays

@@ -88,7 +88,7 @@ def occupancy_update_reference(
 
 
 @jit
-def _decay_kernel(density, fresh, sums, cells, decay, BLOCK: tl.constexpr):
+def occupancy_decay_kernel(density, fresh, sums, cells, decay, BLOCK: tl.constexpr):
     """density = max(decay * density, fresh), and the sum of each block's new densities."""
     block = tl.program_id(0).to(tl.int64)
     cell = block * BLOCK + tl.arange(0, BLOCK)
@@ -100,7 +100,9 @@ def _decay_kernel(density, fresh, sums, cells, decay, BLOCK: tl.constexpr):
 
 
 @jit
-def _threshold_kernel(density, sums, bits, mean, cells, blocks, threshold, BLOCKS: tl.constexpr, BYTES: tl.constexpr):
+def occupancy_threshold_kernel(
+    density, sums, bits, mean, cells, blocks, threshold, BLOCKS: tl.constexpr, BYTES: tl.constexpr
+):
     """Bits of the cells above min(mean, threshold). Every program adds up the blocks' sums, in the same order."""
     total = tl.zeros([BLOCKS], tl.float64)
     first = 0
@@ -136,7 +138,7 @@ def _update(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> t
     bits = torch.empty(density.shape[0], density.shape[1] // 8, dtype=torch.uint8, device=density.device)
     mean = torch.empty((), dtype=torch.float32, device=density.device)
     launch(
-        _decay_kernel,
+        occupancy_decay_kernel,
         (blocks,),
         density.device,
         num_warps=config["num_warps"],
@@ -148,7 +150,7 @@ def _update(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> t
         BLOCK=config["BLOCK"],
     )
     launch(
-        _threshold_kernel,
+        occupancy_threshold_kernel,
         (max(1, -(-cells // (8 * config["BYTES"]))),),  # the mean of no cells is NaN, as in the reference
         density.device,
         num_warps=config["num_warps"],

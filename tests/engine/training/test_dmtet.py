@@ -44,7 +44,7 @@ MESH = SMALL | DMTET_DEFAULTS | dict(dmtet=True, dmtet_reso_scale=2.0, tet_grid_
 def disc(radius):
     """A guidance that asks for a white disc on black, `radius` of half the picture's height."""
 
-    def guidance(pictures, cameras, *, progress, generator, latents=False):
+    def guidance(pictures, cameras, inputs):
         height, width = pictures.shape[2:]
         y, x = torch.meshgrid(
             (torch.arange(height) + 0.5) * 2 / height - 1, (torch.arange(width) + 0.5 - width / 2) * 2 / height,

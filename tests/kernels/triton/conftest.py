@@ -3,7 +3,6 @@
 Without either there is nothing to test here, and nothing is collected.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,20 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
+from dream_fast.kernels._core.launch import INTERPRETED
 from dream_fast.kernels.grid import gradients as _grid
 
 HERE = Path(__file__).parent
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 if not (GPU or INTERPRETED):
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_generate_tests(metafunc):
+    """Give a test that is marked `fuzz` its seeds: fewer where kernels are interpreted."""
+    for marker in metafunc.definition.iter_markers("fuzz"):
+        seeds = {"interpreted": 12, "gpu": 150} | marker.kwargs
+        metafunc.parametrize("seed", range(seeds["interpreted" if INTERPRETED else "gpu"]))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,6 @@
 """The kernel at the end of a residual block: output and gradients against fp64, both layouts, ragged tiles."""
 
 import importlib
-import os
 import random
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.kernels import bias_residual, bias_residual_reference
+from dream_fast.kernels._core.launch import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # `dream_fast.kernels.nn.bias_residual` names the function.
 MODULE = importlib.import_module("dream_fast.kernels.nn.bias_residual")
 NAMES = ("output", "gradient of x", "gradient of bias", "gradient of residual")
@@ -80,7 +79,7 @@ def test_non_contiguous(device):
     assert torch.equal(mixed[0], dense[0]) and mixed[0].stride() == laid_out(x, True).stride()
 
 
-@pytest.mark.parametrize("seed", range(8 if INTERPRETED else 60))
+@pytest.mark.fuzz(interpreted=8, gpu=60)
 def test_random_settings(seed, device):
     rng = random.Random(seed)
     most = 6 if INTERPRETED else 60

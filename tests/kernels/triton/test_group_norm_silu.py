@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import os
 import random
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.kernels import group_norm_silu, group_norm_silu_reference
+from dream_fast.kernels._core.launch import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SEEDS = 8 if INTERPRETED else 40
 # `dream_fast.kernels.nn.group_norm_silu` names the function.
 MODULE = importlib.import_module("dream_fast.kernels.nn.group_norm_silu")
 # Of what is masked off, the exponential may be too large; the interpreter's numpy says so.
@@ -153,7 +151,7 @@ def test_without_spread(parts, device, tiles):
     compare([x, weight, bias, upstream], 2)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.fuzz(interpreted=8, gpu=40)
 def test_random_settings(seed, device, tiles):
     rng = random.Random(seed)
     if INTERPRETED or rng.random() < 0.3:

@@ -98,7 +98,7 @@ def test_overflow_of_program_numbers_in_other_passes(case, memory, monkeypatch):
 
     for kernel, launch in record(monkeypatch, call).items():
         # A program of the scan would add up the sums of all blocks before it.
-        changed = {"sums": None} if kernel == "march_offsets_kernel" else {}
+        changed = {"sums": None} if kernel == "march_offsets_fwd_kernel" else {}
         first = launch.arguments.get("ray_programs", 0)  # of the programs that fill padding
         one, other = (touched(memory, monkeypatch, launch, (first + program, 0), **changed) for program in FAR)
         assert one == other, f"{kernel}: programs 2^30 and 2^30 + 393216 touch different memory"
@@ -179,7 +179,7 @@ def test_overflow_of_tiles_of_normals(kernel, memory, monkeypatch):
 @interpreted
 def test_overflow_of_pictures(memory, monkeypatch):
     """Vertices of picture 2^30 are not those of picture 0."""
-    small = record(monkeypatch, gradients("rasterize"))["_raster_small_kernel"]
+    small = record(monkeypatch, gradients("rasterize"))["rasterize_small_fwd_kernel"]
     one, other = (touched(memory, monkeypatch, small, (program,), vertices=4) for program in FAR)
     assert one == other
 
@@ -195,7 +195,7 @@ def test_overflow_of_rays(memory, monkeypatch):
 
     launches, most = record(monkeypatch, call), (1 << 31) - 1
     changed = {"rays": most, "ray_programs": most}
-    for kernel in ("march_count_kernel", "march_write_kernel", "march_backward_kernel"):
+    for kernel in ("march_count_fwd_kernel", "march_write_fwd_kernel", "march_bwd_kernel"):
         launch = launches[kernel]
         given = {name: value for name, value in changed.items() if name in launch.arguments}
         lanes = touched(memory, monkeypatch, launch, (1431655766,), (most,), **given)
@@ -212,7 +212,7 @@ def test_overflow_of_cascades(memory, monkeypatch):
     def call():
         kernels.march(origins, torch.eye(3)[:1], bits, **options)
 
-    launch = record(monkeypatch, call)["march_count_kernel"]
+    launch = record(monkeypatch, call)["march_count_fwd_kernel"]
     lanes = touched(memory, monkeypatch, launch, (0,), RESOLUTION=1024, outer_scale=1024 / 32)
     assert "origins read" in lanes and "bits read" not in lanes
 
@@ -236,7 +236,7 @@ def test_overflow_of_rows_of_a_table(memory, monkeypatch):
 def test_overflow_of_blocks_of_parameters(memory, monkeypatch):
     """Adan's blocks past 2^32 parameters are not those from 0 on."""
     launches = record(monkeypatch, gradients("adan"))
-    lanes = touched(memory, monkeypatch, launches["_adan_norm_kernel"], (1 << 21,), (1 << 30,), size=1 << 33)
+    lanes = touched(memory, monkeypatch, launches["adan_norm_kernel"], (1 << 21,), (1 << 30,), size=1 << 33)
     assert "grads read" not in lanes
 
 

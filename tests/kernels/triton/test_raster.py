@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import os
 import random
 
 import pytest
@@ -20,9 +19,8 @@ from dream_fast.kernels import (
     rasterize,
     rasterize_reference,
 )
+from dream_fast.kernels._core.launch import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SEEDS = 3 if INTERPRETED else 100
 RASTER = importlib.import_module("dream_fast.kernels.mesh.rasterize")
 NEAR, FAR = 0.1, 20.0
 FEW = 1e-3  # of the pixels, on which fp32 and fp64 may disagree about an edge
@@ -141,7 +139,7 @@ def test_who_takes_a_triangle_does_not_matter(small, tile, large, device, classe
     assert (found.triangle >= 0).sum() > 20
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.fuzz(interpreted=3, gpu=100)
 def test_random_settings(seed, device):
     rng = random.Random(seed)
     most = 24 if INTERPRETED else 700
