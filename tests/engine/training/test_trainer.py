@@ -486,7 +486,7 @@ def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_
         seen.update(lr=lr_scale) or optimise(lr_scale=lr_scale, **named)
     )
     gradients = longer._gradients
-    longer._gradients = lambda *given: seen.update(up=given[2].up) or gradients(*given)
+    longer._gradients = lambda *given: seen.update(up=given[2].scalars["ramp"]) or gradients(*given)
     assert longer.train_step().phase.name == "shaded"
     assert seen["up"] == 1.0 and seen["lr"] == 0.5
 
