@@ -145,7 +145,7 @@ def test_two_runs_that_begin_in_a_new_folder_do_not_mix(tmp_path):
 # Nothing longer than the third argument can be written; what a full disk says is the same but for the number.
 LIMITED = """
 import resource, signal, sys
-from dream_fast.engine import trainer
+from dream_fast.engine.training import trainer
 from dream_fast.cli import main
 trainer.EPOCH, trainer.CHECKPOINT_SECONDS = 2, 0.0
 take = trainer.Trainer.train_step

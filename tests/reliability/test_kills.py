@@ -19,7 +19,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # A run whose second step never ends; the file says that it has begun.
 STUCK = """
 import sys, signal, pathlib
-from dream_fast.engine import trainer
+from dream_fast.engine.training import trainer
 take = trainer.Trainer.train_step
 def train_step(self):
     if self.step == 1:

@@ -406,11 +406,11 @@ def test_a_mesh_is_written_without_scipy(tmp_path):
 import sys
 sys.modules["scipy"] = None
 import torch, trimesh
-from dream_fast.engine.config import FieldConfig
-from dream_fast.engine.export.mesh import write_mesh
-from dream_fast.engine.field import Field
+from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.export.mesh_files import write_mesh
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 shape = FieldConfig(levels=2, log2_entries=12, max_resolution=32, bg_radius=-1.0)
-write_mesh(sys.argv[1], Field(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
+write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
 """
     path = tmp_path / "mesh.glb"
     done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)

@@ -224,7 +224,7 @@ def test_no_memory_for_the_model_or_the_pictures_is_one_sentence_too(tmp_path, t
     def full(*_, **__):
         raise torch.OutOfMemoryError(OOM)
 
-    monkeypatch.setattr("dream_fast.engine.run.load_components", full)
+    monkeypatch.setattr("dream_fast.engine.guidance.registry.load_components", full)
     assert main(command(tmp_path / "new", tiny_model)) == 2
     error = error_of(capsys)
     assert "--vram_O" in error and "no checkpoint was saved yet" in error

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
-from dream_fast.engine import run
 from dream_fast.engine.config.schema import Config, GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
+from dream_fast.engine.guidance import registry
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
@@ -176,8 +176,8 @@ def test_saving_the_guidance_changes_no_bit_of_the_run(unwatched, tiny_model, tm
 
 def test_the_decoder_is_loaded_for_the_pictures_only(tiny_model, tmp_path, monkeypatch):
     asked = []
-    load = run.load_components
-    monkeypatch.setattr(run, "load_components", lambda *a, **named: asked.append(named) or load(*a, **named))
+    load = registry.load_components
+    monkeypatch.setattr(registry, "load_components", lambda *a, **named: asked.append(named) or load(*a, **named))
     assert main(command(tmp_path / "a", tiny_model, "--iters", "1", "--six_views")) == 0
     assert not (tmp_path / "a" / "guidance").exists()
     assert main(command(tmp_path / "b", tiny_model, "--iters", "1", "--six_views", "--save_guidance")) == 0
