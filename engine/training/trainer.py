@@ -27,8 +27,9 @@ from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.model.attention import KINDS, AttentionChoice
-from dream_fast.engine.render.mesh import MeshRenderer, RenderedMesh
-from dream_fast.engine.render.volume import Rendered, Renderer
+from dream_fast.engine.render.base import Rendered, RenderedMesh, Renderer, Shading
+from dream_fast.engine.render.mesh import MeshRenderer
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.runtime.cuda_graph import StepGraphs
 from dream_fast.engine.runtime.device import Runtime
 from dream_fast.engine.runtime.reporter import Bar, Reporter
@@ -129,7 +130,7 @@ class StepResult(NamedTuple):
     terms: dict[str, Tensor]  # weighted losses by name; the guidance first
     t: Tensor  # [B] noise levels; none where no diffusion model guides
     grad_norm: Tensor  # of the guidance, in the latents
-    opacity: Tensor  # [R]
+    opacity: Tensor  # [B, H, W]
     samples: Tensor  # how many there were
     overflow: Tensor  # whether they did not all fit
     table_pull: Tensor | None = None  # of the hash table's regularisers, as a part of the rest of its gradient
@@ -149,9 +150,9 @@ class Trainer:
         if config.dmtet.dmtet:
             self.shape = TetMesh(config.dmtet.tet_grid_size, config.render.bound, locked=config.dmtet.lock_geo)
             self.shape.to(runtime.device)
-            self.renderer = MeshRenderer(self.field, config.render, self.shape)
+            self.renderer: Renderer = MeshRenderer(self.field, config.render, self.shape)
         else:
-            self.renderer = Renderer(self.field, config.render)
+            self.renderer = VolumeRenderer(self.field, config.render)
         others = [parameter for parameter in self.field.parameters() if parameter is not self.field.table]
         free = [] if self.shape is None or self.shape.locked else list(self.shape.parameters())
         self.optimizer = Optimizer(self.field.table, others, config.optim, free, config.dmtet.lr_geo)
@@ -230,22 +231,20 @@ class Trainer:
             cameras,
             height,
             width,
-            shading=phase.shading,
-            ambient=inputs.scalars["ambient"],
-            light=self._light(cameras, height * width),
+            Shading(phase.shading, inputs.scalars["ambient"], self._light(cameras)),
             background=self._background(phase, network),
             need_normals=needs_normals(config.loss),
             active_levels=levels,
             generator=generator,
         )
         limit = inputs.scalars.get("grad_clip_rgb", config.loss.grad_clip_rgb)
-        pictures = self._pictures(rendered, phase, batch, height, width, limit)
+        pictures = self._pictures(rendered, phase, limit)
         self.mark("render")
         guided = self.guidance(pictures, cameras, inputs)
         asked = {"guidance": guided.loss}
         if several := getattr(guided, "losses", None):  # a guidance of one's own need not have it
             asked = {f"guidance_{name}": loss for name, loss in several.items()}
-        terms = asked | self._regularizers(rendered, inputs, height, width, levels, guided.grad_norm.detach())
+        terms = asked | self._regularizers(rendered, inputs, levels, guided.grad_norm.detach())
 
         self.optimizer.zero_grad()
         (torch.stack(list(terms.values())).sum() * self.scaler.scale).backward()
@@ -265,26 +264,18 @@ class Trainer:
         return StepResult(phase, terms, guided.t, norm, opacity, samples, overflow, table_pull, seen)
 
     def _regularizers(
-        self,
-        rendered: Rendered | RenderedMesh,
-        inputs: StepInputs,
-        height: int,
-        width: int,
-        levels: int | None,
-        pull: Tensor,
+        self, rendered: Rendered | RenderedMesh, inputs: StepInputs, levels: int | None, pull: Tensor
     ) -> dict[str, Tensor]:
         config = self.config
-        if isinstance(rendered, RenderedMesh):
+        if self.shape is not None:
             if self.shape.locked:
                 return {}
-            return mesh_regularizers(rendered.surface, rendered.beyond, config.loss, inputs.scalars)
+            return mesh_regularizers(rendered.surface, rendered.opposite, config.loss, inputs.scalars)
         return regularizers(
             rendered,
             config.loss,
             up=inputs.scalars["ramp"],
             now=inputs.scalars,
-            height=height,
-            width=width,
             field=self.field,
             normals=config.render.normals,
             normal_epsilon=config.render.normal_epsilon,
@@ -315,10 +306,10 @@ class Trainer:
         levels = field.frequencies if field.backbone == "vanilla" else field.levels
         return max(1, math.ceil(levels * min(1.0, 0.25 + 2.0 * progress)))
 
-    def _light(self, cameras: Cameras, pixels: int) -> Tensor:
-        """Unit directions [R, 3] to a light near each camera: the camera's place, moved by one random vector."""
+    def _light(self, cameras: Cameras) -> Tensor:
+        """Unit directions [B, 3] to a light near each camera: the camera's place, moved by one random vector."""
         noise = torch.randn(3, generator=self.generator, device=self.device)
-        return F.normalize(cameras.c2w[:, :3, 3] + noise, dim=-1).repeat_interleave(pixels, dim=0)
+        return F.normalize(cameras.c2w[:, :3, 3] + noise, dim=-1)
 
     def _background(self, phase: Phase, network: bool) -> Tensor | None:
         """One random colour [3], or None for the background network."""
@@ -327,9 +318,7 @@ class Trainer:
         colour = torch.rand(3, generator=self.generator, device=self.device)
         return None if network else colour
 
-    def _pictures(
-        self, rendered: Rendered, phase: Phase, batch: int, height: int, width: int, limit: float | Tensor
-    ) -> Tensor:
+    def _pictures(self, rendered: Rendered | RenderedMesh, phase: Phase, limit: float | Tensor) -> Tensor:
         """What the guidance sees: colours in [0, 1] [B, 3, H, W], or normals and opacity in [-1, 1] [B, 4, H, W].
 
         ``limit``, where --grad_clip_rgb sets one, is that of the gradient of a pixel.
@@ -339,8 +328,8 @@ class Trainer:
             reach = limit * self.scaler.scale
             pixels.register_hook(lambda gradient: torch.clamp(gradient, -reach, reach))
         if phase.name == "latent":
-            pixels = torch.cat([pixels, rendered.opacity[:, None]], dim=-1) * 2 - 1
-        return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
+            pixels = torch.cat([pixels, rendered.opacity[..., None]], dim=-1) * 2 - 1
+        return pixels.permute(0, 3, 1, 2)
 
     # ----------------------------------------------------------------------------------------------------- the loop
 
