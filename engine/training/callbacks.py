@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from torch.profiler import record_function
 
-from dream_fast.engine.config.schema import OutputConfig
+from dream_fast.engine.config.sections import OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.guidance.snapshots import guidance_pictures

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from dream_fast.engine.config.schedule import largest, value_at, values_at
-from dream_fast.engine.config.schema import Config, RunConfig, ShadingConfig, settings_unused_by
+from dream_fast.engine.config.schema import Config, settings_unused_by
+from dream_fast.engine.config.sections import RunConfig, ShadingConfig
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video

@@ -20,7 +20,7 @@ from skimage import measure
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline import mesh_export as bench_mesh
-from dream_fast.engine.config.schema import CameraConfig, FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import images, isosurface, mesh_files, texture, uv_atlas, video
 from dream_fast.engine.export.silhouette import silhouettes

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model import checks

@@ -13,7 +13,8 @@ from rich.console import Console
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine.config.presets import DMTET_DEFAULTS, resolve
-from dream_fast.engine.config.schema import CameraConfig, Config
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import depth_image
 from dream_fast.engine.guidance.base import GuidanceResult

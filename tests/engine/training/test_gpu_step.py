@@ -15,7 +15,8 @@ from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.cli import main
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, GuidanceConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import load_components

@@ -241,7 +241,7 @@ def test_what_takes_less_memory_ends_where_nothing_does():
 
 def test_samples_that_do_not_fit_make_the_buffers_grow_and_change_nothing(tmp_path, tiny_model):
     """On a GPU a step whose samples did not fit is not taken; the next row doubles the buffers."""
-    from dream_fast.engine.config.schema import RenderConfig
+    from dream_fast.engine.config.sections import RenderConfig
     from dream_fast.engine.render.ray_samplers import OccupancySampler
 
     sampler = OccupancySampler(SimpleNamespace(device=torch.device("cpu")), RenderConfig(occupancy_resolution=16))

@@ -15,7 +15,8 @@ from rich.console import Console
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, ShadingConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import ShadingConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import load_components

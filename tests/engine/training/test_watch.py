@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
-from dream_fast.engine.config.schema import Config, GuidanceConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.guidance import registry
