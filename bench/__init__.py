@@ -1,1 +1,1 @@
-"""Measurements: quality of results, and later the speed of operators. Imported by nothing in the engine."""
+"""Measurements of operators, steps, whole runs and results. Nothing in the engine imports them."""

@@ -2,33 +2,50 @@
 
 import importlib
 import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """The module below `dream_fast.bench` whose `main` is called, and one line of help."""
+
+    module: str
+    help: str
+
 
 COMMANDS = {
-    "aot": "registers, spills and instructions of every kernel, compiled without a GPU",
-    "kernels": "accuracy and speed of every operator on a GPU",
-    "step": "time, memory and parts of a whole step, also at Stable Diffusion's size",
-    "compare": "whether a result of `kernels` is slower than an earlier one",
-    "timing": "speed on a CPU beside an earlier commit, on the same machine",
-    "main_job": "time and memory of the main command",
-    "mesh": "meshes of finished runs beside their fields, and the time of the export",
-    "sharpness": "mesh refinement against the field that it began from",
-    "reference_lines": "command lines of stable-dreamfusion, run here, into docs/coming_from_stable_dreamfusion.md",
-    "kills": "runs that are killed and taken up again, beside one that is not",
-    "selftest": "every kernel once against its reference, on tiny inputs",
-    "long_run": "memory, open files and speed of a long run",
-    "world": "renders of the procedural world, with which `quality` compares results",
-    "quality": "whole runs with default settings, or one set of them a score, looked at by the judge",
-    "quality_page": "docs/quality.md, from the results of `quality --name`",
+    "kernels": Command("ops.run", "accuracy and speed of every operator on a GPU"),
+    "step": Command("pipeline.step", "time, memory and parts of a whole step, also at Stable Diffusion's size"),
+    "end_to_end": Command("pipeline.end_to_end", "time and memory of `dream-fast --text` from start to exit"),
+    "compare": Command("compare", "slowdowns of a result of `kernels` against an earlier one"),
+    "timing": Command("regression.timing", "speed on a CPU beside an earlier commit, on the same machine"),
+    "aot": Command("ops.aot", "registers, spills and instructions of every kernel, compiled without a GPU"),
+    "quality": Command("quality.run", "whole runs with default settings, scored by the classifier"),
+    "world": Command("quality.world", "renders of the procedural world, with which `quality` compares results"),
+    "mesh": Command("pipeline.mesh_export", "meshes of finished runs beside their fields, and the time of the export"),
+    "sharpness": Command("pipeline.mesh_sharpness", "mesh refinement against the field that it began from"),
+    "kill_resume": Command("reliability.kill_resume", "runs that are killed and resumed, beside one that is not"),
+    "soak": Command("reliability.soak", "memory, open files and speed of a long run"),
+    "selftest": Command("doctor.selftest", "every kernel once against its reference, on tiny inputs"),
+    "report": Command("report", "the tables of PROFILING.md, from bench/results"),
+    "quality_page": Command("quality.page", "docs/quality.md, from the results of `quality --name`"),
+    "command_lines": Command("compat.command_lines", "docs/coming_from_stable_dreamfusion.md, from runs of its lines"),
+}
+ALIASES = {
+    "main_job": "end_to_end",
+    "kills": "kill_resume",
+    "long_run": "soak",
+    "reference_lines": "command_lines",
 }
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] not in COMMANDS:
+    name = ALIASES.get(argv[0], argv[0]) if argv else ""
+    if name not in COMMANDS:
         print("usage: python -m dream_fast.bench COMMAND [--help]\n")
-        for name, text in COMMANDS.items():
-            print(f"  {name:15} {text}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:15} {command.help}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    return importlib.import_module(f"dream_fast.bench.{argv[0]}").main(argv[1:])
+    return importlib.import_module(f"dream_fast.bench.{COMMANDS[name].module}").main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from dream_fast.bench.results import ROOT
+
 STEPS = 20
 SHORT = f"--iters {STEPS} --device cpu --W 96 --H 96 --dataset_size_test 6 --dataset_size_valid 2".split()
 FILES = {"scripts/res64.args": "-O --vram_O --w 64 --h 64"}  # what the lines read
-PAGE = Path(__file__).parents[2] / "docs" / "coming_from_stable_dreamfusion.md"
+PAGE = ROOT / "docs" / "coming_from_stable_dreamfusion.md"
 KNOWN = "a hamburger"  # for a prompt of another model that dream-mini does not know
 
 

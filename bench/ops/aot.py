@@ -21,9 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from dream_fast.bench.results import RESULTS
 from dream_fast.kernels._core.launch import INTERPRETED, Launch, recorded_launches
 
-RESULTS = Path(__file__).parents[1] / "results"
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),

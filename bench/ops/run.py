@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,7 @@ from dream_fast.bench.ops.cases import FULL, SMALL, Case, run
 from dream_fast.bench.ops.gate import Verdict, judge, judged_case
 from dream_fast.bench.ops.targets import GPU, TARGETS
 
-SCHEMA = 1
 IMPLEMENTATIONS = ("triton", "reference", "compiled")
-RESULTS = Path(__file__).parents[1] / "results"
-ROOT = Path(__file__).parents[2]
 # Cases that --quick times: one of each operator and kind of points.
 QUICK_CASES = (
     *("rays_64", "uniform_2^20", "rays_64_finite_difference", "rays_64_analytic", "frame_800", "12.2M"),
@@ -47,53 +43,6 @@ PEER_CASES = (*(set(QUICK_CASES) - {"frame_800"}), "unet_64x64x320", "unet_64x64
 NEVER_COMPILED = "rays_64_analytic"
 # Operators whose references ask the host for nothing, so that their peers run from a CUDA graph as well.
 CAPTURABLE = ("group_norm_silu", "bias_residual")
-
-
-def git_state() -> tuple[str, bool | None]:
-    """Commit and whether the tree differs from it. A copy without git is told by GIT_STATE ("SHA" or "SHA-dirty")."""
-    if told := os.environ.get("GIT_STATE"):
-        return told.removesuffix("-dirty"), told.endswith("-dirty")
-    try:
-        git = ["git", "-C", str(ROOT)]
-        sha = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-        return sha, bool(changes.strip())
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", None
-
-
-def driver_version() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def header(device: torch.device) -> dict[str, Any]:
-    try:
-        import triton
-    except ModuleNotFoundError:
-        triton = None
-    sha, dirty = git_state()
-    cuda = device.type == "cuda"
-    return {
-        "schema": SCHEMA,
-        "gpu": torch.cuda.get_device_name(device) if cuda else None,
-        "driver": driver_version() if cuda else None,
-        "torch": torch.__version__,
-        "triton": triton.__version__ if triton else None,
-        "git_sha": sha,
-        "dirty": dirty,
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "copy_rate": round(measure.copy_rate(device)),
-        "matmul_rate": round(measure.matmul_rate(device)),
-    }
-
-
-def file_name(gpu: str | None) -> str:
-    """nvidia-h100-80gb-hbm3.json for "NVIDIA H100 80GB HBM3"."""
-    return "-".join((gpu or "cpu").lower().split()) + ".json"
 
 
 @contextmanager
@@ -206,7 +155,7 @@ class Suite:
         self.verdicts: dict[tuple[Case, str], Verdict] = {}
         self.compiled: dict[str, Callable[..., Any]] = {}
         self.not_compiled: set[tuple[str, str]] = set()  # operator and case that failed to compile, or took too long
-        self.head = header(device)
+        self.head = results.header(device)
 
     def operator(self, case: Case, name: str) -> Callable[..., Any]:
         if name != "compiled":
@@ -329,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"left out: {reason}")
     for reason in suite.inaccurate:
         print(f"FAILED: {reason}")
-    out = args.out or RESULTS / file_name(suite.head["gpu"])
+    out = args.out or results.RESULTS / results.file_name(suite.head["gpu"])
     results.write_kernels(out, suite.head, suite.rows)
     print(json.dumps({"out": str(out), "rows": len(suite.rows), "failed": len(suite.inaccurate)}))
     return int(bool(suite.inaccurate))

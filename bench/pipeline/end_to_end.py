@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dream_fast.bench.quality.run import RESULTS
+from dream_fast.bench.results import RESULTS
 from dream_fast.engine.runtime.device import machine
 
 PROMPT = "a hamburger"

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast import kernels
-from dream_fast.bench.quality.run import finished
+from dream_fast.bench.finished_run import load_finished
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.export.mesh_files import PARTS, write_mesh
 from dream_fast.engine.export.silhouette import silhouettes
-from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.render.base import Renderer
 from dream_fast.engine.scene.camera import SIX_VIEWS, Cameras, clip_positions, six_views
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         stored = Workspace(path).stored_config()
         looking = {"device": args.device, "workspace": str(path), "test": True}
         config = stored.override(looking | {"max_steps": FINER * stored.render.max_steps})
-        trainer = finished(config, path)
+        trainer = load_finished(config, path)
         glb = args.out / path.name / "mesh.glb"
         with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
             cameras = six_views(config.camera, trainer.device)

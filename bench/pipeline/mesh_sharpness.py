@@ -24,11 +24,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dream_fast.bench.finished_run import load_finished
 from dream_fast.bench.quality.classifier import load_judge
-from dream_fast.bench.quality.run import AZIMUTHS, assess, finished, pictures_of
+from dream_fast.bench.quality.protocol import AZIMUTHS
+from dream_fast.bench.quality.run import assess, pictures_of
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.export.images import save_grid
+from dream_fast.engine.render.base import Shading
 from dream_fast.engine.scene.camera import turntable
 from dream_fast.engine.training.trainer import Trainer
 
@@ -54,7 +57,7 @@ def look(trainer: Trainer, prompt: str) -> Look:
     cameras = turntable(trainer.config.camera, AZIMUTHS, trainer.device)
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
-        view = trainer.renderer.view(cameras, SIZE, SIZE, shading="textureless", background=black)
+        view = trainer.renderer.view(cameras, SIZE, SIZE, shading=Shading("textureless", 0.1), background=black)
     scores = {name: found[name] for name in ("object", "object_color")}
     return Look(scores, view.rgb[..., 0].cpu(), view.opacity.cpu(), view.normal.cpu())
 
@@ -107,7 +110,7 @@ def make(typed: dict, device: str) -> Trainer:
 
     config: Config = resolve(typed, "dream-mini", device)
     run(config)
-    return finished(config, Path(config.run.workspace))
+    return load_finished(config, Path(config.run.workspace))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,10 +32,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dream_fast import kernels
-from dream_fast.bench import measure
-from dream_fast.bench import results as record
+from dream_fast.bench import measure, results
 from dream_fast.bench.accuracy import error, tolerance
-from dream_fast.bench.ops.run import RESULTS, file_name, header
 from dream_fast.bench.pipeline.random_sd import TOKENS, RandomPrompt, in_dtype, random_components
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schema import Config
@@ -92,8 +90,8 @@ class StepCase:
     name: str
     mini: bool = False
     typed: dict[str, Any] = field(default_factory=dict)
-    must_ms: float | None = None
-    must_gib: float | None = None
+    target_ms: float | None = None
+    target_gib: float | None = None
     peer: bool = False
     channels_last: tuple[str, ...] | None = None
     compiled: tuple[str, ...] = COMPILED
@@ -104,12 +102,12 @@ class StepCase:
 
 
 CASES = (
-    StepCase("default", must_ms=26, must_gib=5.0, peer=True),
-    StepCase("vram_O", typed={"vram_O": True}, must_gib=3.2),
-    StepCase("compile", typed={"compile": True}, must_ms=22),
-    StepCase("compile_analytic", typed={"compile": True, "normals": "analytic"}, must_ms=17),
-    StepCase("dmtet", typed={"dmtet": True}, must_ms=1.3 * 26),
-    StepCase("dream_mini", mini=True, must_ms=1000 / 120, peer=True),
+    StepCase("default", target_ms=26, target_gib=5.0, peer=True),
+    StepCase("vram_O", typed={"vram_O": True}, target_gib=3.2),
+    StepCase("compile", typed={"compile": True}, target_ms=22),
+    StepCase("compile_analytic", typed={"compile": True, "normals": "analytic"}, target_ms=17),
+    StepCase("dmtet", typed={"dmtet": True}, target_ms=1.3 * 26),
+    StepCase("dream_mini", mini=True, target_ms=1000 / 120, peer=True),
 )
 
 
@@ -212,15 +210,15 @@ def exact_gradient(case: StepCase, device: torch.device) -> Exact:
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        results = []
+        gradients = []
         for components in (plain, in_dtype(plain, torch.float32 if device.type == "cuda" else torch.float64)):
             score = ScoreDistillation(components, config.guidance, cuda_graphs=False)
             with FlopCounterMode(display=False) as counter:
-                results.append(picture_gradient(score, side, MINI_TOKENS if case.mini else TOKENS))
+                gradients.append(picture_gradient(score, side, MINI_TOKENS if case.mini else TOKENS))
             flops = counter.get_total_flops()
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-    own, exact = results
+    own, exact = gradients
     return Exact(exact, tolerance(own, exact), flops)
 
 
@@ -399,7 +397,7 @@ def make_row(
 ) -> dict[str, Any]:
     floor = 1e3 * max(least_bytes(trainer) / head["copy_rate"], exact.flops / head["matmul_rate"])
     return {
-        "op": record.STEP,
+        "op": results.STEP,
         "case": case.name,
         "impl": impl,
         "mode": "train",
@@ -419,7 +417,7 @@ def line(case: StepCase, row: dict[str, Any]) -> str:
     """A row for a person."""
     ours = row["impl"] != "reference"
     must = [
-        f"must {value:g} {unit}" for value, unit in ((case.must_ms, "ms"), (case.must_gib, "GiB")) if ours and value
+        f"must {value:g} {unit}" for value, unit in ((case.target_ms, "ms"), (case.target_gib, "GiB")) if ours and value
     ]
     parts, alone = (
         " ".join(f"{part} {time:.2f}" for part, time in row.get(name, {}).items())
@@ -456,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: torch finds no GPU on this machine (--device cpu tries the command)", file=sys.stderr)
         return 2
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
-    head = header(device)
+    head = results.header(device)
     print(json.dumps(head))
     rows, failed = [], []
     exact: dict[tuple[bool, Any], Exact] = {}
@@ -499,8 +497,8 @@ def main(argv: list[str] | None = None) -> int:
     release(device)
     for reason in failed:
         print(f"FAILED: {reason}")
-    out = args.out or RESULTS / file_name(head["gpu"])
+    out = args.out or results.RESULTS / results.file_name(head["gpu"])
     measured = {row["case"] for row in rows}
-    record.write_steps(out, head, rows, measured.__contains__)
+    results.write_steps(out, head, rows, measured.__contains__)
     print(json.dumps({"out": str(out), "rows": len(rows), "failed": len(failed)}))
     return int(bool(failed))

@@ -7,25 +7,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dream_fast.bench.pipeline.mesh_export import compare, read_glb
 from dream_fast.bench.quality.measures import SOLID, edge_ratio, floaters, part_color, roughness
+from dream_fast.bench.quality.protocol import SHAPE_SIZE, sides
 from dream_fast.bench.quality.world import palette_of
 from dream_fast.engine.config.schema import CameraConfig
 from dream_fast.engine.export.images import to_uint8
-from dream_fast.engine.scene.camera import Cameras, make_cameras, six_views, turntable
+from dream_fast.engine.export.mesh_files import write_mesh
+from dream_fast.engine.export.silhouette import silhouettes
+from dream_fast.engine.scene.camera import Cameras, six_views, turntable
 from dream_fast.engine.training.trainer import Trainer
 
-SIDES = ((90.0, 0.0), (90.0, 90.0), (90.0, 180.0), (90.0, -90.0))  # (polar, azimuth): front, right, back, left
-SIZE = 256  # pixels of the views that shapes are measured in
-RADIUS, FOVY = 3.2, 23.0
 STRIP = 512  # pixels of a picture of the strip
 STRIP_VIEWS = (1, 5)  # of the eight azimuths around the object: from the front's right, from behind on the left
-
-
-def sides(device: torch.device | str) -> Cameras:
-    """The four cameras of SIDES."""
-    angles = torch.tensor(SIDES, device=device)
-    full = torch.ones(len(SIDES), device=device)
-    return make_cameras(angles[:, 0], angles[:, 1], RADIUS * full, FOVY * full)
 
 
 @torch.no_grad()
@@ -33,7 +27,7 @@ def measure_shape(trainer: Trainer) -> dict[str, float | None]:
     """roughness_deg, edge_ratio and floaters from four sides, of the averaged weights, before anything is cleaned."""
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights():
-        view = trainer.renderer.view(sides(trainer.device), SIZE, SIZE, background=black)
+        view = trainer.renderer.view(sides(trainer.device), SHAPE_SIZE, SHAPE_SIZE, background=black)
     return {
         "roughness_deg": roughness(view.normal, view.opacity),
         "edge_ratio": edge_ratio(view.opacity),
@@ -66,10 +60,6 @@ def write_strip(trainer: Trainer, path: Path, camera: CameraConfig) -> None:
 
 def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, float]:
     """Worst of six views of the exported mesh beside the field: mesh_psnr in dB, mesh_iou."""
-    from dream_fast.bench.pipeline.mesh_export import compare, read_glb
-    from dream_fast.engine.export.mesh_files import write_mesh
-    from dream_fast.engine.export.silhouette import silhouettes
-
     output, glb = trainer.config.output, folder / "mesh.glb"
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():

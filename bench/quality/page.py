@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-FOLDER = Path(__file__).parents[2]
-RESULTS, PAGE = FOLDER / "bench" / "results", FOLDER / "docs" / "quality.md"
+from dream_fast.bench.results import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- generated: quality -->", "<!-- end: quality -->"
 MEASURES = {  # name -> what is written of it
     "roughness_deg": "roughness, degrees",

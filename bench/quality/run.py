@@ -34,41 +34,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dream_fast.bench.ops.run import git_state
+from dream_fast.bench.finished_run import load_finished
 from dream_fast.bench.quality.classifier import WEIGHTS, Judge, load_judge, verdicts
 from dream_fast.bench.quality.looks import measure_color, measure_mesh, measure_shape, rounded, write_strip
 from dream_fast.bench.quality.measures import kid
 from dream_fast.bench.quality.page import write_sheet
+from dream_fast.bench.quality.protocol import AZIMUTHS, BACK, BACKGROUND, BEHIND, FRONT, HELD_OUT, PROMPTS, SIZE
 from dream_fast.bench.quality.world import color_error, color_spread, paints_of, read_world, world_summary
+from dream_fast.bench.results import RESULTS, git_state
 from dream_fast.engine.config.presets import resolve
-from dream_fast.engine.config.schema import Config, GuidanceConfig, read_values
+from dream_fast.engine.config.schema import GuidanceConfig, read_values
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.dream_mini.vocabulary import COLORS, THINGS, VIEWS, find_object
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
-from dream_fast.engine.runtime.device import Runtime, choose_runtime, machine
+from dream_fast.engine.runtime.device import machine
 from dream_fast.engine.scene.camera import turntable
 from dream_fast.engine.training.trainer import Trainer
-from dream_fast.engine.workspace.folder import Workspace
 
-PROMPTS = (
-    "a hamburger", "a red robot", "a yellow duck", "a blue car", "a snowman", "a green cactus", "a pink pig",
-    "a purple mug", "a brown bear", "a white rabbit", "an orange cat", "a red mushroom", "a pineapple", "a cyan teapot",
-    "a blue house", "a black penguin",
-)  # fmt: skip
-HELD_OUT = (
-    "a donut", "a purple owl", "a red truck", "a yellow dog", "a green frog", "a pink cupcake", "a lighthouse",
-    "a blue fish", "a gray cat", "a white robot", "an orange bear", "a brown chair", "a cyan vase", "a black hat",
-    "a red apple", "a green turtle",
-)  # fmt: skip
-AZIMUTHS, SIZE = 8, 128
-FRONT, BEHIND, BACK = 0, (3, 4, 5), 4  # of the azimuths 0, 45, ... 315: the front, those from behind, the back
-BACKGROUND = 0.75
 SCORES = ("object", "object_color", "janus", "front", "back")
 SHAPE = ("roughness_deg", "edge_ratio", "floaters")
 ALIASES = {"ism": "sdi"}  # other names of the scores that guide
 SHOWN = ("object", "object_color", "janus_rate", "front_rate", "back_rate", "runs")  # in the table of several scores
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def wanted(prompt: str) -> tuple[int, int | None]:
@@ -108,7 +95,7 @@ def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, ob
     start = time.monotonic()
     run(config)
     seconds = time.monotonic() - start
-    trainer = finished(config, workspace)
+    trainer = load_finished(config, workspace)
     strip = torch.cat(list(pictures_of(trainer)), dim=2).permute(1, 2, 0)
     path = _views(work, prompt, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +107,6 @@ def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, ob
     torch.cuda.empty_cache()
     scores = assess(load_judge(), read_views(path), prompt) | rounded(look)
     return {"prompt": prompt, "seed": seed, **scores, "seconds": round(seconds, 1), "iters": config.run.iters}
-
-
-def finished(config: Config, workspace: Path) -> Trainer:
-    """The trainer of a finished run, loaded from its last checkpoint."""
-    runtime: Runtime = choose_runtime(config)
-    trainer = Trainer(config, runtime, config.run.seed)
-    trainer.load(max(Workspace(workspace).checkpoints.glob("*.safetensors")))
-    return trainer
 
 
 @torch.no_grad()

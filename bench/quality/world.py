@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from dream_fast.bench.quality.classifier import WEIGHTS, load_judge
 from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, roughness
+from dream_fast.bench.quality.protocol import AZIMUTHS, BACKGROUND, HELD_OUT, PROMPTS, SHAPE_SIZE, SIZE, sides
+from dream_fast.bench.results import RESULTS
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.dream_mini.scenes import RADIUS, Scene, make_scene
 from dream_fast.engine.dream_mini.sphere_tracer import pack, trace
@@ -32,7 +34,7 @@ SHAPES = {"cuda": 8, "cpu": 1}  # of them, whose shapes are measured
 PAINTS = 32  # scenes a prompt whose colours are looked at
 SAME = 10.0  # CIEDE2000 below which two colours of an object are one
 FINER = {"cuda": 1.5, "cpu": 1.0}  # rays along an edge of a picture, a pixel
-LOOKS = Path(__file__).parents[1] / "results" / "world.safetensors"
+LOOKS = RESULTS / "world.safetensors"
 
 
 class WorldLook(NamedTuple):
@@ -183,10 +185,6 @@ def world_summary(world: WorldLook) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from dream_fast.bench.quality.looks import SIZE, sides
-    from dream_fast.bench.quality.run import AZIMUTHS, BACKGROUND, HELD_OUT, PROMPTS
-    from dream_fast.bench.quality.run import SIZE as PICTURE
-
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench world", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=LOOKS)
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
@@ -194,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     around = turntable(resolve({}, "dream-mini", args.device).camera, AZIMUTHS)
     prompts = tuple(args.prompts or (*PROMPTS, *HELD_OUT))
-    world = measure_world(prompts, around, sides("cpu"), (PICTURE, SIZE), BACKGROUND, args.device)
+    world = measure_world(prompts, around, sides("cpu"), (SIZE, SHAPE_SIZE), BACKGROUND, args.device)
     write_world(args.out, prompts, world)
     print(json.dumps(world_summary(world)))
     return 0

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from dream_fast.bench.ops.run import ROOT
+from dream_fast.bench.results import ROOT
 from dream_fast.engine.errors import UserError
 
 LIMIT = 1.25

@@ -1,25 +1,47 @@
-"""What every guidance is: a call that turns rendered images into a loss, and its result."""
+"""The guidance protocol: a call that turns rendered images into a loss, with its inputs and its result."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from dream_fast.engine.guidance.model.components import Components
+from dream_fast.engine.scene.camera import Cameras
 
-class Guidance:
-    """A guidance by a prompt: the trainer tells it the step besides, for its schedules.
 
-    Without ``takes_latents`` it can only be shown pictures.
+class StepInputs(NamedTuple):
+    """Inputs of one optimisation step, made by the trainer once a step.
+
+    In a captured step `timesteps` and `scalars` are tensors on the device, which the CUDA graph reads.
+
+    step: number of the step, from 0.
+    progress: part of the run that lies before it, in [0, 1].
+    generator: source of all random draws of the step, on the device; None: torch's default one.
+    latents: the images of the step are latents.
+    timesteps: [B] int64 from `Guidance.prepare_step`; None: the guidance draws them in its call.
+    scalars: the numbers that change from step to step, by name, such as settings with a schedule.
     """
 
-    takes_latents = True
+    step: int = 0
+    progress: float = 0.0
+    generator: torch.Generator | None = None
+    latents: bool = False
+    timesteps: Tensor | None = None
+    scalars: Mapping[str, float | Tensor] = {}
 
 
 class GuidanceResult(NamedTuple):
-    """``loss`` scalar 1/2 |g|^2 / B, differentiable in the picture; ``t`` [B] int64; ``grad_norm`` scalar |g|, not
-    finite when the gradient is not; ``gradient`` g [B, C, h, w] of the latents, before the division by B.
+    """Loss of a step, and what is logged or saved of it. B images, latents [C, h, w].
 
-    To be looked at, where there are latents: ``noisy`` x_t and ``clean`` = (x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t),
-    the model's estimate of what it is without noise, each [B, C, h, w]. ``losses``: of several guidances each one's."""
+    loss: scalar, differentiable in the images.
+    t: [B] int64 timesteps; [0] without a diffusion model.
+    grad_norm: scalar, length of `gradient`; not finite where that is not.
+    gradient: [B, C, h, w], of the latents (or of the images, without latents), before the division by B.
+    noisy: [B, C, h, w] x_t, or None without a diffusion model.
+    clean: [B, C, h, w] x0 = (x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t), the one-step estimate, or None.
+    losses: the loss of each guidance by name, of several.
+    """
 
     loss: Tensor
     t: Tensor
@@ -28,3 +50,23 @@ class GuidanceResult(NamedTuple):
     noisy: Tensor | None = None
     clean: Tensor | None = None
     losses: dict[str, Tensor] | None = None
+
+
+class Guidance(Protocol):
+    """Pull images towards a prompt. A plain function of the same arguments is enough where no step is captured.
+
+    accepts_latents: it can be called with latents; without, a sum leaves it out of a step that shows them.
+    capturable: its call can be captured in a CUDA graph, after `prepare_step`.
+    components: the diffusion model whose latents `--save_guidance` decodes; None without one.
+    """
+
+    accepts_latents: bool = True
+    capturable: bool = False
+    components: Components | None = None
+
+    def prepare_step(self, inputs: StepInputs, batch: int) -> StepInputs:
+        """Return `inputs` with all that a captured call of `batch` images reads, as tensors on the device."""
+        return inputs
+
+    def __call__(self, images: Tensor, cameras: Cameras, inputs: StepInputs) -> GuidanceResult:
+        """Guide `images` [B, 3, H, W] in [0, 1], or latents [B, 4, H, W], which `cameras` see."""

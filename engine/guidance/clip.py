@@ -24,7 +24,7 @@ from dream_fast.engine.config.model_names import hub_name
 from dream_fast.engine.config.schedule import value_at
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.guidance.base import Guidance, GuidanceResult
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.model.components import quiet_progress
 from dream_fast.engine.guidance.prompts import VIEWS, fit, view_weights
 from dream_fast.engine.guidance.sds import InjectGradient, resize
@@ -44,7 +44,7 @@ class ClipGuidance(Guidance):
     ``views`` [4, D] are unit vectors of the prompt from each of VIEWS. It has nothing to say about latents.
     """
 
-    takes_latents = False
+    accepts_latents = False
 
     def __init__(
         self,
@@ -60,30 +60,24 @@ class ClipGuidance(Guidance):
         # Made once: a step that makes them would wait for the device.
         self.mean, self.spread = (torch.tensor(x, device=views.device).view(3, 1, 1) for x in (MEAN, SPREAD))
 
-    def __call__(
-        self,
-        pictures: Tensor,
-        cameras: Cameras,
-        *,
-        progress: float,
-        step: int = 0,
-        generator: torch.Generator | None = None,
-        latents: bool = False,
-    ) -> GuidanceResult:
-        """``pictures`` [B, 3, H, W] in [0, 1] of B cameras. ``t`` of the result is empty, ``gradient`` that of the
-        pictures. Raises ValueError for latents and for pictures of another shape."""
-        if latents or pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"pictures must be [B, 3, H, W] in [0, 1], not {list(pictures.shape)}, and no latents")
+    def __call__(self, images: Tensor, cameras: Cameras, inputs: StepInputs) -> GuidanceResult:
+        """Guide `images` [B, 3, H, W] in [0, 1]. `t` of the result is empty, `gradient` that of the images.
+
+        Raises ValueError: latents, or images of another shape.
+        """
+        if inputs.latents or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [B, 3, H, W] in [0, 1], not {list(images.shape)}, and no latents")
         angles = (cameras.azimuth, cameras.polar, self.angle_overhead, self.view_blend, self.angle_front)
-        wanted = F.normalize(view_weights(*angles).to(self.views.device) @ self.views, dim=-1)
-        with torch.enable_grad(), torch.autocast(pictures.device.type, enabled=False):
-            picture = pictures.detach().float().requires_grad_()
-            likeness = (self.features(picture) * wanted).sum(dim=-1)  # [B]
-            loss = -SCALE * value_at(self.config.lambda_guidance, step, progress) * likeness.mean()
-            (gradient,) = torch.autograd.grad(loss, picture)
-        none = torch.zeros(0, dtype=torch.int64, device=pictures.device)
-        injected = InjectGradient.apply(pictures, gradient, loss.detach())
-        return GuidanceResult(injected, none, torch.linalg.vector_norm(gradient), gradient)
+        targets = F.normalize(view_weights(*angles).to(self.views.device) @ self.views, dim=-1)
+        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+            leaf = images.detach().float().requires_grad_()
+            similarity = (self.features(leaf) * targets).sum(dim=-1)  # [B]
+            weight = value_at(self.config.lambda_guidance, inputs.step, inputs.progress)
+            loss = -SCALE * weight * similarity.mean()
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        no_timesteps = torch.zeros(0, dtype=torch.int64, device=images.device)
+        injected = InjectGradient.apply(images, gradient, loss.detach())
+        return GuidanceResult(injected, no_timesteps, torch.linalg.vector_norm(gradient), gradient)
 
     def features(self, pictures: Tensor) -> Tensor:
         """Unit vectors [B, D] of ``pictures`` [B, 3, H, W] in [0, 1], differentiable."""

@@ -1,45 +1,32 @@
-"""Several guidances at once: their losses, and so their gradients, are added."""
+"""Several guidances at once: the sum of their losses, and so of their gradients."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from dream_fast.engine.guidance.base import Guidance, GuidanceResult
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
+from dream_fast.engine.guidance.model.components import Components
 from dream_fast.engine.scene.camera import Cameras
 
 
 class GuidanceSum(Guidance):
-    """The sum of ``parts``, by name. Called like :class:`~dream_fast.engine.guidance.diffusion.DiffusionGuidance`.
+    """Add up the guidances `terms`, by name. One that does not accept latents is left out of a step that shows them."""
 
-    A part that has nothing to say about latents is left out of a step that shows them.
-    """
+    def __init__(self, terms: Mapping[str, Guidance]):
+        self.terms = dict(terms)
 
-    def __init__(self, parts: Mapping[str, Guidance]):
-        self.parts = dict(parts)
+    @property
+    def components(self) -> Components | None:
+        """Those of the first guidance with a diffusion model."""
+        return next((term.components for term in self.terms.values() if term.components is not None), None)
 
-    def __call__(
-        self,
-        pictures: Tensor,
-        cameras: Cameras,
-        *,
-        progress: float,
-        step: int = 0,
-        generator: torch.Generator,
-        latents: bool = False,
-    ) -> GuidanceResult:
-        """The result of the first image model (of the first part without one), with the sum of all losses as ``loss``
-        and each of them in ``losses``."""
-        options = dict(progress=progress, step=step, generator=generator, latents=latents)
-        asked = {name: part for name, part in self.parts.items() if part.takes_latents or not latents}
-        results = {name: part(pictures, cameras, **options) for name, part in asked.items()}
-        shown = next((name for name, part in asked.items() if isinstance(part, DiffusionGuidance)), next(iter(results)))
+    def __call__(self, images: Tensor, cameras: Cameras, inputs: StepInputs) -> GuidanceResult:
+        """Return the result of the first guidance with a diffusion model (else of the first one), with the sum of all
+        losses as `loss` and each of them in `losses`."""
+        terms = {name: term for name, term in self.terms.items() if term.accepts_latents or not inputs.latents}
+        results = {name: term(images, cameras, inputs) for name, term in terms.items()}
+        with_model = (name for name, term in terms.items() if term.components is not None)
+        primary = next(with_model, next(iter(results)))
         losses = {name: result.loss for name, result in results.items()}
-        return results[shown]._replace(loss=torch.stack(list(losses.values())).sum(), losses=losses)
-
-
-def primary_diffusion(guidance: object) -> DiffusionGuidance | None:
-    """The guidance by an image model that ``guidance`` is or has, of several the first; else None."""
-    parts = guidance.parts.values() if isinstance(guidance, GuidanceSum) else [guidance]
-    return next((part for part in parts if isinstance(part, DiffusionGuidance)), None)
+        return results[primary]._replace(loss=torch.stack(list(losses.values())).sum(), losses=losses)

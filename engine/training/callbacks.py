@@ -20,7 +20,6 @@ from dream_fast.engine.config.schema import Config, OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.guidance.snapshots import guidance_images
-from dream_fast.engine.guidance.sum import primary_diffusion
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.training.profiler import Profile
 from dream_fast.engine.training.trainer import StepResult
@@ -54,9 +53,8 @@ class RunCallbacks:
     ):
         self._config, self._workspace, self._reporter = config, workspace, reporter
         self._step, self._device = step, device or torch.device("cpu")
-        diffusion = primary_diffusion(guidance)
-        self._components = None if diffusion is None else diffusion.score.components
-        if config.output.save_guidance and diffusion is None:
+        self._components = getattr(guidance, "components", None)
+        if config.output.save_guidance and self._components is None:
             raise UserError("--save_guidance shows the latents of an image model, and this guidance has none")
         self._writer: Any = None
         self._profile: Profile | None = None

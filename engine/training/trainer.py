@@ -20,12 +20,12 @@ from torch.utils import _pytree as pytree
 from dream_fast.engine.config.schedule import largest, value_at, values_at
 from dream_fast.engine.config.schema import Config, settings_unused_by
 from dream_fast.engine.errors import first_line
-from dream_fast.engine.guidance.base import Guidance, GuidanceResult
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.model.attention import KINDS, AttentionChoice
 from dream_fast.engine.guidance.snapshots import GuidanceSnapshot
-from dream_fast.engine.render.mesh import MeshRenderer, RenderedMesh
-from dream_fast.engine.render.volume import Rendered, Renderer
+from dream_fast.engine.render.base import Rendered, RenderedMesh, Renderer, Shading
+from dream_fast.engine.render.mesh import MeshRenderer
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.runtime.cuda_graph import StepGraphs
 from dream_fast.engine.runtime.device import Runtime
 from dream_fast.engine.runtime.seeds import seed_libraries, step_seed
@@ -42,7 +42,7 @@ from dream_fast.engine.workspace.folder import Workspace
 
 LATENT_BACKGROUND = 0.5  # background of the latent phase: the middle of the latents' range
 
-GuidanceCall = Callable[..., GuidanceResult]  # called like engine.guidance.text.DiffusionGuidance
+GuidanceCall = Guidance | Callable[[Tensor, Cameras, StepInputs], GuidanceResult]
 
 
 class StepResult(NamedTuple):
@@ -52,20 +52,11 @@ class StepResult(NamedTuple):
     terms: dict[str, Tensor]  # weighted losses by name; the guidance first
     t: Tensor  # [B] noise levels; none where no diffusion model guides
     grad_norm: Tensor  # of the guidance, in the latents
-    opacity: Tensor  # [R]
+    opacity: Tensor  # [B, H, W]
     samples: Tensor  # how many there were
     overflow: Tensor  # whether they did not all fit
     table_pull: Tensor | None = None  # of the hash table's regularisers, as a part of the rest of its gradient
     snapshot: GuidanceSnapshot | None = None  # with --save_guidance
-
-
-class StepInputs(NamedTuple):
-    """Numbers that change from step to step: the host's, or scalars on the device, where a CUDA graph reads them."""
-
-    ambient: float | Tensor
-    up: float | Tensor  # the ramp of the regularisers
-    losses: dict[str, float | Tensor]  # those settings of the losses that have a schedule
-    settled: Any  # what a DiffusionGuidance settles of a step; None: in its call
 
 
 class Trainer:
@@ -81,9 +72,9 @@ class Trainer:
         if config.dmtet.dmtet:
             self.shape = TetMesh(config.dmtet.tet_grid_size, config.render.bound, locked=config.dmtet.lock_geo)
             self.shape.to(runtime.device)
-            self.renderer = MeshRenderer(self.field, config.render, self.shape)
+            self.renderer: Renderer = MeshRenderer(self.field, config.render, self.shape)
         else:
-            self.renderer = Renderer(self.field, config.render)
+            self.renderer = VolumeRenderer(self.field, config.render)
         others = [parameter for parameter in self.field.parameters() if parameter is not self.field.table]
         free = [] if self.shape is None or self.shape.locked else list(self.shape.parameters())
         self.optimizer = Optimizer(self.field.table, others, config.optim, free, config.dmtet.lr_geo)
@@ -102,7 +93,7 @@ class Trainer:
         self.overflowed = torch.zeros_like(self.skipped)  # steps not taken because their samples did not fit
         self._graphs: StepGraphs | None = None  # of the gradient of a step, one a kind of step
         self._graphs_capacity = 0
-        self._dials: StepInputs | None = None
+        self._captured_inputs: tuple[Tensor, dict[str, Tensor]] | None = None  # where the graphs read
         if config.run.step_graph and runtime.device.type == "cuda":
             self._graphs = StepGraphs(self.generator)
         self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part of a step, to time it
@@ -125,12 +116,11 @@ class Trainer:
         levels = active_levels(config, phases)
         if self.step % config.render.update_extra_interval == 0:
             self.renderer.update_occupancy(generator, active_levels=levels)
-        if self._graphs is None or not isinstance(self.guidance, DiffusionGuidance):
-            now = values_at(config.loss, self.step, progress)
-            dials = StepInputs(phase.ambient, ramp(progress), now, None)
-            result = self._gradients(phase, network, dials, progress, levels)
+        inputs = self._inputs(phase, progress)
+        if self._graphs is None or not getattr(self.guidance, "capturable", False):  # a function has no attributes
+            result = self._gradients(phase, network, inputs, levels)
         else:
-            result = self._replayed_gradients(phase, network, progress)
+            result = self._replayed_gradients(phase, network, inputs)
 
         # A step whose samples did not fit their buffers is not taken: not a number tells the optimiser so.
         skipped = self.optimizer.step(
@@ -151,9 +141,12 @@ class Trainer:
         self.step += 1
         return result._replace(phase=phase)
 
-    def _gradients(
-        self, phase: Phase, network: bool, dials: StepInputs, progress: float, levels: int | None
-    ) -> StepResult:
+    def _inputs(self, phase: Phase, progress: float) -> StepInputs:
+        """The inputs of this step. Their scalars are "ambient", "ramp" and the scheduled settings of the losses."""
+        scalars = {"ambient": phase.ambient, "ramp": ramp(progress), **values_at(self.config.loss, self.step, progress)}
+        return StepInputs(self.step, progress, self.generator, latents=phase.name == "latent", scalars=scalars)
+
+    def _gradients(self, phase: Phase, network: bool, inputs: StepInputs, levels: int | None) -> StepResult:
         """Renders, asks the guidance and leaves the gradients, times the loss scale, with the optimiser."""
         config, generator = self.config, self.generator
         (height, width), batch = config.train_size, config.camera.batch_size
@@ -162,35 +155,28 @@ class Trainer:
             cameras,
             height,
             width,
-            shading=phase.shading,
-            ambient=dials.ambient,
-            light=self._light(cameras, height * width),
+            Shading(phase.shading, inputs.scalars["ambient"], self._light(cameras)),
             background=self._background(phase, network),
             need_normals=needs_normals(config.loss),
             active_levels=levels,
             generator=generator,
         )
-        limit = dials.losses.get("grad_clip_rgb", config.loss.grad_clip_rgb)
-        pictures = self._pictures(rendered, phase, batch, height, width, limit)
+        limit = inputs.scalars.get("grad_clip_rgb", config.loss.grad_clip_rgb)
+        pictures = self._pictures(rendered, phase, limit)
         self.mark("render")
-        ours = {"step": self.step} if isinstance(self.guidance, Guidance) else {}
-        if dials.settled is not None:
-            ours["settled"] = dials.settled
-        guided = self.guidance(
-            pictures, cameras, progress=progress, generator=generator, latents=phase.name == "latent", **ours
-        )
+        guided = self.guidance(pictures, cameras, inputs)
         asked = {"guidance": guided.loss}
         if several := getattr(guided, "losses", None):  # a guidance of one's own need not have it
             asked = {f"guidance_{name}": loss for name, loss in several.items()}
-        terms = asked | self._regularizers(rendered, dials, height, width, levels, guided.grad_norm.detach())
+        terms = asked | self._regularizers(rendered, inputs, levels, guided.grad_norm.detach())
 
         self.optimizer.zero_grad()
         (torch.stack(list(terms.values())).sum() * self.scaler.scale).backward()
         table_pull = add_table_gradients(
             self.field,
             config.loss,
-            up=dials.up,
-            now=dials.losses,
+            up=inputs.scalars["ramp"],
+            now=inputs.scalars,
             scale=self.scaler.scale,
             generator=generator,
         )
@@ -204,26 +190,18 @@ class Trainer:
         return StepResult(phase, terms, guided.t, norm, opacity, samples, overflow, table_pull, snapshot)
 
     def _regularizers(
-        self,
-        rendered: Rendered | RenderedMesh,
-        dials: StepInputs,
-        height: int,
-        width: int,
-        levels: int | None,
-        pull: Tensor,
+        self, rendered: Rendered | RenderedMesh, inputs: StepInputs, levels: int | None, pull: Tensor
     ) -> dict[str, Tensor]:
         config = self.config
-        if isinstance(rendered, RenderedMesh):
+        if self.shape is not None:
             if self.shape.locked:
                 return {}
-            return mesh_regularizers(rendered.surface, rendered.beyond, config.loss, dials.losses)
+            return mesh_regularizers(rendered.surface, rendered.opposite, config.loss, inputs.scalars)
         return regularizers(
             rendered,
             config.loss,
-            up=dials.up,
-            now=dials.losses,
-            height=height,
-            width=width,
+            up=inputs.scalars["ramp"],
+            now=inputs.scalars,
             field=self.field,
             normals=config.render.normals,
             normal_epsilon=config.render.normal_epsilon,
@@ -232,29 +210,25 @@ class Trainer:
             pull=pull,
         )
 
-    def _replayed_gradients(self, phase: Phase, network: bool, progress: float) -> StepResult:
-        """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_dials`."""
-        batch = self.config.camera.batch_size
-        now = StepInputs(
-            phase.ambient,
-            ramp(progress),
-            values_at(self.config.loss, self.step, progress),
-            self.guidance.settle(batch, self.step, progress, self.generator),
-        )
-        if self._dials is None:
-            self._dials = pytree.tree_map(partial(_static_like, device=self.device), now)
-        pytree.tree_map(_copy_static, self._dials, now)
-        dials, capacity = self._dials, self.renderer.sampler.samples_per_ray
+    def _replayed_gradients(self, phase: Phase, network: bool, inputs: StepInputs) -> StepResult:
+        """`_gradients` as one CUDA graph for each kind of step, which reads what changes from `_captured_inputs`."""
+        inputs = self.guidance.prepare_step(inputs, self.config.camera.batch_size)
+        changing = (inputs.timesteps, inputs.scalars)
+        if self._captured_inputs is None:
+            self._captured_inputs = pytree.tree_map(partial(_static_like, device=self.device), changing)
+        pytree.tree_map(_copy_static, self._captured_inputs, changing)
+        timesteps, scalars = self._captured_inputs
+        inputs, capacity = inputs._replace(timesteps=timesteps, scalars=scalars), self.renderer.sampler.samples_per_ray
         if capacity != self._graphs_capacity:
             self._graphs.clear()
             self._graphs_capacity = capacity
         kind = (phase.name, phase.shading, network)
-        return self._graphs(kind, lambda: self._gradients(phase, network, dials, progress, None))
+        return self._graphs(kind, lambda: self._gradients(phase, network, inputs, None))
 
-    def _light(self, cameras: Cameras, pixels: int) -> Tensor:
-        """Unit directions [R, 3] to a light near each camera: the camera's place, moved by one random vector."""
+    def _light(self, cameras: Cameras) -> Tensor:
+        """Unit directions [B, 3] to a light near each camera: the camera's place, moved by one random vector."""
         noise = torch.randn(3, generator=self.generator, device=self.device)
-        return F.normalize(cameras.c2w[:, :3, 3] + noise, dim=-1).repeat_interleave(pixels, dim=0)
+        return F.normalize(cameras.c2w[:, :3, 3] + noise, dim=-1)
 
     def _background(self, phase: Phase, network: bool) -> Tensor | None:
         """One random colour [3], or None for the background network."""
@@ -263,9 +237,7 @@ class Trainer:
         colour = torch.rand(3, generator=self.generator, device=self.device)
         return None if network else colour
 
-    def _pictures(
-        self, rendered: Rendered, phase: Phase, batch: int, height: int, width: int, limit: float | Tensor
-    ) -> Tensor:
+    def _pictures(self, rendered: Rendered | RenderedMesh, phase: Phase, limit: float | Tensor) -> Tensor:
         """What the guidance sees: colours in [0, 1] [B, 3, H, W], or normals and opacity in [-1, 1] [B, 4, H, W].
 
         ``limit``, where --grad_clip_rgb sets one, is that of the gradient of a pixel.
@@ -275,15 +247,15 @@ class Trainer:
             reach = limit * self.scaler.scale
             pixels.register_hook(lambda gradient: torch.clamp(gradient, -reach, reach))
         if phase.name == "latent":
-            pixels = torch.cat([pixels, rendered.opacity[:, None]], dim=-1) * 2 - 1
-        return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
+            pixels = torch.cat([pixels, rendered.opacity[..., None]], dim=-1) * 2 - 1
+        return pixels.permute(0, 3, 1, 2)
 
     def adapt_capacity(self, result: StepResult) -> None:
         """Fit the sample buffers to the last steps, of which `result` is one. Reads the device.
 
         Where their size changes, CUDA graphs are captured again.
         """
-        self.renderer.adapt_capacity(len(result.opacity))
+        self.renderer.adapt_capacity(result.opacity.numel())
 
     def warm_up(self, steps: int) -> None:
         """Take `steps` steps, so that kernels are compiled and graphs captured, and fit the sample buffers to them."""

@@ -12,7 +12,7 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench import __main__ as command
-from dream_fast.bench import compare, measure
+from dream_fast.bench import compare, measure, results
 from dream_fast.bench.accuracy import check_fp64
 from dream_fast.bench.ops import cases, gate
 from dream_fast.bench.ops import run as bench
@@ -212,8 +212,8 @@ def test_the_file_has_the_fields_of_the_schema(tmp_path, capsys):
 
 
 def test_the_results_are_named_after_the_gpu():
-    assert bench.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
-    assert bench.file_name(None) == "cpu.json"
+    assert results.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
+    assert results.file_name(None) == "cpu.json"
 
 
 def test_an_implementation_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
@@ -292,13 +292,13 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_a_copy_without_git_says_what_it_was_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert bench.git_state() == ("unknown", None)
+    assert results.git_state() == ("unknown", None)
     monkeypatch.setenv("GIT_STATE", "abc123-dirty")
-    assert bench.git_state() == ("abc123", True)
+    assert results.git_state() == ("abc123", True)
     monkeypatch.setenv("GIT_STATE", "abc123")
-    assert bench.git_state() == ("abc123", False)
+    assert results.git_state() == ("abc123", False)
 
 
 # --- the timer

@@ -194,7 +194,8 @@ for line in sys.stdin:
 def test_the_command_compares_two_commits(repository, capsys):
     """Real processes on both trees, which state the times of the kernels that they import."""
     (repository / "__init__.py").write_text("")
-    (repository / "bench" / "timing_side.py").write_text(SIDE)
+    (repository / "bench" / "regression").mkdir()
+    (repository / "bench" / "regression" / "timing_side.py").write_text(SIDE)
     assert timing.main(["--base", "HEAD~1", "--only", "composite"]) == 1
     out = capsys.readouterr().out
     assert out.count("1.50  over 1.25") == 2 and "too slow, twice: composite rays_8" in out
@@ -205,7 +206,8 @@ def test_the_command_compares_two_commits(repository, capsys):
 def test_a_side_that_dies_is_an_error(repository, capfd):
     """Status 1 and a sentence, with the message of the process above it."""
     (repository / "__init__.py").write_text("")
-    (repository / "bench" / "timing_side.py").write_text("raise SystemExit('no memory')")
+    (repository / "bench" / "regression").mkdir()
+    (repository / "bench" / "regression" / "timing_side.py").write_text("raise SystemExit('no memory')")
     assert timing.main(["--base", "HEAD", "--only", "composite"]) == 1
     error = capfd.readouterr().err
     assert "no memory" in error and "error: a process ended with status 1" in error

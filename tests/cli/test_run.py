@@ -191,7 +191,9 @@ def test_a_missing_picture_of_the_six_views_is_written_again(copy, tiny_model):
 
 
 def test_a_finished_run_needs_no_model(copy, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("dream_fast.engine.run.load_components", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr(
+        "dream_fast.engine.guidance.registry.load_components", lambda *_, **__: pytest.fail("loaded a model")
+    )
     assert main(command(copy, tiny_model)) == 0
     assert main(["--test", "--workspace", str(copy)]) == 0
 
@@ -258,8 +260,10 @@ def test_unknown_words_reach_stable_diffusion_and_not_the_embedded_model(tmp_pat
         read.append((text, negative, own))
         raise Stop
 
-    monkeypatch.setattr("dream_fast.engine.run.PromptEmbeddings", stop)
-    monkeypatch.setattr("dream_fast.engine.run.load_components", lambda *_, **__: SimpleNamespace(latent_channels=4))
+    monkeypatch.setattr("dream_fast.engine.guidance.registry.PromptEmbeddings", stop)
+    monkeypatch.setattr(
+        "dream_fast.engine.guidance.registry.load_components", lambda *_, **__: SimpleNamespace(latent_channels=4)
+    )
     words = ["--text", "A shiny, red robot!", "--negative", "blurry, blue", "--workspace", str(tmp_path / "new")]
     words += ["--text_back", "A red robot from behind!"]
     for model in ([], ["--hf_key", str(tiny_model)]):

@@ -12,6 +12,7 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import CameraConfig, GuidanceConfig
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance, clip_guidance, clip_views, load_clip
 from dream_fast.engine.scene.camera import Cameras, turntable
 
@@ -61,13 +62,13 @@ def test_the_loss_is_ten_times_the_cosine_and_its_gradient_reaches_the_picture(t
     """Against transformers' own features of pictures all around, whose texts are blended in between."""
     rgb, cameras = pictures(12), turntable(CameraConfig(), 12, "cpu")
     guide = guidance(tiny_clip)
-    result = guide(rgb, cameras, progress=0.0)
+    result = guide(rgb, cameras, StepInputs(progress=0.0))
     (4 * result.loss).backward()
     (reference, gradient), (exact, exact_gradient) = (
         by_hand(tiny_clip, rgb, dtype) for dtype in (torch.float32, torch.float64)
     )
     views = (Cameras(*(part[i : i + 1] for part in cameras)) for i in range(12))
-    alone = [guide(rgb[i : i + 1], view, progress=0.0).loss.detach() for i, view in enumerate(views)]
+    alone = [guide(rgb[i : i + 1], view, StepInputs(progress=0.0)).loss.detach() for i, view in enumerate(views)]
     check(
         "losses",
         torch.stack([*alone, result.loss.detach()]),
@@ -83,7 +84,7 @@ def test_following_the_gradient_makes_a_picture_more_like_the_prompt(tiny_clip: 
     rgb, losses = pictures(1, 32).detach(), []
     for _ in range(10):
         rgb = rgb.requires_grad_()
-        result = guide(rgb, cameras, progress=0.0)
+        result = guide(rgb, cameras, StepInputs(progress=0.0))
         losses.append(result.loss.item())
         result.loss.backward()
         rgb = (rgb.detach() - 0.02 * rgb.grad.sign()).clamp(0, 1)
@@ -100,7 +101,7 @@ def test_the_prompt_follows_the_view_and_a_side_may_have_its_own(tiny_clip: Path
 
 def test_lambda_guidance_is_its_weight_and_may_be_a_schedule(tiny_clip: Path) -> None:
     cameras = turntable(CameraConfig(), 1, "cpu")
-    plain = guidance(tiny_clip)(pictures(1), cameras, progress=0.0).loss
+    plain = guidance(tiny_clip)(pictures(1), cameras, StepInputs(progress=0.0)).loss
     for weight, step, progress, factor in (
         (0.5, 0, 0.0, 0.5),
         (LinearSchedule(0.0, 1.0, 3.0, 1.0), 0, 0.5, 2.0),
@@ -108,7 +109,7 @@ def test_lambda_guidance_is_its_weight_and_may_be_a_schedule(tiny_clip: Path) ->
     ):
         guide = guidance(tiny_clip, lambda_guidance=weight)
         # Exactly, because the factors are powers of two.
-        assert torch.equal(guide(pictures(1), cameras, progress=progress, step=step).loss, factor * plain)
+        assert torch.equal(guide(pictures(1), cameras, StepInputs(progress=progress, step=step)).loss, factor * plain)
 
 
 def test_a_long_prompt_keeps_its_side_and_says_what_is_left_out(tiny_clip: Path, caplog) -> None:
@@ -125,7 +126,7 @@ def test_a_step_reads_no_value(tiny_clip: Path, nothing_read) -> None:
     guide, cameras = guidance(tiny_clip), turntable(CameraConfig(), 2, "cpu")
     rgb = pictures(2, 40)
     with nothing_read:
-        guide(rgb, cameras, progress=0.5).loss.backward()
+        guide(rgb, cameras, StepInputs(progress=0.5)).loss.backward()
     assert rgb.grad.abs().max() > 0
 
 
@@ -136,8 +137,8 @@ def test_latents_and_other_shapes_are_refused(tiny_clip: Path) -> None:
         (torch.zeros(1, 4, 8, 8), False),
         (torch.zeros(3, 8, 8), False),
     ):
-        with pytest.raises(ValueError, match="pictures must be"):
-            guide(shown, cameras, progress=0.0, latents=latents)
+        with pytest.raises(ValueError, match="images must be"):
+            guide(shown, cameras, StepInputs(progress=0.0, latents=latents))
 
 
 def test_a_model_that_does_not_load_is_one_sentence(tiny_clip: Path, tiny_model: Path, tmp_path: Path) -> None:

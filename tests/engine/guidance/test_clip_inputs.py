@@ -10,6 +10,7 @@ from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import CameraConfig, GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance import clip
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance, clip_guidance, clip_views, load_clip
 from dream_fast.engine.scene.camera import turntable
 
@@ -112,7 +113,7 @@ def test_clip_guidance_passes_everything_on(tiny_clip: Path, monkeypatch: pytest
 def test_clip_guidance_is_given_the_gradient_that_it_returns(tiny_clip: Path) -> None:
     """Besides the loss a call returns no level, and the picture's gradient and its norm."""
     rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    result = guidance(tiny_clip)(rgb, CAMERAS, progress=0.0)
+    result = guidance(tiny_clip)(rgb, CAMERAS, StepInputs(progress=0.0))
     result.loss.backward()
     assert torch.equal(result.gradient, rgb.grad)
     assert torch.equal(result.grad_norm, torch.linalg.vector_norm(rgb.grad))
@@ -124,12 +125,12 @@ def test_clip_guidance_without_a_step_is_that_of_the_first(tiny_clip: Path) -> N
     rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     weight = LinearSchedule(0, 1.0, 5.0, 4, fractions=False)
     guide = guidance(tiny_clip, lambda_guidance=weight)
-    first, second = (guide(rgb, CAMERAS, progress=0.0, step=step).loss for step in (0, 1))
-    assert torch.equal(guide(rgb, CAMERAS, progress=0.0).loss, first) and torch.equal(second, 2 * first)
+    first, second = (guide(rgb, CAMERAS, StepInputs(progress=0.0, step=step)).loss for step in (0, 1))
+    assert torch.equal(guide(rgb, CAMERAS, StepInputs(progress=0.0)).loss, first) and torch.equal(second, 2 * first)
 
 
 @pytest.mark.parametrize(("shape", "latents"), [((1, 3, 24, 24), True), ((3, 24, 24), False), ((1, 4, 24, 24), False)])
 def test_clip_guidance_refuses_latents_and_other_shapes(tiny_clip: Path, shape: tuple[int, ...], latents: bool) -> None:
     """Each reason alone is enough: latents of three channels, three dimensions, four channels."""
-    with pytest.raises(ValueError, match="pictures must be"):
-        guidance(tiny_clip)(torch.zeros(shape), CAMERAS, progress=0.0, latents=latents)
+    with pytest.raises(ValueError, match="images must be"):
+        guidance(tiny_clip)(torch.zeros(shape), CAMERAS, StepInputs(progress=0.0, latents=latents))

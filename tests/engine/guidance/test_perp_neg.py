@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.perp_neg import Negatives, negative_weights, perpendicular_combine
@@ -188,7 +189,7 @@ def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: C
     )
     rows = []
     hook = components.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    result = guidance(latents, cameras(azimuths), progress=0.0, generator=generator(3), latents=True)
+    result = guidance(latents, cameras(azimuths), StepInputs(progress=0.0, generator=generator(3), latents=True))
     hook.remove()
     reference, exact = (
         by_hand(model, latents.detach(), prompts, azimuths) for model in (components, in_fp64(components))
@@ -196,7 +197,7 @@ def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: C
     assert rows == [4 * len(azimuths)]  # one call
     check("gradient", result.gradient, reference, exact)
     plain = DiffusionGuidance(ScoreDistillation(components, GuidanceConfig(guidance_scale=SCALE)), prompts, 30.0)
-    without = plain(latents, cameras(azimuths), progress=0.0, generator=generator(3), latents=True)
+    without = plain(latents, cameras(azimuths), StepInputs(progress=0.0, generator=generator(3), latents=True))
     for i in range(len(azimuths)):  # more than rounding leaves
         assert error(without.gradient[i], exact[i]) > 10 * error(result.gradient[i], exact[i])
 
@@ -211,7 +212,7 @@ def test_the_view_from_above_is_left_alone(components: Components, in_fp64: Call
     def guided(model: Components, perpneg: bool) -> Tensor:
         sds = ScoreDistillation(model, GuidanceConfig(perpneg=perpneg))
         guidance = DiffusionGuidance(sds, prompts, 30.0)
-        return guidance(latents, views, progress=0.0, generator=generator(3), latents=True).gradient
+        return guidance(latents, views, StepInputs(progress=0.0, generator=generator(3), latents=True)).gradient
 
     plain, turned = (guided(components, perpneg) for perpneg in (False, True))
     exact = guided(in_fp64(components), False).double()  # the UNet's part of the error is the largest

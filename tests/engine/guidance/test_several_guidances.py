@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.presets import chosen_model, resolve
 from dream_fast.engine.config.schema import CameraConfig, Config
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.registry import load_guidance
-from dream_fast.engine.guidance.sum import GuidanceSum, primary_diffusion
+from dream_fast.engine.guidance.sum import GuidanceSum
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.scene.camera import turntable
 
@@ -41,8 +43,8 @@ def configured(keys: dict[str, tuple[str, str]], *named: str) -> Config:
 def gradient(guidance, latents: bool = False) -> tuple[torch.Tensor, object]:
     shape = (2, 4, 8, 8) if latents else (2, 3, 20, 20)
     shown = torch.rand(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    options = dict(progress=0.25, step=1, generator=torch.Generator().manual_seed(2), latents=latents)
-    result = guidance(shown, turntable(CameraConfig(), 2, "cpu"), **options)
+    inputs = StepInputs(1, 0.25, torch.Generator().manual_seed(2), latents)
+    result = guidance(shown, turntable(CameraConfig(), 2, "cpu"), inputs)
     result.loss.backward()
     return shown.grad, result
 
@@ -61,16 +63,16 @@ def test_the_gradient_is_the_sum_and_every_loss_is_named(keys) -> None:
     config = configured(keys, "SD", "IF", "clip")
     guiding = load_guidance(config, choose_runtime(config))
     whole = guiding.guidance
-    assert type(whole) is GuidanceSum and list(whole.parts) == ["SD", "IF", "clip"]
+    assert type(whole) is GuidanceSum and list(whole.terms) == ["SD", "IF", "clip"]
     assert guiding.models == " + ".join(folder for _, folder in keys.values())
     total, result = gradient(whole)
 
     # One after the other they draw from one generator.
     cameras, generator, parts = turntable(CameraConfig(), 2, "cpu"), torch.Generator().manual_seed(2), {}
     expected, exact = torch.zeros_like(total), torch.zeros_like(total, dtype=torch.float64)
-    for name, part in whole.parts.items():
+    for name, part in whole.terms.items():
         shown = torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        parts[name] = part(shown, cameras, progress=0.25, step=1, generator=generator)
+        parts[name] = part(shown, cameras, StepInputs(1, 0.25, generator))
         parts[name].loss.backward()
         assert shown.grad.abs().max() > 0
         expected += shown.grad
@@ -87,16 +89,18 @@ def test_what_cannot_be_shown_latents_waits_until_they_are_over(keys) -> None:
     whole = load_guidance(config, choose_runtime(config)).guidance
     total, result = gradient(whole, latents=True)
     assert list(result.losses) == ["SD"]
-    alone, _ = gradient(whole.parts["SD"], latents=True)
+    alone, _ = gradient(whole.terms["SD"], latents=True)
     assert torch.equal(total, alone)
     _, result = gradient(whole)
     assert list(result.losses) == ["clip", "SD"] and result.t.shape == (2,)  # levels are those of the image model
 
 
 def test_the_image_model_of_several_is_the_first() -> None:
+    """A sum decodes latents with its first diffusion model; CLIP has none."""
     text, clip = object.__new__(DiffusionGuidance), object.__new__(ClipGuidance)
-    assert primary_diffusion(text) is text and primary_diffusion(GuidanceSum({"clip": clip, "SD": text})) is text
-    assert primary_diffusion(clip) is None and primary_diffusion(None) is None
+    text.score = SimpleNamespace(components="the model")
+    assert text.components == GuidanceSum({"clip": clip, "SD": text}).components == "the model"
+    assert clip.components is None and GuidanceSum({"clip": clip}).components is None
 
 
 def test_the_command_adds_them_up_and_logs_each(tmp_path: Path, keys, capsys) -> None:

@@ -8,12 +8,13 @@ import torch
 
 from dream_fast.engine.config.schema import GuidanceConfig
 from dream_fast.engine.guidance import snapshots
-from dream_fast.engine.guidance.base import Guidance, GuidanceResult
+from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.perp_neg import negative_weights
 from dream_fast.engine.guidance.prompts import view_weights
-from dream_fast.engine.guidance.sum import GuidanceSum, primary_diffusion
+from dream_fast.engine.guidance.sds import Settled
+from dream_fast.engine.guidance.sum import GuidanceSum
 from dream_fast.engine.scene.camera import Cameras, make_cameras
 
 ANGLES = (30.0, 40.0, 50.0)
@@ -30,8 +31,8 @@ class Score:
         self.calls.append((words, options))
         return "a result"
 
-    def settle(self, *words: Any) -> tuple:
-        return words
+    def settle(self, *words: Any) -> Settled:
+        return Settled("timesteps", {"scale": words})
 
 
 class Prompts:
@@ -51,22 +52,25 @@ def cameras(azimuth: list[float], polar: float = 90.0) -> Cameras:
 def test_text_guidance_without_options_passes_the_defaults_on() -> None:
     """Step zero, pictures, nothing settled, a blend of 90 degrees, no angle at which a side ends."""
     guide, views = DiffusionGuidance(Score(), Prompts(), 30.0), cameras([0.0, 100.0])
-    assert guide("pictures", views, progress=0.25, generator="draws") == "a result"
+    assert guide("pictures", views, StepInputs(progress=0.25, generator="draws")) == "a result"
     (((pictures, (_, angles), uncond), options),) = guide.score.calls
     assert (pictures, uncond) == ("pictures", "uncond")
     assert angles[0] is views.azimuth and angles[1] is views.polar and angles[2:] == (30.0, 90.0, None)
-    assert options == dict(progress=0.25, step=0, generator="draws", latents=False, settled=None)
+    assert options == dict(progress=0.25, step=0, generator="draws", latents=False, settled=None, negatives=None)
 
 
 def test_text_guidance_passes_options_and_angles_on() -> None:
     """All that a call names reaches the score, and all angles the prompts."""
     guide = DiffusionGuidance(Score(), Prompts(), *ANGLES)
-    given = dict(progress=0.5, step=7, generator="draws", latents=True, settled="numbers")
-    guide("latents", cameras([0.0]), **given)
+    inputs = StepInputs(7, 0.5, "draws", latents=True, timesteps="timesteps", scalars={"scale": 2.0})
+    guide("latents", cameras([0.0]), inputs)
     (((_, (_, angles), _), options),) = guide.score.calls
-    assert options == given and angles[2:] == ANGLES
-    assert guide.settle(2, 7, 0.5, "draws") == (2, 7, 0.5, "draws")
-    assert guide.takes_latents
+    given = dict(progress=0.5, step=7, generator="draws", latents=True, settled=("timesteps", {"scale": 2.0}))
+    assert options == given | {"negatives": None} and angles[2:] == ANGLES
+    prepared = guide.prepare_step(StepInputs(7, 0.5, "draws", scalars={"ramp": 1.0}), 2)
+    assert prepared[:3] == (7, 0.5, "draws") and prepared.timesteps == "timesteps"
+    assert prepared.scalars == {"ramp": 1.0, "scale": (2, 7, 0.5, "draws")}
+    assert guide.accepts_latents and guide.capturable
 
 
 def test_text_guidance_turns_away_from_the_front_and_the_side() -> None:
@@ -76,7 +80,7 @@ def test_text_guidance_turns_away_from_the_front_and_the_side() -> None:
         DiffusionGuidance(Score(perpneg=True, **settings), Prompts(), *ANGLES[:2]),
         cameras([20.0, 60.0, 150.0]),
     )
-    guide("pictures", views, progress=0.0, generator=None)
+    guide("pictures", views, StepInputs())
     negatives = guide.score.calls[0][1]["negatives"]
     expected = negative_weights(view_weights(views.azimuth, views.polar, 30.0, 40.0), -4.0, 1.0, 3.0)
     assert torch.equal(negatives.weights, expected)
@@ -86,28 +90,28 @@ def test_text_guidance_turns_away_from_the_front_and_the_side() -> None:
 class Part(Guidance):
     """A guidance of a known loss that records its options."""
 
-    def __init__(self, loss: float, takes_latents: bool = True):
-        self.loss, self.takes_latents, self.options = loss, takes_latents, []
+    def __init__(self, loss: float, accepts_latents: bool = True):
+        self.loss, self.accepts_latents, self.options = loss, accepts_latents, []
 
-    def __call__(self, pictures: Any, cameras: Any, **options: Any) -> GuidanceResult:
-        self.options.append((pictures, cameras, options))
+    def __call__(self, *options: Any) -> GuidanceResult:
+        self.options.append(options)
         number = torch.tensor(self.loss)
         return GuidanceResult(number, number, number, number)
 
 
-class Image(Part, DiffusionGuidance):
-    """As `Part`, of an image model."""
+class Image(Part):
+    """As `Part`, of a diffusion model."""
+
+    components = "a model"
 
 
 def test_sum_passes_its_options_to_every_part() -> None:
-    """What a sum is called with reaches each part, and the defaults where nothing is named."""
+    """What a sum is called with reaches each part."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
-    guide("pictures", "cameras", progress=0.5, step=3, generator="draws", latents=True)
-    guide("pictures", "cameras", progress=0.5, generator="draws")
-    for part in guide.parts.values():
-        named, plain = part.options
-        assert named == ("pictures", "cameras", dict(progress=0.5, step=3, generator="draws", latents=True))
-        assert plain == ("pictures", "cameras", dict(progress=0.5, step=0, generator="draws", latents=False))
+    inputs = StepInputs(3, 0.5, "draws", latents=True)
+    guide("pictures", "cameras", inputs)
+    for part in guide.terms.values():
+        assert part.options == [("pictures", "cameras", inputs)]
 
 
 @pytest.mark.parametrize(
@@ -116,19 +120,19 @@ def test_sum_passes_its_options_to_every_part() -> None:
 )
 def test_sum_shows_its_first_image_model(latents: bool, losses: dict[str, float], shown: float) -> None:
     """Losses are added, all of them named; the rest is of the first image model, and of parts that take latents."""
-    guide = GuidanceSum({"clip": Part(1.0, takes_latents=False), "a": Image(2.0), "b": Image(4.0)})
-    result = guide("pictures", "cameras", progress=0.0, generator=None, latents=latents)
+    guide = GuidanceSum({"clip": Part(1.0, accepts_latents=False), "a": Image(2.0), "b": Image(4.0)})
+    result = guide("pictures", "cameras", StepInputs(latents=latents))
     assert {name: loss.item() for name, loss in result.losses.items()} == losses
     assert result.loss.item() == sum(losses.values()) and result.gradient.item() == shown
-    assert primary_diffusion(guide) is guide.parts["a"]
+    assert guide.components == "a model"
 
 
 def test_sum_without_an_image_model_shows_its_first_part() -> None:
     """Two parts of another kind: levels and gradient are those of the first."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
-    result = guide("pictures", "cameras", progress=0.0, generator=None)
+    result = guide("pictures", "cameras", StepInputs())
     assert result.gradient.item() == 1.0 and result.loss.item() == 3.0
-    assert primary_diffusion(guide) is None and primary_diffusion(object.__new__(ClipGuidance)) is None
+    assert guide.components is None and object.__new__(ClipGuidance).components is None
 
 
 @pytest.mark.parametrize(("options", "first"), [({}, "shown at 32"), ({"latents": True}, "decoded shown at 8")])

@@ -17,6 +17,7 @@ from dream_fast.engine.config.schema import CameraConfig, Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import depth_image
 from dream_fast.engine.guidance.base import GuidanceResult
+from dream_fast.engine.render.base import Shading
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import make_cameras, rays, six_views
@@ -44,7 +45,7 @@ MESH = SMALL | DMTET_DEFAULTS | dict(dmtet=True, dmtet_reso_scale=2.0, tet_grid_
 def disc(radius):
     """A guidance that asks for a white disc on black, `radius` of half the picture's height."""
 
-    def guidance(pictures, cameras, *, progress, generator, latents=False):
+    def guidance(pictures, cameras, inputs):
         height, width = pictures.shape[2:]
         y, x = torch.meshgrid(
             (torch.arange(height) + 0.5) * 2 / height - 1, (torch.arange(width) + 0.5 - width / 2) * 2 / height,
@@ -103,22 +104,22 @@ def test_shadings_and_backgrounds():
     trainer = make_trainer()
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.2, 20.0)))
     light = torch.tensor([0.0, 0.0, 1.0])
-    options = {"light": light, "ambient": 0.25, "background": torch.tensor([0.0, 1.0, 0.0])}
+    background = torch.tensor([0.0, 1.0, 0.0])
     seen = {
-        shading: trainer.renderer.train_views(cameras, 20, 20, shading=shading, **options)
+        shading: trainer.renderer.train_views(cameras, 20, 20, Shading(shading, 0.25, light), background=background)
         for shading in ("albedo", "lambertian", "textureless", "normal")
     }
-    middle = 10 * 20 + 10
-    assert seen["albedo"].opacity[middle] == 1 and seen["albedo"].opacity[0] == 0
+    middle, corner = (0, 10, 10), (0, 0, 0)
+    assert seen["albedo"].opacity[middle] == 1 and seen["albedo"].opacity[corner] == 0
     strength = seen["textureless"].rgb[middle]
     assert strength.unique().numel() == 1 and 0.95 < strength[0] <= 1
     albedo, normal = seen["albedo"].rgb[middle], seen["normal"].normal[middle]
     check("lambertian", seen["lambertian"].rgb[middle], albedo * strength, albedo.double() * strength.double())
     check("normal", seen["normal"].rgb[middle], (normal + 1) / 2, (normal.double() + 1) / 2)
     for rendered in seen.values():
-        assert torch.equal(rendered.rgb[0], torch.tensor([0.0, 1.0, 0.0]))
+        assert torch.equal(rendered.rgb[corner], torch.tensor([0.0, 1.0, 0.0]))
     network = trainer.renderer.train_views(cameras, 20, 20)
-    assert network.rgb[0].unique().numel() > 1  # the background network
+    assert network.rgb[corner].unique().numel() > 1  # the background network
     assert 0 < int(network.count) <= int((network.opacity > 0).sum())
 
 

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch.utils._pytree import tree_map
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schedule import LinearSchedule, values_at
+from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config, ShadingConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
@@ -28,10 +27,9 @@ from dream_fast.engine.runtime.signals import Stopped
 from dream_fast.engine.scene.camera import Cameras, sample_cameras
 from dream_fast.engine.training.divergence import MAX_NONFINITE_STEPS
 from dream_fast.engine.training.loop import Loop
-from dream_fast.engine.training.losses import ramp
 from dream_fast.engine.training.optim import LossScaler
 from dream_fast.engine.training.phases import RunProgress, active_levels, choose_phase
-from dream_fast.engine.training.trainer import StepInputs, Trainer
+from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -226,7 +224,7 @@ def cameras_of_steps(trainer: Trainer, steps: int) -> list[Cameras]:
     """The cameras of the next steps."""
     seen = []
 
-    def guidance(pictures, cameras, **_):
+    def guidance(pictures, cameras, inputs):
         seen.append(cameras)
         return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
 
@@ -264,8 +262,8 @@ def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_el
         levels.append(progress)
         return active_levels(config, progress)
 
-    def guidance(pictures, cameras, *, progress, **_):
-        noise.append(progress)
+    def guidance(pictures, cameras, inputs):
+        noise.append(inputs.progress)
         return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
 
     def spied_optimiser(*, lr_scale, **named):
@@ -307,7 +305,7 @@ def test_a_longer_run_stretches_its_phases_unless_their_end_was_asked_for(
 def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
     """The gradient of the table after one step under a guidance whose gradient in every pixel is ``gradient``."""
 
-    def guidance(pictures, cameras, **_):
+    def guidance(pictures, cameras, inputs):
         return SimpleNamespace(loss=(pictures * gradient).sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
 
     trainer.guidance = guidance
@@ -342,7 +340,7 @@ def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
 def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_reason(text_guidance, tmp_path):
     trainer = make_trainer(text_guidance, iters=3 * MAX_NONFINITE_STEPS, log_every=MAX_NONFINITE_STEPS, **CHEAP)
 
-    def guidance(pictures, cameras, **_):
+    def guidance(pictures, cameras, inputs):
         loss = pictures.sum() * float("nan")
         return SimpleNamespace(loss=loss, t=torch.zeros(2), grad_norm=loss.detach())
 
@@ -377,14 +375,14 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
         progress = trainer.schedule.progress(step)
         phase = choose_phase(trainer.config.shading, progress, random.Random(step))
         trainer.generator.manual_seed(step)
-        replayed = trainer._replayed_gradients(phase, True, progress)
+        inputs = trainer._inputs(phase, progress)
+        replayed = trainer._replayed_gradients(phase, True, inputs)
         got = trainer.optimizer.grads.clone()
         trainer.generator.manual_seed(step)
-        settled = trainer.guidance.settle(2, step, progress, trainer.generator)
-        dials = StepInputs(phase.ambient, ramp(progress), values_at(trainer.config.loss, step, progress), settled)
+        inputs = trainer.guidance.prepare_step(inputs, 2)
         # A graph reads them in fp32; with those numbers nothing differs.
-        dials = tree_map(lambda x: torch.tensor(x).item() if isinstance(x, float) else x, dials)
-        called = trainer._gradients(phase, True, dials, progress, None)
+        scalars = {k: torch.tensor(x).item() if isinstance(x, float) else x for k, x in inputs.scalars.items()}
+        called = trainer._gradients(phase, True, inputs._replace(scalars=scalars), None)
         assert torch.equal(replayed.t, called.t) and called.terms.keys() == replayed.terms.keys()
         for name, term in called.terms.items():
             assert torch.equal(replayed.terms[name], term) and not term.requires_grad
@@ -491,7 +489,7 @@ def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_
         seen.update(lr=lr_scale) or optimise(lr_scale=lr_scale, **named)
     )
     gradients = longer._gradients
-    longer._gradients = lambda *given: seen.update(up=given[2].up) or gradients(*given)
+    longer._gradients = lambda *given: seen.update(up=given[2].scalars["ramp"]) or gradients(*given)
     assert longer.train_step().phase.name == "shaded"
     assert seen["up"] == 1.0 and seen["lr"] == 0.5
 
