@@ -151,7 +151,7 @@ def test_pictures_of_a_step_are_render_noisy_and_clean(monkeypatch, options: dic
 
     monkeypatch.setattr(snapshots, "decode", decode)
     monkeypatch.setattr(snapshots, "resize", lambda shown, size: picture(f"{shown} at {size}"))
-    pictures = snapshots.guidance_pictures(components, "shown", "noisy", "clean", **options)
+    pictures = snapshots.guidance_images(components, "shown", "noisy", "clean", **options)
     assert pictures.shape == (2, 3, 3, 4, 4)
     for view in pictures:
         assert [names[int(one.unique())] for one in view] == [first, "decoded noisy", "decoded clean"]

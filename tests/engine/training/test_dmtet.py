@@ -30,6 +30,7 @@ from dream_fast.engine.training.dmtet_init import (
     start_from_field,
     start_from_mesh,
 )
+from dream_fast.engine.training.loop import Loop
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
@@ -304,7 +305,7 @@ def fit(trainer: Trainer, path: Path) -> Workspace:
     workspace = Workspace(path)
     workspace.write_config(trainer.config)
     workspace.truncate_after(trainer.step)
-    trainer.fit(workspace, Reporter(Console(quiet=True)))
+    Loop(trainer, workspace, Reporter(Console(quiet=True))).fit()
     return workspace
 
 

@@ -24,7 +24,8 @@ from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.scene.camera import rays, sample_cameras
-from dream_fast.engine.training.trainer import Trainer, choose_phase
+from dream_fast.engine.training.phases import choose_phase
+from dream_fast.engine.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
