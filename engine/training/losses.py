@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config.schedule import largest
-from dream_fast.engine.config.schema import LossConfig
+from dream_fast.engine.config.sections import LossConfig
 from dream_fast.engine.geometry.tet_grid import TriMesh
-from dream_fast.engine.render.volume import Rendered
+from dream_fast.engine.render.base import Rendered
 from dream_fast.engine.scene.field import Field
 
 TV_POINTS = 1_000_000  # whose differences --lambda_tv weights, in each level
@@ -145,8 +145,6 @@ def regularizers(
     *,
     up: float | Tensor,
     now: Mapping[str, float | Tensor] | None = None,
-    height: int,
-    width: int,
     field: Field,
     normals: str,
     normal_epsilon: float,
@@ -182,8 +180,7 @@ def regularizers(
             rendered.weights, rendered.sample_normals, rendered.sample_directions, count
         )
     if "2d_normal_smooth" in wanted:
-        image = rendered.normal.view(-1, height, width, 3)
-        terms["2d_normal_smooth"] = weights["2d_normal_smooth"] * normal_image_smoothness(image)
+        terms["2d_normal_smooth"] = weights["2d_normal_smooth"] * normal_image_smoothness(rendered.normal)
     if "3d_normal_smooth" in wanted:
         positions = rendered.samples.positions.detach()
         noise = torch.randn(positions.shape, generator=generator, device=generator.device).to(positions.device)
@@ -194,7 +191,7 @@ def regularizers(
             normals=normals,
             normal_epsilon=normal_epsilon,
         ).normal
-        seen = (rendered.weights, len(rendered.opacity)) if config.regularizers == "guided" else None
+        seen = (rendered.weights, rendered.opacity.numel()) if config.regularizers == "guided" else None
         smooth = normal_smoothness(rendered.sample_normals, near, count, seen)
         terms["3d_normal_smooth"] = weights["3d_normal_smooth"] * smooth
     return terms

@@ -197,7 +197,7 @@ def _render(
         "cursors": cursors,
         "bound": spec.bound,
         "min_near": min_near,
-        "last_scale": resolution / (2 * half_sizes(spec.bound)[-1]),
+        "outer_scale": resolution / (2 * half_sizes(spec.bound)[-1]),
         "shortest": shortest,
         "longest": longest,
         "dt_gamma": dt_gamma,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dream_fast.kernels._core.launch import constant, jit, tl
 from dream_fast.kernels.fields.encode import activate_density, blob, encode
 from dream_fast.kernels.fields.mlp import mlp, mlp_weights, pick
-from dream_fast.kernels.rays.device import first_cursor, interval, occupied, ray_span, rounded
+from dream_fast.kernels.rays.device import first_cursor, interval, no_fma, occupied, ray_span
 
 # A ray that gathers less than this has no surface worth a normal.
 EMPTY_OPACITY = 1e-3
@@ -54,7 +54,7 @@ def _probe(
     live,
     bits,
     bound,
-    last_scale,
+    outer_scale,
     shortest,
     longest,
     dt_gamma,
@@ -73,8 +73,8 @@ def _probe(
     for _ in tl.static_range(PROBES):
         t, _, following = interval(cursor, near, shortest, longest, dt_gamma, GROWS)
         inside = live & (t < far)
-        x, y, z = o[0] + rounded(t * d[0]), o[1] + rounded(t * d[1]), o[2] + rounded(t * d[2])
-        hit = inside & occupied(x, y, z, bits, inside, bound, last_scale, RESOLUTION, CASCADES)
+        x, y, z = o[0] + no_fma(t * d[0]), o[1] + no_fma(t * d[1]), o[2] + no_fma(t * d[2])
+        hit = inside & occupied(x, y, z, bits, inside, bound, outer_scale, RESOLUTION, CASCADES)
         target = tl.where(found, target, cursor)
         found = found | hit
         cursor = following
@@ -97,7 +97,7 @@ def render_enter_kernel(
     rays,
     bound,
     min_near,
-    last_scale,
+    outer_scale,
     shortest,
     longest,
     dt_gamma,
@@ -129,7 +129,7 @@ def render_enter_kernel(
             searching,
             bits,
             bound,
-            last_scale,
+            outer_scale,
             shortest,
             longest,
             dt_gamma,
@@ -187,7 +187,7 @@ def render_shade_kernel(
     lengths,
     bound,
     min_near,
-    last_scale,
+    outer_scale,
     shortest,
     longest,
     dt_gamma,
@@ -256,7 +256,7 @@ def render_shade_kernel(
 
         # One sample of every ready lane; the others are outside the cube, where nothing is looked up far away.
         t, dt, following = interval(cursor, near, shortest, longest, dt_gamma, GROWS)
-        x, y, z = o[0] + rounded(t * d[0]), o[1] + rounded(t * d[1]), o[2] + rounded(t * d[2])
+        x, y, z = o[0] + no_fma(t * d[0]), o[1] + no_fma(t * d[1]), o[2] + no_fma(t * d[2])
         features = encode(
             tl.where(ready, x * scale + 0.5, 2.0),
             y * scale + 0.5,
@@ -305,7 +305,7 @@ def render_shade_kernel(
                 searching,
                 bits,
                 bound,
-                last_scale,
+                outer_scale,
                 shortest,
                 longest,
                 dt_gamma,

@@ -20,13 +20,13 @@ from skimage import measure
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline import mesh_export as bench_mesh
-from dream_fast.engine.config.schema import CameraConfig, FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import images, isosurface, mesh_files, texture, uv_atlas, video
 from dream_fast.engine.export.silhouette import silhouettes
 from dream_fast.engine.geometry import marching_cubes
 from dream_fast.engine.geometry import mesh as geometry_mesh
-from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import six_views
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.workspace import atomic
@@ -238,7 +238,7 @@ def fitted_renderer():
         loss.backward()
         optimizer.step()
     render_config = dataclasses.replace(RenderConfig(), bound=BOUND, max_steps=256, occupancy_resolution=64)
-    renderer = Renderer(field.requires_grad_(False), render_config)
+    renderer = VolumeRenderer(field.requires_grad_(False), render_config)
     renderer.update_occupancy(None)
     return renderer
 

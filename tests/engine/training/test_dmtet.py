@@ -13,10 +13,12 @@ from rich.console import Console
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine.config.presets import DMTET_DEFAULTS, resolve
-from dream_fast.engine.config.schema import CameraConfig, Config
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import depth_image
 from dream_fast.engine.guidance.base import GuidanceResult
+from dream_fast.engine.render.base import Shading
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import make_cameras, rays, six_views
@@ -28,6 +30,7 @@ from dream_fast.engine.training.dmtet_init import (
     start_from_field,
     start_from_mesh,
 )
+from dream_fast.engine.training.loop import Loop
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
@@ -102,22 +105,22 @@ def test_shadings_and_backgrounds():
     trainer = make_trainer()
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.2, 20.0)))
     light = torch.tensor([0.0, 0.0, 1.0])
-    options = {"light": light, "ambient": 0.25, "background": torch.tensor([0.0, 1.0, 0.0])}
+    background = torch.tensor([0.0, 1.0, 0.0])
     seen = {
-        shading: trainer.renderer.train_views(cameras, 20, 20, shading=shading, **options)
+        shading: trainer.renderer.train_views(cameras, 20, 20, Shading(shading, 0.25, light), background=background)
         for shading in ("albedo", "lambertian", "textureless", "normal")
     }
-    middle = 10 * 20 + 10
-    assert seen["albedo"].opacity[middle] == 1 and seen["albedo"].opacity[0] == 0
+    middle, corner = (0, 10, 10), (0, 0, 0)
+    assert seen["albedo"].opacity[middle] == 1 and seen["albedo"].opacity[corner] == 0
     strength = seen["textureless"].rgb[middle]
     assert strength.unique().numel() == 1 and 0.95 < strength[0] <= 1
     albedo, normal = seen["albedo"].rgb[middle], seen["normal"].normal[middle]
     check("lambertian", seen["lambertian"].rgb[middle], albedo * strength, albedo.double() * strength.double())
     check("normal", seen["normal"].rgb[middle], (normal + 1) / 2, (normal.double() + 1) / 2)
     for rendered in seen.values():
-        assert torch.equal(rendered.rgb[0], torch.tensor([0.0, 1.0, 0.0]))
+        assert torch.equal(rendered.rgb[corner], torch.tensor([0.0, 1.0, 0.0]))
     network = trainer.renderer.train_views(cameras, 20, 20)
-    assert network.rgb[0].unique().numel() > 1  # the background network
+    assert network.rgb[corner].unique().numel() > 1  # the background network
     assert 0 < int(network.count) <= int((network.opacity > 0).sum())
 
 
@@ -302,7 +305,7 @@ def fit(trainer: Trainer, path: Path) -> Workspace:
     workspace = Workspace(path)
     workspace.write_config(trainer.config)
     workspace.truncate_after(trainer.step)
-    trainer.fit(workspace, Reporter(Console(quiet=True)))
+    Loop(trainer, workspace, Reporter(Console(quiet=True))).fit()
     return workspace
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
-from dream_fast.engine.render.volume import Renderer
-from dream_fast.engine.scene.camera import make_cameras, rays
+from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.render.volume import VolumeRenderer
+from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.training import losses
 
@@ -24,10 +24,10 @@ def scene():
     )
     field = HashGridField(config, 1.0, torch.Generator().manual_seed(0))
     field.table.data.normal_(generator=torch.Generator().manual_seed(1))
-    renderer = Renderer(field, dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16))
+    renderer = VolumeRenderer(field, dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16))
     cameras = make_cameras(*(torch.tensor(x) for x in ([90.0, 60.0], [0.0, 90.0], [3.0, 3.0], [30.0, 30.0])))
     with torch.no_grad():
-        rendered = renderer.train_rays(*rays(cameras, HEIGHT, WIDTH), background=torch.ones(3), need_normals=True)
+        rendered = renderer.train_views(cameras, HEIGHT, WIDTH, background=torch.ones(3), need_normals=True)
     return field, rendered
 
 
@@ -39,8 +39,6 @@ def weighted(scene, up=1.0, now=None, **weights):
         dataclasses.replace(LossConfig(), **NOTHING | weights),
         up=up,
         now=now,
-        height=HEIGHT,
-        width=WIDTH,
         field=field,
         normals="finite_difference",
         normal_epsilon=0.01,
