@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.scene.camera import Cameras, rays
 from dream_fast.engine.scene.field import Field

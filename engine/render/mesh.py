@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.geometry.mesh import Mesh, TensorMesh, vertex_normals, visible_parts
 from dream_fast.engine.render.base import ALBEDO, RenderedImages, RenderedMesh, Renderer, Shading, shade

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dream_fast.engine.config.schema import CameraConfig, Config, FieldConfig, settings
+from dream_fast.engine.config.schema import Config, settings
+from dream_fast.engine.config.sections import CameraConfig, FieldConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.isosurface import density_volume, surface_level
 from dream_fast.engine.geometry.mesh import TensorMesh

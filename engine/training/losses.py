@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config.schedule import largest
-from dream_fast.engine.config.schema import LossConfig
+from dream_fast.engine.config.sections import LossConfig
 from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.render.base import Rendered
 from dream_fast.engine.scene.field import Field

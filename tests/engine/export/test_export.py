@@ -20,7 +20,7 @@ from skimage import measure
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline import mesh_export as bench_mesh
-from dream_fast.engine.config.schema import CameraConfig, FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import images, isosurface, mesh_files, texture, uv_atlas, video
 from dream_fast.engine.export.silhouette import silhouettes
@@ -406,11 +406,11 @@ def test_a_mesh_is_written_without_scipy(tmp_path):
 import sys
 sys.modules["scipy"] = None
 import torch, trimesh
-from dream_fast.engine.config import FieldConfig
-from dream_fast.engine.export.mesh import write_mesh
-from dream_fast.engine.field import Field
+from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.export.mesh_files import write_mesh
+from dream_fast.engine.scene.hash_grid_field import HashGridField
 shape = FieldConfig(levels=2, log2_entries=12, max_resolution=32, bg_radius=-1.0)
-write_mesh(sys.argv[1], Field(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
+write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
 """
     path = tmp_path / "mesh.glb"
     done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)

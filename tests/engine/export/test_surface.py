@@ -12,7 +12,7 @@ import trimesh
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export import isosurface, texture, uv_atlas
 from dream_fast.engine.export.silhouette import Silhouette
 from dream_fast.engine.geometry import mesh as geometry_mesh

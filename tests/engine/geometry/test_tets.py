@@ -8,7 +8,7 @@ import trimesh
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import LossConfig
+from dream_fast.engine.config.sections import LossConfig
 from dream_fast.engine.geometry import signed_distance as module
 from dream_fast.engine.geometry.mesh import TensorMesh, vertex_normals
 from dream_fast.engine.geometry.signed_distance import inside, signed_distance

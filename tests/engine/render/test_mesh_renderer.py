@@ -10,7 +10,7 @@ import trimesh
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.render import mesh as mesh_renderer

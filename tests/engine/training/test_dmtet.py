@@ -13,7 +13,8 @@ from rich.console import Console
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine.config.presets import DMTET_DEFAULTS, resolve
-from dream_fast.engine.config.schema import CameraConfig, Config
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import depth_image
 from dream_fast.engine.guidance.base import GuidanceResult
@@ -29,6 +30,7 @@ from dream_fast.engine.training.dmtet_init import (
     start_from_field,
     start_from_mesh,
 )
+from dream_fast.engine.training.loop import Loop
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
@@ -303,7 +305,7 @@ def fit(trainer: Trainer, path: Path) -> Workspace:
     workspace = Workspace(path)
     workspace.write_config(trainer.config)
     workspace.truncate_after(trainer.step)
-    trainer.fit(workspace, Reporter(Console(quiet=True)))
+    Loop(trainer, workspace, Reporter(Console(quiet=True))).fit()
     return workspace
 
 

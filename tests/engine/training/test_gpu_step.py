@@ -15,7 +15,8 @@ from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.cli import main
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, GuidanceConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import load_components
@@ -23,7 +24,8 @@ from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.scene.camera import rays, sample_cameras
-from dream_fast.engine.training.trainer import Trainer, choose_phase
+from dream_fast.engine.training.phases import choose_phase
+from dream_fast.engine.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
