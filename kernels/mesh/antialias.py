@@ -33,8 +33,8 @@ from dream_fast.kernels.mesh.device import (
     add_at_corners,
     check_fragments,
     check_mesh,
-    corner_sums,
-    picture_numbers,
+    image_arguments,
+    new_corner_sums,
 )
 
 
@@ -212,7 +212,7 @@ def _antialias(
     image: Tensor, clip: Tensor, faces: Tensor, opposite: Tensor, triangle: Tensor, depth: Tensor
 ) -> tuple[Tensor, Tensor]:
     channels, size, device = image.shape[-1], triangle.numel(), image.device
-    config, picture = _antialias_config(channels), picture_numbers(*triangle.shape[1:])
+    config, picture = _antialias_config(channels), image_arguments(*triangle.shape[1:])
     weights = torch.empty(size, 2, dtype=torch.float32, device=device)
     out = torch.empty(image.shape, dtype=image.dtype, device=device)
     launch(
@@ -268,7 +268,7 @@ def _antialias_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     channels, size, device = image.shape[-1], triangle.numel(), image.device
-    config, picture = _antialias_config(channels), picture_numbers(*triangle.shape[1:])
+    config, picture = _antialias_config(channels), image_arguments(*triangle.shape[1:])
     grad_image = torch.empty(image.shape, dtype=image.dtype, device=device)
     grad_weights = torch.empty(size, 2, dtype=torch.float32, device=device)
     launch(
@@ -290,7 +290,7 @@ def _antialias_backward(
     )
     if not to_clip:
         return grad_image, grad_weights.new_empty(0, 4)
-    sums = corner_sums(clip.shape[0] * clip.shape[1], size * 4, 4, device, deterministic)
+    sums = new_corner_sums(clip.shape[0] * clip.shape[1], size * 4, 4, device, deterministic)
     launch(
         antialias_kernels.antialias_weights_bwd_kernel,
         (-(-size // config["BLOCK"]),),
@@ -307,7 +307,7 @@ def _antialias_backward(
         vertices=clip.shape[1],
         **picture,
         all_pixels=size,
-        TO_CORNERS=deterministic,
+        DETERMINISTIC=deterministic,
         BLOCK=config["BLOCK"],
     )
     return grad_image, add_at_corners(**sums).view(clip.shape)

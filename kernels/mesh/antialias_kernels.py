@@ -14,7 +14,7 @@ from dream_fast.kernels.mesh.device import (
 )
 
 STEPS = 16
-_LEAST_W = constant(1e-8)  # an edge with an end below is left as it is
+_MIN_W = constant(1e-8)  # an edge with an end below is left as it is
 _LEAST_V = constant(1e-30)
 _STEPS = constant(STEPS)
 
@@ -139,7 +139,7 @@ def _pair(clip, faces, opposite, triangle, depth, number, mask, vertices, size, 
         walking = walking & (distance <= 1)
         step += 1
     counts, v = _edge_between(clip, row_a, row_b, found, cx, cy, towards, half_width, half_height, ALONG_X)
-    found = found & counts & (a[2] > _LEAST_W) & (b[2] > _LEAST_W)
+    found = found & counts & (a[2] > _MIN_W) & (b[2] > _MIN_W)
     return tl.where(found, v, 0.0), a, b, row_a, row_b, cx, cy
 
 
@@ -185,7 +185,7 @@ def antialias_weights_bwd_kernel(
     half_width,
     half_height,
     all_pixels,
-    TO_CORNERS: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """From the gradient of v to that of the two ends of its edge."""
@@ -212,9 +212,9 @@ def antialias_weights_bwd_kernel(
             wa = -g * at * b[1] - cx * xa - cy * ya
             wb = g * at * a[1] - cx * xb - cy * yb
             entry = (number * 2 + axis) * 2
-            add_corner(grad, values, corners, row_a, entry, xa * half_width, -ya * half_height, wa, mask, TO_CORNERS)
+            add_corner(grad, values, corners, row_a, entry, xa * half_width, -ya * half_height, wa, mask, DETERMINISTIC)
             add_corner(
-                grad, values, corners, row_b, entry + 1, xb * half_width, -yb * half_height, wb, mask, TO_CORNERS
+                grad, values, corners, row_b, entry + 1, xb * half_width, -yb * half_height, wb, mask, DETERMINISTIC
             )
 
 

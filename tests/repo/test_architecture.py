@@ -47,9 +47,6 @@ LONG_FILES = {
     "engine/config/schema.py": 600,
     "engine/training/trainer.py": 600,
     "kernels/fields/normals.py": 600,
-    "kernels/mesh/rasterize.py": 600,
-    "kernels/nn/group_norm_kernels.py": 600,
-    "kernels/rays/composite.py": 600,
 }
 # Circles that are still there.
 KNOWN_CIRCLES = [
