@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.render.base import RenderedImages, Renderer
 from dream_fast.engine.scene.camera import SIX_VIEWS, six_views, turntable
 from dream_fast.engine.workspace.atomic import atomic_write

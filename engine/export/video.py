@@ -8,7 +8,7 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export.images import depth_image, normal_image, strip, to_uint8
 from dream_fast.engine.render.base import Renderer
 from dream_fast.engine.scene.camera import Cameras, turntable

@@ -6,7 +6,7 @@ import numpy as np
 import trimesh
 
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.geometry.mesh import Mesh, components
+from dream_fast.engine.geometry.mesh import Mesh, mesh_components
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 MOST_BYTES = 1 << 30
@@ -56,7 +56,7 @@ def load_mesh(path: Path) -> Mesh:
     mesh = _joined(Mesh(vertices, faces))
     if len(mesh.faces) == 0:
         raise UserError(f"the mesh file {path} has no triangle with an area")
-    count = len(np.unique(components(mesh)))
+    count = len(np.unique(mesh_components(mesh)))
     if count > MOST_PARTS:
         raise UserError(
             f"the mesh file {path} falls into {count} separate parts, of at most {MOST_PARTS}: it is no object"

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dream_fast.engine.geometry.mesh import TensorMesh
+
 EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of a tetrahedron, between these of its vertices
 
 
@@ -23,13 +25,6 @@ class TetGrid(NamedTuple):
     vertices: Tensor  # [V, 3]
     tets: Tensor  # int64 [T, 4]
     border: Tensor  # bool [V]
-
-
-class TriMesh(NamedTuple):
-    """A triangle mesh on the device."""
-
-    vertices: Tensor  # [V, 3]
-    faces: Tensor  # int64 [T, 3], counter-clockwise seen from outside
 
 
 def tet_grid(size: int) -> TetGrid:
@@ -91,7 +86,7 @@ def _triangles(device: torch.device) -> tuple[Tensor, Tensor]:
     return counts.to(device), table.to(device)
 
 
-def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> TriMesh:
+def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> TensorMesh:
     """The surface values = 0 around the region above it, for values [V] at positions [V, 3]; gradients into both.
 
     Waits for the device: how large the surface is depends on the values.
@@ -113,14 +108,4 @@ def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> TriM
     low, high = key // count, key % count
     start, end = values[low], values[high]
     part = (start / (start - end))[:, None]
-    return TriMesh(positions[low] + part * (positions[high] - positions[low]), torch.cat(faces))
-
-
-def vertex_normals(surface: TriMesh) -> Tensor:
-    """Unit normals [V, 3], outward: the sum of the faces' normals, each weighted by its area."""
-    vertices, faces = surface
-    a, b, c = vertices[faces].unbind(1)
-    weighted = torch.linalg.cross(b - a, c - a)
-    normals = torch.zeros_like(vertices).index_add(0, faces.view(-1), weighted.repeat_interleave(3, dim=0))
-    # Below the floor a normal shrinks to zero instead of dividing 0 by 0.
-    return normals * normals.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
+    return TensorMesh(positions[low] + part * (positions[high] - positions[low]), torch.cat(faces))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field, FieldOutput, linear_layers, uniform
 
 TABLE_INIT = 1e-4  # the table starts uniform in [-1e-4, 1e-4], so the blob alone shapes the first renders

@@ -142,7 +142,7 @@ def load_components(
         vae.decoder = None
         vae.post_quant_conv = None
     components = Components(
-        name=MODEL_FOLDER.name if folder == MODEL_FOLDER else str(source),
+        name="dream-mini" if folder == MODEL_FOLDER else str(source),
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         unet=unet,

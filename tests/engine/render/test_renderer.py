@@ -9,7 +9,7 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, tolerance
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.render.base import Shading, shade
 from dream_fast.engine.render.volume import VolumeRenderer

@@ -7,7 +7,7 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.render.ray_samplers import (
     LEAST_WEIGHT,
     ImportanceSampler,

@@ -8,7 +8,7 @@ from torch import nn
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.field import frequency_encoding

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.hash_grid_field import HashGridField
