@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dream_fast.cli import main
-from dream_fast.engine import run
+from dream_fast.engine import outputs
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.workspace.checkpoint import FORMAT
@@ -66,13 +66,13 @@ def copy(finished, tmp_path) -> Path:
 
 
 def test_the_mesh_has_the_outline_of_six_views(copy, monkeypatch):
-    genuine, outlines = run.write_mesh, []
+    genuine, outlines = outputs.write_mesh, []
 
     def watched(*of, outline, **options):
         outlines.append(outline)
         return genuine(*of, outline=outline, **options)
 
-    monkeypatch.setattr(run, "write_mesh", watched)
+    monkeypatch.setattr(outputs, "write_mesh", watched)
     assert main(["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"]) == 0
     (outline,) = outlines
     assert len(outline.solid) == 6 and 0 < outline.solid.float().mean() < 1

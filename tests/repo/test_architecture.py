@@ -44,7 +44,6 @@ MAX_LINES = 500
 LONG_FILES = {
     "bench/ops/cases.py": 600,
     "bench/pipeline/step.py": 600,
-    "engine/config/schema.py": 600,
     "engine/training/trainer.py": 600,
     "kernels/fields/normals.py": 600,
 }
