@@ -74,7 +74,7 @@ def test_overflow_of_program_numbers_in_other_passes(case, memory, monkeypatch):
     elif case == "march":
         module = importlib.import_module("dream_fast.kernels.rays.march")
         config = module._march_config
-        monkeypatch.setattr(module, "_march_config", lambda *shape: {**config(*shape), "SCAN": 4})
+        monkeypatch.setattr(module, "_march_config", lambda *shape: config(*shape)._replace(scan_block=4))
 
         def call():
             rays = (tensors["origins"].clone().requires_grad_(), tensors["directions"], tensors["bits"])
