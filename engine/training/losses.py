@@ -12,7 +12,7 @@ from torch import Tensor
 from dream_fast import kernels
 from dream_fast.engine.config.schedule import largest
 from dream_fast.engine.config.sections import LossConfig
-from dream_fast.engine.geometry.tet_grid import TriMesh
+from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.render.base import Rendered
 from dream_fast.engine.scene.field import Field
 
@@ -93,7 +93,7 @@ def normal_smoothness(
     return sample_mean(weights.detach() * difference, count) * count / rays
 
 
-def normal_consistency(surface: TriMesh, beyond: Tensor) -> Tensor:
+def normal_consistency(surface: TensorMesh, beyond: Tensor) -> Tensor:
     """Neighbouring triangles should lie in one plane: mean of 1 - n_a.n_b over the edges that two of them share.
 
     An edge of a triangle smaller than the mean counts as much less as that one is smaller: marching tetrahedra leaves
@@ -114,7 +114,7 @@ def _edge_counts(area: Tensor, other: Tensor) -> Tensor:
     return (torch.minimum(area[:, None], area[other]) / area.mean().clamp(min=1e-20)).clamp(max=1)
 
 
-def laplacian(surface: TriMesh) -> Tensor:
+def laplacian(surface: TensorMesh) -> Tensor:
     """Vertices should lie amid their neighbours: mean over them of |sum over the neighbours of (v - neighbour)|.
 
     The surface is closed, so that two triangles share each edge. As in stable-dreamfusion the sum is not divided by the
@@ -129,7 +129,7 @@ def laplacian(surface: TriMesh) -> Tensor:
 
 
 def mesh_regularizers(
-    surface: TriMesh, beyond: Tensor, config: LossConfig, now: Mapping[str, float | Tensor] | None = None
+    surface: TensorMesh, beyond: Tensor, config: LossConfig, now: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The weighted terms of a mesh, by name, as `regularizers` those of a field."""
     weights = {name: getattr(config, weight_setting(name)) for name in MESH_TERMS}

@@ -112,9 +112,9 @@ def test_floaters_are_dropped_and_parts_kept():
     points = grid(40)
     parts = np.stack([ball(points, (-0.4, 0, 0), 0.4), ball(points, (0.5, 0, 0), 0.2), ball(points, (0, 0.9, 0), 0.05)])
     full = isosurface.iso_surface(parts.max(axis=0), 0.0)
-    assert len(np.unique(geometry_mesh.components(full))) == 3
+    assert len(np.unique(geometry_mesh.mesh_components(full))) == 3
     cleaned = geometry_mesh.visible_parts(full)
-    assert len(np.unique(geometry_mesh.components(cleaned))) == 2
+    assert len(np.unique(geometry_mesh.mesh_components(cleaned))) == 2
     shape = trimesh.Trimesh(cleaned.vertices, cleaned.faces, process=False)
     assert shape.is_watertight and shape.euler_number == 4
     assert shape.vertices[:, 1].max() < 39 * 0.75
@@ -125,8 +125,8 @@ def test_what_lies_beside_a_part_stays_unless_it_is_a_crumb(gap, radius, stays):
     points = grid(160)
     pot, knob = ball(points, (0, -0.2, 0), 0.5), ball(points, (0, 0.3 + gap + radius, 0), radius)
     full = isosurface.iso_surface(np.maximum(pot, knob), 0.0)
-    assert len(np.unique(geometry_mesh.components(full))) == 2
-    assert len(np.unique(geometry_mesh.components(geometry_mesh.visible_parts(full)))) == 1 + stays
+    assert len(np.unique(geometry_mesh.mesh_components(full))) == 2
+    assert len(np.unique(geometry_mesh.mesh_components(geometry_mesh.visible_parts(full)))) == 1 + stays
 
 
 def bumps(points):
@@ -406,7 +406,7 @@ def test_a_mesh_is_written_without_scipy(tmp_path):
 import sys
 sys.modules["scipy"] = None
 import torch, trimesh
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.export.mesh_files import write_mesh
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 shape = FieldConfig(n_levels=2, log2_hashmap_size=12, max_resolution=32, bg_radius=-1.0)

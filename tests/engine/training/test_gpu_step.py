@@ -282,9 +282,9 @@ def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
 def test_a_mesh_refinement_takes_steps():
     """Its surface asks the host how large it is; everything else is as for a field."""
     trainer = make_trainer(dmtet=True, tet_grid_size=32)
-    before = [part.detach().clone() for part in (trainer.shape.distance, trainer.shape.shift, trainer.field.table)]
+    before = [part.detach().clone() for part in (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)]
     for _ in range(3):
         step = trainer.train_step()
     assert int(trainer.skipped) == 0 and torch.isfinite(step.grad_norm).all()
-    after = (trainer.shape.distance, trainer.shape.shift, trainer.field.table)
+    after = (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)
     assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))

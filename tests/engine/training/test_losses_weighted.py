@@ -129,12 +129,12 @@ def test_the_mean_of_one_sample_is_that_sample():
 
 def test_normals_of_tiny_triangles_are_unit_vectors():
     """Two triangles at a right angle cost 1 in the edge that they share, whatever their size."""
-    from dream_fast.engine.geometry.tet_grid import TriMesh
+    from dream_fast.engine.geometry.mesh import TensorMesh
 
     corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
     faces = torch.tensor([[0, 1, 2], [0, 3, 1]])
     beyond = torch.tensor([[5, -1, -1], [-1, -1, 2]])  # of each edge, the corner (3 face + corner) opposite it
     for size in (1.0, 1e-3):
-        got = losses.normal_consistency(TriMesh(size * corners, faces), beyond)
+        got = losses.normal_consistency(TensorMesh(size * corners, faces), beyond)
         one = torch.tensor(1.0, dtype=torch.float64)
         check("consistency", got, one, one)
