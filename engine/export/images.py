@@ -1,6 +1,6 @@
 """PNG pictures: the six views and strips of pictures beside one another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def depth_image(view: RenderedImages, radius: Tensor, bound: float) -> Tensor:
     return (brightness.clamp(0, 1) * view.opacity)[..., None].expand(*view.depth.shape, 3)
 
 
-def strip(images: Sequence[np.ndarray]) -> np.ndarray:
+def strip(images: Iterable[np.ndarray]) -> np.ndarray:
     """Pictures [H, W, 3] of one height side by side."""
     return np.concatenate(list(images), axis=1)
 

@@ -39,12 +39,12 @@ def load_mesh(path: Path) -> Mesh:
         raise UserError(f"the mesh file {path} cannot be read: there is no file {missing}") from error
     except Exception as error:  # whatever a broken file makes of the reader
         raise UserError(f"the mesh file {path} cannot be read: {first_line(error)}") from error
-    faces = sum(len(part.faces) for part in parts)
-    if faces == 0:
+    count = sum(len(part.faces) for part in parts)
+    if count == 0:
         raise UserError(f"the mesh file {path} has no triangles that can be read")
-    if faces > MOST_FACES:
+    if count > MOST_FACES:
         raise UserError(
-            f"the mesh file {path} has {faces} triangles, of at most {MOST_FACES}: simplify it in another program first"
+            f"the mesh file {path} has {count} triangles, of at most {MOST_FACES}: simplify it in another program first"
         )
     offsets = np.cumsum([0, *(len(part.vertices) for part in parts[:-1])])
     vertices = np.concatenate([np.asarray(part.vertices, dtype=np.float64) for part in parts])

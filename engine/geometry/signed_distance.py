@@ -5,6 +5,8 @@ along an axis has entered the mesh more often than left it; of the three axes tw
 the mesh lets nothing out. Orientation counts: parts that overlap are one solid. A mesh that is inside out is turned.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def distance(mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int
     """Distance to the mesh at origin + spacing (i, j, k) [shape]; where it is more than `reach`, `reach`."""
     corners, size = mesh.vertices[mesh.faces], torch.tensor(shape, device=origin.device)
     first, counts = _boxes(corners.amin(1) - reach, corners.amax(1) + reach, origin, spacing, size)
-    found = torch.full((size.prod(),), reach**2, dtype=corners.dtype, device=origin.device)
+    found = torch.full((math.prod(shape),), reach**2, dtype=corners.dtype, device=origin.device)
     total = int(counts.prod(1).sum())
     for start in range(0, total, PAIRS):
         triangle, point = _pairs(first, counts, start, min(start + PAIRS, total))

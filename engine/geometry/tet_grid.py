@@ -37,14 +37,14 @@ def tet_grid(size: int) -> TetGrid:
     layers = torch.cat([torch.cartesian_prod(axis, axis, axis) for axis in (even, odd)])  # [V, 3]
     corner = torch.arange((n + 1) ** 3).view(n + 1, n + 1, n + 1)
     centre = torch.arange((n + 1) ** 3, len(layers)).view(n, n, n)
-    tets = []
+    cells = []
     for axis in range(3):
         centres, corners = centre.movedim(axis, 0), corner.movedim(axis, 0)
         before, after, between = centres[:-1], centres[1:], corners[1:-1]
         ring = [between[:, :-1, :-1], between[:, 1:, :-1], between[:, 1:, 1:], between[:, :-1, 1:]]
         for k in range(4):
-            tets.append(torch.stack([before, after, ring[k], ring[(k + 1) % 4]], -1).view(-1, 4))
-    tets = torch.cat(tets)
+            cells.append(torch.stack([before, after, ring[k], ring[(k + 1) % 4]], -1).view(-1, 4))
+    tets = torch.cat(cells)
     a, b, c, d = layers[tets].unbind(1)
     negative = torch.linalg.det(torch.stack([b - a, c - a, d - a], 1).float()) < 0
     tets[negative] = tets[negative][:, [0, 2, 1, 3]]
