@@ -276,10 +276,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--channels_last", "--channels-last", nargs="+", choices=("unet", "vae", "none"), help=layouts)
     parser.add_argument("--compiled", nargs="+", choices=COMPILED, help="modules that the compiled cases compile")
     parser.add_argument(
+        "--cuda_graph",
+        "--cuda-graph",
         "--step_graph",
-        "--step-graph",
         action=argparse.BooleanOptionalAction,
-        help="time our steps with or without --step_graph, instead of a run's choice; give --out as well",
+        help="time our steps with or without --cuda_graph, instead of a run's choice; give --out as well",
     )
     parser.add_argument("--limit", type=float, help="GiB that our step may reserve; it fails where that is too little")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of 16 steps that are timed")
@@ -295,8 +296,8 @@ def choose_cases(args: argparse.Namespace) -> list[StepCase]:
         cases = [replace(case, channels_last=tuple(args.channels_last)) for case in cases]
     if args.compiled:
         cases = [replace(case, compiled=tuple(args.compiled)) for case in cases]
-    if args.step_graph is not None:
-        cases = [replace(case, flags=case.flags | {"step_graph": args.step_graph}) for case in cases]
+    if args.cuda_graph is not None:
+        cases = [replace(case, flags=case.flags | {"cuda_graph": args.cuda_graph}) for case in cases]
     if args.device == "cpu":
         for case in cases:
             if case.flags.get("compile"):

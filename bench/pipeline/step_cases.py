@@ -42,8 +42,8 @@ TINY = {
     "fp16": False,
     "w": 12,
     "h": 12,
-    "levels": 3,
-    "log2_entries": 10,
+    "n_levels": 3,
+    "log2_hashmap_size": 10,
     "max_resolution": 32,
     "hidden_width": 16,
     "max_steps": 48,
@@ -121,7 +121,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
     """The trainer of a run with the flags of `case`; `plain` guides by diffusers alone, without CUDA graphs."""
     config = case.config(device)
     if plain:
-        config = config.override({"step_graph": False})  # the references read sizes on the host
+        config = config.override({"cuda_graph": False})  # the references read sizes on the host
     runtime = choose_runtime(config)
     prepare(runtime, config.run.seed, vram_O=config.run.vram_O)
     if plain:
