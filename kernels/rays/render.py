@@ -22,15 +22,16 @@ from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels.fields.encode import (
     BLOCK,
     aligned_rows,
+    field_shape,
     flatten_parameters,
-    level_table,
-    tile_constants,
+    level_words,
     tile_warps,
     unfused_reason,
     unit_scale,
 )
-from dream_fast.kernels.fields.field import FieldSpec, check_field, field, field_reference, spec_numbers, spec_of
+from dream_fast.kernels.fields.field import field, field_reference
 from dream_fast.kernels.fields.normals import field_normals, field_normals_reference
+from dream_fast.kernels.fields.spec import FieldSpec, check_field, decode_field_spec, encode_field_spec
 from dream_fast.kernels.rays.composite import composite
 from dream_fast.kernels.rays.march import check_rays, march, packed_intervals, step_limits
 from dream_fast.kernels.rays.occupancy import cascades, half_sizes
@@ -168,8 +169,7 @@ def _render(
     background: Tensor,
     width: int,
     layers: int,
-    grid: list[int],
-    scene: list[float],
+    spec_numbers: list[float],
     resolution: int,
     max_steps: int,
     dt_gamma: float,
@@ -179,7 +179,7 @@ def _render(
     normal_epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """entries and packed: table and parameters (all weights, then all biases) in the compute dtype."""
-    spec, rays, device = spec_of(tuple(grid), tuple(scene)), origins.shape[0], origins.device
+    spec, rays, device = decode_field_spec(spec_numbers), origins.shape[0], origins.device
     rgb, normal = origins.new_empty(rays, 3), origins.new_empty(rays, 3)
     depth, opacity = origins.new_empty(rays), origins.new_empty(rays)
     enter = _enter_config()
@@ -208,7 +208,7 @@ def _render(
     }
     fields = {
         "table": aligned_rows(entries),
-        "levels": level_table(spec.grid, device, levels),
+        "levels": level_words(spec.grid, device, levels),
         "active": active,
         "parameters": packed,
         "scale": unit_scale(spec.bound),
@@ -216,9 +216,7 @@ def _render(
         "blob_radius": spec.blob_radius,
         "SEGMENT": enter["SEGMENT"],
         "SOFTPLUS": spec.density_activation == "softplus",
-        "WIDTH": width,
-        "LAYERS": layers,
-        **tile_constants(spec.grid),
+        "SHAPE": field_shape(spec.grid, width, layers),
     }
     launch(render_enter_kernel, (segments,), device, normal=normal, rays=rays, **rays_in, **queued, **marching, **enter)
     launch(
@@ -378,7 +376,7 @@ def render(
                 background,
                 weights[0].shape[0],
                 len(weights) - 1,
-                *spec_numbers(spec),
+                encode_field_spec(spec),
                 resolution,
                 max_steps,
                 float(dt_gamma),

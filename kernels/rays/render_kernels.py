@@ -11,7 +11,8 @@ Legend: R rays. A cursor names an interval of a ray's lattice (`_rays`). Units: 
 from __future__ import annotations
 
 from dream_fast.kernels._core.launch import constant, jit, tl
-from dream_fast.kernels.fields.encode import activate_density, blob, encode
+from dream_fast.kernels.fields.activations import activate_density, blob_logit
+from dream_fast.kernels.fields.encode import encode
 from dream_fast.kernels.fields.mlp import mlp, mlp_weights, pick
 from dream_fast.kernels.rays.device import first_cursor, interval, occupied, ray_span, rounded
 
@@ -205,14 +206,7 @@ def render_shade_kernel(
     WALK: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """The rays of one queue, BLOCK at a time. A ray's result does not depend on the lane that takes it."""
     first = tl.program_id(0).to(tl.int64) * SEGMENT
@@ -220,7 +214,7 @@ def render_shade_kernel(
     if length == 0:
         return
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    weights = mlp_weights(parameters, SHAPE)
     lane = tl.arange(0, BLOCK)
     slot = lane
     taken = 0
@@ -264,16 +258,11 @@ def render_shade_kernel(
             table,
             levels,
             active,
-            LEVELS,
-            FEATURES,
-            PADDED,
-            LOG2_ENTRIES,
-            SMOOTH,
-            WIDE,
+            SHAPE,
         )
-        outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
-        sigma = activate_density(_column(outputs, lane, 0) + bump, SOFTPLUS, SINGLE)
+        outputs, _ = mlp(features, weights, parameters, SHAPE)
+        blob = blob_logit(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        sigma = activate_density(_column(outputs, lane, 0) + blob, SOFTPLUS, SINGLE)
         r, g, b = _column(outputs, lane, 1), _column(outputs, lane, 2), _column(outputs, lane, 3)
         r, g, b = tl.sigmoid(r), tl.sigmoid(g), tl.sigmoid(b)
         tau = sigma * dt
@@ -359,14 +348,7 @@ def render_normals_kernel(
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """BLOCK rays of a queue: differences of sigma around the expected depth."""
     PARTS: tl.constexpr = SEGMENT // BLOCK
@@ -376,7 +358,7 @@ def render_normals_kernel(
     if slot >= length:
         return
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    weights = mlp_weights(parameters, SHAPE)
     first = segment.to(tl.int64) * SEGMENT
     lane = tl.arange(0, BLOCK)
     slots = slot + lane
@@ -402,16 +384,11 @@ def render_normals_kernel(
             table,
             levels,
             active,
-            LEVELS,
-            FEATURES,
-            PADDED,
-            LOG2_ENTRIES,
-            SMOOTH,
-            WIDE,
+            SHAPE,
         )
-        outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
-        sigma = activate_density(_column(outputs, lane, 0) + bump, SOFTPLUS, SINGLE)
+        outputs, _ = mlp(features, weights, parameters, SHAPE)
+        blob = blob_logit(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        sigma = activate_density(_column(outputs, lane, 0) + blob, SOFTPLUS, SINGLE)
         change = tl.where(tap % 2 == 0, sigma, -sigma) / (2 * epsilon)
         gx += tl.where(tap // 2 == 0, change, 0.0)
         gy += tl.where(tap // 2 == 1, change, 0.0)

@@ -114,15 +114,15 @@ def test_overflow_of_channels_of_a_hash_grid(memory, monkeypatch):
         kernels.hash_grid(x, table, GRID).backward(torch.ones(48, GRID.channels))
 
     launches = record(monkeypatch, call)
-    for kernel, name in (("_hash_grid_fwd_kernel", "out written"), ("_scatter_kernel", "features read")):
+    for kernel, name in (("hash_grid_fwd_kernel", "out written"), ("hash_grid_table_bwd_kernel", "features read")):
         lanes = touched(memory, monkeypatch, launches[kernel], (0, 2), n=1 << 30)
         assert name not in lanes, kernel
-    points = touched(memory, monkeypatch, launches["_position_gradient_kernel"], (0,), n=1 << 30)
-    assert points["features read"] == launches["_position_gradient_kernel"].arguments["BLOCK"]
+    points = touched(memory, monkeypatch, launches["hash_grid_x_bwd_kernel"], (0,), n=1 << 30)
+    assert points["features read"] == launches["hash_grid_x_bwd_kernel"].arguments["BLOCK"]
     (turn,) = record(monkeypatch, lambda: _grid.by_channel(torch.ones(48, GRID.channels).t(), None)).values()
     wrapped, apart = (touched(memory, monkeypatch, turn, (0,), n=number) for number in (1 << 30, (1 << 30) - (1 << 20)))
     assert wrapped == apart
-    for launch in (turn, launches["_position_gradient_kernel"]):
+    for launch in (turn, launches["hash_grid_x_bwd_kernel"]):
         one, other = (touched(memory, monkeypatch, launch, (program,)) for program in FAR)
         assert one == other, launch.kernel.__name__
 
@@ -146,7 +146,11 @@ def field_launches(monkeypatch, kernel, into_x=False):
 @interpreted
 @pytest.mark.parametrize(
     ("kernel", "size"),
-    [("field_bwd_kernel", "rows"), ("differences_bwd_kernel", "columns"), ("analytic_bwd_kernel", "n")],
+    [
+        ("field_bwd_kernel", "rows"),
+        ("field_normals_fd_bwd_kernel", "columns"),
+        ("field_normals_analytic_bwd_kernel", "n"),
+    ],
 )
 def test_overflow_of_channels_of_a_field(kernel, size, memory, monkeypatch):
     """Gradients of features are written by channel in 64 bits: those of level 2 do not meet those of level 0."""
@@ -159,7 +163,7 @@ def test_overflow_of_channels_of_a_field(kernel, size, memory, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["differences_bwd_kernel", "analytic_bwd_kernel"])
+@pytest.mark.parametrize("kernel", ["field_normals_fd_bwd_kernel", "field_normals_analytic_bwd_kernel"])
 def test_overflow_of_partial_sums(kernel, memory, monkeypatch):
     """Program 2^21 of a network of 2^11 parameters does not add to what program 0 adds up."""
     launch = field_launches(monkeypatch, kernel)
@@ -168,7 +172,7 @@ def test_overflow_of_partial_sums(kernel, memory, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["analytic_bwd_kernel", "differences_points_kernel"])
+@pytest.mark.parametrize("kernel", ["field_normals_analytic_bwd_kernel", "field_normals_fd_x_bwd_kernel"])
 def test_overflow_of_tiles_of_normals(kernel, memory, monkeypatch):
     """Tiles past 2^32 points are not those from 0 on."""
     launch = field_launches(monkeypatch, kernel, into_x=True)
