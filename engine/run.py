@@ -18,10 +18,11 @@ from dream_fast.engine.runtime.reporter import Reporter, log_warnings_to
 from dream_fast.engine.runtime.seeds import draw_seed
 from dream_fast.engine.runtime.signals import sigterm_raises
 from dream_fast.engine.scene.field import Field
-from dream_fast.engine.training.callbacks import check_watchable
+from dream_fast.engine.training.callbacks import check_callbacks
 from dream_fast.engine.training.divergence import DEGENERACIES, RESCUED, DegenerateScene, flags, rescue_overrides
 from dream_fast.engine.training.failures import translate_disk_errors, translate_oom
 from dream_fast.engine.training.kernel_warmup import precompile_kernels
+from dream_fast.engine.training.loop import Loop, LoopOptions
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import Damaged, list_checkpoints
 from dream_fast.engine.workspace.folder import Workspace
@@ -29,10 +30,11 @@ from dream_fast.engine.workspace.manifest import make_manifest, now
 from dream_fast.engine.workspace.stored_run import StoredRun
 
 
-def run(config: Config) -> int:
+def run(config: Config, loop: LoopOptions | None = None) -> int:
     """Optimises (unless ``--test``, or all iterations are done) and writes the outputs; returns the exit status.
 
-    With --rescue a run whose object is lost starts again with other settings, at most twice.
+    With --rescue a run whose object is lost starts again with other settings, at most twice. `loop` has other intervals
+    and hooks of the training loop.
 
     Everything that can be refused is refused before anything is written.
     """
@@ -45,7 +47,9 @@ def run(config: Config) -> int:
     with log_warnings_to(reporter), sigterm_raises(), target.locked(), troubles[0], troubles[1]:
         for last in (False, False, True):
             try:
-                return _run(config.override({"rescue": config.run.rescue and not last}), workspace, target, reporter)
+                return _run(
+                    config.override({"rescue": config.run.rescue and not last}), workspace, target, reporter, loop
+                )
             except DegenerateScene as lost:
                 tried = workspace.stored_config() or config
                 changes = rescue_overrides(tried, lost.kind)
@@ -64,7 +68,9 @@ def _output_folder(config: Config, workspace: Workspace) -> Workspace:
     return workspace if os.path.realpath(target.path) == os.path.realpath(workspace.path) else target
 
 
-def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Reporter) -> int:
+def _run(
+    config: Config, workspace: Workspace, target: Workspace, reporter: Reporter, loop: LoopOptions | None = None
+) -> int:
     started = time.monotonic()
     runtime = choose_runtime(config)
     fresh = config.run.ckpt == "scratch"
@@ -96,7 +102,7 @@ def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Repo
         reporter.files(target.files())
         return written.status()
 
-    check_watchable(config.output)
+    check_callbacks(config.output)
     runs = [] if fresh else workspace.read_manifest().get("runs", [])
     guiding = load_guidance(config, runtime, trainer.attention)
     trainer.guidance, trainer.attention = guiding.guidance, guiding.attention
@@ -115,7 +121,7 @@ def _run(config: Config, workspace: Workspace, target: Workspace, reporter: Repo
     reporter.say(_start_line(config, runtime, guiding, trainer.field, trainer.step))
     precompile_kernels(config, runtime, reporter)
     times = [started, time.monotonic()]
-    trainer.fit(workspace, reporter)
+    Loop(trainer, workspace, reporter, loop).fit()
     times.append(time.monotonic())
     trainer.guidance = None
     del guiding  # its memory is the outputs' now

@@ -28,7 +28,7 @@ from dream_fast.bench.finished_run import load_finished
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.export.mesh_files import PARTS, write_mesh
 from dream_fast.engine.export.silhouette import silhouettes
-from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.render.base import Renderer
 from dream_fast.engine.scene.camera import SIX_VIEWS, Cameras, clip_positions, six_views
 from dream_fast.engine.workspace.folder import Workspace
 

@@ -31,6 +31,7 @@ from dream_fast.bench.quality.run import assess, pictures_of
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.export.images import save_grid
+from dream_fast.engine.render.base import Shading
 from dream_fast.engine.scene.camera import turntable
 from dream_fast.engine.training.trainer import Trainer
 
@@ -56,7 +57,7 @@ def look(trainer: Trainer, prompt: str) -> Look:
     cameras = turntable(trainer.config.camera, AZIMUTHS, trainer.device)
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
-        view = trainer.renderer.view(cameras, SIZE, SIZE, shading="textureless", background=black)
+        view = trainer.renderer.view(cameras, SIZE, SIZE, shading=Shading("textureless", 0.1), background=black)
     scores = {name: found[name] for name in ("object", "object_color")}
     return Look(scores, view.rgb[..., 0].cpu(), view.opacity.cpu(), view.normal.cpu())
 

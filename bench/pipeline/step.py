@@ -44,6 +44,7 @@ from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.runtime.quiet import quiet_diffusers
+from dream_fast.engine.training.loop import make_metrics_row
 from dream_fast.engine.training.trainer import Trainer
 
 MINI_TOKENS = 24
@@ -227,9 +228,7 @@ def exact_gradient(case: StepCase, device: torch.device) -> Exact:
 def settle(trainer: Trainer, blocks: int) -> None:
     """Steps until kernels are compiled, graphs captured and buffers fit, read out as a run does now and then."""
     for _ in range(blocks):
-        for _ in range(BLOCK):
-            step = trainer.train_step()
-        trainer._row(step)
+        trainer.warm_up(BLOCK)
 
 
 def time_steps(trainer: Trainer, device: torch.device, blocks: int) -> measure.Timing:
@@ -249,7 +248,8 @@ def time_steps(trainer: Trainer, device: torch.device, blocks: int) -> measure.T
             marks[1].record()
             torch.cuda.synchronize()
             times[-1] = marks[0].elapsed_time(marks[1]) / BLOCK
-        trainer._row(step)
+        trainer.adapt_capacity(step)
+        make_metrics_row(trainer, step)
     return measure.quantiles(times)
 
 
@@ -267,8 +267,7 @@ class Clock:
         trainer.mark = score.mark = self.mark
         if hasattr(score._score_of, "captured"):
             score._score_of.captured.clear()  # captured again, with the marks
-        if trainer._graphs is not None:
-            trainer._graphs.clear()
+        trainer.clear_graphs()
 
     def mark(self, part: str) -> None:
         if self.device.type == "cuda":

@@ -43,7 +43,8 @@ from dream_fast.bench.quality.protocol import AZIMUTHS, BACK, BACKGROUND, BEHIND
 from dream_fast.bench.quality.world import color_error, color_spread, paints_of, read_world, world_summary
 from dream_fast.bench.results import RESULTS, git_state
 from dream_fast.engine.config.presets import resolve
-from dream_fast.engine.config.schema import GuidanceConfig, read_values
+from dream_fast.engine.config.schema import read_values
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.dream_mini.vocabulary import COLORS, THINGS, VIEWS, find_object
 from dream_fast.engine.errors import UserError

@@ -10,6 +10,7 @@ Processes are forked from one that has imported everything, so that a trial take
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,20 +71,15 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(kill: Kill | None) -> None:
-    """Checkpoints come often in this process, which dies as planned."""
-    from dream_fast.engine.training import losses, trainer
+def arm(kill: Kill) -> Callable[[int], None]:
+    """Let this process be killed as planned; returns what the loop has to call before each step."""
     from dream_fast.engine.workspace import checkpoint
 
-    trainer.EPOCH, trainer.CHECKPOINT_SECONDS, losses.TV_POINTS = EVERY, 0.0, 1000
-    if kill is None:
-        return
-    take, save, replace = trainer.Trainer.train_step, checkpoint.save_file, os.replace
+    save, replace = checkpoint.save_file, os.replace
 
-    def train_step(self: "trainer.Trainer") -> "trainer.Step":
-        if not kill.stage and self.step + 1 == kill.step:
+    def before_step(step: int) -> None:
+        if not kill.stage and step + 1 == kill.step:
             threading.Timer(kill.delay, _die).start()
-        return take(self)
 
     def save_file(tensors: dict, path: Path, **options: object) -> None:
         at = f"step_{kill.step:06d}" in Path(path).name
@@ -101,8 +98,8 @@ def arm(kill: Kill | None) -> None:
         if at and kill.stage == "named":
             _die()
 
-    trainer.Trainer.train_step = train_step
     checkpoint.save_file, os.replace = save_file, renamed
+    return before_step
 
 
 def prepare_to_fork() -> None:
@@ -132,10 +129,15 @@ def forked(config: Config, log: Path, kill: Kill | None) -> int:
             with log.open("a", encoding="utf-8") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
-            arm(kill)
             from dream_fast.engine.run import run
+            from dream_fast.engine.training import losses
+            from dream_fast.engine.training.loop import LoopOptions
 
-            status = run(config)
+            losses.TV_POINTS = 1000
+            options = LoopOptions(epoch_steps=EVERY, checkpoint_seconds=0.0)
+            if kill is not None:
+                options = dataclasses.replace(options, before_step=arm(kill))
+            status = run(config, loop=options)
         except BaseException:
             traceback.print_exc()
         finally:

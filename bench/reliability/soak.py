@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -52,21 +51,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from dream_fast.engine import run
     from dream_fast.engine.config.presets import resolve
-    from dream_fast.engine.training import trainer
+    from dream_fast.engine.training.loop import LoopOptions
 
     record = args.workspace / "long_run.jsonl"
-    make_row = trainer.Trainer._row
 
-    def row(self: trainer.Trainer, result: trainer.StepResult) -> dict:
+    def add_usage(row: dict) -> None:
         nonlocal settled
-        made = make_row(self, result)
         gc.collect()
         if not settled:
             gc.freeze()  # what was imported is not gone through again, for a quarter of a second each time
             settled = True
-        device = torch.cuda.memory_reserved() if self.device.type == "cuda" else 0
-        seen = {"host_bytes": resident_bytes(), "device_bytes": device, "files": open_files()}
-        return made | seen
+        device = torch.cuda.memory_reserved() if args.device == "cuda" else 0
+        row |= {"host_bytes": resident_bytes(), "device_bytes": device, "files": open_files()}
 
     wrong: list[str] = []
     settled, done = False, 0
@@ -76,8 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         end = min(args.steps, done + args.piece)
         typed = {"text": "a hamburger", "iters": end, "seed": 0, "workspace": str(args.workspace), "six_views": True}
         typed |= {"device": args.device, "fp16": True}
-        with mock.patch.object(trainer.Trainer, "_row", row):
-            run.run(resolve(typed, "dream-mini", args.device))
+        run.run(resolve(typed, "dream-mini", args.device), loop=LoopOptions(on_row=add_usage))
         gc.unfreeze()
         settled = False
         rows = [json.loads(line) for line in (args.workspace / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, UNSUPP
 from dream_fast.engine.config.other_programs import ANSWERS
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import Scalar
-from dream_fast.engine.config.schema import Config, settings
+from dream_fast.engine.config.schema import Config, settings, settings_unused_by
 from dream_fast.engine.config.setting import ScalarRange, value_type
 
 # What the command takes beside the settings.
@@ -84,7 +84,7 @@ def _vanilla() -> str:
         pairs = [tuple(getattr(getattr(c, room.name), field.name) for c in pair) for pair in configs]
         if field.name != "backbone" and any(grid != own for grid, own in pairs):
             rows.append([f"`--{field.name}`", *(_value(own) if grid != own else "" for grid, own in pairs)])
-    unread = ", ".join(f"`--{field.name}`" for _, field in settings() if "vanilla" not in field.metadata["backbones"])
+    unread = ", ".join(f"`--{field.name}`" for _, field in settings() if field.name in settings_unused_by("vanilla"))
     table = _table(["flag", "reference", "dream-mini, CPU", "dream-mini, GPU"], rows)
     return f"{table}\nRefused there, since only the grids read them: {unread}.\n"
 

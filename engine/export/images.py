@@ -1,6 +1,6 @@
 """PNG pictures: the six views and strips of pictures beside one another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dream_fast.engine.config.schema import CameraConfig
-from dream_fast.engine.render.volume import Renderer, View
+from dream_fast.engine.config.sections import CameraConfig
+from dream_fast.engine.render.base import RenderedImages, Renderer
 from dream_fast.engine.scene.camera import SIX_VIEWS, six_views, turntable
 from dream_fast.engine.workspace.atomic import atomic_write
 
@@ -37,13 +37,13 @@ def save_grid(path: Path, images: Tensor, texts: Mapping[str, str] | None = None
     save_png(path, np.concatenate([strip(row) for row in to_uint8(images)], axis=0), texts)
 
 
-def normal_image(view: View) -> Tensor:
+def normal_image(view: RenderedImages) -> Tensor:
     """World normals as colours, [..., 3] in [0, 1], white where nothing is."""
     opacity = view.opacity[..., None]
     return opacity * (view.normal + 1) / 2 + (1 - opacity)
 
 
-def depth_image(view: View, radius: Tensor, bound: float) -> Tensor:
+def depth_image(view: RenderedImages, radius: Tensor, bound: float) -> Tensor:
     """Depth of B views as brightness [B, H, W, 3]: white at the near side of the scene's sphere, black at the far side
     and where nothing is. The range follows from the camera's distance `radius` [B] alone, so a video does not flicker.
     """
@@ -53,7 +53,7 @@ def depth_image(view: View, radius: Tensor, bound: float) -> Tensor:
     return (brightness.clamp(0, 1) * view.opacity)[..., None].expand(*view.depth.shape, 3)
 
 
-def strip(images: Sequence[np.ndarray]) -> np.ndarray:
+def strip(images: Iterable[np.ndarray]) -> np.ndarray:
     """Pictures [H, W, 3] of one height side by side."""
     return np.concatenate(list(images), axis=1)
 

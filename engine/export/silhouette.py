@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.geometry.voxels import trilinear
-from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.render.base import Renderer
 from dream_fast.engine.scene.camera import Cameras, rays
 from dream_fast.kernels import near_far
 

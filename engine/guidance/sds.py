@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dream_fast.engine.config.schedule import LinearSchedule, largest, value_at, values_at
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance.base import GuidanceResult
 from dream_fast.engine.guidance.cfg import apply_cfg, eps_and_x0, predict, sqrt_alphas
 from dream_fast.engine.guidance.ddim import inverted_noise

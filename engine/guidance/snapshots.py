@@ -1,4 +1,6 @@
-"""What a step showed to the image model and what the model made of it, as pictures."""
+"""Images of what a step showed to a diffusion model and of what the model made of it (--save_guidance)."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,18 +10,26 @@ from dream_fast.engine.guidance.model.components import Components
 from dream_fast.engine.guidance.sds import resize
 
 
-@torch.no_grad()
-def guidance_pictures(
-    components: Components, shown: Tensor, noisy: Tensor, clean: Tensor, *, latents: bool = False
-) -> Tensor:
-    """Images [B, 3, 3, S, S] in [0, 1]: of each view the render, its noisy version and the one-step estimate.
+class GuidanceSnapshot(NamedTuple):
+    """Input of a guidance and its latents, as in `GuidanceResult`."""
 
-    ``shown`` [B, 3, H, W] in [0, 1] is what the guidance was called with; with ``latents`` it is [B, C, h, w] in the
-    scale of latents, and is decoded. ``noisy`` and ``clean`` [B, C, h, w] are those of its result. S is the model's
-    image_size. Raises ValueError for components without the VAE's decoder.
+    rendered: Tensor  # [B, 3, H, W] in [0, 1], or latents [B, C, H, W]
+    noisy: Tensor  # [B, C, h, w] x_t
+    clean: Tensor  # [B, C, h, w] one-step estimate of x_0
+
+
+@torch.no_grad()
+def guidance_images(
+    components: Components, rendered: Tensor, noisy: Tensor, clean: Tensor, *, latents: bool = False
+) -> Tensor:
+    """Decode a snapshot to images [B, 3, 3, S, S] in [0, 1]: of each view the render, x_t and the estimate of x_0.
+
+    With `latents`, `rendered` [B, C, h, w] is decoded too. S is the model's image_size.
+
+    Raises ValueError: when `components` has no VAE decoder.
     """
     if latents:
-        render = decode(components, resize(shown, components.latent_size))
+        render = decode(components, resize(rendered, components.latent_size))
     else:
-        render = resize(shown, components.image_size)
+        render = resize(rendered, components.image_size)
     return torch.stack([render, decode(components, noisy), decode(components, clean)], dim=1)

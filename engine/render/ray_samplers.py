@@ -8,24 +8,66 @@ things apart from the object, and the rest serves the size of the buffers and ch
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.scene.field import Field
-from dream_fast.engine.scene.hash_grid_field import HashGridField
 
 LEAST_WEIGHT = 1e-5  # of an interval, so that a ray through nothing still has a distribution
 
 
-def make_sampler(field: Field, config: RenderConfig) -> "OccupancySampler | ImportanceSampler":
+class RaySampler(Protocol):
+    """Chooses the samples of rays."""
+
+    bits: Tensor | None  # occupancy grid [cascades, cells / 8] uint8; None: `samples_per_ray` samples on every ray
+    samples_per_ray: int  # capacity of the sample buffers
+
+    def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
+        """Bring the sampler up to date with the field."""
+
+    def sample(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        generator: torch.Generator | None,
+        *,
+        active_levels: int | Tensor | None = None,
+    ) -> kernels.Samples:
+        """Packed samples of rays [R, 3], at random places with a generator."""
+
+    def without_floaters(self) -> AbstractContextManager[None]:
+        """Inside the `with` block rays pass through small parts apart from the object."""
+
+    def adapt_capacity(self, rays: int) -> None:
+        """Fit the sample buffers to the last steps of `rays` rays each."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state that a checkpoint needs."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`. Raises ValueError: when it does not fit."""
+
+
+def make_sampler(field: Field, config: RenderConfig) -> RaySampler:
     """The sampler of the field's backbone."""
-    return (OccupancySampler if isinstance(field, HashGridField) else ImportanceSampler)(field, config)
+    return (OccupancySampler if field.occupancy_grid else ImportanceSampler)(field, config)
+
+
+def march_options(config: RenderConfig) -> dict:
+    """Arguments of the marching operators that place the samples of a ray."""
+    return {
+        "resolution": config.occupancy_resolution,
+        "max_steps": config.max_steps,
+        "dt_gamma": config.dt_gamma,
+        "min_near": config.min_near,
+    }
 
 
 class OccupancySampler:
@@ -74,7 +116,7 @@ class OccupancySampler:
         perturb = None
         if generator is not None:
             perturb = torch.rand(count, generator=generator, device=generator.device).to(origins.device)
-        options = {**self.lattice(), "bound": self.config.bound, "perturb": perturb}
+        options = {**march_options(self.config), "bound": self.config.bound, "perturb": perturb}
         samples = kernels.march(origins, directions, self.bits, capacity=count * self.samples_per_ray, **options)
         torch.maximum(self.most_samples, samples.count, out=self.most_samples)
         self.overflowed |= samples.overflow
@@ -90,16 +132,6 @@ class OccupancySampler:
             t=samples.t[:used],
             dt=samples.dt[:used],
         )
-
-    def lattice(self) -> dict:
-        """Where samples lie on a ray, as the operators' arguments."""
-        config = self.config
-        return {
-            "resolution": config.occupancy_resolution,
-            "max_steps": config.max_steps,
-            "dt_gamma": config.dt_gamma,
-            "min_near": config.min_near,
-        }
 
     @contextmanager
     def without_floaters(self) -> Iterator[None]:
@@ -170,6 +202,7 @@ class ImportanceSampler:
     def __init__(self, field: Field, config: RenderConfig):
         self.field, self.config = field, config
         self.samples_per_ray = config.num_steps + config.upsample_steps
+        self.bits = None
 
     def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
         """Nothing to keep up."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 
 BACKGROUND_WIDTH = 32
 
@@ -76,6 +76,7 @@ class Field(nn.Module):
     """
 
     background_bands = 6
+    occupancy_grid = False  # rays are marched through an occupancy grid, and `render_rays` renders them
     finest: int | None = None  # cells along an edge of the scene below which the field has no detail of its own
 
     def __init__(self, config: FieldConfig, bound: float, grid: kernels.HashGridSpec | None = None):
@@ -118,6 +119,23 @@ class Field(nn.Module):
 
         `active_levels`: how many of the encoding's levels or bands, coarse to fine, count; None: all. `normals` is
         None, "finite_difference" (six more evaluations at +-normal_epsilon world units) or "analytic".
+        """
+        raise NotImplementedError
+
+    def render_rays(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        bits: Tensor,
+        *,
+        background: Tensor,
+        normals: bool,
+        normal_epsilon: float,
+        **march_options,
+    ) -> kernels.View:
+        """Render rays [R, 3] through the occupancy grid `bits`, without gradient: `kernels.render` of this field.
+
+        Only of fields with an `occupancy_grid`.
         """
         raise NotImplementedError
 

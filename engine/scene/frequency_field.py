@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field, FieldOutput, frequency_encoding, linear_layers
 
 

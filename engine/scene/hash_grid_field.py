@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field, FieldOutput, linear_layers, uniform
 
 TABLE_INIT = 1e-4  # the table starts uniform in [-1e-4, 1e-4], so the blob alone shapes the first renders
@@ -17,6 +17,8 @@ TABLE_INIT = 1e-4  # the table starts uniform in [-1e-4, 1e-4], so the blob alon
 
 class HashGridField(Field):
     """A hash grid and a network, in Triton on a GPU unless the backbone is `grid_torch`."""
+
+    occupancy_grid = True
 
     def __init__(self, config: FieldConfig, bound: float, generator: torch.Generator):
         grid = kernels.HashGridSpec(
@@ -55,6 +57,34 @@ class HashGridField(Field):
             operator = kernels.field_normals_reference if self.use_reference else kernels.field_normals
             values = FieldOutput(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **options))
         return values.without_padding(count) if self.use_reference else values
+
+    def render_rays(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        bits: Tensor,
+        *,
+        background: Tensor,
+        normals: bool,
+        normal_epsilon: float,
+        **march_options,
+    ) -> kernels.View:
+        operator = kernels.render_reference if self.use_reference else kernels.render
+        return operator(
+            origins,
+            directions,
+            bits,
+            self.table,
+            list(self.weights),
+            list(self.biases),
+            self.spec,
+            background=background,
+            normals=normals,
+            normal_epsilon=normal_epsilon,
+            dtype=self.compute_dtype,
+            chunk=1 << (16 if directions.is_cuda else 12),  # a GPU is idle below, a CPU's cache is full above
+            **march_options,
+        )
 
     def backend_description(self, normals: str) -> str:
         """How a GPU computes this field: "fused", or "unfused: " and the reason."""

@@ -1,96 +1,102 @@
-"""What a run shows of itself while it goes on, beside its log and its validation pictures; each only where asked for.
+"""Callbacks of a run: what is shown while it trains, each only with its flag.
 
-    --save_guidance   guidance/step_*.png    a row a view: render, noisy version, one-step estimate; t in its metadata
-    --tensorboard     tensorboard/           the numbers of each row of metrics.jsonl
-    --profile         profile/               a trace (`profiling`)
+| flag | file | content |
+|---|---|---|
+| --save_guidance | guidance/step_*.png | a row a view: render, noisy latents, one-step estimate; the timesteps in `t` |
+| --tensorboard | tensorboard/ | the numbers of each row of metrics.jsonl |
+| --profile | profile/ | a trace (`profiler`) |
 
-Nothing here draws a random number or writes to what the run computes with, so a run that is watched is the same run.
+Callbacks draw no random numbers and change nothing that a step reads, so the run stays the same bit for bit.
 """
 
 from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
+import torch
 from torch.profiler import record_function
 
-from dream_fast.engine.config.schema import OutputConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
-from dream_fast.engine.guidance.snapshots import guidance_pictures
+from dream_fast.engine.guidance.snapshots import guidance_images
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.training.profiler import Profile
+from dream_fast.engine.training.trainer import StepResult
 from dream_fast.engine.workspace.folder import Workspace
 
-if TYPE_CHECKING:
-    from dream_fast.engine.training.trainer import StepResult, Trainer
-
-# Tags on the board of the numbers of a row, beside its losses.
+# Tags in TensorBoard of the numbers of a row, beside its losses.
 NUMBERS = ("lr", "samples", "opacity", "grad_norm", "it_per_s")
 
 
-class GuidanceSnapshot(NamedTuple):
-    """What a step showed to the guidance, and its latents (`GuidanceResult`)."""
-
-    shown: Tensor
-    noisy: Tensor
-    clean: Tensor
-
-
-def check_watchable(config: OutputConfig) -> None:
-    """UserError when what was asked for needs a package that is not there."""
+def check_callbacks(config: OutputConfig) -> None:
+    """Raises UserError: when a flag needs a package that is not installed."""
     if config.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install 'dream-fast[tensorboard]'")
 
 
 class RunCallbacks:
-    """A context around the steps of ``trainer``, which calls it after each step and with each row that is logged."""
+    """Context around the steps of a run from `step` on, whose `guidance` and `device` the images and the trace need.
 
-    def __init__(self, trainer: "Trainer", workspace: Workspace, reporter: Reporter):
-        self._trainer, self._workspace, self._reporter = trainer, workspace, reporter
-        self._board: Any = None
+    Raises UserError: when --save_guidance is set and no guidance has latents.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workspace: Workspace,
+        reporter: Reporter,
+        *,
+        step: int = 0,
+        guidance: object = None,
+        device: torch.device | None = None,
+    ):
+        self._config, self._workspace, self._reporter = config, workspace, reporter
+        self._step, self._device = step, device or torch.device("cpu")
+        self._components = getattr(guidance, "components", None)
+        if config.output.save_guidance and self._components is None:
+            raise UserError("--save_guidance shows the latents of an image model, and this guidance has none")
+        self._writer: Any = None
         self._profile: Profile | None = None
         self._open = ExitStack()
 
     def __enter__(self) -> "RunCallbacks":
-        trainer, workspace = self._trainer, self._workspace
-        if trainer.config.output.save_guidance and getattr(trainer.guidance, "components", None) is None:
-            raise UserError("--save_guidance shows the latents of an image model, and this guidance has none")
-        if trainer.config.output.tensorboard:
+        output, workspace = self._config.output, self._workspace
+        if output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A run that is taken up records the steps after its checkpoint again.
-            self._board = SummaryWriter(str(workspace.tensorboard), purge_step=trainer.step + 1)
-            self._open.callback(self._board.close)
-        if trainer.config.output.profile:
-            left = trainer.config.run.iters - trainer.step
-            self._profile = self._open.enter_context(Profile(workspace.profile, trainer.device, left, self._reporter))
+            # A resumed run records the steps after its checkpoint again.
+            self._writer = SummaryWriter(str(workspace.tensorboard), purge_step=self._step + 1)
+            self._open.callback(self._writer.close)
+        if output.profile:
+            left = self._config.run.iters - self._step
+            self._profile = self._open.enter_context(Profile(workspace.profile, self._device, left, self._reporter))
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    def step(self, result: "StepResult") -> None:
-        """After each step, before the next one, which may overwrite ``result``."""
-        step, output = self._trainer.step, self._trainer.config.output
+    def on_step(self, step: int, result: StepResult) -> None:
+        """Handle the result of a step, after which `step` steps are taken; the next step may overwrite `result`."""
+        output = self._config.output
         if output.save_guidance and step % output.save_guidance_interval == 0:
-            with record_function("guidance pictures"):
-                self._save_guidance(result)
+            with record_function("guidance images"):
+                self._save_guidance(step, result)
         if self._profile is not None:
             self._profile.step()
 
-    def _save_guidance(self, result: "StepResult") -> None:
-        components = self._trainer.guidance.components
-        pictures = guidance_pictures(components, *result.seen, latents=result.phase.name == "latent")
-        levels = " ".join(map(str, result.t.tolist()))
-        path = self._workspace.guidance / f"step_{self._trainer.step:06d}.png"
-        save_grid(path, pictures.permute(0, 1, 3, 4, 2), {"t": levels})
+    def _save_guidance(self, step: int, result: StepResult) -> None:
+        images = guidance_images(self._components, *result.snapshot, latents=result.phase.name == "latent")
+        timesteps = " ".join(map(str, result.t.tolist()))
+        path = self._workspace.guidance / f"step_{step:06d}.png"
+        save_grid(path, images.permute(0, 1, 3, 4, 2), {"t": timesteps})
 
-    def row(self, row: dict[str, Any]) -> None:
-        """With each row of metrics.jsonl."""
-        if self._board is None:
+    def on_log(self, row: dict[str, Any]) -> None:
+        """Handle a row of metrics.jsonl."""
+        if self._writer is None:
             return
         losses = {f"loss/{name.removeprefix('loss_')}": row[name] for name in row if name.startswith("loss_")}
         numbers = {"loss/sum": row["loss"], **losses, **{name: row[name] for name in NUMBERS}}
         for tag, value in numbers.items():
-            self._board.add_scalar(tag, float("nan") if value is None else value, row["step"])
+            self._writer.add_scalar(tag, float("nan") if value is None else value, row["step"])

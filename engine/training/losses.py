@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config.schedule import largest
-from dream_fast.engine.config.schema import LossConfig
-from dream_fast.engine.geometry.tet_grid import TriMesh
-from dream_fast.engine.render.volume import Rendered
+from dream_fast.engine.config.sections import LossConfig
+from dream_fast.engine.geometry.mesh import TensorMesh
+from dream_fast.engine.render.base import Rendered
 from dream_fast.engine.scene.field import Field
 
 TV_POINTS = 1_000_000  # whose differences --lambda_tv weights, in each level
@@ -88,7 +88,7 @@ def normal_smoothness(
     return sample_mean(weights.detach() * difference, count) * count / rays
 
 
-def normal_consistency(surface: TriMesh, beyond: Tensor) -> Tensor:
+def normal_consistency(surface: TensorMesh, beyond: Tensor) -> Tensor:
     """Neighbouring triangles should lie in one plane: mean of 1 - n_a.n_b over the edges that two of them share.
 
     An edge of a triangle smaller than the mean counts as much less as that one is smaller: marching tetrahedra leaves
@@ -109,7 +109,7 @@ def _edge_counts(area: Tensor, other: Tensor) -> Tensor:
     return (torch.minimum(area[:, None], area[other]) / area.mean().clamp(min=1e-20)).clamp(max=1)
 
 
-def laplacian(surface: TriMesh) -> Tensor:
+def laplacian(surface: TensorMesh) -> Tensor:
     """Vertices should lie amid their neighbours: mean over them of |sum over the neighbours of (v - neighbour)|.
 
     The surface is closed, so that two triangles share each edge. As in stable-dreamfusion the sum is not divided by the
@@ -124,7 +124,7 @@ def laplacian(surface: TriMesh) -> Tensor:
 
 
 def mesh_regularizers(
-    surface: TriMesh, beyond: Tensor, config: LossConfig, now: Mapping[str, float | Tensor] | None = None
+    surface: TensorMesh, beyond: Tensor, config: LossConfig, now: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The weighted terms of a mesh, by name, as `regularizers` those of a field."""
     weights = {name: getattr(config, f"lambda_{name}") for name in MESH_TERMS}
@@ -145,8 +145,6 @@ def regularizers(
     *,
     up: float | Tensor,
     now: Mapping[str, float | Tensor] | None = None,
-    height: int,
-    width: int,
     field: Field,
     normals: str,
     normal_epsilon: float,
@@ -182,8 +180,7 @@ def regularizers(
             rendered.weights, rendered.sample_normals, rendered.sample_directions, count
         )
     if "2d_normal_smooth" in wanted:
-        image = rendered.normal.view(-1, height, width, 3)
-        terms["2d_normal_smooth"] = weights["2d_normal_smooth"] * normal_image_smoothness(image)
+        terms["2d_normal_smooth"] = weights["2d_normal_smooth"] * normal_image_smoothness(rendered.normal)
     if "3d_normal_smooth" in wanted:
         positions = rendered.samples.positions.detach()
         noise = torch.randn(positions.shape, generator=generator, device=generator.device).to(positions.device)
@@ -194,7 +191,7 @@ def regularizers(
             normals=normals,
             normal_epsilon=normal_epsilon,
         ).normal
-        seen = (rendered.weights, len(rendered.opacity)) if config.regularizers == "guided" else None
+        seen = (rendered.weights, rendered.opacity.numel()) if config.regularizers == "guided" else None
         smooth = normal_smoothness(rendered.sample_normals, near, count, seen)
         terms["3d_normal_smooth"] = weights["3d_normal_smooth"] * smooth
     return terms

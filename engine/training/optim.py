@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import OptimConfig
+from dream_fast.engine.config.sections import OptimConfig
 
-TABLE_LR = 10.0  # times the networks' rate
-ADAN_LR = 5.0  # times --lr, which is Adam's
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-15
 
 
@@ -50,16 +48,19 @@ class Optimizer:
                 parameter.data = self.params[start:stop].view_as(parameter)
                 parameter.grad = self.grads[start:stop].view_as(parameter)
                 start = stop
-        base = config.lr * (ADAN_LR if config.optim == "adan" else 1.0)
-        groups = [] if table is None else [(table.numel(), base * TABLE_LR)]
+        groups = [] if table is None else [("table", table.numel(), config.table_lr)]
         self.scene = self.params.numel() - sum(parameter.numel() for parameter in shape or [])
-        groups.append((self.scene, base))
+        groups.append(("network", self.scene, config.network_lr))
         if shape:
-            groups.append((self.params.numel(), config.lr if shape_lr is None else shape_lr))
-        self.group_ends, self.lrs = zip(*groups, strict=True)
+            groups.append(("shape", self.params.numel(), config.lr if shape_lr is None else shape_lr))
+        self.groups, self.group_ends, self.lrs = zip(*groups, strict=True)
         self.steps = 0  # attempted, so known to the host; it only sets the warm-up of the average
         make = kernels.AdanState.zeros if config.optim == "adan" else AdamState
         self.state = make(self.params)
+
+    def learning_rates(self, lr_scale: float = 1.0) -> dict[str, float]:
+        """The learning rate of each group of parameters, as a step with `lr_scale` uses it."""
+        return {group: lr * lr_scale for group, lr in zip(self.groups, self.lrs, strict=True)}
 
     def zero_grad(self) -> None:
         """Set the gradients to 0, in place."""
@@ -68,7 +69,7 @@ class Optimizer:
     def step(self, *, inverse_scale: float | Tensor = 1.0, grad_clip: float = -1.0, lr_scale: float = 1.0) -> Tensor:
         """One step with the gradients times `inverse_scale`; returns on the device whether it was skipped.
 
-        `grad_clip` > 0 limits each component of the unscaled gradient; `lr_scale` multiplies both learning rates.
+        `grad_clip` > 0 limits each component of the unscaled gradient; `lr_scale` multiplies every learning rate.
         """
         if grad_clip > 0:
             # Clamping would turn an infinity into a usable number; adding NaN keeps the step recognisable as bad.
@@ -83,7 +84,7 @@ class Optimizer:
             self.grads,
             self.state,
             group_ends=self.group_ends,
-            lrs=tuple(lr * lr_scale for lr in self.lrs),
+            lrs=tuple(self.learning_rates(lr_scale).values()),
             inverse_scale=inverse_scale,
             ema_decay=decay,
         )

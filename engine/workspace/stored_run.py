@@ -195,7 +195,7 @@ def _check_ignored(names: Mapping[str, Any], version: str) -> None:
 def snapshot() -> dict[str, Any]:
     """Every setting with its default, and what each model, device and kind of run has instead; ready for JSON."""
     defaults = _flat(Config())
-    kinds = {"grid": {}, "vanilla": {"backbone": "vanilla"}, "dmtet": {"dmtet": True}}
+    kinds: dict[str, dict[str, Any]] = {"grid": {}, "vanilla": {"backbone": "vanilla"}, "dmtet": {"dmtet": True}}
     kinds |= {score: {"score": score} for score in SCORE_DEFAULTS} | {"reference": {"preset": "reference"}}
     presets = {}
     for model, device, (kind, typed) in product(("dream-mini", "sd"), ("cpu", "cuda"), kinds.items()):

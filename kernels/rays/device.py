@@ -1,11 +1,11 @@
-"""Device functions over a tile of rays: the cube, the lattice of intervals, the occupancy of a point.
+"""Device functions over a tile of rays: the span in the cube, the lattice of intervals, the occupancy of a point.
 
-`march_reference` is the definition. Whether an interval is a sample hangs on comparisons, so every number that they
-see is rounded as torch rounds it, one operation at a time. Marching also takes its span of a ray and the
-occupancy from here; the lattice it walks a tile of steps at a time, where rendering follows a cursor.
+`march_reference` is the definition. Comparisons decide whether an interval is a sample, so every number in them is
+rounded as torch rounds it, one operation at a time. `march` and `render` share the span and the occupancy; `march`
+walks the lattice a tile of steps at a time, `render` follows a cursor.
 
-Legend: a cursor names an interval of a ray's lattice: its number (as fp32) where steps are constant, and where they
-grow with the distance (GROWS) the t at which it starts.
+Legend: a cursor identifies an interval of a ray's lattice: by its number (as fp32) where steps are constant, by the t
+at which it starts where they grow with the distance (GROWS).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dream_fast.kernels._core.launch import jit, tl
 
 
 @jit
-def rounded(product):
-    """The product, rounded: keeps the compiler from folding it and the sum behind it into one operation."""
+def no_fma(product):
+    """Return the product, rounded: the compiler cannot fuse it with a sum that follows."""
     return tl.minimum(product, 3.0e38)
 
 
 @jit
 def _axis_span(origin, direction, bound):
+    """Where rays enter and leave the slab [-bound, bound] of one axis."""
     safe = tl.where(tl.abs(direction) < 1e-15, 1e-15, direction)
     low, high = tl.div_rn(-bound - origin, safe), tl.div_rn(bound - origin, safe)
     return tl.minimum(low, high), tl.maximum(low, high)
@@ -28,7 +29,7 @@ def _axis_span(origin, direction, bound):
 
 @jit
 def ray_span(ox, oy, oz, dx, dy, dz, bound, min_near):
-    """Where rays enter and leave the cube; far < near for those that miss it."""
+    """Return near and far, where rays enter and leave the cube; far < near for those that miss it."""
     near_x, far_x = _axis_span(ox, dx, bound)
     near_y, far_y = _axis_span(oy, dy, bound)
     near_z, far_z = _axis_span(oz, dz, bound)
@@ -38,7 +39,7 @@ def ray_span(ox, oy, oz, dx, dy, dz, bound, min_near):
 
 @jit
 def first_cursor(near, GROWS: tl.constexpr):
-    """The first interval of a lattice that is not shifted."""
+    """The cursor of the first interval of a lattice that is not shifted."""
     return near if GROWS else near * 0.0
 
 
@@ -49,27 +50,28 @@ def interval(cursor, near, shortest, longest, dt_gamma, GROWS: tl.constexpr):
         dt = tl.minimum(tl.maximum(cursor * dt_gamma, shortest), longest)
         return cursor + 0.5 * dt, dt, cursor + dt
     else:
-        return near + (rounded(cursor * shortest) + 0.5 * shortest), cursor * 0.0 + shortest, cursor + 1.0
+        return near + (no_fma(cursor * shortest) + 0.5 * shortest), cursor * 0.0 + shortest, cursor + 1.0
 
 
 @jit
 def _cell(x, scale, RESOLUTION: tl.constexpr):
-    return tl.minimum(tl.maximum((rounded(x * scale) + 0.5 * RESOLUTION).to(tl.int32), 0), RESOLUTION - 1)
+    """Number of the cell that holds a coordinate."""
+    return tl.minimum(tl.maximum((no_fma(x * scale) + 0.5 * RESOLUTION).to(tl.int32), 0), RESOLUTION - 1)
 
 
 @jit
-def occupied(x, y, z, bits, mask, bound, last_scale, RESOLUTION: tl.constexpr, CASCADES: tl.constexpr):
-    """Whether points (moved into the cube) lie in set cells. last_scale: cells a world unit of the last cascade."""
+def occupied(x, y, z, bits, mask, bound, outer_scale, RESOLUTION: tl.constexpr, CASCADES: tl.constexpr):
+    """Test whether points, clamped to the cube, lie in set cells. outer_scale: cells a world unit of the last cube."""
     x = tl.minimum(tl.maximum(x, -bound), bound)
     y = tl.minimum(tl.maximum(y, -bound), bound)
     z = tl.minimum(tl.maximum(z, -bound), bound)
-    scale = x * 0.0 + last_scale
+    scale = x * 0.0 + outer_scale
     cascade = tl.zeros_like(x).to(tl.int32)
     if CASCADES > 1:
         reach = tl.maximum(tl.maximum(tl.abs(x), tl.abs(y)), tl.abs(z))
         cascade += CASCADES - 1
         for back in tl.static_range(CASCADES - 1):
-            # From the last cube but one inwards; all but the last have half edges that are powers of two.
+            # From the last cube but one inwards; the half edges of all but the last are powers of two.
             inner = reach <= 2.0 ** (CASCADES - 2 - back)
             scale = tl.where(inner, 0.5 * RESOLUTION / 2.0 ** (CASCADES - 2 - back), scale)
             cascade = tl.where(inner, CASCADES - 2 - back, cascade)

@@ -7,12 +7,12 @@ dt_k = clamp(t_k dt_gamma, 2 sqrt(3) / max_steps, 2 sqrt(3) bound / resolution),
 holds it); a ray keeps its first max_steps samples.
 
 The samples of ray r are the rows offsets[r]:offsets[r + 1] of buffers of a fixed capacity, near to far. What does not
-fit is dropped and `overflow` says so. Rows from `count` on are padding: zeros everywhere.
+fit is dropped, and `overflow` is set. Rows from `count` on are padding: zeros everywhere.
 
 Legend: R rays, cap capacity. Units: world units. Gradients: positions = o + t d, with t held constant, into o and d.
 Numerics: fp32 (fp64 when the rays are). The result's shape does not depend on the data. The kernels compute each
-sample with the reference's operations in the reference's order, without fused multiply-adds, so that both agree on
-samples at a cell's edge: their samples are equal bit for bit.
+sample with the operations of the reference in its order, without fused multiply-adds, so that both agree on samples at
+a cell's edge: they are equal bit for bit.
 Source: Mueller et al., Instant Neural Graphics Primitives, 2022, appendix E.1.
 """
 
@@ -27,34 +27,39 @@ from torch import Tensor
 from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.reference import gather_rows, pad_rows
-from dream_fast.kernels.rays import march_kernels as march_kernels
+from dream_fast.kernels.rays.march_kernels import (
+    march_bwd_kernel,
+    march_count_fwd_kernel,
+    march_offsets_fwd_kernel,
+    march_sums_fwd_kernel,
+    march_write_fwd_kernel,
+)
 from dream_fast.kernels.rays.occupancy import cascades, cell_of, check_resolution, half_sizes, occupied
 
-# Lattice points looked at together: a few temporaries of this many numbers stay in the cache.
-_BLOCK = 1 << 17
+# Lattice points that the reference examines together: a few temporaries of this many numbers stay in the cache.
+_BLOCK_POINTS = 1 << 17
 
 
 class Samples(NamedTuple):
-    """positions [cap, 3], ray_ids int64 [cap], t [cap] (middle of the interval), dt [cap], offsets int64 [R + 1],
-    count int64 scalar, overflow bool scalar."""
+    """Packed samples of R rays in buffers of a fixed capacity."""
 
-    positions: Tensor
-    ray_ids: Tensor
-    t: Tensor
-    dt: Tensor
-    offsets: Tensor
-    count: Tensor
-    overflow: Tensor
+    positions: Tensor  # [cap, 3]
+    ray_ids: Tensor  # [cap] int64
+    t: Tensor  # [cap] middle of the interval
+    dt: Tensor  # [cap] its length
+    offsets: Tensor  # [R + 1] int64: first row of each ray
+    count: Tensor  # [] int64: rows in use
+    overflow: Tensor  # [] bool: whether samples were dropped
 
 
 def step_limits(bound: float, resolution: int, max_steps: int) -> tuple[float, float]:
-    """Smallest and largest step of the lattice, in world units."""
+    """Return the smallest and the largest step of the lattice, in world units."""
     largest = 2 * math.sqrt(3) * bound / resolution
     return min(2 * math.sqrt(3) / max_steps, largest), largest
 
 
 def near_far(origins: Tensor, directions: Tensor, bound: float, min_near: float) -> tuple[Tensor, Tensor]:
-    """Where rays enter and leave the cube, [R] each; far < near for rays that miss it."""
+    """origins, directions [R, 3] -> near, far [R]: t where rays enter and leave the cube; far < near if they miss."""
     # A direction along a face has a zero component: a tiny one avoids 0 / 0 and changes nothing else.
     safe = torch.where(directions.abs() < 1e-15, 1e-15, directions)
     low, high = (-bound - origins) / safe, (bound - origins) / safe
@@ -62,7 +67,7 @@ def near_far(origins: Tensor, directions: Tensor, bound: float, min_near: float)
 
 
 def _lattice(near: Tensor, far: Tensor, perturb: Tensor | None, limits: tuple[float, float], dt_gamma: float):
-    """Middles and steps of the lattice intervals of some rays: t [r, K], dt [r, K] (or [1, 1] when constant)."""
+    """Return middles and lengths of the lattice intervals of r rays: t [r, K], dt [r, K] (or [1, 1] when constant)."""
     longest = float((far - near).max().clamp(min=0)) if near.numel() else 0.0
     steps = math.ceil(longest / limits[0]) + 1
     if dt_gamma == 0:
@@ -71,13 +76,13 @@ def _lattice(near: Tensor, far: Tensor, perturb: Tensor | None, limits: tuple[fl
         return start[:, None] + middle, near.new_full((1, 1), limits[0])
     step = (near * dt_gamma).clamp(*limits)
     t = near if perturb is None else near + perturb * step
-    middles, widths = [], []
+    middles, lengths = [], []
     for _ in range(steps):
         step = (t * dt_gamma).clamp(*limits)
         middles.append(t + 0.5 * step)
-        widths.append(step)
+        lengths.append(step)
         t = t + step
-    return torch.stack(middles, 1), torch.stack(widths, 1)
+    return torch.stack(middles, 1), torch.stack(lengths, 1)
 
 
 @torch.no_grad()
@@ -93,13 +98,13 @@ def packed_intervals(
     min_near: float,
     perturb: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All samples without a capacity: ray [M] int64, t [M], dt [M], samples a ray int64 [R]."""
+    """Return all samples, without a capacity: ray [M] int64, t [M], dt [M], samples a ray int64 [R]."""
     rays = origins.shape[0]
     limits = step_limits(bound, resolution, max_steps)
     near, far = near_far(origins, directions, bound, min_near)
-    most = math.ceil(2 * math.sqrt(3) * bound / limits[0]) + 1
-    size = max(1, _BLOCK // most)
-    parts, counts = [], []
+    max_intervals = math.ceil(2 * math.sqrt(3) * bound / limits[0]) + 1
+    size = max(1, _BLOCK_POINTS // max_intervals)
+    intervals, counts = [], []
     for first in range(0, rays, size):
         block = slice(first, min(first + size, rays))
         t, dt = _lattice(near[block], far[block], None if perturb is None else perturb[block], limits, dt_gamma)
@@ -107,17 +112,17 @@ def packed_intervals(
             (origin[block, None] + t * direction[block, None]).clamp_(-bound, bound)
             for origin, direction in zip(origins.unbind(1), directions.unbind(1), strict=True)
         )
-        kept = occupied(bits, cell_of(axes, bound, resolution)) & (t < far[block, None])
+        is_sample = occupied(bits, cell_of(axes, bound, resolution)) & (t < far[block, None])
         if t.shape[1] > max_steps:
-            kept &= kept.cumsum(1) <= max_steps
-        ray, step = kept.nonzero(as_tuple=True)
-        chosen = dt.expand_as(t)
-        parts.append((ray + first, t[ray, step], chosen[ray, step]))
-        counts.append(kept.sum(1))
-    if not parts:
+            is_sample &= is_sample.cumsum(1) <= max_steps
+        ray, step = is_sample.nonzero(as_tuple=True)
+        length = dt.expand_as(t)
+        intervals.append((ray + first, t[ray, step], length[ray, step]))
+        counts.append(is_sample.sum(1))
+    if not intervals:
         empty = origins.new_zeros(0)
         return empty.long(), empty, empty, empty.long()
-    ray, t, dt = (torch.cat(column) for column in zip(*parts, strict=True))
+    ray, t, dt = (torch.cat(column) for column in zip(*intervals, strict=True))
     return ray, t, dt, torch.cat(counts)
 
 
@@ -134,7 +139,7 @@ def march_reference(
     min_near: float = 0.01,
     perturb: Tensor | None = None,
 ) -> Samples:
-    """The definition of `march` in plain PyTorch. It asks the device for sizes, which a kernel must not."""
+    """The definition of `march` in plain PyTorch. It reads sizes back from the device, which a kernel must not."""
     ray, t, dt, samples = packed_intervals(
         origins,
         directions,
@@ -161,22 +166,75 @@ def march_reference(
     )
 
 
-def _march_config(rays: int, even: bool) -> dict[str, int]:
-    """Tiles of the passes. One warp a program: rays of very uneven length then wait for nobody."""
-    return {
-        # Lanes along a ray: neighbouring steps read the same bytes. Growing steps cost a sequential pass over the tile.
-        "COUNT_RAYS": 1,
-        "COUNT_STEPS": 128 if even else 32,
-        "WRITE_RAYS": 1,
-        "WRITE_STEPS": 128 if even else 32,
-        "BACKWARD_RAYS": 1,
-        "BACKWARD_STEPS": 64,
-        "PADDING": 2048,
+class MarchConfig(NamedTuple):
+    """Tiles [rays, steps] of the passes, rows of padding a program fills, rays of a program of the scan, warps."""
+
+    count_rays: int
+    count_steps: int
+    write_rays: int
+    write_steps: int
+    bwd_rays: int
+    bwd_steps: int
+    padding: int
+    scan_block: int
+    scan_warps: int
+    num_warps: int
+
+
+def _march_config(rays: int, grows: bool) -> MarchConfig:
+    # Lanes along a ray: neighbouring steps read the same bytes. Growing steps cost a sequential pass over the tile.
+    steps = 32 if grows else 128
+    return MarchConfig(
+        count_rays=1,
+        count_steps=steps,
+        write_rays=1,
+        write_steps=steps,
+        bwd_rays=1,
+        bwd_steps=64,
+        padding=2048,
         # Up to 4096 rays one program adds up all counts, which saves a launch.
-        "SCAN": 4096 if rays <= 4096 else 1024,
-        "scan_warps": 16 if rays <= 4096 else 4,
-        "num_warps": 1,
-    }
+        scan_block=4096 if rays <= 4096 else 1024,
+        scan_warps=16 if rays <= 4096 else 4,
+        # One warp a program, so that none waits for a longer ray.
+        num_warps=1,
+    )
+
+
+def _scan_counts(counts: Tensor, capacity: int, config: MarchConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """counts int32 [R] -> offsets int64 [R + 1], count int64 [], overflow bool []."""
+    rays, device = counts.shape[0], counts.device
+    blocks = max(1, -(-rays // config.scan_block))
+    sums = None
+    if blocks > 1:
+        sums = torch.empty(blocks, dtype=torch.int64, device=device)
+        launch(
+            march_sums_fwd_kernel,
+            (blocks,),
+            device,
+            counts=counts,
+            sums=sums,
+            rays=rays,
+            BLOCK=config.scan_block,
+        )
+    offsets = torch.empty(rays + 1, dtype=torch.int64, device=device)
+    count = torch.empty((), dtype=torch.int64, device=device)
+    overflow = torch.empty((), dtype=torch.bool, device=device)
+    launch(
+        march_offsets_fwd_kernel,
+        (blocks,),
+        device,
+        counts=counts,
+        sums=sums,
+        offsets=offsets,
+        count=count,
+        overflow=overflow,
+        rays=rays,
+        capacity=capacity,
+        num_warps=config.scan_warps,
+        BLOCK=config.scan_block,
+        BLOCKS=1024,
+    )
+    return offsets, count, overflow
 
 
 @torch.library.custom_op("dream_fast::march", mutates_args=())
@@ -192,18 +250,18 @@ def _march(
     dt_gamma: float,
     min_near: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    device, rays, even = origins.device, origins.shape[0], dt_gamma == 0
-    config = _march_config(rays, even)
+    rays, device, grows = origins.shape[0], origins.device, dt_gamma != 0
+    config = _march_config(rays, grows)
     shortest, longest = step_limits(bound, resolution, max_steps)
     counts, spans = torch.empty(2, rays, dtype=torch.int32, device=device)
-    common = {
+    marching = {
         "origins": origins.contiguous(),
         "directions": directions.contiguous(),
         "bits": bits.contiguous(),
         "perturb": None if perturb is None else perturb.contiguous(),
         "counts": counts,
         "spans": spans,
-        "first": torch.empty(rays, dtype=torch.int32 if even else torch.float32, device=device),
+        "first": torch.empty(rays, dtype=torch.float32 if grows else torch.int32, device=device),
         "rays": rays,
         "bound": bound,
         "min_near": min_near,
@@ -211,61 +269,31 @@ def _march(
         "longest": longest,
         "dt_gamma": dt_gamma,
         "outer_scale": resolution / (2 * half_sizes(bound)[-1]),
-        "EVEN": even,
+        "GROWS": grows,
         "CASCADES": cascades(bound),
         "RESOLUTION": resolution,
-        "num_warps": config["num_warps"],
-        "enable_fp_fusion": False,
+        "num_warps": config.num_warps,
+        "fp_fusion": False,
     }
     launch(
-        march_kernels.march_count_fwd_kernel,
-        (-(-rays // config["COUNT_RAYS"]),),
+        march_count_fwd_kernel,
+        (-(-rays // config.count_rays),),
         device,
-        **common,
+        **marching,
         max_steps=min(max_steps, 2**31 - 1),
-        RAYS=config["COUNT_RAYS"],
-        STEPS=config["COUNT_STEPS"],
+        RAYS=config.count_rays,
+        STEPS=config.count_steps,
     )
-    blocks = max(1, -(-rays // config["SCAN"]))
-    sums = None
-    if blocks > 1:
-        sums = torch.empty(blocks, dtype=torch.int64, device=device)
-        launch(
-            march_kernels.march_sums_fwd_kernel,
-            (blocks,),
-            device,
-            counts=counts,
-            sums=sums,
-            rays=rays,
-            BLOCK=config["SCAN"],
-        )
-    offsets = torch.empty(rays + 1, dtype=torch.int64, device=device)
-    count = torch.empty((), dtype=torch.int64, device=device)
-    overflow = torch.empty((), dtype=torch.bool, device=device)
-    launch(
-        march_kernels.march_offsets_fwd_kernel,
-        (blocks,),
-        device,
-        counts=counts,
-        sums=sums,
-        offsets=offsets,
-        count=count,
-        overflow=overflow,
-        rays=rays,
-        capacity=capacity,
-        num_warps=config["scan_warps"],
-        BLOCK=config["SCAN"],
-        BLOCKS=1024,
-    )
+    offsets, count, overflow = _scan_counts(counts, capacity, config)
     positions = torch.empty(capacity, 3, dtype=torch.float32, device=device)
     ray_ids = torch.empty(capacity, dtype=torch.int64, device=device)
     t, dt = (torch.empty(capacity, dtype=torch.float32, device=device) for _ in range(2))
-    ray_programs = -(-rays // config["WRITE_RAYS"])
+    ray_programs = -(-rays // config.write_rays)
     launch(
-        march_kernels.march_write_fwd_kernel,
-        (ray_programs + -(-capacity // config["PADDING"]),),
+        march_write_fwd_kernel,
+        (ray_programs + -(-capacity // config.padding),),
         device,
-        **common,
+        **marching,
         offsets=offsets,
         positions=positions,
         ray_ids=ray_ids,
@@ -273,9 +301,9 @@ def _march(
         dt_out=dt,
         ray_programs=ray_programs,
         capacity=capacity,
-        RAYS=config["WRITE_RAYS"],
-        STEPS=config["WRITE_STEPS"],
-        PADDING=config["PADDING"],
+        RAYS=config.write_rays,
+        STEPS=config.write_steps,
+        PADDING=config.padding,
     )
     return positions, ray_ids, t, dt, offsets, count, overflow
 
@@ -296,21 +324,21 @@ def _(origins, directions, bits, perturb, bound, resolution, capacity, max_steps
 @torch.library.custom_op("dream_fast::march_backward", mutates_args=())
 def _march_backward(grad: Tensor, t: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     rays = offsets.shape[0] - 1
-    config = _march_config(rays, True)
+    config = _march_config(rays, False)
     grad_origins, grad_directions = (torch.empty(rays, 3, dtype=grad.dtype, device=grad.device) for _ in range(2))
     launch(
-        march_kernels.march_bwd_kernel,
-        (-(-rays // config["BACKWARD_RAYS"]),),
+        march_bwd_kernel,
+        (-(-rays // config.bwd_rays),),
         grad.device,
-        num_warps=config["num_warps"],
+        num_warps=config.num_warps,
         grad=grad.contiguous(),
         t=t,
         offsets=offsets,
         grad_origins=grad_origins,
         grad_directions=grad_directions,
         rays=rays,
-        RAYS=config["BACKWARD_RAYS"],
-        STEPS=config["BACKWARD_STEPS"],
+        RAYS=config.bwd_rays,
+        STEPS=config.bwd_steps,
     )
     return grad_origins, grad_directions
 
@@ -326,9 +354,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    # Of the outputs only positions depend on the rays: the public function detaches t and dt.
-    rays = (None, None) if grad is None else _march_backward(grad, *ctx.saved_tensors)
-    return (*rays, *(None,) * 8)
+    # Only positions depend on the rays: the public function detaches t and dt.
+    grads = (None, None) if grad is None else _march_backward(grad, *ctx.saved_tensors)
+    return (*grads, *(None,) * 8)
 
 
 _march.register_autograd(_backward, setup_context=_setup_context)
@@ -345,7 +373,10 @@ def check_rays(
     dt_gamma: float,
     min_near: float,
 ) -> None:
-    """Checks of the arguments that marching and rendering share."""
+    """Check the arguments that marching and rendering share.
+
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype, device or range.
+    """
     check_tensor("origins", origins, ("R", 3), dtypes=(torch.float32, torch.float64))
     check_tensor("directions", directions, tuple(origins.shape), dtypes=(origins.dtype,), like=("origins", origins))
     check_resolution(resolution)
@@ -374,8 +405,9 @@ def march(
 ) -> Samples:
     """origins [R, 3], directions [R, 3] (unit), bits uint8 [C, G^3 / 8] -> Samples with `capacity` rows.
 
-    perturb [R] in [0,1) shifts each ray's lattice by a part of its first step; None does not shift.
-    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype, device or range.
+    perturb [R] in [0, 1) shifts the lattice of each ray by a part of its first step; None does not shift. bound and
+    min_near are in world units.
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype, device or range.
     """
     check_rays(
         origins,
@@ -393,8 +425,9 @@ def march(
         check_tensor("perturb", perturb, (origins.shape[0],), dtypes=(origins.dtype,), like=("origins", origins))
     if use_triton(origins):
         check_kernel_dtype("origins", origins)
-        options = (bound, resolution, capacity, max_steps, dt_gamma, min_near)
-        positions, ray_ids, t, dt, *sizes = _march(origins, directions, bits, perturb, *options)
+        positions, ray_ids, t, dt, *sizes = _march(
+            origins, directions, bits, perturb, bound, resolution, capacity, max_steps, dt_gamma, min_near
+        )
         return Samples(positions, ray_ids, t.detach(), dt.detach(), *sizes)
     return march_reference(
         origins,

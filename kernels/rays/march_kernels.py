@@ -1,12 +1,11 @@
-"""The passes of marching: count the samples of each ray, add the counts up, write the samples; and the backward pass.
+"""Kernels of `march`: count the samples of each ray, add the counts up, write the samples; and the backward pass.
 
-Every sample comes out as in `march_reference` bit for bit: the same fp32 operations in the same order, true division,
-and launches without fused multiply-adds. One that is a rounding error away from the edge of a cell, or from far, would
-otherwise be a sample in one of the two and not in the other.
+Samples equal those of `march_reference` bit for bit: the same fp32 operations in the same order, true division, and
+launches without fused multiply-adds. Otherwise an interval within rounding of a cell's edge, or of far, would be a
+sample in only one of the two.
 
-Legend: R rays; a tile is [RAYS, STEPS]: lattice steps of some rays. origins, directions fp32 [R, 3]; bits uint8;
-perturb fp32 [R] or None. counts, spans int32 [R]: samples of a ray, and lattice steps from its first to its last;
-first [R]: of its first sample the number of the step (int32) or, in a lattice of growing steps, where it begins (fp32).
+Legend: R rays; a tile is [RAYS, STEPS]: lattice steps of some rays. GROWS: steps grow with the distance (dt_gamma > 0),
+else all are `shortest`. outer_scale: cells a world unit of the largest cascade.
 """
 
 from __future__ import annotations
@@ -14,56 +13,57 @@ from __future__ import annotations
 from dream_fast.kernels._core.launch import constant, jit, tl
 from dream_fast.kernels.rays.device import occupied, ray_span
 
-# A ray that is none (with a direction of 0, say) never leaves the cube: no more steps of it are looked at.
-_MOST_STEPS = constant(1 << 24)
+# Steps of a ray that are examined at most: one with a direction of 0 never leaves the cube.
+_MAX_STEPS = constant(1 << 24)
 
 
 @jit
-def _rays(origins, directions, ray, here, bound, min_near):
-    """Origins and directions of rays, near and far, [RAYS] each; far is behind near where not `here`."""
-    at, along = origins + ray * 3, directions + ray * 3
-    ox, dx = tl.load(at, mask=here, other=0.0), tl.load(along, mask=here, other=1.0)
-    oy, dy = tl.load(at + 1, mask=here, other=0.0), tl.load(along + 1, mask=here, other=1.0)
-    oz, dz = tl.load(at + 2, mask=here, other=0.0), tl.load(along + 2, mask=here, other=1.0)
+def _load_rays(origins, directions, ray, here, bound, min_near):
+    """Origins and directions of rays, near and far, [RAYS] each; far < near outside of `here`."""
+    origin, direction = origins + ray * 3, directions + ray * 3
+    ox, dx = tl.load(origin, mask=here, other=0.0), tl.load(direction, mask=here, other=1.0)
+    oy, dy = tl.load(origin + 1, mask=here, other=0.0), tl.load(direction + 1, mask=here, other=1.0)
+    oz, dz = tl.load(origin + 2, mask=here, other=0.0), tl.load(direction + 2, mask=here, other=1.0)
     near, far = ray_span(ox, oy, oz, dx, dy, dz, bound, min_near)
     return ox, oy, oz, dx, dy, dz, tl.where(here, near, 0.0), tl.where(here, far, -1.0)
 
 
 @jit
-def _step(t, shortest, longest, dt_gamma):
+def _step_length(t, shortest, longest, dt_gamma):
+    """Length of the lattice steps that begin at t."""
     return tl.minimum(tl.maximum(t * dt_gamma, shortest), longest)
 
 
 @jit
 def _even_steps(start, first, column, shortest):
-    """Middles of lattice steps, [RAYS, STEPS]; first: the number of the leftmost step, a scalar or [RAYS, 1]."""
+    """Middles of equal lattice steps, [RAYS, STEPS]; first: number of the leftmost step, a scalar or [RAYS, 1]."""
     number = (first + column[None, :]).to(tl.float32)
     return start[:, None] + (number * shortest + 0.5 * shortest)
 
 
 @jit
 def _growing_steps(t, column, shortest, longest, dt_gamma, STEPS: tl.constexpr):
-    """The next STEPS steps from t [RAYS] on: begins, middles, lengths [RAYS, STEPS], and where they end [RAYS].
+    """The next STEPS steps from t [RAYS] on: begins, middles and lengths [RAYS, STEPS], and where they end [RAYS].
 
-    A step depends on the one before, so every lane follows them all and keeps its own.
+    A step depends on the one before, so every lane computes all of them.
     """
     begin = t[:, None] + tl.zeros_like(column)[None, :].to(tl.float32)
     for number in range(STEPS):
         begin = tl.where(column[None, :] == number, t[:, None], begin)
-        t += _step(t, shortest, longest, dt_gamma)
-    length = _step(begin, shortest, longest, dt_gamma)
+        t += _step_length(t, shortest, longest, dt_gamma)
+    length = _step_length(begin, shortest, longest, dt_gamma)
     return begin, begin + 0.5 * length, length, t
 
 
 @jit
 def march_count_fwd_kernel(
-    origins,
-    directions,
-    bits,
-    perturb,
-    counts,
-    spans,
-    first,
+    origins,  # [R, 3] fp32
+    directions,  # [R, 3] fp32
+    bits,  # [CASCADES, RESOLUTION^3 / 8] uint8
+    perturb,  # [R] fp32, or None
+    counts,  # [R] int32: samples of a ray
+    spans,  # [R] int32: lattice steps from its first sample to its last
+    first,  # [R] of its first sample: number of the step, int32, or where it begins, fp32 (GROWS)
     rays,
     bound,
     min_near,
@@ -72,61 +72,66 @@ def march_count_fwd_kernel(
     dt_gamma,
     outer_scale,
     max_steps,
-    EVEN: tl.constexpr,
+    GROWS: tl.constexpr,
     CASCADES: tl.constexpr,
     RESOLUTION: tl.constexpr,
     RAYS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """How many samples each ray has, and where they lie."""
+    """Count the samples of each ray, and find its first and last."""
     ray = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
     here = ray < rays
-    ox, oy, oz, dx, dy, dz, near, far = _rays(origins, directions, ray, here, bound, min_near)
+    ox, oy, oz, dx, dy, dz, near, far = _load_rays(origins, directions, ray, here, bound, min_near)
     start = near
     if perturb is not None:
         shift = tl.load(perturb + ray, mask=here, other=0.0)
-        start += shift * (shortest if EVEN else _step(near, shortest, longest, dt_gamma))
+        start += shift * (_step_length(near, shortest, longest, dt_gamma) if GROWS else shortest)
     column = tl.arange(0, STEPS)
-    # Each lane of the tile keeps its own sums; they meet after the loop.
+    # Each lane keeps sums of its own, which are added up after the loop.
     samples = tl.zeros([RAYS, STEPS], tl.int32)
-    lowest = tl.full([RAYS, STEPS], _MOST_STEPS + STEPS, tl.int32)
+    lowest = tl.full([RAYS, STEPS], _MAX_STEPS + STEPS, tl.int32)
     highest = tl.zeros([RAYS, STEPS], tl.int32)
     begins = tl.full([RAYS, STEPS], float("inf"), tl.float32)
-    # No step is shorter: at most so many end before far, with one to spare for rounding.
-    most = tl.minimum(tl.maximum((far - start) / shortest, 0.0) + 2.0, _MOST_STEPS).to(tl.int32)
-    most = tl.max(tl.where(far > start, most, 0))
+    # At most so many steps end before far, and one more by rounding.
+    step_bound = tl.minimum(tl.maximum((far - start) / shortest, 0.0) + 2.0, _MAX_STEPS).to(tl.int32)
+    step_bound = tl.max(tl.where(far > start, step_bound, 0))
     number = 0
-    while number < most:
-        if EVEN:
-            t = _even_steps(start, number, column, shortest)
-        else:
+    while number < step_bound:
+        if GROWS:
             begin, t, _, start = _growing_steps(start, column, shortest, longest, dt_gamma, STEPS)
-            most = tl.where(tl.max(tl.where(start < far, 1, 0)) > 0, most, 0)
+            step_bound = tl.where(tl.max(tl.where(start < far, 1, 0)) > 0, step_bound, 0)
+        else:
+            t = _even_steps(start, number, column, shortest)
         x, y, z = (
             ox[:, None] + t * dx[:, None],
             oy[:, None] + t * dy[:, None],
             oz[:, None] + t * dz[:, None],
         )
-        kept = occupied(x, y, z, bits, t < far[:, None], bound, outer_scale, RESOLUTION, CASCADES).to(tl.int32)
-        samples += kept
+        is_sample = occupied(x, y, z, bits, t < far[:, None], bound, outer_scale, RESOLUTION, CASCADES).to(tl.int32)
+        samples += is_sample
         step = (number + column)[None, :]
-        lowest = tl.where(kept > 0, tl.minimum(lowest, step), lowest)
-        highest = tl.where(kept > 0, step + 1, highest)
-        if not EVEN:
-            begins = tl.where(kept > 0, tl.minimum(begins, begin), begins)
+        lowest = tl.where(is_sample > 0, tl.minimum(lowest, step), lowest)
+        highest = tl.where(is_sample > 0, step + 1, highest)
+        if GROWS:
+            begins = tl.where(is_sample > 0, tl.minimum(begins, begin), begins)
         number += STEPS
     lowest = tl.min(lowest, axis=1)
     tl.store(counts + ray, tl.minimum(tl.sum(samples, axis=1), max_steps), mask=here)
     tl.store(spans + ray, tl.maximum(tl.max(highest, axis=1) - lowest, 0), mask=here)
-    if EVEN:
-        tl.store(first + ray, lowest, mask=here)
-    else:
+    if GROWS:
         tl.store(first + ray, tl.min(begins, axis=1), mask=here)
+    else:
+        tl.store(first + ray, lowest, mask=here)
 
 
 @jit
-def march_sums_fwd_kernel(counts, sums, rays, BLOCK: tl.constexpr):
-    """Samples of each block of rays."""
+def march_sums_fwd_kernel(
+    counts,  # [R] int32
+    sums,  # [blocks] int64
+    rays,
+    BLOCK: tl.constexpr,
+):
+    """Add up the samples of each block of rays."""
     block = tl.program_id(0).to(tl.int64)
     ray = block * BLOCK + tl.arange(0, BLOCK)
     tl.store(sums + block, tl.sum(tl.load(counts + ray, mask=ray < rays, other=0).to(tl.int64)))
@@ -134,9 +139,17 @@ def march_sums_fwd_kernel(counts, sums, rays, BLOCK: tl.constexpr):
 
 @jit
 def march_offsets_fwd_kernel(
-    counts, sums, offsets, count, overflow, rays, capacity, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+    counts,  # [R] int32
+    sums,  # [blocks] int64: samples of each block, or None for one block
+    offsets,  # [R + 1] int64
+    count,  # [] int64
+    overflow,  # [] bool
+    rays,
+    capacity,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Where each ray's samples begin, how many there are, and whether they fit. sums: of the blocks; None for one."""
+    """Offsets of the samples of each ray, their number in all, and whether they exceed the capacity."""
     block = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCKS], tl.int64)
     if sums is not None:
@@ -153,25 +166,25 @@ def march_offsets_fwd_kernel(
     if block == 0:
         tl.store(offsets, tl.zeros([], tl.int64))
     if block == tl.num_programs(0) - 1:
-        everything = before + tl.sum(samples)
-        tl.store(count, tl.minimum(everything, capacity))
-        tl.store(overflow, everything > capacity)
+        total_samples = before + tl.sum(samples)
+        tl.store(count, tl.minimum(total_samples, capacity))
+        tl.store(overflow, total_samples > capacity)
 
 
 @jit
 def march_write_fwd_kernel(
-    origins,
-    directions,
-    bits,
-    perturb,
-    counts,
-    spans,
-    first,
-    offsets,
-    positions,
-    ray_ids,
-    t_out,
-    dt_out,
+    origins,  # [R, 3] fp32
+    directions,  # [R, 3] fp32
+    bits,  # [CASCADES, RESOLUTION^3 / 8] uint8
+    perturb,  # [R] fp32, or None
+    counts,  # [R] int32
+    spans,  # [R] int32
+    first,  # [R] int32, or fp32 (GROWS)
+    offsets,  # [R + 1] int64
+    positions,  # [cap, 3] fp32
+    ray_ids,  # [cap] int64
+    t_out,  # [cap] fp32
+    dt_out,  # [cap] fp32
     rays,
     ray_programs,
     capacity,
@@ -181,14 +194,14 @@ def march_write_fwd_kernel(
     longest,
     dt_gamma,
     outer_scale,
-    EVEN: tl.constexpr,
+    GROWS: tl.constexpr,
     CASCADES: tl.constexpr,
     RESOLUTION: tl.constexpr,
     RAYS: tl.constexpr,
     STEPS: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """The samples; programs from ray_programs on fill the padding, PADDING rows each."""
+    """Write the samples; programs from ray_programs on fill the padding, PADDING rows each."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, STEPS)
     if program >= ray_programs:
@@ -211,54 +224,62 @@ def march_write_fwd_kernel(
         samples = tl.load(counts + ray, mask=here, other=0)[:, None]
         span = tl.load(spans + ray, mask=here, other=0)
         offset = tl.load(offsets + ray, mask=here, other=0)[:, None]
-        ox, oy, oz, dx, dy, dz, start, far = _rays(origins, directions, ray, here, bound, min_near)
+        ox, oy, oz, dx, dy, dz, start, far = _load_rays(origins, directions, ray, here, bound, min_near)
         step = tl.load(first + ray, mask=here, other=0)
-        if EVEN:
-            if perturb is not None:
-                start += tl.load(perturb + ray, mask=here, other=0.0) * shortest
-        else:
+        if GROWS:
             start = step
-        done = tl.zeros([RAYS], tl.int32)
-        most = tl.max(span)
+        elif perturb is not None:
+            start += tl.load(perturb + ray, mask=here, other=0.0) * shortest
+        samples_before = tl.zeros([RAYS], tl.int32)
+        longest_span = tl.max(span)
         number = 0
-        while number < most:
-            if EVEN:
+        while number < longest_span:
+            if GROWS:
+                _, t, dt, start = _growing_steps(start, column, shortest, longest, dt_gamma, STEPS)
+            else:
                 t = _even_steps(start, step[:, None] + number, column, shortest)
                 dt = tl.zeros([RAYS, STEPS], tl.float32) + shortest
-            else:
-                _, t, dt, start = _growing_steps(start, column, shortest, longest, dt_gamma, STEPS)
             x, y, z = (
                 ox[:, None] + t * dx[:, None],
                 oy[:, None] + t * dy[:, None],
                 oz[:, None] + t * dz[:, None],
             )
             inside = (t < far[:, None]) & ((number + column)[None, :] < span[:, None])
-            kept = occupied(x, y, z, bits, inside, bound, outer_scale, RESOLUTION, CASCADES).to(tl.int32)
-            rank = done[:, None] + tl.cumsum(kept, axis=1) - 1
-            done += tl.sum(kept, axis=1)
+            is_sample = occupied(x, y, z, bits, inside, bound, outer_scale, RESOLUTION, CASCADES).to(tl.int32)
+            rank = samples_before[:, None] + tl.cumsum(is_sample, axis=1) - 1
+            samples_before += tl.sum(is_sample, axis=1)
             row = offset + rank
-            written = (kept > 0) & (rank < samples) & (row < capacity)
-            tl.store(t_out + row, t, mask=written)
-            tl.store(dt_out + row, dt, mask=written)
-            tl.store(ray_ids + row, ray[:, None] + tl.zeros_like(row), mask=written)
-            tl.store(positions + row * 3, x, mask=written)
-            tl.store(positions + row * 3 + 1, y, mask=written)
-            tl.store(positions + row * 3 + 2, z, mask=written)
+            mask = (is_sample > 0) & (rank < samples) & (row < capacity)
+            tl.store(t_out + row, t, mask=mask)
+            tl.store(dt_out + row, dt, mask=mask)
+            tl.store(ray_ids + row, ray[:, None] + tl.zeros_like(row), mask=mask)
+            tl.store(positions + row * 3, x, mask=mask)
+            tl.store(positions + row * 3 + 1, y, mask=mask)
+            tl.store(positions + row * 3 + 2, z, mask=mask)
             number += STEPS
 
 
 @jit
-def march_bwd_kernel(grad, t, offsets, grad_origins, grad_directions, rays, RAYS: tl.constexpr, STEPS: tl.constexpr):
-    """Sums over each ray of the gradients of its positions, and of t times them."""
+def march_bwd_kernel(
+    grad,  # [cap, 3] fp32: of the positions
+    t,  # [cap] fp32
+    offsets,  # [R + 1] int64
+    grad_origins,  # [R, 3] fp32
+    grad_directions,  # [R, 3] fp32
+    rays,
+    RAYS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Add up the gradients of the positions of each ray, and t times them."""
     ray = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
     here = ray < rays
     begin = tl.load(offsets + ray, mask=here, other=0)
     samples = tl.load(offsets + ray + 1, mask=here, other=0) - begin
     zero = tl.zeros([RAYS, STEPS], tl.float32)
     gx, gy, gz, tx, ty, tz = zero, zero, zero, zero, zero, zero
-    most = tl.max(samples)
+    most_samples = tl.max(samples)
     chunk = 0
-    while chunk < most:
+    while chunk < most_samples:
         number = chunk + tl.arange(0, STEPS)[None, :]
         inside = number < samples[:, None]
         row = begin[:, None] + number

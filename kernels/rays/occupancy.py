@@ -2,18 +2,19 @@
 
 Cascade c covers [-h_c, h_c]^3 with h_c = min(2^c, bound) and has G^3 cells. Cell (i, j, k) of the axes (x, y, z) has
 the linear index (i G + j) G + k; bit b of byte n is cell 8 n + b. A point belongs to the smallest cascade around it.
-Every so often fresh densities come in: grid = max(decay * grid, fresh), and a cell is set when its density exceeds
+An update takes fresh densities: grid = max(decay * grid, fresh), and a cell is set when its density exceeds
 min(mean of the grid, threshold).
 
 Legend: C cascades, G resolution (cells a side, even). Units: world units; density per world unit.
 Numerics: fp32, the kernels' mean in fp64 (so that the mean of equal densities is that density, and no cell exceeds it);
-no gradients. Nothing asks the host.
+no gradients. The host never waits for the device.
 Source: Mueller et al., Instant Neural Graphics Primitives, 2022, appendix E.2.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
 
 
 def cascades(bound: float) -> int:
-    """Number of nested cubes for the scene [-bound, bound]^3: 1 + ceil(log2 bound), at least 1."""
+    """Number of nested cubes for the scene [-bound, bound]^3: 1 + ceil(log2 bound), at least 1.
+
+    Raises ValueError: unless bound > 0.
+    """
     check_positive("bound", bound)
     return 1 + max(0, math.ceil(math.log2(bound)))
 
@@ -52,10 +56,11 @@ def occupancy_points(
     *,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """One world position in every cell, in the order of the grid: [C * G^3, 3].
+    """Return one world position in every cell, in the order of the grid: [C * G^3, 3].
 
-    noise [C * G^3, 3] in [0,1) places each inside its cell (and gives dtype and device); None gives the centres, fp32
-    on `device`.
+    noise [C * G^3, 3] in [0, 1) places each point inside its cell and sets dtype and device; without it they are the
+    centres, in fp32 on `device`.
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype or range.
     """
     check_resolution(resolution)
     sizes = half_sizes(bound)
@@ -88,22 +93,37 @@ def occupancy_update_reference(
 
 
 @jit
-def occupancy_decay_kernel(density, fresh, sums, cells, decay, BLOCK: tl.constexpr):
-    """density = max(decay * density, fresh), and the sum of each block's new densities."""
+def occupancy_decay_kernel(
+    density,  # [cells] fp32, changed in place
+    fresh,  # [cells] fp32
+    sums,  # [blocks] fp64
+    cells,
+    decay,
+    BLOCK: tl.constexpr,
+):
+    """Set density = max(decay * density, fresh), and sum the new densities of each block."""
     block = tl.program_id(0).to(tl.int64)
     cell = block * BLOCK + tl.arange(0, BLOCK)
     here = cell < cells
-    kept = tl.load(density + cell, mask=here, other=0.0) * decay
-    kept = tl.maximum(kept, tl.load(fresh + cell, mask=here, other=0.0), propagate_nan=tl.PropagateNan.ALL)
-    tl.store(density + cell, kept, mask=here)
-    tl.store(sums + block, tl.sum(tl.where(here, kept, 0.0).to(tl.float64)))
+    updated = tl.load(density + cell, mask=here, other=0.0) * decay
+    updated = tl.maximum(updated, tl.load(fresh + cell, mask=here, other=0.0), propagate_nan=tl.PropagateNan.ALL)
+    tl.store(density + cell, updated, mask=here)
+    tl.store(sums + block, tl.sum(tl.where(here, updated, 0.0).to(tl.float64)))
 
 
 @jit
 def occupancy_threshold_kernel(
-    density, sums, bits, mean, cells, blocks, threshold, BLOCKS: tl.constexpr, BYTES: tl.constexpr
+    density,  # [cells] fp32
+    sums,  # [blocks] fp64
+    bits,  # [cells / 8] uint8
+    mean,  # [] fp32
+    cells,
+    blocks,
+    threshold,
+    BLOCKS: tl.constexpr,
+    BYTES: tl.constexpr,
 ):
-    """Bits of the cells above min(mean, threshold). Every program adds up the blocks' sums, in the same order."""
+    """Set the bits of cells above min(mean, threshold). Every program adds up the sums of all blocks in one order."""
     total = tl.zeros([BLOCKS], tl.float64)
     first = 0
     while first < blocks:
@@ -122,17 +142,26 @@ def occupancy_threshold_kernel(
     tl.store(bits + byte, tl.sum(above.to(tl.int32) << bit[None, :], axis=1).to(tl.uint8), mask=here)
 
 
-def _update_config() -> dict[str, int]:
-    # 4096 cells a program: 512 of them for one cascade of 128^3, about four on each multiprocessor, and as few sums
-    # for each program of the second kernel to add up.
-    return {"BLOCK": 4096, "BLOCKS": 1024, "BYTES": 512, "num_warps": 4}
+class OccupancyConfig(NamedTuple):
+    """Cells a program updates, sums of blocks it adds up at a time, bytes it writes, warps."""
+
+    block: int
+    blocks: int
+    bytes: int
+    num_warps: int
+
+
+def _occupancy_config() -> OccupancyConfig:
+    # 4096 cells a program: 512 programs for one cascade of 128^3, about four on each multiprocessor, and few sums for
+    # each program of the second kernel to add up.
+    return OccupancyConfig(block=4096, blocks=1024, bytes=512, num_warps=4)
 
 
 @torch.library.custom_op("dream_fast::occupancy_update", mutates_args=("density",))
 def _update(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> tuple[Tensor, Tensor]:
-    config = _update_config()
+    config = _occupancy_config()
     cells = density.numel()
-    blocks = -(-cells // config["BLOCK"])
+    blocks = -(-cells // config.block)
     values = density.contiguous()
     sums = torch.empty(blocks, dtype=torch.float64, device=density.device)
     bits = torch.empty(density.shape[0], density.shape[1] // 8, dtype=torch.uint8, device=density.device)
@@ -141,19 +170,19 @@ def _update(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> t
         occupancy_decay_kernel,
         (blocks,),
         density.device,
-        num_warps=config["num_warps"],
+        num_warps=config.num_warps,
         density=values,
         fresh=fresh.contiguous(),
         sums=sums,
         cells=cells,
         decay=decay,
-        BLOCK=config["BLOCK"],
+        BLOCK=config.block,
     )
     launch(
         occupancy_threshold_kernel,
-        (max(1, -(-cells // (8 * config["BYTES"]))),),  # the mean of no cells is NaN, as in the reference
+        (max(1, -(-cells // (8 * config.bytes))),),  # the mean of no cells is NaN, as in the reference
         density.device,
-        num_warps=config["num_warps"],
+        num_warps=config.num_warps,
         density=values,
         sums=sums,
         bits=bits,
@@ -161,8 +190,8 @@ def _update(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> t
         cells=cells,
         blocks=blocks,
         threshold=threshold,
-        BLOCKS=config["BLOCKS"],
-        BYTES=config["BYTES"],
+        BLOCKS=config.blocks,
+        BYTES=config.bytes,
     )
     if values is not density:
         density.copy_(values)
@@ -178,7 +207,10 @@ def _(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> tuple[T
 def occupancy_update(
     density: Tensor, fresh: Tensor, *, decay: float = 0.95, threshold: float = 10.0
 ) -> tuple[Tensor, Tensor]:
-    """density [C, G^3] (changed in place), fresh [C, G^3] -> bits uint8 [C, G^3 / 8], mean of the grid (scalar)."""
+    """density [C, G^3] (changed in place), fresh [C, G^3] -> bits uint8 [C, G^3 / 8], mean of the grid (scalar).
+
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype or device.
+    """
     check_tensor("density", density, ("C", "G^3"), dtypes=(torch.float32, torch.float64))
     check_tensor("fresh", fresh, tuple(density.shape), dtypes=(density.dtype,), like=("density", density))
     if density.shape[1] % 8:
@@ -190,7 +222,7 @@ def occupancy_update(
 
 
 def cell_of(axes: tuple[Tensor, Tensor, Tensor], bound: float, resolution: int) -> Tensor:
-    """Linear index into [C, G^3] of points given as three coordinates; points outside take the nearest cell."""
+    """Return linear indices into [C, G^3] of points, given as three coordinates; outside, of the nearest cell."""
     sizes = half_sizes(bound)
     if len(sizes) == 1:
         cascade, half = 0, sizes[0]
@@ -214,7 +246,10 @@ def occupied(bits: Tensor, cells: Tensor) -> Tensor:
 
 
 def occupancy_query(bits: Tensor, x: Tensor, bound: float, resolution: int) -> Tensor:
-    """bits uint8 [C, G^3 / 8], x [N, 3] world -> bool [N]: whether the point's cell is set; False outside the scene."""
+    """bits uint8 [C, G^3 / 8], x [N, 3] world -> bool [N]: whether a point's cell is set; False outside the scene.
+
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype, device or range.
+    """
     check_resolution(resolution)
     check_tensor("x", x, ("N", 3), dtypes=(torch.float32, torch.float64))
     check_tensor("bits", bits, (cascades(bound), resolution**3 // 8), dtypes=(torch.uint8,), like=("x", x))

@@ -116,13 +116,13 @@ def test_the_peer_computes_with_references_and_the_engine_gets_its_operators_bac
 
 def test_the_ball_has_the_samples_of_the_workload():
     """A quarter of 490,000 samples at a quarter of the pixels; the untrained network, left out here, adds 7 %."""
-    from dream_fast.engine.render.volume import Renderer
+    from dream_fast.engine.render.volume import VolumeRenderer
     from dream_fast.engine.scene.camera import rays, sample_cameras
     from dream_fast.engine.scene.hash_grid_field import HashGridField
 
     config = step.resolve(step.BALL, "sd", "cpu")
     field = HashGridField(config.field, config.render.bound, torch.Generator().manual_seed(0))
-    renderer = Renderer(field, config.render)
+    renderer = VolumeRenderer(field, config.render)
     density = torch.exp(field_blob(renderer, config))
     bits, _ = kernels.occupancy_update(
         renderer.sampler.density, density.view_as(renderer.sampler.density), threshold=10.0

@@ -11,7 +11,7 @@ from skimage import color as skimage_color
 
 from dream_fast.bench.quality import looks
 from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, lab, part_color, roughness
-from dream_fast.engine.render.volume import View
+from dream_fast.engine.render.base import RenderedImages
 
 SIZE = 128
 
@@ -161,7 +161,7 @@ def test_a_runs_shape_is_measured_from_four_sides_with_its_averaged_weights() ->
         assert entered and height == width == looks.SIZE and not background.any()
         assert cameras.azimuth.tolist() == [0, 90, -180, -90] and (cameras.polar == 90).all()
         normal, opacity = (part.expand(4, *part.shape[1:]) for part in sphere(50))
-        return View(torch.zeros_like(normal), normal, torch.zeros_like(opacity), opacity)
+        return RenderedImages(torch.zeros_like(normal), normal, torch.zeros_like(opacity), opacity)
 
     trainer = SimpleNamespace(
         device="cpu", optimizer=SimpleNamespace(ema_weights=ema_weights), renderer=SimpleNamespace(view=view)

@@ -367,7 +367,7 @@ def no_locks(request, monkeypatch) -> None:
 
 HOLD = """
 import fcntl, os, pathlib, sys
-from dream_fast.engine import lock
+from dream_fast.engine.workspace import lock
 def refuse(handle, how): raise OSError(37, "No locks available")
 fcntl.flock, lock.LEASE_SECONDS = refuse, 0.5
 own = lock.Lock(pathlib.Path(sys.argv[1]))

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dream_fast.cli import main
-from dream_fast.engine import run
+from dream_fast.engine import outputs
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.workspace.checkpoint import FORMAT
@@ -66,13 +66,13 @@ def copy(finished, tmp_path) -> Path:
 
 
 def test_the_mesh_has_the_outline_of_six_views(copy, monkeypatch):
-    genuine, outlines = run.write_mesh, []
+    genuine, outlines = outputs.write_mesh, []
 
     def watched(*of, outline, **options):
         outlines.append(outline)
         return genuine(*of, outline=outline, **options)
 
-    monkeypatch.setattr(run, "write_mesh", watched)
+    monkeypatch.setattr(outputs, "write_mesh", watched)
     assert main(["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"]) == 0
     (outline,) = outlines
     assert len(outline.solid) == 6 and 0 < outline.solid.float().mean() < 1
@@ -191,7 +191,9 @@ def test_a_missing_picture_of_the_six_views_is_written_again(copy, tiny_model):
 
 
 def test_a_finished_run_needs_no_model(copy, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("dream_fast.engine.run.load_components", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr(
+        "dream_fast.engine.guidance.registry.load_components", lambda *_, **__: pytest.fail("loaded a model")
+    )
     assert main(command(copy, tiny_model)) == 0
     assert main(["--test", "--workspace", str(copy)]) == 0
 
@@ -258,8 +260,10 @@ def test_unknown_words_reach_stable_diffusion_and_not_the_embedded_model(tmp_pat
         read.append((text, negative, own))
         raise Stop
 
-    monkeypatch.setattr("dream_fast.engine.run.PromptEmbeddings", stop)
-    monkeypatch.setattr("dream_fast.engine.run.load_components", lambda *_, **__: SimpleNamespace(latent_channels=4))
+    monkeypatch.setattr("dream_fast.engine.guidance.registry.PromptEmbeddings", stop)
+    monkeypatch.setattr(
+        "dream_fast.engine.guidance.registry.load_components", lambda *_, **__: SimpleNamespace(latent_channels=4)
+    )
     words = ["--text", "A shiny, red robot!", "--negative", "blurry, blue", "--workspace", str(tmp_path / "new")]
     words += ["--text_back", "A red robot from behind!"]
     for model in ([], ["--hf_key", str(tiny_model)]):

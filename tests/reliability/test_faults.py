@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dream_fast.cli import main
+from dream_fast.engine import run
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.training import trainer as trainer_module
+from dream_fast.engine.training.loop import LoopOptions
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import list_checkpoints
 from dream_fast.engine.workspace.folder import Workspace
@@ -34,8 +36,8 @@ def command(workspace: Path, model: Path, *more: str) -> list[str]:
 @pytest.fixture
 def often(monkeypatch):
     """Checkpoints after every second step."""
-    monkeypatch.setattr(trainer_module, "EPOCH", 2)
-    monkeypatch.setattr(trainer_module, "CHECKPOINT_SECONDS", 0.0)
+    options = LoopOptions(epoch_steps=2, checkpoint_seconds=0.0)
+    monkeypatch.setattr(run, "run", partial(run.run, loop=options))
 
 
 def at_step(monkeypatch, step: int, act) -> None:
@@ -144,17 +146,16 @@ def test_two_runs_that_begin_in_a_new_folder_do_not_mix(tmp_path):
 
 # Nothing longer than the third argument can be written; what a full disk says is the same but for the number.
 LIMITED = """
-import resource, signal, sys
-from dream_fast.engine import trainer
+import functools, resource, signal, sys
 from dream_fast.cli import main
-trainer.EPOCH, trainer.CHECKPOINT_SECONDS = 2, 0.0
-take = trainer.Trainer.train_step
-def train_step(self):
-    if self.step == 3:
+from dream_fast.engine import run
+from dream_fast.engine.training.loop import LoopOptions
+def before_step(step):
+    if step == 3:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-    return take(self)
-trainer.Trainer.train_step = train_step
+options = LoopOptions(epoch_steps=2, checkpoint_seconds=0.0, before_step=before_step)
+run.run = functools.partial(run.run, loop=options)
 sys.exit(main(sys.argv[1:]))
 """
 

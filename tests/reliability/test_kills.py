@@ -18,17 +18,16 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 # A run whose second step never ends; the file says that it has begun.
 STUCK = """
-import sys, signal, pathlib
-from dream_fast.engine import trainer
-take = trainer.Trainer.train_step
-def train_step(self):
-    if self.step == 1:
+import functools, pathlib, signal, sys
+from dream_fast.engine import run
+from dream_fast.engine.training.loop import LoopOptions
+def before_step(step):
+    if step == 1:
         pathlib.Path("begun").touch()
         while True:
             signal.pause()
-    return take(self)
-trainer.Trainer.train_step = train_step
-trainer.EPOCH, trainer.CHECKPOINT_SECONDS = 1, 0.0
+options = LoopOptions(epoch_steps=1, checkpoint_seconds=0.0, before_step=before_step)
+run.run = functools.partial(run.run, loop=options)
 from dream_fast.cli import main
 sys.exit(main(sys.argv[1:]))
 """

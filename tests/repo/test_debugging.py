@@ -97,7 +97,7 @@ def test_a_debugger_stops_a_run_in_a_step_and_lets_it_go_on(tmp_path):
         client.ask("initialize", adapterID="test")
         client.send("attach", justMyCode=True)
         client.receive("event", "initialized")
-        places = {run: line_of(run, "trainer.fit(workspace"), trainer: line_of(trainer, "self.step += 1")}
+        places = {run: line_of(run, "Loop(trainer, workspace"), trainer: line_of(trainer, "self.step += 1")}
         for module, number in places.items():
             source, wanted = {"path": module.__file__}, {"line": number}
             if module is trainer:
@@ -110,7 +110,7 @@ def test_a_debugger_stops_a_run_in_a_step_and_lets_it_go_on(tmp_path):
             frame = client.ask("stackTrace", threadId=thread, levels=1)["stackFrames"][0]
             assert (frame["source"]["path"], frame["line"]) == (module.__file__, number)
             if module is trainer:
-                shown = client.ask("evaluate", expression="(self.step, done.t.shape)", frameId=frame["id"])
+                shown = client.ask("evaluate", expression="(self.step, result.t.shape)", frameId=frame["id"])
                 assert shown["result"] == "(1, torch.Size([1]))"
             client.ask("continue", threadId=thread)
         assert process.wait() == 0

@@ -13,16 +13,8 @@ from dream_fast.engine.config.presets import (
     resolve,
     sd_defaults,
 )
-from dream_fast.engine.config.schema import (
-    BACKBONES,
-    DEFAULT_VIEW,
-    CameraConfig,
-    Config,
-    GuidanceConfig,
-    OptimConfig,
-    settings,
-    settings_unused_by,
-)
+from dream_fast.engine.config.schema import Config, settings, settings_unused_by
+from dream_fast.engine.config.sections import BACKBONES, DEFAULT_VIEW, CameraConfig, GuidanceConfig, OptimConfig
 from dream_fast.engine.errors import UserError
 
 DEFAULTS = (reference_defaults, sd_defaults, mini_cpu_defaults, mini_cuda_defaults)

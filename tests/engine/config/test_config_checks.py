@@ -5,14 +5,8 @@ import re
 import pytest
 
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import (
-    Config,
-    GuidanceConfig,
-    device_kind,
-    read_values,
-    settings,
-    settings_unused_by,
-)
+from dream_fast.engine.config.schema import Config, device_kind, read_values, settings, settings_unused_by
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 
 FADING = LinearSchedule(0.0, 0.5, 0.0, 1.0)

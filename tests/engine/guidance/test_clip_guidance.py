@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import CameraConfig, GuidanceConfig
+from dream_fast.engine.config.sections import CameraConfig, GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance, clip_guidance, clip_views, load_clip

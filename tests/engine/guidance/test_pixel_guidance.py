@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model import checks
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode
 from dream_fast.engine.guidance.sds import ScoreDistillation
-from dream_fast.engine.guidance.snapshots import guidance_pictures
+from dream_fast.engine.guidance.snapshots import guidance_images
 
 SIZE = 16
 
@@ -177,7 +177,7 @@ def test_it_paints_and_shows_what_it_sees_without_a_decoder(components: Componen
     images = sample(components, cond, uncond, steps=3, generator=generator())
     assert images.shape == (2, 3, SIZE, SIZE) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
     z = torch.rand(2, 3, SIZE, SIZE, generator=generator()) * 2 - 1
-    seen = guidance_pictures(components, (z + 1) / 2, z, z)
+    seen = guidance_images(components, (z + 1) / 2, z, z)
     for column in (1, 2):
         check("seen", seen[:, column], (z + 1) / 2, (z.double() + 1) / 2)
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.presets import mini_cpu_defaults, resolve
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.sds import ScoreDistillation

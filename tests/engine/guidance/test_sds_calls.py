@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance import sds
 from dream_fast.engine.guidance.cfg import guided_prediction
 from dream_fast.engine.guidance.model.components import Components, load_components

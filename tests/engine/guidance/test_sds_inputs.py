@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.sds import ScoreDistillation, resize
 

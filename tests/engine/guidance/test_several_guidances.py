@@ -9,7 +9,8 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.presets import chosen_model, resolve
-from dream_fast.engine.config.schema import CameraConfig, Config
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance

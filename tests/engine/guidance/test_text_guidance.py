@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance import snapshots
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance
@@ -151,7 +151,7 @@ def test_pictures_of_a_step_are_render_noisy_and_clean(monkeypatch, options: dic
 
     monkeypatch.setattr(snapshots, "decode", decode)
     monkeypatch.setattr(snapshots, "resize", lambda shown, size: picture(f"{shown} at {size}"))
-    pictures = snapshots.guidance_pictures(components, "shown", "noisy", "clean", **options)
+    pictures = snapshots.guidance_images(components, "shown", "noisy", "clean", **options)
     assert pictures.shape == (2, 3, 3, 4, 4)
     for view in pictures:
         assert [names[int(one.unique())] for one in view] == [first, "decoded noisy", "decoded clean"]

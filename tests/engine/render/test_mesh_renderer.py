@@ -10,10 +10,11 @@ import trimesh
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.geometry.tet_grid import TriMesh
+from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.render import mesh as mesh_renderer
+from dream_fast.engine.render.base import Shading
 from dream_fast.engine.render.mesh import MeshRenderer
 from dream_fast.engine.scene.camera import make_cameras, rays
 from dream_fast.engine.scene.tet_mesh import TetMesh
@@ -40,18 +41,18 @@ class Field:
         return directions.abs()
 
 
-def wall() -> TriMesh:
+def wall() -> TensorMesh:
     """Two triangles that cover all of the pictures at z = 0.25 and face the cameras."""
     corners = torch.tensor([[-50, -50, 0.25], [50, -50, 0.25], [50, 50, 0.25], [-50, 50, 0.25]])
-    return TriMesh(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
+    return TensorMesh(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
 
 
-def box(side: float = 0.5) -> TriMesh:
+def box(side: float = 0.5) -> TensorMesh:
     made = trimesh.creation.box((side, side, side))
-    return TriMesh(torch.tensor(made.vertices).float(), torch.tensor(made.faces))
+    return TensorMesh(torch.tensor(made.vertices).float(), torch.tensor(made.faces))
 
 
-def renderer(surface: TriMesh | None = None, locked: bool = False, **settings: Any) -> MeshRenderer:
+def renderer(surface: TensorMesh | None = None, locked: bool = False, **settings: Any) -> MeshRenderer:
     shape: Any = TetMesh(8, 0.6, locked=locked)
     if surface is not None:
         shape = SimpleNamespace(surface=lambda: surface, locked=locked)
@@ -69,15 +70,15 @@ def test_a_wall_has_the_depth_and_colour_of_its_places() -> None:
         depth = (0.25 - origins[:, 2]) / directions[:, 2]
         depths.append(depth)
         colours.append((origins + depth[:, None] * directions) / 4 + 0.5)
-    rows = 2 * SIZE[0] * SIZE[1]
-    assert seen.rgb.shape == seen.normal.shape == (rows, 3) and seen.opacity.shape == seen.depth.shape == (rows,)
-    assert torch.equal(seen.opacity, torch.ones(rows))
-    normal = torch.tensor([0.0, 0.0, 1.0]).expand(rows, 3)
+    shape, rows = (2, *SIZE), 2 * SIZE[0] * SIZE[1]
+    assert seen.rgb.shape == seen.normal.shape == (*shape, 3) and seen.opacity.shape == seen.depth.shape == shape
+    assert torch.equal(seen.opacity, torch.ones(shape))
+    normal = torch.tensor([0.0, 0.0, 1.0]).expand(*shape, 3)
     check("normal", seen.normal, normal, normal.double())
-    check("depth", seen.depth, *depths)
-    check("rgb", seen.rgb, *colours)
+    check("depth", seen.depth.flatten(), *depths)
+    check("rgb", seen.rgb.view(-1, 3), *colours)
     assert seen.rgb.dtype == torch.float32
-    assert seen.surface is surface and torch.equal(seen.beyond, opposite_corners(surface.faces))
+    assert seen.surface is surface and torch.equal(seen.opposite, opposite_corners(surface.faces))
     assert int(seen.count) == rows and seen.overflow.dtype == torch.bool and not seen.overflow
 
 
@@ -96,16 +97,16 @@ def test_the_field_is_asked_at_the_pixels_that_are_covered() -> None:
 
 
 def test_what_is_not_covered_is_background() -> None:
-    """One that is given, [3] or [R, 3], or the field's for the rays; silhouettes are between."""
+    """One that is given, [3] or [B, H, W, 3], or the field's for the rays; silhouettes are between."""
     made = renderer(box())
-    _, directions = (part.reshape(-1, 3) for part in rays(CAMERAS, 20, 20))
+    _, directions = (part.view(2, 20, 20, 3) for part in rays(CAMERAS, 20, 20))
     black = made.train_views(CAMERAS, 20, 20, background=torch.zeros(3))
     assert ((black.opacity > 0) & (black.opacity < 1)).any()
-    given = torch.rand(800, 3, generator=torch.Generator().manual_seed(0))
+    given = torch.rand(2, 20, 20, 3, generator=torch.Generator().manual_seed(0))
     for background, behind in ((torch.tensor([0.0, 1.0, 0.5]), None), (given, given), (None, directions.abs())):
         seen = made.train_views(CAMERAS, 20, 20, background=background)
         behind = background if behind is None else behind
-        assert torch.equal(seen.rgb, black.rgb + (1 - black.opacity)[:, None] * behind)
+        assert torch.equal(seen.rgb, black.rgb + (1 - black.opacity)[..., None] * behind)
         assert torch.equal(seen.opacity, black.opacity)
 
 
@@ -113,16 +114,17 @@ def test_shading_gets_colour_normal_and_light(monkeypatch: pytest.MonkeyPatch) -
     """Its options are those of the call, albedo without a light unless others are named."""
     asked = []
 
-    def shade(shading: str, albedo: Tensor, normal: Tensor, light: Any, ambient: Any) -> Tensor:
-        asked.append((shading, light, ambient))
+    def shade(shading: Shading, albedo: Tensor, normal: Tensor) -> Tensor:
+        asked.append(shading)
         assert albedo.shape == normal.shape == (2 * SIZE[0] * SIZE[1], 3)
         return albedo
 
     monkeypatch.setattr(mesh_renderer, "shade", shade)
     made = renderer(wall())
+    light = torch.tensor([0.0, 0.0, 1.0])
     made.train_views(CAMERAS, *SIZE)
-    made.train_views(CAMERAS, *SIZE, shading="normal", ambient=0.25, light="a light")
-    assert asked == [("albedo", None, 1.0), ("normal", "a light", 0.25)]
+    made.train_views(CAMERAS, *SIZE, Shading("normal", 0.25, light))
+    assert asked == [("albedo", 1.0, None), ("normal", 0.25, light)]
 
 
 @pytest.mark.parametrize(("min_near", "near"), [(0.0, 0.01), (0.005, 0.01), (0.3, 0.3)])
@@ -152,9 +154,9 @@ def test_views_have_unit_normals_and_none_where_nothing_is() -> None:
     for name in ("rgb", "depth", "opacity"):
         got, expected = getattr(view, name), getattr(seen, name)
         check(name, got.reshape(expected.shape), expected, expected.double())
-    partly = seen.normal.norm(dim=1) < 0.5
-    along = (view.normal.view(-1, 3) * seen.normal).sum(1)
-    assert (along[partly & there.view(-1)] >= 0).all() and (along[seen.opacity == 1] > 0.99).all()
+    partly = seen.normal.norm(dim=-1) < 0.5
+    along = (view.normal * seen.normal).sum(-1)
+    assert (along[partly & there] >= 0).all() and (along[seen.opacity == 1] > 0.99).all()
 
 
 # What is kept
@@ -178,7 +180,7 @@ def test_a_locked_shape_is_computed_once() -> None:
 
 def test_a_surface_that_has_vanished_is_one_sentence() -> None:
     """With the settings that can be changed."""
-    made = renderer(TriMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
+    made = renderer(TensorMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
     with pytest.raises(UserError) as caught:
         made.surface()
     assert str(caught.value) == (
@@ -187,10 +189,10 @@ def test_a_surface_that_has_vanished_is_one_sentence() -> None:
     )
 
 
-def with_speck() -> TriMesh:
+def with_speck() -> TensorMesh:
     """A box, and one of a hundredth of its size beside it."""
     speck = box(0.005)
-    return TriMesh(
+    return TensorMesh(
         torch.cat([box().vertices, speck.vertices + 0.5]).requires_grad_(), torch.cat([box().faces, speck.faces + 8])
     )
 
@@ -222,10 +224,10 @@ def test_state_is_that_of_the_shape_and_forgets_what_was_looked_at() -> None:
     """A locked shape is computed again after another state is loaded."""
     smaller, made = (renderer(locked=True) for _ in range(2))
     with torch.no_grad():
-        smaller.shape.distance.sub_(0.5)
+        smaller.shape.sdf.sub_(0.5)
     before = made.surface()
     made.load_state_dict(smaller.state_dict())
-    assert sorted(made.state_dict()) == sorted(smaller.shape.kept_state())
+    assert sorted(made.state_dict()) == sorted(smaller.shape.checkpoint_state())
     assert torch.equal(made.surface().vertices, smaller.surface().vertices)
     assert len(made.surface().vertices) != len(before.vertices)
 

@@ -9,9 +9,10 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, tolerance
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
-from dream_fast.engine.render.volume import Renderer, shade
+from dream_fast.engine.render.base import Shading, shade
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras, rays
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 
@@ -35,7 +36,7 @@ def make_renderer(seed=0, background=-1.0, backbone="grid", **changes):
         RenderConfig(), **{"max_steps": 128, "occupancy_resolution": 32, "bound": 1.0, **changes}
     )
     field = HashGridField(field_config, render_config.bound, torch.Generator().manual_seed(seed))
-    return Renderer(field, render_config)
+    return VolumeRenderer(field, render_config)
 
 
 def in_fp64(**options):
@@ -50,7 +51,9 @@ def camera(polar=90.0, azimuth=0.0, radius=3.0, fovy=30.0):
 
 
 def render(renderer, size=16, cameras=None, **options):
-    return renderer.train_rays(*rays(cameras or camera(), size, size), **{"background": WHITE, **options})
+    """Rays [R, 3] of the cameras."""
+    flat = (part.reshape(-1, 3) for part in rays(cameras or camera(), size, size))
+    return renderer.train_rays(*flat, **{"background": WHITE, **options})
 
 
 def gradients(renderer):
@@ -182,7 +185,7 @@ def test_the_background_teaches_the_opacity():
     found = []
     for dtype in (torch.float32, torch.float64):
         renderer = in_fp64() if dtype == torch.float64 else make_renderer()
-        seen = rays(camera(), 16, 16)
+        seen = [part.reshape(-1, 3) for part in rays(camera(), 16, 16)]
         for background, value in ((WHITE, "rgb"), (BLACK, "rgb"), (BLACK, "opacity")):
             renderer.field.zero_grad(set_to_none=True)
             out = renderer.train_rays(*(part.to(dtype) for part in seen), background=background.to(dtype))
@@ -198,17 +201,17 @@ def test_shadings_follow_their_formulas():
     normal = torch.tensor([[0.0, 0.6, 0.8]])
     light = torch.tensor([0.0, 0.0, 1.0])
     strength = 0.1 + 0.9 * 0.8
-    assert torch.equal(shade("albedo", albedo, None, None, 0.1), albedo)
+    assert torch.equal(shade(Shading("albedo", 0.1), albedo, None), albedo)
     for got, expected in (
-        (shade("lambertian", albedo, normal, light, 0.1), [0.2 * strength, 0.4 * strength, 0.8 * strength]),
-        (shade("textureless", albedo, normal, light, 0.1), [strength] * 3),
-        (shade("normal", albedo, normal, None, 0.1), [0.5, 0.8, 0.9]),
-        (shade("textureless", albedo, normal, -light, 0.1), [0.1] * 3),
+        (shade(Shading("lambertian", 0.1, light), albedo, normal), [0.2 * strength, 0.4 * strength, 0.8 * strength]),
+        (shade(Shading("textureless", 0.1, light), albedo, normal), [strength] * 3),
+        (shade(Shading("normal", 0.1), albedo, normal), [0.5, 0.8, 0.9]),
+        (shade(Shading("textureless", 0.1, -light), albedo, normal), [0.1] * 3),
     ):
         exact = torch.tensor([expected], dtype=torch.float64)
         check("shade", got, exact.float(), exact)
     with pytest.raises(ValueError, match="needs a light"):
-        shade("lambertian", albedo, normal, None, 0.1)
+        shade(Shading("lambertian", 0.1), albedo, normal)
 
 
 def test_light_from_the_side_lights_that_side():
@@ -218,7 +221,7 @@ def test_light_from_the_side_lights_that_side():
     outwards = torch.where(torch.arange(256)[:, None] % 16 < 8, left, -left)  # another light for each half
 
     def halves(light):
-        out = render(renderer, shading="textureless", ambient=0.0, light=light, background=BLACK)
+        out = render(renderer, shading=Shading("textureless", 0.0, light), background=BLACK)
         image = out.rgb.view(16, 16, 3)[..., 0]
         return image[:, :8].sum(), image[:, 8:].sum()
 
@@ -242,9 +245,7 @@ def test_gradients_reach_the_field_and_repeat_bit_for_bit(shading):
         renderer = make_renderer(background=1.4)
         out = render(
             renderer,
-            shading=shading,
-            ambient=0.3,
-            light=torch.tensor([0.0, 0.6, 0.8]),
+            shading=Shading(shading, 0.3, torch.tensor([0.0, 0.6, 0.8])),
             background=None,
             generator=torch.Generator().manual_seed(0),
         )
@@ -257,7 +258,7 @@ def test_gradients_reach_the_field_and_repeat_bit_for_bit(shading):
 def test_rays_that_meet_nothing():
     renderer = make_renderer()
     renderer.sampler.bits.zero_()
-    out = render(renderer, shading="lambertian", light=torch.tensor([0.0, 0.0, 1.0]), background=WHITE / 4)
+    out = render(renderer, shading=Shading("lambertian", light=torch.tensor([0.0, 0.0, 1.0])), background=WHITE / 4)
     assert out.samples.count == 0
     assert (out.rgb == 0.25).all() and (out.opacity == 0).all()
     out.rgb.sum().backward()
@@ -316,17 +317,17 @@ def test_view_shadings_use_the_light():
     renderer = make_renderer()
     renderer.update_occupancy(None)
     up = torch.tensor([0.0, 1.0, 0.0])
-    image = renderer.view(camera(), 16, 16, shading="textureless", light=up, ambient=0.0, background=BLACK).rgb[0]
+    image = renderer.view(camera(), 16, 16, shading=Shading("textureless", 0.0, up), background=BLACK).rgb[0]
     assert image[:8].sum() > 5 * image[8:].sum()
-    ambient = renderer.view(camera(), 16, 16, shading="textureless", light=up, ambient=0.5, background=BLACK).rgb[0]
+    ambient = renderer.view(camera(), 16, 16, shading=Shading("textureless", 0.5, up), background=BLACK).rgb[0]
     assert ambient[:, 0].max() < 0.05 < 0.4 < ambient[8, 8].min()  # nothing is at the border, so nothing is lit
-    head = renderer.view(camera(), 16, 16, shading="lambertian", background=BLACK).rgb[0, 8, 8]
+    head = renderer.view(camera(), 16, 16, shading=Shading("lambertian", 0.1), background=BLACK).rgb[0, 8, 8]
     plain = renderer.view(camera(), 16, 16, background=BLACK).rgb[0, 8, 8]
     assert (0.7 * plain < head).all() and (head <= plain + 1e-6).all()
-    normals = renderer.view(camera(), 16, 16, shading="normal", background=BLACK).rgb[0, 8, 8]
+    normals = renderer.view(camera(), 16, 16, shading=Shading("normal"), background=BLACK).rgb[0, 8, 8]
     assert normals[2] > 0.9  # the front faces +z
 
 
 def test_unknown_shading_is_refused():
     with pytest.raises(ValueError, match="shading is 'flat'"):
-        render(make_renderer(), shading="flat")
+        render(make_renderer(), shading=Shading("flat"))

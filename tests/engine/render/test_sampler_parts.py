@@ -7,7 +7,7 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.render.ray_samplers import (
     LEAST_WEIGHT,
@@ -19,7 +19,7 @@ from dream_fast.engine.render.ray_samplers import (
     sample_pdf,
     stratified_edges,
 )
-from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.make_field import make_field
 
@@ -30,12 +30,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make(backbone: str = "grid", background: float = -1.0, **changes) -> Renderer:
+def make(backbone: str = "grid", background: float = -1.0, **changes) -> VolumeRenderer:
     small = dict(levels=2, log2_entries=8, base_resolution=4, max_resolution=8, frequencies=2, hidden_width=8)
     field = FieldConfig(backbone=backbone, hidden_layers=1, bg_radius=background, **small)
     sizes = dict(max_steps=64, occupancy_resolution=16, num_steps=12, upsample_steps=6)
     config = dataclasses.replace(RenderConfig(), **sizes | changes)
-    return Renderer(make_field(field, config.bound, seeded()), config)
+    return VolumeRenderer(make_field(field, config.bound, seeded()), config)
 
 
 def cameras(count: int = 1):

@@ -7,7 +7,7 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.render.ray_samplers import (
     LEAST_WEIGHT,
     ImportanceSampler,
@@ -17,7 +17,7 @@ from dream_fast.engine.render.ray_samplers import (
     sample_pdf,
     stratified_edges,
 )
-from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras, rays
 from dream_fast.engine.scene.field import FieldOutput
 from dream_fast.engine.scene.frequency_field import FrequencyField
@@ -31,10 +31,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def vanilla(seed=0, bg_radius=-1.0, **changes) -> Renderer:
+def vanilla(seed=0, bg_radius=-1.0, **changes) -> VolumeRenderer:
     field = FieldConfig(backbone="vanilla", frequencies=4, hidden_width=16, hidden_layers=3, bg_radius=bg_radius)
     config = dataclasses.replace(RenderConfig(), **{"num_steps": 12, "upsample_steps": 6, **changes})
-    return Renderer(FrequencyField(field, config.bound, seeded(seed)), config)
+    return VolumeRenderer(FrequencyField(field, config.bound, seeded(seed)), config)
 
 
 def some_rays(size=6):
@@ -225,7 +225,9 @@ def test_a_view_is_what_training_renders(monkeypatch, background):
         surface = origins + (out.depth / out.opacity)[:, None] * directions
         normals.append(made.field(surface, normals="finite_difference").normal)
     out, exact = found
-    monkeypatch.setattr("dream_fast.engine.render.volume.VIEW_SAMPLES", 600)  # 33 rays at a time, the last few alone
+    monkeypatch.setattr(
+        "dream_fast.engine.render.volume.INFERENCE_SAMPLES", 600
+    )  # 33 rays at a time, the last few alone
     view = renderer.view(cameras, 12, 20, background=background)
     assert view.rgb.shape == (2, 12, 20, 3) and not view.rgb.requires_grad
     for name in ("rgb", "opacity", "depth"):
@@ -253,7 +255,7 @@ def test_it_has_no_state():
 class Cloud:
     """A field with a known density: a soft ball beside the middle, coloured by the place."""
 
-    device, has_background = torch.device("cpu"), False
+    device, has_background, occupancy_grid = torch.device("cpu"), False, False
 
     def __call__(self, x, **_) -> FieldOutput:
         return FieldOutput(self.density(x), 0.5 + 0.4 * torch.sin(5 * x), None)
@@ -287,7 +289,7 @@ def quadrature(field, origins, directions, steps=20_000) -> torch.Tensor:
 
 
 def picture(sampler, origins, directions) -> torch.Tensor:
-    renderer = Renderer.__new__(Renderer)
+    renderer = VolumeRenderer.__new__(VolumeRenderer)
     renderer.field, renderer.config, renderer.sampler = sampler.field, sampler.config, sampler
     out = renderer.train_rays(origins, directions, background=torch.ones(3))
     return torch.cat([out.rgb, out.depth[:, None]], dim=1)
@@ -324,4 +326,4 @@ def test_importance_pays():
 def test_a_sampler_belongs_to_the_backbone():
     assert isinstance(vanilla().sampler, ImportanceSampler)
     grid = make_field(FieldConfig(levels=2, log2_entries=8), 1.0, seeded())
-    assert isinstance(Renderer(grid, RenderConfig(occupancy_resolution=8)).sampler, OccupancySampler)
+    assert isinstance(VolumeRenderer(grid, RenderConfig(occupancy_resolution=8)).sampler, OccupancySampler)

@@ -7,8 +7,9 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
-from dream_fast.engine.render.volume import Renderer, shade
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
+from dream_fast.engine.render.base import Shading, shade
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras, rays
 from dream_fast.engine.scene.make_field import make_field
 
@@ -19,12 +20,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make(backbone: str = "grid", background: float = -1.0, **changes) -> Renderer:
+def make(backbone: str = "grid", background: float = -1.0, **changes) -> VolumeRenderer:
     small = dict(levels=2, log2_entries=8, base_resolution=4, max_resolution=8, frequencies=2, hidden_width=8)
     field = FieldConfig(backbone=backbone, hidden_layers=1, bg_radius=background, **small)
     sizes = dict(max_steps=64, occupancy_resolution=16, num_steps=12, upsample_steps=6)
     config = dataclasses.replace(RenderConfig(), **sizes | changes)
-    return Renderer(make_field(field, config.bound, seeded()), config)
+    return VolumeRenderer(make_field(field, config.bound, seeded()), config)
 
 
 def cameras(count: int = 1):
@@ -39,7 +40,7 @@ def test_view_is_shaded_by_its_formula(backbone, shading, light):
     """The part of a pixel that the object covers is shaded with its normal, and the background is not."""
     renderer = make(backbone)
     plain = renderer.view(cameras(2), 5, 6, background=GREY)
-    got = renderer.view(cameras(2), 5, 6, background=GREY, shading=shading, light=light, ambient=0.3)
+    got = renderer.view(cameras(2), 5, 6, background=GREY, shading=Shading(shading, 0.3, light))
     assert all(torch.equal(getattr(got, name), getattr(plain, name)) for name in ("normal", "depth", "opacity"))
     _, directions = rays(cameras(2), 5, 6)
     toward = -directions.view(2, 5, 6, 3) if light is None else light.expand(2, 5, 6, 3)
@@ -64,12 +65,12 @@ def test_view_is_shaded_by_its_formula(backbone, shading, light):
 
 @pytest.mark.parametrize("backbone", ["grid", "vanilla"])
 def test_view_without_normals_is_the_same_image(backbone):
-    """They are zeros where neither they nor a shading are wanted; the ambient light of a view is 0.1 by default."""
+    """They are zeros where neither they nor a shading are wanted."""
     renderer = make(backbone)
     bare, plain = (renderer.view(cameras(), 4, 4, background=GREY, normals=normals) for normals in (False, True))
     assert (bare.normal == 0).all() and plain.normal.abs().sum() > 0 and torch.equal(bare.rgb, plain.rgb)
-    shaded = renderer.view(cameras(), 4, 4, background=GREY, normals=False, shading="lambertian")
-    again = renderer.view(cameras(), 4, 4, background=GREY, shading="lambertian", ambient=0.1)
+    shaded = renderer.view(cameras(), 4, 4, background=GREY, normals=False, shading=Shading("lambertian", 0.1))
+    again = renderer.view(cameras(), 4, 4, background=GREY, shading=Shading("lambertian", 0.1))
     assert torch.equal(shaded.normal, plain.normal) and torch.equal(shaded.rgb, again.rgb)
     assert not any(part.requires_grad for part in shaded)
 
@@ -89,16 +90,17 @@ def test_view_has_the_network_or_white_behind_it(backbone):
 def test_each_camera_is_looked_through_alone():
     """What looks at the scene gets one camera at a time, the size, its rays, and whether normals are wanted."""
     renderer, calls = make(), []
-    look = renderer._look
+    render = renderer.render_unshaded
 
-    def record(camera, height, width, *others):
-        calls.append((camera, height, width, others[-1]))
-        return look(camera, height, width, *others)
+    def record(camera, origins, directions, background, normals):
+        assert origins.shape == background.shape == directions.shape
+        calls.append((camera, *directions.shape[:2], normals))
+        return render(camera, origins, directions, background, normals)
 
-    renderer._look = record
+    renderer.render_unshaded = record
     both = cameras(2)
     renderer.view(both, 3, 5, normals=False)
-    renderer.view(both, 3, 5, normals=False, shading="textureless")
+    renderer.view(both, 3, 5, normals=False, shading=Shading("textureless"))
     assert [call[1:] for call in calls] == [(3, 5, False)] * 2 + [(3, 5, True)] * 2
     for number, (camera, *_) in enumerate(calls[:2]):
         assert all(torch.equal(got, own[number : number + 1]) for got, own in zip(camera, both, strict=True))
@@ -150,7 +152,7 @@ def test_training_gives_the_field_what_it_was_asked():
     seen = [
         renderer.train_views(cameras(), 4, 4, **through),
         renderer.train_views(cameras(), 4, 4, need_normals=True, **through),
-        renderer.train_views(cameras(), 4, 4, shading="normal", **through),
+        renderer.train_views(cameras(), 4, 4, Shading("normal"), **through),
     ]
     assert [options["normals"] for options in asked] == [None, "analytic", "analytic"]
     for options, out in zip(asked, seen, strict=True):
@@ -158,8 +160,8 @@ def test_training_gives_the_field_what_it_was_asked():
         assert options["count"] is out.samples.count is out.count and out.overflow is out.samples.overflow
     _, directions = rays(cameras(), 4, 4)
     assert torch.equal(seen[0].sample_directions, directions[0][seen[0].samples.ray_ids])
-    assert torch.equal(seen[0].rgb, renderer.train_rays(*rays(cameras(), 4, 4), shading="albedo", **through).rgb)
-    assert seen[1].normal.shape == (16, 3) and seen[0].normal is None and seen[0].sample_normals is None
+    assert torch.equal(seen[0].rgb, renderer.train_rays(*rays(cameras(), 4, 4), **through).rgb.view(1, 4, 4, 3))
+    assert seen[1].normal.shape == (1, 4, 4, 3) and seen[0].normal is None and seen[0].sample_normals is None
 
 
 def test_shade_names_what_it_needs():
@@ -167,14 +169,14 @@ def test_shade_names_what_it_needs():
     albedo, normal = torch.rand(4, 3, generator=seeded()), torch.eye(3)[[0, 1, 2, 0]]
     for shading in ("lambertian", "textureless", "normal"):
         with pytest.raises(ValueError, match=f"^{shading} shading needs normals$"):
-            shade(shading, albedo, None, GREY, 0.1)
+            shade(Shading(shading, 0.1, GREY), albedo, None)
     for shading in ("lambertian", "textureless"):
         with pytest.raises(ValueError, match=f"^{shading} shading needs a light$"):
-            shade(shading, albedo, normal, None, 0.1)
-    assert torch.equal(shade("lambertian", albedo, normal, GREY, 1.0), albedo)
-    assert torch.equal(shade("textureless", albedo, normal, -GREY, 0.5), torch.full((4, 3), 0.5))
-    assert torch.equal(shade("textureless", albedo, normal, GREY, 0.0)[:, 0], GREY[[0, 1, 2, 0]])
+            shade(Shading(shading, 0.1), albedo, normal)
+    assert torch.equal(shade(Shading("lambertian", 1.0, GREY), albedo, normal), albedo)
+    assert torch.equal(shade(Shading("textureless", 0.5, -GREY), albedo, normal), torch.full((4, 3), 0.5))
+    assert torch.equal(shade(Shading("textureless", 0.0, GREY), albedo, normal)[:, 0], GREY[[0, 1, 2, 0]])
     with pytest.raises(
         ValueError, match="^shading is 'flat', expected one of albedo, lambertian, textureless, normal$"
     ):
-        make().view(cameras(), 2, 2, shading="flat")
+        make().view(cameras(), 2, 2, shading=Shading("flat"))

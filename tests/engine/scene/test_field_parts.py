@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field, FieldOutput, frequency_encoding, linear_layers, uniform
 from dream_fast.engine.scene.frequency_field import FrequencyField
 from dream_fast.engine.scene.hash_grid_field import HashGridField

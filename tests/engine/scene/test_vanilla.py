@@ -8,8 +8,8 @@ from torch import nn
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
-from dream_fast.engine.render.volume import Renderer
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.field import frequency_encoding
 from dream_fast.engine.scene.frequency_field import FrequencyField
@@ -213,7 +213,7 @@ def test_only_the_grid_starts_kernels_of_the_field():
                 field(points(10), normals=normals, count=torch.tensor(7))
             started[name] = [len(launches)]
             if name != "vanilla":  # whose views are put together by the kernel of compositing
-                Renderer(field, RenderConfig(occupancy_resolution=8, max_steps=32)).view(camera, 4, 4)
+                VolumeRenderer(field, RenderConfig(occupancy_resolution=8, max_steps=32)).view(camera, 4, 4)
             started[name].append(len(launches))
     assert 0 < started["grid"][0] < started["grid"][1]
     assert started["grid_torch"] == started["vanilla"] == [0, 0]

@@ -14,6 +14,7 @@ from dream_fast.engine.config.schema import Config
 from dream_fast.engine.outputs import write_outputs
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
+from dream_fast.engine.training.loop import Loop
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -44,6 +45,10 @@ def assert_red(pixels: np.ndarray) -> None:
     assert (red - blue).max() > 150 and (blue - red).max() < 50
 
 
+def loop(trainer: Trainer, path: Path) -> Loop:
+    return Loop(trainer, Workspace(path), Reporter(Console(quiet=True)))
+
+
 def frames(path: Path) -> np.ndarray:
     with av.open(str(path)) as video:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
@@ -63,11 +68,10 @@ def test_outputs_show_the_average(trainer, tmp_path):
 
 def test_validation_pictures_show_the_average(trainer, tmp_path):
     """The strip of pictures in the middle of a run is of the averaged weights."""
-    strip = np.asarray(Image.open(trainer.validate(Workspace(tmp_path))).convert("RGB"))
+    strip = np.asarray(Image.open(loop(trainer, tmp_path).validate()).convert("RGB"))
     assert_red(strip[:24])  # colours above, depths below
 
 
 def test_test_videos_show_the_average(trainer, tmp_path):
     """The video of --test_interval is of the averaged weights."""
-    trainer.write_test_video(tmp_path / "video.mp4")
-    assert_red(frames(tmp_path / "video.mp4")[:, :, :24])
+    assert_red(frames(loop(trainer, tmp_path).write_test_video())[:, :, :24])

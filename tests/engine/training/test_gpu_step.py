@@ -15,7 +15,8 @@ from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.cli import main
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, GuidanceConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import load_components
@@ -23,7 +24,8 @@ from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.scene.camera import rays, sample_cameras
-from dream_fast.engine.training.trainer import Trainer, choose_phase
+from dream_fast.engine.training.phases import choose_phase
+from dream_fast.engine.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -280,9 +282,9 @@ def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
 def test_a_mesh_refinement_takes_steps():
     """Its surface asks the host how large it is; everything else is as for a field."""
     trainer = make_trainer(dmtet=True, tet_grid_size=32)
-    before = [part.detach().clone() for part in (trainer.shape.distance, trainer.shape.shift, trainer.field.table)]
+    before = [part.detach().clone() for part in (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)]
     for _ in range(3):
         step = trainer.train_step()
     assert int(trainer.skipped) == 0 and torch.isfinite(step.grad_norm).all()
-    after = (trainer.shape.distance, trainer.shape.shift, trainer.field.table)
+    after = (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)
     assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -14,8 +14,7 @@ from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
-from dream_fast.engine.training import divergence
-from dream_fast.engine.training import trainer as trainer_module
+from dream_fast.engine.training import divergence, loop
 from dream_fast.engine.training.divergence import (
     MAX_DEGENERATE_STEPS,
     MAX_NONFINITE_STEPS,
@@ -26,8 +25,10 @@ from dream_fast.engine.training.divergence import (
     rescue_overrides,
 )
 from dream_fast.engine.training.failures import low_memory_overrides, memory_message
+from dream_fast.engine.training.loop import Loop
 from dream_fast.engine.training.optim import LossScaler
-from dream_fast.engine.training.trainer import Phase, StepResult, Trainer
+from dream_fast.engine.training.phases import Phase
+from dream_fast.engine.training.trainer import StepResult, Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
 SMALL = """
@@ -114,7 +115,7 @@ FILLING = ["--blob_density", "60", "--blob_radius", "5"]
 def test_a_lost_object_is_warned_of_once_with_the_settings_to_change(
     tmp_path, tiny_model, monkeypatch, capsys, typed, kind
 ):
-    monkeypatch.setattr(trainer_module, "MAX_DEGENERATE_STEPS", 8)
+    monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, *typed)) == 0
     out = capsys.readouterr().out
     assert out.count(f"warning: the object {kind}") == 1 and "--rescue starts again with --lr 0.0" in out
@@ -125,7 +126,7 @@ def test_a_lost_object_is_warned_of_once_with_the_settings_to_change(
 def test_rescue_starts_again_with_settings_under_which_there_is_an_object(
     tmp_path, tiny_model, monkeypatch, capsys, typed, kind
 ):
-    monkeypatch.setattr(trainer_module, "MAX_DEGENERATE_STEPS", 8)
+    monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     words = command(tmp_path, tiny_model, *typed, "--rescue")
     assert main(words) == 0
     out = capsys.readouterr().out
@@ -140,7 +141,7 @@ def test_rescue_starts_again_with_settings_under_which_there_is_an_object(
 
 def test_a_regulariser_that_outweighs_the_guidance_is_named_once(tmp_path, tiny_model, monkeypatch, capsys):
     """With the weight that would not, which is not warned of in its turn."""
-    monkeypatch.setattr(trainer_module, "MAX_DEGENERATE_STEPS", 8)
+    monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, "--lambda_tv", "1e3", "--log_every", "2")) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "times as hard as the guidance" in line]
     assert len(said) == 1 and "--lambda_tv 1000 pulls" in said[0] and "would pull as hard as that" in said[0]
@@ -168,12 +169,12 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
 
     def pretended(self) -> StepResult:
         self.step += 1
-        self.lost_in_a_row[0] = max(0, self.step - since)
+        self.degenerate_in_a_row[0] = max(0, self.step - since)
         nothing = torch.zeros(())
         return StepResult(Phase("shaded", "albedo", 1.0), {}, nothing, nothing, nothing, nothing, nothing)
 
     monkeypatch.setattr(Trainer, "train_step", pretended)
-    monkeypatch.setattr(Trainer, "validate", lambda *_: None)
+    monkeypatch.setattr(Loop, "validate", lambda *_: None)
     words = [word.removeprefix("--") for word in SMALL if word != "--six_views"]
     typed = {name: float(value) if "." in value else int(value) for name, value in pairs(words) if name != "device"}
     config = Config().override(
@@ -181,7 +182,7 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
     )
     trainer = Trainer(config, choose_runtime(config), 0)
     with pytest.raises(DegenerateScene):
-        trainer.fit(Workspace(tmp_path), Reporter(Console(quiet=True)))
+        Loop(trainer, Workspace(tmp_path), Reporter(Console(quiet=True))).fit()
     assert MAX_DEGENERATE_STEPS <= trainer.step - since <= 200
 
 
@@ -224,7 +225,7 @@ def test_no_memory_for_the_model_or_the_pictures_is_one_sentence_too(tmp_path, t
     def full(*_, **__):
         raise torch.OutOfMemoryError(OOM)
 
-    monkeypatch.setattr("dream_fast.engine.run.load_components", full)
+    monkeypatch.setattr("dream_fast.engine.guidance.registry.load_components", full)
     assert main(command(tmp_path / "new", tiny_model)) == 2
     error = error_of(capsys)
     assert "--vram_O" in error and "no checkpoint was saved yet" in error
@@ -241,7 +242,7 @@ def test_what_takes_less_memory_ends_where_nothing_does():
 
 def test_samples_that_do_not_fit_make_the_buffers_grow_and_change_nothing(tmp_path, tiny_model):
     """On a GPU a step whose samples did not fit is not taken; the next row doubles the buffers."""
-    from dream_fast.engine.config.schema import RenderConfig
+    from dream_fast.engine.config.sections import RenderConfig
     from dream_fast.engine.render.ray_samplers import OccupancySampler
 
     sampler = OccupancySampler(SimpleNamespace(device=torch.device("cpu")), RenderConfig(occupancy_resolution=16))

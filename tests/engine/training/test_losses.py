@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
-from dream_fast.engine.render.volume import Renderer
-from dream_fast.engine.scene.camera import make_cameras, rays
+from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.render.volume import VolumeRenderer
+from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.training import losses
 
@@ -120,7 +120,7 @@ def small_renderer():
     render_config = dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16)
     field = HashGridField(field_config, 1.0, torch.Generator().manual_seed(0))
     field.table.data.normal_(generator=torch.Generator().manual_seed(1))
-    return Renderer(field, render_config)
+    return VolumeRenderer(field, render_config)
 
 
 def terms_of(renderer, need_normals=True, empty=False, pull=1.0, **weights):
@@ -128,13 +128,11 @@ def terms_of(renderer, need_normals=True, empty=False, pull=1.0, **weights):
         renderer.sampler.bits.zero_()
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.0, 30.0)))
     background = torch.ones(3)
-    rendered = renderer.train_rays(*rays(cameras, 6, 8), background=background, need_normals=need_normals)
+    rendered = renderer.train_views(cameras, 6, 8, background=background, need_normals=need_normals)
     return losses.regularizers(
         rendered,
         dataclasses.replace(LossConfig(), **{**NOTHING, **weights}),
         up=losses.ramp(0.5),
-        height=6,
-        width=8,
         field=renderer.field,
         normals="finite_difference",
         normal_epsilon=0.01,

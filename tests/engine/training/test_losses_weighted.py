@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
-from dream_fast.engine.render.volume import Renderer
-from dream_fast.engine.scene.camera import make_cameras, rays
+from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.render.volume import VolumeRenderer
+from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.training import losses
 
@@ -24,10 +24,10 @@ def scene():
     )
     field = HashGridField(config, 1.0, torch.Generator().manual_seed(0))
     field.table.data.normal_(generator=torch.Generator().manual_seed(1))
-    renderer = Renderer(field, dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16))
+    renderer = VolumeRenderer(field, dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16))
     cameras = make_cameras(*(torch.tensor(x) for x in ([90.0, 60.0], [0.0, 90.0], [3.0, 3.0], [30.0, 30.0])))
     with torch.no_grad():
-        rendered = renderer.train_rays(*rays(cameras, HEIGHT, WIDTH), background=torch.ones(3), need_normals=True)
+        rendered = renderer.train_views(cameras, HEIGHT, WIDTH, background=torch.ones(3), need_normals=True)
     return field, rendered
 
 
@@ -39,8 +39,6 @@ def weighted(scene, up=1.0, now=None, **weights):
         dataclasses.replace(LossConfig(), **NOTHING | weights),
         up=up,
         now=now,
-        height=HEIGHT,
-        width=WIDTH,
         field=field,
         normals="finite_difference",
         normal_epsilon=0.01,
@@ -125,12 +123,12 @@ def test_the_mean_of_one_sample_is_that_sample():
 
 def test_normals_of_tiny_triangles_are_unit_vectors():
     """Two triangles at a right angle cost 1 in the edge that they share, whatever their size."""
-    from dream_fast.engine.geometry.tet_grid import TriMesh
+    from dream_fast.engine.geometry.mesh import TensorMesh
 
     corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
     faces = torch.tensor([[0, 1, 2], [0, 3, 1]])
     beyond = torch.tensor([[5, -1, -1], [-1, -1, 2]])  # of each edge, the corner (3 face + corner) opposite it
     for size in (1.0, 1e-3):
-        got = losses.normal_consistency(TriMesh(size * corners, faces), beyond)
+        got = losses.normal_consistency(TensorMesh(size * corners, faces), beyond)
         one = torch.tensor(1.0, dtype=torch.float64)
         check("consistency", got, one, one)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import OptimConfig
+from dream_fast.engine.config.sections import OptimConfig
+from dream_fast.engine.training import optim
 from dream_fast.engine.training.optim import AdamState, LossScaler, Optimizer, adam_step
 
 
@@ -29,6 +30,16 @@ def test_groups_have_their_ends_and_rates(optim, factor, shape_lr, lr):
     assert optimizer.lrs == (factor * 1e-3 * 10, factor * 1e-3, lr)
     without = Optimizer(None, others, config(optim=optim))
     assert without.group_ends == (13,) and without.lrs == (factor * 1e-3,) and without.scene == 13
+    assert without.learning_rates() == {"network": factor * 1e-3}
+
+
+def test_learning_rates_are_those_of_a_step(monkeypatch):
+    """What is logged of a step is what its update multiplies the change by, group by group."""
+    optimizer, used = Optimizer(parameter(4, 2), [parameter(3)], config(), [parameter(6)], 2e-4), []
+    monkeypatch.setattr(optim, "adam_step", lambda *_, lrs, **__: used.append(lrs))
+    optimizer.step(lr_scale=0.5)
+    assert used == [tuple(optimizer.learning_rates(0.5).values())] == [(5e-3, 5e-4, 1e-4)]
+    assert list(optimizer.learning_rates()) == ["table", "network", "shape"]
 
 
 def test_buffers_begin_with_the_values_and_no_gradient():

@@ -15,7 +15,8 @@ from rich.console import Console
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, ShadingConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import ShadingConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import load_components
@@ -26,8 +27,10 @@ from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.runtime.signals import Stopped
 from dream_fast.engine.scene.camera import Cameras, sample_cameras
 from dream_fast.engine.training.divergence import MAX_NONFINITE_STEPS
+from dream_fast.engine.training.loop import Loop
 from dream_fast.engine.training.optim import LossScaler
-from dream_fast.engine.training.trainer import RunProgress, Trainer, choose_phase
+from dream_fast.engine.training.phases import RunProgress, active_levels, choose_phase
+from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -98,7 +101,7 @@ def fit(trainer: Trainer, path) -> Workspace:
     workspace = Workspace(path)
     workspace.write_config(trainer.config)
     workspace.truncate_after(trainer.step)
-    trainer.fit(workspace, Reporter(Console(quiet=True)))
+    Loop(trainer, workspace, Reporter(Console(quiet=True))).fit()
     return workspace
 
 
@@ -196,7 +199,7 @@ def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidanc
 
 def test_frequencies_join_during_the_run(text_guidance, monkeypatch):
     trainer = make_trainer(text_guidance, progressive_level=True, **BACKBONES["vanilla"] | {"frequencies": 8})
-    assert [trainer._active_levels(progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
+    assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     asked, network = [], trainer.field._network
     monkeypatch.setattr(trainer.field, "_network", lambda x, active: asked.append(active) or network(x, active))
     trainer.train_step()
@@ -214,8 +217,8 @@ def test_the_table_learns_ten_times_as_fast_and_a_network_alone_at_its_rate(text
 
 def test_progressive_levels_join_during_the_run(text_guidance):
     trainer = make_trainer(text_guidance, progressive_level=True, levels=8)
-    assert [trainer._active_levels(progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
-    assert make_trainer(text_guidance)._active_levels(0.0) is None
+    assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
+    assert active_levels(make_trainer(text_guidance).config, 0.0) is None
 
 
 def cameras_of_steps(trainer: Trainer, steps: int) -> list[Cameras]:
@@ -250,15 +253,15 @@ PHASED = dict(exp_start_iter=2, exp_end_iter=6, progressive_view=True, progressi
 def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_else_does(text_guidance, monkeypatch):
     trainer = make_trainer(text_guidance, lr_decay=0.5, **PHASED)
     views, levels, noise, rates = [], [], [], []
-    active, optimise = trainer._active_levels, trainer.optimizer.step
+    optimise = trainer.optimizer.step
 
     def spied_cameras(*given):
         views.append(given[-1])
         return sample_cameras(*given)
 
-    def spied_levels(progress):
+    def spied_levels(config, progress):
         levels.append(progress)
-        return active(progress)
+        return active_levels(config, progress)
 
     def guidance(pictures, cameras, inputs):
         noise.append(inputs.progress)
@@ -269,7 +272,8 @@ def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_el
         return optimise(lr_scale=lr_scale, **named)
 
     monkeypatch.setattr("dream_fast.engine.training.trainer.sample_cameras", spied_cameras)
-    trainer.guidance, trainer._active_levels, trainer.optimizer.step = guidance, spied_levels, spied_optimiser
+    monkeypatch.setattr("dream_fast.engine.training.trainer.active_levels", spied_levels)
+    trainer.guidance, trainer.optimizer.step = guidance, spied_optimiser
     names = [trainer.train_step().phase.name for _ in range(8)]
     assert names == ["latent"] * 3 + ["albedo"] + ["shaded"] * 4
     assert views == levels == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
@@ -486,7 +490,7 @@ def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_
         seen.update(lr=lr_scale) or optimise(lr_scale=lr_scale, **named)
     )
     gradients = longer._gradients
-    longer._gradients = lambda *given: seen.update(up=given[2].up) or gradients(*given)
+    longer._gradients = lambda *given: seen.update(up=given[2].scalars["ramp"]) or gradients(*given)
     assert longer.train_step().phase.name == "shaded"
     assert seen["up"] == 1.0 and seen["lr"] == 0.5
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import av
@@ -19,17 +20,20 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine import run
-from dream_fast.engine.config.schema import Config, GuidanceConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
+from dream_fast.engine.guidance import registry
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
-from dream_fast.engine.guidance.snapshots import guidance_pictures
+from dream_fast.engine.guidance.snapshots import guidance_images
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
-from dream_fast.engine.training import callbacks, profiler, trainer
+from dream_fast.engine.training import callbacks, profiler
+from dream_fast.engine.training.loop import Loop, LoopOptions
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -139,7 +143,7 @@ def test_the_estimate_is_that_of_the_guided_prediction(components, in_fp64, scor
 def test_the_three_pictures_of_a_view(components, in_fp64):
     noisy, clean, latents = torch.randn(3, 2, 4, 8, 8, generator=generator())
     shown = torch.rand(2, 3, 10, 12, generator=generator(1))
-    pictures = guidance_pictures(components, shown, noisy, clean)
+    pictures = guidance_images(components, shown, noisy, clean)
     assert pictures.shape == (2, 3, 3, IMAGE, IMAGE)
 
     def expected(model: Components) -> Tensor:
@@ -151,7 +155,7 @@ def test_the_three_pictures_of_a_view(components, in_fp64):
         return torch.stack([render, decoded(noisy), decoded(clean), decoded(latents)], dim=1)
 
     reference, exact = (expected(model) for model in (components, in_fp64(components)))
-    as_latents = guidance_pictures(components, latents, noisy, clean, latents=True)
+    as_latents = guidance_images(components, latents, noisy, clean, latents=True)
     for column in range(3):
         check("pictures", pictures[:, column], reference[:, column], exact[:, column])
     check("latents", as_latents[:, 0], reference[:, 3], exact[:, 3])
@@ -176,8 +180,8 @@ def test_saving_the_guidance_changes_no_bit_of_the_run(unwatched, tiny_model, tm
 
 def test_the_decoder_is_loaded_for_the_pictures_only(tiny_model, tmp_path, monkeypatch):
     asked = []
-    load = run.load_components
-    monkeypatch.setattr(run, "load_components", lambda *a, **named: asked.append(named) or load(*a, **named))
+    load = registry.load_components
+    monkeypatch.setattr(registry, "load_components", lambda *a, **named: asked.append(named) or load(*a, **named))
     assert main(command(tmp_path / "a", tiny_model, "--iters", "1", "--six_views")) == 0
     assert not (tmp_path / "a" / "guidance").exists()
     assert main(command(tmp_path / "b", tiny_model, "--iters", "1", "--six_views", "--save_guidance")) == 0
@@ -195,8 +199,8 @@ class Overwriting:
         for tensor in self.given:
             tensor.fill_(torch.nan)
         result = function()
-        self.given = list(result.seen)
-        self.copies.append((kind[0] == "latent", [tensor.clone() for tensor in result.seen]))
+        self.given = list(result.snapshot)
+        self.copies.append((kind[0] == "latent", [tensor.clone() for tensor in result.snapshot]))
         return result
 
     def clear(self):
@@ -220,7 +224,7 @@ def test_pictures_of_replayed_steps_are_those_of_the_steps(components, tmp_path)
     paths = sorted((tmp_path / "guidance").iterdir())
     assert len(paths) == len(graphs.copies) == 8
     for path, (latents, seen) in zip(paths, graphs.copies, strict=True):
-        pictures = to_uint8(guidance_pictures(components, *seen, latents=latents))  # [B, 3, 3, S, S]
+        pictures = to_uint8(guidance_images(components, *seen, latents=latents))  # [B, 3, 3, S, S]
         tiles = np.asarray(Image.open(path)).reshape(2, IMAGE, 3, IMAGE, 3).transpose(0, 2, 4, 1, 3)
         assert np.array_equal(tiles, pictures) and tiles.std() > 1
 
@@ -228,7 +232,7 @@ def test_pictures_of_replayed_steps_are_those_of_the_steps(components, tmp_path)
 def fit(made: Trainer, path: Path) -> Workspace:
     workspace = Workspace(path)
     workspace.write_config(made.config)
-    made.fit(workspace, Reporter(Console(quiet=True)))
+    Loop(made, workspace, Reporter(Console(quiet=True))).fit()
     return workspace
 
 
@@ -243,7 +247,7 @@ def test_a_guidance_without_latents_has_nothing_to_show(components, tmp_path):
 
 
 def test_test_videos_come_during_the_run_and_the_last_at_its_end(unwatched, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "EPOCH", 2)
+    monkeypatch.setattr(run, "run", partial(run.run, loop=LoopOptions(epoch_steps=2)))
     assert main(command(tmp_path / "a", tiny_model, "--test_interval", "2")) == 0
     videos = sorted(path.name for path in (tmp_path / "a" / "results").glob("*.mp4"))
     assert videos == ["turntable.mp4", "turntable_step_000004.mp4"]  # every 2 epochs of 2 steps; 8 is the end
@@ -276,12 +280,18 @@ def test_the_board_shows_the_rows_of_the_metrics(unwatched, tiny_model, tmp_path
     assert not (unwatched / "tensorboard").exists()
 
 
+def board_of(made: Trainer, path: Path) -> callbacks.RunCallbacks:
+    return callbacks.RunCallbacks(made.config, Workspace(path), Reporter(Console(quiet=True)), step=made.step)
+
+
 def test_a_number_that_is_not_finite_is_one_on_the_board(components, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     made = make_trainer(components, tensorboard=True)
-    with callbacks.RunCallbacks(made, Workspace(tmp_path), Reporter(Console(quiet=True))) as board:
-        board.row(dict.fromkeys(callbacks.NUMBERS, 1.0) | {"step": 1, "loss": None, "grad_norm": None})
+    with callbacks.RunCallbacks(
+        made.config, Workspace(tmp_path), Reporter(Console(quiet=True)), step=made.step
+    ) as board:
+        board.on_log(dict.fromkeys(callbacks.NUMBERS, 1.0) | {"step": 1, "loss": None, "grad_norm": None})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert np.isnan(events.Scalars("grad_norm")[0].value) and events.Scalars("lr")[0].value == 1
@@ -294,9 +304,11 @@ def test_what_the_board_shows_after_a_checkpoint_is_shown_anew(components, tmp_p
     for start, steps, value in ((0, (2, 4, 6), 1.0), (4, (6, 8), 2.0)):
         made = make_trainer(components, tensorboard=True)
         made.step = start
-        with callbacks.RunCallbacks(made, Workspace(tmp_path), Reporter(Console(quiet=True))) as board:
+        with callbacks.RunCallbacks(
+            made.config, Workspace(tmp_path), Reporter(Console(quiet=True)), step=made.step
+        ) as board:
             for step in steps:
-                board.row(dict.fromkeys(callbacks.NUMBERS, value) | {"step": step, "loss": value})
+                board.on_log(dict.fromkeys(callbacks.NUMBERS, value) | {"step": step, "loss": value})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("lr")] == [(2, 1), (4, 1), (6, 2), (8, 2)]

@@ -1,6 +1,5 @@
 """The kernels of compositing: all outputs and gradients against fp64, ragged rays, the stop, padding, channels."""
 
-import importlib
 import math
 import random
 
@@ -10,9 +9,8 @@ import torch
 from dream_fast.bench.accuracy import check
 from dream_fast.kernels import composite, composite_reference
 from dream_fast.kernels._core.launch import INTERPRETED
+from dream_fast.kernels.rays import composite as composite_module
 
-# `dream_fast.kernels.rays.composite` names the function.
-MODULE = importlib.import_module("dream_fast.kernels.rays.composite")
 OUTPUTS = ("values", "opacity", "depth", "weights")
 LENGTHS = (3, 0, 1, 150, 0, 40)
 
@@ -20,11 +18,11 @@ LENGTHS = (3, 0, 1, 150, 0, 40)
 @pytest.fixture
 def tiles(monkeypatch):
     """tiles(rays, rows) sets the tiles of both passes; for the interpreter, whose time is the number of programs."""
-    config = MODULE._composite_config
+    config = composite_module._composite_config
 
     def use(rays, rows):
-        passes = {"FORWARD_RAYS": rays, "BACKWARD_RAYS": rays, "FORWARD_ROWS": rows, "BACKWARD_ROWS": rows}
-        monkeypatch.setattr(MODULE, "_composite_config", lambda: {**config(), **passes})
+        tiles = {"fwd_rays": rays, "bwd_rays": rays, "fwd_rows": rows, "bwd_rows": rows}
+        monkeypatch.setattr(composite_module, "_composite_config", lambda: config()._replace(**tiles))
 
     return use
 

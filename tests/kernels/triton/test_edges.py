@@ -156,9 +156,9 @@ def test_blob_far_away(device):
 def test_one_program_takes_all_tiles(mode, device, monkeypatch, deterministic):
     """Many tiles for each program, and more padding than one tile: outputs, gradients, zeros behind the count."""
     module = sys.modules["dream_fast.kernels.fields.field" if mode is None else "dream_fast.kernels.fields.normals"]
-    for name in ("_fwd_config", "_bwd_config") if mode is None else ("_bwd_config",):
+    for name in ("_field_fwd_config", "_field_bwd_config") if mode is None else ("_field_normals_bwd_config",):
         config = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *shape, config=config: {**config(*shape), "programs": 1})
+        monkeypatch.setattr(module, name, lambda *shape, config=config: config(*shape)._replace(programs=1))
     monkeypatch.setattr(module, "multiprocessors", lambda _: 1)
     spec, options = FieldSpec(grid=GRID), {} if mode is None else {"mode": mode}
     operators = (kernels.field, kernels.field_reference)
@@ -235,7 +235,7 @@ def test_total_variation_of_the_last_vertex(device):
 
 def test_brain_floats_of_a_table(device, monkeypatch):
     """Both entries of a word, where every number on the way is one of bfloat16: averages of small whole numbers."""
-    monkeypatch.setattr(importlib.import_module("dream_fast.kernels.grid.hash_grid"), "_copies_table", lambda *_: True)
+    monkeypatch.setattr(importlib.import_module("dream_fast.kernels.grid.hash_grid"), "_rounds_table", lambda *_: True)
     grid = HashGridSpec(levels=2, features=2, log2_entries=10, base_resolution=4, max_resolution=8)
     generator = torch.Generator().manual_seed(6)
     table = torch.randint(-4, 5, (grid.rows, 2), generator=generator).float().to(device)
@@ -247,8 +247,8 @@ def test_brain_floats_of_a_table(device, monkeypatch):
 def test_occupancy_of_many_blocks(device, monkeypatch):
     """More sums of blocks than a program adds up at a time."""
     module = importlib.import_module("dream_fast.kernels.rays.occupancy")
-    config = module._update_config()
-    monkeypatch.setattr(module, "_update_config", lambda: {**config, "BLOCK": 8, "BLOCKS": 4, "BYTES": 4})
+    config = module._occupancy_config()._replace(block=8, blocks=4, bytes=4)
+    monkeypatch.setattr(module, "_occupancy_config", lambda: config)
     density = torch.rand(1, 200, generator=torch.Generator().manual_seed(7)).to(device)
     expected = density.clone()
     bits, mean = kernels.occupancy_update(density, torch.zeros_like(density))
@@ -281,8 +281,8 @@ def test_corrections_of_adan_in_the_first_step(device):
 def test_adan_of_few_programs(device, monkeypatch):
     """Programs that take many blocks each, and the part of a block at the end."""
     module = importlib.import_module("dream_fast.kernels.optim.adan")
-    for name in ("_norm_config", "_update_config"):
-        monkeypatch.setattr(module, name, lambda: (16, 1, 2))
+    config = module.AdanConfig(norm_block=16, norm_programs=2, update_block=16, update_programs=2, num_warps=1)
+    monkeypatch.setattr(module, "_adan_config", lambda: config)
     grads = torch.randn(106, generator=torch.Generator().manual_seed(9)).to(device)
 
     def call(operator, grads):

@@ -3,7 +3,6 @@
 The kernels round as the reference does, one operation at a time, so nothing is allowed for samples at a cell's edge.
 """
 
-import importlib
 import math
 import random
 
@@ -13,20 +12,18 @@ import torch
 from dream_fast.bench.accuracy import check
 from dream_fast.kernels import Samples, cascades, march, march_reference
 from dream_fast.kernels._core.launch import INTERPRETED
-
-# `dream_fast.kernels.rays.march` names the function.
-MODULE = importlib.import_module("dream_fast.kernels.rays.march")
+from dream_fast.kernels.rays import march as march_module
 
 
 @pytest.fixture
 def tiles(monkeypatch):
     """tiles(rays, steps) sets the tile of all passes; for the interpreter, whose time is the number of programs."""
-    config = MODULE._march_config
+    config = march_module._march_config
 
     def use(rays, steps):
-        passes = {f"{name}_RAYS": rays for name in ("COUNT", "WRITE", "BACKWARD")}
-        passes |= {f"{name}_STEPS": steps for name in ("COUNT", "WRITE", "BACKWARD")}
-        monkeypatch.setattr(MODULE, "_march_config", lambda *shape: {**config(*shape), **passes})
+        sizes = {f"{name}_rays": rays for name in ("count", "write", "bwd")}
+        sizes |= {f"{name}_steps": steps for name in ("count", "write", "bwd")}
+        monkeypatch.setattr(march_module, "_march_config", lambda *shape: config(*shape)._replace(**sizes))
 
     return use
 
@@ -138,12 +135,12 @@ def test_overflow(device, tiles, deterministic):
 
 def test_more_rays_than_one_block_of_the_scan(device, monkeypatch, tiles):
     """Three blocks of 16 rays, the last not full; on a GPU the same with the true size."""
-    config = MODULE._march_config
+    config = march_module._march_config
     number = 41
     if INTERPRETED:
         tiles(16, 32)
-        config = MODULE._march_config
-        monkeypatch.setattr(MODULE, "_march_config", lambda *shape: {**config(*shape), "SCAN": 16})
+        config = march_module._march_config
+        monkeypatch.setattr(march_module, "_march_config", lambda *shape: config(*shape)._replace(scan_block=16))
     else:
         number = 1024 * 1100 + 1  # more blocks than a program of the scan adds up at once
     origins, directions = rays(number, 4, device)

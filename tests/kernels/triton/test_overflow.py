@@ -14,7 +14,7 @@ from dream_fast import kernels
 from dream_fast.bench.doctor import selftest
 from dream_fast.bench.ops.cases import run
 from dream_fast.kernels import FieldSpec, HashGridSpec, recorded_launches
-from dream_fast.kernels.grid import gradients as _grid
+from dream_fast.kernels.grid.gradients import channel_major
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # In 32 bits, times a block of 4 to 2^14 rows, the first is 0 and the second no row of a small tensor.
@@ -73,7 +73,7 @@ def test_overflow_of_program_numbers_in_other_passes(case, memory, monkeypatch):
     elif case == "march":
         module = importlib.import_module("dream_fast.kernels.rays.march")
         config = module._march_config
-        monkeypatch.setattr(module, "_march_config", lambda *shape: {**config(*shape), "SCAN": 4})
+        monkeypatch.setattr(module, "_march_config", lambda *shape: config(*shape)._replace(scan_block=4))
 
         def call():
             rays = (tensors["origins"].clone().requires_grad_(), tensors["directions"], tensors["bits"])
@@ -119,7 +119,7 @@ def test_overflow_of_channels_of_a_hash_grid(memory, monkeypatch):
         assert name not in lanes, kernel
     points = touched(memory, monkeypatch, launches["hash_grid_x_bwd_kernel"], (0,), n=1 << 30)
     assert points["features read"] == launches["hash_grid_x_bwd_kernel"].arguments["BLOCK"]
-    (turn,) = record(monkeypatch, lambda: _grid.by_channel(torch.ones(48, GRID.channels).t(), None)).values()
+    (turn,) = record(monkeypatch, lambda: channel_major(torch.ones(48, GRID.channels).t(), None)).values()
     wrapped, apart = (touched(memory, monkeypatch, turn, (0,), n=number) for number in (1 << 30, (1 << 30) - (1 << 20)))
     assert wrapped == apart
     for launch in (turn, launches["hash_grid_x_bwd_kernel"]):
@@ -135,7 +135,7 @@ def field_launches(monkeypatch, kernel, into_x=False):
     shapes = ((16, GRID.channels), (4, 16)), ((16,), (4,))
     weights, biases = ([torch.ones(shape, requires_grad=True) for shape in part] for part in shapes)
     operator = kernels.field if kernel.startswith("field") else kernels.field_normals
-    options = {"mode": "analytic"} if kernel.startswith("analytic") else {}
+    options = {"mode": "analytic"} if "analytic" in kernel else {}
 
     def call():
         sum(part.sum() for part in operator(x, table, weights, biases, FieldSpec(grid=GRID), **options)).backward()
@@ -156,7 +156,7 @@ def test_overflow_of_channels_of_a_field(kernel, size, memory, monkeypatch):
     """Gradients of features are written by channel in 64 bits: those of level 2 do not meet those of level 0."""
     launch = field_launches(monkeypatch, kernel)
     wrapped, apart = (
-        touched(memory, monkeypatch, launch, (0,), (1 << 30,), **{size: number})["to_features written"]
+        touched(memory, monkeypatch, launch, (0,), (1 << 30,), **{size: number})["grad_features written"]
         for number in (1 << 30, (1 << 30) - (1 << 20))
     )
     assert wrapped == apart
@@ -168,7 +168,7 @@ def test_overflow_of_partial_sums(kernel, memory, monkeypatch):
     """Program 2^21 of a network of 2^11 parameters does not add to what program 0 adds up."""
     launch = field_launches(monkeypatch, kernel)
     lanes = touched(memory, monkeypatch, launch, (1 << 21,), (1 << 30,), size=1 << 11, n=1 << 33)
-    assert not {"partial read", "partial written"} & lanes.keys()
+    assert not {"partial_sums read", "partial_sums written"} & lanes.keys()
 
 
 @interpreted
@@ -225,7 +225,7 @@ def test_overflow_of_cascades(memory, monkeypatch):
 def test_overflow_of_rows_of_a_table(memory, monkeypatch):
     """First rows of levels from 2^31 on are no rows before the table."""
     launch = field_launches(monkeypatch, "field_fwd_kernel")
-    launch.arguments["WIDE"] = True
+    launch.arguments["SHAPE"] = launch.arguments["SHAPE"]._replace(wide=True)
     levels = launch.arguments["levels"]
     near, far = (
         touched(

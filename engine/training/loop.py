@@ -1,0 +1,215 @@
+"""The training loop: evaluate, save, step, log, until the last step or a signal."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.export.images import write_validation
+from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.runtime.reporter import Bar, Reporter
+from dream_fast.engine.runtime.signals import stop_after_current_step
+from dream_fast.engine.training.callbacks import RunCallbacks
+from dream_fast.engine.training.divergence import (
+    MAX_DEGENERATE_STEPS,
+    MAX_NONFINITE_STEPS,
+    DegenerateScene,
+    degenerate_message,
+    diagnosis,
+    outweighed_message,
+)
+from dream_fast.engine.training.failures import memory_message
+from dream_fast.engine.training.trainer import StepResult, Trainer
+from dream_fast.engine.workspace.folder import Workspace
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """Intervals and hooks of the loop; a run takes the defaults, benchmarks and tests others.
+
+    `before_step` is called with the number of steps taken so far, `on_row` with each row of metrics.jsonl before it is
+    written, to which it may add entries.
+    """
+
+    epoch_steps: int = 100  # validation images, videos and checkpoints fall on its multiples
+    checkpoint_seconds: float = 30.0  # least time between two checkpoints, so that a fast run does not write many
+    before_step: Callable[[int], None] = lambda step: None
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None
+
+
+class Loop:
+    """Takes the steps of a run in `workspace`; `fit` is all of it."""
+
+    def __init__(self, trainer: Trainer, workspace: Workspace, reporter: Reporter, options: LoopOptions | None = None):
+        self.trainer, self.workspace, self.reporter = trainer, workspace, reporter
+        self.options = options or LoopOptions()
+        self.config = trainer.config
+        self._degeneracy = ""  # the one that was warned of last
+        self._warned_of_table = False
+
+    def fit(self) -> None:
+        """Train up to the configured iterations. After a signal the loop ends with the current step and a checkpoint.
+
+        Raises Stopped: after a signal. Raises UserError: when the gradients stay non-finite, the GPU's memory does not
+        suffice, or the workspace is moved. Raises DegenerateScene: with --rescue, when the object is lost.
+        """
+        trainer, run, output = self.trainer, self.config.run, self.config.output
+        first_step = trainer.step
+        epoch = self.options.epoch_steps
+        started = saved = logged = time.monotonic()
+        logged_step = first_step
+        with (
+            stop_after_current_step() as stop,
+            self.workspace.metrics.open("a", encoding="utf-8") as metrics,
+            self.reporter.bar("start", run.iters, first_step) as bar,
+            self._callbacks() as callbacks,
+        ):
+            while True:
+                last = trainer.step >= run.iters
+                due = trainer.step > first_step
+
+                # once in a while: evaluate
+                if due and (last or trainer.step % (output.eval_interval * epoch) == 0):
+                    self.validate()
+                if due and not last and trainer.step % (output.test_interval * epoch) == 0 and not run.six_views:
+                    self.write_test_video()
+
+                # once in a while: save
+                if due and not last and trainer.step % epoch == 0:
+                    if time.monotonic() - saved > self.options.checkpoint_seconds:
+                        trainer.save(self.workspace)
+                        saved = time.monotonic()
+
+                if last or stop.number is not None:
+                    break
+
+                self.options.before_step(trainer.step)
+                result = self._step()
+                callbacks.on_step(trainer.step, result)
+
+                # once in a while: log. Reading a number waits for the device.
+                if trainer.step % run.log_every == 0 or trainer.step == run.iters:
+                    trainer.adapt_capacity(result)
+                    row = make_metrics_row(trainer, result)
+                    now = time.monotonic()
+                    row["it_per_s"] = round((trainer.step - logged_step) / (now - logged), 3)
+                    row["seconds"] = round(now - started, 3)
+                    logged_step, logged = trainer.step, now
+                    self.options.on_row(row)
+                    metrics.write(json.dumps(row) + "\n")
+                    metrics.flush()
+                    callbacks.on_log(row)
+                    _show(bar, row)
+                    self._check_finite(row)
+                    self._check_table(result)
+                    self.workspace.check_not_moved()
+                if trainer.step % run.log_every == 0 or trainer.step % epoch == 0:
+                    self._check_object()
+                bar.advance(trainer.step)
+
+            if trainer.step >= run.iters:
+                self.workspace.clear_outputs()  # of an earlier, shorter run
+            trainer.save(self.workspace)
+        if stop.number is not None:
+            self.reporter.say(f"stopped after step {trainer.step} of {run.iters}; the same command takes it up again")
+        stop.check()
+
+    def _callbacks(self) -> RunCallbacks:
+        trainer = self.trainer
+        context = dict(step=trainer.step, guidance=trainer.guidance, device=trainer.device)
+        return RunCallbacks(self.config, self.workspace, self.reporter, **context)
+
+    def _step(self) -> StepResult:
+        """Take a step. Raises UserError: when the GPU's memory does not suffice; the steps before it are saved."""
+        trainer = self.trainer
+        try:
+            return trainer.train_step()
+        except torch.OutOfMemoryError as error:
+            trainer.clear_graphs()
+            path = trainer.save(self.workspace)
+            hint = (
+                f"the checkpoint of step {trainer.step} is saved ({path.name}), and the same command with them goes on"
+            )
+            raise UserError(memory_message(self.config, error, hint)) from error
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def validate(self) -> Path:
+        """Write a strip of images around the object, from the averaged weights; returns its path."""
+        trainer, path = self.trainer, self.workspace.validation / f"step_{self.trainer.step:06d}.png"
+        with torch.no_grad(), trainer.optimizer.ema_weights():
+            write_validation(path, trainer.renderer, self.config.camera, self.config.output.dataset_size_valid)
+        return path
+
+    def write_test_video(self) -> Path:
+        """Write a turntable of the object, from the averaged weights and without floaters; returns its path."""
+        trainer, output = self.trainer, self.config.output
+        path = self.workspace.results / f"turntable_step_{trainer.step:06d}.mp4"
+        with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
+            frames = turntable_frames(trainer.renderer, self.config.camera, output.dataset_size_test)
+            write_video(path, frames, output.video_fps)
+        return path
+
+    # -------------------------------------------------------------------------------------- checks; all read the device
+
+    def _check_finite(self, row: dict[str, Any]) -> None:
+        """Raises UserError: when too many steps in a row had no finite gradient."""
+        skipped = int(self.trainer.skipped_in_a_row)
+        if skipped >= MAX_NONFINITE_STEPS:
+            raise UserError(diagnosis(self.config, skipped, row))
+
+    def _check_object(self) -> None:
+        """Warn of an object that vanished or fills the scene, once for each. Raises DegenerateScene: with --rescue."""
+        counts = zip(("vanished", "full"), self.trainer.degenerate_in_a_row.tolist(), strict=True)
+        degeneracies = [name for name, count in counts if count >= MAX_DEGENERATE_STEPS]
+        if not degeneracies or degeneracies[0] == self._degeneracy:
+            return
+        self._degeneracy = degeneracies[0]
+        if self.config.run.rescue:
+            raise DegenerateScene(self._degeneracy)
+        self.reporter.warn(degenerate_message(self.config, self._degeneracy, self.trainer.step))
+
+    def _check_table(self, result: StepResult) -> None:
+        """Warn once of regularisers of the hash table that outweigh the guidance."""
+        if self._warned_of_table or int(self.trainer.outweighed) < MAX_DEGENERATE_STEPS:
+            return
+        self._warned_of_table = True
+        self.reporter.warn(outweighed_message(self.config, float(result.table_pull), self.trainer.step))
+
+
+def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
+    """Make a row of metrics.jsonl: the numbers of the last step and counts of the run. Reads the device."""
+    terms = {f"loss_{name}": _finite_number(term) for name, term in result.terms.items()}
+    return {
+        "step": trainer.step,
+        "phase": result.phase.name,
+        "shading": result.phase.shading,
+        "loss": _finite_number(torch.stack(list(result.terms.values())).sum()),
+        **terms,
+        "t": result.t.tolist(),
+        "grad_norm": _finite_number(result.grad_norm),
+        "lr": trainer.config.optim.lr * trainer.config.optim.lr_decay ** trainer.schedule.progress(trainer.step - 1),
+        "opacity": _finite_number(result.opacity.mean()),
+        "samples": int(result.samples),
+        "skipped": int(trainer.skipped),
+        "overflowed": int(trainer.overflowed),
+    }
+
+
+def _finite_number(tensor: Tensor) -> float | None:
+    """The number in a tensor, or None for one that JSON does not have."""
+    value = tensor.item()
+    return value if math.isfinite(value) else None
+
+
+def _show(bar: Bar, row: dict[str, Any]) -> None:
+    terms = {name.removeprefix("loss_"): value for name, value in row.items() if name.startswith("loss_")}
+    skipped = {"skipped": row["skipped"]} if row["skipped"] else {}
+    bar.show(row["phase"], row["it_per_s"], terms | {"opacity": row["opacity"]} | skipped)
