@@ -66,7 +66,7 @@ def hash_grid_weight_decay_grad_reference(table: Tensor, spec: HashGridSpec, wei
 
 
 @jit
-def _total_variation_grad_kernel(
+def hash_grid_total_variation_grad_kernel(
     table,  # [rows, F] fp32
     points,  # [P, 3] fp32
     grad,  # [rows, F] fp32, or int64 where there is a factor
@@ -127,7 +127,7 @@ def _vertex_row(i, j, k, level):
 
 
 @jit
-def _weight_decay_grad_kernel(
+def hash_grid_weight_decay_grad_kernel(
     table,  # [rows, F] fp32
     grad,  # [rows, F] fp32
     weight,
@@ -198,7 +198,7 @@ def hash_grid_total_variation_grad(table: Tensor, spec: HashGridSpec, points: Te
         factor, inverse = fixed_point(bound if weight_tensor is None else bound * weight_tensor.abs())
     grad = torch.zeros(table.shape, dtype=torch.int64 if deterministic else torch.float32, device=table.device)
     launch(
-        _total_variation_grad_kernel,
+        hash_grid_total_variation_grad_kernel,
         (-(-n // block), spec.levels),
         table.device,
         table=table.contiguous(),
@@ -231,7 +231,7 @@ def hash_grid_weight_decay_grad(table: Tensor, spec: HashGridSpec, weight: float
     grad = torch.empty(table.shape, device=table.device)
     block = _regularizers_config().entries
     launch(
-        _weight_decay_grad_kernel,
+        hash_grid_weight_decay_grad_kernel,
         (-(-table.numel() // block),),
         table.device,
         table=table.contiguous(),
