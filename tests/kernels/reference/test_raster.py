@@ -68,7 +68,8 @@ def by_rays(points, faces, height, width, fov, aspect):
 
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (13, 30)])
 @pytest.mark.parametrize("size", [0.05, 0.6, 3.0])  # of the triangles; the largest reach behind the camera
-def test_definition(height, width, size):
+def test_rasterize_definition(height, width, size):
+    """Triangles, barycentrics and depths match ray casting."""
     points, faces = soup(400 if size < 0.1 else 40, size=size)
     clip = project(points, 60.0, width / height)[None]
     found = rasterize(clip, faces.int(), height, width)
@@ -84,13 +85,15 @@ def test_definition(height, width, size):
     assert (found.depth[0][~seen] == 1).all()
 
 
-def test_rows_go_down_and_columns_right():
+def test_rasterize_axes():
+    """Rows go down and columns to the right."""
     clip = flat((5, 1, 0), (7.9, 1, 0), (5, 3, 0))
     seen = rasterize(clip, torch.tensor([[0, 1, 2]]), 8, 8).triangle[0] == 0
     assert seen.nonzero().tolist() == [[1, 5], [1, 6], [2, 5]]
 
 
-def test_equally_near_triangles_and_both_orientations():
+def test_rasterize_ties():
+    """Of equally near triangles the first is seen, from both sides."""
     clip = flat((0, 0, 0), (8, 0, 0), (0, 8, 0), (8, 8, 0))
     faces = torch.tensor([[1, 2, 0], [0, 1, 2], [2, 1, 3], [1, 2, 3]])
     seen = rasterize(clip, faces, 8, 8).triangle[0]
@@ -100,7 +103,8 @@ def test_equally_near_triangles_and_both_orientations():
     assert (rasterize(clip, faces[[2, 1]], 8, 8).triangle[0].flip(1).diagonal() == 0).all()
 
 
-def test_what_no_pixel_sees():
+def test_rasterize_nothing():
+    """Triangles that are clipped, behind, beside, degenerate or not finite are not seen."""
     corners = [(0, 0, 0), (8, 0, 0), (0, 8, 0)]
     behind = flat(*corners) * torch.tensor([1, 1, 1, -1.0])
     for clip in (
@@ -119,7 +123,8 @@ def test_what_no_pixel_sees():
 
 
 @pytest.mark.parametrize(("batch", "faces"), [(0, 1), (1, 0), (2, 0)])
-def test_empty(batch, faces):
+def test_mesh_empty(batch, faces):
+    """No images and no triangles give empty or zero results."""
     clip = torch.zeros(batch, 3, 4, requires_grad=True)
     mesh = torch.arange(3).expand(faces, 3)
     found = rasterize(clip, mesh, 5, 6)
@@ -129,8 +134,8 @@ def test_empty(batch, faces):
     assert not clip.grad.any()
 
 
-def test_a_closed_surface_has_no_holes():
-    """Also at pixels on edges, in single precision, with triangles far smaller than pixels and far larger."""
+def test_rasterize_no_holes():
+    """A closed surface has no holes, also at pixels on edges, with triangles far smaller and far larger than pixels."""
     for subdivisions, size in ((0, 200), (5, 32), (3, 120)):
         points, faces = ball(subdivisions, dtype=torch.float32)
         seen = rasterize(project(points)[None], faces, size, size).triangle[0] >= 0
@@ -139,7 +144,8 @@ def test_a_closed_surface_has_no_holes():
             assert len(at) == 0 or len(at) == at[-1] - at[0] + 1
 
 
-def test_every_picture_has_its_own_vertices():
+def test_mesh_batch():
+    """Every image of a batch has its own vertices and attributes."""
     points, faces = ball()
     two = torch.stack([project(points), project(points * 0.7)])
     found = rasterize(two, faces, 20, 20)
@@ -153,7 +159,8 @@ def test_every_picture_has_its_own_vertices():
         check_fp64("attributes", seen[number], interpolate(own[number], faces, part)[0])
 
 
-def test_interpolation_is_straight_in_space():
+def test_interpolate_perspective():
+    """Interpolated positions project to the centres of their pixels."""
     points, faces = ball()
     clip = project(points)[None]
     found = rasterize(clip, faces, 32, 32)
@@ -166,7 +173,8 @@ def test_interpolation_is_straight_in_space():
     assert not where[~seen].any()
 
 
-def test_gradients_of_interpolation():
+def test_interpolate_gradients():
+    """Gradients of values and clip positions match finite differences in fp64."""
     points, faces = soup(5, seed=3)
     clip = project(points, 70.0)[None].requires_grad_()
     values = torch.randn(len(points), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -182,6 +190,7 @@ def test_gradients_of_interpolation():
 
 
 def test_opposite_corners():
+    """Opposite corners match a search by hand; edges shared by more than two triangles have none."""
     faces = torch.tensor([[0, 1, 2], [2, 1, 3], [0, 4, 5]])
     assert opposite_corners(faces).tolist() == [[5, -1, -1], [-1, -1, 0], [-1, -1, -1]]
     # Three triangles on one edge, a triangle twice, no triangle.
@@ -215,7 +224,7 @@ def coverage(clip, faces, size=8):
     return antialias((found.triangle >= 0)[..., None].to(clip.dtype), clip, faces, found)[0, ..., 0]
 
 
-def test_an_edge_covers_part_of_a_pixel():
+def test_antialias_coverage():
     """Away from corners the picture of a rectangle is the part of each pixel that it covers, and so are gradients."""
     sides = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.3, 2.8, 6.6, 7.45)]
     picture = coverage(*rectangle(*sides))
@@ -228,8 +237,8 @@ def test_an_edge_covers_part_of_a_pixel():
         assert [round(g.item(), 9) for g in found] == list(grads)
 
 
-def test_inner_edges_stay_and_folds_blend():
-    """Blending happens at silhouettes alone: not on a ball's inside, yes where one surface hides another."""
+def test_antialias_silhouettes_only():
+    """Only silhouettes are blended: not the inside of a ball, but where one surface hides another."""
     points, faces = ball(3)
     clip = project(points)[None]
     found = rasterize(clip, faces, 24, 24)
@@ -249,7 +258,8 @@ def test_inner_edges_stay_and_folds_blend():
     assert front.any() and changed[~border].sum() > 8
 
 
-def test_gradients_of_antialiasing():
+def test_antialias_gradients():
+    """Gradients of image and clip positions match finite differences in fp64."""
     points, faces = ball(1)
     points = points + 0.013 * torch.randn(points.shape, generator=torch.Generator().manual_seed(3)).double()
     clip = project(points)[None].requires_grad_()
@@ -258,7 +268,7 @@ def test_gradients_of_antialiasing():
     assert torch.autograd.gradcheck(lambda i, c: antialias(i, c, faces, found), (image, clip), eps=1e-7)
 
 
-def test_gradient_of_a_balls_area():
+def test_antialias_area_gradient():
     """The gradient of a silhouette is that of the area which it encloses: 2 pi r for a growing disc of radius r."""
     points, faces = ball(4)
     centre = torch.tensor([0, 0, -2.2], dtype=torch.float64)
@@ -275,7 +285,8 @@ def test_gradient_of_a_balls_area():
     assert grad.item() == pytest.approx(2 * math.pi * edge * slope, rel=0.03)
 
 
-def test_half_precision_attributes_and_second_order():
+def test_mesh_half_precision():
+    """Results have the dtype of half-precision attributes."""
     points, faces = ball(dtype=torch.float32)
     clip = project(points)[None]
     found = rasterize(clip, faces, 12, 12)
@@ -283,7 +294,8 @@ def test_half_precision_attributes_and_second_order():
     assert antialias(interpolate(points.half(), faces, found), clip, faces, found).dtype == torch.float16
 
 
-def test_repeats_bit_for_bit():
+def test_mesh_repeats():
+    """Repeats are equal bit for bit."""
     points, faces = ball(4, dtype=torch.float32)
     clip = project(points)[None]
 
@@ -296,7 +308,8 @@ def test_repeats_bit_for_bit():
     assert torch.equal(gradients(), gradients())
 
 
-def test_complaints_name_the_argument():
+def test_mesh_bad_arguments():
+    """Errors name the argument and both values."""
     points, faces = ball()
     clip = project(points)[None]
     found = rasterize(clip, faces, 8, 8)

@@ -51,7 +51,8 @@ def camera(side=12, dtype=torch.float64):
 
 @pytest.mark.parametrize("chunk", [1, 50, 1000])
 @pytest.mark.parametrize("stop", [0.0, 1e-2])
-def test_same_as_the_operators_one_by_one(chunk, stop):
+def test_render_matches_operators(chunk, stop):
+    """The view equals march, field and composite one after the other."""
     spec, parameters, bits = scene()
     origins, directions = camera()
     background = torch.rand(144, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -72,7 +73,7 @@ def test_same_as_the_operators_one_by_one(chunk, stop):
     assert not view.normal[~hit].any()
 
 
-def test_normals_of_a_hard_ball():
+def test_render_ball_normals():
     """A steep blob is a ball: normals at its surface are its radii, and nothing where the ball is not."""
     spec, (table, weights, biases), bits = scene()
     weights[1].zero_(), biases[1].zero_()
@@ -104,7 +105,8 @@ def test_normals_of_a_hard_ball():
     check_fp64("background", view.rgb[empty], through.expand(-1, 3))
 
 
-def test_empty_scene_and_no_rays():
+def test_render_empty():
+    """An empty scene gives the background; no rays give an empty view."""
     spec, parameters, bits = scene(torch.float32)
     origins, directions = camera(4, torch.float32)
     background = torch.tensor([0.2, 0.4, 0.6])
@@ -116,8 +118,8 @@ def test_empty_scene_and_no_rays():
     assert [value.shape for value in view] == [(0, 3), (0, 3), (0,), (0,)]
 
 
-def test_opaque_rays_stop_costing(monkeypatch):
-    """Behind a wall that stops every ray, the field is not asked."""
+def test_render_stops_behind_wall(monkeypatch):
+    """The field is not evaluated behind a wall that stops every ray."""
     module = sys.modules["dream_fast.kernels.rays.render"]
     asked = []
     original = module.field_reference
@@ -138,7 +140,8 @@ def test_opaque_rays_stop_costing(monkeypatch):
     assert costs["wall"] < costs["thin"] / 3
 
 
-def test_takes_no_gradient_and_names_wrong_arguments():
+def test_render_no_gradient_and_bad_arguments():
+    """The view has no gradient; errors name the argument and both values."""
     spec, (table, weights, biases), bits = scene()
     origins, directions = camera(3)
     table.requires_grad_()

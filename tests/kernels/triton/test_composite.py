@@ -78,38 +78,43 @@ def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (1,), (2, 0, 33), (64, 65, 128, 129)])
-def test_small_shapes(lengths, device, deterministic):
+def test_composite_small_shapes(lengths, device, deterministic):
+    """Shapes around one element and one block, and none at all, match the reference."""
     compare(inputs(lengths, device, padding=3))
 
 
 @pytest.mark.parametrize("used", [(name,) for name in OUTPUTS] + [("values", "weights"), ("opacity", "depth")])
-def test_gradient_of_every_output(used, device, tiles, deterministic):
+def test_composite_output_gradients(used, device, tiles, deterministic):
+    """Gradients from every output alone and together match the reference."""
     tiles(4, 32)
     compare(inputs(LENGTHS, device, padding=5), used=used)
 
 
 @pytest.mark.parametrize("channels", [0, 1, 2, 6, 8, 9, 20])
-def test_channels(channels, device, tiles, deterministic):
+def test_composite_channels(channels, device, tiles, deterministic):
+    """Numbers of channels around the size of a group match the reference."""
     tiles(8, 32)
     compare(inputs(LENGTHS, device, padding=5, channels=channels), used=("values", "opacity", "weights"))
 
 
 @pytest.mark.parametrize("stop", [0.0, 1e-4, 0.3])
 @pytest.mark.parametrize("scale", [0.01, 3.0, 100.0, 1e6])
-def test_thin_and_thick(scale, stop, device, tiles, deterministic):
+def test_composite_optical_depths(scale, stop, device, tiles, deterministic):
+    """Thin and opaque rays match the reference."""
     tiles(8, 32)
     compare(inputs(LENGTHS, device, padding=5, scale=scale), stop=stop)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_short_dtypes(dtype, device, tiles):
+def test_composite_half_precision(dtype, device, tiles):
+    """16-bit inputs match the reference."""
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter cuts digits off where bfloat16 is to be rounded")
     tiles(8, 32)
     compare(inputs(LENGTHS, device, padding=5, dtype=dtype))
 
 
-def test_mixed_dtypes(device, tiles):
+def test_composite_mixed_dtypes(device, tiles):
     """sigma in fp32, values as a field in half precision gives them."""
     tiles(8, 32)
     sigma, values, *rest = inputs(LENGTHS, device, padding=5)
@@ -126,7 +131,8 @@ COMBINATIONS = [
 
 
 @pytest.mark.fuzz
-def test_random_settings(seed, device, tiles):
+def test_composite_random_settings(seed, device, tiles):
+    """Random sizes and settings match the reference."""
     rng = random.Random(seed)
     if INTERPRETED:
         tiles(8, 32)
@@ -142,12 +148,13 @@ def test_random_settings(seed, device, tiles):
 
 
 @pytest.mark.parametrize(("rays", "rows"), [(1, 128), (1, 32), (2, 64), (4, 32)])
-def test_tiles(rays, rows, device, tiles):
+def test_composite_tiles(rays, rows, device, tiles):
+    """Results match the reference for every size of the tile."""
     tiles(rays, rows)
     compare(inputs((129, 3, 0, 64, 1), device, padding=1))
 
 
-def test_much_padding_and_count(device, tiles, deterministic):
+def test_composite_padding_and_count(device, tiles, deterministic):
     """More padding than a program fills; a count in the middle of a ray; a count past the buffer."""
     tiles(8, 128)
     tensors = inputs((5, 9, 30), device, padding=4500)
@@ -155,14 +162,16 @@ def test_much_padding_and_count(device, tiles, deterministic):
         compare(tensors, count=torch.tensor(count, device=device))
 
 
-def test_offsets_past_the_buffer(device, tiles):
+def test_composite_offsets_past_buffer(device, tiles):
+    """Offsets past the end of the buffer are cut there."""
     tiles(8, 32)
     *tensors, offsets = inputs((5, 9, 30), device)
     tensors = [tensor[:20].clone() for tensor in tensors]
     compare([*tensors, offsets])
 
 
-def test_depth_of_a_billion_in_front_of_thin_rays(device):
+def test_composite_long_buffer(device):
+    """An optical depth of 1e9 in front of thin rays does not blur them."""
     thick, thin, rays = 200, 50, 100
     density = (1e-3 * (1 + torch.arange(rays) / rays)).repeat_interleave(thin).to(device)
     sigma = torch.cat([torch.full((thick,), 1e8, device=device), density])
@@ -176,7 +185,8 @@ def test_depth_of_a_billion_in_front_of_thin_rays(device):
     assert float(out.opacity[0]) == 1.0
 
 
-def test_not_a_number_shows(device):
+def test_composite_nan(device):
+    """A NaN shows in its ray and in no other."""
     sigma, values, t, dt, offsets = inputs((4, 4), device)
     sigma[1] = math.nan
     out = composite(sigma.requires_grad_(), values, t, dt, offsets)
@@ -185,7 +195,8 @@ def test_not_a_number_shows(device):
     assert torch.isnan(grad[:4]).any() and torch.isfinite(grad[4:]).all()
 
 
-def test_non_contiguous(device, tiles):
+def test_composite_non_contiguous(device, tiles):
+    """Strided inputs give the results of contiguous ones."""
     tiles(4, 32)
     sigma, values, t, dt, offsets = inputs((5, 40, 2), device)
     wide = torch.stack([sigma, t, dt], 1)
@@ -201,7 +212,8 @@ def test_non_contiguous(device, tiles):
     assert torch.equal(leaf.grad, other.grad)
 
 
-def test_repeats(device, tiles, deterministic):
+def test_composite_repeats(device, tiles, deterministic):
+    """Repeats are equal bit for bit."""
     if INTERPRETED:
         tiles(4, 32)
     lengths = (50, 0, 70) if INTERPRETED else (50, 0, 700, 3) * 500
@@ -215,7 +227,8 @@ def test_repeats(device, tiles, deterministic):
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
-def test_second_order_is_refused(device):
+def test_composite_refuses_second_order(device):
+    """A second derivative raises instead of being wrong."""
     sigma, values, t, dt, offsets = inputs((5,), device)
     upstream = torch.ones(1, 3, device=device, requires_grad=True)
     out = composite(sigma.requires_grad_(), values, t, dt, offsets)
@@ -224,7 +237,8 @@ def test_second_order_is_refused(device):
         grad.sum().backward()
 
 
-def test_complains_about_doubles(device):
+def test_composite_refuses_fp64(device):
+    """The kernels refuse fp64, which only the reference computes in."""
     sigma, values, t, dt, offsets = inputs((5,), device)
     with pytest.raises(TypeError, match="values is float64, which the kernels do not compute in"):
         composite(sigma, values.double(), t, dt, offsets)
@@ -239,7 +253,8 @@ def step(tensors, upstream):
 
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
-def test_no_synchronisation_graph_and_stream(device, everywhere):
+def test_composite_stream_and_graph(device, everywhere):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     tensors = inputs([(31 * i) % 300 for i in range(5000)], device, padding=1000)
     upstream = [torch.randn(5000, 3, device=device), torch.randn(5000, device=device), torch.randn_like(tensors[0])]
     expected, repeats = everywhere(lambda: step(tensors, upstream))
@@ -252,7 +267,8 @@ def test_no_synchronisation_graph_and_stream(device, everywhere):
 
 @pytest.mark.full_size("compiled code runs only there")
 @pytest.mark.parametrize("outputs", [("values",), OUTPUTS])
-def test_compiled(outputs, device, compare_compiled):
+def test_composite_compiled(outputs, device, compare_compiled):
+    """Compiled code is as accurate as eager code."""
     sigma, values, t, dt, offsets = inputs([(31 * i) % 300 for i in range(500)], device)
 
     def loss(operator, sigma, values):
@@ -264,7 +280,8 @@ def test_compiled(outputs, device, compare_compiled):
 
 
 @pytest.mark.full_size("30 GB of values and gradients")
-def test_more_than_two_to_the_31_numbers(device):
+def test_composite_beyond_int32(device):
+    """Elements past 2^31 come out as they do alone."""
     each, rays, channels = 1000, 360_000, 6
     rows = each * rays
     assert rows * channels > 2**31

@@ -78,7 +78,8 @@ def compare(tensors, groups, **options):
 @pytest.mark.parametrize(
     ("shape", "groups"), [((1, 1, 1), 1), ((3, 4), 2), ((1, 6, 9), 1), ((2, 12, 5, 7), 4), ((1, 40, 3, 3), 2)]
 )
-def test_small_shapes(shape, groups, last, device, deterministic):
+def test_group_norm_small_shapes(shape, groups, last, device, deterministic):
+    """Shapes around one element and one block, and none at all, match the reference."""
     compare(inputs(shape, device, last=last), groups)
     compare(with_added(inputs(shape, device, last=last)), groups)
 
@@ -95,13 +96,15 @@ def test_small_shapes(shape, groups, last, device, deterministic):
         ((1, 20, 2, 3), 2),  # more columns than rows
     ],
 )
-def test_groups_in_parts(shape, groups, programs, merge, last, device, tiles, deterministic):
+def test_group_norm_parts(shape, groups, programs, merge, last, device, tiles, deterministic):
+    """Groups that are cut into parts match the reference."""
     tiles(64 if merge else 32, programs, merge)
     compare(inputs(shape, device, last=last), groups)
     compare(with_added(inputs(shape, device, last=last)), groups)
 
 
-def test_more_parts_than_a_tile_merges_at_a_time(device, tiles, deterministic):
+def test_group_norm_many_parts_in_tile(device, tiles, deterministic):
+    """More parts than a tile merges at a time match the reference."""
     tiles(32, 1000, 10**6)
     assert group_norm_module._group_norm_silu_config(1, 32, 1, 37, True).parts * 32 > 1024
     compare(inputs((1, 32, 37), device, last=True), 32)
@@ -109,7 +112,8 @@ def test_more_parts_than_a_tile_merges_at_a_time(device, tiles, deterministic):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [(0, 6, 3, 5), (2, 6, 0, 5), (2, 0, 3, 5)])
-def test_empty(shape, last, device):
+def test_group_norm_empty(shape, last, device):
+    """Empty inputs give empty or zero results and gradients."""
     got = run(group_norm_silu, inputs(shape, device, last=last), 2)
     assert [tuple(tensor.shape) for tensor in got] == [shape, shape, shape[1:2], shape[1:2]]
     assert not any(tensor.any() for tensor in got)
@@ -117,7 +121,8 @@ def test_empty(shape, last, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("silu", [True, False])
-def test_short_dtypes(dtype, silu, device, tiles):
+def test_group_norm_half_precision(dtype, silu, device, tiles):
+    """16-bit inputs match the reference."""
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter cuts digits off where bfloat16 is to be rounded")
     for last in (False, True):
@@ -128,7 +133,7 @@ def test_short_dtypes(dtype, silu, device, tiles):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("parts", [False, True])
-def test_far_from_zero(parts, last, device, tiles):
+def test_group_norm_far_from_zero(parts, last, device, tiles):
     """A mean of 1000 at a spread of 2: the mean of squares less the square of the mean would leave three digits."""
     if parts:
         tiles(64, 4, 1024)
@@ -139,7 +144,7 @@ def test_far_from_zero(parts, last, device, tiles):
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_without_spread(parts, device, tiles):
+def test_group_norm_no_spread(parts, device, tiles):
     """Equal numbers in a group, and steps between parts, so that all the spread is between them."""
     if parts:
         tiles(64, 1000, 1024)
@@ -150,7 +155,8 @@ def test_without_spread(parts, device, tiles):
 
 
 @pytest.mark.fuzz(interpreted=8, gpu=40)
-def test_random_settings(seed, device, tiles):
+def test_group_norm_random_settings(seed, device, tiles):
+    """Random sizes and settings match the reference."""
     rng = random.Random(seed)
     if INTERPRETED or rng.random() < 0.3:
         tiles(2 ** rng.randint(5, 8), rng.choice([1, 4, 1000]), rng.choice([0, 8, 1024]))
@@ -164,7 +170,8 @@ def test_random_settings(seed, device, tiles):
     compare(tensors, groups, eps=10 ** rng.uniform(-6, -1), silu=rng.random() < 0.7)
 
 
-def test_not_a_number_shows(device, tiles):
+def test_group_norm_nan(device, tiles):
+    """A NaN shows in its group and in no other."""
     tiles(32, 4, 1024)
     for last in (False, True):
         tensors = inputs((2, 8, 5, 5), device, last=last)
@@ -178,7 +185,8 @@ def test_not_a_number_shows(device, tiles):
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_non_contiguous(parts, device, tiles):
+def test_group_norm_non_contiguous(parts, device, tiles):
+    """Strided inputs give the results of contiguous ones."""
     if parts:
         tiles(64, 4, 1024)
     x, weight, bias, upstream = inputs((1, 12, 4, 4), device)
@@ -195,7 +203,8 @@ def test_non_contiguous(parts, device, tiles):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_gradients_that_are_wanted(wanted, device, tiles, deterministic):
+def test_group_norm_needed_gradients(wanted, device, tiles, deterministic):
+    """Only the gradients that are needed are computed, with the same values."""
     tiles(64, 4, 1024)
     *tensors, upstream = inputs((2, 12, 5, 5), device)
     expected = run(group_norm_silu, [*tensors, upstream], 4)[1:]
@@ -205,7 +214,8 @@ def test_gradients_that_are_wanted(wanted, device, tiles, deterministic):
         assert torch.equal(leaf.grad, grad) if number in wanted else leaf.grad is None
 
 
-def test_repeats(device, tiles, deterministic):
+def test_group_norm_repeats(device, tiles, deterministic):
+    """Repeats are equal bit for bit."""
     if INTERPRETED:
         tiles(64, 4, 0)
     shape = (1, 12, 5, 5) if INTERPRETED else (2, 96, 150, 150)
@@ -216,7 +226,7 @@ def test_repeats(device, tiles, deterministic):
 
 
 @pytest.mark.parametrize("more", [False, True])
-def test_the_operators_are_declared_as_they_behave(more, device, tiles):
+def test_group_norm_opcheck(more, device, tiles):
     """Shapes and strides that the compiler is told, and the schema, against what the operators do."""
     tiles(64, 4, 1024)
     for last in (False, True):
@@ -237,7 +247,8 @@ def test_the_operators_are_declared_as_they_behave(more, device, tiles):
             )
 
 
-def test_second_order_is_refused(device):
+def test_group_norm_refuses_second_order(device):
+    """A second derivative raises instead of being wrong."""
     x, weight, bias, upstream = inputs((1, 4, 3, 3), device)
     out = group_norm_silu(x.requires_grad_(), 2, weight, bias)
     (grad,) = torch.autograd.grad(out, x, upstream.requires_grad_(), create_graph=True)
@@ -245,7 +256,8 @@ def test_second_order_is_refused(device):
         grad.sum().backward()
 
 
-def test_complains_about_doubles(device):
+def test_group_norm_refuses_fp64(device):
+    """The kernels refuse fp64, which only the reference computes in."""
     x, weight, bias, _ = inputs((1, 4, 3, 3), device, dtype=torch.float64)
     with pytest.raises(TypeError, match="x is float64, which the kernels do not compute in"):
         group_norm_silu(x, 2, weight, bias)
@@ -264,13 +276,15 @@ SIZED += [(*size, dtype) for size in (SIZES[0], SIZES[4], SIZES[8]) for dtype in
 @pytest.mark.full_size("33 million elements a tensor")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("side", "channels", "images", "dtype"), SIZED)
-def test_sizes_of_stable_diffusion(side, channels, images, dtype, last, device, deterministic):
+def test_group_norm_stable_diffusion_sizes(side, channels, images, dtype, last, device, deterministic):
+    """The sizes of Stable Diffusion match the reference."""
     tensors = inputs((images, channels, side, side), device, last=last, dtype=dtype)
     compare(with_added(tensors) if last else tensors, 32)
 
 
 @pytest.mark.full_size("4096 parts of 8192 elements")
-def test_more_parts_than_a_kernel_merges_at_a_time(device, monkeypatch, deterministic):
+def test_group_norm_many_parts_in_kernel(device, monkeypatch, deterministic):
+    """More parts than the merging kernel takes at a time match the reference."""
     monkeypatch.setattr(group_norm_module, "_PROGRAMS", 4096)
     assert group_norm_module._group_norm_silu_config(1, 32, 4, 512 * 512, True).parts == 4096
     compare(inputs((1, 128, 512, 512), device, last=True, dtype=torch.float16), 32)
@@ -279,7 +293,8 @@ def test_more_parts_than_a_kernel_merges_at_a_time(device, monkeypatch, determin
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
 @pytest.mark.parametrize("shape", [(1, 128, 256, 256), (2, 320, 64, 64), (2, 1280, 16, 16)])
 @pytest.mark.parametrize("last", [False, True])
-def test_no_synchronisation_graph_and_stream(shape, last, device, everywhere):
+def test_group_norm_stream_and_graph(shape, last, device, everywhere):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     tensors = inputs(shape, device, last=last, dtype=torch.float16)
     expected, repeats = everywhere(lambda: run(group_norm_silu, tensors, 32))
     for found in repeats:
@@ -291,7 +306,8 @@ def test_no_synchronisation_graph_and_stream(shape, last, device, everywhere):
 
 @pytest.mark.full_size("compiled code runs only there")
 @pytest.mark.parametrize("last", [False, True])
-def test_compiled(last, device, compare_compiled):
+def test_group_norm_compiled(last, device, compare_compiled):
+    """Compiled code is as accurate as eager code."""
     *tensors, upstream = inputs((2, 320, 64, 64), device, last=last)
 
     def loss(operator, x, weight, bias):
@@ -303,8 +319,8 @@ def test_compiled(last, device, compare_compiled):
 
 @pytest.mark.full_size("13 GB of activations")
 @pytest.mark.parametrize("last", [False, True])
-def test_more_than_two_to_the_31_numbers(last, device, monkeypatch):
-    """The last of many pictures comes out as it does alone."""
+def test_group_norm_beyond_int32(last, device, monkeypatch):
+    """Elements past 2^31 come out as they do alone."""
     monkeypatch.setattr(group_norm_module, "_PROGRAMS", 10**9)  # the same parts, however many pictures
     shape = (130, 64, 512, 512)
     assert math.prod(shape) > 2**31

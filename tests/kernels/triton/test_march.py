@@ -74,7 +74,8 @@ def compare_gradients(origins, directions, bits, **options):
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize(("bound", "dt_gamma"), [(1.0, 0.0), (2.5, 0.01)])
-def test_small_shapes(number, bound, dt_gamma, device, deterministic):
+def test_march_small_shapes(number, bound, dt_gamma, device, deterministic):
+    """Shapes around one element and one block, and none at all, match the reference."""
     origins, directions = rays(number, 1, device)
     bits = random_bits(bound, 16, device)
     options = {"bound": bound, "resolution": 16, "max_steps": 64, "dt_gamma": dt_gamma, "capacity": 301}
@@ -86,7 +87,8 @@ SCENES = [(1.0, 16), (0.6, 32), (2.5, 16), (7.0, 16)]
 
 
 @pytest.mark.fuzz
-def test_random_settings(seed, device, tiles):
+def test_march_random_settings(seed, device, tiles):
+    """Random sizes and settings match the reference."""
     rng = random.Random(seed)
     if INTERPRETED:
         tiles(16, 32)
@@ -114,15 +116,16 @@ def test_random_settings(seed, device, tiles):
 
 @pytest.mark.parametrize(("width", "steps"), [(1, 128), (2, 64), (4, 32), (16, 32)])
 @pytest.mark.parametrize("dt_gamma", [0.0, 0.01])
-def test_tiles(width, steps, dt_gamma, device, tiles):
-    """Any tile gives the same samples."""
+def test_march_tiles(width, steps, dt_gamma, device, tiles):
+    """Results match the reference for every size of the tile."""
     tiles(width, steps if dt_gamma == 0 else 32)
     origins, directions = rays(5, 3, device)
     options = {"bound": 2.5, "resolution": 16, "max_steps": 90, "dt_gamma": dt_gamma, "capacity": 500}
     compare(origins, directions, random_bits(2.5, 16, device), **options)
 
 
-def test_overflow(device, tiles, deterministic):
+def test_march_overflow(device, tiles, deterministic):
+    """Every capacity around the number of samples gives the samples of the reference."""
     tiles(4, 64)
     origins, directions = rays(6, 2, device)
     bits = random_bits(1.0, 16, device)
@@ -133,7 +136,7 @@ def test_overflow(device, tiles, deterministic):
         assert bool(out.overflow) == (capacity < count)
 
 
-def test_more_rays_than_one_block_of_the_scan(device, monkeypatch, tiles):
+def test_march_scan_blocks(device, monkeypatch, tiles):
     """Three blocks of 16 rays, the last not full; on a GPU the same with the true size."""
     config = march_module._march_config
     number = 41
@@ -149,7 +152,7 @@ def test_more_rays_than_one_block_of_the_scan(device, monkeypatch, tiles):
     assert int(out.count) > number
 
 
-def test_rays_that_are_none_end(device):
+def test_march_invalid_rays(device):
     """Directions of 0 and NaN neither hang nor write anywhere else."""
     origins, directions = rays(3, 5, device)
     directions[1] = math.nan
@@ -163,7 +166,8 @@ def test_rays_that_are_none_end(device):
         assert torch.equal(out.offsets[:2], alone.offsets) and torch.equal(out.t[:20], alone.t[:20])
 
 
-def test_non_contiguous(device):
+def test_march_non_contiguous(device):
+    """Strided inputs give the results of contiguous ones."""
     origins, directions = (tensor.t().contiguous().t() for tensor in rays(4, 6, device))
     perturb = torch.rand(8, generator=torch.Generator().manual_seed(0)).to(device)[::2]
     bits = torch.stack([random_bits(1.0, 16, device)] * 2, -1)[..., 0]
@@ -172,7 +176,8 @@ def test_non_contiguous(device):
     compare_gradients(origins, directions, bits, **options)
 
 
-def test_repeats(device, deterministic):
+def test_march_repeats(device, deterministic):
+    """Repeats are equal bit for bit."""
     leaves = [tensor.requires_grad_() for tensor in rays(3 if INTERPRETED else 3000, 7, device)]
     bits = random_bits(1.0, 16, device)
     results = []
@@ -182,7 +187,8 @@ def test_repeats(device, deterministic):
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
-def test_second_order_is_refused(device):
+def test_march_refuses_second_order(device):
+    """A second derivative raises instead of being wrong."""
     leaves = [tensor.requires_grad_() for tensor in rays(2, 8, device)]
     out = march(*leaves, random_bits(1.0, 16, device), bound=1.0, resolution=16, max_steps=32, capacity=100)
     upstream = torch.ones_like(out.positions).requires_grad_()
@@ -191,7 +197,8 @@ def test_second_order_is_refused(device):
         grad.sum().backward()
 
 
-def test_complains_about_doubles(device):
+def test_march_refuses_fp64(device):
+    """The kernels refuse fp64, which only the reference computes in."""
     origins, directions = (tensor.double() for tensor in rays(2, 9, device))
     with pytest.raises(TypeError, match="origins is float64, which the kernels do not compute in"):
         march(origins, directions, random_bits(1.0, 16, device), bound=1.0, resolution=16, capacity=5)
@@ -206,7 +213,8 @@ def camera_rays(side, device):
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
 @pytest.mark.parametrize("dt_gamma", [0.0, 0.005])
-def test_no_synchronisation_graph_and_stream(dt_gamma, device, everywhere):
+def test_march_stream_and_graph(dt_gamma, device, everywhere):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     leaves = [tensor.requires_grad_() for tensor in camera_rays(128, device)]
     bits = random_bits(1.0, 128, device)
     upstream = torch.randn(128 * 128 * 400, 3, device=device)
@@ -226,7 +234,8 @@ def test_no_synchronisation_graph_and_stream(dt_gamma, device, everywhere):
 
 
 @pytest.mark.full_size("compiled code runs only there")
-def test_compiled(device):
+def test_march_compiled(device):
+    """Compiled code is as accurate as eager code."""
     origins, directions = camera_rays(64, device)
     bits = random_bits(1.0, 128, device)
 
@@ -252,7 +261,8 @@ def test_compiled(device):
 
 
 @pytest.mark.full_size("20 GB of samples")
-def test_more_than_two_to_the_31_numbers(device):
+def test_march_beyond_int32(device):
+    """Elements past 2^31 come out as they do alone."""
     side = 1150
     origins, directions = camera_rays(side, device)
     bits = torch.full((1, 128**3 // 8), 255, dtype=torch.uint8, device=device)

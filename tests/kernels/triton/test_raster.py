@@ -109,7 +109,8 @@ def compare_raster(clip, faces, height, width):
 
 @pytest.mark.parametrize("triangles", [0, 1, 31, 33])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 16), (3, 12, 7)])
-def test_small_shapes(triangles, shape, device, deterministic):
+def test_mesh_small_shapes(triangles, shape, device, deterministic):
+    """Small images and few triangles, and none at all, match the reference."""
     batch, height, width = shape
     clip, faces = soup(triangles, device, batch=batch)
     found = compare_raster(clip, faces, height, width)
@@ -120,7 +121,8 @@ def test_small_shapes(triangles, shape, device, deterministic):
 
 
 @pytest.mark.parametrize("batch", [0, 2])
-def test_no_pictures_and_int32_faces(batch, device, deterministic):
+def test_mesh_empty_batch_and_int32(batch, device, deterministic):
+    """A batch without images, and int32 faces, match the reference."""
     clip, faces = soup(5, device, batch=batch)
     found = compare_raster(clip, faces.int(), 8, 8)
     assert interpolate(torch.rand(15, 3, device=device), faces.int(), found).shape == (batch, 8, 8, 3)
@@ -128,7 +130,8 @@ def test_no_pictures_and_int32_faces(batch, device, deterministic):
 
 
 @pytest.mark.parametrize(("small", "tile", "large"), [(1000, 8, 1), (0, 8, 1000), (0, 4, 0), (4, 4, 3)])
-def test_who_takes_a_triangle_does_not_matter(small, tile, large, device, classes, deterministic):
+def test_rasterize_classes(small, tile, large, device, classes, deterministic):
+    """Results do not depend on whether a lane, a program or all programs draw a triangle."""
     clip, faces = soup(9, device, batch=2, seed=3)
     classes(small, tile, large, programs=3)
     found = compare_raster(clip, faces, 16, 12)
@@ -139,7 +142,8 @@ def test_who_takes_a_triangle_does_not_matter(small, tile, large, device, classe
 
 
 @pytest.mark.fuzz(interpreted=3, gpu=100)
-def test_random_settings(seed, device):
+def test_mesh_random_settings(seed, device):
+    """Random meshes, sizes and channels match the reference."""
     rng = random.Random(seed)
     most = 24 if INTERPRETED else 700
     height, width, batch = rng.randint(1, most), rng.randint(1, most), rng.choice([1, 2, 3])
@@ -153,8 +157,8 @@ def test_random_settings(seed, device):
     compare_antialias(image, clip, faces, found)
 
 
-def test_equally_near_triangles(device, classes):
-    """The first one of them, whoever looks at them."""
+def test_rasterize_ties(device, classes):
+    """Of equally near triangles the first is seen, whoever draws them."""
     corners = torch.tensor([[-1.0, 1, 0, 1], [1, 1, 0, 1], [-1, -1, 0, 1], [1, -1, 0, 1]], device=device)
     faces = torch.tensor([[0, 3, 1], [2, 1, 0], [0, 1, 2], [1, 2, 3], [2, 0, 1], [3, 2, 1]], device=device)
     for small in (0, 100):
@@ -165,7 +169,8 @@ def test_equally_near_triangles(device, classes):
             assert set(seen.flatten().tolist()) == ({0, 2} if order[0] == 1 else {0, 1})
 
 
-def test_what_no_pixel_sees(device):
+def test_rasterize_nothing(device):
+    """Triangles that are clipped, behind, degenerate or not finite are not seen and have no gradient."""
     corners = torch.tensor([[-1.0, 1, 0, 1], [1, 1, 0, 1], [-1, -1, 0, 1]], device=device)
     for change in (
         torch.tensor([1, 1, 1, -1.0]),  # behind the camera
@@ -186,7 +191,8 @@ def test_what_no_pixel_sees(device):
         assert (found.triangle == -1).all()
 
 
-def test_a_closed_surface_has_no_holes(device):
+def test_rasterize_no_holes(device):
+    """A closed surface of small triangles has no holes."""
     clip, faces = surface(4 if INTERPRETED else 300, device)
     size = 20 if INTERPRETED else 1000
     seen = rasterize(clip, faces, size, size).triangle[0] >= 0
@@ -213,7 +219,8 @@ def compare_interpolate(attributes, faces, fragments):
 
 @pytest.mark.parametrize("channels", [0, 1, 3, 4, 17])
 @pytest.mark.parametrize("own", [False, True])
-def test_channels(channels, own, device, deterministic):
+def test_mesh_channels(channels, own, device, deterministic):
+    """Numbers of channels around the size of a group match the reference."""
     clip, faces = surface(2, device, batch=2)
     found = rasterize(clip, faces, 8, 9)
     shape = (2, clip.shape[1], channels) if own else (clip.shape[1], channels)
@@ -222,7 +229,8 @@ def test_channels(channels, own, device, deterministic):
         compare_antialias(torch.rand(2, 8, 9, channels, device=device), clip, faces, found)
 
 
-def test_a_triangle_that_fills_two_pictures_has_gradients_of_its_own_in_each(device):
+def test_mesh_batch_gradients(device):
+    """A triangle that fills two images has its own gradients in each."""
     corners = torch.tensor([[-2.0, -2, 0, 1], [6, -2, 0.1, 1.5], [-2, 6, 0.2, 1]], device=device)
     clip, faces = torch.stack([corners, 1.25 * corners]), torch.tensor([[0, 1, 2]], device=device)
     found = compare_raster(clip, faces, 4, 4)
@@ -230,14 +238,16 @@ def test_a_triangle_that_fills_two_pictures_has_gradients_of_its_own_in_each(dev
     compare_interpolate(torch.randn(2, 3, 2, device=device), faces, found)
 
 
-def test_half_precision(device):
+def test_mesh_half_precision(device):
+    """Half-precision attributes and images match the reference."""
     clip, faces = surface(2, device)
     found = rasterize(clip, faces, 12, 12)
     compare_interpolate(torch.randn(clip.shape[1], 3, device=device).half(), faces, found)
     compare_antialias(torch.rand(1, 12, 12, 3, device=device).half(), clip, faces, found)
 
 
-def test_only_what_is_asked(device):
+def test_mesh_needed_gradients(device):
+    """Each gradient is computed also if no other is needed."""
     clip, faces = surface(2, device)
     found = rasterize(clip, faces, 8, 8)
     values = torch.randn(clip.shape[1], 3, device=device, requires_grad=True)
@@ -279,7 +289,7 @@ def compare_antialias(image, clip, faces, fragments):
     return found[0]
 
 
-def test_triangles_without_area_are_walked_over(device):
+def test_antialias_degenerate_triangles(device):
     """At the poles of this ball all vertices are one; one of them lies at the rim."""
     clip, faces, _ = ball("1k", device)
     found = rasterize(clip, faces, 48, 48)
@@ -287,7 +297,7 @@ def test_triangles_without_area_are_walked_over(device):
     compare_antialias(torch.stack([stripes, stripes.mT], -1), clip, faces, found)
 
 
-def test_an_edge_halfway_between_two_pixels_moves(device):
+def test_antialias_edge_halfway(device):
     """v = 0: nothing is blended yet, and still the edge has a gradient."""
     clip = torch.tensor([[0.0, -2, 0, 1], [0, 2, 0, 1], [-2, 0, 0, 1]], device=device)[None]
     faces = torch.tensor([[0, 1, 2]], device=device)
@@ -299,7 +309,8 @@ def test_an_edge_halfway_between_two_pixels_moves(device):
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_antialiasing_moves_silhouettes(size, device, deterministic):
+def test_antialias_silhouettes(size, device, deterministic):
+    """Silhouettes are blended and have gradients, as in the reference."""
     clip, faces = surface(size, device)
     found = rasterize(clip, faces, 20, 22)
     image = torch.rand(1, 20, 22, 3, device=device)
@@ -307,7 +318,7 @@ def test_antialiasing_moves_silhouettes(size, device, deterministic):
     assert (out != image).any(-1).sum() > 12 and grad.any(-1).sum() > 6
 
 
-def test_deterministic_sums(device):
+def test_mesh_deterministic(device):
     """Under torch's deterministic algorithms the sums repeat bit for bit, and are what they are without.
 
     Without, a sum of atomics differs from repeat to repeat: twice that is allowed.
@@ -333,7 +344,8 @@ def test_deterministic_sums(device):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-def test_non_contiguous(device):
+def test_mesh_non_contiguous(device):
+    """Strided inputs give the results of contiguous ones."""
     clip, faces = surface(2, device)
     wide, columns = torch.cat([clip, clip], -1)[..., ::2][..., :4], faces.t().contiguous().t()
     wide = torch.cat([clip[..., None], clip[..., None]], -1)[..., 0]
@@ -355,7 +367,8 @@ def test_non_contiguous(device):
     assert torch.equal(leaf.grad, other.grad)
 
 
-def test_complains_about_doubles(device):
+def test_rasterize_refuses_fp64(device):
+    """The kernels refuse fp64, which only the reference computes in."""
     clip, faces = surface(2, device)
     with pytest.raises(TypeError, match="clip is float64, which the kernels do not compute in"):
         rasterize(clip.double(), faces, 8, 8)
@@ -369,7 +382,8 @@ def step(clip, faces, values, upstream):
 
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
-def test_no_synchronisation_graph_and_stream(device, everywhere):
+def test_mesh_stream_and_graph(device, everywhere):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     clip, faces = surface(100, device)
     values = torch.rand(clip.shape[1], 3, device=device)
     upstream = torch.randn(1, 512, 512, 3, device=device)
@@ -383,7 +397,8 @@ def test_no_synchronisation_graph_and_stream(device, everywhere):
 
 
 @pytest.mark.full_size("two million triangles in 2048 x 2048 pixels")
-def test_full_size(device):
+def test_mesh_full_size(device):
+    """Two million triangles match the reference and repeat."""
     clip, faces = surface(708, device)
     assert faces.shape[0] > 2_000_000
     found = compare_raster(clip, faces, 2048, 2048)
