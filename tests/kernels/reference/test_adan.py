@@ -95,8 +95,8 @@ def test_adan_non_finite_gradient(poison, steps_before):
     before = copy_of(params, state)
     bad = gradients(1)[0]
     bad[17] = poison
-    found = adan_step(params, bad, state, group_ends=ENDS, lrs=LRS)
-    assert found.dtype == torch.bool and found.shape == () and bool(found)
+    skipped = adan_step(params, bad, state, group_ends=ENDS, lrs=LRS)
+    assert skipped.dtype == torch.bool and skipped.shape == () and bool(skipped)
     assert all(torch.equal(one, other) for one, other in zip(before, copy_of(params, state), strict=True))
     good = gradients(1, seed=9)[0]
     other_params, other_state = start()
@@ -110,9 +110,9 @@ def test_adan_keeps_gradients():
     """The gradients are not changed."""
     params, state = start()
     grads = gradients(1)[0]
-    kept = grads.clone()
+    before = grads.clone()
     adan_step(params, grads, state, group_ends=ENDS, lrs=LRS, inverse_scale=0.5)
-    assert torch.equal(grads, kept)
+    assert torch.equal(grads, before)
 
 
 def test_adan_ema():
@@ -122,8 +122,8 @@ def test_adan_ema():
     expected = params.clone()
     for step, grads in enumerate(gradients(6)):
         decay = (1 + step) / (10 + step)
-        given = torch.tensor(decay, dtype=torch.float64) if step % 2 else decay
-        adan_step(params, grads.double(), state, group_ends=ENDS, lrs=LRS, ema_decay=given)
+        argument = torch.tensor(decay, dtype=torch.float64) if step % 2 else decay
+        adan_step(params, grads.double(), state, group_ends=ENDS, lrs=LRS, ema_decay=argument)
         expected = decay * expected + (1 - decay) * params
         check_fp64("average", state.ema, expected)
     assert not torch.equal(state.ema, params)

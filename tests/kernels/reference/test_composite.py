@@ -23,7 +23,7 @@ def inputs(lengths=LENGTHS, padding=0, channels=3, dtype=torch.float64, seed=0, 
 
 
 def by_hand(sigma, values, t, dt, offsets, stop):
-    """Ray by ray and sample by sample, with Python numbers."""
+    """Composite ray by ray and sample by sample, with Python numbers."""
     rays, channels = len(offsets) - 1, values.shape[1]
     out, opacity, depth = torch.zeros(rays, channels).double(), torch.zeros(rays).double(), torch.zeros(rays).double()
     weights = torch.zeros(len(sigma)).double()
@@ -95,8 +95,8 @@ def test_composite_padding():
     sigma.requires_grad_(), values.requires_grad_()
     out = composite(sigma, values, t, dt, offsets, count=torch.tensor(count))
     expected = composite(*clean)
-    for got, want in zip(out[:3], expected[:3], strict=True):
-        assert torch.equal(got, want)
+    for got, reference in zip(out[:3], expected[:3], strict=True):
+        assert torch.equal(got, reference)
     assert torch.equal(out.weights, torch.cat([expected.weights, torch.zeros(9, dtype=torch.float64)]))
     (out.values.sum() + out.opacity.sum() + out.depth.sum() + out.weights.sum()).backward()
     assert torch.isfinite(sigma.grad).all() and not sigma.grad[count:].any() and not values.grad[count:].any()
@@ -124,7 +124,7 @@ def test_composite_empty():
 
 
 def test_composite_long_buffer():
-    """An optical depth of 1e9 in front of thin rays does not blur them: they are as good as alone."""
+    """An optical depth of 1e9 in front of thin rays does not blur them: they are as accurate as alone."""
     thick, thin, rays = 200, 50, 100
     density = (1e-3 * (1 + torch.arange(rays) / rays)).repeat_interleave(thin)
     sigma = torch.cat([torch.full((thick,), 1e8), density])

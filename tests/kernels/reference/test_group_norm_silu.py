@@ -141,7 +141,7 @@ def test_group_norm_bad_arguments():
         group_norm_silu(x, 2, weight, bias, 0)
 
 
-# Height = width, channels and pictures of Stable Diffusion's encoder and UNet, and some odd ones.
+# Height = width, channels and images of Stable Diffusion's encoder and UNet, and some odd ones.
 SIZES = [(512, 128, 1), (256, 256, 1), (64, 512, 1), (64, 320, 2), (64, 960, 2), (32, 640, 2), (8, 2560, 2), (7, 96, 3)]
 
 
@@ -160,7 +160,7 @@ def test_group_norm_config(side, channels, images, channels_last):
     assert config.row_parts * config.chunk >= places > (config.row_parts - 1) * config.chunk
     assert config.chunk % config.sum_rows == 0 and config.blocks * config.groups >= 32
     programs = images * config.blocks * config.parts
-    assert programs <= group_norm_module._PROGRAMS or config.row_parts == 1  # all under way at once
+    assert programs <= group_norm_module._PROGRAMS or config.row_parts == 1  # all run at once
     columns = config.parts // config.row_parts
     assert columns * config.width >= width > (columns - 1) * config.width
     if channels_last:  # a row of a tile is a long run of memory

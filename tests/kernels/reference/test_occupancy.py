@@ -40,7 +40,7 @@ def test_occupancy_points_cascades():
 
 @pytest.mark.parametrize("bound", [0.6, 1.0, 2.5])
 def test_occupancy_query(bound):
-    """Set a random half of the cells; ask at random points of each cell that no smaller cascade holds."""
+    """Random points of each cell find its bit, unless a smaller cascade holds them."""
     resolution, count = 8, cascades(bound)
     generator = torch.Generator().manual_seed(0)
     density = torch.zeros(count, resolution**3)
@@ -52,10 +52,10 @@ def test_occupancy_query(bound):
     points = occupancy_points(resolution, count, bound, noise)
     owner = torch.arange(count).repeat_interleave(resolution**3)
     inner = torch.tensor([0.0] + [2.0**c for c in range(count - 1)])[owner]
-    mine = points.abs().amax(1) > inner
-    assert mine.sum() > 300
-    found = occupancy_query(bits, points, bound, resolution)
-    assert torch.equal(found[mine], fresh.view(-1)[mine] > 0)
+    is_own = points.abs().amax(1) > inner
+    assert is_own.sum() > 300
+    is_set = occupancy_query(bits, points, bound, resolution)
+    assert torch.equal(is_set[is_own], fresh.view(-1)[is_own] > 0)
 
 
 def test_occupancy_bit_order():

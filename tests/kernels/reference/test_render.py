@@ -1,7 +1,6 @@
-"""Rendering for looking: the picture that march, field and composite give together; empty scenes; normals."""
+"""Inference rendering: the image that march, field and composite give together; empty scenes; normals."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from dream_fast.kernels import (
     occupancy_update,
     render,
 )
+from dream_fast.kernels.rays import render as render_module
 
 GRID = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=4, max_resolution=12)
 BOUND, RESOLUTION, STEPS = 0.8, 16, 96
@@ -101,8 +101,8 @@ def test_render_ball_normals():
     assert (view.normal[solid] * directions[solid]).sum(1).max() < 0, "normals face the camera"
     empty = view.opacity <= 1e-3
     assert empty.any() and not view.normal[empty].any()
-    through = 1 - view.opacity[empty, None] / 2  # a white background and an albedo of a half
-    check_fp64("background", view.rgb[empty], through.expand(-1, 3))
+    transmittance = 1 - view.opacity[empty, None] / 2  # a white background and an albedo of a half
+    check_fp64("background", view.rgb[empty], transmittance.expand(-1, 3))
 
 
 def test_render_empty():
@@ -120,10 +120,11 @@ def test_render_empty():
 
 def test_render_stops_behind_wall(monkeypatch):
     """The field is not evaluated behind a wall that stops every ray."""
-    module = sys.modules["dream_fast.kernels.rays.render"]
-    asked = []
-    original = module.field_reference
-    monkeypatch.setattr(module, "field_reference", lambda x, *a, **k: asked.append(len(x)) or original(x, *a, **k))
+    evaluated = []
+    original = render_module.field_reference
+    monkeypatch.setattr(
+        render_module, "field_reference", lambda x, *a, **k: evaluated.append(len(x)) or original(x, *a, **k)
+    )
     spec, (table, weights, biases), bits = scene()
     weights[1].zero_(), biases[1].zero_()
     origins, directions = camera(6)
@@ -131,12 +132,12 @@ def test_render_stops_behind_wall(monkeypatch):
     costs = {}
     for name, logit in (("thin", -15.0), ("wall", 12.0)):
         biases[1][0] = logit
-        asked.clear()
+        evaluated.clear()
         view = render(
             *arguments, resolution=RESOLUTION, max_steps=STEPS, background=torch.zeros(3).double(), normals=False
         )
         assert not view.normal.any()
-        costs[name] = sum(asked)
+        costs[name] = sum(evaluated)
     assert costs["wall"] < costs["thin"] / 3
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the Adan step: against the reference in fp64, bytes that stay, groups, scalars, sizes."""
+"""Kernels of the Adan step: against the reference in fp64, skipped steps, groups, scalars, sizes."""
 
 import copy
 import math
@@ -21,21 +21,21 @@ def to(state, dtype, device=None):
 
 
 def compare(size, device, *, steps=2, seed=0, scale=1.0, **options):
-    """A few steps of the kernels; each against the reference from the same state in fp32 and in fp64."""
+    """Check a few steps, each against the reference from the same state in fp32 and in fp64."""
     options = {"group_ends": (size,), "lrs": (0.01,), **options}
     params = normal(size, seed).to(device)
     state = AdanState.zeros(params)
     for step in range(steps):
         grads = normal(size, seed + step + 1, scale).to(device)
-        found = {}
+        references = {}
         for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
             p, s = params.to(dtype, copy=True), to(state, dtype)
             adan_step_reference(p, grads.to(dtype), s, **options)
-            found[name] = {"params": p, **vars(s)}
+            references[name] = {"params": p, **vars(s)}
         skipped = adan_step(params, grads, state, **options)
         assert skipped.dtype == torch.bool and skipped.shape == () and not bool(skipped)
         for name, value in {"params": params, **vars(state)}.items():
-            check(f"{name} after step {step}", value, found["fp32"][name], found["fp64"][name])
+            check(f"{name} after step {step}", value, references["fp32"][name], references["fp64"][name])
     assert float(state.step) == steps
     return params, state
 
@@ -220,15 +220,15 @@ def test_adan_graph(device):
                 value.copy_(old)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                found = step()
+                found_inf = step()
             for _ in range(3):
                 graph.replay()
             scale.fill_(math.nan)
             graph.replay()
-            assert bool(found)
+            assert bool(found_inf)
             scale.fill_(1.0)
             graph.replay()
-            assert not bool(found)
+            assert not bool(found_inf)
         else:
             for _ in range(4):
                 step()
@@ -294,6 +294,5 @@ def test_adan_beyond_int32(device):
 def test_adan_second_device():
     """Kernels start on the device of their tensors, also where another one is current."""
     if torch.cuda.device_count() < 2:
-        # That a kernel starts on its tensors' device shows only where another one is current.
         pytest.skip("there is one GPU")
     compare(5000, torch.device("cuda:1"))

@@ -1,4 +1,4 @@
-"""The kernel at the end of a residual block: output and gradients against fp64, both layouts, ragged tiles."""
+"""Kernel of the end of a residual block: output and gradients against fp64, both layouts, ragged tiles."""
 
 import random
 
@@ -21,8 +21,8 @@ def inputs(shape, device, *, last=False, dtype=torch.float32, seed=0):
     """x, bias, residual, gradient of the output"""
     generator = torch.Generator().manual_seed(seed)
     sizes = (shape, shape[1:2], shape, shape)
-    found = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
-    return [tensor if tensor.dim() == 1 else laid_out(tensor, last) for tensor in found]
+    tensors = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+    return [tensor if tensor.dim() == 1 else laid_out(tensor, last) for tensor in tensors]
 
 
 def run(operator, tensors):
@@ -33,12 +33,14 @@ def run(operator, tensors):
 
 
 def compare(tensors):
-    found = [run(bias_residual, tensors)]
-    found += [run(bias_residual_reference, given) for given in (tensors, [tensor.double() for tensor in tensors])]
-    for name, mine, theirs, true in zip(NAMES, *found, strict=True):
-        assert mine.dtype == theirs.dtype
-        check(name, mine, theirs, true)
-    return found[0]
+    results = [run(bias_residual, tensors)]
+    results += [
+        run(bias_residual_reference, arguments) for arguments in (tensors, [tensor.double() for tensor in tensors])
+    ]
+    for name, value, reference, truth in zip(NAMES, *results, strict=True):
+        assert value.dtype == reference.dtype
+        check(name, value, reference, truth)
+    return results[0]
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -75,8 +77,11 @@ def test_bias_residual_non_contiguous(device):
     dense = compare([x, bias, residual, upstream])
     strided = torch.stack([x, x + 1], -1)[..., 0]
     wide = torch.stack([bias, bias], 1)[:, 0]
-    for given in ([strided, wide, residual, upstream], [x, bias, laid_out(residual, True), laid_out(upstream, True)]):
-        assert torch.equal(compare(given)[0], dense[0])
+    for arguments in (
+        [strided, wide, residual, upstream],
+        [x, bias, laid_out(residual, True), laid_out(upstream, True)],
+    ):
+        assert torch.equal(compare(arguments)[0], dense[0])
     mixed = compare([laid_out(x, True), bias, residual, upstream])
     assert torch.equal(mixed[0], dense[0]) and mixed[0].stride() == laid_out(x, True).stride()
 
@@ -85,8 +90,12 @@ def test_bias_residual_non_contiguous(device):
 def test_bias_residual_random_settings(seed, device):
     """Random sizes and settings match the reference."""
     rng = random.Random(seed)
-    most = 6 if INTERPRETED else 60
-    shape = (rng.randint(1, 3), rng.randint(1, 8 * most), *(rng.randint(1, most) for _ in range(rng.randint(0, 2))))
+    max_side = 6 if INTERPRETED else 60
+    shape = (
+        rng.randint(1, 3),
+        rng.randint(1, 8 * max_side),
+        *(rng.randint(1, max_side) for _ in range(rng.randint(0, 2))),
+    )
     dtype = rng.choice([torch.float32, torch.float16])
     compare(inputs(shape, device, last=seed % 2 == 1, dtype=dtype, seed=seed))
 
@@ -119,8 +128,8 @@ def test_bias_residual_stream_and_graph(device, everywhere):
     """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     tensors = inputs((2, 320, 64, 64), device, last=True, dtype=torch.float16)
     expected, repeats = everywhere(lambda: run(bias_residual, tensors))
-    for found in repeats:
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for repeat in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, repeat, strict=True))
 
 
 @pytest.mark.full_size("compiled code runs only there")

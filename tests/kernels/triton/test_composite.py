@@ -1,4 +1,4 @@
-"""The kernels of compositing: all outputs and gradients against fp64, ragged rays, the stop, padding, channels."""
+"""Kernels of compositing: all outputs and gradients against fp64, ragged rays, the stop, padding, channels."""
 
 import math
 import random
@@ -17,7 +17,7 @@ LENGTHS = (3, 0, 1, 150, 0, 40)
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(rays, rows) sets the tiles of both passes; for the interpreter, whose time is the number of programs."""
+    """tiles(rays, rows) sets the tiles of both passes: the interpreter takes as long as there are programs."""
     config = composite_module._composite_config
 
     def use(rays, rows):
@@ -44,7 +44,7 @@ def inputs(lengths, device, *, padding=0, channels=3, dtype=torch.float32, scale
 
 
 def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
-    """Outputs, and gradients of the used outputs, of the kernels; errors against fp64 as large as the reference's."""
+    """Check outputs, and gradients from the used outputs, against fp64; errors may be as large as the reference's."""
     sigma, values, t, dt, offsets = tensors
     generator = torch.Generator().manual_seed(1)
     shapes = {"values": (len(offsets) - 1, values.shape[1]), "weights": sigma.shape}
@@ -52,17 +52,17 @@ def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
         name: torch.randn(shapes.get(name, (len(offsets) - 1,)), generator=generator).to(sigma.device, sigma.dtype)
         for name in OUTPUTS
     }
-    # Of padding nothing may be read.
+    # Padding must not be read.
     upstream["weights"][int(offsets[-1] if count is None else torch.minimum(count, offsets[-1])) :] = math.nan
-    found = []
+    results = []
     for run, dtype in (
         (composite, None),
         (composite_reference, None),
         (composite_reference, torch.float64),
     ):
-        parts = [tensor if dtype is None else tensor.to(dtype) for tensor in (sigma, values, t, dt)]
-        leaves = [part.detach().clone().requires_grad_() for part in parts[:2]]
-        out = run(*leaves, *parts[2:], offsets, count=count, stop=stop)
+        tensors_cast = [tensor if dtype is None else tensor.to(dtype) for tensor in (sigma, values, t, dt)]
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors_cast[:2]]
+        out = run(*leaves, *tensors_cast[2:], offsets, count=count, stop=stop)
         grads = torch.autograd.grad(
             [getattr(out, name) for name in used],
             leaves,
@@ -70,11 +70,11 @@ def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
             allow_unused=True,
         )
         grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
-        found.append([*(value.detach() for value in out), *grads])
-    for name, got, single, exact in zip((*OUTPUTS, "gradient of sigma", "gradient of values"), *found, strict=True):
+        results.append([*(value.detach() for value in out), *grads])
+    for name, got, single, exact in zip((*OUTPUTS, "gradient of sigma", "gradient of values"), *results, strict=True):
         assert got.dtype == single.dtype
         check(name, got, single, exact)
-    return found[0]
+    return results[0]
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (1,), (2, 0, 33), (64, 65, 128, 129)])
@@ -115,7 +115,7 @@ def test_composite_half_precision(dtype, device, tiles):
 
 
 def test_composite_mixed_dtypes(device, tiles):
-    """sigma in fp32, values as a field in half precision gives them."""
+    """sigma in fp32 and values in half precision, as a field gives them, match the reference."""
     tiles(8, 32)
     sigma, values, *rest = inputs(LENGTHS, device, padding=5)
     compare([sigma, values.half(), *rest])
@@ -139,11 +139,11 @@ def test_composite_random_settings(seed, device, tiles):
     rays = 2 * rng.randint(0, 15 if INTERPRETED else 3000) + 1
     longest = rng.choice([1, 5, 40, 100 if INTERPRETED else 1500])
     lengths = [rng.randint(0, longest) if rng.random() < 0.8 else 0 for _ in range(rays)]
-    channels, used, counted = COMBINATIONS[seed % len(COMBINATIONS)]
+    channels, used, has_count = COMBINATIONS[seed % len(COMBINATIONS)]
     padding = 2 * rng.randint(0, 60) + 1 - sum(lengths) % 2 + 1
     tensors = inputs(lengths, device, padding=padding, channels=channels, scale=10 ** rng.uniform(-2, 3), seed=seed)
     # Sometimes the count cuts the last rays short.
-    count = torch.tensor(rng.choice([sum(lengths), rng.randint(0, sum(lengths))]), device=device) if counted else None
+    count = torch.tensor(rng.choice([sum(lengths), rng.randint(0, sum(lengths))]), device=device) if has_count else None
     compare(tensors, used=used, count=count, stop=rng.choice([0.0, 1e-4, 1e-3, rng.random() * 0.9]))
 
 
@@ -201,10 +201,10 @@ def test_composite_non_contiguous(device, tiles):
     sigma, values, t, dt, offsets = inputs((5, 40, 2), device)
     wide = torch.stack([sigma, t, dt], 1)
     columns = values.t().contiguous().t()
-    found = compare([wide[:, 0], columns, wide[:, 1], wide[:, 2], offsets])
+    strided = compare([wide[:, 0], columns, wide[:, 1], wide[:, 2], offsets])
     dense = compare([sigma, values, t, dt, offsets])
-    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
-    # An upstream gradient that is one number seen many times.
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+    # An expanded upstream gradient.
     leaf = sigma.clone().requires_grad_()
     composite(leaf, values, t, dt, offsets).values.sum().backward()
     other = sigma.clone().requires_grad_()
@@ -258,11 +258,13 @@ def test_composite_stream_and_graph(device, everywhere):
     tensors = inputs([(31 * i) % 300 for i in range(5000)], device, padding=1000)
     upstream = [torch.randn(5000, 3, device=device), torch.randn(5000, device=device), torch.randn_like(tensors[0])]
     expected, repeats = everywhere(lambda: step(tensors, upstream))
-    for found in repeats:
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for repeat in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, repeat, strict=True))
     if torch.cuda.device_count() > 1:
-        there = step([tensor.to("cuda:1") for tensor in tensors], [grad.to("cuda:1") for grad in upstream])
-        assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, there, strict=True))
+        elsewhere = step([tensor.to("cuda:1") for tensor in tensors], [grad.to("cuda:1") for grad in upstream])
+        assert all(
+            b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, elsewhere, strict=True)
+        )
 
 
 @pytest.mark.full_size("compiled code runs only there")
@@ -291,10 +293,10 @@ def test_composite_beyond_int32(device):
     offsets = torch.arange(rays + 1, device=device) * each
     last = slice(rows - each, rows)
     upstream = torch.randn(rays, channels, device=device)
-    found = []
+    results = []
     for part, ends, grad in ((slice(0, rows), offsets, upstream), (last, offsets[:2], upstream[-1:])):
         leaves = [tensor[part].detach().requires_grad_() for tensor in (sigma, values)]
         out = composite(*leaves, t[part], dt[part], ends)
-        found.append([out.values[-1], out.weights[-each:], *torch.autograd.grad(out.values, leaves, grad)])
-    for whole, alone in zip(*found, strict=True):
-        assert torch.equal(whole[-len(alone) :], alone)
+        results.append([out.values[-1], out.weights[-each:], *torch.autograd.grad(out.values, leaves, grad)])
+    for all_rays, alone in zip(*results, strict=True):
+        assert torch.equal(all_rays[-len(alone) :], alone)

@@ -17,7 +17,7 @@ from dream_fast.kernels.rays import march as march_module
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(rays, steps) sets the tile of all passes; for the interpreter, whose time is the number of programs."""
+    """tiles(rays, steps) sets the tile of all passes: the interpreter takes as long as there are programs."""
     config = march_module._march_config
 
     def use(rays, steps):
@@ -50,14 +50,16 @@ def compare(origins, directions, bits, *, reference=None, **options) -> Samples:
     got = march(origins, directions, bits, **options)
     expected = march_reference(origins, directions, bits, **options)
     for name in Samples._fields:
-        value, want = getattr(got, name), getattr(expected, name)
-        assert value.dtype == want.dtype and value.shape == want.shape, name
-        assert torch.equal(value, want), f"{name}: {(value != want).sum()} of {value.numel()} differ"
+        value, reference_value = getattr(got, name), getattr(expected, name)
+        assert value.dtype == reference_value.dtype and value.shape == reference_value.shape, name
+        assert torch.equal(value, reference_value), (
+            f"{name}: {(value != reference_value).sum()} of {value.numel()} differ"
+        )
     return got
 
 
 def compare_gradients(origins, directions, bits, **options):
-    """Gradients of the positions; the upstream gradient of padding is NaN, which must not show."""
+    """Check the gradients of the positions; the upstream gradient of padding is NaN, which must not show."""
     upstream = torch.randn(options["capacity"], 3, generator=torch.Generator().manual_seed(1)).to(origins.device)
     grads = []
     for run in (march, march_reference):
@@ -107,8 +109,8 @@ def test_march_random_settings(seed, device, tiles):
     origins, directions = rays(number, seed, device, spread=rng.uniform(0.1, 2) * bound)
     origins = origins * rng.uniform(0.2, 1.5)
     bits = random_bits(bound, resolution, device, filling=rng.choice([0.01, 0.3, 1.0]), seed=seed)
-    whole = march_reference(origins, directions, bits, capacity=0, **options)
-    assert int(whole.count) == 0
+    no_capacity = march_reference(origins, directions, bits, capacity=0, **options)
+    assert int(no_capacity.count) == 0
     capacity = 2 * rng.randint(0, number * 40) + 1
     compare(origins, directions, bits, capacity=capacity, **options)
     compare_gradients(origins, directions, bits, capacity=capacity, **options)
@@ -156,7 +158,7 @@ def test_march_invalid_rays(device):
     """Directions of 0 and NaN neither hang nor write anywhere else."""
     origins, directions = rays(3, 5, device)
     directions[1] = math.nan
-    # One without a direction stays inside for ever: the interpreter is too slow for the steps that it is allowed.
+    # A ray without a direction never leaves the cube: the interpreter is too slow for so many steps.
     origins[2], directions[2] = 5.0 if INTERPRETED else 0.0, 0.0
     bits = random_bits(1.0, 16, device, filling=1.0)
     for dt_gamma in (0.0, 0.01):
@@ -225,11 +227,11 @@ def test_march_stream_and_graph(dt_gamma, device, everywhere):
         return [*(x.detach() for x in out), *torch.autograd.grad(out.positions, leaves, upstream)]
 
     expected, repeats = everywhere(step)
-    for found in repeats:
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for repeat in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, repeat, strict=True))
     if torch.cuda.device_count() > 1:
-        there = [tensor.to("cuda:1") for tensor in (*leaves, bits)]
-        out = march(*there, bound=1.0, resolution=128, capacity=len(upstream), dt_gamma=dt_gamma)
+        elsewhere = [tensor.to("cuda:1") for tensor in (*leaves, bits)]
+        out = march(*elsewhere, bound=1.0, resolution=128, capacity=len(upstream), dt_gamma=dt_gamma)
         assert out.t.device.index == 1 and torch.equal(out.t.cpu(), expected[2].cpu())
 
 
@@ -243,13 +245,13 @@ def test_march_compiled(device):
         out = march(origins, directions, bits, bound=1.0, resolution=128, capacity=64 * 64 * 300)
         return out.positions.sin().sum(), out.t, out.count
 
-    found = []
+    results = []
     for run in (loss, torch.compile(loss, fullgraph=True)):
         leaves = [origins.clone().requires_grad_(), directions.clone().requires_grad_()]
         value, t, count = run(*leaves)
         value.backward()
-        found.append((t, count, leaves[0].grad, leaves[1].grad))
-    eager, compiled = found
+        results.append((t, count, leaves[0].grad, leaves[1].grad))
+    eager, compiled = results
     assert torch.equal(compiled[0], eager[0]) and torch.equal(compiled[1], eager[1])
     # The same samples in fp64: positions are origins + t * directions.
     rows = march(origins, directions, bits, bound=1.0, resolution=128, capacity=64 * 64 * 300).ray_ids[: int(eager[1])]

@@ -1,4 +1,4 @@
-"""The kernels of the occupancy update, and that points and queries ask nothing of the host."""
+"""Kernels of the occupancy update; points and queries on the device."""
 
 import random
 
@@ -15,7 +15,7 @@ def uniform(*shape, seed, device):
 
 
 def compare(density, fresh, **options):
-    """The grid must equal the reference's bit for bit; the bits wherever the fp64 mean does not hit a cell."""
+    """Check that the grid equals the reference's bit for bit, and the bits those of the definition."""
     before = density.clone()
     bits, mean = occupancy_update(density, fresh, **options)
     single, exact = before.clone(), before.double()
@@ -98,13 +98,13 @@ def test_occupancy_refuses_fp64(device):
 
 @pytest.mark.parametrize("bound", [0.6, 1.0, 2.5])
 def test_occupancy_points_and_queries(bound, device):
-    """The same as on a CPU, where the test of the reference holds them against cells counted by hand."""
+    """Points and queries equal those on a CPU, which the test of the reference compares with cells counted by hand."""
     noise = uniform(cascades(bound) * 512, 3, seed=7, device="cpu")
     points = occupancy_points(8, cascades(bound), bound, noise.to(device))
     assert torch.equal(points.cpu(), occupancy_points(8, cascades(bound), bound, noise))
     bits = torch.randint(0, 256, (cascades(bound), 64), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
-    found = occupancy_query(bits.to(device), points, bound, 8)
-    assert torch.equal(found.cpu(), occupancy_query(bits, points.cpu(), bound, 8))
+    is_set = occupancy_query(bits.to(device), points, bound, 8)
+    assert torch.equal(is_set.cpu(), occupancy_query(bits, points.cpu(), bound, 8))
 
 
 @pytest.mark.full_size("host synchronisations and graphs exist only there")

@@ -22,7 +22,7 @@ SMALL = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=4, ma
 
 @pytest.fixture(autouse=True)
 def short_queues(monkeypatch):
-    """Interpreted, a queue of 32 rays and 16 lanes, so that a few rays fill more than one and lanes are taken again."""
+    """Use queues of 32 rays and 16 lanes in the interpreter, so that a few rays fill several and lanes are reused."""
     if INTERPRETED:
         config = render_module.RenderConfig(
             segment=32,
@@ -72,7 +72,7 @@ def doubled(arguments):
 
 
 def certainty(x, table, weights, biases, spec, epsilon, active_levels):
-    """How sure the normal at x is: the gradient of sigma by differences, beside what an error of the logit makes."""
+    """Certainty of the normal at x: the gradient of sigma by differences, relative to an error of the logit."""
     steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device)
     sides = [(x + sign * step).clamp(-spec.bound, spec.bound) for step in steps for sign in (1, -1)]
     options = {"active_levels": active_levels}
@@ -82,7 +82,7 @@ def certainty(x, table, weights, biases, spec, epsilon, active_levels):
 
 
 def compare(origins, directions, bits, table, weights, biases, spec, *, dtype=None, fewest=1, **options):
-    """The kernels' view against the reference in fp64; returns it."""
+    """Check the kernels' view against the reference in fp64, and return it."""
     defaults = {"resolution": 16, "max_steps": 24, "stop": 1e-3, "dt_gamma": 0.0, "min_near": 0.01}
     options = {**defaults, "background": origins.new_tensor([0.2, 0.5, 0.9]), **options}
     arguments = (origins, directions, bits, table, weights, biases)
@@ -92,7 +92,7 @@ def compare(origins, directions, bits, table, weights, biases, spec, *, dtype=No
     exact_options = {**options, "background": options["background"].double()}
     stop = options["stop"]
     exact = render_reference(*exact_arguments, spec, **exact_options)
-    near = [
+    neighbours = [
         render_reference(*exact_arguments, spec, **{**exact_options, "stop": stop * factor, "normals": False})
         for factor in (0.999, 1.001)
     ]
@@ -101,22 +101,22 @@ def compare(origins, directions, bits, table, weights, biases, spec, *, dtype=No
         packed_intervals(*rays, bits, bound=spec.bound, perturb=None, **marching)[3]
         for rays in ((origins, directions), exact_arguments[:2])
     ]
-    judged = (counts[0] == counts[1]) & (near[0].opacity == near[1].opacity)
+    compared = (counts[0] == counts[1]) & (neighbours[0].opacity == neighbours[1].opacity)
     # Half precision moves the transmittance by more than 0.1 %.
     if stop > 0 and dtype not in (None, torch.float32):
-        judged &= exact.opacity < 1 - 1.5 * stop
-    assert int(judged.sum()) >= min(fewest, len(origins)), "the scene proves nothing"
+        compared &= exact.opacity < 1 - 1.5 * stop
+    assert int(compared.sum()) >= min(fewest, len(origins)), "the scene proves nothing"
     for name in ("rgb", "depth", "opacity"):
-        check(name, *(getattr(one, name)[judged] for one in (view, reference, exact)))
+        check(name, *(getattr(one, name)[compared] for one in (view, reference, exact)))
     if options.get("normals", True):
-        judged &= (exact.opacity - EMPTY_OPACITY).abs() > 1e-4
+        compared &= (exact.opacity - EMPTY_OPACITY).abs() > 1e-4
         hit = exact.opacity > EMPTY_OPACITY
-        assert not view.normal[judged & ~hit].any()
-        judged &= hit
+        assert not view.normal[compared & ~hit].any()
+        compared &= hit
         surface = exact_arguments[0] + (exact.depth / exact.opacity)[:, None] * exact_arguments[1]
         epsilon, active = options.get("normal_epsilon", 0.01), options.get("active_levels")
-        weight = certainty(surface[judged], *exact_arguments[3:], spec, epsilon, active)[:, None]
-        check("normal", *(one.normal[judged] * weight.to(one.normal.dtype) for one in (view, reference, exact)))
+        weight = certainty(surface[compared], *exact_arguments[3:], spec, epsilon, active)[:, None]
+        check("normal", *(one.normal[compared] * weight.to(one.normal.dtype) for one in (view, reference, exact)))
     else:
         assert not view.normal.any()
     return view
@@ -178,7 +178,7 @@ def test_render_random_settings(seed, device):
         dt_gamma=rng.choice([0.0, 1 / 32]),
         min_near=rng.choice([0.01, 0.5]),
         stop=rng.choice([0.0, 1e-3, 0.2]),
-        # Where a normal is noise in half precision, so is its comparison.
+        # Normals that are noise in half precision cannot be compared.
         normals=dtype in (None, torch.float32) and rng.random() < 0.7,
         normal_epsilon=rng.choice([0.01, 0.05]),
         active_levels=active,
@@ -293,9 +293,9 @@ def test_render_memory(device):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     render(*arguments, **options)
-    grown = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
     # 32 bytes a ray for the result and 8 for its queue; 2 bytes an entry of the table.
-    assert grown < 640_000 * 44 + 2 * arguments[3].numel() + 2**20
+    assert peak < 640_000 * 44 + 2 * arguments[3].numel() + 2**20
 
 
 @pytest.mark.full_size("CUDA graph, streams, synchronisation with the host")
@@ -318,9 +318,9 @@ def test_render_stream_and_graph(device):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        beside = render(*arguments, **options)
+        on_stream = render(*arguments, **options)
     torch.cuda.synchronize()
-    assert equal(eager, beside)
+    assert equal(eager, on_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = render(*arguments, **options)
