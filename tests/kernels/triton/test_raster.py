@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check, check_fp64
-from dream_fast.bench.ops.cases import ball
+from dream_fast.bench.ops.inputs import ball
 from dream_fast.kernels import (
     Fragments,
     antialias,
