@@ -145,18 +145,7 @@ def render_enter_kernel(
     has_sample = here & (near != near)
     while tl.max(searching.to(tl.int32), 0) > 0:
         moved, hit, inside = _probe(
-            cursor,
-            near,
-            far,
-            o,
-            d,
-            searching,
-            bits,
-            lattice,
-            GROWS,
-            RESOLUTION,
-            CASCADES,
-            PROBES,
+            cursor, near, far, o, d, searching, bits, lattice, GROWS, RESOLUTION, CASCADES, PROBES
         )
         cursor = tl.where(searching, moved, cursor)
         has_sample = has_sample | hit
@@ -300,18 +289,7 @@ def render_shade_kernel(
         walked = 0
         while (walked < WALK) & (tl.max(searching.to(tl.int32), 0) > 0):
             moved, hit, inside = _probe(
-                cursor,
-                near,
-                far,
-                o,
-                d,
-                searching,
-                bits,
-                lattice,
-                GROWS,
-                RESOLUTION,
-                CASCADES,
-                PROBES,
+                cursor, near, far, o, d, searching, bits, lattice, GROWS, RESOLUTION, CASCADES, PROBES
             )
             cursor = tl.where(searching, moved, cursor)
             ready = ready | hit
@@ -390,17 +368,7 @@ def render_normals_kernel(
         y = tl.minimum(tl.maximum(y, -bound), bound)
         z = tl.minimum(tl.maximum(z, -bound), bound)
         outputs, sigma = _evaluate(
-            x * scene[0] + 0.5,
-            (x, y, z),
-            lane,
-            table,
-            levels,
-            active,
-            weights,
-            parameters,
-            scene,
-            SOFTPLUS,
-            SHAPE,
+            x * scene[0] + 0.5, (x, y, z), lane, table, levels, active, weights, parameters, scene, SOFTPLUS, SHAPE
         )
         change = tl.where(tap % 2 == 0, sigma, -sigma) / (2 * epsilon)
         gx += tl.where(tap // 2 == 0, change, 0.0)
