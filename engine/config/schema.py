@@ -69,8 +69,8 @@ class Config:
             raise UserError("--lambda_tv and --lambda_wd are of the hash table, which --backbone vanilla has not")
         self._check_guidance()
         changing = self.graph_breaking_flags()
-        if self.run.step_graph and changing:
-            raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
+        if self.run.cuda_graph and changing:
+            raise UserError(f"--cuda_graph does not go with {changing[0]}, which changes what a step launches")
 
     @property
     def train_size(self) -> tuple[int, int]:
@@ -91,8 +91,8 @@ class Config:
             raise UserError(
                 f"--attention {run.attention} is for Stable Diffusion: the models of {words} keep their own"
             )
-        if run.step_graph and (len(named) > 1 or named == ("clip",)):
-            raise UserError(f"--step_graph replays steps of one diffusion model, not those of {words}: leave it out")
+        if run.cuda_graph and (len(named) > 1 or named == ("clip",)):
+            raise UserError(f"--cuda_graph replays steps of one diffusion model, not those of {words}: leave it out")
         if self.output.save_guidance and named == ("clip",):
             raise UserError("--save_guidance shows what a diffusion model sees, and --guidance clip has none")
 

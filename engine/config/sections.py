@@ -89,11 +89,12 @@ class RunConfig(ConfigSection):
         "CUDA_VISIBLE_DEVICES leaves",
         choices=("auto", "cpu", "cuda", "cuda:N"),
     )
-    step_graph: bool = setting(
+    cuda_graph: bool = setting(
         False,
         "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
         "wait for the host; dream-mini's default there",
         resumable=True,
+        aliases=("step_graph",),
     )
     log_every: int = setting(10, "steps between two rows of metrics.jsonl", low=1, resumable=True)
     rescue: bool = setting(
@@ -190,9 +191,11 @@ class FieldConfig(ConfigSection):
         "vanilla a frequency encoding and a residual MLP, without an occupancy grid",
         choices=BACKBONES,
     )
-    levels: int = setting(16, "levels of the hash grid", low=1, high=32, backbones=GRIDS)
-    features: int = setting(2, "features of a level", low=1, high=8, backbones=GRIDS)
-    log2_entries: int = setting(19, "log2 of the table's entries in a level", low=4, high=24, backbones=GRIDS)
+    n_levels: int = setting(16, "levels of the hash grid", low=1, high=32, backbones=GRIDS, aliases=("levels",))
+    n_features_per_level: int = setting(2, "features of a level", low=1, high=8, backbones=GRIDS, aliases=("features",))
+    log2_hashmap_size: int = setting(
+        19, "log2 of the table's entries in a level", low=4, high=24, backbones=GRIDS, aliases=("log2_entries",)
+    )
     base_resolution: int = setting(16, "resolution of the coarsest level", low=2, backbones=GRIDS)
     max_resolution: int = setting(2048, "resolution of the finest level", low=2, backbones=GRIDS)
     interpolation: str = setting(
@@ -201,8 +204,13 @@ class FieldConfig(ConfigSection):
         choices=("smoothstep", "linear"),
         backbones=GRIDS,
     )
-    frequencies: int = setting(
-        12, "bands of the frequency encoding, each twice as fine as the one before", low=1, high=24, backbones=VANILLA
+    n_frequencies: int = setting(
+        12,
+        "bands of the frequency encoding, each twice as fine as the one before",
+        low=1,
+        high=24,
+        backbones=VANILLA,
+        aliases=("frequencies",),
     )
     hidden_width: int = setting(64, "width of the MLP's hidden layers", low=1, high=4096)
     hidden_layers: int = setting(2, "number of the MLP's hidden layers", low=0, high=8)
@@ -282,20 +290,21 @@ class GuidanceConfig(ConfigSection):
         None, "the first stage of IF, as --hf_key names a model; default: DeepFloyd/IF-I-XL-v1.0"
     )
     clip_key: str | None = setting(None, "CLIP, as --hf_key names a model; default: openai/clip-vit-base-patch16")
-    score: str = setting(
+    objective: str = setting(
         "sds",
         "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "
         "--guidance_rescale by default), asd the one with it at a higher level, sdi the noise that the model finds in "
         "the picture (slower: 2 rows an inversion step); --guidance_scale is by default the model's own for sds and "
         "csd, 7.5 for asd and sdi",
         choices=("sds", "csd", "asd", "sdi"),
+        aliases=("score",),
     )
     loss_space: str = setting(
         "noise",
         "sds and sdi compare the predicted noise, or the clean latent x0 that it stands for",
         choices=("noise", "x0"),
     )
-    inversion_steps: int = setting(10, "with --score sdi: calls of the model that find the noise", low=1, high=1000)
+    inversion_steps: int = setting(10, "with --objective sdi: calls of the model that find the noise", low=1, high=1000)
     guidance_scale: Scalar = setting(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
     t_range: ScalarRange = setting((0.02, 0.98), "range of the noise level t", low=0, high=1)
     t_anneal: str = setting(
@@ -324,11 +333,13 @@ class GuidanceConfig(ConfigSection):
         for name in self.guidance:
             if self.guidance.count(name) > 1:
                 raise UserError(f"--guidance names {name} twice")
-        if self.perpneg and self.score != "sds":
-            raise UserError(f"--perpneg goes with --score sds only, not with {self.score}: leave one of them out")
-        if self.loss_space == "x0" and self.score not in ("sds", "sdi"):
+        if self.perpneg and self.objective != "sds":
             raise UserError(
-                f"--loss_space x0 goes with --score sds and sdi, not with {self.score}: leave one of them out"
+                f"--perpneg goes with --objective sds only, not with {self.objective}: leave one of them out"
+            )
+        if self.loss_space == "x0" and self.objective not in ("sds", "sdi"):
+            raise UserError(
+                f"--loss_space x0 goes with --objective sds and sdi, not with {self.objective}: leave one of them out"
             )
 
     @property
@@ -352,7 +363,9 @@ class LossConfig(ConfigSection):
         "guidance's gradient, and mean as much whatever guides",
         choices=("plain", "guided"),
     )
-    lambda_entropy: Scalar = setting(1e-3, "entropy of the rays' opacity: empty or full", low=0)
+    lambda_opacity_entropy: Scalar = setting(
+        1e-3, "entropy of the rays' opacity: empty or full", low=0, aliases=("lambda_entropy",)
+    )
     lambda_entropy_weights: Scalar = setting(0.0, "entropy of the samples' weights, as the reference has it", low=0)
     lambda_opacity: Scalar = setting(0.0, "mean square of the opacity", low=0)
     lambda_orient: Scalar = setting(1e-2, "normals that look away from the camera", low=0)

@@ -261,12 +261,13 @@ class Chart(NamedTuple):
 
 def _curves(rows: list[dict[str, Any]]) -> str:
     losses = list(dict.fromkeys(name for row in rows for name in row if name.startswith("loss_")))
+    rates = list(dict.fromkeys(name for row in rows for name in row if name.startswith("lr_")))
     charts = [
         Chart("Losses, weighted", "loss", losses),
         Chart("Gradient of the guidance", "norm in the latents", ["grad_norm"]),
         Chart("Opacity of the rays", "mean", ["opacity"]),
         Chart("Samples of a step", "samples", ["samples"]),
-        Chart("Learning rate", "lr", ["lr"]),
+        Chart("Learning rates", "rate", rates or ["lr"]),  # earlier versions logged the base rate alone
         Chart("Speed", "steps a second", ["it_per_s"]),
     ]
     marks = _marks(rows)

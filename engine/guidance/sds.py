@@ -236,12 +236,12 @@ class ScoreDistillation:
         if negatives:
             embeddings, weights = negatives
             prompts += [embedding.expand_as(cond) for embedding in embeddings]
-        if config.score == "sdi":
+        if config.objective == "sdi":
             noise = inverted_noise(model, z, t, cond, uncond, scale=-scale, steps=config.inversion_steps)
         alpha = model.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
         signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
         noisy = signal * z + spread * noise
-        if config.score == "asd":
+        if config.objective == "asd":
             further = (*self._noisier(z, t, noise, numbers.get("low_level")), cond)
         rows = predict(model, noisy, t, prompts, further)
         guided = rows[: len(prompts)]
@@ -251,9 +251,9 @@ class ScoreDistillation:
         taken = noise
         if config.loss_space == "x0":
             return self._clamped(weight * (z - clean), limit), noisy, clean
-        if config.score == "csd":
+        if config.objective == "csd":
             taken, _ = eps_and_x0(model, rows[0], noisy, signal, spread)
-        elif config.score == "asd":
+        elif config.objective == "asd":
             later, level, _ = further
             taken, _ = eps_and_x0(model, rows[-1], later, *sqrt_alphas(model, level))
         return self._clamped(weight * (1 - alpha) * (eps - taken), limit), noisy, clean
@@ -281,7 +281,7 @@ def _annealed(config: GuidanceConfig) -> tuple[str, ...]:
     """Names of the scalars that a step reads from the device, in their order as inputs of a graph."""
     names = ["guidance_rescale", "lambda_guidance", "clip_grad_latent"]
     names = ["guidance_scale", *(name for name in names if isinstance(getattr(config, name), LinearSchedule))]
-    if config.score == "asd" and isinstance(config.t_range[0], LinearSchedule):
+    if config.objective == "asd" and isinstance(config.t_range[0], LinearSchedule):
         names.append("low_level")
     return tuple(names)
 

@@ -22,9 +22,9 @@ class HashGridField(Field):
 
     def __init__(self, config: FieldConfig, bound: float, generator: torch.Generator):
         grid = kernels.HashGridSpec(
-            levels=config.levels,
-            features=config.features,
-            log2_entries=config.log2_entries,
+            levels=config.n_levels,
+            features=config.n_features_per_level,
+            log2_entries=config.log2_hashmap_size,
             base_resolution=config.base_resolution,
             max_resolution=config.max_resolution,
             interpolation=config.interpolation,

@@ -24,6 +24,11 @@ TINY = 1e-20  # of a length that is divided by
 SMOOTH_REACH = 0.01  # world units, standard deviation of the neighbour in the 3D smoothness term
 
 
+def weight_setting(term: str) -> str:
+    """Return the name of the setting that weights a term of the loss."""
+    return "lambda_opacity_entropy" if term == "entropy" else f"lambda_{term}"
+
+
 def ramp(progress: float) -> float:
     """0 at the start, 1 from the middle of the run on; a run that is taken further does not fall back."""
     return min(1.0, 2.0 * progress)
@@ -127,9 +132,9 @@ def mesh_regularizers(
     surface: TensorMesh, beyond: Tensor, config: LossConfig, now: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The weighted terms of a mesh, by name, as `regularizers` those of a field."""
-    weights = {name: getattr(config, f"lambda_{name}") for name in MESH_TERMS}
+    weights = {name: getattr(config, weight_setting(name)) for name in MESH_TERMS}
     wanted = [name for name, weight in weights.items() if largest(weight) > 0]
-    weights |= {name: now[f"lambda_{name}"] for name in MESH_TERMS if f"lambda_{name}" in (now or {})}
+    weights |= {name: now[weight_setting(name)] for name in MESH_TERMS if weight_setting(name) in (now or {})}
     terms = {"mesh_normal": lambda: normal_consistency(surface, beyond), "mesh_laplacian": lambda: laplacian(surface)}
     return {name: weights[name] * terms[name]() for name in wanted}
 
@@ -161,9 +166,9 @@ def regularizers(
     `pull` is the length of the guidance's gradient, by which weights are multiplied where `config` says "guided".
     """
     count = rendered.samples.count
-    weights = {name: getattr(config, f"lambda_{name}") for name in TERMS}
+    weights = {name: getattr(config, weight_setting(name)) for name in TERMS}
     wanted = {name for name, weight in weights.items() if largest(weight) > 0}
-    weights |= {name: now[f"lambda_{name}"] for name in TERMS if f"lambda_{name}" in (now or {})}
+    weights |= {name: now[weight_setting(name)] for name in TERMS if weight_setting(name) in (now or {})}
     if config.regularizers == "guided":
         weights = {name: weights[name] * pull for name in wanted}
     terms = {}

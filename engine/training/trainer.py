@@ -46,7 +46,7 @@ GuidanceCall = Guidance | Callable[[Tensor, Cameras, StepInputs], GuidanceResult
 
 
 class StepResult(NamedTuple):
-    """What a step did, still on the device; with --step_graph only until the next step."""
+    """What a step did, still on the device; with --cuda_graph only until the next step."""
 
     phase: Phase
     terms: dict[str, Tensor]  # weighted losses by name; the guidance first
@@ -94,7 +94,7 @@ class Trainer:
         self._graphs: StepGraphs | None = None  # of the gradient of a step, one a kind of step
         self._graphs_capacity = 0
         self._captured_inputs: tuple[Tensor, dict[str, Tensor]] | None = None  # where the graphs read
-        if config.run.step_graph and runtime.device.type == "cuda":
+        if config.run.cuda_graph and runtime.device.type == "cuda":
             self._graphs = StepGraphs(self.generator)
         self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part of a step, to time it
 

@@ -168,8 +168,10 @@ def test_without_triton_or_xformers_it_says_what_to_install_where_it_is_needed(m
 def test_a_run_goes_on_without_triton_and_xformers(tmp_path, tiny_model):
     code = "import sys\nfor name in ('triton', 'xformers', 'xformers.ops'): sys.modules[name] = None\n"
     code += "from dream_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
-    words = f"--hf_key {tiny_model} --workspace {tmp_path} --device cpu --iters 1 --w 8 --h 8 --W 32 --H 32 --levels 2"
-    words += " --max_resolution 32 --log2_entries 8 --occupancy_resolution 16 --dataset_size_test 1 --max_steps 32"
+    words = (
+        f"--hf_key {tiny_model} --workspace {tmp_path} --device cpu --iters 1 --w 8 --h 8 --W 32 --H 32 --n_levels 2"
+    )
+    words += " --max_resolution 32 --log2_hashmap_size 8 --occupancy_resolution 16 --dataset_size_test 1 --max_steps 32"
     words += " --dataset_size_valid 1 --six_views"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "--text", "a hamburger", *words.split()], capture_output=True, text=True

@@ -217,8 +217,8 @@ def fitted_renderer():
     torch.manual_seed(0)
     config = dataclasses.replace(
         FieldConfig(),
-        levels=4,
-        log2_entries=14,
+        n_levels=4,
+        log2_hashmap_size=14,
         base_resolution=8,
         max_resolution=32,
         hidden_width=32,
@@ -406,10 +406,10 @@ def test_a_mesh_is_written_without_scipy(tmp_path):
 import sys
 sys.modules["scipy"] = None
 import torch, trimesh
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.export.mesh_files import write_mesh
 from dream_fast.engine.scene.hash_grid_field import HashGridField
-shape = FieldConfig(levels=2, log2_entries=12, max_resolution=32, bg_radius=-1.0)
+shape = FieldConfig(n_levels=2, log2_hashmap_size=12, max_resolution=32, bg_radius=-1.0)
 write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
 """
     path = tmp_path / "mesh.glb"

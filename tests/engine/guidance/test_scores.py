@@ -153,7 +153,7 @@ def test_classifier_score_holds_no_noise(components: Components) -> None:
 
 
 def test_the_higher_level_ends_with_the_schedule(components: Components) -> None:
-    score = ScoreDistillation(components, GuidanceConfig(score="asd", t_range=(0.02, 1.0)))
+    score = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(0.02, 1.0)))
     z = torch.ones(4, 4, 8, 8)
     _, level = score._noisier(z, torch.tensor([20, 39, 520, 990]), torch.zeros_like(z))
     assert level.tolist() == [20, 40, 570, 999]
@@ -243,15 +243,15 @@ def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, 
     ("typed", "scale", "rescale"),
     [
         ({}, "0.0:8:4:1.0", 0.5),
-        ({"score": "sds"}, "0.0:8:4:1.0", 0.5),
-        ({"score": "csd"}, "0.0:8:4:1.0", 0.0),
-        ({"score": "csd", "guidance_rescale": 0.25}, "0.0:8:4:1.0", 0.25),
-        ({"score": "asd"}, "7.5", 0.5),
-        ({"score": "sdi"}, "7.5", 0.5),
-        ({"score": "sdi", "guidance_scale": 30.0}, "30.0", 0.5),
-        ({"score": "asd", "guidance_scale": LinearSchedule(0.0, 7.5, 2.0, 1.0)}, "0.0:7.5:2:1.0", 0.5),
-        ({"score": "asd", "preset": "reference"}, "7.5", 0.0),
-        ({"score": "csd", "preset": "reference"}, "100.0", 0.0),
+        ({"objective": "sds"}, "0.0:8:4:1.0", 0.5),
+        ({"objective": "csd"}, "0.0:8:4:1.0", 0.0),
+        ({"objective": "csd", "guidance_rescale": 0.25}, "0.0:8:4:1.0", 0.25),
+        ({"objective": "asd"}, "7.5", 0.5),
+        ({"objective": "sdi"}, "7.5", 0.5),
+        ({"objective": "sdi", "guidance_scale": 30.0}, "30.0", 0.5),
+        ({"objective": "asd", "guidance_scale": LinearSchedule(0.0, 7.5, 2.0, 1.0)}, "0.0:7.5:2:1.0", 0.5),
+        ({"objective": "asd", "preset": "reference"}, "7.5", 0.0),
+        ({"objective": "csd", "preset": "reference"}, "100.0", 0.0),
     ],
 )
 def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, rescale) -> None:
@@ -262,10 +262,12 @@ def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, rescale) ->
 
 @pytest.mark.parametrize("score", ["csd", "asd", "sdi"])
 def test_perp_neg_goes_with_sds_only(score: str) -> None:
-    with pytest.raises(UserError, match=f"^--perpneg goes with --score sds only, not with {score}: leave one of them"):
-        resolve({"score": score, "perpneg": True}, "sd", "cpu")
-    with pytest.raises(UserError, match="--score is one of sds, csd, asd, sdi, not 'vsd'"):
-        GuidanceConfig(score="vsd")
+    with pytest.raises(
+        UserError, match=f"^--perpneg goes with --objective sds only, not with {score}: leave one of them"
+    ):
+        resolve({"objective": score, "perpneg": True}, "sd", "cpu")
+    with pytest.raises(UserError, match="--objective is one of sds, csd, asd, sdi, not 'vsd'"):
+        GuidanceConfig(objective="vsd")
     with pytest.raises(UserError, match="--inversion_steps must be at least 1, not 0"):
         GuidanceConfig(inversion_steps=0)
 
@@ -321,5 +323,5 @@ def test_the_clean_latent_is_rescaled_before_it_is_compared(components: Componen
 
 @pytest.mark.parametrize("score", ["csd", "asd"])
 def test_scores_without_a_clean_latent_refuse_its_loss(score: str) -> None:
-    with pytest.raises(UserError, match="--loss_space x0 goes with --score sds and sdi"):
+    with pytest.raises(UserError, match="--loss_space x0 goes with --objective sds and sdi"):
         config(score, loss_space="x0")

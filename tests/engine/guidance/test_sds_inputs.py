@@ -90,13 +90,13 @@ def test_a_scale_that_changes_during_the_run_is_read_at_the_step(components):
 def test_the_lowest_level_of_asd_is_read_at_the_step(components):
     """Where the range has a schedule, asd measures its delay from the range's low end in this step."""
     low = LinearSchedule(0.0, 0.5, 0.25, 1.0)
-    score = ScoreDistillation(components, GuidanceConfig(score="asd", t_range=(low, 0.9)))
+    score = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(low, 0.9)))
     assert score.annealed == ("guidance_scale", "low_level")
     assert [score.numbers(0, progress)["low_level"] for progress in (0.0, 0.5, 1.0)] == [500, 375, 250]
     assert score.settle(1, 0, 0.5, generator()).numbers["low_level"].item() == 375
-    steady = ScoreDistillation(components, GuidanceConfig(score="asd", t_range=(0.5, 0.9)))
+    steady = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(0.5, 0.9)))
     assert steady.annealed == ("guidance_scale",)
-    assert ScoreDistillation(components, GuidanceConfig(score="sds", t_range=(low, 0.9))).annealed == (
+    assert ScoreDistillation(components, GuidanceConfig(objective="sds", t_range=(low, 0.9))).annealed == (
         "guidance_scale",
     )
 

@@ -24,8 +24,8 @@ def make_renderer(seed=0, background=-1.0, backbone="grid", **changes):
     field_config = dataclasses.replace(
         FieldConfig(),
         backbone=backbone,
-        levels=3,
-        log2_entries=10,
+        n_levels=3,
+        log2_hashmap_size=10,
         base_resolution=4,
         max_resolution=16,
         hidden_width=16,

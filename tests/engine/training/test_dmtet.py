@@ -35,7 +35,9 @@ from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
-FIELD = dict(levels=3, log2_entries=10, max_resolution=32, hidden_width=16, hidden_layers=1, bound=0.6, max_steps=48)
+FIELD = dict(
+    n_levels=3, log2_hashmap_size=10, max_resolution=32, hidden_width=16, hidden_layers=1, bound=0.6, max_steps=48
+)
 SMALL = FIELD | dict(
     text="a hamburger", device="cpu", iters=6, log_every=1, w=12, h=10, W=20, H=20, dataset_size_valid=2,
     occupancy_resolution=16, density_thresh=3.0,
@@ -178,7 +180,7 @@ def nerf(**changes) -> Trainer:
 
 
 @pytest.mark.parametrize("threshold", [3.0, 1e6])
-@pytest.mark.parametrize("backbone", [{}, {"backbone": "vanilla", "frequencies": 4, "max_steps": 1024}])
+@pytest.mark.parametrize("backbone", [{}, {"backbone": "vanilla", "n_frequencies": 4, "max_steps": 1024}])
 def test_start_from_a_field(threshold, backbone):
     """The blob of a fresh field, also where the threshold leaves nothing."""
     if backbone:
@@ -285,9 +287,9 @@ def test_a_run_starts_with_the_colours_and_the_shape_of_another(tmp_path):
     either = (seen.opacity > 0.5) | (field.opacity > 0.5)
     assert both.sum() / either.sum() > 0.6
     for changes, sentence in (
-        ({"levels": 4}, "levels 3 there, 4 here"),
+        ({"n_levels": 4}, "n_levels 3 there, 4 here"),
         (
-            {"backbone": "vanilla", "max_steps": 1024, "levels": 16, "log2_entries": 19, "max_resolution": 2048},
+            {"backbone": "vanilla", "max_steps": 1024, "n_levels": 16, "log2_hashmap_size": 19, "max_resolution": 2048},
             "backbone",
         ),
     ):
@@ -446,4 +448,4 @@ def test_defaults_of_a_refinement():
     assert (mesh.guidance.t_range, mesh.shading.latent_iter_ratio) == ((0.02, 0.5), 0.0)
     assert resolve({"dmtet": True, "t_range": (0.1, 0.3)}, "sd", "cpu").guidance.t_range == (0.1, 0.3)
     mini = resolve({"dmtet": True}, "dream-mini", "cuda")
-    assert not mini.run.step_graph and mini.train_size == (256, 256)
+    assert not mini.run.cuda_graph and mini.train_size == (256, 256)

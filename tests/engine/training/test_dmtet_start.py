@@ -192,7 +192,7 @@ def test_what_is_no_start_is_one_sentence(tmp_path: Path, name: str, sentence: s
 def test_a_run_takes_over_the_settings_of_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the field, the bound and the occupancy grid; none of a mesh file, and no refinement's."""
     architecture: dict[str, Any] = {
-        "levels": 3,
+        "n_levels": 3,
         "bound": 0.6,
         "occupancy_resolution": 16,
         "backbone": "grid",

@@ -71,15 +71,15 @@ TABLE = {"lambda_tv": LinearSchedule.parse("0.0:1e-5:1e-4:1.0"), "lambda_wd": Li
         SHADED | {"normals": "analytic"},
         AS_SD,
         AS_SD | {"vram_O": True},
-        {"step_graph": False},
-        AS_SD | {"step_graph": False},
+        {"cuda_graph": False},
+        AS_SD | {"cuda_graph": False},
         TABLE,
         {"perpneg": True},
-        {"perpneg": True, "step_graph": False},
-        {"score": "csd", "clip_grad_latent": 1.0},
-        {"score": "asd"},
-        {"score": "asd", "step_graph": False},
-        {"score": "sdi", "inversion_steps": 2},
+        {"perpneg": True, "cuda_graph": False},
+        {"objective": "csd", "clip_grad_latent": 1.0},
+        {"objective": "asd"},
+        {"objective": "asd", "cuda_graph": False},
+        {"objective": "sdi", "inversion_steps": 2},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
@@ -189,7 +189,7 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"score": "asd"}, TABLE],
+    [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"objective": "asd"}, TABLE],
     ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table"],
 )
 def test_a_replayed_step_is_the_step(changes):
@@ -259,7 +259,7 @@ def test_deterministic_runs_repeat_bit_for_bit():
     assert torch.equal(*states)
 
 
-@pytest.mark.parametrize("graph", ["--step_graph", "--no-step_graph"])
+@pytest.mark.parametrize("graph", ["--cuda_graph", "--no-cuda_graph"])
 def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
     """Pictures beside the graph of the step, and a trace that sees the kernels inside it."""
     words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()

@@ -20,7 +20,13 @@ HEIGHT, WIDTH = 6, 8
 def scene():
     """A small random field, a render of two views of it with normals, and its renderer."""
     config = dataclasses.replace(
-        FieldConfig(), levels=3, log2_entries=9, base_resolution=4, max_resolution=16, hidden_width=8, hidden_layers=1
+        FieldConfig(),
+        n_levels=3,
+        log2_hashmap_size=9,
+        base_resolution=4,
+        max_resolution=16,
+        hidden_width=8,
+        hidden_layers=1,
     )
     field = HashGridField(config, 1.0, torch.Generator().manual_seed(0))
     field.table.data.normal_(generator=torch.Generator().manual_seed(1))
@@ -61,7 +67,7 @@ def test_entropies_are_weight_times_ramp_times_entropy(scene):
         p = p.clamp(1e-5, 1 - 1e-5)
         return 3.0 * 0.25 * (-p * p.log2() - (1 - p) * (1 - p).log2()).mean()
 
-    terms = weighted(scene, up=0.25, lambda_entropy=3.0, lambda_entropy_weights=3.0, lambda_opacity=3.0)
+    terms = weighted(scene, up=0.25, lambda_opacity_entropy=3.0, lambda_entropy_weights=3.0, lambda_opacity=3.0)
     check_term("entropy", terms["entropy"], entropy, rendered.opacity)
     check_term("weights", terms["entropy_weights"], entropy, rendered.weights[:count])
     check_term("opacity", terms["opacity"], lambda x: 3.0 * x.square().mean(), rendered.opacity)
