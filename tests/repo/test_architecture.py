@@ -42,8 +42,6 @@ LAYERS = {
 MAX_LINES = 500
 # Files that are still longer, with the most lines they may have.
 LONG_FILES = {
-    "bench/pipeline/step.py": 600,
-    "kernels/fields/normals.py": 600,
 }
 
 
