@@ -41,8 +41,7 @@ LAYERS = {
 
 MAX_LINES = 500
 # Files that are still longer, with the most lines they may have.
-LONG_FILES = {
-}
+LONG_FILES = {}
 
 
 @functools.cache
