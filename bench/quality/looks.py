@@ -14,7 +14,7 @@ from dream_fast.bench.quality.world import palette_of
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.export.mesh_files import write_mesh
-from dream_fast.engine.export.silhouette import silhouettes
+from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.scene.camera import Cameras, six_views, turntable
 from dream_fast.engine.training.trainer import Trainer
 
@@ -69,7 +69,7 @@ def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, f
             trainer.field,
             output.mcubes_resolution,
             trainer.config.render.density_thresh,
-            outline=silhouettes(trainer.renderer, cameras),
+            silhouettes=render_silhouettes(trainer.renderer, cameras),
             decimate_target=output.decimate_target,
             texture_resolution=output.texture_resolution,
         )

@@ -16,7 +16,7 @@ import torch
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.config.sections import CameraConfig, FieldConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.isosurface import density_volume, surface_level
+from dream_fast.engine.export.isosurface import choose_isovalue, sample_density
 from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.geometry.read_mesh import SUFFIXES, load_mesh
 from dream_fast.engine.geometry.signed_distance import signed_distance
@@ -78,12 +78,12 @@ def field_settings(start: InitSource) -> dict[str, Any]:
 def start_from_field(shape: TetMesh, field: Field, threshold: float) -> None:
     """Lay the grid over what `field` has denser than the threshold, and take the distance from its density.
 
-    One is found where the given one leaves nothing or all (`surface_level`). Density rises exponentially, so its
+    One is found where the given one leaves nothing or all (`choose_isovalue`). Density rises exponentially, so its
     logarithm, scaled to the slope of a distance at the surface, is what straight lines between vertices fit.
     UserError: the density is the same everywhere.
     """
-    volume = density_volume(field, VOLUME)
-    level = surface_level(volume, threshold)
+    volume = sample_density(field, VOLUME)
+    level = choose_isovalue(volume, threshold)
     kept = largest_components(volume > level)
     bound, spacing = field.bound, 2 * field.bound / (VOLUME - 1)
     occupied = kept.nonzero()
