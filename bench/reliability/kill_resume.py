@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import Config
 
 STEPS, EVERY = 24, 4  # of a run; between two checkpoints
@@ -170,8 +170,7 @@ TIMES = ("seconds", "it_per_s")
 def trial(name: str, kills: list[Kill], typed: dict[str, object], folder: Path) -> dict[str, object]:
     """The result of a run that is killed as planned and taken up to its end."""
     workspace, log = folder / name, folder / f"{name}.log"
-    model = "sd" if "hf_key" in typed else "dream-mini"
-    config = resolve(typed | {"workspace": str(workspace)}, model, typed["device"])
+    config = configure(typed | {"workspace": str(workspace)}, typed["device"])
     for kill in [*kills, None]:
         status = forked(config, log, kill)
         if kill is None and status != 0 or status not in (0, -signal.SIGKILL):

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     from dream_fast.engine import run
-    from dream_fast.engine.config.presets import resolve
+    from dream_fast.engine.config.configure import configure
     from dream_fast.engine.training.loop import LoopOptions
 
     record = args.workspace / "long_run.jsonl"
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         end = min(args.steps, done + args.piece)
         typed = {"text": "a hamburger", "iters": end, "seed": 0, "workspace": str(args.workspace), "six_views": True}
         typed |= {"device": args.device, "fp16": True}
-        run.run(resolve(typed, "dream-mini", args.device), loop=LoopOptions(on_row=add_usage))
+        run.run(configure(typed, args.device), loop=LoopOptions(on_row=add_usage))
         gc.unfreeze()
         settled = False
         rows = [json.loads(line) for line in (args.workspace / "metrics.jsonl").read_text().splitlines()]

@@ -97,9 +97,7 @@ CLIP = GuidanceSpec(
     objective="likeness in CLIP",
 )
 
-GUIDANCES: Mapping[str, GuidanceSpec] = {
-    spec.name: spec for spec in (DREAM_MINI, STABLE_DIFFUSION, DEEPFLOYD_IF, CLIP)
-}
+GUIDANCES: Mapping[str, GuidanceSpec] = {spec.name: spec for spec in (DREAM_MINI, STABLE_DIFFUSION, DEEPFLOYD_IF, CLIP)}
 
 
 def specs_of(names: Iterable[str]) -> tuple[GuidanceSpec, ...]:
