@@ -79,7 +79,7 @@ def end_to_end_table() -> str:
 
 def step_table() -> str:
     """A whole step on each GPU: time beside the target, memory, and the image model's modules alone."""
-    from dream_fast.bench.pipeline.step import CASES
+    from dream_fast.bench.pipeline.step_cases import CASES
 
     cases = {case.name: case for case in CASES}
     rows = []

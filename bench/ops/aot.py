@@ -278,7 +278,7 @@ BACKWARD = re.compile(r"bwd|backward|grad|scatter")
 KNOWN_SPILLS = {
     "sm_80": (
         "field/wide/field_fwd_kernel",
-        "field_normals/finite_difference_float16/differences_fwd_kernel",
+        "field_normals/finite_difference_float16/field_normals_fd_fwd_kernel",
     )
 }
 

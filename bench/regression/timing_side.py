@@ -85,10 +85,7 @@ def answer(
                 missing = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
             yield {"missing": missing}
         else:
-            start = clock()
-            for _ in range(request["calls"]):
-                call()
-            yield {"seconds": clock() - start}
+            yield {"seconds": measure.time_calls(call, request["calls"], clock)}
 
 
 def steady() -> None:

@@ -21,7 +21,7 @@ def no_fma(product):
 
 @jit
 def _axis_span(origin, direction, bound):
-    """Where rays enter and leave the slab [-bound, bound] of one axis."""
+    """Entry and exit of rays, t each, of the slab [-bound, bound] of one axis."""
     safe = tl.where(tl.abs(direction) < 1e-15, 1e-15, direction)
     low, high = tl.div_rn(-bound - origin, safe), tl.div_rn(bound - origin, safe)
     return tl.minimum(low, high), tl.maximum(low, high)

@@ -12,7 +12,8 @@ shortest, longest, dt_gamma). Units: world units.
 from __future__ import annotations
 
 from dream_fast.kernels._core.launch import constant, jit, tl
-from dream_fast.kernels.fields.encode import activate_density, blob, encode
+from dream_fast.kernels.fields.activations import activate_density, blob_logit
+from dream_fast.kernels.fields.encode import encode
 from dream_fast.kernels.fields.mlp import mlp, mlp_weights, pick
 from dream_fast.kernels.rays.device import first_cursor, interval, no_fma, occupied, ray_span
 
@@ -60,14 +61,7 @@ def _evaluate(
     parameters,
     scene,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """The MLP's outputs and sigma at points; u: x in unit coordinates. Outside of [0, 1] the table is not read.
 
@@ -76,23 +70,10 @@ def _evaluate(
     x, y, z = point
     scale, blob_density, blob_radius = scene
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    features = encode(
-        u,
-        y * scale + 0.5,
-        z * scale + 0.5,
-        table,
-        levels,
-        active,
-        LEVELS,
-        FEATURES,
-        PADDED,
-        LOG2_ENTRIES,
-        SMOOTH,
-        WIDE,
-    )
-    outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-    blob_logit = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
-    return outputs, activate_density(_column(outputs, lane, 0) + blob_logit, SOFTPLUS, SINGLE)
+    features = encode(u, y * scale + 0.5, z * scale + 0.5, table, levels, active, SHAPE)
+    outputs, _ = mlp(features, weights, parameters, SHAPE)
+    blob = blob_logit(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
+    return outputs, activate_density(_column(outputs, lane, 0) + blob, SOFTPLUS, SINGLE)
 
 
 @jit
@@ -220,8 +201,8 @@ def render_shade_kernel(
     directions,  # [R, 3] fp32
     bits,  # [CASCADES, RESOLUTION^3 / 8] uint8
     background,  # [R, 3] (PER_RAY) or [3] fp32
-    table,  # [rows, FEATURES] compute dtype
-    levels,  # `level_table`
+    table,  # [rows, F] compute dtype
+    levels,  # [PADDED] int64, `level_words`
     active,  # [] int, or None
     parameters,  # [parameters of the MLP] compute dtype
     rgb,  # [R, 3] fp32
@@ -250,14 +231,7 @@ def render_shade_kernel(
     WALK: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Render the rays of one queue, BLOCK at a time. The result of a ray does not depend on its lane."""
     first = tl.program_id(0).to(tl.int64) * SEGMENT
@@ -265,7 +239,7 @@ def render_shade_kernel(
     if length == 0:
         return
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    weights = mlp_weights(parameters, SHAPE)
     lane = tl.arange(0, BLOCK)
     slot = lane
     rays_taken = 0
@@ -314,14 +288,7 @@ def render_shade_kernel(
             parameters,
             (scale, blob_density, blob_radius),
             SOFTPLUS,
-            WIDTH,
-            LAYERS,
-            LEVELS,
-            FEATURES,
-            PADDED,
-            LOG2_ENTRIES,
-            SMOOTH,
-            WIDE,
+            SHAPE,
         )
         r, g, b = _column(outputs, lane, 1), _column(outputs, lane, 2), _column(outputs, lane, 3)
         r, g, b = tl.sigmoid(r), tl.sigmoid(g), tl.sigmoid(b)
@@ -391,8 +358,8 @@ def _store_normal(normal, row, mask, gx, gy, gz):
 def render_normals_kernel(
     origins,  # [R, 3] fp32
     directions,  # [R, 3] fp32
-    table,  # [rows, FEATURES] compute dtype
-    levels,  # `level_table`
+    table,  # [rows, F] compute dtype
+    levels,  # [PADDED] int64, `level_words`
     active,  # [] int, or None
     parameters,  # [parameters of the MLP] compute dtype
     normal,  # [R, 3] fp32
@@ -408,14 +375,7 @@ def render_normals_kernel(
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Normals of BLOCK rays of a queue, by differences of sigma around the expected depth."""
     PARTS: tl.constexpr = SEGMENT // BLOCK
@@ -425,7 +385,7 @@ def render_normals_kernel(
     if slot >= length:
         return
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    weights = mlp_weights(parameters, SHAPE)
     first = segment.to(tl.int64) * SEGMENT
     lane = tl.arange(0, BLOCK)
     slots = slot + lane
@@ -455,14 +415,7 @@ def render_normals_kernel(
             parameters,
             (scale, blob_density, blob_radius),
             SOFTPLUS,
-            WIDTH,
-            LAYERS,
-            LEVELS,
-            FEATURES,
-            PADDED,
-            LOG2_ENTRIES,
-            SMOOTH,
-            WIDE,
+            SHAPE,
         )
         change = tl.where(tap % 2 == 0, sigma, -sigma) / (2 * epsilon)
         gx += tl.where(tap // 2 == 0, change, 0.0)

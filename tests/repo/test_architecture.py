@@ -42,9 +42,7 @@ LAYERS = {
 MAX_LINES = 500
 # Files that are still longer, with the most lines they may have.
 LONG_FILES = {
-    "bench/pipeline/step.py": 600,
     "engine/training/trainer.py": 600,
-    "kernels/fields/normals.py": 600,
 }
 # Circles that are still there.
 KNOWN_CIRCLES = [

@@ -156,9 +156,9 @@ def test_blob_far_away(device):
 def test_one_program_takes_all_tiles(mode, device, monkeypatch, deterministic):
     """Many tiles for each program, and more padding than one tile: outputs, gradients, zeros behind the count."""
     module = sys.modules["dream_fast.kernels.fields.field" if mode is None else "dream_fast.kernels.fields.normals"]
-    for name in ("_fwd_config", "_bwd_config") if mode is None else ("_bwd_config",):
+    for name in ("_field_fwd_config", "_field_bwd_config") if mode is None else ("_field_normals_bwd_config",):
         config = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *shape, config=config: {**config(*shape), "programs": 1})
+        monkeypatch.setattr(module, name, lambda *shape, config=config: config(*shape)._replace(programs=1))
     monkeypatch.setattr(module, "multiprocessors", lambda _: 1)
     spec, options = FieldSpec(grid=GRID), {} if mode is None else {"mode": mode}
     operators = (kernels.field, kernels.field_reference)
@@ -235,7 +235,7 @@ def test_total_variation_of_the_last_vertex(device):
 
 def test_brain_floats_of_a_table(device, monkeypatch):
     """Both entries of a word, where every number on the way is one of bfloat16: averages of small whole numbers."""
-    monkeypatch.setattr(importlib.import_module("dream_fast.kernels.grid.hash_grid"), "_copies_table", lambda *_: True)
+    monkeypatch.setattr(importlib.import_module("dream_fast.kernels.grid.hash_grid"), "_rounds_table", lambda *_: True)
     grid = HashGridSpec(levels=2, features=2, log2_entries=10, base_resolution=4, max_resolution=8)
     generator = torch.Generator().manual_seed(6)
     table = torch.randint(-4, 5, (grid.rows, 2), generator=generator).float().to(device)

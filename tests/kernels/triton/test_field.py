@@ -132,8 +132,8 @@ def test_widths_and_layers_are_fused(width, layers, dtype, device):
 def test_every_tile_has_a_program(programs, monkeypatch, device):
     """Some of the 20 tiles each: in turns where there are few for each program, in runs where there are many."""
     module = sys.modules["dream_fast.kernels.fields.field"]
-    config = module._fwd_config
-    monkeypatch.setattr(module, "_fwd_config", lambda *args: {**config(*args), "programs": programs})
+    config = module._field_fwd_config
+    monkeypatch.setattr(module, "_field_fwd_config", lambda *args: config(*args)._replace(programs=programs))
     monkeypatch.setattr(module, "multiprocessors", lambda _: 1)
     (x, *rest), _ = make(20 * 64 - 5, device=device)
     spec, count = FieldSpec(grid=GRID), torch.tensor(20 * 64 - 9, device=device)

@@ -92,9 +92,9 @@ def test_all_gradients(device, features, interpolation):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("features", "copies"), [(1, True), (2, False), (2, True)])
-def test_half_precision(device, features, copies, dtype, monkeypatch):
-    monkeypatch.setattr(MODULE, "_copies_table", lambda n, rows: copies)
+@pytest.mark.parametrize(("features", "rounds"), [(1, True), (2, False), (2, True)])
+def test_half_precision(device, features, rounds, dtype, monkeypatch):
+    monkeypatch.setattr(MODULE, "_rounds_table", lambda n, rows: rounds)
     spec = HashGridSpec(levels=2, features=features, log2_entries=6, base_resolution=4, max_resolution=7)
     out = compare(inputs(spec, 60, device, dtype=dtype), spec, dtype=dtype)[0]
     assert out.dtype == dtype
@@ -103,8 +103,8 @@ def test_half_precision(device, features, copies, dtype, monkeypatch):
 @pytest.mark.parametrize("run", [1, 4])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_widths_of_atomics_and_runs(device, width, run, monkeypatch):
-    config = {"BLOCK": 32, "RUN": run, "WIDTH": width, "num_warps": 1}
-    monkeypatch.setattr(GRID, "_scatter_config", lambda *_: config)
+    config = GRID.TableBwdConfig(block=32, run=run, width=width, warps=1)
+    monkeypatch.setattr(GRID, "_hash_grid_table_bwd_config", lambda *_: config)
     x, table, upstream, _ = inputs(TINY, 129, device)
     upstream = upstream.half()  # in fp32 so many points into so few rows would be whole numbers
     grads = []
@@ -120,7 +120,7 @@ def test_many_points_into_few_rows_add_up_the_same_in_any_order(device):
     """What lanes write, each the sum of its run, is added as whole numbers in fp32."""
     spec = HashGridSpec(levels=2, features=2, log2_entries=3, base_resolution=2, max_resolution=5)
     x, _, upstream, _ = inputs(spec, 1200, device)
-    runs = torch.arange(1200, device=device).view(-1, GRID._scatter_config(1200, 2, True)["RUN"])
+    runs = torch.arange(1200, device=device).view(-1, GRID._hash_grid_table_bwd_config(1200, 2, True).run)
     grads = [
         GRID.scatter_features(x[rows], spec, scale=1.0, shift=0.0, features=upstream[rows].t().contiguous())
         for rows in (runs.flatten(), runs.flip(0).flatten())

@@ -15,7 +15,7 @@ from dream_fast.bench.doctor import selftest
 from dream_fast.bench.ops.inputs import TINY_CELLS, TINY_FIELD, mlp
 from dream_fast.bench.ops.spec import run
 from dream_fast.kernels import FieldSpec, HashGridSpec, recorded_launches
-from dream_fast.kernels.grid import gradients as _grid
+from dream_fast.kernels.grid.gradients import channel_major
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # In 32 bits, times a block of 4 to 2^14 rows, the first is 0 and the second no row of a small tensor.
@@ -115,15 +115,15 @@ def test_overflow_of_channels_of_a_hash_grid(memory, monkeypatch):
         kernels.hash_grid(x, table, GRID).backward(torch.ones(48, GRID.channels))
 
     launches = record(monkeypatch, call)
-    for kernel, name in (("_hash_grid_fwd_kernel", "out written"), ("_scatter_kernel", "features read")):
+    for kernel, name in (("hash_grid_fwd_kernel", "out written"), ("hash_grid_table_bwd_kernel", "features read")):
         lanes = touched(memory, monkeypatch, launches[kernel], (0, 2), n=1 << 30)
         assert name not in lanes, kernel
-    points = touched(memory, monkeypatch, launches["_position_gradient_kernel"], (0,), n=1 << 30)
-    assert points["features read"] == launches["_position_gradient_kernel"].arguments["BLOCK"]
-    (turn,) = record(monkeypatch, lambda: _grid.by_channel(torch.ones(48, GRID.channels).t(), None)).values()
+    points = touched(memory, monkeypatch, launches["hash_grid_x_bwd_kernel"], (0,), n=1 << 30)
+    assert points["features read"] == launches["hash_grid_x_bwd_kernel"].arguments["BLOCK"]
+    (turn,) = record(monkeypatch, lambda: channel_major(torch.ones(48, GRID.channels).t(), None)).values()
     wrapped, apart = (touched(memory, monkeypatch, turn, (0,), n=number) for number in (1 << 30, (1 << 30) - (1 << 20)))
     assert wrapped == apart
-    for launch in (turn, launches["_position_gradient_kernel"]):
+    for launch in (turn, launches["hash_grid_x_bwd_kernel"]):
         one, other = (touched(memory, monkeypatch, launch, (program,)) for program in FAR)
         assert one == other, launch.kernel.__name__
 
@@ -135,8 +135,8 @@ def field_launches(monkeypatch, kernel, into_x=False):
     table = torch.randn(GRID.rows, GRID.features, generator=generator).requires_grad_()
     shapes = ((16, GRID.channels), (4, 16)), ((16,), (4,))
     weights, biases = ([torch.ones(shape, requires_grad=True) for shape in part] for part in shapes)
-    operator = kernels.field if kernel.startswith("field") else kernels.field_normals
-    options = {"mode": "analytic"} if kernel.startswith("analytic") else {}
+    operator = kernels.field_normals if "normals" in kernel else kernels.field
+    options = {"mode": "analytic"} if "analytic" in kernel else {}
 
     def call():
         sum(part.sum() for part in operator(x, table, weights, biases, FieldSpec(grid=GRID), **options)).backward()
@@ -147,29 +147,33 @@ def field_launches(monkeypatch, kernel, into_x=False):
 @interpreted
 @pytest.mark.parametrize(
     ("kernel", "size"),
-    [("field_bwd_kernel", "rows"), ("differences_bwd_kernel", "columns"), ("analytic_bwd_kernel", "n")],
+    [
+        ("field_bwd_kernel", "rows"),
+        ("field_normals_fd_bwd_kernel", "columns"),
+        ("field_normals_analytic_bwd_kernel", "n"),
+    ],
 )
 def test_overflow_of_channels_of_a_field(kernel, size, memory, monkeypatch):
     """Gradients of features are written by channel in 64 bits: those of level 2 do not meet those of level 0."""
     launch = field_launches(monkeypatch, kernel)
     wrapped, apart = (
-        touched(memory, monkeypatch, launch, (0,), (1 << 30,), **{size: number})["to_features written"]
+        touched(memory, monkeypatch, launch, (0,), (1 << 30,), **{size: number})["grad_features written"]
         for number in (1 << 30, (1 << 30) - (1 << 20))
     )
     assert wrapped == apart
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["differences_bwd_kernel", "analytic_bwd_kernel"])
+@pytest.mark.parametrize("kernel", ["field_normals_fd_bwd_kernel", "field_normals_analytic_bwd_kernel"])
 def test_overflow_of_partial_sums(kernel, memory, monkeypatch):
     """Program 2^21 of a network of 2^11 parameters does not add to what program 0 adds up."""
     launch = field_launches(monkeypatch, kernel)
     lanes = touched(memory, monkeypatch, launch, (1 << 21,), (1 << 30,), size=1 << 11, n=1 << 33)
-    assert not {"partial read", "partial written"} & lanes.keys()
+    assert not {"partial_sums read", "partial_sums written"} & lanes.keys()
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["analytic_bwd_kernel", "differences_points_kernel"])
+@pytest.mark.parametrize("kernel", ["field_normals_analytic_bwd_kernel", "field_normals_fd_x_bwd_kernel"])
 def test_overflow_of_tiles_of_normals(kernel, memory, monkeypatch):
     """Tiles past 2^32 points are not those from 0 on."""
     launch = field_launches(monkeypatch, kernel, into_x=True)
@@ -222,7 +226,7 @@ def test_overflow_of_cascades(memory, monkeypatch):
 def test_overflow_of_rows_of_a_table(memory, monkeypatch):
     """First rows of levels from 2^31 on are no rows before the table."""
     launch = field_launches(monkeypatch, "field_fwd_kernel")
-    launch.arguments["WIDE"] = True
+    launch.arguments["SHAPE"] = launch.arguments["SHAPE"]._replace(wide=True)
     levels = launch.arguments["levels"]
     near, far = (
         touched(
