@@ -39,7 +39,7 @@ def prompts(batch: int) -> tuple[Tensor, Tensor]:
 
 def config(score: str, **changes: float) -> GuidanceConfig:
     return GuidanceConfig(
-        score=score, guidance_scale=SCALE, inversion_steps=STEPS, t_range=(LOW / 1000, HIGH / 1000), **changes
+        objective=score, guidance_scale=SCALE, inversion_steps=STEPS, t_range=(LOW / 1000, HIGH / 1000), **changes
     )
 
 
