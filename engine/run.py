@@ -90,7 +90,7 @@ def _run(
 
     if config.run.test or trainer.step >= config.run.iters:
         if target is not workspace:
-            target.make_for_outputs_of(workspace, config)
+            target.create_for_outputs_of(workspace, config)
         reporter.open_log(target.log)
         reporter.say(_test_banner(config, runtime, trainer.step))
         written = write_outputs(trainer, target, reporter, only_missing=not config.run.test)
@@ -104,7 +104,7 @@ def _run(
     guiding = load_guidance(config, runtime, trainer.attention)
     trainer.guidance, trainer.attention = guiding.guidance, guiding.attention
 
-    workspace.make()
+    workspace.create()
     if fresh:
         workspace.clear()
     for path in spoiled:

@@ -379,7 +379,7 @@ sys.stdin.read()
 def test_workspace_is_locked_on_a_disk_without_locks(tmp_path, no_locks):
     """The second process is told who holds the workspace; the end of the first, also by a signal, lets it in."""
     own = lock.Lock(tmp_path)
-    assert own.is_there() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
+    assert own.is_valid() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
     with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
         lock.Lock(tmp_path)
     own.release()
