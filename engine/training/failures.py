@@ -35,7 +35,7 @@ def translate_disk_errors(target: Workspace, workspace: Workspace) -> Iterator[N
             raise
         what = "there is no room left for" if error.errno in FULL else "the system refuses to write"
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{what} {target.named} ({reason}); {resume_hint(workspace)}") from error
+        raise UserError(f"{what} {target.typed} ({reason}); {resume_hint(workspace)}") from error
 
 
 @contextmanager
