@@ -28,7 +28,7 @@ from dream_fast.bench.finished_run import load_finished
 from dream_fast.bench.quality.classifier import load_judge
 from dream_fast.bench.quality.protocol import AZIMUTHS
 from dream_fast.bench.quality.run import assess, pictures_of
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.render.base import Shading
@@ -110,7 +110,7 @@ def make(typed: dict, device: str) -> Trainer:
     """The trainer of a run that is made now, or was before."""
     from dream_fast.engine.run import run
 
-    config: Config = resolve(typed, "dream-mini", device)
+    config: Config = configure(typed, device)
     run(config)
     return load_finished(config, Path(config.run.workspace))
 

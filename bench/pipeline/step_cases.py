@@ -11,7 +11,8 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.pipeline.random_sd import TOKENS, RandomPrompt, random_components
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.guidances import DREAM_MINI, STABLE_DIFFUSION
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
@@ -71,7 +72,8 @@ class StepCase:
 
     def config(self, device: torch.device) -> Config:
         flags = (MINI if self.mini else BALL) | self.flags | (TINY if device.type == "cpu" else {})
-        return resolve(flags, "dream-mini" if self.mini else "sd", device.type)
+        guidance = DREAM_MINI if self.mini else STABLE_DIFFUSION
+        return configure({"guidance": (guidance.name,)} | flags, device.type)
 
 
 CASES = (

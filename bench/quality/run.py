@@ -42,7 +42,7 @@ from dream_fast.bench.quality.page import write_sheet
 from dream_fast.bench.quality.protocol import AZIMUTHS, BACK, BACKGROUND, BEHIND, FRONT, HELD_OUT, PROMPTS, SIZE
 from dream_fast.bench.quality.world import color_error, color_spread, paints_of, read_world, world_summary
 from dream_fast.bench.results import RESULTS, git_state
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import read_values
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
@@ -94,7 +94,7 @@ def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, ob
     typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
     typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
     meshes = other.get("save_mesh", False)  # measured, and not written among the outputs
-    config = resolve(typed | dict(other) | {"save_mesh": False}, "dream-mini", device)
+    config = configure(typed | dict(other) | {"save_mesh": False}, device)
     start = time.monotonic()
     run(config)
     seconds = time.monotonic() - start
@@ -213,7 +213,7 @@ def facts_of(device: str, other: Mapping[str, object]) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else machine()["processor"],
         "model": digest.hexdigest()[:16],
-        "settings": resolve({"fp16": True} | dict(other), "dream-mini", device).to_dict(),
+        "settings": configure({"fp16": True} | dict(other), device).to_dict(),
     }
 
 
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.settings = read_settings(args.settings)
-        resolve(args.settings, "dream-mini", args.device)
+        configure(args.settings, args.device)
     except (UserError, ValueError) as error:
         parser.error(f"--settings: {error}")
     if args.scores is not None:

@@ -22,7 +22,7 @@ from dream_fast.bench.quality.classifier import WEIGHTS, load_judge
 from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, roughness
 from dream_fast.bench.quality.protocol import AZIMUTHS, BACKGROUND, HELD_OUT, PROMPTS, SHAPE_SIZE, SIZE, sides
 from dream_fast.bench.results import RESULTS
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.dream_mini.scenes import RADIUS, Scene, make_scene
 from dream_fast.engine.dream_mini.sphere_tracer import pack, trace
 from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    around = turntable(resolve({}, "dream-mini", args.device).camera, AZIMUTHS)
+    around = turntable(configure({}, args.device).camera, AZIMUTHS)
     prompts = tuple(args.prompts or (*PROMPTS, *HELD_OUT))
     world = measure_world(prompts, around, sides("cpu"), (SIZE, SHAPE_SIZE), BACKGROUND, args.device)
     write_world(args.out, prompts, world)

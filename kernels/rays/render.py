@@ -213,22 +213,6 @@ def _render_config(width: int, dtype: torch.dtype) -> RenderConfig:
     )
 
 
-def _lattice_arguments(bound: float, resolution: int, max_steps: int, dt_gamma: float, min_near: float) -> dict:
-    """Arguments of the kernels that describe the lattice of intervals and the occupancy grid."""
-    shortest, longest = step_limits(bound, resolution, max_steps)
-    return {
-        "bound": bound,
-        "min_near": min_near,
-        "outer_scale": resolution / (2 * half_sizes(bound)[-1]),
-        "shortest": shortest,
-        "longest": longest,
-        "dt_gamma": dt_gamma,
-        "GROWS": dt_gamma > 0,
-        "RESOLUTION": resolution,
-        "CASCADES": cascades(bound),
-    }
-
-
 @torch.library.custom_op("dream_fast::render", mutates_args=())
 def _render(
     origins: Tensor,
@@ -255,7 +239,7 @@ def _render(
     config = _render_config(width, entries.dtype)
     rgb, normal = origins.new_empty(rays, 3), origins.new_empty(rays, 3)
     depth, opacity = origins.new_empty(rays), origins.new_empty(rays)
-    segments = -(-rays // config.segment)
+    segments, limits = -(-rays // config.segment), step_limits(spec.bound, resolution, max_steps)
     queued = {
         "origins": origins.contiguous(),
         "directions": directions.contiguous(),
@@ -271,16 +255,18 @@ def _render(
         "rgb": rgb,
         "cursors": torch.empty(segments * config.segment, dtype=torch.float32, device=device),
         "PER_RAY": background.dim() == 2,
-        **_lattice_arguments(spec.bound, resolution, max_steps, dt_gamma, min_near),
+        "min_near": min_near,
+        "lattice": (spec.bound, resolution / (2 * half_sizes(spec.bound)[-1]), *limits, dt_gamma),
+        "GROWS": dt_gamma > 0,
+        "RESOLUTION": resolution,
+        "CASCADES": cascades(spec.bound),
     }
     fields = {
         "table": aligned_rows(entries),
         "levels": level_words(spec.grid, device, levels),
         "active": active,
         "parameters": packed,
-        "scale": unit_scale(spec.bound),
-        "blob_density": spec.blob_density,
-        "blob_radius": spec.blob_radius,
+        "scene": (unit_scale(spec.bound), spec.blob_density, spec.blob_radius),
         "BLOCK": config.block,
         "SOFTPLUS": spec.density_activation == "softplus",
         "SHAPE": field_shape(spec.grid, width, layers),

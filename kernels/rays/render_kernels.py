@@ -95,15 +95,14 @@ def _probe(
 
     All are looked up before any is compared, so that the loads overlap.
     """
-    bound, outer_scale, shortest, longest, dt_gamma = lattice
     target = cursor
     has_sample = live & (cursor != cursor)
     inside = live
     for _ in tl.static_range(PROBES):
-        t, _, following = interval(cursor, near, shortest, longest, dt_gamma, GROWS)
+        t, _, following = interval(cursor, near, lattice, GROWS)
         inside = live & (t < far)
         x, y, z = o[0] + no_fma(t * d[0]), o[1] + no_fma(t * d[1]), o[2] + no_fma(t * d[2])
-        hit = inside & occupied(x, y, z, bits, inside, bound, outer_scale, RESOLUTION, CASCADES)
+        hit = inside & occupied(x, y, z, bits, inside, lattice[0], lattice[1], RESOLUTION, CASCADES)
         target = tl.where(has_sample, target, cursor)
         has_sample = has_sample | hit
         cursor = following
@@ -124,12 +123,8 @@ def render_enter_kernel(
     cursors,  # [segments, SEGMENT] fp32: of their first samples
     lengths,  # [segments] int32: rays in each queue
     rays,
-    bound,
     min_near,
-    outer_scale,
-    shortest,
-    longest,
-    dt_gamma,
+    lattice,  # (bound, outer_scale, shortest, longest, dt_gamma)
     PER_RAY: tl.constexpr,
     GROWS: tl.constexpr,
     RESOLUTION: tl.constexpr,
@@ -144,25 +139,13 @@ def render_enter_kernel(
     here = row < rays
     o = _load_vector(origins, row, here, (0.0, 0.0, 0.0))
     d = _load_vector(directions, row, here, (1.0, 1.0, 1.0))
-    near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], bound, min_near)
+    near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], lattice[0], min_near)
     cursor = first_cursor(near, GROWS)
     searching = here & (near < far)
-    lattice = (bound, outer_scale, shortest, longest, dt_gamma)
     has_sample = here & (near != near)
     while tl.max(searching.to(tl.int32), 0) > 0:
         moved, hit, inside = _probe(
-            cursor,
-            near,
-            far,
-            o,
-            d,
-            searching,
-            bits,
-            lattice,
-            GROWS,
-            RESOLUTION,
-            CASCADES,
-            PROBES,
+            cursor, near, far, o, d, searching, bits, lattice, GROWS, RESOLUTION, CASCADES, PROBES
         )
         cursor = tl.where(searching, moved, cursor)
         has_sample = has_sample | hit
@@ -211,17 +194,11 @@ def render_shade_kernel(
     queue,  # [segments, SEGMENT] int32
     cursors,  # [segments, SEGMENT] fp32
     lengths,  # [segments] int32
-    bound,
     min_near,
-    outer_scale,
-    shortest,
-    longest,
-    dt_gamma,
+    lattice,  # (bound, outer_scale, shortest, longest, dt_gamma)
     stop,
     max_steps,
-    scale,
-    blob_density,
-    blob_radius,
+    scene,  # (scale to unit coordinates, blob_density, blob_radius)
     PER_RAY: tl.constexpr,
     GROWS: tl.constexpr,
     RESOLUTION: tl.constexpr,
@@ -254,7 +231,6 @@ def render_shade_kernel(
     kahan_depth, kahan_opacity = zero, zero  # rounding errors of the sums
     depth_limit = tl.minimum(-tl.log(stop), 87.0)  # optical depth behind which nothing counts
     samples = slot
-    lattice = (bound, outer_scale, shortest, longest, dt_gamma)
     working = length > 0
     while working:
         # Free lanes take the next rays of the queue.
@@ -265,7 +241,7 @@ def render_shade_kernel(
         o = _load_vector(origins, row, fresh, o)
         d = _load_vector(directions, row, fresh, d)
         cursor = tl.load(cursors + first + slot, mask=fresh, other=cursor)
-        near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], bound, min_near)
+        near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], lattice[0], min_near)
         tau = tl.where(fresh, 0.0, tau)
         red, green, blue = tl.where(fresh, 0.0, red), tl.where(fresh, 0.0, green), tl.where(fresh, 0.0, blue)
         depth_sum, opacity_sum = tl.where(fresh, 0.0, depth_sum), tl.where(fresh, 0.0, opacity_sum)
@@ -275,10 +251,10 @@ def render_shade_kernel(
         ready = (ready & (is_free == 0)) | fresh
 
         # One sample of every ready lane; the others are outside the cube, where nothing is looked up.
-        t, dt, following = interval(cursor, near, shortest, longest, dt_gamma, GROWS)
+        t, dt, following = interval(cursor, near, lattice, GROWS)
         x, y, z = o[0] + no_fma(t * d[0]), o[1] + no_fma(t * d[1]), o[2] + no_fma(t * d[2])
         outputs, sigma = _evaluate(
-            tl.where(ready, x * scale + 0.5, 2.0),
+            tl.where(ready, x * scene[0] + 0.5, 2.0),
             (x, y, z),
             lane,
             table,
@@ -286,7 +262,7 @@ def render_shade_kernel(
             active,
             weights,
             parameters,
-            (scale, blob_density, blob_radius),
+            scene,
             SOFTPLUS,
             SHAPE,
         )
@@ -313,18 +289,7 @@ def render_shade_kernel(
         walked = 0
         while (walked < WALK) & (tl.max(searching.to(tl.int32), 0) > 0):
             moved, hit, inside = _probe(
-                cursor,
-                near,
-                far,
-                o,
-                d,
-                searching,
-                bits,
-                lattice,
-                GROWS,
-                RESOLUTION,
-                CASCADES,
-                PROBES,
+                cursor, near, far, o, d, searching, bits, lattice, GROWS, RESOLUTION, CASCADES, PROBES
             )
             cursor = tl.where(searching, moved, cursor)
             ready = ready | hit
@@ -369,9 +334,7 @@ def render_normals_kernel(
     lengths,  # [segments] int32
     bound,
     epsilon,
-    scale,
-    blob_density,
-    blob_radius,
+    scene,  # (scale to unit coordinates, blob_density, blob_radius)
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -405,17 +368,7 @@ def render_normals_kernel(
         y = tl.minimum(tl.maximum(y, -bound), bound)
         z = tl.minimum(tl.maximum(z, -bound), bound)
         outputs, sigma = _evaluate(
-            x * scale + 0.5,
-            (x, y, z),
-            lane,
-            table,
-            levels,
-            active,
-            weights,
-            parameters,
-            (scale, blob_density, blob_radius),
-            SOFTPLUS,
-            SHAPE,
+            x * scene[0] + 0.5, (x, y, z), lane, table, levels, active, weights, parameters, scene, SOFTPLUS, SHAPE
         )
         change = tl.where(tap % 2 == 0, sigma, -sigma) / (2 * epsilon)
         gx += tl.where(tap // 2 == 0, change, 0.0)
