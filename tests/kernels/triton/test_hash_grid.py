@@ -58,11 +58,11 @@ def gradients(op, tensors, spec, precision=None, *, second=True, **options):
     x, table, upstream, tangent = (t.detach().to(precision or t.dtype) for t in tensors)
     x, table, upstream = (t.requires_grad_() for t in (x, table, upstream))
     out = op(x, table, spec, **options)
-    to_x, to_table = torch.autograd.grad(out, (x, table), upstream, create_graph=second)
-    results = [out, to_x, to_table]
+    grad_x, grad_table = torch.autograd.grad(out, (x, table), upstream, create_graph=second)
+    results = [out, grad_x, grad_table]
     if second:
         leaves = (x, table, upstream)
-        found = torch.autograd.grad(to_x, leaves, tangent, allow_unused=True)
+        found = torch.autograd.grad(grad_x, leaves, tangent, allow_unused=True)
         results += [torch.zeros_like(a) if b is None else b for a, b in zip(leaves, found, strict=True)]
     return [result.detach() for result in results]
 
@@ -116,7 +116,7 @@ def test_hash_grid_atomics(device, width, run, monkeypatch):
         hash_grid_reference(x.to(dtype), leaf, TINY).backward(upstream.to(dtype))
         grads.append(leaf.grad)
     features = upstream.t().contiguous()
-    check("table", GRID.scatter_features(x, TINY, scale=1.0, shift=0.0, features=features), *grads)
+    check("table", GRID.scatter_features(GRID.GridPoints(x), TINY, features=features), *grads)
 
 
 def test_hash_grid_fixed_point_sums(device):
@@ -125,7 +125,7 @@ def test_hash_grid_fixed_point_sums(device):
     x, _, upstream, _ = inputs(spec, 1200, device)
     runs = torch.arange(1200, device=device).view(-1, GRID._hash_grid_table_bwd_config(1200, 2, True).run)
     grads = [
-        GRID.scatter_features(x[rows], spec, scale=1.0, shift=0.0, features=upstream[rows].t().contiguous())
+        GRID.scatter_features(GRID.GridPoints(x[rows]), spec, features=upstream[rows].t().contiguous())
         for rows in (runs.flatten(), runs.flip(0).flatten())
     ]
     assert grads[0].any() and torch.equal(*grads)
@@ -142,19 +142,17 @@ def test_hash_grid_features_and_tangent(device, deterministic):
         leaf, point = (t.clone().to(dtype).requires_grad_() for t in (table, u[:live]))
         weights = upstream[:live].to(dtype)
         out = hash_grid_reference(point, leaf, TINY)
-        (to_x,) = torch.autograd.grad(out, point, weights, create_graph=True)
-        grads += torch.autograd.grad((out * weights).sum() + (to_x * tangent[:live].to(dtype)).sum(), leaf)
+        (grad_x,) = torch.autograd.grad(out, point, weights, create_graph=True)
+        grads += torch.autograd.grad((out * weights).sum() + (grad_x * tangent[:live].to(dtype)).sum(), leaf)
     upstream[live:], tangent[live:] = math.nan, math.nan
     features = upstream.t().contiguous()
+    points = GRID.GridPoints(x, scale, shift, torch.tensor(live, device=device))
     got = GRID.scatter_features(
-        x,
+        points,
         TINY,
-        scale=scale,
-        shift=shift,
         features=features,
         tangent=tangent,
         tangent_features=features,
-        count=torch.tensor(live, device=device),
         deterministic=deterministic,
     )
     check("table", got, *grads)
@@ -198,9 +196,9 @@ def test_hash_grid_active_levels(device, active, on_device):
     """Levels from `active_levels` on give zeros and take no gradient, as a number and as a tensor."""
     tensors = inputs(TINY, 40, device)
     levels = torch.tensor(active, device=device) if on_device else active
-    out, _, to_table, *_ = compare(tensors, TINY, active_levels=levels)
+    out, _, grad_table, *_ = compare(tensors, TINY, active_levels=levels)
     assert not out[:, active * 2 :].any()
-    assert not to_table[TINY.offsets[min(active, 2)] :].any()
+    assert not grad_table[TINY.offsets[min(active, 2)] :].any()
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -218,8 +216,8 @@ def test_hash_grid_clamped_positions(device):
     )
     steps = torch.tensor([0, 1 / 16, 3 / 32, 1 / 8, 7 / 8, 29 / 32, 15 / 16, 1])
     x = torch.cartesian_prod(steps, steps[2:6], steps[[3]]).to(device)
-    _, to_x, *_ = compare([x, *inputs(spec, x.shape[0], device)[1:]], spec)
-    assert not to_x[x[:, 0] == 0, 0].any() and to_x[x[:, 0] == 1 / 8, 0].all()
+    _, grad_x, *_ = compare([x, *inputs(spec, x.shape[0], device)[1:]], spec)
+    assert not grad_x[x[:, 0] == 0, 0].any() and grad_x[x[:, 0] == 1 / 8, 0].all()
 
 
 @pytest.mark.parametrize("live", [0, 33, 40])
@@ -243,8 +241,8 @@ def test_hash_grid_outside_points(device):
     """Points outside the cube, NaN and infinity give zeros and take no gradient."""
     x = torch.tensor([[0.5, 0.5, 0.5], [1.0001, 0.5, 0.5], [0.5, -1e-6, 0.5], [0.5, math.nan, 0.5], [math.inf, 0, 0]])
     tensors = [x.to(device), *inputs(TINY, 5, device)[1:]]
-    out, to_x, *_ = gradients(hash_grid, tensors, TINY)
-    assert out[0].any() and not out[1:].any() and to_x[0].any() and not to_x[1:].any()
+    out, grad_x, *_ = gradients(hash_grid, tensors, TINY)
+    assert out[0].any() and not out[1:].any() and grad_x[0].any() and not grad_x[1:].any()
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -341,7 +339,7 @@ def test_hash_grid_deterministic_not_finite(device, value, deterministic):
     x, table, upstream, _ = inputs(TINY, 60, device)
     upstream[0, 0] = value
     features = upstream.t().contiguous()
-    got = GRID.scatter_features(x, TINY, scale=1.0, shift=0.0, features=features, deterministic=True)
+    got = GRID.scatter_features(GRID.GridPoints(x), TINY, features=features, deterministic=True)
     assert got.isnan().any()
 
 
@@ -350,8 +348,8 @@ def test_hash_grid_third_order(device):
     x, table, upstream, tangent = inputs(TINY, 9, device)
     x.requires_grad_()
     out = hash_grid(x, table, TINY)
-    (to_x,) = torch.autograd.grad(out, x, upstream, create_graph=True)
-    (second,) = torch.autograd.grad(to_x, x, tangent, create_graph=True)
+    (grad_x,) = torch.autograd.grad(out, x, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(grad_x, x, tangent, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="no third derivative"):
         torch.autograd.grad(second.sum(), x)
 
@@ -362,8 +360,8 @@ def test_hash_grid_table_gradient_gradients(device):
 
     def run(op, precision):
         point, leaf, up = (t.clone().to(precision).requires_grad_() for t in (x, table, upstream))
-        (to_table,) = torch.autograd.grad(op(point, leaf, TINY), leaf, up, create_graph=True)
-        return torch.autograd.grad((to_table * table.to(precision).cos()).sum(), (point, up))
+        (grad_table,) = torch.autograd.grad(op(point, leaf, TINY), leaf, up, create_graph=True)
+        return torch.autograd.grad((grad_table * table.to(precision).cos()).sum(), (point, up))
 
     got, own = run(hash_grid, torch.float32), run(hash_grid_reference, torch.float32)
     exact = run(hash_grid_reference, torch.float64)
@@ -383,9 +381,6 @@ def test_hash_grid_errors(device):
     odd = HashGridSpec(levels=1, features=3, log2_entries=6, base_resolution=4, max_resolution=4)
     with pytest.raises(ValueError, match="the kernels take 1, 2 or 4 features a level, got 3"):
         hash_grid(x, torch.zeros(odd.rows, 3, device=device), odd)
-
-
-# On a GPU only.
 
 
 def full_case(device, n=200_000, dtype=torch.float16):
