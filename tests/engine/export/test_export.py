@@ -1,4 +1,4 @@
-"""Meshes, videos and pictures: closed surfaces, the right way round, whole files."""
+"""Meshes, videos and images: closed surfaces, the right way round, whole files."""
 
 import dataclasses
 import functools
@@ -162,9 +162,9 @@ def test_simplify_sphere(target):
 
 def test_stage_seconds():
     """The parts of an export are timed by what it tells."""
-    volume, surface_, atlas_, pictures = mesh_files.STAGE_ENDS
-    told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + pictures) / 2, 7.0)]
-    told += [(atlas_ + (pictures - atlas_), 8.0), (1.0, 9.5)]
+    volume, surface_, atlas_, images = mesh_files.STAGE_ENDS
+    told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + images) / 2, 7.0)]
+    told += [(atlas_ + (images - atlas_), 8.0), (1.0, 9.5)]
     parts = bench_mesh.seconds_of(0.5, told)
     assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "pictures": 2.0, "files": 1.5}
 
@@ -283,7 +283,7 @@ def test_write_mesh_six_views(written):
 
 
 def test_write_mesh_silhouettes(tmp_path):
-    """The mesh has the outline of the pictures whatever the threshold."""
+    """The mesh has the outline of the images whatever the threshold."""
 
     def worst_overlap(threshold, silhouettes):
         options = dict(silhouettes=silhouettes, decimate_target=4000, texture_resolution=64)
@@ -302,8 +302,8 @@ def test_write_mesh_files(written, suffix):
     scene = trimesh.load_scene(written.with_suffix(suffix), process=False)
     (shape,) = scene.geometry.values()
     material = shape.visual.material
-    picture = material.baseColorTexture if suffix == ".glb" else material.image
-    colours = np.asarray(picture.convert("RGB")) / 255
+    image = material.baseColorTexture if suffix == ".glb" else material.image
+    colours = np.asarray(image.convert("RGB")) / 255
     assert colours.shape == (256, 256, 3)
     for place, channel in (((0.43, 0.05, 0), 1), ((-0.1, 0.43, 0), 2), ((0, 0, -0.25), 0)):
         u, v = shape.visual.uv[np.linalg.norm(shape.vertices - np.array(place), axis=1).argmin()]
@@ -324,7 +324,7 @@ def test_write_mesh_material(written, glb):
 
 
 def test_bake_colours_and_charts(written, pixels_inside):
-    """Charts do not overlap and the picture has the field s colours."""
+    """Charts do not overlap and the image has the field s colours."""
     field = fitted_renderer().field
     shape = geometry_mesh.simplify(isosurface.extract_surface(isosurface.sample_volume(field, 40, 10.0)), 2000)
     for unwrapped in (uv_atlas.unwrap(shape, 256), uv_atlas._unwrap_by_xatlas(*as_arrays(shape), 256)):
@@ -337,12 +337,12 @@ def test_bake_colours_and_charts(written, pixels_inside):
         # No pixel is inside of two triangles: together they hold no more of them than are covered.
         covered = int((seen.triangle >= 0).sum())
         assert 0.3 * 1024**2 < covered and pixels_inside(unwrapped.uv, unwrapped.faces, 1024) <= covered
-        picture = texture.bake(field, shape, unwrapped, 256).albedo / 255
+        image = texture.bake(field, shape, unwrapped, 256).albedo / 255
         texels = torch.from_numpy(unwrapped.source)[faces.long()]
         middle = torch.from_numpy(shape.vertices).float()[texels].mean(1)
         column, row = (unwrapped.uv[unwrapped.faces].mean(1) * [256, -256] + [0, 256]).clip(0, 255).astype(int).T
         expected = field.albedo(middle).numpy()
-        assert np.median(np.abs(picture[row, column] - expected)) < 0.02
+        assert np.median(np.abs(image[row, column] - expected)) < 0.02
 
 
 def as_arrays(shape):
@@ -351,11 +351,11 @@ def as_arrays(shape):
 
 def test_fill_holes():
     """Holes take the colours around them."""
-    picture, known = torch.zeros(37, 20, 3), torch.zeros(37, 20, dtype=torch.bool)
-    picture[:, :6], known[:, :6] = torch.tensor([1.0, 0.2, 0.0]), True
-    picture[:, -6:], known[:, -6:] = torch.tensor([0.0, 0.2, 1.0]), True
-    filled = texture.fill_holes(picture, known)
-    assert torch.equal(filled[known], picture[known])
+    image, known = torch.zeros(37, 20, 3), torch.zeros(37, 20, dtype=torch.bool)
+    image[:, :6], known[:, :6] = torch.tensor([1.0, 0.2, 0.0]), True
+    image[:, -6:], known[:, -6:] = torch.tensor([0.0, 0.2, 1.0]), True
+    filled = texture.fill_holes(image, known)
+    assert torch.equal(filled[known], image[known])
     even = torch.full((37, 20), 0.2)
     check("even", filled[..., 1], even, torch.full((37, 20), 0.2, dtype=torch.float64))
     assert (filled[:, 6, 0] > 0.6).all() and (filled[:, 13, 2] > 0.6).all()
@@ -444,7 +444,7 @@ write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(
     assert (vertices.vertex_normals * directions).sum(axis=1).min() > 0.5  # the first field is a ball
 
 
-# ------------------------------------------------------------------------------------------------ pictures and videos
+# ------------------------------------------------------------------------------------------------ images and videos
 
 
 def test_write_six_views(tmp_path):

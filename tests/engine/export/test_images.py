@@ -1,4 +1,4 @@
-"""Pictures by their numbers: colours of normals and depths, strips and grids, names of the views, values of a grid."""
+"""Images by their numbers: colours of normals and depths, strips and grids, names of the views, values of a grid."""
 
 from types import SimpleNamespace
 
@@ -18,8 +18,8 @@ def numbered(*shape):
 
 
 def read(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture), dict(picture.text)
+    with Image.open(path) as image:
+        return np.asarray(image), dict(image.text)
 
 
 def test_to_uint8():

@@ -252,7 +252,7 @@ def test_simplify_without_target():
 
 
 def seen_in_the_picture(laid, resolution):
-    """What a picture of the atlas shows at each texel."""
+    """What an image of the atlas shows at each texel."""
     uv = torch.from_numpy(laid.uv)
     clip = torch.cat([2 * uv - 1, torch.zeros(len(uv), 1), torch.ones(len(uv), 1)], dim=1)[None]
     return kernels.rasterize(clip, torch.from_numpy(laid.faces).int(), resolution, resolution)
@@ -260,7 +260,7 @@ def seen_in_the_picture(laid, resolution):
 
 @pytest.mark.parametrize("resolution", [16, 48])
 def test_unwrap_small_image(resolution, pixels_inside):
-    """More charts than a small picture has room for do not overlap."""
+    """More charts than a small image has room for do not overlap."""
     simple = geometry_mesh.simplify(
         isosurface.extract_surface(isosurface.sample_volume(Analytic(bumps), 40, 10.0)), 3000
     )
@@ -289,12 +289,12 @@ def test_unwrap_xatlas_fallback(monkeypatch):
 
 
 def test_bake_normals():
-    """The picture of normals gives back what simplification took."""
+    """The image of normals gives back what simplification took."""
     field, resolution = Analytic(bumps), 512
     volume = isosurface.sample_volume(field, 128, 10.0)
     mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1500)
     laid = uv_atlas.unwrap(mesh, resolution)
-    picture = texture.bake(field, mesh, laid, resolution, volume).normal
+    image = texture.bake(field, mesh, laid, resolution, volume).normal
     seen = seen_in_the_picture(laid, resolution)
     triangle = seen.triangle[0].numpy()
     row, column = np.nonzero(triangle >= 0)
@@ -317,7 +317,7 @@ def test_bake_normals():
     along_v = (du1[:, None] * edge2 - du2[:, None] * edge1) / area[:, None]
     tangent = unit(along_u - (along_u * smooth).sum(1, keepdims=True) * smooth)
     across = np.cross(smooth, tangent) * np.sign((np.cross(smooth, tangent) * along_v).sum(1, keepdims=True))
-    local = picture[row, column] / 255 * 2 - 1
+    local = image[row, column] / 255 * 2 - 1
     mapped = unit(local[:, :1] * tangent + local[:, 1:2] * across + local[:, 2:] * smooth)
 
     points = torch.from_numpy(between(places)).requires_grad_()

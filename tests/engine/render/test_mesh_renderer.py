@@ -1,4 +1,4 @@
-"""Pictures of known meshes in known colours: a wall in closed form, and what is kept, handed on and handed back."""
+"""Images of known meshes in known colours: a wall in closed form, and what is kept, handed on and handed back."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -35,14 +35,14 @@ class Field:
 
     def __call__(self, points: Tensor, *, active_levels: Any = None) -> SimpleNamespace:
         self.asked.append((points, active_levels))
-        return SimpleNamespace(albedo=(points / 4 + 0.5).double())  # of another precision than the picture
+        return SimpleNamespace(albedo=(points / 4 + 0.5).double())  # of another precision than the image
 
     def background(self, directions: Tensor) -> Tensor:
         return directions.abs()
 
 
 def wall() -> TensorMesh:
-    """Two triangles that cover all of the pictures at z = 0.25 and face the cameras."""
+    """Two triangles that cover all of the images at z = 0.25 and face the cameras."""
     corners = torch.tensor([[-50, -50, 0.25], [50, -50, 0.25], [50, 50, 0.25], [-50, 50, 0.25]])
     return TensorMesh(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
 
@@ -142,7 +142,7 @@ def test_train_views_near_plane(monkeypatch: pytest.MonkeyPatch, min_near: float
 
 
 def test_view_normals() -> None:
-    """Also at silhouettes, where a pixel is covered in part; colours, depths and opacities are the picture's."""
+    """Also at silhouettes, where a pixel is covered in part; colours, depths and opacities are the image's."""
     made, black = renderer(box()), torch.zeros(3)
     view = made.view(CAMERAS, 20, 20, background=black)
     seen = made.train_views(CAMERAS, 20, 20, background=black)

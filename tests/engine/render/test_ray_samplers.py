@@ -300,7 +300,7 @@ def quadrature(field, origins, directions, steps=20_000) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def picture(sampler, origins, directions) -> torch.Tensor:
+def image(sampler, origins, directions) -> torch.Tensor:
     renderer = VolumeRenderer.__new__(VolumeRenderer)
     renderer.field, renderer.config, renderer.sampler = sampler.field, sampler.config, sampler
     out = renderer.train_rays(origins, directions, background=torch.ones(3))
@@ -320,18 +320,18 @@ def test_samplers_converge(sampler):
     exact = quadrature(Cloud(), *offered)
     assert exact[:, :3].min() < 0.8  # something is seen
     # The error of middles is at least of the first order in the step, and four times as many samples quarter that.
-    errors = [error(picture(SAMPLERS[sampler](n), *offered), exact) for n in (16, 64, 256, 1024)]
+    errors = [error(image(SAMPLERS[sampler](n), *offered), exact) for n in (16, 64, 256, 1024)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 27 * errors[3]
 
 
 def test_importance_sampler_error():
-    """At the same number of samples the picture is closer where they follow the weights."""
+    """At the same number of samples the image is closer where they follow the weights."""
     offered = some_rays()
     exact = quadrature(Ball(), *offered)
 
     def error_of(even, more):
         config = RenderConfig(num_steps=even, upsample_steps=more)
-        return error(picture(ImportanceSampler(Ball(), config), *offered), exact)
+        return error(image(ImportanceSampler(Ball(), config), *offered), exact)
 
     assert error_of(32, 16) < 0.7 * error_of(48, 0)
 

@@ -40,7 +40,7 @@ def make_renderer(seed=0, background=-1.0, backbone="grid", **changes):
 
 
 def in_fp64(**options):
-    """As `make_renderer`, in fp64, whose pictures count as exact."""
+    """As `make_renderer`, in fp64, whose images count as exact."""
     renderer = make_renderer(**options, backbone="grid_torch")
     renderer.field.double()
     return renderer
@@ -73,7 +73,7 @@ def test_train_rays_blob():
 
 
 def test_update_occupancy_keeps_the_image():
-    """Occupancy leaves out empty space and keeps the picture."""
+    """Occupancy leaves out empty space and keeps the image."""
     renderer = make_renderer()
     before = render(renderer)
     renderer.update_occupancy(torch.Generator().manual_seed(0))
@@ -123,7 +123,7 @@ def test_without_floaters_several_cascades():
 
 
 def test_capacity_on_a_cpu():
-    """Capacity does not change the picture on a cpu."""
+    """Capacity does not change the image on a cpu."""
     renderer, small = make_renderer(), make_renderer()
     small.sampler.samples_per_ray = 1
     one, other = (render(r, generator=torch.Generator().manual_seed(4)) for r in (renderer, small))

@@ -112,7 +112,7 @@ def test_save_checkpoint_sync_order(tmp_path, disk, monkeypatch):
 
 
 def test_run_syncs_every_file(tmp_path, tiny_model, disk):
-    """Checkpoint, settings, manifest, pictures, video, mesh and report of a whole run."""
+    """Checkpoint, settings, manifest, images, video, mesh and report of a whole run."""
     command = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", str(tmp_path), *SMALL]
     assert main(command) == 0
     renamed = {str(path.relative_to(tmp_path)) for what, path in disk if what == "rename"}

@@ -36,7 +36,7 @@ def fill(folder, *files):
 
 
 def test_files_order(tmp_path):
-    """The order is that of the class; of validation and guidance the last picture, of the others every file."""
+    """The order is that of the class; of validation and guidance the last image, of the others every file."""
     order = ["config.json", "manifest.json", "metrics.jsonl", "log.txt"]
     order += ["validation/step_000002.png", "guidance/step_000003.png", "tensorboard/a.1", "tensorboard/b.2"]
     order += ["profile/trace.json", "checkpoints/step_000001.safetensors", "checkpoints/step_000002.safetensors"]
@@ -61,7 +61,7 @@ def test_clear(tmp_path):
 
 
 def test_clear_outputs(tmp_path):
-    """Results, mesh and report go; turntables of the steps, pictures and checkpoints stay."""
+    """Results, mesh and report go; turntables of the steps, images and checkpoints stay."""
     kept = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
     fill(tmp_path, *kept, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
     Workspace(tmp_path).clear_outputs()
@@ -71,7 +71,7 @@ def test_clear_outputs(tmp_path):
 
 
 def test_truncate_after(tmp_path):
-    """Checkpoints, pictures and turntables after the step go, and half-written files; those of the step stay."""
+    """Checkpoints, images and turntables after the step go, and half-written files; those of the step stay."""
     kept = ["validation/step_000005.png", "guidance/step_000004.png", "results/turntable_step_000005.mp4"]
     kept += ["results/front.png", "checkpoints/step_000005.safetensors", "validation/step_last.png", "notes.txt"]
     gone = ["validation/step_000006.png", "guidance/step_1000000.png", "results/turntable_step_000006.mp4"]

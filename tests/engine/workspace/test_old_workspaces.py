@@ -1,4 +1,4 @@
-"""Workspaces of earlier versions: their pictures, their mesh, further steps, and meshes that start from them.
+"""Workspaces of earlier versions: their images, their mesh, further steps, and meshes that start from them.
 
 tests/fixtures/workspaces/make.sh wrote them with the code of earlier commits.
 """
@@ -26,7 +26,7 @@ from dream_fast.engine.workspace.folder import Workspace
 FOLDER = Path(__file__).parents[2] / "fixtures" / "workspaces"
 STORED = sorted(path.parent for path in FOLDER.glob("*/*/config.json"))
 WITH_MESH = [path for path in STORED if (path / "mesh").is_dir()]
-LEVEL = 1 / 255  # of a picture's colours: two pictures that each round to the nearest one may differ by as much
+LEVEL = 1 / 255  # of an image's colours: two images that each round to the nearest one may differ by as much
 
 
 def named(path: Path) -> str:
@@ -44,7 +44,7 @@ def copy(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path / original.name))
 
 
-def pictures(workspace: Path) -> np.ndarray:
+def images(workspace: Path) -> np.ndarray:
     """Colours and normals of the six views, in one vector, in [0, 1]."""
     paths = sorted(path for path in (workspace / "results").glob("*.png") if path.name != "six_views.png")
     assert len(paths) == 12
@@ -55,8 +55,8 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def same_pictures(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two sets of pictures are as near as rounding to 8 bits lets them be, in the norm of all of them."""
+def same_images(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two sets of images are as near as rounding to 8 bits lets them be, in the norm of all of them."""
     return float(np.linalg.norm(a - b)) <= LEVEL * a.size**0.5
 
 
@@ -72,12 +72,12 @@ def test_old_workspaces_complete():
 
 
 def test_old_workspace_images(original, copy, capsys):
-    """--test draws the pictures that the version drew which wrote the run, and the report reads it."""
+    """--test draws the images that the version drew which wrote the run, and the report reads it."""
     shutil.rmtree(copy / "results")
     assert main(["--test", "--workspace", str(copy), "--six_views", "--device", "cpu"]) == 0
-    before, now = pictures(original), pictures(copy)
-    assert before.std() > 0.1, "an empty picture shows nothing"
-    assert same_pictures(before, now)
+    before, now = images(original), images(copy)
+    assert before.std() > 0.1, "an empty image shows nothing"
+    assert same_images(before, now)
     assert (
         f"dream-fast 0.1.0 wrote this run, which keeps its settings; this is {__version__}" in capsys.readouterr().out
     )
@@ -87,8 +87,8 @@ def test_old_workspace_images(original, copy, capsys):
 
 @pytest.mark.parametrize("original", [path for path in STORED if path.name == "grid"], ids=named)
 def test_old_workspace_other_weights(original, copy):
-    """The comparison of pictures notices the table of a grid whose entries are in another order."""
-    before, workspace = pictures(copy), Workspace(copy)
+    """The comparison of images notices the table of a grid whose entries are in another order."""
+    before, workspace = images(copy), Workspace(copy)
     config = workspace.stored_config()
     trainer = Trainer(config, choose_runtime(config), 1)
     trainer.load(list_checkpoints(workspace.checkpoints)[-1])
@@ -96,7 +96,7 @@ def test_old_workspace_other_weights(original, copy):
         table = trainer.field.table.view(-1, 2)
         table.copy_(table.roll(1, dims=0).clone())
         write_six_views(workspace.results, trainer.renderer, config.camera)
-    assert not same_pictures(before, pictures(copy))
+    assert not same_images(before, images(copy))
 
 
 def test_old_workspace_mesh(original, copy):
@@ -179,7 +179,7 @@ def test_old_workspace_typed_settings(grid, capsys):
 
 
 def test_old_workspace_gone_settings(grid, capsys):
-    """A setting that no version of now has is one line on the terminal and in the log, and the pictures are there."""
+    """A setting that no version of now has is one line on the terminal and in the log, and the images are there."""
     change_settings(grid, lambda data: data["shading"].update(light_phi=12.0))
     assert main(["--test", "--workspace", str(grid), "--six_views", "--device", "cpu"]) == 0
     line = f"warning: settings of this run that dream-fast {__version__} does not have are ignored: --light_phi 12.0"
