@@ -100,8 +100,10 @@ def disassemble(compiled: Any) -> str:
 
 def count_instructions(sass: str) -> dict[str, Any]:
     """Count resources and instructions in the output of `disassemble`."""
-    registers, stack, _, local = map(int, USAGE.search(sass).groups())
-    counts = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
+    usage = USAGE.search(sass)
+    assert usage is not None, "cuobjdump prints no resource usage"
+    registers, stack, _, local = map(int, usage.groups())
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
     codes = INSTRUCTION.findall(sass)
     spills = 0
     for code in codes:
@@ -162,7 +164,8 @@ def measure_resources(launch: Launch, target: str) -> dict[str, Any]:
 
 def unique_launches(launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
     """Launches that compile to different kernels, named `kernel`, `kernel 2`, `kernel 3` ... in their order."""
-    known, numbers = set(), Counter()
+    known: set[str] = set()
+    numbers: Counter[str] = Counter()
     for launch in launches:
         name = launch.kernel.__name__
         key = f"{launch.kernel.__module__}.{name} {describe_variant(launch)}"
@@ -227,7 +230,7 @@ def distinct_kernels(keys: Iterable[str], *, variants: bool = True) -> dict[str,
 
 def measure_entries(kernels: dict[str, frozenset[str]], targets: Iterable[str], workers: int = 2) -> Resources:
     """Compile the kernels that `distinct_kernels` lists; {target: {"entry/kernel": resources}}."""
-    compiled = {target: {} for target in targets}
+    compiled: Resources = {target: {} for target in targets}
     jobs = [(key, target, names) for target in compiled for key, names in kernels.items()]
     # The slowest first, so that no process ends with them alone.
     jobs.sort(key=lambda job: -len(job[2]))
@@ -238,7 +241,7 @@ def measure_entries(kernels: dict[str, frozenset[str]], targets: Iterable[str], 
     return {target: dict(sorted(rows.items())) for target, rows in compiled.items()}
 
 
-def format_counts(counts: dict[str, int] | int) -> str:
+def format_counts(counts: dict[str, int]) -> str:
     """A counter in one cell: "12x128 4x32"."""
     return " ".join(f"{number}x{name}" for name, number in counts.items()) or "-"
 
@@ -259,7 +262,7 @@ def format_table(kernels: dict[str, dict[str, Any]]) -> str:
         "shfl",
         "bar",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, row in kernels.items():
         if "error" in row:
             # The compiler quotes the source first and the error last.

@@ -35,7 +35,7 @@ IMPLEMENTATIONS = ("triton", "reference", "compiled")
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Limit the time of the `with` block; it stops compilation and eager PyTorch. Raises TimeoutError: when it is over."""
+    """Limit the time of the `with` block, also of compilation. Raises TimeoutError: when the time is over."""
 
     def stop(*_):
         raise TimeoutError(f"more than {seconds:.0f} s")

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import Config
 
 STEPS, CHECKPOINT_STEPS = 24, 4  # of a run, and between two checkpoints
@@ -167,8 +167,7 @@ def read_result(workspace: Path) -> dict[str, object]:
 def run_trial(name: str, kills: list[Kill], overrides: dict[str, object], folder: Path) -> dict[str, object]:
     """The result of a run that is killed as planned and resumed until its end."""
     workspace, log = folder / name, folder / f"{name}.log"
-    model = "sd" if "hf_key" in overrides else "dream-mini"
-    config = resolve(overrides | {"workspace": str(workspace)}, model, overrides["device"])
+    config = configure(overrides | {"workspace": str(workspace)}, overrides["device"])
     for kill in [*kills, None]:
         status = run_forked(config, log, kill)
         if kill is None and status != 0 or status not in (0, -signal.SIGKILL):

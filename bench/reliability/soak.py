@@ -63,12 +63,12 @@ class UsageRecorder:
 def run_piece(workspace: Path, last_step: int, device: str) -> tuple[int, list[dict]]:
     """Run up to `last_step`; returns the step that the piece began after, and its rows of metrics."""
     from dream_fast.engine import run
-    from dream_fast.engine.config.presets import resolve
+    from dream_fast.engine.config.configure import configure
     from dream_fast.engine.training.loop import LoopOptions
 
     overrides = {"text": "a hamburger", "iters": last_step, "seed": 0, "workspace": str(workspace), "six_views": True}
     recorder = UsageRecorder(device)
-    config = resolve(overrides | {"device": device, "fp16": True}, "dream-mini", device)
+    config = configure(overrides | {"device": device, "fp16": True}, device)
     run.run(config, loop=LoopOptions(on_row=recorder))
     recorder.stop()
     rows = [json.loads(line) for line in (workspace / "metrics.jsonl").read_text().splitlines()]

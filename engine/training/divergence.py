@@ -13,9 +13,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import RESCUED
+from dream_fast.engine.config.presets import choose_preset
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar, largest
-from dream_fast.engine.config.schema import Config, device_kind
+from dream_fast.engine.config.schema import Config
 from dream_fast.engine.training.losses import weight_setting
 
 MAX_NONFINITE_STEPS = 50  # steps in a row without a finite gradient: more than a loss scale needs to find its place
@@ -25,8 +26,6 @@ MIN_OPACITY, MAX_OPACITY = 0.002, 0.75
 # Times the length of the table's gradient: a third smooths, and --lambda_tv 0.001, which blurs, has 4 to 9.
 OUTWEIGHS = 2.0
 DEGENERACIES = {"vanished": "the object has vanished", "full": "the object fills the whole box"}
-# The settings that a rescue changes; a run that was rescued keeps its own when it is taken up.
-RESCUED = ("lambda_opacity", "lambda_opacity_entropy", "blob_density", "blob_radius", "lr")
 
 
 class DegenerateScene(Exception):
@@ -73,11 +72,10 @@ def outweighed_message(config: Config, times: float, step: int) -> str:
 
 def raised_weights(config: Config) -> dict[str, float]:
     """The weights of regularisers, by name, that are larger than those of the run's model and device."""
-    typed = {"preset": config.run.preset} if config.run.preset else {}
+    typed = {"preset": config.run.preset, "guidance": config.guidance.guidance}
     if config.field.backbone == "vanilla":
         typed["backbone"] = "vanilla"
-    model = "dream-mini" if "dream-mini" in config.guidance.guidance else "sd"
-    usual = resolve(typed, model, "cpu" if config.run.device == "auto" else device_kind(config.run.device)).loss
+    usual = choose_preset(typed, "cpu" if config.run.device == "auto" else config.run.device).loss
     weights = {
         field.name: largest(getattr(config.loss, field.name))
         for field in dataclasses.fields(usual)

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config
 from dream_fast.engine.training import divergence, failures
 
 
 def configured(**changes):
-    return Config().override(changes)
+    return reference().override(changes)
 
 
 def test_a_vanished_object_starts_again_denser_with_nothing_to_pull_it_down():

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from dream_fast import __version__
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.workspace import folder as module
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 from dream_fast.engine.workspace.lock import LOCK
 
-CONFIG = Config().override({"text": "a hamburger", "seed": 3})
+CONFIG = reference().override({"text": "a hamburger", "seed": 3})
 
 
 def make(path, flag="--workspace"):
