@@ -25,8 +25,8 @@ from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import report
-from dream_fast.engine.export.charts import Series, _digits, charts, linear_axis, running_mean, short
-from dream_fast.engine.export.report import LARGEST, MOST_FRAMES, write_report
+from dream_fast.engine.export.charts import Series, _digits, draw_chart, format_number, linear_axis, running_mean
+from dream_fast.engine.export.report import MAX_FRAMES, MAX_PAGE_BYTES, write_report
 from dream_fast.engine.export.video import write_video
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -109,7 +109,7 @@ def sheets(page: Page) -> dict[str, tuple[dict, np.ndarray]]:
 def test_a_run_ends_with_a_page_of_everything(finished):
     page = Page(finished / "report.html")
     assert page.texts["h1"] == ["a hamburger"]
-    assert page.texts["h2"] == ["Six views", "While it ran", "Curves", "Time", "Once more"]
+    assert page.texts["h2"] == ["Six views", "During the run", "Curves", "Time", "Reproduce"]
     pictures = [picture(image["src"]) for image in page.of("img")]
     # 6 views twice, one strip of the last step, the guidance of steps 3 and 6
     assert [pixels.shape[:2] for pixels in pictures] == [(SIDE, SIDE)] * 12 + [(2 * SIDE, 2 * SIDE)] + [(32, 96)] * 2
@@ -256,13 +256,13 @@ def test_the_page_stays_small_whatever_its_pictures_hold(copy):
     def noise(height: int, width: int) -> np.ndarray:
         return drawn.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-    write_video(copy / "results" / "turntable.mp4", (noise(384, 1152) for _ in range(MOST_FRAMES + 2)), 25)
+    write_video(copy / "results" / "turntable.mp4", (noise(384, 1152) for _ in range(MAX_FRAMES + 2)), 25)
     for path in [*(copy / "results").glob("*.png"), *(copy / "validation").glob("*.png")]:
         Image.fromarray(noise(400, 400)).save(path)
     page = Page(write_report(Workspace(copy)))
-    assert 1_000_000 < (copy / "report.html").stat().st_size <= LARGEST
+    assert 1_000_000 < (copy / "report.html").stat().st_size <= MAX_PAGE_BYTES
     (table,) = [one for one in page.of("div") if one.get("id") == "turntable"]
-    assert int(table["data-frames"]) == MOST_FRAMES
+    assert int(table["data-frames"]) == MAX_FRAMES
     assert len(page.of("img")) == 15
 
 
@@ -302,7 +302,7 @@ def test_pictures_that_pillow_refuses_are_named(copy, monkeypatch):
 
 
 def drawn(series: list[Series], marks=()) -> ElementTree.Element:
-    return ElementTree.fromstring(charts("Losses <&>", "loss & more", series, marks))
+    return ElementTree.fromstring(draw_chart("Losses <&>", "loss & more", series, marks))
 
 
 def lines(root: ElementTree.Element) -> list[ElementTree.Element]:
@@ -385,7 +385,7 @@ def test_an_axis_holds_its_values_with_a_few_even_ticks(low, reach):
     steps = torch.from_numpy(np.diff(axis.ticks))
     check("steps", steps, steps.mean().expand_as(steps), steps.mean().expand_as(steps))
     assert axis.fraction(axis.high) == 1
-    words = [short(tick, _digits(axis.ticks)) for tick in axis.ticks]
+    words = [format_number(tick, _digits(axis.ticks)) for tick in axis.ticks]
     assert len(set(words)) == len(words)
 
 
@@ -400,4 +400,4 @@ def test_numbers_are_short():
         1e12: "1e+12",
         -20000: "-20k",
     }
-    assert {value: short(value) for value in shown} == shown
+    assert {value: format_number(value) for value in shown} == shown

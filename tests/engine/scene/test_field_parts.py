@@ -22,6 +22,9 @@ GRID = dict(
     max_resolution=17,
     interpolation="linear",
 )
+SPEC = dict(
+    levels=3, features=4, log2_entries=9, base_resolution=5, max_resolution=17, interpolation="linear"
+)  # GRID by the operators' names
 BLOB = dict(density_activation="softplus", blob_density=7.0, blob_radius=0.35)
 
 
@@ -39,7 +42,7 @@ def test_field_is_built_as_configured(backbone):
     """Each setting of the grid, the blob and the scene is in the specification that the operators get."""
     field = make(backbone)
     assert type(field) is (FrequencyField if backbone == "vanilla" else HashGridField)
-    expected = dict(bound=0.75, **BLOB) | ({} if backbone == "vanilla" else {"grid": kernels.HashGridSpec(**GRID)})
+    expected = dict(bound=0.75, **BLOB) | ({} if backbone == "vanilla" else {"grid": kernels.HashGridSpec(**SPEC)})
     assert field.spec == kernels.FieldSpec(**expected) and field.bound == 0.75
     assert field.finest == (None if backbone == "vanilla" else 17)
     assert field.compute_dtype is None and field.device == torch.device("cpu")
