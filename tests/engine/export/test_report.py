@@ -157,7 +157,7 @@ def test_the_time_is_split_into_its_parts(tiny_model, tmp_path, monkeypatch):
 
     for owner, name, seconds in (
         (run_module, "load_guidance", 5),
-        (run_module.Trainer, "fit", 70),
+        (run_module.Loop, "fit", 70),
         (run_module, "write_outputs", 900),
     ):
         monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
