@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for path in args.workspaces:
         stored = Workspace(path).stored_config()
+        assert stored is not None, f"{path} is no workspace"
         looking = {"device": args.device, "workspace": str(path), "test": True}
         config = stored.override(looking | {"max_steps": FINER * stored.render.max_steps})
         trainer = load_finished(config, path)
@@ -121,7 +122,11 @@ def main(argv: list[str] | None = None) -> int:
         with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
             cameras = six_views(config.camera, trainer.device)
             start = time.perf_counter()
-            told = []
+            told: list[tuple[float, float]] = []
+
+            def note(part: float, told: list[tuple[float, float]] = told) -> None:
+                told.append((part, time.perf_counter()))
+
             surface = write_mesh(
                 glb,
                 trainer.field,
@@ -130,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
                 silhouettes=render_silhouettes(trainer.renderer, cameras),
                 decimate_target=args.decimate_target,
                 texture_resolution=args.texture_resolution,
-                progress=lambda part, told=told: told.append((part, time.perf_counter())),
+                progress=note,
             )
             seconds = time.perf_counter() - start
             found = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, args.size)

@@ -25,7 +25,7 @@ from dream_fast.engine.training.trainer import Trainer
 
 MINI_TOKENS = 24
 # A ball of radius 0.49 from 3.2 away: 490,000 samples.
-BALL = {
+BALL: dict[str, Any] = {
     "text": "a ball",
     "fp16": True,
     "seed": 0,
@@ -37,9 +37,9 @@ BALL = {
     "textureless_ratio": 0.0,
     "lr": 1e-9,
 }
-MINI = {"text": "a hamburger", "fp16": True, "seed": 0, "w": 64, "h": 64}
+MINI: dict[str, Any] = {"text": "a hamburger", "fp16": True, "seed": 0, "w": 64, "h": 64}
 # On a CPU, to try the command: the same parts, tiny.
-TINY = {
+TINY: dict[str, Any] = {
     "fp16": False,
     "w": 12,
     "h": 12,
@@ -107,7 +107,7 @@ def our_components(case: StepCase, config: Config, device: torch.device, dtype: 
     """The same weights, prepared as a run prepares them."""
     run = config.run
     compiled = case.compiled if run.compile else ()
-    options = dict(vram_O=run.vram_O, attention=run.attention, compiled=compiled)
+    options: dict[str, Any] = dict(vram_O=run.vram_O, attention=run.attention, compiled=compiled)
     if case.mini:
         return load_components(MODEL_FOLDER, device, dtype, **options)
     components = random_components(device, dtype, tiny=device.type == "cpu")

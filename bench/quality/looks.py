@@ -1,7 +1,9 @@
 """What a finished run looks like close up: the measures of its shape and colour, its mesh, and a strip of pictures."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -77,7 +79,7 @@ def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, f
     return {"mesh_psnr": min(likeness.psnr), "mesh_iou": min(likeness.iou)}
 
 
-def rounded(values: dict[str, object], digits: int = 4) -> dict[str, object]:
+def rounded(values: Mapping[str, object], digits: int = 4) -> dict[str, Any]:
     """The same with numbers, and those of lists, rounded; None where one is not finite."""
 
     def one(value: object) -> object:

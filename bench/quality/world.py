@@ -55,9 +55,10 @@ class Surfaces(NamedTuple):
 def scenes_of(prompt: str, count: int, seed: int = SEED) -> list[Scene]:
     """Objects of the world that a prompt describes, in their natural colour where it names none."""
     name = find_object(prompt)
+    assert name is not None, f"{prompt!r} names no object of the world"
     color = next((color for color in COLORS if color in prompt.split()), None)
     rng = np.random.default_rng([seed, *prompt.encode()])
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < count:
         scene = make_scene(rng, name, color, plain=True)
         if scene.color == color:

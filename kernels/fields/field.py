@@ -37,7 +37,7 @@ from dream_fast.kernels.fields.encode import (
 )
 from dream_fast.kernels.fields.field_kernels import field_bwd_kernel, field_fwd_kernel
 from dream_fast.kernels.fields.spec import FieldSpec, check_field, decode_field_spec, encode_field_spec
-from dream_fast.kernels.grid.gradients import position_gradient, scatter_features
+from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
 from dream_fast.kernels.grid.hash_grid import hash_grid, hash_grid_reference
 from dream_fast.kernels.grid.spec import HashGridSpec
 
@@ -249,15 +249,12 @@ def _field_bwd(
             SOFTPLUS=spec.density_activation == "softplus",
             SHAPE=field_shape(spec.grid, width, layers),
         )
-    masks = {"count": count, "active_levels": levels if active is None else active}
+    points = GridPoints(x, scale, 0.5, count, levels if active is None else active)
     grad_table = x.new_empty(0)
     if x_needs_grad:
-        grad_units = position_gradient(grad_features, x, table, spec.grid, scale=scale, shift=0.5, **masks)
-        grad_x.add_(grad_units, alpha=scale)
+        grad_x.add_(position_gradient(grad_features, points, table, spec.grid), alpha=scale)
     if table_needs_grad:
-        grad_table = scatter_features(
-            x, spec.grid, scale=scale, shift=0.5, features=grad_features, deterministic=deterministic, **masks
-        )
+        grad_table = scatter_features(points, spec.grid, features=grad_features, deterministic=deterministic)
     grad_parameters = partial_sums.sum(0) if parameters_need_grad else x.new_empty(0)
     return (grad_x if x_needs_grad else x.new_empty(0)), grad_table, grad_parameters
 
@@ -334,7 +331,7 @@ def unfused_field(
 def field_plan(
     spec: FieldSpec, weights: Sequence[Tensor], dtype: torch.dtype = torch.float32, normals: str | None = None
 ) -> str:
-    """How a GPU computes this field in a compute dtype: "fused", or "unfused: " and the reason.
+    """Name the way a GPU computes this field in a compute dtype: "fused", or "unfused: " and the reason.
 
     normals: None, or the mode of normals, as in `field_normals`.
     """

@@ -50,7 +50,7 @@ from dream_fast.kernels.fields.normals_fd_kernels import (
     field_normals_fd_x_bwd_kernel,
 )
 from dream_fast.kernels.fields.spec import FieldSpec, check_field, decode_field_spec, encode_field_spec
-from dream_fast.kernels.grid.gradients import position_gradient, scatter_features
+from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
 
 
 def _with_normals(
@@ -314,14 +314,14 @@ def _fd_bwd(arguments: dict[str, Any], grads: _Gradients, work: _Backward, gradi
             **world,
             **arguments,
         )
-    taps = {"scale": 1.0, "shift": 0.0, "count": live, "active_levels": work.active_levels}
+    taps = GridPoints(positions, count=live, active_levels=work.active_levels)
     if grads.x is not None:
         launch(
             field_normals_fd_x_bwd_kernel,
             (-(-n // 128),),
             x.device,
             x=x,
-            grad_units=position_gradient(grad_features, positions, table, spec.grid, **taps),
+            grad_units=position_gradient(grad_features, taps, table, spec.grid),
             grad_logits=grad_logits,
             count=arguments["count"],
             grad_x=grads.x,
@@ -335,9 +335,7 @@ def _fd_bwd(arguments: dict[str, Any], grads: _Gradients, work: _Backward, gradi
             **world,
         )
     if grads.table is not None:
-        scatter_features(
-            positions, spec.grid, features=grad_features, deterministic=work.deterministic, out=grads.table, **taps
-        )
+        scatter_features(taps, spec.grid, features=grad_features, deterministic=work.deterministic, out=grads.table)
     grads.add_parameters(partial_sums)
 
 
@@ -364,21 +362,20 @@ def _analytic_bwd(arguments: dict[str, Any], grads: _Gradients, work: _Backward)
             **arguments,
         )
     scale = arguments["scale"]
-    points = {"scale": scale, "shift": 0.5, "count": arguments["count"], "active_levels": work.active_levels}
+    points = GridPoints(x, scale, 0.5, arguments["count"], work.active_levels)
     if grads.x is not None:
-        grad_units = position_gradient(grad_features, x, table, grid, **points)
-        grad_units += position_gradient(slopes, x, table, grid, tangent=tangent, **points)
+        grad_units = position_gradient(grad_features, points, table, grid)
+        grad_units += position_gradient(slopes, points, table, grid, tangent=tangent)
         grads.x.add_(grad_units, alpha=scale)
     if grads.table is not None:
         scatter_features(
-            x,
+            points,
             grid,
             features=grad_features,
             tangent=tangent,
             tangent_features=slopes,
             deterministic=work.deterministic,
             out=grads.table,
-            **points,
         )
     grads.add_parameters(partial_sums)
 

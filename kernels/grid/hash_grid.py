@@ -28,7 +28,7 @@ from dream_fast.kernels._core.checks import FLOATS, check_compute_dtype, check_c
 from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.reference import live_rows, pad_rows, to_columns
 from dream_fast.kernels.grid.device import PRIMES, level_table, view_as_pairs
-from dream_fast.kernels.grid.gradients import position_gradient, scatter_features
+from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
 from dream_fast.kernels.grid.hash_grid_kernels import hash_grid_fwd_kernel
 from dream_fast.kernels.grid.spec import HashGridSpec, decode_spec, encode_spec
 
@@ -133,7 +133,7 @@ class _RoundTable(torch.autograd.Function):
 
 
 def _level_features(x: Tensor, inside: Tensor, columns: Tensor, level: int, spec: HashGridSpec) -> Tensor:
-    """One level: x [3, n] in [0,1], inside [n] (1 or 0), columns [F, rows of the level] -> [F, n]."""
+    """Features of a level: x [3, n] in [0,1], inside [n] (1 or 0), columns [F, rows of the level] -> [F, n]."""
     resolution = spec.resolutions[level]
     position = (x * resolution - 0.5).clamp(0, resolution - 1)
     cells = _cells(position.detach(), resolution)
@@ -182,7 +182,7 @@ class _FwdConfig(NamedTuple):
 
 
 def _hash_grid_fwd_config() -> _FwdConfig:
-    """One point a lane: its eight gathers are in flight together."""
+    """A point a lane: its eight gathers are in flight together."""
     return _FwdConfig(block=256, warps=8)
 
 
@@ -270,16 +270,13 @@ def _table_gradient(
     active: int,
 ) -> Tensor:
     """Gradient [rows, F] by the table of sum(features * encoding), or of its derivative along `tangent`."""
+    points = GridPoints(x, count=count, active_levels=active if active_levels is None else active_levels)
     return scatter_features(
-        x,
+        points,
         decode_spec(spec_numbers),
-        scale=1.0,
-        shift=0.0,
         features=features if tangent is None else None,
         tangent=tangent,
         tangent_features=None if tangent is None else features,
-        count=count,
-        active_levels=active if active_levels is None else active_levels,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -303,18 +300,8 @@ def _position_gradient(
     rounded: str,
 ) -> Tensor:
     """Gradient [N, 3] by x of sum(features * encoding), or of its derivative along `tangent`."""
-    return position_gradient(
-        features,
-        x,
-        table,
-        decode_spec(spec_numbers),
-        scale=1.0,
-        shift=0.0,
-        tangent=tangent,
-        rounded=rounded,
-        count=count,
-        active_levels=active if active_levels is None else active_levels,
-    )
+    points = GridPoints(x, count=count, active_levels=active if active_levels is None else active_levels)
+    return position_gradient(features, points, table, decode_spec(spec_numbers), tangent=tangent, rounded=rounded)
 
 
 @_position_gradient.register_fake
