@@ -49,20 +49,20 @@ def draw_chart(title: str, label: str, series: Sequence[Series], marks: Sequence
     """
     finite = [value for line in series for value in line.values if value is not None]
     steps = [step for line in series for step in line.steps]
-    parts = [
+    elements = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">',
         f"<title>{html.escape(title)}</title>",
     ]
     if not finite:
-        parts.append(_text(WIDTH / 2, HEIGHT / 2, "nothing was recorded", "label", "middle"))
-        return "".join([*parts, "</svg>"])
+        elements.append(_text(WIDTH / 2, HEIGHT / 2, "nothing was recorded", "label", "middle"))
+        return "".join([*elements, "</svg>"])
     logarithmic = min(finite) > 0 and max(finite) / min(finite) >= MIN_LOG_RATIO
     y = _logarithmic_axis(min(finite), max(finite)) if logarithmic else linear_axis(min(finite), max(finite))
     x = _step_axis(min(steps), max(steps))
-    parts += _axes(x, y, label, marks)
+    elements += _axes(x, y, label, marks)
     for index, line in enumerate(series):
-        parts += _line(line, x, y, index % COLOURS)
-    return "".join([*parts, "</svg>"])
+        elements += _line(line, x, y, index % COLOURS)
+    return "".join([*elements, "</svg>"])
 
 
 def linear_axis(low: float, high: float, ticks: int = 5) -> Axis:
@@ -99,24 +99,24 @@ def _place(x: Axis, y: Axis, step: float, value: float) -> tuple[float, float]:
 
 def _axes(x: Axis, y: Axis, label: str, marks: Sequence[tuple[int, str]]) -> list[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    parts = []
+    elements = []
     for tick in y.ticks:
         _, at = _place(x, y, x.low, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>')
-        parts.append(_text(LEFT - 7, at + 3.5, format_number(tick, _digits(y.ticks)), "tick", "end"))
+        elements.append(f'<line class="grid" x1="{LEFT}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>')
+        elements.append(_text(LEFT - 7, at + 3.5, format_number(tick, _digits(y.ticks)), "tick", "end"))
     for tick in x.ticks:
         across = LEFT + x.fraction(tick) * (right - LEFT)
-        parts.append(f'<line class="axis" x1="{across:.1f}" y1="{bottom}" x2="{across:.1f}" y2="{bottom + 4}"/>')
-        parts.append(_text(across, bottom + 16, format_number(tick, _digits(x.ticks)), "tick", "middle"))
+        elements.append(f'<line class="axis" x1="{across:.1f}" y1="{bottom}" x2="{across:.1f}" y2="{bottom + 4}"/>')
+        elements.append(_text(across, bottom + 16, format_number(tick, _digits(x.ticks)), "tick", "middle"))
     for step, word in marks:
         across = LEFT + x.fraction(max(step, x.low)) * (right - LEFT)
-        parts.append(f'<line class="phase" x1="{across:.1f}" y1="{TOP}" x2="{across:.1f}" y2="{bottom}"/>')
-        parts.append(_text(across + 3, TOP - 6, word, "tick", "start"))
-    parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}" fill="none"/>')
-    parts.append(_text((LEFT + right) / 2, HEIGHT - 8, "step", "label", "middle"))
+        elements.append(f'<line class="phase" x1="{across:.1f}" y1="{TOP}" x2="{across:.1f}" y2="{bottom}"/>')
+        elements.append(_text(across + 3, TOP - 6, word, "tick", "start"))
+    elements.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}" fill="none"/>')
+    elements.append(_text((LEFT + right) / 2, HEIGHT - 8, "step", "label", "middle"))
     middle = (TOP + bottom) / 2
     turned = f'<g transform="translate(13 {middle}) rotate(-90)">{_text(0, 0, label, "label", "middle")}</g>'
-    return [*parts, turned]
+    return [*elements, turned]
 
 
 def _line(line: Series, x: Axis, y: Axis, index: int) -> list[str]:
@@ -127,10 +127,10 @@ def _line(line: Series, x: Axis, y: Axis, index: int) -> list[str]:
     ]
     every = math.ceil(len(points) / MAX_POINTS)
     smooth = len(points) >= MEAN_WINDOWS
-    parts = [_path(points[::every], x, y, f"s{index} {'raw' if smooth else 'mean'}")]
+    elements = [_path(points[::every], x, y, f"s{index} {'raw' if smooth else 'mean'}")]
     if smooth:
-        parts.append(_path(running_mean(points, len(points) // MEAN_WINDOWS)[::every], x, y, f"s{index} mean"))
-    return parts
+        elements.append(_path(running_mean(points, len(points) // MEAN_WINDOWS)[::every], x, y, f"s{index} mean"))
+    return elements
 
 
 def _path(points: Sequence[tuple[int, float | None]], x: Axis, y: Axis, kind: str) -> str:

@@ -193,24 +193,24 @@ def _six_views(folder: Path, side: int) -> str:
 
 def _strips(workspace: Workspace, config: Config, side: int) -> str:
     """The images during the run: validation images, and those of the guidance."""
-    parts = []
+    elements = []
     images = _latest(sorted(workspace.validation.glob("step_*.png")), MAX_VALIDATION_IMAGES)
     if images:
-        parts.append("<h3>The object, colours above normals</h3>")
+        elements.append("<h3>The object, colours above normals</h3>")
     for path in images:
         step = _step(path)
         image = _image(path, 4 * side, side, f"the object after {step} steps")
-        parts.append(f'<figure class="wide">{image}<figcaption>after {text(step)} steps</figcaption></figure>')
+        elements.append(f'<figure class="wide">{image}<figcaption>after {text(step)} steps</figcaption></figure>')
     guidance_images = _latest(sorted(workspace.guidance.glob("step_*.png")), MAX_GUIDANCE_IMAGES)
     if guidance_images:
-        parts.append("<h3>Guidance: render, with noise, one-step estimate</h3>")
-        parts.append('<div class="seen">')
+        elements.append("<h3>Guidance: render, with noise, one-step estimate</h3>")
+        elements.append('<div class="seen">')
         for path in guidance_images:
             step = _step(path)
             image = _image(path, 2 * side, config.camera.batch_size * side, f"guidance of step {step}")
-            parts.append(f"<figure>{image}<figcaption>step {text(step)}{_timestep(path)}</figcaption></figure>")
-        parts.append("</div>")
-    return "".join(parts) or '<p class="missing">no images were saved</p>'
+            elements.append(f"<figure>{image}<figcaption>step {text(step)}{_timestep(path)}</figcaption></figure>")
+        elements.append("</div>")
+    return "".join(elements) or '<p class="missing">no images were saved</p>'
 
 
 def _step(path: Path) -> str:
@@ -322,9 +322,9 @@ def _timings(manifest: Mapping[str, Any]) -> str:
     head = ["steps", "start", "optimisation", "outputs", "in all", "peak memory", "device"]
     lines = []
     for run in manifest.get("runs", []):
-        parts = run.get("seconds_of", {})
+        seconds_of = run.get("seconds_of", {})
         memory = _memory(run)
-        times = [f"{parts[part]:.1f} s" if part in parts else "–" for part in ("start", "steps", "outputs")]
+        times = [f"{seconds_of[part]:.1f} s" if part in seconds_of else "–" for part in ("start", "steps", "outputs")]
         whole = f"{run['seconds']:.1f} s" if "seconds" in run else "stopped before its end"
         span = f"{run.get('from_step', '?')} to {run.get('to_step', '?')}"
         lines.append([span, *times, whole, memory, run.get("device", "?")])
