@@ -20,6 +20,7 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine import run
+from dream_fast.engine.config import validate
 from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
