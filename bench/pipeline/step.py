@@ -38,18 +38,19 @@ from dream_fast.bench.pipeline.random_sd import TOKENS, RandomPrompt, in_dtype, 
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import MODEL_FOLDER
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.base import StepInputs
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.components import COMPILED, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.runtime.quiet import quiet_diffusers
+from dream_fast.engine.runtime.step_parts import PARTS, on_part_end
 from dream_fast.engine.training.loop import make_metrics_row
 from dream_fast.engine.training.trainer import Trainer
 
 MINI_TOKENS = 24
 BLOCK = 16  # steps, one of which updates the occupancy grid
-PARTS = ("render", "encode", "unet", "backward", "optimiser")
 GIB = 1 << 30
 
 # A ball of radius 0.49 from 3.2 away: 490,000 samples.
@@ -158,10 +159,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
         components = plain_components(case.mini, device, runtime.dtype)
     else:
         components = our_components(case, config, device, runtime.dtype)
-    score = ScoreDistillation(components, config.guidance, cuda_graphs=not plain)
-    camera = config.camera
-    prompts = prompt_of(case, components)
-    guidance = DiffusionGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
+    guidance = diffusion_guidance(components, prompt_of(case, components), config, cuda_graphs=not plain)
     return Trainer(config, runtime, config.run.seed, guidance)
 
 
@@ -198,7 +196,7 @@ def picture_gradient(score: ScoreDistillation, side: int, tokens: int) -> Tensor
     # As long as the prompts of the steps, so that no second CUDA graph is made.
     shape = (2, 1, tokens, components.unet.config.cross_attention_dim)
     cond, uncond = torch.randn(shape, generator=generator, device=device).half().to(components.dtype)
-    score(picture, cond, uncond, generator=generator).loss.backward()
+    score(picture, cond, uncond, StepInputs(generator=generator)).loss.backward()
     return picture.grad.double().cpu()
 
 
@@ -263,11 +261,9 @@ class Clock:
         self.marks = {
             part: torch.cuda.Event(enable_timing=True, external=True) if events else 0.0 for part in ("start", *PARTS)
         }
-        score = trainer.guidance.score
-        trainer.mark = score.mark = self.mark
-        if hasattr(score._score_of, "captured"):
-            score._score_of.captured.clear()  # captured again, with the marks
-        trainer.clear_graphs()
+        trainer.clear_graphs()  # captured again, with the marks
+        if trainer.guidance.distillation.graphs is not None:
+            trainer.guidance.distillation.graphs.clear()
 
     def mark(self, part: str) -> None:
         if self.device.type == "cuda":
@@ -277,15 +273,16 @@ class Clock:
 
     def split(self) -> dict[str, float]:
         """Mean over a block, in ms."""
-        self.trainer.train_step()
         total = dict.fromkeys(PARTS, 0.0)
-        for _ in range(BLOCK):
+        with on_part_end(self.mark):
             self.trainer.train_step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            for before, part in pairwise(("start", *PARTS)):
-                start, end = self.marks[before], self.marks[part]
-                total[part] += start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
+            for _ in range(BLOCK):
+                self.trainer.train_step()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                for before, part in pairwise(("start", *PARTS)):
+                    start, end = self.marks[before], self.marks[part]
+                    total[part] += start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
         return {part: round(time / BLOCK, 4) for part, time in total.items()}
 
 
@@ -337,7 +334,7 @@ def bound_memory(gib: float | None, device: torch.device) -> None:
 
 def least_bytes(trainer: Trainer) -> int:
     """What a step has to move: the image model's weights once, the optimiser's state there and back."""
-    components = trainer.guidance.score.components
+    components = trainer.guidance.components
     weights = [p for model in (components.unet, components.vae.encoder) for p in model.parameters()]
     state = [t for t in trainer.optimizer.state_dict().values() if t.numel() > 1]
     return sum(t.nbytes for t in weights) + 2 * sum(t.nbytes for t in state)
@@ -358,14 +355,14 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     lost = int(trainer.skipped) - skipped + int(trainer.overflowed) - overflowed
     if lost:
         print(f"{case.name}: {lost} of the timed steps were not taken", flush=True)
-    score = trainer.guidance.score
+    distillation = trainer.guidance.distillation
     tokens = trainer.guidance.prompts.negative.shape[1]
-    found = error(picture_gradient(score, trainer.config.camera.h, tokens), exact.gradient)
+    found = error(picture_gradient(distillation, trainer.config.camera.h, tokens), exact.gradient)
     step = trainer.train_step()
     row = make_row(case, "triton" if device.type == "cuda" else "torch", trainer, timing, peak, exact, head)
     row |= {"max_err": float(f"{found:.3g}"), "samples": int(step.samples)}
-    row |= {"attention": str(score.components.attention), "start_s": round(start_s, 1)}
-    row["modules_ms"] = time_modules(score.components, tokens)
+    row |= {"attention": str(distillation.components.attention), "start_s": round(start_s, 1)}
+    row["modules_ms"] = time_modules(distillation.components, tokens)
     try:
         row["split_ms"] = Clock(trainer, device).split()
     except RuntimeError as failure:  # events inside a graph ask for a recent driver; the rest of the row is good
@@ -381,7 +378,7 @@ def peer_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str,
         peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
         row = make_row(case, "reference", trainer, timing, peak, exact, head)
         guidance = trainer.guidance
-        row["modules_ms"] = time_modules(guidance.score.components, guidance.prompts.negative.shape[1])
+        row["modules_ms"] = time_modules(guidance.components, guidance.prompts.negative.shape[1])
         row["split_ms"] = Clock(trainer, device).split()
     return row | {"max_err": float(f"{exact.tol / 2:.3g}")}
 
@@ -401,7 +398,7 @@ def make_row(
         "case": case.name,
         "impl": impl,
         "mode": "train",
-        "dtype": str(trainer.guidance.score.components.dtype).removeprefix("torch."),
+        "dtype": str(trainer.guidance.components.dtype).removeprefix("torch."),
         "median_ms": round(timing.median, 4),
         "p20_ms": round(timing.p20, 4),
         "p80_ms": round(timing.p80, 4),

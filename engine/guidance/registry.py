@@ -10,11 +10,10 @@ from dream_fast.engine.dream_mini.vocabulary import known_words
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.base import Guidance
 from dream_fast.engine.guidance.clip import clip_guidance
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.attention import AttentionChoice
 from dream_fast.engine.guidance.model.components import COMPILED, Components, choose_source, load_components
-from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.prompts import PromptEmbeddings, ViewAngles
 from dream_fast.engine.guidance.sum import GuidanceSum
 from dream_fast.engine.runtime.device import Runtime
 
@@ -32,14 +31,14 @@ def load_guidance(config: Config, runtime: Runtime, kept: AttentionChoice | None
 
     ``kept`` is the attention that a run which is taken up has computed with.
     """
-    guidance, run, camera = config.guidance, config.run, config.camera
-    angles = (camera.angle_overhead, camera.view_blend, camera.angle_front)
+    guidance, run = config.guidance, config.run
+    angles = ViewAngles.of(config.camera)
     parts: dict[str, Guidance] = {}
     models, attention = [], None
     for name in guidance.guidance:
         if name == "clip":
             source = guidance.clip_key or CLIP_MODEL
-            parts[name] = clip_guidance(source, runtime.device, run.text, run.view_prompts, guidance, *angles)
+            parts[name] = clip_guidance(source, runtime.device, run.text, run.view_prompts, guidance, angles)
             models.append(source)
             continue
         source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
@@ -47,7 +46,7 @@ def load_guidance(config: Config, runtime: Runtime, kept: AttentionChoice | None
             source = guidance.if_key or IF_MODEL
         components = _load_components(config, runtime, source, name, kept)
         prompts = _embed(config, components, source)
-        parts[name] = DiffusionGuidance(ScoreDistillation(components, guidance), prompts, *angles)
+        parts[name] = diffusion_guidance(components, prompts, config)
         models.append(components.name)
         if not components.latents_are_pixels:
             attention = components.attention
@@ -79,5 +78,5 @@ def _embed(config: Config, components: Components, source: str | Path) -> Prompt
     """The prompts as the model reads them: of each text the embedded one gets only the words that it knows."""
     run = config.run
     read = known_words if source == MODEL_FOLDER else str
-    own = {view: read(text) for view, text in run.view_prompts.items()}
-    return PromptEmbeddings(components, read(run.text), read(run.negative), own=own)
+    view_prompts = {view: read(text) for view, text in run.view_prompts.items()}
+    return PromptEmbeddings(components, read(run.text), read(run.negative), view_prompts=view_prompts)

@@ -189,8 +189,8 @@ def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     terms = {f"loss_{name}": _finite_number(term) for name, term in result.terms.items()}
     return {
         "step": trainer.step,
-        "phase": result.phase.name,
-        "shading": result.phase.shading,
+        "phase": result.phase,
+        "shading": result.shading,
         "loss": _finite_number(torch.stack(list(result.terms.values())).sum()),
         **terms,
         "t": result.t.tolist(),

@@ -108,7 +108,7 @@ def test_peak_memory_is_in_bytes():
 
 def test_importing_diffusers_says_nothing_about_xformers():
     program = (
-        "from dream_fast.engine.runtime.device import quiet_diffusers; quiet_diffusers(); quiet_diffusers();"
+        "from dream_fast.engine.runtime.quiet import quiet_diffusers; quiet_diffusers(); quiet_diffusers();"
         "from diffusers import UNet2DConditionModel; import logging;"
         "logging.getLogger('xformers').warning('another matter')"
     )

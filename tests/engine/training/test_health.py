@@ -27,7 +27,6 @@ from dream_fast.engine.training.divergence import (
 from dream_fast.engine.training.failures import low_memory_overrides, memory_message
 from dream_fast.engine.training.loop import Loop
 from dream_fast.engine.training.optim import LossScaler
-from dream_fast.engine.training.phases import Phase
 from dream_fast.engine.training.trainer import StepResult, Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -61,7 +60,7 @@ def error_of(capsys) -> str:
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_model, monkeypatch, capsys):
-    gradients = Trainer._gradients
+    gradients = Trainer.gradients
 
     def spoiled(self, *given):
         done = gradients(self, *given)
@@ -69,7 +68,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_
             self.optimizer.grads[5] = float("inf")
         return done
 
-    monkeypatch.setattr(Trainer, "_gradients", spoiled)
+    monkeypatch.setattr(Trainer, "gradients", spoiled)
     assert main(command(tmp_path, tiny_model, "--iters", "6")) == 0
     assert [row["skipped"] for row in rows(tmp_path)] == [0, 0, 1, 2, 2, 2]
     assert "skipped 2" in capsys.readouterr().out
@@ -171,7 +170,7 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
         self.step += 1
         self.degenerate_in_a_row[0] = max(0, self.step - since)
         nothing = torch.zeros(())
-        return StepResult(Phase("shaded", "albedo", 1.0), {}, nothing, nothing, nothing, nothing, nothing)
+        return StepResult("shaded", "albedo", {}, nothing, nothing, nothing, nothing, nothing)
 
     monkeypatch.setattr(Trainer, "train_step", pretended)
     monkeypatch.setattr(Loop, "validate", lambda *_: None)
@@ -204,14 +203,14 @@ OOM = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacit
 def test_a_gpu_without_memory_left_is_one_sentence_and_a_checkpoint_that_goes_on_with_less(
     tmp_path, tiny_model, monkeypatch, capsys
 ):
-    gradients = Trainer._gradients
+    gradients = Trainer.gradients
 
     def full(self, *given):
         if self.step == 3 and self.config.camera.batch_size > 1:
             raise torch.cuda.OutOfMemoryError(OOM)
         return gradients(self, *given)
 
-    monkeypatch.setattr(Trainer, "_gradients", full)
+    monkeypatch.setattr(Trainer, "gradients", full)
     words = command(tmp_path, tiny_model, "--iters", "5", "--batch_size", "4")
     assert main(words) == 2
     error = error_of(capsys)
