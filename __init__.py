@@ -1,3 +1,3 @@
 """dream-fast: a 3D object from a prompt, by score distillation."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

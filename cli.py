@@ -101,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     for room, field in settings():
         if room.name not in groups:
             groups[room.name] = parser.add_argument_group(room.type.__doc__.rstrip("."))
-        groups[room.name].add_argument(f"--{field.name}", **_argument(field))
+        names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+        groups[room.name].add_argument(*names, **_argument(field))
     return parser
 
 

@@ -4,6 +4,8 @@ import importlib
 import sys
 from typing import NamedTuple
 
+from dream_fast.bench.results import IN_REPOSITORY
+
 
 class Command(NamedTuple):
     """The module below `dream_fast.bench` whose `main` is called, and one line of help."""
@@ -30,6 +32,8 @@ COMMANDS = {
     "quality_page": Command("quality.page", "docs/quality.md, from the results of `quality --name`"),
     "command_lines": Command("compat.command_lines", "docs/coming_from_stable_dreamfusion.md, from runs of its lines"),
 }
+# These read or write files that an installed package does not carry.
+NEED_REPOSITORY = ("timing", "aot", "quality", "world", "sharpness", "report", "quality_page", "command_lines")
 ALIASES = {
     "main_job": "end_to_end",
     "kills": "kill_resume",
@@ -45,6 +49,13 @@ def main(argv: list[str]) -> int:
         for name, command in COMMANDS.items():
             print(f"  {name:15} {command.help}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    if name in NEED_REPOSITORY and not IN_REPOSITORY:
+        print(
+            f"error: `bench {name}` needs the repository: an installed package does not carry the files that it reads "
+            "and writes; run it in a clone",
+            file=sys.stderr,
+        )
+        return 2
     return importlib.import_module(f"dream_fast.bench.{COMMANDS[name].module}").main(argv[1:])
 
 

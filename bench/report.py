@@ -116,14 +116,14 @@ def index_rows(result: Result) -> dict[tuple[str, str, str], dict[str, dict[str,
 
 def kernels_table() -> str:
     """The operators of a step with a target or a peer; times in ms."""
-    from dream_fast.bench.ops.targets import TARGETS
+    from dream_fast.bench.ops.cases import find_target
 
     h100, h200 = load(H100), load(H200)
     first, second = index_rows(h100), index_rows(h200)
     rows = []
     for key in dict.fromkeys((*first, *second)):
         op, case, mode = key
-        here, there, target = first.get(key, {}), second.get(key, {}), TARGETS.get(key)
+        here, there, target = first.get(key, {}), second.get(key, {}), find_target(op, case, mode)
         if op in NORMS or not (target or "reference" in here or "reference" in there):
             continue
         rows.append(
@@ -132,7 +132,7 @@ def kernels_table() -> str:
                 case,
                 MODES[mode],
                 *(format_number(here.get("triton", {}).get(name)) for name in ("median_ms", "floor_ms")),
-                *(format_number(value) for value in ((target.must, target.aim, target.peer) if target else [None] * 3)),
+                *map(format_number, (target.target, target.stretch, target.peer) if target else [None] * 3),
                 *(format_number(there.get(impl, {}).get("median_ms")) for impl in ("triton", "compiled", "reference")),
             ]
         )

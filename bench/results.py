@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
+IN_REPOSITORY = (ROOT / "pyproject.toml").is_file()
+# Commands write here unless `--out` names another place.
+RESULTS = ROOT / "bench" / "results" if IN_REPOSITORY else Path.cwd()
 STEP = "sds_step"  # the operator of a row that measures a whole step
 ROW_NAMES = ("op", "case", "mode", "dtype", "impl")
 SAME = ("torch", "triton", "driver", "git_sha", "dirty")  # where these are equal, rows of two calls go together

@@ -9,7 +9,7 @@ class UserError(Exception):
     """
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """The first line of what ``error`` says, or its name: libraries explain over several lines."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -17,7 +17,6 @@ from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter, log_warnings_to
 from dream_fast.engine.runtime.seeds import draw_seed
 from dream_fast.engine.runtime.signals import sigterm_raises
-from dream_fast.engine.scene.field import Field
 from dream_fast.engine.training.callbacks import check_callbacks
 from dream_fast.engine.training.divergence import DEGENERACIES, RESCUED, DegenerateScene, flags, rescue_overrides
 from dream_fast.engine.training.failures import translate_disk_errors, translate_oom
@@ -118,7 +117,7 @@ def _run(
     attention = None if guiding.attention is None else str(guiding.attention)
     manifest = make_manifest(config, runtime, guiding.models, attention, runs, trainer.step)
     workspace.write_manifest(manifest)
-    reporter.say(_start_line(config, runtime, guiding, trainer.field, trainer.step))
+    reporter.say(_start_line(config, runtime, guiding, trainer))
     precompile_kernels(config, runtime, reporter)
     times = [started, time.monotonic()]
     Loop(trainer, workspace, reporter, loop).fit()
@@ -202,21 +201,24 @@ def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:
     return found
 
 
-def _start_line(config: Config, runtime: Runtime, guiding: LoadedGuidance, field: Field, step: int) -> str:
+def _start_line(config: Config, runtime: Runtime, guiding: LoadedGuidance, trainer: Trainer) -> str:
     camera, guidance = config.camera, config.guidance
-    kernels = f"field {field.backend_description(config.render.normals)}, " if runtime.device.type == "cuda" else ""
+    kernels = (
+        f"field {trainer.field.backend_description(config.render.normals)}, " if runtime.device.type == "cuda" else ""
+    )
     views = f"{camera.batch_size} x " if camera.batch_size > 1 else ""
-    score = f"{guidance.score}{' with Perp-Neg' * guidance.perpneg}, guidance scale {guidance.guidance_scale:g}"
+    score = f"{guidance.objective}{' with Perp-Neg' * guidance.perpneg}, guidance scale {guidance.guidance_scale:g}"
     if guidance.guidance == ("clip",):
         score = "likeness in CLIP"
     notes = [f"attention {guiding.attention}"] * (guiding.attention is not None) + ["compiled"] * config.run.compile
     models = guiding.models + (f" ({', '.join(notes)})" if notes else "")
     height, width = config.train_size
+    rates = ", ".join(f"{rate:g} ({group})" for group, rate in trainer.optimizer.learning_rates().items())
     mesh = f"a mesh in {config.dmtet.tet_grid_size} layers of tetrahedra, " * config.dmtet.dmtet
     return (
         f"{config.run.text!r}: {models} on {runtime.description}; "
-        f"{kernels}steps {step} to {config.run.iters}, {mesh}{views}{width}x{height} pixels, {score}, "
-        f"{config.optim.optim} lr {config.optim.lr:g}, seed {config.run.seed}"
+        f"{kernels}steps {trainer.step} to {config.run.iters}, {mesh}{views}{width}x{height} pixels, {score}, "
+        f"{config.optim.optim} with learning rates {rates}, seed {config.run.seed}"
     )
 
 

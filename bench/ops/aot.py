@@ -166,8 +166,8 @@ def unique(launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
 
 
 def record(key: str) -> list[Launch]:
-    """The launches of one entry of `dream_fast.bench.ops.aot_cases`."""
-    from dream_fast.bench.ops.aot_cases import AOT_CASES
+    """The launches of one entry of `dream_fast.bench.ops.cases`."""
+    from dream_fast.bench.ops.cases import AOT_CASES
 
     run = AOT_CASES[key]()
     with recorded_launches() as launches:
@@ -373,7 +373,7 @@ def _golden(kernels: dict[str, frozenset[str]], *, everything: bool, write: bool
 
 
 def main(argv: list[str] | None = None) -> int:
-    from dream_fast.bench.ops.aot_cases import AOT_CASES
+    from dream_fast.bench.ops.cases import AOT_CASES
 
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench aot", description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", help="only entries that start with this (may be given several times)")

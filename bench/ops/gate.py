@@ -1,6 +1,6 @@
-"""The accuracy gate of the benchmark: no time is reported of a kernel that computes something else.
+"""The accuracy gate of the benchmark: a kernel that computes something else is not timed.
 
-A case is judged at a size at which its reference in fp64 fits, by `dream_fast.bench.accuracy`.
+A case is judged at a size at which its reference in fp64 fits, by the rule of `dream_fast.bench.accuracy`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from dream_fast.bench.accuracy import error, tolerance
-from dream_fast.bench.ops.cases import Case, Problem, run
+from dream_fast.bench.ops.cases import SPECS, build
+from dream_fast.bench.ops.spec import Case, Problem, Results, run
 
-# Of fewer numbers luck may decide: see `dream_fast.bench.accuracy`.
+# Luck may decide about fewer numbers: see `dream_fast.bench.accuracy`.
 FEW_NUMBERS = 64
-# Part of march's rays on which fp32 and fp64 may disagree about a sample at the border of a cell.
-FEW_RAYS = 1e-3
 
 
 class Verdict(NamedTuple):
-    """Of the output or gradient that comes closest to its tolerance: the error and what it may be."""
+    """Error and tolerance of the output or gradient that comes closest to its tolerance."""
 
     max_err: float
     tol: float
@@ -32,78 +31,56 @@ class Verdict(NamedTuple):
         return self.max_err <= self.tol
 
 
-def judged_case(case: Case) -> Case:
+def gate_case(case: Case) -> Case:
     """The same case at a size at which fp64 fits."""
-    smaller = {
-        "rays_128": "rays_64",
-        "rays_256": "rays_64",
-        "rays_512": "rays_64",
-        "uniform_2^20": "uniform_2^18",
-        "uniform_2^22": "uniform_2^18",
-        "rays_64_finite_difference": "rays_32_finite_difference",
-        "rays_64_analytic": "rays_32_analytic",
-        "frame_800": "frame_64",
-        "frame_800_normals": "frame_64_normals",
-        # In single precision slivers at the rim of a finer mesh change places.
-        **dict.fromkeys(("mesh_50k_512", "mesh_50k_2048", "mesh_1M_512", "mesh_1M_2048"), "mesh_4k_256"),
-    }
-    return replace(case, case=smaller.get(case.case, case.case))
+    return replace(case, case=SPECS[case.op].gate.get(case.case, case.case))
 
 
 def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
-    """The problem with copies of its float tensors in another dtype (None of them is the problem's own)."""
+    """The problem with copies of its tensors, those of floats in `dtype`."""
 
-    def to(tensor: Tensor | None) -> Tensor | None:
+    def convert(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
         return tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
 
-    tensors = {name: to(tensor) for name, tensor in problem.tensors.items()}
-    return replace(problem, tensors=tensors, upstream=tuple(map(to, problem.upstream)))
+    tensors = {name: convert(tensor) for name, tensor in problem.tensors.items()}
+    return replace(problem, tensors=tensors, upstream=tuple(map(convert, problem.upstream)))
 
 
-def copied(problem: Problem) -> Problem:
+def copy_inputs(problem: Problem) -> Problem:
+    """The problem with copies of its tensors."""
     return replace(problem, tensors={name: tensor.clone() for name, tensor in problem.tensors.items()})
 
 
-def same_rays(results: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """Of several results of march: positions, t and dt of the rays with equally many samples in all of them.
-
-    The number of samples is a decision at the border of a cell, which rounding may turn on a few rays.
-    """
-    samples = [offsets.diff() for *_, offsets, _, _ in results]
-    agree = torch.stack([(count == samples[0]) for count in samples]).all(0)
-    share = 1 - agree.double().mean().item()
-    if share > FEW_RAYS:
-        raise AssertionError(f"march: {share:.2%} of the rays have another number of samples, allowed {FEW_RAYS:.2%}")
-    kept = []
-    for positions, rays, t, dt, _, count, _ in results:
-        rows = torch.arange(rays.shape[0], device=rays.device) < count
-        rows &= agree[rays]
-        kept.append((positions[rows], t[rows], dt[rows]))
-    return kept
-
-
 def judge(case: Case, device: torch.device, operators: dict[str, Callable[..., Any]]) -> dict[str, Verdict]:
-    """Verdicts on implementations of a case's operator, by name. Raises AssertionError where none can be given."""
-    problem = judged_case(case).build(device, count_bytes=False)
-    return judge_problem(problem, case.mode, case.compute_dtype, operators, march=case.op == "march")
+    """Verdicts on implementations of a case's operator, by name.
+
+    Raises AssertionError: when the results of the reference, or of too many rays, cannot be compared.
+    """
+    problem = build(gate_case(case), device, count_bytes=False)
+    return judge_problem(problem, case.mode, case.compute_dtype, operators, compare=SPECS[case.op].compare)
 
 
 def judge_problem(
-    problem: Problem, mode: str, dtype: torch.dtype, operators: dict[str, Callable[..., Any]], *, march: bool
+    problem: Problem,
+    mode: str,
+    dtype: torch.dtype,
+    operators: dict[str, Callable[..., Any]],
+    *,
+    compare: Callable[[list[Results]], list[Results]] | None = None,
 ) -> dict[str, Verdict]:
-    """The same for a problem, computed in `dtype`; `march`: its results are samples of rays."""
+    """Verdicts on implementations of a problem in `dtype`, by name; `compare` as in `OpSpec`."""
     precise = in_dtype(problem, torch.float64)
     weights = problem.weights(precise.tensors) if problem.weights else ()
     exact = run(precise, problem.reference, mode, torch.float64)
-    own = run(copied(problem), problem.reference, mode, dtype)
+    reference = run(copy_inputs(problem), problem.reference, mode, dtype)
     gradients = len(problem.leaves) if mode == "forward_backward" else 0
     verdicts = {}
     for name, operator in operators.items():
-        results = [run(copied(problem), operator, mode, dtype), own, exact]
-        if march:
-            results = same_rays(results)
+        results = [run(copy_inputs(problem), operator, mode, dtype), reference, exact]
+        if compare:
+            results = compare(results)
         verdicts[name] = worst_verdict(*results, weights, gradients)
     return verdicts
 

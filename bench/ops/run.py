@@ -26,27 +26,15 @@ from typing import Any
 import torch
 
 from dream_fast.bench import measure, results
-from dream_fast.bench.ops.cases import FULL, SMALL, Case, run
-from dream_fast.bench.ops.gate import Verdict, judge, judged_case
-from dream_fast.bench.ops.targets import GPU, TARGETS
+from dream_fast.bench.ops.cases import FULL, SMALL, SPECS, build, find_target
+from dream_fast.bench.ops.gate import Verdict, gate_case, judge
+from dream_fast.bench.ops.spec import Case, run
 
 IMPLEMENTATIONS = ("triton", "reference", "compiled")
-# Cases that --quick times: one of each operator and kind of points.
-QUICK_CASES = (
-    *("rays_64", "uniform_2^20", "rays_64_finite_difference", "rays_64_analytic", "frame_800", "12.2M"),
-    *("vae_512x512x128", "vae_512x512x128_channels_last", "vae_64x64x512", "vae_64x64x512_channels_last"),
-    "mesh_50k_512",
-)
-# Judging and timing the reference of a frame does not end in 200 s.
-PEER_CASES = (*(set(QUICK_CASES) - {"frame_800"}), "unet_64x64x320", "unet_64x64x320_channels_last")
-# It differentiates twice, which torch.compile refuses, after minutes; and inductor stopped on the way compiles no more.
-NEVER_COMPILED = "rays_64_analytic"
-# Operators whose references ask the host for nothing, so that their peers run from a CUDA graph as well.
-CAPTURABLE = ("group_norm_silu", "bias_residual")
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError when the block takes longer (compiling and eager PyTorch can be stopped so)."""
 
     def stop(*_):
@@ -61,16 +49,12 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def implementation(case: Case, name: str, device: torch.device) -> Callable[..., Any]:
+def implementation(case: Case, name: str) -> Callable[..., Any]:
     """The callable that `name` stands for, for this case's operator."""
-    from dream_fast import kernels
-
-    names = {"adan": "adan_step", "raster": "rasterize"}
-    public = names.get(case.op, case.op)
+    spec = SPECS[case.op]
     if name == "triton":
-        return getattr(kernels, public)
-    reference = getattr(kernels, f"{public}_reference")
-    return torch.compile(reference, dynamic=False) if name == "compiled" else reference
+        return spec.operator
+    return torch.compile(spec.reference, dynamic=False) if name == "compiled" else spec.reference
 
 
 def time_row(
@@ -83,12 +67,12 @@ def time_row(
     milliseconds: float,
 ) -> tuple[dict[str, Any], str]:
     """One row of the results, and a remark on it."""
-    problem = case.build(device)
+    problem = build(case, device)
     call = lambda: run(problem, operator, case.mode, case.compute_dtype)  # noqa: E731
     call()
     peak = measure.peak_bytes(call, device)
     # Only the kernels promise that they can be captured; most references ask for sizes.
-    graph = name == "triton" or case.op in CAPTURABLE
+    graph = name == "triton" or SPECS[case.op].capturable
     options = {"graph": graph, "least": 10 if name == "triton" else 3} if device.type == "cuda" else {}
     timing = measure.time_call(call, device, milliseconds=milliseconds, **options)
     floor = 1e3 * max(problem.least_bytes / rates["copy_rate"], problem.flops / rates["matmul_rate"])
@@ -119,21 +103,21 @@ def time_row(
 
 HEAD = (
     f"{'op':15} {'case':29} {'mode':16} {'dtype':8} {'impl':9} {'median':>9} {'p20':>9} {'p80':>9} {'floor':>8} "
-    f"{'% floor':>7} {'peak MB':>8} {'error':>8} {'tol':>8} {'peer*':>7} {'must*':>6} {'aim*':>6}"
+    f"{'% floor':>7} {'peak MB':>8} {'error':>8} {'tol':>8} {'peer*':>7} {'target*':>7} {'stretch*':>8}"
 )
 
 
-def line(row: dict[str, Any], remark: str) -> str:
+def format_row(row: dict[str, Any], remark: str) -> str:
     """A row for a person."""
-    target = TARGETS.get((row["op"], row["case"], row["mode"])) if row["impl"] == "triton" else None
+    target = find_target(row["op"], row["case"], row["mode"]) if row["impl"] == "triton" else None
     columns = ["" if value is None else f"{value:g}" for value in (target or (None, None, None))]
     if target:
-        columns[1] += " " if row["median_ms"] <= target.must else "!"
+        columns[1] += " " if row["median_ms"] <= target.target else "!"
     return (
         f"{row['op']:15} {row['case']:29} {row['mode']:16} {row['dtype']:8} {row['impl']:9} {row['median_ms']:9.4f} "
         f"{row['p20_ms']:9.4f} {row['p80_ms']:9.4f} {row['floor_ms']:8.4f} {row['pct_of_floor']:7.1f} "
         f"{row['peak_bytes'] / 1e6:8.0f} {row['max_err']:8.1e} {row['tol']:8.1e} "
-        f"{columns[0]:>7} {columns[1]:>6} {columns[2]:>6}  {remark}"
+        f"{columns[0]:>7} {columns[1]:>7} {columns[2]:>8}  {remark}"
     ).rstrip()
 
 
@@ -159,9 +143,9 @@ class Suite:
 
     def operator(self, case: Case, name: str) -> Callable[..., Any]:
         if name != "compiled":
-            return implementation(case, name, self.device)
+            return implementation(case, name)
         if case.op not in self.compiled:
-            self.compiled[case.op] = implementation(case, name, self.device)
+            self.compiled[case.op] = implementation(case, name)
         return self.compiled[case.op]
 
     def row(self, case: Case, name: str) -> None:
@@ -176,9 +160,9 @@ class Suite:
             self.left_out.append(f"{what}: not compiled, see above")
             return
         try:
-            with at_most(limit):
+            with time_limit(limit):
                 operator = self.operator(case, name)
-                key = judged_case(case), name
+                key = gate_case(case), name
                 if key not in self.verdicts:
                     self.verdicts |= {key: judge(case, self.device, {name: operator})[name]}
                 verdict = self.verdicts[key]
@@ -201,7 +185,7 @@ class Suite:
             print(reason, flush=True)
         else:
             self.rows.append(found)
-            print(line(found, remark), flush=True)
+            print(format_row(found, remark), flush=True)
         finally:
             release(self.device)
 
@@ -252,18 +236,18 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for case in (FULL if args.device == "cuda" else SMALL) if not args.op or case.op in args.op]
     cases = [case for case in cases if not args.case or case.case in args.case]
     if args.quick and args.device == "cuda":
-        cases = [case for case in cases if case.case in QUICK_CASES]
+        cases = [case for case in cases if case.case in SPECS[case.op].quick]
     if not cases:
         print("error: no such case; there are:", *sorted({f"{c.op}/{c.case}" for c in FULL}), file=sys.stderr)
         return 2
-    some = [case for case in cases if case.case in PEER_CASES]
+    some = [case for case in cases if case.case in SPECS[case.op].peers]
     peers = {"none": [], "some": some, "all": cases}["none" if args.quick else args.peers]
     implementations = args.impl or IMPLEMENTATIONS
     rows = {
         "triton": cases if device.type == "cuda" else [],
         "reference": cases if device.type == "cpu" else peers,
         # The grids' references, which come first, take longest to compile: they come last here, as time may end.
-        "compiled": [case for case in reversed(peers) if case.case != NEVER_COMPILED],
+        "compiled": [case for case in reversed(peers) if case.case not in SPECS[case.op].not_compiled],
     }
     if "compiled" in implementations and args.compile_seconds:
         compile_side_by_side(rows["compiled"], args.device, args.compile_seconds)
@@ -273,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in implementations:
         for case in rows[name]:
             suite.row(case, name)
-    print(f"* ms on an {GPU}: the fastest CUDA peer, what ours must reach (! = not reached here), what it aims at")
+    print("* ms on an H100: the fastest CUDA peer, the target (! = not reached here), the stretch goal")
     for reason in suite.left_out:
         print(f"left out: {reason}")
     for reason in suite.inaccurate:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dream_fast.bench import measure
-from dream_fast.bench.ops.cases import FULL, SMALL, run
+from dream_fast.bench.ops.cases import FULL, SMALL, build
+from dream_fast.bench.ops.spec import run
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter if GPU else measure.processor_time)
@@ -19,7 +20,7 @@ CASES = FULL if GPU else SMALL
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.case}-{case.mode}-{case.dtype}")
 def test_speed(benchmark, case):
-    problem = case.build("cuda" if GPU else "cpu", count_bytes=False)
+    problem = build(case, "cuda" if GPU else "cpu", count_bytes=False)
 
     def call():
         return run(problem, problem.operator, case.mode, case.compute_dtype)

@@ -72,8 +72,8 @@ TINY = {
     "fp16": False,
     "w": 12,
     "h": 12,
-    "levels": 3,
-    "log2_entries": 10,
+    "n_levels": 3,
+    "log2_hashmap_size": 10,
     "max_resolution": 32,
     "hidden_width": 16,
     "max_steps": 48,
@@ -152,7 +152,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
     """The trainer of a run with the flags of ``case``; ``plain`` guides by diffusers alone, call by call."""
     config = case.config(device)
     if plain:
-        config = config.override({"step_graph": False})  # the references ask the device for sizes
+        config = config.override({"cuda_graph": False})  # the references ask the device for sizes
     runtime = choose_runtime(config)
     prepare(runtime, config.run.seed, vram_O=config.run.vram_O)
     if plain:
@@ -438,9 +438,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--channels_last", nargs="+", choices=("unet", "vae", "none"), help=layouts)
     parser.add_argument("--compiled", nargs="+", choices=COMPILED, help="modules that the compiled cases compile")
     parser.add_argument(
-        "--step_graph",
+        "--cuda_graph",
         action=argparse.BooleanOptionalAction,
-        help="our steps with or without --step_graph, instead of a run's choice; give --out as well",
+        help="our steps with or without --cuda_graph, instead of a run's choice; give --out as well",
     )
     parser.add_argument("--limit", type=float, help="GiB that our step may reserve; it fails where that is too little")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of 16 steps that are timed")
@@ -460,8 +460,8 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [replace(case, channels_last=tuple(args.channels_last)) for case in chosen]
     if args.compiled:
         chosen = [replace(case, compiled=tuple(args.compiled)) for case in chosen]
-    if args.step_graph is not None:
-        chosen = [replace(case, typed=case.typed | {"step_graph": args.step_graph}) for case in chosen]
+    if args.cuda_graph is not None:
+        chosen = [replace(case, typed=case.typed | {"cuda_graph": args.cuda_graph}) for case in chosen]
     if device.type == "cpu":
         for case in chosen:
             if case.typed.get("compile"):

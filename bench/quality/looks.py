@@ -11,7 +11,7 @@ from dream_fast.bench.pipeline.mesh_export import compare, read_glb
 from dream_fast.bench.quality.measures import SOLID, edge_ratio, floaters, part_color, roughness
 from dream_fast.bench.quality.protocol import SHAPE_SIZE, sides
 from dream_fast.bench.quality.world import palette_of
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.export.mesh_files import write_mesh
 from dream_fast.engine.export.silhouette import silhouettes

@@ -11,7 +11,7 @@ again by today's judge; `--seconds 0` starts no run and only does that.
 
 `--scores sds,csd,asd,ism` does that once for each score, each with its own defaults, in a folder of its own under
 --work, and writes quality_scores.json, a contact sheet a score (quality_SCORE.png) and a table. ISM (Interval Score
-Matching) is measured as sdi, which is of the same family and what --score offers.
+Matching) is measured as sdi, which is of the same family and what --objective offers.
 """
 
 import argparse
@@ -43,7 +43,8 @@ from dream_fast.bench.quality.protocol import AZIMUTHS, BACK, BACKGROUND, BEHIND
 from dream_fast.bench.quality.world import color_error, color_spread, paints_of, read_world, world_summary
 from dream_fast.bench.results import RESULTS, git_state
 from dream_fast.engine.config.presets import resolve
-from dream_fast.engine.config.schema import GuidanceConfig, read_values
+from dream_fast.engine.config.schema import read_values
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.dream_mini.vocabulary import COLORS, THINGS, VIEWS, find_object
 from dream_fast.engine.errors import UserError
@@ -321,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--settings: {error}")
     if args.scores is not None:
         scores = args.scores.split(",")
-        known = (*GuidanceConfig.__dataclass_fields__["score"].metadata["choices"], *ALIASES)
+        known = (*GuidanceConfig.__dataclass_fields__["objective"].metadata["choices"], *ALIASES)
         if unknown := [name for name in scores if name not in known]:
             parser.error(f"--scores takes some of {','.join(known)}, not {unknown[0]!r}")
         return compare_scores(scores, args, parser)
@@ -411,7 +412,7 @@ def compare_scores(scores: list[str], args: argparse.Namespace, parser: argparse
         if score != name:
             print(f"{name} is measured as {score}, the score of its family that guides here", flush=True)
         work = args.work / score
-        records[score] = measure(args, work, {**args.settings, "score": score}, parser)
+        records[score] = measure(args, work, {**args.settings, "objective": score}, parser)
         contact_sheet(work, tuple(args.prompts or PROMPTS), args.out / f"quality_{score}.png")
         (args.out / "quality_scores.json").write_text(json.dumps(records, indent=1) + "\n")
     print(table_of(records))

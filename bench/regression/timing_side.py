@@ -16,7 +16,8 @@ from typing import Any, TextIO
 import torch
 
 from dream_fast.bench import measure
-from dream_fast.bench.ops.cases import SMALL, Case, run
+from dream_fast.bench.ops.cases import SMALL, build
+from dream_fast.bench.ops.spec import Case, run
 
 STEP = "dream-mini step"
 PROMPT = "a hamburger"
@@ -24,7 +25,7 @@ PR_SET_THP_DISABLE = 41  # linux/prctl.h
 
 
 def prepare_operator(case: Case) -> Callable[[], object]:
-    problem = case.build("cpu", count_bytes=False)
+    problem = build(case, count_bytes=False)
     return lambda: run(problem, problem.operator, case.mode, case.compute_dtype)
 
 

@@ -41,7 +41,14 @@ SMALL = {
         "lambda_tv": 0.1,
     },
     **{"w": 16, "h": 16, "W": 32, "H": 32, "dataset_size_test": 3, "dataset_size_valid": 2, "albedo_iter_ratio": 0.5},
-    **{"levels": 3, "log2_entries": 10, "max_resolution": 32, "hidden_width": 16, "hidden_layers": 1, "bound": 0.6},
+    **{
+        "n_levels": 3,
+        "log2_hashmap_size": 10,
+        "max_resolution": 32,
+        "hidden_width": 16,
+        "hidden_layers": 1,
+        "bound": 0.6,
+    },
     **{"max_steps": 48, "occupancy_resolution": 16, "text": "a hamburger"},
 }
 

@@ -22,7 +22,7 @@ VANILLA_DEFAULTS: dict[str, Any] = {"hidden_layers": 4, "lr_decay": 0.1, "normal
 # dream-mini's on top of that. Without an occupancy grid to cut off thin haze, softplus and its blob leave empty space
 # empty from the start; the bands end where the small pictures do. Those of a GPU have not been measured.
 _MINI_VANILLA = {
-    "frequencies": 6,
+    "n_frequencies": 6,
     "hidden_width": 64,
     "density_activation": "softplus",
     "blob_density": 30.0,
@@ -91,8 +91,8 @@ def mini_cpu_defaults() -> Config:
             W=192,
             H=192,
             eval_interval=2,
-            levels=8,
-            log2_entries=15,
+            n_levels=8,
+            log2_hashmap_size=15,
             max_resolution=128,
             hidden_width=32,
             hidden_layers=1,
@@ -108,7 +108,7 @@ def mini_cpu_defaults() -> Config:
             guidance_rescale=0.5,
             t_range=(0.02, 0.98),
             t_anneal="square",
-            lambda_entropy=30.0,
+            lambda_opacity_entropy=30.0,
             lr=1e-3,
             lr_decay=0.3,
             ema_decay=0.99,
@@ -228,8 +228,8 @@ def resolve(typed: Mapping[str, Any], model: str, device: str) -> Config:
         # Replayed, two runs were not the same bit for bit; and it was measured with this backbone alone.
         plain = typed.get("backbone", "grid") == "grid" and not typed.get("deterministic")
         plain = plain and len(typed.get("guidance", ("dream-mini",))) == 1
-        values.setdefault("step_graph", plain and not base.override(typed).graph_breaking_flags())
-    for name, value in SCORE_DEFAULTS.get(typed.get("score"), {}).items():
+        values.setdefault("cuda_graph", plain and not base.override(typed).graph_breaking_flags())
+    for name, value in SCORE_DEFAULTS.get(typed.get("objective"), {}).items():
         values.setdefault(name, value)
     if model == "sd":
         named = values.setdefault("guidance", ("SD",))

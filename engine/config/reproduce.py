@@ -8,7 +8,7 @@ from dream_fast.engine.config.setting import value_type
 from dream_fast.engine.text import quote
 
 # What decides about other settings' defaults, so it comes before them.
-_DECIDING = ("guidance", "hf_key", "sd_version", "preset", "score")
+_DECIDING = ("guidance", "hf_key", "sd_version", "preset", "objective")
 
 
 def reproduce_command(config: Config, iters: int | None = None) -> str:

@@ -91,9 +91,9 @@ def smallest(value: Scalar) -> float:
 
 def ever_below(low: Scalar, high: Scalar) -> bool:
     """Whether ``high`` may fall below ``low``. Schedules with other ends are compared by their extremes."""
-    both = [value for value in (low, high) if isinstance(value, LinearSchedule)]
-    if len(both) == 2 and len({(value.start, value.end, value.fractions) for value in both}) == 1:
-        return low.first > high.first or low.last > high.last
+    if isinstance(low, LinearSchedule) and isinstance(high, LinearSchedule):
+        if (low.start, low.end, low.fractions) == (high.start, high.end, high.fractions):
+            return low.first > high.first or low.last > high.last
     return largest(low) > smallest(high)
 
 

@@ -1,12 +1,4 @@
-"""Every setting of a run, in one frozen dataclass a room; the command line is generated from the fields.
-
-A field's name is its flag (``iters`` is ``--iters``), so names are unique over all rooms. The values written here are
-the reference's (``--preset reference``); the embedded model's own stand in `presets`. This module imports nothing
-heavy, so that ``--help`` and a refused argument answer at once.
-
-Units: angles in degrees, lengths in scene units, ratios in fractions of the run. Axes: docs/conventions.md.
-Errors: every value is checked when a room is made; a bad one raises :class:`UserError` naming the flag and the value.
-"""
+"""The configuration of a run: all its sections, and what is asked of them together. Imports nothing heavy."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,452 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar, largest
-from dream_fast.engine.config.setting import (
-    BACKBONES,
-    GRIDS,
+from dream_fast.engine.config.sections import (
+    DEFAULT_VIEW,
     VANILLA,
-    ConfigSection,
-    Range,
-    ScalarRange,
-    setting,
-    value_type,
+    CameraConfig,
+    DMTetConfig,
+    FieldConfig,
+    GuidanceConfig,
+    LossConfig,
+    OptimConfig,
+    OutputConfig,
+    RenderConfig,
+    RunConfig,
+    ShadingConfig,
 )
+from dream_fast.engine.config.setting import ScalarRange, value_type
 from dream_fast.engine.errors import UserError
-
-# The settings of the output camera's view.
-DEFAULT_VIEW = ("default_radius", "default_polar", "default_azimuth", "default_fovy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(ConfigSection):
-    """Run control."""
-
-    text: str | None = setting(None, "the prompt")
-    negative: str = setting("", "what the pictures should not show; takes the place of the empty prompt")
-    text_front: str | None = setting(None, "the whole prompt seen from the front, in place of TEXT, front view")
-    text_side: str | None = setting(None, "the same for the two sides")
-    text_back: str | None = setting(None, "the same for the back")
-    text_overhead: str | None = setting(None, "the same for the view from above")
-    workspace: str = setting("workspace", "folder of everything that the run writes", resumable=True)
-    seed: int | None = setting(None, "seed of all random numbers; drawn when not given", low=0, high=2**32 - 1)
-    iters: int = setting(10000, "optimisation steps", low=1, resumable=True)
-    exp_start_iter: int | None = setting(
-        None, "step at which the phases, progressive view and progressive levels start; default: 0", low=0
-    )
-    exp_end_iter: int | None = setting(
-        None,
-        "step at which they are at their end, also in a run that is taken further later; default: the last",
-        low=1,
-    )
-    preset: str = setting(
-        "auto",
-        "auto: defaults of the model and the device; reference: those of stable-dreamfusion",
-        choices=("auto", "reference"),
-        resumable=True,
-    )
-    test: bool = setting(False, "no optimisation: write the outputs of the workspace's checkpoint", resumable=True)
-    output: str | None = setting(
-        None,
-        "with --test: the folder to write to instead of the workspace, which is only read",
-        resumable=True,
-    )
-    six_views: bool = setting(False, "write the six views only, no video", resumable=True)
-    save_mesh: bool = setting(False, "export a textured mesh to mesh/ at the end, as GLB and as OBJ", resumable=True)
-    ckpt: str = setting("latest", "latest: resume if there is one; scratch: start anew; or a path", resumable=True)
-    fp16: bool = setting(
-        False, "half precision: fp16 on a CUDA GPU, bf16 on a CPU that multiplies it (AMX); other CPUs run in fp32"
-    )
-    vram_O: bool = setting(
-        False,
-        "less memory: xformers attention, VAE in slices, parts of its encoder computed again in the backward pass",
-        resumable=True,
-    )
-    attention: str = setting(
-        "auto",
-        "what computes the image model's attention; auto: the fastest here, measured at the start of a run (torch's "
-        "sdpa on a CPU), and the same again when the run is taken up",
-        choices=("auto", "xformers", "sdpa", "cudnn"),
-        resumable=True,
-    )
-    compile: bool = setting(
-        False,
-        "torch.compile of the image model, on a GPU: faster steps, after one to three minutes of compiling at each "
-        "start (less with a warm cache), so for long runs with Stable Diffusion",
-        resumable=True,
-    )
-    deterministic: bool = setting(False, "on a GPU, the same seed gives the same bits, somewhat slower")
-    device: str = setting(
-        "auto",
-        "where to run; auto takes the GPU if there is one, cuda:N the GPU of that number among those that "
-        "CUDA_VISIBLE_DEVICES leaves",
-        choices=("auto", "cpu", "cuda", "cuda:N"),
-    )
-    step_graph: bool = setting(
-        False,
-        "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
-        "wait for the host; dream-mini's default there",
-        resumable=True,
-    )
-    log_every: int = setting(10, "steps between two rows of metrics.jsonl", low=1, resumable=True)
-    rescue: bool = setting(
-        False,
-        "when the object vanishes or fills the whole box, start again, at most twice, with settings against it; without"
-        " this flag a warning names them",
-        resumable=True,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        start = self.exp_start_iter or 0
-        if self.exp_end_iter is not None and self.exp_end_iter <= start:
-            raise UserError(f"--exp_end_iter must be more than --exp_start_iter {start}, not {self.exp_end_iter}")
-        if self.exp_end_iter is None and self.iters <= start:
-            raise UserError(
-                f"--exp_start_iter must be less than --iters {self.iters}, where the phases end without "
-                f"--exp_end_iter, not {start}"
-            )
-        if self.output is not None and not self.test:
-            raise UserError("--output goes with --test only: a run writes everything to its --workspace")
-        if self.compile and self.deterministic:
-            raise UserError(
-                "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "
-                "in another order the next time"
-            )
-
-    @property
-    def view_prompts(self) -> dict[str, str]:
-        """Prompts of the sides that have one of their own, by side: front, side, back, overhead."""
-        texts = dict(front=self.text_front, side=self.text_side, back=self.text_back, overhead=self.text_overhead)
-        return {view: text for view, text in texts.items() if text is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CameraConfig(ConfigSection):
-    """Training cameras, and the camera that looks at the result."""
-
-    radius_range: Range = setting((3.0, 3.5), "distance of the training cameras", above=0)
-    theta_range: Range = setting((45.0, 105.0), "polar angle: 0 is above, 90 the horizon", low=0, high=180)
-    phi_range: Range = setting((-180.0, 180.0), "azimuth: 0 is in front (+z), 90 at +x", low=-360, high=360)
-    fovy_range: Range = setting((10.0, 30.0), "vertical field of view", above=0, below=180)
-    progressive_view: bool = setting(
-        False, "these four ranges widen from the output camera's default view to their full width as the phases go on"
-    )
-    progressive_view_init_ratio: float = setting(
-        0.2, "part of their width from which progressive_view starts; it grows by 2 in a whole run", low=0, high=1
-    )
-    uniform_sphere_rate: float = setting(
-        0.0, "probability of a batch spread evenly over the upper half of the sphere", low=0, high=1
-    )
-    jitter_pose: bool = setting(False, "training cameras are moved, turned and rolled a little; the prompt follows")
-    jitter_center: float = setting(0.2, "width of the cube in which jitter moves a camera", low=0)
-    jitter_target: float = setting(
-        0.2, "standard deviation of the point that a camera looks at, along each axis, with jitter", low=0
-    )
-    jitter_up: float = setting(
-        0.02, "standard deviation of what jitter adds to a camera's upward unit vector, along each axis", low=0
-    )
-    angle_overhead: float = setting(30.0, "polar angle up to which the prompt says overhead view", low=0, high=180)
-    view_blend: float = setting(
-        90.0, "degrees around 45 and 135 over which the prompt turns from one side to the next", low=1, high=90
-    )
-    angle_front: float | None = setting(
-        None,
-        "the prompt says front or back view within half of this from azimuth 0 or 180 and side view elsewhere, without "
-        "blending; default: blended",
-        above=0,
-        high=180,
-    )
-    # These three may change because a GPU's memory may leave no choice.
-    w: int = setting(64, "width of a training render", low=1, high=4096, resumable=True)
-    h: int = setting(64, "height of a training render", low=1, high=4096, resumable=True)
-    batch_size: int = setting(1, "views in a step", low=1, high=1024, resumable=True)
-    default_radius: float = setting(3.2, "distance of the output camera", above=0, resumable=True)
-    default_polar: float = setting(90.0, "polar angle of the output camera", low=0, high=180, resumable=True)
-    default_azimuth: float = setting(
-        0.0, "azimuth at which the output camera starts", low=-360, high=360, resumable=True
-    )
-    default_fovy: float = setting(
-        20.0, "vertical field of view of the output camera", above=0, below=180, resumable=True
-    )
-    W: int = setting(800, "width of the output pictures", low=1, high=16384, resumable=True)
-    H: int = setting(800, "height of the output pictures", low=1, high=16384, resumable=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FieldConfig(ConfigSection):
-    """The field: hash grid or frequency encoding, MLP, density, background."""
-
-    backbone: str = setting(
-        "grid",
-        "the field: grid a hash grid and an MLP, in Triton on a GPU; grid_torch the same on PyTorch's operators; "
-        "vanilla a frequency encoding and a residual MLP, without an occupancy grid",
-        choices=BACKBONES,
-    )
-    levels: int = setting(16, "levels of the hash grid", low=1, high=32, backbones=GRIDS)
-    features: int = setting(2, "features of a level", low=1, high=8, backbones=GRIDS)
-    log2_entries: int = setting(19, "log2 of the table's entries in a level", low=4, high=24, backbones=GRIDS)
-    base_resolution: int = setting(16, "resolution of the coarsest level", low=2, backbones=GRIDS)
-    max_resolution: int = setting(2048, "resolution of the finest level", low=2, backbones=GRIDS)
-    interpolation: str = setting(
-        "smoothstep",
-        "interpolation inside a cell of the grid",
-        choices=("smoothstep", "linear"),
-        backbones=GRIDS,
-    )
-    frequencies: int = setting(
-        12, "bands of the frequency encoding, each twice as fine as the one before", low=1, high=24, backbones=VANILLA
-    )
-    hidden_width: int = setting(64, "width of the MLP's hidden layers", low=1, high=4096)
-    hidden_layers: int = setting(2, "number of the MLP's hidden layers", low=0, high=8)
-    density_activation: str = setting("exp", "activation of the density", choices=("exp", "softplus"))
-    blob_density: float = setting(5.0, "density of the blob at the centre from which a run starts", low=0)
-    blob_radius: float = setting(0.2, "radius of that blob", above=0)
-    bg_radius: float = setting(1.4, "more than 0: a small MLP learns a background; else a plain colour")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_resolution < self.base_resolution:
-            raise UserError(
-                f"--max_resolution {self.max_resolution} is less than --base_resolution {self.base_resolution}: the "
-                "levels of the hash grid go from coarse to fine"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenderConfig(ConfigSection):
-    """Samples of rays: marching through the occupancy grid, or by importance."""
-
-    bound: float = setting(1.0, "the scene is the cube [-bound, bound]^3", above=0, high=128)
-    max_steps: int = setting(
-        1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1, high=16384, backbones=GRIDS
-    )
-    dt_gamma: float = setting(0.0, "the step grows with distance by this factor; 0: even steps", low=0, backbones=GRIDS)
-    num_steps: int = setting(64, "even samples of a ray", low=1, high=4096, backbones=VANILLA)
-    upsample_steps: int = setting(
-        32, "more samples of a ray, drawn where the even ones found something", low=0, high=4096, backbones=VANILLA
-    )
-    min_near: float = setting(0.01, "nearest distance of a sample from the camera", low=0)
-    density_thresh: float = setting(
-        10.0,
-        "density above which a cell of the grid is occupied, the mean density at most (a mesh has the outline of the "
-        "pictures instead)",
-        above=0,
-    )
-    update_extra_interval: int = setting(16, "steps between two updates of the occupancy grid", low=1, backbones=GRIDS)
-    occupancy_resolution: int = setting(
-        128, "cells of the occupancy grid along an edge", low=8, high=512, backbones=GRIDS
-    )
-    normals: str = setting("finite_difference", "how normals are computed", choices=("finite_difference", "analytic"))
-    normal_epsilon: float = setting(0.01, "step of finite-difference normals", above=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.occupancy_resolution % 2:
-            raise UserError(f"--occupancy_resolution must be even, not {self.occupancy_resolution}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShadingConfig(ConfigSection):
-    """Phases of the run and their shading."""
-
-    latent_iter_ratio: float = setting(
-        0.2, "first part of the run, in which normals and opacity are the latent", low=0, high=1
-    )
-    albedo_iter_ratio: float = setting(0.0, "part of the run up to which colour is not shaded", low=0, high=1)
-    min_ambient_ratio: Scalar = setting(0.1, "least ambient light of a shaded step", low=0, high=1)
-    textureless_ratio: Scalar = setting(0.2, "probability that a shaded step has no colour", low=0, high=1)
-    progressive_level: bool = setting(False, "finer levels of the grid, or frequencies, join during the run")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidanceConfig(ConfigSection):
-    """The image model that guides, and how."""
-
-    guidance: tuple[str, ...] = setting(
-        ("dream-mini",),
-        "the model that guides: the embedded one, Stable Diffusion, DeepFloyd IF on 64x64 pixels, or the likeness of "
-        "picture and prompt in CLIP; the losses of several are added",
-        choices=("dream-mini", "SD", "IF", "clip"),
-    )
-    sd_version: str | None = setting(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
-    hf_key: str | None = setting(None, "Stable Diffusion from a folder, or from the hub by NAME or NAME@REVISION")
-    if_key: str | None = setting(
-        None, "the first stage of IF, as --hf_key names a model; default: DeepFloyd/IF-I-XL-v1.0"
-    )
-    clip_key: str | None = setting(None, "CLIP, as --hf_key names a model; default: openai/clip-vit-base-patch16")
-    score: str = setting(
-        "sds",
-        "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "
-        "--guidance_rescale by default), asd the one with it at a higher level, sdi the noise that the model finds in "
-        "the picture (slower: 2 rows an inversion step); --guidance_scale is by default the model's own for sds and "
-        "csd, 7.5 for asd and sdi",
-        choices=("sds", "csd", "asd", "sdi"),
-    )
-    loss_space: str = setting(
-        "noise",
-        "sds and sdi compare the predicted noise, or the clean latent x0 that it stands for",
-        choices=("noise", "x0"),
-    )
-    inversion_steps: int = setting(10, "with --score sdi: calls of the model that find the noise", low=1, high=1000)
-    guidance_scale: Scalar = setting(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
-    t_range: ScalarRange = setting((0.02, 0.98), "range of the noise level t", low=0, high=1)
-    t_anneal: str = setting(
-        "none",
-        "t is drawn from the whole range, or falls with progress",
-        choices=("none", "linear", "sqrt", "square"),
-    )
-    guidance_rescale: Scalar = setting(
-        0.0, "how far the guided prediction takes the spread of the unguided one; 0: not", low=0, high=1
-    )
-    lambda_guidance: Scalar = setting(1.0, "weight of the guidance", low=0)
-    clip_grad_latent: Scalar = setting(
-        -1.0, "largest element of the score's gradient in the latents; -1: no limit", low=-1
-    )
-    perpneg: bool = setting(
-        False, "Perp-Neg: turn away from the prompts of the front and the side where they are out of sight"
-    )
-    negative_w: float = setting(-2.0, "with --perpneg: base weight of those prompts, 0 to about -4", high=0)
-    front_decay_factor: float = setting(
-        2.0, "with --perpneg: how fast the front's weight falls towards the front", low=0
-    )
-    side_decay_factor: float = setting(10.0, "with --perpneg: how fast the side's weight falls towards the side", low=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.guidance:
-            if self.guidance.count(name) > 1:
-                raise UserError(f"--guidance names {name} twice")
-        if self.perpneg and self.score != "sds":
-            raise UserError(f"--perpneg goes with --score sds only, not with {self.score}: leave one of them out")
-        if self.loss_space == "x0" and self.score not in ("sds", "sdi"):
-            raise UserError(
-                f"--loss_space x0 goes with --score sds and sdi, not with {self.score}: leave one of them out"
-            )
-
-    @property
-    def uses_dream_mini(self) -> bool:
-        """Whether the model inside the package guides."""
-        return "dream-mini" in self.guidance and self.sd_version is None and self.hf_key is None
-
-    @property
-    def accepts_latents(self) -> bool:
-        """Whether a model that can be shown latents guides, and none that cannot but CLIP, which then waits."""
-        return "IF" not in self.guidance and self.guidance != ("clip",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig(ConfigSection):
-    """Regularisers and gradient limits."""
-
-    regularizers: str = setting(
-        "plain",
-        "plain: weights are the reference's, to be found anew for each image model; guided: they are parts of the "
-        "guidance's gradient, and mean as much whatever guides",
-        choices=("plain", "guided"),
-    )
-    lambda_entropy: Scalar = setting(1e-3, "entropy of the rays' opacity: empty or full", low=0)
-    lambda_entropy_weights: Scalar = setting(0.0, "entropy of the samples' weights, as the reference has it", low=0)
-    lambda_opacity: Scalar = setting(0.0, "mean square of the opacity", low=0)
-    lambda_orient: Scalar = setting(1e-2, "normals that look away from the camera", low=0)
-    lambda_tv: Scalar = setting(0.0, "total variation of the hash table", low=0, backbones=GRIDS)
-    lambda_wd: Scalar = setting(0.0, "weight decay of the hash table, level by level", low=0, backbones=GRIDS)
-    lambda_2d_normal_smooth: Scalar = setting(0.0, "total variation of the normal image", low=0)
-    lambda_3d_normal_smooth: Scalar = setting(0.0, "difference of normals at near points", low=0)
-    lambda_mesh_normal: Scalar = setting(
-        0.5, "with --dmtet, whose only regularisers are these two: angle between neighbouring triangles", low=0
-    )
-    lambda_mesh_laplacian: Scalar = setting(0.5, "with --dmtet: vertices that stand out from their neighbours", low=0)
-    grad_clip: Scalar = setting(-1.0, "largest gradient of a parameter; -1: no limit", low=-1)
-    grad_clip_rgb: Scalar = setting(-1.0, "largest gradient of a pixel; -1: no limit", low=-1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DMTetConfig(ConfigSection):
-    """Refinement as a mesh (DMTet)."""
-
-    dmtet: bool = setting(
-        False,
-        "refine a mesh instead of optimising a density: a surface in a grid of tetrahedra, rendered at --w and --h "
-        "times --dmtet_reso_scale; by default with t_range 0.02 0.5 and light on the shape from the start",
-    )
-    init_with: str | None = setting(
-        None, "with --dmtet: start from the folder of a run, a checkpoint of it, or a mesh file; default: a sphere"
-    )
-    dmtet_reso_scale: float = setting(8.0, "with --dmtet: factor of the training render's sides", above=0, high=64)
-    tet_grid_size: int = setting(
-        128, "with --dmtet: layers of tetrahedra across the grid, an even number", low=4, high=256
-    )
-    lr_geo: float | None = setting(None, "with --dmtet: learning rate of the shape; default: --lr", above=0)
-    lock_geo: bool = setting(False, "with --dmtet: only the colours are optimised, the shape stays")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tet_grid_size % 2:
-            raise UserError(f"--tet_grid_size must be even, not {self.tet_grid_size}")
-        given = {"init_with": self.init_with is not None, "lr_geo": self.lr_geo is not None, "lock_geo": self.lock_geo}
-        for name in given:
-            if given[name] and not self.dmtet:
-                raise UserError(f"--{name} is of the mesh refinement: it goes with --dmtet only")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig(ConfigSection):
-    """The optimiser."""
-
-    optim: str = setting("adan", "the optimiser", choices=("adan", "adam"))
-    lr: float = setting(
-        1e-3,
-        "base learning rate: the MLPs learn at 5 times this with adan and at 1 time with adam, the hash table at 10 "
-        "times the rate of the MLPs, the shape of --dmtet at this rate",
-        above=0,
-    )
-    lr_decay: float = setting(1.0, "factor of the learning rates at the end, reached exponentially", above=0, high=1)
-    ema_decay: float = setting(0.9995, "decay of the averaged weights, a step", low=0, below=1)
-
-    @property
-    def network_lr(self) -> float:
-        """Learning rate of the MLPs at the start of a run: `lr` is Adam's, and Adan takes 5 times as much."""
-        return self.lr * (5.0 if self.optim == "adan" else 1.0)
-
-    @property
-    def table_lr(self) -> float:
-        """Learning rate of the hash table at the start of a run."""
-        return self.network_lr * 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig(ConfigSection):
-    """What is written, and how finely."""
-
-    eval_interval: int = setting(
-        1, "epochs between two sets of validation pictures; an epoch is 100 steps", low=1, resumable=True
-    )
-    test_interval: int = setting(
-        100, "epochs between two test videos during the run; the last is results/turntable.mp4", low=1, resumable=True
-    )
-    save_guidance: bool = setting(
-        False,
-        "save what the image model sees: the render, its noisy version and the one-step estimate, in guidance/; takes "
-        "the VAE's decoder",
-        resumable=True,
-    )
-    save_guidance_interval: int = setting(
-        10, "with --save_guidance: steps between two of these pictures", low=1, resumable=True
-    )
-    tensorboard: bool = setting(
-        False, "the numbers of metrics.jsonl for TensorBoard too, in tensorboard/", resumable=True
-    )
-    profile: bool = setting(
-        False, "trace 20 steps after the first 20 with torch's profiler, into profile/", resumable=True
-    )
-    dataset_size_valid: int = setting(8, "pictures in a validation set", low=1, high=10_000, resumable=True)
-    dataset_size_test: int = setting(100, "frames of the 360-degree video", low=1, high=10_000, resumable=True)
-    mcubes_resolution: int = setting(256, "points along an edge of the mesh's grid", low=8, high=512, resumable=True)
-    decimate_target: int = setting(50_000, "most triangles of the mesh; 0: all of them", low=0, resumable=True)
-    texture_resolution: int = setting(
-        2048, "texels along an edge of the mesh's texture", low=16, high=8192, resumable=True
-    )
-    video_fps: int = setting(25, "frames a second of the video", low=1, high=240, resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -507,8 +69,8 @@ class Config:
             raise UserError("--lambda_tv and --lambda_wd are of the hash table, which --backbone vanilla has not")
         self._check_guidance()
         changing = self.graph_breaking_flags()
-        if self.run.step_graph and changing:
-            raise UserError(f"--step_graph does not go with {changing[0]}, which changes what a step launches")
+        if self.run.cuda_graph and changing:
+            raise UserError(f"--cuda_graph does not go with {changing[0]}, which changes what a step launches")
 
     @property
     def train_size(self) -> tuple[int, int]:
@@ -529,8 +91,8 @@ class Config:
             raise UserError(
                 f"--attention {run.attention} is for Stable Diffusion: the models of {words} keep their own"
             )
-        if run.step_graph and (len(named) > 1 or named == ("clip",)):
-            raise UserError(f"--step_graph replays steps of one diffusion model, not those of {words}: leave it out")
+        if run.cuda_graph and (len(named) > 1 or named == ("clip",)):
+            raise UserError(f"--cuda_graph replays steps of one diffusion model, not those of {words}: leave it out")
         if self.output.save_guidance and named == ("clip",):
             raise UserError("--save_guidance shows what a diffusion model sees, and --guidance clip has none")
 
@@ -610,4 +172,4 @@ def settings() -> Iterator[tuple[dataclasses.Field, dataclasses.Field]]:
 
 def settings_unused_by(backbone: str) -> set[str]:
     """The names of the settings that this backbone does not read."""
-    return {field.name for _, field in settings() if backbone not in field.metadata["backbones"]}
+    return {field.name for _, field in settings() if backbone not in (field.metadata["backbones"] or (backbone,))}

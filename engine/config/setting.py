@@ -1,6 +1,6 @@
-"""What a room of settings is made of: fields that are also flags, with their bounds, and the check of a value.
+"""Settings: dataclass fields that are also flags, with their bounds, and the check of a value.
 
-This module imports nothing heavy. Errors: a bad value raises :class:`UserError` naming the flag and the value.
+Imports nothing heavy. Raises UserError: a bad value, with its flag and the value.
 """
 
 import dataclasses
@@ -15,15 +15,10 @@ from dream_fast.engine.errors import UserError
 
 Range = tuple[float, float]
 ScalarRange = tuple[Scalar, Scalar]
-# Settings that a score, a renderer or an optimiser reads as "no limit" where they are not positive.
-LIMITS = ("clip_grad_latent", "grad_clip", "grad_clip_rgb")
 
-# What a number without bounds of its own may be, and how small one that must be more than 0: single precision computes
-# with it, and so with its square.
+# Bounds of a number without bounds of its own, and the least one of those that must be more than 0: single precision
+# can compute with these numbers and with their squares.
 LARGEST, SMALLEST = 1e9, 1e-9
-
-BACKBONES = ("grid", "grid_torch", "vanilla")
-GRIDS, VANILLA = BACKBONES[:2], BACKBONES[2:]
 
 
 def setting(
@@ -36,37 +31,87 @@ def setting(
     high: float | None = None,
     below: float | None = None,
     resumable: bool = False,
-    backbones: tuple[str, ...] = BACKBONES,
+    backbones: tuple[str, ...] | None = None,
+    is_limit: bool = False,
+    aliases: tuple[str, ...] = (),
 ) -> Any:
-    """A field that is also a flag. ``low``/``high`` are allowed values, ``above``/``below`` are not.
+    """Make a dataclass field that is also a flag.
 
-    Without them a number is at most LARGEST either way, and one above 0 at least SMALLEST.
-
-    The N of a choice such as "cuda:N" is any whole number.
-
-    ``resumable``: a resumed run may have another value (it shapes what is written, not what is learned).
-    ``backbones``: those that read it.
+    choices: the allowed words. The N of a choice such as "cuda:N" is any whole number.
+    low, high: closed bounds of a number; above, below: open ones. Without them its size is at most LARGEST, and at
+        least SMALLEST where it must be more than 0.
+    resumable: a resumed run may change it, since it does not change what is learned.
+    backbones: the backbones that read it; None: all.
+    is_limit: a value that is not positive means no limit.
+    aliases: earlier names of the flag.
     """
     metadata = dict(help=help, choices=choices, low=low, above=above, high=high, below=below, resumable=resumable)
-    metadata["backbones"] = backbones
+    metadata |= dict(backbones=backbones, is_limit=is_limit, aliases=aliases)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    names[Scalar] = "a number or a schedule start:v0:v1:end"
-    if kind == ScalarRange:
-        return "two numbers, or schedules start:v0:v1:end"
-    if get_origin(kind) is tuple:
-        return "two numbers" if get_args(kind)[-1] is not Ellipsis else "a list of words"
-    return names[kind]
-
-
 def value_type(field: dataclasses.Field) -> Any:
-    """The field's type without ``| None``: int, float, str, bool, Scalar, a tuple of two of them, a tuple of words."""
+    """Return the field's type without `| None`: int, float, str, bool, Scalar, or a tuple of two of them or of words"""
     if isinstance(field.type, UnionType) and field.type != Scalar:
         return next(kind for kind in get_args(field.type) if kind is not type(None))
     return field.type
+
+
+def check_value(field: dataclasses.Field, value: Any) -> None:
+    """Check a value against the type and the bounds of its field.
+
+    Raises UserError: another type, out of bounds, a reversed range, or an empty list.
+    """
+    flag = f"--{field.name}"
+    if value is None and isinstance(field.type, UnionType) and field.type != Scalar:
+        return
+    kind = value_type(field)
+    if not _has_type(value, kind):
+        raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
+    for leaf in _leaves(value):
+        if field.metadata["choices"] is not None and not any(_is_choice(leaf, c) for c in field.metadata["choices"]):
+            raise UserError(f"{flag} is one of {', '.join(field.metadata['choices'])}, not {leaf!r}")
+        if isinstance(leaf, str):
+            _check_text(flag, leaf, may_be_empty=field.default == "")
+        elif not isinstance(leaf, bool):
+            _check_number(flag, leaf, field.metadata)
+    if isinstance(value, LinearSchedule) and field.metadata["is_limit"] and smallest(value) <= 0:
+        raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 is no limit to start from")
+    if kind == ScalarRange and any(isinstance(end, LinearSchedule) for end in value):
+        if ever_below(*value):
+            raise UserError(f"{flag} may be reversed during the run: from {value[0]} to {value[1]}")
+    elif kind in (Range, ScalarRange) and value[0] > value[1]:
+        raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
+    if kind == tuple[str, ...] and not value:
+        raise UserError(f"{flag} needs at least one value")
+
+
+def _check_text(flag: str, text: str, *, may_be_empty: bool) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's form of bytes that are not UTF-8
+        raise UserError(f"{flag} is not text in UTF-8: {text!r}")
+    if not text.strip() and not may_be_empty:
+        raise UserError(f"{flag} is empty")
+
+
+def _check_number(flag: str, number: float, bounds: Any) -> None:
+    if isinstance(number, int) and abs(number) >= 2**63:
+        raise UserError(f"{flag} is too large a number")
+    if not math.isfinite(number):
+        raise UserError(f"{flag} must be a finite number, not {number}")
+    largest = max(LARGEST, bounds["high"] or 0)
+    if abs(number) > largest:
+        either_way = " either way" if number < 0 else ""
+        raise UserError(f"{flag} must be at most {_digits(largest)}{either_way}, not {_digits(number)}")
+    if bounds["above"] == 0 and 0 < number < SMALLEST:
+        raise UserError(f"{flag} must be at least {SMALLEST:g}, not {_digits(number)}")
+    for bound, holds, words in (
+        (bounds["low"], lambda b, x: x >= b, "at least"),
+        (bounds["above"], lambda b, x: x > b, "more than"),
+        (bounds["high"], lambda b, x: x <= b, "at most"),
+        (bounds["below"], lambda b, x: x < b, "less than"),
+    ):
+        if bound is not None and not holds(bound, number):
+            raise UserError(f"{flag} must be {words} {_digits(bound)}, not {_digits(number)}")
 
 
 def _has_type(value: Any, kind: Any) -> bool:
@@ -82,74 +127,38 @@ def _has_type(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def check_value(field: dataclasses.Field, value: Any) -> None:
-    """Raise UserError unless ``value`` has the field's type and lies within its bounds; a range is not reversed."""
-    flag, meta = f"--{field.name}", field.metadata
-    if value is None and isinstance(field.type, UnionType) and field.type != Scalar:
-        return
-    kind = value_type(field)
-    if not _has_type(value, kind):
-        raise UserError(f"{flag} takes {_type_name(kind)}, not {value!r}")
-    for item in _leaves(value):
-        if meta["choices"] is not None and not any(_is_choice(item, choice) for choice in meta["choices"]):
-            raise UserError(f"{flag} is one of {', '.join(meta['choices'])}, not {item!r}")
-        if isinstance(item, str) and any("\ud800" <= sign <= "\udfff" for sign in item):  # how Python keeps other bytes
-            raise UserError(f"{flag} is not text in UTF-8: {item!r}")
-        if isinstance(item, str) and not item.strip() and field.default != "":
-            raise UserError(f"{flag} is empty")
-        if isinstance(item, str | bool):
-            continue
-        if isinstance(item, int) and abs(item) >= 2**63:
-            raise UserError(f"{flag} is too large a number")
-        if not math.isfinite(item):
-            raise UserError(f"{flag} must be a finite number, not {item}")
-        largest = max(LARGEST, meta["high"] or 0)
-        if abs(item) > largest:
-            either_way = " either way" if item < 0 else ""
-            raise UserError(f"{flag} must be at most {_digits(largest)}{either_way}, not {_digits(item)}")
-        if meta["above"] == 0 and 0 < item < SMALLEST:
-            raise UserError(f"{flag} must be at least {SMALLEST:g}, not {_digits(item)}")
-        for bound, good, words in (
-            (meta["low"], lambda b, x: x >= b, "at least"),
-            (meta["above"], lambda b, x: x > b, "more than"),
-            (meta["high"], lambda b, x: x <= b, "at most"),
-            (meta["below"], lambda b, x: x < b, "less than"),
-        ):
-            if bound is not None and not good(bound, item):
-                raise UserError(f"{flag} must be {words} {_digits(bound)}, not {_digits(item)}")
-    if isinstance(value, LinearSchedule) and field.name in LIMITS and smallest(value) <= 0:
-        raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 is no limit to start from")
-    if kind == ScalarRange and any(isinstance(end, LinearSchedule) for end in value):
-        if ever_below(*value):
-            raise UserError(f"{flag} may be reversed during the run: from {value[0]} to {value[1]}")
-    elif kind in (Range, ScalarRange) and value[0] > value[1]:
-        raise UserError(f"{flag} is reversed: its lower end {value[0]:g} is more than its upper end {value[1]:g}")
-    if kind == tuple[str, ...] and not value:
-        raise UserError(f"{flag} needs at least one value")
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names[Scalar] = "a number or a schedule start:v0:v1:end"
+    if kind == ScalarRange:
+        return "two numbers, or schedules start:v0:v1:end"
+    if get_origin(kind) is tuple:
+        return "two numbers" if get_args(kind)[-1] is not Ellipsis else "a list of words"
+    return names[kind]
 
 
 def _digits(number: float) -> str:
-    """A number for a sentence: every digit of a whole one."""
+    """Format a number for a message, with every digit of a whole one."""
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
-def _is_choice(item: str, choice: str) -> bool:
+def _is_choice(word: str, choice: str) -> bool:
     pattern = (
         re.escape(choice.removesuffix("N")) + "(0|[1-9][0-9]{0,3})" if choice.endswith(":N") else re.escape(choice)
     )
-    return re.fullmatch(pattern, item) is not None
+    return re.fullmatch(pattern, word) is not None
 
 
 def _leaves(value: Any) -> tuple[Any, ...]:
-    """The single values of a setting, of a schedule its two."""
+    """Return the single values of a tuple, and the two ends of a schedule."""
     if isinstance(value, tuple):
-        return tuple(number for item in value for number in _leaves(item))
+        return tuple(leaf for item in value for leaf in _leaves(item))
     return (value.first, value.last) if isinstance(value, LinearSchedule) else (value,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigSection:
-    """Base of the rooms: checks every field when it is made."""
+    """Base of the sections of a configuration. Checks every field when it is made."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -18,7 +18,8 @@ def nearest(word: str, choices: Mapping[str, str]) -> str | None:
 
 def slips(a: str, b: str) -> int:
     """Letters to insert, remove, replace, or swap with their neighbour until `a` is `b` (optimal string alignment)."""
-    before, last = [], list(range(len(b) + 1))
+    before: list[int] = []
+    last = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         row = [i]
         for j, y in enumerate(b, start=1):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def _draw(seed: int, views: int):
     return {kind: tuple(t.numpy() for t in p) for kind, p in primitives.items()}, pattern.numpy(), rounds
 
 
-def _paint(arrays: dict[str, tuple[np.ndarray, ...]]) -> np.ndarray:
+def _paint(arrays: dict[str, tuple[Any, ...]]) -> np.ndarray:
     """The colour [B, 3] of each packed scene's main primitives, which share one."""
     color = np.concatenate([Primitives(*part).color for part in arrays.values()], axis=1)  # [B, K, 3]
     role = np.concatenate([Primitives(*part).role for part in arrays.values()], axis=2)[:, 0]  # [B, K]

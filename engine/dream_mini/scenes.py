@@ -152,6 +152,7 @@ def _stretch(p: Primitive, stretch: np.ndarray) -> Primitive:
         return p
     sx, sy, sz = np.linalg.norm(p.rotation * stretch, axis=1)  # along each local axis
     across = np.sqrt(sx * sz)
+    size: tuple[float, ...]
     match p.kind:
         case "ball":
             size = (p.size[0] * sx, p.size[1] * sy, p.size[2] * sz)

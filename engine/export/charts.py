@@ -150,7 +150,8 @@ def _path(points: Sequence[tuple[int, float | None]], x: Axis, y: Axis, kind: st
 
 def running_mean(points: Sequence[tuple[int, float | None]], width: int) -> list[tuple[int, float | None]]:
     """Means over the finite ones of up to ``width`` points, each at the last of them."""
-    found, window = [], deque()
+    found: list[tuple[int, float | None]] = []
+    window: deque[float | None] = deque()
     for step, value in points:
         window.append(value)
         if len(window) > width:

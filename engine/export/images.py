@@ -1,6 +1,6 @@
 """PNG pictures: the six views and strips of pictures beside one another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.render.base import RenderedImages, Renderer
 from dream_fast.engine.scene.camera import SIX_VIEWS, six_views, turntable
 from dream_fast.engine.workspace.atomic import atomic_write
@@ -53,7 +53,7 @@ def depth_image(view: RenderedImages, radius: Tensor, bound: float) -> Tensor:
     return (brightness.clamp(0, 1) * view.opacity)[..., None].expand(*view.depth.shape, 3)
 
 
-def strip(images: Sequence[np.ndarray]) -> np.ndarray:
+def strip(images: Iterable[np.ndarray]) -> np.ndarray:
     """Pictures [H, W, 3] of one height side by side."""
     return np.concatenate(list(images), axis=1)
 

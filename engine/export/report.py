@@ -105,8 +105,8 @@ def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
 def _image(path: Path, width: int, height: int, alt: str) -> str:
     """An <img> of the picture at ``path``, or a sentence when it cannot be read."""
     try:
-        with Image.open(path) as picture:
-            picture = _fitted(picture, width, height)
+        with Image.open(path) as file:
+            picture = _fitted(file, width, height)
             size = f'width="{picture.width}" height="{picture.height}"'
             return f'<img src="{_webp(picture)}" {size} alt="{text(alt)}">'
     except (OSError, *UNREADABLE) as error:
@@ -261,12 +261,13 @@ class Chart(NamedTuple):
 
 def _curves(rows: list[dict[str, Any]]) -> str:
     losses = list(dict.fromkeys(name for row in rows for name in row if name.startswith("loss_")))
+    rates = list(dict.fromkeys(name for row in rows for name in row if name.startswith("lr_")))
     charts = [
         Chart("Losses, weighted", "loss", losses),
         Chart("Gradient of the guidance", "norm in the latents", ["grad_norm"]),
         Chart("Opacity of the rays", "mean", ["opacity"]),
         Chart("Samples of a step", "samples", ["samples"]),
-        Chart("Learning rate", "lr", ["lr"]),
+        Chart("Learning rates", "rate", rates or ["lr"]),  # earlier versions logged the base rate alone
         Chart("Speed", "steps a second", ["it_per_s"]),
     ]
     marks = _marks(rows)
@@ -276,7 +277,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
 def _marks(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
     """Where a phase begins, when there is more than one."""
     phases = [(row["step"], str(row.get("phase", ""))) for row in rows]
-    begins = [now for before, now in pairwise([None, *phases]) if not before or before[1] != now[1]]
+    begins = [*phases[:1], *(now for before, now in pairwise(phases) if before[1] != now[1])]
     return begins if len(begins) > 1 else []
 
 

@@ -154,8 +154,7 @@ def _pull_push(colour: Tensor, weight: Tensor) -> Tensor:
     height, width = weight.shape[-2:]
     if height == width == 1:
         return colour
-    pool = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
-    coarse, known = F.avg_pool2d(colour, **pool), F.avg_pool2d(weight, **pool)
+    coarse, known = (F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (colour, weight))
     coarse = _pull_push(coarse / known.clamp(min=1e-12) * (known > 0), (known > 0).to(weight.dtype))
     around = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)[..., :height, :width]
     return torch.where(weight > 0, colour, around)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export.images import depth_image, normal_image, strip, to_uint8
 from dream_fast.engine.render.base import Renderer
 from dream_fast.engine.scene.camera import Cameras, turntable
@@ -32,16 +34,16 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, on_frame: Ca
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     # The container is chosen by name, since the file is not called .mp4 until it is whole.
     with atomic_write(path) as aside, av.open(str(aside), "w", format="mp4") as container:
-        stream = None
+        stream: VideoStream | None = None
         for frame in frames:
             height, width = frame.shape[:2]
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             if stream is None:
-                stream = container.add_stream(codec, rate=fps)
+                stream = cast(VideoStream, container.add_stream(codec, rate=fps))
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = "yuv420p"
                 # With its macroblock tree x264 gives small pictures other bytes from time to time.
-                x264 = {"crf": "18", "x264-params": "mbtree=0"}
+                x264: dict[str, Any] = {"crf": "18", "x264-params": "mbtree=0"}
                 stream.options = x264 if codec == "libx264" else {"qscale": "3"}
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             if on_frame is not None:

@@ -65,19 +65,20 @@ def _cut(polygon: list[int]) -> list[list[int]] | None:
         middle = polygon[place]
         sides = [(first, middle)] * (place > 1) + [(middle, last)] * (place < len(polygon) - 2)
         if not any(_in_one_face(*side) for side in sides):
-            parts = _cut(polygon[: place + 1]), _cut(polygon[place:])
-            if None not in parts:
-                return [[first, middle, last], *parts[0], *parts[1]]
+            before, after = _cut(polygon[: place + 1]), _cut(polygon[place:])
+            if before is not None and after is not None:
+                return [[first, middle, last], *before, *after]
     return None
 
 
 @lru_cache(maxsize=1)
 def _cases() -> tuple[np.ndarray, np.ndarray]:
     """Of the case with the corners inside whose bits are set: its first triangle [257], triangles [T, 3] of edges."""
-    first, triangles = [0], []
+    first: list[int] = [0]
+    triangles: list[list[int]] = []
     for case in range(256):
         for polygon in _polygons([bool(case >> corner & 1) for corner in range(8)]):
-            triangles += _cut(polygon)
+            triangles += _cut(polygon) or []
         first.append(len(triangles))
     return np.array(first), np.array(triangles)
 

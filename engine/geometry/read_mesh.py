@@ -6,7 +6,7 @@ import numpy as np
 import trimesh
 
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.geometry.mesh import Mesh, components
+from dream_fast.engine.geometry.mesh import Mesh, mesh_components
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
 MOST_BYTES = 1 << 30
@@ -39,12 +39,12 @@ def load_mesh(path: Path) -> Mesh:
         raise UserError(f"the mesh file {path} cannot be read: there is no file {missing}") from error
     except Exception as error:  # whatever a broken file makes of the reader
         raise UserError(f"the mesh file {path} cannot be read: {first_line(error)}") from error
-    faces = sum(len(part.faces) for part in parts)
-    if faces == 0:
+    count = sum(len(part.faces) for part in parts)
+    if count == 0:
         raise UserError(f"the mesh file {path} has no triangles that can be read")
-    if faces > MOST_FACES:
+    if count > MOST_FACES:
         raise UserError(
-            f"the mesh file {path} has {faces} triangles, of at most {MOST_FACES}: simplify it in another program first"
+            f"the mesh file {path} has {count} triangles, of at most {MOST_FACES}: simplify it in another program first"
         )
     offsets = np.cumsum([0, *(len(part.vertices) for part in parts[:-1])])
     vertices = np.concatenate([np.asarray(part.vertices, dtype=np.float64) for part in parts])
@@ -56,7 +56,7 @@ def load_mesh(path: Path) -> Mesh:
     mesh = _joined(Mesh(vertices, faces))
     if len(mesh.faces) == 0:
         raise UserError(f"the mesh file {path} has no triangle with an area")
-    count = len(np.unique(components(mesh)))
+    count = len(np.unique(mesh_components(mesh)))
     if count > MOST_PARTS:
         raise UserError(
             f"the mesh file {path} falls into {count} separate parts, of at most {MOST_PARTS}: it is no object"

@@ -5,10 +5,12 @@ along an axis has entered the mesh more often than left it; of the three axes tw
 the mesh lets nothing out. Orientation counts: parts that overlap are one solid. A mesh that is inside out is turned.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from dream_fast.engine.geometry.tet_grid import TriMesh
+from dream_fast.engine.geometry.mesh import TensorMesh
 
 PAIRS = 1 << 20  # of a triangle and a lattice point looked at together
 
@@ -53,11 +55,11 @@ def _triangle(p: Tensor, corners: Tensor) -> Tensor:
     return torch.where(above & (length > 1e-30), plane, edges)
 
 
-def distance(mesh: TriMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], reach: float) -> Tensor:
+def distance(mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], reach: float) -> Tensor:
     """Distance to the mesh at origin + spacing (i, j, k) [shape]; where it is more than `reach`, `reach`."""
     corners, size = mesh.vertices[mesh.faces], torch.tensor(shape, device=origin.device)
     first, counts = _boxes(corners.amin(1) - reach, corners.amax(1) + reach, origin, spacing, size)
-    found = torch.full((size.prod(),), reach**2, dtype=corners.dtype, device=origin.device)
+    found = torch.full((math.prod(shape),), reach**2, dtype=corners.dtype, device=origin.device)
     total = int(counts.prod(1).sum())
     for start in range(0, total, PAIRS):
         triangle, point = _pairs(first, counts, start, min(start + PAIRS, total))
@@ -67,7 +69,7 @@ def distance(mesh: TriMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, i
     return found.sqrt().view(shape)
 
 
-def _inside_along(mesh: TriMesh, axis: int, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _inside_along(mesh: TensorMesh, axis: int, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """How often lines along `axis` have entered the mesh, less how often they have left it, at each point [shape]."""
     across = [k for k in range(3) if k != axis]
     size = torch.tensor(shape, device=origin.device)
@@ -98,7 +100,7 @@ def _inside_along(mesh: TriMesh, axis: int, origin: Tensor, spacing: Tensor, sha
     return crossed[..., :-1].cumsum(-1).movedim(-1, axis)
 
 
-def inside(mesh: TriMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def inside(mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Whether lattice points lie inside the mesh, bool [shape]."""
     a, b, c = mesh.vertices[mesh.faces].unbind(1)
     volume = (torch.linalg.cross(a, b) * c).sum()
@@ -108,7 +110,7 @@ def inside(mesh: TriMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int
 
 
 def signed_distance(
-    mesh: TriMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], reach: float
+    mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], reach: float
 ) -> Tensor:
     """Positive inside, at origin + spacing (i, j, k) [shape]; +-`reach` where the mesh is farther than that."""
     far = distance(mesh, origin, spacing, shape, reach)

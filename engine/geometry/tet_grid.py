@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dream_fast.engine.geometry.mesh import TensorMesh
+
 EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of a tetrahedron, between these of its vertices
 
 
@@ -23,13 +25,6 @@ class TetGrid(NamedTuple):
     vertices: Tensor  # [V, 3]
     tets: Tensor  # int64 [T, 4]
     border: Tensor  # bool [V]
-
-
-class TriMesh(NamedTuple):
-    """A triangle mesh on the device."""
-
-    vertices: Tensor  # [V, 3]
-    faces: Tensor  # int64 [T, 3], counter-clockwise seen from outside
 
 
 def tet_grid(size: int) -> TetGrid:
@@ -42,14 +37,14 @@ def tet_grid(size: int) -> TetGrid:
     layers = torch.cat([torch.cartesian_prod(axis, axis, axis) for axis in (even, odd)])  # [V, 3]
     corner = torch.arange((n + 1) ** 3).view(n + 1, n + 1, n + 1)
     centre = torch.arange((n + 1) ** 3, len(layers)).view(n, n, n)
-    tets = []
+    cells = []
     for axis in range(3):
         centres, corners = centre.movedim(axis, 0), corner.movedim(axis, 0)
         before, after, between = centres[:-1], centres[1:], corners[1:-1]
         ring = [between[:, :-1, :-1], between[:, 1:, :-1], between[:, 1:, 1:], between[:, :-1, 1:]]
         for k in range(4):
-            tets.append(torch.stack([before, after, ring[k], ring[(k + 1) % 4]], -1).view(-1, 4))
-    tets = torch.cat(tets)
+            cells.append(torch.stack([before, after, ring[k], ring[(k + 1) % 4]], -1).view(-1, 4))
+    tets = torch.cat(cells)
     a, b, c, d = layers[tets].unbind(1)
     negative = torch.linalg.det(torch.stack([b - a, c - a, d - a], 1).float()) < 0
     tets[negative] = tets[negative][:, [0, 2, 1, 3]]
@@ -91,7 +86,7 @@ def _triangles(device: torch.device) -> tuple[Tensor, Tensor]:
     return counts.to(device), table.to(device)
 
 
-def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> TriMesh:
+def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> TensorMesh:
     """The surface values = 0 around the region above it, for values [V] at positions [V, 3]; gradients into both.
 
     Waits for the device: how large the surface is depends on the values.
@@ -113,14 +108,4 @@ def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> TriM
     low, high = key // count, key % count
     start, end = values[low], values[high]
     part = (start / (start - end))[:, None]
-    return TriMesh(positions[low] + part * (positions[high] - positions[low]), torch.cat(faces))
-
-
-def vertex_normals(surface: TriMesh) -> Tensor:
-    """Unit normals [V, 3], outward: the sum of the faces' normals, each weighted by its area."""
-    vertices, faces = surface
-    a, b, c = vertices[faces].unbind(1)
-    weighted = torch.linalg.cross(b - a, c - a)
-    normals = torch.zeros_like(vertices).index_add(0, faces.view(-1), weighted.repeat_interleave(3, dim=0))
-    # Below the floor a normal shrinks to zero instead of dividing 0 by 0.
-    return normals * normals.square().sum(1, keepdim=True).clamp(min=1e-20).rsqrt()
+    return TensorMesh(positions[low] + part * (positions[high] - positions[low]), torch.cat(faces))

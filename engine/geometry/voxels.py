@@ -1,30 +1,37 @@
-"""Values between the points of a grid that spans the scene cube."""
+"""Values at the points of a grid that spans the scene cube, and groups of its cells."""
+
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST_PART = 0.02  # of the cells of the largest part; smaller ones are specks
+from dream_fast.engine.geometry.components import MIN_PART_SIZE, connected_components
 
 
 def trilinear(values: Tensor, bound: float, points: Tensor) -> Tensor:
-    """Values [N, N, N], by x, y, z at points that span the cube [-bound, bound]^3, at world points [..., 3].
+    """Interpolate values [N, N, N] (by x, y, z) that span the cube [-bound, bound]^3 at world points [..., 3].
 
-    Trilinear; outside the cube the nearest.
+    Outside the cube the value is that of the nearest point of the cube.
     """
     places = (points / bound).flip(-1).reshape(1, 1, 1, -1, 3)  # grid_sample takes z, y, x
-    found = F.grid_sample(values[None, None], places, mode="bilinear", padding_mode="border", align_corners=True)
-    return found.view(points.shape[:-1])
+    values = F.grid_sample(values[None, None], places, mode="bilinear", padding_mode="border", align_corners=True)
+    return values.view(points.shape[:-1])
 
 
 def largest_components(cells: Tensor) -> Tensor:
-    """Of occupied cells [G, G, G] (bool), those in groups of neighbours (26) of at least 2 % of the largest group."""
-    label = torch.arange(cells.numel(), dtype=torch.float64, device=cells.device).view(cells.shape)
-    label, before = torch.where(cells, label, -1.0), None
-    while before is None or not torch.equal(label, before):
-        before = label
-        label = torch.where(cells, F.max_pool3d(label[None], 3, stride=1, padding=1)[0], -1.0)
-    groups = (label + 1).long()  # 0: not occupied
-    sizes = torch.bincount(groups.flatten(), minlength=2)
-    sizes[0] = 0
-    return (sizes >= SMALLEST_PART * sizes.max())[groups] & cells
+    """The cells [X, Y, Z] (bool) that belong to a group of 26-neighbours of at least 2 % of the largest group."""
+    occupied = cells.nonzero()
+    number = torch.full([side + 2 for side in cells.shape], -1, device=cells.device)  # with a border of empty cells
+    number[(occupied + 1).unbind(1)] = torch.arange(len(occupied), device=cells.device)
+    pairs = []
+    for offset in product((-1, 0, 1), repeat=3):
+        if offset > (0, 0, 0):  # one of both directions
+            neighbour = number[(occupied + 1 + occupied.new_tensor(offset)).unbind(1)]
+            here = (neighbour >= 0).nonzero()[:, 0]
+            pairs.append(torch.stack([here, neighbour[here]]))
+    group = connected_components(len(occupied), torch.cat(pairs, 1))
+    sizes = torch.bincount(group, minlength=1)
+    large = torch.zeros_like(cells)
+    large[occupied.unbind(1)] = sizes[group] >= MIN_PART_SIZE * sizes.max()
+    return large

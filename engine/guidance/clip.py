@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dream_fast.engine.config.model_names import hub_name
 from dream_fast.engine.config.schedule import value_at
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.model.components import quiet_progress

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.guidance.model.components import Components
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ x_t = sqrt(a_t) z + sqrt(1 - a_t) n. `distillation_gradient` computes the gradie
 
 and `ScoreDistillation` carries it back through the VAE's encoder and the resize to the image, never through the UNet
 (DreamFusion, Poole et al. 2022, equation 3; Latent-NeRF, Metzer et al. 2022, for latents). `cfg.py` computes eps_hat.
-The variants (--score) differ in the baseline e and in the noise:
+The variants (--objective) differ in the baseline e and in the noise:
 
     sds   e = n, n is random                       Score Distillation Sampling, Poole et al. 2022
     csd   e = eps_uncond(x_t, t), n is random      Classifier Score Distillation, Yu et al. 2023: g without n
@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from dream_fast.engine.config.schedule import LinearSchedule, largest, value_at, values_at
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance.base import GuidanceResult, StepInputs
 from dream_fast.engine.guidance.cfg import apply_cfg, eps_and_x0, predict, sqrt_alphas
 from dream_fast.engine.guidance.ddim import invert
@@ -99,12 +99,12 @@ def distillation_gradient(
     if prompts.negatives is not None:
         weights = prompts.negatives.weights
         embeddings += [embedding.expand_as(prompts.cond) for embedding in prompts.negatives.embeddings]
-    if config.score == "sdi":
+    if config.objective == "sdi":
         noise = invert(model, z, t, prompts.cond, prompts.uncond, scale=-scale, steps=config.inversion_steps)
     alpha = model.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
     signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
     noisy = signal * z + spread * noise
-    if config.score == "asd":
+    if config.objective == "asd":
         later = (*_at_later_timestep(model, config, z, draws, scalars), prompts.cond)
     predictions = predict(model, noisy, t, embeddings, later)
     guided = predictions[: len(embeddings)]
@@ -114,9 +114,9 @@ def distillation_gradient(
     if config.loss_space == "x0":
         return LatentGradient(_clamp(config, weight * (z - clean), limit), noisy, clean)
     baseline = noise
-    if config.score == "csd":
+    if config.objective == "csd":
         baseline, _ = eps_and_x0(model, predictions[0], noisy, signal, spread)
-    elif config.score == "asd":
+    elif config.objective == "asd":
         x_later, t_later, _ = later
         baseline, _ = eps_and_x0(model, predictions[-1], x_later, *sqrt_alphas(model, t_later))
     return LatentGradient(_clamp(config, weight * (1 - alpha) * (eps - baseline), limit), noisy, clean)
@@ -222,7 +222,7 @@ class ScoreDistillation:
     def scheduled_scalars(self, step: int, progress: float) -> dict[str, float | Tensor]:
         """Values at a step of the settings with a schedule, by name; for asd also "min_timestep" if that has one."""
         scalars: dict[str, float | Tensor] = dict(values_at(self.config, step, progress))
-        if self.config.score == "asd" and isinstance(self.config.t_range[0], LinearSchedule):
+        if self.config.objective == "asd" and isinstance(self.config.t_range[0], LinearSchedule):
             low, _ = timestep_range(self.components, self.config, step, progress)
             scalars["min_timestep"] = torch.full((), low, device=self.components.device)
         return scalars

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dream_fast.engine.config.schema import RenderConfig
-from dream_fast.engine.geometry.tet_grid import TriMesh
+from dream_fast.engine.config.sections import RenderConfig
+from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.scene.camera import Cameras, rays
 from dream_fast.engine.scene.field import Field
 from dream_fast.kernels import Samples
@@ -90,7 +90,7 @@ class RenderedMesh(NamedTuple):
     opacity: Tensor  # [B, H, W] 1 inside, 0 outside, in between at silhouettes
     depth: Tensor  # [B, H, W] opacity * distance along the ray, world units
     normal: Tensor  # [B, H, W, 3] opacity * normal
-    surface: TriMesh
+    surface: TensorMesh
     opposite: Tensor  # `kernels.opposite_corners` of its faces
     count: Tensor  # number of points at which the field was evaluated
     overflow: Tensor  # bool, always false

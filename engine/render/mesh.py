@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.geometry.mesh import Mesh, visible_parts
-from dream_fast.engine.geometry.tet_grid import TriMesh, vertex_normals
+from dream_fast.engine.geometry.mesh import Mesh, TensorMesh, vertex_normals, visible_parts
 from dream_fast.engine.render.base import ALBEDO, RenderedImages, RenderedMesh, Renderer, Shading, shade
 from dream_fast.engine.scene.camera import Cameras, clip_positions, rays
 from dream_fast.engine.scene.field import Field
@@ -29,9 +28,9 @@ class MeshRenderer(Renderer):
 
     def __init__(self, field: Field, config: RenderConfig, shape: TetMesh):
         self.field, self.config, self.shape = field, config, shape
-        self._surface: TriMesh | None = None  # computed once for many views
+        self._surface: TensorMesh | None = None  # computed once for many views
 
-    def surface(self) -> TriMesh:
+    def surface(self) -> TensorMesh:
         """The rendered surface. Raises UserError: when it is empty."""
         if self._surface is not None:
             return self._surface
@@ -42,14 +41,14 @@ class MeshRenderer(Renderer):
                 "larger with --init_with, or lower --lr)"
             )
         if self.shape.locked:
-            self._surface = TriMesh(surface.vertices.detach(), surface.faces)
+            self._surface = TensorMesh(surface.vertices.detach(), surface.faces)
         return surface
 
     def mesh(self) -> Mesh:
         """The surface as it is exported: on the host, without floaters."""
         with torch.no_grad():
             surface = self.surface()
-        return visible_parts(Mesh(surface.vertices.detach().cpu().double().numpy(), surface.faces.cpu().numpy()))
+        return visible_parts(surface.to_host())
 
     def train_views(
         self,
@@ -110,11 +109,8 @@ class MeshRenderer(Renderer):
     @contextmanager
     def without_floaters(self) -> Iterator[None]:
         """Inside the `with` block the surface is the present one without small parts apart from the object."""
-        mesh, before = self.mesh(), self._surface
-        device = self.field.device
-        self._surface = TriMesh(
-            torch.from_numpy(mesh.vertices).float().to(device), torch.from_numpy(mesh.faces).to(device)
-        )
+        before = self._surface
+        self._surface = self.mesh().to_tensors(self.field.device)
         try:
             yield
         finally:
@@ -127,8 +123,8 @@ class MeshRenderer(Renderer):
         """A mesh has no sample buffers."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.shape.kept_state()
+        return self.shape.checkpoint_state()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.shape.load_kept_state(state)
+        self.shape.load_checkpoint_state(state)
         self._surface = None

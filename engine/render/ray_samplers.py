@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.scene.field import Field
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.render.base import (
     ALBEDO,
     Rendered,

@@ -115,7 +115,7 @@ def prepare(runtime: Runtime, seed: int, *, deterministic: bool = False, vram_O:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for, before its first use
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, changes nothing
         if vram_O and not ALLOCATOR_VARIABLES & os.environ.keys():
             _take_memory_by("expandable_segments:True")
     else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field, FieldOutput, frequency_encoding, linear_layers
 
 
@@ -23,7 +23,7 @@ class FrequencyField(Field):
 
     def __init__(self, config: FieldConfig, bound: float, generator: torch.Generator):
         super().__init__(config, bound)
-        self.bands = config.frequencies
+        self.bands = config.n_frequencies
         width, layers = config.hidden_width, config.hidden_layers
         self.weights, self.biases = linear_layers([3 + 6 * self.bands, *[width] * layers, 4], generator)
         residual = max(0, layers - 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field, FieldOutput, linear_layers, uniform
 
 TABLE_INIT = 1e-4  # the table starts uniform in [-1e-4, 1e-4], so the blob alone shapes the first renders
@@ -22,9 +22,9 @@ class HashGridField(Field):
 
     def __init__(self, config: FieldConfig, bound: float, generator: torch.Generator):
         grid = kernels.HashGridSpec(
-            levels=config.levels,
-            features=config.features,
-            log2_entries=config.log2_entries,
+            levels=config.n_levels,
+            features=config.n_features_per_level,
+            log2_entries=config.log2_hashmap_size,
             base_resolution=config.base_resolution,
             max_resolution=config.max_resolution,
             interpolation=config.interpolation,

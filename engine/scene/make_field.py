@@ -2,7 +2,7 @@
 
 import torch
 
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.scene.frequency_field import FrequencyField
 from dream_fast.engine.scene.hash_grid_field import HashGridField

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from dream_fast.engine.config.schema import Config, OutputConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.guidance.snapshots import guidance_images

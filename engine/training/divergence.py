@@ -16,6 +16,7 @@ from typing import Any
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar, largest
 from dream_fast.engine.config.schema import Config, device_kind
+from dream_fast.engine.training.losses import weight_setting
 
 MAX_NONFINITE_STEPS = 50  # steps in a row without a finite gradient: more than a loss scale needs to find its place
 MAX_DEGENERATE_STEPS = 100  # steps in a row; looked at every 100 steps at least, so that 200 pass at most
@@ -25,7 +26,7 @@ MIN_OPACITY, MAX_OPACITY = 0.002, 0.75
 OUTWEIGHS = 2.0
 DEGENERACIES = {"vanished": "the object has vanished", "full": "the object fills the whole box"}
 # The settings that a rescue changes; a run that was rescued keeps its own when it is taken up.
-RESCUED = ("lambda_opacity", "lambda_entropy", "blob_density", "blob_radius", "lr")
+RESCUED = ("lambda_opacity", "lambda_opacity_entropy", "blob_density", "blob_radius", "lr")
 
 
 class DegenerateScene(Exception):
@@ -42,7 +43,7 @@ def rescue_overrides(config: Config, kind: str) -> dict[str, Any]:
     wanted: dict[str, Any] = {"lr": optim.lr / 2}
     if kind == "vanished":
         # Nothing pulls it down, and there is more of it to begin with.
-        wanted |= {"lambda_opacity": 0.0, "lambda_entropy": _times(loss.lambda_entropy, 0.1)}
+        wanted |= {"lambda_opacity": 0.0, "lambda_opacity_entropy": _times(loss.lambda_opacity_entropy, 0.1)}
         wanted |= {"blob_density": max(10.0, 2 * field.blob_density)}
     else:
         wanted |= {"lambda_opacity": max(1.0, 10 * largest(loss.lambda_opacity))}
@@ -110,7 +111,7 @@ def diagnosis(config: Config, bad: int, row: Mapping[str, Any]) -> str:
         advice = "--no-fp16" if config.run.fp16 else f"--guidance_scale {largest(config.guidance.guidance_scale) / 2:g}"
     elif terms:
         cause = f"the regulariser {terms[0]} is not finite"
-        advice = f"--lambda_{terms[0]} 0"
+        advice = f"--{weight_setting(terms[0])} 0"
     else:
         cause = "the losses are finite and their gradients are not"
         advice = "--no-fp16" if config.run.fp16 else f"--grad_clip 1 or --lr {config.optim.lr / 2:g}"

@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dream_fast.engine.config.schema import CameraConfig, Config, FieldConfig, settings
+from dream_fast.engine.config.schema import Config, settings
+from dream_fast.engine.config.sections import CameraConfig, FieldConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.isosurface import density_volume, surface_level
+from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.geometry.read_mesh import SUFFIXES, load_mesh
 from dream_fast.engine.geometry.signed_distance import signed_distance
-from dream_fast.engine.geometry.tet_grid import TriMesh
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.scene.field import Field
-from dream_fast.engine.scene.tet_mesh import SLOPE, TetMesh
+from dream_fast.engine.scene.tet_mesh import SDF_SLOPE, TetMesh
 from dream_fast.engine.workspace.checkpoint import list_checkpoints, read_architecture
 
 MARGIN = 0.1  # between the object and the border of the grid, of the bound
@@ -88,7 +89,7 @@ def start_from_field(shape: TetMesh, field: Field, threshold: float) -> None:
     occupied = kept.nonzero()
     low, high = (occupied.amin(0) - 1) * spacing - bound, (occupied.amax(0) + 1) * spacing - bound
     low, high = (low - MARGIN * bound).clamp(min=-bound), (high + MARGIN * bound).clamp(max=bound)
-    shape.start_from((low + high) / 2, (high - low) / 2, torch.zeros_like(shape.distance))
+    shape.initialize((low + high) / 2, (high - low) / 2, torch.zeros_like(shape.sdf))
     positions = shape.positions()
     value = (field.density(positions).clamp(min=1e-6 * level) / level).log()
     near = ((positions.cpu() + bound) / spacing).round().long().clamp(0, VOLUME - 1)
@@ -98,17 +99,16 @@ def start_from_field(shape: TetMesh, field: Field, threshold: float) -> None:
     at, to = value[ends[:, 0]], value[ends[:, 1]]
     crossing = (at > 0) != (to > 0)
     length = (positions[ends[crossing, 1]] - positions[ends[crossing, 0]]).norm(dim=1)
-    steep = ((at - to)[crossing].abs() / length).median() if crossing.any() else torch.tensor(SLOPE)
-    shape.start_from(shape.middle.clone(), shape.reach.clone(), value * (SLOPE / steep.clamp(min=1e-3)))
+    steep = ((at - to)[crossing].abs() / length).median() if crossing.any() else torch.tensor(SDF_SLOPE)
+    shape.initialize(shape.center.clone(), shape.half_extent.clone(), value * (SDF_SLOPE / steep.clamp(min=1e-3)))
 
 
-def read_surface(path: Path) -> TriMesh:
+def read_surface(path: Path) -> TensorMesh:
     """The triangles of a mesh file, on the host. UserError: what `load_mesh` refuses."""
-    mesh = load_mesh(path)
-    return TriMesh(torch.from_numpy(mesh.vertices).float(), torch.from_numpy(mesh.faces))
+    return load_mesh(path).to_tensors()
 
 
-def normalized(mesh: TriMesh, bound: float, camera: CameraConfig) -> TriMesh:
+def normalized(mesh: TensorMesh, bound: float, camera: CameraConfig) -> TensorMesh:
     """The mesh moved to the middle, its largest side 0.8 of what the output camera, or the scene's cube, takes in."""
     corners = mesh.vertices[mesh.faces].view(-1, 3)
     low, high = corners.amin(0), corners.amax(0)
@@ -120,25 +120,25 @@ def normalized(mesh: TriMesh, bound: float, camera: CameraConfig) -> TriMesh:
 
 
 @torch.no_grad()
-def start_from_mesh(shape: TetMesh, mesh: TriMesh) -> None:
+def start_from_mesh(shape: TetMesh, mesh: TensorMesh) -> None:
     """Lay the grid over a mesh and take the distance to it. UserError: it encloses nothing."""
-    device, bound = shape.distance.device, shape.bound
-    mesh = TriMesh(*(part.to(device) for part in mesh))
+    device, bound = shape.sdf.device, shape.bound
+    mesh = TensorMesh(*(part.to(device) for part in mesh))
     corners = mesh.vertices[mesh.faces].view(-1, 3)
     half = (corners.abs().amax(0) + MARGIN * bound).clamp(max=bound)
     n = shape.size // 2
     step, distances = 2 * half / n, []
     # A few layers of tetrahedra are as far as the distance has to be right; farther off only its sign counts.
-    reach = min(1 / SLOPE, 3 * float(step.amax()))
+    reach = min(1 / SDF_SLOPE, 3 * float(step.amax()))
     for count, first in ((n + 1, -half), (n, -half + step / 2)):
         found = signed_distance(mesh, first, step, (count,) * 3, reach).view(-1)
-        distances.append(torch.where(found.abs() >= reach, found.sign(), SLOPE * found))
+        distances.append(torch.where(found.abs() >= reach, found.sign(), SDF_SLOPE * found))
     distance = torch.cat(distances)
     if not (distance > 0).any():
         raise UserError(
             "the mesh of --init_with encloses no space that --tet_grid_size resolves: it is open, or too thin"
         )
-    shape.start_from(torch.zeros(3, device=device), half, distance)
+    shape.initialize(torch.zeros(3, device=device), half, distance)
 
 
 def load_start(config: Config, shape: TetMesh) -> InitSource | None:

@@ -74,8 +74,8 @@ def low_memory_overrides(config: Config) -> dict[str, Any]:
         wanted["batch_size"] = camera.batch_size // 2
     elif min(camera.w, camera.h) > LEAST_SIDE:
         wanted |= {"w": max(LEAST_SIDE, camera.w // 2), "h": max(LEAST_SIDE, camera.h // 2)}
-    if config.run.step_graph:
-        wanted["step_graph"] = False
+    if config.run.cuda_graph:
+        wanted["cuda_graph"] = False
     return wanted
 
 

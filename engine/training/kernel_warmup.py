@@ -24,7 +24,7 @@ def collect_launches(config: Config, runtime: Runtime) -> list[Any]:
 
     Kernels of later phases are not among them.
     """
-    spare = Trainer(config.override({"step_graph": False}), runtime, 0, _any_guidance)
+    spare = Trainer(config.override({"cuda_graph": False}), runtime, 0, _any_guidance)
     sampler = spare.renderer.sampler
     sample = sampler.sample
 

@@ -187,6 +187,8 @@ class Loop:
 def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     """Make a row of metrics.jsonl: the numbers of the last step and counts of the run. Reads the device."""
     terms = {f"loss_{name}": _finite_number(term) for name, term in result.terms.items()}
+    decay = trainer.config.optim.lr_decay ** trainer.schedule.progress(trainer.step - 1)
+    rates = {f"lr_{group}": rate for group, rate in trainer.optimizer.learning_rates(decay).items()}
     return {
         "step": trainer.step,
         "phase": result.phase,
@@ -195,7 +197,8 @@ def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
         **terms,
         "t": result.t.tolist(),
         "grad_norm": _finite_number(result.grad_norm),
-        "lr": trainer.config.optim.lr * trainer.config.optim.lr_decay ** trainer.schedule.progress(trainer.step - 1),
+        "lr": trainer.config.optim.lr * decay,  # the base rate, as --lr names it
+        **rates,
         "opacity": _finite_number(result.opacity.mean()),
         "samples": int(result.samples),
         "skipped": int(trainer.skipped),

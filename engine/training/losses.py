@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dream_fast import kernels
 from dream_fast.engine.config.schedule import largest
-from dream_fast.engine.config.schema import LossConfig, RenderConfig
-from dream_fast.engine.geometry.tet_grid import TriMesh
+from dream_fast.engine.config.sections import LossConfig, RenderConfig
+from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.render.base import Rendered
 from dream_fast.engine.scene.field import Field
@@ -26,6 +26,11 @@ TERMS = ("entropy", "entropy_weights", "opacity", "orient", "2d_normal_smooth", 
 MESH_TERMS = ("mesh_normal", "mesh_laplacian")
 MIN_DIVISOR = 1e-20  # of lengths
 SMOOTH_DISTANCE = 0.01  # world units, standard deviation of the distance to the near point of the 3D smoothness
+
+
+def weight_setting(term: str) -> str:
+    """Return the name of the setting that weights a term of the loss."""
+    return "lambda_opacity_entropy" if term == "entropy" else f"lambda_{term}"
 
 
 def ramp(progress: float) -> float:
@@ -91,7 +96,7 @@ def normal_smoothness(
     return sample_mean(weights.detach() * difference, count) * count / rays
 
 
-def normal_consistency(surface: TriMesh, opposite: Tensor) -> Tensor:
+def normal_consistency(surface: TensorMesh, opposite: Tensor) -> Tensor:
     """Neighbouring triangles should lie in one plane: mean of 1 - n_a.n_b over the edges that two of them share.
 
     An edge of a triangle smaller than the mean counts less in proportion: marching tetrahedra leaves slivers, whose
@@ -112,7 +117,7 @@ def _edge_weights(area: Tensor, neighbour: Tensor) -> Tensor:
     return (torch.minimum(area[:, None], area[neighbour]) / area.mean().clamp(min=MIN_DIVISOR)).clamp(max=1)
 
 
-def laplacian(surface: TriMesh) -> Tensor:
+def laplacian(surface: TensorMesh) -> Tensor:
     """Vertices should lie amid their neighbours: mean over them of |sum over the neighbours of (v - neighbour)|.
 
     The surface is closed, so two triangles share each edge. As in stable-dreamfusion the sum is not divided by the
@@ -127,7 +132,7 @@ def laplacian(surface: TriMesh) -> Tensor:
 
 
 def mesh_regularizers(
-    surface: TriMesh, opposite: Tensor, config: LossConfig, scalars: Mapping[str, float | Tensor] | None = None
+    surface: TensorMesh, opposite: Tensor, config: LossConfig, scalars: Mapping[str, float | Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Weighted terms of a mesh, by name; `scalars` as in `StepInputs`."""
     weights = _weights(MESH_TERMS, config, scalars or {})
@@ -190,8 +195,8 @@ def _weights(
     names: tuple[str, ...], config: LossConfig, scalars: Mapping[str, float | Tensor]
 ) -> dict[str, float | Tensor]:
     """Weights of those terms, in this step, that are in use in the run."""
-    used = [name for name in names if largest(getattr(config, f"lambda_{name}")) > 0]
-    return {name: scalars.get(f"lambda_{name}", getattr(config, f"lambda_{name}")) for name in used}
+    settings = {name: weight_setting(name) for name in names if largest(getattr(config, weight_setting(name))) > 0}
+    return {name: scalars.get(setting, getattr(config, setting)) for name, setting in settings.items()}
 
 
 def _near_normals(rendered: Rendered, field: Field, render: RenderConfig, inputs: StepInputs) -> Tensor:

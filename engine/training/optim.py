@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_fast import kernels
-from dream_fast.engine.config.schema import OptimConfig
+from dream_fast.engine.config.sections import OptimConfig
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-15
 

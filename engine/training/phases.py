@@ -6,7 +6,8 @@ import random
 from typing import NamedTuple
 
 from dream_fast.engine.config.schedule import value_at
-from dream_fast.engine.config.schema import Config, RunConfig, ShadingConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import RunConfig, ShadingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,5 +78,5 @@ def active_levels(config: Config, phase_progress: float) -> int | None:
     if not config.shading.progressive_level:
         return None
     field = config.field
-    levels = field.frequencies if field.backbone == "vanilla" else field.levels
+    levels = field.n_frequencies if field.backbone == "vanilla" else field.n_levels
     return max(1, math.ceil(levels * min(1.0, 0.25 + 2.0 * phase_progress)))

@@ -45,7 +45,7 @@ GuidanceCall = Guidance | Callable[[Tensor, Cameras, StepInputs], GuidanceResult
 
 
 class StepResult(NamedTuple):
-    """Result of a step, on the device; with --step_graph valid until the next step."""
+    """Result of a step, on the device; with --cuda_graph valid until the next step."""
 
     phase: str
     shading: str
@@ -90,7 +90,7 @@ class Trainer:
         self.overflowed = torch.zeros_like(self.skipped)  # steps that were not taken because samples did not fit
         self.degenerate_in_a_row = torch.zeros(2, dtype=torch.int64, device=runtime.device)  # vanished, full
         self.outweighed = torch.zeros_like(self.skipped)  # steps led by the table's regularisers, less the others
-        self.graphs = StepGraphs(self.generator) if config.run.step_graph and runtime.device.type == "cuda" else None
+        self.graphs = StepGraphs(self.generator) if config.run.cuda_graph and runtime.device.type == "cuda" else None
         self._captured_capacity = 0
 
     # ------------------------------------------------------------------------------------------------------- a step

@@ -75,7 +75,9 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint, which may be damaged."""
-    return int(_NAME.fullmatch(path.name)[1])
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, f"{path.name} is no name of a checkpoint"
+    return int(match[1])
 
 
 def read_architecture(path: Path) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -39,6 +39,11 @@ def _scale_schedule(end: Any, stored: Mapping[str, Any]) -> Any:
 # Settings of earlier versions that have another name now, by "room.name".
 RENAMED: dict[str, Renamed] = {
     "guidance.guidance_scale_end": Renamed("guidance.guidance_scale", _scale_schedule),
+    **{
+        f"{section.name}.{alias}": Renamed(f"{section.name}.{field.name}")
+        for section, field in settings()
+        for alias in field.metadata["aliases"]
+    },
 }
 
 # Settings that a stored run may lack, each with the value that gives what the versions without it did.
@@ -51,7 +56,7 @@ WITHOUT: dict[str, Any] = {
     "run.attention": "auto",
     "run.compile": False,
     "run.deterministic": False,
-    "run.step_graph": False,
+    "run.cuda_graph": False,
     "run.rescue": False,
     "camera.progressive_view": False,
     "camera.progressive_view_init_ratio": 0.2,
@@ -61,12 +66,12 @@ WITHOUT: dict[str, Any] = {
     "camera.jitter_up": 0.02,
     "camera.view_blend": 90.0,  # front turned into side from 0 to 90 degrees
     "camera.angle_front": None,
-    "field.frequencies": 12,
+    "field.n_frequencies": 12,
     "render.num_steps": 64,
     "render.upsample_steps": 32,
     "guidance.if_key": None,
     "guidance.clip_key": None,
-    "guidance.score": "sds",
+    "guidance.objective": "sds",
     "guidance.loss_space": "noise",
     "guidance.inversion_steps": 10,
     "guidance.clip_grad_latent": -1.0,
@@ -195,8 +200,8 @@ def _check_ignored(names: Mapping[str, Any], version: str) -> None:
 def snapshot() -> dict[str, Any]:
     """Every setting with its default, and what each model, device and kind of run has instead; ready for JSON."""
     defaults = _flat(Config())
-    kinds = {"grid": {}, "vanilla": {"backbone": "vanilla"}, "dmtet": {"dmtet": True}}
-    kinds |= {score: {"score": score} for score in SCORE_DEFAULTS} | {"reference": {"preset": "reference"}}
+    kinds: dict[str, dict[str, Any]] = {"grid": {}, "vanilla": {"backbone": "vanilla"}, "dmtet": {"dmtet": True}}
+    kinds |= {score: {"objective": score} for score in SCORE_DEFAULTS} | {"reference": {"preset": "reference"}}
     presets = {}
     for model, device, (kind, typed) in product(("dream-mini", "sd"), ("cpu", "cuda"), kinds.items()):
         values = _flat(resolve(typed, model, device))

@@ -1,10 +1,9 @@
-"""Device functions of the operators over triangles: corners in units of pixels, sums over corners; and who neighbours
-whom in a mesh.
+"""What the operators over triangles share: fragments, checks, corners seen from pixels, sums over corners.
 
 A corner (x, y, z, w) in clip space becomes (X, Y, z, w) with X = x W / 2, Y = -y H / 2. Seen from the centre of a pixel
-it lies at (X - cx w, Y - cy w) times 1 / w, where (cx, cy) goes from the middle of the picture to that centre, in
-pixels, to the right and down. The products are small near the pixel, so that nothing cancels, and no corner is divided
-by its w, so that a corner behind the camera needs no clipping.
+it lies at (X - cx w, Y - cy w) times 1 / w, where (cx, cy) is that centre in pixels from the middle of the image, to
+the right and down. The products are small near the pixel, so that nothing cancels, and no corner is divided by its w,
+so that a corner behind the camera needs no clipping.
 Source: Olano and Greer, Triangle scan conversion using 2D homogeneous coordinates, 1997.
 """
 
@@ -22,7 +21,7 @@ INDICES = (torch.int32, torch.int64)
 
 
 class Fragments(NamedTuple):
-    """What the pixels of B pictures see. Row 0 is the top row."""
+    """The triangles that the pixels of B images see. Row 0 is the top row."""
 
     triangle: Tensor  # int32 [B, H, W] the nearest triangle, -1 where there is none
     barycentrics: Tensor  # [B, H, W, 3] weights of its corners in space (not on the screen); 0 where there is none
@@ -30,36 +29,46 @@ class Fragments(NamedTuple):
 
 
 def check_mesh(clip: Tensor, faces: Tensor) -> None:
-    """Raise unless `clip` is [B, V, 4] in fp32 or fp64 and `faces` [T, 3] whole numbers beside it."""
+    """Check that `clip` is [B, V, 4] in fp32 or fp64 and `faces` [T, 3] whole numbers on its device.
+
+    Raises TypeError or ValueError: if not.
+    """
     check_tensor("clip", clip, ("B", "V", 4), dtypes=(torch.float32, torch.float64))
     check_tensor("faces", faces, ("T", 3), dtypes=INDICES, like=("clip", clip))
 
 
 def check_fragments(fragments: Fragments, like: tuple[str, Tensor]) -> None:
-    """Raise unless the parts of `fragments` fit each other and lie beside `like`."""
+    """Check that the parts of `fragments` fit each other and are on the device of `like`.
+
+    Raises TypeError or ValueError: if not.
+    """
     check_tensor("fragments.triangle", fragments.triangle, ("B", "H", "W"), dtypes=(torch.int32,), like=like)
     shape = tuple(fragments.triangle.shape)
     check_tensor("fragments.barycentrics", fragments.barycentrics, (*shape, 3), like=like)
     check_tensor("fragments.depth", fragments.depth, shape, like=like)
 
 
-def picture_numbers(height: int, width: int) -> dict[str, int | float]:
-    """How large a picture is, as every kernel over pixels takes it."""
+def image_arguments(height: int, width: int) -> dict[str, int | float]:
+    """Arguments of every kernel over pixels that give the size of an image."""
     return {"width": width, "height": height, "half_width": width / 2, "half_height": height / 2}
 
 
-def corner_sums(rows: int, noted: int, channels: int, device: torch.device, deterministic: bool) -> dict[str, Tensor]:
-    """Where a backward adds up the gradients of vertices: `grad` [rows, channels], by atomics; where the order must not
-    change, lists of up to `noted` `values` and their `corners` (row, -1: none) besides, for `add_at_corners`."""
-    found = {"grad": torch.zeros(rows, channels, dtype=torch.float32, device=device), "values": None, "corners": None}
+def new_corner_sums(
+    rows: int, entries: int, channels: int, device: torch.device, deterministic: bool
+) -> dict[str, Tensor]:
+    """Buffers in which a backward pass adds up the gradients of vertices: `grad` [rows, channels], by atomics.
+
+    If `deterministic` also lists of `entries` `values` and their `corners` (row, -1: none), for `add_at_corners`.
+    """
+    sums = {"grad": torch.zeros(rows, channels, dtype=torch.float32, device=device), "values": None, "corners": None}
     if deterministic:
-        found["values"] = torch.zeros(noted, channels, dtype=torch.float32, device=device)
-        found["corners"] = torch.full((noted,), -1, dtype=torch.int64, device=device)
-    return found
+        sums["values"] = torch.zeros(entries, channels, dtype=torch.float32, device=device)
+        sums["corners"] = torch.full((entries,), -1, dtype=torch.int64, device=device)
+    return sums
 
 
 def add_at_corners(grad: Tensor, values: Tensor | None, corners: Tensor | None) -> Tensor:
-    """The gradient [rows, channels] of what `corner_sums` gave, once a kernel has filled it."""
+    """Return the gradient [rows, channels] from the buffers of `new_corner_sums` that a kernel has filled."""
     if values is None or not len(grad):
         return grad
     values = torch.where(corners[:, None] >= 0, values, 0)
@@ -69,7 +78,7 @@ def add_at_corners(grad: Tensor, values: Tensor | None, corners: Tensor | None) 
 
 @jit
 def pixel_centre(number, width, height, half_width, half_height):
-    """Picture of pixels (numbers int64), and their centres from the picture's middle: to the right and down."""
+    """Image of pixels (numbers int64), and their centres from its middle: to the right and down."""
     row = number // width
     cx = (number % width).to(tl.float32) + (0.5 - half_width)
     cy = (row % height).to(tl.float32) + (0.5 - half_height)
@@ -78,7 +87,7 @@ def pixel_centre(number, width, height, half_width, half_height):
 
 @jit
 def corner_rows(faces, triangle, first, mask):
-    """Rows of clip's vertices int64 of triangles: the vertices of their picture start at row `first`."""
+    """Rows int64 of the corners of triangles; the vertices of their image start at row `first`."""
     a = tl.load(faces + triangle * 3, mask=mask, other=0).to(tl.int64)
     b = tl.load(faces + triangle * 3 + 1, mask=mask, other=0).to(tl.int64)
     c = tl.load(faces + triangle * 3 + 2, mask=mask, other=0).to(tl.int64)
@@ -87,7 +96,7 @@ def corner_rows(faces, triangle, first, mask):
 
 @jit
 def load_corner(clip, row, mask):
-    """(x, y, z, w) of a vertex; 0 where masked."""
+    """Load (x, y, z, w) of a vertex; 0 where masked."""
     x = tl.load(clip + row * 4, mask=mask, other=0.0)
     y = tl.load(clip + row * 4 + 1, mask=mask, other=0.0)
     z = tl.load(clip + row * 4 + 2, mask=mask, other=0.0)
@@ -120,24 +129,24 @@ def cross(a, b):
 
 
 @jit
-def corners_seen(clip, faces, triangle, seen, number, vertices, width, height, half_width, half_height):
-    """Of the triangles that pixels see: rows of the corners, these as seen from the pixels, and their centres."""
-    picture, cx, cy = pixel_centre(number, width, height, half_width, half_height)
-    i, j, k = corner_rows(faces, triangle.to(tl.int64), picture * vertices, seen)
-    p = from_pixel(load_corner(clip, i, seen), cx, cy, half_width, half_height)
-    q = from_pixel(load_corner(clip, j, seen), cx, cy, half_width, half_height)
-    r = from_pixel(load_corner(clip, k, seen), cx, cy, half_width, half_height)
+def project_corners(clip, faces, triangle, is_covered, number, vertices, width, height, half_width, half_height):
+    """Rows of the corners of triangles, the corners as seen from their pixels, and the centres of these."""
+    image, cx, cy = pixel_centre(number, width, height, half_width, half_height)
+    i, j, k = corner_rows(faces, triangle.to(tl.int64), image * vertices, is_covered)
+    p = from_pixel(load_corner(clip, i, is_covered), cx, cy, half_width, half_height)
+    q = from_pixel(load_corner(clip, j, is_covered), cx, cy, half_width, half_height)
+    r = from_pixel(load_corner(clip, k, is_covered), cx, cy, half_width, half_height)
     return i, j, k, p, q, r, cx, cy
 
 
 @jit
-def runs(triangle, found, number, all_pixels, per_picture, BLOCK: tl.constexpr):
-    """Whether pixels are the first, and the last, of a run in their block that sees one triangle."""
+def find_runs(triangle, covering, number, all_pixels, image_pixels, BLOCK: tl.constexpr):
+    """Mark pixels that are the first, and the last, of a run in their block that sees one triangle."""
     lane = tl.arange(0, BLOCK)
     before = tl.load(triangle + number - 1, mask=(lane > 0) & (number < all_pixels), other=-1)
     after = tl.load(triangle + number + 1, mask=number + 1 < all_pixels, other=-1)
-    first = (lane == 0) | (before != found) | (number % per_picture == 0)
-    last = (lane == BLOCK - 1) | (after != found) | ((number + 1) % per_picture == 0)
+    first = (lane == 0) | (before != covering) | (number % image_pixels == 0)
+    last = (lane == BLOCK - 1) | (after != covering) | ((number + 1) % image_pixels == 0)
     return first, last
 
 
@@ -148,15 +157,17 @@ def _add_up(first_a, a, first_b, b):
 
 @jit
 def run_sum(value, first):
-    """At the last pixel of each run the sum over it, along axis 0. One sum goes to a vertex instead of a queue of them:
-    large triangles would make whole blocks wait, and lose digits."""
+    """Sum over each run, along axis 0, at its last pixel.
+
+    A run adds once to a vertex instead of once a pixel: large triangles would make whole blocks wait, and lose digits.
+    """
     return tl.associative_scan((first.to(tl.int32), value), 0, _add_up)[1]
 
 
 @jit
-def add_corner(grad, values, corners, row, number, x, y, w, mask, TO_CORNERS: tl.constexpr):
-    """Add a gradient (x, y, w) to a vertex; or note it, with its row, as row `number` of `values` and `corners`."""
-    if TO_CORNERS:
+def add_corner(grad, values, corners, row, number, x, y, w, mask, DETERMINISTIC: tl.constexpr):
+    """Add a gradient (x, y, w) to a vertex; or store it, and its row, as entry `number` of `values` and `corners`."""
+    if DETERMINISTIC:
         tl.store(values + number * 4, x, mask=mask)
         tl.store(values + number * 4 + 1, y, mask=mask)
         tl.store(values + number * 4 + 2, tl.zeros_like(x), mask=mask)

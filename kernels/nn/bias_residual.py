@@ -1,16 +1,18 @@
-"""The end of a residual block: a convolution's output, its bias and what went around it, in one pass.
+"""The end of a residual block in one pass: the output of a convolution, its bias and the residual.
 
-y = x + bias_c + residual, c the channel; a convolution that adds its bias itself writes and reads x once more for it.
+y = x + bias_c + residual, c the channel. A convolution that adds its bias itself writes and reads x once more.
 
-Gradients: into x and residual that of y itself, which costs nothing; into bias its sum over images and places.
-Legend: N images, C channels, S places (H W of a picture). In memory x is a matrix: [N S, C] where channels are last,
+Gradients: into x and residual that of y itself, at no cost; into bias its sum over images and places.
+Legend: N images, C channels, S places (H W of an image). In memory x is a matrix, [N S, C] where channels are last,
 else [N C, S]; a tile is [ROWS, COLUMNS] of it.
-Layouts: x [N, C, ...] contiguous, or with channels last in memory; y has the layout of x, in others they are copied.
+Layouts: x [N, C, ...] contiguous, or with channels last in memory; y has the layout of x. Others are copied.
 Numerics: sums in fp32, rounded once.
 Source: He et al., Deep Residual Learning for Image Recognition, 2015.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +29,10 @@ def bias_residual_reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor
 
 @jit
 def bias_residual_fwd_kernel(
-    x,
-    bias,
-    residual,
-    y,
+    x,  # [rows, columns] float
+    bias,  # [channels] float
+    residual,  # as x
+    y,  # as x
     rows,
     columns,
     channels,
@@ -39,30 +41,39 @@ def bias_residual_fwd_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program a tile, of which `tiles` lie side by side."""
+    """y of a tile; `tiles` of them lie side by side. LAST: columns are channels, else rows are."""
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (program % tiles) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row[:, None] * columns + column[None, :]
-    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    element = row[:, None] * columns + column[None, :]
+    total = tl.load(x + element, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(residual + element, mask=inside, other=0.0).to(tl.float32)
     if LAST:
         total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     else:
         total += tl.load(bias + row % channels, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-    tl.store(y + at, total, mask=inside)
+    tl.store(y + element, total, mask=inside)
 
 
-# Elements of a tile: 16 for each lane of 4 warps, two 16-byte loads of each tensor under way in half precision.
+# Elements of a tile: 16 for each lane of 4 warps, so that two 16-byte loads of each tensor are in flight in half
+# precision.
 _TILE = 2048
 
 
-def _config(rows: int, columns: int) -> dict[str, int]:
-    """Long tiles: whole rows where they fit."""
+class BiasResidualConfig(NamedTuple):
+    """Rows and columns of a tile, warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def _bias_residual_config(rows: int, columns: int) -> BiasResidualConfig:
+    """Choose long tiles: whole rows where they fit."""
     width = min(_TILE, power_of_two(columns))
     height = min(_TILE // width, power_of_two(rows))
-    return {"ROWS": height, "COLUMNS": width, "num_warps": max(1, height * width // 512)}
+    return BiasResidualConfig(height, width, num_warps=max(1, height * width // 512))
 
 
 @torch.library.custom_op("dream_fast::bias_residual", mutates_args=())
@@ -71,14 +82,14 @@ def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     residual, bias, y = laid_out_like(residual, x), bias.contiguous(), torch.empty_like(x)
     if x.numel() == 0:
         return y
-    channels, last = x.shape[1], not x.is_contiguous()
-    columns = channels if last else x[0, 0].numel()
+    channels, channels_last = x.shape[1], not x.is_contiguous()
+    columns = channels if channels_last else x[0, 0].numel()
     rows = x.numel() // columns
-    config = _config(rows, columns)
-    tiles = -(-columns // config["COLUMNS"])
+    config = _bias_residual_config(rows, columns)
+    tiles = -(-columns // config.columns)
     launch(
         bias_residual_fwd_kernel,
-        (-(-rows // config["ROWS"]) * tiles,),
+        (-(-rows // config.rows) * tiles,),
         x.device,
         x=x,
         bias=bias,
@@ -88,8 +99,10 @@ def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         columns=columns,
         channels=channels,
         tiles=tiles,
-        LAST=last,
-        **config,
+        LAST=channels_last,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        num_warps=config.num_warps,
     )
     return y
 
@@ -118,7 +131,7 @@ _bias_residual.register_autograd(_backward, setup_context=_setup_context)
 def bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """x [N, C, ...], bias [C], residual as x -> [N, C, ...]: their sum, in the dtype and memory format of x.
 
-    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype or device.
     """
     check_feature_map("x", x)
     check_tensor("bias", bias, (x.shape[1],), dtypes=(x.dtype,), like=("x", x))

@@ -1,16 +1,16 @@
-"""One step of Adan over flat parameters, with the loss scale, the clipping of the gradient's norm and the EMA in it.
+"""One step of Adan over flat parameters, fused with loss scaling, clipping of the gradient's norm and an EMA.
 
 g = clip * inverse_scale * grads, clip = min(1, max_grad_norm / (norm + eps)), norm over all parameters together;
 d = g - g_previous (0 in the first step);
 m += (1 - b1)(g - m); v += (1 - b2)(d - v); n += (1 - b3)((g + b2 d)^2 - n);
 p = (p - lr (m / c1 + b2 v / c2) / (sqrt(n / c3) + eps)) / (1 + lr weight_decay), c_i = 1 - b_i^step;
 ema += (1 - ema_decay)(p - ema).
-A gradient whose norm is not finite changes nothing at all, and the step is not counted.
+A gradient whose norm is not finite changes nothing, and the step is not counted.
 
-Legend: P parameters, fp32, in groups [0, e_0), [e_0, e_1), ... with a learning rate each. All state is on the device
-and nothing asks the host. No gradients.
-Two kernels: the first leaves a sum of squares a program; in the second every program adds those up in the same order,
-so all come to the same clipping factor and the same verdict without atomics, and moves its part of the parameters.
+Legend: P parameters, fp32, in groups [0, e_0), [e_0, e_1), ... with a learning rate each. All state is on the device;
+the host never waits for it. No gradients.
+Numerics: two kernels. The first stores a sum of squares a program; in the second every program adds those up in the
+same order, so that all get the same clipping factor without atomics, and updates its part of the parameters.
 Source: Xie et al., Adan: Adaptive Nesterov Momentum Algorithm, 2022, algorithm 1.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from dream_fast.kernels._core.checks import FLOATS, check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import constant, jit, launch, tl, use_triton
 
-# At most so many programs of the norm kernel; each program of the update reads their sums, 4 KiB.
+# Most programs of the norm kernel: each program of the update reads their sums, 4 KiB.
 MAX_PARTIALS = 1024
 _MAX_PARTIALS = constant(MAX_PARTIALS)
 _BUFFERS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "ema")
@@ -33,19 +34,18 @@ _BUFFERS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "ema")
 
 @dataclass
 class AdanState:
-    """Moments of the gradient (exp_avg), of its difference (exp_avg_diff), of the squared sum (exp_avg_sq), the last
-    gradient (previous_grad) and the averaged parameters (ema), each [P] fp32; step: fp32 scalar, steps taken."""
+    """State of the optimiser."""
 
-    exp_avg: Tensor
-    exp_avg_diff: Tensor
-    exp_avg_sq: Tensor
-    previous_grad: Tensor
-    ema: Tensor
-    step: Tensor
+    exp_avg: Tensor  # [P] fp32 moment m of the gradient
+    exp_avg_diff: Tensor  # [P] fp32 moment v of its difference
+    exp_avg_sq: Tensor  # [P] fp32 moment n of the squared sum
+    previous_grad: Tensor  # [P] fp32
+    ema: Tensor  # [P] fp32 averaged parameters
+    step: Tensor  # [] fp32 number of steps taken
 
     @classmethod
     def zeros(cls, params: Tensor) -> AdanState:
-        """State before the first step; the average starts at the parameters."""
+        """Create the state before the first step; the average starts at the parameters."""
         moments = (torch.zeros_like(params) for _ in range(4))
         return cls(*moments, ema=params.detach().clone(), step=params.new_zeros(()))
 
@@ -70,17 +70,17 @@ def adan_step_reference(
     grad = grads * inverse_scale
     norm = torch.linalg.vector_norm(grad)
     finite = torch.isfinite(norm)
-    keep = finite.to(params.dtype)
+    applied = finite.to(params.dtype)
     if max_grad_norm > 0:
         grad *= (max_grad_norm / (norm + eps)).clamp(max=1)
-    # With a weight of 0 a lerp leaves its start bit for bit, as long as its end is finite.
+    # A lerp with weight 0 returns its start bit for bit if its end is finite.
     grad = torch.where(finite, grad, 0)
     diff = (grad - state.previous_grad).mul_(state.step > 0)
-    state.exp_avg.lerp_(grad, (1 - beta1) * keep)
-    state.exp_avg_diff.lerp_(diff, (1 - beta2) * keep)
-    state.exp_avg_sq.lerp_(diff.mul_(beta2).add_(grad).square_(), (1 - beta3) * keep)
-    state.previous_grad.lerp_(grad, keep)
-    state.step += keep
+    state.exp_avg.lerp_(grad, (1 - beta1) * applied)
+    state.exp_avg_diff.lerp_(diff, (1 - beta2) * applied)
+    state.exp_avg_sq.lerp_(diff.mul_(beta2).add_(grad).square_(), (1 - beta3) * applied)
+    state.previous_grad.lerp_(grad, applied)
+    state.step += applied
     step = state.step.double().clamp(min=1)
     correction1, correction2, correction3 = ((1 - beta**step).to(params.dtype) for beta in betas)
     update = state.exp_avg / correction1 + state.exp_avg_diff * (beta2 / correction2)
@@ -88,9 +88,9 @@ def adan_step_reference(
     start = 0
     for end, lr in zip(group_ends, lrs, strict=True):
         group = params[start:end]
-        group.lerp_((group - lr * update[start:end]) / (1 + lr * weight_decay), keep)
+        group.lerp_((group - lr * update[start:end]) / (1 + lr * weight_decay), applied)
         start = end
-    state.ema.lerp_(params, keep * (1 - ema_decay))
+    state.ema.lerp_(params, applied * (1 - ema_decay))
     return ~finite
 
 
@@ -102,44 +102,46 @@ def _lerp(start, end, weight):
 
 @jit
 def _read_scalar(value, IS_TENSOR: tl.constexpr):
+    """A number, given as such or as a pointer."""
     return tl.load(value).to(tl.float32) if IS_TENSOR else value
 
 
 @jit
 def adan_norm_kernel(
-    grads,
-    inverse_scale,
-    step,
-    partials,  # fp32 [programs]
-    step_before,
+    grads,  # [P] float
+    inverse_scale,  # a number, or [] float
+    step,  # [] float
+    partials,  # [programs] fp32
+    step_before,  # [] as step
     size,
     SCALE_IS_TENSOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Sums of squares of the unscaled gradient, and a copy of the step."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     scale = _read_scalar(inverse_scale, SCALE_IS_TENSOR)
     lane = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
-    # Whole blocks start at multiples of BLOCK and have no mask, so that 16 bytes are read at once whatever P is.
-    whole = size // BLOCK
+    # Full blocks start at multiples of BLOCK and have no mask, so that loads are of 16 bytes whatever P is.
+    full_blocks = size // BLOCK
     block = pid
-    while block < whole:
+    while block < full_blocks:
         grad = tl.load(grads + tl.cast(block, tl.int64) * BLOCK + lane) * scale
         squares += grad * grad
         block += programs
-    if pid == whole % programs:
-        start = tl.cast(whole, tl.int64) * BLOCK
+    if pid == full_blocks % programs:
+        start = tl.cast(full_blocks, tl.int64) * BLOCK
         grad = tl.load(grads + start + lane, mask=start + lane < size, other=0.0) * scale
         squares += grad * grad
     tl.store(partials + pid, tl.sum(squares, 0))
     if pid == 0:
-        # The update counts the step while its other programs still need the count of before.
+        # The update writes the new step while its other programs still read the old one.
         tl.store(step_before, tl.load(step))
 
 
 @jit
-def _move_block(
+def _step_block(
     tensors,
     start,
     size,
@@ -155,7 +157,7 @@ def _move_block(
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The step of parameters start, ..., start + BLOCK - 1."""
+    """Update parameters start, ..., start + BLOCK - 1."""
     parameters, grads, exp_avg, exp_avg_diff, exp_avg_sq, previous_grad, ema = tensors
     scale, clip, started, inverse1, inverse2, inverse3, ema_weight = scalars
     lane = tl.arange(0, BLOCK)
@@ -175,9 +177,9 @@ def _move_block(
     n = _lerp(n, mixed * mixed, 1 - BETA3)
     lr, shrink = lrs[0], shrinks[0]
     for group in tl.static_range(1, GROUPS):
-        beyond = index >= group_ends[group - 1]
-        lr = tl.where(beyond, lrs[group], lr)
-        shrink = tl.where(beyond, shrinks[group], shrink)
+        in_group = index >= group_ends[group - 1]
+        lr = tl.where(in_group, lrs[group], lr)
+        shrink = tl.where(in_group, shrinks[group], shrink)
     p = (p - lr * (m * inverse1 + v * inverse2) / (tl.sqrt(n * inverse3) + eps)) * shrink
 
     tl.store(previous_grad + start + lane, grad, mask=mask)
@@ -190,24 +192,24 @@ def _move_block(
 
 @jit
 def adan_update_kernel(
-    parameters,
-    grads,
-    exp_avg,
-    exp_avg_diff,
-    exp_avg_sq,
-    previous_grad,
-    ema,
-    step,
-    found_inf,
-    partials,  # fp32 [partial_count]
+    parameters,  # [P] fp32, changed in place
+    grads,  # [P] float
+    exp_avg,  # [P] fp32, like the next four changed in place
+    exp_avg_diff,  # [P] fp32
+    exp_avg_sq,  # [P] fp32
+    previous_grad,  # [P] fp32
+    ema,  # [P] fp32
+    step,  # [] float, changed in place
+    found_inf,  # [] bool
+    partials,  # [partial_count] fp32
     partial_count,
-    step_before,
+    step_before,  # [] as step
     size,
     group_ends,
     lrs,
     shrinks,
-    inverse_scale,
-    ema_decay,
+    inverse_scale,  # a number, or [] float
+    ema_decay,  # a number, or [] float
     eps,
     max_grad_norm,
     BETA1: tl.constexpr,
@@ -222,6 +224,7 @@ def adan_update_kernel(
     DECAY_IS_TENSOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Update the parameters and the state, unless the norm is not finite."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     slot = tl.arange(0, _MAX_PARTIALS)
@@ -243,38 +246,47 @@ def adan_update_kernel(
     ema_weight = 1 - _read_scalar(ema_decay, DECAY_IS_TENSOR)
     tensors = (parameters, grads, exp_avg, exp_avg_diff, exp_avg_sq, previous_grad, ema)
     scalars = (scale, clip, started, inverse1, inverse2, inverse3, ema_weight)
-    # From the end: the norm read the end last, so that part of the gradient is still in the cache.
-    whole = tl.where(finite, size // BLOCK, 0)
-    done = pid
-    while done < whole:
-        start = tl.cast(whole - 1 - done, tl.int64) * BLOCK
-        _move_block(
+    # From the end: the norm read it last, so that part of the gradient is still in the cache.
+    full_blocks = tl.where(finite, size // BLOCK, 0)
+    blocks_before = pid
+    while blocks_before < full_blocks:
+        start = tl.cast(full_blocks - 1 - blocks_before, tl.int64) * BLOCK
+        _step_block(
             tensors, start, size, lrs, shrinks, group_ends, eps, scalars, BETA1, BETA2, BETA3, GROUPS, False, BLOCK
         )
-        done += programs
-    if finite and pid == whole % programs:
-        start = tl.cast(whole, tl.int64) * BLOCK
-        _move_block(
+        blocks_before += programs
+    if finite and pid == full_blocks % programs:
+        start = tl.cast(full_blocks, tl.int64) * BLOCK
+        _step_block(
             tensors, start, size, lrs, shrinks, group_ends, eps, scalars, BETA1, BETA2, BETA3, GROUPS, True, BLOCK
         )
 
 
-def _norm_config() -> tuple[int, int, int]:
-    """BLOCK, warps and the largest number of programs: 8 blocks of 4 warps fit each of 132 SMs."""
-    return 2048, 4, MAX_PARTIALS
+class AdanConfig(NamedTuple):
+    """Parameters of a block and most programs of both kernels, warps."""
+
+    norm_block: int
+    norm_programs: int
+    update_block: int
+    update_programs: int
+    num_warps: int
 
 
-def _update_config() -> tuple[int, int, int]:
-    """BLOCK, warps and the largest number of programs.
-
-    8 numbers a thread: 14 loads of 16 bytes in flight. A program goes on to a next block, so that the partial sums
-    are added and the corrections computed once for several blocks.
-    """
-    return 1024, 4, 132 * 16
+def _adan_config() -> AdanConfig:
+    return AdanConfig(
+        # 8 programs of 4 warps fit on each of 132 multiprocessors.
+        norm_block=2048,
+        norm_programs=MAX_PARTIALS,
+        # 8 numbers a lane: 14 loads of 16 bytes in flight. A program goes on to further blocks, so that the partial
+        # sums are added and the corrections computed once for several blocks.
+        update_block=1024,
+        update_programs=132 * 16,
+        num_warps=4,
+    )
 
 
 def _scalar(value: float | Tensor) -> tuple[float, Tensor | None]:
-    """As the operator takes it: a number, or a tensor on the device."""
+    """Split a scalar into the arguments of the custom operator: a number, and a tensor or None."""
     return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
 
 
@@ -308,8 +320,8 @@ def _adan_step(
         "inverse_scale": inverse_scale if inverse_scale_tensor is None else inverse_scale_tensor,
         "SCALE_IS_TENSOR": inverse_scale_tensor is not None,
     }
-    block, warps, programs = _norm_config()
-    programs = max(1, min(programs, -(-size // block)))
+    config = _adan_config()
+    programs = max(1, min(config.norm_programs, -(-size // config.norm_block)))
     partials = torch.empty(programs, dtype=torch.float32, device=params.device)
     step_before = torch.empty_like(step)
     launch(
@@ -321,16 +333,15 @@ def _adan_step(
         partials=partials,
         step_before=step_before,
         size=size,
-        BLOCK=block,
-        num_warps=warps,
+        BLOCK=config.norm_block,
+        num_warps=config.num_warps,
         **scale,
     )
     found_inf = torch.empty((), dtype=torch.bool, device=params.device)
-    block, warps, programs = _update_config()
     logarithms = [math.log(beta) if beta > 0 else -1e30 for beta in betas]
     launch(
         adan_update_kernel,
-        (max(1, min(programs, -(-size // block))),),
+        (max(1, min(config.update_programs, -(-size // config.update_block))),),
         params.device,
         parameters=params,
         grads=grads,
@@ -360,8 +371,8 @@ def _adan_step(
         GROUPS=len(lrs),
         CLIPS=max_grad_norm > 0,
         DECAY_IS_TENSOR=ema_decay_tensor is not None,
-        BLOCK=block,
-        num_warps=warps,
+        BLOCK=config.update_block,
+        num_warps=config.num_warps,
         **scale,
     )
     return found_inf
@@ -389,9 +400,9 @@ def adan_step(
 ) -> Tensor:
     """params [P] and state (changed in place), grads [P] (times the loss scale) -> found_inf, bool scalar tensor.
 
-    group_ends: where each group ends, the last at P; lrs: a learning rate a group. max_grad_norm 0 does not clip.
-    inverse_scale: what undoes the loss scale. ema_decay: part of the average that stays.
-    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype, device or range.
+    group_ends: end of each group, the last P; lrs: a learning rate a group. max_grad_norm 0 does not clip.
+    inverse_scale: 1 / the loss scale. ema_decay: weight of the old average. found_inf: the norm was not finite.
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype, device or range.
     """
     floats = (torch.float32, torch.float64)
     check_tensor("params", params, ("P",), dtypes=floats)

@@ -1,7 +1,7 @@
-"""Rendering for looking: any number of rays without gradients, in bounded memory; opaque rays stop costing.
+"""Inference rendering: any number of rays without gradients, in bounded memory. A ray costs nothing once it is opaque.
 
-The same samples, field and compositing as in training, a few samples of each ray at a time: rays whose transmittance
-fell below `stop`, and rays without samples left, drop out of the next round. The normal is the field's, by finite
+Samples, field and compositing are those of training, a few samples of each ray at a time: rays whose transmittance
+fell below `stop`, and rays without samples left, drop out of the next round. The normal is that of the field, by finite
 differences, at the expected depth o + d depth / opacity.
 
 Legend: R rays. Units: world units. Numerics: fp32 (fp64 when the rays are). No gradients.
@@ -10,7 +10,7 @@ Legend: R rays. Units: world units. Numerics: fp32 (fp64 when the rays are). No 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,25 +41,66 @@ from dream_fast.kernels.rays.render_kernels import (
     render_shade_kernel,
 )
 
-# Samples that fields without a fused kernel work on together, at most.
+# Samples that fields without a fused kernel evaluate together, at most.
 _UNFUSED_SAMPLES = 1 << 20
 # Samples of a ray in a round: more waste work behind surfaces, fewer make many small rounds.
 _ROUND = 8
 
 
 class View(NamedTuple):
-    """rgb [R, 3] over the background, normal [R, 3] (unit; 0 where empty), depth [R] (sum of w t), opacity [R]."""
+    """Rendered rays."""
 
-    rgb: Tensor
-    normal: Tensor
-    depth: Tensor
-    opacity: Tensor
+    rgb: Tensor  # [R, 3] over the background
+    normal: Tensor  # [R, 3] unit, or 0 where the ray is empty
+    depth: Tensor  # [R] sum of w t
+    opacity: Tensor  # [R]
 
 
-def _render_rays(origins, directions, bits, parameters, spec: FieldSpec, options: dict, marching: dict, stop: float):
-    """Some rays: premultiplied albedo [r, 3], depth [r], opacity [r]."""
+class _Scene(NamedTuple):
+    """The occupancy and the field of a scene, as the public functions take them."""
+
+    bits: Tensor
+    table: Tensor
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    spec: FieldSpec
+    active_levels: int | Tensor | None
+    dtype: torch.dtype | None
+
+    def evaluate(self, operator: Callable, positions: Tensor, **options):
+        """`operator` (`field`, `field_normals` or a reference of them) at positions [N, 3]."""
+        parameters = (self.table, self.weights, self.biases, self.spec)
+        return operator(positions, *parameters, active_levels=self.active_levels, dtype=self.dtype, **options)
+
+
+class _Marching(NamedTuple):
+    """Arguments of `march` that do not depend on the rays."""
+
+    resolution: int
+    max_steps: int
+    dt_gamma: float
+    min_near: float
+
+
+class _Output(NamedTuple):
+    """How rays are composited: background [3] or [R, 3]; normal_epsilon None leaves out the normals."""
+
+    background: Tensor
+    stop: float
+    normal_epsilon: float | None
+
+    def over_background(self, rgb: Tensor, opacity: Tensor, rays: slice) -> Tensor:
+        """rgb [r, 3] of some rays, in front of the background."""
+        background = self.background if self.background.dim() == 1 else self.background[rays]
+        return rgb + (1 - opacity)[:, None] * background
+
+
+def _render_rays(origins: Tensor, directions: Tensor, scene: _Scene, marching: _Marching, stop: float):
+    """Render r rays -> premultiplied albedo [r, 3], depth [r], opacity [r]."""
     rays = origins.shape[0]
-    _, t, dt, samples = packed_intervals(origins, directions, bits, bound=spec.bound, perturb=None, **marching)
+    _, t, dt, samples = packed_intervals(
+        origins, directions, scene.bits, bound=scene.spec.bound, perturb=None, **marching._asdict()
+    )
     ends = samples.cumsum(0)
     cursor = ends - samples
     sums = origins.new_zeros(rays, 5)
@@ -68,22 +109,47 @@ def _render_rays(origins, directions, bits, parameters, spec: FieldSpec, options
     live = samples.nonzero()[:, 0]
     while live.numel():
         rows = cursor[live, None] + steps
-        there = rows < ends[live, None]
-        rows, ray = rows[there], live[:, None].expand_as(there)[there]
+        is_sample = rows < ends[live, None]
+        rows, ray = rows[is_sample], live[:, None].expand_as(is_sample)[is_sample]
         positions = origins[ray] + t[rows, None] * directions[ray]
-        sigma, albedo = field_reference(positions, *parameters, spec, **options)
-        tau = origins.new_zeros(there.shape).masked_scatter_(there, sigma * dt[rows])
-        columns = origins.new_zeros(*there.shape, 5)
-        columns[there] = torch.cat([albedo, t[rows, None], torch.ones_like(t[rows, None])], 1)
-        total = tau.cumsum(1)
-        # Not total - tau, which loses all digits in a wall.
-        before = transmittance[live, None] * torch.exp(-F.pad(total[:, :-1], (1, 0)))
+        sigma, albedo = scene.evaluate(field_reference, positions)
+        tau = origins.new_zeros(is_sample.shape).masked_scatter_(is_sample, sigma * dt[rows])
+        columns = origins.new_zeros(*is_sample.shape, 5)
+        columns[is_sample] = torch.cat([albedo, t[rows, None], torch.ones_like(t[rows, None])], 1)
+        tau_sum = tau.cumsum(1)
+        # Not tau_sum - tau, which loses all digits in a wall.
+        before = transmittance[live, None] * torch.exp(-F.pad(tau_sum[:, :-1], (1, 0)))
         weights = torch.where(before >= stop, -torch.expm1(-tau) * before, 0)
         sums[live] += (weights[..., None] * columns).sum(1)
-        transmittance[live] *= torch.exp(-total[:, -1])
+        transmittance[live] *= torch.exp(-tau_sum[:, -1])
         cursor[live] += _ROUND
         live = live[(transmittance[live] >= stop) & (cursor[live] < ends[live])]
     return sums[:, :3], sums[:, 3], sums[:, 4]
+
+
+def _render_chunks(
+    origins: Tensor, directions: Tensor, scene: _Scene, marching: _Marching, output: _Output, chunk: int
+) -> View:
+    """`render_reference`, its arguments in tuples."""
+    view = View(
+        rgb=torch.empty_like(origins),
+        normal=torch.zeros_like(origins),
+        depth=torch.empty_like(origins[:, 0]),
+        opacity=torch.empty_like(origins[:, 0]),
+    )
+    for first in range(0, origins.shape[0], chunk):
+        rays = slice(first, first + chunk)
+        o, d = origins[rays], directions[rays]
+        rgb, depth, opacity = _render_rays(o, d, scene, marching, output.stop)
+        view.rgb[rays] = output.over_background(rgb, opacity, rays)
+        view.depth[rays] = depth
+        view.opacity[rays] = opacity
+        hit = (opacity > EMPTY_OPACITY).nonzero()[:, 0]
+        if output.normal_epsilon is not None and hit.numel():
+            surface = o[hit] + (depth / opacity)[hit, None] * d[hit]
+            normals = scene.evaluate(field_normals_reference, surface, epsilon=output.normal_epsilon)[2]
+            view.normal[first + hit] = normals
+    return view
 
 
 @torch.no_grad()
@@ -109,51 +175,57 @@ def render_reference(
     chunk: int = 4096,
 ) -> View:
     """The definition of `render` in plain PyTorch, fp32 or fp64."""
-    parameters = (table, weights, biases)
-    options = {"active_levels": active_levels, "dtype": dtype}
-    marching = {"resolution": resolution, "max_steps": max_steps, "dt_gamma": dt_gamma, "min_near": min_near}
-    view = View(
-        rgb=torch.empty_like(origins),
-        normal=torch.zeros_like(origins),
-        depth=torch.empty_like(origins[:, 0]),
-        opacity=torch.empty_like(origins[:, 0]),
+    scene = _Scene(bits, table, weights, biases, spec, active_levels, dtype)
+    marching = _Marching(resolution, max_steps, dt_gamma, min_near)
+    output = _Output(background, stop, normal_epsilon if normals else None)
+    return _render_chunks(origins, directions, scene, marching, output, chunk)
+
+
+class RenderConfig(NamedTuple):
+    """Rays of a queue, and lanes, warps and intervals examined together in each kernel."""
+
+    segment: int
+    enter_probes: int
+    enter_warps: int
+    block: int
+    num_warps: int
+    shade_probes: int
+    walk: int
+    shade_registers: int | None
+
+
+def _render_config(width: int, dtype: torch.dtype) -> RenderConfig:
+    return RenderConfig(
+        # One ray a lane, eight loads of each in flight.
+        segment=256,
+        enter_probes=8,
+        enter_warps=8,
+        block=BLOCK,
+        num_warps=tile_warps(dtype),
+        # Mostly the next interval is a sample. A field costs about as much as 100 intervals, so a lane in empty space
+        # may hold up the others for 16.
+        shade_probes=2,
+        walk=16,
+        # Without a limit ptxas takes 148 registers. With 96, five programs instead of three fit on a multiprocessor,
+        # and a frame takes 3.40 ms instead of 3.98 (H100).
+        shade_registers=96 if width == 64 and dtype != torch.float32 else None,
     )
-    for first in range(0, origins.shape[0], chunk):
-        part = slice(first, first + chunk)
-        start, along = origins[part], directions[part]
-        rgb, depth, opacity = _render_rays(start, along, bits, parameters, spec, options, marching, stop)
-        behind = background if background.dim() == 1 else background[part]
-        view.rgb[part] = rgb + (1 - opacity)[:, None] * behind
-        view.depth[part] = depth
-        view.opacity[part] = opacity
-        hit = (opacity > EMPTY_OPACITY).nonzero()[:, 0]
-        if normals and hit.numel():
-            surface = start[hit] + (depth / opacity)[hit, None] * along[hit]
-            view.normal[first + hit] = field_normals_reference(
-                surface, *parameters, spec, epsilon=normal_epsilon, **options
-            )[2]
-    return view
 
 
-def _enter_config() -> dict[str, int]:
-    """Rays of a queue, intervals looked up together, warps: one ray a thread, eight loads in flight each."""
-    return {"SEGMENT": 256, "PROBES": 8, "num_warps": 8}
-
-
-def _shade_config(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Lanes, intervals looked up together, intervals a lane may walk between two samples, warps.
-
-    Mostly the next interval is a sample. A field costs about
-    as much as 100 intervals, so a lane in empty space may hold up the others for 16. Left alone, ptxas takes 148
-    registers; with 96 there are five programs a multiprocessor for three, and a frame takes 3.40 for 3.98 ms (H100).
-    """
-    limit = {"maxnreg": 96} if width == 64 and dtype != torch.float32 else {}
-    return {**_normals_config(dtype), **limit, "PROBES": 2, "WALK": 16}
-
-
-def _normals_config(dtype: torch.dtype) -> dict[str, int]:
-    """Lanes and warps, as for shading."""
-    return {"BLOCK": BLOCK, "num_warps": tile_warps(dtype)}
+def _lattice_arguments(bound: float, resolution: int, max_steps: int, dt_gamma: float, min_near: float) -> dict:
+    """Arguments of the kernels that describe the lattice of intervals and the occupancy grid."""
+    shortest, longest = step_limits(bound, resolution, max_steps)
+    return {
+        "bound": bound,
+        "min_near": min_near,
+        "outer_scale": resolution / (2 * half_sizes(bound)[-1]),
+        "shortest": shortest,
+        "longest": longest,
+        "dt_gamma": dt_gamma,
+        "GROWS": dt_gamma > 0,
+        "RESOLUTION": resolution,
+        "CASCADES": cascades(bound),
+    }
 
 
 @torch.library.custom_op("dream_fast::render", mutates_args=())
@@ -180,31 +252,26 @@ def _render(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """entries and packed: table and parameters (all weights, then all biases) in the compute dtype."""
     spec, rays, device = spec_of(tuple(grid), tuple(scene)), origins.shape[0], origins.device
+    config = _render_config(width, entries.dtype)
     rgb, normal = origins.new_empty(rays, 3), origins.new_empty(rays, 3)
     depth, opacity = origins.new_empty(rays), origins.new_empty(rays)
-    enter = _enter_config()
-    segments = -(-rays // enter["SEGMENT"])
-    queue = torch.empty(segments * enter["SEGMENT"], dtype=torch.int32, device=device)
-    cursors = torch.empty(segments * enter["SEGMENT"], dtype=torch.float32, device=device)
-    lengths = torch.empty(segments, dtype=torch.int32, device=device)
-    shortest, longest = step_limits(spec.bound, resolution, max_steps)
-    rays_in = {"origins": origins.contiguous(), "directions": directions.contiguous()}
-    queued = {"queue": queue, "lengths": lengths, "depth": depth, "opacity": opacity}
+    segments = -(-rays // config.segment)
+    queued = {
+        "origins": origins.contiguous(),
+        "directions": directions.contiguous(),
+        "queue": torch.empty(segments * config.segment, dtype=torch.int32, device=device),
+        "lengths": torch.empty(segments, dtype=torch.int32, device=device),
+        "depth": depth,
+        "opacity": opacity,
+        "SEGMENT": config.segment,
+    }
     marching = {
         "bits": bits.contiguous(),
         "background": background.contiguous(),
         "rgb": rgb,
-        "cursors": cursors,
-        "bound": spec.bound,
-        "min_near": min_near,
-        "outer_scale": resolution / (2 * half_sizes(spec.bound)[-1]),
-        "shortest": shortest,
-        "longest": longest,
-        "dt_gamma": dt_gamma,
+        "cursors": torch.empty(segments * config.segment, dtype=torch.float32, device=device),
         "PER_RAY": background.dim() == 2,
-        "GROWS": dt_gamma > 0,
-        "RESOLUTION": resolution,
-        "CASCADES": cascades(spec.bound),
+        **_lattice_arguments(spec.bound, resolution, max_steps, dt_gamma, min_near),
     }
     fields = {
         "table": aligned_rows(entries),
@@ -214,38 +281,48 @@ def _render(
         "scale": unit_scale(spec.bound),
         "blob_density": spec.blob_density,
         "blob_radius": spec.blob_radius,
-        "SEGMENT": enter["SEGMENT"],
+        "BLOCK": config.block,
         "SOFTPLUS": spec.density_activation == "softplus",
         "WIDTH": width,
         "LAYERS": layers,
         **tile_constants(spec.grid),
     }
-    launch(render_enter_kernel, (segments,), device, normal=normal, rays=rays, **rays_in, **queued, **marching, **enter)
+    launch(
+        render_enter_kernel,
+        (segments,),
+        device,
+        num_warps=config.enter_warps,
+        **queued,
+        **marching,
+        normal=normal,
+        rays=rays,
+        PROBES=config.enter_probes,
+    )
     launch(
         render_shade_kernel,
         (segments,),
         device,
-        stop=stop,
-        max_steps=max_steps,
-        **rays_in,
+        num_warps=config.num_warps,
+        maxnreg=config.shade_registers,
         **queued,
         **marching,
         **fields,
-        **_shade_config(width, entries.dtype),
+        stop=stop,
+        max_steps=max_steps,
+        PROBES=config.shade_probes,
+        WALK=config.walk,
     )
     if normals:
-        config = _normals_config(entries.dtype)
         launch(
             render_normals_kernel,
-            (segments * (enter["SEGMENT"] // config["BLOCK"]),),
+            (segments * (config.segment // config.block),),
             device,
+            num_warps=config.num_warps,
+            **queued,
+            **fields,
             normal=normal,
             bound=spec.bound,
             epsilon=normal_epsilon,
-            **rays_in,
-            **queued,
-            **fields,
-            **config,
         )
     return rgb, normal, depth, opacity
 
@@ -256,45 +333,60 @@ def _(origins, *_arguments, **_options):
     return origins.new_empty(rays, 3), origins.new_empty(rays, 3), origins.new_empty(rays), origins.new_empty(rays)
 
 
-def _render_unfused(
-    origins: Tensor,
-    directions: Tensor,
-    bits: Tensor,
-    parameters: tuple,
-    spec: FieldSpec,
-    background: Tensor,
-    marching: dict,
-    stop: float,
-    normals: bool,
-    normal_epsilon: float,
-    options: dict,
-    chunk: int,
-) -> View:
-    """From the operators one by one, for fields without a fused kernel; every chunk has room for all its samples."""
-    shortest, _ = step_limits(spec.bound, marching["resolution"], marching["max_steps"])
-    most = min(marching["max_steps"], math.ceil(2 * math.sqrt(3) * spec.bound / shortest) + 1)
-    chunk = max(1, min(chunk, _UNFUSED_SAMPLES // most))
-    parts = []
-    for first in range(0, origins.shape[0], chunk):
-        start, along = origins[first : first + chunk], directions[first : first + chunk]
-        samples = march(start, along, bits, bound=spec.bound, capacity=start.shape[0] * most, **marching)
-        sigma, albedo = field(samples.positions, *parameters, spec, count=samples.count, **options)
-        values, opacity, depth, _ = composite(
-            sigma, albedo, samples.t, samples.dt, samples.offsets, count=samples.count, stop=stop
+def _render_fused(origins: Tensor, directions: Tensor, scene: _Scene, marching: _Marching, output: _Output) -> View:
+    """Render with the fused kernels; `scene.dtype` is set."""
+    active = scene.active_levels if isinstance(scene.active_levels, Tensor) else None
+    all_levels = scene.active_levels is None or active is not None
+    return View(
+        *_render(
+            origins,
+            directions,
+            scene.bits,
+            scene.table.to(scene.dtype),
+            flatten_parameters(scene.weights, scene.biases).to(scene.dtype),
+            active,
+            scene.spec.grid.levels if all_levels else int(scene.active_levels),
+            output.background,
+            scene.weights[0].shape[0],
+            len(scene.weights) - 1,
+            *spec_numbers(scene.spec),
+            marching.resolution,
+            marching.max_steps,
+            float(marching.dt_gamma),
+            float(marching.min_near),
+            float(output.stop),
+            output.normal_epsilon is not None,
+            float(output.normal_epsilon or 0.0),
         )
-        behind = background if background.dim() == 1 else background[first : first + chunk]
-        rgb = values + (1 - opacity)[:, None] * behind
-        normal = torch.zeros_like(start)
-        if normals:
+    )
+
+
+def _render_unfused(
+    origins: Tensor, directions: Tensor, scene: _Scene, marching: _Marching, output: _Output, chunk: int
+) -> View:
+    """Render with one operator after the other, for fields without a fused kernel; a chunk has room for all samples."""
+    bound = scene.spec.bound
+    shortest, _ = step_limits(bound, marching.resolution, marching.max_steps)
+    samples_a_ray = min(marching.max_steps, math.ceil(2 * math.sqrt(3) * bound / shortest) + 1)
+    chunk = max(1, min(chunk, _UNFUSED_SAMPLES // samples_a_ray))
+    views = []
+    for first in range(0, origins.shape[0], chunk):
+        rays = slice(first, first + chunk)
+        o, d = origins[rays], directions[rays]
+        samples = march(o, d, scene.bits, bound=bound, capacity=o.shape[0] * samples_a_ray, **marching._asdict())
+        sigma, albedo = scene.evaluate(field, samples.positions, count=samples.count)
+        rgb, opacity, depth, _ = composite(
+            sigma, albedo, samples.t, samples.dt, samples.offsets, count=samples.count, stop=output.stop
+        )
+        normal = torch.zeros_like(o)
+        if output.normal_epsilon is not None:
             hit = (opacity > EMPTY_OPACITY)[:, None]
-            surface = start + (depth / opacity)[:, None] * along
-            surface = torch.where(hit, surface, 0)
-            found = field_normals(surface, *parameters, spec, epsilon=normal_epsilon, **options)[2]
-            normal = torch.where(hit, found, 0)
-        parts.append((rgb, normal, depth, opacity))
-    if not parts:
+            surface = torch.where(hit, o + (depth / opacity)[:, None] * d, 0)
+            normal = torch.where(hit, scene.evaluate(field_normals, surface, epsilon=output.normal_epsilon)[2], 0)
+        views.append((output.over_background(rgb, opacity, rays), normal, depth, opacity))
+    if not views:
         return View(*(origins.new_empty(shape) for shape in ((0, 3), (0, 3), (0,), (0,))))
-    return View(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return View(*(torch.cat(column) for column in zip(*views, strict=True)))
 
 
 @torch.no_grad()
@@ -322,20 +414,12 @@ def render(
     """origins [R, 3], directions [R, 3] (unit), occupancy bits, field parameters -> View of R rays, without gradients.
 
     background [3] or [R, 3]. A ray ends where its transmittance falls below `stop`. `normals=False` leaves them 0.
-    active_levels and dtype as in `field`. chunk: rays worked on together, which bounds the memory; a GPU renders all at
-    once with 8 bytes a ray besides the result, and only fields that run unfused (`field_plan`) look at it.
-    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype, device or range.
+    active_levels and dtype as in `field`. chunk: rays rendered together, which bounds the memory. A GPU renders all at
+    once with 8 bytes a ray besides the result, and uses `chunk` only for fields that run unfused (`field_plan`).
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype, device or range.
     """
-    check_rays(
-        origins,
-        directions,
-        bits,
-        bound=spec.bound,
-        resolution=resolution,
-        max_steps=max_steps,
-        dt_gamma=dt_gamma,
-        min_near=min_near,
-    )
+    marching = _Marching(resolution, max_steps, dt_gamma, min_near)
+    check_rays(origins, directions, bits, bound=spec.bound, **marching._asdict())
     check_field(origins, table, weights, biases, spec, dtype=dtype)
     shape = (3,) if background.dim() == 1 else tuple(origins.shape)
     check_tensor("background", background, shape, dtypes=(origins.dtype,), like=("origins", origins))
@@ -343,68 +427,15 @@ def render(
     check_positive("chunk", chunk)
     if not 0 <= stop < 1:
         raise ValueError(f"stop must be in [0, 1), got {stop}")
-    if use_triton(origins):
-        dtype = table.dtype if dtype is None else dtype
-        check_kernel_dtype("origins", origins)
-        check_kernel_dtype("table", table)
-        if dtype == torch.float64:
-            raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
-        if unfused_reason(spec.grid, weights, dtype):
-            return _render_unfused(
-                origins,
-                directions,
-                bits,
-                (table, weights, biases),
-                spec,
-                background,
-                {"resolution": resolution, "max_steps": max_steps, "dt_gamma": dt_gamma, "min_near": min_near},
-                stop,
-                normals,
-                normal_epsilon,
-                {"active_levels": active_levels, "dtype": dtype},
-                chunk,
-            )
-        active = active_levels if isinstance(active_levels, Tensor) else None
-        levels = spec.grid.levels if active_levels is None or active is not None else int(active_levels)
-        return View(
-            *_render(
-                origins,
-                directions,
-                bits,
-                table.to(dtype),
-                flatten_parameters(weights, biases).to(dtype),
-                active,
-                levels,
-                background,
-                weights[0].shape[0],
-                len(weights) - 1,
-                *spec_numbers(spec),
-                resolution,
-                max_steps,
-                float(dt_gamma),
-                float(min_near),
-                float(stop),
-                normals,
-                float(normal_epsilon),
-            )
-        )
-    return render_reference(
-        origins,
-        directions,
-        bits,
-        table,
-        weights,
-        biases,
-        spec,
-        resolution=resolution,
-        background=background,
-        max_steps=max_steps,
-        dt_gamma=dt_gamma,
-        min_near=min_near,
-        stop=stop,
-        normals=normals,
-        normal_epsilon=normal_epsilon,
-        active_levels=active_levels,
-        dtype=dtype,
-        chunk=chunk,
-    )
+    scene = _Scene(bits, table, weights, biases, spec, active_levels, dtype)
+    output = _Output(background, stop, normal_epsilon if normals else None)
+    if not use_triton(origins):
+        return _render_chunks(origins, directions, scene, marching, output, chunk)
+    check_kernel_dtype("origins", origins)
+    check_kernel_dtype("table", table)
+    if dtype == torch.float64:
+        raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
+    scene = scene._replace(dtype=table.dtype if dtype is None else dtype)
+    if unfused_reason(spec.grid, weights, scene.dtype):
+        return _render_unfused(origins, directions, scene, marching, output, chunk)
+    return _render_fused(origins, directions, scene, marching, output)

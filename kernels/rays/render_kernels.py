@@ -1,11 +1,12 @@
-"""Kernels of rendering for looking; `render` says what they compute.
+"""Kernels of `render`, the inference rendering.
 
 Three kernels, none of which stores anything a sample. Enter: every ray walks to its first sample; those without one
 get the background, the others are queued, SEGMENT neighbouring rays a queue. Shade: a program works through a queue
 with BLOCK lanes, one sample of each lane's ray at a time through encoding and MLP; a lane whose ray has ended writes
-it and takes the next of the queue. Normals: six taps of the field at the depth of each queued ray.
+its result and takes the next ray of the queue. Normals: six taps of the field at the depth of each queued ray.
 
-Legend: R rays. A cursor names an interval of a ray's lattice (`_rays`). Units: world units.
+Legend: R rays. A cursor identifies an interval of a ray's lattice (`rays/device.py`); lattice: (bound, outer_scale,
+shortest, longest, dt_gamma). Units: world units.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dream_fast.kernels.fields.encode import activate_density, blob, encode
 from dream_fast.kernels.fields.mlp import mlp, mlp_weights, pick
 from dream_fast.kernels.rays.device import first_cursor, interval, no_fma, occupied, ray_span
 
-# A ray that gathers less than this has no surface worth a normal.
+# Below this opacity a ray has no normal.
 EMPTY_OPACITY = 1e-3
 _EMPTY_OPACITY = constant(EMPTY_OPACITY)
 
 
 @jit
 def _load_vector(pointer, row, mask, other):
-    """Rows of [R, 3] as three tiles."""
+    """Load rows of [R, 3] as three tiles."""
     x = tl.load(pointer + row * 3, mask=mask, other=other[0])
     y = tl.load(pointer + row * 3 + 1, mask=mask, other=other[1])
     z = tl.load(pointer + row * 3 + 2, mask=mask, other=other[2])
@@ -31,6 +32,7 @@ def _load_vector(pointer, row, mask, other):
 
 @jit
 def _store_vector(pointer, row, mask, value):
+    """Store three tiles as rows of [R, 3]."""
     tl.store(pointer + row * 3, value[0], mask=mask)
     tl.store(pointer + row * 3 + 1, value[1], mask=mask)
     tl.store(pointer + row * 3 + 2, value[2], mask=mask)
@@ -38,10 +40,59 @@ def _store_vector(pointer, row, mask, value):
 
 @jit
 def _column(outputs, lane, COLUMN: tl.constexpr):
-    """One output of the MLP of each lane. The compiler carries the layout of a matrix product on to all that is done
-    with its elements, here to the rays and with them to the hash grid's gathers, which are slow in it; a gather over
-    the lanes stops it."""
+    """Column COLUMN of the MLP's outputs, [BLOCK].
+
+    The compiler keeps the layout of a matrix product for everything computed from it, here the rays and with them the
+    gathers of the hash grid, which are slow in that layout. A gather over the lanes ends it.
+    """
     return tl.gather(pick(outputs, COLUMN), lane, 0)
+
+
+@jit
+def _evaluate(
+    u,
+    point,
+    lane,
+    table,
+    levels,
+    active,
+    weights,
+    parameters,
+    scene,
+    SOFTPLUS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAYERS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PADDED: tl.constexpr,
+    LOG2_ENTRIES: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The MLP's outputs and sigma at points; u: x in unit coordinates. Outside of [0, 1] the table is not read.
+
+    scene: (scale to unit coordinates, blob_density, blob_radius).
+    """
+    x, y, z = point
+    scale, blob_density, blob_radius = scene
+    SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
+    features = encode(
+        u,
+        y * scale + 0.5,
+        z * scale + 0.5,
+        table,
+        levels,
+        active,
+        LEVELS,
+        FEATURES,
+        PADDED,
+        LOG2_ENTRIES,
+        SMOOTH,
+        WIDE,
+    )
+    outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
+    blob_logit = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
+    return outputs, activate_density(_column(outputs, lane, 0) + blob_logit, SOFTPLUS, SINGLE)
 
 
 @jit
@@ -53,47 +104,44 @@ def _probe(
     d,
     live,
     bits,
-    bound,
-    outer_scale,
-    shortest,
-    longest,
-    dt_gamma,
+    lattice,
     GROWS: tl.constexpr,
     RESOLUTION: tl.constexpr,
     CASCADES: tl.constexpr,
     PROBES: tl.constexpr,
 ):
-    """The next PROBES intervals -> cursor (of the first sample among them, else behind them), found, not past far.
+    """Examine the next PROBES intervals -> cursor (of the first sample, else behind them), has_sample, not past far.
 
-    All are looked up before any is judged, so that the loads overlap.
+    All are looked up before any is compared, so that the loads overlap.
     """
+    bound, outer_scale, shortest, longest, dt_gamma = lattice
     target = cursor
-    found = live & (cursor != cursor)
+    has_sample = live & (cursor != cursor)
     inside = live
     for _ in tl.static_range(PROBES):
         t, _, following = interval(cursor, near, shortest, longest, dt_gamma, GROWS)
         inside = live & (t < far)
         x, y, z = o[0] + no_fma(t * d[0]), o[1] + no_fma(t * d[1]), o[2] + no_fma(t * d[2])
         hit = inside & occupied(x, y, z, bits, inside, bound, outer_scale, RESOLUTION, CASCADES)
-        target = tl.where(found, target, cursor)
-        found = found | hit
+        target = tl.where(has_sample, target, cursor)
+        has_sample = has_sample | hit
         cursor = following
-    return tl.where(found, target, cursor), found, inside
+    return tl.where(has_sample, target, cursor), has_sample, inside
 
 
 @jit
 def render_enter_kernel(
-    origins,
-    directions,
-    bits,
-    background,
-    rgb,
-    normal,
-    depth,
-    opacity,
-    queue,  # int32 [segments, SEGMENT]: rays of the segment that have a sample
-    cursors,  # fp32 [segments, SEGMENT]: where that is
-    lengths,  # int32 [segments]
+    origins,  # [R, 3] fp32
+    directions,  # [R, 3] fp32
+    bits,  # [CASCADES, RESOLUTION^3 / 8] uint8
+    background,  # [R, 3] (PER_RAY) or [3] fp32
+    rgb,  # [R, 3] fp32
+    normal,  # [R, 3] fp32
+    depth,  # [R] fp32
+    opacity,  # [R] fp32
+    queue,  # [segments, SEGMENT] int32: rays of the segment that have a sample
+    cursors,  # [segments, SEGMENT] fp32: of their first samples
+    lengths,  # [segments] int32: rays in each queue
     rays,
     bound,
     min_near,
@@ -108,17 +156,18 @@ def render_enter_kernel(
     SEGMENT: tl.constexpr,
     PROBES: tl.constexpr,
 ):
-    """Segment `program`: the first sample of each ray; rays that have none are finished here."""
+    """Find the first sample of each ray of a segment and queue the ray; write the rays that have none."""
     first = tl.program_id(0).to(tl.int64) * SEGMENT
     lane = tl.arange(0, SEGMENT)
     row = first + lane
-    there = row < rays
-    o = _load_vector(origins, row, there, (0.0, 0.0, 0.0))
-    d = _load_vector(directions, row, there, (1.0, 1.0, 1.0))
+    here = row < rays
+    o = _load_vector(origins, row, here, (0.0, 0.0, 0.0))
+    d = _load_vector(directions, row, here, (1.0, 1.0, 1.0))
     near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], bound, min_near)
     cursor = first_cursor(near, GROWS)
-    searching = there & (near < far)
-    found = there & (near != near)
+    searching = here & (near < far)
+    lattice = (bound, outer_scale, shortest, longest, dt_gamma)
+    has_sample = here & (near != near)
     while tl.max(searching.to(tl.int32), 0) > 0:
         moved, hit, inside = _probe(
             cursor,
@@ -128,63 +177,59 @@ def render_enter_kernel(
             d,
             searching,
             bits,
-            bound,
-            outer_scale,
-            shortest,
-            longest,
-            dt_gamma,
+            lattice,
             GROWS,
             RESOLUTION,
             CASCADES,
             PROBES,
         )
         cursor = tl.where(searching, moved, cursor)
-        found = found | hit
+        has_sample = has_sample | hit
         searching = inside & (hit == 0)
-    place = first + tl.cumsum(found.to(tl.int32), 0) - 1
-    tl.store(queue + place, lane, mask=found)
-    tl.store(cursors + place, cursor, mask=found)
-    tl.store(lengths + tl.program_id(0), tl.sum(found.to(tl.int32), 0))
+    place = first + tl.cumsum(has_sample.to(tl.int32), 0) - 1
+    tl.store(queue + place, lane, mask=has_sample)
+    tl.store(cursors + place, cursor, mask=has_sample)
+    tl.store(lengths + tl.program_id(0), tl.sum(has_sample.to(tl.int32), 0))
     zero = tl.zeros([SEGMENT], tl.float32)
-    missed = there & (found == 0)
-    behind = _load_vector(background, row if PER_RAY else row * 0, missed, (0.0, 0.0, 0.0))
-    _store_vector(rgb, row, missed, behind)
-    _store_vector(normal, row, there, (zero, zero, zero))
+    missed = here & (has_sample == 0)
+    background_rgb = _load_vector(background, row if PER_RAY else row * 0, missed, (0.0, 0.0, 0.0))
+    _store_vector(rgb, row, missed, background_rgb)
+    _store_vector(normal, row, here, (zero, zero, zero))
     tl.store(depth + row, zero, mask=missed)
     tl.store(opacity + row, zero, mask=missed)
 
 
 @jit
 def _opacity_of(tau):
-    """1 - exp(-tau), without losing the digits of a small tau."""
+    """1 - exp(-tau), accurate for small tau as well."""
     series = tau * (1 - tau * (1 / 2) * (1 - tau * (1 / 3) * (1 - tau * (1 / 4) * (1 - tau * (1 / 5)))))
     return tl.where(tau < 0.1, series, 1 - tl.exp(-tau))
 
 
 @jit
-def _add(total, value, lost):
-    """A sum and what rounding takes from it, so that it can be given back (Kahan, 1965)."""
-    value -= lost
+def _add(total, value, error):
+    """Compensated summation -> the sum, and its rounding error for the next addition (Kahan, 1965)."""
+    value -= error
     new = total + value
     return new, (new - total) - value
 
 
 @jit
 def render_shade_kernel(
-    origins,
-    directions,
-    bits,
-    background,
-    table,
-    levels,
-    active,
-    parameters,
-    rgb,
-    depth,
-    opacity,
-    queue,
-    cursors,
-    lengths,
+    origins,  # [R, 3] fp32
+    directions,  # [R, 3] fp32
+    bits,  # [CASCADES, RESOLUTION^3 / 8] uint8
+    background,  # [R, 3] (PER_RAY) or [3] fp32
+    table,  # [rows, FEATURES] compute dtype
+    levels,  # `level_table`
+    active,  # [] int, or None
+    parameters,  # [parameters of the MLP] compute dtype
+    rgb,  # [R, 3] fp32
+    depth,  # [R] fp32
+    opacity,  # [R] fp32
+    queue,  # [segments, SEGMENT] int32
+    cursors,  # [segments, SEGMENT] fp32
+    lengths,  # [segments] int32
     bound,
     min_near,
     outer_scale,
@@ -214,7 +259,7 @@ def render_shade_kernel(
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The rays of one queue, BLOCK at a time. A ray's result does not depend on the lane that takes it."""
+    """Render the rays of one queue, BLOCK at a time. The result of a ray does not depend on its lane."""
     first = tl.program_id(0).to(tl.int64) * SEGMENT
     length = tl.load(lengths + tl.program_id(0))
     if length == 0:
@@ -223,47 +268,54 @@ def render_shade_kernel(
     weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
     lane = tl.arange(0, BLOCK)
     slot = lane
-    taken = 0
-    taking = slot >= 0  # lanes that need a ray
-    live = slot < 0  # lanes that have one
+    rays_taken = 0
+    is_free = slot >= 0  # lanes without a ray
+    live = slot < 0  # lanes with a ray
     ready = live  # lanes whose cursor is at a sample
     zero = tl.zeros([BLOCK], tl.float32)
     row = slot.to(tl.int64)
     o, d = (zero, zero, zero), (zero, zero, zero)
     near, far, cursor = zero, zero, zero
-    passed, red, green, blue, deep, total = zero, zero, zero, zero, zero, zero
-    lost_depth, lost = zero, zero  # what rounding took from the sums
+    tau, red, green, blue, depth_sum, opacity_sum = zero, zero, zero, zero, zero, zero
+    kahan_depth, kahan_opacity = zero, zero  # rounding errors of the sums
     depth_limit = tl.minimum(-tl.log(stop), 87.0)  # optical depth behind which nothing counts
     samples = slot
+    lattice = (bound, outer_scale, shortest, longest, dt_gamma)
     working = length > 0
     while working:
         # Free lanes take the next rays of the queue.
-        slot = tl.where(taking, taken + tl.cumsum(taking.to(tl.int32), 0) - 1, slot)
-        taken += tl.sum(taking.to(tl.int32), 0)
-        fresh = taking & (slot < length)
+        slot = tl.where(is_free, rays_taken + tl.cumsum(is_free.to(tl.int32), 0) - 1, slot)
+        rays_taken += tl.sum(is_free.to(tl.int32), 0)
+        fresh = is_free & (slot < length)
         row = tl.where(fresh, first + tl.load(queue + first + slot, mask=fresh, other=0), row)
         o = _load_vector(origins, row, fresh, o)
         d = _load_vector(directions, row, fresh, d)
         cursor = tl.load(cursors + first + slot, mask=fresh, other=cursor)
         near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], bound, min_near)
-        passed = tl.where(fresh, 0.0, passed)
+        tau = tl.where(fresh, 0.0, tau)
         red, green, blue = tl.where(fresh, 0.0, red), tl.where(fresh, 0.0, green), tl.where(fresh, 0.0, blue)
-        deep, total = tl.where(fresh, 0.0, deep), tl.where(fresh, 0.0, total)
-        lost_depth, lost = tl.where(fresh, 0.0, lost_depth), tl.where(fresh, 0.0, lost)
+        depth_sum, opacity_sum = tl.where(fresh, 0.0, depth_sum), tl.where(fresh, 0.0, opacity_sum)
+        kahan_depth, kahan_opacity = tl.where(fresh, 0.0, kahan_depth), tl.where(fresh, 0.0, kahan_opacity)
         samples = tl.where(fresh, 0, samples)
-        live = (live & (taking == 0)) | fresh
-        ready = (ready & (taking == 0)) | fresh
+        live = (live & (is_free == 0)) | fresh
+        ready = (ready & (is_free == 0)) | fresh
 
-        # One sample of every ready lane; the others are outside the cube, where nothing is looked up far away.
+        # One sample of every ready lane; the others are outside the cube, where nothing is looked up.
         t, dt, following = interval(cursor, near, shortest, longest, dt_gamma, GROWS)
         x, y, z = o[0] + no_fma(t * d[0]), o[1] + no_fma(t * d[1]), o[2] + no_fma(t * d[2])
-        features = encode(
+        outputs, sigma = _evaluate(
             tl.where(ready, x * scale + 0.5, 2.0),
-            y * scale + 0.5,
-            z * scale + 0.5,
+            (x, y, z),
+            lane,
             table,
             levels,
             active,
+            weights,
+            parameters,
+            (scale, blob_density, blob_radius),
+            SOFTPLUS,
+            WIDTH,
+            LAYERS,
             LEVELS,
             FEATURES,
             PADDED,
@@ -271,27 +323,24 @@ def render_shade_kernel(
             SMOOTH,
             WIDE,
         )
-        outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
-        sigma = activate_density(_column(outputs, lane, 0) + bump, SOFTPLUS, SINGLE)
         r, g, b = _column(outputs, lane, 1), _column(outputs, lane, 2), _column(outputs, lane, 3)
         r, g, b = tl.sigmoid(r), tl.sigmoid(g), tl.sigmoid(b)
-        tau = sigma * dt
-        # What is left is rounded once: a product of hundreds of factors would be rounded at each.
-        weight = tl.where(ready, _opacity_of(tau) * tl.exp(-passed), 0.0)
-        passed += tl.where(ready, tau, 0.0)
+        sample_tau = sigma * dt
+        # The transmittance is rounded once: a product of hundreds of factors would be rounded at each.
+        weight = tl.where(ready, _opacity_of(sample_tau) * tl.exp(-tau), 0.0)
+        tau += tl.where(ready, sample_tau, 0.0)
         red, green, blue = red + weight * r, green + weight * g, blue + weight * b
         if SINGLE:
-            # A normal is taken at this depth, and turns by as much as a cell of the finest level is wide.
-            deep, lost_depth = _add(deep, weight * t, lost_depth)
-            total, lost = _add(total, weight, lost)
+            # Normals are taken at this depth and vary over the width of a cell of the finest level.
+            depth_sum, kahan_depth = _add(depth_sum, weight * t, kahan_depth)
+            opacity_sum, kahan_opacity = _add(opacity_sum, weight, kahan_opacity)
         else:
-            deep, total = deep + weight * t, total + weight
+            depth_sum, opacity_sum = depth_sum + weight * t, opacity_sum + weight
         samples = tl.where(ready, samples + 1, samples)
         cursor = tl.where(ready, following, cursor)
 
-        # The next sample of each, or a part of the way: lanes that have one do not wait long for those that do not.
-        ended = live & ((passed > depth_limit) | (samples >= max_steps))
+        # On to the next sample, or part of the way: lanes that have one do not wait long for the others.
+        ended = live & ((tau > depth_limit) | (samples >= max_steps))
         ready = slot < 0
         searching = live & (ended == 0)
         walked = 0
@@ -304,11 +353,7 @@ def render_shade_kernel(
                 d,
                 searching,
                 bits,
-                bound,
-                outer_scale,
-                shortest,
-                longest,
-                dt_gamma,
+                lattice,
                 GROWS,
                 RESOLUTION,
                 CASCADES,
@@ -320,37 +365,41 @@ def render_shade_kernel(
             searching = searching & (hit == 0) & inside
             walked += PROBES
 
-        behind = _load_vector(background, row if PER_RAY else row * 0, ended, (0.0, 0.0, 0.0))
-        through = 1 - total
-        color = (red + through * behind[0], green + through * behind[1], blue + through * behind[2])
-        _store_vector(rgb, row, ended, color)
-        tl.store(depth + row, deep, mask=ended)
-        tl.store(opacity + row, total, mask=ended)
+        background_rgb = _load_vector(background, row if PER_RAY else row * 0, ended, (0.0, 0.0, 0.0))
+        transmittance = 1 - opacity_sum
+        rgb_over_background = (
+            red + transmittance * background_rgb[0],
+            green + transmittance * background_rgb[1],
+            blue + transmittance * background_rgb[2],
+        )
+        _store_vector(rgb, row, ended, rgb_over_background)
+        tl.store(depth + row, depth_sum, mask=ended)
+        tl.store(opacity + row, opacity_sum, mask=ended)
         live = live & (ended == 0)
-        taking = live == 0
-        working = (tl.max(live.to(tl.int32), 0) > 0) | (taken < length)
+        is_free = live == 0
+        working = (tl.max(live.to(tl.int32), 0) > 0) | (rays_taken < length)
 
 
 @jit
 def _store_normal(normal, row, mask, gx, gy, gz):
-    """Against the gradient of sigma, of length 1 or, where that vanishes, 0."""
+    """Store the unit vector against the gradient of sigma; 0 where the gradient vanishes."""
     inverse = -tl.rsqrt(tl.maximum(gx * gx + gy * gy + gz * gz, 1e-20))
     _store_vector(normal, row, mask, (gx * inverse, gy * inverse, gz * inverse))
 
 
 @jit
 def render_normals_kernel(
-    origins,
-    directions,
-    table,
-    levels,
-    active,
-    parameters,
-    normal,
-    depth,
-    opacity,
-    queue,
-    lengths,
+    origins,  # [R, 3] fp32
+    directions,  # [R, 3] fp32
+    table,  # [rows, FEATURES] compute dtype
+    levels,  # `level_table`
+    active,  # [] int, or None
+    parameters,  # [parameters of the MLP] compute dtype
+    normal,  # [R, 3] fp32
+    depth,  # [R] fp32
+    opacity,  # [R] fp32
+    queue,  # [segments, SEGMENT] int32
+    lengths,  # [segments] int32
     bound,
     epsilon,
     scale,
@@ -368,7 +417,7 @@ def render_normals_kernel(
     SMOOTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """BLOCK rays of a queue: differences of sigma around the expected depth."""
+    """Normals of BLOCK rays of a queue, by differences of sigma around the expected depth."""
     PARTS: tl.constexpr = SEGMENT // BLOCK
     segment = tl.program_id(0) // PARTS
     slot = tl.program_id(0) % PARTS * BLOCK
@@ -381,9 +430,9 @@ def render_normals_kernel(
     lane = tl.arange(0, BLOCK)
     slots = slot + lane
     row = first + tl.load(queue + first + slots, mask=slots < length, other=0)
-    total = tl.load(opacity + row, mask=slots < length, other=0.0)
-    solid = total > _EMPTY_OPACITY
-    t = tl.load(depth + row, mask=solid, other=0.0) / tl.where(solid, total, 1.0)
+    ray_opacity = tl.load(opacity + row, mask=slots < length, other=0.0)
+    solid = ray_opacity > _EMPTY_OPACITY
+    t = tl.load(depth + row, mask=solid, other=0.0) / tl.where(solid, ray_opacity, 1.0)
     o = _load_vector(origins, row, solid, (0.0, 0.0, 0.0))
     d = _load_vector(directions, row, solid, (0.0, 0.0, 0.0))
     gx, gy, gz = t * 0.0, t * 0.0, t * 0.0
@@ -395,13 +444,19 @@ def render_normals_kernel(
         x = tl.minimum(tl.maximum(x, -bound), bound)
         y = tl.minimum(tl.maximum(y, -bound), bound)
         z = tl.minimum(tl.maximum(z, -bound), bound)
-        features = encode(
+        outputs, sigma = _evaluate(
             x * scale + 0.5,
-            y * scale + 0.5,
-            z * scale + 0.5,
+            (x, y, z),
+            lane,
             table,
             levels,
             active,
+            weights,
+            parameters,
+            (scale, blob_density, blob_radius),
+            SOFTPLUS,
+            WIDTH,
+            LAYERS,
             LEVELS,
             FEATURES,
             PADDED,
@@ -409,17 +464,14 @@ def render_normals_kernel(
             SMOOTH,
             WIDE,
         )
-        outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
-        sigma = activate_density(_column(outputs, lane, 0) + bump, SOFTPLUS, SINGLE)
         change = tl.where(tap % 2 == 0, sigma, -sigma) / (2 * epsilon)
         gx += tl.where(tap // 2 == 0, change, 0.0)
         gy += tl.where(tap // 2 == 1, change, 0.0)
         gz += tl.where(tap // 2 == 2, change, 0.0)
         if not SINGLE:
             if tap == 5:
-                # Behind a store the compiler does not move the loads of the biases out of the loop, where all of them
-                # together take up to 128 registers.
+                # With a store in the loop the compiler does not move the loads of the biases out of it, where together
+                # they take up to 128 registers.
                 _store_normal(normal, row, solid, gx, gy, gz)
     if SINGLE:
         _store_normal(normal, row, solid, gx, gy, gz)

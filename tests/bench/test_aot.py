@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dream_fast.bench.ops import aot
-from dream_fast.bench.ops.aot_cases import AOT_CASES
+from dream_fast.bench.ops.cases import AOT_CASES
 from dream_fast.kernels._core.launch import INTERPRETED, jit, launch, recorded_launches, tl
 
 triton = pytest.importorskip("triton")

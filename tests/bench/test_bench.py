@@ -176,12 +176,12 @@ def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
     words = [*where, "--prompts", "a mug", "a hat", "--scores", "sds,ism,csd"]
     assert quality.main(words) == 0
     assert bench.made == [("a mug", 0), ("a hat", 0)] * 3
-    assert bench.others == [{"iters": 7, "score": score} for score in ("sds", "sdi", "csd") for _ in range(2)]
+    assert bench.others == [{"iters": 7, "objective": score} for score in ("sds", "sdi", "csd") for _ in range(2)]
     said = capsys.readouterr().out
     assert "ism is measured as sdi" in said
     assert "| sdi | 8.000 |  |  |  |  | 2 | 2 |" in said
     records = json.loads((bench.out / "quality_scores.json").read_text())
-    assert list(records) == ["sds", "sdi", "csd"] and records["csd"]["score"] == "csd"
+    assert list(records) == ["sds", "sdi", "csd"] and records["csd"]["objective"] == "csd"
     for score in records:
         assert Image.open(bench.out / f"quality_{score}.png").size == (8 * quality.SIZE + 8, quality.SIZE)
     assert not (bench.out / "quality.json").exists()
@@ -206,8 +206,8 @@ def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
 
 
 def test_the_settings_of_a_score_are_its_own():
-    sds, csd = (quality.facts_of("cpu", {"score": score})["settings"]["guidance"] for score in ("sds", "csd"))
-    assert (sds["score"], csd["score"]) == ("sds", "csd") and sds["guidance_rescale"] != csd["guidance_rescale"]
+    sds, csd = (quality.facts_of("cpu", {"objective": score})["settings"]["guidance"] for score in ("sds", "csd"))
+    assert (sds["objective"], csd["objective"]) == ("sds", "csd") and sds["guidance_rescale"] != csd["guidance_rescale"]
 
 
 def test_no_run_starts_that_would_end_too_late(monkeypatch, tmp_path, bench):

@@ -14,10 +14,10 @@ from dream_fast import kernels
 from dream_fast.bench import __main__ as command
 from dream_fast.bench import compare, measure, results
 from dream_fast.bench.accuracy import check_fp64
-from dream_fast.bench.ops import cases, gate
+from dream_fast.bench.ops import gate, inputs
 from dream_fast.bench.ops import run as bench
-from dream_fast.bench.ops.cases import FULL, SMALL, Case, run
-from dream_fast.bench.ops.targets import TARGETS
+from dream_fast.bench.ops.cases import FULL, SMALL, SPECS, build, tiny_cases
+from dream_fast.bench.ops.spec import Case, run
 
 CPU = torch.device("cpu")
 ROW = "op case impl mode dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
@@ -29,19 +29,19 @@ HEAD = "schema gpu driver torch triton git_sha dirty utc copy_rate matmul_rate r
 
 @pytest.mark.parametrize(("side", "millions"), [(64, 0.51), (128, 2.03)])
 def test_the_rays_have_as_many_samples_as_the_workload_says(side, millions):
-    positions, t, offsets = cases.sphere_samples(side, CPU)
+    positions, t, offsets = inputs.sphere_samples(side, CPU)
     assert round(len(t) / 1e6, 2) == millions and len(t) % 256 == 0
-    assert positions.norm(dim=1).max() < cases.RADIUS + cases.STEP / 2
+    assert positions.norm(dim=1).max() < inputs.RADIUS + inputs.STEP / 2
     assert offsets.shape == (side * side + 1,) and offsets[-1] == len(t)
     step = t.diff()
     inner = torch.ones(len(t) - 1, dtype=torch.bool)
     inner[offsets[(offsets > 0) & (offsets < len(t))] - 1] = False
     # Two numbers of up to t.max() are rounded, each by half a unit; their difference is exact.
-    assert (step[inner].double() - cases.STEP).abs().max() <= torch.finfo(t.dtype).eps * t.max()
+    assert (step[inner].double() - inputs.STEP).abs().max() <= torch.finfo(t.dtype).eps * t.max()
 
 
 def test_the_camera_sees_twenty_degrees_around_the_origin():
-    origins, directions = cases.camera(512, CPU)
+    origins, directions = inputs.camera(512, CPU)
     assert torch.equal(origins.unique(dim=0), torch.tensor([[0, 0, 3.2]]))
     check_fp64("lengths", directions.double().norm(dim=1), torch.ones(512**2, dtype=torch.float64))
     corners = directions.view(512, 512, 3)
@@ -52,45 +52,47 @@ def test_the_camera_sees_twenty_degrees_around_the_origin():
 
 
 def test_the_occupancy_grid_holds_the_cells_of_the_sphere():
-    bits = cases.occupancy_bits(CPU)
+    bits = inputs.occupancy_bits(CPU)
     x = 2 * torch.rand(4096, 3, generator=torch.Generator().manual_seed(0)) - 1
-    found = kernels.occupancy_query(bits, x, 1.0, cases.OCCUPANCY)
+    found = kernels.occupancy_query(bits, x, 1.0, inputs.OCCUPANCY)
     centre = ((x + 1) * 64).floor().add(0.5) / 64 - 1
-    assert torch.equal(found, centre.norm(dim=1) < cases.RADIUS) and found.any()
+    assert torch.equal(found, centre.norm(dim=1) < inputs.RADIUS) and found.any()
 
 
 def test_the_registry_has_every_row_that_there_is_a_target_for():
     rows = {(case.op, case.case, case.mode) for case in FULL}
-    assert TARGETS.keys() <= rows and len(rows) == len(FULL)
+    targets = {(spec.name, *key) for spec in SPECS.values() for key in spec.targets}
+    assert targets <= rows and len(rows) == len(FULL)
     assert {case.op for case in FULL} == {case.op for case in SMALL}
+    assert {case.op for case in tiny_cases()} == SPECS.keys()
     assert {case.mode for case in FULL} <= {"forward", "backward", "forward_backward"}
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if "difference" not in case.case], ids=str)
 def test_a_small_case_runs_and_its_floor_counts_bytes(case):
-    problem = case.build(CPU)
+    problem = build(case)
     outputs = run(problem, problem.operator, case.mode, case.compute_dtype)
     assert all(torch.isfinite(out).all() for out in outputs)
     gradients = len(problem.leaves) if case.mode == "forward_backward" else 0
     assert [out.shape for out in outputs[len(outputs) - gradients :]] == [
         problem.tensors[name].shape for name in problem.leaves[:gradients]
     ]
-    written = sum(cases.nbytes(out) for out in outputs)
+    written = sum(inputs.nbytes(out) for out in outputs)
     assert problem.least_bytes >= (0.9 if case.op == "march" else 1) * written * (not problem.mutates)
 
 
 def test_the_bytes_of_a_table_are_those_of_the_rows_that_are_read():
-    few = Case(op="hash_grid", case="uniform_2^4", mode="forward", dtype="float32").build(CPU)
-    rest = cases.nbytes(few.tensors["x"]) + 16 * cases.GRID.channels * 4
-    rows = (few.least_bytes - rest) / (cases.GRID.features * 4)
+    few = build(Case(op="hash_grid", case="uniform_2^4", mode="forward", dtype="float32"))
+    rest = inputs.nbytes(few.tensors["x"]) + 16 * inputs.GRID.channels * 4
+    rows = (few.least_bytes - rest) / (inputs.GRID.features * 4)
     assert 0.9 * 16 * 8 * 16 < rows <= 16 * 8 * 16  # hardly two points share a corner
 
 
 def test_a_name_that_is_no_case_is_refused():
     with pytest.raises(ValueError, match="must be a rays_N, got uniform_2"):
-        Case(op="march", case="uniform_2^4", mode="forward", dtype="float32").build()
+        build(Case(op="march", case="uniform_2^4", mode="forward", dtype="float32"))
     with pytest.raises(ValueError, match="ends in _finite_difference or _analytic, got rays_8"):
-        Case(op="field_normals", case="rays_8", mode="forward", dtype="float32").build()
+        build(Case(op="field_normals", case="rays_8", mode="forward", dtype="float32"))
 
 
 # --- the gate
@@ -107,7 +109,7 @@ def test_a_name_that_is_no_case_is_refused():
 )
 def test_the_gate_passes_the_reference_and_catches_a_small_fault(op, case, mode):
     what = Case(op=op, case=case, mode=mode, dtype="float32")
-    reference = bench.implementation(what, "reference", CPU)
+    reference = bench.implementation(what, "reference")
 
     def wrong(*args, **kwargs):
         out = reference(*args, **kwargs)
@@ -168,9 +170,9 @@ def test_the_gate_refuses_a_march_that_loses_samples():
 
 
 def test_judging_leaves_the_inputs_of_an_operator_that_changes_them_alone():
-    problem = Case(op="adan", case="0.1M", mode="forward", dtype="float32").build(CPU)
+    problem = build(Case(op="adan", case="0.1M", mode="forward", dtype="float32"))
     before = problem.tensors["params"].clone()
-    run(gate.copied(problem), problem.operator, "forward", torch.float32)
+    run(gate.copy_inputs(problem), problem.operator, "forward", torch.float32)
     run(gate.in_dtype(problem, torch.float32), problem.operator, "forward", torch.float32)
     assert torch.equal(problem.tensors["params"], before)
 
@@ -224,7 +226,7 @@ def test_an_implementation_that_is_wrong_is_not_timed(tmp_path, monkeypatch, cap
         out = kernels.composite_reference(*args, **kwargs)
         return out._replace(values=out.values * 1.01)
 
-    monkeypatch.setattr(bench, "implementation", lambda case, name, device: wrong)
+    monkeypatch.setattr(bench, "implementation", lambda case, name: wrong)
     suite.row(case, "triton")
     suite.row(case, "reference")
     assert suite.rows == []
@@ -239,11 +241,11 @@ def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_rea
     def raises(*args, **kwargs):
         raise torch.OutOfMemoryError("all of it")
 
-    monkeypatch.setattr(bench, "implementation", lambda case, name, device: raises)
+    monkeypatch.setattr(bench, "implementation", lambda case, name: raises)
     suite.row(case, "compiled")
     suite.row(case, "compiled")  # compiling it fails once, and not once a mode
     endless = threading.Event()
-    monkeypatch.setattr(bench, "implementation", lambda case, name, device: lambda *args, **kwargs: endless.wait())
+    monkeypatch.setattr(bench, "implementation", lambda case, name: lambda *args, **kwargs: endless.wait())
     suite.peer_seconds = 0.2
     suite.row(case, "reference")
     suite.end = 0.0  # long ago

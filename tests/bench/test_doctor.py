@@ -24,7 +24,7 @@ def said() -> list[dict]:
 def test_every_kernel_is_right_against_its_reference(said):
     (found,) = said
     assert found.state == "ok"
-    assert {"hash_grid", "march", "render", "adan", "weight decay"} <= set(found.what.split(": ")[1].split(", "))
+    assert {"hash_grid", "march", "render", "adan", "weight_decay"} <= set(found.what.split(": ")[1].split(", "))
 
 
 def test_the_self_test_notices_a_kernel_that_is_a_little_off():
@@ -84,8 +84,8 @@ def test_the_advice_about_a_failing_kernel_fits_the_device(monkeypatch):
 
 def test_the_self_test_allows_other_roundings_and_no_turned_normal():
     """Inputs moved by half a rounding, as another processor rounds, pass; a normal turned by a thousandth does not."""
-    name = "field_normals (differences)"
-    problem, mode = selftest.problems(torch.device("cpu"))[name]
+    name = "field_normals (finite_difference)"
+    case, problem = selftest.build_all(torch.device("cpu"))[name]
     generator = torch.Generator().manual_seed(0)
 
     def rounded_otherwise(x, table, *rest, **options):
@@ -97,7 +97,7 @@ def test_the_self_test_allows_other_roundings_and_no_turned_normal():
         return sigma, albedo, normal + 1e-3 * normal.roll(1, 1)
 
     operators = {"rounded": rounded_otherwise, "turned": turned}
-    verdicts = gate.judge_problem(problem, mode, torch.float32, operators, march=False)
+    verdicts = gate.judge_problem(problem, case.mode, torch.float32, operators)
     assert verdicts["rounded"].good and not verdicts["turned"].good
 
 
@@ -168,8 +168,10 @@ def test_without_triton_or_xformers_it_says_what_to_install_where_it_is_needed(m
 def test_a_run_goes_on_without_triton_and_xformers(tmp_path, tiny_model):
     code = "import sys\nfor name in ('triton', 'xformers', 'xformers.ops'): sys.modules[name] = None\n"
     code += "from dream_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
-    words = f"--hf_key {tiny_model} --workspace {tmp_path} --device cpu --iters 1 --w 8 --h 8 --W 32 --H 32 --levels 2"
-    words += " --max_resolution 32 --log2_entries 8 --occupancy_resolution 16 --dataset_size_test 1 --max_steps 32"
+    words = (
+        f"--hf_key {tiny_model} --workspace {tmp_path} --device cpu --iters 1 --w 8 --h 8 --W 32 --H 32 --n_levels 2"
+    )
+    words += " --max_resolution 32 --log2_hashmap_size 8 --occupancy_resolution 16 --dataset_size_test 1 --max_steps 32"
     words += " --dataset_size_valid 1 --six_views"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "--text", "a hamburger", *words.split()], capture_output=True, text=True

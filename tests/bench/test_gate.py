@@ -5,16 +5,17 @@ from dataclasses import replace
 import torch
 
 from dream_fast.bench.ops import gate
-from dream_fast.bench.ops.cases import FULL, Problem
+from dream_fast.bench.ops.cases import FULL
+from dream_fast.bench.ops.spec import Problem
 
 CPU = torch.device("cpu")
 TOO_LARGE = ("rays_128", "rays_256", "rays_512", "uniform_2^20", "uniform_2^22", "frame_800", "mesh_50k", "mesh_1M")
 
 
-def test_judged_case_is_the_case_at_a_size_where_fp64_fits():
+def test_gate_case_is_the_case_at_a_size_where_fp64_fits():
     """Nothing large is judged, what is small stays as it is, and nothing but the size changes."""
     for case in FULL:
-        judged = gate.judged_case(case)
+        judged = gate.gate_case(case)
         assert replace(judged, case=case.case) == case
         large = case.case.startswith((*TOO_LARGE, "rays_64_"))
         assert (judged.case != case.case) == large
@@ -49,7 +50,7 @@ def test_judge_problem_weighs_outputs_by_the_inputs_in_fp64():
         return 2 * x + (torch.arange(100) == 7)
 
     for weighted, good in ((weights, True), (None, False)):
-        found = gate.judge_problem(problem(weighted), "forward", torch.float32, {"wrong": wrong}, march=False)
+        found = gate.judge_problem(problem(weighted), "forward", torch.float32, {"wrong": wrong})
         assert found["wrong"].good == good
     assert asked == [torch.float64]
 
@@ -63,5 +64,5 @@ def test_judge_problem_counts_the_gradients_of_a_backward_alone(monkeypatch):
 
     monkeypatch.setattr(gate, "worst_verdict", record)
     for mode in ("forward", "forward_backward"):
-        gate.judge_problem(problem(), mode, torch.float32, {"ours": lambda x: 2 * x}, march=False)
+        gate.judge_problem(problem(), mode, torch.float32, {"ours": lambda x: 2 * x})
     assert seen == [(torch.float32, torch.float64, 1, 0), (torch.float32, torch.float64, 2, 1)]

@@ -17,8 +17,8 @@ from dream_fast.cli import main, parse
 ROOT = Path(dream_fast.__file__).parent
 PAGE = ROOT / "docs" / "coming_from_stable_dreamfusion.md"
 TINY = """
-    --iters 2 --device cpu --w 8 --h 8 --W 8 --H 8 --dataset_size_test 2 --dataset_size_valid 1 --levels 2
-    --log2_entries 8 --max_resolution 16 --hidden_width 8 --hidden_layers 1 --max_steps 16 --occupancy_resolution 8
+    --iters 2 --device cpu --w 8 --h 8 --W 8 --H 8 --dataset_size_test 2 --dataset_size_valid 1 --n_levels 2
+    --log2_hashmap_size 8 --max_resolution 16 --hidden_width 8 --hidden_layers 1 --max_steps 16 --occupancy_resolution 8
 """.split()
 
 

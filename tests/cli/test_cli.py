@@ -69,7 +69,7 @@ def engine(monkeypatch, tmp_path):
         ),
         (["--text", "a cat", "-O2", "--num_steps", "0"], "--num_steps must be at least 1, not 0"),
         (["--text", "a cat", "-O2", "--upsample_steps", "-1"], "--upsample_steps must be at least 0, not -1"),
-        (["--text", "a cat", "-O2", "--frequencies", "0"], "--frequencies must be at least 1, not 0"),
+        (["--text", "a cat", "-O2", "--n_frequencies", "0"], "--n_frequencies must be at least 1, not 0"),
         (["--text", "a cat", "--init_with", "a.glb"], "--init_with is of the mesh refinement: it goes with --dmtet"),
         (["--text", "a cat", "--dmtet", "--init_with", "a.glb"], "--init_with a.glb: there is no such file"),
         (["--text", "a cat", "--dmtet", "--tet_grid_size", "9"], "--tet_grid_size must be even, not 9"),

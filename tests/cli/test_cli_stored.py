@@ -81,7 +81,7 @@ def test_a_run_of_another_version_is_taken_up_where_the_device_is_now(handed, mo
 
 
 @pytest.mark.parametrize(
-    "typed", [{"levels": 5, "bound": 0.75}, {"backbone": "vanilla", "frequencies": 5, "bound": 0.75}]
+    "typed", [{"n_levels": 5, "bound": 0.75}, {"backbone": "vanilla", "n_frequencies": 5, "bound": 0.75}]
 )
 def test_a_refinement_under_way_keeps_its_own_field(typed, handed, capsys):
     """The workspace's field counts, not what --init_with named, which may be gone; a typed setting counts more."""

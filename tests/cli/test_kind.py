@@ -31,7 +31,7 @@ from dream_fast.kernels._core.launch import launch
 
 SMALL = """
     --device cpu --iters 2 --log_every 1 --seed 7 --w 8 --h 8 --W 16 --H 16 --dataset_size_test 2
-    --dataset_size_valid 1 --levels 2 --log2_entries 8 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --dataset_size_valid 1 --n_levels 2 --log2_hashmap_size 8 --max_resolution 32 --hidden_width 16 --hidden_layers 1
     --bound 0.6 --max_steps 48 --occupancy_resolution 16 --mcubes_resolution 16 --texture_resolution 32
 """.split()
 
@@ -367,7 +367,7 @@ def no_locks(request, monkeypatch) -> None:
 
 HOLD = """
 import fcntl, os, pathlib, sys
-from dream_fast.engine import lock
+from dream_fast.engine.workspace import lock
 def refuse(handle, how): raise OSError(37, "No locks available")
 fcntl.flock, lock.LEASE_SECONDS = refuse, 0.5
 own = lock.Lock(pathlib.Path(sys.argv[1]))

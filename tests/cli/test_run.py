@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dream_fast.cli import main
-from dream_fast.engine import run
+from dream_fast.engine import outputs
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.workspace.checkpoint import FORMAT
@@ -26,7 +26,7 @@ from dream_fast.engine.workspace.checkpoint import FORMAT
 SIDE, FRAMES = 24, 5
 SMALL = f"""
     --device cpu --iters 4 --log_every 2 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}
-    --dataset_size_valid 2 --levels 3 --log2_entries 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --dataset_size_valid 2 --n_levels 3 --log2_hashmap_size 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
     --bound 0.6 --max_steps 48 --occupancy_resolution 16 --mcubes_resolution 24
     --texture_resolution 64
 """.split()
@@ -66,13 +66,13 @@ def copy(finished, tmp_path) -> Path:
 
 
 def test_the_mesh_has_the_outline_of_six_views(copy, monkeypatch):
-    genuine, outlines = run.write_mesh, []
+    genuine, outlines = outputs.write_mesh, []
 
     def watched(*of, outline, **options):
         outlines.append(outline)
         return genuine(*of, outline=outline, **options)
 
-    monkeypatch.setattr(run, "write_mesh", watched)
+    monkeypatch.setattr(outputs, "write_mesh", watched)
     assert main(["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"]) == 0
     (outline,) = outlines
     assert len(outline.solid) == 6 and 0 < outline.solid.float().mean() < 1
@@ -122,7 +122,7 @@ def test_cameras_phases_and_prompts_of_a_file_of_arguments_reach_the_steps(tiny_
 
 
 def test_a_vanilla_run_writes_everything_is_taken_up_and_looked_at(tmp_path, tiny_model, capsys):
-    words = "--frequencies 3 --hidden_width 16 --num_steps 8 --upsample_steps 4 --bound 0.6 --mcubes_resolution 24"
+    words = "--n_frequencies 3 --hidden_width 16 --num_steps 8 --upsample_steps 4 --bound 0.6 --mcubes_resolution 24"
     words += " --texture_resolution 64"
     words += f" --device cpu --log_every 1 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}"
     start = ["--text", "a hamburger", "--hf_key", str(tiny_model), *words.split(), "--save_mesh", "-O2", "--workspace"]
@@ -388,7 +388,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(co
 
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, tiny_model, capsys):
     checkpoint = str(finished / "checkpoints" / "step_000004.safetensors")
-    arguments = command(tmp_path / "new", tiny_model, "--ckpt", checkpoint, "--levels", "4")
+    arguments = command(tmp_path / "new", tiny_model, "--ckpt", checkpoint, "--n_levels", "4")
     assert "levels 3 there, 4 here" in refused(capsys, arguments)
     assert list(tmp_path.iterdir()) == []
 

@@ -34,7 +34,7 @@ from dream_fast.engine.workspace.folder import Workspace
 
 WRITES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
 RUNS = {"subprocess.Popen", "os.system", "os.exec", "pickle.find_class", "socket.connect"}
-ARCHITECTURE = {"levels": 2, "backbone": "grid"}
+ARCHITECTURE = {"n_levels": 2, "backbone": "grid"}
 STATE = {"optimizer": {"params": torch.arange(6.0)}, "schedule": {"iters": 8, "start_step": 0}, "attention": None}
 
 

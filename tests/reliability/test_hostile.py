@@ -17,7 +17,7 @@ from dream_fast.engine.workspace.folder import Workspace
 
 SMALL = """
     --device cpu --iters 1 --log_every 1 --seed 7 --w 12 --h 12 --W 32 --H 32 --dataset_size_test 1 --six_views
-    --dataset_size_valid 1 --levels 2 --log2_entries 8 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --dataset_size_valid 1 --n_levels 2 --log2_hashmap_size 8 --max_resolution 32 --hidden_width 16 --hidden_layers 1
     --bound 0.6 --max_steps 48 --occupancy_resolution 16
 """.split()
 PROMPTS = {

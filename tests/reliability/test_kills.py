@@ -32,7 +32,7 @@ from dream_fast.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 TINY = """
-    --device cpu --seed 7 --w 12 --h 12 --W 16 --H 16 --dataset_size_valid 1 --levels 2 --log2_entries 8
+    --device cpu --seed 7 --w 12 --h 12 --W 16 --H 16 --dataset_size_valid 1 --n_levels 2 --log2_hashmap_size 8
     --max_resolution 32 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 48 --occupancy_resolution 16
 """.split()
 

@@ -42,24 +42,13 @@ LAYERS = {
 MAX_LINES = 500
 # Files that are still longer, with the most lines they may have.
 LONG_FILES = {
-    "bench/ops/cases.py": 600,
     "bench/pipeline/step.py": 600,
-    "engine/config/schema.py": 600,
     "engine/training/trainer.py": 600,
     "kernels/fields/normals.py": 600,
-    "kernels/mesh/rasterize.py": 600,
-    "kernels/nn/group_norm_kernels.py": 600,
-    "kernels/rays/composite.py": 600,
 }
 # Circles that are still there.
 KNOWN_CIRCLES = [
     ["dream_fast.engine.training.callbacks", "dream_fast.engine.training.trainer"],
-    [
-        "dream_fast.bench.pipeline.mesh_export",
-        "dream_fast.bench.quality.looks",
-        "dream_fast.bench.quality.run",
-        "dream_fast.bench.quality.world",
-    ],
 ]
 
 

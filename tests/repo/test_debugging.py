@@ -20,7 +20,8 @@ from dream_fast.engine.training import trainer
 PAGE = Path(dream_fast.__file__).parent / "docs" / "debugging.md"
 SMALL = """
     --text hamburger --device cpu --iters 3 --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views
-    --dataset_size_valid 1 --levels 3 --log2_entries 10 --max_resolution 32 --hidden_width 16 --occupancy_resolution 16
+    --dataset_size_valid 1 --n_levels 3 --log2_hashmap_size 10 --max_resolution 32 --hidden_width 16
+    --occupancy_resolution 16
 """.split()
 
 

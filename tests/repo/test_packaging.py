@@ -1,7 +1,8 @@
-"""The wheel: every module and data file is in it, nothing else, and it works outside the repository."""
+"""The wheel: what is in it, how large it is, and that it works outside the repository."""
 
 import ast
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from dream_fast.bench.__main__ import COMMANDS, NEED_REPOSITORY
+
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-ROOMS = ("kernels", "engine", "bench")
-DATA = ("engine/dream_mini/weights", "bench/quality/classifier", "bench/results")
+PACKAGES = ("kernels", "engine", "bench")
+MODEL, REPORT = "engine/dream_mini/weights", "engine/export/report.html"
+MAX_MODEL_BYTES, MAX_CODE_BYTES = 64_000_000, 1_000_000
 
 
 # Distributions that have another name than what is imported.
@@ -27,6 +31,7 @@ INDIRECT = {
     "protobuf": "transformers reads IF's tokenizer with it",
     "tensorboard": "torch.utils.tensorboard writes with it",
     "debugpy": "its command is started",
+    "mypy": "its command is started",
     "ruff": "its command is started",
     "pytest-benchmark": "a fixture of pytest",
     "pytest-timeout": "a setting of pytest",
@@ -58,7 +63,7 @@ def imported(files: list[Path]) -> set[str]:
 
 
 PROJECT = PYPROJECT["project"]
-OWN = [ROOT / "__init__.py", ROOT / "cli.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+OWN = [ROOT / "__init__.py", ROOT / "cli.py", *(path for top in PACKAGES for path in (ROOT / top).rglob("*.py"))]
 TESTS = [*(ROOT / "tests").rglob("*.py"), *(path for path in OWN if path.name.startswith("test_"))]
 
 
@@ -86,8 +91,8 @@ def wheel(tmp_path_factory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "__main__.py", "cli.py"):
         shutil.copy(ROOT / name, source)
-    for room in (*ROOMS, "tests"):
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for top in (*PACKAGES, "tests"):
+        shutil.copytree(ROOT / top, source / top, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -95,43 +100,93 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_every_package_is_declared():
-    found = {path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("__init__.py")}
-    names = {".".join(("dream_fast", *folder.parts)) for folder in found} | {"dream_fast"}
+    """A folder with code has an `__init__.py` and is listed in pyproject.toml."""
+    folders = {path.parent.relative_to(ROOT) for top in PACKAGES for path in (ROOT / top).rglob("__init__.py")}
+    names = {".".join(("dream_fast", *folder.parts)) for folder in folders} | {"dream_fast"}
     assert names == set(PYPROJECT["tool"]["setuptools"]["packages"])
-    folders_with_code = {path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    assert folders_with_code == found, "a folder with code and no __init__.py is left out of the wheel"
+    assert {path.parent.relative_to(ROOT) for top in PACKAGES for path in (ROOT / top).rglob("*.py")} == folders
 
 
-def test_the_wheel_holds_the_modules_the_weights_and_nothing_else(wheel):
-    modules = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
-    data = [path for folder in DATA for path in (ROOT / folder).rglob("*") if path.is_file()]
-    data.append(ROOT / "engine/export/report.html")
+def test_wheel_contents(wheel):
+    """The wheel holds every module, the image model and the report's page, and nothing else."""
+    modules = [*ROOT.glob("*.py"), *(path for top in PACKAGES for path in (ROOT / top).rglob("*.py"))]
+    data = [ROOT / REPORT, *(path for path in (ROOT / MODEL).rglob("*") if path.is_file())]
     expected = {f"dream_fast/{path.relative_to(ROOT).as_posix()}" for path in [*modules, *data]}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected
-    assert any(name.startswith("dream_fast/engine/prior/dream-mini/unet/") for name in names)
-    assert any(name.endswith(".safetensors") for name in names)
+    assert any(name.startswith(f"dream_fast/{MODEL}/unet/") and name.endswith(".safetensors") for name in names)
 
 
-def test_the_wheel_works_where_there_is_no_repository(wheel, tmp_path):
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    code = f"""
-import sys
-sys.path.insert(0, {str(site)!r})
-import dream_fast
-from dream_fast.engine.prior import MODEL_FOLDER
-print(dream_fast.__file__, (MODEL_FOLDER / "model_index.json").is_file(), MODEL_FOLDER)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.split() == [
-        str(site / "dream_fast" / "__init__.py"),
-        "True",
-        str(site / "dream_fast" / "engine" / "prior" / "dream-mini"),
-    ], done.stderr
+def test_wheel_size(wheel):
+    """Beside the image model, whose size is that of its weights, the wheel is small."""
+    files = zipfile.ZipFile(wheel).infolist()
+    model = sum(file.compress_size for file in files if file.filename.startswith(f"dream_fast/{MODEL}/"))
+    assert model <= MAX_MODEL_BYTES
+    assert sum(file.compress_size for file in files) - model <= MAX_CODE_BYTES
 
 
-def test_the_wheel_declares_the_command_the_licence_and_its_needs(wheel):
+@pytest.fixture(scope="module")
+def run_installed(wheel, tmp_path_factory):
+    """Run Python with the wheel unpacked and no repository; returns the finished process."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    environment = os.environ | {"PYTHONPATH": str(folder / "site"), "HOME": str(folder)}
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+    return run
+
+
+def test_wheel_finds_the_model(run_installed):
+    """The image model lies in the installed package."""
+    code = (
+        "from pathlib import Path; import dream_fast; from dream_fast.engine.dream_mini import MODEL_FOLDER as model;"
+        "print(model.relative_to(Path(dream_fast.__file__).parent), (model / 'model_index.json').is_file())"
+    )
+    result = run_installed("-c", code)
+    assert result.stdout.split() == [MODEL, "True"], result.stderr
+
+
+def test_wheel_modules(run_installed):
+    """Every module imports without the repository; so does what the self test of `--doctor` needs."""
+    modules = [
+        ".".join(("dream_fast", *path.relative_to(ROOT).with_suffix("").parts))
+        for path in OWN
+        if path.name not in ("__init__.py", "__main__.py") and path not in TESTS
+    ]
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    result = run_installed("-c", code, *modules)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+def test_wheel_doctor(run_installed):
+    """`--doctor` works without the repository. Without triton it skips the self test, which takes half a minute."""
+    code = "import sys; sys.modules['triton'] = None; from dream_fast.cli import main; sys.exit(main(['--doctor']))"
+    result = run_installed("-c", code)
+    assert result.stderr == "" and "torch" in result.stdout
+
+
+def test_wheel_bench_commands(run_installed):
+    """A benchmark from a wheel prints its help, or one sentence with what it needs."""
+    result = run_installed("-m", "dream_fast.bench")
+    assert all(name in result.stdout for name in COMMANDS)
+    code = "import sys; from dream_fast.bench.__main__ import main; sys.exit(main([sys.argv[1], *sys.argv[2:]]))"
+    for name in NEED_REPOSITORY:
+        result = run_installed("-c", code, name)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: `bench {name}` needs the repository: ")
+
+
+def test_wheel_bench_writes_beside_the_caller(run_installed):
+    """A measurement from a wheel writes into the current folder, not into the package."""
+    code = "from pathlib import Path; from dream_fast.bench.results import RESULTS; print(RESULTS == Path.cwd())"
+    assert run_installed("-c", code).stdout.strip() == "True"
+
+
+def test_wheel_metadata(wheel):
+    """The wheel declares the command, the licence and the dependencies."""
     archive = zipfile.ZipFile(wheel)
     info = next(name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name)
     assert "dream-fast = dream_fast.cli:main" in archive.read(f"{info}/entry_points.txt").decode()

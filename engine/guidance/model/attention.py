@@ -245,7 +245,7 @@ def choose_attention(
                 fastest(VAE_KINDS, in_encoder(), device, dtype, gradient=True),
             )
     else:
-        chosen = kept if wanted == "auto" else AttentionChoice(wanted, wanted)
+        chosen = kept if wanted == "auto" and kept else AttentionChoice(wanted, wanted)
         if chosen.unet != "sdpa" and (
             reason := unsupported_reason(chosen.unet, in_unet(), device, dtype, gradient=False)
         ):

@@ -142,7 +142,7 @@ def load_components(
         vae.decoder = None
         vae.post_quant_conv = None
     components = Components(
-        name=MODEL_FOLDER.name if folder == MODEL_FOLDER else str(source),
+        name="dream-mini" if folder == MODEL_FOLDER else str(source),
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         unet=unet,
@@ -234,7 +234,7 @@ def to_channels_last(model: torch.nn.Module) -> None:
     def turned(_: torch.nn.Module, inputs: tuple) -> tuple:
         return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
 
-    model.to(memory_format=torch.channels_last).register_forward_pre_hook(turned)
+    model.to(memory_format=torch.channels_last).register_forward_pre_hook(turned)  # type: ignore[call-overload]
 
 
 def enable_gradient_checkpointing(encoder: torch.nn.Module) -> None:
@@ -244,10 +244,11 @@ def enable_gradient_checkpointing(encoder: torch.nn.Module) -> None:
     for block in encoder.modules():
         if isinstance(block, (ResnetBlock2D, ResidualBlock)):
             # No random numbers are drawn inside, and asking for their state would end the capture of a CUDA graph.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = forward  # type: ignore[method-assign]
 
 
-def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:
+def _load(cls: Any, folder: Path, part: str, **options: Any) -> Any:
     """``cls.from_pretrained`` of one component, with what goes wrong in it as a UserError."""
     try:
         return cls.from_pretrained(folder / part, local_files_only=True, **options)
@@ -255,7 +256,7 @@ def _load(cls: type, folder: Path, part: str, **options: Any) -> Any:
         raise UserError(f"the {part} of the model {folder} does not load: {first_line(error)}") from error
 
 
-def _load_model(cls: type, folder: Path, part: str, **options: Any) -> Any:
+def _load_model(cls: Any, folder: Path, part: str, **options: Any) -> Any:
     """A component with weights; a weight that its files do not hold is an error, not a random number."""
     model, info = _load(cls, folder, part, use_safetensors=True, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])

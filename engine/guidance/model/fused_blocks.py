@@ -12,6 +12,8 @@ second one together with what went around the block (`dream_fast.kernels.bias_re
 Parameters stay the same objects under the same names, so weights load and save as before.
 """
 
+from typing import TypeGuard
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,6 +53,13 @@ class ResidualBlock(nn.Module):
 
     PARTS = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 
+    norm1: FusedGroupNorm
+    conv1: nn.Conv2d
+    time_emb_proj: nn.Module | None
+    norm2: FusedGroupNorm
+    conv2: nn.Conv2d
+    conv_shortcut: nn.Conv2d | None
+
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         for name in self.PARTS:
@@ -59,14 +68,19 @@ class ResidualBlock(nn.Module):
 
     def forward(self, input: Tensor, temb: Tensor | None = None) -> Tensor:
         """``input`` [N, C, H, W], the embedding of the time ``temb`` [N, E] or None -> [N, D, H, W]."""
-        added = self.conv1.bias.expand(len(input), -1)
+        added = _bias(self.conv1).expand(len(input), -1)
         if self.time_emb_proj is not None and temb is not None:
             added = added + self.time_emb_proj(temb)
         hidden = self.norm2(_without_bias(self.conv1, self.norm1(input)), added)
-        bias, residual = self.conv2.bias, input
+        bias, residual = _bias(self.conv2), input
         if self.conv_shortcut is not None:
-            bias, residual = bias + self.conv_shortcut.bias, _without_bias(self.conv_shortcut, input)
+            bias, residual = bias + _bias(self.conv_shortcut), _without_bias(self.conv_shortcut, input)
         return bias_residual(_without_bias(self.conv2, hidden), bias, residual)
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
 
 
 def _without_bias(conv: nn.Conv2d, input: Tensor) -> Tensor:
@@ -84,6 +98,7 @@ def fuse_group_norms(model: nn.Module) -> int:
     from diffusers.models.resnet import ResnetBlock2D
 
     fused = 0
+    norms: tuple[str, ...]
     for block in list(model.modules()):
         if isinstance(block, ResnetBlock2D):
             norms, activation = ("norm1", "norm2"), "nonlinearity"
@@ -111,7 +126,7 @@ def fuse_group_norms(model: nn.Module) -> int:
     return fused
 
 
-def _is_plain_norm(layer: nn.Module | None) -> bool:
+def _is_plain_norm(layer: nn.Module | None) -> TypeGuard[nn.GroupNorm]:
     """Whether this is torch's group normalisation, with weights; others compute something else."""
     return type(layer) is nn.GroupNorm and layer.affine
 

@@ -151,7 +151,7 @@ def _why_not(error: Exception | None) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return " (HF_HUB_OFFLINE is set)"
-    return f" ({first_line(error)})" if type(error).__module__.startswith("httpx") else ""
+    return f" ({first_line(error)})" if error and type(error).__module__.startswith("httpx") else ""
 
 
 def _snapshots(name: str, revision: str | None) -> list[Path]:

@@ -13,16 +13,8 @@ from dream_fast.engine.config.presets import (
     resolve,
     sd_defaults,
 )
-from dream_fast.engine.config.schema import (
-    BACKBONES,
-    DEFAULT_VIEW,
-    CameraConfig,
-    Config,
-    GuidanceConfig,
-    OptimConfig,
-    settings,
-    settings_unused_by,
-)
+from dream_fast.engine.config.schema import Config, settings, settings_unused_by
+from dream_fast.engine.config.sections import BACKBONES, DEFAULT_VIEW, CameraConfig, GuidanceConfig, OptimConfig
 from dream_fast.engine.errors import UserError
 
 DEFAULTS = (reference_defaults, sd_defaults, mini_cpu_defaults, mini_cuda_defaults)
@@ -77,7 +69,7 @@ REFERENCE = dict(
     guidance_scale=100,
     t_range=(0.02, 0.98),
     lambda_guidance=1,
-    lambda_entropy=1e-3,
+    lambda_opacity_entropy=1e-3,
     lambda_opacity=0,
     lambda_orient=1e-2,
     lambda_tv=0,
@@ -140,7 +132,11 @@ def test_the_vanilla_backbone_has_defaults_of_its_own_under_every_preset():
             assert (grid.field.hidden_layers, grid.optim.lr_decay) == (2, 1.0)
             own = {"backbone", "hidden_layers", "lr_decay", "normals"}
             assert {name for name, value in flat(vanilla).items() if value != flat(grid)[name]} == own
-            assert (vanilla.render.num_steps, vanilla.render.upsample_steps, vanilla.field.frequencies) == (64, 32, 12)
+            assert (vanilla.render.num_steps, vanilla.render.upsample_steps, vanilla.field.n_frequencies) == (
+                64,
+                32,
+                12,
+            )
     typed = {"backbone": "vanilla", "hidden_layers": 1, "lr_decay": 0.5, "num_steps": 7}
     config = resolve(typed, "dream-mini", "cpu")
     assert (config.field.hidden_layers, config.optim.lr_decay, config.render.num_steps) == (1, 0.5, 7)
@@ -148,7 +144,9 @@ def test_the_vanilla_backbone_has_defaults_of_its_own_under_every_preset():
 
 def test_a_setting_of_another_backbone_is_refused():
     assert (
-        settings_unused_by("grid") == settings_unused_by("grid_torch") == {"frequencies", "num_steps", "upsample_steps"}
+        settings_unused_by("grid")
+        == settings_unused_by("grid_torch")
+        == {"n_frequencies", "num_steps", "upsample_steps"}
     )
     for backbone in BACKBONES:
         for name in settings_unused_by(backbone):
@@ -235,8 +233,8 @@ def test_two_models_at_once_are_refused(typed, words):
             "--attention cudnn is for Stable Diffusion: the models of --guidance IF keep their own",
         ),
         (
-            {"guidance": ("SD", "clip"), "step_graph": True},
-            "--step_graph replays steps of one diffusion model, not those of --guidance SD clip: leave it out",
+            {"guidance": ("SD", "clip"), "cuda_graph": True},
+            "--cuda_graph replays steps of one diffusion model, not those of --guidance SD clip: leave it out",
         ),
         (
             {"guidance": ("clip",), "latent_iter_ratio": 0.0, "save_guidance": True},
@@ -304,8 +302,8 @@ def test_compiled_kernels_do_not_repeat_bits():
 @pytest.mark.parametrize("other", [{"progressive_level": True}, {"progressive_view": True}])
 def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
     flag = f"--{next(iter(other))}"
-    with pytest.raises(UserError, match=f"--step_graph does not go with {flag}"):
-        Config().override({"step_graph": True, **other})
+    with pytest.raises(UserError, match=f"--cuda_graph does not go with {flag}"):
+        Config().override({"cuda_graph": True, **other})
 
 
 @pytest.mark.parametrize(
@@ -314,16 +312,16 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
         ({}, "dream-mini", "cuda", True),
         ({}, "dream-mini", "cpu", False),
         ({}, "sd", "cuda", False),
-        ({"step_graph": True}, "sd", "cuda", True),
-        ({"step_graph": False}, "dream-mini", "cuda", False),
+        ({"cuda_graph": True}, "sd", "cuda", True),
+        ({"cuda_graph": False}, "dream-mini", "cuda", False),
         ({"deterministic": True}, "dream-mini", "cuda", False),
         ({"lambda_tv": 0.1}, "dream-mini", "cuda", True),
         ({"progressive_view": True}, "dream-mini", "cuda", False),
         ({"backbone": "vanilla"}, "dream-mini", "cuda", False),
         ({"backbone": "grid_torch"}, "dream-mini", "cuda", False),
         ({"guidance": ("dream-mini", "clip")}, "dream-mini", "cuda", False),
-        ({"backbone": "vanilla", "step_graph": True}, "dream-mini", "cuda", True),
+        ({"backbone": "vanilla", "cuda_graph": True}, "dream-mini", "cuda", True),
     ],
 )
 def test_a_step_is_replayed_where_that_pays_and_nobody_chose(typed, model, device, graph):
-    assert resolve(typed, model, device).run.step_graph is graph
+    assert resolve(typed, model, device).run.cuda_graph is graph

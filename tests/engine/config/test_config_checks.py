@@ -5,14 +5,8 @@ import re
 import pytest
 
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import (
-    Config,
-    GuidanceConfig,
-    device_kind,
-    read_values,
-    settings,
-    settings_unused_by,
-)
+from dream_fast.engine.config.schema import Config, device_kind, read_values, settings, settings_unused_by
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 
 FADING = LinearSchedule(0.0, 0.5, 0.0, 1.0)
@@ -33,10 +27,10 @@ CLIP = {"guidance": ("clip",), "latent_iter_ratio": 0.0}
         {"deterministic": True},
         {"max_resolution": 16, "base_resolution": 16},
         {"occupancy_resolution": 66},
-        {"perpneg": True, "score": "sds"},
-        {"loss_space": "x0", "score": "sdi"},
-        {"loss_space": "x0", "score": "sds"},
-        {"score": "csd"},
+        {"perpneg": True, "objective": "sds"},
+        {"loss_space": "x0", "objective": "sdi"},
+        {"loss_space": "x0", "objective": "sds"},
+        {"objective": "csd"},
         {"backbone": "vanilla"},
         {"backbone": "grid_torch", "lambda_tv": 1.0, "lambda_wd": FADING},
         {"dmtet": True, "init_with": "a", "lr_geo": 0.1, "lock_geo": True, "tet_grid_size": 6},
@@ -46,8 +40,8 @@ CLIP = {"guidance": ("clip",), "latent_iter_ratio": 0.0}
         {"guidance": ("SD", "clip"), "attention": "xformers"},
         {"guidance": ("SD", "clip"), "save_guidance": True},
         {"guidance": ("SD", "clip")},
-        {"guidance": ("SD",), "step_graph": True},
-        {"step_graph": True},
+        {"guidance": ("SD",), "cuda_graph": True},
+        {"cuda_graph": True},
         CLIP,
     ],
     ids=str,
@@ -65,9 +59,9 @@ def test_settings_that_go_together_are_taken(typed):
         ({"output": "elsewhere"}, "--output goes with --test only"),
         ({"exp_end_iter": 9, "exp_start_iter": 10}, "--exp_end_iter must be more than --exp_start_iter 10, not 9"),
         ({"exp_start_iter": 11, "iters": 10}, "--exp_start_iter must be less than --iters 10"),
-        ({"perpneg": True, "score": "csd"}, "--perpneg goes with --score sds only, not with csd"),
-        ({"loss_space": "x0", "score": "csd"}, "--loss_space x0 goes with --score sds and sdi, not with csd"),
-        ({"loss_space": "x0", "score": "asd"}, "--loss_space x0 goes with --score sds and sdi, not with asd"),
+        ({"perpneg": True, "objective": "csd"}, "--perpneg goes with --objective sds only, not with csd"),
+        ({"loss_space": "x0", "objective": "csd"}, "--loss_space x0 goes with --objective sds and sdi, not with csd"),
+        ({"loss_space": "x0", "objective": "asd"}, "--loss_space x0 goes with --objective sds and sdi, not with asd"),
         ({"guidance": ("SD", "clip", "clip")}, "--guidance names clip twice"),
         ({"backbone": "vanilla", "lambda_tv": 0.1}, "--lambda_tv and --lambda_wd are of the hash table"),
         ({"backbone": "vanilla", "lambda_wd": FADING}, "--lambda_tv and --lambda_wd are of the hash table"),
@@ -79,14 +73,14 @@ def test_settings_that_go_together_are_taken(typed):
         ({"guidance": ("IF", "clip")}, "--latent_iter_ratio 0.2 does not go with --guidance IF clip"),
         (IF | {"attention": "xformers"}, "--attention xformers is for Stable Diffusion: the models of --guidance IF"),
         (
-            CLIP | {"step_graph": True},
-            "--step_graph replays steps of one diffusion model, not those of --guidance clip",
+            CLIP | {"cuda_graph": True},
+            "--cuda_graph replays steps of one diffusion model, not those of --guidance clip",
         ),
         (CLIP | {"save_guidance": True}, "--save_guidance shows what a diffusion model sees"),
-        ({"step_graph": True, "dmtet": True}, "--step_graph does not go with --dmtet, which"),
+        ({"cuda_graph": True, "dmtet": True}, "--cuda_graph does not go with --dmtet, which"),
         (
-            {"step_graph": True, "progressive_view": True, "progressive_level": True},
-            "--step_graph does not go with --progressive_level, which",
+            {"cuda_graph": True, "progressive_view": True, "progressive_level": True},
+            "--cuda_graph does not go with --progressive_level, which",
         ),
         ({"itres": 1, "Iters": 2, "iters": 3}, "unknown setting: Iters, itres"),
     ],
@@ -205,5 +199,5 @@ def test_differences_are_of_what_is_learned():
 def test_devices_and_backbones_have_their_names():
     """The number of a GPU is cut off, and each backbone is without the settings of the others."""
     assert [device_kind(name) for name in ("cuda:1", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
-    assert {"levels", "max_steps", "lambda_tv", "lambda_wd"} <= settings_unused_by("vanilla")
-    assert not {"lr", "hidden_width", "frequencies"} & settings_unused_by("vanilla")
+    assert {"n_levels", "max_steps", "lambda_tv", "lambda_wd"} <= settings_unused_by("vanilla")
+    assert not {"lr", "hidden_width", "n_frequencies"} & settings_unused_by("vanilla")

@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dream_fast
 from dream_fast.cli import build_parser
 from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
-from dream_fast.engine.config.options_page import page
+from dream_fast.engine.config.options_page import MOST_USED, page
 from dream_fast.engine.config.presets import mini_cpu_defaults, mini_cuda_defaults, resolve
 from dream_fast.engine.config.schema import settings
+from dream_fast.engine.config.sections import OptimConfig
+from dream_fast.engine.training.optim import Optimizer
 
 FOLDER = Path(dream_fast.__file__).parent
 PAGE = FOLDER / "docs" / "options.md"
@@ -28,9 +31,9 @@ def rows(part: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def tables() -> list[dict[str, list[str]]]:
-    """Our flags, those of the reference, and the defaults of the vanilla backbone."""
-    return [rows(part) for part in page().split("\n## ")[1:]]
+def tables() -> dict[str, dict[str, list[str]]]:
+    """The tables of flags on the page, by the heading they stand under."""
+    return {part.partition("\n")[0]: rows(part) for part in page().split("\n## ")[1:]}
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
@@ -43,14 +46,34 @@ def test_the_committed_page_is_current_and_linked():
 def test_every_flag_of_the_command_has_a_row(tables):
     taken = set(build_parser()._option_string_actions) - {"-h", "--help", "--print_config"}
     ours = {flag for flag in taken if not (flag.startswith("--no-") and f"--{flag[5:]}" in taken)}
-    assert set(tables[0]) == ours
+    assert set(tables["Flags"]) | set(tables["Earlier names"]) == ours
+    assert not set(tables["Flags"]) & set(tables["Earlier names"])
+
+
+def test_most_used_flags_come_first(tables):
+    """A dozen flags stand before all others, each with the meaning that its own row has."""
+    first, used = next(iter(tables.items()))
+    assert first == "The flags that people use" and list(used) == MOST_USED and 12 <= len(used) <= 15
+    assert all(meaning == tables["Flags"][flag][-1] for flag, (meaning,) in used.items())
+
+
+def test_learning_rates_are_those_of_the_optimiser():
+    """The table of learning rates holds the rates of each group, as the optimiser uses them."""
+    table, other = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
+    lines = page().partition("## Learning rates")[2].splitlines()
+    shown = [line.strip("| ").split(" | ")[1:] for line in lines if line.startswith(("| MLPs", "| hash", "| shape"))]
+    for column, optim in enumerate(("adan", "adam")):
+        rates = Optimizer(
+            table, [other], OptimConfig(optim=optim), [torch.nn.Parameter(torch.zeros(1))]
+        ).learning_rates()
+        assert [row[column] for row in shown] == [f"{rates[name]:g}" for name in ("network", "table", "shape")]
 
 
 def test_defaults_are_shown_where_they_differ(tables):
-    shown, cpu, cuda = tables[0], mini_cpu_defaults(), mini_cuda_defaults()
+    shown, cpu, cuda = tables["Flags"], mini_cpu_defaults(), mini_cuda_defaults()
     assert shown["--iters"][:3] == ["10000", str(cpu.run.iters), str(cuda.run.iters)]
     assert shown["--theta_range"][:3] == ["45 105", "50 95", "50 95"]
-    assert shown["--step_graph"][:3] == ["off", "", "on"]
+    assert shown["--cuda_graph"][:3] == ["off", "", "on"]
     assert shown["--device"][:3] == ["auto", "", ""]
     assert shown["--seed"][:3] == ["none", "", ""]
     assert shown["--negative"][0] == '""'
@@ -59,7 +82,7 @@ def test_defaults_are_shown_where_they_differ(tables):
 
 
 def test_every_flag_of_the_reference_works_or_is_refused_with_the_reason(tables):
-    theirs = tables[1]
+    theirs = tables["The flags of stable-dreamfusion"]
     assert list(theirs) == REFERENCE_FLAGS
     for flag, (here, remark) in theirs.items():
         assert here == ("refused" if flag in UNSUPPORTED_FLAGS else "works")
@@ -70,7 +93,7 @@ def test_every_flag_of_the_reference_works_or_is_refused_with_the_reason(tables)
 
 
 def test_the_defaults_of_the_vanilla_backbone_are_shown(tables):
-    shown = tables[2]
+    shown = tables["Defaults of the vanilla backbone"]
     assert shown["--lr_decay"] == ["0.1", "0.1", "0.1"] and shown["--hidden_layers"][0] == "4"
     for place, (typed, device) in enumerate([({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]):
         grid, own = (resolve(typed | {"backbone": name}, "dream-mini", device) for name in ("grid", "vanilla"))
@@ -78,7 +101,7 @@ def test_the_defaults_of_the_vanilla_backbone_are_shown(tables):
             before, after = (getattr(getattr(config, room.name), field.name) for config in (grid, own))
             if field.name != "backbone":
                 assert bool(shown.get(f"--{field.name}", [""] * 3)[place]) == (before != after)
-    assert "`--levels`, " in page() and "`--lambda_wd`.\n" in page()
+    assert "`--n_levels`, " in page() and "`--lambda_wd`.\n" in page()
 
 
 def test_the_page_is_printed_without_anything_heavy():

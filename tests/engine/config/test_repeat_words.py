@@ -23,7 +23,7 @@ def test_command_is_of_any_machine_and_any_folder_for_outputs():
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ({"device": "cuda", "step_graph": False}, "--device cuda --no-step_graph"),
+        ({"device": "cuda", "cuda_graph": False}, "--device cuda --no-cuda_graph"),
         ({"save_mesh": True}, "--save_mesh"),
         ({"workspace": "-w"}, "--workspace=-w"),
         ({"ckpt": "latest"}, None),

@@ -20,7 +20,7 @@ from skimage import measure
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline import mesh_export as bench_mesh
-from dream_fast.engine.config.schema import CameraConfig, FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import images, isosurface, mesh_files, texture, uv_atlas, video
 from dream_fast.engine.export.silhouette import silhouettes
@@ -112,9 +112,9 @@ def test_floaters_are_dropped_and_parts_kept():
     points = grid(40)
     parts = np.stack([ball(points, (-0.4, 0, 0), 0.4), ball(points, (0.5, 0, 0), 0.2), ball(points, (0, 0.9, 0), 0.05)])
     full = isosurface.iso_surface(parts.max(axis=0), 0.0)
-    assert len(np.unique(geometry_mesh.components(full))) == 3
+    assert len(np.unique(geometry_mesh.mesh_components(full))) == 3
     cleaned = geometry_mesh.visible_parts(full)
-    assert len(np.unique(geometry_mesh.components(cleaned))) == 2
+    assert len(np.unique(geometry_mesh.mesh_components(cleaned))) == 2
     shape = trimesh.Trimesh(cleaned.vertices, cleaned.faces, process=False)
     assert shape.is_watertight and shape.euler_number == 4
     assert shape.vertices[:, 1].max() < 39 * 0.75
@@ -125,8 +125,8 @@ def test_what_lies_beside_a_part_stays_unless_it_is_a_crumb(gap, radius, stays):
     points = grid(160)
     pot, knob = ball(points, (0, -0.2, 0), 0.5), ball(points, (0, 0.3 + gap + radius, 0), radius)
     full = isosurface.iso_surface(np.maximum(pot, knob), 0.0)
-    assert len(np.unique(geometry_mesh.components(full))) == 2
-    assert len(np.unique(geometry_mesh.components(geometry_mesh.visible_parts(full)))) == 1 + stays
+    assert len(np.unique(geometry_mesh.mesh_components(full))) == 2
+    assert len(np.unique(geometry_mesh.mesh_components(geometry_mesh.visible_parts(full)))) == 1 + stays
 
 
 def bumps(points):
@@ -217,8 +217,8 @@ def fitted_renderer():
     torch.manual_seed(0)
     config = dataclasses.replace(
         FieldConfig(),
-        levels=4,
-        log2_entries=14,
+        n_levels=4,
+        log2_hashmap_size=14,
         base_resolution=8,
         max_resolution=32,
         hidden_width=32,
@@ -406,11 +406,11 @@ def test_a_mesh_is_written_without_scipy(tmp_path):
 import sys
 sys.modules["scipy"] = None
 import torch, trimesh
-from dream_fast.engine.config import FieldConfig
-from dream_fast.engine.export.mesh import write_mesh
-from dream_fast.engine.field import Field
-shape = FieldConfig(levels=2, log2_entries=12, max_resolution=32, bg_radius=-1.0)
-write_mesh(sys.argv[1], Field(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
+from dream_fast.engine.config.sections import FieldConfig
+from dream_fast.engine.export.mesh_files import write_mesh
+from dream_fast.engine.scene.hash_grid_field import HashGridField
+shape = FieldConfig(n_levels=2, log2_hashmap_size=12, max_resolution=32, bg_radius=-1.0)
+write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
 """
     path = tmp_path / "mesh.glb"
     done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)

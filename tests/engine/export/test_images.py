@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dream_fast.bench.accuracy import check, check_fp64
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export import images
 from dream_fast.engine.geometry.voxels import trilinear
 from dream_fast.engine.scene.camera import SIX_VIEWS

@@ -33,7 +33,7 @@ from dream_fast.engine.workspace.folder import Workspace
 SIDE, FRAMES = 24, 5
 SMALL = f"""
     --device cpu --iters 6 --log_every 1 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}
-    --dataset_size_valid 2 --levels 3 --log2_entries 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --dataset_size_valid 2 --n_levels 3 --log2_hashmap_size 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
     --bound 0.6 --max_steps 48 --occupancy_resolution 16 --latent_iter_ratio 0.5 --save_guidance
     --save_guidance_interval 3
 """.split()

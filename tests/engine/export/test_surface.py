@@ -12,7 +12,7 @@ import trimesh
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export import isosurface, texture, uv_atlas
 from dream_fast.engine.export.silhouette import Silhouette
 from dream_fast.engine.geometry import mesh as geometry_mesh
@@ -140,7 +140,7 @@ def test_walls_of_cavities_are_dropped():
     shell = Analytic(lambda x: torch.maximum(ball(0.7)(x), -ball(0.4)(x)))
     volume = isosurface.log_density_volume(shell, 48, 10.0)
     raw = isosurface.iso_surface(volume.shape.numpy(), math.log(volume.level))
-    assert len(np.unique(geometry_mesh.components(raw))) == 2
+    assert len(np.unique(geometry_mesh.mesh_components(raw))) == 2
     shape = as_trimesh(isosurface.surface_of(volume))
     assert shape.is_watertight and shape.euler_number == 2
     assert in_a_ball(0.7 - below(2 / 47, 0.7)) < shape.volume < in_a_ball(0.7 + 1e-6)

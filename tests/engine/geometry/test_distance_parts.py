@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dream_fast.bench.accuracy import check_fp64
 from dream_fast.engine.geometry import signed_distance as module
+from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.geometry.signed_distance import distance, inside, signed_distance
-from dream_fast.engine.geometry.tet_grid import TriMesh
 
 ORIGIN = torch.tensor([-1.0, -0.5, 0.25], dtype=torch.float64)
 SPACING = torch.tensor([0.25, 0.5, 0.125], dtype=torch.float64)
@@ -22,8 +22,8 @@ def lattice() -> Tensor:
     return ORIGIN + SPACING * torch.cartesian_prod(*map(torch.arange, SHAPE)).view(*SHAPE, 3)
 
 
-def surface(mesh: trimesh.Trimesh) -> TriMesh:
-    return TriMesh(torch.tensor(np.asarray(mesh.vertices)), torch.tensor(np.asarray(mesh.faces)))
+def surface(mesh: trimesh.Trimesh) -> TensorMesh:
+    return TensorMesh(torch.tensor(np.asarray(mesh.vertices)), torch.tensor(np.asarray(mesh.faces)))
 
 
 def drawn(*size: int) -> Tensor:
@@ -95,7 +95,7 @@ def test_distance_of_a_lattice_is_that_of_each_of_its_points(pairs: int, monkeyp
     """Axes of other lengths, spacings and starts; what is farther than `reach` has it, and pieces change nothing."""
     monkeypatch.setattr(module, "PAIRS", pairs)
     corners = 0.5 * drawn(6, 3, 3)
-    mesh = TriMesh(corners.view(-1, 3), torch.arange(18).view(6, 3))
+    mesh = TensorMesh(corners.view(-1, 3), torch.arange(18).view(6, 3))
     points = lattice().view(-1, 3)
     each = [
         np.linalg.norm(
@@ -112,7 +112,7 @@ def test_distance_of_a_lattice_is_that_of_each_of_its_points(pairs: int, monkeyp
     check_fp64("distance", got, exact.clamp(max=reach))
 
 
-def boxes(*extents: tuple[tuple[float, float, float], tuple[float, float, float]]) -> TriMesh:
+def boxes(*extents: tuple[tuple[float, float, float], tuple[float, float, float]]) -> TensorMesh:
     """Boxes from one corner to the other, as one mesh."""
     made = [
         trimesh.creation.box(np.subtract(high, low)).apply_translation(np.add(low, high) / 2) for low, high in extents

@@ -9,7 +9,7 @@ import torch
 from dream_fast.bench.accuracy import check_fp64
 from dream_fast.engine.geometry import marching_cubes as module
 from dream_fast.engine.geometry.marching_cubes import CORNERS, EDGES, marching_cubes
-from dream_fast.engine.geometry.mesh import Mesh, components, is_closed
+from dream_fast.engine.geometry.mesh import Mesh, is_closed, mesh_components
 
 AXES = np.eye(3, dtype=int)
 
@@ -114,7 +114,7 @@ def test_points_inside_that_touch_over_a_diagonal_are_apart():
     for plane in range(3):
         flat = np.array([[1.0, -1.0], [-1.0, 1.0]])
         mesh = Mesh(*marching_cubes(np.expand_dims(flat, plane), 0.0))
-        assert len(np.unique(components(mesh))) == 2
+        assert len(np.unique(mesh_components(mesh))) == 2
 
 
 @pytest.mark.parametrize("points", [1, 2 * 9 * 10, 3 * 9 * 10 + 7])

@@ -13,6 +13,7 @@ from dream_fast.bench.accuracy import check, check_fp64
 from dream_fast.engine.export import isosurface
 from dream_fast.engine.export.isosurface import Volume
 from dream_fast.engine.geometry import mesh as geometry_mesh
+from dream_fast.engine.geometry.components import connected_components
 from dream_fast.engine.geometry.mesh import Mesh, NoSurface
 
 TETRAHEDRON = Mesh(
@@ -54,13 +55,13 @@ def test_groups_are_named_by_their_lowest():
         linked[ends[0], ends[1]] = linked[ends[1], ends[0]] = True
         for _ in range(5):
             linked = linked @ linked
-        assert np.array_equal(geometry_mesh._groups(30, ends), linked.argmax(axis=1))
+        assert np.array_equal(connected_components(30, torch.from_numpy(ends)).numpy(), linked.argmax(axis=1))
 
 
 def test_components_are_those_of_the_edges():
     """Triangles in a row that share a vertex are one component; a vertex of no triangle is its own."""
     mesh = Mesh(np.zeros((9, 3)), np.array([[8, 1, 7], [7, 2, 3], [4, 6, 5]]))
-    assert geometry_mesh.components(mesh).tolist() == [0, 1, 1, 1, 4, 4, 4, 1, 1]
+    assert geometry_mesh.mesh_components(mesh).tolist() == [0, 1, 1, 1, 4, 4, 4, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,11 @@ def test_points_nearer_than_a_fiftieth_are_side_by_side():
         corners = np.array([[0.0, 0, 0], [3, 3, 3]])
         for distance, joined in ((0.99 * 0.02 * 3, True), (1.01 * math.sqrt(3) * 0.04 * 3, False)):
             points = np.concatenate([[place, place + distance * way], corners]) - 1.5
-            part = geometry_mesh._side_by_side(points, np.arange(4), np.ones(4, dtype=bool))
+            part = geometry_mesh._join_near_components(points, np.arange(4), np.ones(4, dtype=bool))
             assert part.tolist() == ([0, 0, 2, 3] if joined else [0, 1, 2, 3])
-        dropped = geometry_mesh._side_by_side(points[[0, 0, 2, 3]], np.arange(4), np.array([True, False, True, True]))
+        dropped = geometry_mesh._join_near_components(
+            points[[0, 0, 2, 3]], np.arange(4), np.array([True, False, True, True])
+        )
         assert dropped.tolist() == [0, 1, 2, 3]
 
 
@@ -152,7 +155,7 @@ def test_sheets_that_share_a_vertex_get_one_each():
     apart = geometry_mesh._split_vertices(mesh)
     assert len(apart.vertices) == 8 and geometry_mesh.is_closed(apart)
     assert np.array_equal(apart.vertices[apart.faces], mesh.vertices[mesh.faces])
-    assert len(np.unique(geometry_mesh.components(apart))) == 2
+    assert len(np.unique(geometry_mesh.mesh_components(apart))) == 2
 
 
 def test_vertices_at_one_place_move_into_their_sheets():

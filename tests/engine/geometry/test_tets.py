@@ -8,16 +8,17 @@ import trimesh
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import LossConfig
+from dream_fast.engine.config.sections import LossConfig
 from dream_fast.engine.geometry import signed_distance as module
+from dream_fast.engine.geometry.mesh import TensorMesh, vertex_normals
 from dream_fast.engine.geometry.signed_distance import inside, signed_distance
-from dream_fast.engine.geometry.tet_grid import TriMesh, marching_tetrahedra, tet_grid, vertex_normals
+from dream_fast.engine.geometry.tet_grid import marching_tetrahedra, tet_grid
 from dream_fast.engine.training import losses
 from dream_fast.engine.training.losses import laplacian, mesh_regularizers, normal_consistency
 from dream_fast.kernels import opposite_corners
 
 
-def as_trimesh(surface: TriMesh) -> trimesh.Trimesh:
+def as_trimesh(surface: TensorMesh) -> trimesh.Trimesh:
     return trimesh.Trimesh(surface.vertices.detach().numpy(), surface.faces.numpy(), process=False)
 
 
@@ -27,8 +28,8 @@ def check_value(name, got, exact):
     check(name, got.detach(), exact, exact)
 
 
-def from_trimesh(mesh: trimesh.Trimesh, dtype=torch.float32) -> TriMesh:
-    return TriMesh(torch.tensor(mesh.vertices).to(dtype), torch.tensor(mesh.faces))
+def from_trimesh(mesh: trimesh.Trimesh, dtype=torch.float32) -> TensorMesh:
+    return TensorMesh(torch.tensor(mesh.vertices).to(dtype), torch.tensor(mesh.faces))
 
 
 @pytest.mark.parametrize("size", [4, 6, 10])
@@ -112,7 +113,7 @@ def lattice() -> torch.Tensor:
     return ORIGIN + SPACING * torch.cartesian_prod(*map(torch.arange, SHAPE)).view(*SHAPE, 3)
 
 
-def signed(mesh: TriMesh, reach=0.3) -> torch.Tensor:
+def signed(mesh: TensorMesh, reach=0.3) -> torch.Tensor:
     return signed_distance(mesh, ORIGIN, SPACING, SHAPE, reach)
 
 
@@ -133,14 +134,14 @@ def test_distance_to_a_box_is_exact(pairs, monkeypatch):
 def test_inside_out_overlapping_and_open_meshes():
     solid = trimesh.creation.box((0.8, 1.1, 0.5))
     expected = box((0.8, 1.1, 0.5)) > 0
-    flipped = TriMesh(torch.tensor(solid.vertices).float(), torch.tensor(solid.faces).flip(1))
+    flipped = TensorMesh(torch.tensor(solid.vertices).float(), torch.tensor(solid.faces).flip(1))
     assert torch.equal(inside(flipped, ORIGIN, SPACING, SHAPE), expected)
     other = trimesh.creation.box((0.5, 0.5, 1.3))
     both = inside(from_trimesh(trimesh.util.concatenate([solid, other])), ORIGIN, SPACING, SHAPE)
     assert torch.equal(both, expected | (box((0.5, 0.5, 1.3)) > 0))
     # A triangle is missing: lines through the hole are outvoted.
     fine = solid.subdivide().subdivide()
-    opened = TriMesh(torch.tensor(fine.vertices).float(), torch.tensor(fine.faces)[1:])
+    opened = TensorMesh(torch.tensor(fine.vertices).float(), torch.tensor(fine.faces)[1:])
     assert torch.equal(inside(opened, ORIGIN, SPACING, SHAPE), expected)
 
 
@@ -159,7 +160,7 @@ def test_normal_consistency_of_a_cube_and_a_plane():
     # 12 edges at right angles, 6 diagonals in a plane.
     check_value("cube", normal_consistency(cube, opposite_corners(cube.faces)), 12 / 18)
     corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]], dtype=torch.float64)
-    flat = TriMesh(corners, torch.tensor([[0, 1, 2], [2, 1, 3]]))
+    flat = TensorMesh(corners, torch.tensor([[0, 1, 2], [2, 1, 3]]))
     check_value("plane", normal_consistency(flat, opposite_corners(flat.faces)), 0.0)
 
 
@@ -181,7 +182,7 @@ def test_small_triangles_count_less():
     places, faces = mesh.vertices.clone(), mesh.faces.clone()
     a, b, c = faces[0].tolist()
     middle = (places[b] + places[c]) / 2 + torch.tensor([1e-6, 2e-6, -1e-6], dtype=torch.float64)
-    sliver = TriMesh(
+    sliver = TensorMesh(
         torch.cat([places, middle[None]]).requires_grad_(),
         torch.cat([faces[1:], torch.tensor([[a, b, 8], [a, 8, c], [b, c, 8]])]),
     )
@@ -198,10 +199,10 @@ def test_gradients_of_the_terms_and_their_weights(monkeypatch):
     beyond = opposite_corners(mesh.faces)
 
     def terms(x):
-        return tuple(mesh_regularizers(TriMesh(x, mesh.faces), beyond, LossConfig()).values())
+        return tuple(mesh_regularizers(TensorMesh(x, mesh.faces), beyond, LossConfig()).values())
 
     assert torch.autograd.gradcheck(terms, (places,))
-    surface = TriMesh(places, mesh.faces)
+    surface = TensorMesh(places, mesh.faces)
     one = mesh_regularizers(surface, beyond, LossConfig(lambda_mesh_normal=1.0, lambda_mesh_laplacian=0.0))
     assert one["mesh_normal"] == normal_consistency(surface, beyond) and len(one) == 1
     annealed = LossConfig(lambda_mesh_laplacian=LinearSchedule(0.0, 0.0, 1.0, 1.0))
@@ -210,6 +211,6 @@ def test_gradients_of_the_terms_and_their_weights(monkeypatch):
 
 
 def test_terms_of_a_collapsed_mesh_are_finite():
-    mesh = TriMesh(torch.zeros(3, 3, requires_grad=True), torch.tensor([[0, 1, 2], [0, 2, 1]]))
+    mesh = TensorMesh(torch.zeros(3, 3, requires_grad=True), torch.tensor([[0, 1, 2], [0, 2, 1]]))
     sum(mesh_regularizers(mesh, opposite_corners(mesh.faces), LossConfig()).values()).backward()
     assert torch.isfinite(mesh.vertices.grad).all()

@@ -276,7 +276,7 @@ def test_the_fastest_is_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_auto_takes_what_works_and_guidance_runs_with_every_choice_in_a_graph(tiny_model: Path) -> None:
-    from dream_fast.engine.config.schema import GuidanceConfig
+    from dream_fast.engine.config.sections import GuidanceConfig
     from dream_fast.engine.guidance.sds import ScoreDistillation
 
     kinds = ["auto", "sdpa", "cudnn"] + ["xformers"] * (no_xformers(torch.float16) is None)

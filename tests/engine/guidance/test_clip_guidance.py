@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import CameraConfig, GuidanceConfig
+from dream_fast.engine.config.sections import CameraConfig, GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance, clip_guidance, clip_views, load_clip
@@ -166,8 +166,8 @@ def test_a_model_that_does_not_load_is_one_sentence(tiny_clip: Path, tiny_model:
 def test_the_command_optimises_by_clip_alone(tmp_path: Path, tiny_clip: Path, capsys) -> None:
     from dream_fast.cli import main
 
-    words = """--device cpu --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --levels 3
-        --log2_entries 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 48
+    words = """--device cpu --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --n_levels 3
+        --log2_hashmap_size 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 48
         --occupancy_resolution 16 --dataset_size_valid 2 --guidance clip --clip_key""".split()
     workspace = tmp_path / "trial"
     start = ["--text", "a shiny thing", "--workspace", str(workspace), *words, str(tiny_clip), "--iters"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import CameraConfig, GuidanceConfig
+from dream_fast.engine.config.sections import CameraConfig, GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance import clip
 from dream_fast.engine.guidance.base import StepInputs

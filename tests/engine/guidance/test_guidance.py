@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.cfg import guided_prediction
 from dream_fast.engine.guidance.ddim import decode, sample

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.ddim import sample
@@ -141,7 +141,8 @@ def test_the_gradient_is_that_of_the_picture_with_the_first_three_channels_as_no
 
 
 @pytest.mark.parametrize(
-    "options", [{"score": "csd"}, {"score": "asd"}, {"score": "sdi", "inversion_steps": 2}, {"loss_space": "x0"}]
+    "options",
+    [{"objective": "csd"}, {"objective": "asd"}, {"objective": "sdi", "inversion_steps": 2}, {"loss_space": "x0"}],
 )
 def test_every_score_guides_pixels(components: Components, options: dict) -> None:
     rgb = torch.rand(1, 3, 24, 24, generator=generator(1)).requires_grad_()
@@ -272,8 +273,8 @@ def test_a_package_is_looked_for_without_importing_it() -> None:
 def test_the_command_optimises_by_if(tmp_path: Path, tiny_if_model: Path) -> None:
     from dream_fast.cli import main
 
-    words = """--device cpu --iters 4 --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --levels 3
-        --log2_entries 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 48
+    words = """--device cpu --iters 4 --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --n_levels 3
+        --log2_hashmap_size 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 48
         --occupancy_resolution 16 --dataset_size_valid 2 --save_guidance --save_guidance_interval 2""".split()
     workspace = tmp_path / "trial"
     assert (

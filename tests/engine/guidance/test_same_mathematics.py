@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline.random_sd import TOKENS, in_dtype, random_components
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import Components, prepare_components
 from dream_fast.engine.guidance.sds import ScoreDistillation

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.presets import mini_cpu_defaults, resolve
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import Components, load_components
@@ -161,7 +161,7 @@ def test_classifier_score_holds_no_noise(components: Components) -> None:
 
 def test_the_higher_level_ends_with_the_schedule(components: Components) -> None:
     z, t, calls = torch.ones(4, 4, 8, 8), torch.tensor([20, 39, 520, 990]), []
-    config = GuidanceConfig(score="asd", t_range=(0.02, 1.0))
+    config = GuidanceConfig(objective="asd", t_range=(0.02, 1.0))
     hook = components.unet.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1]))
     distillation_gradient(components, config, z, Draws(t, torch.zeros_like(z)), Prompts(*prompts(4)), {})
     hook.remove()
@@ -254,15 +254,15 @@ def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, 
     ("typed", "scale", "rescale"),
     [
         ({}, "0.0:8:4:1.0", 0.5),
-        ({"score": "sds"}, "0.0:8:4:1.0", 0.5),
-        ({"score": "csd"}, "0.0:8:4:1.0", 0.0),
-        ({"score": "csd", "guidance_rescale": 0.25}, "0.0:8:4:1.0", 0.25),
-        ({"score": "asd"}, "7.5", 0.5),
-        ({"score": "sdi"}, "7.5", 0.5),
-        ({"score": "sdi", "guidance_scale": 30.0}, "30.0", 0.5),
-        ({"score": "asd", "guidance_scale": LinearSchedule(0.0, 7.5, 2.0, 1.0)}, "0.0:7.5:2:1.0", 0.5),
-        ({"score": "asd", "preset": "reference"}, "7.5", 0.0),
-        ({"score": "csd", "preset": "reference"}, "100.0", 0.0),
+        ({"objective": "sds"}, "0.0:8:4:1.0", 0.5),
+        ({"objective": "csd"}, "0.0:8:4:1.0", 0.0),
+        ({"objective": "csd", "guidance_rescale": 0.25}, "0.0:8:4:1.0", 0.25),
+        ({"objective": "asd"}, "7.5", 0.5),
+        ({"objective": "sdi"}, "7.5", 0.5),
+        ({"objective": "sdi", "guidance_scale": 30.0}, "30.0", 0.5),
+        ({"objective": "asd", "guidance_scale": LinearSchedule(0.0, 7.5, 2.0, 1.0)}, "0.0:7.5:2:1.0", 0.5),
+        ({"objective": "asd", "preset": "reference"}, "7.5", 0.0),
+        ({"objective": "csd", "preset": "reference"}, "100.0", 0.0),
     ],
 )
 def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, rescale) -> None:
@@ -273,10 +273,12 @@ def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, rescale) ->
 
 @pytest.mark.parametrize("score", ["csd", "asd", "sdi"])
 def test_perp_neg_goes_with_sds_only(score: str) -> None:
-    with pytest.raises(UserError, match=f"^--perpneg goes with --score sds only, not with {score}: leave one of them"):
-        resolve({"score": score, "perpneg": True}, "sd", "cpu")
-    with pytest.raises(UserError, match="--score is one of sds, csd, asd, sdi, not 'vsd'"):
-        GuidanceConfig(score="vsd")
+    with pytest.raises(
+        UserError, match=f"^--perpneg goes with --objective sds only, not with {score}: leave one of them"
+    ):
+        resolve({"objective": score, "perpneg": True}, "sd", "cpu")
+    with pytest.raises(UserError, match="--objective is one of sds, csd, asd, sdi, not 'vsd'"):
+        GuidanceConfig(objective="vsd")
     with pytest.raises(UserError, match="--inversion_steps must be at least 1, not 0"):
         GuidanceConfig(inversion_steps=0)
 
@@ -332,5 +334,5 @@ def test_the_clean_latent_is_rescaled_before_it_is_compared(components: Componen
 
 @pytest.mark.parametrize("score", ["csd", "asd"])
 def test_scores_without_a_clean_latent_refuse_its_loss(score: str) -> None:
-    with pytest.raises(UserError, match="--loss_space x0 goes with --score sds and sdi"):
+    with pytest.raises(UserError, match="--loss_space x0 goes with --objective sds and sdi"):
         config(score, loss_space="x0")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance import sds
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.cfg import guided_prediction

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.sds import ScoreDistillation, resize
@@ -91,7 +91,7 @@ def test_a_scale_that_changes_during_the_run_is_read_at_the_step(components):
 def test_the_lowest_level_of_asd_is_read_at_the_step(components):
     """Where the range has a schedule, asd measures its delay from the range's low end in this step."""
     low = LinearSchedule(0.0, 0.5, 0.25, 1.0)
-    score = ScoreDistillation(components, GuidanceConfig(score="asd", t_range=(low, 0.9)))
+    score = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(low, 0.9)))
     lowest = [score.scheduled_scalars(0, progress) for progress in (0.0, 0.5, 1.0)]
     assert [{name: value.item() for name, value in scalars.items()} for scalars in lowest] == [
         {"min_timestep": 500},
@@ -99,11 +99,10 @@ def test_the_lowest_level_of_asd_is_read_at_the_step(components):
         {"min_timestep": 250},
     ]
     assert score.prepare_step(StepInputs(0, 0.5, generator()), 1).scalars["min_timestep"].item() == 375
-    steady = ScoreDistillation(components, GuidanceConfig(score="asd", t_range=(0.5, 0.9)))
+    steady = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(0.5, 0.9)))
     assert steady.scheduled_scalars(0, 0.5) == {}
-    assert (
-        ScoreDistillation(components, GuidanceConfig(score="sds", t_range=(low, 0.9))).scheduled_scalars(0, 0.5) == {}
-    )
+    other = ScoreDistillation(components, GuidanceConfig(objective="sds", t_range=(low, 0.9)))
+    assert other.scheduled_scalars(0, 0.5) == {}
 
 
 def test_tiny_gradients_keep_their_size(components):

@@ -9,7 +9,8 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.presets import chosen_model, resolve
-from dream_fast.engine.config.schema import CameraConfig, Config
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
@@ -19,9 +20,9 @@ from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.scene.camera import turntable
 
 SMALL = """
-    --device cpu --iters 4 --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --levels 3 --log2_entries 10
-    --max_resolution 32 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 48 --occupancy_resolution 16
-    --dataset_size_valid 2
+    --device cpu --iters 4 --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --n_levels 3
+    --log2_hashmap_size 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 48
+    --occupancy_resolution 16 --dataset_size_valid 2
 """.split()
 
 

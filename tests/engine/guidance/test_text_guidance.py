@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dream_fast.engine.config.schema import GuidanceConfig
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance import snapshots
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance

@@ -10,9 +10,9 @@ import trimesh
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import RenderConfig
+from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.geometry.tet_grid import TriMesh
+from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.render import mesh as mesh_renderer
 from dream_fast.engine.render.base import Shading
 from dream_fast.engine.render.mesh import MeshRenderer
@@ -41,18 +41,18 @@ class Field:
         return directions.abs()
 
 
-def wall() -> TriMesh:
+def wall() -> TensorMesh:
     """Two triangles that cover all of the pictures at z = 0.25 and face the cameras."""
     corners = torch.tensor([[-50, -50, 0.25], [50, -50, 0.25], [50, 50, 0.25], [-50, 50, 0.25]])
-    return TriMesh(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
+    return TensorMesh(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
 
 
-def box(side: float = 0.5) -> TriMesh:
+def box(side: float = 0.5) -> TensorMesh:
     made = trimesh.creation.box((side, side, side))
-    return TriMesh(torch.tensor(made.vertices).float(), torch.tensor(made.faces))
+    return TensorMesh(torch.tensor(made.vertices).float(), torch.tensor(made.faces))
 
 
-def renderer(surface: TriMesh | None = None, locked: bool = False, **settings: Any) -> MeshRenderer:
+def renderer(surface: TensorMesh | None = None, locked: bool = False, **settings: Any) -> MeshRenderer:
     shape: Any = TetMesh(8, 0.6, locked=locked)
     if surface is not None:
         shape = SimpleNamespace(surface=lambda: surface, locked=locked)
@@ -180,7 +180,7 @@ def test_a_locked_shape_is_computed_once() -> None:
 
 def test_a_surface_that_has_vanished_is_one_sentence() -> None:
     """With the settings that can be changed."""
-    made = renderer(TriMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
+    made = renderer(TensorMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
     with pytest.raises(UserError) as caught:
         made.surface()
     assert str(caught.value) == (
@@ -189,10 +189,10 @@ def test_a_surface_that_has_vanished_is_one_sentence() -> None:
     )
 
 
-def with_speck() -> TriMesh:
+def with_speck() -> TensorMesh:
     """A box, and one of a hundredth of its size beside it."""
     speck = box(0.005)
-    return TriMesh(
+    return TensorMesh(
         torch.cat([box().vertices, speck.vertices + 0.5]).requires_grad_(), torch.cat([box().faces, speck.faces + 8])
     )
 
@@ -224,10 +224,10 @@ def test_state_is_that_of_the_shape_and_forgets_what_was_looked_at() -> None:
     """A locked shape is computed again after another state is loaded."""
     smaller, made = (renderer(locked=True) for _ in range(2))
     with torch.no_grad():
-        smaller.shape.distance.sub_(0.5)
+        smaller.shape.sdf.sub_(0.5)
     before = made.surface()
     made.load_state_dict(smaller.state_dict())
-    assert sorted(made.state_dict()) == sorted(smaller.shape.kept_state())
+    assert sorted(made.state_dict()) == sorted(smaller.shape.checkpoint_state())
     assert torch.equal(made.surface().vertices, smaller.surface().vertices)
     assert len(made.surface().vertices) != len(before.vertices)
 

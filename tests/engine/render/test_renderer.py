@@ -9,7 +9,7 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, tolerance
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.render.base import Shading, shade
 from dream_fast.engine.render.volume import VolumeRenderer
@@ -24,8 +24,8 @@ def make_renderer(seed=0, background=-1.0, backbone="grid", **changes):
     field_config = dataclasses.replace(
         FieldConfig(),
         backbone=backbone,
-        levels=3,
-        log2_entries=10,
+        n_levels=3,
+        log2_hashmap_size=10,
         base_resolution=4,
         max_resolution=16,
         hidden_width=16,

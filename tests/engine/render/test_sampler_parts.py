@@ -7,7 +7,7 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.render.ray_samplers import (
     LEAST_WEIGHT,
@@ -31,7 +31,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def make(backbone: str = "grid", background: float = -1.0, **changes) -> VolumeRenderer:
-    small = dict(levels=2, log2_entries=8, base_resolution=4, max_resolution=8, frequencies=2, hidden_width=8)
+    small = dict(n_levels=2, log2_hashmap_size=8, base_resolution=4, max_resolution=8, n_frequencies=2, hidden_width=8)
     field = FieldConfig(backbone=backbone, hidden_layers=1, bg_radius=background, **small)
     sizes = dict(max_steps=64, occupancy_resolution=16, num_steps=12, upsample_steps=6)
     config = dataclasses.replace(RenderConfig(), **sizes | changes)

@@ -7,7 +7,7 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.render.ray_samplers import (
     LEAST_WEIGHT,
     ImportanceSampler,
@@ -32,7 +32,7 @@ def seeded(seed=0):
 
 
 def vanilla(seed=0, bg_radius=-1.0, **changes) -> VolumeRenderer:
-    field = FieldConfig(backbone="vanilla", frequencies=4, hidden_width=16, hidden_layers=3, bg_radius=bg_radius)
+    field = FieldConfig(backbone="vanilla", n_frequencies=4, hidden_width=16, hidden_layers=3, bg_radius=bg_radius)
     config = dataclasses.replace(RenderConfig(), **{"num_steps": 12, "upsample_steps": 6, **changes})
     return VolumeRenderer(FrequencyField(field, config.bound, seeded(seed)), config)
 
@@ -325,5 +325,5 @@ def test_importance_pays():
 
 def test_a_sampler_belongs_to_the_backbone():
     assert isinstance(vanilla().sampler, ImportanceSampler)
-    grid = make_field(FieldConfig(levels=2, log2_entries=8), 1.0, seeded())
+    grid = make_field(FieldConfig(n_levels=2, log2_hashmap_size=8), 1.0, seeded())
     assert isinstance(VolumeRenderer(grid, RenderConfig(occupancy_resolution=8)).sampler, OccupancySampler)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import CameraConfig
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.scene.camera import (
     SIX_VIEWS,
     clip_positions,

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 
-SMALL = dict(levels=3, log2_entries=10, base_resolution=4, max_resolution=16, hidden_width=16, hidden_layers=2)
+SMALL = dict(n_levels=3, log2_hashmap_size=10, base_resolution=4, max_resolution=16, hidden_width=16, hidden_layers=2)
 
 
 def make_field(seed=0, bound=1.0, **changes):

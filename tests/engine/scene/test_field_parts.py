@@ -8,13 +8,20 @@ from torch.nn import functional as F
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig
+from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field, FieldOutput, frequency_encoding, linear_layers, uniform
 from dream_fast.engine.scene.frequency_field import FrequencyField
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.scene.make_field import make_field
 
-GRID = dict(levels=3, features=4, log2_entries=9, base_resolution=5, max_resolution=17, interpolation="linear")
+GRID = dict(
+    n_levels=3,
+    n_features_per_level=4,
+    log2_hashmap_size=9,
+    base_resolution=5,
+    max_resolution=17,
+    interpolation="linear",
+)
 BLOB = dict(density_activation="softplus", blob_density=7.0, blob_radius=0.35)
 
 
@@ -23,7 +30,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def make(backbone: str = "grid", bound: float = 0.75, **changes) -> Field:
-    config = FieldConfig(backbone=backbone, frequencies=3, hidden_width=8, **GRID | BLOB | changes)
+    config = FieldConfig(backbone=backbone, n_frequencies=3, hidden_width=8, **GRID | BLOB | changes)
     return make_field(config, bound, seeded())
 
 
@@ -61,7 +68,7 @@ def test_parameters_are_uniform_in_their_reach():
             assert 0.95 < unit.abs().max() <= 1 + 1e-6
             assert abs(unit.mean()) < 5 / (3 * n) ** 0.5 and abs(unit.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5
     assert biases[0].abs().max() <= 0.1
-    field = make(levels=8)
+    field = make(n_levels=8)
     part = uniform((1000,), 0.5, seeded(4))
     assert part.requires_grad and torch.equal(part, (torch.rand(1000, generator=seeded(4)) * 2 - 1) * 0.5)
     assert field.table.min() < -0.9e-4 and field.table.max() > 0.9e-4 and field.table.abs().max() <= 1e-4

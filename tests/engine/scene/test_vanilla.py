@@ -8,7 +8,7 @@ from torch import nn
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.schema import FieldConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.field import frequency_encoding
@@ -16,7 +16,7 @@ from dream_fast.engine.scene.frequency_field import FrequencyField
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.scene.make_field import make_field
 
-SMALL = dict(backbone="vanilla", frequencies=4, hidden_width=16, hidden_layers=3)
+SMALL = dict(backbone="vanilla", n_frequencies=4, hidden_width=16, hidden_layers=3)
 
 
 def make(seed=0, bound=1.0, **changes) -> FrequencyField:
@@ -50,7 +50,7 @@ def test_fine_bands_are_left_out():
 
 
 def test_parameters_follow_the_config_and_the_seed():
-    field = make(frequencies=12, hidden_width=64, hidden_layers=4)
+    field = make(n_frequencies=12, hidden_width=64, hidden_layers=4)
     assert [tuple(w.shape) for w in field.weights] == [(64, 75), (64, 64), (64, 64), (64, 64), (4, 64)]
     assert [tuple(s.shape) for s in field.scales] == [(64,)] * 3 == [tuple(s.shape) for s in field.shifts]
     assert all(parameter.dtype == torch.float32 for parameter in field.parameters()) and field.table is None
@@ -134,7 +134,7 @@ def test_differences_stay_inside_the_cube(monkeypatch):
 
 @pytest.mark.parametrize("normals", ["analytic", "finite_difference"])
 def test_gradients_go_through_normals(normals):
-    field, x = make(frequencies=2, hidden_width=4).double(), points(4).double()
+    field, x = make(n_frequencies=2, hidden_width=4).double(), points(4).double()
     weights = [field.weights[0], field.weights[1], field.scales[0]]
 
     def values(*changed):
@@ -182,7 +182,7 @@ def test_the_background_has_four_bands():
 
 @pytest.mark.parametrize("normals", [None, "finite_difference", "analytic"])
 def test_the_grid_on_pytorch_is_the_grid(normals):
-    small = dict(levels=3, log2_entries=10, base_resolution=4, max_resolution=16, hidden_width=16)
+    small = dict(n_levels=3, log2_hashmap_size=10, base_resolution=4, max_resolution=16, hidden_width=16)
     fields = [
         make_field(FieldConfig(backbone=name, **small), 1.0, torch.Generator().manual_seed(0))
         for name in ("grid", "grid_torch", "grid_torch")
@@ -203,7 +203,9 @@ def test_the_grid_on_pytorch_is_the_grid(normals):
 
 def test_only_the_grid_starts_kernels_of_the_field():
     """Where kernels would start: recorded as on a GPU, and not run."""
-    small = dict(levels=3, log2_entries=10, base_resolution=4, max_resolution=16, hidden_width=16, bg_radius=-1.0)
+    small = dict(
+        n_levels=3, log2_hashmap_size=10, base_resolution=4, max_resolution=16, hidden_width=16, bg_radius=-1.0
+    )
     camera = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.0, 30.0)))
     started = {}
     for name in ("grid", "grid_torch", "vanilla"):

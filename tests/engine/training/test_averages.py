@@ -19,8 +19,8 @@ from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
 SMALL = dict(
-    text="a hamburger", device="cpu", iters=1, W=24, H=24, dataset_size_valid=2, dataset_size_test=2, levels=2,
-    log2_entries=8, max_resolution=32, hidden_width=16, hidden_layers=1, bound=0.6, max_steps=48, bg_radius=-1.0,
+    text="a hamburger", device="cpu", iters=1, W=24, H=24, dataset_size_valid=2, dataset_size_test=2, n_levels=2,
+    log2_hashmap_size=8, max_resolution=32, hidden_width=16, hidden_layers=1, bound=0.6, max_steps=48, bg_radius=-1.0,
     occupancy_resolution=16, mcubes_resolution=24, texture_resolution=64, save_mesh=True,
 )  # fmt: skip
 RED, BLUE = (8.0, -8.0, -8.0), (-8.0, -8.0, 8.0)  # logits

@@ -41,7 +41,7 @@ def test_every_part_of_a_run_is_there_and_nothing_runs(filled):
 
 
 def _one_step(config):
-    trainer = Trainer(config.override({"step_graph": False}), choose_runtime(config), 0, sum_of)
+    trainer = Trainer(config.override({"cuda_graph": False}), choose_runtime(config), 0, sum_of)
     trainer.train_step()
     return trainer.optimizer.params
 
@@ -56,7 +56,7 @@ def test_the_first_step_and_the_pictures_compile_nothing(monkeypatch):
     precompile_kernels(config, runtime, Reporter())
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
-    trainer = Trainer(config.override({"step_graph": False}), runtime, 0, sum_of)
+    trainer = Trainer(config.override({"cuda_graph": False}), runtime, 0, sum_of)
     trainer.train_step()
     trainer.renderer.view(turntable(config.camera, 2, runtime.device), config.camera.H, config.camera.W)
     trainer.field.density(torch.zeros(1000, 3, device="cuda"))

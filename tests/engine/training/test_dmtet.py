@@ -13,7 +13,8 @@ from rich.console import Console
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine.config.presets import DMTET_DEFAULTS, resolve
-from dream_fast.engine.config.schema import CameraConfig, Config
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import depth_image
 from dream_fast.engine.guidance.base import GuidanceResult
@@ -34,7 +35,9 @@ from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
-FIELD = dict(levels=3, log2_entries=10, max_resolution=32, hidden_width=16, hidden_layers=1, bound=0.6, max_steps=48)
+FIELD = dict(
+    n_levels=3, log2_hashmap_size=10, max_resolution=32, hidden_width=16, hidden_layers=1, bound=0.6, max_steps=48
+)
 SMALL = FIELD | dict(
     text="a hamburger", device="cpu", iters=6, log_every=1, w=12, h=10, W=20, H=20, dataset_size_valid=2,
     occupancy_resolution=16, density_thresh=3.0,
@@ -76,7 +79,7 @@ def volume(trainer: Trainer) -> float:
 @pytest.mark.parametrize("size", [(24, 24), (18, 30)])
 def test_a_ball_is_where_its_rays_meet_it(size):
     trainer = make_trainer(tet_grid_size=32)
-    trainer.shape.start_from(torch.tensor([0.1, -0.05, 0.15]), torch.full((3,), 0.4), trainer.shape.distance.detach())
+    trainer.shape.initialize(torch.tensor([0.1, -0.05, 0.15]), torch.full((3,), 0.4), trainer.shape.sdf.detach())
     middle, radius = torch.tensor([0.1, -0.05, 0.15]), 0.2
     # By the edges L of the grid: how far the zeros of straight lines lie inside, and the middles of triangles below.
     longest = 2 * 0.4 / 16
@@ -128,14 +131,14 @@ def test_silhouettes_move_the_shape_and_colours_the_field():
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.2, 20.0)))
     rendered = trainer.renderer.train_views(cameras, 20, 20, background=torch.zeros(3))
     rendered.opacity.sum().backward()
-    to_distance, to_shift = trainer.shape.distance.grad, trainer.shape.shift.grad
+    to_distance, to_shift = trainer.shape.sdf.grad, trainer.shape.deformation.grad
     # A larger distance is a larger ball.
     assert to_distance.sum() > 0 and to_shift.any() and not trainer.field.table.grad.any()
     before = to_distance.clone()
     inside = rendered.opacity == 1
     rendered = trainer.renderer.train_views(cameras, 20, 20, background=torch.zeros(3))
     rendered.rgb[inside].square().sum().backward()
-    assert trainer.field.table.grad.any() and torch.equal(trainer.shape.distance.grad, before)
+    assert trainer.field.table.grad.any() and torch.equal(trainer.shape.sdf.grad, before)
 
 
 @pytest.mark.parametrize(("radius", "grows"), [(0.2, False), (0.9, True)])
@@ -154,7 +157,7 @@ def test_a_ball_learns_its_size(radius, grows):
 def test_the_border_of_the_grid_stays_outside():
     shape = TetMesh(8, 1.0)
     with torch.no_grad():
-        shape.distance.fill_(1.0)
+        shape.sdf.fill_(1.0)
     surface = shape.surface()
     mesh = trimesh.Trimesh(surface.vertices.detach(), surface.faces, process=False)
     assert mesh.is_watertight and mesh.volume > 2
@@ -163,7 +166,7 @@ def test_the_border_of_the_grid_stays_outside():
 def test_a_surface_that_is_gone_is_told():
     trainer = make_trainer()
     with torch.no_grad():
-        trainer.shape.distance.fill_(-1.0)
+        trainer.shape.sdf.fill_(-1.0)
     with pytest.raises(UserError, match="the surface has vanished"):
         trainer.train_step()
 
@@ -177,7 +180,7 @@ def nerf(**changes) -> Trainer:
 
 
 @pytest.mark.parametrize("threshold", [3.0, 1e6])
-@pytest.mark.parametrize("backbone", [{}, {"backbone": "vanilla", "frequencies": 4, "max_steps": 1024}])
+@pytest.mark.parametrize("backbone", [{}, {"backbone": "vanilla", "n_frequencies": 4, "max_steps": 1024}])
 def test_start_from_a_field(threshold, backbone):
     """The blob of a fresh field, also where the threshold leaves nothing."""
     if backbone:
@@ -190,16 +193,16 @@ def test_start_from_a_field(threshold, backbone):
     assert mesh.is_watertight and mesh.volume > 1e-3
     density = field.density(surface.vertices.detach()).log()
     # One level, but for what straight lines of length L make of a blob whose second derivative is 10 / 0.2^2 at most.
-    curved = float(2 * shape.reach.max() / 12) ** 2 / 8 * 10 / 0.2**2
+    curved = float(2 * shape.half_extent.max() / 12) ** 2 / 8 * 10 / 0.2**2
     assert density.max() - density.min() < curved
     if threshold < 10:
         some = field.density(torch.rand(20000, 3, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.6)
         uncertain = 5 * float(some.std() / some.mean()) / len(some) ** 0.5  # of the mean's logarithm
         assert abs(density.mean().item() - math.log(min(threshold, float(some.mean())))) < curved + uncertain
     reach = surface.vertices.abs().amax(0)
-    assert (reach < shape.reach).all() and (shape.reach < reach + 0.12).all()
+    assert (reach < shape.half_extent).all() and (shape.half_extent < reach + 0.12).all()
     inner = (shape.positions().norm(dim=1) < 0.5 * reach.min()).nonzero()[:, 0]
-    assert (shape.distance[inner] > 0).all() and shape.distance.abs().max() == 1
+    assert (shape.sdf[inner] > 0).all() and shape.sdf.abs().max() == 1
 
 
 def test_a_field_without_a_surface_is_told():
@@ -224,7 +227,7 @@ def test_start_from_a_mesh_file(tmp_path):
         found = trimesh.Trimesh(surface.vertices.detach(), surface.faces, process=False)
         size = torch.tensor(found.extents)
         seen = 3.2 * math.tan(math.radians(10)) * 0.8
-        longest, scale = float(2 * shape.reach.max() / 16), seen / 2
+        longest, scale = float(2 * shape.half_extent.max() / 16), seen / 2
         # Sharp edges are cut by half an edge of the grid at most.
         assert (size - torch.tensor([4, 3.6, 3]).double() * scale).abs().max() < longest
         assert found.is_watertight and abs(found.bounds.mean(0)).max() < longest / 2
@@ -284,9 +287,9 @@ def test_a_run_starts_with_the_colours_and_the_shape_of_another(tmp_path):
     either = (seen.opacity > 0.5) | (field.opacity > 0.5)
     assert both.sum() / either.sum() > 0.6
     for changes, sentence in (
-        ({"levels": 4}, "levels 3 there, 4 here"),
+        ({"n_levels": 4}, "n_levels 3 there, 4 here"),
         (
-            {"backbone": "vanilla", "max_steps": 1024, "levels": 16, "log2_entries": 19, "max_resolution": 2048},
+            {"backbone": "vanilla", "max_steps": 1024, "n_levels": 16, "log2_hashmap_size": 19, "max_resolution": 2048},
             "backbone",
         ),
     ):
@@ -320,7 +323,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(locked, tmp_path):
     path = part.save(Workspace(tmp_path / "part"))
     again = make_trainer(lock_geo=locked, seed=0)
     with torch.no_grad():
-        again.shape.distance.add_(0.3)  # whatever it holds before
+        again.shape.sdf.add_(0.3)  # whatever it holds before
     again.load(path)
     fit(again, tmp_path / "part")
     for a, b in (
@@ -334,10 +337,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(locked, tmp_path):
     terms = {name for row in rows for name in row if name.startswith("loss_")}
     if locked:
         assert shadings == {"lambertian"} and terms == {"loss_guidance"}
-        assert torch.equal(whole.shape.distance, make_trainer().shape.distance)
+        assert torch.equal(whole.shape.sdf, make_trainer().shape.sdf)
     else:
         assert terms == {"loss_guidance", "loss_mesh_normal", "loss_mesh_laplacian"}
-        assert not torch.equal(whole.shape.distance, make_trainer().shape.distance)
+        assert not torch.equal(whole.shape.sdf, make_trainer().shape.sdf)
     with pytest.raises(UserError, match="tet_grid_size 12 there, 14 here"):
         make_trainer(lock_geo=locked, tet_grid_size=14).load(path)
     save_checkpoint(tmp_path / "bad", 1, {"optimizer": {}}, whole.architecture())
@@ -350,7 +353,7 @@ def test_another_checkpoint_shows_another_surface(locked, tmp_path):
     """What was looked at before a checkpoint is loaded is not what is looked at afterwards."""
     smaller, trainer = (make_trainer(lock_geo=locked) for _ in range(2))
     with torch.no_grad():
-        smaller.shape.distance.sub_(0.6)
+        smaller.shape.sdf.sub_(0.6)
     path = smaller.save(Workspace(tmp_path))
     before = volume(trainer)  # looks at its own, which a locked shape keeps
     trainer.load(path)
@@ -366,7 +369,7 @@ def test_small_parts_are_not_looked_at_and_the_average_is():
     ball = 0.5 - grid.norm(dim=1)
     speck = 0.06 - (grid - torch.tensor([0.72, 0.72, 0.72])).norm(dim=1)
     with torch.no_grad():
-        trainer.shape.distance.copy_(torch.maximum(ball, speck))
+        trainer.shape.sdf.copy_(torch.maximum(ball, speck))
     whole = len(trainer.renderer.surface().faces)
     with trainer.renderer.without_floaters():
         inside = trainer.renderer.surface()
@@ -445,4 +448,4 @@ def test_defaults_of_a_refinement():
     assert (mesh.guidance.t_range, mesh.shading.latent_iter_ratio) == ((0.02, 0.5), 0.0)
     assert resolve({"dmtet": True, "t_range": (0.1, 0.3)}, "sd", "cpu").guidance.t_range == (0.1, 0.3)
     mini = resolve({"dmtet": True}, "dream-mini", "cuda")
-    assert not mini.run.step_graph and mini.train_size == (256, 256)
+    assert not mini.run.cuda_graph and mini.train_size == (256, 256)

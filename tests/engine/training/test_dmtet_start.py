@@ -10,9 +10,11 @@ import trimesh
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import CameraConfig, Config
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.geometry.tet_grid import TriMesh, tet_grid
+from dream_fast.engine.geometry.mesh import TensorMesh
+from dream_fast.engine.geometry.tet_grid import tet_grid
 from dream_fast.engine.scene.tet_mesh import TetMesh
 from dream_fast.engine.training import dmtet_init
 from dream_fast.engine.training.dmtet_init import (
@@ -43,25 +45,26 @@ def test_a_shape_is_a_ball_at_first(locked: bool) -> None:
     expected = [
         (10 * (1 - 2 * grid.vertices.to(dtype).norm(dim=1))).clamp(-1, 1) for dtype in (torch.float32, torch.float64)
     ]
-    check("distance", shape.distance.detach(), *expected)
+    check("distance", shape.sdf.detach(), *expected)
     assert all(torch.equal(getattr(shape, name), getattr(grid, name)) for name in ("vertices", "tets", "border"))
-    assert shape.middle.tolist() == [0, 0, 0] and shape.reach.tolist() == [2, 2, 2]
-    assert shape.shift.shape == grid.vertices.shape and not shape.shift.any()
+    assert shape.center.tolist() == [0, 0, 0] and shape.half_extent.tolist() == [2, 2, 2]
+    assert shape.deformation.shape == grid.vertices.shape and not shape.deformation.any()
     assert (shape.size, shape.bound, shape.locked) == (8, 2.0, locked)
     assert all(parameter.requires_grad is not locked for parameter in shape.parameters())
-    assert {name for name, _ in shape.named_parameters()} == {"distance", "shift"}
+    assert {name for name, _ in shape.named_parameters()} == {"sdf", "deformation"}
     assert not TetMesh(8, 2.0).locked
 
 
 def test_positions_are_moved_by_less_than_half_a_layer() -> None:
-    """middle + reach (vertex + tanh(shift) / N), along each axis by its own reach."""
+    """center + half_extent (vertex + tanh(deformation) / N), along each axis by its own extent."""
     shape = TetMesh(8, 1.0)
     middle, reach = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.25, 0.5, 1.0])
-    shape.start_from(middle, reach, shape.distance.detach())
+    shape.initialize(middle, reach, shape.sdf.detach())
     with torch.no_grad():
-        shape.shift.copy_(3 * torch.randn(shape.shift.shape, generator=generator()))
+        shape.deformation.copy_(3 * torch.randn(shape.deformation.shape, generator=generator()))
     expected = [
-        middle.to(dtype) + reach.to(dtype) * (shape.vertices.to(dtype) + torch.tanh(shape.shift.detach().to(dtype)) / 8)
+        middle.to(dtype)
+        + reach.to(dtype) * (shape.vertices.to(dtype) + torch.tanh(shape.deformation.detach().to(dtype)) / 8)
         for dtype in (torch.float32, torch.float64)
     ]
     check("positions", shape.positions().detach(), *expected)
@@ -72,7 +75,7 @@ def test_the_border_has_a_distance_below_zero(border: float, counted: float) -> 
     """At most -0.01, so that the surface closes just inside of it; what is lower stays, and so does what is inside."""
     shape = TetMesh(8, 1.0)
     with torch.no_grad():
-        shape.distance.copy_(torch.where(shape.border, torch.tensor(border), torch.tensor(1.0)))
+        shape.sdf.copy_(torch.where(shape.border, torch.tensor(border), torch.tensor(1.0)))
     surface = shape.surface()
     ends = torch.cat([shape.tets[:, [a, b]] for a in range(4) for b in range(a)])
     ends = ends[shape.border[ends[:, 0]] != shape.border[ends[:, 1]]]
@@ -92,30 +95,43 @@ def test_a_start_replaces_all_of_the_state() -> None:
     """The distance is clamped and nothing stays shifted; the parameters are the same objects."""
     shape = TetMesh(4, 1.0)
     with torch.no_grad():
-        shape.shift.fill_(0.5)
+        shape.deformation.fill_(0.5)
     distance = torch.linspace(-3, 3, len(shape.vertices))
-    learned = shape.distance
-    shape.start_from(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), distance)
-    assert shape.distance is learned and torch.equal(learned.detach(), distance.clamp(-1, 1))
-    assert not shape.shift.any() and shape.middle.tolist() == [1, 2, 3] and shape.reach.tolist() == [4, 5, 6]
+    learned = shape.sdf
+    shape.initialize(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), distance)
+    assert shape.sdf is learned and torch.equal(learned.detach(), distance.clamp(-1, 1))
+    assert (
+        not shape.deformation.any() and shape.center.tolist() == [1, 2, 3] and shape.half_extent.tolist() == [4, 5, 6]
+    )
 
 
 @pytest.mark.parametrize(
-    ("locked", "names"), [(False, ["middle", "reach"]), (True, ["distance", "middle", "reach", "shift"])]
+    ("locked", "names"), [(False, ["center", "half_extent"]), (True, ["center", "deformation", "half_extent", "sdf"])]
 )
-def test_kept_state_is_read_back(locked: bool, names: list[str]) -> None:
+def test_checkpoint_state_is_read_back(locked: bool, names: list[str]) -> None:
     """What is not optimised travels with the checkpoint; other names and other shapes are refused with both."""
     shape, other = TetMesh(4, 1.0, locked=locked), TetMesh(4, 1.0, locked=locked)
-    shape.start_from(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), shape.distance / 2)
-    state = shape.kept_state()
+    shape.initialize(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), shape.sdf / 2)
+    state = shape.checkpoint_state()
     assert sorted(state) == names
-    other.load_kept_state(state)
-    assert all(torch.equal(value, other.kept_state()[name]) for name, value in state.items())
+    other.load_checkpoint_state(state)
+    assert all(torch.equal(value, other.checkpoint_state()[name]) for name, value in state.items())
     with pytest.raises(ValueError) as caught:
-        other.load_kept_state({"middle": shape.middle})
-    assert str(caught.value) == f"the grid's state holds ['middle'], expected {names}"
-    with pytest.raises(ValueError, match=r"^reach has shape \(4,\), expected \(3,\)$"):
-        other.load_kept_state(state | {"reach": torch.zeros(4)})
+        other.load_checkpoint_state({"center": shape.center})
+    assert str(caught.value) == f"the grid's state holds ['center'], expected {names}"
+    with pytest.raises(ValueError, match=r"^half_extent has shape \(4,\), expected \(3,\)$"):
+        other.load_checkpoint_state(state | {"half_extent": torch.zeros(4)})
+
+
+def test_checkpoint_state_of_version_0_2_0_is_read():
+    """It has other names for the same tensors."""
+    shape, other = TetMesh(4, 1.0, locked=True), TetMesh(4, 1.0, locked=True)
+    shape.initialize(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), shape.sdf / 2)
+    with torch.no_grad():
+        shape.deformation.fill_(0.25)
+    old = {"middle": shape.center, "reach": shape.half_extent, "distance": shape.sdf, "shift": shape.deformation}
+    other.load_checkpoint_state(old)
+    assert all(torch.equal(value, other.checkpoint_state()[name]) for name, value in shape.checkpoint_state().items())
 
 
 # What a run starts from
@@ -176,7 +192,7 @@ def test_what_is_no_start_is_one_sentence(tmp_path: Path, name: str, sentence: s
 def test_a_run_takes_over_the_settings_of_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the field, the bound and the occupancy grid; none of a mesh file, and no refinement's."""
     architecture: dict[str, Any] = {
-        "levels": 3,
+        "n_levels": 3,
         "bound": 0.6,
         "occupancy_resolution": 16,
         "backbone": "grid",
@@ -197,7 +213,7 @@ def test_a_run_takes_over_the_settings_of_the_field(monkeypatch: pytest.MonkeyPa
 def test_a_mesh_fills_most_of_what_is_seen(bound: float, camera: dict[str, float]) -> None:
     """0.8 of the cube, or of what the camera takes in at the middle (here 1); only places of triangles count."""
     corners = torch.tensor([[1.0, 2, 3], [5, 2, 3], [1, 4, 3], [1, 2, 4], [100, 100, 100]])
-    mesh = TriMesh(corners, torch.tensor([[0, 1, 2], [0, 3, 1]]))
+    mesh = TensorMesh(corners, torch.tensor([[0, 1, 2], [0, 3, 1]]))
     half = 0.8 * min(bound, 1.0)
     got = normalized(mesh, bound, CameraConfig(**{"default_radius": 4.0, "default_fovy": 90.0} | camera))
     exact = (corners.double() - torch.tensor([3, 3, 3.5])) * half / 2
@@ -208,7 +224,7 @@ def test_a_mesh_fills_most_of_what_is_seen(bound: float, camera: dict[str, float
 @pytest.mark.parametrize("place", [0.0, float("nan")])
 def test_a_mesh_without_extent_is_refused(place: float) -> None:
     """A mesh that is one point, or at no place, cannot be scaled."""
-    mesh = TriMesh(torch.full((3, 3), place), torch.tensor([[0, 1, 2]]))
+    mesh = TensorMesh(torch.full((3, 3), place), torch.tensor([[0, 1, 2]]))
     with pytest.raises(UserError, match="the mesh of --init_with has no extent"):
         normalized(mesh, 1.0, CameraConfig())
 
@@ -230,22 +246,22 @@ def test_the_grid_of_a_mesh_lies_around_it(monkeypatch: pytest.MonkeyPatch) -> N
     ten times that of the scene, and its sign where that is farther than it is computed."""
     asked = []
 
-    def distance(mesh: TriMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
+    def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
         asked.append((mesh, reach))
         points = first + step * torch.cartesian_prod(*map(torch.arange, shape)).view(*shape, 3)
         return ball(points, 0.4).clamp(-reach, reach)
 
     monkeypatch.setattr(dmtet_init, "signed_distance", distance)
     corners = torch.tensor([[0.25, -0.75, 0.5], [-0.5, 0.5, 0.0], [0.0, 0.25, 1.875], [9, 9, 9]])
-    mesh = TriMesh(corners, torch.tensor([[0, 1, 2]]))
+    mesh = TensorMesh(corners, torch.tensor([[0, 1, 2]]))
     for size in (8, 64):
         shape = TetMesh(size, 2.0)
         with torch.no_grad():
-            shape.shift.fill_(1.0)
+            shape.deformation.fill_(1.0)
         asked.clear()
         start_from_mesh(shape, mesh)
-        check("half", shape.reach, torch.tensor([0.7, 0.95, 2.0]), torch.tensor([0.7, 0.95, 2.0]).double())
-        assert not shape.middle.any() and not shape.shift.any()
+        check("half", shape.half_extent, torch.tensor([0.7, 0.95, 2.0]), torch.tensor([0.7, 0.95, 2.0]).double())
+        assert not shape.center.any() and not shape.deformation.any()
         # Three of the layers of the longest side, 2 / (size / 2), or the distance in the scene that counts as 1.
         reach = 0.1
         assert [given for _, given in asked] == [reach] * 2
@@ -254,24 +270,24 @@ def test_the_grid_of_a_mesh_lies_around_it(monkeypatch: pytest.MonkeyPatch) -> N
             torch.where(near.abs() >= reach, near.sign(), 10 * near)
             for near in (ball(shape.positions().detach().to(dtype), 0.4) for dtype in (torch.float32, torch.float64))
         )
-        check("distance", shape.distance.detach(), far, exact)
+        check("distance", shape.sdf.detach(), far, exact)
 
 
 def test_a_fine_grid_needs_the_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Farther off only the sign counts."""
     asked = []
 
-    def distance(mesh: TriMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
+    def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
         asked.append((float(step.max()), shape, reach))
         return torch.ones(shape)
 
     monkeypatch.setattr(dmtet_init, "signed_distance", distance)
-    mesh = TriMesh(torch.tensor([[0.125, 0.25, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.1]]), torch.tensor([[0, 1, 2]]))
+    mesh = TensorMesh(torch.tensor([[0.125, 0.25, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.1]]), torch.tensor([[0, 1, 2]]))
     shape = TetMesh(32, 0.25)
     start_from_mesh(shape, mesh)
     step = 2 * 0.25 / 16  # the longest side is cut off by the cube
     assert asked == [(step, (17, 17, 17), 3 * step), (step, (16, 16, 16), 3 * step)]
-    assert (shape.distance == 1).all()
+    assert (shape.sdf == 1).all()
 
 
 @pytest.mark.parametrize("value", [0.0, -0.05])
@@ -279,29 +295,29 @@ def test_a_mesh_that_encloses_nothing_is_refused(value: float, monkeypatch: pyte
     """Where no vertex of the grid is inside there is no surface to refine, and the shape stays what it was."""
     monkeypatch.setattr(dmtet_init, "signed_distance", lambda mesh, first, step, shape, reach: torch.full(shape, value))
     shape = TetMesh(8, 1.0)
-    before = shape.distance.detach().clone()
+    before = shape.sdf.detach().clone()
     with pytest.raises(UserError, match="^the mesh of --init_with encloses no space that --tet_grid_size resolves"):
-        start_from_mesh(shape, TriMesh(torch.eye(3), torch.tensor([[0, 1, 2]])))
-    assert torch.equal(shape.distance, before)
+        start_from_mesh(shape, TensorMesh(torch.eye(3), torch.tensor([[0, 1, 2]])))
+    assert torch.equal(shape.sdf, before)
 
 
 def test_a_start_that_is_named_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mesh file lays the grid, fitted to cube and camera; a checkpoint is handed back; none leaves the ball."""
     BOX.export(tmp_path / "box.obj")
-    shape, before = TetMesh(16, 0.6), TetMesh(16, 0.6).distance.detach()
+    shape, before = TetMesh(16, 0.6), TetMesh(16, 0.6).sdf.detach()
     config = Config().override({"dmtet": True, "text": "a box"})
-    assert load_start(config, shape) is None and torch.equal(shape.distance, before)
+    assert load_start(config, shape) is None and torch.equal(shape.sdf, before)
     named = config.override({"init_with": str(tmp_path / "box.obj")})
     assert load_start(named, shape) == InitSource(tmp_path / "box.obj", False)
     expected = TetMesh(16, 0.6)
     start_from_mesh(expected, normalized(read_surface(tmp_path / "box.obj"), 0.6, named.camera))
-    assert torch.equal(shape.distance, expected.distance) and torch.equal(shape.reach, expected.reach)
+    assert torch.equal(shape.sdf, expected.sdf) and torch.equal(shape.half_extent, expected.half_extent)
     touched(tmp_path, "step_000001.safetensors")
     asked = []
     monkeypatch.setattr(dmtet_init, "field_settings", asked.append)
     start = InitSource(tmp_path / "step_000001.safetensors", True)
     assert load_start(config.override({"init_with": str(start.path)}), shape) == start and asked == [start]
-    assert torch.equal(shape.distance, expected.distance)
+    assert torch.equal(shape.sdf, expected.sdf)
 
 
 # From a field
@@ -329,7 +345,7 @@ class Boxes:
 def started(field: Any, size: int = 16, threshold: float = 1.0) -> TetMesh:
     shape = TetMesh(size, 1.0)
     with torch.no_grad():
-        shape.shift.fill_(1.0)
+        shape.deformation.fill_(1.0)
     start_from_field(shape, field, threshold)
     return shape
 
@@ -343,11 +359,11 @@ STEEP = (25.0, 50.0)  # so that the threshold is below the mean, and its clamp t
 def test_the_grid_of_a_field_lies_around_its_surface(steepness: float) -> None:
     """A tenth of the cube and up to two of 63 steps around the object; shifts are gone."""
     shape = started(Boxes(steepness, BLOCK))
-    low, high = shape.middle - shape.reach, shape.middle + shape.reach
+    low, high = shape.center - shape.half_extent, shape.center + shape.half_extent
     step, middle = 2 / 63, torch.tensor(BLOCK[0])
     for side in (middle - HALF - low, high - middle - HALF):
         assert (side > 0.1).all() and (side < 0.1 + step + 1e-6).all()
-    assert not shape.shift.any()
+    assert not shape.deformation.any()
 
 
 def test_the_distance_of_a_field_does_not_depend_on_how_steep_it_is() -> None:
@@ -358,12 +374,12 @@ def test_the_distance_of_a_field_does_not_depend_on_how_steep_it_is() -> None:
     near = (depth > -0.04) & (depth < 0.05)
     assert (near & (depth > 0)).sum() > 30 and (near & (depth < 0)).sum() > 30
     for shape, steepness in zip(shapes, STEEP, strict=True):
-        got, exact = shape.distance.detach()[near], depth[near].double()
+        got, exact = shape.sdf.detach()[near], depth[near].double()
         factors.append((got.double() @ exact) / (exact @ exact))
         logarithm = (steepness * depth[near]).exp().log() / steepness  # which loses digits
         check("distance", got, factors[-1] * logarithm, factors[-1] * exact)
-        assert torch.equal(shape.reach, shapes[0].reach) and torch.equal(shape.middle, shapes[0].middle)
-        assert (shape.distance[depth > 0.1] == 1).all() and (shape.distance[depth < -0.1] == -1).all()
+        assert torch.equal(shape.half_extent, shapes[0].half_extent) and torch.equal(shape.center, shapes[0].center)
+        assert (shape.sdf[depth > 0.1] == 1).all() and (shape.sdf[depth < -0.1] == -1).all()
     assert all(9.999 < factor < 10.001 * 3**0.5 for factor in factors)
     check("factors", factors[0], factors[1], factors[1])
 
@@ -374,14 +390,14 @@ def test_specks_of_a_field_are_left_outside() -> None:
     plate = ((0.125, top + 0.105, 0.0), (0.2, 0.02, 0.2))
     shape = started(Boxes(50.0, BLOCK, plate), 32)
     inside = Boxes(1.0, plate).depth(shape.positions().detach()) > 0
-    assert inside.sum() > 10 and (shape.distance[inside] < 0).all()
+    assert inside.sum() > 10 and (shape.sdf[inside] < 0).all()
     assert shape.surface().vertices[:, 1].max() < top + 0.05
 
 
 def test_the_grid_of_a_field_stays_in_the_cube() -> None:
     """An object that reaches the cube's sides leaves no room for a margin."""
     shape = started(Boxes(50.0, ((0.0, 0.0, 0.0), (0.95, 0.95, 0.95))))
-    assert torch.equal(shape.middle, torch.zeros(3)) and torch.equal(shape.reach, torch.ones(3))
+    assert torch.equal(shape.center, torch.zeros(3)) and torch.equal(shape.half_extent, torch.ones(3))
 
 
 def test_empty_space_far_from_a_field_is_finite() -> None:
@@ -389,5 +405,5 @@ def test_empty_space_far_from_a_field_is_finite() -> None:
     field = SimpleNamespace(device=torch.device("cpu"), bound=1.0)
     field.density = lambda points: (points.abs().amax(-1) < HALF).float()
     shape = started(field, threshold=0.5)
-    assert torch.isfinite(shape.distance).all()
-    assert torch.equal(shape.distance > 0, shape.positions().abs().amax(1) < HALF)
+    assert torch.isfinite(shape.sdf).all()
+    assert torch.equal(shape.sdf > 0, shape.positions().abs().amax(1) < HALF)

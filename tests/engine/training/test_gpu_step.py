@@ -15,7 +15,8 @@ from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.cli import main
 from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, GuidanceConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.diffusion import diffusion_guidance
@@ -68,15 +69,15 @@ TABLE = {"lambda_tv": LinearSchedule.parse("0.0:1e-5:1e-4:1.0"), "lambda_wd": Li
         SHADED | {"normals": "analytic"},
         AS_SD,
         AS_SD | {"vram_O": True},
-        {"step_graph": False},
-        AS_SD | {"step_graph": False},
+        {"cuda_graph": False},
+        AS_SD | {"cuda_graph": False},
         TABLE,
         {"perpneg": True},
-        {"perpneg": True, "step_graph": False},
-        {"score": "csd", "clip_grad_latent": 1.0},
-        {"score": "asd"},
-        {"score": "asd", "step_graph": False},
-        {"score": "sdi", "inversion_steps": 2},
+        {"perpneg": True, "cuda_graph": False},
+        {"objective": "csd", "clip_grad_latent": 1.0},
+        {"objective": "asd"},
+        {"objective": "asd", "cuda_graph": False},
+        {"objective": "sdi", "inversion_steps": 2},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
@@ -186,7 +187,7 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"score": "asd"}, TABLE],
+    [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"objective": "asd"}, TABLE],
     ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table"],
 )
 def test_a_replayed_step_is_the_step(changes):
@@ -256,7 +257,7 @@ def test_deterministic_runs_repeat_bit_for_bit():
     assert torch.equal(*states)
 
 
-@pytest.mark.parametrize("graph", ["--step_graph", "--no-step_graph"])
+@pytest.mark.parametrize("graph", ["--cuda_graph", "--no-cuda_graph"])
 def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
     """Pictures beside the graph of the step, and a trace that sees the kernels inside it."""
     words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()
@@ -279,9 +280,9 @@ def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
 def test_a_mesh_refinement_takes_steps():
     """Its surface asks the host how large it is; everything else is as for a field."""
     trainer = make_trainer(dmtet=True, tet_grid_size=32)
-    before = [part.detach().clone() for part in (trainer.shape.distance, trainer.shape.shift, trainer.field.table)]
+    before = [part.detach().clone() for part in (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)]
     for _ in range(3):
         step = trainer.train_step()
     assert int(trainer.skipped) == 0 and torch.isfinite(step.grad_norm).all()
-    after = (trainer.shape.distance, trainer.shape.shift, trainer.field.table)
+    after = (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)
     assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -32,7 +32,7 @@ from dream_fast.engine.workspace.folder import Workspace
 
 SMALL = """
     --device cpu --iters 30 --log_every 1 --seed 7 --w 12 --h 12 --W 32 --H 32 --dataset_size_test 2 --six_views
-    --dataset_size_valid 1 --levels 2 --log2_entries 8 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --dataset_size_valid 1 --n_levels 2 --log2_hashmap_size 8 --max_resolution 32 --hidden_width 16 --hidden_layers 1
     --bound 0.6 --max_steps 48 --occupancy_resolution 16 --bg_radius -1 --latent_iter_ratio 0
 """.split()
 
@@ -187,12 +187,16 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
 
 def test_settings_of_a_rescue_go_away_from_what_lost_the_object():
     schedule = LinearSchedule(0.0, 30.0, 10.0, 1.0)
-    config = Config().override({"lambda_opacity": 5.0, "lambda_entropy": schedule, "lr": 0.01})
+    config = Config().override({"lambda_opacity": 5.0, "lambda_opacity_entropy": schedule, "lr": 0.01})
     vanished, full = (rescue_overrides(config, kind) for kind in divergence.DEGENERACIES)
-    assert vanished["lambda_opacity"] == 0 and vanished["lambda_entropy"].first == 3 and vanished["blob_density"] == 10
+    assert (
+        vanished["lambda_opacity"] == 0
+        and vanished["lambda_opacity_entropy"].first == 3
+        and vanished["blob_density"] == 10
+    )
     assert full["lambda_opacity"] == 50 and full["blob_density"] == 2.5 and vanished["lr"] == full["lr"] == 0.005
     assert config.override(vanished) != config != config.override(full)
-    assert "--lambda_entropy 0.0:3:1:1.0" in flags(vanished)
+    assert "--lambda_opacity_entropy 0.0:3:1:1.0" in flags(vanished)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -231,17 +235,17 @@ def test_no_memory_for_the_model_or_the_pictures_is_one_sentence_too(tmp_path, t
 
 
 def test_what_takes_less_memory_ends_where_nothing_does():
-    config, seen = Config().override({"batch_size": 2, "step_graph": True}), []
+    config, seen = Config().override({"batch_size": 2, "cuda_graph": True}), []
     while less := low_memory_overrides(config):
         seen.append(flags(less))
         config = config.override(less)
-    assert seen == ["--vram_O --batch_size 1 --no-step_graph", "--w 32 --h 32"]
+    assert seen == ["--vram_O --batch_size 1 --no-cuda_graph", "--w 32 --h 32"]
     assert "a smaller image model" in memory_message(config, RuntimeError("?"), "that is all")
 
 
 def test_samples_that_do_not_fit_make_the_buffers_grow_and_change_nothing(tmp_path, tiny_model):
     """On a GPU a step whose samples did not fit is not taken; the next row doubles the buffers."""
-    from dream_fast.engine.config.schema import RenderConfig
+    from dream_fast.engine.config.sections import RenderConfig
     from dream_fast.engine.render.ray_samplers import OccupancySampler
 
     sampler = OccupancySampler(SimpleNamespace(device=torch.device("cpu")), RenderConfig(occupancy_resolution=16))

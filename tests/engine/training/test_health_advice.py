@@ -15,14 +15,14 @@ def configured(**changes):
 
 def test_a_vanished_object_starts_again_denser_with_nothing_to_pull_it_down():
     """Half the rate, no opacity term, a tenth of the entropy, twice the blob and 10 at least."""
-    config = configured(lr=0.5, lambda_opacity=0.25, lambda_entropy=2.0, blob_density=8.0, blob_radius=0.5)
+    config = configured(lr=0.5, lambda_opacity=0.25, lambda_opacity_entropy=2.0, blob_density=8.0, blob_radius=0.5)
     assert divergence.rescue_overrides(config, "vanished") == {
         "lr": 0.25,
         "lambda_opacity": 0.0,
-        "lambda_entropy": pytest.approx(0.2),
+        "lambda_opacity_entropy": pytest.approx(0.2),
         "blob_density": 16.0,
     }
-    sparse = configured(lr=0.5, lambda_opacity=0.0, lambda_entropy=0.0, blob_density=3.0)
+    sparse = configured(lr=0.5, lambda_opacity=0.0, lambda_opacity_entropy=0.0, blob_density=3.0)
     assert divergence.rescue_overrides(sparse, "vanished") == {"lr": 0.25, "blob_density": 10.0}
 
 
@@ -45,7 +45,7 @@ def test_a_schedule_is_multiplied_at_both_ends():
 
 def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
     """Kind, number of steps, step and flags."""
-    config = configured(lr=0.5, lambda_opacity=0.0, lambda_entropy=0.0, blob_density=3.0)
+    config = configured(lr=0.5, lambda_opacity=0.0, lambda_opacity_entropy=0.0, blob_density=3.0)
     assert divergence.degenerate_message(config, "vanished", 300) == (
         "the object has vanished (100 steps in a row before step 300); --rescue starts again with "
         "--lr 0.25 --blob_density 10"
@@ -57,8 +57,8 @@ def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
 
 def test_flags_are_as_they_are_typed():
     """Switches, floats without zeros at their end, and other values as they are."""
-    settings = {"vram_O": True, "step_graph": False, "lr": 0.5, "blob_density": 10.0, "w": 64, "text": "a"}
-    assert divergence.flags(settings) == "--vram_O --no-step_graph --lr 0.5 --blob_density 10 --w 64 --text a"
+    settings = {"vram_O": True, "cuda_graph": False, "lr": 0.5, "blob_density": 10.0, "w": 64, "text": "a"}
+    assert divergence.flags(settings) == "--vram_O --no-cuda_graph --lr 0.5 --blob_density 10 --w 64 --text a"
     assert divergence.flags({}) == ""
 
 
@@ -103,12 +103,12 @@ def test_diagnosis_names_the_cause_and_a_setting(row, cause, half, full):
         ({"batch_size": 1, "w": 50, "h": 100}, {"vram_O": True, "w": 32, "h": 50}),
         ({"batch_size": 1, "w": 33, "h": 33, "vram_O": True}, {"w": 32, "h": 32}),
         ({"batch_size": 1, "w": 32, "h": 64, "vram_O": True}, {}),
-        ({"batch_size": 1, "w": 32, "h": 32, "step_graph": True}, {"vram_O": True, "step_graph": False}),
+        ({"batch_size": 1, "w": 32, "h": 32, "cuda_graph": True}, {"vram_O": True, "cuda_graph": False}),
     ],
 )
 def test_lighter_settings_take_views_then_pixels(settings, less):
     """Half of the views; with one of them half of the pixels, down to 32; no step graph."""
-    defaults = {"w": 64, "h": 64, "vram_O": False, "step_graph": False}
+    defaults = {"w": 64, "h": 64, "vram_O": False, "cuda_graph": False}
     assert failures.low_memory_overrides(configured(**(defaults | settings))) == less
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
@@ -104,7 +104,7 @@ def test_normal_smoothness_by_what_rays_see():
 # --------------------------------------------------------------------------------------------------- on a true render
 
 ALL = dict(
-    lambda_entropy=1.0,
+    lambda_opacity_entropy=1.0,
     lambda_entropy_weights=1.0,
     lambda_opacity=1.0,
     lambda_orient=1.0,
@@ -116,7 +116,13 @@ NOTHING = dict.fromkeys([*ALL, "lambda_tv", "lambda_wd"], 0.0)
 
 def small_renderer():
     field_config = dataclasses.replace(
-        FieldConfig(), levels=2, log2_entries=9, base_resolution=4, max_resolution=8, hidden_width=8, hidden_layers=1
+        FieldConfig(),
+        n_levels=2,
+        log2_hashmap_size=9,
+        base_resolution=4,
+        max_resolution=8,
+        hidden_width=8,
+        hidden_layers=1,
     )
     render_config = dataclasses.replace(RenderConfig(), max_steps=64, occupancy_resolution=16)
     field = HashGridField(field_config, 1.0, torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
@@ -21,7 +21,13 @@ HEIGHT, WIDTH = 6, 8
 def scene():
     """A small random field, a render of two views of it with normals, and its renderer."""
     config = dataclasses.replace(
-        FieldConfig(), levels=3, log2_entries=9, base_resolution=4, max_resolution=16, hidden_width=8, hidden_layers=1
+        FieldConfig(),
+        n_levels=3,
+        log2_hashmap_size=9,
+        base_resolution=4,
+        max_resolution=16,
+        hidden_width=8,
+        hidden_layers=1,
     )
     field = HashGridField(config, 1.0, torch.Generator().manual_seed(0))
     field.table.data.normal_(generator=torch.Generator().manual_seed(1))
@@ -58,7 +64,7 @@ def test_entropies_are_weight_times_ramp_times_entropy(scene):
         p = p.clamp(1e-5, 1 - 1e-5)
         return 3.0 * 0.25 * (-p * p.log2() - (1 - p) * (1 - p).log2()).mean()
 
-    terms = weighted(scene, up=0.25, lambda_entropy=3.0, lambda_entropy_weights=3.0, lambda_opacity=3.0)
+    terms = weighted(scene, up=0.25, lambda_opacity_entropy=3.0, lambda_entropy_weights=3.0, lambda_opacity=3.0)
     check_term("entropy", terms["entropy"], entropy, rendered.opacity)
     check_term("weights", terms["entropy_weights"], entropy, rendered.weights[:count])
     check_term("opacity", terms["opacity"], lambda x: 3.0 * x.square().mean(), rendered.opacity)
@@ -120,12 +126,12 @@ def test_the_mean_of_one_sample_is_that_sample():
 
 def test_normals_of_tiny_triangles_are_unit_vectors():
     """Two triangles at a right angle cost 1 in the edge that they share, whatever their size."""
-    from dream_fast.engine.geometry.tet_grid import TriMesh
+    from dream_fast.engine.geometry.mesh import TensorMesh
 
     corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
     faces = torch.tensor([[0, 1, 2], [0, 3, 1]])
     beyond = torch.tensor([[5, -1, -1], [-1, -1, 2]])  # of each edge, the corner (3 face + corner) opposite it
     for size in (1.0, 1e-3):
-        got = losses.normal_consistency(TriMesh(size * corners, faces), beyond)
+        got = losses.normal_consistency(TensorMesh(size * corners, faces), beyond)
         one = torch.tensor(1.0, dtype=torch.float64)
         check("consistency", got, one, one)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dream_fast.bench.accuracy import check, check_together
-from dream_fast.engine.config.schema import OptimConfig
+from dream_fast.engine.config.sections import OptimConfig
 from dream_fast.engine.training.optim import LossScaler, Optimizer
 
 

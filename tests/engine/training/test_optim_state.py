@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import OptimConfig
+from dream_fast.engine.config.sections import OptimConfig
 from dream_fast.engine.training import optim
 from dream_fast.engine.training.optim import AdamState, LossScaler, Optimizer, adam_step
 

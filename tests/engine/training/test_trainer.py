@@ -15,7 +15,8 @@ from rich.console import Console
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config, ShadingConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import ShadingConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.components import load_components
@@ -27,6 +28,7 @@ from dream_fast.engine.runtime.signals import Stopped
 from dream_fast.engine.scene.camera import Cameras, sample_cameras
 from dream_fast.engine.training.divergence import MAX_NONFINITE_STEPS
 from dream_fast.engine.training.loop import Loop
+from dream_fast.engine.training.losses import weight_setting
 from dream_fast.engine.training.optim import LossScaler
 from dream_fast.engine.training.phases import RunProgress, active_levels, choose_phase
 from dream_fast.engine.training.trainer import Trainer
@@ -44,8 +46,8 @@ SMALL = {
     "W": 16,
     "H": 16,
     "dataset_size_valid": 2,
-    "levels": 3,
-    "log2_entries": 10,
+    "n_levels": 3,
+    "log2_hashmap_size": 10,
     "max_resolution": 32,
     "hidden_width": 16,
     "hidden_layers": 1,
@@ -60,7 +62,7 @@ SMALL = {
 BACKBONES = {
     "grid": {},
     "grid_torch": {"backbone": "grid_torch"},
-    "vanilla": {"backbone": "vanilla", "frequencies": 4, "num_steps": 10, "upsample_steps": 6},
+    "vanilla": {"backbone": "vanilla", "n_frequencies": 4, "num_steps": 10, "upsample_steps": 6},
 }
 # Schedules of every kind of number that a step reads from the device.
 ANNEALED = {
@@ -77,7 +79,7 @@ ANNEALED = {
     "textureless_ratio": LinearSchedule(0.5, 1.0, 0.0, 1.0),
 }
 # Steps of colour alone, without regularisers.
-CHEAP = {"albedo_iter_ratio": 1.0, "latent_iter_ratio": 0.0, "lambda_entropy": 0.0, "bg_radius": -1.0}
+CHEAP = {"albedo_iter_ratio": 1.0, "latent_iter_ratio": 0.0, "lambda_opacity_entropy": 0.0, "bg_radius": -1.0}
 
 
 def small_config(**changes) -> Config:
@@ -179,7 +181,7 @@ def test_a_ratio_of_one_keeps_the_phase_in_a_run_that_goes_on_after_its_end(name
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidance, tmp_path, backbone, normals):
     terms = dict.fromkeys(("opacity", "2d_normal_smooth", "3d_normal_smooth", "entropy_weights"), 0.1)
-    changes = {f"lambda_{name}": weight for name, weight in terms.items()} | BACKBONES[backbone]
+    changes = {weight_setting(name): weight for name, weight in terms.items()} | BACKBONES[backbone]
     trainer = make_trainer(text_guidance, bg_radius=1.0, normals=normals, **changes)
     before = trainer.optimizer.params.clone()
     workspace = fit(trainer, tmp_path)
@@ -197,7 +199,7 @@ def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidanc
 
 
 def test_frequencies_join_during_the_run(text_guidance, monkeypatch):
-    trainer = make_trainer(text_guidance, progressive_level=True, **BACKBONES["vanilla"] | {"frequencies": 8})
+    trainer = make_trainer(text_guidance, progressive_level=True, **BACKBONES["vanilla"] | {"n_frequencies": 8})
     assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     asked, network = [], trainer.field._network
     monkeypatch.setattr(trainer.field, "_network", lambda x, active: asked.append(active) or network(x, active))
@@ -215,7 +217,7 @@ def test_the_table_learns_ten_times_as_fast_and_a_network_alone_at_its_rate(text
 
 
 def test_progressive_levels_join_during_the_run(text_guidance):
-    trainer = make_trainer(text_guidance, progressive_level=True, levels=8)
+    trainer = make_trainer(text_guidance, progressive_level=True, n_levels=8)
     assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     assert active_levels(make_trainer(text_guidance).config, 0.0) is None
 
@@ -246,7 +248,7 @@ def test_progressive_views_widen_during_the_run(text_guidance):
     assert (plain[0].azimuth != 30).all()
 
 
-PHASED = dict(exp_start_iter=2, exp_end_iter=6, progressive_view=True, progressive_level=True, levels=8)
+PHASED = dict(exp_start_iter=2, exp_end_iter=6, progressive_view=True, progressive_level=True, n_levels=8)
 
 
 def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_else_does(text_guidance, monkeypatch):
@@ -326,7 +328,7 @@ def test_grad_clip_rgb_limits_the_gradient_of_a_pixel(text_guidance, loss_scale)
 @pytest.mark.parametrize("grad_clip", [-1.0, 1e-3])
 def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
     """Whatever has a gradient is scaled by it and back: a step with a scale of 1024 is one without, bit for bit."""
-    weights = {f"lambda_{name}": 0.25 for name in ("entropy", "opacity", "orient", "tv", "wd", "3d_normal_smooth")}
+    weights = {weight_setting(name): 0.25 for name in ("entropy", "opacity", "orient", "tv", "wd", "3d_normal_smooth")}
     trainers = [make_trainer(text_guidance, grad_clip=grad_clip, **CHEAP | weights) for _ in range(2)]
     trainers[1].scaler = LossScaler(True, "cpu", start=1024.0)
     for trainer in trainers:
@@ -368,7 +370,7 @@ class Direct:
 
 
 def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_step(text_guidance, tmp_path):
-    trainer = make_trainer(text_guidance, bg_radius=1.0, lambda_entropy=1.0, t_anneal="linear", **ANNEALED)
+    trainer = make_trainer(text_guidance, bg_radius=1.0, lambda_opacity_entropy=1.0, t_anneal="linear", **ANNEALED)
     trainer.graphs = Direct()
     for step in range(8):
         trainer.step = step
@@ -394,9 +396,9 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
     [
         {},
         {"perpneg": True},
-        {"score": "csd", "clip_grad_latent": 1.0},
-        {"score": "asd", "guidance_scale": 7.5},
-        {"score": "sdi", "guidance_scale": 7.5, "inversion_steps": 2},
+        {"objective": "csd", "clip_grad_latent": 1.0},
+        {"objective": "asd", "guidance_scale": 7.5},
+        {"objective": "sdi", "guidance_scale": 7.5, "inversion_steps": 2},
     ],
     ids=lambda guided: "-".join(guided) or "default",
 )
@@ -477,7 +479,7 @@ def test_a_signal_lets_the_step_finish_saves_it_and_leaves_with_its_status(text_
 
 def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_path):
     """Learning rate, regularisers' ramp and phase at step 4 of 8 go on from there when 80 steps are asked for."""
-    changes = dict(lr_decay=0.25, lambda_entropy=1.0, latent_iter_ratio=0.25, albedo_iter_ratio=0.4)
+    changes = dict(lr_decay=0.25, lambda_opacity_entropy=1.0, latent_iter_ratio=0.25, albedo_iter_ratio=0.4)
     first = make_trainer(text_guidance, iters=8, **changes)
     first.step = 4
     path = first.save(Workspace(tmp_path))
@@ -507,7 +509,7 @@ def test_libraries_draw_the_same_in_a_step_that_is_taken_up(text_guidance):
 def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path):
     workspace = fit(make_trainer(text_guidance, iters=1), tmp_path)
     with pytest.raises(UserError, match="levels 3 there, 4 here"):
-        make_trainer(text_guidance, levels=4).load(workspace.checkpoints / "step_000001.safetensors")
+        make_trainer(text_guidance, n_levels=4).load(workspace.checkpoints / "step_000001.safetensors")
     with pytest.raises(UserError, match="optim adan there, adam here"):
         make_trainer(text_guidance, optim="adam").load(workspace.checkpoints / "step_000001.safetensors")
 
@@ -527,8 +529,8 @@ def test_a_checkpoint_of_another_backbone_is_refused(text_guidance, tmp_path, mi
 
 def test_what_a_backbone_does_not_read_is_no_part_of_its_architecture(text_guidance):
     grid, vanilla = (make_trainer(text_guidance, **BACKBONES[name]).architecture() for name in ("grid", "vanilla"))
-    assert "frequencies" not in grid and grid["levels"] == 3 and grid["occupancy_resolution"] == 16
-    assert vanilla["frequencies"] == 4 and not {"levels", "max_resolution", "occupancy_resolution"} & set(vanilla)
+    assert "n_frequencies" not in grid and grid["n_levels"] == 3 and grid["occupancy_resolution"] == 16
+    assert vanilla["n_frequencies"] == 4 and not {"n_levels", "max_resolution", "occupancy_resolution"} & set(vanilla)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine import run
-from dream_fast.engine.config.schema import Config, GuidanceConfig
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.guidance import registry
@@ -39,7 +40,7 @@ from dream_fast.engine.workspace.folder import Workspace
 
 SMALL = """
     --device cpu --iters 8 --log_every 2 --seed 7 --w 12 --h 10 --W 16 --H 16 --batch_size 2 --dataset_size_test 3
-    --dataset_size_valid 2 --levels 3 --log2_entries 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
+    --dataset_size_valid 2 --n_levels 3 --log2_hashmap_size 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
     --bound 0.6 --max_steps 48 --occupancy_resolution 16 --latent_iter_ratio 0.25 --albedo_iter_ratio 0.5
 """.split()
 IMAGE = 32  # pixels of the tiny model's pictures
@@ -113,7 +114,7 @@ def test_a_model_that_knows_the_noise_estimates_the_latent_itself_at_every_level
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
 def test_the_estimate_is_that_of_the_guided_prediction(components, in_fp64, score, rescale):
     """(x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t), in fp64, with one call of the UNet for each prompt of each view."""
-    config = GuidanceConfig(score=score, guidance_scale=7.5, inversion_steps=2, guidance_rescale=rescale)
+    config = GuidanceConfig(objective=score, guidance_scale=7.5, inversion_steps=2, guidance_rescale=rescale)
     rgb = torch.rand(2, 3, IMAGE, IMAGE, generator=generator(1))
     cond, uncond = torch.randn(2, 2, 5, 32, generator=generator(2))
     result = ScoreDistillation(components, config)(rgb, cond, uncond, StepInputs(generator=generator(3)))

@@ -20,7 +20,7 @@ from dream_fast.engine.workspace.checkpoint import (
     step_of,
 )
 
-ARCHITECTURE = {"levels": 8, "hidden_width": 32}
+ARCHITECTURE = {"n_levels": 8, "hidden_width": 32}
 
 
 def make_state():
@@ -106,8 +106,8 @@ def test_a_checkpoint_of_the_version_without_checksums_is_read(tmp_path):
 
 def test_other_architecture_is_refused_naming_both_values(tmp_path):
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
-    with pytest.raises(UserError, match="levels 8 there, 16 here"):
-        load_checkpoint(path, ARCHITECTURE | {"levels": 16})
+    with pytest.raises(UserError, match="n_levels 8 there, 16 here"):
+        load_checkpoint(path, ARCHITECTURE | {"n_levels": 16})
 
 
 def rewrite_header(path, **changes):
@@ -146,9 +146,9 @@ def test_header_of_an_earlier_field_is_completed(tmp_path):
     """A header without a setting that came later is that of a field with the value of then."""
     saved = {"backbone": "vanilla", "bg_radius": 1.4}
     path = save_checkpoint(tmp_path, 7, make_state(), saved)
-    assert load_checkpoint(path, saved | {"frequencies": 12})[0] == 7
-    with pytest.raises(UserError, match="another architecture: frequencies 12 there, 6 here"):
-        load_checkpoint(path, saved | {"frequencies": 6})
+    assert load_checkpoint(path, saved | {"n_frequencies": 12})[0] == 7
+    with pytest.raises(UserError, match="another architecture: n_frequencies 12 there, 6 here"):
+        load_checkpoint(path, saved | {"n_frequencies": 6})
 
 
 def test_header_names_the_version(tmp_path):
@@ -156,7 +156,7 @@ def test_header_names_the_version(tmp_path):
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()[FORMAT])["dream_fast"] == __version__
-    rewrite_header(path, dream_fast="0.3.0")
+    rewrite_header(path, dream_fast="0.1.0")
     with pytest.raises(UserError, match="its checksum is another"):
         load_checkpoint(path, ARCHITECTURE)
 

@@ -24,7 +24,7 @@ from dream_fast.engine.workspace.checkpoint import (
     step_of,
 )
 
-ARCHITECTURE = {"levels": 8, "hidden_width": 32}
+ARCHITECTURE = {"n_levels": 8, "hidden_width": 32}
 
 
 def state(value=1.0):
@@ -237,23 +237,23 @@ def test_a_tensor_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
 def test_read_architecture_completes_it(tmp_path):
     """The settings of the header, and those that came later."""
     architecture = read_architecture(save(tmp_path, architecture={"backbone": "vanilla", "bg_radius": 1.4}))
-    assert architecture == {"backbone": "vanilla", "bg_radius": 1.4, "frequencies": 12}
+    assert architecture == {"backbone": "vanilla", "bg_radius": 1.4, "n_frequencies": 12}
 
 
 def test_every_difference_of_the_architecture_is_named(tmp_path):
     """In the order of the names, with both values; settings that one side lacks are None."""
-    path = save(tmp_path, architecture={"backbone": "grid", "levels": 8, "hidden_width": 32})
+    path = save(tmp_path, architecture={"backbone": "grid", "n_levels": 8, "hidden_width": 32})
     with pytest.raises(UserError) as refused:
-        load_checkpoint(path, {"backbone": "grid", "levels": 16, "hidden_width": 64, "bound": 1.0})
-    differences = "bound None there, 1.0 here; hidden_width 32 there, 64 here; levels 8 there, 16 here"
+        load_checkpoint(path, {"backbone": "grid", "n_levels": 16, "hidden_width": 64, "bound": 1.0})
+    differences = "bound None there, 1.0 here; hidden_width 32 there, 64 here; n_levels 8 there, 16 here"
     assert str(refused.value) == f"the checkpoint {path} is of another architecture: {differences}"
 
 
 def test_of_another_backbone_it_alone_is_named(tmp_path):
     """Another backbone has other settings, none of which is worth a word."""
-    path = save(tmp_path, architecture={"backbone": "grid", "levels": 8})
+    path = save(tmp_path, architecture={"backbone": "grid", "n_levels": 8})
     with pytest.raises(UserError) as refused:
-        load_checkpoint(path, {"backbone": "vanilla", "frequencies": 12})
+        load_checkpoint(path, {"backbone": "vanilla", "n_frequencies": 12})
     assert str(refused.value).endswith("of another architecture: backbone grid there, vanilla here")
 
 
@@ -269,8 +269,8 @@ def test_unknown_settings_are_all_named(tmp_path):
 
 def test_an_architecture_is_compared_as_json_has_it(tmp_path):
     """A tuple is written as a list, and is no difference."""
-    path = save(tmp_path, architecture={"levels": (1, 2)})
-    assert load_checkpoint(path, {"levels": (1, 2)})[0] == 7
+    path = save(tmp_path, architecture={"n_levels": (1, 2)})
+    assert load_checkpoint(path, {"n_levels": (1, 2)})[0] == 7
 
 
 def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from dream_fast.engine.workspace.atomic import atomic_write, atomic_writes, stal
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 
 SMALL = """
-    --device cpu --iters 1 --seed 7 --w 8 --h 8 --W 16 --H 16 --dataset_size_test 2 --dataset_size_valid 1 --levels 2
-    --log2_entries 8 --max_resolution 16 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 32
+    --device cpu --iters 1 --seed 7 --w 8 --h 8 --W 16 --H 16 --dataset_size_test 2 --dataset_size_valid 1 --n_levels 2
+    --log2_hashmap_size 8 --max_resolution 16 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 32
     --occupancy_resolution 16 --mcubes_resolution 16 --texture_resolution 64 --save_mesh
 """.split()
 

@@ -52,7 +52,7 @@ def test_snapshot_is_current():
 def test_tables_cover_every_version():
     """A setting that came since the first version has a value for runs without it; one that went is named."""
     now = snapshot()["settings"].keys()
-    assert WITHOUT.keys() == now - settings_of(FIRST).keys()
+    assert WITHOUT.keys() == now - {RENAMED[name].name if name in RENAMED else name for name in settings_of(FIRST)}
     versions = [path.stem for path in FIXTURES.glob("*.json")]
     gone = {name for version in versions for name in settings_of(version)} - now - RENAMED.keys()
     assert {"shading.light_phi", "shading.light_theta"} <= gone
@@ -95,12 +95,12 @@ def test_plain_rename(monkeypatch):
     """A renamed setting keeps its value, in config.json and in the architecture of a checkpoint."""
     from dream_fast.engine.workspace import stored_run as module
 
-    monkeypatch.setitem(RENAMED, "field.grid_levels", module.Renamed("field.levels"))
+    monkeypatch.setitem(RENAMED, "field.grid_levels", module.Renamed("field.n_levels"))
     values = settings_of("0.1.0")
     values["field.grid_levels"] = values.pop("field.levels") - 7
-    assert read_run(stored(values)).config.field.levels == 9
+    assert read_run(stored(values)).config.field.n_levels == 9
     saved = {"backbone": "grid", "grid_levels": 9, "bound": 1.0}
-    assert complete_architecture(saved) == {"backbone": "grid", "levels": 9, "bound": 1.0}
+    assert complete_architecture(saved) == {"backbone": "grid", "n_levels": 9, "bound": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_newer_run_of_known_settings_is_read():
 
 def test_value_that_is_not_allowed_any_more_names_the_version():
     """A stored value out of today's bounds is refused, with the version that takes it."""
-    with pytest.raises(UserError, match=r"--levels must be at most 32, not 99; dream-fast 0\.1\.0, which wrote it"):
+    with pytest.raises(UserError, match=r"--n_levels must be at most 32, not 99; dream-fast 0\.1\.0, which wrote it"):
         read_run(stored(settings_of("0.1.0") | {"field.levels": 99}))
 
 
@@ -147,6 +147,6 @@ def test_settings_of_another_program_are_refused(data):
 
 def test_architecture_of_an_earlier_field_is_completed():
     """A header of before a setting of its own field gets the value of then; other backbones' settings stay out."""
-    assert complete_architecture({"backbone": "vanilla", "bound": 1.0})["frequencies"] == 12
-    assert "frequencies" not in complete_architecture({"backbone": "grid", "bound": 1.0})
+    assert complete_architecture({"backbone": "vanilla", "bound": 1.0})["n_frequencies"] == 12
+    assert "n_frequencies" not in complete_architecture({"backbone": "grid", "bound": 1.0})
     assert unknown_settings({"backbone": "grid", "depth": 3, "bound": 1.0}) == ["depth"]

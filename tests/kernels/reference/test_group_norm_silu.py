@@ -1,6 +1,5 @@
 """Group normalisation with SiLU: against the formula and torch's modules, gradients in fp64, layouts, complaints."""
 
-import importlib
 import math
 
 import pytest
@@ -9,8 +8,7 @@ import torch.nn.functional as F
 
 from dream_fast.bench.accuracy import check, check_fp64
 from dream_fast.kernels import group_norm_silu
-
-MODULE = importlib.import_module("dream_fast.kernels.nn.group_norm_silu")
+from dream_fast.kernels.nn import group_norm_silu as group_norm_module
 
 
 def inputs(shape=(2, 6, 3, 5), dtype=torch.float64, seed=0):
@@ -142,18 +140,18 @@ SIZES = [(512, 128, 1), (256, 256, 1), (64, 512, 1), (64, 320, 2), (64, 960, 2),
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_tiles_cover_everything_and_fit(side, channels, images, channels_last):
     width, places = channels // 32, side * side
-    config = MODULE._config(images, 32, width, places, channels_last)
-    elements = config["ROWS"] * config["GROUPS"] * config["WIDTH"]
-    assert elements <= 32 * 32 * config["num_warps"] or elements < 1024  # at most 32 elements a lane
-    if config["whole"]:
-        assert config["ROWS"] >= places and config["WIDTH"] >= width
+    config = group_norm_module._group_norm_silu_config(images, 32, width, places, channels_last)
+    elements = config.rows * config.groups * config.width
+    assert elements <= 32 * 32 * config.num_warps or elements < 1024  # at most 32 elements a lane
+    if config.whole:
+        assert config.rows >= places and config.width >= width
         return
-    assert config["row_tiles"] * config["ROWS"] >= places > (config["row_tiles"] - 1) * config["ROWS"]
-    assert config["row_parts"] * config["chunk"] >= places > (config["row_parts"] - 1) * config["chunk"]
-    assert config["chunk"] % config["sums"]["ROWS"] == 0 and config["blocks"] * config["GROUPS"] >= 32
-    programs = images * config["blocks"] * config["parts"]
-    assert programs <= MODULE._PROGRAMS or config["row_parts"] == 1  # all under way at once
-    columns = config["parts"] // config["row_parts"]
-    assert columns * config["WIDTH"] >= width > (columns - 1) * config["WIDTH"]
+    assert config.row_tiles * config.rows >= places > (config.row_tiles - 1) * config.rows
+    assert config.row_parts * config.chunk >= places > (config.row_parts - 1) * config.chunk
+    assert config.chunk % config.sum_rows == 0 and config.blocks * config.groups >= 32
+    programs = images * config.blocks * config.parts
+    assert programs <= group_norm_module._PROGRAMS or config.row_parts == 1  # all under way at once
+    columns = config.parts // config.row_parts
+    assert columns * config.width >= width > (columns - 1) * config.width
     if channels_last:  # a row of a tile is a long run of memory
-        assert min(width, config["WIDTH"]) * config["GROUPS"] >= 64
+        assert min(width, config.width) * config.groups >= 64

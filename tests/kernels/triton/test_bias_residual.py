@@ -1,6 +1,5 @@
 """The kernel at the end of a residual block: output and gradients against fp64, both layouts, ragged tiles."""
 
-import importlib
 import random
 
 import pytest
@@ -9,9 +8,8 @@ import torch
 from dream_fast.bench.accuracy import check
 from dream_fast.kernels import bias_residual, bias_residual_reference
 from dream_fast.kernels._core.launch import INTERPRETED
+from dream_fast.kernels.nn import bias_residual as bias_residual_module
 
-# `dream_fast.kernels.nn.bias_residual` names the function.
-MODULE = importlib.import_module("dream_fast.kernels.nn.bias_residual")
 NAMES = ("output", "gradient of x", "gradient of bias", "gradient of residual")
 
 
@@ -58,7 +56,7 @@ def test_small_shapes(shape, dtype, last, device, deterministic):
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 6, 5, 5), (1, 20, 3, 3), (1, 3, 65)])
 def test_more_than_a_tile(shape, last, device, monkeypatch, deterministic):
-    monkeypatch.setattr(MODULE, "_TILE", 16)
+    monkeypatch.setattr(bias_residual_module, "_TILE", 16)
     compare(inputs(shape, device, last=last))
 
 
@@ -92,7 +90,7 @@ def test_the_operator_is_declared_as_it_behaves(device):
     for last in (False, True):
         leaves = [tensor.requires_grad_() for tensor in inputs((1, 4, 5, 5), device, last=last)[:3]]
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(MODULE._bias_residual, tuple(leaves), test_utils=checks)
+        torch.library.opcheck(bias_residual_module._bias_residual, tuple(leaves), test_utils=checks)
 
 
 def test_complains_about_doubles(device):

@@ -281,8 +281,8 @@ def test_corrections_of_adan_in_the_first_step(device):
 def test_adan_of_few_programs(device, monkeypatch):
     """Programs that take many blocks each, and the part of a block at the end."""
     module = importlib.import_module("dream_fast.kernels.optim.adan")
-    for name in ("_norm_config", "_update_config"):
-        monkeypatch.setattr(module, name, lambda: (16, 1, 2))
+    config = module.AdanConfig(norm_block=16, norm_programs=2, update_block=16, update_programs=2, num_warps=1)
+    monkeypatch.setattr(module, "_adan_config", lambda: config)
     grads = torch.randn(106, generator=torch.Generator().manual_seed(9)).to(device)
 
     def call(operator, grads):

@@ -1,6 +1,5 @@
 """The kernels of group normalisation: output, gradients against fp64, both layouts, ragged tiles, one part or many."""
 
-import importlib
 import math
 import random
 
@@ -10,9 +9,8 @@ import torch
 from dream_fast.bench.accuracy import check
 from dream_fast.kernels import group_norm_silu, group_norm_silu_reference
 from dream_fast.kernels._core.launch import INTERPRETED
+from dream_fast.kernels.nn import group_norm_silu as group_norm_module
 
-# `dream_fast.kernels.nn.group_norm_silu` names the function.
-MODULE = importlib.import_module("dream_fast.kernels.nn.group_norm_silu")
 # Of what is masked off, the exponential may be too large; the interpreter's numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 NAMES = ("output", "gradient of x", "gradient of weight", "gradient of bias", "gradient of added")
@@ -24,7 +22,7 @@ def tiles(monkeypatch):
 
     def use(tile, programs, merge):
         for name, value in {"_TILE": tile, "_PROGRAMS": programs, "_WHOLE": 0, "_MERGE": merge}.items():
-            monkeypatch.setattr(MODULE, name, value)
+            monkeypatch.setattr(group_norm_module, name, value)
 
     return use
 
@@ -105,7 +103,7 @@ def test_groups_in_parts(shape, groups, programs, merge, last, device, tiles, de
 
 def test_more_parts_than_a_tile_merges_at_a_time(device, tiles, deterministic):
     tiles(32, 1000, 10**6)
-    assert MODULE._config(1, 32, 1, 37, True)["parts"] * 32 > 1024
+    assert group_norm_module._group_norm_silu_config(1, 32, 1, 37, True).parts * 32 > 1024
     compare(inputs((1, 32, 37), device, last=True), 32)
 
 
@@ -228,12 +226,12 @@ def test_the_operators_are_declared_as_they_behave(more, device, tiles):
         x, weight, bias, *added = (tensor.requires_grad_() for tensor in leaves)
         added = added[0] if more else None
         arguments = (x, 2, weight, bias, 1e-5, True, added)
-        torch.library.opcheck(MODULE._group_norm_silu, arguments, test_utils=checks)
+        torch.library.opcheck(group_norm_module._group_norm_silu, arguments, test_utils=checks)
         x, weight, bias, added = (None if tensor is None else tensor.detach() for tensor in (x, weight, bias, added))
-        _, moments = MODULE._group_norm_silu(x, 2, weight, bias, 1e-5, True, added)
+        _, moments = group_norm_module._group_norm_silu(x, 2, weight, bias, 1e-5, True, added)
         for of_channels in (True, False):
             torch.library.opcheck(
-                MODULE._group_norm_silu_backward,
+                group_norm_module._group_norm_silu_backward,
                 (upstream, x, weight, bias, added, moments, True, of_channels),
                 test_utils=checks[:2],
             )
@@ -273,8 +271,8 @@ def test_sizes_of_stable_diffusion(side, channels, images, dtype, last, device, 
 
 @pytest.mark.full_size("4096 parts of 8192 elements")
 def test_more_parts_than_a_kernel_merges_at_a_time(device, monkeypatch, deterministic):
-    monkeypatch.setattr(MODULE, "_PROGRAMS", 4096)
-    assert MODULE._config(1, 32, 4, 512 * 512, True)["parts"] == 4096
+    monkeypatch.setattr(group_norm_module, "_PROGRAMS", 4096)
+    assert group_norm_module._group_norm_silu_config(1, 32, 4, 512 * 512, True).parts == 4096
     compare(inputs((1, 128, 512, 512), device, last=True, dtype=torch.float16), 32)
 
 
@@ -307,7 +305,7 @@ def test_compiled(last, device, compare_compiled):
 @pytest.mark.parametrize("last", [False, True])
 def test_more_than_two_to_the_31_numbers(last, device, monkeypatch):
     """The last of many pictures comes out as it does alone."""
-    monkeypatch.setattr(MODULE, "_PROGRAMS", 10**9)  # the same parts, however many pictures
+    monkeypatch.setattr(group_norm_module, "_PROGRAMS", 10**9)  # the same parts, however many pictures
     shape = (130, 64, 512, 512)
     assert math.prod(shape) > 2**31
     order = torch.channels_last if last else torch.contiguous_format

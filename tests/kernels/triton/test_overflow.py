@@ -12,7 +12,8 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.doctor import selftest
-from dream_fast.bench.ops.cases import run
+from dream_fast.bench.ops.inputs import TINY_CELLS, TINY_FIELD, mlp
+from dream_fast.bench.ops.spec import run
 from dream_fast.kernels import FieldSpec, HashGridSpec, recorded_launches
 from dream_fast.kernels.grid import gradients as _grid
 
@@ -22,7 +23,7 @@ FAR = (1 << 30, (1 << 30) + 3 * (1 << 17))
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="tensors past 2^31 elements show the same on a GPU")
 # What a program that far computes with is no data.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-PROBLEMS = selftest.problems(torch.device("cpu")) if INTERPRETED else {}
+PROBLEMS = selftest.build_all(torch.device("cpu")) if INTERPRETED else {}
 
 
 GRID = HashGridSpec(levels=5, features=2, log2_entries=8, base_resolution=4, max_resolution=16)
@@ -45,8 +46,8 @@ def record(monkeypatch, call):
 
 
 def gradients(name):
-    problem, mode = PROBLEMS[name]
-    return partial(run, problem, problem.operator, mode, torch.float32)
+    case, problem = PROBLEMS[name]
+    return partial(run, problem, problem.operator, case.mode, torch.float32)
 
 
 @interpreted
@@ -63,13 +64,13 @@ def test_overflow_of_program_numbers(name, memory, monkeypatch):
 @pytest.mark.parametrize("case", ["field", "march", "composite", "group_norm_silu", "group_norm_silu last"])
 def test_overflow_of_program_numbers_in_other_passes(case, memory, monkeypatch):
     """The same for padding, for scans of several blocks and for groups in parts."""
-    tensors, generator = PROBLEMS[case.split()[0]][0].tensors, torch.Generator().manual_seed(0)
+    tensors, generator = PROBLEMS[case.split()[0]][1].tensors, torch.Generator().manual_seed(0)
     if case == "field":
-        weights, biases = selftest._layers(tensors)
+        weights, biases = mlp(tensors)
         count = torch.tensor(40)
 
         def call():
-            kernels.field(tensors["x"], tensors["table"], weights, biases, selftest.FIELD, count=count)
+            kernels.field(tensors["x"], tensors["table"], weights, biases, TINY_FIELD, count=count)
     elif case == "march":
         module = importlib.import_module("dream_fast.kernels.rays.march")
         config = module._march_config
@@ -77,7 +78,7 @@ def test_overflow_of_program_numbers_in_other_passes(case, memory, monkeypatch):
 
         def call():
             rays = (tensors["origins"].clone().requires_grad_(), tensors["directions"], tensors["bits"])
-            out = kernels.march(*rays, bound=1.0, resolution=selftest.CELLS, capacity=50, dt_gamma=0.01)
+            out = kernels.march(*rays, bound=1.0, resolution=TINY_CELLS, capacity=50, dt_gamma=0.01)
             out.positions.sum().backward()
     elif case == "composite":
 
@@ -179,7 +180,7 @@ def test_overflow_of_tiles_of_normals(kernel, memory, monkeypatch):
 @interpreted
 def test_overflow_of_pictures(memory, monkeypatch):
     """Vertices of picture 2^30 are not those of picture 0."""
-    small = record(monkeypatch, gradients("rasterize"))["rasterize_small_fwd_kernel"]
+    small = record(monkeypatch, gradients("raster"))["rasterize_small_fwd_kernel"]
     one, other = (touched(memory, monkeypatch, small, (program,), vertices=4) for program in FAR)
     assert one == other
 
@@ -187,11 +188,11 @@ def test_overflow_of_pictures(memory, monkeypatch):
 @interpreted
 def test_overflow_of_rays(memory, monkeypatch):
     """Three numbers of ray 1431655766 are not those of ray 0, where 3 times that wraps around to."""
-    tensors = PROBLEMS["march"][0].tensors
+    tensors = PROBLEMS["march"][1].tensors
 
     def call():
         rays = (tensors["origins"].clone().requires_grad_(), tensors["directions"], tensors["bits"])
-        kernels.march(*rays, bound=1.0, resolution=selftest.CELLS, capacity=50).positions.sum().backward()
+        kernels.march(*rays, bound=1.0, resolution=TINY_CELLS, capacity=50).positions.sum().backward()
 
     launches, most = record(monkeypatch, call), (1 << 31) - 1
     changed = {"rays": most, "ray_programs": most}

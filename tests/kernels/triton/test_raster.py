@@ -1,6 +1,5 @@
 """The kernels of rasterising, interpolating and antialiasing: decisions, values and gradients against fp64."""
 
-import importlib
 import math
 import random
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check, check_fp64
-from dream_fast.bench.ops.cases import ball
+from dream_fast.bench.ops.inputs import ball
 from dream_fast.kernels import (
     Fragments,
     antialias,
@@ -20,8 +19,8 @@ from dream_fast.kernels import (
     rasterize_reference,
 )
 from dream_fast.kernels._core.launch import INTERPRETED
+from dream_fast.kernels.mesh import rasterize as rasterize_module
 
-RASTER = importlib.import_module("dream_fast.kernels.mesh.rasterize")
 NEAR, FAR = 0.1, 20.0
 FEW = 1e-3  # of the pixels, on which fp32 and fp64 may disagree about an edge
 
@@ -29,11 +28,11 @@ FEW = 1e-3  # of the pixels, on which fp32 and fp64 may disagree about an edge
 @pytest.fixture
 def classes(monkeypatch):
     """classes(small, tile, large) sets which triangles a lane, a program and all programs take, at small sizes."""
-    config = RASTER._raster_config
+    config = rasterize_module._rasterize_config
 
     def use(small, tile, large, programs=4):
-        changed = {"SMALL": small, "TILE": tile, "LARGE": large, "PROGRAMS": programs}
-        monkeypatch.setattr(RASTER, "_raster_config", lambda device: {**config(device), **changed})
+        changed = {"small": small, "tile": tile, "large": large, "programs": programs}
+        monkeypatch.setattr(rasterize_module, "_rasterize_config", lambda device: config(device)._replace(**changed))
 
     return use
 

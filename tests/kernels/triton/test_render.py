@@ -5,7 +5,6 @@ A ray is judged where rounding cannot change which samples it has: fp32 and fp64
 """
 
 import random
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from dream_fast.bench.accuracy import check
 from dream_fast.kernels import FieldSpec, HashGridSpec, View, cascades, render, render_reference
 from dream_fast.kernels._core.launch import INTERPRETED
 from dream_fast.kernels.fields.field import field_reference
+from dream_fast.kernels.rays import render as render_module
 from dream_fast.kernels.rays.march import packed_intervals
 from dream_fast.kernels.rays.render import EMPTY_OPACITY
 
@@ -24,11 +24,17 @@ SMALL = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=4, ma
 def short_queues(monkeypatch):
     """Interpreted, a queue of 32 rays and 16 lanes, so that a few rays fill more than one and lanes are taken again."""
     if INTERPRETED:
-        module = sys.modules["dream_fast.kernels.rays.render"]
-        monkeypatch.setattr(module, "_enter_config", lambda: {"SEGMENT": 32, "PROBES": 4, "num_warps": 1})
-        lanes = {"BLOCK": 16, "num_warps": 1}
-        monkeypatch.setattr(module, "_shade_config", lambda *_: {**lanes, "PROBES": 2, "WALK": 4})
-        monkeypatch.setattr(module, "_normals_config", lambda *_: lanes)
+        config = render_module.RenderConfig(
+            segment=32,
+            enter_probes=4,
+            enter_warps=1,
+            block=16,
+            num_warps=1,
+            shade_probes=2,
+            walk=4,
+            shade_registers=None,
+        )
+        monkeypatch.setattr(render_module, "_render_config", lambda *_: config)
 
 
 def scene(device, *, seed=0, grid=SMALL, width=16, hidden=1, bound=0.8, resolution=16, filled=0.5, **spec):

@@ -8,7 +8,6 @@ import pytest
 
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar
 from dream_fast.engine.config.setting import (
-    BACKBONES,
     LARGEST,
     SMALLEST,
     ConfigSection,
@@ -36,7 +35,7 @@ class Sample(ConfigSection):
     many: tuple[str, ...] = setting(("a",), "some", choices=("a", "b"))
     span: Range = setting((0.0, 1.0), "two numbers", low=0)
     scalar: Scalar = setting(0.5, "a number or a schedule", low=0, high=1)
-    grad_clip: Scalar = setting(-1.0, "a limit, or -1", low=-1)
+    grad_clip: Scalar = setting(-1.0, "a limit, or -1", low=-1, is_limit=True)
     scalars: ScalarRange = setting((0.0, 1.0), "two numbers or schedules", low=0, high=2)
 
 
@@ -131,10 +130,12 @@ def test_choice_is_the_whole_word(word):
 
 def test_field_holds_what_was_said_of_it():
     """Default, help and bounds are read back; without a word there are none, and a resumed run may not change it."""
-    nothing = dict(choices=None, low=None, above=None, high=None, below=None, resumable=False, backbones=BACKBONES)
+    nothing = dict(choices=None, low=None, above=None, high=None, below=None, resumable=False, backbones=None)
+    nothing |= dict(is_limit=False, aliases=())
     bare = setting(0.5, "a number")
     assert bare.default == 0.5 and dict(bare.metadata) == nothing | {"help": "a number"}
     said = dict(choices=("a",), low=1, above=2, high=3, below=4, resumable=True, backbones=("grid",))
+    said |= dict(is_limit=True, aliases=("b",))
     assert dict(setting("a", "a word", **said).metadata) == said | {"help": "a word"}
     kinds = {field.name: value_type(field) for field in dataclasses.fields(Sample)}
     assert (kinds["maybe"], kinds["scalar"], kinds["span"], kinds["count"]) == (float, Scalar, Range, int)
