@@ -1,7 +1,7 @@
 """Check the types of engine/, kernels/, bench/ and cli.py with mypy: `python -P .ci/types.py`.
 
 The repository is the package `dream_fast`, which mypy finds through a link in its cache folder. The bodies of Triton
-kernels are another language in Python's syntax, so errors in functions under `@triton.jit` do not count.
+kernels are another language in Python's syntax, so errors in functions under `@jit` do not count.
 """
 
 import ast
@@ -27,10 +27,10 @@ def link_package(folder: Path) -> Path:
 
 
 def kernel_lines(source: str) -> set[int]:
-    """Return the numbers of the lines of a file that belong to functions under `@triton.jit`."""
+    """Return the numbers of the lines of a file that belong to functions under `@jit`."""
     lines: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d).split(".") for d in node.decorator_list):
             lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return lines
 

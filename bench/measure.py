@@ -1,8 +1,8 @@
-"""The only timer. On a GPU: events around one call, L2 cache overwritten between calls; on a CPU: the wall clock.
+"""The timer of every benchmark: CUDA events on a GPU, clocks on a CPU.
 
-An operator that takes tens of microseconds starts slower than it runs, so on a GPU the whole call (autograd included)
-is captured in a CUDA graph where that is possible, and its replay is timed. One that asks the host for a size cannot be
-captured, and is timed as it is, waiting included.
+A call that takes tens of microseconds starts slower than it runs. On a GPU the whole call, autograd included, is
+therefore captured in a CUDA graph where that is possible. Its replay is timed, with the L2 cache overwritten between
+calls. A call that reads a size on the host cannot be captured; it is timed as it is, waiting included.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-# What a call costs on a machine that others use too: waiting for them is no part of it. Over all threads.
+# The cost of a call on a shared machine: summed over all threads, without waiting for other programs.
 processor_time = time.process_time
 
 # Overwritten between two calls: more than the L2 cache of any GPU, so that inputs come from memory.
@@ -23,7 +24,7 @@ CACHE_BYTES = 256 << 20
 
 
 class Timing(NamedTuple):
-    """Median, 20th and 80th percentile of the time of a call, ms; graph: whether it ran from a CUDA graph."""
+    """Median, 20th and 80th percentile of the time of a call in ms; graph: the call was replayed from a CUDA graph."""
 
     median: float
     p20: float
@@ -32,6 +33,7 @@ class Timing(NamedTuple):
 
 
 def quantiles(times: list[float], *, graph: bool = False) -> Timing:
+    """Summarise times in ms."""
     if len(times) < 2:
         return Timing(times[0], times[0], times[0], graph)
     deciles = statistics.quantiles(times, n=10, method="inclusive")
@@ -39,7 +41,7 @@ def quantiles(times: list[float], *, graph: bool = False) -> Timing:
 
 
 def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
-    """A graph of `call`, warmed up on a side stream before; None where it cannot be captured."""
+    """Capture `call`, warmed up on a side stream, as a CUDA graph; None where it cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,7 +62,7 @@ def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
 
 
 def time_cuda(call: Callable[[], Any], *, milliseconds: float = 100, graph: bool = True, least: int = 10) -> Timing:
-    """Times of `call` on the current device, which is warmed up by this. At least `least` calls."""
+    """Time `call` on the current GPU, after a warm-up: for about `milliseconds`, at least `least` calls."""
     call()
     torch.cuda.synchronize()
     captured = capture(call) if graph else None
@@ -88,22 +90,90 @@ def time_cuda(call: Callable[[], Any], *, milliseconds: float = 100, graph: bool
 
 
 def time_cpu(call: Callable[[], Any], *, milliseconds: float = 100, least: int = 3) -> Timing:
+    """Time `call` by the wall clock, after a warm-up: for at least `milliseconds` and `least` calls."""
     call()
-    times, spent = [], 0.0
+    times: list[float] = []
+    spent = 0.0
     while spent < milliseconds or len(times) < least:
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append(time_once(call, torch.device("cpu")))
         spent += times[-1]
     return quantiles(times)
 
 
 def time_call(call: Callable[[], Any], device: torch.device, **options: Any) -> Timing:
+    """Time `call` on a device; options as of `time_cuda` or `time_cpu`."""
     return time_cuda(call, **options) if device.type == "cuda" else time_cpu(call, **options)
 
 
+def time_once(call: Callable[[], Any], device: torch.device) -> float:
+    """Time of one call in ms, without warm-up; the call may hold any number of launches."""
+    if device.type != "cuda":
+        seconds = time.perf_counter()
+        call()
+        return (time.perf_counter() - seconds) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def time_calls(call: Callable[[], Any], count: int, clock: Callable[[], float] = processor_time) -> float:
+    """Seconds of `count` calls by a clock."""
+    start = clock()
+    for _ in range(count):
+        call()
+    return clock() - start
+
+
+def prepare_synchronous(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Make a call that other timers can time: on a GPU the replay of its CUDA graph if possible, and waiting for it."""
+    if device.type != "cuda":
+        return call
+    graph = capture(call)
+    launch = call if graph is None else graph.replay
+
+    def launch_and_wait() -> None:
+        launch()
+        torch.cuda.synchronize()
+
+    return launch_and_wait
+
+
+class PartClock:
+    """Times of the parts of a longer call, which calls `mark` at the end of each part.
+
+    On a GPU the marks are events. Inside a CUDA graph they become part of it, and each replay sets them.
+    """
+
+    def __init__(self, start: str, parts: Sequence[str], device: torch.device):
+        self.names, self.device = (start, *parts), device
+        # Made once: several graphs, one for each kind of step, set the same events.
+        cuda = device.type == "cuda"
+        self.marks: dict[str, Any] = {
+            name: torch.cuda.Event(enable_timing=True, external=True) if cuda else 0.0 for name in self.names
+        }
+
+    def mark(self, name: str) -> None:
+        if self.device.type == "cuda":
+            self.marks[name].record()
+        else:
+            self.marks[name] = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Wait for the device and return the time of each part in ms."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+        pairs = [(self.marks[before], self.marks[name]) for before, name in pairwise(self.names)]
+        times = [start.elapsed_time(end) if cuda else (end - start) * 1e3 for start, end in pairs]
+        return dict(zip(self.names[1:], times, strict=True))
+
+
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that torch had allocated during `call` above what was allocated before; 0 on a CPU."""
+    """Peak of torch's allocations during `call` in bytes, above what was allocated before; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     gc.collect()
@@ -117,7 +187,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy that fits no cache."""
+    """Bytes a second, read and written, of a copy larger than every cache."""
     size = (1 << 30) if device.type == "cuda" else (1 << 26)
     source = torch.empty(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)

@@ -79,7 +79,7 @@ def end_to_end_table() -> str:
 
 def step_table() -> str:
     """A whole step on each GPU: time beside the target, memory, and the image model's modules alone."""
-    from dream_fast.bench.pipeline.step import CASES
+    from dream_fast.bench.pipeline.step_cases import CASES
 
     cases = {case.name: case for case in CASES}
     rows = []
@@ -93,9 +93,9 @@ def step_table() -> str:
                     row["case"] if ours else f"{row['case']}, plain diffusers and references",
                     result["gpu"].split()[1],
                     format_number(row["median_ms"]),
-                    format_number(case and case.target_ms),
+                    format_number(case.target_ms if case else None),
                     format_number(row["peak_bytes"] / GIB),
-                    format_number(case and case.target_gib),
+                    format_number(case.target_gib if case else None),
                     format_number(modules.get("unet")),
                     format_number(modules.get("vae_encoder")),
                     result["steps"][row["case"]]["git_sha"][:7],

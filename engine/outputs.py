@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_textured
-from dream_fast.engine.export.silhouette import silhouettes
+from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.geometry.mesh import NoSurface, simplify
 from dream_fast.engine.render.mesh import MeshRenderer
@@ -55,9 +55,9 @@ def _mesh_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
                 mesh = simplify(trainer.renderer.mesh(), output.decimate_target)
                 write_textured(path, mesh, trainer.field, texels, **told)
             else:
-                outline = silhouettes(trainer.renderer, six_views(trainer.config.camera, trainer.device))
+                silhouettes = render_silhouettes(trainer.renderer, six_views(trainer.config.camera, trainer.device))
                 threshold, target = trainer.config.render.density_thresh, output.decimate_target
-                options = dict(outline=outline, decimate_target=target, texture_resolution=texels, **told)
+                options = dict(silhouettes=silhouettes, decimate_target=target, texture_resolution=texels, **told)
                 write_mesh(path, trainer.field, output.mcubes_resolution, threshold, **options)
 
     return Output(mesh_paths(path, normals=not refined), write)

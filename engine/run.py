@@ -4,10 +4,10 @@ import os
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from dream_fast import __version__
-from dream_fast.engine.config.schema import Config, settings
+from dream_fast.engine.config.configure import finalize
+from dream_fast.engine.config.schema import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.report import write_report
 from dream_fast.engine.guidance.registry import LoadedGuidance, load_guidance
@@ -18,7 +18,7 @@ from dream_fast.engine.runtime.reporter import Reporter, log_warnings_to
 from dream_fast.engine.runtime.seeds import draw_seed
 from dream_fast.engine.runtime.signals import sigterm_raises
 from dream_fast.engine.training.callbacks import check_callbacks
-from dream_fast.engine.training.divergence import DEGENERACIES, RESCUED, DegenerateScene, flags, rescue_overrides
+from dream_fast.engine.training.divergence import DEGENERACIES, DegenerateScene, format_flags, rescue_overrides
 from dream_fast.engine.training.failures import translate_disk_errors, translate_oom
 from dream_fast.engine.training.kernel_warmup import precompile_kernels
 from dream_fast.engine.training.loop import Loop, LoopOptions
@@ -55,7 +55,7 @@ def run(config: Config, loop: LoopOptions | None = None) -> int:
                 config = tried.override({**changes, "ckpt": "latest", "rescue": True})
                 workspace.clear()
                 workspace.write_config(config)
-                reporter.warn(f"{DEGENERACIES[lost.kind]}: starting again with {flags(changes)}")
+                reporter.warn(f"{DEGENERACIES[lost.kind]}: starting again with {format_flags(changes)}")
         raise AssertionError("the last turn does not raise Lost")
 
 
@@ -75,9 +75,7 @@ def _run(
     fresh = config.run.ckpt == "scratch"
     earlier = None if fresh else workspace.stored_run()
     stored = None if earlier is None else earlier.config
-    config = _with_seed(config, stored)
-    if stored is not None and config.run.rescue:
-        config = config.override({name: _setting(stored, name) for name in RESCUED})
+    config = finalize(config, stored, draw_seed())
     if stored is not None:
         # Looking at a run is no part of it, so that may happen on another device.
         asked = config.override({"device": stored.run.device}) if config.run.test else config
@@ -92,7 +90,7 @@ def _run(
 
     if config.run.test or trainer.step >= config.run.iters:
         if target is not workspace:
-            target.make_for_outputs_of(workspace, config)
+            target.create_for_outputs_of(workspace, config)
         reporter.open_log(target.log)
         reporter.say(_test_banner(config, runtime, trainer.step))
         written = write_outputs(trainer, target, reporter, only_missing=not config.run.test)
@@ -106,7 +104,7 @@ def _run(
     guiding = load_guidance(config, runtime, trainer.attention)
     trainer.guidance, trainer.attention = guiding.guidance, guiding.attention
 
-    workspace.make()
+    workspace.create()
     if fresh:
         workspace.clear()
     for path in spoiled:
@@ -145,13 +143,6 @@ def _run(
 # ---------------------------------------------------------------------------------------------------------------- start
 
 
-def _with_seed(config: Config, stored: Config | None) -> Config:
-    """The seed that was typed, else that of the run that is taken up, else a drawn one."""
-    if config.run.seed is not None:
-        return config
-    return config.override({"seed": draw_seed() if stored is None else stored.run.seed})
-
-
 def _say_version(stored: StoredRun, reporter: Reporter) -> None:
     """Tell of a run of another version, and which of its settings are ignored."""
     if not stored.is_of_this_version:
@@ -178,10 +169,6 @@ def _load_checkpoint(trainer: Trainer, config: Config, workspace: Workspace, rep
             spoiled.append(path)
             reporter.warn(f"{error}: this run goes back to {candidates[-1].name}")
     return spoiled
-
-
-def _setting(config: Config, name: str) -> Any:
-    return next(getattr(getattr(config, room.name), name) for room, field in settings() if field.name == name)
 
 
 def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:

@@ -1,15 +1,10 @@
 """Operators of text-to-3D: hash grid, occupancy, marching, compositing, field, rendering, triangles, Adan, norm."""
 
 from dream_fast.kernels._core.launch import compile_launches, recorded_launches
-from dream_fast.kernels.fields.field import (
-    FieldSpec,
-    density_activation,
-    density_logit,
-    field,
-    field_plan,
-    field_reference,
-)
-from dream_fast.kernels.fields.normals import field_normals, field_normals_reference, normal_of_gradient
+from dream_fast.kernels.fields.density_gradient import autograd_gradient, central_differences, normal_of_gradient
+from dream_fast.kernels.fields.field import density_activation, density_logit, field, field_plan, field_reference
+from dream_fast.kernels.fields.normals import field_normals, field_normals_reference
+from dream_fast.kernels.fields.spec import FieldSpec
 from dream_fast.kernels.grid.hash_grid import hash_grid, hash_grid_reference
 from dream_fast.kernels.grid.regularizers import hash_grid_total_variation_grad, hash_grid_weight_decay_grad
 from dream_fast.kernels.grid.spec import HashGridSpec
@@ -44,9 +39,11 @@ __all__ = [
     "adan_step_reference",
     "antialias",
     "antialias_reference",
+    "autograd_gradient",
     "bias_residual",
     "bias_residual_reference",
     "cascades",
+    "central_differences",
     "compile_launches",
     "composite",
     "composite_reference",
@@ -55,7 +52,6 @@ __all__ = [
     "field",
     "field_normals",
     "field_normals_reference",
-    "normal_of_gradient",
     "field_plan",
     "field_reference",
     "group_norm_silu",
@@ -69,6 +65,7 @@ __all__ = [
     "march",
     "march_reference",
     "near_far",
+    "normal_of_gradient",
     "occupancy_points",
     "occupancy_query",
     "occupancy_update",

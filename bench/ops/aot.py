@@ -96,8 +96,10 @@ def machine_code(compiled: Any) -> str:
 
 def count(sass: str) -> dict[str, Any]:
     """Resources and instructions of machine code that `machine_code` gave."""
-    registers, stack, _, local = map(int, USAGE.search(sass).groups())
-    counts = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
+    usage = USAGE.search(sass)
+    assert usage is not None, "the machine code does not say what it uses"
+    registers, stack, _, local = map(int, usage.groups())
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
     codes = INSTRUCTION.findall(sass)
     spills = 0
     for code in codes:
@@ -155,7 +157,8 @@ def resources(launch: Launch, target: str) -> dict[str, Any]:
 
 def unique(launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
     """Launches that compile to different kernels, named `kernel`, or `kernel 2`, `kernel 3` ... in the order seen."""
-    seen, numbers = set(), Counter()
+    seen: set[str] = set()
+    numbers: Counter[str] = Counter()
     for launch in launches:
         name = launch.kernel.__name__
         key = f"{launch.kernel.__module__}.{name} {variant(launch)}"
@@ -219,7 +222,7 @@ def measure_all(
     kernels: dict[str, frozenset[str]], targets: Iterable[str], workers: int = 2
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """{target: {"entry/kernel": resources}} of the kernels that `distinct` lists, compiled by some processes."""
-    found = {target: {} for target in targets}
+    found: dict[str, dict[str, dict[str, Any]]] = {target: {} for target in targets}
     jobs = [(key, target, names) for target in found for key, names in kernels.items()]
     # The slowest first, so that no process is left with them at the end.
     jobs.sort(key=lambda job: -len(job[2]))
@@ -230,7 +233,7 @@ def measure_all(
     return {target: dict(sorted(rows.items())) for target, rows in found.items()}
 
 
-def summary(counts: dict[str, int] | int) -> str:
+def summary(counts: dict[str, int]) -> str:
     """A counter in one cell: "12x128 4x32"."""
     return " ".join(f"{number}x{name}" for name, number in counts.items()) or "-"
 
@@ -250,7 +253,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "shfl",
         "bar",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, row in found.items():
         if "error" in row:
             # The compiler quotes the source first and says last what is wrong with it.
@@ -278,7 +281,7 @@ BACKWARD = re.compile(r"bwd|backward|grad|scatter")
 KNOWN_SPILLS = {
     "sm_80": (
         "field/wide/field_fwd_kernel",
-        "field_normals/finite_difference_float16/differences_fwd_kernel",
+        "field_normals/finite_difference_float16/field_normals_fd_fwd_kernel",
     )
 }
 
@@ -351,7 +354,8 @@ def _golden(kernels: dict[str, frozenset[str]], *, everything: bool, write: bool
     path = golden_path()
     golden = load_golden() if path.exists() else {}
     picked = () if everything else tuple(f"{key}/" for key in kernels)
-    ours, others = {}, {}
+    ours: dict[str, dict[str, Any]] = {}
+    others: dict[str, dict[str, Any]] = {}
     for target in GATED:
         for name, row in golden.get(target, {}).items():
             (ours if everything or name.startswith(picked) else others).setdefault(target, {})[name] = row

@@ -16,26 +16,17 @@ from dream_fast.bench.ops.spec import run
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.benchmark(timer=time.perf_counter if GPU else measure.processor_time)
 CASES = FULL if GPU else SMALL
+DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.case}-{case.mode}-{case.dtype}")
 def test_speed(benchmark, case):
-    problem = build(case, "cuda" if GPU else "cpu", count_bytes=False)
+    problem = build(case, DEVICE, count_bytes=False)
 
     def call():
         return run(problem, problem.operator, case.mode, case.compute_dtype)
 
-    graph = measure.capture(call) if GPU else None
-
-    def replay():
-        graph.replay()
-        torch.cuda.synchronize()
-
-    def eager():
-        call()
-        torch.cuda.synchronize()
-
     benchmark.group = f"{case.op} {case.mode}"
     benchmark.extra_info |= {"op": case.op, "case": case.case, "mode": case.mode, "dtype": case.dtype}
-    timed = call if not GPU else eager if graph is None else replay
+    timed = measure.prepare_synchronous(call, DEVICE)
     benchmark.pedantic(timed, rounds=20 if GPU else 3, warmup_rounds=1)

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from dream_fast import kernels
 from dream_fast.bench.finished_run import load_finished
 from dream_fast.engine.export.images import save_grid
-from dream_fast.engine.export.mesh_files import PARTS, write_mesh
-from dream_fast.engine.export.silhouette import silhouettes
+from dream_fast.engine.export.mesh_files import STAGE_ENDS, write_mesh
+from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.render.base import Renderer
 from dream_fast.engine.scene.camera import SIX_VIEWS, Cameras, clip_positions, six_views
 from dream_fast.engine.workspace.folder import Workspace
@@ -96,7 +96,7 @@ def compare(renderer: Renderer, mesh: Textured, cameras: Cameras, size: int) -> 
 
 def seconds_of(start: float, told: list[tuple[float, float]]) -> dict[str, float]:
     """How long each part of the export took, from the moments at which `write_mesh` told how far it was."""
-    ends = [max(moment for part, moment in told if part < end + 1e-6) for end in (*PARTS, 1.0)]
+    ends = [max(moment for part, moment in told if part < end + 1e-6) for end in (*STAGE_ENDS, 1.0)]
     parts = zip(("volume", "surface", "atlas", "pictures", "files"), pairwise([start, *ends]), strict=True)
     return {name: round(after - before, 2) for name, (before, after) in parts}
 
@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for path in args.workspaces:
         stored = Workspace(path).stored_config()
+        assert stored is not None, f"{path} is no workspace"
         looking = {"device": args.device, "workspace": str(path), "test": True}
         config = stored.override(looking | {"max_steps": FINER * stored.render.max_steps})
         trainer = load_finished(config, path)
@@ -121,16 +122,20 @@ def main(argv: list[str] | None = None) -> int:
         with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
             cameras = six_views(config.camera, trainer.device)
             start = time.perf_counter()
-            told = []
+            told: list[tuple[float, float]] = []
+
+            def note(part: float, told: list[tuple[float, float]] = told) -> None:
+                told.append((part, time.perf_counter()))
+
             surface = write_mesh(
                 glb,
                 trainer.field,
                 args.mcubes_resolution,
                 config.render.density_thresh,
-                outline=silhouettes(trainer.renderer, cameras),
+                silhouettes=render_silhouettes(trainer.renderer, cameras),
                 decimate_target=args.decimate_target,
                 texture_resolution=args.texture_resolution,
-                progress=lambda part, told=told: told.append((part, time.perf_counter())),
+                progress=note,
             )
             seconds = time.perf_counter() - start
             found = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, args.size)

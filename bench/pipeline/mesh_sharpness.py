@@ -18,7 +18,7 @@ Written to <work>/sharpness.json, with a picture of both beside one another.
 import argparse
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from dream_fast.bench.finished_run import load_finished
 from dream_fast.bench.quality.classifier import load_judge
 from dream_fast.bench.quality.protocol import AZIMUTHS
 from dream_fast.bench.quality.run import assess, pictures_of
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.render.base import Shading
@@ -88,7 +88,7 @@ def slope(brightness: Tensor) -> Tensor:
     return found.norm(dim=0)
 
 
-def described(seen: Look, mesh: Look) -> dict[str, float | None]:
+def described(seen: Look, mesh: Look) -> dict[str, Any]:
     """What is said of a run; the creases are those of the mesh."""
     over_black, over_white = slope(seen.brightness), slope(seen.brightness + 1 - seen.opacity)
     silhouette, own, inner = edges(seen.opacity, seen.normal)
@@ -100,7 +100,9 @@ def described(seen: Look, mesh: Look) -> dict[str, float | None]:
         "own_creases": over_black[own],
         "rest": over_black[inner & ~own],
     }
-    found = seen.scores | {name: round(part.mean().item(), 4) if len(part) else 0.0 for name, part in means.items()}
+    found: dict[str, Any] = seen.scores | {
+        name: round(part.mean().item(), 4) if len(part) else 0.0 for name, part in means.items()
+    }
     return found | {"sharpness": round((found["silhouette"] + found["creases"]) / 2, 4)}
 
 
@@ -108,7 +110,7 @@ def make(typed: dict, device: str) -> Trainer:
     """The trainer of a run that is made now, or was before."""
     from dream_fast.engine.run import run
 
-    config: Config = resolve(typed, "dream-mini", device)
+    config: Config = configure(typed, device)
     run(config)
     return load_finished(config, Path(config.run.workspace))
 
@@ -134,10 +136,10 @@ def main(argv: list[str] | None = None) -> int:
         after = look(make(mesh, args.device), prompt)
         shown = torch.stack([1 + seen.brightness - seen.opacity for seen in (before, after)])
         save_grid(args.work / f"{name}.png", shown[..., None].expand(-1, -1, -1, -1, 3))
-        before, after = described(before, after), described(after, after)
-        factor = round(after["sharpness"] / max(before["sharpness"], 1e-6), 3)
-        good &= factor >= FACTOR and after["object"] >= before["object"]
-        rows.append({"prompt": prompt, "field": before, "dmtet": after, "factor": factor})
+        field_row, mesh_row = described(before, after), described(after, after)
+        factor = round(mesh_row["sharpness"] / max(field_row["sharpness"], 1e-6), 3)
+        good &= factor >= FACTOR and mesh_row["object"] >= field_row["object"]
+        rows.append({"prompt": prompt, "field": field_row, "dmtet": mesh_row, "factor": factor})
         print(json.dumps(rows[-1]), flush=True)
     (args.work / "sharpness.json").write_text(json.dumps({"rows": rows, "good": good}, indent=1) + "\n")
     return int(not good)

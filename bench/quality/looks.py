@@ -1,7 +1,9 @@
 """What a finished run looks like close up: the measures of its shape and colour, its mesh, and a strip of pictures."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +16,7 @@ from dream_fast.bench.quality.world import palette_of
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.export.mesh_files import write_mesh
-from dream_fast.engine.export.silhouette import silhouettes
+from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.scene.camera import Cameras, six_views, turntable
 from dream_fast.engine.training.trainer import Trainer
 
@@ -69,7 +71,7 @@ def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, f
             trainer.field,
             output.mcubes_resolution,
             trainer.config.render.density_thresh,
-            outline=silhouettes(trainer.renderer, cameras),
+            silhouettes=render_silhouettes(trainer.renderer, cameras),
             decimate_target=output.decimate_target,
             texture_resolution=output.texture_resolution,
         )
@@ -77,7 +79,7 @@ def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, f
     return {"mesh_psnr": min(likeness.psnr), "mesh_iou": min(likeness.iou)}
 
 
-def rounded(values: dict[str, object], digits: int = 4) -> dict[str, object]:
+def rounded(values: Mapping[str, object], digits: int = 4) -> dict[str, Any]:
     """The same with numbers, and those of lists, rounded; None where one is not finite."""
 
     def one(value: object) -> object:

@@ -50,7 +50,7 @@ def table(records: Mapping[str, Mapping], part: str) -> str:
     if not columns:
         return ""
     key = f"{part}_look".removeprefix("_")
-    world = next((r[key]["world"] for r in reversed(list(records.values())) if "world" in r[key]), {})
+    world: dict[str, float] = next((r[key]["world"] for r in reversed(list(records.values())) if "world" in r[key]), {})
     lines = [f"| | {' | '.join(columns)} | the world's own |", f"|{'---|' * (len(columns) + 2)}"]
     for name, title in MEASURES.items():
         values = [*(column.get(name) for column in columns.values()), world.get(name)]

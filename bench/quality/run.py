@@ -24,7 +24,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import MappingProxyType
@@ -42,7 +42,7 @@ from dream_fast.bench.quality.page import write_sheet
 from dream_fast.bench.quality.protocol import AZIMUTHS, BACK, BACKGROUND, BEHIND, FRONT, HELD_OUT, PROMPTS, SIZE
 from dream_fast.bench.quality.world import color_error, color_spread, paints_of, read_world, world_summary
 from dream_fast.bench.results import RESULTS, git_state
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import read_values
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
@@ -63,7 +63,9 @@ def wanted(prompt: str) -> tuple[int, int | None]:
     """The classes that the judge should see: object, and colour where the prompt names one."""
     words = prompt.split()
     color = next((k for k, name in enumerate(COLORS) if name in words), None)
-    return list(THINGS).index(find_object(prompt)), color
+    name = find_object(prompt)
+    assert name is not None, f"{prompt!r} names no object of the world"
+    return list(THINGS).index(name), color
 
 
 def assess(judge: Judge, pictures: Tensor, prompt: str) -> dict[str, float | None]:
@@ -92,7 +94,7 @@ def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, ob
     typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
     typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
     meshes = other.get("save_mesh", False)  # measured, and not written among the outputs
-    config = resolve(typed | other | {"save_mesh": False}, "dream-mini", device)
+    config = configure(typed | dict(other) | {"save_mesh": False}, device)
     start = time.monotonic()
     run(config)
     seconds = time.monotonic() - start
@@ -150,7 +152,8 @@ def make_all(
     A job is started only if, by the time that the last one took, it ends within `seconds`. A job that fails is said
     and left out; a process that dies ends the rest.
     """
-    deadline, queue, running, last = time.monotonic() + seconds, deque(jobs), {}, 0.0
+    deadline, queue, last = time.monotonic() + seconds, deque(jobs), 0.0
+    running: dict[Future, tuple[str, int, float]] = {}
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(at_once, mp_context=context, initializer=_start, initargs=(work, threads)) as pool:
@@ -210,7 +213,7 @@ def facts_of(device: str, other: Mapping[str, object]) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else machine()["processor"],
         "model": digest.hexdigest()[:16],
-        "settings": resolve({"fp16": True} | other, "dream-mini", device).to_dict(),
+        "settings": configure({"fp16": True} | dict(other), device).to_dict(),
     }
 
 
@@ -268,7 +271,7 @@ def beside_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -> dict
             judge = load_judge()
             shown = torch.cat([judge.features(read_views(path)) for path in paths])
             result["kid"] = kid(shown, world.features.flatten(0, 2))
-    ratio = {name: result[name] / own[name] for name in SHAPE if result[name] is not None and own.get(name)}
+    ratio = {name: value / own[name] for name in SHAPE if (value := result[name]) is not None and own.get(name)}
     return {name: rounded(part) for name, part in {"result": result, "world": own, "ratio": ratio}.items()}
 
 
@@ -317,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.settings = read_settings(args.settings)
-        resolve(args.settings, "dream-mini", args.device)
+        configure(args.settings, args.device)
     except (UserError, ValueError) as error:
         parser.error(f"--settings: {error}")
     if args.scores is not None:

@@ -22,7 +22,7 @@ from dream_fast.bench.quality.classifier import WEIGHTS, load_judge
 from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, roughness
 from dream_fast.bench.quality.protocol import AZIMUTHS, BACKGROUND, HELD_OUT, PROMPTS, SHAPE_SIZE, SIZE, sides
 from dream_fast.bench.results import RESULTS
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.dream_mini.scenes import RADIUS, Scene, make_scene
 from dream_fast.engine.dream_mini.sphere_tracer import pack, trace
 from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
@@ -55,9 +55,10 @@ class Surfaces(NamedTuple):
 def scenes_of(prompt: str, count: int, seed: int = SEED) -> list[Scene]:
     """Objects of the world that a prompt describes, in their natural colour where it names none."""
     name = find_object(prompt)
+    assert name is not None, f"{prompt!r} names no object of the world"
     color = next((color for color in COLORS if color in prompt.split()), None)
     rng = np.random.default_rng([seed, *prompt.encode()])
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < count:
         scene = make_scene(rng, name, color, plain=True)
         if scene.color == color:
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    around = turntable(resolve({}, "dream-mini", args.device).camera, AZIMUTHS)
+    around = turntable(configure({}, args.device).camera, AZIMUTHS)
     prompts = tuple(args.prompts or (*PROMPTS, *HELD_OUT))
     world = measure_world(prompts, around, sides("cpu"), (SIZE, SHAPE_SIZE), BACKGROUND, args.device)
     write_world(args.out, prompts, world)

@@ -173,12 +173,14 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
+            self._requests.write(json.dumps(request) + "\n")
+            self._requests.flush()
+        line = self._answers.readline()
         if not line:
             raise CannotRun(f"a process ended with status {self._process.wait()}; its message is above")
         return json.loads(line)
@@ -194,9 +196,9 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._requests.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -228,13 +230,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --only: no such workload; there are: {', '.join(workloads())}", file=sys.stderr)
         return 2
     try:
-        base = args.base or default_base()
-        print(f"base: {git('log', '-1', '--format=%h %s', '--end-of-options', base)}\n{HEAD}", flush=True)
-        with two_trees(base) as trees, ExitStack() as stack:
+        commit = args.base or default_base()
+        print(f"base: {git('log', '-1', '--format=%h %s', '--end-of-options', commit)}\n{HEAD}", flush=True)
+        with two_trees(commit) as trees, ExitStack() as stack:
 
             def start() -> tuple[Side, Side]:
                 stack.pop_all().close()
-                return tuple(stack.enter_context(Process(tree)) for tree in trees)
+                base, new = (stack.enter_context(Process(tree)) for tree in trees)
+                return base, new
 
             slow = compare(names, start, lambda row: print(line(row), flush=True), args.plant)
     except (UserError, CannotRun) as failure:

@@ -31,7 +31,7 @@ def prepare_operator(case: Case) -> Callable[[], object]:
 
 def prepare_step() -> Callable[[], object]:
     """The same step of the main command, over and over."""
-    from dream_fast.engine.config.presets import resolve
+    from dream_fast.engine.config.configure import configure
     from dream_fast.engine.dream_mini import MODEL_FOLDER
     from dream_fast.engine.guidance.diffusion import diffusion_guidance
     from dream_fast.engine.guidance.model.components import load_components
@@ -39,7 +39,7 @@ def prepare_step() -> Callable[[], object]:
     from dream_fast.engine.runtime.device import choose_runtime
     from dream_fast.engine.training.trainer import Trainer
 
-    config = resolve({"text": PROMPT, "device": "cpu", "seed": 0}, "dream-mini", "cpu")
+    config = configure({"text": PROMPT, "device": "cpu", "seed": 0}, "cpu")
     components = load_components(MODEL_FOLDER, "cpu")
     guidance = diffusion_guidance(components, PromptEmbeddings(components, PROMPT), config)
     trainer = Trainer(config, choose_runtime(config), 0, guidance)
@@ -79,10 +79,7 @@ def answer(
                 missing = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
             yield {"missing": missing}
         else:
-            start = clock()
-            for _ in range(request["calls"]):
-                call()
-            yield {"seconds": clock() - start}
+            yield {"seconds": measure.time_calls(call, request["calls"], clock)}
 
 
 def steady() -> None:

@@ -1,11 +1,8 @@
-"""The scene's surface as a closed triangle mesh: taken from the density, cleaned and simplified.
+"""The surface of a field as a closed triangle mesh: an isosurface of its density, without floaters and cavities.
 
-The density is sampled on a grid and its iso-surface taken by marching cubes. The grid is filled from coarse to fine:
-every second point of it or so shows where the surface may be, and only there the others are looked at (the cells with a
-corner on either side, and those around them).
-
-Simplification is by quadric error (Garland and Heckbert, 1997), through fast-simplification.
-Triangles run counter-clockwise seen from outside.
+The density is sampled on a grid, from coarse to fine: a coarse grid shows where the surface may be (the cells with
+corners on both sides and those around them), and only there the fine grid is evaluated. Triangles run counter-clockwise
+seen from outside.
 """
 
 import math
@@ -13,42 +10,27 @@ from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dream_fast.engine.export.silhouette import Silhouette, silhouette_isovalue
+from dream_fast.engine.export.silhouette import Silhouettes, silhouette_isovalue
 from dream_fast.engine.geometry.marching_cubes import LAYER_POINTS, marching_cubes
 from dream_fast.engine.geometry.mesh import Mesh, NoSurface, visible_parts
 from dream_fast.engine.scene.field import Field
 
-FINEST_WHOLE = 128  # points along an edge at which all of the grid is looked at
-NEAR = 3.0  # of log density on either side of the surface that it is taken from: thin parts stand smoothing so
-MOST_PASSES = 8  # of smoothing
-TURNS, SETTLED = 6, 0.3  # at most, to find the level of an outline; what its logarithm may still move by
-
-
-# ------------------------------------------------------------------------------------------------------- components
-
-
-# --------------------------------------------------------------------------------------------------- simplification
-
-
-# ------------------------------------------------------------------------------------------------------ from a field
-
-
-def _points_at_once(field: Field) -> int:
-    """Of the grid; a CPU gets fewer so that it can tell how far it is."""
-    return LAYER_POINTS if field.device.type == "cuda" else LAYER_POINTS // 16
+MAX_DENSE_RESOLUTION = 128  # points along an edge up to which the whole grid is evaluated
+LOG_DENSITY_BAND = 3.0  # on either side of the isovalue; a narrow band keeps thin parts when it is smoothed
+MAX_SMOOTHING_PASSES = 8
+MAX_ISOVALUE_ROUNDS, ISOVALUE_TOLERANCE = 6, 0.3  # of the search by silhouettes; the tolerance is of the logarithm
 
 
 class Volume(NamedTuple):
     """A field at the points of a grid that spans the scene cube [-bound, bound]^3, [N, N, N] by x, y, z."""
 
-    values: Tensor  # log density, at least log(level) - 14
-    shape: Tensor  # the same near the level, smoothed: what the surface and its normals are taken from
-    level: float  # density of the surface
+    values: Tensor  # log density, at least log(isovalue) - 14
+    smooth: Tensor  # log density near the isovalue, smoothed: the surface and its normals are taken from it
+    isovalue: float  # density of the surface
     bound: float  # world units
 
     @property
@@ -56,104 +38,117 @@ class Volume(NamedTuple):
         """Distance of two neighbouring points, world units."""
         return 2 * self.bound / (len(self.values) - 1)
 
-    @classmethod
-    def of(cls, values: Tensor, level: float, field: Field, outline: Silhouette | None = None) -> "Volume":
-        """The volume of these log densities of a field: of this level or, looked for from there, of that with the
-        outline. What is near the level moves with it, so that is done again where it moves far.
-        """
-        # The width of a pass grows with the root of their number; between its own points the field has no detail.
-        finest = field.finest or len(values)
-        passes = min(MOST_PASSES, max(1, round(1.5 * ((len(values) - 1) / finest) ** 2)))
-        for _ in range(TURNS):
-            before = math.log(level)
-            shape = smoothed(values.clamp(before - NEAR, before + NEAR), passes)
-            found = silhouette_isovalue(shape, field.bound, outline) if outline is not None else None
-            level = level if found is None else math.exp(found)
-            if found is None or abs(found - before) < SETTLED:
-                break
-        return cls(values, shape, level, field.bound)
+
+def make_volume(values: Tensor, isovalue: float, field: Field, silhouettes: Silhouettes | None = None) -> Volume:
+    """The volume of log densities [N, N, N] of a field, with this isovalue or that of the silhouettes.
+
+    The search for the latter begins at `isovalue`. The smoothed band moves with the isovalue, so the search is repeated
+    until it moves by less than the tolerance.
+    """
+    # The width of a pass grows with the root of their number; between its own points the field has no detail.
+    finest = field.finest or len(values)
+    passes = min(MAX_SMOOTHING_PASSES, max(1, round(1.5 * ((len(values) - 1) / finest) ** 2)))
+    for _ in range(MAX_ISOVALUE_ROUNDS):
+        middle = math.log(isovalue)
+        smooth = smooth_volume(values.clamp(middle - LOG_DENSITY_BAND, middle + LOG_DENSITY_BAND), passes)
+        better = None if silhouettes is None else silhouette_isovalue(smooth, field.bound, silhouettes)
+        isovalue = isovalue if better is None else math.exp(better)
+        if better is None or abs(better - middle) < ISOVALUE_TOLERANCE:
+            break
+    return Volume(values, smooth, isovalue, field.bound)
 
 
-def density_volume(field: Field, resolution: int, *, progress: Callable[[float], None] = lambda part: None) -> Tensor:
-    """Density at resolution^3 points that span the scene cube, [X, Y, Z] on the host."""
+def _points_at_once(field: Field) -> int:
+    """Points of the grid that are evaluated together; fewer on a CPU, so that progress is reported often."""
+    return LAYER_POINTS if field.device.type == "cuda" else LAYER_POINTS // 16
+
+
+def sample_density(field: Field, resolution: int, *, progress: Callable[[float], None] = lambda part: None) -> Tensor:
+    """Densities at resolution^3 points that span the scene cube, [X, Y, Z] on the host."""
     axis = torch.linspace(-field.bound, field.bound, resolution, device=field.device)
     volume = torch.empty(resolution, resolution, resolution)
     layers = max(1, _points_at_once(field) // resolution**2)
     for first in range(0, resolution, layers):  # the points of the whole grid never exist at once
-        some = volume[first : first + layers]
+        slab = volume[first : first + layers]
         points = torch.cartesian_prod(axis[first : first + layers], axis, axis)
-        some.copy_(field.density(points).view(some.shape))
+        slab.copy_(field.density(points).view(slab.shape))
         progress(min(1.0, (first + layers) / resolution))
     return volume
 
 
-def surface_level(volume: Tensor, threshold: float) -> float:
-    """The density at which the surface lies: the threshold, or the mean where that is lower, as for occupancy.
+def choose_isovalue(volume: Tensor, threshold: float) -> float:
+    """The density of the surface: the threshold, or the mean density where that is lower, as for occupancy.
 
-    Where every point is above it, the middle between the least and the greatest density, by their ratio.
+    Where every point is above it, the geometric mean of the least and the greatest density. Raises NoSurface: when the
+    density is constant or not finite.
     """
     if not torch.isfinite(volume).all():
         raise NoSurface("the field's density is not finite, so it has no surface to export")
     least, mean, greatest = volume.min().item(), volume.mean().item(), volume.max().item()
     if not greatest > least:
         raise NoSurface("the field's density is the same everywhere, so it has no surface to export")
-    level = min(mean, threshold)
-    return level if least < level < greatest else math.sqrt(least * greatest)
+    isovalue = min(mean, threshold)
+    return isovalue if least < isovalue < greatest else math.sqrt(least * greatest)
 
 
-def log_density_volume(
+def sample_volume(
     field: Field,
     resolution: int,
     threshold: float,
     *,
-    outline: Silhouette | None = None,
+    silhouettes: Silhouettes | None = None,
     progress: Callable[[float], None] = lambda part: None,
 ) -> Volume:
-    """The field at resolution^3 points, exact where its surface may be. NoSurface: there is none.
+    """The field at resolution^3 points, exact where its surface may be.
 
-    The surface is of the density that has the outline, or that `surface_level` finds. `progress` is told the part that
-    is done.
+    The isovalue is that of the silhouettes, or of `choose_isovalue`. `progress` is called with the finished part.
+    Raises NoSurface: when the density is constant or not finite.
     """
-    coarse = density_volume(field, min(resolution, FINEST_WHOLE), progress=lambda part: progress(part / 2))
-    level = surface_level(coarse, threshold)
-    found = Volume.of(_logarithm(coarse, level), level, field, outline)
-    if len(coarse) == resolution:
-        return found
-    coarse, level = found.values, found.level
-    near = _cells_near(coarse, math.log(level))
+    coarse = sample_density(field, min(resolution, MAX_DENSE_RESOLUTION), progress=lambda part: progress(part / 2))
+    isovalue = choose_isovalue(coarse, threshold)
+    volume = make_volume(_log_density(coarse, isovalue), isovalue, field, silhouettes)
+    if len(coarse) < resolution:
+        values = _refine(field, volume, resolution, progress=lambda part: progress((1 + part) / 2))
+        volume = make_volume(values, volume.isovalue, field, silhouettes)
+    return volume
+
+
+def _refine(field: Field, coarse: Volume, resolution: int, progress: Callable[[float], None]) -> Tensor:
+    """Log densities [N, N, N] of a finer grid: the field's near the surface, elsewhere interpolated."""
+    near, points = _surface_cells(coarse.values, math.log(coarse.isovalue)), len(coarse.values)
     axis = torch.linspace(-field.bound, field.bound, resolution, device=field.device)
-    places = torch.linspace(0, len(coarse) - 1, resolution, dtype=torch.float64)  # in the coarse grid
-    cell = places.long().clamp(max=len(coarse) - 2)
-    volume = torch.empty(resolution, resolution, resolution)
+    places = torch.linspace(0, points - 1, resolution, dtype=torch.float64)  # in the coarse grid
+    cell = places.long().clamp(max=points - 2)
+    values = torch.empty(resolution, resolution, resolution)
     layers = max(1, _points_at_once(field) // resolution**2)
     for first in range(0, resolution, layers):
-        some = slice(first, first + layers)
-        # Elsewhere the coarse grid serves, whose cells have all corners on one side there.
-        low, part = cell[some], (places - cell)[some].float()[:, None, None]
-        between = torch.lerp(coarse[low], coarse[low + 1], part)
-        volume[some] = F.interpolate(between[None], (resolution, resolution), mode="bilinear", align_corners=True)[0]
-        asked = near[low][:, cell][:, :, cell].nonzero()
-        if len(asked):
-            points = axis[(asked + asked.new_tensor([first, 0, 0])).to(field.device)]
-            volume[some][asked.unbind(1)] = _logarithm(field.density(points).float(), level).cpu()
-        progress((1 + min(1.0, (first + layers) / resolution)) / 2)
-    if not torch.isfinite(volume).all():
+        slab = slice(first, first + layers)
+        # Interpolation is enough elsewhere: the coarse cells there have all corners on one side.
+        low, part = cell[slab], (places - cell)[slab].float()[:, None, None]
+        between = torch.lerp(coarse.values[low], coarse.values[low + 1], part)
+        values[slab] = F.interpolate(between[None], (resolution, resolution), mode="bilinear", align_corners=True)[0]
+        index = near[low][:, cell][:, :, cell].nonzero()
+        if len(index):
+            positions = axis[(index + index.new_tensor([first, 0, 0])).to(field.device)]
+            values[slab][index.unbind(1)] = _log_density(field.density(positions).float(), coarse.isovalue).cpu()
+        progress(min(1.0, (first + layers) / resolution))
+    if not torch.isfinite(values).all():
         raise NoSurface("the field's density is not finite, so it has no surface to export")
-    return Volume.of(volume, level, field, outline)
+    return values
 
 
-def smoothed(values: Tensor, passes: int = 1) -> Tensor:
-    """values [N, N, N] without what single points of a learned field have of their own.
+def smooth_volume(values: Tensor, passes: int = 1) -> Tensor:
+    """Remove the noise of single points of a learned field from values [N, N, N]. Overwrites its argument.
 
-    A pass has a quarter of both neighbours and half of the value itself, along each axis. What the passes took is
-    smoothed as well and given back (Tukey's twicing), so that round parts do not shrink. Overwrites its argument.
+    Each pass replaces a value by half of it and a quarter of both neighbours, along each axis. The removed part is
+    smoothed as well and added back (Tukey's twicing), so that round parts do not shrink.
     """
-    smooth = _averaged(values.clone(), passes)
-    return smooth.add_(_averaged(values.sub_(smooth), passes))
+    smooth = _average_neighbours(values.clone(), passes)
+    return smooth.add_(_average_neighbours(values.sub_(smooth), passes))
 
 
-def _averaged(values: Tensor, passes: int) -> Tensor:
-    """The passes of `smoothed`, in place."""
+def _average_neighbours(values: Tensor, passes: int) -> Tensor:
+    """The passes of `smooth_volume`, in place."""
     for _, axis in product(range(passes), range(3)):
         count = values.shape[axis] - 1
         neighbours = torch.cat([values.narrow(axis, 1, count), values.narrow(axis, count, 1)], dim=axis)
@@ -163,23 +158,18 @@ def _averaged(values: Tensor, passes: int) -> Tensor:
     return values
 
 
-def _logarithm(density: Tensor, level: float) -> Tensor:
-    """Density rises exponentially, so its logarithm is what a straight line between two points fits. In place."""
-    return density.clamp_(min=1e-6 * level).log_()
+def _log_density(density: Tensor, isovalue: float) -> Tensor:
+    """The logarithm, which is interpolated linearly since density rises exponentially. In place."""
+    return density.clamp_(min=1e-6 * isovalue).log_()
 
 
-def _cells_near(values: Tensor, level: float) -> Tensor:
-    """Cells [N - 1, N - 1, N - 1] of a grid [N, N, N] with corners on both sides of the level, and all around them."""
+def _surface_cells(values: Tensor, isovalue: float) -> Tensor:
+    """Cells [N - 1, N - 1, N - 1] of a grid [N, N, N] with corners on both sides, and the cells around them."""
     greatest, least = F.max_pool3d(values[None], 2, 1)[0], -F.max_pool3d(-values[None], 2, 1)[0]
-    return F.max_pool3d(((greatest > level) & (least <= level))[None].float(), 3, 1, padding=1)[0] > 0
+    return F.max_pool3d(((greatest > isovalue) & (least <= isovalue))[None].float(), 3, 1, padding=1)[0] > 0
 
 
-def iso_surface(volume: np.ndarray, level: float) -> Mesh:
-    """Of `marching_cubes`, with its arguments, in grid coordinates."""
-    return Mesh(*marching_cubes(volume, level))
-
-
-def surface_of(volume: Volume) -> Mesh:
+def extract_surface(volume: Volume) -> Mesh:
     """The surface of a volume in world units, without floaters and cavities."""
-    mesh = visible_parts(iso_surface(volume.shape.numpy(), math.log(volume.level)))
+    mesh = visible_parts(marching_cubes(volume.smooth.numpy(), math.log(volume.isovalue)))
     return mesh._replace(vertices=mesh.vertices * volume.cell - volume.bound)

@@ -1,6 +1,6 @@
-"""The scene as a textured triangle mesh: GLB (glTF's binary form, one file), and OBJ with its material and pictures.
+"""Textured mesh files: GLB (binary glTF, one file), and OBJ with its material and images.
 
-World axes are glTF's (y up, the front faces +z), so nothing is turned.
+World axes are glTF's (y up, the front faces +z), so nothing is rotated.
 """
 
 import io
@@ -14,16 +14,16 @@ import trimesh
 from PIL import Image
 
 from dream_fast.engine.export.images import PNG_LEVEL
-from dream_fast.engine.export.isosurface import Volume, log_density_volume, surface_of
-from dream_fast.engine.export.silhouette import Silhouette
+from dream_fast.engine.export.isosurface import Volume, extract_surface, sample_volume
+from dream_fast.engine.export.silhouette import Silhouettes
 from dream_fast.engine.export.texture import bake
 from dream_fast.engine.export.uv_atlas import unwrap
 from dream_fast.engine.geometry.mesh import Mesh, simplify, smooth_normals
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.workspace.atomic import atomic_writes
 
-# What of the time passes until the volume, the surface, the atlas and the pictures are there, on two cores.
-PARTS = (0.22, 0.33, 0.37, 0.95)
+# Progress at which volume, surface, atlas and images are finished: shares of the time on two cores.
+STAGE_ENDS = (0.22, 0.33, 0.37, 0.95)
 
 
 def mesh_paths(glb: Path, *, normals: bool = True) -> list[Path]:
@@ -39,22 +39,23 @@ def write_mesh(
     resolution: int,
     threshold: float,
     *,
-    outline: Silhouette | None = None,
+    silhouettes: Silhouettes | None = None,
     decimate_target: int = 50_000,
     texture_resolution: int = 2048,
     progress: Callable[[float], None] = lambda part: None,
 ) -> Mesh:
-    """Write the field's surface as `write_textured` does, with normals; returns it. NoSurface: there is none.
+    """Extract the field's surface, write it as `write_textured` does, with normals, and return it.
 
-    resolution: points along an edge of the scene cube. threshold: density of the surface, where it has no `outline` to
-    keep to. decimate_target: most faces, 0 for all of them. texture_resolution: texels along an edge of the pictures.
-    `progress` is told the part that is done.
+    resolution: points along an edge of the scene cube. threshold: density of the surface where there are no
+    `silhouettes` for it to have. decimate_target: maximum number of faces, 0 for all of them. texture_resolution:
+    texels along an edge of the images. `progress` is called with the finished part. Raises NoSurface: when there is
+    none.
     """
-    volume = log_density_volume(
-        field, resolution, threshold, outline=outline, progress=lambda part: progress(PARTS[0] * part)
+    volume = sample_volume(
+        field, resolution, threshold, silhouettes=silhouettes, progress=lambda part: progress(STAGE_ENDS[0] * part)
     )
-    mesh = simplify(surface_of(volume), decimate_target)
-    progress(PARTS[1])
+    mesh = simplify(extract_surface(volume), decimate_target)
+    progress(STAGE_ENDS[1])
     write_textured(path, mesh, field, texture_resolution, volume, progress=progress)
     return mesh
 
@@ -68,43 +69,43 @@ def write_textured(
     *,
     progress: Callable[[float], None] = lambda part: None,
 ) -> None:
-    """Write a mesh to `path` (.glb), and beside it as .obj, .mtl and .png, matt, with the pictures of `bake`.
+    """Write a mesh to `path` (.glb), and beside it as .obj, .mtl and .png, without gloss, with the images of `bake`.
 
-    Without a volume it has no picture of normals. The files take their places together, when all of them are written.
+    Without a volume there is no normal map. The files appear together, when all of them are written.
     """
     atlas = unwrap(mesh, texture_resolution)
-    _, _, start, end = PARTS
+    _, _, start, end = STAGE_ENDS
     progress(start)
     baked = bake(
         field, mesh, atlas, texture_resolution, volume, progress=lambda part: progress(start + (end - start) * part)
     )
     paths = mesh_paths(path, normals=baked.normal is not None)
     names = [path.name for path in paths]
-    with ThreadPoolExecutor() as pool:  # pictures are packed while the text is written
-        encoded = pool.map(_Png, (one for one in baked if one is not None))
+    with ThreadPoolExecutor() as pool:  # images are compressed while the text is written
+        encoded = pool.map(_EncodedPng, (texture for texture in baked if texture is not None))
         vertices, normals = mesh.vertices[atlas.source], smooth_normals(mesh)[atlas.source]
         text = _obj(vertices, normals, atlas.uv, atlas.faces, names[2])
-        pictures = list(encoded)
+        images = list(encoded)
     material = trimesh.visual.material.PBRMaterial(
-        baseColorTexture=pictures[0],
-        normalTexture=pictures[1] if len(pictures) == 2 else None,
+        baseColorTexture=images[0],
+        normalTexture=images[1] if len(images) == 2 else None,
         metallicFactor=0.0,
         roughnessFactor=1.0,
     )
     visual = trimesh.visual.TextureVisuals(uv=atlas.uv, material=material)
-    # process=False: merging near vertices would break the manifold. Normals are ours: trimesh wants SciPy for its.
+    # process=False: merging near vertices would break the manifold. trimesh needs SciPy to compute normals itself.
     shape = trimesh.Trimesh(vertices, atlas.faces, vertex_normals=normals, visual=visual, process=False)
     with atomic_writes(paths) as (glb, obj, mtl, *pngs):
         shape.export(glb, file_type="glb", include_normals=True)
         obj.write_text(text, encoding="ascii")
         mtl.write_text(_mtl(*names[3:]), encoding="ascii")
-        for png, picture in zip(pngs, pictures, strict=True):
-            png.write_bytes(picture.data)
+        for png, image in zip(pngs, images, strict=True):
+            png.write_bytes(image.data)
     progress(1.0)
 
 
-class _Png:
-    """A picture that is encoded already, in the shape in which trimesh takes one into a GLB."""
+class _EncodedPng:
+    """An image that is encoded already, with the methods that trimesh calls to write an image into a GLB."""
 
     format = "PNG"
 
@@ -118,21 +119,21 @@ class _Png:
 
 
 def _mtl(albedo: str, normal: str | None = None) -> str:
-    """A material in Wavefront's form: opaque, no gloss; `norm` is the extension for physically based materials."""
+    """A material file: opaque, no gloss. `norm` is the extension for physically based materials."""
     lines = ["newmtl surface", "Kd 1 1 1", "Ks 0 0 0", "d 1", "illum 1", f"map_Kd {albedo}"]
     return "\n".join([*lines, *([f"norm {normal}"] if normal else [])]) + "\n"
 
 
 def _obj(vertices: np.ndarray, normals: np.ndarray, uv: np.ndarray, faces: np.ndarray, material: str) -> str:
-    """A mesh in Wavefront's form; its indices begin at 1."""
+    """An OBJ file; its indices begin at 1."""
     parts = [f"mtllib {material}\n"]
     for word, rows in (("v", vertices), ("vt", uv), ("vn", normals)):
-        parts.append(_lines(f"{word}{' %.7g' * rows.shape[1]}\n", rows))
+        parts.append(_format_rows(f"{word}{' %.7g' * rows.shape[1]}\n", rows))
     parts.append("usemtl surface\n")
-    parts.append(_lines("f %d/%d/%d %d/%d/%d %d/%d/%d\n", np.repeat(faces + 1, 3, axis=1)))
+    parts.append(_format_rows("f %d/%d/%d %d/%d/%d %d/%d/%d\n", np.repeat(faces + 1, 3, axis=1)))
     return "".join(parts)
 
 
-def _lines(form: str, rows: np.ndarray) -> str:
-    """Each row in this form. All at once: row by row it takes four times as long."""
-    return form * len(rows) % tuple(rows.ravel().tolist())
+def _format_rows(row_format: str, rows: np.ndarray) -> str:
+    """Format each row [C] of `rows` [R, C]. All at once: row by row takes four times as long."""
+    return row_format * len(rows) % tuple(rows.ravel().tolist())

@@ -1,7 +1,7 @@
-"""The outline of an object in its pictures, and the density whose surface has that outline.
+"""Silhouettes of an object in its images, and the isovalue whose surface has those silhouettes.
 
-No density is that of the surface of every field: how wide its edges are, and how dense it is within, differs. In a
-picture the object is where a ray loses more than half of its light.
+No density fits the surface of every field: the width of edges and the density inside differ from field to field. In an
+image the object is where a ray loses more than half of its light.
 """
 
 import math
@@ -15,43 +15,44 @@ from dream_fast.engine.render.base import Renderer
 from dream_fast.engine.scene.camera import Cameras, rays
 from dream_fast.kernels import near_far
 
-SIZE = 128  # pixels along an edge of a view
-STEPS = 128  # of a ray through a volume
-LEVELS = 97  # that are tried
-RAYS = 1 << 13  # at once
+IMAGE_SIZE = 128  # pixels along an edge of a view
+RAY_STEPS = 128  # samples of a ray through a volume
+ISOVALUES = 97  # from the least to the greatest value of a volume, of which the inner ones are candidates
+RAYS_AT_ONCE = 1 << 13
 
 
-class Silhouette(NamedTuple):
-    """What V views of R rays each see of an object."""
+class Silhouettes(NamedTuple):
+    """V views of an object, with R rays each."""
 
     origins: Tensor  # [V, R, 3]
     directions: Tensor  # [V, R, 3] unit
-    solid: Tensor  # [V, R] bool: more than half of the light is the object's
+    opaque: Tensor  # [V, R] bool: the ray loses more than half of its light
 
 
-def silhouettes(renderer: Renderer, cameras: Cameras) -> Silhouette:
-    """The outline that V cameras see."""
-    seen = renderer.view(cameras, SIZE, SIZE, normals=False)
-    return Silhouette(*rays(cameras, SIZE, SIZE), seen.opacity.flatten(1) > 0.5)
+def render_silhouettes(renderer: Renderer, cameras: Cameras) -> Silhouettes:
+    """Render the silhouettes that V cameras see."""
+    view = renderer.view(cameras, IMAGE_SIZE, IMAGE_SIZE, normals=False)
+    return Silhouettes(*rays(cameras, IMAGE_SIZE, IMAGE_SIZE), view.opacity.flatten(1) > 0.5)
 
 
-def silhouette_isovalue(values: Tensor, bound: float, outline: Silhouette) -> float | None:
-    """The level above which `values` have the outline as nearly as can be: by overlap, the mean of all views.
+def silhouette_isovalue(values: Tensor, bound: float, silhouettes: Silhouettes) -> float | None:
+    """The isovalue of `values` whose region above it has the silhouettes best: the largest mean IoU over the views.
 
-    values: [N, N, N] by x, y, z, at points that span the cube [-bound, bound]^3. None: no view has an outline.
+    values: [N, N, N] by x, y, z, at points that span the cube [-bound, bound]^3. None: every view is empty or full.
     """
-    some = outline.solid.any(1) & ~outline.solid.all(1)
-    if not some.any():
+    useful = silhouettes.opaque.any(1) & ~silhouettes.opaque.all(1)
+    if not useful.any():
         return None
-    origins, directions, solid = (part[some] for part in outline)
-    values, step = values.to(solid.device), (torch.arange(STEPS, device=solid.device) + 0.5) / STEPS
-    greatest = []
-    for origin, direction in zip(*(part.flatten(0, 1).split(RAYS) for part in (origins, directions)), strict=True):
+    origins, directions, opaque = (part[useful] for part in silhouettes)
+    values, step = values.to(opaque.device), (torch.arange(RAY_STEPS, device=opaque.device) + 0.5) / RAY_STEPS
+    maxima = []
+    chunks = (part.flatten(0, 1).split(RAYS_AT_ONCE) for part in (origins, directions))
+    for origin, direction in zip(*chunks, strict=True):
         near, far = near_far(origin, direction, bound, 0.0)
         t = near[:, None] + (far - near)[:, None] * step
-        found = trilinear(values, bound, origin[:, None] + t[..., None] * direction[:, None]).amax(1)
-        greatest.append(torch.where(far > near, found, -math.inf))
-    levels = torch.linspace(values.min().item(), values.max().item(), LEVELS, device=solid.device)[1:-1]
-    covered = torch.cat(greatest).view(solid.shape)[..., None] > levels  # [V, R, LEVELS - 2]
-    both, either = (covered & solid[..., None]).sum(1), (covered | solid[..., None]).sum(1)
-    return levels[(both / either).mean(0).argmax()].item()
+        maximum = trilinear(values, bound, origin[:, None] + t[..., None] * direction[:, None]).amax(1)
+        maxima.append(torch.where(far > near, maximum, -math.inf))
+    isovalues = torch.linspace(values.min().item(), values.max().item(), ISOVALUES, device=opaque.device)[1:-1]
+    covered = torch.cat(maxima).view(opaque.shape)[..., None] > isovalues  # [V, R, ISOVALUES - 2]
+    both, either = (covered & opaque[..., None]).sum(1), (covered | opaque[..., None]).sum(1)
+    return isovalues[(both / either).mean(0).argmax()].item()

@@ -1,10 +1,11 @@
-"""The iso-surface of a grid of values by marching cubes, as a closed manifold.
+"""Marching cubes: the isosurface of a grid of values as a closed manifold.
 
-A cube of the grid whose corners lie on both sides of the level has a vertex on every edge between the two. On a face of
-the cube the vertices are joined in pairs, so that every run of inside corners is cut off from the others: a rule that
-both cubes at a face apply alike. The pairs make closed polygons, which are cut into triangles along diagonals that lie
-in no face, so that no diagonal meets one of a neighbour. Thus every edge has two triangles, whatever the values.
-Source: Lorensen and Cline, 1987; faces as in Nielson and Hamann, 1991. The 256 cases are worked out here.
+A cube whose corners lie on both sides of the isovalue has a vertex on every edge between the sides. On a face of the
+cube the vertices are joined in pairs, so that each run of inside corners is separated from the others: a rule that
+gives the same pairs in both cubes at a face. The pairs form closed polygons, which are cut into triangles along
+diagonals that lie in no face, so that no diagonal meets one of a neighbour. Thus every edge has two triangles,
+whatever the values.
+Source: Lorensen and Cline, 1987; faces as in Nielson and Hamann, 1991. The 256 cases are computed here.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 
-LAYER_POINTS = 1 << 22  # of the grid that are looked at together
-EDGE_MARGIN = 0.02  # a vertex keeps this part of its edge from both ends, so that no triangle collapses
+from dream_fast.engine.geometry.mesh import Mesh
+
+LAYER_POINTS = 1 << 22  # of the grid that are processed together
+EDGE_MARGIN = 0.02  # least distance of a vertex from the ends of its edge, so that no triangle collapses
 
 # Corner c of a cube lies at (c & 1, c >> 1 & 1, c >> 2 & 1); an edge goes up from its corner along its axis.
 CORNERS = np.array([[c & 1, c >> 1 & 1, c >> 2 & 1] for c in range(8)])
@@ -30,10 +33,10 @@ def _rings() -> Iterator[list[int]]:
 
 
 def _polygons(inside: list[bool]) -> Iterator[list[int]]:
-    """The closed polygons of a cube whose corners are `inside` or not, by the numbers of their edges."""
+    """The closed polygons of a cube with these corners `inside`, as numbers of edges."""
     after: dict[int, int] = {}
     for ring in _rings():
-        crossed = {}  # the edge behind a corner of the ring, where it passes the surface
+        crossed = {}  # edge behind a corner of the ring, where it crosses the surface
         for place, corner in enumerate(ring):
             following = ring[(place + 1) % 4]
             if inside[corner] != inside[following]:
@@ -56,8 +59,8 @@ def _in_one_face(edge: int, other: int) -> bool:
     return bool((places == places[0]).all(axis=0).any())
 
 
-def _cut(polygon: list[int]) -> list[list[int]] | None:
-    """Triangles of a polygon by diagonals that lie in no face of the cube; None: there are none such."""
+def _triangulate(polygon: list[int]) -> list[list[int]] | None:
+    """Cut a polygon into triangles along diagonals that lie in no face of the cube; None: when that is impossible."""
     if len(polygon) < 3:
         return []
     first, last = polygon[0], polygon[-1]
@@ -65,7 +68,7 @@ def _cut(polygon: list[int]) -> list[list[int]] | None:
         middle = polygon[place]
         sides = [(first, middle)] * (place > 1) + [(middle, last)] * (place < len(polygon) - 2)
         if not any(_in_one_face(*side) for side in sides):
-            before, after = _cut(polygon[: place + 1]), _cut(polygon[place:])
+            before, after = _triangulate(polygon[: place + 1]), _triangulate(polygon[place:])
             if before is not None and after is not None:
                 return [[first, middle, last], *before, *after]
     return None
@@ -73,51 +76,54 @@ def _cut(polygon: list[int]) -> list[list[int]] | None:
 
 @lru_cache(maxsize=1)
 def _cases() -> tuple[np.ndarray, np.ndarray]:
-    """Of the case with the corners inside whose bits are set: its first triangle [257], triangles [T, 3] of edges."""
+    """By case (bit c: corner c is inside): index of its first triangle [257], and triangles [T, 3] of edges."""
     first: list[int] = [0]
     triangles: list[list[int]] = []
     for case in range(256):
         for polygon in _polygons([bool(case >> corner & 1) for corner in range(8)]):
-            triangles += _cut(polygon) or []
+            triangles += _triangulate(polygon) or []
         first.append(len(triangles))
     return np.array(first), np.array(triangles)
 
 
-def marching_cubes(volume: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """The surface volume = level around the region above it, for values [X, Y, Z] on a grid of unit spacing.
+def marching_cubes(volume: np.ndarray, isovalue: float) -> Mesh:
+    """The surface volume = isovalue around the region above it, for values [X, Y, Z] on a grid of unit spacing.
 
-    Vertices [V, 3] in grid coordinates, and triangles [T, 3] int64, counter-clockwise seen from the region below.
-    Outside the grid counts as below the level. Empty where nothing is above.
-    Beside the volume and the surface it needs the memory of some layers.
+    Vertices are in grid coordinates; triangles run counter-clockwise seen from below the isovalue. Outside the grid
+    counts as below. The mesh is empty where nothing is above. Needs the memory of a few layers beside volume and mesh.
     """
     shape = np.array(volume.shape) + 2  # with empty space around it
     strides = np.array([shape[1] * shape[2], shape[2], 1])
     layers = max(1, LAYER_POINTS // int(strides[0]))
-    slabs = [_triangles(volume, level, begin, begin + layers, strides) for begin in range(0, int(shape[0]) - 1, layers)]
+    slabs = [
+        _triangles(volume, isovalue, begin, begin + layers, strides) for begin in range(0, int(shape[0]) - 1, layers)
+    ]
     # Triangles that meet on an edge share its vertex.
     keys, faces = np.unique(np.concatenate(slabs), return_inverse=True)
     axis, low = keys % 3, np.stack(np.unravel_index(keys // 3, shape), axis=-1)
     step = np.eye(3, dtype=np.int64)[axis]
-    outside = min(float(volume.min()), level - 1)
+    outside = min(float(volume.min()), isovalue - 1)
 
     def values(points: np.ndarray) -> np.ndarray:
-        there = ((points > 0) & (points < shape - 1)).all(axis=1)
-        found = np.full(len(points), outside)
-        found[there] = volume[tuple((points[there] - 1).T)]
-        return found
+        in_grid = ((points > 0) & (points < shape - 1)).all(axis=1)
+        result = np.full(len(points), outside)
+        result[in_grid] = volume[tuple((points[in_grid] - 1).T)]
+        return result
 
     start, end = values(low), values(low + step)
-    part = ((level - start) / (end - start)).clip(EDGE_MARGIN, 1 - EDGE_MARGIN)[:, None]
-    return low - 1.0 + part * step, faces.reshape(-1, 3)
+    part = ((isovalue - start) / (end - start)).clip(EDGE_MARGIN, 1 - EDGE_MARGIN)[:, None]
+    return Mesh(low - 1.0 + part * step, faces.reshape(-1, 3))
 
 
-def _triangles(volume: np.ndarray, level: float, begin: int, end: int, strides: np.ndarray) -> np.ndarray:
-    """Corners [3 T] of the triangles in the layers of cubes from `begin` to `end`: three times the grid point below the
-    vertex, by the strides of the padded grid, and the axis of its edge."""
+def _triangles(volume: np.ndarray, isovalue: float, begin: int, end: int, strides: np.ndarray) -> np.ndarray:
+    """Corners [3 T] of the triangles in the layers of cubes from `begin` to `end`.
+
+    A corner is three times the index of the grid point below it in the padded grid, plus the axis of its edge.
+    """
     end = min(end, len(volume) + 1)
     inside = np.zeros((end + 1 - begin, *(np.array(volume.shape[1:]) + 2)), dtype=np.uint8)
     low, high = max(begin - 1, 0), min(end, len(volume))
-    inside[low + 1 - begin : high + 1 - begin, 1:-1, 1:-1] = volume[low:high] > level
+    inside[low + 1 - begin : high + 1 - begin, 1:-1, 1:-1] = volume[low:high] > isovalue
     size = np.array(inside.shape) - 1
     case = np.zeros(size, dtype=np.uint8)
     for corner, (x, y, z) in enumerate(CORNERS):

@@ -26,10 +26,10 @@ class LoadedGuidance(NamedTuple):
     attention: AttentionChoice | None
 
 
-def load_guidance(config: Config, runtime: Runtime, kept: AttentionChoice | None = None) -> LoadedGuidance:
+def load_guidance(config: Config, runtime: Runtime, previous: AttentionChoice | None = None) -> LoadedGuidance:
     """Load the models that guide, one after the other, and embed the prompts; of several guidances the sum.
 
-    ``kept`` is the attention that a run which is taken up has computed with.
+    `previous` is the attention that a resumed run has computed with.
     """
     guidance, run = config.guidance, config.run
     angles = ViewAngles.of(config.camera)
@@ -44,7 +44,7 @@ def load_guidance(config: Config, runtime: Runtime, kept: AttentionChoice | None
         source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
         if name == "IF":
             source = guidance.if_key or IF_MODEL
-        components = _load_components(config, runtime, source, name, kept)
+        components = _load_components(config, runtime, source, name, previous)
         prompts = _embed(config, components, source)
         parts[name] = diffusion_guidance(components, prompts, config)
         models.append(components.name)
@@ -55,13 +55,13 @@ def load_guidance(config: Config, runtime: Runtime, kept: AttentionChoice | None
 
 
 def _load_components(
-    config: Config, runtime: Runtime, source: str | Path, name: str, kept: AttentionChoice | None
+    config: Config, runtime: Runtime, source: str | Path, name: str, previous: AttentionChoice | None
 ) -> Components:
     """The diffusion model at ``source``, for the guidance ``name``."""
     run = config.run
     # A measurement may end differently the next time.
     attention = "sdpa" if run.deterministic and run.attention == "auto" else run.attention
-    options = dict(vram_O=run.vram_O, attention=attention, kept=kept, compiled=COMPILED if run.compile else ())
+    options = dict(vram_O=run.vram_O, attention=attention, previous=previous, compiled=COMPILED if run.compile else ())
     options["need_vae_decoder"] = config.output.save_guidance
     if name == "IF":
         options["kind"] = name

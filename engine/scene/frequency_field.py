@@ -32,7 +32,7 @@ class FrequencyField(Field):
         self._add_background(generator)
 
     def _network(self, x: Tensor, active: int | Tensor | None) -> tuple[Tensor, Tensor]:
-        """The logit of the density [N], blob included, and those of the albedo [N, 3]."""
+        """Logits of the density [N], including the blob, and of the albedo [N, 3]."""
         h = frequency_encoding(x, self.bands, active)
         for layer in range(len(self.weights) - 1):
             out = self._linear(h, layer)
@@ -57,38 +57,22 @@ class FrequencyField(Field):
         normals: str | None = None,
         normal_epsilon: float = 0.01,
     ) -> FieldOutput:
-        """As every field. Normals are those of the density's logit, with which the density rises."""
-        # The gradient of the density itself has the same direction, but leaves the range of half precision.
-        slope = None
-        if normals == "analytic":
-            training = torch.is_grad_enabled()
-            with torch.enable_grad():
-                at = x if x.requires_grad else x.detach().requires_grad_()
-                logit, colour = self._network(at, active_levels)
-                (slope,) = torch.autograd.grad(logit.sum(), at, create_graph=training)
-            if not training:
-                logit, colour = logit.detach(), colour.detach()
-        else:
-            logit, colour = self._network(x, active_levels)
-        if normals == "finite_difference":
-            slope = self._differences(x, active_levels, normal_epsilon)
-        normal = None
-        if slope is not None:
-            normal = kernels.normal_of_gradient(slope)
-        return FieldOutput(kernels.density_activation(logit, self.spec), colour.sigmoid(), normal).without_padding(
-            count
-        )
+        """As `Field.forward`. Normals follow the gradient of the density's logit."""
 
-    def _differences(self, x: Tensor, active: int | Tensor | None, epsilon: float) -> Tensor:
-        """Central differences [N, 3] of the density's logit; points are held inside the cube."""
-        slopes = []
-        for axis in range(3):
-            step = epsilon * (torch.arange(3, device=x.device) == axis)
-            ahead, behind = (
-                self._network((x + sign * step).clamp(-self.bound, self.bound), active)[0] for sign in (1, -1)
-            )
-            slopes.append((ahead - behind) / (2 * epsilon))
-        return torch.stack(slopes, dim=1)
+        def network(points: Tensor) -> tuple[Tensor, Tensor]:
+            return self._network(points, active_levels)
+
+        # The gradient of the density has the same direction but leaves the range of half precision.
+        gradient = None
+        if normals == "analytic":
+            logit, colour, gradient = kernels.autograd_gradient(network, x)
+        else:
+            logit, colour = network(x)
+        if normals == "finite_difference":
+            gradient = kernels.central_differences(lambda points: network(points)[0], x, normal_epsilon, self.bound)
+        normal = None if gradient is None else kernels.normal_of_gradient(gradient)
+        density = kernels.density_activation(logit, self.spec)
+        return FieldOutput(density, colour.sigmoid(), normal).without_padding(count)
 
     def backend_description(self, normals: str) -> str:
         return "on PyTorch's operators"

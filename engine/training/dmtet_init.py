@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dream_fast.engine.config.schema import Config, settings
+from dream_fast.engine.config.schema import Config, settings, settings_unused_by
 from dream_fast.engine.config.sections import CameraConfig, FieldConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.export.isosurface import density_volume, surface_level
+from dream_fast.engine.export.isosurface import choose_isovalue, sample_density
 from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.geometry.read_mesh import SUFFIXES, load_mesh
 from dream_fast.engine.geometry.signed_distance import signed_distance
@@ -25,6 +25,7 @@ from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.scene.tet_mesh import SDF_SLOPE, TetMesh
 from dream_fast.engine.workspace.checkpoint import list_checkpoints, read_architecture
+from dream_fast.engine.workspace.folder import Workspace
 
 MARGIN = 0.1  # between the object and the border of the grid, of the bound
 FILLS = 0.8  # part of the picture's height, or of the cube, that a mesh file is scaled to
@@ -63,6 +64,20 @@ def find_init_source(name: str) -> InitSource:
     return InitSource(path, path.suffix.lower() == ".safetensors")
 
 
+def inherited_settings(init_with: str, folder: str, *, fresh: bool) -> dict[str, Any]:
+    """Return the settings of the field that a mesh refinement from `init_with` takes over, by name.
+
+    A refinement that is under way in the workspace `folder` keeps its own, unless it starts afresh. Raises UserError:
+    `init_with` cannot be used.
+    """
+    stored = None if fresh else Workspace(expand_user(folder)).stored_config()
+    if stored is None or stored.dmtet.init_with != init_with:
+        return field_settings(find_init_source(init_with))
+    sections = stored.to_dict()
+    unread = settings_unused_by(stored.field.backbone)
+    return {name: value for name, value in (sections["field"] | sections["render"]).items() if name not in unread}
+
+
 def field_settings(start: InitSource) -> dict[str, Any]:
     """The settings that a run needs to take over the field of a checkpoint, by flag name; of a mesh file none."""
     if not start.checkpoint:
@@ -78,12 +93,12 @@ def field_settings(start: InitSource) -> dict[str, Any]:
 def start_from_field(shape: TetMesh, field: Field, threshold: float) -> None:
     """Lay the grid over what `field` has denser than the threshold, and take the distance from its density.
 
-    One is found where the given one leaves nothing or all (`surface_level`). Density rises exponentially, so its
+    One is found where the given one leaves nothing or all (`choose_isovalue`). Density rises exponentially, so its
     logarithm, scaled to the slope of a distance at the surface, is what straight lines between vertices fit.
     UserError: the density is the same everywhere.
     """
-    volume = density_volume(field, VOLUME)
-    level = surface_level(volume, threshold)
+    volume = sample_density(field, VOLUME)
+    level = choose_isovalue(volume, threshold)
     kept = largest_components(volume > level)
     bound, spacing = field.bound, 2 * field.bound / (VOLUME - 1)
     occupied = kept.nonzero()

@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all, also after a crash of the machine."""
+"""Atomic writes: a file is complete or absent, also after a crash of the machine."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,34 +8,34 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path with the same suffix to write to; it takes the place of `path` when the block ends without an error.
+    """Yield a temporary path with the same suffix, which replaces `path` when the block ends without an error.
 
-    It is on the disk before it takes the name, and so is the name before this returns.
+    The file is synced to the disk before it is renamed, and the folder afterwards.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.writing{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
-        yield aside
-        _sync(aside)
-        os.replace(aside, path)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
         _sync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_writes(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """`atomic_write` for files that belong together: all of them are on the disk before the first takes its name."""
+    """`atomic_write` of files that belong together: all are synced before the first one is renamed."""
     with ExitStack() as stack:
-        asides = [stack.enter_context(atomic_write(path)) for path in paths]
-        yield asides
-        for aside in asides:
-            _sync(aside)
+        temporaries = [stack.enter_context(atomic_write(path)) for path in paths]
+        yield temporaries
+        for temporary in temporaries:
+            _sync(temporary)
 
 
 def stale_temp_files(folder: Path) -> list[Path]:
-    """What a process that was killed had begun to write in `folder` and the folders in it."""
+    """Temporary files that killed processes left in `folder` and its folders."""
     return [*folder.glob(".*.writing*"), *folder.glob("*/.*.writing*")]
 
 

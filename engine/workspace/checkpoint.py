@@ -1,9 +1,9 @@
-"""Checkpoints: the whole state of a run in one safetensors file, no pickle.
+"""Checkpoints: the whole state of a run in one safetensors file, without pickle.
 
 A state is a nested dict of tensors and plain values (numbers, strings, booleans, None, lists of them). Tensors are
 stored under their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata, beside the
-format version, the architecture of the field and a SHA-256 of all of it. A file is written aside and renamed, so that a
-run that is killed leaves the previous one whole.
+format version, the architecture of the field and a SHA-256 of all of it. Writes are atomic, so that a run that is
+killed leaves the previous checkpoint intact.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from dream_fast.engine.workspace.stored_run import UNNAMED, complete_architectur
 
 FORMAT = "dream-fast checkpoint"  # the key of the header in the file's metadata
 VERSION = 3
-READS = (1, 2, 3)  # 1 did not count the steps whose samples did not fit, 2 had no checksum
-KEEP = 2
+READABLE_VERSIONS = (1, 2, 3)  # 1 did not count the steps whose samples did not fit, 2 had no checksum
+CHECKPOINTS_KEPT = 2
 
 _NAME = re.compile(r"step_(\d{6,12})\.safetensors")
-_OS_ERROR = re.compile(r"os error (\d+)")  # how safetensors speaks of a full disk
+_OS_ERROR = re.compile(r"os error (\d+)")  # in safetensors' message about a full disk
 
 
 class Damaged(UserError):
-    """A checkpoint that is no whole checkpoint any more."""
+    """A checkpoint that is damaged."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -41,7 +41,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], architecture: Mapping[str, Any]) -> Path:
-    """Writes ``state`` after ``step`` steps and removes all but the last two checkpoints of ``directory``."""
+    """Write the state after `step` steps, remove all but the last two checkpoints of `directory`, return the path."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     _flatten(state, "", tensors, values)
@@ -51,23 +51,23 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
     # one entry, since safetensors writes several in no fixed order and the same run should give the same file
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     path = checkpoint_path(directory, step)
-    with atomic_write(path) as aside:
-        aside.touch()
-        mode = aside.stat().st_mode  # what the umask gives to any other file of the run
+    with atomic_write(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask, as of any other file of the run
         try:
-            save_file(tensors, aside, metadata=metadata)  # always makes a file that its owner alone can read
+            save_file(tensors, temporary, metadata=metadata)  # creates a file that its owner alone can read
         except SafetensorError as error:
             if (number := _OS_ERROR.search(str(error))) is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        aside.chmod(mode)
-    for old in list_checkpoints(directory)[:-KEEP]:
+        temporary.chmod(mode)
+    for old in list_checkpoints(directory)[:-CHECKPOINTS_KEPT]:
         old.unlink()
     return path
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of ``directory``, oldest step first."""
+    """The checkpoints of `directory`, oldest step first."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
@@ -81,16 +81,16 @@ def step_of(path: Path) -> int:
 
 
 def read_architecture(path: Path) -> dict[str, Any]:
-    """The architecture of the run that wrote the checkpoint at ``path``, as this version names it.
+    """The architecture of the run that wrote the checkpoint, with the names of this version.
 
-    Raises UserError: it is no checkpoint.
+    Raises UserError: when the file is not a checkpoint.
     """
     with _open(path) as file:
         return complete_architecture(_header(path, file)["architecture"])
 
 
 def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The step and the state (tensors on the CPU) of ``path``; UserError when it does not fit ``architecture``."""
+    """The step and the state (tensors on the CPU). Raises UserError: when the architecture is another one."""
     with _open(path) as file:
         header = _header(path, file)
         _check_architecture(path, header, json.loads(json.dumps(architecture)))
@@ -117,10 +117,10 @@ def _open(path: Path):
 
 
 def damaged(path: Path, reason: object) -> Damaged:
-    """The error that says so of the checkpoint at ``path``, and how to go on."""
-    beside = list_checkpoints(path.parent)
-    only = path not in beside or beside.index(path) == 0
-    advice = "; --ckpt scratch starts over" if only else ""
+    """The error about a damaged checkpoint, with advice."""
+    checkpoints = list_checkpoints(path.parent)
+    oldest = path not in checkpoints or checkpoints.index(path) == 0
+    advice = "; --ckpt scratch starts over" if oldest else ""
     return Damaged(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({reason}){advice}")
 
 
@@ -134,11 +134,11 @@ def _header(path: Path, file) -> dict[str, Any]:
         raise damaged(path, f"its header: {first_line(error)}") from error
     if not isinstance(header, dict) or "version" not in header:
         raise damaged(path, "its header has no version")
-    if header["version"] not in READS:
+    if header["version"] not in READABLE_VERSIONS:
         raise UserError(
             f"the checkpoint {path} has format version {header['version']}, written by dream-fast "
             f"{header.get('dream_fast', 'of another version')}; this is {__version__}, which reads format versions "
-            f"{READS[0]} to {READS[-1]}: upgrade dream-fast"
+            f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}: upgrade dream-fast"
         )
     for name, kind in (("step", int), ("architecture", dict), ("values", dict)):
         if type(header.get(name)) is not kind:
@@ -149,27 +149,29 @@ def _header(path: Path, file) -> dict[str, Any]:
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of the header (without a checksum) and the names, kinds and bytes of the tensors."""
-    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    """The SHA-256 of the header (without a checksum) and the names, dtypes, shapes and bytes of the tensors."""
+    checksum = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        checksum.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        checksum.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
 
 
-def _check_architecture(path: Path, header: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_architecture(path: Path, header: dict[str, Any], expected: dict[str, Any]) -> None:
     if unknown := unknown_settings(header["architecture"]):
         raise UserError(
             f"the checkpoint {path} is of a field with settings that this version of dream-fast does not know "
             f"({', '.join(unknown)}); {way_to_read(header.get('dream_fast', UNNAMED))}"
         )
     saved = complete_architecture(header["architecture"])
-    # Another backbone has other settings, so that it alone is worth saying.
-    names = sorted(saved.keys() | wanted.keys())
-    if saved.get("backbone") != wanted.get("backbone"):
+    # Another backbone has other settings, so the message names the backbone alone.
+    names = sorted(saved.keys() | expected.keys())
+    if saved.get("backbone") != expected.get("backbone"):
         names = ["backbone"]
-    differences = [f"{n} {saved.get(n)} there, {wanted.get(n)} here" for n in names if saved.get(n) != wanted.get(n)]
+    differences = [
+        f"{n} {saved.get(n)} there, {expected.get(n)} here" for n in names if saved.get(n) != expected.get(n)
+    ]
     if differences:
         raise UserError(f"the checkpoint {path} is of another architecture: {'; '.join(differences)}")
 

@@ -1,12 +1,12 @@
-"""The folder of a run: where each file goes, whose run it is, and what may change when it is taken up again.
+"""The workspace: the folder of a run, the paths in it, and the checks before another run works in it.
 
-    config.json      the resolved configuration       log.txt       what the terminal showed, without the bar
-    manifest.json    versions, device, seed, command  metrics.jsonl a row every few steps
-    checkpoints/     the last two                     validation/   a view now and then during the run
-    results/         video and six views              mesh/         the mesh, when asked for
-    report.html      all of it on one page            guidance/, tensorboard/, profile/  when asked for
+    config.json      the resolved configuration       log.txt       the output of the terminal, without the bar
+    manifest.json    versions, device, seed, command  metrics.jsonl a row every `log_every` steps
+    checkpoints/     the last two                     validation/   images during the run
+    results/         video and six views              mesh/         with --save_mesh
+    report.html      all of it on one page            guidance/, tensorboard/, profile/  with their flags
 
-Everything here is plain files; what a run has reached is read from its checkpoints and never kept twice.
+All files are plain. How far a run is follows from its checkpoints alone.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from dream_fast.engine.workspace.stored_run import VERSION_KEY, StoredRun, read_
 
 logger = logging.getLogger(__name__)
 
-# What is read of a run in the manifest again, and its kind: float any number, a dict one of such values.
-MANIFEST = {
+# Types of the entries of a run in the manifest that are read again: float is any number, a dict has such values.
+MANIFEST_TYPES = {
     "from_step": int,
     "to_step": int,
     "seconds": float,
@@ -45,9 +45,9 @@ MANIFEST = {
 
 @dataclasses.dataclass
 class Workspace:
-    """The folder at ``path`` and the names of the things in it. Making one touches no disk.
+    """The folder at `path` and the paths in it. Creating the object does not touch the disk.
 
-    ``lock`` keeps other processes out, inside `claimed`. ``flag`` is the one that named the folder, for messages.
+    `lock` keeps other processes out inside `locked()`. `flag` is the flag that named the folder, for messages.
     """
 
     path: Path
@@ -55,8 +55,8 @@ class Workspace:
     flag: str = "--workspace"
 
     @property
-    def named(self) -> str:
-        """The folder as it was typed, such as ``--workspace trial``."""
+    def typed(self) -> str:
+        """The folder as it was typed, such as `--workspace trial`."""
         return f"{self.flag} {self.path}"
 
     @property
@@ -108,53 +108,53 @@ class Workspace:
         return self.path / "report.html"
 
     def files(self) -> list[Path]:
-        """Every file of the run, in the order of this class; of pictures of the steps only the last."""
-        found: list[Path] = []
-        for path in self._everything():
-            inside = sorted(path.glob("*.*")) if path.is_dir() else [path] * path.exists()
-            found += inside[-1:] if path in (self.validation, self.guidance) else inside
-        return found
+        """The files of the run, in the order of this class; of images during the run only the last."""
+        result: list[Path] = []
+        for path in self._paths():
+            files = sorted(path.glob("*.*")) if path.is_dir() else [path] * path.exists()
+            result += files[-1:] if path in (self.validation, self.guidance) else files
+        return result
 
-    def _everything(self) -> list[Path]:
+    def _paths(self) -> list[Path]:
         files = [self.config, self.manifest, self.metrics, self.log]
         during = [self.validation, self.guidance, self.tensorboard, self.profile, self.checkpoints]
         return [*files, *during, self.results, self.mesh, self.report]
 
     def check_usable(self, otherwise: str = "") -> None:
-        """UserError when the folder cannot be this run's: a file in its place, no right to write, another's files.
+        """Raises UserError: when a file is in the folder's place, it is not writable, or holds other files.
 
-        Writes nothing: the model may still turn out to be missing. ``otherwise`` says what to do where the folder may
-        only be read.
+        Writes nothing, since the model may still turn out to be missing. `otherwise` is appended to the message where
+        the folder is not writable.
         """
         existing = self.path
         try:
             while not existing.exists() and existing != existing.parent:
                 existing = existing.parent
-            inside = self.path.resolve()
-            away = [path.name for path in self._everything() if not path.resolve().is_relative_to(inside)]
+            folder = self.path.resolve()
+            links = [path.name for path in self._paths() if not path.resolve().is_relative_to(folder)]
         except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, or links in a circle
-            raise UserError(f"{self.named} cannot be a folder ({first_line(error)})") from error
-        if away:
-            raise UserError(f"{self.named}: {', '.join(away)} would be written elsewhere, being a link")
+            raise UserError(f"{self.typed} cannot be a folder ({first_line(error)})") from error
+        if links:
+            raise UserError(f"{self.typed}: {', '.join(links)} would be written elsewhere, being a link")
         if not existing.is_dir():
-            raise UserError(f"{self.named}: {existing} is a file, not a folder")
+            raise UserError(f"{self.typed}: {existing} is a file, not a folder")
         for path in (existing, *(path for path in (self.results, self.mesh, self.log) if path.exists())):
             if not os.access(path, os.W_OK | (os.X_OK if path.is_dir() else 0)):
                 place = "in " * path.is_dir() + str(path)
-                raise UserError(f"{self.named}: no permission to write {place}{otherwise}")
+                raise UserError(f"{self.typed}: no permission to write {place}{otherwise}")
         if not self.config.exists():
-            foreign = [path.name for path in self._everything() if path.exists()]
+            foreign = [path.name for path in self._paths() if path.exists()]
             if foreign:
                 raise UserError(
-                    f"{self.named} holds {', '.join(foreign)} but no config.json, so it is not a run of "
+                    f"{self.typed} holds {', '.join(foreign)} but no config.json, so it is not a run of "
                     "dream-fast; choose another folder"
                 )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside the `with` block no other process works here: from now on, or from when the folder is made on."""
+        """Keep other processes out inside the `with` block, from its start or, for a new folder, from `create()` on."""
         if self.path.is_dir():
-            self._claim()
+            self._lock()
         try:
             yield
         finally:
@@ -162,29 +162,29 @@ class Workspace:
                 self.lock.release()
                 self.lock = None
 
-    def _claim(self) -> None:
+    def _lock(self) -> None:
         try:
             self.lock = Lock(self.path)
         except OSError as error:
-            raise UserError(f"{self.named} cannot be written to ({error.strerror})") from error
+            raise UserError(f"{self.typed} cannot be written to ({error.strerror})") from error
 
     def check_not_moved(self) -> None:
-        """UserError when the folder was moved or removed, or replaced, since it was claimed."""
-        if self.lock is not None and not self.lock.is_there():
+        """Raises UserError: when the folder was moved, removed or replaced since it was locked."""
+        if self.lock is not None and not self.lock.is_valid():
             raise UserError(
-                f"{self.named} is gone: it was moved, removed or unmounted during the run; what was saved "
+                f"{self.typed} is gone: it was moved, removed or unmounted during the run; what was saved "
                 "is where the folder is now, and the same command with that --workspace goes on from there"
             )
 
     def stored_config(self) -> Config | None:
-        """The configuration of the run that lives here, or None in a fresh folder."""
+        """The configuration of the run in this folder, or None in a new folder."""
         stored = self.stored_run()
         return None if stored is None else stored.config
 
     def stored_run(self) -> StoredRun | None:
-        """The run that lives here, of this version or another one, or None in a fresh folder.
+        """The run in this folder, of this version or another one, or None in a new folder.
 
-        Raises UserError: its settings are damaged, or this version cannot read them.
+        Raises UserError: when its settings are damaged or of a version that this one cannot read.
         """
         try:
             if not self.config.exists():
@@ -194,50 +194,53 @@ class Workspace:
             raise UserError(f"{self.config} cannot be used: {error}") from error
 
     def check_same_run(self, config: Config) -> None:
-        """UserError, saying what differs, when the run that lives here is not the one that ``config`` describes."""
+        """Raises UserError: when the run in this folder has another configuration, with the differences."""
         stored = self.stored_config()
         if stored is not None and (differences := stored.differences(config)):
             raise UserError(
-                f"{self.named} holds another run: it has {'; '.join(differences)} (choose another "
+                f"{self.typed} holds another run: it has {'; '.join(differences)} (choose another "
                 f"{self.flag}{', or replace that run with --ckpt scratch' * (self.flag == '--workspace')})"
             )
 
-    def make(self) -> None:
-        """The folder, claimed. UserError: it cannot be made, or another run began in it since this one started."""
+    def create(self) -> None:
+        """Create the folder and lock it.
+
+        Raises UserError: when it cannot be created, or another run began in it since this one started.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.named} cannot be made ({error})") from error
+            raise UserError(f"{self.typed} cannot be made ({error})") from error
         if self.lock is None:
-            self._claim()
+            self._lock()
             if self.config.exists():
-                raise UserError(f"another run has just begun in {self.named}; choose another one")
+                raise UserError(f"another run has just begun in {self.typed}; choose another one")
 
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, json.dumps({VERSION_KEY: __version__, **config.to_dict()}, indent=1) + "\n")
 
-    def make_for_outputs_of(self, workspace: "Workspace", config: Config) -> None:
-        """The folder, claimed, with the settings, the manifest and the metrics of the run in ``workspace``.
+    def create_for_outputs_of(self, workspace: "Workspace", config: Config) -> None:
+        """Create the folder and lock it, with the settings, the manifest and the metrics of the run in `workspace`.
 
-        UserError: it cannot be made, or holds something else.
+        Raises UserError: when it cannot be created or holds something else.
         """
         if list_checkpoints(self.checkpoints):
             raise UserError(
-                f"{self.named} is the workspace of a run; choose another folder, or --workspace {self.path}"
+                f"{self.typed} is the workspace of a run; choose another folder, or --workspace {self.path}"
             )
         self.check_same_run(config)
-        self.make()
+        self.create()
         self.write_config(config)
-        for ours, theirs in ((self.manifest, workspace.manifest), (self.metrics, workspace.metrics)):
-            if theirs.exists():
-                write_text(ours, theirs.read_text(encoding="utf-8", errors="replace"))
+        for copy, original in ((self.manifest, workspace.manifest), (self.metrics, workspace.metrics)):
+            if original.exists():
+                write_text(copy, original.read_text(encoding="utf-8", errors="replace"))
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_text(self.manifest, json.dumps(manifest, indent=1) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
-        """The manifest, or an empty one where none was written yet. UserError: it is damaged."""
+        """The manifest, or an empty one where none was written yet. Raises UserError: when it is damaged."""
         if not self.manifest.exists():
             return {}
         try:
@@ -247,35 +250,35 @@ class Workspace:
         runs = manifest.get("runs", []) if isinstance(manifest, dict) else None
         if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
             raise UserError(f"{self.manifest} cannot be used: it lists no runs")
-        wrong = {name for run in runs for name, value in run.items() if not _fits(MANIFEST.get(name), value)}
+        wrong = {name for run in runs for name, value in run.items() if not _has_type(MANIFEST_TYPES.get(name), value)}
         if wrong:
             raise UserError(f"{self.manifest} cannot be used: {', '.join(sorted(wrong))} of a run is no such thing")
         return manifest
 
     def quarantine(self, checkpoint: Path) -> Path:
-        """Takes a damaged checkpoint out of the run, and keeps it: returns its new path."""
+        """Rename a damaged checkpoint so that the run ignores it; returns its new path."""
         return checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
 
     def clear(self) -> None:
-        """Removes the run that lives here: what ``--ckpt scratch`` asks for."""
-        for path in self._everything():
+        """Remove the run in this folder (`--ckpt scratch`)."""
+        for path in self._paths():
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def clear_outputs(self) -> None:
-        """Removes what a finished run writes at its end."""
+        """Remove the files that a run writes at its end."""
         shutil.rmtree(self.mesh, ignore_errors=True)
         for path in [*self.results.glob("*"), self.report]:
-            if not path.name.startswith("turntable_step_"):  # of the steps, not of the end
+            if not path.name.startswith("turntable_step_"):  # written during the run
                 path.unlink(missing_ok=True)
 
     def truncate_after(self, step: int) -> None:
-        """Drops what was recorded after ``step``: a run that resumes there records it again. Half-written files go too.
+        """Remove the files and rows of later steps, which a run that resumes at `step` writes again.
 
-        Rows of the metrics that cannot be read are dropped too, with a logged warning; the last one may be cut short by
-        whatever stopped the run, so it goes without one.
+        Files that were being written when the run was killed go too, and so do unreadable rows of the metrics, with a
+        logged warning; the last row may be cut short, so it goes without one.
         """
         for path in list_checkpoints(self.checkpoints):
             if step_of(path) > step:
@@ -291,24 +294,24 @@ class Workspace:
             rows = [(line, _step_of(line)) for line in text.split("\n")[:-1]]
             if damaged := sum(reached is None for _, reached in rows):
                 logger.warning("%s: rows that cannot be read are left out: %d", self.metrics, damaged)
-            kept = "".join(f"{line}\n" for line, reached in rows if reached is not None and reached <= step)
-            if kept != text:
-                write_text(self.metrics, kept)
+            remaining = "".join(f"{line}\n" for line, reached in rows if reached is not None and reached <= step)
+            if remaining != text:
+                write_text(self.metrics, remaining)
 
 
-def _fits(kind: Any, value: Any) -> bool:
-    """Whether a value is of a kind of MANIFEST; numbers are finite."""
+def _has_type(kind: Any, value: Any) -> bool:
+    """True if the value is of a type of MANIFEST_TYPES; numbers have to be finite."""
     if kind is None:
         return True
     if isinstance(kind, dict):
-        return isinstance(value, dict) and all(_fits(kind[str], part) for part in value.values())
+        return isinstance(value, dict) and all(_has_type(kind[str], part) for part in value.values())
     if kind is float:
         return isinstance(value, int | float) and abs(value) < float("inf")
     return isinstance(value, kind)
 
 
 def _step_of(row: str) -> int | None:
-    """The step of a row of the metrics, or None when it is no such row."""
+    """The step of a row of the metrics, or None when the row is unreadable."""
     try:
         step = json.loads(row)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -317,6 +320,6 @@ def _step_of(row: str) -> int | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` so that ``path`` is never half a file."""
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

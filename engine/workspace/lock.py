@@ -1,11 +1,12 @@
-"""One process at a time works in a workspace: a lock that ends with the process that holds it.
+"""The lock of a workspace, which ends with the process that holds it.
 
-The lock is on the file .lock (flock), which also says who holds it, for the one that comes second; it is removed at the
-end. A process that was killed leaves the file behind and no lock on it.
+The lock is on the file .lock (flock), which contains the holder's process and machine for messages, and is removed at
+the end. A process that was killed leaves the file behind without a lock on it.
 
-On a disk without locks (some network and cluster file systems) the file .lock.lease takes its place (filelock's
-SoftFileLease): its holder renews it, and it may be taken over when its process is gone from this machine, or when it
-was not renewed for LEASE_SECONDS. Where that fails too, the run goes on without a lock, with a logged warning.
+On a disk without locks (some network and cluster file systems) the file .lock.lease replaces it (filelock's
+SoftFileLease). Its holder renews it. Another process may take it over when the holder's process no longer exists on
+the same machine, or when it was not renewed for LEASE_SECONDS. Where that fails too, the run continues without a lock,
+with a logged warning.
 """
 
 import errno
@@ -24,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LEASE = ".lock.lease"
-LEASE_SECONDS = 120.0  # long enough for a step of the export that keeps Python from renewing it
-MOST_SAID = 200  # bytes of the file that are shown
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+LEASE_SECONDS = 120.0  # longer than the longest part of an export in which Python cannot renew it
+MAX_HOLDER_BYTES = 200  # of the file, in messages
+NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Lock:
-    """The lock on ``folder``, held from here to `release`. UserError: another process holds it, and which."""
+    """Holds the lock on `folder` until `release()`. Raises UserError: when another process holds it."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LOCK
@@ -40,18 +41,18 @@ class Lock:
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(self._handle, MOST_SAID).decode("utf-8", "replace")
+                holder = os.read(self._handle, MAX_HOLDER_BYTES).decode("utf-8", "replace")
                 os.close(self._handle)
                 raise self._in_use(" ".join(holder.split())) from None
             except OSError as error:
-                if error.errno not in NO_LOCKS:
+                if error.errno not in NO_LOCK_ERRORS:
                     os.close(self._handle)
                     raise
                 self._take_lease()
                 return
-            if self.is_there():
+            if self.is_valid():
                 break
-            os.close(self._handle)  # the holder before has just removed the file
+            os.close(self._handle)  # the previous holder has just removed the file
         os.ftruncate(self._handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()} since {started}\n".encode())
@@ -63,7 +64,7 @@ class Lock:
         )
 
     def _take_lease(self) -> None:
-        """Hold the lease in place of the lock; without either where the disk does not do that."""
+        """Take the lease instead of the lock, or neither where the disk does not allow a lease."""
         os.close(self._handle)
         self.path.unlink(missing_ok=True)
         lease = SoftFileLease(self.folder / LEASE, lease_duration=LEASE_SECONDS, thread_local=False)
@@ -83,7 +84,7 @@ class Lock:
         self._handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
 
     def _acquire(self, lease: SoftFileLease) -> None:
-        """Raises Timeout: another process holds the lease, on this machine or still renewing it."""
+        """Raises Timeout: when another process holds the lease, on this machine or still renewing it."""
         try:
             lease.acquire(timeout=0)
         except Timeout:
@@ -97,8 +98,8 @@ class Lock:
             )
             lease.acquire(timeout=1.25 * LEASE_SECONDS)
 
-    def is_there(self) -> bool:
-        """Whether the file that is locked is still the folder's: not moved away, removed, or another's."""
+    def is_valid(self) -> bool:
+        """True if the locked file is still the one in the folder, neither moved nor removed nor replaced."""
         try:
             return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._handle))
         except OSError:
@@ -107,16 +108,16 @@ class Lock:
     def release(self) -> None:
         if self._lease is not None:
             self._lease.release()
-        elif self.path.name == LOCK and self.is_there():
+        elif self.path.name == LOCK and self.is_valid():
             self.path.unlink(missing_ok=True)
         os.close(self._handle)
 
 
 def _holder(lease: SoftFileLease) -> str:
-    """Who holds the lease, as its file has it."""
+    """The holder of the lease, from its file."""
     try:
-        lines = Path(lease.lock_file).read_text(encoding="utf-8", errors="replace")[:MOST_SAID].splitlines()
+        lines = Path(lease.lock_file).read_text(encoding="utf-8", errors="replace")[:MAX_HOLDER_BYTES].splitlines()
     except OSError:
         return ""
-    facts = dict(line.split("=", 1) for line in lines if "=" in line)
-    return f"process {facts.get('pid', '?')} on {facts.get('host', '?')}"
+    entries = dict(line.split("=", 1) for line in lines if "=" in line)
+    return f"process {entries.get('pid', '?')} on {entries.get('host', '?')}"

@@ -16,18 +16,19 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...] | None = None,
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Raise TypeError or ValueError unless `value` has this shape, one of these dtypes, and the device of `like`.
+    """Check that `value` has this shape, one of these dtypes, and the device of `like` (a name and a tensor).
 
     An int in `shape` must match; a string only names a free axis in the message.
+    Raises TypeError: for another type or dtype. Raises ValueError: for another shape or device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    wanted = "[" + ", ".join(str(axis) for axis in shape) + "]"
-    fits = value.dim() == len(shape) and all(
+    matches = value.dim() == len(shape) and all(
         not isinstance(axis, int) or axis == size for axis, size in zip(shape, value.shape, strict=True)
     )
-    if not fits:
-        raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
+    if not matches:
+        expected = ", ".join(str(axis) for axis in shape)
+        raise ValueError(f"{name} must have shape [{expected}], got {list(value.shape)}")
     if dtypes is not None and value.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
@@ -36,18 +37,30 @@ def check_tensor(
 
 
 def check_kernel_dtype(name: str, value: Tensor) -> None:
-    """Raise TypeError for float64, which only the references compute in."""
-    if value.dtype == torch.float64:
+    """Check that the kernels compute in the dtype of `value`. Raises TypeError: for float64."""
+    _check_not_fp64(name, value.dtype)
+
+
+def check_compute_dtype(dtype: torch.dtype) -> None:
+    """Check that the kernels compute in the argument `dtype`. Raises TypeError: for float64."""
+    _check_not_fp64("dtype", dtype)
+
+
+def _check_not_fp64(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float64:
         raise TypeError(f"{name} is float64, which the kernels do not compute in: call the operator's reference")
 
 
 def check_count(count: Tensor | None, like: tuple[str, Tensor]) -> None:
-    """Raise unless `count` is None or an int64 scalar tensor on the device of `like`."""
+    """Check that `count` is None or an int64 scalar tensor on the device of `like`.
+
+    Raises TypeError or ValueError: as `check_tensor`.
+    """
     if count is not None:
         check_tensor("count", count, (), dtypes=(torch.int64,), like=like)
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless value > 0 (NaN is refused as well)."""
+    """Check that a number is positive. Raises ValueError: unless value > 0, also for NaN."""
     if not value > 0:
         raise ValueError(f"{name} must be greater than 0, got {value}")

@@ -1,8 +1,8 @@
-"""What the operators share around a kernel: argument checks, the choice between Triton and the reference, launching.
+"""Launching kernels: the choice between Triton and the reference, the launch itself, and recording it.
 
-Every complaint names the argument, what was expected and what came. Every kernel starts through `launch`, which takes
-the device of its tensors and torch's current stream, and which can hand the launches to a recorder instead
-(`recorded_launches`), so that a machine without a GPU can compile exactly what a GPU would run.
+Every kernel starts through `launch`, on the device of its tensors and torch's current stream. Inside
+`recorded_launches` launches are listed and not run, so that a machine without a GPU can compile exactly what a GPU
+would run.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def constant(value: Any) -> Any:
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether an operator on this tensor runs its kernels: on a GPU, in the interpreter, and while recording.
+    """True where an operator on this tensor runs its kernels: on a GPU, in the interpreter, and while recording.
 
-    Raises RuntimeError for a GPU tensor where triton is missing.
+    Raises RuntimeError: for a tensor on a GPU where triton is missing.
     """
     if tensor.is_cuda and triton is None:
         raise RuntimeError("tensors on a GPU need triton, which is not installed: pip install triton")
@@ -62,14 +62,14 @@ def use_triton(tensor: Tensor) -> bool:
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; the interpreter goes through programs one by one, so there they are few."""
+    """Number of multiprocessors of a GPU; 1 in the interpreter, which runs programs one by one; else an H100's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 1 if INTERPRETED else 132
 
 
 @lru_cache(maxsize=16)
-def _from_hopper_on(device: torch.device) -> bool:
+def _at_least_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -84,17 +84,17 @@ def launch(
     fp_fusion: bool = True,
     **arguments,
 ) -> None:
-    """Start `kernel` over `grid` (at least one program, or nothing happens) on `device` and torch's current stream.
+    """Start `kernel` over `grid` on `device` and torch's current stream; an empty grid starts nothing.
 
-    maxnreg: the most registers a lane, by which a multiprocessor holds more programs, on GPUs from sm_90 on; matrix
-    products of earlier ones take more registers. fp_fusion: whether a product may be rounded together with a sum.
+    maxnreg: the most registers a lane, so that a multiprocessor holds more programs; ignored before sm_90, whose matrix
+    products need more of them. fp_fusion: allow fused multiply-adds.
     """
     if not all(grid):
         return
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if not fp_fusion:
         options["enable_fp_fusion"] = False
-    if maxnreg is not None and (_recorded is not None or _from_hopper_on(device)):
+    if maxnreg is not None and (_recorded is not None or _at_least_hopper(device)):
         options["maxnreg"] = maxnreg
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
@@ -107,7 +107,7 @@ def launch(
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside the `with` block operators on CPU tensors take their kernels, which are listed here and not run."""
+    """List the launches of operators on CPU tensors inside the `with` block; nothing is run."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -116,13 +116,13 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def compile_launches(launches: Sequence[Launch], done: Callable[[int], None]) -> None:
-    """Compile recorded launches of tensors on a GPU side by side; one after the other they would take as long together.
+def compile_launches(launches: Sequence[Launch], on_compiled: Callable[[int], None]) -> None:
+    """Compile recorded launches of tensors on a GPU, in parallel.
 
-    `done` is told how many of the kernels are compiled so far; those that already were do not count.
+    on_compiled: called with the number of kernels compiled so far, without those that already were.
     """
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool) as compiling:
         for kernel, grid, arguments, options in launches:
             kernel.warmup(grid=grid, **arguments, **options)
         for number, _ in enumerate(as_completed(compiling.raw_futures), start=1):
-            done(number)
+            on_compiled(number)

@@ -1,9 +1,9 @@
-"""What the references share: gather and scatter-add of rows, transposition, and buffers of which only a part is live.
+"""Helpers of the references: gather and scatter-add of rows, transposition, and buffers that are only partly in use.
 
-Gather and scatter-add are each other's gradient, and so are the two transpositions, to any order. The CPU backward of
-torch's index_select and embedding repeats bit for bit as well, but visits one row at a time through the general
-machinery: rows here are 1 to 8 numbers, and one column at a time is several times quicker. Sums run in the order of the
-index, so they do not depend on the number of threads.
+Gather and scatter-add are each other's gradient, and so are the two transpositions, to any order. torch's index_select
+and embedding have deterministic CPU backwards too, but visit one row at a time; rows here are 1 to 8 numbers, and one
+column at a time is several times quicker. Sums run in the order of the index, so they do not depend on the number of
+threads.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ def scatter_rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 def pad_rows(value: Tensor, rows: int) -> Tensor:
-    """value [n, ...] -> [rows, ...], zeros below."""
-    missing = rows - value.shape[0]
-    return value if missing == 0 else torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+    """value [n, ...] -> [rows, ...], filled up with zeros."""
+    padding = rows - value.shape[0]
+    return value if padding == 0 else torch.cat([value, value.new_zeros(padding, *value.shape[1:])])
 
 
 def live_rows(rows: int, count: Tensor | None) -> int:
-    """How many leading rows of a buffer hold samples. Asks the device: right for a reference, not for a kernel."""
+    """Number of leading rows that hold samples. It synchronises with the device, so only references call it."""
     return rows if count is None else max(0, min(int(count), rows))

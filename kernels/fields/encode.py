@@ -1,12 +1,13 @@
-"""Device functions over a tile of points that fused kernels share: hash-grid encoding and the field's activations.
+"""Hash-grid encoding of a tile of points, inside kernels that go on with the MLP; and what their launchers prepare.
 
-A tile is BLOCK points. Features of a point never leave registers: `encode` returns one tile [BLOCK, PADDED] for each
-feature of a row, with the levels (16 when padded) along the second axis, as the MLP of `_mlp` takes them. Gathers run
-with neighbouring lanes on neighbouring points, which on a ray fall into the same cells.
+A tile is BLOCK points. Their features never leave registers: `encode` returns one tile [BLOCK, PADDED] for each feature
+of a table's row, with the levels along the second axis (16 when padded), as `fields.mlp` takes them. Neighbouring lanes
+gather for neighbouring points, which on a ray fall into the same cells. Numerics: interpolation in fp32.
 
-Numerics: interpolation and activations in fp32.
-Host side: `tile_constants` gives the constants that every function here takes, `level_table` the small tensor of
-per-level numbers, `unit_scale` the map from world to unit coordinates, u = x * scale + 0.5.
+There are two encoders. This one computes all levels of a tile at once, vectorised over [BLOCK, PADDED], because the MLP
+needs all features of a point together; a row of the table is one load. `grid.device` computes one level at a time, with
+the level's numbers as scalars and 32-bit pairs of features, because the hash grid's own kernels write features by
+channel and run one level a program. A common set of functions would be compiled to slower code in one of them.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dream_fast.kernels._core.launch import constant, jit, tl
-from dream_fast.kernels.fields.mlp import COLUMNS, pick
-from dream_fast.kernels.grid.gradients import PRIMES
+from dream_fast.kernels.grid.device import PRIMES
 from dream_fast.kernels.grid.spec import HashGridSpec
 
 BLOCK = 64  # points of a tile
@@ -30,17 +31,63 @@ MAX_LEVELS = 16
 
 _PRIME_Y = constant(PRIMES[1])
 _PRIME_Z = constant(PRIMES[2])
-_MAX_EXPONENT = constant(15.0)
 
 
-# Host side.
+class FieldShape(NamedTuple):
+    """Constants of a hash grid and an MLP that kernels are compiled for; their argument `SHAPE`.
+
+    levels, features, log2_entries: of the grid. padded: levels of a tile, a power of two, at least 16. smooth: whether
+    the interpolation is smoothstep. wide: whether an index into the table needs 64 bits. width, layers: of the MLP's
+    hidden layers.
+    """
+
+    levels: int
+    features: int
+    padded: int
+    log2_entries: int
+    smooth: bool
+    wide: bool
+    width: int
+    layers: int
+
+
+class TileConfig(NamedTuple):
+    """Sizes of a launch over tiles, of which a kernel uses those it needs.
+
+    block: points of a tile. programs: of a multiprocessor. layers_a_pass: layers whose parameters' gradients one launch
+    sums.
+    """
+
+    block: int
+    warps: int
+    programs: int = 0
+    layers_a_pass: int = 0
+
+
+def field_shape(spec: HashGridSpec, width: int, layers: int) -> FieldShape:
+    """Constants of a grid and of an MLP with `layers` hidden layers of `width`."""
+    return FieldShape(
+        levels=spec.levels,
+        features=spec.features,
+        padded=padded_levels(spec),
+        log2_entries=spec.log2_entries,
+        smooth=spec.interpolation == "smoothstep",
+        wide=spec.rows * spec.features >= 1 << 31,
+        width=width,
+        layers=layers,
+    )
+
+
+def padded_levels(spec: HashGridSpec) -> int:
+    """Levels of a tile: a power of two, at least 16."""
+    return max(16, 1 << (spec.levels - 1).bit_length())
 
 
 @lru_cache(maxsize=64)
 def unit_scale(bound: float) -> float:
     """The fp32 number s by which x in [-bound, bound] falls into [0, 1] as x * s + 0.5, both ends included.
 
-    Also where the product is not rounded before the sum: bound, as fp32, times s is at most 0.5 exactly.
+    This holds with and without rounding of the product: bound, as fp32, times s is at most 0.5 exactly.
     """
     (bits,) = struct.unpack("<i", struct.pack("<f", 0.5 / bound))
     (scale, single) = struct.unpack("<ff", struct.pack("<if", bits, bound))
@@ -51,54 +98,41 @@ def unit_scale(bound: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def level_table(spec: HashGridSpec, device: torch.device, active_levels: int | None = None) -> Tensor:
-    """int64 [max(16, levels)]: a level's first row * 2^32 + 2^31 if dense + resolution; 0 from `active_levels` on."""
+def level_words(spec: HashGridSpec, device: torch.device, active_levels: int | None = None) -> Tensor:
+    """int64 [max(16, levels)]: a level's first row * 2^32 + 2^31 if dense + resolution; 0 from `active_levels` on.
+
+    One load of all levels; `grid.device.level_table` has six numbers a level for kernels that take one.
+    """
     active = spec.levels if active_levels is None else min(max(active_levels, 0), spec.levels)
     words = [spec.offsets[n] << 32 | spec.dense(n) << 31 | spec.resolutions[n] for n in range(active)]
     words = [word - (1 << 64) if word >= 1 << 63 else word for word in words]
-    return torch.tensor(words + [0] * (_padded(spec) - active), dtype=torch.int64, device="cpu").to(device)
-
-
-def _padded(spec: HashGridSpec) -> int:
-    return max(16, 1 << (spec.levels - 1).bit_length())
-
-
-def tile_constants(spec: HashGridSpec) -> dict[str, int | bool]:
-    """Constants of a grid, for `launch`: a kernel that calls `encode` takes them all and hands them on."""
-    return {
-        "LEVELS": spec.levels,
-        "FEATURES": spec.features,
-        "PADDED": _padded(spec),
-        "LOG2_ENTRIES": spec.log2_entries,
-        "SMOOTH": spec.interpolation == "smoothstep",
-        "WIDE": spec.rows * spec.features >= 1 << 31,
-    }
+    return torch.tensor(words + [0] * (padded_levels(spec) - active), dtype=torch.int64, device="cpu").to(device)
 
 
 def tile_warps(dtype: torch.dtype) -> int:
     """Warps of a tile of BLOCK points.
 
-    In 16 bits 4, as a matrix instruction of sm_90 takes 16 rows a warp: with 8, Triton 3.6 gives every product that
-    another one takes 128 rows, of which half are read from outside the tile. In fp32 8, for their registers.
+    In 16 bits 4: a matrix instruction of sm_90 takes 16 rows a warp, and with 8 warps Triton 3.6 gives every product
+    that feeds another one 128 rows, half of them read from outside the tile. In fp32 8, for their registers.
     """
     return 8 if dtype == torch.float32 else 4
 
 
 def aligned_rows(table: Tensor) -> Tensor:
-    """A table whose rows may be read by one load each: `table` itself, but for odd views."""
+    """A table whose rows may each be read by one load: `table` itself, or a copy of a view that is not aligned."""
     table = table.contiguous()
     return table.clone() if table.data_ptr() % 16 else table
 
 
 def flatten_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """One tensor: all weights [out, in], then all biases; gradients go through it."""
-    return torch.cat([part.reshape(-1) for part in (*weights, *biases)])
+    """One differentiable tensor of all weights [out, in], then all biases."""
+    return torch.cat([parameter.reshape(-1) for parameter in (*weights, *biases)])
 
 
 def unfused_reason(
     spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype, normals: str | None = None
 ) -> str:
-    """Why these shapes cannot run fused in this compute dtype, with these normals; empty when they can."""
+    """Why no fused kernel takes these shapes in this compute dtype and mode of normals; empty if one does."""
     hidden = [layer.shape[0] for layer in weights[:-1]]
     if not 1 <= len(hidden) <= MAX_HIDDEN_LAYERS:
         return f"{len(hidden)} hidden layers are not from 1 to {MAX_HIDDEN_LAYERS}"
@@ -111,20 +145,17 @@ def unfused_reason(
     if spec.features not in (1, 2, 4):
         return f"{spec.features} features a level are not 1, 2 or 4"
     if dtype == torch.float32 and hidden[0] == 128:
-        return "hidden width 128 takes fp16 or bf16"  # of fp32 it would spill
+        return "hidden width 128 takes fp16 or bf16"  # fp32 would spill
     if normals == "analytic" and hidden[0] == 128:
         # A thousand registers spill, and with 4 features the backward was seen to read outside shared memory on sm_90.
         return "hidden width 128 is too wide for analytic normals"
     return ""
 
 
-# Points.
-
-
 @jit
-def load_point(x, n, live):
-    """Rows n of x [N, 3]: three tiles [BLOCK], 0 where not live."""
-    at = x + n * 3
+def load_vector(pointer, row, live):
+    """Rows of a [N, 3] tensor: three tiles [BLOCK], 0 where not live."""
+    at = pointer + row * 3
     return (
         tl.load(at, mask=live, other=0.0),
         tl.load(at + 1, mask=live, other=0.0),
@@ -134,18 +165,15 @@ def load_point(x, n, live):
 
 @jit
 def store_vector(pointer, row, mask, x, y, z):
-    """Three numbers of each row."""
+    """Three tiles [BLOCK] to rows of a [N, 3] tensor."""
     tl.store(pointer + row * 3, x, mask=mask)
     tl.store(pointer + row * 3 + 1, y, mask=mask)
     tl.store(pointer + row * 3 + 2, z, mask=mask)
 
 
-# Encoding.
-
-
 @jit
 def _unpack(word, ELEMENT: tl.constexpr, FIRST: tl.constexpr):
-    """Element number FIRST of a 32 or 64 bit word, as fp32."""
+    """Element number FIRST of a 32- or 64-bit word, as fp32."""
     if ELEMENT.primitive_bitwidth == 32:
         return (word >> (32 * FIRST)).to(tl.int32).to(tl.float32, bitcast=True)
     else:
@@ -184,7 +212,7 @@ def fetch(table, rows, mask, FEATURES: tl.constexpr):
 
 @jit
 def _axis(u, resolution, SMOOTH: tl.constexpr):
-    """Unit coordinate [BLOCK] -> low vertex, its weight's complement, and d weight / d u, all [BLOCK, PADDED]."""
+    """Unit coordinate [BLOCK] -> low vertex, weight of the high one, and d weight / d u, all [BLOCK, PADDED]."""
     scale = resolution.to(tl.float32)
     position = u[:, None] * scale - 0.5
     clamped = tl.minimum(tl.maximum(position, 0.0), scale - 1.0)
@@ -198,8 +226,8 @@ def _axis(u, resolution, SMOOTH: tl.constexpr):
 
 
 @jit
-def level_numbers(levels, active, PADDED: tl.constexpr):
-    """`level_table` -> resolution int32, first row int64, whether it is dense, whether it is used; all [1, PADDED].
+def _unpack_levels(levels, active, PADDED: tl.constexpr):
+    """`level_words` -> resolution int32, first row int64, whether it is dense, whether it is used; all [1, PADDED].
 
     active: None, or a pointer to the number of used levels. An unused level gets resolution 2, so that every row that
     it computes is harmless.
@@ -218,8 +246,8 @@ def level_numbers(levels, active, PADDED: tl.constexpr):
 
 
 @jit
-def _place(i, jk_sum, jk_mixed, first, dense, LAST: tl.constexpr, WIDE: tl.constexpr):
-    """Row in the table of a corner."""
+def _table_row(i, jk_sum, jk_mixed, first, dense, LAST: tl.constexpr, WIDE: tl.constexpr):
+    """Row of a corner in the table."""
     row = tl.where(dense, i + jk_sum, (i ^ jk_mixed) & LAST)
     if WIDE:
         return row.to(tl.int64) + first
@@ -232,27 +260,27 @@ def encode(
     u,
     v,
     w,
-    table,
-    levels,
-    active,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    table,  # [rows, F] in the compute dtype
+    levels,  # [PADDED] int64, `level_words`
+    active,  # [] integer, the number of used levels, or None
+    SHAPE: tl.constexpr,
     JACOBIAN: tl.constexpr = False,
 ):
-    """Unit coordinates u, v, w [BLOCK] -> FEATURES tiles [BLOCK, PADDED] in fp32; zeros outside the cube.
+    """Unit coordinates u, v, w [BLOCK] -> F tiles [BLOCK, PADDED] in fp32; zeros outside the cube.
 
-    With JACOBIAN also three tuples of FEATURES tiles: the derivatives with respect to u, v and w.
-    levels: `level_table`; active: None or a pointer to the number of used levels; table: in the compute dtype.
+    With JACOBIAN also three tuples of F tiles: the derivatives with respect to u, v and w.
     """
+    LEVELS: tl.constexpr = SHAPE.levels
+    FEATURES: tl.constexpr = SHAPE.features
+    PADDED: tl.constexpr = SHAPE.padded
+    SMOOTH: tl.constexpr = SHAPE.smooth
+    WIDE: tl.constexpr = SHAPE.wide
+    LAST: tl.constexpr = (1 << SHAPE.log2_entries) - 1
     inside = (u >= 0.0) & (u <= 1.0) & (v >= 0.0) & (v <= 1.0) & (w >= 0.0) & (w <= 1.0)
     u, v, w = tl.where(inside, u, 0.0), tl.where(inside, v, 0.0), tl.where(inside, w, 0.0)
-    resolution, first, dense, used = level_numbers(levels, active, PADDED)
+    resolution, first, dense, used = _unpack_levels(levels, active, PADDED)
     keep = inside[:, None] & used
-    # Gathers of levels that do not count cost nothing when masked; when every level counts, neither does the mask.
+    # A mask saves the gathers of levels that are padding or not active; when every level counts, it saves nothing.
     mask = None if LEVELS == PADDED and active is None else keep
     i, fx, dx = _axis(u, resolution, SMOOTH)
     j, fy, dy = _axis(v, resolution, SMOOTH)
@@ -260,20 +288,19 @@ def encode(
     step_j = tl.where(dense, resolution, _PRIME_Y)
     step_k = tl.where(dense, resolution * resolution, _PRIME_Z)
     j, k = j * step_j, k * step_k
-    LAST: tl.constexpr = (1 << LOG2_ENTRIES) - 1
     zero = fx * 0.0
-    out, to_u, to_v, to_w = (), (), (), ()
+    out, sum_u, sum_v, sum_w = (), (), (), ()
     for _ in tl.static_range(FEATURES):
         out = out + (zero,)
-        to_u, to_v, to_w = to_u + (zero,), to_v + (zero,), to_w + (zero,)
+        sum_u, sum_v, sum_w = sum_u + (zero,), sum_v + (zero,), sum_w + (zero,)
     for edge in tl.static_range(4):  # along u, at the low and high ends of v and w
         cj, ck, wy, wz, sy, sz = j, k, 1.0 - fy, 1.0 - fz, -dy, -dz
         if edge & 1:
             cj, wy, sy = j + step_j, fy, dy
         if edge & 2:
             ck, wz, sz = k + step_k, fz, dz
-        rows = _place(i, cj + ck, cj ^ ck, first, dense, LAST, WIDE)
-        others = _place(i + 1, cj + ck, cj ^ ck, first, dense, LAST, WIDE)
+        rows = _table_row(i, cj + ck, cj ^ ck, first, dense, LAST, WIDE)
+        others = _table_row(i + 1, cj + ck, cj ^ ck, first, dense, LAST, WIDE)
         low, high = fetch(table, rows, mask, FEATURES), fetch(table, others, mask, FEATURES)
         yz = wy * wz
         w0, w1 = (1.0 - fx) * yz, fx * yz
@@ -283,150 +310,81 @@ def encode(
                 rise = high[f] - low[f]
                 along = low[f] + fx * rise
                 new = new + (out[f] + yz * along,)
-                new_u = new_u + (to_u[f] + yz * rise,)
-                new_v = new_v + (to_v[f] + (wz * sy) * along,)
-                new_w = new_w + (to_w[f] + (wy * sz) * along,)
+                new_u = new_u + (sum_u[f] + yz * rise,)
+                new_v = new_v + (sum_v[f] + (wz * sy) * along,)
+                new_w = new_w + (sum_w[f] + (wy * sz) * along,)
             else:
                 new = new + (out[f] + w0 * low[f] + w1 * high[f],)
         out = new
         if JACOBIAN:
-            to_u, to_v, to_w = new_u, new_v, new_w
+            sum_u, sum_v, sum_w = new_u, new_v, new_w
     features = ()
     for f in tl.static_range(FEATURES):
         features = features + (tl.where(keep, out[f], 0.0),)
     if JACOBIAN:
         by_u, by_v, by_w = (), (), ()
         for f in tl.static_range(FEATURES):
-            by_u = by_u + (tl.where(keep, dx * to_u[f], 0.0),)
-            by_v = by_v + (tl.where(keep, to_v[f], 0.0),)
-            by_w = by_w + (tl.where(keep, to_w[f], 0.0),)
+            by_u = by_u + (tl.where(keep, dx * sum_u[f], 0.0),)
+            by_v = by_v + (tl.where(keep, sum_v[f], 0.0),)
+            by_w = by_w + (tl.where(keep, sum_w[f], 0.0),)
         return features, by_u, by_v, by_w
     else:  # a kernel is compiled with one of the two
         return features
 
 
-# Features in global memory: by channel, [L * F, N], for the gradients of the grid; or a block a tile, to come back.
-
-
 @jit
 def store_channels(
-    pointer, tiles, row, mask, columns, LEVELS: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr
+    out,  # [L * F, columns]
+    tiles,
+    row,
+    mask,
+    columns,
+    SHAPE: tl.constexpr,
 ):
-    """FEATURES tiles [BLOCK, PADDED] -> rows of a buffer [L * F, columns]."""
-    # Transposed before the store, for the reason that `mlp_weights` gives.
+    """F tiles [BLOCK, PADDED] -> columns `row` of a buffer by channel, as the gradients of the grid take it."""
+    # Transposed before the store, for the reason that `_load_weight` gives.
+    FEATURES: tl.constexpr = SHAPE.features
+    PADDED: tl.constexpr = SHAPE.padded
     level = tl.arange(0, PADDED)
     for f in tl.static_range(FEATURES):
-        at = pointer + (level.to(tl.int64) * FEATURES + f)[:, None] * columns + row[None, :]
-        keep = mask[None, :] & (level[:, None] < LEVELS)
-        tl.store(at, tl.trans(tiles[f].to(pointer.dtype.element_ty)), mask=keep)
+        at = out + (level.to(tl.int64) * FEATURES + f)[:, None] * columns + row[None, :]
+        keep = mask[None, :] & (level[:, None] < SHAPE.levels)
+        tl.store(at, tl.trans(tiles[f].to(out.dtype.element_ty)), mask=keep)
 
 
 @jit
-def keep_tile(pointer, tiles, start, BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr):
-    """FEATURES tiles [BLOCK, PADDED] of the points from `start` on -> [F, PADDED, BLOCK] at their block of a buffer."""
-    block = pointer + start * (FEATURES * PADDED)
+def store_features(
+    out,  # [tiles, F, PADDED, BLOCK]
+    tiles,
+    start,
+    BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """F tiles [BLOCK, PADDED] of the points from `start` on, for `load_features`."""
+    FEATURES: tl.constexpr = SHAPE.features
+    PADDED: tl.constexpr = SHAPE.padded
+    block = out + start * (FEATURES * PADDED)
     at = tl.arange(0, PADDED)[None, :] * BLOCK + tl.arange(0, BLOCK)[:, None]
     # Neighbouring lanes store neighbouring points. Several points a lane would be wider stores, but the compiler would
     # give that layout to the gathers of `encode` as well.
     at = tl.max_contiguous(at, [1, 1])
     for f in tl.static_range(FEATURES):
-        tl.store(block + (f * PADDED * BLOCK) + at, tiles[f].to(pointer.dtype.element_ty))
+        tl.store(block + (f * PADDED * BLOCK) + at, tiles[f].to(out.dtype.element_ty))
 
 
 @jit
-def kept_tile(pointer, start, BLOCK: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr):
-    """What `keep_tile` kept: FEATURES tiles [BLOCK, PADDED] in the buffer's type."""
-    block = pointer + start * (FEATURES * PADDED)
+def load_features(
+    features,  # [tiles, F, PADDED, BLOCK]
+    start,
+    BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """F tiles [BLOCK, PADDED] that `store_features` stored, in the buffer's dtype."""
+    FEATURES: tl.constexpr = SHAPE.features
+    PADDED: tl.constexpr = SHAPE.padded
+    block = features + start * (FEATURES * PADDED)
     at = tl.arange(0, PADDED)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tiles = ()
     for f in tl.static_range(FEATURES):
         tiles = tiles + (tl.trans(tl.load(block + (f * PADDED * BLOCK) + at)),)
     return tiles
-
-
-# Activations.
-
-
-@jit
-def precise_exp(x, SINGLE: tl.constexpr):
-    """exp(x) to 2e-7 of itself for any x that fp32 can hold the result of; tl.exp loses |x| times that.
-
-    SINGLE: to half of that, as torch's, for normals by differences of fp32 densities: they multiply it by a hundred.
-    """
-    x = tl.where(x < -87.0, -87.0, x)
-    whole = tl.floor(x * 1.4426950408889634 + 0.5)
-    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # ln 2 in two parts
-    if SINGLE:
-        series = 1.0 / 24 + rest * (1.0 / 120 + rest * (1.0 / 720 + rest * (1.0 / 5040)))
-        series = 1.0 + rest * (1.0 + rest * (0.5 + rest * (1.0 / 6 + rest * series)))
-        return series * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    else:
-        return tl.exp2(rest * 1.4426950408889634) * tl.exp2(whole)
-
-
-@jit
-def blob(x, y, z, density, radius, SOFTPLUS: tl.constexpr, SINGLE: tl.constexpr):
-    """What the density's logit gets at world points [BLOCK]."""
-    squared = x * x + y * y + z * z
-    # Rounded as IEEE says: normals by differences make an error of the last bit a hundred times as large.
-    if SOFTPLUS:
-        return density * (1.0 - tl.div_rn(tl.sqrt_rn(tl.maximum(squared, 1e-12)), radius))
-    elif SINGLE:
-        return density * precise_exp(tl.div_rn(squared, -2.0 * radius * radius), True)
-    else:
-        return density * precise_exp(squared / (-2.0 * radius * radius), False)
-
-
-@jit
-def blob_slope(x, y, z, density, radius, SOFTPLUS: tl.constexpr):
-    """The number [BLOCK] by which (x, y, z) is multiplied to give the gradient of `blob`."""
-    squared = x * x + y * y + z * z
-    if SOFTPLUS:
-        # The gradient of a norm is not defined at 0: it is 0 below the floor.
-        return tl.where(squared < 1e-12, 0.0, -density / (radius * tl.sqrt(tl.maximum(squared, 1e-12))))
-    else:
-        return precise_exp(squared / (-2.0 * radius * radius), False) * (-density / (radius * radius))
-
-
-@jit
-def activate_density(raw, SOFTPLUS: tl.constexpr, SINGLE: tl.constexpr):
-    """sigma of the logit with its blob."""
-    if SOFTPLUS:
-        # log(1 + e) = 2 atanh(e / (2 + e)) keeps what is small precise.
-        e = precise_exp(-tl.abs(raw), SINGLE)
-        z = tl.div_rn(e, 2.0 + e)
-        t = z * z
-        series = 1.0 / 9 + t * (1.0 / 11 + t * (1.0 / 13 + t * (1.0 / 15 + t * (1.0 / 17))))
-        series = 1.0 + t * (1.0 / 3 + t * (1.0 / 5 + t * (1.0 / 7 + t * series)))
-        return tl.maximum(raw, 0.0) + 2.0 * z * series
-    else:
-        # The comparison keeps a NaN.
-        return precise_exp(tl.where(raw > _MAX_EXPONENT, _MAX_EXPONENT, raw), SINGLE)
-
-
-@jit
-def density_slope(raw, sigma, SOFTPLUS: tl.constexpr):
-    """d sigma / d raw; for exp it is sigma on both sides of the clamp."""
-    if SOFTPLUS:
-        e = precise_exp(-tl.abs(raw), False)
-        return tl.where(raw > 0, 1.0, e) / (1.0 + e)
-    else:
-        return sigma
-
-
-@jit
-def activate(outputs, bump, SOFTPLUS: tl.constexpr, SINGLE: tl.constexpr):
-    """outputs [BLOCK, COLUMNS] of `mlp`, `blob` [BLOCK] -> sigma, red, green, blue and the density's logit."""
-    raw = pick(outputs, 0) + bump
-    sigma = activate_density(raw, SOFTPLUS, SINGLE)
-    return sigma, tl.sigmoid(pick(outputs, 1)), tl.sigmoid(pick(outputs, 2)), tl.sigmoid(pick(outputs, 3)), raw
-
-
-@jit
-def outputs_gradient(to_raw, to_red, to_green, to_blue):
-    """Gradients [BLOCK] of the four outputs (before the activations) -> tile [BLOCK, COLUMNS]."""
-    column = tl.arange(0, COLUMNS)[None, :]
-    tile = tl.where(column == 0, to_raw[:, None], 0.0)
-    tile = tl.where(column == 1, to_red[:, None], tile)
-    tile = tl.where(column == 2, to_green[:, None], tile)
-    return tl.where(column == 3, to_blue[:, None], tile)

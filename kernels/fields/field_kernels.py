@@ -1,63 +1,61 @@
-"""Kernels of the field, over tiles of points; what the field is stands in `field`."""
+"""Kernels of the field over tiles of points; `fields.field` defines it and has the legend.
+
+Legend: T = tiles of BLOCK points; SHAPE = `fields.encode.FieldShape`; PADDED its padded levels.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 
 from dream_fast.kernels._core.launch import jit, tl
+from dream_fast.kernels.fields.activations import activate, blob_logit, blob_slope, density_slope, join_output_grads
 from dream_fast.kernels.fields.encode import (
-    activate,
-    blob,
-    blob_slope,
-    density_slope,
     encode,
-    keep_tile,
-    kept_tile,
-    load_point,
-    outputs_gradient,
+    load_features,
+    load_vector,
     store_channels,
+    store_features,
     store_vector,
 )
-from dream_fast.kernels.fields.mlp import mlp, mlp_learn, mlp_store, mlp_sums, mlp_weights
-from dream_fast.kernels.grid.gradients import live_rows
+from dream_fast.kernels.fields.mlp import (
+    mlp,
+    mlp_weight_grad_bwd,
+    mlp_weight_grad_store,
+    mlp_weight_grad_zeros,
+    mlp_weights,
+)
+from dream_fast.kernels.grid.device import load_count
 
 
-# How many points there are is no reason to compile again.
+# The number of points does not compile the kernel again.
 @partial(jit, do_not_specialize=("rows",))
 def field_fwd_kernel(
-    x,
-    table,
-    levels,
-    active,
-    parameters,
-    count,
-    sigma,
-    albedo,
-    kept,
+    x,  # [rows, 3] fp32
+    table,  # [table rows, F] in the compute dtype
+    levels,  # [PADDED] int64
+    active,  # [] integer or None
+    parameters,  # [P] in the compute dtype
+    count,  # [] int64 or None
+    sigma,  # [rows] fp32
+    albedo,  # [rows, 3] fp32
+    features,  # [T, F, PADDED, BLOCK] in the compute dtype, or None
     rows,
     scale,
     blob_density,
     blob_radius,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """Programs take tiles of BLOCK points in turns or, where there are many, a run of them each.
+    """Density and albedo of tiles of BLOCK points; the encoded features are stored for the backward if asked for.
 
-    Neighbours on rays find their entries in the program's cache. The features go to kept [tiles, F, PADDED, BLOCK]
-    where it is given.
+    Programs take tiles in turns or, where there are many, a run of them each: neighbours on rays find their entries in
+    the program's cache.
     """
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    live = tl.minimum(tl.full((), rows, tl.int64), live_rows(count, rows))
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
-    # Tiles are counted in 32 bits: the numbers of a loop in 64 took 20 registers more, and with them a fifth program.
+    live = tl.minimum(tl.full((), rows, tl.int64), load_count(count, rows))
+    weights = mlp_weights(parameters, SHAPE)
+    # Tiles are counted in 32 bits: 64-bit loop counters took 20 registers more, and with them a fifth program.
     program, programs = tl.program_id(0), tl.num_programs(0)
     tiles = tl.cdiv(live, BLOCK).to(tl.int32)
     run = tl.where(tiles < 16 * programs, 1, tl.cdiv(tiles, programs))
@@ -66,26 +64,13 @@ def field_fwd_kernel(
         start = tile.to(tl.int64) * BLOCK
         n = start + tl.arange(0, BLOCK)
         inner = n < live
-        px, py, pz = load_point(x, n, inner)
-        features = encode(
-            px * scale + 0.5,
-            py * scale + 0.5,
-            pz * scale + 0.5,
-            table,
-            levels,
-            active,
-            LEVELS,
-            FEATURES,
-            PADDED,
-            LOG2_ENTRIES,
-            SMOOTH,
-            WIDE,
-        )
-        if kept is not None:
-            keep_tile(kept, features, start, BLOCK, FEATURES, PADDED)
-        outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
-        s, r, g, b, _ = activate(outputs, bump, SOFTPLUS, SINGLE)
+        px, py, pz = load_vector(x, n, inner)
+        encoded = encode(px * scale + 0.5, py * scale + 0.5, pz * scale + 0.5, table, levels, active, SHAPE)
+        if features is not None:
+            store_features(features, encoded, start, BLOCK, SHAPE)
+        outputs, _ = mlp(encoded, weights, parameters, SHAPE)
+        blob = blob_logit(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        s, r, g, b, _ = activate(outputs, blob, SOFTPLUS, SINGLE)
         tl.store(sigma + n, s, mask=inner)
         store_vector(albedo, n, inner, r, g, b)
         tile += tl.where((tile + 1) % run == 0, (programs - 1) * run + 1, 1)
@@ -100,18 +85,18 @@ def field_fwd_kernel(
 
 @jit
 def field_bwd_kernel(
-    x,
-    kept,
-    table,
-    levels,
-    active,
-    parameters,
-    count,
-    to_sigma,
-    to_albedo,
-    to_features,
-    to_x,
-    partials,
+    x,  # [rows, 3] fp32
+    features,  # [T, F, PADDED, BLOCK] as the forward stored them, or None
+    table,  # [table rows, F] in the compute dtype
+    levels,  # [PADDED] int64
+    active,  # [] integer or None
+    parameters,  # [P] in the compute dtype
+    count,  # [] int64 or None
+    grad_sigma,  # [rows] fp32
+    grad_albedo,  # [rows, 3] fp32
+    grad_features,  # [L * F, rows] in the compute dtype, or None
+    grad_x,  # [rows, 3] fp32, gets the blob's part; or None
+    partial_sums,  # [programs, P] fp32
     rows,
     size,
     scale,
@@ -121,62 +106,42 @@ def field_bwd_kernel(
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """All but what was kept is computed again. Sums of layers FIRST to LAST go to row `program` of partials.
+    """Gradients of the features, of the logit's blob, and, a row of `partial_sums` a program, of layers FIRST to LAST.
 
-    to_features [L * F, N] and to_x [N, 3] (the blob's part) are written where they are given.
+    Everything except stored features is computed again.
     """
     DTYPE: tl.constexpr = parameters.dtype.element_ty
     SINGLE: tl.constexpr = DTYPE == tl.float32
-    live = live_rows(count, rows)
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
-    sums = mlp_sums(BLOCK, DTYPE, FIRST, LAST, WIDTH, LAYERS, FEATURES, PADDED)
+    live = load_count(count, rows)
+    weights = mlp_weights(parameters, SHAPE)
+    sums = mlp_weight_grad_zeros(BLOCK, DTYPE, FIRST, LAST, SHAPE)
     program = tl.program_id(0).to(tl.int64)
     start = program * BLOCK
     while start < live:
         n = start + tl.arange(0, BLOCK)
         inner = n < live
-        px, py, pz = load_point(x, n, inner)
-        if kept is None:
-            features = encode(
-                px * scale + 0.5,
-                py * scale + 0.5,
-                pz * scale + 0.5,
-                table,
-                levels,
-                active,
-                LEVELS,
-                FEATURES,
-                PADDED,
-                LOG2_ENTRIES,
-                SMOOTH,
-                WIDE,
-            )
+        px, py, pz = load_vector(x, n, inner)
+        if features is None:
+            encoded = encode(px * scale + 0.5, py * scale + 0.5, pz * scale + 0.5, table, levels, active, SHAPE)
         else:
-            features = kept_tile(kept, start, BLOCK, FEATURES, PADDED)
-        outputs, hidden = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-        bump = blob(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
-        s, r, g, b, raw = activate(outputs, bump, SOFTPLUS, SINGLE)
-        to_raw = tl.load(to_sigma + n, mask=inner, other=0.0) * density_slope(raw, s, SOFTPLUS)
-        to_red, to_green, to_blue = load_point(to_albedo, n, inner)
-        to_outputs = outputs_gradient(
-            to_raw, to_red * (r * (1.0 - r)), to_green * (g * (1.0 - g)), to_blue * (b * (1.0 - b))
+            encoded = load_features(features, start, BLOCK, SHAPE)
+        outputs, hidden = mlp(encoded, weights, parameters, SHAPE)
+        blob = blob_logit(px, py, pz, blob_density, blob_radius, SOFTPLUS, SINGLE)
+        s, r, g, b, logit = activate(outputs, blob, SOFTPLUS, SINGLE)
+        grad_logit = tl.load(grad_sigma + n, mask=inner, other=0.0) * density_slope(logit, s, SOFTPLUS)
+        grad_red, grad_green, grad_blue = load_vector(grad_albedo, n, inner)
+        grad_outputs = join_output_grads(
+            grad_logit, grad_red * (r * (1.0 - r)), grad_green * (g * (1.0 - g)), grad_blue * (b * (1.0 - b))
         )
-        sums, by_feature = mlp_learn(
-            sums, to_outputs, features, hidden, weights, BLOCK, DTYPE, FIRST, LAST, LAYERS, FEATURES
+        sums, feature_grads = mlp_weight_grad_bwd(
+            sums, grad_outputs, encoded, hidden, weights, BLOCK, DTYPE, FIRST, LAST, SHAPE
         )
-        if to_features is not None:
-            store_channels(to_features, by_feature, n, inner, rows, LEVELS, FEATURES, PADDED)
-        if to_x is not None:
-            slope = to_raw * blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)
-            store_vector(to_x, n, inner, slope * px, slope * py, slope * pz)
+        if grad_features is not None:
+            store_channels(grad_features, feature_grads, n, inner, rows, SHAPE)
+        if grad_x is not None:
+            slope = grad_logit * blob_slope(px, py, pz, blob_density, blob_radius, SOFTPLUS)
+            store_vector(grad_x, n, inner, slope * px, slope * py, slope * pz)
         start += tl.num_programs(0).to(tl.int64) * BLOCK
-    mlp_store(sums, partials + program * size, DTYPE, FIRST, LAST, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    mlp_weight_grad_store(sums, partial_sums + program * size, DTYPE, FIRST, LAST, SHAPE)

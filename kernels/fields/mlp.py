@@ -1,13 +1,13 @@
-"""Device functions of the small MLP inside fused kernels: forward, backward and the sums of its weights' gradients.
+"""Device functions of the small MLP inside fused kernels: forward, backward, and the gradients of its parameters.
 
-A tile is BLOCK points; features come as one tile [BLOCK, PADDED] for each feature of a table's row (`_tile.encode`), so
-the first layer is the sum over f of tile_f @ W_in[:, f::F]^T. Parameters are one buffer in the compute dtype: all
-weights [out, in], then all biases, layer by layer (`_tile.flatten_parameters`).
+A tile is BLOCK points. Features come as F tiles [BLOCK, PADDED], one for each feature of a table's row (see
+`fields.encode`), so the first layer is the sum over f of tile_f @ W_in[:, f::F]^T. Parameters are one buffer in the
+compute dtype: all weights [out, in], then all biases, layer by layer (see `fields.encode.flatten_parameters`).
 
-Legend: H hidden width (16, 32, 64 or 128), LAYERS hidden layers (1 to 4), F features a row, COLUMNS = 16 padded
-outputs (4 used).
-Numerics: products accumulate in fp32; hidden values and gradients are rounded to the compute dtype where the references
-round them. Numbers of 16 bits are multiplied by tensor cores, fp32 by fused multiply-adds (not in tf32).
+Legend: SHAPE = `fields.encode.FieldShape`; H = its width (16, 32, 64 or 128); COLUMNS = 16 padded outputs, 4 of them
+used; layer LAYERS is the output layer.
+Numerics: products accumulate in fp32. Hidden values and gradients are rounded to the compute dtype where the reference
+rounds them. 16-bit operands are multiplied by tensor cores, fp32 by fused multiply-adds (not in tf32).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def dot(a, b, acc=None):
 
 
 @jit
-def _biased(acc, bias, DTYPE: tl.constexpr):
+def _add_bias(acc, bias, DTYPE: tl.constexpr):
     """acc [BLOCK, H] + bias [H].
 
-    Of a product and a sum Triton makes a product that starts from the bias, and in fp32 rounds each of its steps as
-    coarsely as the bias: normals by differences show that. It leaves a difference alone.
+    Triton turns a product plus a bias into a product that starts from the bias, and in fp32 each of its steps is then
+    rounded as coarsely as the bias, which shows in normals by central differences. It leaves a difference alone.
     """
     if DTYPE == tl.float32:
         return acc - (-bias)[None, :]
@@ -37,134 +37,115 @@ def _biased(acc, bias, DTYPE: tl.constexpr):
 
 
 @jit
-def mlp_weights(
-    parameters,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Weights as right factors of `dot`: FEATURES tiles [PADDED, H], LAYERS - 1 tiles [H, H], one [H, COLUMNS].
+def mlp_weights(parameters, SHAPE: tl.constexpr):
+    """Weights as right factors of `dot`: F tiles [PADDED, H], LAYERS - 1 tiles [H, H], one [H, COLUMNS].
 
-    To be called before a loop over tiles of points: weights of 16 bits then stay in shared memory. Of fp32 there are
-    too many for that: they are only described here, and loaded by `weight` where they are used.
+    Call it before a loop over tiles of points: 16-bit weights then stay in shared memory. fp32 weights do not fit there
+    and are loaded by `weight` where they are used; the result then holds the pointer alone.
     """
     if parameters.dtype.element_ty == tl.float32:
-        return (parameters, LEVELS)
+        return (parameters,)
     else:
+        TILES: tl.constexpr = SHAPE.features + SHAPE.layers
         weights = ()
-        for place in tl.static_range(FEATURES + LAYERS):
-            weights = weights + (_load_weight(parameters, place, LEVELS, WIDTH, LAYERS, FEATURES, PADDED),)
+        for place in tl.static_range(TILES):
+            weights = weights + (_load_weight(parameters, place, SHAPE),)
         return weights
 
 
 @jit
-def _load_weight(
-    parameters,
-    place,
-    levels,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    # Tiles are loaded as they lie and transposed after: a load of the shape of a tile of points, contiguous along its
-    # first axis, would make the compiler give that layout, a run of points to a lane, to the gathers of `encode` too.
+def _load_weight(parameters, place, SHAPE: tl.constexpr):
+    # Tiles are loaded in memory order and transposed after: a load in the shape of a tile of points, contiguous along
+    # its first axis, would make the compiler give that layout, a run of points to a lane, to the gathers of `encode`.
+    WIDTH: tl.constexpr = SHAPE.width
+    LEVELS: tl.constexpr = SHAPE.levels
+    FEATURES: tl.constexpr = SHAPE.features
+    PADDED: tl.constexpr = SHAPE.padded
     hidden = tl.arange(0, WIDTH)
     if place < FEATURES:
         level = tl.arange(0, PADDED)[None, :]
-        at = parameters + (hidden[:, None] * levels + level) * FEATURES + place
-        return tl.trans(tl.load(at, mask=level < levels, other=0.0))
+        address = parameters + (hidden[:, None] * LEVELS + level) * FEATURES + place
+        return tl.trans(tl.load(address, mask=level < LEVELS, other=0.0))
     else:
-        at = parameters + WIDTH * levels * FEATURES + (place - FEATURES) * WIDTH * WIDTH
-        if place < FEATURES + LAYERS - 1:
-            return tl.trans(tl.load(at + hidden[:, None] * WIDTH + hidden[None, :]))
+        start = parameters + WIDTH * LEVELS * FEATURES + (place - FEATURES) * WIDTH * WIDTH
+        if place < FEATURES + SHAPE.layers - 1:
+            return tl.trans(tl.load(start + hidden[:, None] * WIDTH + hidden[None, :]))
         else:
             column = tl.arange(0, COLUMNS)[:, None]
-            return tl.trans(tl.load(at + column * WIDTH + hidden[None, :], mask=column < 4, other=0.0))
+            return tl.trans(tl.load(start + column * WIDTH + hidden[None, :], mask=column < 4, other=0.0))
 
 
 @jit
-def weight(weights, place, WIDTH: tl.constexpr, LAYERS: tl.constexpr, FEATURES: tl.constexpr):
-    """Number `place` of the tiles of `mlp_weights`."""
+def weight(weights, place, SHAPE: tl.constexpr):
+    """Tile number `place` of `mlp_weights`."""
     if weights[0].dtype.is_ptr():
-        return _load_weight(weights[0], place, weights[1], WIDTH, LAYERS, FEATURES, COLUMNS)
+        return _load_weight(weights[0], place, SHAPE)
     else:
         return weights[place]
 
 
 @jit
-def mlp(
-    features,
-    weights,
-    parameters,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """features: tiles [BLOCK, PADDED]; weights: of `mlp_weights` -> outputs [BLOCK, COLUMNS] fp32, hidden values.
+def mlp(features, weights, parameters, SHAPE: tl.constexpr):
+    """features: F tiles [BLOCK, PADDED]; weights: `mlp_weights` -> outputs [BLOCK, COLUMNS] fp32, hidden values.
 
     Outputs are rounded to the compute dtype; columns from 4 on are zero. Hidden values: LAYERS tiles [BLOCK, H] in the
     compute dtype, after the ReLU.
     """
     DTYPE: tl.constexpr = parameters.dtype.element_ty
-    biases = parameters + WIDTH * LEVELS * FEATURES + (LAYERS - 1) * WIDTH * WIDTH + 4 * WIDTH
+    WIDTH: tl.constexpr = SHAPE.width
+    LAYERS: tl.constexpr = SHAPE.layers
+    FEATURES: tl.constexpr = SHAPE.features
+    biases = parameters + WIDTH * SHAPE.levels * FEATURES + (LAYERS - 1) * WIDTH * WIDTH + 4 * WIDTH
     column = tl.arange(0, COLUMNS)
     hidden = tl.arange(0, WIDTH)
-    acc = dot(features[0].to(DTYPE), weight(weights, 0, WIDTH, LAYERS, FEATURES))
+    acc = dot(features[0].to(DTYPE), weight(weights, 0, SHAPE))
     for f in tl.static_range(1, FEATURES):
-        acc = dot(features[f].to(DTYPE), weight(weights, f, WIDTH, LAYERS, FEATURES), acc)
+        acc = dot(features[f].to(DTYPE), weight(weights, f, SHAPE), acc)
     values = ()
     for layer in tl.static_range(LAYERS):
         bias = tl.load(biases + layer * WIDTH + hidden).to(tl.float32)
-        h = tl.maximum(_biased(acc, bias, DTYPE), 0.0, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+        h = tl.maximum(_add_bias(acc, bias, DTYPE), 0.0, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
         values = values + (h,)
-        acc = dot(h, weight(weights, FEATURES + layer, WIDTH, LAYERS, FEATURES))
+        acc = dot(h, weight(weights, FEATURES + layer, SHAPE))
     bias = tl.load(biases + LAYERS * WIDTH + column, mask=column < 4, other=0.0).to(tl.float32)
-    return _biased(acc, bias, DTYPE).to(DTYPE).to(tl.float32), values
+    return _add_bias(acc, bias, DTYPE).to(DTYPE).to(tl.float32), values
 
 
 @jit
-def mlp_backward(
-    to_outputs,
-    hidden,
-    weights,
-    DTYPE: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """Gradient of the outputs [BLOCK, COLUMNS] -> gradients in DTYPE of each layer's sum, and of the features in fp32.
+def mlp_bwd(grad_outputs, hidden, weights, DTYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """Gradient of the outputs [BLOCK, COLUMNS] -> gradients of the layers' sums in DTYPE, and of the features in fp32.
 
-    hidden: of `mlp`. Returns a tuple of LAYERS + 1 tiles, first layer first ([BLOCK, H] each, the last is to_outputs
-    [BLOCK, COLUMNS]), and FEATURES tiles [BLOCK, PADDED].
+    hidden: of `mlp`. Returns a tuple of LAYERS + 1 tiles, first layer first ([BLOCK, H] each, the last is grad_outputs
+    [BLOCK, COLUMNS]), and F tiles [BLOCK, PADDED].
     """
-    WIDTH: tl.constexpr = hidden[0].shape[1]
-    gradient = to_outputs.to(DTYPE)
-    sums = (gradient,)
+    LAYERS: tl.constexpr = SHAPE.layers
+    FEATURES: tl.constexpr = SHAPE.features
+    gradient = grad_outputs.to(DTYPE)
+    layer_grads = (gradient,)
     for layer in tl.static_range(LAYERS - 1, -1, -1):
-        to_hidden = dot(gradient, tl.trans(weight(weights, FEATURES + layer, WIDTH, LAYERS, FEATURES)))
-        gradient = tl.where(hidden[layer] <= 0, 0.0, to_hidden).to(DTYPE)
-        sums = (gradient,) + sums
-    to_features = ()
+        grad_hidden = dot(gradient, tl.trans(weight(weights, FEATURES + layer, SHAPE)))
+        gradient = tl.where(hidden[layer] <= 0, 0.0, grad_hidden).to(DTYPE)
+        layer_grads = (gradient,) + layer_grads
+    feature_grads = ()
     for f in tl.static_range(FEATURES):
-        to_features = to_features + (dot(gradient, tl.trans(weight(weights, f, WIDTH, LAYERS, FEATURES))),)
-    return sums, to_features
+        feature_grads = feature_grads + (dot(gradient, tl.trans(weight(weights, f, SHAPE))),)
+    return layer_grads, feature_grads
+
+
+# Gradients of the parameters, summed over tiles in registers: start from `mlp_weight_grad_zeros`, add each tile by
+# `mlp_weight_grad_add` or `mlp_weight_grad_bwd`, end with `mlp_weight_grad_store`. They cover layers FIRST to LAST
+# (included): the sums of all layers do not always fit into registers, so a kernel may need several passes.
 
 
 @jit
-def mlp_sums(
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
+def mlp_weight_grad_zeros(
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SHAPE: tl.constexpr
 ):
-    """Zeros for `mlp_accumulate`: what layers FIRST to LAST (included; LAYERS is the output layer) add up."""
+    """A tuple of zeros: for each layer its weights' tiles and one for its bias, layer 0 with F tiles of weights."""
+    WIDTH: tl.constexpr = SHAPE.width
+    LAYERS: tl.constexpr = SHAPE.layers
+    FEATURES: tl.constexpr = SHAPE.features
+    PADDED: tl.constexpr = SHAPE.padded
     sums = ()
     for layer in tl.static_range(FIRST, LAST + 1):
         if layer == 0:
@@ -182,18 +163,10 @@ def mlp_sums(
 
 
 @jit
-def _layer_sums(
-    sums,
-    gradient,
-    features,
-    below,
-    layer,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """One layer's part of `mlp_sums` with a tile added. gradient: of the layer's sum; below: what the layer takes."""
+def _add_layer(sums, gradient, features, below, layer, BLOCK: tl.constexpr, DTYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """One layer's sums with a tile added. gradient: of the layer's sum; below: its input, unless it is layer 0."""
+    LAYERS: tl.constexpr = SHAPE.layers
+    FEATURES: tl.constexpr = SHAPE.features
     new = ()
     if layer == 0:
         for f in tl.static_range(FEATURES):
@@ -202,45 +175,43 @@ def _layer_sums(
         new = new + (dot(tl.trans(gradient), below, sums[0]),)
     else:
         new = new + (dot(tl.trans(below), gradient, sums[0]),)
-    last = sums[len(new)]
+    bias_sum = sums[len(new)]
     if layer == LAYERS:
-        return new + (last + gradient.to(tl.float32),)
+        return new + (bias_sum + gradient.to(tl.float32),)
     elif DTYPE == tl.float32:
-        return new + (last + tl.sum(gradient, 0),)
+        return new + (bias_sum + tl.sum(gradient, 0),)
     else:
         # A product with ones adds up over the points without leaving the tensor cores.
-        return new + (dot(tl.trans(gradient), tl.full([BLOCK, COLUMNS], 1.0, DTYPE), last),)
+        return new + (dot(tl.trans(gradient), tl.full([BLOCK, COLUMNS], 1.0, DTYPE), bias_sum),)
 
 
 @jit
-def mlp_accumulate(
+def mlp_weight_grad_add(
     sums,
     features,
     hidden,
-    gradients,
+    layer_grads,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FEATURES: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """`sums` with a tile's weight and bias gradients added. features, hidden: of `encode`, `mlp`; gradients: the first
-    tuple of `mlp_backward`. Rows that do not count must have zero gradients and finite values.
+    """`sums` with a tile added. features: of `encode`; hidden: of `mlp`; layer_grads: of `mlp_bwd`.
+
+    Rows of padding must have zero gradients and finite values.
     """
     new = ()
     for layer in tl.static_range(FIRST, LAST + 1):
-        below = hidden[layer - 1]  # of layer 0 not used
-        new = new + _layer_sums(
-            sums[len(new) :], gradients[layer], features, below, layer, BLOCK, DTYPE, LAYERS, FEATURES
-        )
+        below = hidden[layer - 1]  # not used by layer 0
+        new = new + _add_layer(sums[len(new) :], layer_grads[layer], features, below, layer, BLOCK, DTYPE, SHAPE)
     return new
 
 
 @jit
-def mlp_learn(
+def mlp_weight_grad_bwd(
     sums,
-    to_outputs,
+    grad_outputs,
     features,
     hidden,
     weights,
@@ -248,41 +219,35 @@ def mlp_learn(
     DTYPE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    LAYERS: tl.constexpr,
-    FEATURES: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """`mlp_backward` and `mlp_accumulate` layer by layer, so that little is kept: sums, gradients of the features."""
-    WIDTH: tl.constexpr = hidden[0].shape[1]
-    gradient = to_outputs.to(DTYPE)
+    """`mlp_bwd` and `mlp_weight_grad_add` layer by layer, with fewer live tiles -> sums, gradients of the features."""
+    LAYERS: tl.constexpr = SHAPE.layers
+    FEATURES: tl.constexpr = SHAPE.features
+    gradient = grad_outputs.to(DTYPE)
     new = ()
     for layer in tl.static_range(LAYERS, -1, -1):
         if layer < LAYERS:
-            to_hidden = dot(gradient, tl.trans(weight(weights, FEATURES + layer, WIDTH, LAYERS, FEATURES)))
-            gradient = tl.where(hidden[layer] <= 0, 0.0, to_hidden).to(DTYPE)
+            grad_hidden = dot(gradient, tl.trans(weight(weights, FEATURES + layer, SHAPE)))
+            gradient = tl.where(hidden[layer] <= 0, 0.0, grad_hidden).to(DTYPE)
         if layer >= FIRST and layer <= LAST:
-            # Layer 0 has FEATURES + 1 entries, every other two.
+            # Layer 0 has F + 1 entries, every other two.
             rest = sums if layer == FIRST else sums[2 * (layer - FIRST) + (FEATURES - 1 if FIRST == 0 else 0) :]
-            new = _layer_sums(rest, gradient, features, hidden[layer - 1], layer, BLOCK, DTYPE, LAYERS, FEATURES) + new
-    to_features = ()
+            new = _add_layer(rest, gradient, features, hidden[layer - 1], layer, BLOCK, DTYPE, SHAPE) + new
+    feature_grads = ()
     for f in tl.static_range(FEATURES):
-        to_features = to_features + (dot(gradient, tl.trans(weight(weights, f, WIDTH, LAYERS, FEATURES))),)
-    return new, to_features
+        feature_grads = feature_grads + (dot(gradient, tl.trans(weight(weights, f, SHAPE))),)
+    return new, feature_grads
 
 
 @jit
-def mlp_store(
-    sums,
-    out,
-    DTYPE: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Store `sums` at `out` (fp32) in the places that `flatten_parameters` gives the parameters."""
+def mlp_weight_grad_store(sums, out, DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SHAPE: tl.constexpr):
+    """Store `sums` at out [parameters] fp32, in the order of `flatten_parameters`."""
+    WIDTH: tl.constexpr = SHAPE.width
+    LAYERS: tl.constexpr = SHAPE.layers
+    LEVELS: tl.constexpr = SHAPE.levels
+    FEATURES: tl.constexpr = SHAPE.features
+    PADDED: tl.constexpr = SHAPE.padded
     hidden = tl.arange(0, WIDTH)
     level = tl.arange(0, PADDED)
     column = tl.arange(0, COLUMNS)
@@ -290,16 +255,16 @@ def mlp_store(
     for layer in tl.static_range(FIRST, LAST + 1):
         if layer == 0:
             for f in tl.static_range(FEATURES):
-                at = out + hidden[:, None] * (LEVELS * FEATURES) + level[None, :] * FEATURES + f
-                tl.store(at, sums[f], mask=level[None, :] < LEVELS)
+                address = out + hidden[:, None] * (LEVELS * FEATURES) + level[None, :] * FEATURES + f
+                tl.store(address, sums[f], mask=level[None, :] < LEVELS)
             sums = sums[FEATURES:]
         else:
             weights = out + WIDTH * LEVELS * FEATURES + (layer - 1) * WIDTH * WIDTH
             if layer < LAYERS:
                 tl.store(weights + hidden[:, None] * WIDTH + hidden[None, :], sums[0])
             else:
-                at = weights + column[:, None] * WIDTH + hidden[None, :]
-                tl.store(at, tl.trans(sums[0]), mask=column[:, None] < 4)
+                address = weights + column[:, None] * WIDTH + hidden[None, :]
+                tl.store(address, tl.trans(sums[0]), mask=column[:, None] < 4)
             sums = sums[1:]
         if layer == LAYERS:
             tl.store(biases + layer * WIDTH + column, tl.sum(sums[0], 0), mask=column < 4)

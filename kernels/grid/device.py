@@ -1,7 +1,9 @@
-"""Cells of a hash grid for kernels: levels, corners of a cell, their rows, weights and entries.
+"""Cells of a hash grid for kernels that take one level at a time: corners of a cell, their rows, weights and entries.
+
+`fields.encode` computes all levels of a tile of points at once, and says why there are two encoders.
 
 Eight corners are always in the order x fastest, then y. A level is the tuple that `load_level` returns. Everything is
-in fp32 and int32, but for rows of points and first rows of levels, which are int64.
+fp32 and int32, except rows of points and first rows of levels, which are int64.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ LEVEL_COLUMNS = constant(6)
 
 @lru_cache(maxsize=64)
 def level_table(spec: HashGridSpec, device: torch.device) -> Tensor:
-    """int64 [L, 6], a level each: first row, resolution, y and z multiplier, 1 where dense, mask of hashed rows."""
+    """int64 [L, 6], a row a level: first row, resolution, y and z multiplier, 1 where dense, mask of hashed rows."""
     mask = (1 << spec.log2_entries) - 1
     rows = []
     for level, resolution in enumerate(spec.resolutions):
@@ -32,7 +34,7 @@ def level_table(spec: HashGridSpec, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def packed(table: Tensor) -> tuple[Tensor, str]:
+def view_as_pairs(table: Tensor) -> tuple[Tensor, str]:
     """A table of fp32, fp16 or bf16 as `load_entry` takes it, two entries a number, and the name of their type."""
     if table.shape[1] == 1:
         return table, "single"
@@ -55,8 +57,8 @@ def load_level(levels, level):
 
 
 @jit
-def live_rows(count, n):
-    """How many leading rows hold points: n, or what `count` points to."""
+def load_count(count, n):
+    """Number of leading rows that hold points: n, or the number that `count` points to."""
     if count is None:
         return n
     else:  # Triton compiles what follows a return
@@ -65,7 +67,7 @@ def live_rows(count, n):
 
 @jit
 def locate(u, resolution, SMOOTH: tl.constexpr):
-    """A coordinate in [0,1] -> low vertex of its cell, weight of the high one, first and second derivative of that."""
+    """A coordinate in [0,1] -> low vertex of its cell, weight of the high one, and the weight's two derivatives."""
     last = (resolution - 1).to(tl.float32)
     position = u * resolution.to(tl.float32) - 0.5
     clamped = tl.minimum(tl.maximum(position, 0.0), last)
@@ -82,7 +84,7 @@ def locate(u, resolution, SMOOTH: tl.constexpr):
 
 @jit
 def corner_row(i, j, k, dense, mask):
-    """Row in its level of a vertex whose coordinates are already multiplied."""
+    """Row in its level of a vertex, from its coordinates times the level's multipliers."""
     return tl.where(dense, i + j + k, (i ^ j ^ k) & mask)
 
 
@@ -107,14 +109,14 @@ def corner_rows(i, j, k, level):
 
 @jit
 def corner_weights(x0, x1, y0, y1, z0, z1):
-    """Products of one number an axis, low or high, in the order of `corner_rows`."""
+    """Products of one number an axis, of the low or the high side, in the order of `corner_rows`."""
     y0z0, y1z0, y0z1, y1z1 = y0 * z0, y1 * z0, y0 * z1, y1 * z1
     return (x0 * y0z0, x1 * y0z0, x0 * y1z0, x1 * y1z0, x0 * y0z1, x1 * y0z1, x0 * y1z1, x1 * y1z1)
 
 
 @jit
 def tangent_weights(wx, wy, wz, tx, ty, tz):
-    """Derivative of the corners' weights along a tangent; t is the tangent times the slope, an axis each."""
+    """Derivatives of the corners' weights along a tangent; t is the tangent times the weight's slope, axis by axis."""
     along_x = corner_weights(-tx, tx, 1 - wy, wy, 1 - wz, wz)
     along_y = corner_weights(1 - wx, wx, -ty, ty, 1 - wz, wz)
     along_z = corner_weights(1 - wx, wx, 1 - wy, wy, -tz, tz)
@@ -132,7 +134,7 @@ def tangent_weights(wx, wy, wz, tx, ty, tz):
 
 @jit
 def load_point(x, rows, live, scale, shift):
-    """Coordinates of x's rows and whether they lie in the cube; a point outside is put at 0."""
+    """Unit coordinates of rows of x [N, 3] and whether they lie in the cube; a point outside is moved to 0."""
     ux = tl.load(x + rows * 3, mask=live, other=0.0) * scale + shift
     uy = tl.load(x + rows * 3 + 1, mask=live, other=0.0) * scale + shift
     uz = tl.load(x + rows * 3 + 2, mask=live, other=0.0) * scale + shift
@@ -142,7 +144,7 @@ def load_point(x, rows, live, scale, shift):
 
 @jit
 def unpack(value, STORED: tl.constexpr):
-    """The two entries, or one, that a loaded number holds, in fp32."""
+    """The two entries, or one twice, of a loaded number, in fp32."""
     if STORED == "single":
         low = value.to(tl.float32)
         high = low
@@ -160,9 +162,10 @@ def unpack(value, STORED: tl.constexpr):
 
 @jit
 def load_entry(table, index, live, STORED: tl.constexpr, ROUNDED: tl.constexpr):
-    """Two neighbouring entries, or one, as fp32, from a table as `packed` views it.
+    """Two neighbouring entries, or one, as fp32, from a table as `view_as_pairs` gives it.
 
-    STORED: "single" (one entry), "float32", "float16" or "bfloat16" (two). ROUNDED: what fp32 entries are rounded to.
+    STORED: "single" (one entry), "float32", "float16" or "bfloat16" (two). ROUNDED: the type that entries of fp32 are
+    rounded to, or "".
     """
     low, high = unpack(tl.load(table + index, mask=live, other=0), STORED)
     if ROUNDED == "float16":
@@ -173,8 +176,8 @@ def load_entry(table, index, live, STORED: tl.constexpr, ROUNDED: tl.constexpr):
 
 
 @jit
-def differences(v, wx, wy, wz):
-    """Corner values and weights of the high side -> slopes by (wx, wy, wz, wx and wy, wx and wz, wy and wz)."""
+def cell_derivatives(v, wx, wy, wz):
+    """Corner values, weights of the high side -> derivatives by wx, wy, wz, wx and wy, wx and wz, wy and wz."""
     x00, x10, x01, x11 = v[1] - v[0], v[3] - v[2], v[5] - v[4], v[7] - v[6]
     v00, v10, v01, v11 = v[0] + wx * x00, v[2] + wx * x10, v[4] + wx * x01, v[6] + wx * x11
     y0, y1, xy0, xy1 = v10 - v00, v11 - v01, x10 - x00, x11 - x01

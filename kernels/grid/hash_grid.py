@@ -7,8 +7,9 @@ corners of prod_axis (f or 1 - f) * table[row(corner)].
 row(i, j, k) = i + R j + R^2 k where R^3 <= 2^log2_entries, else (i ^ 2654435761 j ^ 805459861 k) mod 2^log2_entries.
 
 Legend: N points, F features a level, L levels, rows = sum of the levels' rows.
-Units: x is a fraction of the scene cube. Gradients: table (accumulated in the table's dtype) and x, to any order in
-the reference, to second order in the kernels, where a third raises.
+Units: x is a fraction of the scene cube.
+Gradients: table (summed in the table's dtype) and x, to any order in the reference, to second order in the kernels,
+where a third raises.
 Numerics: table entries are rounded to `dtype`, weights and sums are in the wider of fp32 and the table's dtype, the
 result is rounded to `dtype`.
 Source: Mueller et al., Instant Neural Graphics Primitives, 2022, section 3 (smoothstep: appendix A).
@@ -17,47 +18,47 @@ Source: Mueller et al., Instant Neural Graphics Primitives, 2022, section 3 (smo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dream_fast.kernels._core.checks import FLOATS, check_count, check_kernel_dtype, check_tensor
-from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
+from dream_fast.kernels._core.checks import FLOATS, check_compute_dtype, check_count, check_kernel_dtype, check_tensor
+from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.reference import live_rows, pad_rows, to_columns
-from dream_fast.kernels.grid import device as _corners
-from dream_fast.kernels.grid.device import PRIMES
-from dream_fast.kernels.grid.gradients import position_gradient, scatter_features
-from dream_fast.kernels.grid.spec import HashGridSpec
+from dream_fast.kernels.grid.device import PRIMES, level_table, view_as_pairs
+from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
+from dream_fast.kernels.grid.hash_grid_kernels import hash_grid_fwd_kernel
+from dream_fast.kernels.grid.spec import HashGridSpec, decode_spec, encode_spec
 
 
 def combine_rows(i: Tensor, j: Tensor, k: Tensor, dense: bool) -> Tensor:
-    """Row of a vertex from what each of its coordinates adds (dense) or mixes in (hashed); they broadcast."""
+    """Row of a vertex from the parts of its coordinates that `axis_rows` gives; they broadcast."""
     return i + (j + k) if dense else i ^ (j ^ k)
 
 
 def axis_rows(vertices: Tensor, level: int, spec: HashGridSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """What the coordinates of vertices, int32 [..., 3, n], contribute to their row: a tensor [..., n] an axis."""
+    """Vertices int32 [..., 3, n] -> the parts of their rows that come from x, y and z, [..., n] each."""
     i, j, k = vertices.unbind(-2)
     if spec.dense(level):
         return i, j * spec.resolutions[level], k * spec.resolutions[level] ** 2
-    # int32 products wrap, which leaves the low bits that the mask keeps as they are.
+    # int32 products wrap around, which does not change the low bits that the mask keeps.
     mask = (1 << spec.log2_entries) - 1
     return i & mask, (j * PRIMES[1]) & mask, (k * PRIMES[2]) & mask
 
 
 def _cells(position: Tensor, resolution: int) -> Tensor:
-    """Low vertex (int32) of the cell of a position in vertices; the high one is inside the grid as well."""
+    """Low vertex (int32) of the cell of a position, in vertices; the high one is inside the grid as well."""
     return position.int().clamp_(0, resolution - 2)
 
 
 # The sum over corners is linear in the entries and in the weights. Written as the three functions below, each gradient
 # is another of them, to any order. Everything is stored by coordinate or feature, never by point: columns [F, rows],
-# weights [8, n], rows int64 [8, n], features [F, n]. On a CPU this runs along memory and adds up in a fixed order.
+# weights [8, n], rows int64 [8, n], features [F, n]. On a CPU loops then run along memory, in a fixed order.
 
 
-class _Interpolate(torch.autograd.Function):
+class _InterpolateCorners(torch.autograd.Function):
     """out[f, n] = sum_c weights[c, n] columns[f, rows[c, n]]."""
 
     @staticmethod
@@ -72,12 +73,12 @@ class _Interpolate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         columns, weights, rows = ctx.saved_tensors
-        to_columns = _Spread.apply(grad, weights, rows, columns.shape[1]) if ctx.needs_input_grad[0] else None
-        to_weights = _Pair.apply(grad, columns, rows) if ctx.needs_input_grad[1] else None
-        return to_columns, to_weights, None
+        grad_columns = _ScatterCorners.apply(grad, weights, rows, columns.shape[1]) if ctx.needs_input_grad[0] else None
+        grad_weights = _PairCorners.apply(grad, columns, rows) if ctx.needs_input_grad[1] else None
+        return grad_columns, grad_weights, None
 
 
-class _Spread(torch.autograd.Function):
+class _ScatterCorners(torch.autograd.Function):
     """out[f, r] = sum of weights[c, n] features[f, n] over the c, n with rows[c, n] = r."""
 
     @staticmethod
@@ -92,12 +93,12 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         features, weights, rows = ctx.saved_tensors
-        to_features = _Interpolate.apply(grad, weights, rows) if ctx.needs_input_grad[0] else None
-        to_weights = _Pair.apply(features, grad, rows) if ctx.needs_input_grad[1] else None
-        return to_features, to_weights, None, None
+        grad_features = _InterpolateCorners.apply(grad, weights, rows) if ctx.needs_input_grad[0] else None
+        grad_weights = _PairCorners.apply(features, grad, rows) if ctx.needs_input_grad[1] else None
+        return grad_features, grad_weights, None, None
 
 
-class _Pair(torch.autograd.Function):
+class _PairCorners(torch.autograd.Function):
     """out[c, n] = sum_f features[f, n] columns[f, rows[c, n]]."""
 
     @staticmethod
@@ -112,13 +113,15 @@ class _Pair(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         features, columns, rows = ctx.saved_tensors
-        to_features = _Interpolate.apply(columns, grad, rows) if ctx.needs_input_grad[0] else None
-        to_columns = _Spread.apply(features, grad, rows, columns.shape[1]) if ctx.needs_input_grad[1] else None
-        return to_features, to_columns, None
+        grad_features = _InterpolateCorners.apply(columns, grad, rows) if ctx.needs_input_grad[0] else None
+        grad_columns = (
+            _ScatterCorners.apply(features, grad, rows, columns.shape[1]) if ctx.needs_input_grad[1] else None
+        )
+        return grad_features, grad_columns, None
 
 
-class _Rounded(torch.autograd.Function):
-    """Round the table to the compute dtype, and leave its gradient as precise as it is."""
+class _RoundTable(torch.autograd.Function):
+    """Round the table to the compute dtype; the gradient is not rounded."""
 
     @staticmethod
     def forward(ctx, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,8 +132,8 @@ class _Rounded(torch.autograd.Function):
         return grad, None
 
 
-def _level(x: Tensor, inside: Tensor, columns: Tensor, level: int, spec: HashGridSpec) -> Tensor:
-    """One level: x [3, n] in [0,1], inside [n] (1 or 0), columns [F, rows of the level] -> [F, n]."""
+def _level_features(x: Tensor, inside: Tensor, columns: Tensor, level: int, spec: HashGridSpec) -> Tensor:
+    """Features of a level: x [3, n] in [0,1], inside [n] (1 or 0), columns [F, rows of the level] -> [F, n]."""
     resolution = spec.resolutions[level]
     position = (x * resolution - 0.5).clamp(0, resolution - 1)
     cells = _cells(position.detach(), resolution)
@@ -142,7 +145,7 @@ def _level(x: Tensor, inside: Tensor, columns: Tensor, level: int, spec: HashGri
     weights = (wz[:, None] * wy)[:, :, None] * (wx * inside)
     i, j, k = axis_rows(torch.stack([cells, cells + 1]), level, spec)
     rows = combine_rows(i, j[:, None], k[:, None, None], spec.dense(level))
-    return _Interpolate.apply(columns, weights.flatten(0, 2).to(columns.dtype), rows.flatten(0, 2).long())
+    return _InterpolateCorners.apply(columns, weights.flatten(0, 2).to(columns.dtype), rows.flatten(0, 2).long())
 
 
 def hash_grid_reference(
@@ -160,77 +163,31 @@ def hash_grid_reference(
     x = to_columns(x[:live])
     inside = (x.detach().clamp(0, 1) == x).all(0)
     x = torch.where(inside, x, 0)
-    columns = to_columns(table if dtype == table.dtype else _Rounded.apply(table, dtype))
+    columns = to_columns(table if dtype == table.dtype else _RoundTable.apply(table, dtype))
     sizes = [end - start for start, end in pairwise(spec.offsets)]
     active = spec.levels if active_levels is None else min(max(int(active_levels), 0), spec.levels)
-    parts = [_level(x, inside, entries, level, spec) for level, entries in enumerate(columns.split(sizes, 1)[:active])]
-    parts.append(columns.new_zeros((spec.levels - active) * spec.features, live))
-    return pad_rows(torch.cat(parts).t().to(dtype), total)
+    features = [
+        _level_features(x, inside, entries, level, spec)
+        for level, entries in enumerate(columns.split(sizes, 1)[:active])
+    ]
+    features.append(columns.new_zeros((spec.levels - active) * spec.features, live))
+    return pad_rows(torch.cat(features).t().to(dtype), total)
 
 
-# Kernels. Features are stored by channel, [L * F, N], so that every level writes and reads along memory; the public
-# function returns the transposed view.
+class _FwdConfig(NamedTuple):
+    """block: points of a program."""
+
+    block: int
+    warps: int
 
 
-@jit
-def _hash_grid_fwd_kernel(
-    x,
-    table,
-    tangent,
-    out,
-    levels,
-    count,
-    active,
-    n,
-    active_levels,
-    FEATURES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    STORED: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One level (two features of it) of a block of points; the level changes slowest: its entries stay in the cache."""
-    PAIRS: tl.constexpr = (FEATURES + 1) // 2
-    level = tl.program_id(1) // PAIRS
-    pair = tl.program_id(1) % PAIRS
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    limit = _corners.live_rows(count, n)
-    if active is not None:
-        active_levels = tl.load(active).to(tl.int32)
-    # Blocks and levels that are not live write their zeros and read nothing.
-    ux, uy, uz, inside = _corners.load_point(x, row, (row < limit) & (level < active_levels), 1.0, 0.0)
-    numbers = _corners.load_level(levels, level)
-    i, wx, dx, _ = _corners.locate(ux, numbers[1], SMOOTH)
-    j, wy, dy, _ = _corners.locate(uy, numbers[1], SMOOTH)
-    k, wz, dz, _ = _corners.locate(uz, numbers[1], SMOOTH)
-    if tangent is None:
-        weights = _corners.corner_weights(1 - wx, wx, 1 - wy, wy, 1 - wz, wz)
-    else:
-        dx *= tl.load(tangent + row * 3, mask=inside, other=0.0)
-        dy *= tl.load(tangent + row * 3 + 1, mask=inside, other=0.0)
-        dz *= tl.load(tangent + row * 3 + 2, mask=inside, other=0.0)
-        weights = _corners.tangent_weights(wx, wy, wz, dx, dy, dz)
-    rows = _corners.corner_rows(i, j, k, numbers)
-    entries = table + numbers[0] * PAIRS + pair
-    low = tl.zeros((BLOCK,), tl.float32)
-    high = tl.zeros((BLOCK,), tl.float32)
-    for corner in tl.static_range(8):
-        first, second = _corners.load_entry(entries, rows[corner] * PAIRS, inside, STORED, ROUNDED)
-        low += weights[corner] * first
-        high += weights[corner] * second
-    column = (level * FEATURES + pair * 2).to(tl.int64) * n
-    tl.store(out + column + row, low, mask=row < n)
-    if FEATURES > 1:
-        tl.store(out + column + n + row, high, mask=row < n)
+def _hash_grid_fwd_config() -> _FwdConfig:
+    """A point a lane: its eight gathers are in flight together."""
+    return _FwdConfig(block=256, warps=8)
 
 
-def _fwd_config() -> dict[str, int]:
-    """One point a lane: its eight gathers are in flight together."""
-    return {"BLOCK": 256, "num_warps": 8}
-
-
-def _copies_table(n: int, rows: int) -> bool:
-    """Whether to round the whole table before the gathers, or each entry after its gather.
+def _rounds_table(n: int, rows: int) -> bool:
+    """True to round the whole table before the gathers, False to round each entry after its gather.
 
     The copy moves 6 bytes an entry once and halves what the gathers fetch. With 6.1 M rows of two entries it takes
     0.023 ms on an H200 and pays from 0.3 M points on.
@@ -238,28 +195,18 @@ def _copies_table(n: int, rows: int) -> bool:
     return 24 * n >= rows
 
 
-# Custom operators take a spec as `_numbers` gives it.
-
-
-def _numbers(spec: HashGridSpec) -> list[int]:
-    smooth = int(spec.interpolation == "smoothstep")
-    return [spec.levels, spec.features, spec.log2_entries, spec.base_resolution, spec.max_resolution, smooth]
-
-
-@lru_cache(maxsize=64)
-def _cached_spec(levels: int, features: int, log2_entries: int, base: int, largest: int, smooth: int) -> HashGridSpec:
-    return HashGridSpec(
-        levels=levels,
-        features=features,
-        log2_entries=log2_entries,
-        base_resolution=base,
-        max_resolution=largest,
-        interpolation="smoothstep" if smooth else "linear",
-    )
-
-
-def _spec(numbers: Sequence[int]) -> HashGridSpec:
-    return _cached_spec(*numbers)
+# Three custom operators, whose gradients are each other. With E(x, T)[f] the encoding of x in table T and a tangent t:
+#
+#   _encode             E(x, T)              or, with a tangent, t . dE(x, T)/dx
+#   _table_gradient     d/dT sum(g * E)      or d/dT sum(g * (t . dE/dx))
+#   _position_gradient  d/dx sum(g * E)      or d/dx sum(g * (t . dE/dx))
+#
+# E is linear in T, and each sum is linear in g. So the gradient of any of them by T or by g is another one with the
+# upstream gradient in the place of T, g or t: that is all the backward functions below do. Only the derivative by x is
+# new: it raises the order by one, which is what the tangent is for. This gives second derivatives (analytic normals
+# need them) without a kernel of their own. A third order would need two tangents, and raises NotImplementedError.
+# Custom operators, instead of autograd Functions, because torch.compile has to pass them without a graph break; their
+# schema knows no classes, so a spec travels as `encode_spec` gives it.
 
 
 @torch.library.custom_op("dream_fast::hash_grid", mutates_args=())
@@ -269,30 +216,31 @@ def _encode(
     tangent: Tensor | None,
     active_levels: Tensor | None,
     count: Tensor | None,
-    numbers: Sequence[int],
+    spec_numbers: Sequence[int],
     active: int,
     dtype: str,
     rounded: str,
 ) -> Tensor:
-    """Features [L * F, N] of `dtype`; with `tangent` [N, 3], their derivative along it.
+    """Features [L * F, N] of `dtype`, or their derivative along `tangent` [N, 3].
 
     Entries are rounded to `rounded` (a name, "" for none). Levels from `active` and from `active_levels` on give zeros.
     """
-    spec, n = _spec(numbers), x.shape[0]
-    if rounded and _copies_table(n, spec.rows):
+    spec, n = decode_spec(spec_numbers), x.shape[0]
+    if rounded and _rounds_table(n, spec.rows):
         table, rounded = table.to(getattr(torch, rounded)), ""
-    entries, stored = _corners.packed(table.contiguous())
+    pairs, stored = view_as_pairs(table.contiguous())
     out = torch.empty(spec.channels, n, dtype=getattr(torch, dtype), device=x.device)
-    config = _fwd_config()
+    config = _hash_grid_fwd_config()
     launch(
-        _hash_grid_fwd_kernel,
-        (-(-n // config["BLOCK"]), spec.levels * max(spec.features // 2, 1)),
+        hash_grid_fwd_kernel,
+        (-(-n // config.block), spec.levels * max(spec.features // 2, 1)),
         x.device,
+        num_warps=config.warps,
         x=x.contiguous(),
-        table=entries,
+        table=pairs,
         tangent=None if tangent is None else tangent.contiguous(),
         out=out,
-        levels=_corners.level_table(spec, x.device),
+        levels=level_table(spec, x.device),
         count=count,
         active=active_levels,
         n=n,
@@ -301,14 +249,14 @@ def _encode(
         SMOOTH=spec.interpolation == "smoothstep",
         STORED=stored,
         ROUNDED=rounded,
-        **config,
+        BLOCK=config.block,
     )
     return out
 
 
 @_encode.register_fake
-def _(x, table, tangent, active_levels, count, numbers, active, dtype, rounded):
-    return x.new_empty(numbers[0] * numbers[1], x.shape[0], dtype=getattr(torch, dtype))
+def _(x, table, tangent, active_levels, count, spec_numbers, active, dtype, rounded):
+    return x.new_empty(decode_spec(spec_numbers).channels, x.shape[0], dtype=getattr(torch, dtype))
 
 
 @torch.library.custom_op("dream_fast::hash_grid_table_gradient", mutates_args=())
@@ -318,27 +266,25 @@ def _table_gradient(
     tangent: Tensor | None,
     active_levels: Tensor | None,
     count: Tensor | None,
-    numbers: Sequence[int],
+    spec_numbers: Sequence[int],
     active: int,
 ) -> Tensor:
-    """Gradient [rows, F] of sum(features * encoding) into the table; with `tangent`, of its derivative along that."""
+    """Gradient [rows, F] by the table of sum(features * encoding), or of its derivative along `tangent`."""
+    points = GridPoints(x, count=count, active_levels=active if active_levels is None else active_levels)
     return scatter_features(
-        x,
-        _spec(numbers),
-        scale=1.0,
-        shift=0.0,
+        points,
+        decode_spec(spec_numbers),
         features=features if tangent is None else None,
         tangent=tangent,
         tangent_features=None if tangent is None else features,
-        count=count,
-        active_levels=active if active_levels is None else active_levels,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
 @_table_gradient.register_fake
-def _(x, features, tangent, active_levels, count, numbers, active):
-    return x.new_empty(_spec(numbers).rows, numbers[1])
+def _(x, features, tangent, active_levels, count, spec_numbers, active):
+    spec = decode_spec(spec_numbers)
+    return x.new_empty(spec.rows, spec.features)
 
 
 @torch.library.custom_op("dream_fast::hash_grid_position_gradient", mutates_args=())
@@ -349,45 +295,32 @@ def _position_gradient(
     tangent: Tensor | None,
     active_levels: Tensor | None,
     count: Tensor | None,
-    numbers: Sequence[int],
+    spec_numbers: Sequence[int],
     active: int,
     rounded: str,
 ) -> Tensor:
-    """Gradient [N, 3] of sum(features * encoding) into x; with `tangent`, of its derivative along that."""
-    return position_gradient(
-        features,
-        x,
-        table,
-        _spec(numbers),
-        scale=1.0,
-        shift=0.0,
-        tangent=tangent,
-        rounded=rounded,
-        count=count,
-        active_levels=active if active_levels is None else active_levels,
-    )
+    """Gradient [N, 3] by x of sum(features * encoding), or of its derivative along `tangent`."""
+    points = GridPoints(x, count=count, active_levels=active if active_levels is None else active_levels)
+    return position_gradient(features, points, table, decode_spec(spec_numbers), tangent=tangent, rounded=rounded)
 
 
 @_position_gradient.register_fake
-def _(x, table, features, tangent, active_levels, count, numbers, active, rounded):
+def _(x, table, features, tangent, active_levels, count, spec_numbers, active, rounded):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# Each gradient of one of the three is another of them, along a tangent in second order.
-
-
 def _save_encode(ctx, inputs, output):
-    x, table, tangent, active_levels, count, ctx.numbers, ctx.active, _, ctx.rounded = inputs
+    x, table, tangent, active_levels, count, ctx.spec_numbers, ctx.active, _, ctx.rounded = inputs
     ctx.save_for_backward(x, table, tangent, active_levels, count)
 
 
 def _save_table_gradient(ctx, inputs, output):
-    x, features, tangent, active_levels, count, ctx.numbers, ctx.active = inputs
+    x, features, tangent, active_levels, count, ctx.spec_numbers, ctx.active = inputs
     ctx.save_for_backward(x, features, tangent, active_levels, count)
 
 
 def _save_position_gradient(ctx, inputs, output):
-    x, table, features, tangent, active_levels, count, ctx.numbers, ctx.active, ctx.rounded = inputs
+    x, table, features, tangent, active_levels, count, ctx.spec_numbers, ctx.active, ctx.rounded = inputs
     ctx.save_for_backward(x, table, features, tangent, active_levels, count)
 
 
@@ -399,40 +332,40 @@ def _refuse_third_order(tangent: Tensor | None) -> None:
 def _backward_encode(ctx, grad):
     x, table, tangent, active_levels, count = ctx.saved_tensors
     _refuse_third_order(tangent)
-    masks = (None, active_levels, count, ctx.numbers, ctx.active)
-    to_x = to_table = None
+    masks = (None, active_levels, count, ctx.spec_numbers, ctx.active)
+    grad_x = grad_table = None
     if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
         grad = grad.contiguous()  # once for both
     if ctx.needs_input_grad[0]:
-        to_x = _position_gradient(x, table, grad, *masks, ctx.rounded)
+        grad_x = _position_gradient(x, table, grad, *masks, ctx.rounded)
     if ctx.needs_input_grad[1]:
-        to_table = _table_gradient(x, grad, *masks)
-    return to_x, to_table, None, None, None, None, None, None, None
+        grad_table = _table_gradient(x, grad, *masks)
+    return grad_x, grad_table, None, None, None, None, None, None, None
 
 
 def _backward_table_gradient(ctx, grad):
     x, features, tangent, active_levels, count = ctx.saved_tensors
     _refuse_third_order(tangent)
-    masks = (None, active_levels, count, ctx.numbers, ctx.active)
-    to_x = _position_gradient(x, grad, features, *masks, "") if ctx.needs_input_grad[0] else None
-    to_features = None
+    masks = (None, active_levels, count, ctx.spec_numbers, ctx.active)
+    grad_x = _position_gradient(x, grad, features, *masks, "") if ctx.needs_input_grad[0] else None
+    grad_features = None
     if ctx.needs_input_grad[1]:
-        to_features = _encode(x, grad, *masks, "float32", "").to(features.dtype)
-    return to_x, to_features, None, None, None, None, None
+        grad_features = _encode(x, grad, *masks, "float32", "").to(features.dtype)
+    return grad_x, grad_features, None, None, None, None, None
 
 
 def _backward_position_gradient(ctx, grad):
     x, table, features, tangent, active_levels, count = ctx.saved_tensors
     _refuse_third_order(tangent)
-    masks = (grad.contiguous(), active_levels, count, ctx.numbers, ctx.active)
-    to_x = to_table = to_features = None
+    masks = (grad.contiguous(), active_levels, count, ctx.spec_numbers, ctx.active)
+    grad_x = grad_table = grad_features = None
     if ctx.needs_input_grad[0]:
-        to_x = _position_gradient(x, table, features, *masks, ctx.rounded)
+        grad_x = _position_gradient(x, table, features, *masks, ctx.rounded)
     if ctx.needs_input_grad[1]:
-        to_table = _table_gradient(x, features, *masks)
+        grad_table = _table_gradient(x, features, *masks)
     if ctx.needs_input_grad[2]:
-        to_features = _encode(x, table, *masks, "float32", ctx.rounded).to(features.dtype)
-    return to_x, to_table, to_features, None, None, None, None, None, None
+        grad_features = _encode(x, table, *masks, "float32", ctx.rounded).to(features.dtype)
+    return grad_x, grad_table, grad_features, None, None, None, None, None, None
 
 
 _encode.register_autograd(_backward_encode, setup_context=_save_encode)
@@ -441,7 +374,7 @@ _position_gradient.register_autograd(_backward_position_gradient, setup_context=
 
 
 def check_features(spec: HashGridSpec) -> None:
-    """Raise ValueError unless the kernels take this many features a level."""
+    """Check that the kernels take this many features a level. Raises ValueError: unless they are 1, 2 or 4."""
     if spec.features not in (1, 2, 4):
         raise ValueError(f"the kernels take 1, 2 or 4 features a level, got {spec.features}: call the reference")
 
@@ -457,9 +390,11 @@ def hash_grid(
 ) -> Tensor:
     """x [N, 3], table [rows, F] -> features [N, L * F] of `dtype` (the table's when None), level by level.
 
-    Points outside [0,1]^3 give zeros. Levels from `active_levels` on (an int, or an int scalar tensor on the device)
-    give zeros. Rows from `count` on (an int64 scalar tensor on the device) give zeros and take no gradient.
-    Raises TypeError or ValueError for arguments of the wrong type, shape, dtype or device.
+    x: fractions of the scene cube, fp32 or fp64 as the table; points outside [0,1]^3 give zeros. active_levels: levels
+    from here on give zeros (an int, or an integer scalar tensor on the device). count: rows from here on give zeros and
+    take no gradient (an int64 scalar tensor on the device).
+    Raises TypeError or ValueError: for an argument of the wrong type, shape, dtype or device.
+    Source: Mueller et al., Instant Neural Graphics Primitives, 2022.
     """
     check_tensor("x", x, ("N", 3), dtypes=(torch.float32, torch.float64))
     check_tensor("table", table, (spec.rows, spec.features), dtypes=(torch.float32, torch.float64), like=("x", x))
@@ -472,13 +407,12 @@ def hash_grid(
         return hash_grid_reference(x, table, spec, active_levels=active_levels, count=count, dtype=dtype).contiguous()
     check_kernel_dtype("x", x)
     check_kernel_dtype("table", table)
-    if dtype == torch.float64:
-        raise TypeError("dtype is float64, which the kernels do not compute in: call hash_grid_reference")
-    check_features(spec)
     dtype = torch.float32 if dtype is None else dtype
+    check_compute_dtype(dtype)
+    check_features(spec)
     on_device = isinstance(active_levels, Tensor)
     active = spec.levels if active_levels is None or on_device else min(max(int(active_levels), 0), spec.levels)
     name = str(dtype).removeprefix("torch.")
     rounded = "" if dtype == torch.float32 else name
-    masks = (active_levels if on_device else None, count, _numbers(spec), active)
+    masks = (active_levels if on_device else None, count, encode_spec(spec), active)
     return _encode(x, table, None, *masks, name, rounded).t()

@@ -5,13 +5,15 @@ its neighbours along the axes that lie in the grid (3 to 6), v's gradient grows 
 weight / 6 * sum_n (e - e_n) / sqrt(sum_n (e - e_n)^2 + 1e-9), each feature by itself.
 Weight decay: the gradient of weight * sum over levels of (sum of squares / rows of the level).
 
-Legend: rows and F of the table, P points. Units: points are fractions of the scene cube. Gradients: none of second
-order. Numerics: fp32 in the kernels; sums are atomic, and whole numbers when torch's deterministic algorithms are on.
+Legend: rows and F of the table, P points. Units: points are fractions of the scene cube.
+Gradients: these are gradients, and have none themselves.
+Numerics: fp32 in the kernels; sums are atomic, of fixed-point numbers when torch's deterministic algorithms are on.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +22,9 @@ from dream_fast.kernels._core.checks import check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
 from dream_fast.kernels._core.reference import scatter_rows
 from dream_fast.kernels.grid.device import corner_row, level_table, load_level
-from dream_fast.kernels.grid.gradients import add_one, fixed_point
+from dream_fast.kernels.grid.gradients import fixed_point
 from dream_fast.kernels.grid.hash_grid import axis_rows, check_features, combine_rows
+from dream_fast.kernels.grid.hash_grid_kernels import add_one
 from dream_fast.kernels.grid.spec import HashGridSpec
 
 
@@ -31,26 +34,26 @@ def hash_grid_total_variation_grad_reference(
 ) -> Tensor:
     """The definition of `hash_grid_total_variation_grad` in plain PyTorch, for any float dtype."""
 
-    def rows_of(vertices: Tensor, level: int) -> Tensor:
+    def vertex_rows(vertices: Tensor, level: int) -> Tensor:
         return combine_rows(*axis_rows(vertices, level, spec), spec.dense(level)).long()
 
-    parts = []
+    level_grads = []
     for level, resolution in enumerate(spec.resolutions):
         entries = table[spec.offsets[level] : spec.offsets[level + 1]]
         nearest = (points.t() * resolution).int().clamp_(0, resolution - 1)
-        own_rows = rows_of(nearest, level)
-        own = entries.index_select(0, own_rows)
-        total, squares = torch.zeros_like(own), torch.zeros_like(own)
+        rows = vertex_rows(nearest, level)
+        center = entries.index_select(0, rows)
+        total, squares = torch.zeros_like(center), torch.zeros_like(center)
         for axis in range(3):
             for step in (-1, 1):
                 vertex = nearest.clone()
                 # Past the grid, the vertex is its own neighbour and the difference is 0.
                 vertex[axis] = (vertex[axis] + step).clamp_(0, resolution - 1)
-                difference = own - entries.index_select(0, rows_of(vertex, level))
+                difference = center - entries.index_select(0, vertex_rows(vertex, level))
                 total += difference
                 squares += difference.square()
-        parts.append(scatter_rows(total * (squares + 1e-9).rsqrt(), own_rows, entries.shape[0]))
-    return torch.cat(parts) * (weight / 6)
+        level_grads.append(scatter_rows(total * (squares + 1e-9).rsqrt(), rows, entries.shape[0]))
+    return torch.cat(level_grads) * (weight / 6)
 
 
 @torch.no_grad()
@@ -63,10 +66,19 @@ def hash_grid_weight_decay_grad_reference(table: Tensor, spec: HashGridSpec, wei
 
 
 @jit
-def _total_variation_kernel(
-    table, points, grad, factor, weight, weight_tensor, levels, n, FEATURES: tl.constexpr, BLOCK: tl.constexpr
+def hash_grid_total_variation_grad_kernel(
+    table,  # [rows, F] fp32
+    points,  # [P, 3] fp32
+    grad,  # [rows, F] fp32, or int64 where there is a factor
+    factor,  # [] fp32 or None
+    weight,
+    weight_tensor,  # [] any float dtype, or None
+    levels,  # [L, 6] int64
+    n,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One level of a block of points: the differences of the nearest vertex to its neighbours, added to its row."""
+    """One level of a block of points: differences between the nearest vertex and its neighbours, added to its row."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = row < n
     level = load_level(levels, tl.program_id(1))
@@ -79,7 +91,7 @@ def _total_variation_kernel(
         factor = tl.load(factor)
     if weight_tensor is not None:
         weight = weight * tl.load(weight_tensor).to(tl.float32)
-    own_row = _vertex_row(i, j, k, level)
+    center_row = _vertex_row(i, j, k, level)
     top = level[1] - 1
     # Past the grid, the vertex is its own neighbour and the difference is 0.
     neighbours = (
@@ -91,20 +103,20 @@ def _total_variation_kernel(
         _vertex_row(i, j, tl.minimum(k + 1, top), level),
     )
     for feature in tl.static_range(FEATURES):
-        own = tl.load(table + own_row * FEATURES + feature, mask=live, other=0.0)
+        center = tl.load(table + center_row * FEATURES + feature, mask=live, other=0.0)
         total = tl.zeros((BLOCK,), tl.float32)
         squares = tl.zeros((BLOCK,), tl.float32)
         for side in tl.static_range(6):
-            difference = own - tl.load(table + neighbours[side] * FEATURES + feature, mask=live, other=0.0)
+            difference = center - tl.load(table + neighbours[side] * FEATURES + feature, mask=live, other=0.0)
             total += difference
             squares += difference * difference
         value = total * tl.rsqrt(squares + 1e-9) * weight
-        add_one(grad + own_row * FEATURES + feature, value, live, factor)
+        add_one(grad + center_row * FEATURES + feature, value, live, factor)
 
 
 @jit
 def _nearest(u, resolution):
-    # What is not a number picks vertex 0.
+    # A NaN gives vertex 0.
     position = tl.maximum(u * resolution.to(tl.float32), 0.0)
     return tl.minimum(position, (resolution - 1).to(tl.float32)).to(tl.int32)
 
@@ -115,12 +127,12 @@ def _vertex_row(i, j, k, level):
 
 
 @jit
-def _weight_decay_kernel(
-    table,
-    grad,
+def hash_grid_weight_decay_grad_kernel(
+    table,  # [rows, F] fp32
+    grad,  # [rows, F] fp32
     weight,
-    weight_tensor,
-    levels,
+    weight_tensor,  # [] any float dtype, or None
+    levels,  # [L, 6] int64
     entries,
     LEVELS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -141,13 +153,20 @@ def _weight_decay_kernel(
     tl.store(grad + index, weight * value / size, mask=index < entries)
 
 
-def _config() -> dict[str, int]:
+class _Config(NamedTuple):
+    """Points of a program of total variation, entries of a program of weight decay."""
+
+    points: int
+    entries: int
+
+
+def _regularizers_config() -> _Config:
     """One point, or four entries, a lane."""
-    return {"points": 128, "entries": 512}
+    return _Config(points=128, entries=512)
 
 
 def _split_weight(weight: float | Tensor, factor: float) -> tuple[float, Tensor | None]:
-    """A weight times `factor` as a number and, when it is on a device, a tensor."""
+    """A weight times `factor` as a number to multiply by and, when it is on a GPU, a tensor to multiply by as well."""
     if isinstance(weight, Tensor) and weight.is_cuda:
         return factor, weight
     return factor * float(weight), None
@@ -157,9 +176,9 @@ def _split_weight(weight: float | Tensor, factor: float) -> tuple[float, Tensor 
 def hash_grid_total_variation_grad(table: Tensor, spec: HashGridSpec, points: Tensor, weight: float | Tensor) -> Tensor:
     """Gradient of the table's total variation near points: table [rows, F], points [P, 3] in [0,1] -> [rows, F].
 
-    Each point picks, in every level, the vertex v nearest to it. With e the entry of v and e_n those of its
-    neighbours along the axes that lie in the grid (3 to 6), v's gradient grows by
-    weight / 6 * sum_n (e - e_n) / sqrt(sum_n (e - e_n)^2 + 1e-9), each feature by itself.
+    points: fractions of the scene cube; outside points take the nearest vertex. weight: a number or a scalar tensor.
+    In torch's deterministic mode sums are repeatable, and not finite where the table is not.
+    Raises TypeError or ValueError: for an argument of the wrong type, shape, dtype or device.
     """
     check_tensor("table", table, (spec.rows, spec.features), dtypes=(torch.float32, torch.float64))
     check_tensor("points", points, ("P", 3), dtypes=(torch.float32, torch.float64), like=("table", table))
@@ -169,7 +188,7 @@ def hash_grid_total_variation_grad(table: Tensor, spec: HashGridSpec, points: Te
     check_kernel_dtype("points", points)
     check_features(spec)
     number, weight_tensor = _split_weight(weight, 1 / 6)
-    n, block = points.shape[0], _config()["points"]
+    n, block = points.shape[0], _regularizers_config().points
     factor = inverse = None
     deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic:
@@ -179,7 +198,7 @@ def hash_grid_total_variation_grad(table: Tensor, spec: HashGridSpec, points: Te
         factor, inverse = fixed_point(bound if weight_tensor is None else bound * weight_tensor.abs())
     grad = torch.zeros(table.shape, dtype=torch.int64 if deterministic else torch.float32, device=table.device)
     launch(
-        _total_variation_kernel,
+        hash_grid_total_variation_grad_kernel,
         (-(-n // block), spec.levels),
         table.device,
         table=table.contiguous(),
@@ -198,7 +217,11 @@ def hash_grid_total_variation_grad(table: Tensor, spec: HashGridSpec, points: Te
 
 @torch.no_grad()
 def hash_grid_weight_decay_grad(table: Tensor, spec: HashGridSpec, weight: float | Tensor) -> Tensor:
-    """Gradient of weight * sum over levels of (sum of squares / rows of the level): table [rows, F] -> [rows, F]."""
+    """Gradient of weight * sum over levels of (sum of squares / rows of the level): table [rows, F] -> [rows, F].
+
+    weight: a number or a scalar tensor.
+    Raises TypeError or ValueError: for an argument of the wrong type, shape or dtype.
+    """
     check_tensor("table", table, (spec.rows, spec.features), dtypes=(torch.float32, torch.float64))
     if not use_triton(table):
         return hash_grid_weight_decay_grad_reference(table, spec, weight)
@@ -206,9 +229,9 @@ def hash_grid_weight_decay_grad(table: Tensor, spec: HashGridSpec, weight: float
     check_features(spec)
     number, weight_tensor = _split_weight(weight, 2.0)
     grad = torch.empty(table.shape, device=table.device)
-    block = _config()["entries"]
+    block = _regularizers_config().entries
     launch(
-        _weight_decay_kernel,
+        hash_grid_weight_decay_grad_kernel,
         (-(-table.numel() // block),),
         table.device,
         table=table.contiguous(),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,7 @@ class HashGridSpec:
 
     levels, features: L and F. log2_entries: a level has at most 2^log2_entries rows. base_resolution, max_resolution:
     vertices a side of the first and of the last level. interpolation: "smoothstep" or "linear".
+    Raises ValueError: for a number out of range or an unknown interpolation.
     """
 
     levels: int = 16
@@ -42,7 +44,7 @@ class HashGridSpec:
     def resolutions(self) -> tuple[int, ...]:
         """Vertices a side, a level each."""
         growth = math.log(self.max_resolution / self.base_resolution) / max(self.levels - 1, 1)
-        # The small number keeps a resolution that is a whole number from being pushed one up by rounding.
+        # The small number keeps a resolution that is a whole number from being rounded up to the next.
         return tuple(math.ceil(self.base_resolution * math.exp(growth * level) - 1e-6) for level in range(self.levels))
 
     @cached_property
@@ -64,5 +66,28 @@ class HashGridSpec:
         return self.levels * self.features
 
     def dense(self, level: int) -> bool:
-        """Whether every vertex of the level has a row of its own."""
+        """True where every vertex of the level has a row of its own."""
         return self.resolutions[level] ** 3 <= 1 << self.log2_entries
+
+
+def encode_spec(spec: HashGridSpec) -> list[int]:
+    """Numbers of a spec, as a custom operator takes it: its schema knows lists of numbers and no classes."""
+    smooth = int(spec.interpolation == "smoothstep")
+    return [spec.levels, spec.features, spec.log2_entries, spec.base_resolution, spec.max_resolution, smooth]
+
+
+def decode_spec(numbers: Sequence[int]) -> HashGridSpec:
+    """The spec that `encode_spec` gave these numbers for."""
+    return _decode(*numbers)
+
+
+@lru_cache(maxsize=64)
+def _decode(levels: int, features: int, log2_entries: int, base: int, largest: int, smooth: int) -> HashGridSpec:
+    return HashGridSpec(
+        levels=levels,
+        features=features,
+        log2_entries=log2_entries,
+        base_resolution=base,
+        max_resolution=largest,
+        interpolation="smoothstep" if smooth else "linear",
+    )

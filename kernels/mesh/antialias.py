@@ -76,7 +76,7 @@ class _ViewedVertex(NamedTuple):
         return _ViewedVertex(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
 
     def crosses(self, other: _ViewedVertex) -> Tensor:
-        """Whether the edge to another vertex crosses the axis."""
+        """Test whether the edge to another vertex crosses the axis."""
         return (self.across < 0) != (other.across < 0)
 
     def crossing(self, other: _ViewedVertex) -> Tensor:
@@ -91,7 +91,7 @@ class _ViewedVertex(NamedTuple):
         return _ViewedVertex(along, across, self.w * other.w)
 
     def folds(self, b: _ViewedVertex, o: _ViewedVertex, direction: Tensor) -> Tensor:
-        """Whether the triangle on the other side of the edge to b, with corner o, folds back; no without an area."""
+        """Test whether the triangle on the other side of the edge to b, with corner o, has an area and folds back."""
         slope = self.w * b.across - b.w * self.across
         return self.minus(o).cross(b.minus(o)) * slope * direction > 0
 
@@ -105,7 +105,7 @@ def _view(clip: Tensor, rows: Tensor, pixel: Tensor, axis: int, height: int, wid
 
 
 def _is_steep(clip: Tensor, row_a: Tensor, row_b: Tensor, height: int, width: int) -> Tensor:
-    """Whether edges are steeper than 45 degrees; from the vertices themselves, so the same from every pixel."""
+    """Test whether edges are steeper than 45 degrees; from the vertices themselves, so the same from every pixel."""
     (xa, ya, _, wa), (xb, yb, _, wb) = (gather_rows(clip, row).unbind(1) for row in (row_a, row_b))
     return (xa * wb - xb * wa).abs() * (width / 2) <= (ya * wb - yb * wa).abs() * (height / 2)
 

@@ -42,7 +42,7 @@ def _select(condition, a, b):
 
 @jit
 def _crosses(a, b):
-    """Whether an edge crosses the axis."""
+    """Test whether an edge crosses the axis."""
     return (a[1] < 0) != (b[1] < 0)
 
 
@@ -56,7 +56,7 @@ def _crossing(a, b):
 
 @jit
 def _folds(a, b, o, direction):
-    """Whether the triangle on the other side of edge (a, b), with corner o, folds back; no where it has no area."""
+    """Test whether the triangle on the other side of edge (a, b), with corner o, has an area and folds back."""
     ax, ay = product_difference(a[0], o[2], o[0], a[2]), product_difference(a[1], o[2], o[1], a[2])
     bx, by = product_difference(b[0], o[2], o[0], b[2]), product_difference(b[1], o[2], o[1], b[2])
     slope = product_difference(a[2], b[1], b[2], a[1])
@@ -65,7 +65,7 @@ def _folds(a, b, o, direction):
 
 @jit
 def _edge_between(clip, row_a, row_b, mask, cx, cy, direction, half_width, half_height, ALONG_X: tl.constexpr):
-    """Whether edges count along this axis, and v, from halfway between the two centres, where its sign cannot be lost.
+    """Test whether edges count along this axis; v, from halfway between the centres, where its sign cannot be lost.
 
     The angle is computed from the vertices themselves, so it is the same from every pixel.
     """

@@ -1,4 +1,4 @@
-"""What the operators over triangles share: fragments, checks, corners seen from pixels, sums over corners.
+"""Parts that the operators over triangles share: fragments, checks, corners seen from pixels, sums over corners.
 
 A corner (x, y, z, w) in clip space becomes (X, Y, z, w) with X = x W / 2, Y = -y H / 2. Seen from the centre of a pixel
 it lies at (X - cx w, Y - cy w) times 1 / w, where (cx, cy) is that centre in pixels from the middle of the image, to

@@ -42,8 +42,8 @@ def interpolate_reference(attributes: Tensor, faces: Tensor, fragments: Fragment
     weights = fragments.barycentrics.reshape(-1, 3)[pixel]
     table = attributes if shared else attributes.flatten(0, 1)
     values = gather_rows(table, corner.view(-1)).view(len(pixel), 3, channels)
-    seen = (weights[..., None] * values).sum(1).to(attributes.dtype)
-    out = attributes.new_zeros(triangle.shape[0], channels).index_put((pixel,), seen)
+    pixel_values = (weights[..., None] * values).sum(1).to(attributes.dtype)
+    out = attributes.new_zeros(triangle.shape[0], channels).index_put((pixel,), pixel_values)
     return out.view(*fragments.triangle.shape, channels)
 
 

@@ -98,8 +98,8 @@ def _nearest(clip: Tensor, faces: Tensor, height: int, width: int) -> tuple[Tens
         depths.scatter_reduce_(0, pixel, depth, "amin")
         nearest[depths < before] = triangles  # hidden now
         nearest.scatter_reduce_(0, pixel, torch.where(depth == depths[pixel], which, triangles), "amin")
-    seen = nearest < triangles
-    return torch.where(seen, nearest, -1), torch.where(seen, depths, 1)
+    is_covered = nearest < triangles
+    return torch.where(is_covered, nearest, -1), torch.where(is_covered, depths, 1)
 
 
 def rasterize_reference(clip: Tensor, faces: Tensor, height: int, width: int) -> Fragments:

@@ -156,7 +156,7 @@ def _tile_arguments(x: Tensor, groups: int) -> tuple[GroupNormConfig, dict[str, 
 
 
 def _new_partials(images: int, groups: int, parts: int, device: torch.device) -> dict[str, Any]:
-    """Room for the sums of parts, as kernels take it."""
+    """Allocate the sums of parts, as arguments of the kernels."""
     partials = torch.empty(2, images, groups, parts, dtype=torch.float32, device=device)
     return {"partials": partials, "plane": images * groups * parts}
 

@@ -383,6 +383,40 @@ def _(params: Tensor, *_arguments, **_options) -> Tensor:
     return params.new_empty((), dtype=torch.bool)
 
 
+def _check_adan(
+    params: Tensor, grads: Tensor, state: AdanState, group_ends: tuple[int, ...], lrs: tuple[float, ...]
+) -> None:
+    """Check the arguments of `adan_step`.
+
+    Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype, device or range.
+    """
+    floats = (torch.float32, torch.float64)
+    check_tensor("params", params, ("P",), dtypes=floats)
+    size, dtypes, like = tuple(params.shape), (params.dtype,), ("params", params)
+    check_tensor("grads", grads, size, dtypes=dtypes, like=like)
+    for name in _BUFFERS:
+        check_tensor(f"state.{name}", getattr(state, name), size, dtypes=dtypes, like=like)
+    check_tensor("state.step", state.step, (), dtypes=floats, like=like)
+    if len(group_ends) != len(lrs):
+        raise ValueError(f"group_ends and lrs must be as many, got {len(group_ends)} and {len(lrs)}")
+    if list(group_ends) != sorted(group_ends) or not group_ends or group_ends[-1] != params.shape[0]:
+        raise ValueError(f"group_ends must rise to {params.shape[0]}, got {tuple(group_ends)}")
+
+
+def _check_adan_kernels(params: Tensor, state: AdanState, scalars: dict[str, float | Tensor]) -> None:
+    """Check the demands of the kernels on arguments that `_check_adan` has passed.
+
+    Raises TypeError or ValueError: for fp64, strided buffers, and scalars of the wrong shape, dtype or device.
+    """
+    check_kernel_dtype("params", params)
+    for name, buffer in {"params": params, **{f"state.{name}": getattr(state, name) for name in _BUFFERS}}.items():
+        if not buffer.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {buffer.stride()}")
+    for name, scalar in scalars.items():
+        if isinstance(scalar, Tensor):
+            check_tensor(name, scalar, (), dtypes=FLOATS, like=("params", params))
+
+
 @torch.no_grad()
 def adan_step(
     params: Tensor,
@@ -404,30 +438,13 @@ def adan_step(
     inverse_scale: 1 / the loss scale. ema_decay: weight of the old average. found_inf: the norm was not finite.
     Raises TypeError or ValueError: for arguments of the wrong type, shape, dtype, device or range.
     """
-    floats = (torch.float32, torch.float64)
-    check_tensor("params", params, ("P",), dtypes=floats)
-    like = ("params", params)
-    check_tensor("grads", grads, (params.shape[0],), dtypes=(params.dtype,), like=like)
-    for name in _BUFFERS:
-        check_tensor(f"state.{name}", getattr(state, name), (params.shape[0],), dtypes=(params.dtype,), like=like)
-    check_tensor("state.step", state.step, (), dtypes=floats, like=like)
-    if len(group_ends) != len(lrs):
-        raise ValueError(f"group_ends and lrs must be as many, got {len(group_ends)} and {len(lrs)}")
-    if list(group_ends) != sorted(group_ends) or not group_ends or group_ends[-1] != params.shape[0]:
-        raise ValueError(f"group_ends must rise to {params.shape[0]}, got {tuple(group_ends)}")
+    _check_adan(params, grads, state, group_ends, lrs)
     if use_triton(params):
-        check_kernel_dtype("params", params)
-        buffers = [getattr(state, name) for name in _BUFFERS]
-        for name, buffer in zip(("params", *(f"state.{name}" for name in _BUFFERS)), (params, *buffers), strict=True):
-            if not buffer.is_contiguous():
-                raise ValueError(f"{name} must be contiguous, got strides {buffer.stride()}")
-        for name, scalar in (("inverse_scale", inverse_scale), ("ema_decay", ema_decay)):
-            if isinstance(scalar, Tensor):
-                check_tensor(name, scalar, (), dtypes=FLOATS, like=like)
+        _check_adan_kernels(params, state, {"inverse_scale": inverse_scale, "ema_decay": ema_decay})
         return _adan_step(
             params,
             grads,
-            *buffers,
+            *(getattr(state, name) for name in _BUFFERS),
             state.step,
             list(group_ends),
             list(lrs),

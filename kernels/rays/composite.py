@@ -9,7 +9,7 @@ Gradients: into sigma and values, from all four outputs. With g_i the gradient o
 dL/dsigma_i = dt_i (g_i T_{i+1} - sum_{j>i} g_j w_j). t, dt and the rule that ends a ray are constants.
 Legend: cap rows of buffer, R rays, C channels; ray r owns rows offsets[r]:offsets[r + 1]; the rest is padding.
 Units: t and dt in world units, sigma per world unit.
-Numerics: sums in fp64; results in the dtype of sigma. What padding rows hold does not matter. The kernels keep only the
+Numerics: sums in fp64; results in the dtype of sigma. Padding rows may hold anything. The kernels keep only the
 optical depth and the sum of the backward pass in fp64, so that a ray ends where it does in the reference.
 Source: Max, Optical models for direct volume rendering, 1995; Mildenhall et al., NeRF, 2020, equation 3.
 """

@@ -5,7 +5,8 @@ rounded as torch rounds it, one operation at a time. `march` and `render` share 
 walks the lattice a tile of steps at a time, `render` follows a cursor.
 
 Legend: a cursor identifies an interval of a ray's lattice: by its number (as fp32) where steps are constant, by the t
-at which it starts where they grow with the distance (GROWS).
+at which it starts where they grow with the distance (GROWS). lattice: (bound, outer_scale, shortest, longest,
+dt_gamma).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def no_fma(product):
 
 @jit
 def _axis_span(origin, direction, bound):
-    """Where rays enter and leave the slab [-bound, bound] of one axis."""
+    """Entry and exit of rays, t each, of the slab [-bound, bound] of one axis."""
     safe = tl.where(tl.abs(direction) < 1e-15, 1e-15, direction)
     low, high = tl.div_rn(-bound - origin, safe), tl.div_rn(bound - origin, safe)
     return tl.minimum(low, high), tl.maximum(low, high)
@@ -44,8 +45,9 @@ def first_cursor(near, GROWS: tl.constexpr):
 
 
 @jit
-def interval(cursor, near, shortest, longest, dt_gamma, GROWS: tl.constexpr):
+def interval(cursor, near, lattice, GROWS: tl.constexpr):
     """Middle and width of an interval, and the cursor of the next."""
+    _, _, shortest, longest, dt_gamma = lattice
     if GROWS:
         dt = tl.minimum(tl.maximum(cursor * dt_gamma, shortest), longest)
         return cursor + 0.5 * dt, dt, cursor + dt

@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
+from dream_fast.kernels._core.checks import check_compute_dtype, check_kernel_dtype, check_positive, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels.fields.encode import (
     BLOCK,
     aligned_rows,
+    field_shape,
     flatten_parameters,
-    level_table,
-    tile_constants,
+    level_words,
     tile_warps,
     unfused_reason,
     unit_scale,
 )
-from dream_fast.kernels.fields.field import FieldSpec, check_field, field, field_reference, spec_numbers, spec_of
+from dream_fast.kernels.fields.field import field, field_reference
 from dream_fast.kernels.fields.normals import field_normals, field_normals_reference
+from dream_fast.kernels.fields.spec import FieldSpec, check_field, decode_field_spec, encode_field_spec
 from dream_fast.kernels.rays.composite import composite
 from dream_fast.kernels.rays.march import check_rays, march, packed_intervals, step_limits
 from dream_fast.kernels.rays.occupancy import cascades, half_sizes
@@ -212,22 +213,6 @@ def _render_config(width: int, dtype: torch.dtype) -> RenderConfig:
     )
 
 
-def _lattice_arguments(bound: float, resolution: int, max_steps: int, dt_gamma: float, min_near: float) -> dict:
-    """Arguments of the kernels that describe the lattice of intervals and the occupancy grid."""
-    shortest, longest = step_limits(bound, resolution, max_steps)
-    return {
-        "bound": bound,
-        "min_near": min_near,
-        "outer_scale": resolution / (2 * half_sizes(bound)[-1]),
-        "shortest": shortest,
-        "longest": longest,
-        "dt_gamma": dt_gamma,
-        "GROWS": dt_gamma > 0,
-        "RESOLUTION": resolution,
-        "CASCADES": cascades(bound),
-    }
-
-
 @torch.library.custom_op("dream_fast::render", mutates_args=())
 def _render(
     origins: Tensor,
@@ -240,8 +225,7 @@ def _render(
     background: Tensor,
     width: int,
     layers: int,
-    grid: list[int],
-    scene: list[float],
+    spec_numbers: list[float],
     resolution: int,
     max_steps: int,
     dt_gamma: float,
@@ -251,11 +235,11 @@ def _render(
     normal_epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """entries and packed: table and parameters (all weights, then all biases) in the compute dtype."""
-    spec, rays, device = spec_of(tuple(grid), tuple(scene)), origins.shape[0], origins.device
+    spec, rays, device = decode_field_spec(spec_numbers), origins.shape[0], origins.device
     config = _render_config(width, entries.dtype)
     rgb, normal = origins.new_empty(rays, 3), origins.new_empty(rays, 3)
     depth, opacity = origins.new_empty(rays), origins.new_empty(rays)
-    segments = -(-rays // config.segment)
+    segments, limits = -(-rays // config.segment), step_limits(spec.bound, resolution, max_steps)
     queued = {
         "origins": origins.contiguous(),
         "directions": directions.contiguous(),
@@ -271,21 +255,21 @@ def _render(
         "rgb": rgb,
         "cursors": torch.empty(segments * config.segment, dtype=torch.float32, device=device),
         "PER_RAY": background.dim() == 2,
-        **_lattice_arguments(spec.bound, resolution, max_steps, dt_gamma, min_near),
+        "min_near": min_near,
+        "lattice": (spec.bound, resolution / (2 * half_sizes(spec.bound)[-1]), *limits, dt_gamma),
+        "GROWS": dt_gamma > 0,
+        "RESOLUTION": resolution,
+        "CASCADES": cascades(spec.bound),
     }
     fields = {
         "table": aligned_rows(entries),
-        "levels": level_table(spec.grid, device, levels),
+        "levels": level_words(spec.grid, device, levels),
         "active": active,
         "parameters": packed,
-        "scale": unit_scale(spec.bound),
-        "blob_density": spec.blob_density,
-        "blob_radius": spec.blob_radius,
+        "scene": (unit_scale(spec.bound), spec.blob_density, spec.blob_radius),
         "BLOCK": config.block,
         "SOFTPLUS": spec.density_activation == "softplus",
-        "WIDTH": width,
-        "LAYERS": layers,
-        **tile_constants(spec.grid),
+        "SHAPE": field_shape(spec.grid, width, layers),
     }
     launch(
         render_enter_kernel,
@@ -349,7 +333,7 @@ def _render_fused(origins: Tensor, directions: Tensor, scene: _Scene, marching: 
             output.background,
             scene.weights[0].shape[0],
             len(scene.weights) - 1,
-            *spec_numbers(scene.spec),
+            encode_field_spec(scene.spec),
             marching.resolution,
             marching.max_steps,
             float(marching.dt_gamma),
@@ -433,8 +417,7 @@ def render(
         return _render_chunks(origins, directions, scene, marching, output, chunk)
     check_kernel_dtype("origins", origins)
     check_kernel_dtype("table", table)
-    if dtype == torch.float64:
-        raise TypeError("dtype is float64, which the kernels do not compute in: call the operator's reference")
+    check_compute_dtype(dtype)
     scene = scene._replace(dtype=table.dtype if dtype is None else dtype)
     if unfused_reason(spec.grid, weights, scene.dtype):
         return _render_unfused(origins, directions, scene, marching, output, chunk)

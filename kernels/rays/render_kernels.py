@@ -12,7 +12,8 @@ shortest, longest, dt_gamma). Units: world units.
 from __future__ import annotations
 
 from dream_fast.kernels._core.launch import constant, jit, tl
-from dream_fast.kernels.fields.encode import activate_density, blob, encode
+from dream_fast.kernels.fields.activations import activate_density, blob_logit
+from dream_fast.kernels.fields.encode import encode
 from dream_fast.kernels.fields.mlp import mlp, mlp_weights, pick
 from dream_fast.kernels.rays.device import first_cursor, interval, no_fma, occupied, ray_span
 
@@ -60,14 +61,7 @@ def _evaluate(
     parameters,
     scene,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """The MLP's outputs and sigma at points; u: x in unit coordinates. Outside of [0, 1] the table is not read.
 
@@ -76,23 +70,10 @@ def _evaluate(
     x, y, z = point
     scale, blob_density, blob_radius = scene
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    features = encode(
-        u,
-        y * scale + 0.5,
-        z * scale + 0.5,
-        table,
-        levels,
-        active,
-        LEVELS,
-        FEATURES,
-        PADDED,
-        LOG2_ENTRIES,
-        SMOOTH,
-        WIDE,
-    )
-    outputs, _ = mlp(features, weights, parameters, WIDTH, LAYERS, LEVELS, FEATURES)
-    blob_logit = blob(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
-    return outputs, activate_density(_column(outputs, lane, 0) + blob_logit, SOFTPLUS, SINGLE)
+    features = encode(u, y * scale + 0.5, z * scale + 0.5, table, levels, active, SHAPE)
+    outputs, _ = mlp(features, weights, parameters, SHAPE)
+    blob = blob_logit(x, y, z, blob_density, blob_radius, SOFTPLUS, SINGLE)
+    return outputs, activate_density(_column(outputs, lane, 0) + blob, SOFTPLUS, SINGLE)
 
 
 @jit
@@ -114,15 +95,14 @@ def _probe(
 
     All are looked up before any is compared, so that the loads overlap.
     """
-    bound, outer_scale, shortest, longest, dt_gamma = lattice
     target = cursor
     has_sample = live & (cursor != cursor)
     inside = live
     for _ in tl.static_range(PROBES):
-        t, _, following = interval(cursor, near, shortest, longest, dt_gamma, GROWS)
+        t, _, following = interval(cursor, near, lattice, GROWS)
         inside = live & (t < far)
         x, y, z = o[0] + no_fma(t * d[0]), o[1] + no_fma(t * d[1]), o[2] + no_fma(t * d[2])
-        hit = inside & occupied(x, y, z, bits, inside, bound, outer_scale, RESOLUTION, CASCADES)
+        hit = inside & occupied(x, y, z, bits, inside, lattice[0], lattice[1], RESOLUTION, CASCADES)
         target = tl.where(has_sample, target, cursor)
         has_sample = has_sample | hit
         cursor = following
@@ -143,12 +123,8 @@ def render_enter_kernel(
     cursors,  # [segments, SEGMENT] fp32: of their first samples
     lengths,  # [segments] int32: rays in each queue
     rays,
-    bound,
     min_near,
-    outer_scale,
-    shortest,
-    longest,
-    dt_gamma,
+    lattice,  # (bound, outer_scale, shortest, longest, dt_gamma)
     PER_RAY: tl.constexpr,
     GROWS: tl.constexpr,
     RESOLUTION: tl.constexpr,
@@ -163,25 +139,13 @@ def render_enter_kernel(
     here = row < rays
     o = _load_vector(origins, row, here, (0.0, 0.0, 0.0))
     d = _load_vector(directions, row, here, (1.0, 1.0, 1.0))
-    near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], bound, min_near)
+    near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], lattice[0], min_near)
     cursor = first_cursor(near, GROWS)
     searching = here & (near < far)
-    lattice = (bound, outer_scale, shortest, longest, dt_gamma)
     has_sample = here & (near != near)
     while tl.max(searching.to(tl.int32), 0) > 0:
         moved, hit, inside = _probe(
-            cursor,
-            near,
-            far,
-            o,
-            d,
-            searching,
-            bits,
-            lattice,
-            GROWS,
-            RESOLUTION,
-            CASCADES,
-            PROBES,
+            cursor, near, far, o, d, searching, bits, lattice, GROWS, RESOLUTION, CASCADES, PROBES
         )
         cursor = tl.where(searching, moved, cursor)
         has_sample = has_sample | hit
@@ -220,8 +184,8 @@ def render_shade_kernel(
     directions,  # [R, 3] fp32
     bits,  # [CASCADES, RESOLUTION^3 / 8] uint8
     background,  # [R, 3] (PER_RAY) or [3] fp32
-    table,  # [rows, FEATURES] compute dtype
-    levels,  # `level_table`
+    table,  # [rows, F] compute dtype
+    levels,  # [PADDED] int64, `level_words`
     active,  # [] int, or None
     parameters,  # [parameters of the MLP] compute dtype
     rgb,  # [R, 3] fp32
@@ -230,17 +194,11 @@ def render_shade_kernel(
     queue,  # [segments, SEGMENT] int32
     cursors,  # [segments, SEGMENT] fp32
     lengths,  # [segments] int32
-    bound,
     min_near,
-    outer_scale,
-    shortest,
-    longest,
-    dt_gamma,
+    lattice,  # (bound, outer_scale, shortest, longest, dt_gamma)
     stop,
     max_steps,
-    scale,
-    blob_density,
-    blob_radius,
+    scene,  # (scale to unit coordinates, blob_density, blob_radius)
     PER_RAY: tl.constexpr,
     GROWS: tl.constexpr,
     RESOLUTION: tl.constexpr,
@@ -250,14 +208,7 @@ def render_shade_kernel(
     WALK: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Render the rays of one queue, BLOCK at a time. The result of a ray does not depend on its lane."""
     first = tl.program_id(0).to(tl.int64) * SEGMENT
@@ -265,7 +216,7 @@ def render_shade_kernel(
     if length == 0:
         return
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    weights = mlp_weights(parameters, SHAPE)
     lane = tl.arange(0, BLOCK)
     slot = lane
     rays_taken = 0
@@ -280,7 +231,6 @@ def render_shade_kernel(
     kahan_depth, kahan_opacity = zero, zero  # rounding errors of the sums
     depth_limit = tl.minimum(-tl.log(stop), 87.0)  # optical depth behind which nothing counts
     samples = slot
-    lattice = (bound, outer_scale, shortest, longest, dt_gamma)
     working = length > 0
     while working:
         # Free lanes take the next rays of the queue.
@@ -291,7 +241,7 @@ def render_shade_kernel(
         o = _load_vector(origins, row, fresh, o)
         d = _load_vector(directions, row, fresh, d)
         cursor = tl.load(cursors + first + slot, mask=fresh, other=cursor)
-        near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], bound, min_near)
+        near, far = ray_span(o[0], o[1], o[2], d[0], d[1], d[2], lattice[0], min_near)
         tau = tl.where(fresh, 0.0, tau)
         red, green, blue = tl.where(fresh, 0.0, red), tl.where(fresh, 0.0, green), tl.where(fresh, 0.0, blue)
         depth_sum, opacity_sum = tl.where(fresh, 0.0, depth_sum), tl.where(fresh, 0.0, opacity_sum)
@@ -301,10 +251,10 @@ def render_shade_kernel(
         ready = (ready & (is_free == 0)) | fresh
 
         # One sample of every ready lane; the others are outside the cube, where nothing is looked up.
-        t, dt, following = interval(cursor, near, shortest, longest, dt_gamma, GROWS)
+        t, dt, following = interval(cursor, near, lattice, GROWS)
         x, y, z = o[0] + no_fma(t * d[0]), o[1] + no_fma(t * d[1]), o[2] + no_fma(t * d[2])
         outputs, sigma = _evaluate(
-            tl.where(ready, x * scale + 0.5, 2.0),
+            tl.where(ready, x * scene[0] + 0.5, 2.0),
             (x, y, z),
             lane,
             table,
@@ -312,16 +262,9 @@ def render_shade_kernel(
             active,
             weights,
             parameters,
-            (scale, blob_density, blob_radius),
+            scene,
             SOFTPLUS,
-            WIDTH,
-            LAYERS,
-            LEVELS,
-            FEATURES,
-            PADDED,
-            LOG2_ENTRIES,
-            SMOOTH,
-            WIDE,
+            SHAPE,
         )
         r, g, b = _column(outputs, lane, 1), _column(outputs, lane, 2), _column(outputs, lane, 3)
         r, g, b = tl.sigmoid(r), tl.sigmoid(g), tl.sigmoid(b)
@@ -346,18 +289,7 @@ def render_shade_kernel(
         walked = 0
         while (walked < WALK) & (tl.max(searching.to(tl.int32), 0) > 0):
             moved, hit, inside = _probe(
-                cursor,
-                near,
-                far,
-                o,
-                d,
-                searching,
-                bits,
-                lattice,
-                GROWS,
-                RESOLUTION,
-                CASCADES,
-                PROBES,
+                cursor, near, far, o, d, searching, bits, lattice, GROWS, RESOLUTION, CASCADES, PROBES
             )
             cursor = tl.where(searching, moved, cursor)
             ready = ready | hit
@@ -391,8 +323,8 @@ def _store_normal(normal, row, mask, gx, gy, gz):
 def render_normals_kernel(
     origins,  # [R, 3] fp32
     directions,  # [R, 3] fp32
-    table,  # [rows, FEATURES] compute dtype
-    levels,  # `level_table`
+    table,  # [rows, F] compute dtype
+    levels,  # [PADDED] int64, `level_words`
     active,  # [] int, or None
     parameters,  # [parameters of the MLP] compute dtype
     normal,  # [R, 3] fp32
@@ -402,20 +334,11 @@ def render_normals_kernel(
     lengths,  # [segments] int32
     bound,
     epsilon,
-    scale,
-    blob_density,
-    blob_radius,
+    scene,  # (scale to unit coordinates, blob_density, blob_radius)
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYERS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG2_ENTRIES: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Normals of BLOCK rays of a queue, by differences of sigma around the expected depth."""
     PARTS: tl.constexpr = SEGMENT // BLOCK
@@ -425,7 +348,7 @@ def render_normals_kernel(
     if slot >= length:
         return
     SINGLE: tl.constexpr = parameters.dtype.element_ty == tl.float32
-    weights = mlp_weights(parameters, WIDTH, LAYERS, LEVELS, FEATURES, PADDED)
+    weights = mlp_weights(parameters, SHAPE)
     first = segment.to(tl.int64) * SEGMENT
     lane = tl.arange(0, BLOCK)
     slots = slot + lane
@@ -445,24 +368,7 @@ def render_normals_kernel(
         y = tl.minimum(tl.maximum(y, -bound), bound)
         z = tl.minimum(tl.maximum(z, -bound), bound)
         outputs, sigma = _evaluate(
-            x * scale + 0.5,
-            (x, y, z),
-            lane,
-            table,
-            levels,
-            active,
-            weights,
-            parameters,
-            (scale, blob_density, blob_radius),
-            SOFTPLUS,
-            WIDTH,
-            LAYERS,
-            LEVELS,
-            FEATURES,
-            PADDED,
-            LOG2_ENTRIES,
-            SMOOTH,
-            WIDE,
+            x * scene[0] + 0.5, (x, y, z), lane, table, levels, active, weights, parameters, scene, SOFTPLUS, SHAPE
         )
         change = tl.where(tap % 2 == 0, sigma, -sigma) / (2 * epsilon)
         gx += tl.where(tap // 2 == 0, change, 0.0)

@@ -18,8 +18,8 @@ from dream_fast.bench.quality.classifier import SECTORS, SIZE, WEIGHTS, Judge, V
 from dream_fast.bench.quality.classifier import train as judge_train
 from dream_fast.bench.quality.classifier.train import UNNAMED, Examples, accuracy, confusion, disturb
 from dream_fast.bench.quality.run import AZIMUTHS, HELD_OUT, PROMPTS, assess, contact_sheet, summary, wanted
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import dataset
 from dream_fast.engine.dream_mini.dataset import NATURAL, Views
 from dream_fast.engine.dream_mini.scenes import make_scene
@@ -56,7 +56,7 @@ def test_what_a_prompt_wants(prompt, name, color):
 
 
 def test_the_pictures_from_behind_are_those():
-    azimuth = turntable(Config().camera, AZIMUTHS, torch.device("cpu")).azimuth
+    azimuth = turntable(reference().camera, AZIMUTHS, torch.device("cpu")).azimuth
     behind = torch.cos(torch.deg2rad(azimuth)) < -0.5
     assert behind.nonzero().flatten().tolist() == list(quality.BEHIND)
     assert azimuth[quality.FRONT] == 0 and azimuth[quality.BACK].abs() == 180

@@ -11,7 +11,7 @@ import torch
 from dream_fast import kernels
 from dream_fast.bench import compare, measure, results
 from dream_fast.bench.ops import run as bench
-from dream_fast.bench.pipeline import random_sd, step
+from dream_fast.bench.pipeline import random_sd, step, step_cases
 
 CPU = torch.device("cpu")
 ROW = "op case impl mode dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
@@ -77,14 +77,14 @@ def test_rows_go_together_where_gpu_and_commit_are_the_same(tmp_path):
 
 
 def test_a_wrong_gradient_is_a_failure(tmp_path, monkeypatch, capsys):
-    genuine = step.our_components
+    genuine = step_cases.our_components
 
     def biased(*args):
         components = genuine(*args)
         components.unet.conv_out.bias.data += 0.01
         return components
 
-    monkeypatch.setattr(step, "our_components", biased)
+    monkeypatch.setattr(step_cases, "our_components", biased)
     words = ["--device", "cpu", "--blocks", "1", "--no-peer", "--case", "default", "--out", str(tmp_path / "cpu.json")]
     assert step.main(words) == 1
     assert "FAILED: default ours: error" in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_random_weights_are_the_same_each_time_and_copies_have_them():
 
 def test_the_peer_computes_with_references_and_the_engine_gets_its_operators_back():
     before = kernels.composite
-    with step.reference_operators():
+    with step_cases.reference_operators():
         assert kernels.composite is kernels.composite_reference and kernels.march is kernels.march_reference
         assert kernels.adan_step is kernels.adan_step_reference
     assert kernels.composite is before and before is not kernels.composite_reference
@@ -120,7 +120,7 @@ def test_the_ball_has_the_samples_of_the_workload():
     from dream_fast.engine.scene.camera import rays, sample_cameras
     from dream_fast.engine.scene.hash_grid_field import HashGridField
 
-    config = step.resolve(step.BALL, "sd", "cpu")
+    config = step_cases.configure({"guidance": ("SD",)} | step_cases.BALL, "cpu")
     field = HashGridField(config.field, config.render.bound, torch.Generator().manual_seed(0))
     renderer = VolumeRenderer(field, config.render)
     density = torch.exp(field_blob(renderer, config))

@@ -66,16 +66,16 @@ def copy(finished, tmp_path) -> Path:
 
 
 def test_the_mesh_has_the_outline_of_six_views(copy, monkeypatch):
-    genuine, outlines = outputs.write_mesh, []
+    genuine, rendered = outputs.write_mesh, []
 
-    def watched(*of, outline, **options):
-        outlines.append(outline)
-        return genuine(*of, outline=outline, **options)
+    def watched(*of, silhouettes, **options):
+        rendered.append(silhouettes)
+        return genuine(*of, silhouettes=silhouettes, **options)
 
     monkeypatch.setattr(outputs, "write_mesh", watched)
     assert main(["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"]) == 0
-    (outline,) = outlines
-    assert len(outline.solid) == 6 and 0 < outline.solid.float().mean() < 1
+    (silhouettes,) = rendered
+    assert len(silhouettes.opaque) == 6 and 0 < silhouettes.opaque.float().mean() < 1
 
 
 def test_a_run_writes_everything(finished, tiny_model):

@@ -96,7 +96,7 @@ def test_a_file_that_is_removed_before_it_is_locked_is_no_lock(tmp_path, monkeyp
 
     monkeypatch.setattr(fcntl, "flock", late)
     lock = Lock(tmp_path)
-    assert removed and lock.is_there()
+    assert removed and lock.is_valid()
     with pytest.raises(UserError, match="is in use"):
         Lock(tmp_path)
     lock.release()
@@ -139,7 +139,7 @@ def test_two_runs_that_begin_in_a_new_folder_do_not_mix(tmp_path):
         (tmp_path / "new").mkdir()
         (tmp_path / "new" / "config.json").write_text("{}")  # another run was faster
         with pytest.raises(UserError, match="another run has just begun"):
-            workspace.make()
+            workspace.create()
 
 
 # ------------------------------------------------------------------------------------------------------------- the disk

@@ -11,6 +11,7 @@ ROOT = Path(dream_fast.__file__).parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # Files of the tree as a page names them: `engine/run.py`, `bench/results/nvidia-h200.json`.
 NAMED_FILE = re.compile(r"`((?:engine|kernels|bench|tests|docs|\.ci)/[\w./-]*\w\.\w+)`")
+MAX_LINES = {"README.md": 120, "CONTRIBUTING.md": 150}
 PLACEHOLDERS = ("VERSION", "YYYY-MM")  # names of files that a page leaves open
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="an installed package carries no docs")
 
@@ -47,6 +48,13 @@ def test_page_files_exist(page):
         pytest.skip("history")
     names = [ROOT / name for name in NAMED_FILE.findall(page.read_text(encoding="utf-8"))]
     assert [name for name in names if name.stem not in PLACEHOLDERS and not name.exists()] == []
+
+
+def test_page_sizes():
+    """The pages that everybody reads stay short."""
+    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in MAX_LINES}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES[name]} == {}
+    assert (ROOT / "PROFILING.md").stat().st_size <= 12 * 1024
 
 
 def test_broken_links_are_seen(tmp_path):

@@ -44,10 +44,10 @@ def renders(size: int, rng: np.random.Generator, device: torch.device | str) -> 
         light = rng.random((n, 7)).astype(np.float32)
         light[:, 1:4] = rng.normal(size=(n, 3))
         shading = rng.choice(3, n, p=(0.5, 0.44, 0.06))
-        numbers, light = (torch.from_numpy(a).to(device) for a in (np.concatenate([angles, lens], 1), light))
+        numbers, lights = (torch.from_numpy(a).to(device) for a in (np.concatenate([angles, lens], 1), light))
         pictures = render(
             pack(scenes, device), make_cameras(*numbers.T), size, shading=torch.from_numpy(shading).to(device),
-            ambient=0.1 + 0.9 * light[:, 0], light_noise=light[:, 1:4], background=light[:, 4:],
+            ambient=0.1 + 0.9 * lights[:, 0], light_noise=lights[:, 1:4], background=lights[:, 4:],
         )  # fmt: skip
         columns.append(pictures.permute(0, 3, 1, 2))
     return torch.stack(columns, 1)

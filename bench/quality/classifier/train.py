@@ -196,7 +196,8 @@ def train(examples: Examples, steps: int, batch: int = BATCH) -> Judge:
     """A judge trained for so many steps, ready to look."""
     device = examples.pictures.device
     torch.manual_seed(TRAIN_SEED)
-    judge = Judge().to(device, memory_format=torch.channels_last)
+    judge = Judge().to(device)
+    judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(judge)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.05)
     generator = torch.Generator(device).manual_seed(TRAIN_SEED)

@@ -23,9 +23,10 @@ from dream_fast.bench.pipeline import mesh_export as bench_mesh
 from dream_fast.engine.config.sections import CameraConfig, FieldConfig, RenderConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import images, isosurface, mesh_files, texture, uv_atlas, video
-from dream_fast.engine.export.silhouette import silhouettes
-from dream_fast.engine.geometry import marching_cubes
+from dream_fast.engine.export.silhouette import render_silhouettes
+from dream_fast.engine.geometry import marching_cubes as marching_cubes_module
 from dream_fast.engine.geometry import mesh as geometry_mesh
+from dream_fast.engine.geometry.marching_cubes import EDGE_MARGIN, marching_cubes
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import six_views
 from dream_fast.engine.scene.hash_grid_field import HashGridField
@@ -61,7 +62,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_surfaces_are_closed_manifolds_that_face_outwards(name):
     function, euler = SHAPES[name]
-    result = isosurface.iso_surface(function(grid(25)), 0.0)
+    result = marching_cubes(function(grid(25)), 0.0)
     shape = trimesh.Trimesh(result.vertices, result.faces, process=False)
     assert shape.is_watertight and shape.is_winding_consistent and geometry_mesh.is_closed(result)
     assert shape.volume > 0
@@ -74,32 +75,32 @@ def test_surfaces_are_closed_manifolds_that_face_outwards(name):
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_a_surface_in_slabs_is_the_surface(layers, monkeypatch):
     volume = SHAPES["noise"][0](grid(12))
-    whole = isosurface.iso_surface(volume, 0.0)
-    monkeypatch.setattr(marching_cubes, "LAYER_POINTS", layers * 14 * 14)
-    parts = isosurface.iso_surface(volume, 0.0)
+    whole = marching_cubes(volume, 0.0)
+    monkeypatch.setattr(marching_cubes_module, "LAYER_POINTS", layers * 14 * 14)
+    parts = marching_cubes(volume, 0.0)
     assert np.array_equal(parts.vertices, whole.vertices)
     assert np.array_equal(*(np.unique(one.faces, axis=0) for one in (whole, parts)))
 
 
 def test_nothing_above_the_level_is_an_empty_mesh():
-    result = isosurface.iso_surface(np.zeros((4, 4, 4)), 1.0)
+    result = marching_cubes(np.zeros((4, 4, 4)), 1.0)
     assert result.vertices.shape == (0, 3) and result.faces.shape == (0, 3)
 
 
 def test_a_sphere_agrees_with_another_marching_cubes():
     n, radius = 48, 0.6
     volume = ball(grid(n), (0.03, -0.02, 0.01), radius)
-    own = isosurface.iso_surface(volume, 0.0)
+    own = marching_cubes(volume, 0.0)
     shape = trimesh.Trimesh(own.vertices, own.faces, process=False)
     vertices, _, _, _ = measure.marching_cubes(volume, 0.0)
     # Both have a vertex on each edge that crosses: in fp32 there, of coordinates up to n; ours a margin from its ends.
     assert len(vertices) == len(own.vertices)
     pairs = (torch.from_numpy(one).double() for one in (vertices.copy(), own.vertices))
     apart = torch.cdist(*pairs, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
-    assert apart.median() < 4 * n * np.finfo(np.float32).eps and apart.max() < marching_cubes.EDGE_MARGIN
+    assert apart.median() < 4 * n * np.finfo(np.float32).eps and apart.max() < EDGE_MARGIN
     # In cells: zeros of straight lines over an edge of 1 lie inside by 1 / 8r at most, if the margin does not move
     # them, and the middle of a triangle, whose corners lie on one cube, below them by (sqrt(3) / 2)^2 / 2r.
-    cells, cell, margin = radius * (n - 1) / 2, 2 / (n - 1), marching_cubes.EDGE_MARGIN
+    cells, cell, margin = radius * (n - 1) / 2, 2 / (n - 1), EDGE_MARGIN
     distance = np.linalg.norm(own.vertices * cell - 1 - np.array([0.03, -0.02, 0.01]), axis=1) / cell
     outer, inner = cells + margin, cells - margin - 1 / (8 * cells)
     assert inner < distance.min() and distance.max() < outer
@@ -111,7 +112,7 @@ def test_a_sphere_agrees_with_another_marching_cubes():
 def test_floaters_are_dropped_and_parts_kept():
     points = grid(40)
     parts = np.stack([ball(points, (-0.4, 0, 0), 0.4), ball(points, (0.5, 0, 0), 0.2), ball(points, (0, 0.9, 0), 0.05)])
-    full = isosurface.iso_surface(parts.max(axis=0), 0.0)
+    full = marching_cubes(parts.max(axis=0), 0.0)
     assert len(np.unique(geometry_mesh.mesh_components(full))) == 3
     cleaned = geometry_mesh.visible_parts(full)
     assert len(np.unique(geometry_mesh.mesh_components(cleaned))) == 2
@@ -124,7 +125,7 @@ def test_floaters_are_dropped_and_parts_kept():
 def test_what_lies_beside_a_part_stays_unless_it_is_a_crumb(gap, radius, stays):
     points = grid(160)
     pot, knob = ball(points, (0, -0.2, 0), 0.5), ball(points, (0, 0.3 + gap + radius, 0), radius)
-    full = isosurface.iso_surface(np.maximum(pot, knob), 0.0)
+    full = marching_cubes(np.maximum(pot, knob), 0.0)
     assert len(np.unique(geometry_mesh.mesh_components(full))) == 2
     assert len(np.unique(geometry_mesh.mesh_components(geometry_mesh.visible_parts(full)))) == 1 + stays
 
@@ -138,7 +139,7 @@ def bumps(points):
 @pytest.mark.parametrize("target", [200, 3000, 10**6])
 def test_a_simpler_surface_is_closed_and_near(target):
     n = 64
-    full = isosurface.iso_surface(bumps(grid(n)), 0.0)
+    full = marching_cubes(bumps(grid(n)), 0.0)
     simpler = geometry_mesh.simplify(full, target)
     before, after = (trimesh.Trimesh(one.vertices, one.faces, process=False) for one in (full, simpler))
     assert 0.8 * min(target, len(full.faces)) <= len(simpler.faces) <= target
@@ -153,7 +154,7 @@ def test_a_simpler_surface_is_closed_and_near(target):
 
 
 def test_the_parts_of_an_export_are_timed_by_what_it_tells():
-    volume, surface_, atlas_, pictures = mesh_files.PARTS
+    volume, surface_, atlas_, pictures = mesh_files.STAGE_ENDS
     told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + pictures) / 2, 7.0)]
     told += [(atlas_ + (pictures - atlas_), 8.0), (1.0, 9.5)]
     parts = bench_mesh.seconds_of(0.5, told)
@@ -161,7 +162,7 @@ def test_the_parts_of_an_export_are_timed_by_what_it_tells():
 
 
 def test_triangles_that_lie_on_each_other_are_dropped():
-    ball_ = isosurface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    ball_ = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     flap = np.array([[ball_.faces[0, 0], ball_.faces[0, 1], len(ball_.vertices)]])
     vertices = np.concatenate([ball_.vertices, [[9.0, 9.0, 9.0]]])
     broken = geometry_mesh.Mesh(vertices, np.concatenate([ball_.faces, flap, flap[:, ::-1]]))
@@ -181,13 +182,13 @@ def test_triangles_that_lie_on_each_other_are_dropped():
 )
 def test_surface_level(volume, threshold, level):
     exact = torch.tensor(level, dtype=torch.float64)
-    check("level", torch.tensor(isosurface.surface_level(torch.tensor(volume), threshold)), exact.float(), exact)
+    check("level", torch.tensor(isosurface.choose_isovalue(torch.tensor(volume), threshold)), exact.float(), exact)
 
 
 @pytest.mark.parametrize("volume", [[0.0, 0.0], [1.0, float("nan")]])
 def test_a_field_without_a_surface_is_said(volume):
     with pytest.raises(UserError, match="no surface"):
-        isosurface.surface_level(torch.tensor(volume), 10.0)
+        isosurface.choose_isovalue(torch.tensor(volume), 10.0)
 
 
 # ---------------------------------------------------------------------------------------------- a field that we know
@@ -247,7 +248,9 @@ def fitted_renderer():
 def written(tmp_path_factory):
     """The files of a mesh of `fitted_renderer`'s field."""
     path = tmp_path_factory.mktemp("mesh") / "mesh.glb"
-    options = dict(outline=silhouettes(fitted_renderer(), CAMERAS), decimate_target=4000, texture_resolution=256)
+    options = dict(
+        silhouettes=render_silhouettes(fitted_renderer(), CAMERAS), decimate_target=4000, texture_resolution=256
+    )
     result = mesh_files.write_mesh(path, fitted_renderer().field, 48, 10.0, **options)
     assert sorted(path.parent.iterdir()) == sorted(mesh_files.mesh_paths(path)) and len(result.faces) <= 4000
     return path
@@ -268,15 +271,15 @@ def test_six_views_of_the_mesh_are_those_of_the_field(written):
 
 
 def test_the_mesh_has_the_outline_of_the_pictures_whatever_the_threshold(tmp_path):
-    def worst_overlap(threshold, outline):
-        options = dict(outline=outline, decimate_target=4000, texture_resolution=64)
+    def worst_overlap(threshold, silhouettes):
+        options = dict(silhouettes=silhouettes, decimate_target=4000, texture_resolution=64)
         mesh_files.write_mesh(tmp_path / "mesh.glb", fitted_renderer().field, 48, threshold, **options)
         shape = bench_mesh.read_glb(tmp_path / "mesh.glb")
         return min(bench_mesh.compare(fitted_renderer(), shape, CAMERAS, 96).iou)
 
-    outline = silhouettes(fitted_renderer(), CAMERAS)
+    silhouettes = render_silhouettes(fitted_renderer(), CAMERAS)
     for threshold in (0.05, 0.3):
-        assert worst_overlap(threshold, None) < 0.9 and worst_overlap(threshold, outline) > 0.94
+        assert worst_overlap(threshold, None) < 0.9 and worst_overlap(threshold, silhouettes) > 0.94
 
 
 @pytest.mark.parametrize("suffix", [".glb", ".obj"])
@@ -306,7 +309,7 @@ def test_the_material_is_matt_and_opaque(written, glb):
 
 def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written, pixels_inside):
     field = fitted_renderer().field
-    shape = geometry_mesh.simplify(isosurface.surface_of(isosurface.log_density_volume(field, 40, 10.0)), 2000)
+    shape = geometry_mesh.simplify(isosurface.extract_surface(isosurface.sample_volume(field, 40, 10.0)), 2000)
     for unwrapped in (uv_atlas.unwrap(shape, 256), uv_atlas._unwrap_by_xatlas(*as_arrays(shape), 256)):
         assert np.array_equal(unwrapped.source[unwrapped.faces], shape.faces)
         assert 0 <= unwrapped.uv.min() and unwrapped.uv.max() <= 1
@@ -342,7 +345,7 @@ def test_holes_take_the_colours_around_them():
 
 
 def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypatch):
-    shape = isosurface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    shape = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     monkeypatch.setitem(sys.modules, "uvunwrap", None)
     assert len(uv_atlas.unwrap(shape, 64).faces) == len(shape.faces)
     monkeypatch.setitem(sys.modules, "xatlas", None)
@@ -352,7 +355,7 @@ def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypa
 
 @pytest.mark.parametrize("panics", [1, 2])
 def test_a_panic_of_uvunwrap_is_tried_from_the_other_end_and_then_left_to_xatlas(panics, monkeypatch, capfd):
-    shape = isosurface.iso_surface(SHAPES["sphere"][0](grid(12)), 0.0)
+    shape = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     generate, xatlas, calls = uvunwrap.generate, uv_atlas._unwrap_by_xatlas, []
     panic = type("PanicException", (BaseException,), {})
 

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main, parse
 from dream_fast.engine import run as run_module
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import settings
 from dream_fast.engine.errors import UserError
@@ -195,7 +195,7 @@ def test_the_command_on_the_page_makes_the_run_again(finished, tiny_model):
     config = Workspace(finished).stored_config()
     assert shown == reproduce_command(config)
     typed = parse(command(finished, tiny_model))
-    assert config == resolve(typed, "sd", "cpu")
+    assert config == configure({"guidance": ("SD",)} | typed, "cpu")
 
 
 def test_a_run_that_was_taken_further_has_a_command_for_each_part(copy, tiny_model):

@@ -14,8 +14,9 @@ from dream_fast import kernels
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export import isosurface, texture, uv_atlas
-from dream_fast.engine.export.silhouette import Silhouette
+from dream_fast.engine.export.silhouette import Silhouettes
 from dream_fast.engine.geometry import mesh as geometry_mesh
+from dream_fast.engine.geometry.marching_cubes import marching_cubes
 from dream_fast.engine.geometry.mesh import Mesh, NoSurface
 from dream_fast.engine.scene.camera import rays, six_views
 
@@ -60,7 +61,7 @@ def below(cell, radius):
 
 
 def found(field, resolution, threshold=10.0):
-    return as_trimesh(isosurface.surface_of(isosurface.log_density_volume(field, resolution, threshold)))
+    return as_trimesh(isosurface.extract_surface(isosurface.sample_volume(field, resolution, threshold)))
 
 
 @pytest.mark.parametrize("bound", [0.6, 1.0, 4.0])
@@ -76,16 +77,16 @@ def test_a_ball_has_its_size_at_any_bound(bound):
 
 def test_the_fine_grid_is_looked_at_where_the_surface_is_alone(monkeypatch):
     whole, parts = Analytic(bumps), Analytic(bumps)
-    monkeypatch.setattr(isosurface, "FINEST_WHOLE", 97)
-    exact = isosurface.log_density_volume(whole, 97, 10.0)
-    monkeypatch.setattr(isosurface, "FINEST_WHOLE", 40)
+    monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 97)
+    exact = isosurface.sample_volume(whole, 97, 10.0)
+    monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 40)
     monkeypatch.setattr(isosurface, "LAYER_POINTS", 16 * 10 * 97**2)  # several layers together, and a rest
     told = []
-    sparse = isosurface.log_density_volume(parts, 97, 10.0, progress=told.append)
+    sparse = isosurface.sample_volume(parts, 97, 10.0, progress=told.append)
     assert whole.asked == 97**3 and parts.asked < 0.5 * whole.asked
     difference = (sparse.values - exact.values).abs().max().item()
     assert difference < 1.0  # elsewhere it is what the coarse grid has between its points, a cell of which is 2
-    one, other = isosurface.surface_of(exact), isosurface.surface_of(sparse)
+    one, other = isosurface.extract_surface(exact), isosurface.extract_surface(sparse)
     assert len(one.vertices) == len(other.vertices)
     exact = torch.from_numpy(one.vertices)
     check("vertices", torch.from_numpy(other.vertices), exact, exact)
@@ -119,29 +120,29 @@ def test_noise_finer_than_the_field_is_smoothed_at_any_resolution():
 @pytest.mark.parametrize("radius", [0.3, 0.4, 0.5])
 @pytest.mark.parametrize("coarse", [100, 50])
 def test_a_surface_has_the_outline_that_is_seen(coarse, radius, monkeypatch):
-    monkeypatch.setattr(isosurface, "FINEST_WHOLE", coarse)
+    monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", coarse)
     field = Analytic(ball(0.4), steep=10.0)
     origins, directions = rays(six_views(CameraConfig()), 128, 128)
     past = torch.linalg.cross(origins, directions).norm(dim=-1)  # distance from the ball's centre
-    volume = isosurface.log_density_volume(field, 100, 10.0, outline=Silhouette(origins, directions, past < radius))
-    distances = np.linalg.norm(isosurface.surface_of(volume).vertices, axis=1)
+    volume = isosurface.sample_volume(field, 100, 10.0, silhouettes=Silhouettes(origins, directions, past < radius))
+    distances = np.linalg.norm(isosurface.extract_surface(volume).vertices, axis=1)
     assert np.abs(distances - radius).max() < 0.01  # half a cell; a pixel is 0.009
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_views_without_an_outline_leave_the_level(everywhere):
     origins, directions = rays(six_views(CameraConfig()), 8, 8)
-    outline = Silhouette(origins, directions, torch.full(origins.shape[:2], everywhere))
-    level = isosurface.log_density_volume(Analytic(ball(0.4)), 24, 7.0, outline=outline).level
+    silhouettes = Silhouettes(origins, directions, torch.full(origins.shape[:2], everywhere))
+    level = isosurface.sample_volume(Analytic(ball(0.4)), 24, 7.0, silhouettes=silhouettes).isovalue
     check("level", torch.tensor(level), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64))
 
 
 def test_walls_of_cavities_are_dropped():
     shell = Analytic(lambda x: torch.maximum(ball(0.7)(x), -ball(0.4)(x)))
-    volume = isosurface.log_density_volume(shell, 48, 10.0)
-    raw = isosurface.iso_surface(volume.shape.numpy(), math.log(volume.level))
+    volume = isosurface.sample_volume(shell, 48, 10.0)
+    raw = marching_cubes(volume.smooth.numpy(), math.log(volume.isovalue))
     assert len(np.unique(geometry_mesh.mesh_components(raw))) == 2
-    shape = as_trimesh(isosurface.surface_of(volume))
+    shape = as_trimesh(isosurface.extract_surface(volume))
     assert shape.is_watertight and shape.euler_number == 2
     assert in_a_ball(0.7 - below(2 / 47, 0.7)) < shape.volume < in_a_ball(0.7 + 1e-6)
 
@@ -159,7 +160,7 @@ def test_nothing_to_show_is_said(distance):
 
 
 def test_a_density_that_is_not_finite_near_the_surface_alone_is_said(monkeypatch):
-    monkeypatch.setattr(isosurface, "FINEST_WHOLE", 9)
+    monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     hole = Analytic(lambda x: torch.where((x - 0.45).abs().amax(1) < 0.1, math.nan, ball(0.6)(x)))
     with pytest.raises(NoSurface, match="not finite"):
         found(hole, 65)
@@ -167,7 +168,7 @@ def test_a_density_that_is_not_finite_near_the_surface_alone_is_said(monkeypatch
 
 # --------------------------------------------------------------------------------------------------- simplification
 
-BALL = isosurface.iso_surface(
+BALL = marching_cubes(
     0.6 - np.linalg.norm(np.stack(np.meshgrid(*[np.linspace(-1, 1, 10)] * 3, indexing="ij")), axis=0), 0.0
 )
 
@@ -208,8 +209,12 @@ def test_of_three_triangles_on_each_other_one_is_left():
 def test_a_rough_surface_stays_closed(faces):
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((96, 96, 96))).float()
     axis = torch.linspace(-1, 1, 96)
-    rough = 0.6 - torch.cartesian_prod(axis, axis, axis).norm(dim=1).view(96, 96, 96) + 0.2 * isosurface.smoothed(noise)
-    full = geometry_mesh.visible_parts(isosurface.iso_surface(rough.numpy(), 0.0))
+    rough = (
+        0.6
+        - torch.cartesian_prod(axis, axis, axis).norm(dim=1).view(96, 96, 96)
+        + 0.2 * isosurface.smooth_volume(noise)
+    )
+    full = geometry_mesh.visible_parts(marching_cubes(rough.numpy(), 0.0))
     simpler = geometry_mesh.simplify(full, faces)
     assert len(full.faces) > 3 * faces >= 3 * len(simpler.faces) and geometry_mesh.is_closed(simpler)
     # The volume is kept as well as the library keeps it that simplifies.
@@ -242,7 +247,7 @@ def seen_in_the_picture(laid, resolution):
 @pytest.mark.parametrize("resolution", [16, 48])
 def test_more_charts_than_a_small_picture_has_room_for_do_not_overlap(resolution, pixels_inside):
     simple = geometry_mesh.simplify(
-        isosurface.surface_of(isosurface.log_density_volume(Analytic(bumps), 40, 10.0)), 3000
+        isosurface.extract_surface(isosurface.sample_volume(Analytic(bumps), 40, 10.0)), 3000
     )
     laid = uv_atlas.unwrap(simple, resolution)
     covered = int((seen_in_the_picture(laid, 2048).triangle >= 0).sum())
@@ -269,8 +274,8 @@ def test_xatlas_takes_over_where_uvunwrap_panics(monkeypatch):
 
 def test_the_picture_of_normals_gives_back_what_simplification_took():
     field, resolution = Analytic(bumps), 512
-    volume = isosurface.log_density_volume(field, 128, 10.0)
-    mesh = geometry_mesh.simplify(isosurface.surface_of(volume), 1500)
+    volume = isosurface.sample_volume(field, 128, 10.0)
+    mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1500)
     laid = uv_atlas.unwrap(mesh, resolution)
     picture = texture.bake(field, mesh, laid, resolution, volume).normal
     seen = seen_in_the_picture(laid, resolution)
@@ -314,21 +319,21 @@ def test_colours_are_those_of_the_layer_that_is_seen():
     field = Analytic(lambda x: (ball(0.6)(x) * 50).clamp(min=0), steep=10.0)  # density 10 inside
     red, blue = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
     field.albedo = lambda x: torch.where((x.norm(dim=-1) < 0.55)[:, None], red, blue)
-    volume = isosurface.log_density_volume(field, 128, 9.0)
-    mesh = geometry_mesh.simplify(isosurface.surface_of(volume), 1000)
+    volume = isosurface.sample_volume(field, 128, 9.0)
+    mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1000)
     assert np.linalg.norm(mesh.vertices, axis=1).min() > 0.58
     laid = uv_atlas.unwrap(mesh, 64)
     outside, through = texture.bake(field, mesh, laid, 64), texture.bake(field, mesh, laid, 64, volume)
     there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()
     assert (outside.albedo[there] == [0, 0, 255]).all() and outside.normal is None
     points, up = (torch.from_numpy(one).float() for one in (mesh.vertices, geometry_mesh.smooth_normals(mesh)))
-    depths, _ = texture._gather(field, volume, points, up)
+    depths, _ = texture._trace_layer(field, volume, points, up)
     # Light comes from behind a depth t with exp(-10 t), as far as a ray goes, and four of five rays are slanted.
-    cosine = (1 + texture.SLANT**2) ** -0.5
-    seen = np.array(texture.QUANTILES) * -np.expm1(-10 * texture.BEHIND)
+    cosine = (1 + texture.SIDE_RAY_SLOPE**2) ** -0.5
+    seen = np.array(texture.DEPTH_QUANTILES) * -np.expm1(-10 * texture.LAYER_INSIDE)
     expected = -np.log(1 - seen) / 10 * (1 + 4 * cosine) / 5
     # The density changes within a cell of the volume, and samples are taken a step apart.
-    uncertain = volume.cell + (texture.BEFORE + texture.BEHIND) / texture.SAMPLES
+    uncertain = volume.cell + (texture.LAYER_OUTSIDE + texture.LAYER_INSIDE) / texture.RAY_SAMPLES
     assert np.abs(depths.mean(0).numpy() - expected).max() < uncertain
     # exp(-0.05 * 10) = 0.61 of the light of the straight ray is red, exp(-0.86) = 0.42 of the others'; a depth that is
     # off changes them by 10 times as much at most.
@@ -341,12 +346,12 @@ def test_haze_before_the_surface_is_in_the_colours():
     field.density = lambda x: torch.where(x.norm(dim=-1) < 0.6, 200.0, torch.where(x.norm(dim=-1) < 0.65, 8.0, 1e-6))
     red, blue = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
     field.albedo = lambda x: torch.where((x.norm(dim=-1) < 0.6)[:, None], red, blue)
-    volume = isosurface.log_density_volume(field, 128, 40.0)
-    mesh = geometry_mesh.simplify(isosurface.surface_of(volume), 1000)
+    volume = isosurface.sample_volume(field, 128, 40.0)
+    mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1000)
     assert np.abs(np.linalg.norm(mesh.vertices, axis=1) - 0.6).mean() < 0.01
     laid = uv_atlas.unwrap(mesh, 64)
     there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()
     blue = (texture.bake(field, mesh, laid, 64, volume).albedo[there] / 255)[:, 2].mean()
     # Straight rays cross the shell: 1 - exp(-8 * 0.05) = 0.33. Slanted ones begin 1/16 before: 1 - exp(-8 / 16) = 0.39.
     # The shell ends within a cell of the volume, on both sides, and 8 of its optical depth are in a unit.
-    assert abs(blue - 0.38) < 8 * 2 * volume.cell * (1 + texture.SLANT**2) ** 0.5
+    assert abs(blue - 0.38) < 8 * 2 * volume.cell * (1 + texture.SIDE_RAY_SLOPE**2) ** 0.5

@@ -65,10 +65,12 @@ def test_squared_distances_are_those_of_the_closest_points() -> None:
     """Against trimesh's closest points, near all seven regions of a triangle: inside, edges and corners."""
     corners, points = drawn(3000, 3, 3), 1.5 * drawn(3000, 4, 3)[:, 3]
     closest = torch.tensor(trimesh.triangles.closest_point(corners.numpy(), points.numpy()))
-    check_fp64("triangles", module._triangle(points, corners), (closest - points).square().sum(1))
+    check_fp64("triangles", module._triangle_distance(points, corners), (closest - points).square().sum(1))
     small = 1e-4  # world units: an area of 1e-8 is still one
     check_fp64(
-        "small", module._triangle(small * points, small * corners), small**2 * (closest - points).square().sum(1)
+        "small",
+        module._triangle_distance(small * points, small * corners),
+        small**2 * (closest - points).square().sum(1),
     )
 
 
@@ -81,19 +83,21 @@ def test_degenerate_triangles_are_segments_and_points() -> None:
     start, end = a + lowest * (b - a), a + highest * (b - a)
     along = (((points - start) * (end - start)).sum(1) / (end - start).square().sum(1)).clamp(0, 1)[:, None]
     exact = (start + along * (end - start) - points).square().sum(1)
-    check_fp64("segments", module._segment(points, start, end), exact)
-    longest = torch.stack([module._segment(points, *pair) for pair in ((a, b), (b, on_line[:, 2]), (on_line[:, 2], a))])
+    check_fp64("segments", module._segment_distance(points, start, end), exact)
+    longest = torch.stack(
+        [module._segment_distance(points, *pair) for pair in ((a, b), (b, on_line[:, 2]), (on_line[:, 2], a))]
+    )
     check_fp64("parts", longest.amin(0), exact)
-    check_fp64("points", module._triangle(points, a[:, None].expand(-1, 3, -1)), (a - points).square().sum(1))
+    check_fp64("points", module._triangle_distance(points, a[:, None].expand(-1, 3, -1)), (a - points).square().sum(1))
     whole = torch.tensor([[0.0, 0, 0], [1, 0, 0], [3, 0, 0]], dtype=torch.float64).expand(500, 3, 3)
     outside = torch.stack([points[:, 0].clamp(0, 3), *torch.zeros(2, 500, dtype=torch.float64)], 1)
-    check_fp64("on an axis", module._triangle(points, whole), (outside - points).square().sum(1))
+    check_fp64("on an axis", module._triangle_distance(points, whole), (outside - points).square().sum(1))
 
 
 @pytest.mark.parametrize("pairs", [1 << 20, 5])
 def test_distance_of_a_lattice_is_that_of_each_of_its_points(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Axes of other lengths, spacings and starts; what is farther than `reach` has it, and pieces change nothing."""
-    monkeypatch.setattr(module, "PAIRS", pairs)
+    monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     corners = 0.5 * drawn(6, 3, 3)
     mesh = TensorMesh(corners.view(-1, 3), torch.arange(18).view(6, 3))
     points = lattice().view(-1, 3)
@@ -134,21 +138,21 @@ def within(low: tuple, high: tuple) -> Tensor:
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_lines_count_how_often_they_are_inside(axis: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Along each axis: 1 in a box, 2 in two, also where one goes on beyond the lattice; -1 in one inside out."""
-    monkeypatch.setattr(module, "PAIRS", pairs)
+    monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     mesh = boxes((LOW, HIGH), SECOND)
     expected = within(LOW, HIGH).long() + within(*SECOND).long()
     assert expected.unique().tolist() == [0, 1, 2]
-    got = module._inside_along(mesh, axis, ORIGIN, SPACING, SHAPE)
+    got = module._winding_along(mesh, axis, ORIGIN, SPACING, SHAPE)
     assert got.dtype == torch.int64 and torch.equal(got, expected)
     flipped = mesh._replace(faces=mesh.faces.flip(1))
-    assert torch.equal(module._inside_along(flipped, axis, ORIGIN, SPACING, SHAPE), -expected)
+    assert torch.equal(module._winding_along(flipped, axis, ORIGIN, SPACING, SHAPE), -expected)
 
 
 def test_lines_start_before_the_lattice() -> None:
     """A box around the whole lattice is entered before its first point and left behind its last one."""
     around = boxes(((-3.0, -3.0, -3.0), (4.0, 4.0, 4.0)))
     for axis in range(3):
-        assert (module._inside_along(around, axis, ORIGIN, SPACING, SHAPE) == 1).all()
+        assert (module._winding_along(around, axis, ORIGIN, SPACING, SHAPE) == 1).all()
 
 
 @pytest.mark.parametrize("votes", list(itertools.product([1, 0, 2], repeat=3)))
@@ -160,7 +164,7 @@ def test_two_of_three_axes_decide(votes: tuple[int, ...], turned: bool, monkeypa
         mesh = mesh._replace(faces=mesh.faces.flip(1))
     sign = -1 if turned else 1
     monkeypatch.setattr(
-        module, "_inside_along", lambda mesh, axis, *lattice: torch.tensor([sign * votes[axis], -sign * votes[axis]])
+        module, "_winding_along", lambda mesh, axis, *lattice: torch.tensor([sign * votes[axis], -sign * votes[axis]])
     )
     expected = sum(vote > 0 for vote in votes) >= 2
     assert inside(mesh, ORIGIN, SPACING, SHAPE).tolist() == [expected, False]

@@ -171,7 +171,7 @@ def test_polygons_are_cut_along_diagonals_that_lie_in_no_face():
     """Every polygon of the 256 cases has two triangles less than corners, and no diagonal within a face."""
     for case in range(256):
         for polygon in module._polygons([bool(case >> corner & 1) for corner in range(8)]):
-            triangles = module._cut(polygon)
+            triangles = module._triangulate(polygon)
             assert len(triangles) == len(polygon) - 2
             sides = {frozenset(pair) for pair in zip(polygon, polygon[1:] + polygon[:1], strict=True)}
             found = {frozenset(pair) for triangle in triangles for pair in combinations(triangle, 2)}
@@ -183,6 +183,6 @@ def test_a_polygon_within_one_face_has_no_cut():
     """The four edges of a face have no diagonal outside of it, alone or at the end of a longer polygon."""
     face = [edge for edge in range(12) if (0, 0) in faces_of(edge)]
     assert len(face) == 4
-    assert module._cut(face) is None
-    assert module._cut(face[:3]) == [[face[0], face[1], face[2]]]
-    assert module._cut(face[:2]) == []
+    assert module._triangulate(face) is None
+    assert module._triangulate(face[:3]) == [[face[0], face[1], face[2]]]
+    assert module._triangulate(face[:2]) == []

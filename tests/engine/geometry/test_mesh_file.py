@@ -88,14 +88,14 @@ def test_what_is_not_there_is_said(tmp_path):
 
 def test_a_file_that_is_too_large_is_not_even_opened(tmp_path, monkeypatch):
     with open(tmp_path / "huge.stl", "wb") as file:
-        file.truncate(read_mesh.MOST_BYTES + 1)  # takes no room on the disk
+        file.truncate(read_mesh.MAX_BYTES + 1)  # takes no room on the disk
     monkeypatch.setattr(trimesh, "load_scene", None)
     with pytest.raises(UserError, match="too large: 1.1 GB, of at most 1.1"):
         load_mesh(tmp_path / "huge.stl")
 
 
 def test_too_many_triangles_are_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(read_mesh, "MOST_FACES", 11)
+    monkeypatch.setattr(read_mesh, "MAX_FACES", 11)
     BOX.export(tmp_path / "box.ply")
     with pytest.raises(UserError, match="has 12 triangles, of at most 11"):
         load_mesh(tmp_path / "box.ply")

@@ -60,14 +60,14 @@ def test_as_many_as_the_limits_are_read(tmp_path: Path, monkeypatch: pytest.Monk
     """A file of exactly the most bytes, triangles and parts is read; one more is refused with both numbers."""
     path = tmp_path / "two.ply"
     trimesh.util.concatenate([BOX, BOX.copy().apply_translation((5, 0, 0))]).export(path)
-    limits = {"MOST_BYTES": path.stat().st_size, "MOST_FACES": 24, "MOST_PARTS": 2}
+    limits = {"MAX_BYTES": path.stat().st_size, "MAX_FACES": 24, "MAX_PARTS": 2}
     for name, value in limits.items():
         monkeypatch.setattr(read_mesh, name, value)
     assert len(load_mesh(path).faces) == 24
     for name, sentence in (
-        ("MOST_BYTES", "is too large: "),
-        ("MOST_FACES", "has 24 triangles, of at most 23: "),
-        ("MOST_PARTS", "falls into 2 separate parts, of at most 1: "),
+        ("MAX_BYTES", "is too large: "),
+        ("MAX_FACES", "has 24 triangles, of at most 23: "),
+        ("MAX_PARTS", "falls into 2 separate parts, of at most 1: "),
     ):
         with monkeypatch.context() as less:
             less.setattr(read_mesh, name, limits[name] - 1)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dream_fast.bench.accuracy import check, check_fp64
 from dream_fast.engine.export import isosurface
-from dream_fast.engine.export.isosurface import Volume
+from dream_fast.engine.export.isosurface import Volume, make_volume
 from dream_fast.engine.geometry import mesh as geometry_mesh
 from dream_fast.engine.geometry.components import connected_components
 from dream_fast.engine.geometry.mesh import Mesh, NoSurface
@@ -257,13 +257,13 @@ def test_density_is_of_the_points_that_span_the_cube(monkeypatch):
     """By x, y, z; in layers that fit a sixteenth of the points on a CPU, with the part that is done."""
     told, field = [], Linear()
     monkeypatch.setattr(isosurface, "LAYER_POINTS", 16 * (2 * 25 + 3))
-    volume = isosurface.density_volume(field, 5, progress=told.append)
+    volume = isosurface.sample_density(field, 5, progress=told.append)
     assert [len(points) for points in field.asked] == [50, 50, 25] and told == [2 / 5, 4 / 5, 1.0]
     axis = torch.linspace(-0.5, 0.5, 5)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
     assert torch.equal(volume, field.density(points.view(-1, 3)).view(5, 5, 5))
     monkeypatch.setattr(isosurface, "LAYER_POINTS", 1)
-    assert torch.equal(isosurface.density_volume(field, 5), volume) and len(field.asked[-1]) == 25
+    assert torch.equal(isosurface.sample_density(field, 5), volume) and len(field.asked[-1]) == 25
 
 
 @pytest.mark.parametrize(
@@ -277,14 +277,14 @@ def test_density_is_of_the_points_that_span_the_cube(monkeypatch):
 )
 def test_surface_level(values, threshold, level):
     """The threshold, the mean below it, or the geometric middle where all is above."""
-    assert isosurface.surface_level(torch.tensor(values), threshold) == level
+    assert isosurface.choose_isovalue(torch.tensor(values), threshold) == level
 
 
 @pytest.mark.parametrize(("values", "word"), [([1, math.nan], "finite"), ([1, math.inf], "finite"), ([2, 2], "same")])
 def test_surface_level_of_no_surface(values, word):
     """Densities that are not finite, or the same everywhere, have none."""
     with pytest.raises(NoSurface, match=f"the field's density is .*{word}.* so it has no surface to export"):
-        isosurface.surface_level(torch.tensor(values, dtype=torch.float32), 1.0)
+        isosurface.choose_isovalue(torch.tensor(values, dtype=torch.float32), 1.0)
 
 
 def smoothed_by_hand(values, passes):
@@ -309,23 +309,25 @@ def test_smoothing_averages_neighbours_and_gives_back(passes):
     """Against sums written out, on a grid of three different sides."""
     values = np.random.default_rng(0).standard_normal((3, 4, 6))
     exact = torch.from_numpy(smoothed_by_hand(values, passes))
-    check_fp64("smoothed", isosurface.smoothed(torch.from_numpy(values.copy()), passes), exact)
+    check_fp64("smoothed", isosurface.smooth_volume(torch.from_numpy(values.copy()), passes), exact)
     if passes == 1:
-        check_fp64("default", isosurface.smoothed(torch.from_numpy(values.copy())), exact)
+        check_fp64("default", isosurface.smooth_volume(torch.from_numpy(values.copy())), exact)
 
 
 @pytest.mark.parametrize(("finest", "passes"), [(None, 1), (8, 6), (6, 8), (14, 2), (100, 1)])
 def test_passes_grow_with_the_square_of_the_resolution(finest, passes, monkeypatch):
     """1.5 of the square of the cells in a detail of the field, between 1 and 8; only what is near the level counts."""
     asked = []
-    monkeypatch.setattr(isosurface, "smoothed", lambda values, passes: (asked.append((values, passes)), values + 1)[1])
+    monkeypatch.setattr(
+        isosurface, "smooth_volume", lambda values, passes: (asked.append((values, passes)), values + 1)[1]
+    )
     values = torch.linspace(-20, 20, 17).repeat(17, 17, 1)
-    volume = Volume.of(values, 2.0, SimpleNamespace(finest=finest, bound=0.75))
+    volume = make_volume(values, 2.0, SimpleNamespace(finest=finest, bound=0.75))
     (near, count), *more = asked
     assert count == passes and not more
     assert torch.equal(near, values.clamp(math.log(2.0) - 3, math.log(2.0) + 3))
-    assert torch.equal(volume.values, values) and torch.equal(volume.shape, near + 1)
-    assert (volume.level, volume.bound, volume.cell) == (2.0, 0.75, 1.5 / 16)
+    assert torch.equal(volume.values, values) and torch.equal(volume.smooth, near + 1)
+    assert (volume.isovalue, volume.bound, volume.cell) == (2.0, 0.75, 1.5 / 16)
 
 
 @pytest.mark.parametrize(
@@ -341,17 +343,19 @@ def test_passes_grow_with_the_square_of_the_resolution(finest, passes, monkeypat
 )
 def test_level_of_an_outline_is_looked_for_until_it_settles(found, turns, level, monkeypatch):
     """Each turn begins at the level of the one before; it ends where it moved by less than 0.3, or after six."""
-    asked, outline = [], object()
+    asked, silhouettes = [], object()
 
     def silhouette_isovalue(values, bound, of):
-        assert (bound, of) == (0.75, outline)
+        assert (bound, of) == (0.75, silhouettes)
         asked.append((values.min().item(), values.max().item()))
         return found[len(asked) - 1]
 
     monkeypatch.setattr(isosurface, "silhouette_isovalue", silhouette_isovalue)
-    monkeypatch.setattr(isosurface, "smoothed", lambda values, passes: values)
-    volume = Volume.of(torch.linspace(-20, 20, 8).view(2, 2, 2), 1.0, SimpleNamespace(finest=2, bound=0.75), outline)
-    assert len(asked) == turns and volume.level == level
+    monkeypatch.setattr(isosurface, "smooth_volume", lambda values, passes: values)
+    volume = make_volume(
+        torch.linspace(-20, 20, 8).view(2, 2, 2), 1.0, SimpleNamespace(finest=2, bound=0.75), silhouettes
+    )
+    assert len(asked) == turns and volume.isovalue == level
     befores = [math.log(math.exp(before)) for before in (0.0, *found[: turns - 1])]
     assert asked == [tuple(torch.tensor([before - 3, before + 3]).tolist()) for before in befores]
 
@@ -362,17 +366,17 @@ def test_cells_near_the_level_and_around():
     values[1, 5, 2] = 1.0
     near = torch.zeros(6, 6, 6, dtype=torch.bool)
     near[0:3, 3:6, 0:4] = True
-    assert torch.equal(isosurface._cells_near(values, 0.5), near)
-    assert torch.equal(isosurface._cells_near(values, 0.0), near)
-    assert torch.equal(isosurface._cells_near(-values, -1.0), near)
-    assert not isosurface._cells_near(values, 1.0).any() and not isosurface._cells_near(values, -0.5).any()
+    assert torch.equal(isosurface._surface_cells(values, 0.5), near)
+    assert torch.equal(isosurface._surface_cells(values, 0.0), near)
+    assert torch.equal(isosurface._surface_cells(-values, -1.0), near)
+    assert not isosurface._surface_cells(values, 1.0).any() and not isosurface._surface_cells(values, -0.5).any()
 
 
 def test_logarithm_has_a_least_value():
     """A millionth of the level."""
     density = torch.tensor([0.0, 1e-9, 2.0])
     reference = torch.tensor([3e-6, 3e-6, 2.0])
-    check("logarithm", isosurface._logarithm(density, 3.0), reference.log(), reference.double().log())
+    check("logarithm", isosurface._log_density(density, 3.0), reference.log(), reference.double().log())
 
 
 class Ball:
@@ -391,14 +395,14 @@ class Ball:
 @pytest.mark.parametrize("layer_points", [16 * 21 * 21 * 4, 1])
 def test_fine_points_near_the_surface_are_exact_and_others_between_the_coarse(layer_points, monkeypatch):
     """Point by point: in a cell near the level the field's own value, elsewhere the coarse grid's trilinear one."""
-    monkeypatch.setattr(isosurface, "FINEST_WHOLE", 9)
+    monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     monkeypatch.setattr(isosurface, "LAYER_POINTS", layer_points)
     field, told = Ball(), []
-    volume = isosurface.log_density_volume(field, 21, 1.0, progress=told.append)
-    whole = isosurface.density_volume(Ball(), 21).log()
-    coarse = isosurface.density_volume(Ball(), 9)
-    level = isosurface.surface_level(coarse, 1.0)
-    near = isosurface._cells_near(coarse.log(), math.log(level))
+    volume = isosurface.sample_volume(field, 21, 1.0, progress=told.append)
+    whole = isosurface.sample_density(Ball(), 21).log()
+    coarse = isosurface.sample_density(Ball(), 9)
+    level = isosurface.choose_isovalue(coarse, 1.0)
+    near = isosurface._surface_cells(coarse.log(), math.log(level))
     place = torch.linspace(0, 8, 21, dtype=torch.float64).long().clamp(max=7)
     exact = near[place][:, place][:, :, place]
     between = F.interpolate(coarse.log()[None, None], (21, 21, 21), mode="trilinear", align_corners=True)[0, 0]
@@ -406,39 +410,39 @@ def test_fine_points_near_the_surface_are_exact_and_others_between_the_coarse(la
     assert field.asked == 9**3 + exact.sum() and not exact.all()
     check("near", volume.values[exact], whole[exact], whole[exact].double())
     check("between", volume.values[~exact], between[~exact], precise[~exact])
-    assert volume.level == level and told == sorted(told) and told[-1] == 1.0
+    assert volume.isovalue == level and told == sorted(told) and told[-1] == 1.0
     assert 0.5 in told and len(told) >= 4
 
 
 def test_a_small_grid_is_looked_at_as_a_whole(monkeypatch):
-    """At up to FINEST_WHOLE points along an edge every point is asked for once; half of the progress is told."""
-    monkeypatch.setattr(isosurface, "FINEST_WHOLE", 9)
+    """Up to MAX_DENSE_RESOLUTION every point is evaluated once; half of the progress is reported."""
+    monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     field, told = Ball(), []
-    volume = isosurface.log_density_volume(field, 9, 1.0, progress=told.append)
+    volume = isosurface.sample_volume(field, 9, 1.0, progress=told.append)
     assert field.asked == 9**3 and told[-1] == 0.5
-    assert torch.equal(volume.values, isosurface._logarithm(isosurface.density_volume(Ball(), 9), volume.level))
+    assert torch.equal(volume.values, isosurface._log_density(isosurface.sample_density(Ball(), 9), volume.isovalue))
 
 
 @pytest.mark.parametrize(("resolution", "points"), [(9, [9]), (21, [9, 21])])
 def test_the_outline_is_looked_for_in_both_grids(resolution, points, monkeypatch):
     """It decides the level of a whole grid, and of a coarse one before the fine one."""
-    asked, outline = [], object()
+    asked, silhouettes = [], object()
 
     def silhouette_isovalue(values, bound, of):
         asked.append((len(values), of))
         return 0.0
 
-    monkeypatch.setattr(isosurface, "FINEST_WHOLE", 9)
+    monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     monkeypatch.setattr(isosurface, "silhouette_isovalue", silhouette_isovalue)
-    volume = isosurface.log_density_volume(Ball(), resolution, 1.0, outline=outline)
-    assert volume.level == 1.0 and list(dict.fromkeys(asked)) == [(count, outline) for count in points]
+    volume = isosurface.sample_volume(Ball(), resolution, 1.0, silhouettes=silhouettes)
+    assert volume.isovalue == 1.0 and list(dict.fromkeys(asked)) == [(count, silhouettes) for count in points]
 
 
 def test_a_surface_is_in_world_units():
     """One point above the level: an octahedron around its place in the cube [-bound, bound]^3."""
     shape = torch.full((5, 5, 5), -1.0)
     shape[1, 2, 4] = 1.0
-    mesh = isosurface.surface_of(Volume(shape, shape, 1.0, 4.0))
+    mesh = isosurface.extract_surface(Volume(shape, shape, 1.0, 4.0))
     assert len(mesh.faces) == 8
     check_fp64("middle", torch.from_numpy(mesh.vertices).mean(0), torch.tensor([-2.0, 0.0, 4.0]).double())
     lengths = torch.from_numpy(np.linalg.norm(mesh.vertices - np.array([-2.0, 0, 4]), axis=1))

@@ -124,7 +124,7 @@ def box(extents, dtype=torch.float32) -> torch.Tensor:
 
 @pytest.mark.parametrize("pairs", [1 << 20, 700])
 def test_distance_to_a_box_is_exact(pairs, monkeypatch):
-    monkeypatch.setattr(module, "PAIRS", pairs)
+    monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     mesh = from_trimesh(trimesh.creation.box((0.8, 1.1, 0.5)))
     extents = (0.8, 1.1, 0.5)
     reference, exact = (box(extents, dtype=dtype).clamp(-0.3, 0.3) for dtype in (torch.float32, torch.float64))

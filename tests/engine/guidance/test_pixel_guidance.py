@@ -248,7 +248,7 @@ def test_what_is_no_first_stage_of_if_is_one_sentence(broken: Path, tiny_if_mode
         load_components(tiny_if_model, "cpu")
     config = UNet2DConditionModel.load_config(broken / "unet")
     UNet2DConditionModel.from_config(config | {"in_channels": 6}).save_pretrained(broken / "unet")
-    with pytest.raises(UserError, match="maps 6 to 6 channels, but .* its later stages enlarge pictures"):
+    with pytest.raises(UserError, match="maps 6 to 6 channels, but .* its later stages enlarge images"):
         load_components(broken, "cpu", kind="IF")
     UNet2DConditionModel.from_config(config | {"encoder_hid_dim": 40}).save_pretrained(broken / "unet")
     with pytest.raises(UserError, match="width 24 but its unet expects 40"):

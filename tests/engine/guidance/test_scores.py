@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.config.presets import mini_cpu_defaults, resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import dream_mini_cpu
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
@@ -39,7 +40,7 @@ def prompts(batch: int) -> tuple[Tensor, Tensor]:
 
 def config(score: str, **changes: float) -> GuidanceConfig:
     return GuidanceConfig(
-        score=score, guidance_scale=SCALE, inversion_steps=STEPS, t_range=(LOW / 1000, HIGH / 1000), **changes
+        objective=score, guidance_scale=SCALE, inversion_steps=STEPS, t_range=(LOW / 1000, HIGH / 1000), **changes
     )
 
 
@@ -266,8 +267,8 @@ def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, 
     ],
 )
 def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, rescale) -> None:
-    assert str(mini_cpu_defaults().guidance.guidance_scale) == "0.0:8:4:1.0"
-    got = resolve(typed, "dream-mini", "cpu").guidance
+    assert str(dream_mini_cpu().guidance.guidance_scale) == "0.0:8:4:1.0"
+    got = configure(typed, "cpu").guidance
     assert (str(got.guidance_scale), got.guidance_rescale) == (scale, rescale)
 
 
@@ -276,7 +277,7 @@ def test_perp_neg_goes_with_sds_only(score: str) -> None:
     with pytest.raises(
         UserError, match=f"^--perpneg goes with --objective sds only, not with {score}: leave one of them"
     ):
-        resolve({"objective": score, "perpneg": True}, "sd", "cpu")
+        configure({"guidance": ("SD",), "objective": score, "perpneg": True}, "cpu")
     with pytest.raises(UserError, match="--objective is one of sds, csd, asd, sdi, not 'vsd'"):
         GuidanceConfig(objective="vsd")
     with pytest.raises(UserError, match="--inversion_steps must be at least 1, not 0"):

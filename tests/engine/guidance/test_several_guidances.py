@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.presets import chosen_model, resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.guidance.base import StepInputs
@@ -38,7 +38,7 @@ def configured(keys: dict[str, tuple[str, str]], *named: str) -> Config:
     if named == ("clip",):
         del typed["guidance_scale"]
     typed |= dict(keys[name] for name in named)
-    return resolve(typed, chosen_model(typed), "cpu")
+    return configure(typed, "cpu")
 
 
 def gradient(guidance, latents: bool = False) -> tuple[torch.Tensor, object]:

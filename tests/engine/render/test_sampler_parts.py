@@ -10,10 +10,10 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.render.ray_samplers import (
-    LEAST_WEIGHT,
+    MIN_WEIGHT,
     ImportanceSampler,
     OccupancySampler,
-    _strata,
+    _stratified_samples,
     make_sampler,
     midpoints,
     sample_pdf,
@@ -155,12 +155,12 @@ def test_even_edges_and_middles_by_hand():
         assert place.abs().max() <= 0.5 + 1e-6 and place.min() < -0.45 and place.max() > 0.45
 
 
-def test_strata_hold_one_number_each():
+def test_stratified_samples_hold_one_number_each():
     """In the middle without a generator; of the dtype of what they are for, drawn on the generator's device."""
     like = torch.zeros(1, dtype=torch.float64)
-    middle = _strata(3, 4, None, like)
+    middle = _stratified_samples(3, 4, None, like)
     assert middle.dtype == torch.float64 and middle.tolist() == [[0.125, 0.375, 0.625, 0.875]] * 3
-    drawn = _strata(200, 4, seeded(), like)
+    drawn = _stratified_samples(200, 4, seeded(), like)
     assert drawn.shape == (200, 4) and drawn.dtype == torch.float64
     inside = drawn * 4 - torch.arange(4)
     assert 0 <= inside.min() < 0.01 and 0.99 < inside.max() < 1 and not torch.equal(drawn[0], drawn[1])
@@ -169,7 +169,7 @@ def test_strata_hold_one_number_each():
 def test_importance_samples_invert_a_distribution_of_two_steps():
     """Three quarters of the weight in the second interval: places by hand, and evenly where there is no weight."""
     edges = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
-    weights = torch.tensor([[0.25, 0.75]], dtype=torch.float64) - LEAST_WEIGHT
+    weights = torch.tensor([[0.25, 0.75]], dtype=torch.float64) - MIN_WEIGHT
     expected = torch.tensor([[0.5, 1 + 2 / 6, 1 + 2 / 2, 1 + 2 * 5 / 6]], dtype=torch.float64)
     check("places", sample_pdf(edges, weights, 4, None), expected, expected)
     even = torch.tensor([[0.25, 0.75, 1.5, 2.5]], dtype=torch.float64)

@@ -9,7 +9,7 @@ from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.render.ray_samplers import (
-    LEAST_WEIGHT,
+    MIN_WEIGHT,
     ImportanceSampler,
     OccupancySampler,
     midpoints,
@@ -50,7 +50,7 @@ def test_samples_follow_the_weights_of_the_cells(generator):
     """One sample in each of n equal parts of the distribution: a share is off by two of them, one at each end."""
     n = 20_000
     t = sample_pdf(EDGES, WEIGHTS, n, generator)
-    wanted = WEIGHTS + LEAST_WEIGHT
+    wanted = WEIGHTS + MIN_WEIGHT
     wanted = wanted / wanted.sum(1, keepdim=True)
     for ray in range(2):
         cells = torch.bucketize(t[ray], EDGES[ray, 1:-1], right=True)

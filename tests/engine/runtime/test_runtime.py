@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dream_fast.cli import main
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.runtime import device as runtime
 from dream_fast.engine.runtime.device import Runtime, choose_runtime, peak_memory, prepare
@@ -27,7 +27,7 @@ def test_half_precision_is_bf16_on_a_cpu_that_multiplies_it(fp16, amx, dtype, na
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
-    found = choose_runtime(Config().override({"device": "cpu", "fp16": fp16}))
+    found = choose_runtime(reference().override({"device": "cpu", "fp16": fp16}))
     assert (found.device.type, found.dtype, found.fp16) == ("cpu", dtype, False)
     assert found.description.endswith(f", {name}")
 
@@ -49,7 +49,7 @@ def test_half_precision_is_fp32_where_onednn_may_not_use_the_unit(variable, newe
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, newest)
-    assert choose_runtime(Config().override({"device": "cpu", "fp16": True})).dtype == (
+    assert choose_runtime(reference().override({"device": "cpu", "fp16": True})).dtype == (
         torch.bfloat16 if used else torch.float32
     )
 
@@ -57,8 +57,8 @@ def test_half_precision_is_fp32_where_onednn_may_not_use_the_unit(variable, newe
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda"):
-        choose_runtime(Config().override({"device": "cuda"}))
-    assert choose_runtime(Config()).device.type == "cpu"
+        choose_runtime(reference().override({"device": "cuda"}))
+    assert choose_runtime(reference()).device.type == "cpu"
 
 
 def test_what_a_driver_says_is_said_in_one_sentence(monkeypatch, capsys):
@@ -73,21 +73,21 @@ def test_what_a_driver_says_is_said_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", old_driver)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_runtime(Config()).device.type == "cpu"
+        assert choose_runtime(reference()).device.type == "cpu"
         assert main(["--text", "a cat", "--print-config"]) == 0
         note = "dream-fast: note: the GPU is not used (The NVIDIA driver is too old (found 11000).)\n"
         assert capsys.readouterr().err == note
         with pytest.raises(
             UserError, match=r"no GPU on this machine \(The NVIDIA driver is too old \(found 11000\).\);"
         ):
-            choose_runtime(Config().override({"device": "cuda"}))
+            choose_runtime(reference().override({"device": "cuda"}))
 
 
 def test_a_gpu_without_triton_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton, or run with --device cpu"):
-        choose_runtime(Config())
+        choose_runtime(reference())
 
 
 def test_step_seeds_differ_from_step_to_step_and_from_seed_to_seed():
@@ -99,7 +99,7 @@ def test_step_seeds_differ_from_step_to_step_and_from_seed_to_seed():
 
 
 def test_a_drawn_seed_is_a_seed_that_can_be_typed():
-    Config().override({"seed": draw_seed()})
+    reference().override({"seed": draw_seed()})
 
 
 def test_peak_memory_is_in_bytes():
@@ -123,7 +123,7 @@ def test_importing_diffusers_says_nothing_about_xformers():
 )
 def test_memory_in_growing_segments_is_for_vram_O_and_the_environment_wins(vram_O, variable, wanted, monkeypatch):
     given = []
-    monkeypatch.setattr(runtime, "_take_memory_by", given.append)
+    monkeypatch.setattr(runtime, "_set_allocator", given.append)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     for name in runtime.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)

@@ -11,7 +11,7 @@ from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.scene.camera import (
     SIX_VIEWS,
     Cameras,
-    jittered,
+    jitter,
     look_at,
     make_cameras,
     project,
@@ -219,7 +219,7 @@ def assert_rotations(c2w: torch.Tensor) -> None:
 @pytest.mark.parametrize("sizes", [(0.1, 0.2, 0.02), (5.0, 5.0, 5.0)])
 def test_a_jittered_camera_is_a_rotation_that_looks_at_its_target_from_its_new_place(sizes):
     cameras, (shift, target, tilt) = around(), offsets(*sizes)
-    moved = jittered(cameras, shift, target, tilt)
+    moved = jitter(cameras, shift, target, tilt)
     assert_rotations(moved.c2w)
     check_rounded("place", moved.c2w[:, :3, 3], cameras.c2w[:, :3, 3] + shift)
     middles = torch.stack([project(moved, target, SIZE, SIZE)[b, b] for b in range(len(AROUND))])
@@ -228,7 +228,7 @@ def test_a_jittered_camera_is_a_rotation_that_looks_at_its_target_from_its_new_p
 
 def test_the_angles_of_a_jittered_camera_are_those_under_which_its_target_is_seen():
     cameras, (shift, target, tilt) = around(), offsets(0.1, 0.2, 0.02)
-    moved = jittered(cameras, shift, target, tilt)
+    moved = jitter(cameras, shift, target, tilt)
     seen_from = look_at(moved.polar, moved.azimuth, moved.radius)[:, :3, 3]
     check_rounded("seen from", seen_from, moved.c2w[:, :3, 3] - target)
     assert ((moved.azimuth >= -180) & (moved.azimuth < 180)).all() and (moved.radius > 0).all()
@@ -238,16 +238,16 @@ def test_the_angles_of_a_jittered_camera_are_those_under_which_its_target_is_see
 def test_a_tilt_to_the_right_rolls_the_camera_to_the_right_and_keeps_the_middle():
     cameras, zero = around(), torch.zeros(len(AROUND), 3, dtype=torch.float64)
     right, up, back = (cameras.c2w[:, :3, i] for i in range(3))
-    rolled = jittered(cameras, zero, zero, 0.5 * right + 0.25 * up + 7 * back).c2w
+    rolled = jitter(cameras, zero, zero, 0.5 * right + 0.25 * up + 7 * back).c2w
     expected = torch.nn.functional.normalize(0.5 * right + 1.25 * up, dim=-1)
     check_rounded("up", rolled[:, :3, 1], expected)
     check_rounded("back and place", rolled[:, :3, 2:], cameras.c2w[:, :3, 2:])
-    check_rounded("without jitter", jittered(cameras, zero, zero, zero).c2w, cameras.c2w)
+    check_rounded("without jitter", jitter(cameras, zero, zero, zero).c2w, cameras.c2w)
 
 
 def test_a_camera_that_jitter_puts_at_its_target_is_still_one():
     cameras = around(radius=1.0)
-    moved = jittered(cameras, -cameras.c2w[:, :3, 3], *offsets(0.0, 0.0))
+    moved = jitter(cameras, -cameras.c2w[:, :3, 3], *offsets(0.0, 0.0))
     assert_rotations(moved.c2w)
     assert all(torch.isfinite(part).all() for part in moved)
 

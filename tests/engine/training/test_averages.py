@@ -10,7 +10,7 @@ import trimesh
 from PIL import Image
 from rich.console import Console
 
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.outputs import write_outputs
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
@@ -29,7 +29,7 @@ RED, BLUE = (8.0, -8.0, -8.0), (-8.0, -8.0, 8.0)  # logits
 @pytest.fixture
 def trainer() -> Trainer:
     """A run whose averaged weights show a red object, and whose last step one that is blue."""
-    config = Config().override(SMALL)
+    config = reference().override(SMALL)
     made = Trainer(config, choose_runtime(config), 0)
     logits = made.field.biases[-1].data[1:]
     logits.copy_(torch.tensor(RED))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.guidance.base import GuidanceResult
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
@@ -16,7 +16,7 @@ SMALL = dict(text="a hamburger", w=8, h=8, W=16, H=16, max_steps=16, occupancy_r
 
 def small_config(device: str):
     # The GPU's defaults, wherever this runs.
-    return resolve(SMALL | {"fp16": True}, "dream-mini", "cuda").override({"device": device})
+    return configure(SMALL | {"fp16": True}, "cuda").override({"device": device})
 
 
 def sum_of(pictures, *_, **__):

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
-from dream_fast.engine.config.presets import DMTET_DEFAULTS, resolve
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import DMTET_OVERRIDES, reference
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import depth_image
@@ -42,7 +42,7 @@ SMALL = FIELD | dict(
     text="a hamburger", device="cpu", iters=6, log_every=1, w=12, h=10, W=20, H=20, dataset_size_valid=2,
     occupancy_resolution=16, density_thresh=3.0,
 )  # fmt: skip
-MESH = SMALL | DMTET_DEFAULTS | dict(dmtet=True, dmtet_reso_scale=2.0, tet_grid_size=12)
+MESH = SMALL | DMTET_OVERRIDES | dict(dmtet=True, dmtet_reso_scale=2.0, tet_grid_size=12)
 
 
 def disc(radius):
@@ -62,7 +62,7 @@ def disc(radius):
 
 
 def make_trainer(guidance=None, seed=0, **changes) -> Trainer:
-    config = Config().override(MESH | changes)
+    config = reference().override(MESH | changes)
     return Trainer(config, choose_runtime(config), seed, guidance or disc(0.5))
 
 
@@ -175,7 +175,7 @@ def test_a_surface_that_is_gone_is_told():
 
 
 def nerf(**changes) -> Trainer:
-    config = Config().override(SMALL | changes)
+    config = reference().override(SMALL | changes)
     return Trainer(config, choose_runtime(config), 0)
 
 
@@ -442,10 +442,10 @@ def test_mistakes_are_told(tiny_model, tmp_path, capsys):
 
 
 def test_defaults_of_a_refinement():
-    plain = resolve({}, "sd", "cpu")
-    mesh = resolve({"dmtet": True}, "sd", "cpu")
+    plain = configure({"guidance": ("SD",)}, "cpu")
+    mesh = configure({"guidance": ("SD",), "dmtet": True}, "cpu")
     assert mesh.train_size == (512, 512) and plain.train_size == (64, 64)
     assert (mesh.guidance.t_range, mesh.shading.latent_iter_ratio) == ((0.02, 0.5), 0.0)
-    assert resolve({"dmtet": True, "t_range": (0.1, 0.3)}, "sd", "cpu").guidance.t_range == (0.1, 0.3)
-    mini = resolve({"dmtet": True}, "dream-mini", "cuda")
+    assert configure({"guidance": ("SD",), "dmtet": True, "t_range": (0.1, 0.3)}, "cpu").guidance.t_range == (0.1, 0.3)
+    mini = configure({"dmtet": True}, "cuda")
     assert not mini.run.cuda_graph and mini.train_size == (256, 256)

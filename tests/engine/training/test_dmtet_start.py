@@ -10,7 +10,7 @@ import trimesh
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.geometry.mesh import TensorMesh
@@ -305,7 +305,7 @@ def test_a_start_that_is_named_is_taken(tmp_path: Path, monkeypatch: pytest.Monk
     """A mesh file lays the grid, fitted to cube and camera; a checkpoint is handed back; none leaves the ball."""
     BOX.export(tmp_path / "box.obj")
     shape, before = TetMesh(16, 0.6), TetMesh(16, 0.6).sdf.detach()
-    config = Config().override({"dmtet": True, "text": "a box"})
+    config = reference().override({"dmtet": True, "text": "a box"})
     assert load_start(config, shape) is None and torch.equal(shape.sdf, before)
     named = config.override({"init_with": str(tmp_path / "box.obj")})
     assert load_start(named, shape) == InitSource(tmp_path / "box.obj", False)

@@ -13,7 +13,8 @@ from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
 from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.cli import main
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.sections import GuidanceConfig
@@ -37,7 +38,7 @@ pytestmark = [
 def make_trainer(**changes) -> Trainer:
     """dream-mini's run of a hamburger with the GPU's defaults."""
     typed = {"text": "a hamburger", "seed": 0, "fp16": True, **changes}
-    config: Config = resolve(typed, "dream-mini", "cuda")
+    config: Config = configure(typed, "cuda")
     runtime = choose_runtime(config)
     options = dict(attention="sdpa", vram_O=config.run.vram_O)
     components = load_components(MODEL_FOLDER, runtime.device, runtime.dtype, **options)
@@ -247,7 +248,7 @@ def test_deterministic_runs_repeat_bit_for_bit():
     states = []
     try:
         for _ in range(2):
-            prepare(choose_runtime(Config()), 0, deterministic=True)
+            prepare(choose_runtime(reference()), 0, deterministic=True)
             trainer = make_trainer(deterministic=True, albedo_iter_ratio=0.2, iters=30)
             for _ in range(30):
                 trainer.train_step()

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from dream_fast.cli import main
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.training import divergence, loop
@@ -20,8 +20,8 @@ from dream_fast.engine.training.divergence import (
     MAX_NONFINITE_STEPS,
     DegenerateScene,
     degenerate_message,
-    diagnosis,
-    flags,
+    format_flags,
+    nonfinite_message,
     rescue_overrides,
 )
 from dream_fast.engine.training.failures import low_memory_overrides, memory_message
@@ -89,7 +89,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_
     ],
 )
 def test_the_diagnosis_names_what_is_not_finite_and_a_flag(row, fp16, cause, advice):
-    sentence = diagnosis(Config().override({"fp16": fp16}), MAX_NONFINITE_STEPS, row)
+    sentence = nonfinite_message(reference().override({"fp16": fp16}), MAX_NONFINITE_STEPS, row)
     assert f"last {MAX_NONFINITE_STEPS} steps were not finite" in sentence and cause in sentence and advice in sentence
 
 
@@ -155,10 +155,12 @@ def test_a_box_full_of_noise_is_a_lost_object_whose_regulariser_is_named():
     """Opacities as a run of an H200 had them, which were never 0.98 for long; a good run's largest is far below."""
     noise = [0.86, 0.94, 0.95, 0.92, 0.89, 1.0, 0.97, 0.93, 0.99, 0.83, 0.82, 0.81]
     assert min(noise) > divergence.MAX_OPACITY > 0.56
-    config = resolve({"lambda_3d_normal_smooth": 0.1, "lambda_tv": LinearSchedule.parse("0:0:2:9")}, "sd", "cuda")
+    config = configure(
+        {"guidance": ("SD",), "lambda_3d_normal_smooth": 0.1, "lambda_tv": LinearSchedule.parse("0:0:2:9")}, "cuda"
+    )
     sentence = degenerate_message(config, "full", 500)
     assert "--lambda_tv 2 --lambda_3d_normal_smooth 0.1 may be too strong; --rescue" in sentence
-    for usual in (resolve({}, "dream-mini", "cuda"), resolve({"preset": "reference"}, "dream-mini", "cpu")):
+    for usual in (configure({}, "cuda"), configure({"preset": "reference"}, "cpu")):
         assert "too strong" not in degenerate_message(usual, "full", 500)
 
 
@@ -176,7 +178,7 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
     monkeypatch.setattr(Loop, "validate", lambda *_: None)
     words = [word.removeprefix("--") for word in SMALL if word != "--six_views"]
     typed = {name: float(value) if "." in value else int(value) for name, value in pairs(words) if name != "device"}
-    config = Config().override(
+    config = reference().override(
         typed | {"text": "a hamburger", "device": "cpu", "iters": 1000, "log_every": 999, "rescue": True}
     )
     trainer = Trainer(config, choose_runtime(config), 0)
@@ -187,7 +189,7 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
 
 def test_settings_of_a_rescue_go_away_from_what_lost_the_object():
     schedule = LinearSchedule(0.0, 30.0, 10.0, 1.0)
-    config = Config().override({"lambda_opacity": 5.0, "lambda_opacity_entropy": schedule, "lr": 0.01})
+    config = reference().override({"lambda_opacity": 5.0, "lambda_opacity_entropy": schedule, "lr": 0.01})
     vanished, full = (rescue_overrides(config, kind) for kind in divergence.DEGENERACIES)
     assert (
         vanished["lambda_opacity"] == 0
@@ -196,7 +198,7 @@ def test_settings_of_a_rescue_go_away_from_what_lost_the_object():
     )
     assert full["lambda_opacity"] == 50 and full["blob_density"] == 2.5 and vanished["lr"] == full["lr"] == 0.005
     assert config.override(vanished) != config != config.override(full)
-    assert "--lambda_opacity_entropy 0.0:3:1:1.0" in flags(vanished)
+    assert "--lambda_opacity_entropy 0.0:3:1:1.0" in format_flags(vanished)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -235,9 +237,9 @@ def test_no_memory_for_the_model_or_the_pictures_is_one_sentence_too(tmp_path, t
 
 
 def test_what_takes_less_memory_ends_where_nothing_does():
-    config, seen = Config().override({"batch_size": 2, "cuda_graph": True}), []
+    config, seen = reference().override({"batch_size": 2, "cuda_graph": True}), []
     while less := low_memory_overrides(config):
-        seen.append(flags(less))
+        seen.append(format_flags(less))
         config = config.override(less)
     assert seen == ["--vram_O --batch_size 1 --no-cuda_graph", "--w 32 --h 32"]
     assert "a smaller image model" in memory_message(config, RuntimeError("?"), "that is all")

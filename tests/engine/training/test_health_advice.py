@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config
 from dream_fast.engine.training import divergence, failures
 
 
 def configured(**changes):
-    return Config().override(changes)
+    return reference().override(changes)
 
 
 def test_a_vanished_object_starts_again_denser_with_nothing_to_pull_it_down():
@@ -58,8 +58,8 @@ def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
 def test_flags_are_as_they_are_typed():
     """Switches, floats without zeros at their end, and other values as they are."""
     settings = {"vram_O": True, "cuda_graph": False, "lr": 0.5, "blob_density": 10.0, "w": 64, "text": "a"}
-    assert divergence.flags(settings) == "--vram_O --no-cuda_graph --lr 0.5 --blob_density 10 --w 64 --text a"
-    assert divergence.flags({}) == ""
+    assert divergence.format_flags(settings) == "--vram_O --no-cuda_graph --lr 0.5 --blob_density 10 --w 64 --text a"
+    assert divergence.format_flags({}) == ""
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_flags_are_as_they_are_typed():
 def test_diagnosis_names_the_cause_and_a_setting(row, cause, half, full):
     """In half precision the advice is to leave it; in single precision another setting."""
     for fp16, advice in ((True, half), (False, full)):
-        sentence = divergence.diagnosis(configured(fp16=fp16, guidance_scale=80.0, lr=0.5), 50, row)
+        sentence = divergence.nonfinite_message(configured(fp16=fp16, guidance_scale=80.0, lr=0.5), 50, row)
         assert sentence.startswith("the gradients of the last 50 steps were not finite, so the run cannot go on: ")
         assert f": {cause}" in sentence and f"; {advice} may help, in a new --workspace" in sentence
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dream_fast import kernels
 from dream_fast.bench.accuracy import check
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.sections import ShadingConfig
@@ -83,7 +84,7 @@ CHEAP = {"albedo_iter_ratio": 1.0, "latent_iter_ratio": 0.0, "lambda_opacity_ent
 
 
 def small_config(**changes) -> Config:
-    return Config().override(SMALL | changes)
+    return reference().override(SMALL | changes)
 
 
 @pytest.fixture(scope="module")

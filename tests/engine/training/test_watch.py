@@ -20,7 +20,7 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine import run
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
@@ -211,7 +211,7 @@ class Overwriting:
 def make_trainer(components: Components, **changes) -> Trainer:
     names = [word.removeprefix("--") for word in SMALL[::2]]
     values = [value if value == "cpu" else float(value) if "." in value else int(value) for value in SMALL[1::2]]
-    config = Config().override(dict(zip(names, values, strict=True)) | {"text": "a hamburger"} | changes)
+    config = reference().override(dict(zip(names, values, strict=True)) | {"text": "a hamburger"} | changes)
     prompts = PromptEmbeddings(components, "a hamburger", keep_text_encoder=True)
     guidance = diffusion_guidance(components, prompts, config)
     return Trainer(config, choose_runtime(config), 7, guidance)

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.workspace.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
-CONFIG = Config().override({"text": "a hamburger", "seed": 3})
+CONFIG = reference().override({"text": "a hamburger", "seed": 3})
 
 
 def make_workspace(path):

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from dream_fast import __version__
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.workspace import folder as module
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 from dream_fast.engine.workspace.lock import LOCK
 
-CONFIG = Config().override({"text": "a hamburger", "seed": 3})
+CONFIG = reference().override({"text": "a hamburger", "seed": 3})
 
 
 def make(path, flag="--workspace"):
@@ -53,7 +53,7 @@ def test_files_come_in_order_with_the_last_picture_of_the_steps_alone(tmp_path):
 
 def test_clear_removes_all_of_the_run(tmp_path):
     """Files and folders of the run go, and everything else stays."""
-    fill(tmp_path, *(path.name for path in Workspace(tmp_path)._everything() if path.suffix), "notes.txt")
+    fill(tmp_path, *(path.name for path in Workspace(tmp_path)._paths() if path.suffix), "notes.txt")
     fill(tmp_path, "results/a.png", "checkpoints/x", "mesh/deep/y", "mine/z")
     Workspace(tmp_path).clear()
     assert names(tmp_path) == ["mine/z", "notes.txt"]
@@ -170,11 +170,11 @@ def test_outputs_go_to_a_folder_with_the_settings_manifest_and_metrics(tmp_path)
     """What the run has of them is copied; the folder is claimed."""
     run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out" / "deep", flag="--output")
     run.metrics.write_bytes(b'{"step": 1}\n\xff\n')
-    outputs.make_for_outputs_of(run, CONFIG)
+    outputs.create_for_outputs_of(run, CONFIG)
     assert names(outputs.path) == [LOCK, "config.json", "metrics.jsonl"]
     assert outputs.metrics.read_text() == '{"step": 1}\n\ufffd\n' and outputs.stored_config() == CONFIG
     run.write_manifest({"runs": []})
-    outputs.make_for_outputs_of(run, CONFIG)
+    outputs.create_for_outputs_of(run, CONFIG)
     assert outputs.read_manifest() == {"runs": []}
     outputs.lock.release()
 
@@ -184,19 +184,19 @@ def test_outputs_do_not_go_into_another_run(tmp_path):
     run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out", flag="--output")
     save_checkpoint(outputs.checkpoints, 1, {"x": torch.zeros(1)}, {})
     with pytest.raises(UserError) as refused:
-        outputs.make_for_outputs_of(run, CONFIG)
+        outputs.create_for_outputs_of(run, CONFIG)
     sentence = "is the workspace of a run; choose another folder, or --workspace"
     assert str(refused.value) == f"--output {outputs.path} {sentence} {outputs.path}"
     other = make(tmp_path / "other", "--output")
     with pytest.raises(UserError, match="holds another run: it has --seed 3, not 4"):
-        other.make_for_outputs_of(run, CONFIG.override({"seed": 4}))
+        other.create_for_outputs_of(run, CONFIG.override({"seed": 4}))
 
 
 def test_claimed_holds_the_lock_inside_the_block_alone(tmp_path):
     """A second claim is refused with the flag's folder; a folder that is made in the block is claimed then."""
     workspace = Workspace(tmp_path)
     with workspace.locked():
-        assert workspace.lock.is_there()
+        assert workspace.lock.is_valid()
         workspace.check_not_moved()
         with pytest.raises(UserError, match="in use by process"), Workspace(tmp_path).locked():
             pass
@@ -204,9 +204,9 @@ def test_claimed_holds_the_lock_inside_the_block_alone(tmp_path):
     fresh = Workspace(tmp_path / "a" / "b")
     with fresh.locked():
         assert fresh.lock is None and not fresh.path.exists()
-        fresh.make()
-        assert (fresh.path / LOCK).exists() and fresh.lock.is_there()
-        fresh.make()
+        fresh.create()
+        assert (fresh.path / LOCK).exists() and fresh.lock.is_valid()
+        fresh.create()
     assert not (fresh.path / LOCK).exists()
 
 
@@ -214,7 +214,7 @@ def test_a_folder_that_went_away_is_missed(tmp_path):
     """After the lock's file is gone the run ends with a sentence; without a lock nothing is asked."""
     workspace = Workspace(tmp_path / "run")
     workspace.check_not_moved()
-    workspace.make()
+    workspace.create()
     (workspace.path / LOCK).unlink()
     with pytest.raises(UserError, match=re.escape(f"--workspace {workspace.path} is gone: it was moved, removed")):
         workspace.check_not_moved()
@@ -227,7 +227,7 @@ def test_a_run_that_began_in_between_is_not_mixed_with(tmp_path):
     late = Workspace(tmp_path, flag="--output")
     sentence = f"another run has just begun in --output {tmp_path}; choose another one"
     with pytest.raises(UserError, match=re.escape(sentence)):
-        late.make()
+        late.create()
     late.lock.release()
 
 
@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_made_or_claimed_is_named(tmp_path, monkeypatch)
     """With the reason of the system."""
     (tmp_path / "file").write_text("notes")
     with pytest.raises(UserError, match=re.escape(f"--workspace {tmp_path / 'file'} cannot be made (")):
-        Workspace(tmp_path / "file").make()
+        Workspace(tmp_path / "file").create()
 
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")
@@ -278,7 +278,7 @@ def test_a_link_that_leads_elsewhere_is_refused(tmp_path):
         (workspace.path / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError) as refused:
         workspace.check_usable()
-    assert str(refused.value) == f"{workspace.named}: log.txt, mesh would be written elsewhere, being a link"
+    assert str(refused.value) == f"{workspace.typed}: log.txt, mesh would be written elsewhere, being a link"
 
 
 def test_what_cannot_be_a_folder_is_refused(tmp_path):

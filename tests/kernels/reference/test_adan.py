@@ -46,7 +46,8 @@ def oracle_step(params, max_grad_norm):
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 5.0])
-def test_oracle(max_grad_norm):
+def test_adan_matches_pytorch_optimizer(max_grad_norm):
+    """Twenty steps match those of pytorch_optimizer."""
     params, state = start()
     oracles = [oracle_step(params.to(dtype), max_grad_norm) for dtype in (torch.float32, torch.float64)]
     for grads in gradients(20):
@@ -55,7 +56,7 @@ def test_oracle(max_grad_norm):
     assert float(state.step) == 20
 
 
-def test_the_norm_is_clipped_over_all_groups():
+def test_adan_clips_over_all_groups():
     """Gradients ten times over the limit take the same step as gradients at the limit."""
     results = []
     for scale in (1.0, 100.0):
@@ -72,7 +73,8 @@ def test_the_norm_is_clipped_over_all_groups():
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_loss_scale_cancels(as_tensor):
+def test_adan_loss_scale(as_tensor):
+    """A loss scale and its inverse cancel bit for bit."""
     results = []
     for scale in (1.0, 1024.0):
         params, state = start()
@@ -85,15 +87,16 @@ def test_loss_scale_cancels(as_tensor):
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("steps_before", [0, 3])
-def test_a_gradient_that_is_not_finite_changes_nothing(poison, steps_before):
+def test_adan_non_finite_gradient(poison, steps_before):
+    """A gradient that is not finite changes nothing, and later steps neither."""
     params, state = start()
     for grads in gradients(steps_before):
         assert not adan_step(params, grads, state, group_ends=ENDS, lrs=LRS)
     before = copy_of(params, state)
     bad = gradients(1)[0]
     bad[17] = poison
-    found = adan_step(params, bad, state, group_ends=ENDS, lrs=LRS)
-    assert found.dtype == torch.bool and found.shape == () and bool(found)
+    skipped = adan_step(params, bad, state, group_ends=ENDS, lrs=LRS)
+    assert skipped.dtype == torch.bool and skipped.shape == () and bool(skipped)
     assert all(torch.equal(one, other) for one, other in zip(before, copy_of(params, state), strict=True))
     good = gradients(1, seed=9)[0]
     other_params, other_state = start()
@@ -103,28 +106,31 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison, steps_before):
     assert torch.equal(params, other_params), "the skipped step left a trace"
 
 
-def test_gradients_are_left_alone():
+def test_adan_keeps_gradients():
+    """The gradients are not changed."""
     params, state = start()
     grads = gradients(1)[0]
-    kept = grads.clone()
+    before = grads.clone()
     adan_step(params, grads, state, group_ends=ENDS, lrs=LRS, inverse_scale=0.5)
-    assert torch.equal(grads, kept)
+    assert torch.equal(grads, before)
 
 
-def test_average():
+def test_adan_ema():
+    """The average follows its definition, for a decay as number and as tensor."""
     params = start()[0].double()
     state = AdanState.zeros(params)
     expected = params.clone()
     for step, grads in enumerate(gradients(6)):
         decay = (1 + step) / (10 + step)
-        given = torch.tensor(decay, dtype=torch.float64) if step % 2 else decay
-        adan_step(params, grads.double(), state, group_ends=ENDS, lrs=LRS, ema_decay=given)
+        argument = torch.tensor(decay, dtype=torch.float64) if step % 2 else decay
+        adan_step(params, grads.double(), state, group_ends=ENDS, lrs=LRS, ema_decay=argument)
         expected = decay * expected + (1 - decay) * params
         check_fp64("average", state.ema, expected)
     assert not torch.equal(state.ema, params)
 
 
-def test_entries_without_gradient_only_decay():
+def test_adan_zero_gradient():
+    """Parameters without a gradient only decay."""
     params, state = start()
     first = params.clone()
     grads = gradients(1)[0]
@@ -133,7 +139,8 @@ def test_entries_without_gradient_only_decay():
     assert torch.equal(params[:40], first[:40]) and not torch.equal(params[40:], first[40:])
 
 
-def test_complaints_name_the_argument():
+def test_adan_bad_arguments():
+    """Errors name the argument and both values."""
     params, state = start()
     grads = gradients(1)[0]
     with pytest.raises(ValueError, match=r"grads must have shape \[100\], got \[99\]"):

@@ -15,7 +15,8 @@ def inputs(shape=(2, 6, 3, 5), dtype=torch.float64):
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 3, 5), (3, 6), (1, 6, 4), (2, 6, 2, 3, 2)])
-def test_definition(shape):
+def test_bias_residual_definition(shape):
+    """Results match the definition, written out with loops."""
     x, bias, residual = inputs(shape)
     got = bias_residual(x, bias, residual)
     for channel in range(6):
@@ -23,17 +24,20 @@ def test_definition(shape):
         check_fp64("output", got[:, channel], expected)
 
 
-def test_gradients():
+def test_bias_residual_gradients():
+    """Gradients match finite differences in fp64."""
     assert torch.autograd.gradcheck(bias_residual, [tensor.requires_grad_() for tensor in inputs()])
 
 
-def test_memory_format_is_kept():
+def test_bias_residual_memory_format():
+    """The output has the memory format of x."""
     x, bias, residual = inputs()
     x, residual = (tensor.to(memory_format=torch.channels_last) for tensor in (x, residual))
     assert bias_residual(x, bias, residual).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_complaints_name_the_argument():
+def test_bias_residual_bad_arguments():
+    """Errors name the argument and both values."""
     x, bias, residual = inputs()
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         bias_residual([1.0], bias, residual)

@@ -23,7 +23,7 @@ def inputs(lengths=LENGTHS, padding=0, channels=3, dtype=torch.float64, seed=0, 
 
 
 def by_hand(sigma, values, t, dt, offsets, stop):
-    """Ray by ray and sample by sample, with Python numbers."""
+    """Composite ray by ray and sample by sample, with Python numbers."""
     rays, channels = len(offsets) - 1, values.shape[1]
     out, opacity, depth = torch.zeros(rays, channels).double(), torch.zeros(rays).double(), torch.zeros(rays).double()
     weights = torch.zeros(len(sigma)).double()
@@ -43,7 +43,8 @@ def by_hand(sigma, values, t, dt, offsets, stop):
 
 @pytest.mark.parametrize("channels", [1, 3, 8])
 @pytest.mark.parametrize("stop", [0.0, 1e-4, 0.3])
-def test_definition(channels, stop):
+def test_composite_definition(channels, stop):
+    """Results match the definition, written out with loops."""
     arguments = inputs(channels=channels, scale=10.0)
     for got, expected in zip(composite(*arguments, stop=stop), by_hand(*arguments, stop), strict=True):
         check_fp64("output", got, expected)
@@ -51,14 +52,15 @@ def test_definition(channels, stop):
 
 @pytest.mark.parametrize("stop", [0.0, 0.3])
 @pytest.mark.parametrize("output", range(4))
-def test_gradients(stop, output):
+def test_composite_gradients(stop, output):
+    """Gradients match finite differences in fp64."""
     sigma, values, t, dt, offsets = inputs(lengths=(3, 0, 5, 1), channels=2, padding=2)
     sigma.requires_grad_(), values.requires_grad_()
     function = lambda s, v: composite(s, v, t, dt, offsets, stop=stop)[output]  # noqa: E731
     assert torch.autograd.gradcheck(function, (sigma, values))
 
 
-def test_gradient_of_weights_by_the_formula():
+def test_composite_weight_gradient():
     """dL/dsigma_i = dt_i (g_i T_{i+1} - sum_{j>i} g_j w_j) for a gradient g that differs from sample to sample."""
     sigma, values, t, dt, offsets = inputs(lengths=(6,))
     sigma.requires_grad_()
@@ -71,7 +73,8 @@ def test_gradient_of_weights_by_the_formula():
     check_fp64("gradient of sigma", sigma.grad, torch.stack(expected).detach())
 
 
-def test_samples_behind_the_stop_take_no_gradient():
+def test_composite_no_gradient_behind_stop():
+    """Samples behind the end of a ray have no gradient, all others have one."""
     sigma, values, t, dt, offsets = inputs(lengths=(40,), scale=20.0)
     sigma.requires_grad_()
     out = composite(sigma, values, t, dt, offsets, stop=1e-2)
@@ -81,7 +84,8 @@ def test_samples_behind_the_stop_take_no_gradient():
     assert torch.equal(sigma.grad == 0, ended)
 
 
-def test_padding_does_not_matter():
+def test_composite_padding():
+    """NaN in padding rows changes neither results nor gradients."""
     clean = inputs(padding=0)
     sigma, values, t, dt, offsets = inputs(padding=9)
     count = int(offsets[-1])
@@ -91,14 +95,15 @@ def test_padding_does_not_matter():
     sigma.requires_grad_(), values.requires_grad_()
     out = composite(sigma, values, t, dt, offsets, count=torch.tensor(count))
     expected = composite(*clean)
-    for got, want in zip(out[:3], expected[:3], strict=True):
-        assert torch.equal(got, want)
+    for got, reference in zip(out[:3], expected[:3], strict=True):
+        assert torch.equal(got, reference)
     assert torch.equal(out.weights, torch.cat([expected.weights, torch.zeros(9, dtype=torch.float64)]))
     (out.values.sum() + out.opacity.sum() + out.depth.sum() + out.weights.sum()).backward()
     assert torch.isfinite(sigma.grad).all() and not sigma.grad[count:].any() and not values.grad[count:].any()
 
 
-def test_count_cuts_rays_short():
+def test_composite_count():
+    """Rows from `count` on do not count."""
     sigma, values, t, dt, offsets = inputs(lengths=(4, 4))
     out = composite(sigma, values, t, dt, offsets, count=torch.tensor(6))
     expected = composite(sigma[:6], values[:6], t[:6], dt[:6], offsets.clamp(max=6))
@@ -106,7 +111,8 @@ def test_count_cuts_rays_short():
     assert not out.weights[6:].any()
 
 
-def test_empty():
+def test_composite_empty():
+    """Empty inputs give empty or zero results and gradients."""
     sigma, values, t, dt, offsets = inputs(lengths=(0, 0), padding=3)
     sigma.requires_grad_(), values.requires_grad_()
     out = composite(sigma, values, t, dt, offsets)
@@ -117,8 +123,8 @@ def test_empty():
     assert out.values.shape == (0, 3) and out.opacity.shape == (0,)
 
 
-def test_single_precision_far_into_a_long_buffer():
-    """An optical depth of 1e9 in front of thin rays does not blur them: they are as good as alone."""
+def test_composite_long_buffer():
+    """An optical depth of 1e9 in front of thin rays does not blur them: they are as accurate as alone."""
     thick, thin, rays = 200, 50, 100
     density = (1e-3 * (1 + torch.arange(rays) / rays)).repeat_interleave(thin)
     sigma = torch.cat([torch.full((thick,), 1e8), density])
@@ -131,7 +137,8 @@ def test_single_precision_far_into_a_long_buffer():
     assert float(out.opacity[0]) == 1.0
 
 
-def test_backward_repeats_bit_for_bit():
+def test_composite_repeats():
+    """Repeats are equal bit for bit."""
     sigma, values, t, dt, offsets = inputs(lengths=(50,) * 200, dtype=torch.float32)
     grads = []
     for _ in range(2):
@@ -142,7 +149,8 @@ def test_backward_repeats_bit_for_bit():
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
 
 
-def test_complaints_name_the_argument():
+def test_composite_bad_arguments():
+    """Errors name the argument and both values."""
     sigma, values, t, dt, offsets = inputs()
     with pytest.raises(ValueError, match=rf"values must have shape \[{len(sigma)}, C\], got \[4, 3\]"):
         composite(sigma, values[:4], t, dt, offsets)

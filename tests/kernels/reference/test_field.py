@@ -37,7 +37,8 @@ def flat(*, constant=0.0):
 
 
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
-def test_blob(activation):
+def test_field_blob(activation):
+    """The blob's density in closed form, at the origin and at two distances."""
     spec = FieldSpec(grid=GRID, density_activation=activation, blob_density=4.0, blob_radius=0.3)
     sigma, albedo = field(torch.tensor([[0.0, 0, 0], [0.3, 0, 0], [0, 0.4, 0.3]], dtype=torch.float64), *flat(), spec)
     if activation == "exp":
@@ -58,15 +59,16 @@ def by_torchs_layers(x, table, weights, biases, dtype):
     return torch.exp(h[:, 0] + 5 * torch.exp(-x.square().sum(1) / 0.08)), torch.sigmoid(h[:, 1:])
 
 
-def test_definition():
-    """The whole pipeline written out once more with torch's own layers."""
+def test_field_definition():
+    """Outputs equal those of torch's own layers on the grid's features."""
     parts, x = parameters(), points()
     found = field(x, *parts, FieldSpec(grid=GRID, bound=0.6))
     for got, expected in zip(found, by_torchs_layers(x, *parts, torch.float64), strict=True):
         check_fp64("output", got, expected)
 
 
-def test_exponential_is_clamped_and_keeps_its_gradient():
+def test_field_clamped_exponential():
+    """sigma stops at exp(15), and its gradient goes on as if it were not clamped."""
     table, weights, biases = flat(constant=200.0)
     biases[-1].requires_grad_()
     spec = FieldSpec(grid=GRID)
@@ -79,7 +81,8 @@ def test_exponential_is_clamped_and_keeps_its_gradient():
 
 
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
-def test_gradients(activation):
+def test_field_gradients(activation):
+    """Gradients of all inputs agree with finite differences."""
     spec = FieldSpec(grid=TINY, bound=0.6, density_activation=activation, blob_density=2.0, blob_radius=0.3)
     table, weights, biases = parameters(TINY, hidden=2)
     leaves = [points(2), table, *weights, *biases]
@@ -93,7 +96,8 @@ def test_gradients(activation):
 
 
 @pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
-def test_gradients_through_normals(mode):
+def test_field_normals_gradients(mode):
+    """Gradients of all inputs through normals agree with finite differences."""
     spec = FieldSpec(grid=TINY, bound=0.6, blob_density=2.0, blob_radius=0.3)
     table, weights, biases = parameters(TINY, hidden=2)
     table, weights = table * 0.3, [0.3 * weight for weight in weights]
@@ -109,7 +113,8 @@ def test_gradients_through_normals(mode):
 
 @pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
-def test_normals_of_the_blob_point_outwards(mode, activation):
+def test_field_normals_of_the_blob(mode, activation):
+    """Normals of the blob alone point away from its centre."""
     spec = FieldSpec(grid=GRID, density_activation=activation, blob_radius=0.4)
     x = torch.nn.functional.normalize(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double(), dim=1)
     normal = field_normals(0.3 * x, *flat(), spec, mode=mode, epsilon=1e-3)[2]
@@ -125,7 +130,8 @@ def test_normals_of_the_blob_point_outwards(mode, activation):
     check_fp64("normal", normal, x if mode == "analytic" else torch.nn.functional.normalize(slope, dim=1))
 
 
-def test_modes_agree_for_small_steps():
+def test_field_normals_modes_agree():
+    """Central differences of small steps give the analytic normals, of length 1."""
     table, weights, biases = parameters()
     spec, x = FieldSpec(grid=GRID, bound=0.6), points(40)
     one = field_normals(x, table, weights, biases, spec, epsilon=1e-6)
@@ -135,8 +141,8 @@ def test_modes_agree_for_small_steps():
     check_fp64("length", other[2].norm(dim=1), torch.ones(40).double())
 
 
-def test_differences_stay_inside_the_cube():
-    """The grid is zero outside, which must not look like a wall to a point on the face."""
+def test_field_normals_taps_are_clamped():
+    """Taps of a point on a face stay in the cube: the grid is zero outside, which would look like a wall."""
     table, weights, biases = parameters()
     spec = FieldSpec(grid=GRID, bound=0.6, blob_density=0.0)
     face = torch.tensor([[0.6, 0.1, 0.2]]).double()
@@ -152,7 +158,8 @@ def test_differences_stay_inside_the_cube():
 
 
 @pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
-def test_normal_of_a_flat_density_is_zero(mode):
+def test_field_normals_flat_density(mode):
+    """A flat density has normals of 0 and finite gradients."""
     spec = FieldSpec(grid=GRID, blob_density=0.0)
     table, weights, biases = flat()
     table.requires_grad_()
@@ -162,14 +169,17 @@ def test_normal_of_a_flat_density_is_zero(mode):
     assert torch.isfinite(table.grad).all()
 
 
-def test_analytic_normals_without_gradients_leave_no_graph():
-    with torch.no_grad():
-        out = field_normals(points(), *parameters(), FieldSpec(grid=GRID), mode="analytic")
-    assert not any(value.requires_grad for value in out)
+def test_field_normals_no_grad():
+    """Analytic normals under no_grad keep no graph, also of points that require gradients."""
+    for x in (points(), points().requires_grad_()):
+        with torch.no_grad():
+            outputs = field_normals(x, *parameters(), FieldSpec(grid=GRID), mode="analytic")
+        assert not any(output.requires_grad for output in outputs)
 
 
 @pytest.mark.parametrize("mode", [None, "finite_difference", "analytic"])
-def test_count_hides_padding(mode):
+def test_field_count(mode):
+    """Rows past the count give zeros, take no gradient and do not change the others, with and without normals."""
     spec, count = FieldSpec(grid=GRID, bound=0.6), torch.tensor(4)
     grads, results = [], []
     for x, options in ((points(6), {"count": count}), (points(6)[:4], {})):
@@ -190,7 +200,8 @@ def test_count_hides_padding(mode):
 
 
 @pytest.mark.parametrize("mode", [None, "finite_difference", "analytic"])
-def test_no_points(mode):
+def test_field_no_points(mode):
+    """No point gives outputs of no row."""
     x = points(0)
     if mode is None:
         out = field(x, *parameters(), FieldSpec(grid=GRID))
@@ -199,7 +210,8 @@ def test_no_points(mode):
     assert [value.shape for value in out] == [(0,), (0, 3), (0, 3)][: len(out)]
 
 
-def test_compute_dtype():
+def test_field_compute_dtype():
+    """bf16 is as accurate as torch's layers in bf16; outputs and gradients stay fp32."""
     table, weights, biases = parameters(dtype=torch.float32)
     spec, x = FieldSpec(grid=GRID, bound=0.6), points(50, dtype=torch.float32)
     single = field(x, table, weights, biases, spec)
@@ -215,7 +227,8 @@ def test_compute_dtype():
     assert table.grad.dtype == weights[0].grad.dtype == torch.float32
 
 
-def test_active_levels():
+def test_field_active_levels():
+    """Levels that are not active count as zeros in the table."""
     table, weights, biases = parameters()
     cut = table.clone()
     cut[GRID.offsets[1] :] = 0
@@ -225,7 +238,8 @@ def test_active_levels():
         check_fp64("output", value, expected)
 
 
-def test_complaints_name_the_argument():
+def test_field_errors():
+    """Errors name the argument and both values."""
     table, weights, biases = parameters()
     spec = FieldSpec(grid=GRID)
     with pytest.raises(ValueError, match=r"weights\[0\] must have shape \[P, 6\], got \[5, 7\]"):
@@ -239,8 +253,8 @@ def test_complaints_name_the_argument():
 
 
 @pytest.mark.parametrize("bound", [0.6, 0.7, 0.8, 1.0, 1.3, 2.0, 3.0, 7.7])
-def test_faces_of_the_cube_stay_inside_however_the_kernel_rounds(bound):
-    """x * s + 0.5 without rounding of the product, as a fused multiply-add computes it."""
+def test_unit_scale_of_faces(bound):
+    """x * s + 0.5 is at most 1 on a face, also where a fused multiply-add does not round the product."""
     single = torch.tensor(bound, dtype=torch.float32).item()
     assert Fraction(single) * Fraction(unit_scale(bound)) <= Fraction(1, 2)
     assert unit_scale(bound) * single > 0.4999999

@@ -37,14 +37,16 @@ def by_hand(x, groups, weight, bias, eps, silu):
 @pytest.mark.parametrize("shape", [(2, 6, 3, 5), (1, 6), (3, 6, 4), (1, 6, 2, 3, 2)])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("silu", [True, False])
-def test_definition(shape, groups, silu):
+def test_group_norm_definition(shape, groups, silu):
+    """Results match the definition, written out with loops."""
     x, weight, bias = inputs(shape)
     got = group_norm_silu(x, groups, weight, bias, 0.1, silu)
     check_fp64("output", got, by_hand(x, groups, weight, bias, 0.1, silu))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_as_torchs_modules(dtype):
+def test_group_norm_matches_torch(dtype):
+    """Results equal those of torch.nn.GroupNorm and SiLU."""
     x, weight, bias = inputs((2, 32, 5, 7), dtype)
     norm = torch.nn.GroupNorm(8, 32, eps=1e-6, dtype=dtype)
     with torch.no_grad():
@@ -55,12 +57,14 @@ def test_as_torchs_modules(dtype):
 
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shape", [(2, 6, 2, 2), (1, 6, 3)])
-def test_gradients(shape, silu):
+def test_group_norm_gradients(shape, silu):
+    """Gradients match finite differences in fp64."""
     leaves = [leaf.requires_grad_() for leaf in inputs(shape)]
     assert torch.autograd.gradcheck(lambda x, w, b: group_norm_silu(x, 2, w, b, 1e-2, silu), leaves)
 
 
-def test_what_is_added_is_added_first():
+def test_group_norm_added():
+    """`added` is added before the norm, with gradients."""
     x, weight, bias = inputs()
     added = torch.randn(2, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = group_norm_silu(x + added[:, :, None, None], 3, weight, bias)
@@ -69,7 +73,8 @@ def test_what_is_added_is_added_first():
     assert torch.autograd.gradcheck(lambda x, w, b, a: group_norm_silu(x, 2, w, b, 1e-2, added=a), leaves)
 
 
-def test_gradient_by_the_formula():
+def test_group_norm_gradient_formula():
+    """The gradient of x matches its closed form."""
     x, weight, bias = inputs((2, 6, 3, 5))
     x.requires_grad_()
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -85,7 +90,8 @@ def test_gradient_by_the_formula():
     check_fp64("gradient", grad, expected.reshape(x.shape))
 
 
-def test_memory_format_is_kept():
+def test_group_norm_memory_format():
+    """The output has the memory format of x."""
     x, weight, bias = inputs((2, 6, 3, 5), torch.float32)
     last = x.to(memory_format=torch.channels_last)
     out = group_norm_silu(last, 2, weight, bias)
@@ -95,7 +101,8 @@ def test_memory_format_is_kept():
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 3, 5), (2, 6, 0, 5), (2, 0, 3, 5)])
-def test_empty(shape):
+def test_group_norm_empty(shape):
+    """Empty inputs give empty or zero results and gradients."""
     leaves = [leaf.requires_grad_() for leaf in inputs(shape)]
     out = group_norm_silu(leaves[0], 2, *leaves[1:])
     assert out.shape == shape
@@ -103,13 +110,15 @@ def test_empty(shape):
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves] and not any(grad.any() for grad in grads)
 
 
-def test_a_group_of_one_element_gives_its_bias():
+def test_group_norm_one_element():
+    """A group of one element gives its bias."""
     x, weight, bias = inputs((1, 4, 1, 1))
     got = group_norm_silu(x, 4, weight, bias, silu=False)
     check_fp64("output", got.flatten(), bias)
 
 
-def test_complaints_name_the_argument():
+def test_group_norm_bad_arguments():
+    """Errors name the argument and both values."""
     x, weight, bias = inputs()
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         group_norm_silu([1.0], 2, weight, bias)
@@ -132,13 +141,14 @@ def test_complaints_name_the_argument():
         group_norm_silu(x, 2, weight, bias, 0)
 
 
-# Height = width, channels and pictures of Stable Diffusion's encoder and UNet, and some odd ones.
+# Height = width, channels and images of Stable Diffusion's encoder and UNet, and some odd ones.
 SIZES = [(512, 128, 1), (256, 256, 1), (64, 512, 1), (64, 320, 2), (64, 960, 2), (32, 640, 2), (8, 2560, 2), (7, 96, 3)]
 
 
 @pytest.mark.parametrize(("side", "channels", "images"), SIZES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_tiles_cover_everything_and_fit(side, channels, images, channels_last):
+def test_group_norm_config(side, channels, images, channels_last):
+    """Tiles cover every element, fit into registers and read long runs of memory."""
     width, places = channels // 32, side * side
     config = group_norm_module._group_norm_silu_config(images, 32, width, places, channels_last)
     elements = config.rows * config.groups * config.width
@@ -150,7 +160,7 @@ def test_tiles_cover_everything_and_fit(side, channels, images, channels_last):
     assert config.row_parts * config.chunk >= places > (config.row_parts - 1) * config.chunk
     assert config.chunk % config.sum_rows == 0 and config.blocks * config.groups >= 32
     programs = images * config.blocks * config.parts
-    assert programs <= group_norm_module._PROGRAMS or config.row_parts == 1  # all under way at once
+    assert programs <= group_norm_module._PROGRAMS or config.row_parts == 1  # all run at once
     columns = config.parts // config.row_parts
     assert columns * config.width >= width > (columns - 1) * config.width
     if channels_last:  # a row of a tile is a long run of memory

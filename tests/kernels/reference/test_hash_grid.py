@@ -47,7 +47,8 @@ def by_hand(x: list[float], table: torch.Tensor, spec: HashGridSpec) -> list[flo
     return out
 
 
-def test_reference_resolutions_and_rows():
+def test_hash_grid_spec_sizes():
+    """Resolutions, rows and channels of the default shape and of a single level."""
     spec = HashGridSpec()
     assert spec.resolutions[0] == 16 and spec.resolutions[-1] == 2048 and spec.levels == len(spec.resolutions)
     assert spec.rows == spec.offsets[-1] == 6098120
@@ -58,7 +59,8 @@ def test_reference_resolutions_and_rows():
 
 @pytest.mark.parametrize("interpolation", ["smoothstep", "linear"])
 @pytest.mark.parametrize("features", [1, 2, 3])
-def test_definition(interpolation, features):
+def test_hash_grid_definition(interpolation, features):
+    """Features equal those of a loop with Python numbers, in dense and hashed levels and on the faces."""
     spec = HashGridSpec(
         levels=5, features=features, log2_entries=8, base_resolution=4, max_resolution=16, interpolation=interpolation
     )
@@ -68,7 +70,8 @@ def test_definition(interpolation, features):
     check_fp64("features", hash_grid(x, table, spec), expected)
 
 
-def test_hashing_of_large_coordinates():
+def test_hash_grid_large_coordinates():
+    """The hash of coordinates whose products pass 2^32 is that of unbounded whole numbers."""
     spec = HashGridSpec(levels=2, features=2, log2_entries=10, base_resolution=16, max_resolution=1 << 19)
     x, table = points(16), random_table(spec)
     expected = torch.tensor([by_hand(row, table, spec) for row in x.tolist()], dtype=torch.float64)
@@ -76,14 +79,16 @@ def test_hashing_of_large_coordinates():
 
 
 @pytest.mark.parametrize("interpolation", ["smoothstep", "linear"])
-def test_gradients(interpolation):
+def test_hash_grid_gradients(interpolation):
+    """Gradients of x and table to second order agree with finite differences."""
     spec = HashGridSpec(levels=2, log2_entries=3, base_resolution=2, max_resolution=5, interpolation=interpolation)
     x, table = points(3).requires_grad_(), random_table(spec).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, table: hash_grid(x, table, spec), (x, table))
     assert torch.autograd.gradgradcheck(lambda x, table: hash_grid(x, table, spec), (x, table))
 
 
-def test_outside_and_not_a_number_give_zeros():
+def test_hash_grid_outside_points():
+    """Points outside the cube, NaN and infinity give zeros and take no gradient."""
     x = torch.tensor([[0.5, 0.5, 0.5], [1.0001, 0.5, 0.5], [0.5, -1e-6, 0.5], [0.5, math.nan, 0.5], [math.inf, 0, 0]])
     x.requires_grad_()
     table = random_table(SMALL, dtype=torch.float32)
@@ -94,7 +99,8 @@ def test_outside_and_not_a_number_give_zeros():
 
 
 @pytest.mark.parametrize("active", [0, 2, 5])
-def test_active_levels(active):
+def test_hash_grid_active_levels(active):
+    """Levels from `active_levels` on give zeros and take no gradient, as a number and as a tensor."""
     x, table = points(30), random_table(SMALL)
     full = hash_grid(x, table, SMALL)
     expected = full.clone()
@@ -108,7 +114,8 @@ def test_active_levels(active):
         assert not table.grad[SMALL.offsets[active] :].any() and table.grad[: SMALL.offsets[active]].any()
 
 
-def test_count_hides_padding():
+def test_hash_grid_count():
+    """Rows past the count give zeros, take no gradient and do not change the others."""
     x, table = points(30), random_table(SMALL)
     x[20:] = math.nan
     live = x[:20].clone().requires_grad_()
@@ -123,7 +130,8 @@ def test_count_hides_padding():
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
-def test_odd_sizes_and_strided_input(n):
+def test_hash_grid_odd_sizes(n):
+    """No point, one point and strided points give the features of contiguous ones."""
     table = random_table(SMALL).requires_grad_()
     wide = points(2 * n).view(n, 6)[:, ::2] if n else points(0)
     out = hash_grid(wide, table, SMALL)
@@ -134,7 +142,8 @@ def test_odd_sizes_and_strided_input(n):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_compute_dtype_rounds_but_keeps_an_exact_master(dtype):
+def test_hash_grid_compute_dtype(dtype):
+    """Entries are rounded to the compute dtype; the table's gradient is not."""
     x, table = points(200, dtype=torch.float32), random_table(SMALL, dtype=torch.float32).requires_grad_()
     out = hash_grid(x, table, SMALL, dtype=dtype)
     assert out.dtype == dtype
@@ -148,7 +157,8 @@ def test_compute_dtype_rounds_but_keeps_an_exact_master(dtype):
     check("gradient", table.grad, plain.grad, precise.grad)
 
 
-def test_backward_repeats_bit_for_bit_with_any_threads():
+def test_hash_grid_repeats():
+    """The table's gradient has the same bits with one thread and with two."""
     x, table = points(20000, dtype=torch.float32), random_table(SMALL, dtype=torch.float32)
     upstream = torch.randn(20000, SMALL.channels, generator=torch.Generator().manual_seed(2))
     threads, grads = torch.get_num_threads(), []
@@ -163,7 +173,8 @@ def test_backward_repeats_bit_for_bit_with_any_threads():
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[1], grads[2])
 
 
-def test_complaints_name_the_argument():
+def test_hash_grid_errors():
+    """Errors name the argument and both values."""
     x, table = points(4), random_table(SMALL)
     with pytest.raises(ValueError, match=r"x must have shape \[N, 3\], got \[4, 2\]"):
         hash_grid(x[:, :2], table, SMALL)
@@ -179,8 +190,8 @@ def test_complaints_name_the_argument():
         HashGridSpec(interpolation="cubic")
 
 
-def test_total_variation_gradient():
-    """One point, one dense level: the gradient of sqrt-like total variation at that vertex, computed with numbers."""
+def test_total_variation_definition():
+    """One point in one dense level: the gradient at its vertex equals one computed by hand."""
     spec = HashGridSpec(levels=1, features=2, log2_entries=8, base_resolution=4, max_resolution=4)
     table = random_table(spec)
     grad = hash_grid_total_variation_grad(table, spec, torch.tensor([[0.4, 0.49, 0.99]]).double(), 3.0)
@@ -192,8 +203,8 @@ def test_total_variation_gradient():
     check_fp64("gradient", grad, expected)
 
 
-def test_total_variation_never_leaves_the_grid():
-    """Entries that no vertex owns (padding, other levels) must not be read: poison them."""
+def test_total_variation_padding_rows():
+    """Rows that no vertex has (padding, other levels) are not read: they hold NaN here."""
     spec = HashGridSpec(levels=2, features=2, log2_entries=8, base_resolution=3, max_resolution=5)
     corners = torch.tensor([[float(i), float(j), float(k)] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
     table = torch.randn(spec.rows, 2, generator=torch.Generator().manual_seed(0))
@@ -205,7 +216,8 @@ def test_total_variation_never_leaves_the_grid():
     assert torch.equal(hash_grid_total_variation_grad(flat, spec, corners, 1.0), torch.zeros_like(flat))
 
 
-def test_weight_decay_gradient():
+def test_weight_decay_definition():
+    """The gradient equals autograd's of the loss."""
     table = random_table(SMALL).requires_grad_()
     loss = sum(table[start:end].square().sum() / (end - start) for start, end in pairwise(SMALL.offsets))
     (0.7 * loss).backward()

@@ -57,7 +57,8 @@ def by_hand(o, d, bits, bound, resolution, max_steps, dt_gamma, min_near, pertur
 )
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
-def test_definition(bound, dt_gamma, max_steps, shifted, dense):
+def test_march_definition(bound, dt_gamma, max_steps, shifted, dense):
+    """Results match the definition, written out with loops."""
     origins, directions = rays(12)
     origins[0], directions[0] = torch.tensor([0.1, 0.2, 3.0]), torch.tensor([0.0, 0.0, -1.0])  # two components are zero
     origins[1] = 0.0  # starts inside
@@ -79,7 +80,8 @@ def test_definition(bound, dt_gamma, max_steps, shifted, dense):
     assert out.offsets[3] == out.offsets[2], "a ray that misses has no sample"
 
 
-def test_padding_is_zero():
+def test_march_padding():
+    """Rows from `count` on are zero."""
     origins, directions = rays(8)
     out = march(origins, directions, sphere(), bound=1.0, resolution=16, capacity=2000, max_steps=64)
     count = int(out.count)
@@ -88,7 +90,8 @@ def test_padding_is_zero():
         assert value.shape[0] == 2000 and not value[count:].any() and value[:count].any()
 
 
-def test_overflow_drops_the_last_samples_and_says_so():
+def test_march_overflow():
+    """Samples past the capacity are dropped, and `overflow` is set."""
     origins, directions = rays(8)
     options = {"bound": 1.0, "resolution": 16, "max_steps": 64}
     whole = march(origins, directions, sphere(), capacity=2000, **options)
@@ -100,7 +103,8 @@ def test_overflow_drops_the_last_samples_and_says_so():
         assert torch.equal(out.positions, whole.positions[:capacity]) and torch.equal(out.dt, whole.dt[:capacity])
 
 
-def test_no_rays_and_no_samples():
+def test_march_empty():
+    """No rays, and rays without samples, give empty results."""
     nothing = torch.zeros(0, 3)
     out = march(nothing, nothing, full(), bound=1.0, resolution=16, capacity=5)
     assert out.offsets.tolist() == [0] and int(out.count) == 0 and out.positions.shape == (5, 3)
@@ -109,14 +113,15 @@ def test_no_rays_and_no_samples():
     assert out.offsets.tolist() == [0, 0, 0, 0] and int(out.count) == 0 and not out.overflow
 
 
-def test_at_most_max_steps_a_ray():
+def test_march_max_steps():
+    """A ray keeps its first max_steps samples."""
     origins, directions = torch.tensor([[-2.0, -2, -2]]), torch.ones(1, 3) / math.sqrt(3)
     out = march(origins, directions, full(bound=2.0), bound=2.0, resolution=16, capacity=2000, max_steps=50)
     assert int(out.count) == 50
     assert float(out.t[0]) < 0.1, "the first samples stay"
 
 
-def test_full_grid_covers_the_chord():
+def test_march_full_grid():
     """Steps of a ray through a full cube add up to the length inside, to one step."""
     origins, directions = rays(30)
     out = march(origins, directions, full(), bound=1.0, resolution=16, capacity=20000, max_steps=512)
@@ -127,7 +132,7 @@ def test_full_grid_covers_the_chord():
     assert ((inside - (far - near).clamp(min=0)).abs() <= 2 * math.sqrt(3) / 512).all()
 
 
-def test_min_near_and_gradients_of_positions():
+def test_march_position_gradients():
     """From inside the cube near is min_near, so t does not move with the ray and gradcheck holds."""
     generator = torch.Generator().manual_seed(0)
     origins = (torch.rand(4, 3, generator=generator, dtype=torch.float64) - 0.5).requires_grad_()
@@ -141,7 +146,8 @@ def test_min_near_and_gradients_of_positions():
     assert torch.autograd.gradcheck(lambda o, d: march(o, d, full(), **options).positions, (origins, directions))
 
 
-def test_complaints_name_the_argument():
+def test_march_bad_arguments():
+    """Errors name the argument and both values."""
     origins, directions = rays(4)
     with pytest.raises(ValueError, match=r"bits must have shape \[1, 512\], got \[1, 8\]"):
         march(origins, directions, full(4), bound=1.0, resolution=16, capacity=5)

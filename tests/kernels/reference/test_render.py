@@ -1,7 +1,6 @@
-"""Rendering for looking: the picture that march, field and composite give together; empty scenes; normals."""
+"""Inference rendering: the image that march, field and composite give together; empty scenes; normals."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from dream_fast.kernels import (
     occupancy_update,
     render,
 )
+from dream_fast.kernels.rays import render as render_module
 
 GRID = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=4, max_resolution=12)
 BOUND, RESOLUTION, STEPS = 0.8, 16, 96
@@ -51,7 +51,8 @@ def camera(side=12, dtype=torch.float64):
 
 @pytest.mark.parametrize("chunk", [1, 50, 1000])
 @pytest.mark.parametrize("stop", [0.0, 1e-2])
-def test_same_as_the_operators_one_by_one(chunk, stop):
+def test_render_matches_operators(chunk, stop):
+    """The view equals march, field and composite one after the other."""
     spec, parameters, bits = scene()
     origins, directions = camera()
     background = torch.rand(144, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -72,7 +73,7 @@ def test_same_as_the_operators_one_by_one(chunk, stop):
     assert not view.normal[~hit].any()
 
 
-def test_normals_of_a_hard_ball():
+def test_render_ball_normals():
     """A steep blob is a ball: normals at its surface are its radii, and nothing where the ball is not."""
     spec, (table, weights, biases), bits = scene()
     weights[1].zero_(), biases[1].zero_()
@@ -100,11 +101,12 @@ def test_normals_of_a_hard_ball():
     assert (view.normal[solid] * directions[solid]).sum(1).max() < 0, "normals face the camera"
     empty = view.opacity <= 1e-3
     assert empty.any() and not view.normal[empty].any()
-    through = 1 - view.opacity[empty, None] / 2  # a white background and an albedo of a half
-    check_fp64("background", view.rgb[empty], through.expand(-1, 3))
+    transmittance = 1 - view.opacity[empty, None] / 2  # a white background and an albedo of a half
+    check_fp64("background", view.rgb[empty], transmittance.expand(-1, 3))
 
 
-def test_empty_scene_and_no_rays():
+def test_render_empty():
+    """An empty scene gives the background; no rays give an empty view."""
     spec, parameters, bits = scene(torch.float32)
     origins, directions = camera(4, torch.float32)
     background = torch.tensor([0.2, 0.4, 0.6])
@@ -116,12 +118,13 @@ def test_empty_scene_and_no_rays():
     assert [value.shape for value in view] == [(0, 3), (0, 3), (0,), (0,)]
 
 
-def test_opaque_rays_stop_costing(monkeypatch):
-    """Behind a wall that stops every ray, the field is not asked."""
-    module = sys.modules["dream_fast.kernels.rays.render"]
-    asked = []
-    original = module.field_reference
-    monkeypatch.setattr(module, "field_reference", lambda x, *a, **k: asked.append(len(x)) or original(x, *a, **k))
+def test_render_stops_behind_wall(monkeypatch):
+    """The field is not evaluated behind a wall that stops every ray."""
+    evaluated = []
+    original = render_module.field_reference
+    monkeypatch.setattr(
+        render_module, "field_reference", lambda x, *a, **k: evaluated.append(len(x)) or original(x, *a, **k)
+    )
     spec, (table, weights, biases), bits = scene()
     weights[1].zero_(), biases[1].zero_()
     origins, directions = camera(6)
@@ -129,16 +132,17 @@ def test_opaque_rays_stop_costing(monkeypatch):
     costs = {}
     for name, logit in (("thin", -15.0), ("wall", 12.0)):
         biases[1][0] = logit
-        asked.clear()
+        evaluated.clear()
         view = render(
             *arguments, resolution=RESOLUTION, max_steps=STEPS, background=torch.zeros(3).double(), normals=False
         )
         assert not view.normal.any()
-        costs[name] = sum(asked)
+        costs[name] = sum(evaluated)
     assert costs["wall"] < costs["thin"] / 3
 
 
-def test_takes_no_gradient_and_names_wrong_arguments():
+def test_render_no_gradient_and_bad_arguments():
+    """The view has no gradient; errors name the argument and both values."""
     spec, (table, weights, biases), bits = scene()
     origins, directions = camera(3)
     table.requires_grad_()

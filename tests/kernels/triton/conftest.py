@@ -14,7 +14,7 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.kernels._core.launch import INTERPRETED
-from dream_fast.kernels.grid import gradients as _grid
+from dream_fast.kernels.grid import gradients as grid_gradients
 
 HERE = Path(__file__).parent
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -206,10 +206,10 @@ def compare_compiled():
 def short_runs(monkeypatch):
     """The interpreter takes as long for one lane as for a thousand: many lanes, few steps and few instructions."""
     if INTERPRETED:
-        config = _grid._scatter_config
+        full_config = grid_gradients._hash_grid_table_bwd_config
 
-        def short(*shape):
-            found = config(*shape)
-            return found | {"BLOCK": 512, "RUN": 2, "WIDTH": min(found["WIDTH"], 2)}
+        def short_config(*shape):
+            config = full_config(*shape)
+            return config._replace(block=512, run=2, width=min(config.width, 2))
 
-        monkeypatch.setattr(_grid, "_scatter_config", short)
+        monkeypatch.setattr(grid_gradients, "_hash_grid_table_bwd_config", short_config)

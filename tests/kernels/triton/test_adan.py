@@ -1,4 +1,4 @@
-"""The kernels of the Adan step: against the reference in fp64, bytes that stay, groups, scalars, sizes."""
+"""Kernels of the Adan step: against the reference in fp64, skipped steps, groups, scalars, sizes."""
 
 import copy
 import math
@@ -21,21 +21,21 @@ def to(state, dtype, device=None):
 
 
 def compare(size, device, *, steps=2, seed=0, scale=1.0, **options):
-    """A few steps of the kernels; each against the reference from the same state in fp32 and in fp64."""
+    """Check a few steps, each against the reference from the same state in fp32 and in fp64."""
     options = {"group_ends": (size,), "lrs": (0.01,), **options}
     params = normal(size, seed).to(device)
     state = AdanState.zeros(params)
     for step in range(steps):
         grads = normal(size, seed + step + 1, scale).to(device)
-        found = {}
+        references = {}
         for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
             p, s = params.to(dtype, copy=True), to(state, dtype)
             adan_step_reference(p, grads.to(dtype), s, **options)
-            found[name] = {"params": p, **vars(s)}
+            references[name] = {"params": p, **vars(s)}
         skipped = adan_step(params, grads, state, **options)
         assert skipped.dtype == torch.bool and skipped.shape == () and not bool(skipped)
         for name, value in {"params": params, **vars(state)}.items():
-            check(f"{name} after step {step}", value, found["fp32"][name], found["fp64"][name])
+            check(f"{name} after step {step}", value, references["fp32"][name], references["fp64"][name])
     assert float(state.step) == steps
     return params, state
 
@@ -49,12 +49,14 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 1023, 1024, 1025, 2048, 2049, 5000])
-def test_small_shapes(size, device):
+def test_adan_small_shapes(size, device):
+    """Shapes around one element and one block, and none at all, match the reference."""
     compare(size, device, group_ends=(size // 3, size), lrs=(0.1, 0.01))
 
 
 @pytest.mark.fuzz
-def test_random_settings(seed, device):
+def test_adan_random_settings(seed, device):
+    """Random sizes and settings match the reference."""
     rng = random.Random(seed)
     size = rng.randint(1, 6000 if INTERPRETED else 3_000_000)
     groups = rng.randint(1, 5)
@@ -78,7 +80,8 @@ def test_random_settings(seed, device):
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan, 1e30])
 @pytest.mark.parametrize("place", [0, 1700, 2999])
-def test_a_norm_that_is_not_finite_changes_no_byte(poison, place, device):
+def test_adan_non_finite_norm(poison, place, device):
+    """A norm that is not finite changes no byte, and leaves no trace in the next step."""
     params, state = compare(3000, device, group_ends=(2000, 3000), lrs=(0.1, 0.01))
     before = snapshot(params, state)
     other, other_state = params.clone(), copy.deepcopy(state)
@@ -94,7 +97,8 @@ def test_a_norm_that_is_not_finite_changes_no_byte(poison, place, device):
 
 
 @pytest.mark.parametrize("name", ["inverse_scale", "ema_decay"])
-def test_scalars_on_the_device_are_the_same_numbers(name, device):
+def test_adan_device_scalars(name, device):
+    """Scalars as tensors on the device act like numbers."""
     results = []
     for value in (0.25, torch.tensor(0.25, device=device), torch.tensor(0.25, device=device, dtype=torch.float16)):
         params = normal(100, 0).to(device)
@@ -104,7 +108,8 @@ def test_scalars_on_the_device_are_the_same_numbers(name, device):
     assert same(results[0], results[1]) and same(results[0], results[2])
 
 
-def test_a_scale_that_is_not_a_number_skips_the_step(device):
+def test_adan_nan_scale(device):
+    """A loss scale of NaN skips the step."""
     params = normal(100, 0).to(device)
     state = AdanState.zeros(params)
     before = snapshot(params, state)
@@ -113,7 +118,8 @@ def test_a_scale_that_is_not_a_number_skips_the_step(device):
     assert same(before, snapshot(params, state))
 
 
-def test_repeats_bit_for_bit(device):
+def test_adan_repeats(device):
+    """Repeats are equal bit for bit."""
     size = 5000 if INTERPRETED else 3_000_000
     results = []
     for _ in range(3 if INTERPRETED else 10):
@@ -125,7 +131,8 @@ def test_repeats_bit_for_bit(device):
     assert all(same(results[0], other) for other in results[1:])
 
 
-def test_gradients_that_are_not_contiguous(device):
+def test_adan_strided_gradients(device):
+    """Strided gradients give the results of contiguous ones."""
     wide = normal(2 * 300, 1).to(device)
     results = []
     for grads in (wide[::2], wide[::2].clone()):
@@ -136,7 +143,8 @@ def test_gradients_that_are_not_contiguous(device):
     assert same(*results)
 
 
-def test_buffers_that_do_not_start_at_16_bytes(device):
+def test_adan_unaligned_buffers(device):
+    """Buffers that do not start at a multiple of 16 bytes give the same results."""
     results = []
     for shift in (0, 1):
         params, state = normal(3000, 0).to(device), AdanState.zeros(normal(3000, 0).to(device))
@@ -150,7 +158,8 @@ def test_buffers_that_do_not_start_at_16_bytes(device):
     assert same(*results)
 
 
-def test_complaints_name_the_argument(device):
+def test_adan_bad_arguments(device):
+    """Errors name the argument and both values."""
     params = normal(100, 0).to(device)
     state, grads = AdanState.zeros(params), normal(100, 1).to(device)
     options = {"group_ends": (100,), "lrs": (0.1,)}
@@ -166,7 +175,8 @@ def test_complaints_name_the_argument(device):
 
 
 @pytest.mark.full_size("scalars on another device than the parameters")
-def test_scalar_on_the_wrong_device(device):
+def test_adan_scalar_on_wrong_device(device):
+    """An error names the scalar that is on another device."""
     params = normal(100, 0).to(device)
     with pytest.raises(ValueError, match="ema_decay is on cpu but params is on cuda"):
         adan_step(
@@ -180,13 +190,15 @@ def test_scalar_on_the_wrong_device(device):
 
 
 @pytest.mark.full_size("the size of the default field")
-def test_the_default_field(device):
+def test_adan_default_field(device):
+    """Steps over as many parameters as the default field has match the reference."""
     size = 12_202_772
     compare(size, device, steps=3, group_ends=(size - 6532, size), lrs=(0.05, 0.005), scale=10.0)
 
 
 @pytest.mark.full_size("CUDA graph")
-def test_graph_replays_the_step(device):
+def test_adan_graph(device):
+    """A CUDA graph replays the step, also a skipped one."""
     size = 100_001
     grads, scale = normal(size, 1).to(device), torch.ones((), device=device)
     results = []
@@ -208,15 +220,15 @@ def test_graph_replays_the_step(device):
                 value.copy_(old)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                found = step()
+                found_inf = step()
             for _ in range(3):
                 graph.replay()
             scale.fill_(math.nan)
             graph.replay()
-            assert bool(found)
+            assert bool(found_inf)
             scale.fill_(1.0)
             graph.replay()
-            assert not bool(found)
+            assert not bool(found_inf)
         else:
             for _ in range(4):
                 step()
@@ -225,7 +237,8 @@ def test_graph_replays_the_step(device):
 
 
 @pytest.mark.full_size("streams")
-def test_two_streams_at_once(device):
+def test_adan_two_streams(device):
+    """Two optimisers on two streams at once do not disturb each other."""
     size = 1_000_000
     expected = [compare(size, device, steps=2, seed=seed) for seed in (0, 50)]
     inputs = [[normal(size, seed + i).to(device) for i in range(3)] for seed in (0, 50)]
@@ -243,7 +256,8 @@ def test_two_streams_at_once(device):
 
 
 @pytest.mark.full_size("synchronisation with the host")
-def test_asks_the_host_nothing(device):
+def test_adan_no_synchronisation(device):
+    """A step does not wait for the device."""
     params, grads = normal(5000, 0).to(device), normal(5000, 1).to(device)
     state, scale = AdanState.zeros(params), torch.ones((), device=device)
     torch.cuda.set_sync_debug_mode("error")
@@ -254,7 +268,7 @@ def test_asks_the_host_nothing(device):
 
 
 @pytest.mark.full_size("more than 2^31 elements")
-def test_beyond_32_bits(device):
+def test_adan_beyond_int32(device):
     """The last group begins past 2^31 and is compared with a small buffer of the same numbers."""
     size, tail = 2**31 + 5000, 4000
     params = torch.zeros(size, device=device)
@@ -277,8 +291,8 @@ def test_beyond_32_bits(device):
 
 
 @pytest.mark.full_size("a second GPU")
-def test_second_device():
+def test_adan_second_device():
+    """Kernels start on the device of their tensors, also where another one is current."""
     if torch.cuda.device_count() < 2:
-        # That a kernel starts on its tensors' device shows only where another one is current.
         pytest.skip("there is one GPU")
     compare(5000, torch.device("cuda:1"))

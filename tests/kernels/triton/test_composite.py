@@ -1,4 +1,4 @@
-"""The kernels of compositing: all outputs and gradients against fp64, ragged rays, the stop, padding, channels."""
+"""Kernels of compositing: all outputs and gradients against fp64, ragged rays, the stop, padding, channels."""
 
 import math
 import random
@@ -17,7 +17,7 @@ LENGTHS = (3, 0, 1, 150, 0, 40)
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(rays, rows) sets the tiles of both passes; for the interpreter, whose time is the number of programs."""
+    """tiles(rays, rows) sets the tiles of both passes: the interpreter takes as long as there are programs."""
     config = composite_module._composite_config
 
     def use(rays, rows):
@@ -44,7 +44,7 @@ def inputs(lengths, device, *, padding=0, channels=3, dtype=torch.float32, scale
 
 
 def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
-    """Outputs, and gradients of the used outputs, of the kernels; errors against fp64 as large as the reference's."""
+    """Check outputs, and gradients from the used outputs, against fp64; errors may be as large as the reference's."""
     sigma, values, t, dt, offsets = tensors
     generator = torch.Generator().manual_seed(1)
     shapes = {"values": (len(offsets) - 1, values.shape[1]), "weights": sigma.shape}
@@ -52,17 +52,17 @@ def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
         name: torch.randn(shapes.get(name, (len(offsets) - 1,)), generator=generator).to(sigma.device, sigma.dtype)
         for name in OUTPUTS
     }
-    # Of padding nothing may be read.
+    # Padding must not be read.
     upstream["weights"][int(offsets[-1] if count is None else torch.minimum(count, offsets[-1])) :] = math.nan
-    found = []
+    results = []
     for run, dtype in (
         (composite, None),
         (composite_reference, None),
         (composite_reference, torch.float64),
     ):
-        parts = [tensor if dtype is None else tensor.to(dtype) for tensor in (sigma, values, t, dt)]
-        leaves = [part.detach().clone().requires_grad_() for part in parts[:2]]
-        out = run(*leaves, *parts[2:], offsets, count=count, stop=stop)
+        tensors_cast = [tensor if dtype is None else tensor.to(dtype) for tensor in (sigma, values, t, dt)]
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors_cast[:2]]
+        out = run(*leaves, *tensors_cast[2:], offsets, count=count, stop=stop)
         grads = torch.autograd.grad(
             [getattr(out, name) for name in used],
             leaves,
@@ -70,47 +70,52 @@ def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
             allow_unused=True,
         )
         grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
-        found.append([*(value.detach() for value in out), *grads])
-    for name, got, single, exact in zip((*OUTPUTS, "gradient of sigma", "gradient of values"), *found, strict=True):
+        results.append([*(value.detach() for value in out), *grads])
+    for name, got, single, exact in zip((*OUTPUTS, "gradient of sigma", "gradient of values"), *results, strict=True):
         assert got.dtype == single.dtype
         check(name, got, single, exact)
-    return found[0]
+    return results[0]
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (1,), (2, 0, 33), (64, 65, 128, 129)])
-def test_small_shapes(lengths, device, deterministic):
+def test_composite_small_shapes(lengths, device, deterministic):
+    """Shapes around one element and one block, and none at all, match the reference."""
     compare(inputs(lengths, device, padding=3))
 
 
 @pytest.mark.parametrize("used", [(name,) for name in OUTPUTS] + [("values", "weights"), ("opacity", "depth")])
-def test_gradient_of_every_output(used, device, tiles, deterministic):
+def test_composite_output_gradients(used, device, tiles, deterministic):
+    """Gradients from every output alone and together match the reference."""
     tiles(4, 32)
     compare(inputs(LENGTHS, device, padding=5), used=used)
 
 
 @pytest.mark.parametrize("channels", [0, 1, 2, 6, 8, 9, 20])
-def test_channels(channels, device, tiles, deterministic):
+def test_composite_channels(channels, device, tiles, deterministic):
+    """Numbers of channels around the size of a group match the reference."""
     tiles(8, 32)
     compare(inputs(LENGTHS, device, padding=5, channels=channels), used=("values", "opacity", "weights"))
 
 
 @pytest.mark.parametrize("stop", [0.0, 1e-4, 0.3])
 @pytest.mark.parametrize("scale", [0.01, 3.0, 100.0, 1e6])
-def test_thin_and_thick(scale, stop, device, tiles, deterministic):
+def test_composite_optical_depths(scale, stop, device, tiles, deterministic):
+    """Thin and opaque rays match the reference."""
     tiles(8, 32)
     compare(inputs(LENGTHS, device, padding=5, scale=scale), stop=stop)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_short_dtypes(dtype, device, tiles):
+def test_composite_half_precision(dtype, device, tiles):
+    """16-bit inputs match the reference."""
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter cuts digits off where bfloat16 is to be rounded")
     tiles(8, 32)
     compare(inputs(LENGTHS, device, padding=5, dtype=dtype))
 
 
-def test_mixed_dtypes(device, tiles):
-    """sigma in fp32, values as a field in half precision gives them."""
+def test_composite_mixed_dtypes(device, tiles):
+    """sigma in fp32 and values in half precision, as a field gives them, match the reference."""
     tiles(8, 32)
     sigma, values, *rest = inputs(LENGTHS, device, padding=5)
     compare([sigma, values.half(), *rest])
@@ -126,28 +131,30 @@ COMBINATIONS = [
 
 
 @pytest.mark.fuzz
-def test_random_settings(seed, device, tiles):
+def test_composite_random_settings(seed, device, tiles):
+    """Random sizes and settings match the reference."""
     rng = random.Random(seed)
     if INTERPRETED:
         tiles(8, 32)
     rays = 2 * rng.randint(0, 15 if INTERPRETED else 3000) + 1
     longest = rng.choice([1, 5, 40, 100 if INTERPRETED else 1500])
     lengths = [rng.randint(0, longest) if rng.random() < 0.8 else 0 for _ in range(rays)]
-    channels, used, counted = COMBINATIONS[seed % len(COMBINATIONS)]
+    channels, used, has_count = COMBINATIONS[seed % len(COMBINATIONS)]
     padding = 2 * rng.randint(0, 60) + 1 - sum(lengths) % 2 + 1
     tensors = inputs(lengths, device, padding=padding, channels=channels, scale=10 ** rng.uniform(-2, 3), seed=seed)
     # Sometimes the count cuts the last rays short.
-    count = torch.tensor(rng.choice([sum(lengths), rng.randint(0, sum(lengths))]), device=device) if counted else None
+    count = torch.tensor(rng.choice([sum(lengths), rng.randint(0, sum(lengths))]), device=device) if has_count else None
     compare(tensors, used=used, count=count, stop=rng.choice([0.0, 1e-4, 1e-3, rng.random() * 0.9]))
 
 
 @pytest.mark.parametrize(("rays", "rows"), [(1, 128), (1, 32), (2, 64), (4, 32)])
-def test_tiles(rays, rows, device, tiles):
+def test_composite_tiles(rays, rows, device, tiles):
+    """Results match the reference for every size of the tile."""
     tiles(rays, rows)
     compare(inputs((129, 3, 0, 64, 1), device, padding=1))
 
 
-def test_much_padding_and_count(device, tiles, deterministic):
+def test_composite_padding_and_count(device, tiles, deterministic):
     """More padding than a program fills; a count in the middle of a ray; a count past the buffer."""
     tiles(8, 128)
     tensors = inputs((5, 9, 30), device, padding=4500)
@@ -155,14 +162,16 @@ def test_much_padding_and_count(device, tiles, deterministic):
         compare(tensors, count=torch.tensor(count, device=device))
 
 
-def test_offsets_past_the_buffer(device, tiles):
+def test_composite_offsets_past_buffer(device, tiles):
+    """Offsets past the end of the buffer are cut there."""
     tiles(8, 32)
     *tensors, offsets = inputs((5, 9, 30), device)
     tensors = [tensor[:20].clone() for tensor in tensors]
     compare([*tensors, offsets])
 
 
-def test_depth_of_a_billion_in_front_of_thin_rays(device):
+def test_composite_long_buffer(device):
+    """An optical depth of 1e9 in front of thin rays does not blur them."""
     thick, thin, rays = 200, 50, 100
     density = (1e-3 * (1 + torch.arange(rays) / rays)).repeat_interleave(thin).to(device)
     sigma = torch.cat([torch.full((thick,), 1e8, device=device), density])
@@ -176,7 +185,8 @@ def test_depth_of_a_billion_in_front_of_thin_rays(device):
     assert float(out.opacity[0]) == 1.0
 
 
-def test_not_a_number_shows(device):
+def test_composite_nan(device):
+    """A NaN shows in its ray and in no other."""
     sigma, values, t, dt, offsets = inputs((4, 4), device)
     sigma[1] = math.nan
     out = composite(sigma.requires_grad_(), values, t, dt, offsets)
@@ -185,15 +195,16 @@ def test_not_a_number_shows(device):
     assert torch.isnan(grad[:4]).any() and torch.isfinite(grad[4:]).all()
 
 
-def test_non_contiguous(device, tiles):
+def test_composite_non_contiguous(device, tiles):
+    """Strided inputs give the results of contiguous ones."""
     tiles(4, 32)
     sigma, values, t, dt, offsets = inputs((5, 40, 2), device)
     wide = torch.stack([sigma, t, dt], 1)
     columns = values.t().contiguous().t()
-    found = compare([wide[:, 0], columns, wide[:, 1], wide[:, 2], offsets])
+    strided = compare([wide[:, 0], columns, wide[:, 1], wide[:, 2], offsets])
     dense = compare([sigma, values, t, dt, offsets])
-    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
-    # An upstream gradient that is one number seen many times.
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+    # An expanded upstream gradient.
     leaf = sigma.clone().requires_grad_()
     composite(leaf, values, t, dt, offsets).values.sum().backward()
     other = sigma.clone().requires_grad_()
@@ -201,7 +212,8 @@ def test_non_contiguous(device, tiles):
     assert torch.equal(leaf.grad, other.grad)
 
 
-def test_repeats(device, tiles, deterministic):
+def test_composite_repeats(device, tiles, deterministic):
+    """Repeats are equal bit for bit."""
     if INTERPRETED:
         tiles(4, 32)
     lengths = (50, 0, 70) if INTERPRETED else (50, 0, 700, 3) * 500
@@ -215,7 +227,8 @@ def test_repeats(device, tiles, deterministic):
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
-def test_second_order_is_refused(device):
+def test_composite_refuses_second_order(device):
+    """A second derivative raises instead of being wrong."""
     sigma, values, t, dt, offsets = inputs((5,), device)
     upstream = torch.ones(1, 3, device=device, requires_grad=True)
     out = composite(sigma.requires_grad_(), values, t, dt, offsets)
@@ -224,7 +237,8 @@ def test_second_order_is_refused(device):
         grad.sum().backward()
 
 
-def test_complains_about_doubles(device):
+def test_composite_refuses_fp64(device):
+    """The kernels refuse fp64, which only the reference computes in."""
     sigma, values, t, dt, offsets = inputs((5,), device)
     with pytest.raises(TypeError, match="values is float64, which the kernels do not compute in"):
         composite(sigma, values.double(), t, dt, offsets)
@@ -239,20 +253,24 @@ def step(tensors, upstream):
 
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
-def test_no_synchronisation_graph_and_stream(device, everywhere):
+def test_composite_stream_and_graph(device, everywhere):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     tensors = inputs([(31 * i) % 300 for i in range(5000)], device, padding=1000)
     upstream = [torch.randn(5000, 3, device=device), torch.randn(5000, device=device), torch.randn_like(tensors[0])]
     expected, repeats = everywhere(lambda: step(tensors, upstream))
-    for found in repeats:
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for repeat in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, repeat, strict=True))
     if torch.cuda.device_count() > 1:
-        there = step([tensor.to("cuda:1") for tensor in tensors], [grad.to("cuda:1") for grad in upstream])
-        assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, there, strict=True))
+        elsewhere = step([tensor.to("cuda:1") for tensor in tensors], [grad.to("cuda:1") for grad in upstream])
+        assert all(
+            b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, elsewhere, strict=True)
+        )
 
 
 @pytest.mark.full_size("compiled code runs only there")
 @pytest.mark.parametrize("outputs", [("values",), OUTPUTS])
-def test_compiled(outputs, device, compare_compiled):
+def test_composite_compiled(outputs, device, compare_compiled):
+    """Compiled code is as accurate as eager code."""
     sigma, values, t, dt, offsets = inputs([(31 * i) % 300 for i in range(500)], device)
 
     def loss(operator, sigma, values):
@@ -264,7 +282,8 @@ def test_compiled(outputs, device, compare_compiled):
 
 
 @pytest.mark.full_size("30 GB of values and gradients")
-def test_more_than_two_to_the_31_numbers(device):
+def test_composite_beyond_int32(device):
+    """Elements past 2^31 come out as they do alone."""
     each, rays, channels = 1000, 360_000, 6
     rows = each * rays
     assert rows * channels > 2**31
@@ -274,10 +293,10 @@ def test_more_than_two_to_the_31_numbers(device):
     offsets = torch.arange(rays + 1, device=device) * each
     last = slice(rows - each, rows)
     upstream = torch.randn(rays, channels, device=device)
-    found = []
+    results = []
     for part, ends, grad in ((slice(0, rows), offsets, upstream), (last, offsets[:2], upstream[-1:])):
         leaves = [tensor[part].detach().requires_grad_() for tensor in (sigma, values)]
         out = composite(*leaves, t[part], dt[part], ends)
-        found.append([out.values[-1], out.weights[-each:], *torch.autograd.grad(out.values, leaves, grad)])
-    for whole, alone in zip(*found, strict=True):
-        assert torch.equal(whole[-len(alone) :], alone)
+        results.append([out.values[-1], out.weights[-each:], *torch.autograd.grad(out.values, leaves, grad)])
+    for all_rays, alone in zip(*results, strict=True):
+        assert torch.equal(all_rays[-len(alone) :], alone)

@@ -44,7 +44,7 @@ def together(parts):
     return torch.cat([part.flatten() for part in parts])
 
 
-def test_an_opaque_sample_keeps_what_lies_in_front(device):
+def test_composite_opaque_sample(device):
     """An optical depth of 1e19 does not cost the depth in front of it its digits, in weights and gradients."""
     generator = torch.Generator().manual_seed(0)
     sigma, values = torch.rand(80, generator=generator).to(device), torch.rand(80, 3, generator=generator).to(device)
@@ -62,7 +62,7 @@ def test_an_opaque_sample_keeps_what_lies_in_front(device):
     compare(names, call, kernels.composite, kernels.composite_reference, (sigma, values, t, dt))
 
 
-def test_rays_in_and_up_to_the_faces_of_the_cube(device):
+def test_march_faces(device):
     """A ray within a face, and samples so near a face that their cell's number rounds up past the last."""
     step = 2 * 3**0.5 / 64
     origins = torch.zeros(25, 3)
@@ -86,7 +86,7 @@ def look(operator, rays, spec, fields, **options):
     return view.depth, view.opacity, view.normal
 
 
-def test_steps_of_a_picture_end_where_cells_do(device):
+def test_render_step_limit(device):
     """Steps that grow with the distance are never longer than a cell's diagonal."""
     spec = FieldSpec(grid=GRID, bound=2.0, blob_density=0.0)
     table, weights, biases = network(GRID, device)
@@ -102,7 +102,7 @@ def test_steps_of_a_picture_end_where_cells_do(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_normals_beside_a_face_of_the_cube(dtype, device):
+def test_render_normals_at_faces(dtype, device):
     """The taps of a normal stay in the cube, where the surface is its face."""
     spec = FieldSpec(grid=GRID, blob_density=0.0)
     table, weights, biases = network(GRID, device)
@@ -129,7 +129,7 @@ def test_normals_beside_a_face_of_the_cube(dtype, device):
 
 
 @pytest.mark.parametrize("features", [1, 2, 4])
-def test_features_of_a_field(features, device):
+def test_field_features(features, device):
     """Rows of one, two and four features in fp32."""
     grid = HashGridSpec(levels=2, features=features, log2_entries=8, base_resolution=4, max_resolution=9)
     spec = FieldSpec(grid=grid)
@@ -141,8 +141,8 @@ def test_features_of_a_field(features, device):
     compare(("sigma", "albedo"), call, kernels.field, kernels.field_reference, (x, *network(grid, device)))
 
 
-def test_blob_far_away(device):
-    """The logarithm of the blob's density far from a small blob is no number that an exponent of fp32 holds."""
+def test_field_blob_far_away(device):
+    """Far from a small blob the logarithm of its density is no number that an exponent of fp32 holds."""
     spec = FieldSpec(grid=GRID, blob_radius=0.02)
     x = torch.rand(64, 3, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
 
@@ -153,12 +153,12 @@ def test_blob_far_away(device):
 
 
 @pytest.mark.parametrize("mode", [None, "finite_difference", "analytic"])
-def test_one_program_takes_all_tiles(mode, device, monkeypatch, deterministic):
-    """Many tiles for each program, and more padding than one tile: outputs, gradients, zeros behind the count."""
+def test_field_one_program(mode, device, monkeypatch, deterministic):
+    """Many tiles for each program, and more padding than one tile: outputs, gradients, zeros past the count."""
     module = sys.modules["dream_fast.kernels.fields.field" if mode is None else "dream_fast.kernels.fields.normals"]
-    for name in ("_fwd_config", "_bwd_config") if mode is None else ("_bwd_config",):
+    for name in ("_field_fwd_config", "_field_bwd_config") if mode is None else ("_field_normals_bwd_config",):
         config = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *shape, config=config: {**config(*shape), "programs": 1})
+        monkeypatch.setattr(module, name, lambda *shape, config=config: config(*shape)._replace(programs=1))
     monkeypatch.setattr(module, "multiprocessors", lambda _: 1)
     spec, options = FieldSpec(grid=GRID), {} if mode is None else {"mode": mode}
     operators = (kernels.field, kernels.field_reference)
@@ -179,8 +179,8 @@ def test_one_program_takes_all_tiles(mode, device, monkeypatch, deterministic):
     assert not found[0][100:].any() and not found[1][100:].any()
 
 
-def test_analytic_normals_where_the_density_is_all_but_flat(device):
-    """Below the floor of the gradient's length there is no normal and no gradient through one; above it there are."""
+def test_field_normals_analytic_floor(device):
+    """Below the floor of the gradient's length normals are 0 and take no gradient; above it they do."""
     spec = FieldSpec(grid=GRID, blob_density=0.0)
     table, weights, biases = network(GRID, device)
     x = torch.rand(24, 3, generator=torch.Generator().manual_seed(3)).to(device) * 1.6 - 0.8
@@ -201,8 +201,8 @@ def test_analytic_normals_where_the_density_is_all_but_flat(device):
     check("length", lengths, torch.ones_like(lengths), torch.ones_like(lengths).double())
 
 
-def test_normals_by_differences_have_gradients_beside_the_faces(device):
-    """A tap that the face of the cube holds back does not move with the point; the free ones do."""
+def test_field_normals_clamped_taps(device):
+    """A tap that is clamped to a face does not move with the point; the free ones do."""
     spec = FieldSpec(grid=GRID, blob_radius=0.7)
     table, weights, biases = network(GRID, device)
     generator = torch.Generator().manual_seed(5)
@@ -219,7 +219,7 @@ def test_normals_by_differences_have_gradients_beside_the_faces(device):
     compare(("x",), call, kernels.field_normals, kernels.field_normals_reference, tensors)
 
 
-def test_total_variation_of_the_last_vertex(device):
+def test_total_variation_last_vertex(device):
     """Points on the far faces of the cube pick the last vertex."""
     table, points = network(GRID, device)[0], torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.2, 0.5]], device=device)
 
@@ -233,9 +233,9 @@ def test_total_variation_of_the_last_vertex(device):
     compare(("gradient",), call, *operators, (table, points))
 
 
-def test_brain_floats_of_a_table(device, monkeypatch):
-    """Both entries of a word, where every number on the way is one of bfloat16: averages of small whole numbers."""
-    monkeypatch.setattr(importlib.import_module("dream_fast.kernels.grid.hash_grid"), "_copies_table", lambda *_: True)
+def test_hash_grid_bf16_table(device, monkeypatch):
+    """Both entries of a word, where every number on the way is one of bfloat16: averages of small integers."""
+    monkeypatch.setattr(importlib.import_module("dream_fast.kernels.grid.hash_grid"), "_rounds_table", lambda *_: True)
     grid = HashGridSpec(levels=2, features=2, log2_entries=10, base_resolution=4, max_resolution=8)
     generator = torch.Generator().manual_seed(6)
     table = torch.randint(-4, 5, (grid.rows, 2), generator=generator).float().to(device)
@@ -244,7 +244,7 @@ def test_brain_floats_of_a_table(device, monkeypatch):
     assert grid.resolutions == (4, 8) and torch.equal(got.float(), kernels.hash_grid_reference(x, table, grid))
 
 
-def test_occupancy_of_many_blocks(device, monkeypatch):
+def test_occupancy_many_blocks(device, monkeypatch):
     """More sums of blocks than a program adds up at a time."""
     module = importlib.import_module("dream_fast.kernels.rays.occupancy")
     config = module._occupancy_config()._replace(block=8, blocks=4, bytes=4)
@@ -257,16 +257,16 @@ def test_occupancy_of_many_blocks(device, monkeypatch):
     assert torch.equal(bits, other_bits)
 
 
-def test_negative_zero_is_no_nearer_than_zero(device):
-    """Of two triangles in one plane the first is seen, whatever the sign of a depth of zero."""
+def test_rasterize_negative_zero(device):
+    """Of two triangles in one plane the first is visible, whatever the sign of a depth of zero."""
     corners = torch.tensor([[-1.0, -1, 0, 1], [3, -1, 0, 1], [-1, 3, 0, 1]], device=device)
     clip = torch.cat([corners, corners * torch.tensor([1.0, 1, -1, 1], device=device)])[None]
     seen = kernels.rasterize(clip, torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), 4, 4)
     assert torch.signbit(clip[0, 3:, 2]).all() and (seen.triangle == 0).all() and not seen.depth.any()
 
 
-def test_corrections_of_adan_in_the_first_step(device):
-    """1 - b^step keeps its digits where b is close to 1: seen in parameters that start at 0."""
+def test_adan_bias_correction(device):
+    """1 - b^step keeps its digits where b is close to 1: it shows in parameters that start at 0."""
     grads = torch.randn(100, generator=torch.Generator().manual_seed(8)).to(device)
 
     def call(operator, grads):
@@ -278,8 +278,8 @@ def test_corrections_of_adan_in_the_first_step(device):
     compare(("parameters",), call, kernels.adan_step, kernels.adan_step_reference, (grads,))
 
 
-def test_adan_of_few_programs(device, monkeypatch):
-    """Programs that take many blocks each, and the part of a block at the end."""
+def test_adan_few_programs(device, monkeypatch):
+    """Programs that take many blocks each, and the partial block at the end."""
     module = importlib.import_module("dream_fast.kernels.optim.adan")
     config = module.AdanConfig(norm_block=16, norm_programs=2, update_block=16, update_programs=2, num_warps=1)
     monkeypatch.setattr(module, "_adan_config", lambda: config)
@@ -295,8 +295,8 @@ def test_adan_of_few_programs(device, monkeypatch):
 
 
 @pytest.mark.parametrize(("logit", "normals"), [(2.0, False), (-14.0, True)])
-def test_no_normals(logit, normals, device, deterministic):
-    """Normals are 0 where nobody asks for them, and of rays through next to nothing."""
+def test_render_no_normals(logit, normals, device, deterministic):
+    """Normals are 0 without `normals`, and on rays through nearly empty space."""
     spec = FieldSpec(grid=GRID, blob_density=0.0)
     table, weights, biases = network(GRID, device)
     fields = (table * 0.1, weights, [biases[0], biases[1] + torch.tensor([logit, 0, 0, 0], device=device)])
@@ -306,8 +306,8 @@ def test_no_normals(logit, normals, device, deterministic):
     assert opacity[:5].all() and not normal.any()
 
 
-def test_softplus_near_the_middle_of_the_blob(device):
-    """The blob's distance and its slope next to its middle, where they have no derivative."""
+def test_field_softplus_blob_center(device):
+    """The blob's distance and its slope next to its centre, where they have no derivative."""
     spec = FieldSpec(grid=GRID, density_activation="softplus", blob_density=10.0, blob_radius=0.2)
     table, weights, biases = network(GRID, device)
     x = (torch.rand(64, 3, generator=torch.Generator().manual_seed(10)).to(device) - 0.5) * 0.05
@@ -322,7 +322,7 @@ def test_softplus_near_the_middle_of_the_blob(device):
     compare(names, call, kernels.field, kernels.field_reference, (x, table, weights, biases))
 
 
-def test_gradient_at_the_last_vertex(device):
+def test_hash_grid_last_vertex(device):
     """A point on the last vertex of a level belongs to the cell before it."""
     grid = HashGridSpec(
         levels=1, features=2, log2_entries=8, base_resolution=4, max_resolution=4, interpolation="linear"
@@ -339,8 +339,8 @@ def test_gradient_at_the_last_vertex(device):
     compare(("gradient of x",), call, kernels.hash_grid, kernels.hash_grid_reference, (x, table, upstream))
 
 
-def test_sixteen_levels_outside_of_the_cube(device):
-    """Where every level counts nothing is masked; outside the features are zero all the same."""
+def test_field_sixteen_levels_outside(device):
+    """With all 16 levels in use nothing is masked; outside the cube features are zero all the same."""
     grid = HashGridSpec(levels=16, features=2, log2_entries=6, base_resolution=2, max_resolution=9)
     x = torch.rand(64, 3, generator=torch.Generator().manual_seed(13)).to(device) * 2.6 - 1.3
 

@@ -104,7 +104,7 @@ def skip_bf16(dtype):
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
-def test_small_shapes(dtype, device):
+def test_field_small_shapes(dtype, device):
     """Every kernel once; one point past a tile."""
     skip_bf16(dtype)
     inputs, upstream = make(65, device=device)
@@ -114,7 +114,8 @@ def test_small_shapes(dtype, device):
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_widths_and_layers_are_fused(width, layers, dtype, device):
+def test_field_widths_and_layers(width, layers, dtype, device):
+    """Every width and number of layers is fused and accurate."""
     skip_bf16(dtype)
     if INTERPRETED and dtype == HALF and layers in (2, 4):
         pytest.skip("half of them will do in the interpreter")
@@ -129,11 +130,11 @@ def test_widths_and_layers_are_fused(width, layers, dtype, device):
 
 
 @pytest.mark.parametrize("programs", [1, 2, 3])
-def test_every_tile_has_a_program(programs, monkeypatch, device):
-    """Some of the 20 tiles each: in turns where there are few for each program, in runs where there are many."""
+def test_field_tiles_of_programs(programs, monkeypatch, device):
+    """20 tiles for few programs: in turns where there are few for each, in runs where there are many."""
     module = sys.modules["dream_fast.kernels.fields.field"]
-    config = module._fwd_config
-    monkeypatch.setattr(module, "_fwd_config", lambda *args: {**config(*args), "programs": programs})
+    config = module._field_fwd_config
+    monkeypatch.setattr(module, "_field_fwd_config", lambda *args: config(*args)._replace(programs=programs))
     monkeypatch.setattr(module, "multiprocessors", lambda _: 1)
     (x, *rest), _ = make(20 * 64 - 5, device=device)
     spec, count = FieldSpec(grid=GRID), torch.tensor(20 * 64 - 9, device=device)
@@ -150,15 +151,16 @@ def test_every_tile_has_a_program(programs, monkeypatch, device):
 
 @pytest.mark.full_size("as large as a step")
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
-def test_a_whole_scene(dtype, device):
+def test_field_full_size(dtype, device):
+    """A field as large as a run's."""
     grid = HashGridSpec()
     inputs, upstream = make(20_000, grid, (64, 64), device=device)
     compare(inputs, upstream, FieldSpec(grid=grid), dtype=dtype)
 
 
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
-def test_activations_and_the_cube(activation, device):
-    """The origin is a kink of the cone; points outside the cube have no features, those on its faces have."""
+def test_field_activations(activation, device):
+    """The origin is a kink of the cone; points outside the cube have no features, points on its faces do."""
     spec = FieldSpec(grid=GRID, bound=0.7, density_activation=activation, blob_density=2.0, blob_radius=0.4)
     inputs, upstream = make(64, device=device, reach=0.75, seed=1)
     inputs[0][3] = 0
@@ -167,13 +169,15 @@ def test_activations_and_the_cube(activation, device):
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_few_points(n, device):
+def test_field_few_points(n, device):
+    """No point and one point."""
     inputs, upstream = make(n, device=device)
     got = compare(inputs, upstream, FieldSpec(grid=GRID))
     assert (got["gradient of weights[0]"].abs().sum() > 0) == (n > 0)
 
 
-def test_density_past_the_clamp_can_come_back(device):
+def test_field_clamped_density(device):
+    """A density past the clamp is exp(15) and still has a gradient."""
     inputs, upstream = make(40, device=device)
     inputs[3][-1][0] += 20
     got = compare(inputs, upstream, FieldSpec(grid=GRID), into=("mlp",))
@@ -183,8 +187,8 @@ def test_density_past_the_clamp_can_come_back(device):
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
-def test_rows_past_the_count(dtype, device):
-    """They give zeros and take nothing, whatever stands in them."""
+def test_field_count(dtype, device):
+    """Rows past the count give zeros and take no gradient, also where they hold NaN."""
     count = torch.tensor(70, device=device)
     inputs, upstream = make(300, device=device)
     for value in (inputs[0], *upstream):
@@ -197,13 +201,15 @@ def test_rows_past_the_count(dtype, device):
 
 
 @pytest.mark.parametrize("active", [0, 2, 9, torch.tensor(1), torch.tensor(2, dtype=torch.int32)])
-def test_active_levels(active, device):
+def test_field_active_levels(active, device):
+    """Levels that are not active give zeros, as a number and as a tensor."""
     active = active.to(device) if isinstance(active, torch.Tensor) else active
     inputs, upstream = make(40, device=device)
     compare(inputs, upstream, FieldSpec(grid=GRID), active_levels=active, into=("x", "mlp"))
 
 
-def test_non_contiguous(device):
+def test_field_strides(device):
+    """Strided inputs and gradients."""
     inputs, upstream = make(40, device=device)
     x, table, weights, biases = inputs
     strided = [x.t().contiguous().t(), table.t().contiguous().t(), [w.t().contiguous().t() for w in weights], biases]
@@ -212,8 +218,8 @@ def test_non_contiguous(device):
     compare(strided, gradients, FieldSpec(grid=GRID), into=("x", "mlp"))
 
 
-def test_table_that_starts_between_rows(device):
-    """A parameter may be a view into a flat buffer, at any of its numbers."""
+def test_field_unaligned_table(device):
+    """A table that is a view into a flat buffer, at an odd number, gives the same bits."""
     inputs, upstream = make(40, device=device)
     flat = torch.zeros(GRID.rows * 2 + 1, device=device)
     flat[1:] = inputs[1].flatten()
@@ -223,7 +229,8 @@ def test_table_that_starts_between_rows(device):
     assert all(torch.equal(plain[name], shifted[name]) for name in plain)
 
 
-def test_gradients_that_nobody_asked_for(device):
+def test_field_some_gradients(device):
+    """Only the gradients of leaves that require them are computed."""
     inputs, upstream = make(40, device=device)
     for into in (("x",), ("table",), ("mlp",)):
         got = run(field, inputs, upstream, FieldSpec(grid=GRID), into=into)
@@ -234,7 +241,8 @@ def test_gradients_that_nobody_asked_for(device):
             check(name, got[name], own[name], exact[name])
 
 
-def test_parameters_of_sixteen_bits(device):
+def test_field_half_parameters(device):
+    """16-bit parameters get 16-bit gradients."""
     inputs, upstream = make(40, device=device)
     inputs[2:] = [[part.half() for part in parts] for parts in inputs[2:]]
     got = run(field, inputs, upstream, FieldSpec(grid=GRID), dtype=HALF)
@@ -245,15 +253,15 @@ def test_parameters_of_sixteen_bits(device):
         check(name, got[name], own[name], exact[name])
 
 
-def test_gradients_survive_the_loss_scale(device):
-    """fp16 with gradients 2^12 times too large, as the scaler makes them."""
+def test_field_loss_scale(device):
+    """fp16 with gradients 2^12 times too large, as the gradient scaler makes them."""
     inputs, upstream = make(64, device=device)
     upstream = [value * 2.0**12 / 20 for value in upstream]
     compare(inputs, upstream, FieldSpec(grid=GRID, blob_density=0.0), dtype=HALF, into=("mlp",))
 
 
-def test_too_large_gradients_are_not_hidden(device):
-    """What fp16 cannot hold becomes infinite or NaN, so that the optimiser skips the step."""
+def test_field_gradient_overflow(device):
+    """A gradient that fp16 cannot hold becomes infinite or NaN, so that the optimiser skips the step."""
     inputs, upstream = make(40, device=device)
     upstream[0][7] = 1e9
     got = run(field, inputs, upstream, FieldSpec(grid=GRID), dtype=HALF, into=("mlp",))
@@ -261,7 +269,8 @@ def test_too_large_gradients_are_not_hidden(device):
 
 
 @pytest.mark.parametrize("hidden", [(), (48,), (16, 32), (8,), (16,) * 5, (256,), (128,)])
-def test_other_shapes_take_the_unfused_path(hidden, device):
+def test_field_unfused_shapes(hidden, device):
+    """Shapes without a fused kernel take the other path and are as accurate."""
     spec = FieldSpec(grid=GRID)
     inputs, upstream = make(40, hidden=hidden, device=device)
     assert field_plan(spec, inputs[2]).startswith("unfused: ")
@@ -271,7 +280,9 @@ def test_other_shapes_take_the_unfused_path(hidden, device):
     compare(inputs, upstream, spec, count=count, into=("x", "mlp") if INTERPRETED else ("x", "table", "mlp"))
 
 
-def test_plan_says_why():
+def test_field_plan_reasons():
+    """The plan names the reason of every shape that is not fused."""
+
     def plan(*hidden, dtype=HALF, **grid):
         grid = HashGridSpec(**grid)
         sizes = [grid.channels, *hidden, 4]
@@ -301,7 +312,8 @@ KINDS = [
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_random_settings(seed, device):
+def test_field_random_settings(seed, device):
+    """Outputs and gradients for random settings of each kind of kernel."""
     pick = random.Random(seed)
     levels, features, log2_entries, interpolation, activation, width, layers, dtype = KINDS[seed % len(KINDS)]
     grid = HashGridSpec(
@@ -329,7 +341,8 @@ def test_random_settings(seed, device):
     compare(inputs, upstream, spec, into=into, **options)
 
 
-def test_forward_repeats(device):
+def test_field_forward_repeats(device):
+    """Outputs repeat bit for bit in any mode."""
     inputs, _ = make(200, device=device)
     first = field(*inputs, FieldSpec(grid=GRID), dtype=HALF)
     for _ in range(2 if INTERPRETED else 10):
@@ -337,7 +350,8 @@ def test_forward_repeats(device):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_backward_repeats_where_asked(device, deterministic):
+def test_field_backward_repeats(device, deterministic):
+    """Gradients repeat bit for bit in deterministic mode."""
     inputs, upstream = make(70 if INTERPRETED else 5000, device=device)
     first = run(field, inputs, upstream, FieldSpec(grid=GRID), dtype=HALF)
     for _ in range(1 if INTERPRETED else 10):
@@ -345,7 +359,8 @@ def test_backward_repeats_where_asked(device, deterministic):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_second_derivative_is_refused(device):
+def test_field_second_order(device):
+    """A second derivative raises."""
     inputs, upstream = make(3, device=device)
     x = inputs[0].requires_grad_()
     sigma, _ = field(x, *inputs[1:], FieldSpec(grid=GRID))
@@ -354,7 +369,8 @@ def test_second_derivative_is_refused(device):
         gradient.sum().backward()
 
 
-def test_complaints(device):
+def test_field_errors(device):
+    """fp64 raises, and the error names the argument."""
     inputs, _ = make(3, device=device)
     spec = FieldSpec(grid=GRID)
     with pytest.raises(TypeError, match="x is float64, which the kernels do not compute in"):
@@ -363,7 +379,7 @@ def test_complaints(device):
         field(*inputs, spec, dtype=torch.float64)
 
 
-def test_launches_do_not_look_at_data():
+def test_field_recorded_launches():
     """On a machine without a GPU the kernels of a step can be listed."""
     inputs, upstream = make(100, FULL, (64, 64), device=torch.device("cpu"))
     inputs[1].requires_grad_()
@@ -377,7 +393,8 @@ def test_launches_do_not_look_at_data():
 
 
 @pytest.mark.full_size("CUDA graphs")
-def test_cuda_graph(device):
+def test_field_cuda_graph(device):
+    """A captured step gives the results of an eager one after the inputs changed."""
     inputs, upstream = make(3000, FULL, (64, 64), device=device)
     spec, count = FieldSpec(grid=FULL), torch.tensor(2000, device=device)
     options = {"dtype": HALF, "count": count, "into": ("x", "mlp")}
@@ -399,7 +416,8 @@ def test_cuda_graph(device):
 
 @pytest.mark.full_size("host synchronisations")
 @pytest.mark.parametrize("hidden", [(64, 64), (48,)])
-def test_no_host_synchronisation(hidden, device):
+def test_field_no_synchronisation(hidden, device):
+    """No call waits for the GPU."""
     inputs, upstream = make(3000, FULL, hidden, device=device)
     options = {
         "dtype": HALF,
@@ -416,7 +434,8 @@ def test_no_host_synchronisation(hidden, device):
 
 
 @pytest.mark.full_size("torch.compile")
-def test_compile(device):
+def test_field_compile(device):
+    """torch.compile takes the operator without a graph break and is as accurate."""
     inputs, upstream = make(3000, FULL, (64, 64), device=device)
     spec = FieldSpec(grid=FULL)
 
@@ -431,7 +450,8 @@ def test_compile(device):
 
 
 @pytest.mark.full_size("streams")
-def test_runs_on_the_current_stream(device):
+def test_field_streams(device):
+    """Kernels wait for what the current stream did before."""
     inputs, upstream = make(200_000, FULL, (64, 64), device=device)
     expected = run(field, inputs, upstream, FieldSpec(grid=FULL), dtype=HALF, into=("mlp",))
     stream = torch.cuda.Stream()
@@ -446,7 +466,8 @@ def test_runs_on_the_current_stream(device):
 
 
 @pytest.mark.full_size("two GPUs")
-def test_second_device(device):
+def test_field_second_device(device):
+    """The second GPU, while the first is current."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     inputs, upstream = make(300, device=torch.device("cuda:1"))
@@ -454,7 +475,7 @@ def test_second_device(device):
 
 
 @pytest.mark.full_size("more than 2^31 numbers in a buffer")
-def test_large_buffers(device):
+def test_field_large_buffers(device):
     """Outputs and feature gradients past 2^31 numbers: the last points agree with those points alone."""
     n = 2**31 // 3 + 1000
     if torch.cuda.mem_get_info()[0] < 60 << 30:

@@ -143,7 +143,8 @@ def skip_bf16(dtype):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16])
-def test_outputs_and_gradients(mode, dtype, device):
+def test_field_normals_gradients(mode, dtype, device):
+    """Outputs and gradients in each mode and dtype."""
     skip_bf16(dtype)
     inputs, upstream = make(POINTS, device=device)
     compare(inputs, upstream, SPEC, dtype=dtype, mode=mode, epsilon=0.05)
@@ -151,7 +152,7 @@ def test_outputs_and_gradients(mode, dtype, device):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
-def test_activations(mode, activation, device):
+def test_field_normals_activations(mode, activation, device):
     """The origin is a kink of the cone; points outside the cube have no features."""
     spec = FieldSpec(grid=GRID, bound=0.7, density_activation=activation, blob_density=2.0, blob_radius=0.4)
     inputs, upstream = make(POINTS, spec, device=device, reach=1.1, seed=1)
@@ -161,7 +162,7 @@ def test_activations(mode, activation, device):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("logit", [-26.0, 30.0], ids=["floor", "clamp"])
-def test_density_at_the_ends_of_its_range(mode, logit, device):
+def test_field_normals_density_range(mode, logit, device):
     """Below the floor there is no normal and no gradient through it; past the clamp sigma is flat, its slope is not.
 
     Differences of a flat sigma have no direction, so nothing goes through them, whatever comes from above.
@@ -181,8 +182,8 @@ def test_density_at_the_ends_of_its_range(mode, logit, device):
 
 
 @pytest.mark.parametrize("points", [False, True])
-def test_gradient_of_x_through_differences(points, device):
-    """Points on the cube's faces and past them: a tap that was held takes no gradient along that axis."""
+def test_field_normals_x_by_differences(points, device):
+    """Points on the cube's faces and past them: a clamped tap takes no gradient along that axis."""
     spec = FieldSpec(grid=GRID, bound=0.75, blob_radius=0.5)  # a face that is the same in every dtype
     inputs, upstream = make(POINTS, spec, device=device, reach=1.05, seed=3)
     inputs[0][:4, 1] = 0.75
@@ -192,7 +193,8 @@ def test_gradient_of_x_through_differences(points, device):
 
 
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
-def test_gradient_of_x_through_analytic_normals(activation, device):
+def test_field_normals_x_analytic(activation, device):
+    """The gradient of x through analytic normals, for both activations."""
     spec = FieldSpec(grid=GRID, bound=0.6, density_activation=activation, blob_radius=0.5)
     inputs, upstream = make(POINTS, spec, device=device, reach=1.05, seed=4)
     inputs[0][3] = 0
@@ -201,7 +203,8 @@ def test_gradient_of_x_through_analytic_normals(activation, device):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("width", "layers"), FUSED)
-def test_fused_shapes(mode, width, layers, device):
+def test_field_normals_fused_shapes(mode, width, layers, device):
+    """Widths and numbers of layers, fused except width 128 with analytic normals."""
     inputs, upstream = make(POINTS, device=device, hidden=(width,) * layers, seed=width + layers)
     dtype = torch.float32 if INTERPRETED and width < 128 else HALF
     wide = mode == "analytic" and width == 128
@@ -213,22 +216,24 @@ def test_fused_shapes(mode, width, layers, device):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("hidden", UNFUSED, ids=str)
-def test_unfused_shapes(mode, hidden, device):
+def test_field_normals_unfused_shapes(mode, hidden, device):
+    """Shapes without a fused kernel take the other path and are as accurate."""
     inputs, upstream = make(POINTS, device=device, hidden=hidden, seed=5)
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("n", [0, 1, 7, 65])
-def test_small_shapes(mode, n, device):
-    """Empty, one, odd, one past a block; also what runs under compute-sanitizer."""
+def test_field_normals_small_shapes(mode, n, device):
+    """Empty, one, odd, one past a block; also the test that runs under compute-sanitizer."""
     inputs, upstream = make(n, device=device, seed=n)
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, points=n == 7)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("n", "count"), [(80, 0), (60, 1), (80, 65), (60, 99)])
-def test_padding_rows_do_not_matter(mode, n, count, device):
+def test_field_normals_count(mode, n, count, device):
+    """Rows past the count give zeros and take no gradient, also where they hold NaN."""
     inputs, upstream = make(n, device=device, seed=6)
     options = {"mode": mode, "epsilon": 0.1, "count": torch.tensor(count, device=device)}
     inputs[0][count:] = float("nan")
@@ -246,14 +251,16 @@ def test_padding_rows_do_not_matter(mode, n, count, device):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("active", [0, 1, 9, "tensor"])
-def test_active_levels(mode, active, device):
+def test_field_normals_active_levels(mode, active, device):
+    """Levels that are not active give zeros, as a number and as a tensor."""
     inputs, upstream = make(POINTS, device=device, seed=7)
     active = torch.tensor(1, device=device) if active == "tensor" else active
     compare(inputs, upstream, SPEC, mode=mode, epsilon=0.1, active_levels=active)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_strides_do_not_matter(mode, device, deterministic):
+def test_field_normals_strides(mode, device, deterministic):
+    """Strided inputs and gradients give the same bits."""
     inputs, upstream = make(POINTS, device=device, seed=8)
     x, table, weights, biases = inputs
     strided = [x.t().contiguous().t(), table.t().contiguous().t(), [w.t().contiguous().t() for w in weights], biases]
@@ -269,7 +276,8 @@ def test_strides_do_not_matter(mode, device, deterministic):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_normal_of_a_flat_density_is_zero(mode, device):
+def test_field_normals_flat_density(mode, device):
+    """A flat density has normals of 0 and finite gradients."""
     inputs, upstream = make(POINTS, device=device)
     inputs[2][-1].zero_()
     got = run(field_normals, inputs, upstream, FieldSpec(grid=GRID, blob_density=0.0), mode=mode)
@@ -278,7 +286,8 @@ def test_normal_of_a_flat_density_is_zero(mode, device):
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_random_settings(seed, device):
+def test_field_normals_random_settings(seed, device):
+    """Outputs and gradients for random settings."""
     choose = random.Random(seed)
     features = choose.choice([1, 2, 4])
     base = choose.choice([2, 3, 5, 16])
@@ -320,8 +329,8 @@ def test_random_settings(seed, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_repeats_bit_for_bit(mode, device, deterministic):
-    """Outputs always do; gradients where torch is asked for it, which also fills every new buffer with NaN."""
+def test_field_normals_repeats(mode, device, deterministic):
+    """Outputs always repeat bit for bit; gradients do in deterministic mode, where new buffers hold NaN."""
     n = 40 if INTERPRETED else 50_000
     inputs, upstream = make(n, device=device, seed=9)
     count = torch.tensor(n - 9, device=device)
@@ -333,15 +342,18 @@ def test_repeats_bit_for_bit(mode, device, deterministic):
         assert all(torch.equal(value, first[name]) for name, value in again.items())
 
 
-def test_no_gradient_leaves_no_graph(device):
-    inputs, _ = make(5, device=device)
+def test_field_normals_no_grad(device):
+    """Outputs under no_grad keep no graph, also of points that require gradients."""
+    (x, *others), _ = make(5, device=device)
     for mode in MODES:
-        with torch.no_grad():
-            outputs = field_normals(*inputs, SPEC, mode=mode)
-        assert not any(value.requires_grad for value in outputs)
+        for points in (x, x.clone().requires_grad_()):
+            with torch.no_grad():
+                outputs = field_normals(points, *others, SPEC, mode=mode)
+            assert not any(output.requires_grad for output in outputs)
 
 
-def test_complaints_name_the_argument(device):
+def test_field_normals_errors(device):
+    """fp64 raises, and the error names the argument."""
     (x, table, weights, biases), _ = make(5, device=device)
     with pytest.raises(TypeError, match="x is float64, which the kernels do not compute in"):
         field_normals(x.double(), table, weights, biases, SPEC)
@@ -360,7 +372,8 @@ def layer_gradients(gradients):
 
 @pytest.mark.full_size("a captured graph")
 @pytest.mark.parametrize("mode", MODES)
-def test_cuda_graph(mode, device):
+def test_field_normals_cuda_graph(mode, device):
+    """A captured step gives the outputs of an eager one after points and count changed."""
     inputs, upstream = make(20_000, FieldSpec(grid=FULL), (64, 64), device=device)
     count = torch.tensor(15_000, device=device)
     x, table, weights, biases = inputs
@@ -394,7 +407,8 @@ def test_cuda_graph(mode, device):
 
 @pytest.mark.full_size("the device's synchronisation")
 @pytest.mark.parametrize("mode", MODES)
-def test_no_synchronisation(mode, device):
+def test_field_normals_no_synchronisation(mode, device):
+    """No call waits for the GPU."""
     inputs, upstream = make(20_000, FieldSpec(grid=FULL), (64, 64), device=device)
     options = {"mode": mode, "dtype": HALF, "count": torch.tensor(15_000, device=device)}
     run(field_normals, inputs, upstream, FieldSpec(grid=FULL), **options)
@@ -407,7 +421,8 @@ def test_no_synchronisation(mode, device):
 
 @pytest.mark.full_size("torch.compile for a GPU")
 @pytest.mark.parametrize("mode", MODES)
-def test_compiled(mode, device):
+def test_field_normals_compile(mode, device):
+    """torch.compile takes the operator without a graph break and is as accurate."""
     inputs, upstream = make(3000, device=device)
 
     def function(x, table, weights, biases, spec, **options):
@@ -421,7 +436,8 @@ def test_compiled(mode, device):
 
 @pytest.mark.full_size("streams")
 @pytest.mark.parametrize("mode", MODES)
-def test_another_stream(mode, device):
+def test_field_normals_streams(mode, device):
+    """Another stream gives the same bits."""
     inputs, upstream = make(20_000, FieldSpec(grid=FULL), (64, 64), device=device)
     spec = FieldSpec(grid=FULL)
     expected = run(field_normals, inputs, upstream, spec, mode=mode, dtype=HALF)
@@ -436,15 +452,16 @@ def test_another_stream(mode, device):
 
 @pytest.mark.full_size("a second GPU")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
-def test_second_device():
+def test_field_normals_second_device():
+    """The second GPU, while the first is current."""
     inputs, upstream = make(500, device=torch.device("cuda:1"))
     compare(inputs, upstream, SPEC)
 
 
 @pytest.mark.full_size("buffers of more than 2^31 elements")
 @pytest.mark.parametrize("mode", MODES)
-def test_long_buffers(mode, device):
-    """7 taps of 32 features pass 2^31 elements at 9.6 M points; only the last ones are looked at."""
+def test_field_normals_large_buffers(mode, device):
+    """7 taps of 32 features pass 2^31 elements at 9.6 M points; only the last ones are compared."""
     tail, n = 1000, 10_000_000 if mode == "finite_difference" else 68_000_000
     inputs, upstream = make(tail, FieldSpec(grid=FULL), (16,), device=device)
     x = torch.zeros(n, 3, device=device)
@@ -460,8 +477,8 @@ def test_long_buffers(mode, device):
 
 
 @pytest.mark.parametrize(("n", "count"), [(150, None), (150, 100), (150, 40), (128, 128)])
-def test_points_in_several_parts(n, count, monkeypatch, device, deterministic):
-    """The backward by differences takes a part of the points at a time; a count may end in any of them."""
+def test_field_normals_chunks(n, count, monkeypatch, device, deterministic):
+    """The backward by differences takes a chunk of the points at a time; a count may end in any of them."""
     monkeypatch.setattr(sys.modules["dream_fast.kernels.fields.normals"], "_DIFFERENCES_CHUNK", 64)
     inputs, upstream = make(n, device=device, seed=11)
     compare(

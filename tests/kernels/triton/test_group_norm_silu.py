@@ -1,4 +1,4 @@
-"""The kernels of group normalisation: output, gradients against fp64, both layouts, ragged tiles, one part or many."""
+"""Kernels of group normalisation: output, gradients against fp64, both layouts, ragged tiles, one part or many."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from dream_fast.kernels import group_norm_silu, group_norm_silu_reference
 from dream_fast.kernels._core.launch import INTERPRETED
 from dream_fast.kernels.nn import group_norm_silu as group_norm_module
 
-# Of what is masked off, the exponential may be too large; the interpreter's numpy says so.
+# Masked exponentials may overflow, of which the interpreter's numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 NAMES = ("output", "gradient of x", "gradient of weight", "gradient of bias", "gradient of added")
 
@@ -42,14 +42,14 @@ def inputs(shape, device, *, last=False, dtype=torch.float32, offset=0.5, seed=0
 
 
 def with_added(tensors, seed=0):
-    """The same, with something to add to each channel of each image before the upstream gradient."""
+    """The same, with `added` before the upstream gradient."""
     *leaves, upstream = tensors
     added = torch.randn(leaves[0].shape[:2], generator=torch.Generator().manual_seed(100 + seed)) * 3
     return [*leaves, added.to(upstream), upstream]
 
 
 def run(operator, tensors, groups, eps=1e-5, silu=True):
-    """Output and gradients of x, weight, bias and, if it is there, of what is added."""
+    """Return the output and the gradients of x, weight, bias and, if it is given, added."""
     *leaves, upstream = tensors
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     x, weight, bias, *added = leaves
@@ -58,16 +58,16 @@ def run(operator, tensors, groups, eps=1e-5, silu=True):
 
 
 def compare(tensors, groups, **options):
-    """Output and gradients of the kernels; errors against fp64 as large as the reference's, layout as that of x."""
+    """Check output and gradients against fp64; errors may be as large as the reference's. The layout is that of x."""
     got = run(group_norm_silu, tensors, groups, **options)
     # Contiguous: with channels last torch's own sums of squares on a CPU are less exact.
     single = run(group_norm_silu_reference, [tensor.contiguous() for tensor in tensors], groups, **options)
     exact = run(group_norm_silu_reference, [tensor.double() for tensor in tensors], groups, **options)
-    for name, mine, theirs, true in zip(NAMES[: len(got)], got, single, exact, strict=True):
-        assert mine.dtype == theirs.dtype
-        # What is added to a whole group is taken off again: of one channel a group that gradient is 0 but for rounding.
+    for name, value, reference, truth in zip(NAMES[: len(got)], got, single, exact, strict=True):
+        assert value.dtype == reference.dtype
+        # The mean of a group is subtracted: with one channel a group the gradient of added is 0 but for rounding.
         if name != NAMES[-1] or groups < tensors[0].shape[1]:
-            check(name, mine, theirs, true)
+            check(name, value, reference, truth)
     x = tensors[0]
     if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
         assert got[0].stride() == got[1].stride() == x.stride()
@@ -78,7 +78,8 @@ def compare(tensors, groups, **options):
 @pytest.mark.parametrize(
     ("shape", "groups"), [((1, 1, 1), 1), ((3, 4), 2), ((1, 6, 9), 1), ((2, 12, 5, 7), 4), ((1, 40, 3, 3), 2)]
 )
-def test_small_shapes(shape, groups, last, device, deterministic):
+def test_group_norm_small_shapes(shape, groups, last, device, deterministic):
+    """Shapes around one element and one block, and none at all, match the reference."""
     compare(inputs(shape, device, last=last), groups)
     compare(with_added(inputs(shape, device, last=last)), groups)
 
@@ -95,13 +96,15 @@ def test_small_shapes(shape, groups, last, device, deterministic):
         ((1, 20, 2, 3), 2),  # more columns than rows
     ],
 )
-def test_groups_in_parts(shape, groups, programs, merge, last, device, tiles, deterministic):
+def test_group_norm_parts(shape, groups, programs, merge, last, device, tiles, deterministic):
+    """Groups that are cut into parts match the reference."""
     tiles(64 if merge else 32, programs, merge)
     compare(inputs(shape, device, last=last), groups)
     compare(with_added(inputs(shape, device, last=last)), groups)
 
 
-def test_more_parts_than_a_tile_merges_at_a_time(device, tiles, deterministic):
+def test_group_norm_many_parts_in_tile(device, tiles, deterministic):
+    """More parts than a tile merges at a time match the reference."""
     tiles(32, 1000, 10**6)
     assert group_norm_module._group_norm_silu_config(1, 32, 1, 37, True).parts * 32 > 1024
     compare(inputs((1, 32, 37), device, last=True), 32)
@@ -109,7 +112,8 @@ def test_more_parts_than_a_tile_merges_at_a_time(device, tiles, deterministic):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [(0, 6, 3, 5), (2, 6, 0, 5), (2, 0, 3, 5)])
-def test_empty(shape, last, device):
+def test_group_norm_empty(shape, last, device):
+    """Empty inputs give empty or zero results and gradients."""
     got = run(group_norm_silu, inputs(shape, device, last=last), 2)
     assert [tuple(tensor.shape) for tensor in got] == [shape, shape, shape[1:2], shape[1:2]]
     assert not any(tensor.any() for tensor in got)
@@ -117,7 +121,8 @@ def test_empty(shape, last, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("silu", [True, False])
-def test_short_dtypes(dtype, silu, device, tiles):
+def test_group_norm_half_precision(dtype, silu, device, tiles):
+    """16-bit inputs match the reference."""
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter cuts digits off where bfloat16 is to be rounded")
     for last in (False, True):
@@ -128,7 +133,7 @@ def test_short_dtypes(dtype, silu, device, tiles):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("parts", [False, True])
-def test_far_from_zero(parts, last, device, tiles):
+def test_group_norm_far_from_zero(parts, last, device, tiles):
     """A mean of 1000 at a spread of 2: the mean of squares less the square of the mean would leave three digits."""
     if parts:
         tiles(64, 4, 1024)
@@ -139,7 +144,7 @@ def test_far_from_zero(parts, last, device, tiles):
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_without_spread(parts, device, tiles):
+def test_group_norm_no_spread(parts, device, tiles):
     """Equal numbers in a group, and steps between parts, so that all the spread is between them."""
     if parts:
         tiles(64, 1000, 1024)
@@ -150,13 +155,14 @@ def test_without_spread(parts, device, tiles):
 
 
 @pytest.mark.fuzz(interpreted=8, gpu=40)
-def test_random_settings(seed, device, tiles):
+def test_group_norm_random_settings(seed, device, tiles):
+    """Random sizes and settings match the reference."""
     rng = random.Random(seed)
     if INTERPRETED or rng.random() < 0.3:
         tiles(2 ** rng.randint(5, 8), rng.choice([1, 4, 1000]), rng.choice([0, 8, 1024]))
     groups, width = rng.choice([1, 2, 3, 8, 32]), rng.choice([1, 2, 3, 4, 5, 8, 10])
-    most = 150 // (groups * width) + 2 if INTERPRETED else 40_000 // (groups * width) + 2
-    shape = (rng.randint(1, 2), groups * width, *(rng.randint(1, math.isqrt(most) + 1) for _ in range(2)))
+    max_places = 150 // (groups * width) + 2 if INTERPRETED else 40_000 // (groups * width) + 2
+    shape = (rng.randint(1, 2), groups * width, *(rng.randint(1, math.isqrt(max_places) + 1) for _ in range(2)))
     dtype = rng.choice([torch.float32, torch.float16])
     tensors = inputs(shape, device, last=seed % 2 == 1, dtype=dtype, offset=rng.uniform(-5, 5), seed=seed)
     if rng.random() < 0.5:
@@ -164,7 +170,8 @@ def test_random_settings(seed, device, tiles):
     compare(tensors, groups, eps=10 ** rng.uniform(-6, -1), silu=rng.random() < 0.7)
 
 
-def test_not_a_number_shows(device, tiles):
+def test_group_norm_nan(device, tiles):
+    """A NaN shows in its group and in no other."""
     tiles(32, 4, 1024)
     for last in (False, True):
         tensors = inputs((2, 8, 5, 5), device, last=last)
@@ -178,34 +185,37 @@ def test_not_a_number_shows(device, tiles):
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_non_contiguous(parts, device, tiles):
+def test_group_norm_non_contiguous(parts, device, tiles):
+    """Strided inputs give the results of contiguous ones."""
     if parts:
         tiles(64, 4, 1024)
     x, weight, bias, upstream = inputs((1, 12, 4, 4), device)
     strided = torch.stack([x, x + 1], -1)[..., 0]
     wide = torch.stack([weight, bias], 1)
-    found = compare([strided, wide[:, 0], wide[:, 1], channels_last(upstream)], 4)
+    strided_results = compare([strided, wide[:, 0], wide[:, 1], channels_last(upstream)], 4)
     dense = compare([x, weight, bias, upstream], 4)
-    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
-    # An upstream gradient that is one number seen many times.
+    assert all(torch.equal(a, b) for a, b in zip(strided_results, dense, strict=True))
+    # An expanded upstream gradient.
     compare([x, weight, bias, torch.ones((), device=device).expand(x.shape)], 4)
     # Tokens [N, S, C] as attention turns them to [N, C, S].
     tokens = x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
     compare([tokens, weight, bias, upstream.flatten(2)], 4)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_gradients_that_are_wanted(wanted, device, tiles, deterministic):
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_group_norm_needed_gradients(needed, device, tiles, deterministic):
+    """Only the gradients that are needed are computed, with the same values."""
     tiles(64, 4, 1024)
     *tensors, upstream = inputs((2, 12, 5, 5), device)
     expected = run(group_norm_silu, [*tensors, upstream], 4)[1:]
-    leaves = [tensor.detach().requires_grad_(number in wanted) for number, tensor in enumerate(tensors)]
+    leaves = [tensor.detach().requires_grad_(number in needed) for number, tensor in enumerate(tensors)]
     group_norm_silu(leaves[0], 4, *leaves[1:]).backward(upstream)
     for number, (leaf, grad) in enumerate(zip(leaves, expected, strict=True)):
-        assert torch.equal(leaf.grad, grad) if number in wanted else leaf.grad is None
+        assert torch.equal(leaf.grad, grad) if number in needed else leaf.grad is None
 
 
-def test_repeats(device, tiles, deterministic):
+def test_group_norm_repeats(device, tiles, deterministic):
+    """Repeats are equal bit for bit."""
     if INTERPRETED:
         tiles(64, 4, 0)
     shape = (1, 12, 5, 5) if INTERPRETED else (2, 96, 150, 150)
@@ -215,29 +225,30 @@ def test_repeats(device, tiles, deterministic):
         assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.parametrize("more", [False, True])
-def test_the_operators_are_declared_as_they_behave(more, device, tiles):
-    """Shapes and strides that the compiler is told, and the schema, against what the operators do."""
+@pytest.mark.parametrize("has_added", [False, True])
+def test_group_norm_opcheck(has_added, device, tiles):
+    """Schema, fake tensors and autograd registration fit what the operators do."""
     tiles(64, 4, 1024)
     for last in (False, True):
         tensors = inputs((1, 4, 5, 5), device, last=last)
-        *leaves, upstream = with_added(tensors) if more else tensors
+        *leaves, upstream = with_added(tensors) if has_added else tensors
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         x, weight, bias, *added = (tensor.requires_grad_() for tensor in leaves)
-        added = added[0] if more else None
+        added = added[0] if has_added else None
         arguments = (x, 2, weight, bias, 1e-5, True, added)
         torch.library.opcheck(group_norm_module._group_norm_silu, arguments, test_utils=checks)
         x, weight, bias, added = (None if tensor is None else tensor.detach() for tensor in (x, weight, bias, added))
         _, moments = group_norm_module._group_norm_silu(x, 2, weight, bias, 1e-5, True, added)
-        for of_channels in (True, False):
+        for needs_channels in (True, False):
             torch.library.opcheck(
                 group_norm_module._group_norm_silu_backward,
-                (upstream, x, weight, bias, added, moments, True, of_channels),
+                (upstream, x, weight, bias, added, moments, True, needs_channels),
                 test_utils=checks[:2],
             )
 
 
-def test_second_order_is_refused(device):
+def test_group_norm_refuses_second_order(device):
+    """A second derivative raises instead of being wrong."""
     x, weight, bias, upstream = inputs((1, 4, 3, 3), device)
     out = group_norm_silu(x.requires_grad_(), 2, weight, bias)
     (grad,) = torch.autograd.grad(out, x, upstream.requires_grad_(), create_graph=True)
@@ -245,13 +256,14 @@ def test_second_order_is_refused(device):
         grad.sum().backward()
 
 
-def test_complains_about_doubles(device):
+def test_group_norm_refuses_fp64(device):
+    """The kernels refuse fp64, which only the reference computes in."""
     x, weight, bias, _ = inputs((1, 4, 3, 3), device, dtype=torch.float64)
     with pytest.raises(TypeError, match="x is float64, which the kernels do not compute in"):
         group_norm_silu(x, 2, weight, bias)
 
 
-# Height = width, channels and pictures of Stable Diffusion's encoder and UNet.
+# Height = width, channels and images of Stable Diffusion's encoder and UNet.
 SIZES = [(512, 128, 1), (256, 256, 1), (128, 512, 1), (64, 512, 1), (64, 320, 2), (64, 960, 2), (32, 640, 2)]
 SIZES += [(32, 1920, 2), (16, 1280, 2), (16, 2560, 2), (8, 1280, 2), (8, 2560, 2)]
 
@@ -264,13 +276,15 @@ SIZED += [(*size, dtype) for size in (SIZES[0], SIZES[4], SIZES[8]) for dtype in
 @pytest.mark.full_size("33 million elements a tensor")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("side", "channels", "images", "dtype"), SIZED)
-def test_sizes_of_stable_diffusion(side, channels, images, dtype, last, device, deterministic):
+def test_group_norm_stable_diffusion_sizes(side, channels, images, dtype, last, device, deterministic):
+    """The sizes of Stable Diffusion match the reference."""
     tensors = inputs((images, channels, side, side), device, last=last, dtype=dtype)
     compare(with_added(tensors) if last else tensors, 32)
 
 
 @pytest.mark.full_size("4096 parts of 8192 elements")
-def test_more_parts_than_a_kernel_merges_at_a_time(device, monkeypatch, deterministic):
+def test_group_norm_many_parts_in_kernel(device, monkeypatch, deterministic):
+    """More parts than the merging kernel takes at a time match the reference."""
     monkeypatch.setattr(group_norm_module, "_PROGRAMS", 4096)
     assert group_norm_module._group_norm_silu_config(1, 32, 4, 512 * 512, True).parts == 4096
     compare(inputs((1, 128, 512, 512), device, last=True, dtype=torch.float16), 32)
@@ -279,19 +293,23 @@ def test_more_parts_than_a_kernel_merges_at_a_time(device, monkeypatch, determin
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
 @pytest.mark.parametrize("shape", [(1, 128, 256, 256), (2, 320, 64, 64), (2, 1280, 16, 16)])
 @pytest.mark.parametrize("last", [False, True])
-def test_no_synchronisation_graph_and_stream(shape, last, device, everywhere):
+def test_group_norm_stream_and_graph(shape, last, device, everywhere):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     tensors = inputs(shape, device, last=last, dtype=torch.float16)
     expected, repeats = everywhere(lambda: run(group_norm_silu, tensors, 32))
-    for found in repeats:
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for repeat in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, repeat, strict=True))
     if torch.cuda.device_count() > 1:
-        there = run(group_norm_silu, [tensor.to("cuda:1") for tensor in tensors], 32)
-        assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, there, strict=True))
+        elsewhere = run(group_norm_silu, [tensor.to("cuda:1") for tensor in tensors], 32)
+        assert all(
+            b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(expected, elsewhere, strict=True)
+        )
 
 
 @pytest.mark.full_size("compiled code runs only there")
 @pytest.mark.parametrize("last", [False, True])
-def test_compiled(last, device, compare_compiled):
+def test_group_norm_compiled(last, device, compare_compiled):
+    """Compiled code is as accurate as eager code."""
     *tensors, upstream = inputs((2, 320, 64, 64), device, last=last)
 
     def loss(operator, x, weight, bias):
@@ -303,9 +321,9 @@ def test_compiled(last, device, compare_compiled):
 
 @pytest.mark.full_size("13 GB of activations")
 @pytest.mark.parametrize("last", [False, True])
-def test_more_than_two_to_the_31_numbers(last, device, monkeypatch):
-    """The last of many pictures comes out as it does alone."""
-    monkeypatch.setattr(group_norm_module, "_PROGRAMS", 10**9)  # the same parts, however many pictures
+def test_group_norm_beyond_int32(last, device, monkeypatch):
+    """Elements past 2^31 come out as they do alone."""
+    monkeypatch.setattr(group_norm_module, "_PROGRAMS", 10**9)  # the same parts, however many images
     shape = (130, 64, 512, 512)
     assert math.prod(shape) > 2**31
     order = torch.channels_last if last else torch.contiguous_format
@@ -313,11 +331,11 @@ def test_more_than_two_to_the_31_numbers(last, device, monkeypatch):
         torch.randn(shape, dtype=torch.float16, device=device).contiguous(memory_format=order) for _ in range(2)
     )
     weight, bias = (torch.randn(64, dtype=torch.float16, device=device) for _ in range(2))
-    found = []
+    results = []
     for part in (slice(None), slice(129, None)):
         leaf = x[part].detach().requires_grad_()
         out = group_norm_silu(leaf, 32, weight, bias)
         (grad,) = torch.autograd.grad(out, leaf, upstream[part])
-        found.append((out[-1].detach(), grad[-1]))
-    for whole, alone in zip(*found, strict=True):
-        assert torch.equal(whole, alone)
+        results.append((out[-1].detach(), grad[-1]))
+    for all_images, alone in zip(*results, strict=True):
+        assert torch.equal(all_images, alone)

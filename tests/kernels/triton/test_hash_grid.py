@@ -58,11 +58,11 @@ def gradients(op, tensors, spec, precision=None, *, second=True, **options):
     x, table, upstream, tangent = (t.detach().to(precision or t.dtype) for t in tensors)
     x, table, upstream = (t.requires_grad_() for t in (x, table, upstream))
     out = op(x, table, spec, **options)
-    to_x, to_table = torch.autograd.grad(out, (x, table), upstream, create_graph=second)
-    results = [out, to_x, to_table]
+    grad_x, grad_table = torch.autograd.grad(out, (x, table), upstream, create_graph=second)
+    results = [out, grad_x, grad_table]
     if second:
         leaves = (x, table, upstream)
-        found = torch.autograd.grad(to_x, leaves, tangent, allow_unused=True)
+        found = torch.autograd.grad(grad_x, leaves, tangent, allow_unused=True)
         results += [torch.zeros_like(a) if b is None else b for a, b in zip(leaves, found, strict=True)]
     return [result.detach() for result in results]
 
@@ -84,7 +84,8 @@ def compare(tensors, spec, *, dtype=None, **options):
 
 @pytest.mark.parametrize("interpolation", ["smoothstep", "linear"])
 @pytest.mark.parametrize("features", [1, 2, 4])
-def test_all_gradients(device, features, interpolation):
+def test_hash_grid_gradients(device, features, interpolation):
+    """Features and gradients to second order, for 1, 2 and 4 features and both interpolations."""
     spec = HashGridSpec(
         levels=2, features=features, log2_entries=6, base_resolution=4, max_resolution=9, interpolation=interpolation
     )
@@ -92,9 +93,10 @@ def test_all_gradients(device, features, interpolation):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("features", "copies"), [(1, True), (2, False), (2, True)])
-def test_half_precision(device, features, copies, dtype, monkeypatch):
-    monkeypatch.setattr(MODULE, "_copies_table", lambda n, rows: copies)
+@pytest.mark.parametrize(("features", "rounds"), [(1, True), (2, False), (2, True)])
+def test_hash_grid_half_precision(device, features, rounds, dtype, monkeypatch):
+    """The same in 16 bits, where the whole table is rounded and where each entry is."""
+    monkeypatch.setattr(MODULE, "_rounds_table", lambda n, rows: rounds)
     spec = HashGridSpec(levels=2, features=features, log2_entries=6, base_resolution=4, max_resolution=7)
     out = compare(inputs(spec, 60, device, dtype=dtype), spec, dtype=dtype)[0]
     assert out.dtype == dtype
@@ -102,9 +104,10 @@ def test_half_precision(device, features, copies, dtype, monkeypatch):
 
 @pytest.mark.parametrize("run", [1, 4])
 @pytest.mark.parametrize("width", [1, 2, 4])
-def test_widths_of_atomics_and_runs(device, width, run, monkeypatch):
-    config = {"BLOCK": 32, "RUN": run, "WIDTH": width, "num_warps": 1}
-    monkeypatch.setattr(GRID, "_scatter_config", lambda *_: config)
+def test_hash_grid_atomics(device, width, run, monkeypatch):
+    """The table's gradient with atomics of 1, 2 and 4 numbers, for short and long runs."""
+    config = GRID.TableBwdConfig(block=32, run=run, width=width, warps=1)
+    monkeypatch.setattr(GRID, "_hash_grid_table_bwd_config", lambda *_: config)
     x, table, upstream, _ = inputs(TINY, 129, device)
     upstream = upstream.half()  # in fp32 so many points into so few rows would be whole numbers
     grads = []
@@ -113,24 +116,24 @@ def test_widths_of_atomics_and_runs(device, width, run, monkeypatch):
         hash_grid_reference(x.to(dtype), leaf, TINY).backward(upstream.to(dtype))
         grads.append(leaf.grad)
     features = upstream.t().contiguous()
-    check("table", GRID.scatter_features(x, TINY, scale=1.0, shift=0.0, features=features), *grads)
+    check("table", GRID.scatter_features(GRID.GridPoints(x), TINY, features=features), *grads)
 
 
-def test_many_points_into_few_rows_add_up_the_same_in_any_order(device):
-    """What lanes write, each the sum of its run, is added as whole numbers in fp32."""
+def test_hash_grid_fixed_point_sums(device):
+    """Sums of lanes' runs are added as fixed-point numbers in fp32: any order of lanes gives the same bits."""
     spec = HashGridSpec(levels=2, features=2, log2_entries=3, base_resolution=2, max_resolution=5)
     x, _, upstream, _ = inputs(spec, 1200, device)
-    runs = torch.arange(1200, device=device).view(-1, GRID._scatter_config(1200, 2, True)["RUN"])
+    runs = torch.arange(1200, device=device).view(-1, GRID._hash_grid_table_bwd_config(1200, 2, True).run)
     grads = [
-        GRID.scatter_features(x[rows], spec, scale=1.0, shift=0.0, features=upstream[rows].t().contiguous())
+        GRID.scatter_features(GRID.GridPoints(x[rows]), spec, features=upstream[rows].t().contiguous())
         for rows in (runs.flatten(), runs.flip(0).flatten())
     ]
     assert grads[0].any() and torch.equal(*grads)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_features_and_tangent_together(device, deterministic):
-    """Scale and shift, both parts of the table's gradient in one pass, and a count."""
+def test_hash_grid_features_and_tangent(device, deterministic):
+    """Both parts of the table's gradient in one pass, with a scale, a shift and a count."""
     u, table, upstream, tangent = inputs(TINY, 70, device)
     scale, shift, live = 0.5, 0.5, 50
     x = ((u - shift) / scale).contiguous()
@@ -139,26 +142,25 @@ def test_features_and_tangent_together(device, deterministic):
         leaf, point = (t.clone().to(dtype).requires_grad_() for t in (table, u[:live]))
         weights = upstream[:live].to(dtype)
         out = hash_grid_reference(point, leaf, TINY)
-        (to_x,) = torch.autograd.grad(out, point, weights, create_graph=True)
-        grads += torch.autograd.grad((out * weights).sum() + (to_x * tangent[:live].to(dtype)).sum(), leaf)
+        (grad_x,) = torch.autograd.grad(out, point, weights, create_graph=True)
+        grads += torch.autograd.grad((out * weights).sum() + (grad_x * tangent[:live].to(dtype)).sum(), leaf)
     upstream[live:], tangent[live:] = math.nan, math.nan
     features = upstream.t().contiguous()
+    points = GRID.GridPoints(x, scale, shift, torch.tensor(live, device=device))
     got = GRID.scatter_features(
-        x,
+        points,
         TINY,
-        scale=scale,
-        shift=shift,
         features=features,
         tangent=tangent,
         tangent_features=features,
-        count=torch.tensor(live, device=device),
         deterministic=deterministic,
     )
     check("table", got, *grads)
 
 
 @pytest.mark.parametrize("n", [0, 1, 129])
-def test_odd_sizes_and_strided_input(device, n, deterministic):
+def test_hash_grid_odd_sizes(device, n, deterministic):
+    """No point, one point and strided inputs give the bits of contiguous ones."""
     x, table, upstream, tangent = inputs(TINY, n, device)
     wide = torch.full((n, 6), math.nan, device=device)
     wide[:, ::2] = x
@@ -174,7 +176,8 @@ def test_odd_sizes_and_strided_input(device, n, deterministic):
         assert torch.equal(a, b)
 
 
-def test_upstream_gradients_of_any_stride(device, deterministic):
+def test_hash_grid_upstream_strides(device, deterministic):
+    """Transposed and expanded upstream gradients give the bits of contiguous ones."""
     x, table, upstream, tangent = inputs(TINY, 40, device)
     expected = gradients(hash_grid, [x, table, upstream, tangent], TINY)
     turned = gradients(hash_grid, [x, table, upstream.t().contiguous().t(), tangent], TINY)
@@ -189,35 +192,37 @@ def test_upstream_gradients_of_any_stride(device, deterministic):
 
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("active", [1, 9])
-def test_active_levels(device, active, on_device):
+def test_hash_grid_active_levels(device, active, on_device):
+    """Levels from `active_levels` on give zeros and take no gradient, as a number and as a tensor."""
     tensors = inputs(TINY, 40, device)
     levels = torch.tensor(active, device=device) if on_device else active
-    out, _, to_table, *_ = compare(tensors, TINY, active_levels=levels)
+    out, _, grad_table, *_ = compare(tensors, TINY, active_levels=levels)
     assert not out[:, active * 2 :].any()
-    assert not to_table[TINY.offsets[min(active, 2)] :].any()
+    assert not grad_table[TINY.offsets[min(active, 2)] :].any()
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_no_active_level(device, on_device, deterministic):
-    """Zeros, and gradients of zero; the reference has no graph then."""
+def test_hash_grid_no_active_level(device, on_device, deterministic):
+    """No active level gives zeros and gradients of zero; the reference has no graph then."""
     tensors = inputs(TINY, 40, device)
     results = gradients(hash_grid, tensors, TINY, active_levels=torch.tensor(0, device=device) if on_device else 0)
     assert results[0].shape == (40, TINY.channels) and not any(result.any() for result in results)
 
 
-def test_gradient_where_positions_are_clamped(device):
-    """At the first and last vertex, as torch's clamp has it, it passes; beyond, there is none."""
+def test_hash_grid_clamped_positions(device):
+    """At the first and last vertex the gradient passes, as torch's clamp lets it; beyond them it is 0."""
     spec = HashGridSpec(
         levels=2, features=2, log2_entries=6, base_resolution=4, max_resolution=8, interpolation="linear"
     )
     steps = torch.tensor([0, 1 / 16, 3 / 32, 1 / 8, 7 / 8, 29 / 32, 15 / 16, 1])
     x = torch.cartesian_prod(steps, steps[2:6], steps[[3]]).to(device)
-    _, to_x, *_ = compare([x, *inputs(spec, x.shape[0], device)[1:]], spec)
-    assert not to_x[x[:, 0] == 0, 0].any() and to_x[x[:, 0] == 1 / 8, 0].all()
+    _, grad_x, *_ = compare([x, *inputs(spec, x.shape[0], device)[1:]], spec)
+    assert not grad_x[x[:, 0] == 0, 0].any() and grad_x[x[:, 0] == 1 / 8, 0].all()
 
 
 @pytest.mark.parametrize("live", [0, 33, 40])
-def test_count_hides_padding(device, live, deterministic):
+def test_hash_grid_count(device, live, deterministic):
+    """Rows past the count give zeros, take no gradient and do not change the others' bits."""
     tensors = inputs(TINY, 40, device)
     tensors[0][live + 3 :] = math.nan  # three rows of padding look like points
     for tensor in tensors[2:]:
@@ -232,15 +237,17 @@ def test_count_hides_padding(device, live, deterministic):
             assert torch.equal(got[:live], want) and not got[live:].any()
 
 
-def test_outside_and_not_a_number_give_zeros(device):
+def test_hash_grid_outside_points(device):
+    """Points outside the cube, NaN and infinity give zeros and take no gradient."""
     x = torch.tensor([[0.5, 0.5, 0.5], [1.0001, 0.5, 0.5], [0.5, -1e-6, 0.5], [0.5, math.nan, 0.5], [math.inf, 0, 0]])
     tensors = [x.to(device), *inputs(TINY, 5, device)[1:]]
-    out, to_x, *_ = gradients(hash_grid, tensors, TINY)
-    assert out[0].any() and not out[1:].any() and to_x[0].any() and not to_x[1:].any()
+    out, grad_x, *_ = gradients(hash_grid, tensors, TINY)
+    assert out[0].any() and not out[1:].any() and grad_x[0].any() and not grad_x[1:].any()
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_random_shapes_and_settings(device, seed):
+def test_hash_grid_random_settings(device, seed):
+    """Features and gradients to second order for random shapes and settings."""
     pick = random.Random(seed)
     base = pick.choice([2, 3, 4, 8, 16])
     spec = HashGridSpec(
@@ -261,7 +268,7 @@ def test_random_shapes_and_settings(device, seed):
     compare(tensors, spec, dtype=dtype, **options)
 
 
-def test_small_shapes(device):
+def test_hash_grid_small_shapes(device):
     """Every kernel of the operator once or twice, for tools that slow them down a thousandfold."""
     for n in (1, 65):
         tensors = inputs(TINY, n, device)
@@ -280,13 +287,15 @@ def regularizers(spec, table, points, weight):
 
 @pytest.mark.parametrize("features", [1, 2, 4])
 @pytest.mark.parametrize("on_device", [False, True])
-def test_regularizers(device, features, on_device):
+def test_regularizers_gradients(device, features, on_device):
+    """Total variation and weight decay, with the weight as a number and on the device."""
     spec = HashGridSpec(levels=4, features=features, log2_entries=7, base_resolution=3, max_resolution=16)
     weight = torch.tensor(0.7, device=device) if on_device else 0.7
     regularizers(spec, inputs(spec, 1, device)[1], positions(100, outside=False).clamp(0, 1).to(device), weight)
 
 
-def test_regularizers_repeat_when_deterministic(device, deterministic):
+def test_regularizers_deterministic(device, deterministic):
+    """Total variation repeats bit for bit in deterministic mode, where a NaN in the table shows."""
     spec, points = SMALL, positions(300, outside=False).clamp(0, 1).to(device)
     table = inputs(spec, 1, device)[1]
     regularizers(spec, table, points, 0.7)
@@ -297,7 +306,8 @@ def test_regularizers_repeat_when_deterministic(device, deterministic):
     assert hash_grid_total_variation_grad(table, spec, points, 0.7).isnan().any()
 
 
-def test_repeats_bit_for_bit(device, deterministic):
+def test_hash_grid_deterministic(device, deterministic):
+    """Features and all gradients repeat bit for bit in deterministic mode."""
     n = 100 if INTERPRETED else 100_000
     spec = TINY if INTERPRETED else HashGridSpec(log2_entries=14)
     tensors = inputs(spec, n, device)
@@ -307,7 +317,8 @@ def test_repeats_bit_for_bit(device, deterministic):
             assert torch.equal(a, b)
 
 
-def test_forward_repeats_in_any_mode(device):
+def test_hash_grid_forward_repeats(device):
+    """Features repeat bit for bit in any mode."""
     x, table, *_ = inputs(TINY if INTERPRETED else SMALL, 100 if INTERPRETED else 100_000, device)
     spec = TINY if INTERPRETED else SMALL
     first = hash_grid(x, table, spec)
@@ -315,39 +326,42 @@ def test_forward_repeats_in_any_mode(device):
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-def test_deterministic_mode_keeps_any_magnitude(device, scale, deterministic):
+def test_hash_grid_deterministic_magnitudes(device, scale, deterministic):
+    """Fixed-point sums are as accurate for gradients of any magnitude."""
     x, table, upstream, tangent = inputs(TINY, 60, device)
     x[:] = x[0]  # all into the same rows: the largest sum
     compare([x, table, upstream * scale, tangent], TINY)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_deterministic_mode_shows_what_is_not_finite(device, value, deterministic):
+def test_hash_grid_deterministic_not_finite(device, value, deterministic):
+    """A NaN or infinity in the upstream gradient shows in fixed-point sums."""
     x, table, upstream, _ = inputs(TINY, 60, device)
     upstream[0, 0] = value
     features = upstream.t().contiguous()
-    got = GRID.scatter_features(x, TINY, scale=1.0, shift=0.0, features=features, deterministic=True)
+    got = GRID.scatter_features(GRID.GridPoints(x), TINY, features=features, deterministic=True)
     assert got.isnan().any()
 
 
-def test_third_order_raises(device):
+def test_hash_grid_third_order(device):
+    """A third derivative raises."""
     x, table, upstream, tangent = inputs(TINY, 9, device)
     x.requires_grad_()
     out = hash_grid(x, table, TINY)
-    (to_x,) = torch.autograd.grad(out, x, upstream, create_graph=True)
-    (second,) = torch.autograd.grad(to_x, x, tangent, create_graph=True)
+    (grad_x,) = torch.autograd.grad(out, x, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(grad_x, x, tangent, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="no third derivative"):
         torch.autograd.grad(second.sum(), x)
 
 
-def test_gradient_of_the_table_gradient(device):
-    """The table's gradient is linear in the upstream gradient, and has gradients itself."""
+def test_hash_grid_table_gradient_gradients(device):
+    """The table's gradient is linear in the upstream gradient, and differentiable itself."""
     x, table, upstream, _ = inputs(TINY, 30, device)
 
     def run(op, precision):
         point, leaf, up = (t.clone().to(precision).requires_grad_() for t in (x, table, upstream))
-        (to_table,) = torch.autograd.grad(op(point, leaf, TINY), leaf, up, create_graph=True)
-        return torch.autograd.grad((to_table * table.to(precision).cos()).sum(), (point, up))
+        (grad_table,) = torch.autograd.grad(op(point, leaf, TINY), leaf, up, create_graph=True)
+        return torch.autograd.grad((grad_table * table.to(precision).cos()).sum(), (point, up))
 
     got, own = run(hash_grid, torch.float32), run(hash_grid_reference, torch.float32)
     exact = run(hash_grid_reference, torch.float64)
@@ -355,7 +369,8 @@ def test_gradient_of_the_table_gradient(device):
         check(name, *values)
 
 
-def test_complaints(device):
+def test_hash_grid_errors(device):
+    """fp64 and 3 features a level raise."""
     x, table, *_ = inputs(TINY, 4, device)
     with pytest.raises(TypeError, match="x is float64, which the kernels do not compute in"):
         hash_grid(x.double(), table, TINY)
@@ -368,23 +383,22 @@ def test_complaints(device):
         hash_grid(x, torch.zeros(odd.rows, 3, device=device), odd)
 
 
-# On a GPU only.
-
-
 def full_case(device, n=200_000, dtype=torch.float16):
     spec = HashGridSpec(log2_entries=16)
     return spec, inputs(spec, n, device, dtype=dtype)
 
 
 @pytest.mark.full_size("the kernels are compiled")
-def test_largest_spec_against_fp64(device):
+def test_hash_grid_default_spec(device):
+    """The default shape at full size."""
     spec = HashGridSpec()
     for dtype in (torch.float32, torch.float16):
         compare(inputs(spec, 100_000, device, dtype=dtype), spec, dtype=dtype)
 
 
 @pytest.mark.full_size("graphs are of CUDA")
-def test_cuda_graph(device, deterministic):
+def test_hash_grid_cuda_graph(device, deterministic):
+    """A captured step gives the bits of an eager one after the count and the table changed."""
     spec, tensors = full_case(device)
     count = torch.tensor(150_000, device=device)
     x, table, upstream, tangent = tensors
@@ -414,7 +428,8 @@ def test_cuda_graph(device, deterministic):
 
 @pytest.mark.full_size("the CPU has nothing to wait for")
 @pytest.mark.parametrize("mode", [False, True])
-def test_no_host_synchronisation(device, mode):
+def test_hash_grid_no_synchronisation(device, mode):
+    """No call waits for the GPU, in either mode."""
     spec, tensors = full_case(device)
     options = {
         "dtype": torch.float16,
@@ -435,7 +450,8 @@ def test_no_host_synchronisation(device, mode):
 
 
 @pytest.mark.full_size("compiled code is for the GPU")
-def test_compile_fullgraph(device, deterministic):
+def test_hash_grid_compile(device, deterministic):
+    """torch.compile takes the operator without a graph break and gives the same bits."""
     spec, (x, table, upstream, _) = full_case(device, 10_000)
     x.requires_grad_(), table.requires_grad_()
 
@@ -453,7 +469,8 @@ def test_compile_fullgraph(device, deterministic):
 
 
 @pytest.mark.full_size("streams are of CUDA")
-def test_other_stream_and_device(device, deterministic):
+def test_hash_grid_streams_and_devices(device, deterministic):
+    """Another stream and another GPU give the same bits."""
     spec, tensors = full_case(device, 10_000)
     expected = gradients(hash_grid, tensors, spec)
     stream = torch.cuda.Stream()
@@ -470,7 +487,7 @@ def test_other_stream_and_device(device, deterministic):
 
 @pytest.mark.full_size("gigabytes")
 @pytest.mark.parametrize("interpolation", ["smoothstep", "linear"])
-def test_table_beyond_2_to_31_bytes(device, interpolation):
+def test_hash_grid_large_table(device, interpolation):
     """2^24 entries a level: 16 levels with 4 features hold 2^30 numbers, most of them beyond the 2^31st byte."""
     spec = HashGridSpec(features=4, log2_entries=24, base_resolution=256, interpolation=interpolation)
     assert spec.rows * spec.features * 4 > 1 << 31
@@ -488,7 +505,8 @@ def test_table_beyond_2_to_31_bytes(device, interpolation):
 
 
 @pytest.mark.full_size("gigabytes")
-def test_more_than_2_to_31_features(device):
+def test_hash_grid_large_features(device):
+    """More than 2^31 features: the last points are right, forward and backward."""
     spec = HashGridSpec(log2_entries=12)
     n = (1 << 31) // spec.channels + 1000
     table = torch.randn(spec.rows, spec.features, device=device).requires_grad_()

@@ -17,7 +17,7 @@ from dream_fast.kernels.rays import march as march_module
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(rays, steps) sets the tile of all passes; for the interpreter, whose time is the number of programs."""
+    """tiles(rays, steps) sets the tile of all passes: the interpreter takes as long as there are programs."""
     config = march_module._march_config
 
     def use(rays, steps):
@@ -50,14 +50,16 @@ def compare(origins, directions, bits, *, reference=None, **options) -> Samples:
     got = march(origins, directions, bits, **options)
     expected = march_reference(origins, directions, bits, **options)
     for name in Samples._fields:
-        value, want = getattr(got, name), getattr(expected, name)
-        assert value.dtype == want.dtype and value.shape == want.shape, name
-        assert torch.equal(value, want), f"{name}: {(value != want).sum()} of {value.numel()} differ"
+        value, reference_value = getattr(got, name), getattr(expected, name)
+        assert value.dtype == reference_value.dtype and value.shape == reference_value.shape, name
+        assert torch.equal(value, reference_value), (
+            f"{name}: {(value != reference_value).sum()} of {value.numel()} differ"
+        )
     return got
 
 
 def compare_gradients(origins, directions, bits, **options):
-    """Gradients of the positions; the upstream gradient of padding is NaN, which must not show."""
+    """Check the gradients of the positions; the upstream gradient of padding is NaN, which must not show."""
     upstream = torch.randn(options["capacity"], 3, generator=torch.Generator().manual_seed(1)).to(origins.device)
     grads = []
     for run in (march, march_reference):
@@ -74,7 +76,8 @@ def compare_gradients(origins, directions, bits, **options):
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize(("bound", "dt_gamma"), [(1.0, 0.0), (2.5, 0.01)])
-def test_small_shapes(number, bound, dt_gamma, device, deterministic):
+def test_march_small_shapes(number, bound, dt_gamma, device, deterministic):
+    """Shapes around one element and one block, and none at all, match the reference."""
     origins, directions = rays(number, 1, device)
     bits = random_bits(bound, 16, device)
     options = {"bound": bound, "resolution": 16, "max_steps": 64, "dt_gamma": dt_gamma, "capacity": 301}
@@ -86,7 +89,8 @@ SCENES = [(1.0, 16), (0.6, 32), (2.5, 16), (7.0, 16)]
 
 
 @pytest.mark.fuzz
-def test_random_settings(seed, device, tiles):
+def test_march_random_settings(seed, device, tiles):
+    """Random sizes and settings match the reference."""
     rng = random.Random(seed)
     if INTERPRETED:
         tiles(16, 32)
@@ -105,8 +109,8 @@ def test_random_settings(seed, device, tiles):
     origins, directions = rays(number, seed, device, spread=rng.uniform(0.1, 2) * bound)
     origins = origins * rng.uniform(0.2, 1.5)
     bits = random_bits(bound, resolution, device, filling=rng.choice([0.01, 0.3, 1.0]), seed=seed)
-    whole = march_reference(origins, directions, bits, capacity=0, **options)
-    assert int(whole.count) == 0
+    no_capacity = march_reference(origins, directions, bits, capacity=0, **options)
+    assert int(no_capacity.count) == 0
     capacity = 2 * rng.randint(0, number * 40) + 1
     compare(origins, directions, bits, capacity=capacity, **options)
     compare_gradients(origins, directions, bits, capacity=capacity, **options)
@@ -114,15 +118,16 @@ def test_random_settings(seed, device, tiles):
 
 @pytest.mark.parametrize(("width", "steps"), [(1, 128), (2, 64), (4, 32), (16, 32)])
 @pytest.mark.parametrize("dt_gamma", [0.0, 0.01])
-def test_tiles(width, steps, dt_gamma, device, tiles):
-    """Any tile gives the same samples."""
+def test_march_tiles(width, steps, dt_gamma, device, tiles):
+    """Results match the reference for every size of the tile."""
     tiles(width, steps if dt_gamma == 0 else 32)
     origins, directions = rays(5, 3, device)
     options = {"bound": 2.5, "resolution": 16, "max_steps": 90, "dt_gamma": dt_gamma, "capacity": 500}
     compare(origins, directions, random_bits(2.5, 16, device), **options)
 
 
-def test_overflow(device, tiles, deterministic):
+def test_march_overflow(device, tiles, deterministic):
+    """Every capacity around the number of samples gives the samples of the reference."""
     tiles(4, 64)
     origins, directions = rays(6, 2, device)
     bits = random_bits(1.0, 16, device)
@@ -133,7 +138,7 @@ def test_overflow(device, tiles, deterministic):
         assert bool(out.overflow) == (capacity < count)
 
 
-def test_more_rays_than_one_block_of_the_scan(device, monkeypatch, tiles):
+def test_march_scan_blocks(device, monkeypatch, tiles):
     """Three blocks of 16 rays, the last not full; on a GPU the same with the true size."""
     config = march_module._march_config
     number = 41
@@ -149,11 +154,11 @@ def test_more_rays_than_one_block_of_the_scan(device, monkeypatch, tiles):
     assert int(out.count) > number
 
 
-def test_rays_that_are_none_end(device):
+def test_march_invalid_rays(device):
     """Directions of 0 and NaN neither hang nor write anywhere else."""
     origins, directions = rays(3, 5, device)
     directions[1] = math.nan
-    # One without a direction stays inside for ever: the interpreter is too slow for the steps that it is allowed.
+    # A ray without a direction never leaves the cube: the interpreter is too slow for so many steps.
     origins[2], directions[2] = 5.0 if INTERPRETED else 0.0, 0.0
     bits = random_bits(1.0, 16, device, filling=1.0)
     for dt_gamma in (0.0, 0.01):
@@ -163,7 +168,8 @@ def test_rays_that_are_none_end(device):
         assert torch.equal(out.offsets[:2], alone.offsets) and torch.equal(out.t[:20], alone.t[:20])
 
 
-def test_non_contiguous(device):
+def test_march_non_contiguous(device):
+    """Strided inputs give the results of contiguous ones."""
     origins, directions = (tensor.t().contiguous().t() for tensor in rays(4, 6, device))
     perturb = torch.rand(8, generator=torch.Generator().manual_seed(0)).to(device)[::2]
     bits = torch.stack([random_bits(1.0, 16, device)] * 2, -1)[..., 0]
@@ -172,7 +178,8 @@ def test_non_contiguous(device):
     compare_gradients(origins, directions, bits, **options)
 
 
-def test_repeats(device, deterministic):
+def test_march_repeats(device, deterministic):
+    """Repeats are equal bit for bit."""
     leaves = [tensor.requires_grad_() for tensor in rays(3 if INTERPRETED else 3000, 7, device)]
     bits = random_bits(1.0, 16, device)
     results = []
@@ -182,7 +189,8 @@ def test_repeats(device, deterministic):
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
-def test_second_order_is_refused(device):
+def test_march_refuses_second_order(device):
+    """A second derivative raises instead of being wrong."""
     leaves = [tensor.requires_grad_() for tensor in rays(2, 8, device)]
     out = march(*leaves, random_bits(1.0, 16, device), bound=1.0, resolution=16, max_steps=32, capacity=100)
     upstream = torch.ones_like(out.positions).requires_grad_()
@@ -191,7 +199,8 @@ def test_second_order_is_refused(device):
         grad.sum().backward()
 
 
-def test_complains_about_doubles(device):
+def test_march_refuses_fp64(device):
+    """The kernels refuse fp64, which only the reference computes in."""
     origins, directions = (tensor.double() for tensor in rays(2, 9, device))
     with pytest.raises(TypeError, match="origins is float64, which the kernels do not compute in"):
         march(origins, directions, random_bits(1.0, 16, device), bound=1.0, resolution=16, capacity=5)
@@ -206,7 +215,8 @@ def camera_rays(side, device):
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
 @pytest.mark.parametrize("dt_gamma", [0.0, 0.005])
-def test_no_synchronisation_graph_and_stream(dt_gamma, device, everywhere):
+def test_march_stream_and_graph(dt_gamma, device, everywhere):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     leaves = [tensor.requires_grad_() for tensor in camera_rays(128, device)]
     bits = random_bits(1.0, 128, device)
     upstream = torch.randn(128 * 128 * 400, 3, device=device)
@@ -217,16 +227,17 @@ def test_no_synchronisation_graph_and_stream(dt_gamma, device, everywhere):
         return [*(x.detach() for x in out), *torch.autograd.grad(out.positions, leaves, upstream)]
 
     expected, repeats = everywhere(step)
-    for found in repeats:
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for repeat in repeats:
+        assert all(torch.equal(a, b) for a, b in zip(expected, repeat, strict=True))
     if torch.cuda.device_count() > 1:
-        there = [tensor.to("cuda:1") for tensor in (*leaves, bits)]
-        out = march(*there, bound=1.0, resolution=128, capacity=len(upstream), dt_gamma=dt_gamma)
+        elsewhere = [tensor.to("cuda:1") for tensor in (*leaves, bits)]
+        out = march(*elsewhere, bound=1.0, resolution=128, capacity=len(upstream), dt_gamma=dt_gamma)
         assert out.t.device.index == 1 and torch.equal(out.t.cpu(), expected[2].cpu())
 
 
 @pytest.mark.full_size("compiled code runs only there")
-def test_compiled(device):
+def test_march_compiled(device):
+    """Compiled code is as accurate as eager code."""
     origins, directions = camera_rays(64, device)
     bits = random_bits(1.0, 128, device)
 
@@ -234,13 +245,13 @@ def test_compiled(device):
         out = march(origins, directions, bits, bound=1.0, resolution=128, capacity=64 * 64 * 300)
         return out.positions.sin().sum(), out.t, out.count
 
-    found = []
+    results = []
     for run in (loss, torch.compile(loss, fullgraph=True)):
         leaves = [origins.clone().requires_grad_(), directions.clone().requires_grad_()]
         value, t, count = run(*leaves)
         value.backward()
-        found.append((t, count, leaves[0].grad, leaves[1].grad))
-    eager, compiled = found
+        results.append((t, count, leaves[0].grad, leaves[1].grad))
+    eager, compiled = results
     assert torch.equal(compiled[0], eager[0]) and torch.equal(compiled[1], eager[1])
     # The same samples in fp64: positions are origins + t * directions.
     rows = march(origins, directions, bits, bound=1.0, resolution=128, capacity=64 * 64 * 300).ray_ids[: int(eager[1])]
@@ -252,7 +263,8 @@ def test_compiled(device):
 
 
 @pytest.mark.full_size("20 GB of samples")
-def test_more_than_two_to_the_31_numbers(device):
+def test_march_beyond_int32(device):
+    """Elements past 2^31 come out as they do alone."""
     side = 1150
     origins, directions = camera_rays(side, device)
     bits = torch.full((1, 128**3 // 8), 255, dtype=torch.uint8, device=device)

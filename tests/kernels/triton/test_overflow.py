@@ -15,7 +15,7 @@ from dream_fast.bench.doctor import selftest
 from dream_fast.bench.ops.inputs import TINY_CELLS, TINY_FIELD, mlp
 from dream_fast.bench.ops.spec import run
 from dream_fast.kernels import FieldSpec, HashGridSpec, recorded_launches
-from dream_fast.kernels.grid import gradients as _grid
+from dream_fast.kernels.grid.gradients import channel_major
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # In 32 bits, times a block of 4 to 2^14 rows, the first is 0 and the second no row of a small tensor.
@@ -52,7 +52,7 @@ def gradients(name):
 
 @interpreted
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_overflow_of_program_numbers(name, memory, monkeypatch):
+def test_overflow_program_numbers(name, memory, monkeypatch):
     """Program numbers are taken to 64 bits before they are multiplied, in every kernel."""
     for kernel, launch in record(monkeypatch, gradients(name)).items():
         rest = (0,) * (len(launch.grid) - 1)
@@ -62,7 +62,7 @@ def test_overflow_of_program_numbers(name, memory, monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("case", ["field", "march", "composite", "group_norm_silu", "group_norm_silu last"])
-def test_overflow_of_program_numbers_in_other_passes(case, memory, monkeypatch):
+def test_overflow_other_passes(case, memory, monkeypatch):
     """The same for padding, for scans of several blocks and for groups in parts."""
     tensors, generator = PROBLEMS[case.split()[0]][1].tensors, torch.Generator().manual_seed(0)
     if case == "field":
@@ -106,7 +106,7 @@ def test_overflow_of_program_numbers_in_other_passes(case, memory, monkeypatch):
 
 
 @interpreted
-def test_overflow_of_channels_of_a_hash_grid(memory, monkeypatch):
+def test_overflow_hash_grid_channels(memory, monkeypatch):
     """Channel times points is taken in 64 bits: with 2^30 points level 2 would be level 0 again."""
     x = torch.rand(48, 3, requires_grad=True)
     table = torch.randn(GRID.rows, GRID.features, requires_grad=True)
@@ -115,15 +115,15 @@ def test_overflow_of_channels_of_a_hash_grid(memory, monkeypatch):
         kernels.hash_grid(x, table, GRID).backward(torch.ones(48, GRID.channels))
 
     launches = record(monkeypatch, call)
-    for kernel, name in (("_hash_grid_fwd_kernel", "out written"), ("_scatter_kernel", "features read")):
+    for kernel, name in (("hash_grid_fwd_kernel", "out written"), ("hash_grid_table_bwd_kernel", "features read")):
         lanes = touched(memory, monkeypatch, launches[kernel], (0, 2), n=1 << 30)
         assert name not in lanes, kernel
-    points = touched(memory, monkeypatch, launches["_position_gradient_kernel"], (0,), n=1 << 30)
-    assert points["features read"] == launches["_position_gradient_kernel"].arguments["BLOCK"]
-    (turn,) = record(monkeypatch, lambda: _grid.by_channel(torch.ones(48, GRID.channels).t(), None)).values()
+    points = touched(memory, monkeypatch, launches["hash_grid_x_bwd_kernel"], (0,), n=1 << 30)
+    assert points["features read"] == launches["hash_grid_x_bwd_kernel"].arguments["BLOCK"]
+    (turn,) = record(monkeypatch, lambda: channel_major(torch.ones(48, GRID.channels).t(), None)).values()
     wrapped, apart = (touched(memory, monkeypatch, turn, (0,), n=number) for number in (1 << 30, (1 << 30) - (1 << 20)))
     assert wrapped == apart
-    for launch in (turn, launches["_position_gradient_kernel"]):
+    for launch in (turn, launches["hash_grid_x_bwd_kernel"]):
         one, other = (touched(memory, monkeypatch, launch, (program,)) for program in FAR)
         assert one == other, launch.kernel.__name__
 
@@ -135,8 +135,8 @@ def field_launches(monkeypatch, kernel, into_x=False):
     table = torch.randn(GRID.rows, GRID.features, generator=generator).requires_grad_()
     shapes = ((16, GRID.channels), (4, 16)), ((16,), (4,))
     weights, biases = ([torch.ones(shape, requires_grad=True) for shape in part] for part in shapes)
-    operator = kernels.field if kernel.startswith("field") else kernels.field_normals
-    options = {"mode": "analytic"} if kernel.startswith("analytic") else {}
+    operator = kernels.field_normals if "normals" in kernel else kernels.field
+    options = {"mode": "analytic"} if "analytic" in kernel else {}
 
     def call():
         sum(part.sum() for part in operator(x, table, weights, biases, FieldSpec(grid=GRID), **options)).backward()
@@ -147,30 +147,34 @@ def field_launches(monkeypatch, kernel, into_x=False):
 @interpreted
 @pytest.mark.parametrize(
     ("kernel", "size"),
-    [("field_bwd_kernel", "rows"), ("differences_bwd_kernel", "columns"), ("analytic_bwd_kernel", "n")],
+    [
+        ("field_bwd_kernel", "rows"),
+        ("field_normals_fd_bwd_kernel", "columns"),
+        ("field_normals_analytic_bwd_kernel", "n"),
+    ],
 )
-def test_overflow_of_channels_of_a_field(kernel, size, memory, monkeypatch):
+def test_overflow_field_channels(kernel, size, memory, monkeypatch):
     """Gradients of features are written by channel in 64 bits: those of level 2 do not meet those of level 0."""
     launch = field_launches(monkeypatch, kernel)
     wrapped, apart = (
-        touched(memory, monkeypatch, launch, (0,), (1 << 30,), **{size: number})["to_features written"]
+        touched(memory, monkeypatch, launch, (0,), (1 << 30,), **{size: number})["grad_features written"]
         for number in (1 << 30, (1 << 30) - (1 << 20))
     )
     assert wrapped == apart
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["differences_bwd_kernel", "analytic_bwd_kernel"])
-def test_overflow_of_partial_sums(kernel, memory, monkeypatch):
-    """Program 2^21 of a network of 2^11 parameters does not add to what program 0 adds up."""
+@pytest.mark.parametrize("kernel", ["field_normals_fd_bwd_kernel", "field_normals_analytic_bwd_kernel"])
+def test_overflow_partial_sums(kernel, memory, monkeypatch):
+    """Program 2^21 of a network of 2^11 parameters does not add to the sums of program 0."""
     launch = field_launches(monkeypatch, kernel)
     lanes = touched(memory, monkeypatch, launch, (1 << 21,), (1 << 30,), size=1 << 11, n=1 << 33)
-    assert not {"partial read", "partial written"} & lanes.keys()
+    assert not {"partial_sums read", "partial_sums written"} & lanes.keys()
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["analytic_bwd_kernel", "differences_points_kernel"])
-def test_overflow_of_tiles_of_normals(kernel, memory, monkeypatch):
+@pytest.mark.parametrize("kernel", ["field_normals_analytic_bwd_kernel", "field_normals_fd_x_bwd_kernel"])
+def test_overflow_normals_tiles(kernel, memory, monkeypatch):
     """Tiles past 2^32 points are not those from 0 on."""
     launch = field_launches(monkeypatch, kernel, into_x=True)
     program = (1 << 32) // launch.arguments["BLOCK"]
@@ -178,16 +182,16 @@ def test_overflow_of_tiles_of_normals(kernel, memory, monkeypatch):
 
 
 @interpreted
-def test_overflow_of_pictures(memory, monkeypatch):
-    """Vertices of picture 2^30 are not those of picture 0."""
+def test_overflow_images(memory, monkeypatch):
+    """Vertices of image 2^30 are not those of image 0."""
     small = record(monkeypatch, gradients("raster"))["rasterize_small_fwd_kernel"]
     one, other = (touched(memory, monkeypatch, small, (program,), vertices=4) for program in FAR)
     assert one == other
 
 
 @interpreted
-def test_overflow_of_rays(memory, monkeypatch):
-    """Three numbers of ray 1431655766 are not those of ray 0, where 3 times that wraps around to."""
+def test_overflow_rays(memory, monkeypatch):
+    """Three numbers of ray 1431655766 are not those of ray 0, where 3 times that number wraps around."""
     tensors = PROBLEMS["march"][1].tensors
 
     def call():
@@ -204,7 +208,7 @@ def test_overflow_of_rays(memory, monkeypatch):
 
 
 @interpreted
-def test_overflow_of_cascades(memory, monkeypatch):
+def test_overflow_cascades(memory, monkeypatch):
     """Cells of the fifth cascade of 1024^3 are not those of the first."""
     origins = torch.tensor([[-16.02, -15.99, -15.99]])
     bits = torch.zeros(5, 16**3 // 8, dtype=torch.uint8)
@@ -219,10 +223,10 @@ def test_overflow_of_cascades(memory, monkeypatch):
 
 
 @interpreted
-def test_overflow_of_rows_of_a_table(memory, monkeypatch):
-    """First rows of levels from 2^31 on are no rows before the table."""
+def test_overflow_table_rows(memory, monkeypatch):
+    """First rows of levels from 2^31 on are not rows before the table."""
     launch = field_launches(monkeypatch, "field_fwd_kernel")
-    launch.arguments["WIDE"] = True
+    launch.arguments["SHAPE"] = launch.arguments["SHAPE"]._replace(wide=True)
     levels = launch.arguments["levels"]
     near, far = (
         touched(
@@ -234,7 +238,7 @@ def test_overflow_of_rows_of_a_table(memory, monkeypatch):
 
 
 @interpreted
-def test_overflow_of_blocks_of_parameters(memory, monkeypatch):
+def test_overflow_adan_blocks(memory, monkeypatch):
     """Adan's blocks past 2^32 parameters are not those from 0 on."""
     launches = record(monkeypatch, gradients("adan"))
     lanes = touched(memory, monkeypatch, launches["adan_norm_kernel"], (1 << 21,), (1 << 30,), size=1 << 33)
@@ -242,7 +246,7 @@ def test_overflow_of_blocks_of_parameters(memory, monkeypatch):
 
 
 @interpreted
-def test_overflow_of_tiles_of_a_field(memory, monkeypatch):
+def test_overflow_field_tiles(memory, monkeypatch):
     """Tiles past 2^32 points are not those from 0 on."""
     launches = record(monkeypatch, gradients("field"))
     forward = launches["field_fwd_kernel"]

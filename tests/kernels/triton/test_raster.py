@@ -1,4 +1,4 @@
-"""The kernels of rasterising, interpolating and antialiasing: decisions, values and gradients against fp64."""
+"""Kernels of rasterisation, interpolation and antialiasing: decisions, values and gradients against fp64."""
 
 import math
 import random
@@ -27,7 +27,7 @@ FEW = 1e-3  # of the pixels, on which fp32 and fp64 may disagree about an edge
 
 @pytest.fixture
 def classes(monkeypatch):
-    """classes(small, tile, large) sets which triangles a lane, a program and all programs take, at small sizes."""
+    """classes(small, tile, large) sets up to which size a lane, and a program, draws a triangle."""
     config = rasterize_module._rasterize_config
 
     def use(small, tile, large, programs=4):
@@ -84,24 +84,24 @@ def surface(side, device, *, batch=1, seed=0):
 def compare_raster(clip, faces, height, width):
     """Fragments of the kernels, and the gradient of their barycentrics."""
     runs = ((rasterize, None), (rasterize_reference, None), (rasterize_reference, torch.float64))
-    leaves, found = [], []
+    leaves, results = [], []
     for run, dtype in runs:
         leaves.append(clip.detach().clone().to(dtype or clip.dtype).requires_grad_())
-        found.append(run(leaves[-1], faces, height, width))
-    got, single, exact = found
+        results.append(run(leaves[-1], faces, height, width))
+    got, single, exact = results
     agree = (got.triangle == exact.triangle) & (single.triangle == exact.triangle)
     assert (~agree).double().mean() <= FEW if agree.numel() else True
     assert torch.equal((got.triangle < 0).float() * 2 - 1, torch.where(got.triangle < 0, got.depth, -1.0))
     for name in ("barycentrics", "depth"):
-        parts = [getattr(fragments, name)[agree].detach() for fragments in found]
+        parts = [getattr(fragments, name)[agree].detach() for fragments in results]
         check(name, *parts[:2], parts[2])
         assert not got.barycentrics[got.triangle < 0].any()
-    # Where the corners of a triangle are all but on a line with the camera, single precision says nothing.
+    # Single precision is not accurate where the corners of a triangle are almost in a line with the camera.
     upstream = torch.randn(got.barycentrics.shape, generator=torch.Generator().manual_seed(1)).to(clip.device)
     upstream *= agree[..., None] & (exact.barycentrics.abs().amin(-1, keepdim=True) > 1e-3)
     grads = [
         torch.autograd.grad(fragments.barycentrics, leaf, upstream.to(leaf.dtype))[0]
-        for fragments, leaf in zip(found, leaves, strict=True)
+        for fragments, leaf in zip(results, leaves, strict=True)
     ]
     check("gradient of clip", *grads)
     return Fragments(*(part.detach() for part in got))
@@ -109,63 +109,68 @@ def compare_raster(clip, faces, height, width):
 
 @pytest.mark.parametrize("triangles", [0, 1, 31, 33])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 16), (3, 12, 7)])
-def test_small_shapes(triangles, shape, device, deterministic):
+def test_mesh_small_shapes(triangles, shape, device, deterministic):
+    """Small images and few triangles, and none at all, match the reference."""
     batch, height, width = shape
     clip, faces = soup(triangles, device, batch=batch)
-    found = compare_raster(clip, faces, height, width)
-    assert found.triangle.shape == shape
+    fragments = compare_raster(clip, faces, height, width)
+    assert fragments.triangle.shape == shape
     channels = torch.rand(clip.shape[1], 2, device=device)
-    compare_interpolate(channels, faces, found)
-    compare_antialias(torch.rand(*shape, 2, device=device), clip, faces, found)
+    compare_interpolate(channels, faces, fragments)
+    compare_antialias(torch.rand(*shape, 2, device=device), clip, faces, fragments)
 
 
 @pytest.mark.parametrize("batch", [0, 2])
-def test_no_pictures_and_int32_faces(batch, device, deterministic):
+def test_mesh_empty_batch_and_int32(batch, device, deterministic):
+    """A batch without images, and int32 faces, match the reference."""
     clip, faces = soup(5, device, batch=batch)
-    found = compare_raster(clip, faces.int(), 8, 8)
-    assert interpolate(torch.rand(15, 3, device=device), faces.int(), found).shape == (batch, 8, 8, 3)
-    assert torch.equal(found.triangle, rasterize(clip, faces, 8, 8).triangle)
+    fragments = compare_raster(clip, faces.int(), 8, 8)
+    assert interpolate(torch.rand(15, 3, device=device), faces.int(), fragments).shape == (batch, 8, 8, 3)
+    assert torch.equal(fragments.triangle, rasterize(clip, faces, 8, 8).triangle)
 
 
 @pytest.mark.parametrize(("small", "tile", "large"), [(1000, 8, 1), (0, 8, 1000), (0, 4, 0), (4, 4, 3)])
-def test_who_takes_a_triangle_does_not_matter(small, tile, large, device, classes, deterministic):
+def test_rasterize_classes(small, tile, large, device, classes, deterministic):
+    """Results do not depend on whether a lane, a program or all programs draw a triangle."""
     clip, faces = soup(9, device, batch=2, seed=3)
     classes(small, tile, large, programs=3)
-    found = compare_raster(clip, faces, 16, 12)
+    fragments = compare_raster(clip, faces, 16, 12)
     classes(16, 8, 4)
     again = rasterize(clip, faces, 16, 12)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    assert (found.triangle >= 0).sum() > 20
+    assert all(torch.equal(a, b) for a, b in zip(fragments, again, strict=True))
+    assert (fragments.triangle >= 0).sum() > 20
 
 
 @pytest.mark.fuzz(interpreted=3, gpu=100)
-def test_random_settings(seed, device):
+def test_mesh_random_settings(seed, device):
+    """Random meshes, sizes and channels match the reference."""
     rng = random.Random(seed)
-    most = 24 if INTERPRETED else 700
-    height, width, batch = rng.randint(1, most), rng.randint(1, most), rng.choice([1, 2, 3])
+    max_side = 24 if INTERPRETED else 700
+    height, width, batch = rng.randint(1, max_side), rng.randint(1, max_side), rng.choice([1, 2, 3])
     if seed % 2:
         clip, faces = soup(rng.randint(1, 30 if INTERPRETED else 5000), device, batch=batch, seed=seed)
     else:
         clip, faces = surface(rng.randint(2, 4 if INTERPRETED else 150), device, batch=batch, seed=seed)
-    found = compare_raster(clip, faces, height, width)
-    compare_interpolate(torch.randn(clip.shape[1], rng.choice([1, 3, 5]), device=device), faces, found)
+    fragments = compare_raster(clip, faces, height, width)
+    compare_interpolate(torch.randn(clip.shape[1], rng.choice([1, 3, 5]), device=device), faces, fragments)
     image = torch.rand(batch, height, width, rng.choice([1, 4, 9]), device=device)
-    compare_antialias(image, clip, faces, found)
+    compare_antialias(image, clip, faces, fragments)
 
 
-def test_equally_near_triangles(device, classes):
-    """The first one of them, whoever looks at them."""
+def test_rasterize_ties(device, classes):
+    """Of equally near triangles the first is seen, whoever draws them."""
     corners = torch.tensor([[-1.0, 1, 0, 1], [1, 1, 0, 1], [-1, -1, 0, 1], [1, -1, 0, 1]], device=device)
     faces = torch.tensor([[0, 3, 1], [2, 1, 0], [0, 1, 2], [1, 2, 3], [2, 0, 1], [3, 2, 1]], device=device)
     for small in (0, 100):
         classes(small, 8, 1)
         for order in ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1]):
-            seen = rasterize(corners[None], faces[order], 8, 8).triangle[0]
-            assert torch.equal(seen.cpu(), rasterize_reference(corners[None], faces[order], 8, 8).triangle[0].cpu())
-            assert set(seen.flatten().tolist()) == ({0, 2} if order[0] == 1 else {0, 1})
+            covered = rasterize(corners[None], faces[order], 8, 8).triangle[0]
+            assert torch.equal(covered.cpu(), rasterize_reference(corners[None], faces[order], 8, 8).triangle[0].cpu())
+            assert set(covered.flatten().tolist()) == ({0, 2} if order[0] == 1 else {0, 1})
 
 
-def test_what_no_pixel_sees(device):
+def test_rasterize_nothing(device):
+    """Triangles that are clipped, behind, degenerate or not finite are not seen and have no gradient."""
     corners = torch.tensor([[-1.0, 1, 0, 1], [1, 1, 0, 1], [-1, -1, 0, 1]], device=device)
     for change in (
         torch.tensor([1, 1, 1, -1.0]),  # behind the camera
@@ -175,80 +180,85 @@ def test_what_no_pixel_sees(device):
         torch.tensor([math.inf, 1, 1, 1]),
     ):
         leaf = (corners * change.to(device))[None].requires_grad_()
-        found = rasterize(leaf, torch.tensor([[0, 1, 2]], device=device), 8, 8)
-        assert (found.triangle == -1).all()
-        found.barycentrics.sum().backward()
+        fragments = rasterize(leaf, torch.tensor([[0, 1, 2]], device=device), 8, 8)
+        assert (fragments.triangle == -1).all()
+        fragments.barycentrics.sum().backward()
         assert not leaf.grad.any()
     for shift in ([2.5, 0, 0, 0], [0, 2.5, 0, 0], [0, 0, 1.1, 0], [0, 0, -1.1, 0]):  # beside, above, behind, before
-        found = rasterize(
+        fragments = rasterize(
             (corners + torch.tensor(shift, device=device))[None], torch.arange(3).view(1, 3).to(device), 8, 8
         )
-        assert (found.triangle == -1).all()
+        assert (fragments.triangle == -1).all()
 
 
-def test_a_closed_surface_has_no_holes(device):
+def test_rasterize_no_holes(device):
+    """A closed surface of small triangles has no holes."""
     clip, faces = surface(4 if INTERPRETED else 300, device)
     size = 20 if INTERPRETED else 1000
-    seen = rasterize(clip, faces, size, size).triangle[0] >= 0
+    covered = rasterize(clip, faces, size, size).triangle[0] >= 0
     inside = rasterize_reference(clip.double(), faces, size, size).triangle[0] >= 0
-    # Holes of a pixel: unseen between seen ones that are seen in fp64.
-    assert (seen != inside).double().mean() <= FEW and (inside & ~seen).sum() <= 2
+    # Holes: pixels that are covered in fp64 only.
+    assert (covered != inside).double().mean() <= FEW and (inside & ~covered).sum() <= 2
 
 
 def compare_interpolate(attributes, faces, fragments):
     """Values and both gradients of the kernels."""
     upstream = torch.randn(*fragments.triangle.shape, attributes.shape[-1], generator=torch.Generator().manual_seed(2))
-    found = []
+    results = []
     for run, dtype in ((interpolate, None), (interpolate_reference, None), (interpolate_reference, torch.float64)):
         values = attributes.detach().clone().to(dtype or attributes.dtype).requires_grad_()
         weights = fragments.barycentrics.detach().clone().to(dtype or torch.float32).requires_grad_()
         out = run(values, faces, fragments._replace(barycentrics=weights))
         assert out.dtype == values.dtype
         grads = torch.autograd.grad(out, (values, weights), upstream.to(out.device, out.dtype))
-        found.append((out.detach(), *grads))
-    for name, *parts in zip(("values", "gradient of attributes", "gradient of barycentrics"), *found, strict=True):
+        results.append((out.detach(), *grads))
+    for name, *parts in zip(("values", "gradient of attributes", "gradient of barycentrics"), *results, strict=True):
         check(name, *parts)
-    return found[0]
+    return results[0]
 
 
 @pytest.mark.parametrize("channels", [0, 1, 3, 4, 17])
-@pytest.mark.parametrize("own", [False, True])
-def test_channels(channels, own, device, deterministic):
+@pytest.mark.parametrize("per_image", [False, True])
+def test_mesh_channels(channels, per_image, device, deterministic):
+    """Numbers of channels around the size of a group match the reference."""
     clip, faces = surface(2, device, batch=2)
-    found = rasterize(clip, faces, 8, 9)
-    shape = (2, clip.shape[1], channels) if own else (clip.shape[1], channels)
-    compare_interpolate(torch.randn(shape, device=device), faces, found)
-    if not own:
-        compare_antialias(torch.rand(2, 8, 9, channels, device=device), clip, faces, found)
+    fragments = rasterize(clip, faces, 8, 9)
+    shape = (2, clip.shape[1], channels) if per_image else (clip.shape[1], channels)
+    compare_interpolate(torch.randn(shape, device=device), faces, fragments)
+    if not per_image:
+        compare_antialias(torch.rand(2, 8, 9, channels, device=device), clip, faces, fragments)
 
 
-def test_a_triangle_that_fills_two_pictures_has_gradients_of_its_own_in_each(device):
+def test_mesh_batch_gradients(device):
+    """A triangle that fills two images has its own gradients in each."""
     corners = torch.tensor([[-2.0, -2, 0, 1], [6, -2, 0.1, 1.5], [-2, 6, 0.2, 1]], device=device)
     clip, faces = torch.stack([corners, 1.25 * corners]), torch.tensor([[0, 1, 2]], device=device)
-    found = compare_raster(clip, faces, 4, 4)
-    assert (found.triangle == 0).all()
-    compare_interpolate(torch.randn(2, 3, 2, device=device), faces, found)
+    fragments = compare_raster(clip, faces, 4, 4)
+    assert (fragments.triangle == 0).all()
+    compare_interpolate(torch.randn(2, 3, 2, device=device), faces, fragments)
 
 
-def test_half_precision(device):
+def test_mesh_half_precision(device):
+    """Half-precision attributes and images match the reference."""
     clip, faces = surface(2, device)
-    found = rasterize(clip, faces, 12, 12)
-    compare_interpolate(torch.randn(clip.shape[1], 3, device=device).half(), faces, found)
-    compare_antialias(torch.rand(1, 12, 12, 3, device=device).half(), clip, faces, found)
+    fragments = rasterize(clip, faces, 12, 12)
+    compare_interpolate(torch.randn(clip.shape[1], 3, device=device).half(), faces, fragments)
+    compare_antialias(torch.rand(1, 12, 12, 3, device=device).half(), clip, faces, fragments)
 
 
-def test_only_what_is_asked(device):
+def test_mesh_needed_gradients(device):
+    """Each gradient is computed also if no other is needed."""
     clip, faces = surface(2, device)
-    found = rasterize(clip, faces, 8, 8)
+    fragments = rasterize(clip, faces, 8, 8)
     values = torch.randn(clip.shape[1], 3, device=device, requires_grad=True)
-    interpolate(values, faces, found).sum().backward()
-    assert values.grad.any() and not found.depth.requires_grad
+    interpolate(values, faces, fragments).sum().backward()
+    assert values.grad.any() and not fragments.depth.requires_grad
     leaf = clip.clone().requires_grad_()
-    seen = rasterize(leaf, faces, 8, 8)
-    interpolate(values.detach(), faces, seen).square().sum().backward()
+    leaf_fragments = rasterize(leaf, faces, 8, 8)
+    interpolate(values.detach(), faces, leaf_fragments).square().sum().backward()
     assert leaf.grad.any() and not leaf.grad[..., 2].any()
     image = torch.rand(1, 8, 8, 3, device=device, requires_grad=True)
-    antialias(image, clip, faces, found).sum().backward()
+    antialias(image, clip, faces, fragments).sum().backward()
     assert image.grad.any()
 
 
@@ -256,7 +266,7 @@ def compare_antialias(image, clip, faces, fragments):
     """Values and both gradients of the kernels, with the same fragments for all."""
     opposite = opposite_corners(faces)
     upstream = torch.randn(image.shape, generator=torch.Generator().manual_seed(3))
-    found = []
+    results = []
     for run, dtype in ((antialias, None), (antialias_reference, None), (antialias_reference, torch.float64)):
         colours = image.detach().clone().to(dtype or image.dtype).requires_grad_()
         leaf = clip.detach().clone().to(dtype or clip.dtype).requires_grad_()
@@ -264,50 +274,51 @@ def compare_antialias(image, clip, faces, fragments):
         assert out.dtype == colours.dtype
         grads = torch.autograd.grad(out, (colours, leaf), upstream.to(out.device, out.dtype), allow_unused=True)
         grads = [torch.zeros_like(leaf) if grad is None else grad for grad in grads]
-        found.append((out.detach(), *grads))
-    for name, *parts in zip(("image", "gradient of image", "gradient of clip"), *found, strict=True):
+        results.append((out.detach(), *grads))
+    for name, *parts in zip(("image", "gradient of image", "gradient of clip"), *results, strict=True):
         check(name, *parts)
-    # A pixel takes half of the difference to a neighbour at most.
-    most = torch.zeros_like(image, dtype=torch.float64)
+    # A pixel changes by at most half of the difference to a neighbour.
+    bounds = torch.zeros_like(image, dtype=torch.float64)
     for axis in (1, 2):
         half = image.double().diff(dim=axis).abs() / 2
         length = half.shape[axis]
-        most.narrow(axis, 0, length).add_(half)
-        most.narrow(axis, 1, length).add_(half)
-    changes = (found[2][0] - image.double()).abs()
-    check_fp64("changes", torch.minimum(changes, most), changes)
-    return found[0]
+        bounds.narrow(axis, 0, length).add_(half)
+        bounds.narrow(axis, 1, length).add_(half)
+    changes = (results[2][0] - image.double()).abs()
+    check_fp64("changes", torch.minimum(changes, bounds), changes)
+    return results[0]
 
 
-def test_triangles_without_area_are_walked_over(device):
+def test_antialias_degenerate_triangles(device):
     """At the poles of this ball all vertices are one; one of them lies at the rim."""
     clip, faces, _ = ball("1k", device)
-    found = rasterize(clip, faces, 48, 48)
+    fragments = rasterize(clip, faces, 48, 48)
     stripes = (torch.arange(48, device=device) % 2).float().expand(1, 48, 48)
-    compare_antialias(torch.stack([stripes, stripes.mT], -1), clip, faces, found)
+    compare_antialias(torch.stack([stripes, stripes.mT], -1), clip, faces, fragments)
 
 
-def test_an_edge_halfway_between_two_pixels_moves(device):
+def test_antialias_edge_halfway(device):
     """v = 0: nothing is blended yet, and still the edge has a gradient."""
     clip = torch.tensor([[0.0, -2, 0, 1], [0, 2, 0, 1], [-2, 0, 0, 1]], device=device)[None]
     faces = torch.tensor([[0, 1, 2]], device=device)
-    found = rasterize(clip, faces, 4, 4)
+    fragments = rasterize(clip, faces, 4, 4)
     image = torch.rand(1, 4, 4, 2, device=device)
-    out, _, grad = compare_antialias(image, clip, faces, found)
+    out, _, grad = compare_antialias(image, clip, faces, fragments)
     check("image", out, image, image.double())
     assert (grad[0, :2, 0] != 0).all()
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_antialiasing_moves_silhouettes(size, device, deterministic):
+def test_antialias_silhouettes(size, device, deterministic):
+    """Silhouettes are blended and have gradients, as in the reference."""
     clip, faces = surface(size, device)
-    found = rasterize(clip, faces, 20, 22)
+    fragments = rasterize(clip, faces, 20, 22)
     image = torch.rand(1, 20, 22, 3, device=device)
-    out, _, grad = compare_antialias(image, clip, faces, found)
+    out, _, grad = compare_antialias(image, clip, faces, fragments)
     assert (out != image).any(-1).sum() > 12 and grad.any(-1).sum() > 6
 
 
-def test_deterministic_sums(device):
+def test_mesh_deterministic(device):
     """Under torch's deterministic algorithms the sums repeat bit for bit, and are what they are without.
 
     Without, a sum of atomics differs from repeat to repeat: twice that is allowed.
@@ -318,8 +329,8 @@ def test_deterministic_sums(device):
 
     def gradients():
         leaf, values = clip.clone().requires_grad_(), channels.clone().requires_grad_()
-        seen = rasterize(leaf, faces, size, size)
-        antialias(interpolate(values, faces, seen), leaf, faces, seen).square().sum().backward()
+        leaf_fragments = rasterize(leaf, faces, size, size)
+        antialias(interpolate(values, faces, leaf_fragments), leaf, faces, leaf_fragments).square().sum().backward()
         return leaf.grad, values.grad
 
     plain, repeated = gradients(), gradients()
@@ -333,21 +344,22 @@ def test_deterministic_sums(device):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-def test_non_contiguous(device):
+def test_mesh_non_contiguous(device):
+    """Strided inputs give the results of contiguous ones."""
     clip, faces = surface(2, device)
     wide, columns = torch.cat([clip, clip], -1)[..., ::2][..., :4], faces.t().contiguous().t()
     wide = torch.cat([clip[..., None], clip[..., None]], -1)[..., 0]
     assert not wide.is_contiguous() and not columns.is_contiguous()
-    found, dense = rasterize(wide, columns, 8, 8), rasterize(clip, faces, 8, 8)
-    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+    fragments, dense = rasterize(wide, columns, 8, 8), rasterize(clip, faces, 8, 8)
+    assert all(torch.equal(a, b) for a, b in zip(fragments, dense, strict=True))
     values = torch.rand(3, clip.shape[1], device=device).t()
-    strange = Fragments(*(part.transpose(1, 2).contiguous().transpose(1, 2) for part in found))
+    strange = Fragments(*(part.transpose(1, 2).contiguous().transpose(1, 2) for part in fragments))
     image = interpolate(values, columns, strange)
     assert torch.equal(image, interpolate(values.contiguous(), faces, dense))
     smooth = antialias(image.transpose(1, 2).contiguous().transpose(1, 2), wide, columns, strange)
     assert torch.equal(smooth, antialias(image, clip, faces, dense))
     leaf = clip.clone().requires_grad_()
-    rasterize(leaf, faces, 8, 8).barycentrics[..., 0].sum().backward()  # an upstream that is one number seen many times
+    rasterize(leaf, faces, 8, 8).barycentrics[..., 0].sum().backward()  # an expanded upstream gradient
     other = clip.clone().requires_grad_()
     upstream = torch.zeros(1, 8, 8, 3, device=device)
     upstream[..., 0] = 1
@@ -355,7 +367,8 @@ def test_non_contiguous(device):
     assert torch.equal(leaf.grad, other.grad)
 
 
-def test_complains_about_doubles(device):
+def test_rasterize_refuses_fp64(device):
+    """The kernels refuse fp64, which only the reference computes in."""
     clip, faces = surface(2, device)
     with pytest.raises(TypeError, match="clip is float64, which the kernels do not compute in"):
         rasterize(clip.double(), faces, 8, 8)
@@ -363,31 +376,33 @@ def test_complains_about_doubles(device):
 
 def step(clip, faces, values, upstream):
     leaf, values = clip.detach().requires_grad_(), values.detach().requires_grad_()
-    seen = rasterize(leaf, faces, 512, 512)
-    image = antialias(interpolate(values, faces, seen), leaf, faces, seen)
-    return [seen.triangle, image.detach(), *torch.autograd.grad(image, [leaf, values], upstream)]
+    leaf_fragments = rasterize(leaf, faces, 512, 512)
+    image = antialias(interpolate(values, faces, leaf_fragments), leaf, faces, leaf_fragments)
+    return [leaf_fragments.triangle, image.detach(), *torch.autograd.grad(image, [leaf, values], upstream)]
 
 
 @pytest.mark.full_size("host synchronisations, graphs and streams exist only there")
-def test_no_synchronisation_graph_and_stream(device, everywhere):
+def test_mesh_stream_and_graph(device, everywhere):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     clip, faces = surface(100, device)
     values = torch.rand(clip.shape[1], 3, device=device)
     upstream = torch.randn(1, 512, 512, 3, device=device)
     arguments = (clip, faces, values, upstream)
     expected, repeats = everywhere(lambda: step(*arguments))
     again = step(*arguments)
-    for found in repeats:
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-        for a, b, c in zip(found[2:], again[2:], expected[2:], strict=True):  # sums in any order
+    for repeat in repeats:
+        assert torch.equal(repeat[0], expected[0]) and torch.equal(repeat[1], expected[1])
+        for a, b, c in zip(repeat[2:], again[2:], expected[2:], strict=True):  # sums in any order
             check("sums", a, b, c.double())
 
 
 @pytest.mark.full_size("two million triangles in 2048 x 2048 pixels")
-def test_full_size(device):
+def test_mesh_full_size(device):
+    """Two million triangles match the reference and repeat."""
     clip, faces = surface(708, device)
     assert faces.shape[0] > 2_000_000
-    found = compare_raster(clip, faces, 2048, 2048)
-    compare_interpolate(torch.rand(clip.shape[1], 3, device=device), faces, found)
-    assert (found.triangle >= 0).sum() > 1_000_000
+    fragments = compare_raster(clip, faces, 2048, 2048)
+    compare_interpolate(torch.rand(clip.shape[1], 3, device=device), faces, fragments)
+    assert (fragments.triangle >= 0).sum() > 1_000_000
     for _ in range(3):
-        assert torch.equal(rasterize(clip, faces, 2048, 2048).triangle, found.triangle)
+        assert torch.equal(rasterize(clip, faces, 2048, 2048).triangle, fragments.triangle)

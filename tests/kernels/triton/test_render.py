@@ -22,7 +22,7 @@ SMALL = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=4, ma
 
 @pytest.fixture(autouse=True)
 def short_queues(monkeypatch):
-    """Interpreted, a queue of 32 rays and 16 lanes, so that a few rays fill more than one and lanes are taken again."""
+    """Use queues of 32 rays and 16 lanes in the interpreter, so that a few rays fill several and lanes are reused."""
     if INTERPRETED:
         config = render_module.RenderConfig(
             segment=32,
@@ -72,7 +72,7 @@ def doubled(arguments):
 
 
 def certainty(x, table, weights, biases, spec, epsilon, active_levels):
-    """How sure the normal at x is: the gradient of sigma by differences, beside what an error of the logit makes."""
+    """Certainty of the normal at x: the gradient of sigma by differences, relative to an error of the logit."""
     steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device)
     sides = [(x + sign * step).clamp(-spec.bound, spec.bound) for step in steps for sign in (1, -1)]
     options = {"active_levels": active_levels}
@@ -82,7 +82,7 @@ def certainty(x, table, weights, biases, spec, epsilon, active_levels):
 
 
 def compare(origins, directions, bits, table, weights, biases, spec, *, dtype=None, fewest=1, **options):
-    """The kernels' view against the reference in fp64; returns it."""
+    """Check the kernels' view against the reference in fp64, and return it."""
     defaults = {"resolution": 16, "max_steps": 24, "stop": 1e-3, "dt_gamma": 0.0, "min_near": 0.01}
     options = {**defaults, "background": origins.new_tensor([0.2, 0.5, 0.9]), **options}
     arguments = (origins, directions, bits, table, weights, biases)
@@ -92,7 +92,7 @@ def compare(origins, directions, bits, table, weights, biases, spec, *, dtype=No
     exact_options = {**options, "background": options["background"].double()}
     stop = options["stop"]
     exact = render_reference(*exact_arguments, spec, **exact_options)
-    near = [
+    neighbours = [
         render_reference(*exact_arguments, spec, **{**exact_options, "stop": stop * factor, "normals": False})
         for factor in (0.999, 1.001)
     ]
@@ -101,22 +101,22 @@ def compare(origins, directions, bits, table, weights, biases, spec, *, dtype=No
         packed_intervals(*rays, bits, bound=spec.bound, perturb=None, **marching)[3]
         for rays in ((origins, directions), exact_arguments[:2])
     ]
-    judged = (counts[0] == counts[1]) & (near[0].opacity == near[1].opacity)
+    compared = (counts[0] == counts[1]) & (neighbours[0].opacity == neighbours[1].opacity)
     # Half precision moves the transmittance by more than 0.1 %.
     if stop > 0 and dtype not in (None, torch.float32):
-        judged &= exact.opacity < 1 - 1.5 * stop
-    assert int(judged.sum()) >= min(fewest, len(origins)), "the scene proves nothing"
+        compared &= exact.opacity < 1 - 1.5 * stop
+    assert int(compared.sum()) >= min(fewest, len(origins)), "the scene proves nothing"
     for name in ("rgb", "depth", "opacity"):
-        check(name, *(getattr(one, name)[judged] for one in (view, reference, exact)))
+        check(name, *(getattr(one, name)[compared] for one in (view, reference, exact)))
     if options.get("normals", True):
-        judged &= (exact.opacity - EMPTY_OPACITY).abs() > 1e-4
+        compared &= (exact.opacity - EMPTY_OPACITY).abs() > 1e-4
         hit = exact.opacity > EMPTY_OPACITY
-        assert not view.normal[judged & ~hit].any()
-        judged &= hit
+        assert not view.normal[compared & ~hit].any()
+        compared &= hit
         surface = exact_arguments[0] + (exact.depth / exact.opacity)[:, None] * exact_arguments[1]
         epsilon, active = options.get("normal_epsilon", 0.01), options.get("active_levels")
-        weight = certainty(surface[judged], *exact_arguments[3:], spec, epsilon, active)[:, None]
-        check("normal", *(one.normal[judged] * weight.to(one.normal.dtype) for one in (view, reference, exact)))
+        weight = certainty(surface[compared], *exact_arguments[3:], spec, epsilon, active)[:, None]
+        check("normal", *(one.normal[compared] * weight.to(one.normal.dtype) for one in (view, reference, exact)))
     else:
         assert not view.normal.any()
     return view
@@ -127,19 +127,22 @@ def equal(one: View, other: View) -> bool:
 
 
 @pytest.mark.parametrize("rays", [0, 1, 33])
-def test_small_shapes(rays, device):
+def test_render_small_shapes(rays, device):
+    """Shapes around one element and one block, and none at all, match the reference."""
     compare(*camera(rays, device), *scene(device))
 
 
 @pytest.mark.full_size("queues of 256 rays")
 @pytest.mark.parametrize("rays", [255, 256, 257, 1000, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_queues(rays, dtype, device):
+def test_render_queues(rays, dtype, device):
+    """Numbers of rays around the size of a queue match the reference."""
     compare(*camera(rays, device), *scene(device, width=64, hidden=2), dtype=dtype, max_steps=256, fewest=100)
 
 
 @pytest.mark.fuzz
-def test_random_settings(seed, device):
+def test_render_random_settings(seed, device):
+    """Random sizes and settings match the reference."""
     rng = random.Random(seed)
     rays = rng.randint(1, 20 if INTERPRETED else 4000)
     bound = rng.choice([0.8, 1.0, 2.0, 3.0])
@@ -175,7 +178,7 @@ def test_random_settings(seed, device):
         dt_gamma=rng.choice([0.0, 1 / 32]),
         min_near=rng.choice([0.01, 0.5]),
         stop=rng.choice([0.0, 1e-3, 0.2]),
-        # Where a normal is noise in half precision, so is its comparison.
+        # Normals that are noise in half precision cannot be compared.
         normals=dtype in (None, torch.float32) and rng.random() < 0.7,
         normal_epsilon=rng.choice([0.01, 0.05]),
         active_levels=active,
@@ -184,7 +187,8 @@ def test_random_settings(seed, device):
     )
 
 
-def test_nothing_to_see(device):
+def test_render_empty(device):
+    """An empty scene gives the background."""
     bits, *field = scene(device)
     origins, directions = camera(20, device)
     background = torch.rand(20, 3, device=device)
@@ -195,8 +199,8 @@ def test_nothing_to_see(device):
     assert not view.normal.any() and not view.depth.any() and not view.opacity.any()
 
 
-def test_rays_of_very_different_length(device):
-    """A lane that walks through empty space, lanes that end at once, rays that miss: the same as each ray alone."""
+def test_render_ragged_rays(device):
+    """Rays of very different length in one queue give the results of each ray alone."""
     bits, table, weights, biases, spec = scene(device, filled=0.02)
     count = 36 if INTERPRETED else 3000
     origins, directions = camera(count, device, spread=0.2)
@@ -210,7 +214,8 @@ def test_rays_of_very_different_length(device):
     assert equal(View(*(value[order] for value in view)), shuffled)
 
 
-def test_repeats_bit_for_bit(device):
+def test_render_repeats(device):
+    """Repeats are equal bit for bit."""
     arguments = (*camera(4 if INTERPRETED else 20_000, device), *scene(device))
     options = {"resolution": 16, "max_steps": 24, "background": torch.ones(3, device=device)}
     first = render(*arguments, **options)
@@ -218,11 +223,13 @@ def test_repeats_bit_for_bit(device):
 
 
 @pytest.mark.parametrize("width", [24])
-def test_fields_without_a_fused_kernel(width, device):
+def test_render_unfused_field(width, device):
+    """Fields without a fused kernel match the reference."""
     compare(*camera(6, device), *scene(device, width=width), chunk=4, max_steps=12)
 
 
-def test_complaints_name_the_argument(device):
+def test_render_bad_arguments(device):
+    """Errors name the argument and both values."""
     origins, directions = camera(3, device)
     bits, table, weights, biases, spec = scene(device)
     white = torch.ones(3, device=device)
@@ -270,27 +277,30 @@ def sphere(side, device):
 
 @pytest.mark.full_size("a frame")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_frame(dtype, device):
+def test_render_frame(dtype, device):
+    """A frame matches the reference."""
     origins, directions, *field = sphere(200, device)
     view = compare(origins, directions, *field, dtype=dtype, resolution=128, max_steps=1024, stop=0.0, fewest=10_000)
     assert 0.55 < float((view.opacity > 0.9).float().mean()) < 0.7
 
 
 @pytest.mark.full_size("memory of a frame")
-def test_memory_does_not_grow_with_the_samples(device):
+def test_render_memory(device):
+    """Memory does not grow with the samples."""
     arguments = sphere(800, device)
     options = {"resolution": 128, "background": torch.ones(3, device=device), "dtype": torch.float16}
     render(*arguments, **options)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     render(*arguments, **options)
-    grown = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
     # 32 bytes a ray for the result and 8 for its queue; 2 bytes an entry of the table.
-    assert grown < 640_000 * 44 + 2 * arguments[3].numel() + 2**20
+    assert peak < 640_000 * 44 + 2 * arguments[3].numel() + 2**20
 
 
 @pytest.mark.full_size("CUDA graph, streams, synchronisation with the host")
-def test_graph_stream_and_no_synchronisation(device):
+def test_render_stream_and_graph(device):
+    """Results are the same on another stream and from a CUDA graph, without a synchronisation."""
     arguments = sphere(64, device)
     active = torch.tensor(12, device=device)
     options = {
@@ -308,9 +318,9 @@ def test_graph_stream_and_no_synchronisation(device):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        beside = render(*arguments, **options)
+        on_stream = render(*arguments, **options)
     torch.cuda.synchronize()
-    assert equal(eager, beside)
+    assert equal(eager, on_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = render(*arguments, **options)
@@ -322,7 +332,8 @@ def test_graph_stream_and_no_synchronisation(device):
 
 
 @pytest.mark.full_size("fields without a fused kernel, without a synchronisation")
-def test_unfused_asks_the_host_nothing(device):
+def test_render_unfused_no_synchronisation(device):
+    """The unfused path does not wait for the device."""
     arguments = (*camera(3000, device), *scene(device, width=24))
     options = {"resolution": 16, "background": torch.ones(3, device=device), "max_steps": 64}
     eager = render(*arguments, **options)
@@ -335,7 +346,7 @@ def test_unfused_asks_the_host_nothing(device):
 
 
 @pytest.mark.full_size("more than 2^31 elements")
-def test_beyond_32_bits(device):
+def test_render_beyond_int32(device):
     """The last rays of so many that their coordinates pass 2^31; all the others miss."""
     rays, tail = 2**31 // 3 + 1000, 500
     if torch.cuda.mem_get_info()[0] < 70 * 2**30:
@@ -352,7 +363,8 @@ def test_beyond_32_bits(device):
 
 
 @pytest.mark.full_size("a second GPU")
-def test_second_device():
+def test_render_second_device():
+    """Kernels start on the device of their tensors, also where another one is current."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
     device = torch.device("cuda:1")
