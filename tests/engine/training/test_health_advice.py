@@ -38,9 +38,9 @@ def test_a_full_box_starts_again_with_a_smaller_blob_that_opacity_pulls_down():
 def test_a_schedule_is_multiplied_at_both_ends():
     """Where it begins and ends stays."""
     schedule = LinearSchedule(0.1, 1.0, 2.0, 0.9)
-    scaled = divergence._times(schedule, 0.5)
+    scaled = divergence._scaled(schedule, 0.5)
     assert scaled == dataclasses.replace(schedule, first=0.5, last=1.0)
-    assert divergence._times(3.0, 0.5) == 1.5
+    assert divergence._scaled(3.0, 0.5) == 1.5
 
 
 def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
