@@ -14,7 +14,7 @@ from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter, log_warnings_to
 from dream_fast.engine.runtime.seeds import draw_seed
 from dream_fast.engine.runtime.signals import sigterm_raises
-from dream_fast.engine.training.divergence import DEGENERACIES, DegenerateScene, flags, rescue_overrides
+from dream_fast.engine.training.divergence import DEGENERACIES, DegenerateScene, format_flags, rescue_overrides
 from dream_fast.engine.training.failures import translate_disk_errors, translate_oom
 from dream_fast.engine.training.kernel_warmup import precompile_kernels
 from dream_fast.engine.training.loop import Loop, LoopOptions
@@ -58,7 +58,7 @@ def _restart_rescued(config: Config, kind: str, workspace: Workspace, reporter: 
     config = config.override({**overrides, "ckpt": "latest", "rescue": True})
     workspace.clear()
     workspace.write_config(config)
-    reporter.warn(f"{DEGENERACIES[kind]}: starting again with {flags(overrides)}")
+    reporter.warn(f"{DEGENERACIES[kind]}: starting again with {format_flags(overrides)}")
     return config
 
 

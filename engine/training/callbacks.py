@@ -79,7 +79,7 @@ class RunCallbacks:
             self._profile.step()
 
     def _save_guidance(self, step: int, result: StepResult) -> None:
-        images = guidance_images(self._components, *result.snapshot, latents=result.phase.name == "latent")
+        images = guidance_images(self._components, *result.snapshot, latents=result.phase == "latent")
         timesteps = " ".join(map(str, result.t.tolist()))
         path = self._workspace.guidance / f"step_{step:06d}.png"
         save_grid(path, images.permute(0, 1, 3, 4, 2), {"t": timesteps})
