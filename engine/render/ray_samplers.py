@@ -113,15 +113,19 @@ class OccupancySampler:
         perturb = None
         if generator is not None:
             perturb = torch.rand(count, generator=generator, device=generator.device).to(origins.device)
-        options = {**march_options(self.config), "bound": self.config.bound, "perturb": perturb}
-        samples = kernels.march(origins, directions, self.bits, capacity=count * self.samples_per_ray, **options)
+        march_arguments = {**march_options(self.config), "bound": self.config.bound, "perturb": perturb}
+        samples = kernels.march(
+            origins, directions, self.bits, capacity=count * self.samples_per_ray, **march_arguments
+        )
         torch.maximum(self.most_samples, samples.count, out=self.most_samples)
         self.overflowed |= samples.overflow
         if origins.is_cuda:
             return samples
         # Reading the count is free on a CPU, so nothing is dropped there and the buffers have no padding.
         if samples.overflow:
-            samples = kernels.march(origins, directions, self.bits, capacity=count * self.config.max_steps, **options)
+            samples = kernels.march(
+                origins, directions, self.bits, capacity=count * self.config.max_steps, **march_arguments
+            )
         size = int(samples.count)
         return samples._replace(
             positions=samples.positions[:size],
@@ -276,13 +280,13 @@ def stratified_edges(near: Tensor, far: Tensor, intervals: int, generator: torch
 
     A generator moves each inner edge by up to half an interval.
     """
-    parts = (
+    fractions = (
         torch.arange(intervals + 1, device=near.device).to(near.dtype).expand(near.shape[0], intervals + 1) / intervals
     )
     if generator is not None:
         inner = _stratified_samples(near.shape[0], intervals, generator, near)[:, 1:] - 0.5 / intervals
-        parts = torch.cat([parts[:, :1], inner, parts[:, -1:]], dim=1)
-    return near[:, None] + (far - near)[:, None] * parts
+        fractions = torch.cat([fractions[:, :1], inner, fractions[:, -1:]], dim=1)
+    return near[:, None] + (far - near)[:, None] * fractions
 
 
 def ray_weights(sigma: Tensor, dt: Tensor | float) -> Tensor:

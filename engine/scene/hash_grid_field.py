@@ -47,15 +47,15 @@ class HashGridField(Field):
         normal_epsilon: float = 0.01,
     ) -> FieldOutput:
         inputs = (x, self.table, list(self.weights), list(self.biases), self.spec)
-        options = {"active_levels": active_levels, "dtype": self.compute_dtype}
+        keywords = {"active_levels": active_levels, "dtype": self.compute_dtype}
         # The references would read the count from the device, so they compute all rows instead.
-        options |= {} if self.use_reference else {"count": count}
+        keywords |= {} if self.use_reference else {"count": count}
         if normals is None:
             operator = kernels.field_reference if self.use_reference else kernels.field
-            values = FieldOutput(*operator(*inputs, **options), None)
+            values = FieldOutput(*operator(*inputs, **keywords), None)
         else:
             operator = kernels.field_normals_reference if self.use_reference else kernels.field_normals
-            values = FieldOutput(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **options))
+            values = FieldOutput(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **keywords))
         return values.without_padding(count) if self.use_reference else values
 
     def render_rays(

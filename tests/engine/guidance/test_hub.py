@@ -77,6 +77,7 @@ def cache(request, tmp_path, monkeypatch) -> Cache:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", request.param == "offline")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before it tries again, 23 s in all
     return Cache(tmp_path / "cache")
 
 

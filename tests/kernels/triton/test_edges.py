@@ -1,7 +1,6 @@
 """Edges that random inputs seldom reach: faces of the cube, ends of the range of numbers, tiles in turns."""
 
 import importlib
-import os
 import sys
 
 import pytest
@@ -12,7 +11,6 @@ from dream_fast.bench.accuracy import check
 from dream_fast.kernels import FieldSpec, HashGridSpec
 from dream_fast.kernels.grid import regularizers
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GRID = HashGridSpec(levels=2, features=2, log2_entries=8, base_resolution=4, max_resolution=9)
 
 
@@ -33,15 +31,15 @@ def in_fp64(value):
 
 def compare(names, call, operator, reference, tensors):
     """call(operator, *tensors) of the kernels, within the reference's own error from the reference in fp64."""
-    found = [call(operator, *tensors), call(reference, *tensors), call(reference, *in_fp64(tensors))]
-    for name, got, single, exact in zip(names, *found, strict=True):
+    results = [call(operator, *tensors), call(reference, *tensors), call(reference, *in_fp64(tensors))]
+    for name, got, single, exact in zip(names, *results, strict=True):
         check(name, got, single, exact)
-    return found[0]
+    return results[0]
 
 
-def together(parts):
+def together(tensors):
     """One vector of several tensors: few numbers alone are right by luck, or wrong."""
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([part.flatten() for part in tensors])
 
 
 def test_composite_opaque_sample(device):
@@ -175,8 +173,8 @@ def test_field_one_program(mode, device, monkeypatch, deterministic):
         return *(part.detach() for part in out[:2]), grads[0], together(grads[1:])
 
     names = ("sigma", "albedo", "gradient of the table", "gradient of the network")
-    found = compare(names, call, *operators, (x, *network(GRID, device)))
-    assert not found[0][100:].any() and not found[1][100:].any()
+    results = compare(names, call, *operators, (x, *network(GRID, device)))
+    assert not results[0][100:].any() and not results[1][100:].any()
 
 
 def test_field_normals_analytic_floor(device):
@@ -261,8 +259,8 @@ def test_rasterize_negative_zero(device):
     """Of two triangles in one plane the first is visible, whatever the sign of a depth of zero."""
     corners = torch.tensor([[-1.0, -1, 0, 1], [3, -1, 0, 1], [-1, 3, 0, 1]], device=device)
     clip = torch.cat([corners, corners * torch.tensor([1.0, 1, -1, 1], device=device)])[None]
-    seen = kernels.rasterize(clip, torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), 4, 4)
-    assert torch.signbit(clip[0, 3:, 2]).all() and (seen.triangle == 0).all() and not seen.depth.any()
+    fragments = kernels.rasterize(clip, torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), 4, 4)
+    assert torch.signbit(clip[0, 3:, 2]).all() and (fragments.triangle == 0).all() and not fragments.depth.any()
 
 
 def test_adan_bias_correction(device):

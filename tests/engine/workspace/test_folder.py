@@ -20,7 +20,8 @@ def make_workspace(path):
     return workspace
 
 
-def test_a_fresh_folder_is_usable_and_checking_it_writes_nothing(tmp_path):
+def test_check_usable_new_folder(tmp_path):
+    """A fresh folder is usable and checking it writes nothing."""
     workspace = Workspace(tmp_path / "a" / "b")
     workspace.check_usable()
     workspace.check_same_run(CONFIG)
@@ -28,7 +29,8 @@ def test_a_fresh_folder_is_usable_and_checking_it_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_its_place_is_refused(tmp_path):
+def test_check_usable_file(tmp_path):
+    """A file in its place is refused."""
     (tmp_path / "trial").write_text("notes")
     for path in (tmp_path / "trial", tmp_path / "trial" / "inner"):
         with pytest.raises(UserError, match="is a file"):
@@ -36,13 +38,15 @@ def test_a_file_in_its_place_is_refused(tmp_path):
     assert (tmp_path / "trial").read_text() == "notes"
 
 
-def test_a_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
+def test_check_usable_not_writable(tmp_path, monkeypatch):
+    """A folder without the right to write is refused."""
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere, so a mode bit shows nothing
     with pytest.raises(UserError, match="permission"):
         Workspace(tmp_path).check_usable()
 
 
-def test_files_of_others_are_refused_and_unrelated_files_are_not(tmp_path):
+def test_check_usable_foreign_files(tmp_path):
+    """Files of others are refused and unrelated files are not."""
     (tmp_path / "notes.txt").write_text("mine")
     Workspace(tmp_path).check_usable()
     (tmp_path / "results").mkdir()
@@ -50,11 +54,13 @@ def test_files_of_others_are_refused_and_unrelated_files_are_not(tmp_path):
         Workspace(tmp_path).check_usable()
 
 
-def test_configuration_comes_back(tmp_path):
+def test_config_round_trip(tmp_path):
+    """Configuration comes back."""
     assert make_workspace(tmp_path).stored_config() == CONFIG
 
 
-def test_another_run_is_refused_saying_what_differs(tmp_path):
+def test_check_same_run_differences(tmp_path):
+    """Another run is refused saying what differs."""
     workspace = make_workspace(tmp_path)
     with pytest.raises(UserError) as refused:
         workspace.check_same_run(CONFIG.override({"text": "a donut", "lr": 0.5}))
@@ -62,20 +68,23 @@ def test_another_run_is_refused_saying_what_differs(tmp_path):
         assert part in str(refused.value)
 
 
-def test_iterations_output_and_memory_flags_may_change(tmp_path):
+def test_check_same_run_resumable(tmp_path):
+    """Iterations output and memory flags may change."""
     changed = {"iters": 7, "save_mesh": True, "W": 32, "video_fps": 5, "vram_O": True, "log_every": 1}
     make_workspace(tmp_path).check_same_run(CONFIG.override(changed))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"run": {}}'])
-def test_a_damaged_configuration_is_refused(tmp_path, text):
+def test_stored_config_damaged(tmp_path, text):
+    """A damaged configuration is refused."""
     workspace = make_workspace(tmp_path)
     workspace.config.write_text(text)
     with pytest.raises(UserError, match="config.json cannot be used"):
         workspace.check_same_run(CONFIG)
 
 
-def test_a_damaged_manifest_is_refused(tmp_path):
+def test_read_manifest_damaged(tmp_path):
+    """A damaged manifest is refused."""
     workspace = make_workspace(tmp_path)
     assert workspace.read_manifest() == {}
     workspace.manifest.write_text("{")
@@ -91,14 +100,16 @@ def test_a_damaged_manifest_is_refused(tmp_path):
         *(("device", 1), ("finished", {})),
     ],
 )
-def test_a_manifest_of_other_kinds_of_values_is_refused(name, value, tmp_path):
+def test_read_manifest_wrong_types(name, value, tmp_path):
+    """A manifest of other kinds of values is refused."""
     workspace = make_workspace(tmp_path)
     workspace.manifest.write_text(json.dumps({"runs": [{"to_step": 1}, {name: value}]}))
     with pytest.raises(UserError, match=f"cannot be used: {name} of a run"):
         workspace.read_manifest()
 
 
-def test_rewind_drops_what_came_later(tmp_path, caplog):
+def test_truncate_after_later_files(tmp_path, caplog):
+    """Rewind drops what came later."""
     workspace = make_workspace(tmp_path)
     for step in (5, 10):
         save_checkpoint(workspace.checkpoints, step, {"x": torch.zeros(1)}, {})
@@ -110,7 +121,8 @@ def test_rewind_drops_what_came_later(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_rewind_keeps_the_rows_that_can_be_read_and_warns_once_of_others(tmp_path, caplog):
+def test_truncate_after_unreadable_rows(tmp_path, caplog):
+    """Rewind keeps the rows that can be read and warns once of others."""
     workspace = make_workspace(tmp_path)
     good = [json.dumps({"step": step}).encode() + b"\n" for step in (2, 4, 6)]
     junk = [b"junk\n", b"\n", b"[]\n", b"3\n", b'{"step": "4"}\n', b'{"loss": 1.0}\n', b"\xff\x00\n"]
@@ -121,7 +133,8 @@ def test_rewind_keeps_the_rows_that_can_be_read_and_warns_once_of_others(tmp_pat
     assert str(workspace.metrics) in warning and warning.endswith(": 7")
 
 
-def test_rewind_needs_only_the_names_of_checkpoints(tmp_path):
+def test_truncate_after_checkpoint_names(tmp_path):
+    """Rewind needs only the names of checkpoints."""
     workspace = make_workspace(tmp_path)
     workspace.checkpoints.mkdir()
     for step in (5, 10):
@@ -130,7 +143,8 @@ def test_rewind_needs_only_the_names_of_checkpoints(tmp_path):
     assert list_checkpoints(workspace.checkpoints) == [checkpoint_path(workspace.checkpoints, 5)]
 
 
-def test_clear_removes_the_run_and_nothing_else(tmp_path):
+def test_clear_keeps_other_files(tmp_path):
+    """Clear removes the run and nothing else."""
     workspace = make_workspace(tmp_path)
     for folder in (workspace.results, workspace.guidance, workspace.tensorboard, workspace.profile):
         folder.mkdir()

@@ -21,7 +21,8 @@ def points(n, seed=1):
     return torch.rand(n, 3, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.8
 
 
-def test_parameters_follow_the_config_and_the_seed():
+def test_hash_grid_field_parameters():
+    """Parameters follow the config and the seed."""
     field = make_field()
     assert [tuple(w.shape) for w in field.weights] == [(16, 6), (16, 16), (4, 16)]
     assert field.table.shape == (field.spec.grid.rows, 2)
@@ -33,11 +34,13 @@ def test_parameters_follow_the_config_and_the_seed():
         assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def test_no_hidden_layer_is_a_linear_field():
+def test_hash_grid_field_no_hidden_layer():
+    """No hidden layer is a linear field."""
     assert [tuple(w.shape) for w in make_field(hidden_layers=0).weights] == [(4, 6)]
 
 
-def test_fresh_field_is_the_blob():
+def test_hash_grid_field_starts_as_blob():
+    """Fresh field is the blob."""
     field = make_field()
     sigma = field.density(torch.tensor([[0.0, 0, 0], [0.2, 0, 0], [0.9, 0, 0]]))
     assert sigma[0] > 3 * sigma[1] > 9 * sigma[2]
@@ -46,7 +49,8 @@ def test_fresh_field_is_the_blob():
 
 
 @pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
-def test_normals_point_out_of_the_blob_and_carry_gradients(mode):
+def test_hash_grid_field_normals(mode):
+    """Normals point out of the blob and carry gradients."""
     field = make_field()
     x = points(50)
     values = field(x, normals=mode)
@@ -57,7 +61,8 @@ def test_normals_point_out_of_the_blob_and_carry_gradients(mode):
     assert field(x).normal is None
 
 
-def test_count_and_active_levels_reach_the_operator():
+def test_hash_grid_field_count_and_levels():
+    """Count and active levels reach the operator."""
     field = make_field()
     field.table.data.normal_(generator=torch.Generator().manual_seed(0))
     x = points(10)
@@ -69,7 +74,8 @@ def test_count_and_active_levels_reach_the_operator():
     assert not torch.equal(coarse.sigma, fine.sigma)
 
 
-def test_compute_dtype_leaves_parameters_and_results_in_fp32():
+def test_hash_grid_field_compute_dtype():
+    """Compute dtype leaves parameters and results in fp32."""
     field = make_field()
     field.table.data.normal_(generator=torch.Generator().manual_seed(0))
     exact = field(points(20))
@@ -81,7 +87,8 @@ def test_compute_dtype_leaves_parameters_and_results_in_fp32():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in [field.table, *field.weights])
 
 
-def test_background_depends_on_the_direction_and_learns():
+def test_background_direction():
+    """Background depends on the direction and learns."""
     field = make_field(bg_radius=1.4)
     directions = torch.nn.functional.normalize(points(20), dim=-1)
     colour = field.background(directions)
@@ -91,7 +98,8 @@ def test_background_depends_on_the_direction_and_learns():
     assert all(p.grad.abs().sum() > 0 for p in field.background_weights)
 
 
-def test_no_background_network_is_said():
+def test_background_missing():
+    """No background network is said."""
     field = make_field(bg_radius=-1.0)
     with pytest.raises(ValueError, match="bg_radius"):
         field.background(torch.zeros(1, 3))

@@ -15,7 +15,8 @@ BOX = trimesh.creation.box((1, 2, 3))
 
 
 @pytest.mark.parametrize("suffix", read_mesh.SUFFIXES)
-def test_a_scene_of_two_boxes_is_read_closed(suffix, tmp_path):
+def test_load_mesh_two_boxes(suffix, tmp_path):
+    """A scene of two boxes is read closed."""
     scene = trimesh.Scene()
     scene.add_geometry(BOX, geom_name="a")
     scene.add_geometry(BOX, geom_name="b", transform=trimesh.transformations.translation_matrix([5, 0, 0]))
@@ -69,7 +70,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_one_sentence(name, tmp_path):
+def test_load_mesh_broken_file(name, tmp_path):
+    """A broken file is one sentence."""
     content, sentence = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence) as caught:
@@ -78,7 +80,8 @@ def test_a_broken_file_is_one_sentence(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_load_mesh_empty_file(tmp_path):
+    """What is not there is said."""
     with pytest.raises(UserError, match="gone.glb cannot be read: there is no file"):
         load_mesh(tmp_path / "gone.glb")
     (tmp_path / "folder.obj").mkdir()
@@ -86,7 +89,8 @@ def test_what_is_not_there_is_said(tmp_path):
         load_mesh(tmp_path / "folder.obj")
 
 
-def test_a_file_that_is_too_large_is_not_even_opened(tmp_path, monkeypatch):
+def test_load_mesh_too_large(tmp_path, monkeypatch):
+    """A file that is too large is not even opened."""
     with open(tmp_path / "huge.stl", "wb") as file:
         file.truncate(read_mesh.MAX_BYTES + 1)  # takes no room on the disk
     monkeypatch.setattr(trimesh, "load_scene", None)
@@ -94,14 +98,16 @@ def test_a_file_that_is_too_large_is_not_even_opened(tmp_path, monkeypatch):
         load_mesh(tmp_path / "huge.stl")
 
 
-def test_too_many_triangles_are_said(tmp_path, monkeypatch):
+def test_load_mesh_too_many_faces(tmp_path, monkeypatch):
+    """Too many triangles are said."""
     monkeypatch.setattr(read_mesh, "MAX_FACES", 11)
     BOX.export(tmp_path / "box.ply")
     with pytest.raises(UserError, match="has 12 triangles, of at most 11"):
         load_mesh(tmp_path / "box.ply")
 
 
-def test_dust_is_no_object(tmp_path):
+def test_load_mesh_too_many_parts(tmp_path):
+    """Dust is no object."""
     count = 200_000
     header = bytes(80) + struct.pack("<I", count)
     rows = np.zeros(count, dtype=np.dtype([("normal", "<3f4"), ("corners", "<3,3f4"), ("more", "<u2")]))

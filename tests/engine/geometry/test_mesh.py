@@ -46,7 +46,7 @@ def same(one, other):
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def test_groups_are_named_by_their_lowest():
+def test_connected_components_lowest_name():
     """Random pairs against the closure of who is paired with whom."""
     for seed in range(20):
         random = np.random.default_rng(seed)
@@ -58,7 +58,7 @@ def test_groups_are_named_by_their_lowest():
         assert np.array_equal(connected_components(30, torch.from_numpy(ends)).numpy(), linked.argmax(axis=1))
 
 
-def test_components_are_those_of_the_edges():
+def test_mesh_components_by_edges():
     """Triangles in a row that share a vertex are one component; a vertex of no triangle is its own."""
     mesh = Mesh(np.zeros((9, 3)), np.array([[8, 1, 7], [7, 2, 3], [4, 6, 5]]))
     assert geometry_mesh.mesh_components(mesh).tolist() == [0, 1, 1, 1, 4, 4, 4, 1, 1]
@@ -67,13 +67,13 @@ def test_components_are_those_of_the_edges():
 @pytest.mark.parametrize(
     ("side", "place", "kept"), [(0.15, 3, True), (0.14, 3, False), (0.05, 0.53, True), (0.04, 0.53, False)]
 )
-def test_floaters_and_crumbs_go_by_their_area(side, place, kept):
+def test_visible_parts_drops_by_area(side, place, kept):
     """Of a box of side 1, what is apart needs 2 % of its area, and what is at its corner 0.2 %."""
     large, small = box(1), box(side, (place, place, place))
     assert same(geometry_mesh.visible_parts(together(small, large)), together(small, large) if kept else large)
 
 
-def test_pieces_that_lie_side_by_side_count_together():
+def test_visible_parts_joins_near_components():
     """Two boxes of 1.2 % of the area each stay where they touch, and go where they are apart."""
     large, first = box(1), box(0.11, (3, 0, 0))
     for y, kept in ((0.12, True), (1.0, False)):
@@ -81,7 +81,7 @@ def test_pieces_that_lie_side_by_side_count_together():
         assert same(geometry_mesh.visible_parts(mesh), mesh if kept else large)
 
 
-def test_walls_of_cavities_go_unless_there_is_nothing_else():
+def test_visible_parts_drops_cavities():
     """A component that faces its own inside goes, wherever the origin is; alone it stays."""
     shell = together(box(1, (5, 5, 5)), turned(box(0.5, (5, 5, 5))))
     assert same(geometry_mesh.visible_parts(shell), box(1, (5, 5, 5)))
@@ -91,7 +91,7 @@ def test_walls_of_cavities_go_unless_there_is_nothing_else():
     assert geometry_mesh.visible_parts(nothing) is nothing
 
 
-def test_points_nearer_than_a_fiftieth_are_side_by_side():
+def test_join_near_components_distance():
     """In any direction and place; points over a cell's diagonal apart are not, and what is dropped joins none."""
     random = np.random.default_rng(0)
     for _ in range(200):
@@ -112,7 +112,7 @@ def test_points_nearer_than_a_fiftieth_are_side_by_side():
 # ------------------------------------------------------------------------------------------------------------ sheets
 
 
-def test_is_closed_wants_two_triangles_that_run_against_each_other():
+def test_is_closed():
     """A hole, a turned triangle, a doubled surface and a flap are not closed."""
     mesh = TETRAHEDRON
     assert geometry_mesh.is_closed(mesh) and geometry_mesh.is_closed(together(mesh, box(1)))
@@ -123,7 +123,7 @@ def test_is_closed_wants_two_triangles_that_run_against_each_other():
 
 
 @pytest.mark.parametrize("roll", [0, 1, 2])
-def test_flaps_go_with_their_vertices(roll):
+def test_drop_folded_faces(roll):
     """Two triangles on each other cancel however they begin; the rest keeps its way around."""
     flap = np.array([[4, 5, 6], np.roll([6, 5, 4], roll)])
     mesh = Mesh(np.concatenate([TETRAHEDRON.vertices, np.ones((3, 3))]), np.concatenate([TETRAHEDRON.faces, flap]))
@@ -134,20 +134,20 @@ def test_flaps_go_with_their_vertices(roll):
     )
 
 
-def test_of_equal_triangles_those_that_nothing_cancels_stay():
+def test_drop_folded_faces_of_three():
     """Twice the same triangle stays twice."""
     faces = np.array([[0, 1, 2], [1, 2, 0], [3, 2, 1]])
     left = geometry_mesh._drop_folded_faces(Mesh(TETRAHEDRON.vertices, faces))
     assert sorted(np.roll(face, -face.argmin()).tolist() for face in left.faces) == [[0, 1, 2], [0, 1, 2], [1, 3, 2]]
 
 
-def test_an_open_mesh_is_not_taken_apart():
+def test_split_vertices_open_mesh():
     """Where edges do not pair up the mesh comes back itself."""
     mesh = TETRAHEDRON._replace(faces=TETRAHEDRON.faces[1:])
     assert geometry_mesh._split_vertices(mesh) is mesh
 
 
-def test_sheets_that_share_a_vertex_get_one_each():
+def test_split_vertices_shared_vertex():
     """Two tetrahedra at one corner become eight corners at the same places."""
     other = np.where(TETRAHEDRON.faces == 0, 0, TETRAHEDRON.faces + 3)
     vertices = np.concatenate([TETRAHEDRON.vertices, -TETRAHEDRON.vertices[1:, ::-1]])
@@ -158,7 +158,7 @@ def test_sheets_that_share_a_vertex_get_one_each():
     assert len(np.unique(geometry_mesh.mesh_components(apart))) == 2
 
 
-def test_vertices_at_one_place_move_into_their_sheets():
+def test_offset_copies():
     """By a hundredth of the mean first edge of the triangles, against the normal; all others stay."""
     mesh = together(TETRAHEDRON, box(2, (-1, -1, -1)))
     moved = geometry_mesh._offset_copies(mesh).vertices - mesh.vertices
@@ -170,7 +170,7 @@ def test_vertices_at_one_place_move_into_their_sheets():
     check_fp64("moved", torch.from_numpy(moved[shared]), torch.from_numpy(exact))
 
 
-def test_normals_are_weighted_by_area():
+def test_smooth_normals_weighted_by_area():
     """Of a corner between faces of area 1, 2 and 3 the normal is (1, 2, 3) / sqrt(14); without an area it is zero."""
     vertices = np.array([[0.0, 0, 0], [3, 0, 0], [0, 1.5, 0], [0, 0, 1], [9, 9, 9]])
     faces = np.array([[0, 2, 3], [0, 3, 1], [0, 1, 2], [4, 4, 4]])
@@ -203,7 +203,7 @@ def simplified(monkeypatch):
     return SimpleNamespace(targets=targets, gives=gives)
 
 
-def test_simplify_takes_the_first_closed_surface(simplified):
+def test_simplify_first_closed(simplified):
     """An open one is followed by a target that is a little lower."""
     single = TETRAHEDRON.vertices.astype(np.float32)
     simplified.gives += [(single, TETRAHEDRON.faces[1:]), (single, TETRAHEDRON.faces.astype(np.int32))]
@@ -212,7 +212,7 @@ def test_simplify_takes_the_first_closed_surface(simplified):
     assert (simpler.vertices.dtype, simpler.faces.dtype) == (np.float64, np.int64)
 
 
-def test_simplify_without_a_closed_surface_takes_the_first(simplified):
+def test_simplify_none_closed(simplified):
     """After six targets; one without triangles is no surface, and the mesh comes back."""
     mesh = together(*[box(1, (2 * k, 0, 0)) for k in range(20)])
     simplified.gives += [(TETRAHEDRON.vertices, TETRAHEDRON.faces[:3]), (TETRAHEDRON.vertices, TETRAHEDRON.faces[:2])]
@@ -222,7 +222,7 @@ def test_simplify_without_a_closed_surface_takes_the_first(simplified):
     assert geometry_mesh.simplify(mesh, 100) is mesh
 
 
-def test_simplify_leaves_what_is_small_enough(simplified):
+def test_simplify_small_mesh(simplified):
     """A mesh of as many triangles is not touched; fewer than four are never asked for."""
     mesh = box(1)
     assert (
@@ -253,7 +253,7 @@ class Linear:
         return 1000 + x + 10 * y + 100 * z
 
 
-def test_density_is_of_the_points_that_span_the_cube(monkeypatch):
+def test_sample_density(monkeypatch):
     """By x, y, z; in layers that fit a sixteenth of the points on a CPU, with the part that is done."""
     told, field = [], Linear()
     monkeypatch.setattr(isosurface, "LAYER_POINTS", 16 * (2 * 25 + 3))
@@ -275,13 +275,13 @@ def test_density_is_of_the_points_that_span_the_cube(monkeypatch):
         ([4.0, 9, 9], 4.0, 6.0),
     ],
 )
-def test_surface_level(values, threshold, level):
+def test_choose_isovalue(values, threshold, level):
     """The threshold, the mean below it, or the geometric middle where all is above."""
     assert isosurface.choose_isovalue(torch.tensor(values), threshold) == level
 
 
 @pytest.mark.parametrize(("values", "word"), [([1, math.nan], "finite"), ([1, math.inf], "finite"), ([2, 2], "same")])
-def test_surface_level_of_no_surface(values, word):
+def test_choose_isovalue_no_surface(values, word):
     """Densities that are not finite, or the same everywhere, have none."""
     with pytest.raises(NoSurface, match=f"the field's density is .*{word}.* so it has no surface to export"):
         isosurface.choose_isovalue(torch.tensor(values, dtype=torch.float32), 1.0)
@@ -305,7 +305,7 @@ def smoothed_by_hand(values, passes):
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-def test_smoothing_averages_neighbours_and_gives_back(passes):
+def test_smooth_volume(passes):
     """Against sums written out, on a grid of three different sides."""
     values = np.random.default_rng(0).standard_normal((3, 4, 6))
     exact = torch.from_numpy(smoothed_by_hand(values, passes))
@@ -315,7 +315,7 @@ def test_smoothing_averages_neighbours_and_gives_back(passes):
 
 
 @pytest.mark.parametrize(("finest", "passes"), [(None, 1), (8, 6), (6, 8), (14, 2), (100, 1)])
-def test_passes_grow_with_the_square_of_the_resolution(finest, passes, monkeypatch):
+def test_make_volume_passes(finest, passes, monkeypatch):
     """1.5 of the square of the cells in a detail of the field, between 1 and 8; only what is near the level counts."""
     asked = []
     monkeypatch.setattr(
@@ -341,7 +341,7 @@ def test_passes_grow_with_the_square_of_the_resolution(finest, passes, monkeypat
         ([1.0, 2, 3, 4, 5, 6, 7], 6, math.exp(6)),
     ],
 )
-def test_level_of_an_outline_is_looked_for_until_it_settles(found, turns, level, monkeypatch):
+def test_make_volume_isovalue_search(found, turns, level, monkeypatch):
     """Each turn begins at the level of the one before; it ends where it moved by less than 0.3, or after six."""
     asked, silhouettes = [], object()
 
@@ -360,7 +360,7 @@ def test_level_of_an_outline_is_looked_for_until_it_settles(found, turns, level,
     assert asked == [tuple(torch.tensor([before - 3, before + 3]).tolist()) for before in befores]
 
 
-def test_cells_near_the_level_and_around():
+def test_surface_cells():
     """Cells with a corner above and one at the level or below, and their 26 neighbours, found one by one."""
     values = torch.zeros(7, 7, 7)
     values[1, 5, 2] = 1.0
@@ -372,7 +372,7 @@ def test_cells_near_the_level_and_around():
     assert not isosurface._surface_cells(values, 1.0).any() and not isosurface._surface_cells(values, -0.5).any()
 
 
-def test_logarithm_has_a_least_value():
+def test_log_density_minimum():
     """A millionth of the level."""
     density = torch.tensor([0.0, 1e-9, 2.0])
     reference = torch.tensor([3e-6, 3e-6, 2.0])
@@ -393,7 +393,7 @@ class Ball:
 
 
 @pytest.mark.parametrize("layer_points", [16 * 21 * 21 * 4, 1])
-def test_fine_points_near_the_surface_are_exact_and_others_between_the_coarse(layer_points, monkeypatch):
+def test_sample_volume_fine_grid(layer_points, monkeypatch):
     """Point by point: in a cell near the level the field's own value, elsewhere the coarse grid's trilinear one."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     monkeypatch.setattr(isosurface, "LAYER_POINTS", layer_points)
@@ -414,7 +414,7 @@ def test_fine_points_near_the_surface_are_exact_and_others_between_the_coarse(la
     assert 0.5 in told and len(told) >= 4
 
 
-def test_a_small_grid_is_looked_at_as_a_whole(monkeypatch):
+def test_sample_volume_small_grid(monkeypatch):
     """Up to MAX_DENSE_RESOLUTION every point is evaluated once; half of the progress is reported."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     field, told = Ball(), []
@@ -424,7 +424,7 @@ def test_a_small_grid_is_looked_at_as_a_whole(monkeypatch):
 
 
 @pytest.mark.parametrize(("resolution", "points"), [(9, [9]), (21, [9, 21])])
-def test_the_outline_is_looked_for_in_both_grids(resolution, points, monkeypatch):
+def test_sample_volume_silhouettes(resolution, points, monkeypatch):
     """It decides the level of a whole grid, and of a coarse one before the fine one."""
     asked, silhouettes = [], object()
 
@@ -438,7 +438,7 @@ def test_the_outline_is_looked_for_in_both_grids(resolution, points, monkeypatch
     assert volume.isovalue == 1.0 and list(dict.fromkeys(asked)) == [(count, silhouettes) for count in points]
 
 
-def test_a_surface_is_in_world_units():
+def test_extract_surface_world_units():
     """One point above the level: an octahedron around its place in the cube [-bound, bound]^3."""
     shape = torch.full((5, 5, 5), -1.0)
     shape[1, 2, 4] = 1.0

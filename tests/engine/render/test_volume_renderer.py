@@ -40,7 +40,7 @@ def make_renderer(seed=0, background=-1.0, backbone="grid", **changes):
 
 
 def in_fp64(**options):
-    """As `make_renderer`, in fp64, whose pictures count as exact."""
+    """As `make_renderer`, in fp64, whose images count as exact."""
     renderer = make_renderer(**options, backbone="grid_torch")
     renderer.field.double()
     return renderer
@@ -60,7 +60,8 @@ def gradients(renderer):
     return torch.cat([p.grad.reshape(-1) for p in renderer.field.parameters() if p.grad is not None])
 
 
-def test_the_blob_is_seen_in_the_middle_at_its_distance():
+def test_train_rays_blob():
+    """The blob is seen in the middle at its distance."""
     renderer = make_renderer()
     renderer.update_occupancy(None)
     out = render(renderer, generator=torch.Generator().manual_seed(0))
@@ -71,7 +72,8 @@ def test_the_blob_is_seen_in_the_middle_at_its_distance():
     assert out.rgb.shape == (256, 3) and not out.overflow
 
 
-def test_occupancy_leaves_out_empty_space_and_keeps_the_picture():
+def test_update_occupancy_keeps_the_image():
+    """Occupancy leaves out empty space and keeps the image."""
     renderer = make_renderer()
     before = render(renderer)
     renderer.update_occupancy(torch.Generator().manual_seed(0))
@@ -84,7 +86,8 @@ def test_occupancy_leaves_out_empty_space_and_keeps_the_picture():
     assert lost.min() > -rounding and lost.max() < 2 * 3**0.5 * threshold and after.opacity.max() > 0.95
 
 
-def test_large_parts_keep_what_touches_and_what_is_large():
+def test_largest_components_neighbours():
+    """Large parts keep what touches and what is large."""
     cells = torch.zeros(12, 12, 12, dtype=torch.bool)
     cells[1:6, 1:6, 1:6] = True  # 125 cells
     cells[6, 6, 6] = True  # touches its corner
@@ -95,7 +98,8 @@ def test_large_parts_keep_what_touches_and_what_is_large():
     assert not largest_components(torch.zeros(4, 4, 4, dtype=torch.bool)).any()
 
 
-def test_outputs_are_without_specks_and_the_grid_is_as_before():
+def test_without_floaters_restores():
+    """Outputs are without specks and the grid is as before."""
     renderer = make_renderer()
     renderer.update_occupancy(None)
     side = renderer.config.occupancy_resolution
@@ -107,7 +111,8 @@ def test_outputs_are_without_specks_and_the_grid_is_as_before():
     assert torch.equal(renderer.sampler.bits, with_speck)
 
 
-def test_several_cascades_keep_everything():
+def test_without_floaters_several_cascades():
+    """Several cascades keep everything."""
     renderer = make_renderer(bound=2.0)
     renderer.sampler.bits.zero_()
     renderer.sampler.bits[0, :2] = 255
@@ -117,7 +122,8 @@ def test_several_cascades_keep_everything():
         assert torch.equal(renderer.sampler.bits, before)
 
 
-def test_capacity_does_not_change_the_picture_on_a_cpu():
+def test_capacity_on_a_cpu():
+    """Capacity does not change the image on a cpu."""
     renderer, small = make_renderer(), make_renderer()
     small.sampler.samples_per_ray = 1
     one, other = (render(r, generator=torch.Generator().manual_seed(4)) for r in (renderer, small))
@@ -140,7 +146,7 @@ def test_adapt_capacity_follows_use():
 @pytest.mark.parametrize(
     ("used", "capacity"), [(34, 100), (50, 100), (67, 100), (89, 100), (91, 137), (100, 151), (32, 49)]
 )
-def test_capacity_stays_while_the_samples_fit_well(used, capacity):
+def test_adapt_capacity_stays(used, capacity):
     """Of 100 samples a ray: views that need a third to nine tenths of them change nothing."""
     sampler = make_renderer(max_steps=512).sampler
     sampler.samples_per_ray = 100
@@ -149,7 +155,8 @@ def test_capacity_stays_while_the_samples_fit_well(used, capacity):
     assert sampler.samples_per_ray == capacity
 
 
-def test_capacity_grows_after_an_overflow():
+def test_adapt_capacity_after_overflow():
+    """Capacity grows after an overflow."""
     renderer = make_renderer()
     renderer.sampler.samples_per_ray = 2
     used = int(render(renderer).samples.count) / 256
@@ -181,7 +188,8 @@ def test_background_colour_and_network():
         check("over", got, *over)
 
 
-def test_the_background_teaches_the_opacity():
+def test_background_gradient():
+    """The background teaches the opacity."""
     found = []
     for dtype in (torch.float32, torch.float64):
         renderer = in_fp64() if dtype == torch.float64 else make_renderer()
@@ -196,7 +204,8 @@ def test_the_background_teaches_the_opacity():
     check("white", white, black - 3 * opacity, exact[1] - 3 * exact[2])
 
 
-def test_shadings_follow_their_formulas():
+def test_shade_formulas():
+    """Shadings follow their formulas."""
     albedo = torch.tensor([[0.2, 0.4, 0.8]])
     normal = torch.tensor([[0.0, 0.6, 0.8]])
     light = torch.tensor([0.0, 0.0, 1.0])
@@ -214,7 +223,8 @@ def test_shadings_follow_their_formulas():
         shade(Shading("lambertian", 0.1), albedo, normal)
 
 
-def test_light_from_the_side_lights_that_side():
+def test_light_direction():
+    """Light from the side lights that side."""
     renderer = make_renderer()
     renderer.update_occupancy(None)
     left = torch.tensor([-1.0, 0.0, 0.0])
@@ -230,7 +240,8 @@ def test_light_from_the_side_lights_that_side():
     assert torch.equal(torch.stack(halves(outwards)), torch.stack([bright, halves(-left)[1]]))  # each under its own
 
 
-def test_normals_only_when_asked():
+def test_normals_on_demand():
+    """Normals only when asked."""
     renderer = make_renderer()
     assert render(renderer).normal is None
     out = render(renderer, need_normals=True)
@@ -239,7 +250,8 @@ def test_normals_only_when_asked():
 
 
 @pytest.mark.parametrize("shading", ["albedo", "lambertian", "textureless", "normal"])
-def test_gradients_reach_the_field_and_repeat_bit_for_bit(shading):
+def test_gradients_repeat(shading):
+    """Gradients reach the field and repeat bit for bit."""
     found = []
     for _ in range(2):
         renderer = make_renderer(background=1.4)
@@ -255,7 +267,8 @@ def test_gradients_reach_the_field_and_repeat_bit_for_bit(shading):
     assert torch.equal(*found)
 
 
-def test_rays_that_meet_nothing():
+def test_train_rays_empty():
+    """Rays that meet nothing."""
     renderer = make_renderer()
     renderer.sampler.bits.zero_()
     out = render(renderer, shading=Shading("lambertian", light=torch.tensor([0.0, 0.0, 1.0])), background=WHITE / 4)
@@ -264,7 +277,8 @@ def test_rays_that_meet_nothing():
     out.rgb.sum().backward()
 
 
-def test_state_continues_another_renderer():
+def test_state_dict_round_trip():
+    """State continues another renderer."""
     renderer = make_renderer()
     renderer.update_occupancy(torch.Generator().manual_seed(0))
     other = make_renderer()
@@ -274,7 +288,8 @@ def test_state_continues_another_renderer():
         make_renderer(occupancy_resolution=16).sampler.load_state_dict(renderer.sampler.state_dict())
 
 
-def test_view_agrees_with_the_training_renderer():
+def test_view_matches_train_rays():
+    """View agrees with the training renderer."""
     renderer = make_renderer(background=1.4)
     renderer.update_occupancy(None)
     cameras = make_cameras(*torch.tensor([[70.0, 90.0], [20.0, -60.0], [3.0, 3.0], [30.0, 30.0]]))
@@ -294,7 +309,7 @@ def test_view_agrees_with_the_training_renderer():
 
 
 @pytest.mark.parametrize("density", [1e10, 1e20, float("inf")])
-def test_a_wall_behind_fog_looks_alike_however_dense_it_is(density, monkeypatch):
+def test_view_wall_behind_fog(density, monkeypatch):
     """A red fog before a blue wall: that of a wall which a step can hardly pass is that of any denser one."""
 
     def view(wall):
@@ -313,7 +328,8 @@ def test_a_wall_behind_fog_looks_alike_however_dense_it_is(density, monkeypatch)
     assert (dense.rgb[0, 4, 4, [0, 2]] > 0.2).all()
 
 
-def test_view_shadings_use_the_light():
+def test_view_shading_light():
+    """View shadings use the light."""
     renderer = make_renderer()
     renderer.update_occupancy(None)
     up = torch.tensor([0.0, 1.0, 0.0])
@@ -328,6 +344,7 @@ def test_view_shadings_use_the_light():
     assert normals[2] > 0.9  # the front faces +z
 
 
-def test_unknown_shading_is_refused():
+def test_unknown_shading():
+    """Unknown shading is refused."""
     with pytest.raises(ValueError, match="shading is 'flat'"):
         render(make_renderer(), shading=Shading("flat"))

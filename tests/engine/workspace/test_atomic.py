@@ -59,7 +59,7 @@ def assert_names_are_synced(asked: list[tuple[str, Path]]) -> None:
             assert ("sync", path.parent) in asked[number + 1 :], path
 
 
-def test_written_aside_syncs_file_name_and_leaves_the_old_one_until_then(tmp_path, disk):
+def test_atomic_write_sync_order(tmp_path, disk):
     """The file, the renaming, the folder: in this order."""
     path = tmp_path / "new" / "notes.txt"
     for text in ("one", "two"):
@@ -71,7 +71,7 @@ def test_written_aside_syncs_file_name_and_leaves_the_old_one_until_then(tmp_pat
         assert path.read_text() == text and list(path.parent.iterdir()) == [path]
 
 
-def test_written_aside_after_an_error_leaves_the_old_file(tmp_path, disk):
+def test_atomic_write_after_an_error(tmp_path, disk):
     """What a writer had begun when it failed is gone, and nothing is renamed."""
     path = tmp_path / "notes.txt"
     path.write_text("old")
@@ -82,7 +82,7 @@ def test_written_aside_after_an_error_leaves_the_old_file(tmp_path, disk):
     assert disk == [] and list(tmp_path.iterdir()) == [path] and path.read_text() == "old"
 
 
-def test_written_together_syncs_all_files_before_the_first_name(tmp_path, disk):
+def test_atomic_writes_sync_order(tmp_path, disk):
     """Files that belong together are all on the disk before one of them is renamed."""
     paths = [tmp_path / name for name in ("a.obj", "b.mtl", "c.png")]
     with atomic_writes(paths) as asides:
@@ -94,7 +94,7 @@ def test_written_together_syncs_all_files_before_the_first_name(tmp_path, disk):
     assert_names_are_synced(disk)
 
 
-def test_a_checkpoint_is_on_the_disk_before_the_older_ones_go(tmp_path, disk, monkeypatch):
+def test_save_checkpoint_sync_order(tmp_path, disk, monkeypatch):
     """The new checkpoint and its name are synced before an old one is removed."""
     unlink = Path.unlink
 
@@ -111,8 +111,8 @@ def test_a_checkpoint_is_on_the_disk_before_the_older_ones_go(tmp_path, disk, mo
     assert disk[-4:] == [*expected, ("remove", tmp_path / "step_000001.safetensors")]
 
 
-def test_every_file_of_a_run_is_on_the_disk_before_it_takes_its_name(tmp_path, tiny_model, disk):
-    """Checkpoint, settings, manifest, pictures, video, mesh and report of a whole run."""
+def test_run_syncs_every_file(tmp_path, tiny_model, disk):
+    """Checkpoint, settings, manifest, images, video, mesh and report of a whole run."""
     command = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", str(tmp_path), *SMALL]
     assert main(command) == 0
     renamed = {str(path.relative_to(tmp_path)) for what, path in disk if what == "rename"}

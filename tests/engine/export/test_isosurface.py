@@ -65,7 +65,8 @@ def found(field, resolution, threshold=10.0):
 
 
 @pytest.mark.parametrize("bound", [0.6, 1.0, 4.0])
-def test_a_ball_has_its_size_at_any_bound(bound):
+def test_extract_surface_ball(bound):
+    """A ball has its size at any bound."""
     centre = (0.1 * bound, -0.05 * bound, 0.2 * bound)
     shape = found(Analytic(ball(0.5 * bound, centre), bound, 40 / bound), 64)
     cell = 2 * bound / 63
@@ -75,7 +76,8 @@ def test_a_ball_has_its_size_at_any_bound(bound):
     assert np.abs(distances - 0.5 * bound).max() < 0.1 * cell
 
 
-def test_the_fine_grid_is_looked_at_where_the_surface_is_alone(monkeypatch):
+def test_sample_volume_refines_near_surface(monkeypatch):
+    """The fine grid is looked at where the surface is alone."""
     whole, parts = Analytic(bumps), Analytic(bumps)
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 97)
     exact = isosurface.sample_volume(whole, 97, 10.0)
@@ -93,7 +95,7 @@ def test_the_fine_grid_is_looked_at_where_the_surface_is_alone(monkeypatch):
     assert told == sorted(told) and told[-1] == 1
 
 
-def test_a_thin_plate_stands_smoothing():
+def test_extract_surface_thin_plate():
     """There is nothing around it, which in logarithms is so far off that two points would not hold out against it."""
 
     def distance(x):
@@ -107,7 +109,9 @@ def test_a_thin_plate_stands_smoothing():
     assert 0.03 < shape.extents[0] < 0.08
 
 
-def test_noise_finer_than_the_field_is_smoothed_at_any_resolution():
+def test_smooth_volume_noise():
+    """Noise finer than the field is smoothed at any resolution."""
+
     def roughness(finest):
         noise = torch.from_numpy(np.random.default_rng(0).standard_normal((24, 24, 24))).float()
         field = Analytic(lambda x: ball(0.6)(x) + 0.02 * noise[tuple(((x + 1) * 11.5).round().long().T)])
@@ -119,7 +123,8 @@ def test_noise_finer_than_the_field_is_smoothed_at_any_resolution():
 
 @pytest.mark.parametrize("radius", [0.3, 0.4, 0.5])
 @pytest.mark.parametrize("coarse", [100, 50])
-def test_a_surface_has_the_outline_that_is_seen(coarse, radius, monkeypatch):
+def test_sample_volume_silhouette_of_a_ball(coarse, radius, monkeypatch):
+    """A surface has the outline that is seen."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", coarse)
     field = Analytic(ball(0.4), steep=10.0)
     origins, directions = rays(six_views(CameraConfig()), 128, 128)
@@ -130,14 +135,16 @@ def test_a_surface_has_the_outline_that_is_seen(coarse, radius, monkeypatch):
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_views_without_an_outline_leave_the_level(everywhere):
+def test_sample_volume_useless_silhouettes(everywhere):
+    """Views without an outline leave the level."""
     origins, directions = rays(six_views(CameraConfig()), 8, 8)
     silhouettes = Silhouettes(origins, directions, torch.full(origins.shape[:2], everywhere))
     level = isosurface.sample_volume(Analytic(ball(0.4)), 24, 7.0, silhouettes=silhouettes).isovalue
     check("level", torch.tensor(level), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64))
 
 
-def test_walls_of_cavities_are_dropped():
+def test_extract_surface_drops_cavities():
+    """Walls of cavities are dropped."""
     shell = Analytic(lambda x: torch.maximum(ball(0.7)(x), -ball(0.4)(x)))
     volume = isosurface.sample_volume(shell, 48, 10.0)
     raw = marching_cubes(volume.smooth.numpy(), math.log(volume.isovalue))
@@ -147,19 +154,22 @@ def test_walls_of_cavities_are_dropped():
     assert in_a_ball(0.7 - below(2 / 47, 0.7)) < shape.volume < in_a_ball(0.7 + 1e-6)
 
 
-def test_a_scene_that_fills_the_box_is_closed_by_it():
+def test_extract_surface_full_box():
+    """A scene that fills the box is closed by it."""
     full = Analytic(lambda x: 0.2 * (x.norm(dim=-1) - 3))
     shape = found(full, 32)
     assert shape.is_watertight and np.abs(shape.bounds).max() < 1 + 2 / 31
 
 
 @pytest.mark.parametrize("distance", [lambda x: torch.full_like(x[:, 0], math.inf), lambda x: x[:, 0] * math.nan])
-def test_nothing_to_show_is_said(distance):
+def test_sample_volume_no_surface(distance):
+    """Nothing to show is said."""
     with pytest.raises(NoSurface, match="no surface to export"):
         found(Analytic(distance), 16)
 
 
-def test_a_density_that_is_not_finite_near_the_surface_alone_is_said(monkeypatch):
+def test_sample_volume_not_finite(monkeypatch):
+    """A density that is not finite near the surface alone is said."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     hole = Analytic(lambda x: torch.where((x - 0.45).abs().amax(1) < 0.1, math.nan, ball(0.6)(x)))
     with pytest.raises(NoSurface, match="not finite"):
@@ -188,7 +198,8 @@ def glued(pairs):
     return Mesh(np.concatenate([BALL.vertices, BALL.vertices + 2]), np.concatenate([BALL.faces, faces]))
 
 
-def test_sheets_that_meet_are_taken_apart():
+def test_split_vertices_sheets():
+    """Sheets that meet are taken apart."""
     a, b, c = BALL.faces[7]
     for pairs in ([(a, a)], [(a, b), (b, a)], [(a, b), (b, a), (c, c)]):
         together = glued(pairs)
@@ -198,7 +209,8 @@ def test_sheets_that_meet_are_taken_apart():
     assert not geometry_mesh.is_closed(glued([(a, b), (b, a)]))
 
 
-def test_of_three_triangles_on_each_other_one_is_left():
+def test_drop_folded_faces_three():
+    """Of three triangles on each other one is left."""
     extra = np.concatenate([BALL.faces, BALL.faces[3:4], BALL.faces[3:4, ::-1]])
     mended = geometry_mesh._drop_folded_faces(Mesh(BALL.vertices, extra))
     assert geometry_mesh.is_closed(mended) and len(mended.faces) == len(BALL.faces)
@@ -206,7 +218,8 @@ def test_of_three_triangles_on_each_other_one_is_left():
 
 
 @pytest.mark.parametrize("faces", [20000, 2000])
-def test_a_rough_surface_stays_closed(faces):
+def test_simplify_rough_surface(faces):
+    """A rough surface stays closed."""
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((96, 96, 96))).float()
     axis = torch.linspace(-1, 1, 96)
     rough = (
@@ -230,7 +243,8 @@ def test_a_rough_surface_stays_closed(faces):
     assert merged.is_watertight
 
 
-def test_no_target_keeps_all_triangles():
+def test_simplify_without_target():
+    """No target keeps all triangles."""
     assert geometry_mesh.simplify(BALL, 0) is BALL
 
 
@@ -238,14 +252,15 @@ def test_no_target_keeps_all_triangles():
 
 
 def seen_in_the_picture(laid, resolution):
-    """What a picture of the atlas shows at each texel."""
+    """What an image of the atlas shows at each texel."""
     uv = torch.from_numpy(laid.uv)
     clip = torch.cat([2 * uv - 1, torch.zeros(len(uv), 1), torch.ones(len(uv), 1)], dim=1)[None]
     return kernels.rasterize(clip, torch.from_numpy(laid.faces).int(), resolution, resolution)
 
 
 @pytest.mark.parametrize("resolution", [16, 48])
-def test_more_charts_than_a_small_picture_has_room_for_do_not_overlap(resolution, pixels_inside):
+def test_unwrap_small_image(resolution, pixels_inside):
+    """More charts than a small image has room for do not overlap."""
     simple = geometry_mesh.simplify(
         isosurface.extract_surface(isosurface.sample_volume(Analytic(bumps), 40, 10.0)), 3000
     )
@@ -255,7 +270,8 @@ def test_more_charts_than_a_small_picture_has_room_for_do_not_overlap(resolution
     assert 0 <= laid.uv.min() and laid.uv.max() <= 1
 
 
-def test_xatlas_takes_over_where_uvunwrap_panics(monkeypatch):
+def test_unwrap_xatlas_fallback(monkeypatch):
+    """Xatlas takes over where uvunwrap panics."""
     import uvunwrap
 
     def fail(kind):
@@ -272,12 +288,13 @@ def test_xatlas_takes_over_where_uvunwrap_panics(monkeypatch):
         uv_atlas.unwrap(BALL, 64)
 
 
-def test_the_picture_of_normals_gives_back_what_simplification_took():
+def test_bake_normals():
+    """The image of normals gives back what simplification took."""
     field, resolution = Analytic(bumps), 512
     volume = isosurface.sample_volume(field, 128, 10.0)
     mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1500)
     laid = uv_atlas.unwrap(mesh, resolution)
-    picture = texture.bake(field, mesh, laid, resolution, volume).normal
+    image = texture.bake(field, mesh, laid, resolution, volume).normal
     seen = seen_in_the_picture(laid, resolution)
     triangle = seen.triangle[0].numpy()
     row, column = np.nonzero(triangle >= 0)
@@ -300,7 +317,7 @@ def test_the_picture_of_normals_gives_back_what_simplification_took():
     along_v = (du1[:, None] * edge2 - du2[:, None] * edge1) / area[:, None]
     tangent = unit(along_u - (along_u * smooth).sum(1, keepdims=True) * smooth)
     across = np.cross(smooth, tangent) * np.sign((np.cross(smooth, tangent) * along_v).sum(1, keepdims=True))
-    local = picture[row, column] / 255 * 2 - 1
+    local = image[row, column] / 255 * 2 - 1
     mapped = unit(local[:, :1] * tangent + local[:, 1:2] * across + local[:, 2:] * smooth)
 
     points = torch.from_numpy(between(places)).requires_grad_()
@@ -314,7 +331,7 @@ def test_the_picture_of_normals_gives_back_what_simplification_took():
     assert median_degrees(mapped) < 0.5 * median_degrees(smooth)
 
 
-def test_colours_are_those_of_the_layer_that_is_seen():
+def test_bake_layer_colours():
     """A blue fog around a red ball, which is seen through it: more of it on straight rays than on slanted ones."""
     field = Analytic(lambda x: (ball(0.6)(x) * 50).clamp(min=0), steep=10.0)  # density 10 inside
     red, blue = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
@@ -340,7 +357,7 @@ def test_colours_are_those_of_the_layer_that_is_seen():
     assert abs((through.albedo[there] / 255)[:, 0].mean() - 0.46) < 10 * uncertain
 
 
-def test_haze_before_the_surface_is_in_the_colours():
+def test_bake_haze():
     """A red ball within a blue shell 0.05 thick, which is too thin to be surface."""
     field = Analytic(ball(0.6))
     field.density = lambda x: torch.where(x.norm(dim=-1) < 0.6, 200.0, torch.where(x.norm(dim=-1) < 0.65, 8.0, 1e-6))

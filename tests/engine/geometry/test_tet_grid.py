@@ -33,7 +33,8 @@ def from_trimesh(mesh: trimesh.Trimesh, dtype=torch.float32) -> TensorMesh:
 
 
 @pytest.mark.parametrize("size", [4, 6, 10])
-def test_a_grid_fills_its_inside_once_with_one_shape(size):
+def test_tet_grid_fills_its_cube(size):
+    """A grid fills its inside once with one shape."""
     grid = tet_grid(size)
     n = size // 2
     assert len(grid.vertices) == (n + 1) ** 3 + n**3 == len(grid.vertices.unique(dim=0))
@@ -52,7 +53,8 @@ def test_a_grid_fills_its_inside_once_with_one_shape(size):
 
 
 @pytest.mark.parametrize("shape", ["ball", "ring", "noise"])
-def test_a_surface_is_closed_and_lies_where_the_values_are_zero(shape):
+def test_marching_tetrahedra_zero_surface(shape):
+    """A surface is closed and lies where the values are zero."""
     grid = tet_grid(24)
     x = grid.vertices
     values = {
@@ -86,7 +88,8 @@ def test_a_surface_is_closed_and_lies_where_the_values_are_zero(shape):
     assert shape != "ball" or (outward > 0.5 * surface.vertices.norm(dim=1)).all()
 
 
-def test_gradients_of_a_surface():
+def test_marching_tetrahedra_gradients():
+    """Gradients of a surface."""
     grid = tet_grid(4)
     generator = torch.Generator().manual_seed(1)
     values = (torch.randn(len(grid.vertices), generator=generator).double()).requires_grad_()
@@ -96,7 +99,8 @@ def test_gradients_of_a_surface():
     )
 
 
-def test_nothing_and_everything_have_no_surface():
+def test_marching_tetrahedra_empty():
+    """Nothing and everything have no surface."""
     grid = tet_grid(4)
     for value in (-1.0, 0.0, 1.0):
         surface = marching_tetrahedra(grid.vertices, torch.full((len(grid.vertices),), value), grid.tets)
@@ -123,7 +127,8 @@ def box(extents, dtype=torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pairs", [1 << 20, 700])
-def test_distance_to_a_box_is_exact(pairs, monkeypatch):
+def test_signed_distance_of_a_box(pairs, monkeypatch):
+    """Distance to a box is exact."""
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     mesh = from_trimesh(trimesh.creation.box((0.8, 1.1, 0.5)))
     extents = (0.8, 1.1, 0.5)
@@ -131,7 +136,8 @@ def test_distance_to_a_box_is_exact(pairs, monkeypatch):
     check("distance", signed(mesh), reference, exact)
 
 
-def test_inside_out_overlapping_and_open_meshes():
+def test_signed_distance_bad_meshes():
+    """Inside out overlapping and open meshes."""
     solid = trimesh.creation.box((0.8, 1.1, 0.5))
     expected = box((0.8, 1.1, 0.5)) > 0
     flipped = TensorMesh(torch.tensor(solid.vertices).float(), torch.tensor(solid.faces).flip(1))
@@ -145,7 +151,8 @@ def test_inside_out_overlapping_and_open_meshes():
     assert torch.equal(inside(opened, ORIGIN, SPACING, SHAPE), expected)
 
 
-def test_beyond_the_lattice():
+def test_signed_distance_beyond_the_lattice():
+    """Beyond the lattice."""
     mesh = from_trimesh(trimesh.creation.icosphere(3, 5.0))
     assert inside(mesh, ORIGIN, SPACING, SHAPE).all() and (signed(mesh) == 0.3).all()
     away = mesh._replace(vertices=mesh.vertices + 20)
@@ -155,7 +162,8 @@ def test_beyond_the_lattice():
 # ------------------------------------------------------------------------------------------------- losses of a mesh
 
 
-def test_normal_consistency_of_a_cube_and_a_plane():
+def test_normal_consistency():
+    """Normal consistency of a cube and a plane."""
     cube = from_trimesh(trimesh.creation.box((1, 1, 1)), torch.float64)
     # 12 edges at right angles, 6 diagonals in a plane.
     check_value("cube", normal_consistency(cube, opposite_corners(cube.faces)), 12 / 18)
@@ -164,7 +172,8 @@ def test_normal_consistency_of_a_cube_and_a_plane():
     check_value("plane", normal_consistency(flat, opposite_corners(flat.faces)), 0.0)
 
 
-def test_laplacian_by_hand():
+def test_laplacian():
+    """Laplacian by hand."""
     mesh = from_trimesh(trimesh.creation.icosphere(1), torch.float64)
     by_hand = []
     for number, place in enumerate(mesh.vertices):
@@ -173,7 +182,8 @@ def test_laplacian_by_hand():
     check_value("laplacian", laplacian(mesh), torch.stack(by_hand).mean())
 
 
-def test_small_triangles_count_less():
+def test_normal_consistency_small_faces():
+    """Small triangles count less."""
     mesh = from_trimesh(trimesh.creation.box((1, 1, 1)), torch.float64)
     beyond = opposite_corners(mesh.faces)
     counts = losses._edge_counts(torch.tensor([1.0, 1.0, 0.5, 1.5]), torch.tensor([[1, 2, 3]] * 4))
@@ -190,7 +200,8 @@ def test_small_triangles_count_less():
     assert beyond.min() >= 0 and sliver.vertices.grad.norm(dim=1).max() < 3
 
 
-def test_gradients_of_the_terms_and_their_weights(monkeypatch):
+def test_mesh_regularizers_gradients(monkeypatch):
+    """Gradients of the terms and their weights."""
     # How much an edge counts is no part of the gradient.
     monkeypatch.setattr(losses, "_edge_counts", lambda area, other: torch.ones_like(other, dtype=area.dtype))
     mesh = from_trimesh(trimesh.creation.icosphere(1), torch.float64)
@@ -210,7 +221,8 @@ def test_gradients_of_the_terms_and_their_weights(monkeypatch):
     assert now["mesh_laplacian"] == laplacian(surface) / 4
 
 
-def test_terms_of_a_collapsed_mesh_are_finite():
+def test_mesh_regularizers_collapsed_mesh():
+    """Terms of a collapsed mesh are finite."""
     mesh = TensorMesh(torch.zeros(3, 3, requires_grad=True), torch.tensor([[0, 1, 2], [0, 2, 1]]))
     sum(mesh_regularizers(mesh, opposite_corners(mesh.faces), LossConfig()).values()).backward()
     assert torch.isfinite(mesh.vertices.grad).all()

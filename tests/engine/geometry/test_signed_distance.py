@@ -31,7 +31,7 @@ def drawn(*size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("axes", [2, 3])
-def test_pairs_are_all_points_of_all_boxes(axes: int) -> None:
+def test_pairs_all_points(axes: int) -> None:
     """Every point of a box once, in any pieces; empty boxes have none."""
     first = torch.tensor([[1, 0, 4], [2, 2, 2], [0, 5, 1], [3, 0, 0], [7, 1, 2]])[:, :axes]
     counts = torch.tensor([[2, 3, 1], [0, 2, 2], [1, 1, 3], [2, 2, 0], [3, 1, 2]])[:, :axes]
@@ -50,7 +50,7 @@ def test_pairs_are_all_points_of_all_boxes(axes: int) -> None:
         assert [row[0] for row in rows] == [row[0] for row in expected]  # box by box
 
 
-def test_boxes_hold_the_points_between_their_ends() -> None:
+def test_boxes_points() -> None:
     """Points on an end count, and none outside of the lattice."""
     origin, spacing, shape = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([5])  # points at 1, 1.5, ..., 3
     cases = [(1.5, 2.5), (1.6, 2.4), (1.6, 1.9), (0.0, 1.0), (-9.0, 0.9), (3.0, 9.0), (3.1, 9.0), (-9.0, 9.0)]
@@ -61,7 +61,7 @@ def test_boxes_hold_the_points_between_their_ends() -> None:
     assert got == [[1, 2, 3], [2], [], [0], [], [4], [], [0, 1, 2, 3, 4]]
 
 
-def test_squared_distances_are_those_of_the_closest_points() -> None:
+def test_squared_distance_closest_point() -> None:
     """Against trimesh's closest points, near all seven regions of a triangle: inside, edges and corners."""
     corners, points = drawn(3000, 3, 3), 1.5 * drawn(3000, 4, 3)[:, 3]
     closest = torch.tensor(trimesh.triangles.closest_point(corners.numpy(), points.numpy()))
@@ -74,7 +74,7 @@ def test_squared_distances_are_those_of_the_closest_points() -> None:
     )
 
 
-def test_degenerate_triangles_are_segments_and_points() -> None:
+def test_squared_distance_degenerate_triangles() -> None:
     """Three corners on a line, and all at one place, are at the distance of what they are."""
     points, a, b = drawn(3, 500, 3)
     part = torch.linspace(-1, 2, 500, dtype=torch.float64)[:, None]
@@ -95,7 +95,7 @@ def test_degenerate_triangles_are_segments_and_points() -> None:
 
 
 @pytest.mark.parametrize("pairs", [1 << 20, 5])
-def test_distance_of_a_lattice_is_that_of_each_of_its_points(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distance_of_a_lattice(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Axes of other lengths, spacings and starts; what is farther than `reach` has it, and pieces change nothing."""
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     corners = 0.5 * drawn(6, 3, 3)
@@ -136,7 +136,7 @@ def within(low: tuple, high: tuple) -> Tensor:
 
 @pytest.mark.parametrize("pairs", [1 << 20, 3])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_lines_count_how_often_they_are_inside(axis: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_winding_of_lines(axis: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Along each axis: 1 in a box, 2 in two, also where one goes on beyond the lattice; -1 in one inside out."""
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     mesh = boxes((LOW, HIGH), SECOND)
@@ -148,7 +148,7 @@ def test_lines_count_how_often_they_are_inside(axis: int, pairs: int, monkeypatc
     assert torch.equal(module._winding_along(flipped, axis, ORIGIN, SPACING, SHAPE), -expected)
 
 
-def test_lines_start_before_the_lattice() -> None:
+def test_winding_before_the_lattice() -> None:
     """A box around the whole lattice is entered before its first point and left behind its last one."""
     around = boxes(((-3.0, -3.0, -3.0), (4.0, 4.0, 4.0)))
     for axis in range(3):
@@ -157,7 +157,7 @@ def test_lines_start_before_the_lattice() -> None:
 
 @pytest.mark.parametrize("votes", list(itertools.product([1, 0, 2], repeat=3)))
 @pytest.mark.parametrize("turned", [False, True])
-def test_two_of_three_axes_decide(votes: tuple[int, ...], turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inside_two_of_three_axes(votes: tuple[int, ...], turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often a line is inside; of a mesh that is inside out, how often it is outside."""
     mesh = boxes((LOW, HIGH))
     if turned:
@@ -170,7 +170,7 @@ def test_two_of_three_axes_decide(votes: tuple[int, ...], turned: bool, monkeypa
     assert inside(mesh, ORIGIN, SPACING, SHAPE).tolist() == [expected, False]
 
 
-def test_signed_distance_is_the_distance_with_the_sign_of_inside() -> None:
+def test_signed_distance_sign() -> None:
     """Positive inside, negative outside, and the whole `reach` where the mesh is farther."""
     mesh = boxes((LOW, HIGH))
     got = signed_distance(mesh, ORIGIN, SPACING, SHAPE, 0.125)

@@ -27,7 +27,8 @@ def points(n, seed=1):
     return torch.rand(n, 3, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.8
 
 
-def test_the_encoding_is_sines_and_cosines_of_doubling_frequencies():
+def test_frequency_encoding():
+    """The encoding is sines and cosines of doubling frequencies."""
     x = points(5).double()
     got = frequency_encoding(x, 12)
     assert got.shape == (5, 75)
@@ -40,7 +41,8 @@ def test_the_encoding_is_sines_and_cosines_of_doubling_frequencies():
     check("encoding", got, exact, exact)
 
 
-def test_fine_bands_are_left_out():
+def test_frequency_encoding_active():
+    """Fine bands are left out."""
     x = points(5)
     whole, coarse = frequency_encoding(x, 6), frequency_encoding(x, 6, 2)
     assert torch.equal(coarse[:, :9], whole[:, :9]) and torch.equal(coarse[:, 21:27], whole[:, 21:27])
@@ -49,7 +51,8 @@ def test_fine_bands_are_left_out():
     assert torch.equal(frequency_encoding(x, 6, 6), whole)
 
 
-def test_parameters_follow_the_config_and_the_seed():
+def test_frequency_field_parameters():
+    """Parameters follow the config and the seed."""
     field = make(n_frequencies=12, hidden_width=64, hidden_layers=4)
     assert [tuple(w.shape) for w in field.weights] == [(64, 75), (64, 64), (64, 64), (64, 64), (4, 64)]
     assert [tuple(s.shape) for s in field.scales] == [(64,)] * 3 == [tuple(s.shape) for s in field.shifts]
@@ -77,7 +80,7 @@ def by_hand(field: FrequencyField, x: torch.Tensor, products: torch.dtype) -> tu
 
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
-def test_the_network_is_residual_blocks(products):
+def test_frequency_field_network(products):
     """Against the modules that stable-dreamfusion is built of, also where the products are in half precision."""
     field, exactly, x = make(), make().double(), points(500)
     for one in (field, exactly):
@@ -91,19 +94,22 @@ def test_the_network_is_residual_blocks(products):
 
 
 @pytest.mark.parametrize("layers", [0, 1])
-def test_few_layers_work(layers):
+def test_frequency_field_few_layers(layers):
+    """Few layers work."""
     values = make(hidden_layers=layers)(points(5), normals="analytic")
     assert all(part.isfinite().all() for part in values)
 
 
-def test_softplus_is_a_density_too():
+def test_frequency_field_softplus():
+    """Softplus is a density too."""
     x = torch.tensor([[0.0, 0, 0], [0.1, 0, 0], [0.9, 0, 0]])
     sigma = make(density_activation="softplus", blob_density=10.0).density(x)
     assert sigma[0] > 8 > sigma[1] > 3 > 1e-3 > sigma[2]
 
 
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
-def test_normals_point_down_the_density(activation):
+def test_frequency_field_normals(activation):
+    """Normals point down the density."""
     field, x = make(density_activation=activation).double(), points(50).double()
     by_gradient = field(x, normals="analytic").normal
     at = x.clone().requires_grad_()
@@ -124,7 +130,8 @@ def test_normals_point_down_the_density(activation):
     assert not any(part.requires_grad for part in quiet)
 
 
-def test_differences_stay_inside_the_cube(monkeypatch):
+def test_frequency_field_differences_in_cube(monkeypatch):
+    """Differences stay inside the cube."""
     field, asked = make(bound=0.5), []
     network = field._network
     monkeypatch.setattr(field, "_network", lambda x, active: asked.append(x) or network(x, active))
@@ -133,7 +140,8 @@ def test_differences_stay_inside_the_cube(monkeypatch):
 
 
 @pytest.mark.parametrize("normals", ["analytic", "finite_difference"])
-def test_gradients_go_through_normals(normals):
+def test_frequency_field_gradients_through_normals(normals):
+    """Gradients go through normals."""
     field, x = make(n_frequencies=2, hidden_width=4).double(), points(4).double()
     weights = [field.weights[0], field.weights[1], field.scales[0]]
 
@@ -144,7 +152,8 @@ def test_gradients_go_through_normals(normals):
     assert torch.autograd.gradcheck(values, [w.detach().clone().requires_grad_() for w in weights])
 
 
-def test_where_the_density_is_flat_there_is_no_normal():
+def test_frequency_field_flat_density():
+    """Where the density is flat there is no normal."""
     field = make(blob_density=0.0)
     for parameter in field.weights:
         parameter.data.zero_()
@@ -155,14 +164,16 @@ def test_where_the_density_is_flat_there_is_no_normal():
         assert all(p.grad is None or p.grad.isfinite().all() for p in field.parameters())
 
 
-def test_rows_past_the_count_are_zeros():
+def test_frequency_field_padding():
+    """Rows past the count are zeros."""
     for normals in (None, "analytic"):
         values = make()(points(10), count=torch.tensor(4), normals=normals)
         for part in values[: 2 if normals is None else 3]:
             assert (part[4:] == 0).all() and (part[:4] != 0).any()
 
 
-def test_compute_dtype_leaves_parameters_and_results_in_fp32():
+def test_frequency_field_compute_dtype():
+    """Compute dtype leaves parameters and results in fp32."""
     field = make()
     exact = field(points(20), normals="analytic")
     field.compute_dtype = torch.bfloat16
@@ -173,7 +184,8 @@ def test_compute_dtype_leaves_parameters_and_results_in_fp32():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in field.weights)
 
 
-def test_the_background_has_four_bands():
+def test_frequency_field_background():
+    """The background has four bands."""
     field = make(bg_radius=1.4)
     assert [tuple(w.shape) for w in field.background_weights] == [(32, 27), (3, 32)]
     field.background(nn.functional.normalize(points(20), dim=-1)).sum().backward()
@@ -181,7 +193,8 @@ def test_the_background_has_four_bands():
 
 
 @pytest.mark.parametrize("normals", [None, "finite_difference", "analytic"])
-def test_the_grid_on_pytorch_is_the_grid(normals):
+def test_make_field_grid_torch(normals):
+    """The grid on pytorch is the grid."""
     small = dict(n_levels=3, log2_hashmap_size=10, base_resolution=4, max_resolution=16, hidden_width=16)
     fields = [
         make_field(FieldConfig(backbone=name, **small), 1.0, torch.Generator().manual_seed(0))
@@ -201,7 +214,7 @@ def test_the_grid_on_pytorch_is_the_grid(normals):
         check(name, *(getattr(one, name).detach() for one in values), weight)
 
 
-def test_only_the_grid_starts_kernels_of_the_field():
+def test_make_field_kernels():
     """Where kernels would start: recorded as on a GPU, and not run."""
     small = dict(
         n_levels=3, log2_hashmap_size=10, base_resolution=4, max_resolution=16, hidden_width=16, bg_radius=-1.0

@@ -26,7 +26,7 @@ def triangles(vertices: np.ndarray, faces: np.ndarray) -> list:
     return sorted(face[k:] + face[:k] for face in corners for k in [face.index(min(face))])
 
 
-def test_vertices_at_the_same_place_become_one(tmp_path: Path) -> None:
+def test_load_mesh_merges_vertices(tmp_path: Path) -> None:
     """Places and the sides of triangles are kept, in fp64; each place is one vertex, 0 and -0 alike."""
     places = [(0, 0, 0), (1.125, 0, 0), (0, 2.25, 0), (-0.0, 0, -0.0), (0, 2.25, 0), (0, 0, -3.5)]
     faces = [(0, 1, 2), (3, 4, 5)]
@@ -36,7 +36,7 @@ def test_vertices_at_the_same_place_become_one(tmp_path: Path) -> None:
     assert triangles(*mesh) == triangles(np.array(places) + 0.0, np.array(faces))
 
 
-def test_triangles_without_an_area_and_vertices_without_a_triangle_go(tmp_path: Path) -> None:
+def test_load_mesh_drops_degenerate_faces(tmp_path: Path) -> None:
     """Three places on a line, and two the same; a small triangle stays, wherever it is."""
     places = [(1, 1, 0), (2, 1, 0), (4, 1, 0), (7, 7, 7), (1e-6, 0, 0), (0, 1e-6, 0), (0, 0, 1e-6)]
     mesh = load_mesh(obj(tmp_path / "some.obj", places, [(0, 1, 2), (0, 0, 1), (4, 5, 6)]))
@@ -44,7 +44,7 @@ def test_triangles_without_an_area_and_vertices_without_a_triangle_go(tmp_path: 
     assert mesh.vertices.shape == (3, 3)
 
 
-def test_parts_of_a_scene_keep_their_places(tmp_path: Path) -> None:
+def test_load_mesh_keeps_positions(tmp_path: Path) -> None:
     """Three boxes, each counted from its own first vertex in the file, turned and moved by the scene."""
     scene, moved = trimesh.Scene(), []
     for number in range(3):
@@ -56,7 +56,7 @@ def test_parts_of_a_scene_keep_their_places(tmp_path: Path) -> None:
     assert triangles(*load_mesh(tmp_path / "scene.glb")) == triangles(whole.vertices, whole.faces)
 
 
-def test_as_many_as_the_limits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_mesh_at_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of exactly the most bytes, triangles and parts is read; one more is refused with both numbers."""
     path = tmp_path / "two.ply"
     trimesh.util.concatenate([BOX, BOX.copy().apply_translation((5, 0, 0))]).export(path)
@@ -75,7 +75,7 @@ def test_as_many_as_the_limits_are_read(tmp_path: Path, monkeypatch: pytest.Monk
                 load_mesh(path)
 
 
-def test_a_file_of_another_kind_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
+def test_load_mesh_unknown_suffix(tmp_path: Path) -> None:
     """All suffixes are named."""
     with pytest.raises(UserError) as caught:
         load_mesh(tmp_path / "scene.fbx")
@@ -84,7 +84,7 @@ def test_a_file_of_another_kind_is_refused_with_those_that_are_read(tmp_path: Pa
     )
 
 
-def test_the_file_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_mesh_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mesh file itself, or one that it needs: by the error's name for it, else by the error's text."""
     path = tmp_path / "model.gltf"
     with pytest.raises(UserError, match=f"^the mesh file {path} cannot be read: there is no file {path}$"):
@@ -103,7 +103,7 @@ def test_the_file_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.M
         load_mesh(path)
 
 
-def test_the_message_of_a_reader_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_mesh_reader_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its first line; the file is read as it is, without changes by the library."""
     path, asked = obj(tmp_path / "one.obj", [(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)]), []
 
@@ -118,7 +118,7 @@ def test_the_message_of_a_reader_is_passed_on(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("place", "finite"), [("3.4e38", True), ("3.4028234663852886e38", False), ("-inf", False)])
-def test_places_that_single_precision_does_not_hold_are_refused(tmp_path: Path, place: str, finite: bool) -> None:
+def test_load_mesh_out_of_fp32(tmp_path: Path, place: str, finite: bool) -> None:
     """Its largest number counts as infinite; a place that no triangle uses does not count at all."""
     path = tmp_path / "far.obj"
     obj(path, [(0, 0, 0), (1, 0, 0), (0, 1, 0), (place, 0, 0)], [(0, 1, 2)])
@@ -132,7 +132,7 @@ def test_places_that_single_precision_does_not_hold_are_refused(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("wrong", [(-1, 1, 2), (0, 1, 3)])
-def test_a_vertex_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple) -> None:
+def test_load_mesh_missing_vertex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple) -> None:
     """Below the first and behind the last: numpy would take the former for one from the end."""
     part = trimesh.Trimesh(np.eye(3), [(0, 1, 2), wrong], process=False, validate=False)
 

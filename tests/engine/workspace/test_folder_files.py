@@ -35,8 +35,8 @@ def fill(folder, *files):
         (folder / name).write_text(name)
 
 
-def test_files_come_in_order_with_the_last_picture_of_the_steps_alone(tmp_path):
-    """The order is that of the class; of validation and guidance the last picture, of the others every file."""
+def test_files_order(tmp_path):
+    """The order is that of the class; of validation and guidance the last image, of the others every file."""
     order = ["config.json", "manifest.json", "metrics.jsonl", "log.txt"]
     order += ["validation/step_000002.png", "guidance/step_000003.png", "tensorboard/a.1", "tensorboard/b.2"]
     order += ["profile/trace.json", "checkpoints/step_000001.safetensors", "checkpoints/step_000002.safetensors"]
@@ -51,7 +51,7 @@ def test_files_come_in_order_with_the_last_picture_of_the_steps_alone(tmp_path):
     assert Workspace(tmp_path / "none").files() == []
 
 
-def test_clear_removes_all_of_the_run(tmp_path):
+def test_clear(tmp_path):
     """Files and folders of the run go, and everything else stays."""
     fill(tmp_path, *(path.name for path in Workspace(tmp_path)._paths() if path.suffix), "notes.txt")
     fill(tmp_path, "results/a.png", "checkpoints/x", "mesh/deep/y", "mine/z")
@@ -60,8 +60,8 @@ def test_clear_removes_all_of_the_run(tmp_path):
     Workspace(tmp_path).clear()
 
 
-def test_clear_outputs_keeps_what_the_steps_wrote(tmp_path):
-    """Results, mesh and report go; turntables of the steps, pictures and checkpoints stay."""
+def test_clear_outputs(tmp_path):
+    """Results, mesh and report go; turntables of the steps, images and checkpoints stay."""
     kept = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
     fill(tmp_path, *kept, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
     Workspace(tmp_path).clear_outputs()
@@ -70,8 +70,8 @@ def test_clear_outputs_keeps_what_the_steps_wrote(tmp_path):
     Workspace(tmp_path / "none").clear_outputs()
 
 
-def test_rewind_drops_what_is_beyond_the_step_alone(tmp_path):
-    """Checkpoints, pictures and turntables after the step go, and half-written files; those of the step stay."""
+def test_truncate_after(tmp_path):
+    """Checkpoints, images and turntables after the step go, and half-written files; those of the step stay."""
     kept = ["validation/step_000005.png", "guidance/step_000004.png", "results/turntable_step_000005.mp4"]
     kept += ["results/front.png", "checkpoints/step_000005.safetensors", "validation/step_last.png", "notes.txt"]
     gone = ["validation/step_000006.png", "guidance/step_1000000.png", "results/turntable_step_000006.mp4"]
@@ -81,7 +81,7 @@ def test_rewind_drops_what_is_beyond_the_step_alone(tmp_path):
     assert names(tmp_path) == sorted(kept)
 
 
-def test_rewind_keeps_the_row_of_the_step_and_writes_only_what_changes(tmp_path, caplog):
+def test_truncate_after_writes_changes_only(tmp_path, caplog):
     """Rows up to the step stay as they are written; a file of such rows is not written again."""
     workspace = Workspace(tmp_path)
     rows = ['{"loss": 1.0,  "step": 0}\n', '{"step": 5}\n', '{"step": 6}\n']
@@ -99,14 +99,14 @@ def test_rewind_keeps_the_row_of_the_step_and_writes_only_what_changes(tmp_path,
     assert caplog.messages[0].endswith("left out: 3")
 
 
-def test_rewind_does_not_mind_what_is_gone_already(tmp_path, monkeypatch):
+def test_truncate_after_missing_files(tmp_path, monkeypatch):
     """A half-written file that another process removes in between is no error."""
     monkeypatch.setattr(module, "stale_temp_files", lambda folder: [folder / ".gone.writing.txt"])
     Workspace(tmp_path).truncate_after(5)
     assert names(tmp_path) == []
 
 
-def test_config_is_written_with_the_version(tmp_path):
+def test_write_config_version(tmp_path):
     """The version comes first; the text ends in a newline and is indented by one."""
     workspace = make(tmp_path / "a" / "b")
     text = workspace.config.read_text()
@@ -115,7 +115,7 @@ def test_config_is_written_with_the_version(tmp_path):
     assert workspace.stored_run().version == __version__ and workspace.stored_config() == CONFIG
 
 
-def test_manifest_comes_back(tmp_path):
+def test_manifest_round_trip(tmp_path):
     """Numbers of both kinds, and what is not known, are read again; the text ends in a newline."""
     workspace = Workspace(tmp_path)
     run = {"from_step": 0, "to_step": 6, "seconds": 1, "seconds_of": {"start": 0.5}, "peak_bytes": {"host": 1.5e9}}
@@ -128,7 +128,7 @@ def test_manifest_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"runs": {}}', '{"runs": [1]}', '{"runs": null}', "null"])
-def test_a_manifest_without_a_list_of_runs_is_refused(text, tmp_path):
+def test_read_manifest_without_runs(text, tmp_path):
     """The sentence names the file."""
     workspace = Workspace(tmp_path)
     workspace.manifest.write_text(text)
@@ -136,7 +136,7 @@ def test_a_manifest_without_a_list_of_runs_is_refused(text, tmp_path):
         workspace.read_manifest()
 
 
-def test_every_wrong_fact_of_the_manifest_is_named(tmp_path):
+def test_read_manifest_wrong_entries(tmp_path):
     """Once each, in order, whichever run has it."""
     workspace = Workspace(tmp_path)
     runs = [{"to_step": "1", "device": "cpu"}, {"machine": 1, "to_step": 2.5, "seconds": float("inf")}]
@@ -145,7 +145,7 @@ def test_every_wrong_fact_of_the_manifest_is_named(tmp_path):
         workspace.read_manifest()
 
 
-def test_another_run_is_refused_with_the_flag_that_named_the_folder(tmp_path):
+def test_check_same_run_flag(tmp_path):
     """--ckpt scratch is advice for --workspace alone."""
     other = CONFIG.override({"text": "a donut"})
     with pytest.raises(UserError) as refused:
@@ -157,7 +157,7 @@ def test_another_run_is_refused_with_the_flag_that_named_the_folder(tmp_path):
     assert str(refused.value) == beginning.replace("--workspace", "--output") + "--output)"
 
 
-def test_a_damaged_configuration_is_named_with_its_reason(tmp_path):
+def test_stored_config_reason(tmp_path):
     """The file and the reason, whatever is wrong with it."""
     workspace = make(tmp_path)
     for text, reason in (("{", "Expecting"), ("[]", "it holds no settings of a run")):
@@ -166,7 +166,7 @@ def test_a_damaged_configuration_is_named_with_its_reason(tmp_path):
             workspace.stored_run()
 
 
-def test_outputs_go_to_a_folder_with_the_settings_manifest_and_metrics(tmp_path):
+def test_create_for_outputs_of(tmp_path):
     """What the run has of them is copied; the folder is claimed."""
     run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out" / "deep", flag="--output")
     run.metrics.write_bytes(b'{"step": 1}\n\xff\n')
@@ -179,7 +179,7 @@ def test_outputs_go_to_a_folder_with_the_settings_manifest_and_metrics(tmp_path)
     outputs.lock.release()
 
 
-def test_outputs_do_not_go_into_another_run(tmp_path):
+def test_create_for_outputs_of_another_run(tmp_path):
     """A folder with checkpoints is a workspace, and one with other settings is another run's."""
     run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out", flag="--output")
     save_checkpoint(outputs.checkpoints, 1, {"x": torch.zeros(1)}, {})
@@ -192,7 +192,7 @@ def test_outputs_do_not_go_into_another_run(tmp_path):
         other.create_for_outputs_of(run, CONFIG.override({"seed": 4}))
 
 
-def test_claimed_holds_the_lock_inside_the_block_alone(tmp_path):
+def test_locked(tmp_path):
     """A second claim is refused with the flag's folder; a folder that is made in the block is claimed then."""
     workspace = Workspace(tmp_path)
     with workspace.locked():
@@ -210,7 +210,7 @@ def test_claimed_holds_the_lock_inside_the_block_alone(tmp_path):
     assert not (fresh.path / LOCK).exists()
 
 
-def test_a_folder_that_went_away_is_missed(tmp_path):
+def test_check_not_moved(tmp_path):
     """After the lock's file is gone the run ends with a sentence; without a lock nothing is asked."""
     workspace = Workspace(tmp_path / "run")
     workspace.check_not_moved()
@@ -221,7 +221,7 @@ def test_a_folder_that_went_away_is_missed(tmp_path):
     workspace.lock.release()
 
 
-def test_a_run_that_began_in_between_is_not_mixed_with(tmp_path):
+def test_create_after_another_run(tmp_path):
     """The folder got settings after this run had looked."""
     make(tmp_path)
     late = Workspace(tmp_path, flag="--output")
@@ -231,7 +231,7 @@ def test_a_run_that_began_in_between_is_not_mixed_with(tmp_path):
     late.lock.release()
 
 
-def test_a_folder_that_cannot_be_made_or_claimed_is_named(tmp_path, monkeypatch):
+def test_create_errors(tmp_path, monkeypatch):
     """With the reason of the system."""
     (tmp_path / "file").write_text("notes")
     with pytest.raises(UserError, match=re.escape(f"--workspace {tmp_path / 'file'} cannot be made (")):
@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_made_or_claimed_is_named(tmp_path, monkeypatch)
     assert str(refused.value) == f"--workspace {tmp_path} cannot be written to (Read-only file system)"
 
 
-def test_a_place_that_cannot_be_written_is_named_with_the_advice(tmp_path, monkeypatch):
+def test_check_usable_advice(tmp_path, monkeypatch):
     """Folder, results, mesh and log are asked for the right to write, a folder for that to enter as well."""
     fill(tmp_path, "config.json", "results/a.png", "mesh/m.obj", "log.txt", "metrics.jsonl")
     workspace, asked = Workspace(tmp_path), []
@@ -268,7 +268,7 @@ def test_a_place_that_cannot_be_written_is_named_with_the_advice(tmp_path, monke
             workspace.check_usable()
 
 
-def test_a_link_that_leads_elsewhere_is_refused(tmp_path):
+def test_check_usable_links(tmp_path):
     """Nothing is written through a link out of the folder; links within it, and to the folder, are no harm."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -281,7 +281,7 @@ def test_a_link_that_leads_elsewhere_is_refused(tmp_path):
     assert str(refused.value) == f"{workspace.typed}: log.txt, mesh would be written elsewhere, being a link"
 
 
-def test_what_cannot_be_a_folder_is_refused(tmp_path):
+def test_check_usable_no_folder(tmp_path):
     """A name that is too long, a file, and a folder of another program, each with its sentence."""
     with pytest.raises(UserError, match=r"--workspace .*x cannot be a folder \(.*File name too long"):
         Workspace(tmp_path / ("x" * 300)).check_usable()
@@ -292,7 +292,7 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path):
         Workspace(tmp_path / "other").check_usable()
 
 
-def test_set_aside_keeps_the_damaged_checkpoint(tmp_path):
+def test_quarantine(tmp_path):
     """Under a name that is no checkpoint's."""
     fill(tmp_path, "step_000005.safetensors")
     moved = Workspace(tmp_path).quarantine(tmp_path / "step_000005.safetensors")

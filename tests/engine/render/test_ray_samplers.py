@@ -46,7 +46,7 @@ def some_rays(size=6):
 
 
 @pytest.mark.parametrize("generator", [None, seeded()], ids=["middle", "random"])
-def test_samples_follow_the_weights_of_the_cells(generator):
+def test_sample_pdf_follows_weights(generator):
     """One sample in each of n equal parts of the distribution: a share is off by two of them, one at each end."""
     n = 20_000
     t = sample_pdf(EDGES, WEIGHTS, n, generator)
@@ -65,7 +65,8 @@ def test_samples_follow_the_weights_of_the_cells(generator):
 
 
 @pytest.mark.parametrize("generator", [None, seeded(1)], ids=["middle", "random"])
-def test_samples_are_sorted_and_inside(generator):
+def test_sample_pdf_sorted(generator):
+    """Samples are sorted and inside."""
     weights = torch.rand(50, 9, generator=seeded(2)) ** 8  # most of them next to nothing
     edges = torch.rand(50, 10, generator=seeded(3)).cumsum(1)
     t = sample_pdf(edges, weights, 33, generator)
@@ -73,13 +74,15 @@ def test_samples_are_sorted_and_inside(generator):
     assert (t >= edges[:, :1]).all() and (t <= edges[:, -1:]).all()
 
 
-def test_a_ray_through_nothing_is_sampled_evenly():
+def test_sample_pdf_empty_ray():
+    """A ray through nothing is sampled evenly."""
     t = sample_pdf(torch.linspace(2, 4, 9)[None], torch.zeros(1, 8), 4, None)
     exact = torch.tensor([[2.25, 2.75, 3.25, 3.75]], dtype=torch.float64)
     check("even", t, exact.float(), exact)
 
 
-def test_even_intervals_fill_the_ray_and_move_by_up_to_half():
+def test_stratified_edges():
+    """Even intervals fill the ray and move by up to half."""
     near, far = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
     even = stratified_edges(near, far, 4, None)
     assert even.tolist() == [[1.0, 1.5, 2.0, 2.5, 3.0], [2.0] * 5]
@@ -91,7 +94,7 @@ def test_even_intervals_fill_the_ray_and_move_by_up_to_half():
     assert by[:, 1:-1].mean().abs() < 5 * (12 * 1500) ** -0.5  # five standard errors
 
 
-def test_weights_are_those_of_volume_rendering():
+def test_ray_weights():
     """NeRF's equation 3 in products: w_i = alpha_i (1 - alpha_1) ... (1 - alpha_{i - 1})."""
     sigma, dt = 9 * torch.rand(20, 7, generator=seeded()), torch.rand(20, 7, generator=seeded(1))
 
@@ -103,7 +106,7 @@ def test_weights_are_those_of_volume_rendering():
 
 
 @pytest.mark.parametrize("density", [1e10, 1e20, 1e38, float("inf")])
-def test_something_opaque_hides_what_is_behind_it_and_nothing_else(density):
+def test_ray_weights_opaque(density):
     """A wall, however dense, behind a thin fog: rays before and after it in the buffer are those without it."""
     sigma = torch.tensor([[1.0, 2.0, 0.5, 1.0], [1.0, density, 3.0, 1.0], [1.0, 2.0, 0.5, 1.0]])
     dt = torch.full_like(sigma, 0.5)
@@ -131,7 +134,8 @@ def near_far_of_the_cube(origins, directions):
     return ends.amax(0).amin(1) - ends.amin(0).amax(1).clamp(min=0.01)
 
 
-def test_every_ray_has_all_its_samples_and_they_fill_it():
+def test_importance_sampler_fills_rays():
+    """Every ray has all its samples and they fill it."""
     renderer = vanilla()
     origins, directions = some_rays()
     near, far = kernels.near_far(origins, directions, 1.0, 0.01)
@@ -151,7 +155,8 @@ def test_every_ray_has_all_its_samples_and_they_fill_it():
         assert torch.equal(samples.ray_ids, torch.arange(36).repeat_interleave(18)) and not samples.overflow
 
 
-def test_the_second_pass_goes_where_the_first_found_something():
+def test_importance_sampler_second_pass():
+    """The second pass goes where the first found something."""
     renderer = vanilla(num_steps=32, upsample_steps=32)
     renderer.field.density = lambda x, **_: 50.0 * (x.norm(dim=-1) < 0.3)
     origins, directions = torch.tensor([[0.0, 0.0, 3.0]]), torch.tensor([[0.0, 0.0, -1.0]])
@@ -159,7 +164,8 @@ def test_the_second_pass_goes_where_the_first_found_something():
     assert ((t > 2.6) & (t < 2.95)).sum() > 32  # of 64 samples on a length of 2; even ones alone would be 6
 
 
-def test_places_carry_no_gradient_and_rays_do():
+def test_importance_sampler_ray_gradients():
+    """Places carry no gradient and rays do."""
     renderer = vanilla()
     origins, directions = (part.requires_grad_() for part in some_rays())
     samples = renderer.sampler.sample(origins, directions, seeded())
@@ -172,7 +178,8 @@ def test_places_carry_no_gradient_and_rays_do():
     assert all(parameter.grad is None for parameter in renderer.field.parameters())
 
 
-def test_gradients_are_those_of_fixed_samples():
+def test_importance_sampler_fixed_gradients():
+    """Gradients are those of fixed samples."""
     found = []
     for fixed in (False, True):
         renderer = vanilla()
@@ -187,20 +194,23 @@ def test_gradients_are_those_of_fixed_samples():
     assert torch.equal(*found) and found[0].abs().max() > 0
 
 
-def test_samples_repeat_with_the_generator():
+def test_importance_sampler_repeats():
+    """Samples repeat with the generator."""
     renderer = vanilla()
     first, again, other = (renderer.sampler.sample(*some_rays(), seeded(s)).t for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_no_second_pass_is_even_samples():
+def test_importance_sampler_one_pass():
+    """No second pass is even samples."""
     renderer = vanilla(upsample_steps=0)
     renderer.field.density = None  # nobody asks it
     assert renderer.sampler.sample(*some_rays(), None).t.shape == (36 * 12,)
 
 
 @pytest.mark.parametrize("normals", ["analytic", "finite_difference"])
-def test_nothing_waits_for_the_device(normals, nothing_read):
+def test_importance_sampler_does_not_wait(normals, nothing_read):
+    """Nothing waits for the device."""
     renderer = vanilla(normals=normals)
     offered, light = some_rays(), torch.tensor([0.0, 0.0, 1.0])
     with nothing_read:
@@ -210,7 +220,8 @@ def test_nothing_waits_for_the_device(normals, nothing_read):
 
 
 @pytest.mark.parametrize("background", [None, torch.tensor([0.2, 0.4, 0.6])])
-def test_a_view_is_what_training_renders(monkeypatch, background):
+def test_importance_sampler_view(monkeypatch, background):
+    """A view is what training renders."""
     renderer = vanilla(bg_radius=1.4)
     cameras = make_cameras(*torch.tensor([[70.0, 90.0], [20.0, -60.0], [3.0, 3.0], [50.0, 30.0]]))
     offered = tuple(part.reshape(-1, 3) for part in rays(cameras, 12, 20))
@@ -238,7 +249,8 @@ def test_a_view_is_what_training_renders(monkeypatch, background):
     assert 0 < seen.sum() < len(seen) and (view.normal.view(-1, 3)[out.opacity < 1e-4] == 0).all()
 
 
-def test_it_has_no_state():
+def test_importance_sampler_state():
+    """It has no state."""
     sampler = vanilla().sampler
     sampler.update(seeded())
     sampler.adapt_capacity(5)
@@ -288,7 +300,7 @@ def quadrature(field, origins, directions, steps=20_000) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def picture(sampler, origins, directions) -> torch.Tensor:
+def image(sampler, origins, directions) -> torch.Tensor:
     renderer = VolumeRenderer.__new__(VolumeRenderer)
     renderer.field, renderer.config, renderer.sampler = sampler.field, sampler.config, sampler
     out = renderer.train_rays(origins, directions, background=torch.ones(3))
@@ -302,28 +314,30 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_more_samples_come_closer_to_the_integral(sampler):
+def test_samplers_converge(sampler):
+    """More samples come closer to the integral."""
     offered = some_rays()
     exact = quadrature(Cloud(), *offered)
     assert exact[:, :3].min() < 0.8  # something is seen
     # The error of middles is at least of the first order in the step, and four times as many samples quarter that.
-    errors = [error(picture(SAMPLERS[sampler](n), *offered), exact) for n in (16, 64, 256, 1024)]
+    errors = [error(image(SAMPLERS[sampler](n), *offered), exact) for n in (16, 64, 256, 1024)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 27 * errors[3]
 
 
-def test_importance_pays():
-    """At the same number of samples the picture is closer where they follow the weights."""
+def test_importance_sampler_error():
+    """At the same number of samples the image is closer where they follow the weights."""
     offered = some_rays()
     exact = quadrature(Ball(), *offered)
 
     def error_of(even, more):
         config = RenderConfig(num_steps=even, upsample_steps=more)
-        return error(picture(ImportanceSampler(Ball(), config), *offered), exact)
+        return error(image(ImportanceSampler(Ball(), config), *offered), exact)
 
     assert error_of(32, 16) < 0.7 * error_of(48, 0)
 
 
-def test_a_sampler_belongs_to_the_backbone():
+def test_make_sampler_by_backbone():
+    """A sampler belongs to the backbone."""
     assert isinstance(vanilla().sampler, ImportanceSampler)
     grid = make_field(FieldConfig(n_levels=2, log2_hashmap_size=8), 1.0, seeded())
     assert isinstance(VolumeRenderer(grid, RenderConfig(occupancy_resolution=8)).sampler, OccupancySampler)
