@@ -1,7 +1,7 @@
 """Mesh refinement against the field that it began from. `python -m dream_fast.bench sharpness`.
 
 For each prompt one run, and one with --dmtet that starts from it, by the command's own path. Of both, from the eight
-azimuths of `quality`: the share of pictures in which the judge sees the object (and its colour), and how sharp the
+azimuths of `quality`: the share of pictures in which the classifier sees the object (and its colour), and how sharp the
 shape is, in 512 x 512 textureless pictures lit from the camera. Sharpness is the mean length of the brightness'
 gradient (central differences, per pixel) where it counts:
 
@@ -11,7 +11,7 @@ gradient (central differences, per pixel) where it counts:
     own_creases  the same of each picture's own normals: a field's are mostly noise
     rest         the inner pixels that are none of its own creases
 
-The refinement has to be 1.3 times as sharp on the mean of silhouette and creases, and not worse for the judge.
+The refinement has to be 1.3 times as sharp on the mean of silhouette and creases, and not worse for the classifier.
 Written to <work>/sharpness.json, with a picture of both beside one another.
 """
 
@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dream_fast.bench.finished_run import load_finished
-from dream_fast.bench.quality.classifier import load_judge
+from dream_fast.bench.quality.classifier import load_classifier
 from dream_fast.bench.quality.protocol import AZIMUTHS
-from dream_fast.bench.quality.run import assess, pictures_of
+from dream_fast.bench.quality.run import assess, render_views
 from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.export.images import save_grid
@@ -42,7 +42,7 @@ FACTOR = 1.3
 
 
 class Look(NamedTuple):
-    """What a finished run looks like from all sides, and what the judge says."""
+    """What a finished run looks like from all sides, and what the classifier says."""
 
     scores: dict[str, float | None]
     brightness: Tensor  # [8, H, W] textureless, over black
@@ -53,7 +53,7 @@ class Look(NamedTuple):
 @torch.no_grad()
 def look(trainer: Trainer, prompt: str) -> Look:
     """A run with its averaged weights."""
-    found = assess(load_judge(), pictures_of(trainer).cpu(), prompt)
+    found = assess(load_classifier(), render_views(trainer).cpu(), prompt)
     cameras = turntable(trainer.config.camera, AZIMUTHS, trainer.device)
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():

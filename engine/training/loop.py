@@ -22,7 +22,7 @@ from dream_fast.engine.training.divergence import (
     MAX_NONFINITE_STEPS,
     DegenerateScene,
     degenerate_message,
-    diagnosis,
+    nonfinite_message,
     outweighed_message,
 )
 from dream_fast.engine.training.failures import memory_message
@@ -163,7 +163,7 @@ class Loop:
         """Raises UserError: when too many steps in a row had no finite gradient."""
         skipped = int(self.trainer.skipped_in_a_row)
         if skipped >= MAX_NONFINITE_STEPS:
-            raise UserError(diagnosis(self.config, skipped, row))
+            raise UserError(nonfinite_message(self.config, skipped, row))
 
     def _check_object(self) -> None:
         """Warn of an object that vanished or fills the scene, once for each. Raises DegenerateScene: with --rescue."""
@@ -191,8 +191,8 @@ def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     rates = {f"lr_{group}": rate for group, rate in trainer.optimizer.learning_rates(decay).items()}
     return {
         "step": trainer.step,
-        "phase": result.phase.name,
-        "shading": result.phase.shading,
+        "phase": result.phase,
+        "shading": result.shading,
         "loss": _finite_number(torch.stack(list(result.terms.values())).sum()),
         **terms,
         "t": result.t.tolist(),

@@ -12,6 +12,7 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model import attention
 from dream_fast.engine.guidance.model.attention import (
     OPERATORS,
@@ -288,13 +289,15 @@ def test_auto_takes_what_works_and_guidance_runs_with_every_choice_in_a_graph(ti
         score = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
         for seed in (0, 1):  # the second replays
             picture = picture.detach().requires_grad_()
-            score(picture, cond, uncond, generator=torch.Generator("cuda").manual_seed(seed)).loss.backward()
+            score(
+                picture, cond, uncond, StepInputs(generator=torch.Generator("cuda").manual_seed(seed))
+            ).loss.backward()
         gradients[kind] = picture.grad
     exact = in_dtype(load_components(tiny_model, "cuda", torch.float32, attention="sdpa"), torch.float64)
     score = ScoreDistillation(exact, GuidanceConfig(guidance_scale=10.0), cuda_graphs=False)
     picture = picture.detach().requires_grad_()
     cond, uncond = cond.double(), uncond.double()
-    score(picture, cond, uncond, generator=torch.Generator("cuda").manual_seed(1)).loss.backward()
+    score(picture, cond, uncond, StepInputs(generator=torch.Generator("cuda").manual_seed(1))).loss.backward()
     for kind in kinds:
         check(kind, gradients[kind], gradients["sdpa"], picture.grad.double())
 

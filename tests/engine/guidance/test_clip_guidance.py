@@ -14,6 +14,7 @@ from dream_fast.engine.config.sections import CameraConfig, GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance, clip_guidance, clip_views, load_clip
+from dream_fast.engine.guidance.prompts import ViewAngles
 from dream_fast.engine.scene.camera import Cameras, turntable
 
 SIZE = 24
@@ -22,7 +23,7 @@ NO_TEXTS: dict[str, str] = {}
 
 def guidance(folder: Path, text: str = "a hamburger", own: dict[str, str] = NO_TEXTS, **settings) -> ClipGuidance:
     config = GuidanceConfig(guidance=("clip",), **settings)
-    return clip_guidance(str(folder), "cpu", text, own, config, 30.0)
+    return clip_guidance(str(folder), "cpu", text, own, config, ViewAngles(30.0))
 
 
 def pictures(batch: int, side: int = SIZE) -> torch.Tensor:

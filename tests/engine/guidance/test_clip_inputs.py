@@ -12,6 +12,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance import clip
 from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance, clip_guidance, clip_views, load_clip
+from dream_fast.engine.guidance.prompts import ViewAngles
 from dream_fast.engine.scene.camera import turntable
 
 OWN = {"back": "its rear"}
@@ -19,7 +20,9 @@ CAMERAS = turntable(CameraConfig(), 1, "cpu")
 
 
 def guidance(folder: Path, **settings: Any) -> ClipGuidance:
-    return clip_guidance(str(folder), "cpu", "a mug", OWN, GuidanceConfig(guidance=("clip",), **settings), 30.0)
+    return clip_guidance(
+        str(folder), "cpu", "a mug", OWN, GuidanceConfig(guidance=("clip",), **settings), ViewAngles(30.0)
+    )
 
 
 @pytest.fixture
@@ -102,12 +105,12 @@ def test_clip_guidance_passes_everything_on(tiny_clip: Path, monkeypatch: pytest
     asked = []
     monkeypatch.setattr(clip, "load_clip", lambda *words: asked.append(words) or loaded)
     config = GuidanceConfig(guidance=("clip",))
-    guide = clip_guidance("a folder", "a device", "a mug", OWN, config, 20.0, 45.0, 60.0)
+    guide = clip_guidance("a folder", "a device", "a mug", OWN, config, ViewAngles(20.0, 45.0, 60.0))
     assert asked == [("a folder", "a device")]
     assert torch.equal(guide.views, views) and not torch.equal(
         views[2], clip_views(*load_clip(str(tiny_clip), "cpu"), "a mug")[2]
     )
-    assert (guide.config, guide.angle_overhead, guide.view_blend, guide.angle_front) == (config, 20.0, 45.0, 60.0)
+    assert guide.config is config and guide.angles == (20.0, 45.0, 60.0)
 
 
 def test_clip_guidance_is_given_the_gradient_that_it_returns(tiny_clip: Path) -> None:

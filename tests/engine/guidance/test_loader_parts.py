@@ -76,12 +76,12 @@ def test_every_option_of_a_load_is_passed_on(tiny_model: Path, monkeypatch: pyte
     monkeypatch.setattr(loader, "prepare_components", lambda *words, **options: prepared.append((words, options)))
     kept = AttentionChoice("cudnn", "matmul")
     plain = load_components("nobody/model", "cpu")
-    given = dict(vram_O=True, attention="xformers", kept=kept, compiled=("unet",))
+    given = dict(vram_O=True, attention="xformers", previous=kept, compiled=("unet",))
     address = "https://huggingface.co/nobody/model/tree/v2"
     other = load_components(address, "cpu", torch.float16, need_vae_decoder=True, **given)
     assert found == [(("nobody/model", "SD"), {"half": False}), ((address, "SD"), {"half": True})]
     assert checked == [(tiny_model, "SD", "nobody/model"), (tiny_model, "SD", "nobody/model@v2")]
-    defaults = dict(vram_O=False, attention="auto", kept=None, compiled=())
+    defaults = dict(vram_O=False, attention="auto", previous=None, compiled=())
     assert prepared == [((plain, 77), defaults), ((other, 77), given)]
     assert (plain.name, plain.dtype, plain.device) == ("nobody/model", torch.float32, torch.device("cpu"))
     assert (other.name, other.dtype, other.t5, other.window) == (address, torch.float16, False, 77)
@@ -307,7 +307,7 @@ def test_an_attention_that_is_named_or_kept_is_chosen(monkeypatch: pytest.Monkey
     kept = AttentionChoice("cudnn", "matmul")
     for options in ({}, {"vram_O": True}):
         for wanted, earlier in (("cudnn", None), ("auto", kept), ("sdpa", kept)):
-            done, components = Prepared(monkeypatch, size=64)(attention=wanted, kept=earlier, **options)
+            done, components = Prepared(monkeypatch, size=64)(attention=wanted, previous=earlier, **options)
             assert done[-1] == ("attention", wanted, earlier) and components.attention == (wanted, wanted)
 
 

@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model import checks
 from dream_fast.engine.guidance.model.components import Components, load_components
+from dream_fast.engine.guidance.perp_neg import Negatives
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.sds import Draws, Prompts, ScoreDistillation, distillation_gradient
 from dream_fast.engine.guidance.snapshots import guidance_images
 
 SIZE = 16
@@ -117,11 +119,11 @@ def test_the_gradient_is_that_of_the_picture_with_the_first_three_channels_as_no
     rgb = torch.rand(4, 3, side, side, generator=generator(1)).requires_grad_()
     cond, uncond = torch.randn(2, 4, 77, 24, generator=generator(2))
     score = ScoreDistillation(components, GuidanceConfig(guidance_scale=20.0, lambda_guidance=4.0))
-    result = score(rgb, cond, uncond, generator=generator(3))
+    result = score(rgb, cond, uncond, StepInputs(generator=generator(3)))
     result.loss.backward()
 
     drawn = generator(3)
-    t = score.timesteps(4, 0.0, drawn)
+    t = score.draw_timesteps(4, StepInputs(generator=drawn))
     noise = torch.randn(4, 3, SIZE, SIZE, generator=drawn)
     assert torch.equal(t, result.t)
     seen = []
@@ -146,7 +148,7 @@ def test_every_score_guides_pixels(components: Components, options: dict) -> Non
     rgb = torch.rand(1, 3, 24, 24, generator=generator(1)).requires_grad_()
     cond, uncond = torch.randn(2, 1, 77, 24, generator=generator(2))
     config = GuidanceConfig(guidance_scale=7.5, **options)
-    ScoreDistillation(components, config)(rgb, cond, uncond, generator=generator(3)).loss.backward()
+    ScoreDistillation(components, config)(rgb, cond, uncond, StepInputs(generator=generator(3))).loss.backward()
     assert torch.isfinite(rgb.grad).all() and rgb.grad.abs().max() > 0
 
 
@@ -155,12 +157,13 @@ def test_perp_neg_of_a_batch_is_that_of_its_samples(components: Components, in_f
     z, noise = torch.randn(2, 3, 3, SIZE, SIZE, generator=generator(1))
     cond, uncond = torch.randn(2, 3, 77, 24, generator=generator(2))
     others, weights = torch.randn(2, 77, 24, generator=generator(4)), torch.tensor([[-1.0, 0], [0, -2.0], [0, 0]])
-    score, t = ScoreDistillation(components, GuidanceConfig(perpneg=True)), torch.tensor([100, 500, 900])
+    config, t = GuidanceConfig(perpneg=True), torch.tensor([100, 500, 900])
     scale = {"guidance_scale": torch.tensor(20.0)}
-    whole, *_ = score._gradient(z, t, cond, uncond, scale, noise, others, weights)
+    given = Prompts(cond, uncond, Negatives(others, weights))
+    whole, *_ = distillation_gradient(components, config, z, Draws(t, noise), given, scale)
     models = (components, in_fp64(components))
     check("turned", whole, *(by_hand(model, z, t, cond, uncond, noise, others, weights) for model in models))
-    plain, *_ = score._gradient(z, t, cond, uncond, scale, noise)
+    plain, *_ = distillation_gradient(components, config, z, Draws(t, noise), Prompts(cond, uncond), scale)
     without = [by_hand(model, z, t, cond, uncond, noise) for model in models]
     check("plain", plain, *without)
     check("weights of 0", whole[2], without[0][2], without[1][2])
@@ -170,7 +173,9 @@ def test_perp_neg_of_a_batch_is_that_of_its_samples(components: Components, in_f
 def test_latents_are_refused(components: Components) -> None:
     prompts = torch.zeros(1, 77, 24)
     with pytest.raises(ValueError, match="the model works on pixels"):
-        ScoreDistillation(components, GuidanceConfig())(torch.zeros(1, 3, 16, 16), prompts, prompts, latents=True)
+        ScoreDistillation(components, GuidanceConfig())(
+            torch.zeros(1, 3, 16, 16), prompts, prompts, StepInputs(latents=True)
+        )
 
 
 def test_it_paints_and_shows_what_it_sees_without_a_decoder(components: Components) -> None:
@@ -243,7 +248,7 @@ def test_what_is_no_first_stage_of_if_is_one_sentence(broken: Path, tiny_if_mode
         load_components(tiny_if_model, "cpu")
     config = UNet2DConditionModel.load_config(broken / "unet")
     UNet2DConditionModel.from_config(config | {"in_channels": 6}).save_pretrained(broken / "unet")
-    with pytest.raises(UserError, match="maps 6 to 6 channels, but .* its later stages enlarge pictures"):
+    with pytest.raises(UserError, match="maps 6 to 6 channels, but .* its later stages enlarge images"):
         load_components(broken, "cpu", kind="IF")
     UNet2DConditionModel.from_config(config | {"encoder_hid_dim": 40}).save_pretrained(broken / "unet")
     with pytest.raises(UserError, match="width 24 but its unet expects 40"):

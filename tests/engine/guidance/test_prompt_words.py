@@ -65,7 +65,7 @@ def test_every_side_and_the_negative_prompt_are_encoded(monkeypatch, caplog) -> 
     )
     negative = "n" * 14  # as many as fit beside two markers: nothing comes behind it
     with caplog.at_level(logging.WARNING):
-        made = PromptEmbeddings(components, "ab", negative, own={"overhead": "o" * 14, "side": "s"})
+        made = PromptEmbeddings(components, "ab", negative, view_prompts={"overhead": "o" * 14, "side": "s"})
     assert encoded == [["ab, front view", "s", "ab, back view", "o" * 14, negative]] and not caplog.records
     assert torch.equal(made.views, torch.eye(5)[:4, None]) and torch.equal(made.negative, torch.eye(5)[4:, None])
     assert freed == [True]

@@ -9,7 +9,7 @@ import torch
 
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.guidance.model.components import Components, load_components
-from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings, encode, view_weights
+from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings, ViewAngles, encode, view_weights
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def components(tiny_model: Path) -> Components:
     ],
 )
 def test_weights_of_the_views(azimuth: float, polar: float, weights: list[float]) -> None:
-    got = view_weights(torch.tensor([float(azimuth)]), torch.tensor([float(polar)]), 30.0)
+    got = view_weights(torch.tensor([float(azimuth)]), torch.tensor([float(polar)]), ViewAngles(30.0))
     assert torch.equal(got, torch.tensor([weights], dtype=torch.float32))  # quarters of the half turn are exact
 
 
@@ -48,13 +48,13 @@ def test_weights_between_the_views_are_linear_in_the_azimuth() -> None:
         r = 1 - azimuth.to(dtype).abs() / 90
         return torch.stack([r.clamp(min=0), 1 - r.abs(), (-r).clamp(min=0), 0 * r], dim=1)
 
-    got = view_weights(azimuth, torch.full_like(azimuth, 90.0), 30.0)
+    got = view_weights(azimuth, torch.full_like(azimuth, 90.0), ViewAngles(30.0))
     check("weights", got, expected(torch.float32), expected(torch.float64))
 
 
 def test_views_may_turn_into_each_other_over_fewer_degrees() -> None:
     azimuth = torch.tensor([0.0, 34.0, -40.0, 45.0, 50.0, 56.0, 124.0, -135.0, 146.0])
-    front, side, back, overhead = view_weights(azimuth, torch.full((9,), 90.0), 30.0, 20.0).T
+    front, side, back, overhead = view_weights(azimuth, torch.full((9,), 90.0), ViewAngles(30.0, 20.0)).T
     assert front.tolist() == [1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0]
     assert back.tolist() == [0, 0, 0, 0, 0, 0, 0, 0.5, 1]
     assert torch.equal(front + side + back, torch.ones(9))
@@ -63,7 +63,9 @@ def test_views_may_turn_into_each_other_over_fewer_degrees() -> None:
 
 def names_of(azimuth: list[float], polar: float, angle_front: float) -> list[str]:
     """The one view of each camera that the thresholded prompt names."""
-    weights = view_weights(torch.tensor(azimuth), torch.full((len(azimuth),), polar), 30.0, 20.0, angle_front)
+    weights = view_weights(
+        torch.tensor(azimuth), torch.full((len(azimuth),), polar), ViewAngles(30.0, 20.0, angle_front)
+    )
     assert weights.shape == (len(azimuth), 4) and weights.dtype == torch.float32
     assert torch.equal(weights.sum(dim=-1), torch.ones(len(azimuth))) and ((weights == 0) | (weights == 1)).all()
     return [VIEWS[index] for index in weights.argmax(dim=-1).tolist()]
@@ -81,7 +83,7 @@ def test_with_a_front_angle_a_camera_sees_one_side() -> None:
 def test_weighing_the_views_reads_no_value(nothing_read) -> None:
     with nothing_read:
         for angle_front in (None, 60.0):
-            view_weights(torch.tensor([0.0, 100.0]), torch.tensor([90.0, 10.0]), 30.0, 90.0, angle_front)
+            view_weights(torch.tensor([0.0, 100.0]), torch.tensor([90.0, 10.0]), ViewAngles(30.0, 90.0, angle_front))
 
 
 def by_diffusers(components: Components, texts: list[str]) -> torch.Tensor:
@@ -110,8 +112,8 @@ def test_embeddings_are_the_encoded_prompts_blended(both: tuple[Components, Comp
     empty = by_diffusers(both[1], [""])
     assert error(prompts.negative, empty) > 100 * error(prompts.negative, by_diffusers(both[1], ["blurry"]))
     azimuth, polar = torch.tensor([0.0, 22.5, -135.0, 180.0]), torch.tensor([90.0, 60.0, 90.0, 10.0])
-    cond, uncond = prompts.embeddings(azimuth, polar, 30.0)
-    sharp, _ = prompts.embeddings(azimuth, polar, 30.0, 90.0, 60.0)
+    cond, uncond = prompts.embeddings(azimuth, polar, ViewAngles(30.0))
+    sharp, _ = prompts.embeddings(azimuth, polar, ViewAngles(30.0, 90.0, 60.0))
     blended, thresholded = [], []
     for model in both:
         front, side, back, overhead = by_diffusers(model, texts)
@@ -126,12 +128,12 @@ def test_embeddings_are_the_encoded_prompts_blended(both: tuple[Components, Comp
 
 def test_a_side_may_have_a_text_of_its_own(both: tuple[Components, Components]) -> None:
     own = {"back": "the back of a red mug", "overhead": "the inside of a red mug"}
-    prompts = PromptEmbeddings(both[0], "a red mug", own=own, keep_text_encoder=True)
+    prompts = PromptEmbeddings(both[0], "a red mug", view_prompts=own, keep_text_encoder=True)
     texts = ["a red mug, front view", "a red mug, side view", own["back"], own["overhead"]]
     check("views", prompts.views, *(by_diffusers(model, texts) for model in both))
     check("negative", prompts.negative, *(by_diffusers(model, [""]) for model in both))
-    with pytest.raises(ValueError, match="own has texts of front, side, back, overhead, not of below, left"):
-        PromptEmbeddings(both[0], "a red mug", own={"left": "a", "below": "b"})
+    with pytest.raises(ValueError, match="view_prompts has texts of front, side, back, overhead, not of below, left"):
+        PromptEmbeddings(both[0], "a red mug", view_prompts={"left": "a", "below": "b"})
 
 
 def test_own_texts_that_do_not_fit_are_cut_and_leave_room_for_no_side(
@@ -139,11 +141,13 @@ def test_own_texts_that_do_not_fit_are_cut_and_leave_room_for_no_side(
 ) -> None:
     """75 letters fit. A text of its own has no ending, and the prompt need not fit where it is not used."""
     with caplog.at_level(logging.WARNING):
-        whole = PromptEmbeddings(components, "x", own={"back": "a" * 70 + " bbbbb"}, keep_text_encoder=True)
+        whole = PromptEmbeddings(components, "x", view_prompts={"back": "a" * 70 + " bbbbb"}, keep_text_encoder=True)
         every = {view: "a red mug" for view in VIEWS}
-        PromptEmbeddings(components, "not " * 40, own=every, keep_text_encoder=True)
+        PromptEmbeddings(components, "not " * 40, view_prompts=every, keep_text_encoder=True)
         assert not caplog.records
-        cut = PromptEmbeddings(components, "x", own={"back": "a" * 70 + " bbbbb dragon"}, keep_text_encoder=True)
+        cut = PromptEmbeddings(
+            components, "x", view_prompts={"back": "a" * 70 + " bbbbb dragon"}, keep_text_encoder=True
+        )
     (record,) = caplog.records
     assert record.getMessage().endswith("left out: dragon")
     assert torch.equal(cut.views, whole.views)
@@ -165,7 +169,7 @@ def test_text_encoder_is_freed_once_the_prompts_are_embedded(components: Compone
 
 def test_embeddings_take_the_dtype_of_the_model(tiny_model: Path) -> None:
     prompts = PromptEmbeddings(load_components(tiny_model, "cpu", torch.bfloat16), "a red mug")
-    cond, uncond = prompts.embeddings(torch.tensor([10.0]), torch.tensor([90.0]), 30.0)
+    cond, uncond = prompts.embeddings(torch.tensor([10.0]), torch.tensor([90.0]), ViewAngles(30.0))
     assert cond.dtype == uncond.dtype == torch.bfloat16
 
 

@@ -14,8 +14,9 @@ from dream_fast.engine.config.presets import dream_mini_cpu
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import Components, load_components
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.sds import Draws, Prompts, ScoreDistillation, distillation_gradient
 
 SCORES = ("sds", "csd", "asd", "sdi")
 SCALE, STEPS = 7.5, 4
@@ -102,7 +103,9 @@ def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: C
     cond, uncond = prompts(batch)
     called = []
     hook = components.unet.register_forward_pre_hook(lambda module, inputs: called.append(len(inputs[0]) // batch))
-    result = ScoreDistillation(components, config(score))(z, cond, uncond, generator=generator(3), latents=True)
+    result = ScoreDistillation(components, config(score))(
+        z, cond, uncond, StepInputs(generator=generator(3), latents=True)
+    )
     hook.remove()
     draws = generator(3)
     t = torch.randint(LOW, HIGH + 1, (batch,), generator=draws)
@@ -118,7 +121,9 @@ def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: C
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_pictures_get_the_gradient_of_their_latents(components: Components, in_fp64: Callable, score: str) -> None:
+def test_pictures_get_the_gradient_of_their_latents(
+    components: Components, in_fp64: Callable, mse_distillation: type, score: str
+) -> None:
     """Through the encoder, by both methods: the gradient of the latents times the encoder's own derivative."""
     cond, uncond = prompts(2)
     pictures = torch.rand(2, 3, 32, 32, generator=generator(8))
@@ -130,9 +135,9 @@ def test_pictures_get_the_gradient_of_their_latents(components: Components, in_f
         z = (posterior.mean + posterior.std * draw) * 0.18215
         return torch.autograd.grad(z, rgb, gradient.to(model.dtype) / 2)[0]
 
-    for method in ("sds", "mse"):
+    for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
         rgb = pictures.clone().requires_grad_()
-        result = ScoreDistillation(components, config(score), method=method)(rgb, cond, uncond, generator=generator(3))
+        result = cls(components, config(score))(rgb, cond, uncond, StepInputs(generator=generator(3)))
         result.loss.backward()
         models = (components, in_fp64(components))
         check(method, rgb.grad, *(through_the_encoder(model, result.gradient) for model in models))
@@ -145,7 +150,9 @@ def test_classifier_score_holds_no_noise(components: Components) -> None:
     cond, _ = prompts(1)
     left = {
         score: float(
-            ScoreDistillation(components, config(score))(z, cond, cond, generator=generator(3), latents=True).grad_norm
+            ScoreDistillation(components, config(score))(
+                z, cond, cond, StepInputs(generator=generator(3), latents=True)
+            ).grad_norm
         )
         for score in SCORES
     }
@@ -154,19 +161,25 @@ def test_classifier_score_holds_no_noise(components: Components) -> None:
 
 
 def test_the_higher_level_ends_with_the_schedule(components: Components) -> None:
-    score = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(0.02, 1.0)))
-    z = torch.ones(4, 4, 8, 8)
-    _, level = score._noisier(z, torch.tensor([20, 39, 520, 990]), torch.zeros_like(z))
-    assert level.tolist() == [20, 40, 570, 999]
+    z, t, calls = torch.ones(4, 4, 8, 8), torch.tensor([20, 39, 520, 990]), []
+    config = GuidanceConfig(objective="asd", t_range=(0.02, 1.0))
+    hook = components.unet.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1]))
+    distillation_gradient(components, config, z, Draws(t, torch.zeros_like(z)), Prompts(*prompts(4)), {})
+    hook.remove()
+    assert calls[0].tolist() == [*t.tolist(), *t.tolist(), 20, 40, 570, 999]
 
 
 @pytest.mark.parametrize("score", ["sds", "asd"])
 @pytest.mark.parametrize("method", ["sds", "mse"])
-def test_the_gradient_is_clamped_by_element(components: Components, score: str, method: str) -> None:
+def test_the_gradient_is_clamped_by_element(
+    components: Components, mse_distillation: type, score: str, method: str
+) -> None:
+    cls = mse_distillation if method == "mse" else ScoreDistillation
+
     def guided(limit: float) -> tuple[Tensor, Tensor, Tensor]:
         z = torch.randn(2, 4, 8, 8, generator=generator(8)).requires_grad_()
-        sds = ScoreDistillation(components, config(score, clip_grad_latent=limit, lambda_guidance=2.0), method=method)
-        result = sds(z, *prompts(2), generator=generator(3), latents=True)
+        sds = cls(components, config(score, clip_grad_latent=limit, lambda_guidance=2.0))
+        result = sds(z, *prompts(2), StepInputs(generator=generator(3), latents=True))
         result.loss.backward()
         return result.gradient, z.grad, result.grad_norm
 
@@ -192,10 +205,9 @@ def test_a_clamp_does_not_hide_what_is_not_finite(components: Components, bad: f
 
     monkeypatch.setattr(components.unet, "forward", overflowing)
     z = torch.randn(1, 4, 8, 8, generator=generator(8))
-    sds = ScoreDistillation(components, config("csd", clip_grad_latent=0.5))
-    cond, uncond = prompts(1)
     noise, t = torch.randn(z.shape, generator=generator(1)), torch.tensor([500])
-    gradient, *_ = sds._gradient(z, t, cond, uncond, {"guidance_scale": torch.tensor(SCALE)}, noise)
+    given = Draws(t, noise), Prompts(*prompts(1)), {"guidance_scale": torch.tensor(SCALE)}
+    gradient, *_ = distillation_gradient(components, config("csd", clip_grad_latent=0.5), z, *given)
     assert not torch.isfinite(torch.linalg.vector_norm(gradient))
     assert torch.isfinite(gradient[:, 1:]).all()
 
@@ -229,11 +241,10 @@ def test_the_forbidden_is_noticed() -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, score: str) -> None:
     z, noise = torch.randn(2, 2, 4, 8, 8, generator=generator(1))
-    cond, uncond = prompts(2)
+    draws, given = Draws(torch.tensor([300, 700]), noise), Prompts(*prompts(2))
+    scalars = {"guidance_scale": torch.tensor(SCALE)}
     with Forbidden() as noticed, torch.no_grad():
-        ScoreDistillation(components, config(score))._gradient(
-            z, torch.tensor([300, 700]), cond, uncond, {"guidance_scale": torch.tensor(SCALE)}, noise
-        )
+        distillation_gradient(components, config(score), z, draws, given, scalars)
     assert noticed.found == []
 
 
@@ -280,9 +291,9 @@ def test_the_loss_of_the_clean_latent_is_the_same_difference_at_another_weight(
     cond, uncond = prompts(2)
     z = torch.randn(2, 4, 8, 8, generator=generator(3))
     t, noise = torch.tensor([300, 700]), torch.randn(2, 4, 8, 8, generator=generator(4))
-    numbers = {"guidance_scale": torch.tensor(SCALE)}
+    given = Draws(t, noise), Prompts(cond, uncond), {"guidance_scale": torch.tensor(SCALE)}
     plain, x0 = (
-        ScoreDistillation(components, config(score, loss_space=space))._gradient(z, t, cond, uncond, numbers, noise)[0]
+        distillation_gradient(components, config(score, loss_space=space), z, *given).gradient
         for space in ("noise", "x0")
     )
     expected = []
@@ -309,9 +320,9 @@ def test_the_clean_latent_is_rescaled_before_it_is_compared(components: Componen
 
     cond, uncond = prompts(1)
     z, noise = (torch.randn(1, 4, 8, 8, generator=generator(seed)) for seed in (3, 4))
-    sds = ScoreDistillation(components, config("sds", loss_space="x0", guidance_rescale=1.0, lambda_guidance=0.5))
-    numbers = {"guidance_scale": torch.tensor(SCALE)}
-    gradient, noisy, clean = sds._gradient(z, torch.tensor([500]), cond, uncond, numbers, noise)
+    settings = config("sds", loss_space="x0", guidance_rescale=1.0, lambda_guidance=0.5)
+    given = Draws(torch.tensor([500]), noise), Prompts(cond, uncond), {"guidance_scale": torch.tensor(SCALE)}
+    gradient, noisy, clean = distillation_gradient(components, settings, z, *given)
     assert torch.equal(gradient, 0.5 * (z - clean))
     expected = [
         rescale_noise_cfg(

@@ -99,7 +99,7 @@ def test_what_cannot_be_shown_latents_waits_until_they_are_over(keys) -> None:
 def test_the_image_model_of_several_is_the_first() -> None:
     """A sum decodes latents with its first diffusion model; CLIP has none."""
     text, clip = object.__new__(DiffusionGuidance), object.__new__(ClipGuidance)
-    text.score = SimpleNamespace(components="the model")
+    text.distillation = SimpleNamespace(components="the model")
     assert text.components == GuidanceSum({"clip": clip, "SD": text}).components == "the model"
     assert clip.components is None and GuidanceSum({"clip": clip}).components is None
 

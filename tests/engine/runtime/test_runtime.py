@@ -123,7 +123,7 @@ def test_importing_diffusers_says_nothing_about_xformers():
 )
 def test_memory_in_growing_segments_is_for_vram_O_and_the_environment_wins(vram_O, variable, wanted, monkeypatch):
     given = []
-    monkeypatch.setattr(runtime, "_take_memory_by", given.append)
+    monkeypatch.setattr(runtime, "_set_allocator", given.append)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     for name in runtime.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)

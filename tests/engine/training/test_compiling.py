@@ -34,7 +34,7 @@ def filled():
 def test_every_part_of_a_run_is_there_and_nothing_runs(filled):
     config = small_config("cpu")
     names = {launch.kernel.__name__ for launch in collect_launches(config, choose_runtime(config))}
-    for part in ("field_fwd", "field_bwd", "scatter", "march", "composite_backward", "threshold", "adan", "shade"):
+    for part in ("field_fwd", "field_bwd", "scatter", "march", "composite_bwd", "threshold", "adan", "shade"):
         assert any(part in name for name in names), part
     # Afterwards operators compute again.
     assert torch.isfinite(_one_step(config)).all()

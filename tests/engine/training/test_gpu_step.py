@@ -19,13 +19,14 @@ from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.base import StepInputs
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.runtime.cuda_graph import static_copy
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.scene.camera import rays, sample_cameras
-from dream_fast.engine.training.phases import choose_phase
 from dream_fast.engine.training.trainer import Trainer
 
 pytestmark = [
@@ -41,10 +42,7 @@ def make_trainer(**changes) -> Trainer:
     runtime = choose_runtime(config)
     options = dict(attention="sdpa", vram_O=config.run.vram_O)
     components = load_components(MODEL_FOLDER, runtime.device, runtime.dtype, **options)
-    prompts = PromptEmbeddings(components, config.run.text)
-    score = ScoreDistillation(components, config.guidance)
-    camera = config.camera
-    guidance = DiffusionGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
+    guidance = diffusion_guidance(components, PromptEmbeddings(components, config.run.text), config)
     return Trainer(config, runtime, 0, guidance)
 
 
@@ -168,7 +166,7 @@ def length_apart(got, exact):
 
 
 def test_guidance_in_a_graph_is_the_guidance(trainer):
-    components = trainer.guidance.score.components
+    components = trainer.guidance.components
     drawn = torch.randn(2, 1, *trainer.guidance.prompts.negative.shape[1:], device="cuda")
     results = []
     for graphs in (False, True):
@@ -176,14 +174,14 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
         picture = torch.rand(1, 3, 96, 96, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
         for draw in range(3):  # the second and third call replay, with other noise
             picture.requires_grad_().grad = None
-            score(picture, *drawn, generator=torch.Generator("cuda").manual_seed(draw)).loss.backward()
+            score(picture, *drawn, StepInputs(generator=torch.Generator("cuda").manual_seed(draw))).loss.backward()
             results.append(picture.grad.clone())
     precise = in_dtype(components, torch.float64)
     score = ScoreDistillation(precise, GuidanceConfig(guidance_scale=8.0), cuda_graphs=False)
     for draw, (plain, graphed) in enumerate(zip(results[:3], results[3:], strict=True)):
         picture.requires_grad_().grad = None
         prompts = (part.double() for part in drawn)
-        score(picture, *prompts, generator=torch.Generator("cuda").manual_seed(draw)).loss.backward()
+        score(picture, *prompts, StepInputs(generator=torch.Generator("cuda").manual_seed(draw))).loss.backward()
         check(f"draw {draw}", graphed, plain, picture.grad.double())
     assert not torch.equal(results[3], results[4])
 
@@ -198,19 +196,19 @@ def test_a_replayed_step_is_the_step(changes):
     trainer = make_trainer(**changes)
     for _ in range(20):
         trainer.train_step()
-    score, progress = trainer.guidance.score, trainer.schedule.progress(trainer.step)
-    phase = choose_phase(trainer.config.shading, progress, random.Random(0))
-    network = trainer.field.has_background
+    progress = trainer.schedule.progress(trainer.step)
+    inputs = trainer.step_inputs(random.Random(0), progress, progress)
+    inputs = inputs._replace(background_network=trainer.field.has_background)
     seen = []
     for seed in (1, 2):
         trainer.generator.manual_seed(seed)
-        replayed = trainer._replayed_gradients(phase, network, progress)
+        replayed = trainer.replay_gradients(inputs)
         got, loss = trainer.optimizer.grads.clone(), replayed.terms["guidance"].clone()
         calls = []
         for _ in range(2):  # sums of atomics differ from call to call
             trainer.generator.manual_seed(seed)
-            score.timesteps(1, progress, trainer.generator)
-            called = trainer._gradients(phase, network, trainer._dials, progress, None)
+            prepared = trainer.guidance.prepare_step(inputs, 1)
+            called = trainer.gradients(prepared._replace(scalars=static_copy(prepared.scalars, trainer.device)))
             calls.append((called.terms["guidance"].clone(), trainer.optimizer.grads.clone()))
         for name, replay, again, first in zip(("loss", "gradients"), (loss, got), *calls[::-1], strict=True):
             check(name, replay, again, first.double())

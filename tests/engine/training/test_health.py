@@ -20,14 +20,13 @@ from dream_fast.engine.training.divergence import (
     MAX_NONFINITE_STEPS,
     DegenerateScene,
     degenerate_message,
-    diagnosis,
-    flags,
+    format_flags,
+    nonfinite_message,
     rescue_overrides,
 )
 from dream_fast.engine.training.failures import low_memory_overrides, memory_message
 from dream_fast.engine.training.loop import Loop
 from dream_fast.engine.training.optim import LossScaler
-from dream_fast.engine.training.phases import Phase
 from dream_fast.engine.training.trainer import StepResult, Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -61,7 +60,7 @@ def error_of(capsys) -> str:
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_model, monkeypatch, capsys):
-    gradients = Trainer._gradients
+    gradients = Trainer.gradients
 
     def spoiled(self, *given):
         done = gradients(self, *given)
@@ -69,7 +68,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_
             self.optimizer.grads[5] = float("inf")
         return done
 
-    monkeypatch.setattr(Trainer, "_gradients", spoiled)
+    monkeypatch.setattr(Trainer, "gradients", spoiled)
     assert main(command(tmp_path, tiny_model, "--iters", "6")) == 0
     assert [row["skipped"] for row in rows(tmp_path)] == [0, 0, 1, 2, 2, 2]
     assert "skipped 2" in capsys.readouterr().out
@@ -90,7 +89,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_
     ],
 )
 def test_the_diagnosis_names_what_is_not_finite_and_a_flag(row, fp16, cause, advice):
-    sentence = diagnosis(reference().override({"fp16": fp16}), MAX_NONFINITE_STEPS, row)
+    sentence = nonfinite_message(reference().override({"fp16": fp16}), MAX_NONFINITE_STEPS, row)
     assert f"last {MAX_NONFINITE_STEPS} steps were not finite" in sentence and cause in sentence and advice in sentence
 
 
@@ -173,7 +172,7 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
         self.step += 1
         self.degenerate_in_a_row[0] = max(0, self.step - since)
         nothing = torch.zeros(())
-        return StepResult(Phase("shaded", "albedo", 1.0), {}, nothing, nothing, nothing, nothing, nothing)
+        return StepResult("shaded", "albedo", {}, nothing, nothing, nothing, nothing, nothing)
 
     monkeypatch.setattr(Trainer, "train_step", pretended)
     monkeypatch.setattr(Loop, "validate", lambda *_: None)
@@ -199,7 +198,7 @@ def test_settings_of_a_rescue_go_away_from_what_lost_the_object():
     )
     assert full["lambda_opacity"] == 50 and full["blob_density"] == 2.5 and vanished["lr"] == full["lr"] == 0.005
     assert config.override(vanished) != config != config.override(full)
-    assert "--lambda_opacity_entropy 0.0:3:1:1.0" in flags(vanished)
+    assert "--lambda_opacity_entropy 0.0:3:1:1.0" in format_flags(vanished)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -210,14 +209,14 @@ OOM = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacit
 def test_a_gpu_without_memory_left_is_one_sentence_and_a_checkpoint_that_goes_on_with_less(
     tmp_path, tiny_model, monkeypatch, capsys
 ):
-    gradients = Trainer._gradients
+    gradients = Trainer.gradients
 
     def full(self, *given):
         if self.step == 3 and self.config.camera.batch_size > 1:
             raise torch.cuda.OutOfMemoryError(OOM)
         return gradients(self, *given)
 
-    monkeypatch.setattr(Trainer, "_gradients", full)
+    monkeypatch.setattr(Trainer, "gradients", full)
     words = command(tmp_path, tiny_model, "--iters", "5", "--batch_size", "4")
     assert main(words) == 2
     error = error_of(capsys)
@@ -240,7 +239,7 @@ def test_no_memory_for_the_model_or_the_pictures_is_one_sentence_too(tmp_path, t
 def test_what_takes_less_memory_ends_where_nothing_does():
     config, seen = reference().override({"batch_size": 2, "cuda_graph": True}), []
     while less := low_memory_overrides(config):
-        seen.append(flags(less))
+        seen.append(format_flags(less))
         config = config.override(less)
     assert seen == ["--vram_O --batch_size 1 --no-cuda_graph", "--w 32 --h 32"]
     assert "a smaller image model" in memory_message(config, RuntimeError("?"), "that is all")

@@ -38,9 +38,9 @@ def test_a_full_box_starts_again_with_a_smaller_blob_that_opacity_pulls_down():
 def test_a_schedule_is_multiplied_at_both_ends():
     """Where it begins and ends stays."""
     schedule = LinearSchedule(0.1, 1.0, 2.0, 0.9)
-    scaled = divergence._times(schedule, 0.5)
+    scaled = divergence._scaled(schedule, 0.5)
     assert scaled == dataclasses.replace(schedule, first=0.5, last=1.0)
-    assert divergence._times(3.0, 0.5) == 1.5
+    assert divergence._scaled(3.0, 0.5) == 1.5
 
 
 def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
@@ -58,8 +58,8 @@ def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
 def test_flags_are_as_they_are_typed():
     """Switches, floats without zeros at their end, and other values as they are."""
     settings = {"vram_O": True, "cuda_graph": False, "lr": 0.5, "blob_density": 10.0, "w": 64, "text": "a"}
-    assert divergence.flags(settings) == "--vram_O --no-cuda_graph --lr 0.5 --blob_density 10 --w 64 --text a"
-    assert divergence.flags({}) == ""
+    assert divergence.format_flags(settings) == "--vram_O --no-cuda_graph --lr 0.5 --blob_density 10 --w 64 --text a"
+    assert divergence.format_flags({}) == ""
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_flags_are_as_they_are_typed():
 def test_diagnosis_names_the_cause_and_a_setting(row, cause, half, full):
     """In half precision the advice is to leave it; in single precision another setting."""
     for fp16, advice in ((True, half), (False, full)):
-        sentence = divergence.diagnosis(configured(fp16=fp16, guidance_scale=80.0, lr=0.5), 50, row)
+        sentence = divergence.nonfinite_message(configured(fp16=fp16, guidance_scale=80.0, lr=0.5), 50, row)
         assert sentence.startswith("the gradients of the last 50 steps were not finite, so the run cannot go on: ")
         assert f": {cause}" in sentence and f"; {advice} may help, in a new --workspace" in sentence
 

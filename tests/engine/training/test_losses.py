@@ -8,6 +8,7 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.hash_grid_field import HashGridField
@@ -93,7 +94,7 @@ def test_normal_smoothness_by_what_rays_see():
     generator = torch.Generator().manual_seed(0)
     normals = torch.randn(5, 3, dtype=torch.float64, generator=generator).requires_grad_()
     weights = torch.tensor([0.5, 0.0, 0.25, 9.0, 9.0], dtype=torch.float64).requires_grad_()
-    loss = losses.normal_smoothness(normals, torch.zeros_like(normals), COUNT, (weights, 2))
+    loss = losses.normal_smoothness(normals, torch.zeros_like(normals), COUNT, weights, 2)
     each = normals.abs().mean(dim=1)
     torch.testing.assert_close(loss, (0.5 * each[0] + 0.25 * each[2]) / 2)
     loss.backward()
@@ -137,24 +138,27 @@ def terms_of(renderer, need_normals=True, empty=False, pull=1.0, **weights):
     rendered = renderer.train_views(cameras, 6, 8, background=background, need_normals=need_normals)
     return losses.regularizers(
         rendered,
+        renderer.field,
         dataclasses.replace(LossConfig(), **{**NOTHING, **weights}),
-        up=losses.ramp(0.5),
-        field=renderer.field,
-        normals="finite_difference",
-        normal_epsilon=0.01,
-        generator=torch.Generator().manual_seed(2),
-        pull=pull,
+        RenderConfig(normals="finite_difference", normal_epsilon=0.01),
+        StepInputs(generator=torch.Generator().manual_seed(2), scalars={"ramp": losses.ramp(0.5)}),
+        pull,
     )
+
+
+def term_of(setting: str) -> str:
+    """The term that a setting weights."""
+    return next(term for term in losses.TERMS if losses.weight_setting(term) == setting)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_each_term_reaches_the_field_and_scales_with_its_weight(name):
     renderer = small_renderer()
     terms = terms_of(renderer, **{name: 1.0})
-    assert list(terms) == [name.removeprefix("lambda_")]
+    assert list(terms) == [term_of(name)]
     (loss,) = terms.values()
     assert loss > 0
-    assert torch.equal(terms_of(renderer, **{name: 4.0})[name.removeprefix("lambda_")], 4 * loss)
+    assert torch.equal(terms_of(renderer, **{name: 4.0})[term_of(name)], 4 * loss)
     loss.backward()
     gradient = renderer.field.table.grad
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
@@ -163,7 +167,7 @@ def test_each_term_reaches_the_field_and_scales_with_its_weight(name):
 @pytest.mark.parametrize("name", ALL)
 def test_guided_weights_grow_with_the_guidances_gradient_and_plain_ones_do_not(name):
     """The same weight means as much for a model whose gradient is seven times as long."""
-    renderer, short = small_renderer(), name.removeprefix("lambda_")
+    renderer, short = small_renderer(), term_of(name)
     one, seven = (terms_of(renderer, pull=p, regularizers="guided", **{name: 1.0})[short] for p in (1.0, 7.0))
     torch.testing.assert_close(seven, 7 * one)
     assert torch.equal(terms_of(renderer, pull=7.0, **{name: 1.0})[short], terms_of(renderer, **{name: 1.0})[short])
@@ -192,8 +196,8 @@ def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
         field = small_renderer().field
         field.table.grad = torch.ones_like(field.table)
         config = dataclasses.replace(LossConfig(), **{**NOTHING, name: 1e-2})
-        options = dict(up=1.0, now={}, scale=4.0, generator=torch.Generator().manual_seed(0))
-        losses.add_table_gradients(field, config, **options)
+        inputs = StepInputs(generator=torch.Generator().manual_seed(0), scalars={"ramp": 1.0})
+        losses.add_table_gradients(field, config, inputs, 4.0)
         added = field.table.grad - 1
         assert (added * field.table).sum() > 0  # descending shrinks the random table
         assert added.abs().max() > 0
@@ -208,12 +212,12 @@ def test_guided_total_variation_is_as_long_as_its_weight_says(monkeypatch, lengt
     there *= length / there.norm()
     field.table.grad = there.clone()
     config = dataclasses.replace(LossConfig(), **NOTHING | {"lambda_tv": 0.3, "regularizers": "guided"})
-    options = dict(up=0.5, now={}, scale=4.0, generator=torch.Generator().manual_seed(0))
-    part = losses.add_table_gradients(field, config, **options)
+    inputs = StepInputs(generator=torch.Generator().manual_seed(0), scalars={"ramp": 0.5})
+    part = losses.add_table_gradients(field, config, inputs, 4.0)
     assert part.item() == pytest.approx(0.15)
     assert (field.table.grad - there).norm().item() == pytest.approx(0.15 * length, rel=1e-3)
     assert ((field.table.grad - there) * field.table).sum() > 0  # descending makes the table smoother
-    assert losses.add_table_gradients(field, dataclasses.replace(LossConfig(), **NOTHING), **options) is None
+    assert losses.add_table_gradients(field, dataclasses.replace(LossConfig(), **NOTHING), inputs, 4.0) is None
 
 
 def added_gradient(field, scale, up=1.0, **weights):
@@ -221,7 +225,7 @@ def added_gradient(field, scale, up=1.0, **weights):
     field.table.grad = torch.zeros_like(field.table)
     config = dataclasses.replace(LossConfig(), **NOTHING | weights)
     generator = torch.Generator().manual_seed(0)
-    losses.add_table_gradients(field, config, up=up, now={}, scale=scale, generator=generator)
+    losses.add_table_gradients(field, config, StepInputs(generator=generator, scalars={"ramp": up}), scale)
     return field.table.grad / scale
 
 
@@ -246,7 +250,7 @@ def test_total_variation_is_the_gradient_of_a_vertexs_distance_from_its_neighbou
     Where a share of the points stands for all, each counts as many times.
     """
     monkeypatch.setattr(losses, "TV_POINTS", 60 * share)
-    monkeypatch.setattr(losses, "TV_SHARE", share)
+    monkeypatch.setattr(losses, "TV_CPU_DIVISOR", share)
     field = small_renderer().field
     points = torch.rand(60, 3, generator=torch.Generator().manual_seed(0))
 

@@ -7,6 +7,7 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.hash_grid_field import HashGridField
@@ -38,18 +39,14 @@ def scene():
 
 
 @torch.no_grad()
-def weighted(scene, up=1.0, now=None, **weights):
+def weighted(scene, up=1.0, scalars=None, **weights):
     field, rendered = scene
     return losses.regularizers(
         rendered,
+        field,
         dataclasses.replace(LossConfig(), **NOTHING | weights),
-        up=up,
-        now=now,
-        field=field,
-        normals="finite_difference",
-        normal_epsilon=0.01,
-        active_levels=2,
-        generator=torch.Generator().manual_seed(2),
+        RenderConfig(normals="finite_difference", normal_epsilon=0.01),
+        StepInputs(generator=torch.Generator().manual_seed(2), scalars={"ramp": up} | (scalars or {}), active_levels=2),
     )
 
 
@@ -118,7 +115,7 @@ def test_a_schedule_replaces_the_weight_of_the_configuration(scene):
     """`now` holds what a schedule has for this step."""
     terms = weighted(scene, lambda_opacity=3.0)
     assert torch.equal(
-        weighted(scene, now={"lambda_opacity": 6.0}, lambda_opacity=3.0)["opacity"], 2 * terms["opacity"]
+        weighted(scene, scalars={"lambda_opacity": 6.0}, lambda_opacity=3.0)["opacity"], 2 * terms["opacity"]
     )
 
 

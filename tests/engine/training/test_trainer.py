@@ -19,10 +19,10 @@ from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.sections import ShadingConfig
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.runtime.cuda_graph import static_copy
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.runtime.signals import Stopped
@@ -91,7 +91,7 @@ def small_config(**changes) -> Config:
 def text_guidance(tiny_model):
     components = load_components(tiny_model, "cpu")
     prompts = PromptEmbeddings(components, "a hamburger")
-    return lambda config: DiffusionGuidance(ScoreDistillation(components, config.guidance), prompts, 30.0)
+    return lambda config: diffusion_guidance(components, prompts, config)
 
 
 def make_trainer(text_guidance, seed=0, **changes) -> Trainer:
@@ -276,7 +276,7 @@ def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_el
     monkeypatch.setattr("dream_fast.engine.training.trainer.sample_cameras", spied_cameras)
     monkeypatch.setattr("dream_fast.engine.training.trainer.active_levels", spied_levels)
     trainer.guidance, trainer.optimizer.step = guidance, spied_optimiser
-    names = [trainer.train_step().phase.name for _ in range(8)]
+    names = [trainer.train_step().phase for _ in range(8)]
     assert names == ["latent"] * 3 + ["albedo"] + ["shaded"] * 4
     assert views == levels == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
     assert noise == [step / 8 for step in range(8)]
@@ -357,14 +357,14 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_r
 
 
 class Direct:
-    """Stands in for the CUDA graphs of a step: calls what would be captured."""
+    """As `StepGraphs`, but calls what would be captured, with what a graph would read."""
 
     def __init__(self):
-        self.kinds = []
+        self.keys = []
 
-    def __call__(self, kind, function):
-        self.kinds.append(kind)
-        return function()
+    def __call__(self, key, function, inputs):
+        self.keys.append(key)
+        return function(static_copy(inputs, torch.device("cpu")))
 
     def clear(self):
         pass
@@ -372,25 +372,24 @@ class Direct:
 
 def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_step(text_guidance, tmp_path):
     trainer = make_trainer(text_guidance, bg_radius=1.0, lambda_opacity_entropy=1.0, t_anneal="linear", **ANNEALED)
-    trainer._graphs = Direct()
+    trainer.graphs = Direct()
     for step in range(8):
         trainer.step = step
         progress = trainer.schedule.progress(step)
-        phase = choose_phase(trainer.config.shading, progress, random.Random(step))
+        inputs = trainer.step_inputs(random.Random(step), progress, progress)._replace(background_network=True)
         trainer.generator.manual_seed(step)
-        inputs = trainer._inputs(phase, progress)
-        replayed = trainer._replayed_gradients(phase, True, inputs)
+        replayed = trainer.replay_gradients(inputs)
         got = trainer.optimizer.grads.clone()
         trainer.generator.manual_seed(step)
         inputs = trainer.guidance.prepare_step(inputs, 2)
         # A graph reads them in fp32; with those numbers nothing differs.
         scalars = {k: torch.tensor(x).item() if isinstance(x, float) else x for k, x in inputs.scalars.items()}
-        called = trainer._gradients(phase, True, inputs._replace(scalars=scalars), None)
+        called = trainer.gradients(inputs._replace(scalars=scalars))
         assert torch.equal(replayed.t, called.t) and called.terms.keys() == replayed.terms.keys()
         for name, term in called.terms.items():
             assert torch.equal(replayed.terms[name], term) and not term.requires_grad
         assert torch.equal(got, trainer.optimizer.grads) and got.abs().max() > 0
-    assert {name for name, *_ in trainer._graphs.kinds} == {"latent", "albedo", "shaded"}
+    assert {name for name, *_ in trainer.graphs.keys} == {"latent", "albedo", "shaded"}
 
 
 @pytest.mark.parametrize(
@@ -406,11 +405,11 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
 )
 def test_a_run_of_replayed_steps_takes_every_kind_of_step(text_guidance, tmp_path, guided):
     trainer = make_trainer(text_guidance, bg_radius=1.0, iters=16, **guided)
-    trainer._graphs = Direct()
+    trainer.graphs = Direct()
     workspace = fit(trainer, tmp_path)
     rows = [json.loads(line) for line in workspace.metrics.read_text().splitlines()]
     assert len(rows) == 16 and all(row["skipped"] == 0 and row["loss"] > 0 for row in rows)
-    assert {("albedo", "albedo", True), ("albedo", "albedo", False)} <= set(trainer._graphs.kinds)
+    assert {("albedo", "albedo", True), ("albedo", "albedo", False)} <= set(trainer.graphs.keys)
 
 
 # --------------------------------------------------------------------------------------------- repetition and resuming
@@ -491,9 +490,9 @@ def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_
     longer.optimizer.step = lambda *, lr_scale, **named: (
         seen.update(lr=lr_scale) or optimise(lr_scale=lr_scale, **named)
     )
-    gradients = longer._gradients
-    longer._gradients = lambda *given: seen.update(up=given[2].scalars["ramp"]) or gradients(*given)
-    assert longer.train_step().phase.name == "shaded"
+    gradients = longer.gradients
+    longer.gradients = lambda inputs: seen.update(up=inputs.scalars["ramp"]) or gradients(inputs)
+    assert longer.train_step().phase == "shaded"
     assert seen["up"] == 1.0 and seen["lr"] == 0.5
 
 

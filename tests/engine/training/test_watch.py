@@ -20,15 +20,17 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine import run
+from dream_fast.engine.config import validate
 from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.guidance import registry
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.base import StepInputs
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.sds import Draws, Prompts, ScoreDistillation, distillation_gradient
 from dream_fast.engine.guidance.snapshots import guidance_images
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
@@ -92,9 +94,9 @@ def test_a_model_that_knows_the_noise_estimates_the_latent_itself_at_every_level
     a = alphas()[t].view(-1, 1, 1, 1)
     truth = noise if components.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
     monkeypatch.setattr(components.unet, "forward", lambda rows, levels, **_: (truth.repeat(2, 1, 1, 1),))
-    score = ScoreDistillation(components, GuidanceConfig())
     prompts = torch.zeros(len(LEVELS), 5, 32)
-    gradient, noisy, clean = score._gradient(z, t, prompts, prompts, {"guidance_scale": torch.tensor(100.0)}, noise)
+    given = Draws(t, noise), Prompts(prompts, prompts), {"guidance_scale": torch.tensor(100.0)}
+    gradient, noisy, clean = distillation_gradient(components, GuidanceConfig(), z, *given)
 
     def noised(a: Tensor) -> Tensor:
         return a.sqrt() * z.to(a.dtype) + (1 - a).sqrt() * noise.to(a.dtype)
@@ -116,7 +118,7 @@ def test_the_estimate_is_that_of_the_guided_prediction(components, in_fp64, scor
     config = GuidanceConfig(objective=score, guidance_scale=7.5, inversion_steps=2, guidance_rescale=rescale)
     rgb = torch.rand(2, 3, IMAGE, IMAGE, generator=generator(1))
     cond, uncond = torch.randn(2, 2, 5, 32, generator=generator(2))
-    result = ScoreDistillation(components, config)(rgb, cond, uncond, generator=generator(3))
+    result = ScoreDistillation(components, config)(rgb, cond, uncond, StepInputs(generator=generator(3)))
 
     def by_hand(model: Components) -> Tensor:
         rows = []
@@ -195,12 +197,12 @@ class Overwriting:
         self.given: list[Tensor] = []
         self.copies: list[tuple[bool, list[Tensor]]] = []
 
-    def __call__(self, kind, function):
+    def __call__(self, key, function, inputs):
         for tensor in self.given:
             tensor.fill_(torch.nan)
-        result = function()
+        result = function(inputs)
         self.given = list(result.snapshot)
-        self.copies.append((kind[0] == "latent", [tensor.clone() for tensor in result.snapshot]))
+        self.copies.append((key[0] == "latent", [tensor.clone() for tensor in result.snapshot]))
         return result
 
     def clear(self):
@@ -212,14 +214,14 @@ def make_trainer(components: Components, **changes) -> Trainer:
     values = [value if value == "cpu" else float(value) if "." in value else int(value) for value in SMALL[1::2]]
     config = reference().override(dict(zip(names, values, strict=True)) | {"text": "a hamburger"} | changes)
     prompts = PromptEmbeddings(components, "a hamburger", keep_text_encoder=True)
-    guidance = DiffusionGuidance(ScoreDistillation(components, config.guidance), prompts, 30.0)
+    guidance = diffusion_guidance(components, prompts, config)
     return Trainer(config, choose_runtime(config), 7, guidance)
 
 
 def test_pictures_of_replayed_steps_are_those_of_the_steps(components, tmp_path):
     """A graph's latents are decoded before the next replay, outside of the graph."""
     made = make_trainer(components, save_guidance=True, save_guidance_interval=1)
-    made._graphs = graphs = Overwriting()
+    made.graphs = graphs = Overwriting()
     fit(made, tmp_path)
     paths = sorted((tmp_path / "guidance").iterdir())
     assert len(paths) == len(graphs.copies) == 8
@@ -288,9 +290,7 @@ def test_a_number_that_is_not_finite_is_one_on_the_board(components, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     made = make_trainer(components, tensorboard=True)
-    with callbacks.RunCallbacks(
-        made.config, Workspace(tmp_path), Reporter(Console(quiet=True)), step=made.step
-    ) as board:
+    with board_of(made, tmp_path) as board:
         board.on_log(dict.fromkeys(callbacks.NUMBERS, 1.0) | {"step": 1, "loss": None, "grad_norm": None})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -304,9 +304,7 @@ def test_what_the_board_shows_after_a_checkpoint_is_shown_anew(components, tmp_p
     for start, steps, value in ((0, (2, 4, 6), 1.0), (4, (6, 8), 2.0)):
         made = make_trainer(components, tensorboard=True)
         made.step = start
-        with callbacks.RunCallbacks(
-            made.config, Workspace(tmp_path), Reporter(Console(quiet=True)), step=made.step
-        ) as board:
+        with board_of(made, tmp_path) as board:
             for step in steps:
                 board.on_log(dict.fromkeys(callbacks.NUMBERS, value) | {"step": step, "loss": value})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -315,7 +313,7 @@ def test_what_the_board_shows_after_a_checkpoint_is_shown_anew(components, tmp_p
 
 
 def test_without_the_package_a_sentence_and_nothing_written(tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(callbacks, "find_spec", lambda name: None)
+    monkeypatch.setattr(validate, "find_spec", lambda name: None)
     assert main(command(tmp_path / "new", tiny_model, "--tensorboard")) == 2
     assert "pip install 'dream-fast[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
