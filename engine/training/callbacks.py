@@ -10,14 +10,12 @@ Callbacks draw no random numbers and change nothing that a step reads, so the ru
 """
 
 from contextlib import ExitStack
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 from dream_fast.engine.config.schema import Config
-from dream_fast.engine.config.sections import OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.guidance.snapshots import guidance_images
@@ -28,12 +26,6 @@ from dream_fast.engine.workspace.folder import Workspace
 
 # Tags in TensorBoard of the numbers of a row, beside its losses.
 NUMBERS = ("lr", "samples", "opacity", "grad_norm", "it_per_s")
-
-
-def check_callbacks(config: OutputConfig) -> None:
-    """Raises UserError: when a flag needs a package that is not installed."""
-    if config.tensorboard and find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard: pip install 'dream-fast[tensorboard]'")
 
 
 class RunCallbacks:

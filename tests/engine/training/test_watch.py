@@ -20,6 +20,7 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main
 from dream_fast.engine import run
+from dream_fast.engine.config import validate
 from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
@@ -312,7 +313,7 @@ def test_what_the_board_shows_after_a_checkpoint_is_shown_anew(components, tmp_p
 
 
 def test_without_the_package_a_sentence_and_nothing_written(tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(callbacks, "find_spec", lambda name: None)
+    monkeypatch.setattr(validate, "find_spec", lambda name: None)
     assert main(command(tmp_path / "new", tiny_model, "--tensorboard")) == 2
     assert "pip install 'dream-fast[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
