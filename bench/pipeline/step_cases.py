@@ -15,10 +15,9 @@ from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.guidances import DREAM_MINI, STABLE_DIFFUSION
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import MODEL_FOLDER
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.components import COMPILED, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.runtime.quiet import quiet_diffusers
 from dream_fast.engine.training.trainer import Trainer
@@ -130,10 +129,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
         components = plain_components(case.mini, device, runtime.dtype)
     else:
         components = our_components(case, config, device, runtime.dtype)
-    score = ScoreDistillation(components, config.guidance, cuda_graphs=not plain)
-    camera = config.camera
-    prompts = embed_prompt(case, components)
-    guidance = DiffusionGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
+    guidance = diffusion_guidance(components, embed_prompt(case, components), config, cuda_graphs=not plain)
     return Trainer(config, runtime, config.run.seed, guidance)
 
 

@@ -33,21 +33,15 @@ def prepare_step() -> Callable[[], object]:
     """A call that repeats one step of the main command."""
     from dream_fast.engine.config.configure import configure
     from dream_fast.engine.dream_mini import MODEL_FOLDER
-    from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+    from dream_fast.engine.guidance.diffusion import diffusion_guidance
     from dream_fast.engine.guidance.model.components import load_components
     from dream_fast.engine.guidance.prompts import PromptEmbeddings
-    from dream_fast.engine.guidance.sds import ScoreDistillation
     from dream_fast.engine.runtime.device import choose_runtime
     from dream_fast.engine.training.trainer import Trainer
 
     config = configure({"text": PROMPT, "device": "cpu", "seed": 0}, "cpu")
     components = load_components(MODEL_FOLDER, "cpu")
-    guidance = DiffusionGuidance(
-        ScoreDistillation(components, config.guidance),
-        PromptEmbeddings(components, PROMPT),
-        config.camera.angle_overhead,
-        config.camera.view_blend,
-    )
+    guidance = diffusion_guidance(components, PromptEmbeddings(components, PROMPT), config)
     trainer = Trainer(config, choose_runtime(config), 0, guidance)
     trainer.train_step()  # the first updates the occupancy
 

@@ -155,18 +155,18 @@ def dream_mini_cpu() -> Config:
 def dream_mini_gpu() -> Config:
     """Return dream-mini's configuration on a GPU: a finer grid and larger images than on a CPU, in CUDA graphs."""
     return dream_mini_cpu().override(
-        dict(
-            device="cuda",
-            cuda_graph=True,
-            iters=1000,
-            w=128,
-            h=128,
-            W=256,
-            H=256,
-            occupancy_resolution=128,
-            dataset_size_test=100,
-            mcubes_resolution=192,
-        )
+        {
+            "device": "cuda",
+            "cuda_graph": True,
+            "iters": 1000,
+            "w": 128,
+            "h": 128,
+            "W": 256,
+            "H": 256,
+            "occupancy_resolution": 128,
+            "dataset_size_test": 100,
+            "mcubes_resolution": 192,
+        }
     )
 
 

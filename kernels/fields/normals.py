@@ -23,17 +23,17 @@ from dream_fast.kernels.fields.encode import (
     BLOCK,
     TileConfig,
     aligned_rows,
-    field_shape,
     flatten_parameters,
     level_words,
     tile_warps,
     unfused_reason,
-    unit_scale,
 )
 from dream_fast.kernels.fields.field import (
     fake_grads,
+    field_constants,
     field_reference,
     fused_arguments,
+    layer_passes,
     logits_reference,
     select_grads,
     sigma_reference,
@@ -117,17 +117,6 @@ def _field_normals_bwd_config(mode: str, width: int, dtype: torch.dtype) -> Tile
 _DIFFERENCES_CHUNK = 1 << 17
 
 
-def _field_constants(spec: FieldSpec, width: int, layers: int) -> dict[str, Any]:
-    """Arguments of every kernel over tiles that the spec and the network's shape decide."""
-    return {
-        "scale": unit_scale(spec.bound),
-        "blob_density": spec.blob_density,
-        "blob_radius": spec.blob_radius,
-        "SOFTPLUS": spec.density_activation == "softplus",
-        "SHAPE": field_shape(spec.grid, width, layers),
-    }
-
-
 @torch.library.custom_op("dream_fast::field_normals", mutates_args=())
 def _field_normals_fwd(
     x: Tensor,
@@ -168,7 +157,7 @@ def _field_normals_fwd(
         "n": rows,
         "BLOCK": config.block,
         "num_warps": config.warps,
-        **_field_constants(spec, width, layers),
+        **field_constants(spec, width, layers),
     }
     programs = (-(-rows // config.block),)
     if by_differences:
@@ -222,7 +211,7 @@ def _field_normals_bwd(
     config = _field_normals_bwd_config(mode, width, table.dtype)
     work = _Backward(
         spec=spec,
-        passes=_layer_passes(layers, config.layers_a_pass) if parameters_need_grad else [(0, -1)],
+        passes=layer_passes(layers, config.layers_a_pass) if parameters_need_grad else [(0, -1)],
         programs=config.programs * multiprocessors(x.device),
         active_levels=levels if active is None else active,
         deterministic=deterministic,
@@ -243,7 +232,7 @@ def _field_normals_bwd(
             "n": points.shape[0],
             "BLOCK": config.block,
             "num_warps": config.warps,
-            **_field_constants(spec, width, layers),
+            **field_constants(spec, width, layers),
         }
         grads_of_chunk = grads._replace(x=grads.x[rows_of_chunk] if x_needs_grad else None)
         if mode == "finite_difference":
@@ -274,11 +263,6 @@ class _Backward(NamedTuple):
     programs: int
     active_levels: int | Tensor
     deterministic: bool
-
-
-def _layer_passes(layers: int, layers_a_pass: int) -> list[tuple[int, int]]:
-    """First and last layer of each pass over layers 0 to `layers`, the output layer."""
-    return [(first, min(first + layers_a_pass - 1, layers)) for first in range(0, layers + 1, layers_a_pass)]
 
 
 def _sums_size(parameters: Tensor) -> int:

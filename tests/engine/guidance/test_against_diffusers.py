@@ -16,6 +16,7 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline.random_sd import TOKENS, in_dtype, random_components
 from dream_fast.engine.config.sections import GuidanceConfig
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import Components, prepare_components
 from dream_fast.engine.guidance.sds import ScoreDistillation
 
@@ -41,7 +42,7 @@ def gradients(components: Components, *, graphs: bool) -> list[Tensor]:
         picture = torch.rand(1, 3, 64, 64, generator=generator, device=DEVICE).requires_grad_()
         shape = (2, 1, TOKENS, components.unet.config.cross_attention_dim)
         cond, uncond = torch.randn(shape, generator=generator, device=DEVICE).half().to(components.dtype)
-        score(picture, cond, uncond, generator=generator).loss.backward()
+        score(picture, cond, uncond, StepInputs(generator=generator)).loss.backward()
         found.append(picture.grad.double())
     return found
 
@@ -91,7 +92,8 @@ def plain() -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_computes_what_plain_diffusers_does(kind: str, plain: tuple[list[Tensor], list[Tensor]]) -> None:
+def test_gradients_against_diffusers(kind: str, plain: tuple[list[Tensor], list[Tensor]]) -> None:
+    """A run computes what plain diffusers does."""
     components = random_components(DEVICE, OWN, tiny=not GPU)
     prepare_components(components, TOKENS, **KINDS[kind])
     for step, (got, own, exact) in enumerate(zip(gradients(components, graphs=True), *plain, strict=True)):

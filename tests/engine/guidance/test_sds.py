@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.sections import GuidanceConfig
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.cfg import guided_prediction
 from dream_fast.engine.guidance.ddim import decode, sample
 from dream_fast.engine.guidance.model.components import Components, enable_gradient_checkpointing, load_components
@@ -87,8 +88,13 @@ def by_hand(
 
 @pytest.mark.parametrize(("scaling", "shift"), [(0.18215, 0.0), (0.5, 0.4)])
 @pytest.mark.parametrize("size", [(32, 32), (20, 28)])
-def test_both_methods_give_the_gradient_written_by_hand(
-    components: Components, in_fp64: Callable, size: tuple[int, int], scaling: float, shift: float
+def test_gradient_by_hand(
+    components: Components,
+    in_fp64: Callable,
+    mse_distillation: type[ScoreDistillation],
+    size: tuple[int, int],
+    scaling: float,
+    shift: float,
 ) -> None:
     """Picture and latents get the gradient of DreamFusion's equation 3, also where the VAE has a shift."""
     components = dataclasses.replace(components, scaling_factor=scaling, shift_factor=shift)
@@ -97,10 +103,10 @@ def test_both_methods_give_the_gradient_written_by_hand(
         by_hand(model, picture(4, *size), cond, uncond, 20.0, generator(3))
         for model in (components, in_fp64(components))
     )
-    for method in ("sds", "mse"):
+    for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
         rgb = picture(4, *size)
-        sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=20.0), method=method)
-        result = sds(rgb, cond, uncond, generator=generator(3))
+        sds = cls(components, GuidanceConfig(guidance_scale=20.0))
+        result = sds(rgb, cond, uncond, StepInputs(generator=generator(3)))
         result.loss.backward()
         check(f"{method}, picture", rgb.grad, reference[0], exact[0])
         check(f"{method}, latents", result.gradient, reference[2], exact[2])
@@ -112,14 +118,12 @@ def test_both_methods_give_the_gradient_written_by_hand(
 
 
 @pytest.mark.parametrize(("scaling", "shift"), [(0.18215, 0.0), (0.5, 0.4)])
-def test_latents_are_scaled_and_shifted_and_back(
-    components: Components, in_fp64: Callable, scaling: float, shift: float
-) -> None:
+def test_latents_scaled_and_shifted(components: Components, in_fp64: Callable, scaling: float, shift: float) -> None:
     """The latents of a noisy picture, and a picture of latents, as diffusers' pipelines with a shift have them."""
     components = dataclasses.replace(components, scaling_factor=scaling, shift_factor=shift)
     (cond, uncond), rgb = prompts(4), picture(4)
     config = GuidanceConfig(guidance_scale=1.0)
-    noisy = ScoreDistillation(components, config)(rgb, cond, uncond, generator=generator(3)).noisy
+    noisy = ScoreDistillation(components, config)(rgb, cond, uncond, StepInputs(generator=generator(3))).noisy
     seen = []
     for model in (components, in_fp64(components)):
         draws = generator(3)
@@ -136,13 +140,13 @@ def test_latents_are_scaled_and_shifted_and_back(
     check("decoded", decode(components, noisy), picture_reference, picture_exact)
 
 
-def test_weight_and_loss_scale_multiply_the_gradient(components: Components) -> None:
+def test_weight_and_loss_scale(components: Components) -> None:
     """Factors that are powers of two change no digit."""
 
     def gradient(loss_scale: float, **options: float) -> Tensor:
         rgb = picture(1)
         sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, **options))
-        (sds(rgb, *prompts(1), generator=generator()).loss * loss_scale).backward()
+        (sds(rgb, *prompts(1), StepInputs(generator=generator())).loss * loss_scale).backward()
         return rgb.grad
 
     plain = gradient(1.0)
@@ -152,7 +156,7 @@ def test_weight_and_loss_scale_multiply_the_gradient(components: Components) -> 
     assert gradient(1.0, lambda_guidance=0.0).abs().max() == 0
 
 
-def test_half_precision_encoder_keeps_large_gradients_in_range(tiny_model: Path) -> None:
+def test_half_precision_large_gradients(tiny_model: Path) -> None:
     """A weight whose product with the gradient overflows fp16 costs nothing: the encoder sees a peak of 1."""
     components = load_components(tiny_model, "cpu", torch.float16)
     assert components.vae.dtype == torch.float16
@@ -160,24 +164,26 @@ def test_half_precision_encoder_keeps_large_gradients_in_range(tiny_model: Path)
     for weight in (1.0, 2.0**20):
         rgb = picture(1)
         sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, lambda_guidance=weight))
-        sds(rgb, *prompts(1), generator=generator()).loss.backward()
+        sds(rgb, *prompts(1), StepInputs(generator=generator())).loss.backward()
         gradients.append(rgb.grad / weight)
     assert gradients[0].dtype == torch.float32 and gradients[0].abs().max() > 0
     assert torch.equal(*gradients)  # a power of two goes out and comes back without a digit changed
 
 
 @pytest.mark.parametrize("method", ["sds", "mse"])
-def test_latents_are_guided_without_the_encoder(components: Components, method: str) -> None:
+def test_latents_without_encoder(components: Components, mse_distillation: type, method: str) -> None:
+    """Latents are guided without the encoder."""
     latents = torch.randn(2, 4, 8, 8, generator=generator()).requires_grad_()
-    sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0), method=method)
-    result = sds(latents, *prompts(2), generator=generator(1), latents=True)
+    cls = mse_distillation if method == "mse" else ScoreDistillation
+    sds = cls(components, GuidanceConfig(guidance_scale=10.0))
+    result = sds(latents, *prompts(2), StepInputs(generator=generator(1), latents=True))
     result.loss.backward()
     # z - (z - g), rounded at the size of z and of g, is what "mse" gives back
     exact = result.gradient.double() / 2
     z = latents.detach()
     check("latents", latents.grad, (z - (z - result.gradient)) / 2, exact)
     larger = torch.randn(1, 4, 16, 24, generator=generator()).requires_grad_()
-    sds(larger, *prompts(1), generator=generator(1), latents=True).loss.backward()
+    sds(larger, *prompts(1), StepInputs(generator=generator(1), latents=True)).loss.backward()
     assert larger.grad.shape == larger.shape and larger.grad.abs().max() > 0
 
 
@@ -185,11 +191,11 @@ def test_shrinking_reads_every_pixel(components: Components) -> None:
     """At four times the model's size, sampling four neighbours an output pixel would leave three in four unseen."""
     rgb = picture(1, 128, 128)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
-    sds(rgb, *prompts(1), generator=generator()).loss.backward()
+    sds(rgb, *prompts(1), StepInputs(generator=generator())).loss.backward()
     assert (rgb.grad != 0).float().mean() > 0.99
 
 
-def test_one_image_at_a_time_gives_the_same_gradient(tiny_model: Path, in_fp64: Callable) -> None:
+def test_vae_slicing(tiny_model: Path, in_fp64: Callable) -> None:
     """Slices of the VAE, as --vram_O asks for, are as accurate as one image a call by hand."""
     plain = load_components(tiny_model, "cpu")
     models = (plain, in_fp64(plain))
@@ -199,11 +205,12 @@ def test_one_image_at_a_time_gives_the_same_gradient(tiny_model: Path, in_fp64: 
         assert components.vae.use_slicing is vram_O
         rgb = picture(3)
         sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
-        sds(rgb, *prompts(3), generator=generator()).loss.backward()
+        sds(rgb, *prompts(3), StepInputs(generator=generator())).loss.backward()
         check(f"vram_O {vram_O}", rgb.grad, *hand)
 
 
-def test_recomputation_keeps_less_and_gives_the_same_gradient_bit_for_bit(tiny_model: Path) -> None:
+def test_gradient_checkpointing(tiny_model: Path) -> None:
+    """Recomputation keeps less and gives the same gradient bit for bit."""
     gradients, kept = [], []
     for again in (False, True):
         components = load_components(tiny_model, "cpu")
@@ -218,11 +225,12 @@ def test_recomputation_keeps_less_and_gives_the_same_gradient_bit_for_bit(tiny_m
     assert kept[1] < kept[0] / 2
 
 
-def test_gradient_that_is_not_finite_is_reported(components: Components) -> None:
+def test_nonfinite_gradient_reported(components: Components) -> None:
+    """Gradient that is not finite is reported."""
     rgb = picture(1)
     cond, uncond = prompts(1)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
-    result = sds(rgb, cond * float("nan"), uncond, generator=generator())
+    result = sds(rgb, cond * float("nan"), uncond, StepInputs(generator=generator()))
     result.loss.backward()
     assert not torch.isfinite(result.grad_norm)
     assert not torch.isfinite(rgb.grad).any()
@@ -232,36 +240,39 @@ def test_a_seed_repeats_bit_for_bit(components: Components) -> None:
     def gradient(seed: int) -> Tensor:
         rgb = picture(2, 24, 24)
         sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
-        sds(rgb, *prompts(2), generator=generator(seed)).loss.backward()
+        sds(rgb, *prompts(2), StepInputs(generator=generator(seed))).loss.backward()
         return rgb.grad
 
     assert torch.equal(gradient(1), gradient(1))
     assert not torch.equal(gradient(1), gradient(2))
 
 
-def test_wrong_picture(components: Components) -> None:
+def test_bad_images_raise(components: Components) -> None:
+    """Wrong picture."""
     sds = ScoreDistillation(components, GuidanceConfig())
-    with pytest.raises(ValueError, match=r"rgb must be \[B, 3, H, W\], not \[1, 4, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], not \[1, 4, 8, 8\]"):
         sds(torch.zeros(1, 4, 8, 8), *prompts(1))
-    with pytest.raises(ValueError, match="method must be"):
-        ScoreDistillation(components, GuidanceConfig(), method="ism")
 
 
-def test_levels_are_uniform_in_the_range(components: Components) -> None:
+def test_timesteps_uniform(components: Components) -> None:
+    """Levels are uniform in the range."""
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.1, 0.2)))
-    levels = sds.timesteps(20000, 0.9, generator())
+    levels = sds.draw_timesteps(20000, StepInputs(progress=0.9, generator=generator()))
     counts = levels.bincount(minlength=1000)
     assert int(levels.min()) == 100 and int(levels.max()) == 200  # both ends included
     drawn = counts[100:201].double()
     mean, spread = 20000 / 101, (20000 / 101 * 100 / 101) ** 0.5  # of how often one of 101 levels is drawn
     assert (drawn - mean).abs().max() < 5 * spread and counts.sum() == drawn.sum()
-    assert int(ScoreDistillation(components, GuidanceConfig(t_range=(0.0, 1.0))).timesteps(20000, 0.0).max()) == 999
+    whole = ScoreDistillation(components, GuidanceConfig(t_range=(0.0, 1.0)))
+    assert int(whole.draw_timesteps(20000, StepInputs()).max()) == 999
 
 
 @pytest.mark.parametrize(("anneal", "at_half"), [("linear", 500), ("sqrt", 301), ("square", 740)])
-def test_levels_fall_with_progress(components: Components, anneal: str, at_half: int) -> None:
+def test_timesteps_annealed(components: Components, anneal: str, at_half: int) -> None:
+    """Levels fall with progress."""
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.02, 0.98), t_anneal=anneal))
-    drawn = [sds.timesteps(2000, progress, generator()) for progress in (0.0, 0.25, 0.5, 0.75, 0.999)]
+    steps = [StepInputs(progress=progress, generator=generator()) for progress in (0.0, 0.25, 0.5, 0.75, 0.999)]
+    drawn = [sds.draw_timesteps(2000, inputs) for inputs in steps]
     means = [float(levels.float().mean()) for levels in drawn]
     # Even within 48 on both sides: the mean to five standard errors, and half for the rounding of the level.
     assert means == sorted(means, reverse=True) and abs(means[2] - at_half) < 5 * 96 / (12 * 2000) ** 0.5 + 0.5
@@ -270,7 +281,7 @@ def test_levels_fall_with_progress(components: Components, anneal: str, at_half:
     assert all(90 < int(levels.max() - levels.min()) < 97 for levels in drawn[1:4])
 
 
-def test_rescaling_takes_the_spread_of_the_unguided_prediction(components: Components, in_fp64: Callable) -> None:
+def test_guidance_rescale(components: Components, in_fp64: Callable) -> None:
     """As in diffusers' `rescale_noise_cfg`, of the clean latent; the guided noise then belongs to it."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
@@ -326,7 +337,7 @@ def diffusers_pipeline(components: Components):
     return pipeline
 
 
-def test_sampling_is_deterministic_ddim(components: Components, in_fp64: Callable) -> None:
+def test_sample_against_diffusers(components: Components, in_fp64: Callable) -> None:
     """Images are those of diffusers' own pipeline for the same latents and prompts."""
     cond, uncond = prompts(2)
     images = sample(components, cond, uncond, steps=10, guidance_scale=3.0, generator=generator())
@@ -347,7 +358,8 @@ def test_sampling_is_deterministic_ddim(components: Components, in_fp64: Callabl
     check("images", images, reference, exact)
 
 
-def test_sampling_refuses_what_it_cannot_do(components: Components, tiny_model: Path) -> None:
+def test_sample_raises(components: Components, tiny_model: Path) -> None:
+    """Sampling refuses what it cannot do."""
     with pytest.raises(ValueError, match="no VAE decoder"):
         sample(load_components(tiny_model, "cpu"), *prompts(1))
     with pytest.raises(ValueError, match="steps must lie in 1 to 1000, not 0"):
@@ -355,22 +367,23 @@ def test_sampling_refuses_what_it_cannot_do(components: Components, tiny_model: 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="host synchronisations are a matter of GPUs")
-def test_guidance_never_waits_for_the_gpu(tiny_model: Path) -> None:
+def test_never_synchronizes(tiny_model: Path) -> None:
+    """Guidance never waits for the gpu."""
     components = load_components(tiny_model, "cuda", torch.float16)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, t_anneal="linear", guidance_rescale=0.5))
     cond, uncond = (embedding.cuda() for embedding in prompts(2))
     rgb = picture(2, 24, 24).detach().cuda().requires_grad_()
     draws = torch.Generator("cuda").manual_seed(0)
-    sds(rgb, cond, uncond, progress=0.1, generator=draws).loss.backward()  # loads kernels
+    sds(rgb, cond, uncond, StepInputs(progress=0.1, generator=draws)).loss.backward()  # loads kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sds(rgb, cond, uncond, progress=0.2, generator=draws).loss.backward()
+        sds(rgb, cond, uncond, StepInputs(progress=0.2, generator=draws)).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(rgb.grad).all()
 
 
-def test_shrinking_with_deterministic_algorithms_is_shrinking(components: Components) -> None:
+def test_deterministic_resize(components: Components) -> None:
     """torch's own gradient adds up in any order on a GPU; the products in its place are the same map and gradient."""
 
     def resized(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

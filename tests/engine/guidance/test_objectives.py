@@ -14,8 +14,9 @@ from dream_fast.engine.config.presets import dream_mini_cpu
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import Components, load_components
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.sds import Draws, Prompts, ScoreDistillation, distillation_gradient
 
 SCORES = ("sds", "csd", "asd", "sdi")
 SCALE, STEPS = 7.5, 4
@@ -96,13 +97,16 @@ def by_hand(components: Components, score: str, z: Tensor, t: int, noise: Tensor
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: Callable, score: str) -> None:
+def test_gradient_by_hand(components: Components, in_fp64: Callable, score: str) -> None:
+    """A batch is the loop over its samples."""
     batch = 5
     z = torch.randn(batch, 4, 8, 8, generator=generator(8))
     cond, uncond = prompts(batch)
     called = []
     hook = components.unet.register_forward_pre_hook(lambda module, inputs: called.append(len(inputs[0]) // batch))
-    result = ScoreDistillation(components, config(score))(z, cond, uncond, generator=generator(3), latents=True)
+    result = ScoreDistillation(components, config(score))(
+        z, cond, uncond, StepInputs(generator=generator(3), latents=True)
+    )
     hook.remove()
     draws = generator(3)
     t = torch.randint(LOW, HIGH + 1, (batch,), generator=draws)
@@ -118,7 +122,9 @@ def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: C
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_pictures_get_the_gradient_of_their_latents(components: Components, in_fp64: Callable, score: str) -> None:
+def test_image_gradient_through_encoder(
+    components: Components, in_fp64: Callable, mse_distillation: type, score: str
+) -> None:
     """Through the encoder, by both methods: the gradient of the latents times the encoder's own derivative."""
     cond, uncond = prompts(2)
     pictures = torch.rand(2, 3, 32, 32, generator=generator(8))
@@ -130,22 +136,24 @@ def test_pictures_get_the_gradient_of_their_latents(components: Components, in_f
         z = (posterior.mean + posterior.std * draw) * 0.18215
         return torch.autograd.grad(z, rgb, gradient.to(model.dtype) / 2)[0]
 
-    for method in ("sds", "mse"):
+    for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
         rgb = pictures.clone().requires_grad_()
-        result = ScoreDistillation(components, config(score), method=method)(rgb, cond, uncond, generator=generator(3))
+        result = cls(components, config(score))(rgb, cond, uncond, StepInputs(generator=generator(3)))
         result.loss.backward()
         models = (components, in_fp64(components))
         check(method, rgb.grad, *(through_the_encoder(model, result.gradient) for model in models))
         assert result.gradient.abs().max() > 0
 
 
-def test_classifier_score_holds_no_noise(components: Components) -> None:
+def test_csd_without_noise(components: Components) -> None:
     """Where the prompt changes nothing, rounding is left; the other scores keep a residual."""
     z = torch.randn(1, 4, 8, 8, generator=generator(8))
     cond, _ = prompts(1)
     left = {
         score: float(
-            ScoreDistillation(components, config(score))(z, cond, cond, generator=generator(3), latents=True).grad_norm
+            ScoreDistillation(components, config(score))(
+                z, cond, cond, StepInputs(generator=generator(3), latents=True)
+            ).grad_norm
         )
         for score in SCORES
     }
@@ -153,20 +161,26 @@ def test_classifier_score_holds_no_noise(components: Components) -> None:
     assert 1000 * left["csd"] < min(left["sds"], left["asd"], left["sdi"])
 
 
-def test_the_higher_level_ends_with_the_schedule(components: Components) -> None:
-    score = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(0.02, 1.0)))
-    z = torch.ones(4, 4, 8, 8)
-    _, level = score._noisier(z, torch.tensor([20, 39, 520, 990]), torch.zeros_like(z))
-    assert level.tolist() == [20, 40, 570, 999]
+def test_asd_later_timestep(components: Components) -> None:
+    """The higher level ends with the schedule."""
+    z, t, calls = torch.ones(4, 4, 8, 8), torch.tensor([20, 39, 520, 990]), []
+    config = GuidanceConfig(objective="asd", t_range=(0.02, 1.0))
+    hook = components.unet.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1]))
+    distillation_gradient(components, config, z, Draws(t, torch.zeros_like(z)), Prompts(*prompts(4)), {})
+    hook.remove()
+    assert calls[0].tolist() == [*t.tolist(), *t.tolist(), 20, 40, 570, 999]
 
 
 @pytest.mark.parametrize("score", ["sds", "asd"])
 @pytest.mark.parametrize("method", ["sds", "mse"])
-def test_the_gradient_is_clamped_by_element(components: Components, score: str, method: str) -> None:
+def test_clip_grad_latent(components: Components, mse_distillation: type, score: str, method: str) -> None:
+    """The gradient is clamped by element."""
+    cls = mse_distillation if method == "mse" else ScoreDistillation
+
     def guided(limit: float) -> tuple[Tensor, Tensor, Tensor]:
         z = torch.randn(2, 4, 8, 8, generator=generator(8)).requires_grad_()
-        sds = ScoreDistillation(components, config(score, clip_grad_latent=limit, lambda_guidance=2.0), method=method)
-        result = sds(z, *prompts(2), generator=generator(3), latents=True)
+        sds = cls(components, config(score, clip_grad_latent=limit, lambda_guidance=2.0))
+        result = sds(z, *prompts(2), StepInputs(generator=generator(3), latents=True))
         result.loss.backward()
         return result.gradient, z.grad, result.grad_norm
 
@@ -181,7 +195,7 @@ def test_the_gradient_is_clamped_by_element(components: Components, score: str, 
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_clamp_does_not_hide_what_is_not_finite(components: Components, bad: float, monkeypatch) -> None:
+def test_clip_grad_latent_nonfinite(components: Components, bad: float, monkeypatch) -> None:
     """One infinite output of the UNet, as fp16 gives, has to cost its step."""
     forward = components.unet.forward
 
@@ -192,10 +206,9 @@ def test_a_clamp_does_not_hide_what_is_not_finite(components: Components, bad: f
 
     monkeypatch.setattr(components.unet, "forward", overflowing)
     z = torch.randn(1, 4, 8, 8, generator=generator(8))
-    sds = ScoreDistillation(components, config("csd", clip_grad_latent=0.5))
-    cond, uncond = prompts(1)
     noise, t = torch.randn(z.shape, generator=generator(1)), torch.tensor([500])
-    gradient, *_ = sds._gradient(z, t, cond, uncond, {"guidance_scale": torch.tensor(SCALE)}, noise)
+    given = Draws(t, noise), Prompts(*prompts(1)), {"guidance_scale": torch.tensor(SCALE)}
+    gradient, *_ = distillation_gradient(components, config("csd", clip_grad_latent=0.5), z, *given)
     assert not torch.isfinite(torch.linalg.vector_norm(gradient))
     assert torch.isfinite(gradient[:, 1:]).all()
 
@@ -227,13 +240,13 @@ def test_the_forbidden_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, score: str) -> None:
+def test_distillation_gradient_capturable(components: Components, score: str) -> None:
+    """Nothing comes to the host and nothing is drawn."""
     z, noise = torch.randn(2, 2, 4, 8, 8, generator=generator(1))
-    cond, uncond = prompts(2)
+    draws, given = Draws(torch.tensor([300, 700]), noise), Prompts(*prompts(2))
+    scalars = {"guidance_scale": torch.tensor(SCALE)}
     with Forbidden() as noticed, torch.no_grad():
-        ScoreDistillation(components, config(score))._gradient(
-            z, torch.tensor([300, 700]), cond, uncond, {"guidance_scale": torch.tensor(SCALE)}, noise
-        )
+        distillation_gradient(components, config(score), z, draws, given, scalars)
     assert noticed.found == []
 
 
@@ -255,7 +268,8 @@ def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, 
         ({"objective": "csd", "preset": "reference"}, "100.0", 0.0),
     ],
 )
-def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, rescale) -> None:
+def test_objective_default_scale(typed, scale, rescale) -> None:
+    """A score has its own scale unless one is typed."""
     assert str(dream_mini_cpu().guidance.guidance_scale) == "0.0:8:4:1.0"
     got = configure(typed, "cpu").guidance
     assert (str(got.guidance_scale), got.guidance_rescale) == (scale, rescale)
@@ -274,15 +288,14 @@ def test_perp_neg_goes_with_sds_only(score: str) -> None:
 
 
 @pytest.mark.parametrize("score", ["sds", "sdi"])
-def test_the_loss_of_the_clean_latent_is_the_same_difference_at_another_weight(
-    components: Components, in_fp64: Callable, score: str
-) -> None:
+def test_loss_space_x0_weight(components: Components, in_fp64: Callable, score: str) -> None:
+    """The loss of the clean latent is the same difference at another weight."""
     cond, uncond = prompts(2)
     z = torch.randn(2, 4, 8, 8, generator=generator(3))
     t, noise = torch.tensor([300, 700]), torch.randn(2, 4, 8, 8, generator=generator(4))
-    numbers = {"guidance_scale": torch.tensor(SCALE)}
+    given = Draws(t, noise), Prompts(cond, uncond), {"guidance_scale": torch.tensor(SCALE)}
     plain, x0 = (
-        ScoreDistillation(components, config(score, loss_space=space))._gradient(z, t, cond, uncond, numbers, noise)[0]
+        distillation_gradient(components, config(score, loss_space=space), z, *given).gradient
         for space in ("noise", "x0")
     )
     expected = []
@@ -303,15 +316,15 @@ def clean_latents(components: Components, noisy: Tensor, cond: Tensor, uncond: T
     return ((noisy - (1 - a).sqrt() * eps) / a.sqrt())[None]
 
 
-def test_the_clean_latent_is_rescaled_before_it_is_compared(components: Components, in_fp64: Callable) -> None:
+def test_loss_space_x0_rescaled(components: Components, in_fp64: Callable) -> None:
     """With diffusers' `rescale_noise_cfg`."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     cond, uncond = prompts(1)
     z, noise = (torch.randn(1, 4, 8, 8, generator=generator(seed)) for seed in (3, 4))
-    sds = ScoreDistillation(components, config("sds", loss_space="x0", guidance_rescale=1.0, lambda_guidance=0.5))
-    numbers = {"guidance_scale": torch.tensor(SCALE)}
-    gradient, noisy, clean = sds._gradient(z, torch.tensor([500]), cond, uncond, numbers, noise)
+    settings = config("sds", loss_space="x0", guidance_rescale=1.0, lambda_guidance=0.5)
+    given = Draws(torch.tensor([500]), noise), Prompts(cond, uncond), {"guidance_scale": torch.tensor(SCALE)}
+    gradient, noisy, clean = distillation_gradient(components, settings, z, *given)
     assert torch.equal(gradient, 0.5 * (z - clean))
     expected = [
         rescale_noise_cfg(
@@ -323,6 +336,7 @@ def test_the_clean_latent_is_rescaled_before_it_is_compared(components: Componen
 
 
 @pytest.mark.parametrize("score", ["csd", "asd"])
-def test_scores_without_a_clean_latent_refuse_its_loss(score: str) -> None:
+def test_loss_space_x0_raises(score: str) -> None:
+    """Scores without a clean latent refuse its loss."""
     with pytest.raises(UserError, match="--loss_space x0 goes with --objective sds and sdi"):
         config(score, loss_space="x0")

@@ -12,8 +12,7 @@ from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.clip import ClipGuidance
 from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.perp_neg import negative_weights
-from dream_fast.engine.guidance.prompts import view_weights
-from dream_fast.engine.guidance.sds import Settled
+from dream_fast.engine.guidance.prompts import ViewAngles, view_weights
 from dream_fast.engine.guidance.sum import GuidanceSum
 from dream_fast.engine.scene.camera import Cameras, make_cameras
 
@@ -27,12 +26,12 @@ class Score:
         self.config = GuidanceConfig(**settings)
         self.calls: list[tuple[tuple, dict]] = []
 
-    def __call__(self, *words: Any, **options: Any) -> str:
-        self.calls.append((words, options))
+    def __call__(self, *words: Any) -> str:
+        self.calls.append(words)
         return "a result"
 
-    def settle(self, *words: Any) -> Settled:
-        return Settled("timesteps", {"scale": words})
+    def prepare_step(self, *words: Any) -> tuple:
+        return words
 
 
 class Prompts:
@@ -49,40 +48,38 @@ def cameras(azimuth: list[float], polar: float = 90.0) -> Cameras:
     return make_cameras(*(torch.full_like(places, value) for value in (polar,)), places, places + 3, places + 20)
 
 
-def test_text_guidance_without_options_passes_the_defaults_on() -> None:
-    """Step zero, pictures, nothing settled, a blend of 90 degrees, no angle at which a side ends."""
-    guide, views = DiffusionGuidance(Score(), Prompts(), 30.0), cameras([0.0, 100.0])
-    assert guide("pictures", views, StepInputs(progress=0.25, generator="draws")) == "a result"
-    (((pictures, (_, angles), uncond), options),) = guide.score.calls
-    assert (pictures, uncond) == ("pictures", "uncond")
-    assert angles[0] is views.azimuth and angles[1] is views.polar and angles[2:] == (30.0, 90.0, None)
-    assert options == dict(progress=0.25, step=0, generator="draws", latents=False, settled=None, negatives=None)
+def test_diffusion_guidance_defaults() -> None:
+    """No negatives, a blend of 90 degrees, no angle at which a view ends."""
+    guide, views = DiffusionGuidance(Score(), Prompts()), cameras([0.0, 100.0])
+    inputs = StepInputs(progress=0.25, generator="draws")
+    assert guide("pictures", views, inputs) == "a result"
+    ((pictures, (_, angles), uncond, given, negatives),) = guide.distillation.calls
+    assert (pictures, uncond, negatives) == ("pictures", "uncond", None) and given is inputs
+    assert angles[0] is views.azimuth and angles[1] is views.polar and angles[2] == (30.0, 90.0, None)
+    assert (inputs.step, inputs.latents, inputs.timesteps, inputs.scalars) == (0, False, None, {})
 
 
-def test_text_guidance_passes_options_and_angles_on() -> None:
+def test_diffusion_guidance_passes_on() -> None:
     """All that a call names reaches the score, and all angles the prompts."""
-    guide = DiffusionGuidance(Score(), Prompts(), *ANGLES)
+    guide = DiffusionGuidance(Score(), Prompts(), ViewAngles(*ANGLES))
     inputs = StepInputs(7, 0.5, "draws", latents=True, timesteps="timesteps", scalars={"scale": 2.0})
     guide("latents", cameras([0.0]), inputs)
-    (((_, (_, angles), _), options),) = guide.score.calls
-    given = dict(progress=0.5, step=7, generator="draws", latents=True, settled=("timesteps", {"scale": 2.0}))
-    assert options == given | {"negatives": None} and angles[2:] == ANGLES
-    prepared = guide.prepare_step(StepInputs(7, 0.5, "draws", scalars={"ramp": 1.0}), 2)
-    assert prepared[:3] == (7, 0.5, "draws") and prepared.timesteps == "timesteps"
-    assert prepared.scalars == {"ramp": 1.0, "scale": (2, 7, 0.5, "draws")}
+    ((_, (_, angles), _, given, negatives),) = guide.distillation.calls
+    assert given is inputs and negatives is None and angles[2] == ANGLES
+    assert guide.prepare_step(inputs, 2) == (inputs, 2)
     assert guide.accepts_latents and guide.capturable
 
 
-def test_text_guidance_turns_away_from_the_front_and_the_side() -> None:
+def test_diffusion_guidance_negatives() -> None:
     """With Perp-Neg the first two views go along, weighted by the sides that the cameras see at these angles."""
     settings = dict(negative_w=-4.0, front_decay_factor=1.0, side_decay_factor=3.0)
     guide, views = (
-        DiffusionGuidance(Score(perpneg=True, **settings), Prompts(), *ANGLES[:2]),
+        DiffusionGuidance(Score(perpneg=True, **settings), Prompts(), ViewAngles(*ANGLES[:2])),
         cameras([20.0, 60.0, 150.0]),
     )
     guide("pictures", views, StepInputs())
-    negatives = guide.score.calls[0][1]["negatives"]
-    expected = negative_weights(view_weights(views.azimuth, views.polar, 30.0, 40.0), -4.0, 1.0, 3.0)
+    negatives = guide.distillation.calls[0][-1]
+    expected = negative_weights(view_weights(views.azimuth, views.polar, ViewAngles(30.0, 40.0)), -4.0, 1.0, 3.0)
     assert torch.equal(negatives.weights, expected)
     assert torch.equal(negatives.embeddings, Prompts.views[:2])
 
@@ -105,7 +102,7 @@ class Image(Part):
     components = "a model"
 
 
-def test_sum_passes_its_options_to_every_part() -> None:
+def test_sum_passes_inputs() -> None:
     """What a sum is called with reaches each part."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
     inputs = StepInputs(3, 0.5, "draws", latents=True)
@@ -118,7 +115,7 @@ def test_sum_passes_its_options_to_every_part() -> None:
     ("latents", "losses", "shown"),
     [(False, {"clip": 1.0, "a": 2.0, "b": 4.0}, 2.0), (True, {"a": 2.0, "b": 4.0}, 2.0)],
 )
-def test_sum_shows_its_first_image_model(latents: bool, losses: dict[str, float], shown: float) -> None:
+def test_sum_primary_result(latents: bool, losses: dict[str, float], shown: float) -> None:
     """Losses are added, all of them named; the rest is of the first image model, and of parts that take latents."""
     guide = GuidanceSum({"clip": Part(1.0, accepts_latents=False), "a": Image(2.0), "b": Image(4.0)})
     result = guide("pictures", "cameras", StepInputs(latents=latents))
@@ -127,7 +124,7 @@ def test_sum_shows_its_first_image_model(latents: bool, losses: dict[str, float]
     assert guide.components == "a model"
 
 
-def test_sum_without_an_image_model_shows_its_first_part() -> None:
+def test_sum_without_diffusion() -> None:
     """Two parts of another kind: levels and gradient are those of the first."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
     result = guide("pictures", "cameras", StepInputs())
@@ -136,7 +133,7 @@ def test_sum_without_an_image_model_shows_its_first_part() -> None:
 
 
 @pytest.mark.parametrize(("options", "first"), [({}, "shown at 32"), ({"latents": True}, "decoded shown at 8")])
-def test_pictures_of_a_step_are_render_noisy_and_clean(monkeypatch, options: dict, first: str) -> None:
+def test_guidance_images_order(monkeypatch, options: dict, first: str) -> None:
     """A render at the model's size, or latents resized and decoded; then the decoded latents, side by side."""
     components, names = SimpleNamespace(latent_size=8, image_size=32), {}
 
