@@ -1,7 +1,7 @@
-"""The command ``dream-fast``: checks what was typed, settles the configuration, and hands it to the engine.
+"""The command `dream-fast`: parses the arguments, makes the configuration of the run, and calls the engine.
 
-Nothing heavy is imported before the arguments are good, so that help and a refused argument answer at once.
-Exit status: 0 done, 2 a mistake of the user (one sentence on stderr), 130 interrupted (SIGINT), 143 terminated.
+Imports nothing heavy before the arguments are good, so that help and a refused argument answer at once.
+Exit status: 0 success, 2 a mistake of the user (one sentence on stderr), 130 interrupted (SIGINT), 143 terminated.
 """
 
 import argparse
@@ -16,15 +16,18 @@ from typing import Any, NoReturn, get_args, get_origin
 import dream_fast
 from dream_fast.engine.config.argument_file import read_arguments
 from dream_fast.engine.config.compat import RENAMED_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
+from dream_fast.engine.config.configure import configure, expand_shortcuts
+from dream_fast.engine.config.guidances import chosen_guidances
 from dream_fast.engine.config.model_names import typed_name
 from dream_fast.engine.config.options_page import COMMAND_FLAGS
 from dream_fast.engine.config.other_programs import COMMANDS, FLAGS, KEYS, VALUES, plain_name
-from dream_fast.engine.config.presets import chosen_model, expand_shortcuts, resolve
 from dream_fast.engine.config.prompt_syntax import foreign_syntax
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar
-from dream_fast.engine.config.schema import Config, settings, settings_unused_by
+from dream_fast.engine.config.schema import Config, settings
+from dream_fast.engine.config.sections import RunConfig
 from dream_fast.engine.config.setting import ScalarRange, check_value, value_type
 from dream_fast.engine.config.spelling import nearest
+from dream_fast.engine.config.validate import check_typed
 from dream_fast.engine.dream_mini import check_prompt
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.runtime.paths import expand_user
@@ -39,12 +42,12 @@ _EXAMPLES = """examples:
 
 Defaults depend on the model and the device; --print-config shows them."""
 
-# Settings that each are a whole prompt: the embedded model must know what they name.
+# Settings that each are a whole prompt.
 _PROMPTS = ("text", "text_front", "text_side", "text_back", "text_overhead")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its complaints as UserError."""
+    """argparse, with its messages as UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -74,7 +77,7 @@ def _scalar(word: str) -> Scalar:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One group a room, one flag a field. The namespace holds only what was typed."""
+    """Build the parser: a group for each section, a flag for each field. Its namespace holds only what was typed."""
     parser = _Parser(
         prog="dream-fast",
         usage="dream-fast --text PROMPT [-O] [--save_mesh] [--workspace FOLDER] [FLAG ...]",
@@ -91,18 +94,18 @@ def build_parser() -> argparse.ArgumentParser:
         help=COMMAND_FLAGS["--version"],
     )
     parser.add_argument("--file", metavar="FILE", help=COMMAND_FLAGS["--file"])
-    parser.add_argument("--print-config", "--print_config", action="store_true", help=COMMAND_FLAGS["--print-config"])
+    parser.add_argument("--print_config", "--print-config", action="store_true", help=COMMAND_FLAGS["--print_config"])
     parser.add_argument("--doctor", action="store_true", help=COMMAND_FLAGS["--doctor"])
     parser.add_argument("-O", dest="O", action="store_true", help=COMMAND_FLAGS["-O"])
     parser.add_argument("-O2", dest="O2", action="store_true", help=COMMAND_FLAGS["-O2"])
     parser.add_argument("--IF", action="store_true", help=COMMAND_FLAGS["--IF"])
     parser.add_argument("--cuda_ray", action="store_true", help=COMMAND_FLAGS["--cuda_ray"])
     groups: dict[str, Any] = {}
-    for room, field in settings():
-        if room.name not in groups:
-            groups[room.name] = parser.add_argument_group(room.type.__doc__.rstrip("."))
+    for section, field in settings():
+        if section.name not in groups:
+            groups[section.name] = parser.add_argument_group(section.type.__doc__.rstrip("."))
         names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
-        groups[room.name].add_argument(*names, **_argument(field))
+        groups[section.name].add_argument(*names, **_argument(field))
     return parser
 
 
@@ -125,7 +128,7 @@ def _looks_like_flag(word: str) -> bool:
 
 
 def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """UserError for a flag or a value that we refuse, or a flag that nobody knows, with what does the same here."""
+    """Raise UserError for a flag or a value that is refused, or an unknown flag, with what does the same here."""
     known = list(parser._option_string_actions)
     flag = ""
     for word in words:
@@ -146,26 +149,27 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def _off(flag: str) -> str:
+    """Return the flag that turns `flag` off."""
     return f"--no-{flag.removeprefix('--')}"
 
 
 def _instead(flag: str, known: Sequence[str]) -> str:
-    """The end of the sentence about an unknown flag: what it is called here, or what its user may have meant."""
+    """Return the end of the message about an unknown flag: its name here, or the flag nearest in spelling."""
     name = plain_name(flag)
-    spelled = [ours for ours in known if len(name) > 1 and plain_name(ours) == name]
-    if len(spelled) == 1:
-        return f"; did you mean {spelled[0]}?"
+    same_letters = [other for other in known if len(name) > 1 and plain_name(other) == name]
+    if len(same_letters) == 1:
+        return f"; did you mean {same_letters[0]}?"
     if name in FLAGS:
         return f": {FLAGS[name]}"
-    refused = [ours for ours in UNSUPPORTED_FLAGS if plain_name(ours) == name]
+    refused = [other for other in UNSUPPORTED_FLAGS if plain_name(other) == name]
     if refused:
         return f"; {refused[0]} is not available: {UNSUPPORTED_FLAGS[refused[0]]}"
-    near = nearest(name, {plain_name(ours): ours for ours in known})
+    near = nearest(name, {plain_name(other): other for other in known})
     return "; see --help" if near is None else f"; did you mean {near}?"
 
 
 def _why_unexpected(parser: argparse.ArgumentParser, words: Sequence[str], word: str) -> str:
-    """The end of the sentence about a word that belongs to no flag."""
+    """Return the end of the message about a word that belongs to no flag."""
     if word.startswith(("\u2013", "\u2014", "\u2212")):
         return ": it begins with a dash that is no hyphen; type flags as in --text"
     if word == words[0] and word in COMMANDS:
@@ -186,7 +190,7 @@ def _why_unexpected(parser: argparse.ArgumentParser, words: Sequence[str], word:
 
 
 def _parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    """What ``words`` type, by name, checked one by one. UserError: anything that is not good."""
+    """Return the values of `words` by name, each checked alone. Raises UserError: a word or a value that is refused."""
     _check_words(parser, words)
     namespace, rest = parser.parse_known_args(words)
     if rest:
@@ -199,7 +203,7 @@ def _parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[
 
 
 def _parse_file(parser: argparse.ArgumentParser, name: str) -> dict[str, Any]:
-    """What the file ``name`` types. UserError, naming the file: it is no good, or names another one."""
+    """Return the values of the words in the file `name`. Raises UserError, with its name: as `_parse_words`."""
     words = read_arguments(name)
     try:
         if any(word.partition("=")[0] == "--file" for word in words):
@@ -210,7 +214,10 @@ def _parse_file(parser: argparse.ArgumentParser, name: str) -> dict[str, Any]:
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
-    """What was typed, by setting name, with the files that it names. UserError: anything that is not good."""
+    """Return the typed values by name, those of `--file` among them, with shortcuts expanded.
+
+    Raises UserError: a word or a value that is refused.
+    """
     parser = build_parser()
     starts = [i for i, word in enumerate(words) if word.partition("=")[0] == "--file"]
     typed: dict[str, Any] = {}
@@ -228,88 +235,73 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     return expand_shortcuts(typed)
 
 
-def _device(wanted: str) -> str:
-    """Where the run takes place. torch is imported only when it has to be asked."""
-    if wanted != "auto":
-        return wanted
-    from dream_fast.engine.runtime.device import find_gpu
+def _choose_device(typed: dict[str, Any]) -> str:
+    """Return the device of the run. torch is imported only where the machine decides it."""
+    device = typed.get("device", RunConfig().device)
+    if device == "auto":
+        from dream_fast.engine.runtime.device import find_gpu
 
-    there, why = find_gpu()
-    if why:
-        print(f"dream-fast: note: the GPU is not used ({one_line(why)})", file=sys.stderr)
-    return "cuda" if there else "cpu"
-
-
-# What each command says anew of a run that is there, by setting.
-_SAID_EACH_TIME = {"six_views": False, "save_mesh": False, "ckpt": "latest", "output": None}
+        has_gpu, reason = find_gpu()
+        if reason:
+            print(f"dream-fast: note: the GPU is not used ({one_line(reason)})", file=sys.stderr)
+        device = "cuda" if has_gpu else "cpu"
+    return device
 
 
-def _stored(typed: dict[str, Any]) -> Config:
-    """``--test``: the workspace's own settings, with what was typed on top; precision as the run had it."""
-    from dream_fast.engine.workspace.folder import Workspace
-
-    folder = typed.get("workspace", Config().run.workspace)
-    stored = Workspace(expand_user(folder)).stored_config()
-    if stored is None:
-        raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
-    values = {name: value for name, value in typed.items() if name != "fp16"}
-    here = {"workspace": folder, "device": _device(typed.get("device", "auto"))}
-    return stored.override({**_SAID_EACH_TIME, **values, **here})
-
-
-def _taken_up(config: Config, typed: dict[str, Any]) -> Config:
-    """``config``, unless a run of another version is taken up, whose defaults were others: its own, under ``typed``."""
-    from dream_fast.engine.workspace.folder import Workspace
-
-    stored = None if config.run.ckpt == "scratch" else Workspace(expand_user(config.run.workspace)).stored_run()
-    if stored is None or stored.is_of_this_version:
-        return config
-    here = {"test": False, "workspace": config.run.workspace, "device": config.run.device}
-    return stored.config.override({**_SAID_EACH_TIME, **typed, **here})
-
-
-def _field_of(typed: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the field that a mesh refinement takes over; once it is under way, those that it has itself."""
-    from dream_fast.engine.training.dmtet_init import field_settings, find_init_source
-    from dream_fast.engine.workspace.folder import Workspace
-
-    if typed.get("ckpt") != "scratch":
-        workspace = Workspace(expand_user(typed.get("workspace", Config().run.workspace)))
-        stored = workspace.stored_config()
-        if stored is not None and stored.dmtet.init_with == typed["init_with"]:
-            rooms = {name: value for room in ("field", "render") for name, value in stored.to_dict()[room].items()}
-            return {
-                name: value for name, value in rooms.items() if name not in settings_unused_by(stored.field.backbone)
-            }
-    return field_settings(find_init_source(typed["init_with"]))
-
-
-def _settle(typed: dict[str, Any], print_only: bool) -> Config:
-    """The configuration of the run. UserError: no prompt, or one that the embedded model does not know."""
-    if typed.get("test"):
-        return _stored(typed)
-    model = chosen_model(typed)
-    if "text" not in typed and not print_only:
+def _check_prompts(typed: dict[str, Any], *, required: bool) -> None:
+    """Print notes and warnings about the prompts. Raises UserError: none, or one that the guidance does not know."""
+    if "text" not in typed and required:
         raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
     for name in (*_PROMPTS, "negative"):
         for note in foreign_syntax(typed.get(name, "")):
             print(f"dream-fast: note: --{name}: {one_line(note)}", file=sys.stderr)
-    if model == "dream-mini":
+    if any(spec.closed_vocabulary for spec in chosen_guidances(typed)):
         texts = [typed[name] for name in _PROMPTS if name in typed]
         warnings = [warning for text in texts for warning in check_prompt(text, typed.get("negative", ""))]
         for warning in dict.fromkeys(warnings):
             print(f"dream-fast: warning: {one_line(warning)}", file=sys.stderr)
-    device = _device(typed.get("device", "auto"))
+
+
+def _make_config(typed: dict[str, Any], print_only: bool) -> Config:
+    """Return the configuration of the run: a preset or a stored run, under the typed settings. Raises UserError."""
+    folder = typed.get("workspace", RunConfig().workspace)
+    if typed.get("test"):
+        return _make_test_config(typed, folder)
+    check_typed(typed)
+    _check_prompts(typed, required=not print_only)
+    device = _choose_device(typed)
     if typed.get("dmtet") and "init_with" in typed:
-        typed = {**_field_of(typed), **typed}
-    config = resolve(typed, model, device)
+        from dream_fast.engine.training.dmtet_init import inherited_settings
+
+        typed = {**inherited_settings(typed["init_with"], folder, fresh=typed.get("ckpt") == "scratch"), **typed}
+    config = configure(typed, device)
     if typed.get("fp16") and device == "cpu":
         print("dream-fast: note: no GPU in use, so this runs on the CPU", file=sys.stderr)
-    return config if print_only else _taken_up(config, typed)
+    if print_only or config.run.ckpt == "scratch":
+        return config
+
+    from dream_fast.engine.workspace.folder import Workspace
+    from dream_fast.engine.workspace.stored_run import override_stored
+
+    stored = Workspace(expand_user(folder)).stored_run()
+    if stored is None or stored.is_of_this_version:
+        return config
+    return override_stored(stored.config, typed, folder, device)  # the defaults of its version were others
+
+
+def _make_test_config(typed: dict[str, Any], folder: str) -> Config:
+    """Return the configuration of `--test`: that of the run in `folder`, under the typed settings. Raises UserError."""
+    from dream_fast.engine.workspace.folder import Workspace
+    from dream_fast.engine.workspace.stored_run import override_stored
+
+    stored = Workspace(expand_user(folder)).stored_config()
+    if stored is None:
+        raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
+    return override_stored(stored, typed, folder, _choose_device(typed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command on ``argv`` (default: the process's arguments) and return its exit status."""
+    """Run the command on `argv` (default: the arguments of the process) and return its exit status."""
     try:
         typed = parse(sys.argv[1:] if argv is None else argv)
         typed.pop("cuda_ray", None)
@@ -318,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dream_fast.bench.doctor import doctor
 
             return doctor.main()
-        config = _settle(typed, print_only)
+        config = _make_config(typed, print_only)
         if print_only:
             print(json.dumps(config.to_dict(), indent=2))
             return 0

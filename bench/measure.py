@@ -92,7 +92,8 @@ def time_cuda(call: Callable[[], Any], *, milliseconds: float = 100, graph: bool
 def time_cpu(call: Callable[[], Any], *, milliseconds: float = 100, least: int = 3) -> Timing:
     """Time `call` by the wall clock, after a warm-up: for at least `milliseconds` and `least` calls."""
     call()
-    times, spent = [], 0.0
+    times: list[float] = []
+    spent = 0.0
     while spent < milliseconds or len(times) < least:
         times.append(time_once(call, torch.device("cpu")))
         spent += times[-1]
@@ -107,9 +108,9 @@ def time_call(call: Callable[[], Any], device: torch.device, **options: Any) -> 
 def time_once(call: Callable[[], Any], device: torch.device) -> float:
     """Time of one call in ms, without warm-up; the call may hold any number of launches."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        seconds = time.perf_counter()
         call()
-        return (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - seconds) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

@@ -248,6 +248,29 @@ def in_fp64() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def mse_distillation() -> type:
+    """A `ScoreDistillation` whose gradient is the derivative of 1/2 |z - stopgrad(z - g)|^2 / B, by torch's autograd
+    through the encoder: an oracle for the gradient that is injected."""
+    import torch
+
+    from dream_fast.engine.guidance.base import GuidanceResult, StepInputs
+    from dream_fast.engine.guidance.sds import Prompts, ScoreDistillation, distillation_gradient
+
+    class MseDistillation(ScoreDistillation):
+        def __call__(self, images, cond, uncond, inputs=None, negatives=None):
+            inputs = inputs or StepInputs()
+            draws, prompts = self.draw(len(images), inputs), Prompts(cond, uncond, negatives)
+            scalars = self.scheduled_scalars(inputs.step, inputs.progress)
+            with torch.autocast(images.device.type, enabled=False):
+                z = self.encode(images, draws.vae_noise)
+                latent = distillation_gradient(self.components, self.config, z.detach(), draws, prompts, scalars)
+                loss = 0.5 * (z - (z - latent.gradient).detach()).square().sum() / len(images)
+            return GuidanceResult(loss, draws.t, torch.linalg.vector_norm(latent.gradient), *latent)
+
+    return MseDistillation
+
+
+@pytest.fixture(scope="session")
 def pixels_inside() -> Callable[..., int]:
     """A function that counts the pixels whose middles are inside of triangles, those in two of them twice."""
     import numpy as np

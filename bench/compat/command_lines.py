@@ -1,8 +1,8 @@
-"""Command lines of stable-dreamfusion's README and scripts, run here: `python -m dream_fast.bench reference_lines`.
+"""Run command lines of stable-dreamfusion's README and scripts. `python -m dream_fast.bench command_lines`.
 
-Each is run for 20 steps with dream-mini, small pictures and few frames, in a folder of its own, and what happened is
-written to docs/coming_from_stable_dreamfusion.md. A line that asks for a model that has to be downloaded is run with
-dream-mini in its place.
+Each is run for 20 steps with dream-mini, small images and few frames, in a folder of its own, and the outcome is
+written to docs/coming_from_stable_dreamfusion.md. A line that names a model that has to be downloaded is run with
+dream-mini instead.
 """
 
 import argparse
@@ -20,63 +20,63 @@ from dream_fast.bench.results import ROOT
 
 STEPS = 20
 SHORT = f"--iters {STEPS} --device cpu --W 96 --H 96 --dataset_size_test 6 --dataset_size_valid 2".split()
-FILES = {"scripts/res64.args": "-O --vram_O --w 64 --h 64"}  # what the lines read
+FILES = {"scripts/res64.args": "-O --vram_O --w 64 --h 64"}  # that the lines read
 PAGE = ROOT / "docs" / "coming_from_stable_dreamfusion.md"
 KNOWN = "a hamburger"  # for a prompt of another model that dream-mini does not know
 
 
-class Line(NamedTuple):
-    """A command line after ``python main.py``, and where it stands."""
+class CommandLine(NamedTuple):
+    """A command line after `python main.py`, and the file that it comes from."""
 
     source: str
     words: str
 
 
 LINES = (
-    Line("README", '--text "a hamburger" --workspace trial -O'),
-    Line("README", '--text "a hamburger" --workspace trial -O --vram_O'),
-    Line(
+    CommandLine("README", '--text "a hamburger" --workspace trial -O'),
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --vram_O'),
+    CommandLine(
         "README",
         '--file scripts/res64.args --workspace trial_awesome_hamburger --text "a photo of an awesome hamburger"',
     ),
-    Line("README", '--text "a hamburger" --workspace trial -O --backbone grid_taichi'),
-    Line("README", '--text "a hamburger" --workspace trial -O --sd_version 1.5'),
-    Line("README", '--text "a hamburger" --workspace trial -O --hf_key andite/anything-v4.0'),
-    Line("README", '--text "a hamburger" --workspace trial -O --IF'),
-    Line("README", '--text "a hamburger" --workspace trial -O --IF --vram_O'),
-    Line("README", '--text "a rose" --negative "red" --workspace trial -O'),
-    Line("README", '--text "a hamburger" --workspace trial -O --albedo_iter_ratio 1.0'),
-    Line("README", '--text "a hamburger" --workspace trial -O --lambda_entropy 1e-5'),
-    Line("README", '--text "a hamburger" --workspace trial -O --gui'),
-    Line("README", "--workspace trial -O --test"),
-    Line("README", "--workspace trial -O --test --save_mesh"),
-    Line("README", '--text "a hotdog" --workspace trial2 -O2'),
-    Line(
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --backbone grid_taichi'),
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --sd_version 1.5'),
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --hf_key andite/anything-v4.0'),
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --IF'),
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --IF --vram_O'),
+    CommandLine("README", '--text "a rose" --negative "red" --workspace trial -O'),
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --albedo_iter_ratio 1.0'),
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --lambda_entropy 1e-5'),
+    CommandLine("README", '--text "a hamburger" --workspace trial -O --gui'),
+    CommandLine("README", "--workspace trial -O --test"),
+    CommandLine("README", "--workspace trial -O --test --save_mesh"),
+    CommandLine("README", '--text "a hotdog" --workspace trial2 -O2'),
+    CommandLine(
         "README",
         '-O --text "a hamburger" --workspace trial_dmtet --dmtet --iters 5000 --init_with trial/checkpoints/df.pth',
     ),
-    Line("README", "-O --image data/hamburger_rgba.png --workspace trial_image --iters 5000"),
-    Line(
+    CommandLine("README", "-O --image data/hamburger_rgba.png --workspace trial_image --iters 5000"),
+    CommandLine(
         "scripts/run.sh",
         '-O --text "a DSLR photo of a delicious hamburger" --workspace trial_hamburger --iters 5000 --batch_size 4',
     ),
-    Line(
+    CommandLine(
         "scripts/run_if2_perpneg.sh",
         '-O --text "a lion bust" --workspace trial_perpneg_if_lion --iters 5000 --IF --batch_size 1 --perpneg',
     ),
-    Line(
+    CommandLine(
         "scripts/run_vanilla.sh",
         '-O --text "a DSLR photo of a delicious hamburger" --workspace trial_vanilla_hamburger --iters 10000 '
         "--backbone vanilla",
     ),
 )
 
-UNKNOWN = "the embedded model does not know what "  # how it says so
+UNKNOWN = "the embedded model does not know what "  # the begin of its refusal
 
 _HEAD = """# Coming from stable-dreamfusion
 
 Write `dream-fast` for `python main.py`. Below are {count} command lines of its README and scripts with what happened
-here to each: `python -m dream_fast.bench reference_lines` ran them for {steps} steps with dream-mini on a CPU
+here to each: `python -m dream_fast.bench command_lines` ran them for {steps} steps with dream-mini on a CPU
 ({machine}, two cores that others used too: the seconds measure nothing), with pictures of
 96 x 96 and 6 frames, each in a folder of its own (those with `--test` in that of the first). A test keeps the sentences
 current. Every single flag: [options.md](options.md).
@@ -106,20 +106,20 @@ What to know besides:
 
 
 class Outcome(NamedTuple):
-    """``here``: works, works with a remark, or refused. ``happened``: the steps and files, or the sentence."""
+    """verdict: works, works with a remark, or refused. details: the steps and files, or the sentence of the refusal."""
 
-    here: str
-    happened: str
+    verdict: str
+    details: str
 
 
-def dream_fast(words: list[str], folder: Path) -> subprocess.CompletedProcess:
-    """The command, run in ``folder``."""
+def run_command(words: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Run the command in `folder`."""
     command = [sys.executable, "-P", "-m", "dream_fast.cli", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def refusal(done: subprocess.CompletedProcess) -> str | None:
-    """The sentence of a command that was refused, None for one that worked; RuntimeError for one that broke."""
+def read_refusal(done: subprocess.CompletedProcess) -> str | None:
+    """The sentence of a command that was refused, or None. Raises RuntimeError: when it failed in another way."""
     if done.returncode == 0:
         return None
     if done.returncode != 2:
@@ -127,17 +127,17 @@ def refusal(done: subprocess.CompletedProcess) -> str | None:
     return done.stderr.strip().splitlines()[-1].removeprefix("dream-fast: error: ")
 
 
-def prepare(folder: Path) -> None:
-    """Writes the files that lines read."""
+def write_files(folder: Path) -> None:
+    """Write the files that the lines read."""
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
 
-def wanted_model(words: list[str], folder: Path) -> tuple[str | None, str | None]:
-    """(sentence, None) for a line that is refused, else (None, the model that it asks for; None: dream-mini)."""
-    done = dream_fast([*words, "--device", "cpu", "--print-config"], folder)
-    if sentence := refusal(done):
+def find_model(words: list[str], folder: Path) -> tuple[str | None, str | None]:
+    """(sentence, None) for a line that is refused, otherwise (None, the model that it names; None: dream-mini)."""
+    done = run_command([*words, "--device", "cpu", "--print-config"], folder)
+    if sentence := read_refusal(done):
         return sentence, None
     settings = json.loads(done.stdout)["guidance"]
     if settings["guidance"] == ["dream-mini"]:
@@ -148,75 +148,75 @@ def wanted_model(words: list[str], folder: Path) -> tuple[str | None, str | None
 
 
 def with_dream_mini(words: list[str]) -> list[str]:
-    """``words`` without their model."""
-    kept, skip = [], False
+    """`words` without the flags that choose a model."""
+    remaining, skip = [], False
     for word in words:
         if not skip and word not in ("--IF", "--sd_version", "--hf_key"):
-            kept.append(word)
+            remaining.append(word)
         skip = word in ("--sd_version", "--hf_key")
-    return kept
+    return remaining
 
 
-def settled(words: list[str], folder: Path) -> tuple[list[str], Outcome]:
-    """What is run of a line, and its outcome before that: refused, or what it works with, and nothing happened yet."""
-    sentence, model = wanted_model(words, folder)
-    here = "works"
+def adapt_words(words: list[str], folder: Path) -> tuple[list[str], Outcome]:
+    """The words that are run instead of a line's, and the outcome so far, without details unless it is refused."""
+    sentence, model = find_model(words, folder)
+    verdict = "works"
     if model:
-        here = f"works; it asks for {model}, run with dream-mini"
+        verdict = f"works; it asks for {model}, run with dream-mini"
         words = with_dream_mini(words)
-        sentence, _ = wanted_model(words, folder)
+        sentence, _ = find_model(words, folder)
     if sentence and sentence.startswith(UNKNOWN):
         unknown = f'dream-mini does not know the prompt; works with "{KNOWN}" or another model'
-        here = f'{here} and "{KNOWN}"' if model else unknown
+        verdict = f'{verdict} and "{KNOWN}"' if model else unknown
         words = list(words)
         words[words.index("--text") + 1] = KNOWN
-        sentence, _ = wanted_model(words, folder)
-    return words, Outcome("refused", sentence) if sentence else Outcome(here, "")
+        sentence, _ = find_model(words, folder)
+    return words, Outcome("refused", sentence) if sentence else Outcome(verdict, "")
 
 
-def run_line(line: Line, folder: Path) -> Outcome:
-    """Runs ``line`` in ``folder``."""
-    prepare(folder)
+def run_line(line: CommandLine, folder: Path) -> Outcome:
+    """Run a line in `folder`."""
+    write_files(folder)
     words, outcome = shlex.split(line.words), Outcome("works", "")
-    if "--test" not in words:  # that needs the run it looks at
-        words, outcome = settled(words, folder)
-    if outcome.here == "refused":
+    if "--test" not in words:  # which needs an earlier run
+        words, outcome = adapt_words(words, folder)
+    if outcome.verdict == "refused":
         return outcome
     begin = time.monotonic()
-    done = dream_fast([*words, *SHORT], folder)
+    done = run_command([*words, *SHORT], folder)
     seconds = time.monotonic() - begin
-    if sentence := refusal(done):
+    if sentence := read_refusal(done):
         return Outcome("refused", sentence)
     workspace = folder / words[words.index("--workspace") + 1]
-    return outcome._replace(happened=f"{happened(done.stdout, workspace)}; {seconds:.0f} s")
+    return outcome._replace(details=f"{list_outputs(done.stdout, workspace)}; {seconds:.0f} s")
 
 
-def happened(said: str, workspace: Path) -> str:
-    """Steps that were done and the outputs that are there."""
+def list_outputs(output: str, workspace: Path) -> str:
+    """Steps that were taken, and outputs that the command lists."""
     rows = (workspace / "metrics.jsonl").read_text().splitlines()
     names = ("results/turntable.mp4", "results/six_views.png", "mesh/mesh.glb")
-    files = ", ".join(f"`{name}`" for name in names if f"/{name} " in re.sub(r"\s+", " ", said))
+    files = ", ".join(f"`{name}`" for name in names if f"/{name} " in re.sub(r"\s+", " ", output))
     return f"{json.loads(rows[-1])['step']} steps; {files}"
 
 
-def row(line: Line, outcome: Outcome) -> str:
-    """The table's row; a bar inside a cell would end it."""
-    cells = (line.source, f"`{line.words}`", outcome.here, outcome.happened)
+def format_row(line: CommandLine, outcome: Outcome) -> str:
+    """A row of the table; bars inside cells become slashes."""
+    cells = (line.source, f"`{line.words}`", outcome.verdict, outcome.details)
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n"
 
 
-def page(outcomes: list[Outcome]) -> str:
+def format_page(outcomes: list[Outcome]) -> str:
     """The text of the page."""
     from dream_fast.engine.dream_mini.vocabulary import THINGS
     from dream_fast.engine.runtime.device import machine
 
     head = _HEAD.format(count=len(LINES), steps=STEPS, machine=machine()["processor"], things=len(THINGS), known=KNOWN)
-    return head + "".join(row(line, outcome) for line, outcome in zip(LINES, outcomes, strict=True))
+    return head + "".join(format_row(line, outcome) for line, outcome in zip(LINES, outcomes, strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench reference_lines", description=__doc__)
-    parser.add_argument("--out", type=Path, default=PAGE, help="the page that is written")
+    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench command_lines", description=__doc__)
+    parser.add_argument("--out", type=Path, default=PAGE, help="page to write")
     args = parser.parse_args(argv)
     outcomes = []
     with tempfile.TemporaryDirectory() as root:
@@ -224,6 +224,6 @@ def main(argv: list[str] | None = None) -> int:
             folder = Path(root) / ("0" if "--test" in line.words else str(number))
             folder.mkdir(exist_ok=True)
             outcomes.append(run_line(line, folder))
-            print(row(line, outcomes[-1]), end="", flush=True)
-    args.out.write_text(page(outcomes), encoding="utf-8")
+            print(format_row(line, outcomes[-1]), end="", flush=True)
+    args.out.write_text(format_page(outcomes), encoding="utf-8")
     return 0

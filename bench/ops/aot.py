@@ -1,9 +1,9 @@
-"""Kernels compiled ahead of time, exactly as a GPU would, where there is none. `python -m dream_fast.bench aot`.
+"""Compile kernels ahead of time, as a GPU would, on a machine without one. `python -m dream_fast.bench aot`.
 
 An operator on CPU tensors inside `recorded_launches` lists its launches. Each is bound as Triton binds it at a launch
 (types, divisibility of pointers and numbers by 16, numbers equal to 1, absent arguments) and compiled for a target.
-What the GPU would need of registers, local and shared memory, and the memory, atomic and matrix instructions of the
-machine code, are counted. The counts are of instructions in the code, not of their executions.
+Registers, local and shared memory, and the memory, atomic and matrix instructions of the machine code are counted; the
+counts are of instructions in the code, not of their executions.
 """
 
 from __future__ import annotations
@@ -31,18 +31,22 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 GATED = ("sm_80", "sm_90")
-RECORD = "(record)"  # in place of a kernel's name where an operator raised before it started any
+RECORD = "(record)"  # replaces a kernel's name where an operator raised before it launched any
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", re.MULTILINE)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128)\b")
 # In Triton's code for sm_90: the layouts of products with their warps along the rows, and the products.
 LAYOUT = re.compile(r"^(#\w+) = #ttg\.nvidia_mma<{versionMajor = 3,.*?warpsPerCTA = \[(\d+),", re.MULTILINE)
 PRODUCT = re.compile(r"warp_group_dot .*-> tensor<(\d+)x(\d+)xf\d+, (#\w+)>")
+Resources = dict[str, dict[str, dict[str, Any]]]  # {target: {"entry/kernel": {field: value}}}
 MATRIX = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
 
 
-def bind(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
-    """What Triton would compile for a launch: the source (signature, constants, attributes), target and options."""
+def bind_launch(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Source (signature, constants, attributes), target and options that Triton would compile for a launch.
+
+    Raises RuntimeError: when kernels are interpreted. Raises TypeError: when the arguments are not the kernel's.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -52,39 +56,39 @@ def bind(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
     kernel, gpu = launch.kernel, GPUTarget(*TARGETS[target])
     backend = make_backend(gpu)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    limited = gpu.backend == "cuda" and gpu.arch >= 90  # as in `launch`
-    wanted = {name: value for name, value in launch.options.items() if name != "maxnreg" or limited}
-    arguments, specialization, options = binder(**launch.arguments, **wanted, debug=False)
+    has_maxnreg = gpu.backend == "cuda" and gpu.arch >= 90  # as in `launch`
+    chosen = {name: value for name, value in launch.options.items() if name != "maxnreg" or has_maxnreg}
+    arguments, specialization, options = binder(**launch.arguments, **chosen, debug=False)
     options, signature, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
     return ASTSource(kernel, signature, constants, attributes), gpu, options.__dict__
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
-    """The compiled kernel of a launch (its intermediate code is in `.asm`), from Triton's cache where it can be."""
+    """Compile the kernel of a launch, or take it from Triton's cache; its intermediate code is in `.asm`."""
     import triton
 
-    source, gpu, options = bind(launch, target)
+    source, gpu, options = bind_launch(launch, target)
     return triton.compile(source, target=gpu, options=options)
 
 
-def variant(launch: Launch) -> str:
-    """Tells the compilations of one kernel apart: types, specialisations and constants, and the launch's options."""
+def describe_variant(launch: Launch) -> str:
+    """Types, specialisations, constants and options of a launch, which tell the compilations of one kernel apart."""
     try:
-        source, _, _ = bind(launch, "sm_90")
-    except TypeError as mismatch:  # arguments that are not the kernel's: compiling it will say so again
+        source, _, _ = bind_launch(launch, "sm_90")
+    except TypeError as mismatch:  # arguments that are not the kernel's: compiling it raises again
         return str(mismatch)
-    parts = [f"{name}={value}" for name, value in launch.options.items()]
+    words = [f"{name}={value}" for name, value in launch.options.items()]
     for index, (name, kind) in enumerate(source.signature.items()):
         if kind == "constexpr":
-            parts.append(f"{name}={source.constants[(index,)]}")
+            words.append(f"{name}={source.constants[(index,)]}")
         else:
             divisible = "" if source.attrs.get((index,)) else "!"
-            parts.append(f"{name}:{kind}{divisible}")
-    return " ".join(parts)
+            words.append(f"{name}:{kind}{divisible}")
+    return " ".join(words)
 
 
-def machine_code(compiled: Any) -> str:
-    """SASS of a compiled kernel, with its resource usage on top."""
+def disassemble(compiled: Any) -> str:
+    """SASS of a compiled kernel, after its resource usage."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -94,10 +98,12 @@ def machine_code(compiled: Any) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def count(sass: str) -> dict[str, Any]:
-    """Resources and instructions of machine code that `machine_code` gave."""
-    registers, stack, _, local = map(int, USAGE.search(sass).groups())
-    counts = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
+def count_instructions(sass: str) -> dict[str, Any]:
+    """Count resources and instructions in the output of `disassemble`."""
+    usage = USAGE.search(sass)
+    assert usage is not None, "cuobjdump prints no resource usage"
+    registers, stack, _, local = map(int, usage.groups())
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
     codes = INSTRUCTION.findall(sass)
     spills = 0
     for code in codes:
@@ -129,43 +135,47 @@ def count(sass: str) -> dict[str, Any]:
     }
 
 
-def rows_outside(code: str) -> list[str]:
-    """Products in Triton's code for sm_90 (`.asm["ttgir"]`) whose warps take more rows than there are.
+def find_rows_outside(code: str) -> list[str]:
+    """List products in Triton's code for sm_90 (`.asm["ttgir"]`) whose warps take more rows than there are.
 
-    A warp takes 16 rows. Triton 3.6 puts all warps along the rows of a product that another one takes, however few
-    they are; those past the end are read from whatever lies behind the tile.
+    A warp takes 16 rows. Triton 3.6 puts all warps along the rows of a product whose result is a factor of another
+    one, however few the rows; warps past the end read from behind the tile.
     """
     layouts = dict(LAYOUT.findall(code))
-    found = set()
+    products = set()
     for rows, columns, layout in PRODUCT.findall(code):
         warps = int(layouts[layout])
         if 16 * warps > int(rows):
-            found.add(f"{warps} warps along the rows of a product of {rows} x {columns}")
-    return sorted(found)
+            products.add(f"{warps} warps along the rows of a product of {rows} x {columns}")
+    return sorted(products)
 
 
-def resources(launch: Launch, target: str) -> dict[str, Any]:
-    """Compile a launch for an NVIDIA target and count what it needs; for others only its shared memory."""
+def measure_resources(launch: Launch, target: str) -> dict[str, Any]:
+    """Compile a launch and count its resources; for targets other than NVIDIA's only shared memory.
+
+    Raises ValueError: when a product reads past its tile.
+    """
     compiled = compile_launch(launch, target)
-    if told := rows_outside(compiled.asm["ttgir"]):
-        raise ValueError("; ".join(told))
-    found = {"shared": compiled.metadata.shared}
-    return {**found, **count(machine_code(compiled))} if target.startswith("sm_") else found
+    if products := find_rows_outside(compiled.asm["ttgir"]):
+        raise ValueError("; ".join(products))
+    shared = {"shared": compiled.metadata.shared}
+    return {**shared, **count_instructions(disassemble(compiled))} if target.startswith("sm_") else shared
 
 
-def unique(launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
-    """Launches that compile to different kernels, named `kernel`, or `kernel 2`, `kernel 3` ... in the order seen."""
-    seen, numbers = set(), Counter()
+def unique_launches(launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
+    """Launches that compile to different kernels, named `kernel`, `kernel 2`, `kernel 3` ... in their order."""
+    known: set[str] = set()
+    numbers: Counter[str] = Counter()
     for launch in launches:
         name = launch.kernel.__name__
-        key = f"{launch.kernel.__module__}.{name} {variant(launch)}"
-        if key not in seen:
-            seen.add(key)
+        key = f"{launch.kernel.__module__}.{name} {describe_variant(launch)}"
+        if key not in known:
+            known.add(key)
             numbers[name] += 1
             yield name if numbers[name] == 1 else f"{name} {numbers[name]}", launch
 
 
-def record(key: str) -> list[Launch]:
+def record_launches(key: str) -> list[Launch]:
     """The launches of one entry of `dream_fast.bench.ops.cases`."""
     from dream_fast.bench.ops.cases import AOT_CASES
 
@@ -175,67 +185,69 @@ def record(key: str) -> list[Launch]:
     return launches
 
 
-def measure(key: str, target: str, only: frozenset[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Resources of the kernels of one entry, {kernel: {"variant", ...}}; "error" in place of those of a broken one.
+def measure_entry(key: str, target: str, only: frozenset[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Resources of the kernels of one entry, {kernel: {"variant", ...}}; a broken one has "error" instead.
 
-    only: names, as `unique` gives them, of the kernels that are wanted.
+    only: names, as `unique_launches` gives them, of the kernels to measure; None: all.
     """
     import torch
 
     torch.set_num_threads(1)
-    found = {}
+    kernels = {}
     try:
-        launches = record(key)
-    except Exception as error:  # whatever an operator raises is the finding
+        launches = record_launches(key)
+    except Exception as error:  # anything that an operator raises is a result
         return {RECORD: {"error": f"{type(error).__name__}: {error}"}}
-    for name, launch in unique(launches):
+    for name, launch in unique_launches(launches):
         if only is not None and name not in only:
             continue
         try:
-            found[name] = {"variant": variant(launch), **resources(launch, target)}
-        except Exception as error:  # whatever the compiler raises is the finding
-            found[name] = {"variant": variant(launch), "error": f"{type(error).__name__}: {error}"[-4000:]}
-    return found
+            kernels[name] = {"variant": describe_variant(launch), **measure_resources(launch, target)}
+        except Exception as error:  # anything that the compiler raises is a result
+            kernels[name] = {"variant": describe_variant(launch), "error": f"{type(error).__name__}: {error}"[-4000:]}
+    return kernels
 
 
-def distinct(keys: Iterable[str], *, variants: bool = True) -> dict[str, frozenset[str]]:
-    """Entries and the names of kernels in them such that each is there once: each variant, or just each kernel."""
-    seen, found = set(), {}
+def distinct_kernels(keys: Iterable[str], *, variants: bool = True) -> dict[str, frozenset[str]]:
+    """Entries and names of kernels in them, chosen so that each variant (or just each kernel) occurs once."""
+    known: set[str] = set()
+    chosen: dict[str, frozenset[str]] = {}
     for key in keys:
         try:
-            launches = record(key)
-        except Exception:  # `measure` will say what it was
-            found[key] = frozenset({RECORD})
+            launches = record_launches(key)
+        except Exception:  # `measure_entry` reports it
+            chosen[key] = frozenset({RECORD})
             continue
-        for name, launch in unique(launches):
-            kernel = f"{launch.kernel.__module__}.{launch.kernel.__name__} {variant(launch) if variants else ''}"
-            if kernel not in seen:
-                seen.add(kernel)
-                found[key] = found.get(key, frozenset()) | {name}
-    return found
+        for name, launch in unique_launches(launches):
+            kernel = f"{launch.kernel.__module__}.{launch.kernel.__name__}"
+            if variants:
+                kernel += f" {describe_variant(launch)}"
+            if kernel not in known:
+                known.add(kernel)
+                chosen[key] = chosen.get(key, frozenset()) | {name}
+    return chosen
 
 
-def measure_all(
-    kernels: dict[str, frozenset[str]], targets: Iterable[str], workers: int = 2
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """{target: {"entry/kernel": resources}} of the kernels that `distinct` lists, compiled by some processes."""
-    found = {target: {} for target in targets}
-    jobs = [(key, target, names) for target in found for key, names in kernels.items()]
-    # The slowest first, so that no process is left with them at the end.
+def measure_entries(kernels: dict[str, frozenset[str]], targets: Iterable[str], workers: int = 2) -> Resources:
+    """Compile the kernels that `distinct_kernels` lists; {target: {"entry/kernel": resources}}."""
+    compiled: Resources = {target: {} for target in targets}
+    jobs = [(key, target, names) for target in compiled for key, names in kernels.items()]
+    # The slowest first, so that no process ends with them alone.
     jobs.sort(key=lambda job: -len(job[2]))
     if jobs:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for (key, target, _), rows in zip(jobs, pool.map(measure, *zip(*jobs, strict=True)), strict=True):
-                found[target] |= {f"{key}/{name}": row for name, row in rows.items()}
-    return {target: dict(sorted(rows.items())) for target, rows in found.items()}
+            for (key, target, _), rows in zip(jobs, pool.map(measure_entry, *zip(*jobs, strict=True)), strict=True):
+                compiled[target] |= {f"{key}/{name}": row for name, row in rows.items()}
+    return {target: dict(sorted(rows.items())) for target, rows in compiled.items()}
 
 
-def summary(counts: dict[str, int] | int) -> str:
+def format_counts(counts: dict[str, int]) -> str:
     """A counter in one cell: "12x128 4x32"."""
     return " ".join(f"{number}x{name}" for name, number in counts.items()) or "-"
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def format_table(kernels: dict[str, dict[str, Any]]) -> str:
+    """A table for the terminal: kernels and their resources."""
     head = (
         "kernel",
         "regs",
@@ -250,17 +262,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "shfl",
         "bar",
     )
-    rows = [head]
-    for name, row in found.items():
+    rows: list[tuple[str, ...]] = [head]
+    for name, row in kernels.items():
         if "error" in row:
-            # The compiler quotes the source first and says last what is wrong with it.
+            # The compiler quotes the source first and the error last.
             text = [part.strip() for part in row["error"].splitlines() if part.strip(" ^\t")]
             rows.append((name, " ... ".join(dict.fromkeys([text[0][:60], text[-1][:140]]))))
         elif "registers" not in row:
             rows.append((name, "-", "-", "-", str(row["shared"])))
         else:
             numbers = [str(row[column]) for column in ("registers", "spills", "local_bytes", "shared")]
-            counts = [summary(row[column]) for column in ("loads", "stores", "atomics", "matrix")]
+            counts = [format_counts(row[column]) for column in ("loads", "stores", "atomics", "matrix")]
             shared = f"{row['shared_loads']}/{row['shared_stores']}"
             rows.append((name, *numbers, *counts, shared, str(row["shuffles"]), str(row["barriers"])))
     widths = [max(len(row[i]) for row in rows if len(row) > max(i, 2)) for i in range(len(head))]
@@ -268,12 +280,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 # ptxas places what does not fit into registers by the addresses of its own memory, which are random: of the same PTX,
-# field/float32/field_bwd_kernel 3 came out with 110 and with 112 spills. Nothing else was seen to vary.
+# field/float32/field_bwd_kernel 3 came out with 110 and with 112 spills. Nothing else has varied.
 VARYING = {"spills": 0.05, "local_bytes": 0.05}
 GATED_FIELDS = ("registers", "spills", "local_bytes", "shared", "loads", "stores", "atomics", "matrix")
-# Kernels that only a backward pass starts, by what their names say.
+# Kernels of a backward pass, by their names.
 BACKWARD = re.compile(r"bwd|backward|grad|scatter")
-# Forward kernels that spill all the same. Their tiles are sized for the matrix products of sm_90, which keep one factor
+# Forward kernels that spill nevertheless. Their tiles are sized for the matrix products of sm_90, which keep one factor
 # in shared memory; those of sm_80 keep both in registers. The golden file holds how much.
 KNOWN_SPILLS = {
     "sm_80": (
@@ -290,11 +302,11 @@ def golden_path() -> Path:
     return RESULTS / f"aot-{triton.__version__}.json"
 
 
-def spilling_forwards(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """Forward kernels, beside the known ones, that keep registers in memory; no golden file excuses them."""
+def find_spilling_forwards(compiled: Resources) -> list[str]:
+    """Forward kernels, other than the known ones, that spill registers; the golden file does not excuse them."""
     return [
         f"{target} {name}: {row['spills']} spills, {row['local_bytes']} bytes of local memory"
-        for target, kernels in found.items()
+        for target, kernels in compiled.items()
         for name, row in kernels.items()
         if not BACKWARD.search(name.split("/")[-1])
         and name not in KNOWN_SPILLS.get(target, ())
@@ -302,24 +314,26 @@ def spilling_forwards(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     ]
 
 
-def differences(golden: dict[str, dict[str, dict[str, Any]]], found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """Where what was compiled differs from the golden file, a sentence each. Exact, but for `VARYING`."""
-    told = []
-    for target in sorted({*golden, *found}):
-        before, after = golden.get(target, {}), found.get(target, {})
+def find_differences(golden: Resources, compiled: Resources) -> list[str]:
+    """Differences of compiled kernels from the golden file, one sentence each; exact except for `VARYING`."""
+    sentences = []
+    for target in sorted({*golden, *compiled}):
+        before, after = golden.get(target, {}), compiled.get(target, {})
         for name in sorted({*before, *after}):
             old, new = before.get(name), after.get(name)
             if old is None or new is None:
-                told.append(f"{target} {name}: {'not in the golden file' if old is None else 'not compiled any more'}")
+                sentences.append(
+                    f"{target} {name}: {'not in the golden file' if old is None else 'not compiled any more'}"
+                )
             elif "error" in new:
-                told.append(f"{target} {name}: does not compile: {new['error']}")
+                sentences.append(f"{target} {name}: does not compile: {new['error']}")
             else:
-                told += [
+                sentences += [
                     f"{target} {name}: {field} {_cell(old.get(field))} -> {_cell(new.get(field))}"
                     for field in GATED_FIELDS
                     if not _same(field, old.get(field), new.get(field))
                 ]
-    return told
+    return sentences
 
 
 def _same(field: str, old: Any, new: Any) -> bool:
@@ -327,49 +341,58 @@ def _same(field: str, old: Any, new: Any) -> bool:
 
 
 def _cell(value: Any) -> str:
-    return summary(value) if isinstance(value, dict) else str(value)
+    return format_counts(value) if isinstance(value, dict) else str(value)
 
 
-def gated(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the golden file keeps of `measure_all`."""
-    kept = ("error", *GATED_FIELDS)
+def select_gated(compiled: Resources) -> Resources:
+    """The fields of `measure_entries` that the golden file holds."""
+    fields = ("error", *GATED_FIELDS)
     return {
-        target: {name: {field: row[field] for field in kept if field in row} for name, row in kernels.items()}
-        for target, kernels in found.items()
+        target: {name: {field: row[field] for field in fields if field in row} for name, row in kernels.items()}
+        for target, kernels in compiled.items()
     }
 
 
-def load_golden() -> dict[str, dict[str, dict[str, Any]]]:
+def load_golden() -> Resources:
     return json.loads(golden_path().read_text(encoding="utf-8"))["targets"]
 
 
-def _golden(kernels: dict[str, frozenset[str]], *, everything: bool, write: bool) -> int:
-    """Compare with the golden file, or write it (of some entries: only theirs) if nothing is broken."""
-    found = gated(measure_all(kernels, GATED))
-    told = [f"{t} {name}: {row['error']}" for t, rows in found.items() for name, row in rows.items() if "error" in row]
-    told += spilling_forwards(found)
+def check_golden(kernels: dict[str, frozenset[str]], *, everything: bool, write: bool) -> int:
+    """Compare with the golden file, or write it (of some entries: only theirs) if no kernel is broken."""
+    compiled = select_gated(measure_entries(kernels, GATED))
+    sentences = [
+        f"{target} {name}: {row['error']}"
+        for target, rows in compiled.items()
+        for name, row in rows.items()
+        if "error" in row
+    ]
+    sentences += find_spilling_forwards(compiled)
     path = golden_path()
     golden = load_golden() if path.exists() else {}
-    picked = () if everything else tuple(f"{key}/" for key in kernels)
-    ours, others = {}, {}
+    prefixes = tuple(f"{key}/" for key in kernels)
+    compared: Resources = {}
+    others: Resources = {}
     for target in GATED:
         for name, row in golden.get(target, {}).items():
-            (ours if everything or name.startswith(picked) else others).setdefault(target, {})[name] = row
+            (compared if everything or name.startswith(prefixes) else others).setdefault(target, {})[name] = row
     if not write:
-        told += differences(ours, found)
-    elif not told:
-        targets = {target: dict(sorted((others.get(target, {}) | found[target]).items())) for target in GATED}
-        # A kernel a line: a change of one is a change of one line.
-        blocks = (
-            f'  "{target}": {{\n'
-            + ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-            + "\n  }"
-            for target, rows in targets.items()
-        )
-        path.write_text('{\n "targets": {\n' + ",\n".join(blocks) + "\n }\n}\n")
-    done = f"wrote {path}" if write else f"as in {path.name}"
-    print("\n".join(told) or f"{done}: {sum(map(len, found.values()))} kernels")
-    return int(bool(told))
+        sentences += find_differences(compared, compiled)
+    elif not sentences:
+        write_golden({target: others.get(target, {}) | compiled[target] for target in GATED})
+    outcome = f"wrote {path}" if write else f"as in {path.name}"
+    print("\n".join(sentences) or f"{outcome}: {sum(map(len, compiled.values()))} kernels")
+    return int(bool(sentences))
+
+
+def write_golden(targets: Resources) -> None:
+    """Write the golden file, one kernel a line for the sake of diffs."""
+    blocks = (
+        f'  "{target}": {{\n'
+        + ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
+        + "\n  }"
+        for target, rows in targets.items()
+    )
+    golden_path().write_text('{\n "targets": {\n' + ",\n".join(blocks) + "\n }\n}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -380,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", action="append", choices=TARGETS, help="target (default sm_90)")
     parser.add_argument("--variants", action="store_true", help="print types, constants and options of each kernel")
     parser.add_argument("--check", action="store_true", help="compare with the golden file, sm_80 and sm_90")
-    parser.add_argument("--write", action="store_true", help="write the golden file of this Triton anew")
+    parser.add_argument("--write", action="store_true", help="write the golden file of this Triton")
     args = parser.parse_args(argv)
     keys = [key for key in AOT_CASES if not args.op or key.startswith(tuple(args.op))]
     if not keys:
@@ -388,15 +411,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.check or args.write:
         # Which entry a shared kernel stands under depends on all of them.
-        kernels = {key: names for key, names in distinct(AOT_CASES).items() if key in keys}
-        return _golden(kernels, everything=len(keys) == len(AOT_CASES), write=args.write)
-    kernels = distinct(keys)
+        kernels = {key: names for key, names in distinct_kernels(AOT_CASES).items() if key in keys}
+        return check_golden(kernels, everything=len(keys) == len(AOT_CASES), write=args.write)
+    kernels = distinct_kernels(keys)
     failed = False
     for target in args.arch or ["sm_90"]:
-        found = measure_all(kernels, [target])[target]
-        failed |= any("error" in row for row in found.values())
-        print(f"{target}\n{table(found)}")
+        compiled = measure_entries(kernels, [target])[target]
+        failed |= any("error" in row for row in compiled.values())
+        print(f"{target}\n{format_table(compiled)}")
         if args.variants:
-            print("\n".join(f"{name}: {row.get('variant')}" for name, row in found.items()))
-        print(json.dumps({"target": target, "kernels": len(found)}))
+            print("\n".join(f"{name}: {row.get('variant')}" for name, row in compiled.items()))
+        print(json.dumps({"target": target, "kernels": len(compiled)}))
     return int(failed)

@@ -39,13 +39,12 @@ def gate_case(case: Case) -> Case:
 def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
     """The problem with copies of its tensors, those of floats in `dtype`."""
 
-    def convert(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
+    def convert(tensor: Tensor) -> Tensor:
         return tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
 
     tensors = {name: convert(tensor) for name, tensor in problem.tensors.items()}
-    return replace(problem, tensors=tensors, upstream=tuple(map(convert, problem.upstream)))
+    upstream = tuple(None if tensor is None else convert(tensor) for tensor in problem.upstream)
+    return replace(problem, tensors=tensors, upstream=upstream)
 
 
 def copy_inputs(problem: Problem) -> Problem:
@@ -79,9 +78,8 @@ def judge_problem(
     verdicts = {}
     for name, operator in operators.items():
         results = [run(copy_inputs(problem), operator, mode, dtype), reference, exact]
-        if compare:
-            results = compare(results)
-        verdicts[name] = worst_verdict(*results, weights, gradients)
+        got, plain, true = compare(results) if compare else results
+        verdicts[name] = worst_verdict(got, plain, true, weights, gradients)
     return verdicts
 
 

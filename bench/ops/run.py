@@ -1,9 +1,9 @@
 """Speed of the operators, behind a gate on their accuracy. `python -m dream_fast.bench kernels`.
 
 Three implementations of each case: `triton`, the PyTorch `reference`, and the reference under torch.compile (default
-mode, `compiled`). Peers are slow to compile and to run, so they are timed on a few cases only (--peers all for every
-one). Written to results/<gpu>.json; the table shows the time beside the floor, which is the larger of compulsory bytes
-over the measured rate of a copy and FLOPs over the measured rate of a matrix product, and beside the targets.
+mode, `compiled`). Peers are slow to compile and to run, so they are timed on a few cases only (on all with --peers
+all). Results go to results/<gpu>.json. The table shows the time beside the floor, which is the larger of compulsory
+bytes over the measured rate of a copy and FLOPs over the measured rate of a matrix product, and beside the targets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IMPLEMENTATIONS = ("triton", "reference", "compiled")
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError when the block takes longer (compiling and eager PyTorch can be stopped so)."""
+    """Limit the time of the `with` block, also of compilation. Raises TimeoutError: when the time is over."""
 
     def stop(*_):
         raise TimeoutError(f"more than {seconds:.0f} s")
@@ -49,8 +49,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def implementation(case: Case, name: str) -> Callable[..., Any]:
-    """The callable that `name` stands for, for this case's operator."""
+def find_implementation(case: Case, name: str) -> Callable[..., Any]:
+    """One of IMPLEMENTATIONS of this case's operator."""
     spec = SPECS[case.op]
     if name == "triton":
         return spec.operator
@@ -66,12 +66,12 @@ def time_row(
     device: torch.device,
     milliseconds: float,
 ) -> tuple[dict[str, Any], str]:
-    """One row of the results, and a remark on it."""
+    """Time an implementation; returns a row of the results and a remark on it."""
     problem = build(case, device)
     call = lambda: run(problem, operator, case.mode, case.compute_dtype)  # noqa: E731
     call()
     peak = measure.peak_bytes(call, device)
-    # Only the kernels promise that they can be captured; most references ask for sizes.
+    # Only the kernels can always be captured; most references read sizes on the host.
     graph = name == "triton" or SPECS[case.op].capturable
     options = {"graph": graph, "least": 10 if name == "triton" else 3} if device.type == "cuda" else {}
     timing = measure.time_call(call, device, milliseconds=milliseconds, **options)
@@ -108,7 +108,7 @@ HEAD = (
 
 
 def format_row(row: dict[str, Any], remark: str) -> str:
-    """A row for a person."""
+    """A row for the terminal."""
     target = find_target(row["op"], row["case"], row["mode"]) if row["impl"] == "triton" else None
     columns = ["" if value is None else f"{value:g}" for value in (target or (None, None, None))]
     if target:
@@ -128,7 +128,7 @@ def release(device: torch.device) -> None:
 
 
 class Suite:
-    """One run of the benchmark: rows in the order measured, and why others are not there."""
+    """One run of the benchmark: its rows in their order, and the reasons for missing ones."""
 
     def __init__(self, device: torch.device, *, seconds: float, peer_seconds: float, milliseconds: float) -> None:
         self.device, self.milliseconds, self.peer_seconds = device, milliseconds, peer_seconds
@@ -143,21 +143,21 @@ class Suite:
 
     def operator(self, case: Case, name: str) -> Callable[..., Any]:
         if name != "compiled":
-            return implementation(case, name)
+            return find_implementation(case, name)
         if case.op not in self.compiled:
-            self.compiled[case.op] = implementation(case, name)
+            self.compiled[case.op] = find_implementation(case, name)
         return self.compiled[case.op]
 
-    def row(self, case: Case, name: str) -> None:
-        """Judge, then time; what fails is left out, with the reason."""
-        what = f"{case.op} {case.case} {case.mode} {name}"
+    def measure_case(self, case: Case, name: str) -> None:
+        """Judge, then time; a failure is left out, with the reason."""
+        label = f"{case.op} {case.case} {case.mode} {name}"
         left = self.end - time.monotonic()
         limit = min(left, self.peer_seconds) if name != "triton" else left
         if limit <= 0:
-            self.left_out.append(f"{what}: no time left (--seconds)")
+            self.left_out.append(f"{label}: no time left (--seconds)")
             return
         if name == "compiled" and (case.op, case.case) in self.not_compiled:
-            self.left_out.append(f"{what}: not compiled, see above")
+            self.left_out.append(f"{label}: not compiled, see above")
             return
         try:
             with time_limit(limit):
@@ -167,57 +167,58 @@ class Suite:
                     self.verdicts |= {key: judge(case, self.device, {name: operator})[name]}
                 verdict = self.verdicts[key]
                 if not verdict.good:
-                    reason = f"{what}: error {verdict.max_err:.3g}, allowed {verdict.tol:.3g}"
+                    reason = f"{label}: error {verdict.max_err:.3g}, allowed {verdict.tol:.3g}"
                     (self.inaccurate if name == "triton" else self.left_out).append(reason)
                     print(reason, flush=True)
                     return
                 release(self.device)
-                found, remark = time_row(case, name, operator, verdict, self.head, self.device, self.milliseconds)
+                row, remark = time_row(case, name, operator, verdict, self.head, self.device, self.milliseconds)
         except AssertionError as failure:
-            self.inaccurate.append(f"{what}: {failure}")
+            self.inaccurate.append(f"{label}: {failure}")
             print(self.inaccurate[-1], flush=True)
-        except Exception as failure:  # a peer may fail in any way; of ours it is a reason to fail in the end
-            # Two lines, since inductor's first one says no more than that it is inductor's.
-            reason = f"{what}: {type(failure).__name__}: {' '.join(str(failure).splitlines()[:2])}"[:300]
+        except Exception as failure:  # a peer may fail in any way; a failure of ours fails the command
+            # Two lines, since inductor's first one only names inductor.
+            reason = f"{label}: {type(failure).__name__}: {' '.join(str(failure).splitlines()[:2])}"[:300]
             (self.inaccurate if name == "triton" else self.left_out).append(reason)
             if name == "compiled":
                 self.not_compiled.add((case.op, case.case))
             print(reason, flush=True)
         else:
-            self.rows.append(found)
-            print(format_row(found, remark), flush=True)
+            self.rows.append(row)
+            print(format_row(row, remark), flush=True)
         finally:
             release(self.device)
 
 
 def compile_side_by_side(cases: Sequence[Case], device: str, seconds: float) -> None:
-    """Leaves in inductor's cache what the compiled peers of these cases need, each case by a process of its own."""
+    """Fill inductor's cache with the compiled peers of these cases, each compiled by a process of its own."""
     end = time.monotonic() + seconds
 
-    def compiled(what: tuple[str, str]) -> None:
+    def compile_one(key: tuple[str, str]) -> None:
         left = max(1.0, end - time.monotonic())
         with tempfile.TemporaryDirectory() as folder, suppress(subprocess.TimeoutExpired):
-            options = {"op": what[0], "case": what[1], "impl": "compiled", "peers": "all", "device": device, "ms": 1}
-            options |= {"seconds": left, "peer-seconds": left, "out": f"{folder}/rows.json"}
+            options = {"op": key[0], "case": key[1], "impl": "compiled", "peers": "all", "device": device, "ms": 1}
+            options |= {"seconds": left, "peer_seconds": left, "out": f"{folder}/rows.json"}
             words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
             command = [sys.executable, "-P", "-m", "dream_fast.bench", "kernels", *words]
             subprocess.run(command, timeout=left, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    different = list(dict.fromkeys((case.op, case.case) for case in cases))
-    # From the end, where those are that take longest.
+    keys = list(dict.fromkeys((case.op, case.case) for case in cases))
+    # From the end, where the slowest are.
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        for number, _ in enumerate(pool.map(compiled, reversed(different)), start=1):
-            print(f"compiled {number} of {len(different)}", file=sys.stderr, flush=True)
+        for number, _ in enumerate(pool.map(compile_one, reversed(keys)), start=1):
+            print(f"compiled {number} of {len(keys)}", file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", help="only this operator (may be given several times)")
     parser.add_argument("--case", action="append", help="only this case (may be given several times)")
-    parser.add_argument("--quick", action="store_true", help="one case a kind, no peers")
+    parser.add_argument("--quick", action="store_true", help="one case of each kind, no peers")
     parser.add_argument("--peers", choices=("none", "some", "all"), default="some", help="cases of the PyTorch peers")
     parser.add_argument("--impl", action="append", choices=IMPLEMENTATIONS, help="only this one (also several times)")
     parser.add_argument(
+        "--compile_seconds",
         "--compile-seconds",
         type=float,
         default=0,
@@ -225,38 +226,51 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="file to write (default results/<gpu>.json of the package)")
     parser.add_argument("--seconds", type=float, default=240, help="time after which no more rows are started")
-    parser.add_argument("--peer-seconds", type=float, default=45, help="most time for a row of a peer")
+    parser.add_argument(
+        "--peer_seconds", "--peer-seconds", type=float, default=45, help="most time for a row of a peer"
+    )
     parser.add_argument("--ms", type=float, default=100, help="time measured for a row")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="a CPU has tiny cases and no triton")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: torch finds no GPU on this machine (--device cpu times the references)", file=sys.stderr)
-        return 2
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="a CPU has small cases and no triton")
+    return parser
+
+
+def choose_cases(args: argparse.Namespace) -> dict[str, list[Case]]:
+    """The cases that the arguments name, by implementation; empty where they name none."""
     cases = [case for case in (FULL if args.device == "cuda" else SMALL) if not args.op or case.op in args.op]
     cases = [case for case in cases if not args.case or case.case in args.case]
     if args.quick and args.device == "cuda":
         cases = [case for case in cases if case.case in SPECS[case.op].quick]
     if not cases:
-        print("error: no such case; there are:", *sorted({f"{c.op}/{c.case}" for c in FULL}), file=sys.stderr)
-        return 2
+        return {}
     some = [case for case in cases if case.case in SPECS[case.op].peers]
     peers = {"none": [], "some": some, "all": cases}["none" if args.quick else args.peers]
-    implementations = args.impl or IMPLEMENTATIONS
-    rows = {
-        "triton": cases if device.type == "cuda" else [],
-        "reference": cases if device.type == "cpu" else peers,
+    return {
+        "triton": cases if args.device == "cuda" else [],
+        "reference": cases if args.device == "cpu" else peers,
         # The grids' references, which come first, take longest to compile: they come last here, as time may end.
         "compiled": [case for case in reversed(peers) if case.case not in SPECS[case.op].not_compiled],
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: torch finds no GPU on this machine (--device cpu times the references)", file=sys.stderr)
+        return 2
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    cases = choose_cases(args)
+    if not cases:
+        print("error: no such case; there are:", *sorted({f"{c.op}/{c.case}" for c in FULL}), file=sys.stderr)
+        return 2
+    implementations = args.impl or IMPLEMENTATIONS
     if "compiled" in implementations and args.compile_seconds:
-        compile_side_by_side(rows["compiled"], args.device, args.compile_seconds)
+        compile_side_by_side(cases["compiled"], args.device, args.compile_seconds)
     suite = Suite(device, seconds=args.seconds, peer_seconds=args.peer_seconds, milliseconds=args.ms)
     print(json.dumps(suite.head))
     print(HEAD)
     for name in implementations:
-        for case in rows[name]:
-            suite.row(case, name)
+        for case in cases[name]:
+            suite.measure_case(case, name)
     print("* ms on an H100: the fastest CUDA peer, the target (! = not reached here), the stretch goal")
     for reason in suite.left_out:
         print(f"left out: {reason}")

@@ -31,6 +31,10 @@ class Case:
         return getattr(torch, self.dtype)
 
 
+def _not_built(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("OpSpec.build sets the operators of a problem")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """The inputs of a case.
@@ -54,8 +58,8 @@ class Problem:
     flops: int = 0
     gathers: int = 0
     scatters: int = 0
-    operator: Operator | None = None
-    reference: Operator | None = None
+    operator: Operator = _not_built
+    reference: Operator = _not_built
 
 
 class Target(NamedTuple):
@@ -143,5 +147,6 @@ def run(problem: Problem, operator: Operator, mode: str, dtype: torch.dtype) -> 
 
 def backpropagate(outputs: Results | Tensor) -> None:
     """Gradients of everything from every output that has one, with ones upstream."""
-    outputs = [out for out in ([outputs] if isinstance(outputs, Tensor) else outputs) if out.requires_grad]
-    torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+    results = (outputs,) if isinstance(outputs, Tensor) else outputs
+    differentiable = [out for out in results if out.requires_grad]
+    torch.autograd.backward(differentiable, [torch.ones_like(out) for out in differentiable])

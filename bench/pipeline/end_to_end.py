@@ -1,4 +1,7 @@
-"""The main job as a user runs it: wall-clock time and memory of one command. `python -m dream_fast.bench main_job`."""
+"""Wall-clock time and memory of the main command, as a user runs it. `python -m dream_fast.bench end_to_end`.
+
+Results keep the name main_job-<device>.json, which earlier versions wrote.
+"""
 
 import argparse
 import json
@@ -18,7 +21,7 @@ PROMPT = "a hamburger"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench main_job", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench end_to_end", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of main_job-cpu.json or main_job-cuda.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -25,7 +25,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,14 +42,16 @@ from dream_fast.bench.pipeline.step_cases import (
     plain_components,
     reference_operators,
 )
+from dream_fast.engine.guidance.base import StepInputs
+from dream_fast.engine.guidance.diffusion import DiffusionGuidance
 from dream_fast.engine.guidance.model.components import COMPILED, Components
 from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.runtime.device import choose_runtime
+from dream_fast.engine.runtime.step_parts import PARTS, on_part_end
 from dream_fast.engine.training.loop import make_metrics_row
 from dream_fast.engine.training.trainer import Trainer
 
 BLOCK = 16  # steps, one of which updates the occupancy grid
-PARTS = ("render", "encode", "unet", "backward", "optimiser")
 GIB = 1 << 30
 
 
@@ -61,6 +63,11 @@ class Exact(NamedTuple):
     flops: int  # of the UNet and the encoder, forward and backward, in matrix products and convolutions
 
 
+def guidance_of(trainer: Trainer) -> DiffusionGuidance:
+    """The guidance of a trainer that `make_trainer` made."""
+    return cast(DiffusionGuidance, trainer.guidance)
+
+
 def image_gradient(score: ScoreDistillation, side: int, tokens: int) -> Tensor:
     """The gradient [1, 3, side, side] in one image; image, prompt, timestep and noise are the same for every model."""
     components, device = score.components, score.components.device
@@ -69,7 +76,8 @@ def image_gradient(score: ScoreDistillation, side: int, tokens: int) -> Tensor:
     # As long as the prompts of the steps, so that no second CUDA graph is made.
     shape = (2, 1, tokens, components.unet.config.cross_attention_dim)
     cond, uncond = torch.randn(shape, generator=generator, device=device).half().to(components.dtype)
-    score(image, cond, uncond, generator=generator).loss.backward()
+    score(image, cond, uncond, StepInputs(generator=generator)).loss.backward()
+    assert image.grad is not None
     return image.grad.double().cpu()
 
 
@@ -113,17 +121,16 @@ def time_steps(trainer: Trainer, device: torch.device, blocks: int) -> measure.T
 def split_step(trainer: Trainer, device: torch.device) -> dict[str, float]:
     """Time of each part of a step in ms, the mean over a block."""
     clock = measure.PartClock("start", PARTS, device)
-    score = trainer.guidance.score
-    trainer.mark = score.mark = clock.mark
-    if hasattr(score._score_of, "captured"):
-        score._score_of.captured.clear()  # captured again, with the marks
-    trainer.clear_graphs()
-    trainer.train_step()
+    for graphs in (trainer.graphs, guidance_of(trainer).distillation.graphs):
+        if graphs is not None:
+            graphs.clear()  # captured again, with the marks
     total = dict.fromkeys(PARTS, 0.0)
-    for _ in range(BLOCK):
+    with on_part_end(clock.mark):
         trainer.train_step()
-        for part, milliseconds in clock.read().items():
-            total[part] += milliseconds
+        for _ in range(BLOCK):
+            trainer.train_step()
+            for part, milliseconds in clock.read().items():
+                total[part] += milliseconds
     return {part: round(milliseconds / BLOCK, 4) for part, milliseconds in total.items()}
 
 
@@ -173,7 +180,7 @@ def bound_memory(gib: float | None, device: torch.device) -> None:
 
 def least_bytes(trainer: Trainer) -> int:
     """Compulsory traffic of a step in bytes: the image model's weights once, the optimiser's state read and written."""
-    components = trainer.guidance.score.components
+    components = guidance_of(trainer).components
     weights = [p for model in (components.unet, components.vae.encoder) for p in model.parameters()]
     state = [t for t in trainer.optimizer.state_dict().values() if t.numel() > 1]
     return sum(t.nbytes for t in weights) + 2 * sum(t.nbytes for t in state)
@@ -196,8 +203,8 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     lost = int(trainer.skipped) - skipped + int(trainer.overflowed) - overflowed
     if lost:
         print(f"{case.name}: {lost} of the timed steps were skipped", flush=True)
-    score = trainer.guidance.score
-    tokens = trainer.guidance.prompts.negative.shape[1]
+    score = guidance_of(trainer).distillation
+    tokens = guidance_of(trainer).prompts.negative.shape[1]
     gradient_error = error(image_gradient(score, trainer.config.camera.h, tokens), exact.gradient)
     step = trainer.train_step()
     row = make_row(case, "triton" if device.type == "cuda" else "torch", trainer, timing, peak, exact, head)
@@ -219,8 +226,8 @@ def peer_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str,
         timing = time_steps(trainer, device, 2)
         peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
         row = make_row(case, "reference", trainer, timing, peak, exact, head)
-        guidance = trainer.guidance
-        row["modules_ms"] = time_modules(guidance.score.components, guidance.prompts.negative.shape[1])
+        guidance = guidance_of(trainer)
+        row["modules_ms"] = time_modules(guidance.components, guidance.prompts.negative.shape[1])
         row["split_ms"] = split_step(trainer, device)
     return row | {"max_err": float(f"{exact.tol / 2:.3g}")}
 
@@ -240,7 +247,7 @@ def make_row(
         "case": case.name,
         "impl": impl,
         "mode": "train",
-        "dtype": str(trainer.guidance.score.components.dtype).removeprefix("torch."),
+        "dtype": str(guidance_of(trainer).components.dtype).removeprefix("torch."),
         "median_ms": round(timing.median, 4),
         "p20_ms": round(timing.p20, 4),
         "p80_ms": round(timing.p80, 4),
@@ -254,8 +261,8 @@ def make_row(
 
 def format_row(case: StepCase, row: dict[str, Any]) -> str:
     """A row for the terminal."""
-    targets = ((case.target_ms, "ms"), (case.target_gib, "GiB")) if row["impl"] != "reference" else ()
-    targets = [f"target {value:g} {unit}" for value, unit in targets if value]
+    pairs = ((case.target_ms, "ms"), (case.target_gib, "GiB")) if row["impl"] != "reference" else ()
+    targets = [f"target {value:g} {unit}" for value, unit in pairs if value]
     parts, alone = (
         " ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in row.get(name, {}).items())
         for name in ("split_ms", "modules_ms")

@@ -11,20 +11,20 @@ import torch
 
 from dream_fast import kernels
 from dream_fast.bench.pipeline.random_sd import TOKENS, RandomPrompt, random_components
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.guidances import DREAM_MINI, STABLE_DIFFUSION
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import MODEL_FOLDER
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.components import COMPILED, Components, load_components, prepare_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import ScoreDistillation
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.runtime.quiet import quiet_diffusers
 from dream_fast.engine.training.trainer import Trainer
 
 MINI_TOKENS = 24
 # A ball of radius 0.49 from 3.2 away: 490,000 samples.
-BALL = {
+BALL: dict[str, Any] = {
     "text": "a ball",
     "fp16": True,
     "seed": 0,
@@ -36,9 +36,9 @@ BALL = {
     "textureless_ratio": 0.0,
     "lr": 1e-9,
 }
-MINI = {"text": "a hamburger", "fp16": True, "seed": 0, "w": 64, "h": 64}
+MINI: dict[str, Any] = {"text": "a hamburger", "fp16": True, "seed": 0, "w": 64, "h": 64}
 # On a CPU, to try the command: the same parts, tiny.
-TINY = {
+TINY: dict[str, Any] = {
     "fp16": False,
     "w": 12,
     "h": 12,
@@ -71,7 +71,8 @@ class StepCase:
 
     def config(self, device: torch.device) -> Config:
         flags = (MINI if self.mini else BALL) | self.flags | (TINY if device.type == "cpu" else {})
-        return resolve(flags, "dream-mini" if self.mini else "sd", device.type)
+        guidance = DREAM_MINI if self.mini else STABLE_DIFFUSION
+        return configure({"guidance": (guidance.name,)} | flags, device.type)
 
 
 CASES = (
@@ -105,7 +106,7 @@ def our_components(case: StepCase, config: Config, device: torch.device, dtype: 
     """The same weights, prepared as a run prepares them."""
     run = config.run
     compiled = case.compiled if run.compile else ()
-    options = dict(vram_O=run.vram_O, attention=run.attention, compiled=compiled)
+    options: dict[str, Any] = dict(vram_O=run.vram_O, attention=run.attention, compiled=compiled)
     if case.mini:
         return load_components(MODEL_FOLDER, device, dtype, **options)
     components = random_components(device, dtype, tiny=device.type == "cpu")
@@ -128,10 +129,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
         components = plain_components(case.mini, device, runtime.dtype)
     else:
         components = our_components(case, config, device, runtime.dtype)
-    score = ScoreDistillation(components, config.guidance, cuda_graphs=not plain)
-    camera = config.camera
-    prompts = embed_prompt(case, components)
-    guidance = DiffusionGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
+    guidance = diffusion_guidance(components, embed_prompt(case, components), config, cuda_graphs=not plain)
     return Trainer(config, runtime, config.run.seed, guidance)
 
 

@@ -1,16 +1,18 @@
-"""What a finished run looks like close up: the measures of its shape and colour, its mesh, and a strip of pictures."""
+"""Measures of a finished run: shape, colour, the mesh, and a strip of images."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dream_fast.bench.pipeline.mesh_export import compare, read_glb
+from dream_fast.bench.pipeline.mesh_export import compare_with_field, read_glb
 from dream_fast.bench.quality.measures import SOLID, edge_ratio, floaters, part_color, roughness
 from dream_fast.bench.quality.protocol import SHAPE_SIZE, sides
-from dream_fast.bench.quality.world import palette_of
+from dream_fast.bench.quality.world import make_palette
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.export.mesh_files import write_mesh
@@ -40,7 +42,7 @@ def measure_color(pictures: Tensor, prompt: str, background: float) -> list[floa
 
     A pixel belongs to the part whose colour in the world is nearest, or to the background.
     """
-    palette = torch.cat([palette_of(prompt), torch.full((1, 3), background, dtype=torch.float64)])
+    palette = torch.cat([make_palette(prompt), torch.full((1, 3), background, dtype=torch.float64)])
     return part_color(pictures.permute(0, 2, 3, 1).reshape(-1, 3).double(), palette).tolist()
 
 
@@ -73,12 +75,12 @@ def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, f
             decimate_target=output.decimate_target,
             texture_resolution=output.texture_resolution,
         )
-        likeness = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, size)
+        likeness = compare_with_field(trainer.renderer, read_glb(glb, trainer.device), cameras, size)
     return {"mesh_psnr": min(likeness.psnr), "mesh_iou": min(likeness.iou)}
 
 
-def rounded(values: dict[str, object], digits: int = 4) -> dict[str, object]:
-    """The same with numbers, and those of lists, rounded; None where one is not finite."""
+def round_values(values: Mapping[str, object], digits: int = 4) -> dict[str, Any]:
+    """Round numbers, also those in lists; None where one is not finite."""
 
     def one(value: object) -> object:
         if isinstance(value, float):

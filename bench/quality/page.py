@@ -36,7 +36,7 @@ def read_records(folder: Path = RESULTS) -> dict[str, dict]:
     return dict(sorted(found.items(), key=lambda item: item[1]["utc"]))
 
 
-def column_of(record: Mapping, part: str) -> dict[str, float]:
+def select_column(record: Mapping, part: str) -> dict[str, float]:
     """The measures of a record for the fixed prompts (part "") or the held-out ones ("held_out")."""
     summary = record["held_out"] if part else record
     values = {name: summary.get(name) for name in MEASURES} | record[f"{part}_look".removeprefix("_")]["result"]
@@ -45,12 +45,12 @@ def column_of(record: Mapping, part: str) -> dict[str, float]:
 
 def table(records: Mapping[str, Mapping], part: str) -> str:
     """A row a measure: each record, and the world's own objects as the last record has them; empty without records."""
-    columns = {name: column_of(record, part) for name, record in records.items()}
+    columns = {name: select_column(record, part) for name, record in records.items()}
     columns = {name: column for name, column in columns.items() if column}
     if not columns:
         return ""
     key = f"{part}_look".removeprefix("_")
-    world = next((r[key]["world"] for r in reversed(list(records.values())) if "world" in r[key]), {})
+    world: dict[str, float] = next((r[key]["world"] for r in reversed(list(records.values())) if "world" in r[key]), {})
     lines = [f"| | {' | '.join(columns)} | the world's own |", f"|{'---|' * (len(columns) + 2)}"]
     for name, title in MEASURES.items():
         values = [*(column.get(name) for column in columns.values()), world.get(name)]
@@ -74,7 +74,7 @@ def generated(records: Mapping[str, Mapping]) -> str:
     return f"{BEGIN}\n{text}\n\n{sources}\n\n{sheets}\n{END}"
 
 
-def with_generated(page: str, records: Mapping[str, Mapping]) -> str:
+def fill_page(page: str, records: Mapping[str, Mapping]) -> str:
     """The page with what is between its markers written anew."""
     before, rest = page.split(BEGIN)
     return before + generated(records) + rest.split(END)[1]
@@ -97,5 +97,5 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m dream_fast.bench quality_page", description=__doc__.split("\n\n")[0]
     )
     parser.parse_args(argv)
-    PAGE.write_text(with_generated(PAGE.read_text(encoding="utf-8"), read_records()), encoding="utf-8")
+    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), read_records()), encoding="utf-8")
     return 0

@@ -1,13 +1,13 @@
-"""Quality: whole runs with default settings, looked at by the judge. `python -m dream_fast.bench quality`.
+"""Quality of whole runs with default settings, by a classifier of their images. `python -m dream_fast.bench quality`.
 
-R-precision over all captions (object, and object x colour): the share of pictures, eight azimuths around each object,
-whose most likely caption is the prompt's. `janus_rate`: for objects with a face, the share of pictures from behind that
-show the front; it means something where `front_rate` and `back_rate`, the shares of fronts seen as fronts and of backs
-seen as backs, are high. The prompts were fixed before any setting was tuned.
+R-precision over all captions (object, and object x colour) is the share of images, eight azimuths around each object,
+whose most likely caption is the prompt's. `janus_rate` is, for objects with a face, the share of images from behind
+that show the front; it has a meaning where `front_rate` and `back_rate`, the shares of fronts classified as fronts and
+of backs as backs, are high. The prompts were fixed before any setting was tuned.
 
---work holds what is done: rows.jsonl (a row a run, written as it ends), views/ (its pictures), runs/ (its workspace).
-The same command started again goes on from there, and ends by writing quality.json from the rows there are, all scored
-again by today's judge; `--seconds 0` starts no run and only does that.
+--work holds finished runs: rows.jsonl (a row for each, written when it ends), views/ (images) and runs/ (workspaces).
+The same command resumes there, and at its end writes quality.json from all rows, scored again by the present
+classifier; `--seconds 0` starts no run and only writes.
 
 `--scores sds,csd,asd,ism` does that once for each score, each with its own defaults, in a folder of its own under
 --work, and writes quality_scores.json, a contact sheet a score (quality_SCORE.png) and a table. ISM (Interval Score
@@ -24,7 +24,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import MappingProxyType
@@ -35,14 +35,14 @@ from PIL import Image
 from torch import Tensor
 
 from dream_fast.bench.finished_run import load_finished
-from dream_fast.bench.quality.classifier import WEIGHTS, Judge, load_judge, verdicts
-from dream_fast.bench.quality.looks import measure_color, measure_mesh, measure_shape, rounded, write_strip
+from dream_fast.bench.quality.classifier import WEIGHTS, Classifier, classify, load_classifier
+from dream_fast.bench.quality.looks import measure_color, measure_mesh, measure_shape, round_values, write_strip
 from dream_fast.bench.quality.measures import kid
 from dream_fast.bench.quality.page import write_sheet
 from dream_fast.bench.quality.protocol import AZIMUTHS, BACK, BACKGROUND, BEHIND, FRONT, HELD_OUT, PROMPTS, SIZE
-from dream_fast.bench.quality.world import color_error, color_spread, paints_of, read_world, world_summary
+from dream_fast.bench.quality.world import color_error, color_spread, main_colors, read_world, world_summary
 from dream_fast.bench.results import RESULTS, git_state
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import read_values
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
@@ -59,17 +59,19 @@ ALIASES = {"ism": "sdi"}  # other names of the scores that guide
 SHOWN = ("object", "object_color", "janus_rate", "front_rate", "back_rate", "runs")  # in the table of several scores
 
 
-def wanted(prompt: str) -> tuple[int, int | None]:
-    """The classes that the judge should see: object, and colour where the prompt names one."""
+def expected_classes(prompt: str) -> tuple[int, int | None]:
+    """The classes of a prompt: object, and colour where it names one."""
     words = prompt.split()
     color = next((k for k, name in enumerate(COLORS) if name in words), None)
-    return list(THINGS).index(find_object(prompt)), color
+    name = find_object(prompt)
+    assert name is not None, f"{prompt!r} names no object of the world"
+    return list(THINGS).index(name), color
 
 
-def assess(judge: Judge, pictures: Tensor, prompt: str) -> dict[str, float | None]:
-    """Shares of the pictures [8, 3, H, W] that are right; None where the prompt says nothing about it."""
-    found = verdicts(judge, pictures)
-    thing, color = wanted(prompt)
+def assess(classifier: Classifier, pictures: Tensor, prompt: str) -> dict[str, float | None]:
+    """Shares of the images [8, 3, H, W] that are right; None for what the prompt does not name."""
+    found = classify(classifier, pictures)
+    thing, color = expected_classes(prompt)
     right = found.object == thing
     both = None if color is None else (right & (found.color == color)).float().mean().item()
     janus = front = back = None
@@ -80,11 +82,8 @@ def assess(judge: Judge, pictures: Tensor, prompt: str) -> dict[str, float | Non
     return {"object": right.float().mean().item(), "object_color": both, "janus": janus, "front": front, "back": back}
 
 
-# ------------------------------------------------------------------------------------------------------------ one run
-
-
-def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, object]) -> dict:
-    """One run of the command's own path in this process, with ``other`` settings, and its pictures; returns its row."""
+def make_run(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, object]) -> dict:
+    """Make one run in this process, with `other` settings, and its images; returns its row."""
     from dream_fast.engine.run import run
 
     workspace = work / "runs" / _name(prompt, seed)
@@ -92,12 +91,12 @@ def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, ob
     typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
     typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
     meshes = other.get("save_mesh", False)  # measured, and not written among the outputs
-    config = resolve(typed | other | {"save_mesh": False}, "dream-mini", device)
+    config = configure(typed | dict(other) | {"save_mesh": False}, device)
     start = time.monotonic()
     run(config)
     seconds = time.monotonic() - start
     trainer = load_finished(config, workspace)
-    strip = torch.cat(list(pictures_of(trainer)), dim=2).permute(1, 2, 0)
+    strip = torch.cat(list(render_views(trainer)), dim=2).permute(1, 2, 0)
     path = _views(work, prompt, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_uint8(strip)).save(path)
@@ -106,13 +105,13 @@ def make(prompt: str, seed: int, work: Path, device: str, other: Mapping[str, ob
     del trainer
     gc.collect()
     torch.cuda.empty_cache()
-    scores = assess(load_judge(), read_views(path), prompt) | rounded(look)
+    scores = assess(load_classifier(), read_views(path), prompt) | round_values(look)
     return {"prompt": prompt, "seed": seed, **scores, "seconds": round(seconds, 1), "iters": config.run.iters}
 
 
 @torch.no_grad()
-def pictures_of(trainer: Trainer) -> Tensor:
-    """The object from eight azimuths at the default camera, averaged weights: [8, 3, 128, 128] in [0, 1]."""
+def render_views(trainer: Trainer) -> Tensor:
+    """Render the object from eight azimuths at the default camera, averaged weights: [8, 3, 128, 128] in [0, 1]."""
     device = trainer.device
     background = torch.full((3,), BACKGROUND, device=device)
     with trainer.optimizer.ema_weights():
@@ -121,7 +120,7 @@ def pictures_of(trainer: Trainer) -> Tensor:
 
 
 def read_views(path: Path) -> Tensor:
-    """The pictures of a run as they were written: [8, 3, 128, 128] in [0, 1]."""
+    """Read the images of a run: [8, 3, 128, 128] in [0, 1]."""
     strip = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
     return torch.stack(strip.split(SIZE, dim=2)).float() / 255
 
@@ -134,10 +133,7 @@ def _views(work: Path, prompt: str, seed: int) -> Path:
     return work / "views" / f"{_name(prompt, seed)}.png"
 
 
-# ----------------------------------------------------------------------------------------------------------- many runs
-
-
-def make_all(
+def make_runs(
     jobs: list[tuple[str, int]],
     work: Path,
     device: str,
@@ -145,19 +141,20 @@ def make_all(
     seconds: float,
     other: Mapping[str, object] = MappingProxyType({}),
 ) -> Iterator[dict]:
-    """Rows of the jobs as they end, `at_once` processes each taking one job after the other; for `other` see `make`.
+    """Rows of the jobs as they end, `at_once` processes each taking one job after the other; `other` as in `make_run`.
 
-    A job is started only if, by the time that the last one took, it ends within `seconds`. A job that fails is said
-    and left out; a process that dies ends the rest.
+    A job is started only if, by the time that the last one took, it ends within `seconds`. A failed job is reported and
+    left out; a process that dies ends the rest.
     """
-    deadline, queue, running, last = time.monotonic() + seconds, deque(jobs), {}, 0.0
+    deadline, queue, last = time.monotonic() + seconds, deque(jobs), 0.0
+    running: dict[Future, tuple[str, int, float]] = {}
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(at_once, mp_context=context, initializer=_start, initargs=(work, threads)) as pool:
         while True:
             while queue and len(running) < at_once and time.monotonic() + last < deadline:
                 prompt, seed = queue.popleft()
-                running[pool.submit(make, prompt, seed, work, device, dict(other))] = prompt, seed, time.monotonic()
+                running[pool.submit(make_run, prompt, seed, work, device, dict(other))] = prompt, seed, time.monotonic()
             if not running:
                 return
             for job in wait(running, return_when=FIRST_COMPLETED).done:
@@ -173,7 +170,7 @@ def make_all(
 
 
 def _start(work: Path, threads: int) -> None:
-    """A worker process writes what it says to a log of its own, and shares the cores with the others."""
+    """Start a worker process: its output goes to a log of its own, and it takes its share of the cores."""
     log = os.open(work / f"worker-{os.getpid()}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -181,7 +178,7 @@ def _start(work: Path, threads: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows that were written, the last of each run; a line that was cut off is left out."""
+    """Read stored rows, the last of each run; a truncated line is left out."""
     rows = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -192,8 +189,8 @@ def read_rows(path: Path) -> list[dict]:
     return list(rows.values())
 
 
-def same_work(work: Path, facts: dict) -> bool:
-    """Whether `work` is fresh, or holds runs of these facts (settings, device, model)."""
+def matches_work(work: Path, facts: dict) -> bool:
+    """True if `work` is fresh, or holds runs of the same settings, device and model."""
     work.mkdir(parents=True, exist_ok=True)
     path, facts = work / "settings.json", json.loads(json.dumps(facts))
     if path.exists():
@@ -202,19 +199,16 @@ def same_work(work: Path, facts: dict) -> bool:
     return True
 
 
-def facts_of(device: str, other: Mapping[str, object]) -> dict:
-    """What all runs of one measurement share: settings, device and the embedded model's weights."""
+def describe_setup(device: str, other: Mapping[str, object]) -> dict:
+    """Describe what all runs of a measurement share: settings, device and the embedded model's weights."""
     digest = hashlib.sha256()
     for path in sorted(MODEL_FOLDER.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else machine()["processor"],
         "model": digest.hexdigest()[:16],
-        "settings": resolve({"fp16": True} | other, "dream-mini", device).to_dict(),
+        "settings": configure({"fp16": True} | dict(other), device).to_dict(),
     }
-
-
-# -------------------------------------------------------------------------------------------------------------- summary
 
 
 def _mean(rows: list[dict], name: str) -> float | None:
@@ -222,54 +216,54 @@ def _mean(rows: list[dict], name: str) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
 
-def summary(rows: list[dict]) -> dict[str, float | None]:
+def summarize(rows: list[dict]) -> dict[str, float | None]:
     names = {"janus": "janus_rate", "front": "front_rate", "back": "back_rate"}
     return {**{names.get(name, name): _mean(rows, name) for name in SCORES}, "runs": len(rows)}
 
 
-def by_prompt(rows: list[dict], prompts: tuple[str, ...]) -> list[dict]:
+def summarize_prompts(rows: list[dict], prompts: tuple[str, ...]) -> list[dict]:
     """A row a prompt: the means over its seeds."""
     table = []
     for prompt in prompts:
         if mine := [row for row in rows if row["prompt"] == prompt]:
-            table.append({"prompt": prompt, **summary(mine), "seconds": _mean(mine, "seconds")})
+            table.append({"prompt": prompt, **summarize(mine), "seconds": _mean(mine, "seconds")})
     return table
 
 
-def scored_again(rows: list[dict], work: Path) -> list[dict]:
-    """The rows with the scores that today's judge gives their pictures, and the colours there."""
-    judge, fresh = load_judge(), []
+def score_again(rows: list[dict], work: Path) -> list[dict]:
+    """Replace the scores of rows by those of the present classifier, and their colours by those of their images."""
+    classifier, fresh = load_classifier(), []
     for row in rows:
         path, prompt = _views(work, row["prompt"], row["seed"]), row["prompt"]
         if path.exists():
             pictures = read_views(path)
-            row = row | assess(judge, pictures, prompt)
-            row["color"] = rounded({"": measure_color(pictures, prompt, BACKGROUND)})[""]
+            row = row | assess(classifier, pictures, prompt)
+            row["color"] = round_values({"": measure_color(pictures, prompt, BACKGROUND)})[""]
         fresh.append(row)
     return fresh
 
 
-def beside_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -> dict:
-    """How the runs of some prompts look beside the world's own objects: `result`, `world`, and `ratio` of the two.
+def compare_with_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -> dict:
+    """Compare the runs of some prompts with the world's own objects: `result`, `world`, and `ratio` of the two.
 
-    kid and color_error are distances to the world already. What needs renders of the world is left out where none are
-    stored (`bench world`).
+    kid and color_error are distances to the world already. Measures that need renders of the world are left out where
+    none are stored (`bench world`).
     """
     rows = [row for row in rows if row["prompt"] in prompts]
     prompts = tuple(prompt for prompt in prompts if any(row["prompt"] == prompt for row in rows))
     result, own = {name: _mean(rows, name) for name in SHAPE}, {}
     if colored := [row for row in rows if row.get("color")]:
-        errors = [color_error(torch.tensor(row["color"]), paints_of(row["prompt"])) for row in colored]
+        errors = [color_error(torch.tensor(row["color"]), main_colors(row["prompt"])) for row in colored]
         result["color_error"], own["color_error"] = sum(errors) / len(errors), color_spread(prompts)
     if prompts and (world := read_world(prompts)) is not None:
         own |= world_summary(world)
         paths = [path for row in rows if (path := _views(work, row["prompt"], row["seed"])).exists()]
         if paths:
-            judge = load_judge()
-            shown = torch.cat([judge.features(read_views(path)) for path in paths])
+            classifier = load_classifier()
+            shown = torch.cat([classifier.features(read_views(path)) for path in paths])
             result["kid"] = kid(shown, world.features.flatten(0, 2))
-    ratio = {name: result[name] / own[name] for name in SHAPE if result[name] is not None and own.get(name)}
-    return {name: rounded(part) for name, part in {"result": result, "world": own, "ratio": ratio}.items()}
+    ratio = {name: value / own[name] for name in SHAPE if (value := result[name]) is not None and own.get(name)}
+    return {name: round_values(part) for name, part in {"result": result, "world": own, "ratio": ratio}.items()}
 
 
 def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
@@ -287,17 +281,14 @@ def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
     sheet.save(path)
 
 
-def prior(work: Path, device: str) -> dict:
-    """dream-mini's own pictures before the judge, once for each judge: four seeds on a GPU, one on a CPU."""
+def score_prior(work: Path, device: str) -> dict:
+    """Scores of dream-mini's own images, once for each classifier: four seeds on a GPU, one on a CPU."""
     from dream_fast.bench.quality.classifier.prior import prior_scores
 
     path = work / f"prior-{hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:8]}.json"
     if not path.exists():
         path.write_text(json.dumps(prior_scores(device, 4 if device == "cuda" else 1), indent=1) + "\n")
     return json.loads(path.read_text())
-
-
-# ----------------------------------------------------------------------------------------------------- the command line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -317,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.settings = read_settings(args.settings)
-        resolve(args.settings, "dream-mini", args.device)
+        configure(args.settings, args.device)
     except (UserError, ValueError) as error:
         parser.error(f"--settings: {error}")
     if args.scores is not None:
@@ -339,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_named(name: str, record: dict, work: Path, out: Path) -> None:
-    """The record as a column of docs/quality.md, and the sheet of its first seed."""
+    """Write the record as a column of docs/quality.md, and the sheet of its first seed."""
     about = {"commit": git_state()[0], "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     (out / f"quality-{name}.json").write_text(json.dumps(about | record, indent=1) + "\n")
     shown = [_name(line["prompt"], 0) for line in record["prompts"]]
@@ -347,7 +338,7 @@ def write_named(name: str, record: dict, work: Path, out: Path) -> None:
 
 
 def read_settings(text: str) -> dict[str, object]:
-    """Settings by name, of a JSON object in which schedules are written as on the command line. ValueError: none."""
+    """Read settings from a JSON object, with schedules as on the command line. Raises ValueError: for other text."""
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError(f"a JSON object, not {text}")
@@ -364,12 +355,12 @@ def measure(
 ) -> dict:
     """Make the runs that `work` lacks, with `other` settings, and return the record of all that there are.
 
-    ``full``: with the judge's own figures and dream-mini's pictures before it.
+    full: with the classifier's own accuracy and its scores of dream-mini's images.
     """
     held_out = () if args.prompts else HELD_OUT
     prompts = tuple(args.prompts or PROMPTS)
-    facts = facts_of(args.device, other)
-    if not same_work(work, facts):
+    facts = describe_setup(args.device, other)
+    if not matches_work(work, facts):
         parser.error(f"--work {work} holds runs of other settings, another device or another model: name another")
     written = work / "rows.jsonl"
     done = {(row["prompt"], row["seed"]) for row in read_rows(written)}
@@ -377,34 +368,36 @@ def measure(
     with written.open("a") as file:
         if written.stat().st_size and not written.read_text().endswith("\n"):
             file.write("\n")  # after a line that a killed command left
-        for row in make_all([j for j in jobs if j not in done], work, args.device, args.jobs, args.seconds, other):
+        for row in make_runs([j for j in jobs if j not in done], work, args.device, args.jobs, args.seconds, other):
             line = json.dumps(row)
             print(line, flush=True)
             file.write(f"{line}\n")
             file.flush()
-    rows = scored_again([row for row in read_rows(written) if (row["prompt"], row["seed"]) in jobs], work)
+    rows = score_again([row for row in read_rows(written) if (row["prompt"], row["seed"]) in jobs], work)
     rows.sort(key=lambda row: jobs.index((row["prompt"], row["seed"])))
     missing = len(jobs) - len(rows)
     if missing:
         print(f"{missing} of {len(jobs)} runs are missing: start the same command again to go on")
-    judge = json.loads((Path(__file__).parent / "classifier" / "judge.json").read_text())["held_out"] if full else None
+    classifier = (
+        json.loads((Path(__file__).parent / "classifier" / "judge.json").read_text())["held_out"] if full else None
+    )
     return {
-        **summary([row for row in rows if row["prompt"] in prompts]),
-        "held_out": summary([row for row in rows if row["prompt"] in held_out]),
-        "look": beside_world(rows, work, prompts),
-        "held_out_look": beside_world(rows, work, held_out),
-        **(prior(work, args.device) if full and not args.no_prior else {}),
-        **({"judge": judge} if full else {}),
+        **summarize([row for row in rows if row["prompt"] in prompts]),
+        "held_out": summarize([row for row in rows if row["prompt"] in held_out]),
+        "look": compare_with_world(rows, work, prompts),
+        "held_out_look": compare_with_world(rows, work, held_out),
+        **(score_prior(work, args.device) if full and not args.no_prior else {}),
+        **({"judge": classifier} if full else {}),
         **facts,
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "jobs": args.jobs,
-        "prompts": by_prompt(rows, (*prompts, *held_out)),
+        "prompts": summarize_prompts(rows, (*prompts, *held_out)),
         "rows": rows,
     }
 
 
 def compare_scores(scores: list[str], args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """`measure` once for each of ``scores``; writes the table, and a contact sheet for each."""
+    """Measure once for each objective in `scores`; writes the table, and a contact sheet for each."""
     args.out.mkdir(parents=True, exist_ok=True)
     records = {}
     for name in scores:
@@ -415,12 +408,12 @@ def compare_scores(scores: list[str], args: argparse.Namespace, parser: argparse
         records[score] = measure(args, work, {**args.settings, "objective": score}, parser)
         contact_sheet(work, tuple(args.prompts or PROMPTS), args.out / f"quality_{score}.png")
         (args.out / "quality_scores.json").write_text(json.dumps(records, indent=1) + "\n")
-    print(table_of(records))
+    print(format_table(records))
     return 0
 
 
-def table_of(records: Mapping[str, Mapping]) -> str:
-    """A Markdown table with a row a score: what the judge says of the prompts, and the seconds of a run."""
+def format_table(records: Mapping[str, Mapping]) -> str:
+    """A Markdown table with a row for each objective: scores of the prompts, and the seconds of a run."""
     lines = [f"| score | {' | '.join(SHOWN)} | seconds a run |", f"|{'---|' * (len(SHOWN) + 2)}"]
     for score, record in records.items():
         shares = ["" if record[name] is None else f"{record[name]:.3f}" for name in SHOWN[:-1]]

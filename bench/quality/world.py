@@ -1,7 +1,7 @@
 """Renders of the procedural world for a prompt, by the cameras and the light that results are looked at with.
 
 The truth that `bench quality` compares results with: the same measures of the same views. `python -m dream_fast.bench
-world` stores what it needs of them; on a CPU of fewer scenes. Repeat it when the world or the judge changes.
+world` stores what it needs of them; on a CPU of fewer scenes. Repeat it when the world or the classifier changes.
 """
 
 import argparse
@@ -18,17 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from dream_fast.bench.quality.classifier import WEIGHTS, load_judge
+from dream_fast.bench.quality.classifier import WEIGHTS, load_classifier
 from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, roughness
 from dream_fast.bench.quality.protocol import AZIMUTHS, BACKGROUND, HELD_OUT, PROMPTS, SHAPE_SIZE, SIZE, sides
 from dream_fast.bench.results import RESULTS
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.dream_mini.scenes import RADIUS, Scene, make_scene
 from dream_fast.engine.dream_mini.sphere_tracer import pack, trace
 from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
 from dream_fast.engine.scene.camera import Cameras, rays, turntable
 
-SEED = 404  # neither dream-mini nor the judge has learned from it
+SEED = 404  # neither dream-mini nor the classifier has learned from it
 SCENES = {"cuda": 16, "cpu": 2}  # a prompt, of which pictures are rendered
 SHAPES = {"cuda": 8, "cpu": 1}  # of them, whose shapes are measured
 PAINTS = 32  # scenes a prompt whose colours are looked at
@@ -40,7 +40,7 @@ LOOKS = RESULTS / "world.safetensors"
 class WorldLook(NamedTuple):
     """What the world's objects for some prompts look like: P prompts, N scenes of each, V views, D features."""
 
-    features: Tensor  # [P, N, V, D] of the judge
+    features: Tensor  # [P, N, V, D] of the classifier
     shapes: Tensor  # [P, 3] roughness_deg, edge_ratio, floaters
 
 
@@ -52,12 +52,13 @@ class Surfaces(NamedTuple):
     opacity: Tensor  # [V, size, size] 0 or 1
 
 
-def scenes_of(prompt: str, count: int, seed: int = SEED) -> list[Scene]:
+def make_scenes(prompt: str, count: int, seed: int = SEED) -> list[Scene]:
     """Objects of the world that a prompt describes, in their natural colour where it names none."""
     name = find_object(prompt)
+    assert name is not None, f"{prompt!r} names no object of the world"
     color = next((color for color in COLORS if color in prompt.split()), None)
     rng = np.random.default_rng([seed, *prompt.encode()])
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < count:
         scene = make_scene(rng, name, color, plain=True)
         if scene.color == color:
@@ -65,23 +66,23 @@ def scenes_of(prompt: str, count: int, seed: int = SEED) -> list[Scene]:
     return scenes
 
 
-def paint_of(scene: Scene) -> np.ndarray:
+def main_color(scene: Scene) -> np.ndarray:
     """The colour [3] of the part that a prompt colours."""
     return next(part.color for part in scene.primitives if part.main and not part.cut)
 
 
-def paints_of(prompt: str) -> Tensor:
+def main_colors(prompt: str) -> Tensor:
     """Those of PAINTS scenes, [PAINTS, 3]: without light a part has its colour, so nothing need be rendered."""
-    return torch.tensor(np.array([paint_of(scene) for scene in scenes_of(prompt, PAINTS)]))
+    return torch.tensor(np.array([main_color(scene) for scene in make_scenes(prompt, PAINTS)]))
 
 
-def palette_of(prompt: str) -> Tensor:
+def make_palette(prompt: str) -> Tensor:
     """Colours [K, 3] of a prompt's object: first that of the part that it colours, then those of other parts.
 
     Other parts of nearly the same colour are left out: nobody could tell them apart.
     """
-    scenes = scenes_of(prompt, 8)
-    main = torch.from_numpy(np.median([paint_of(scene) for scene in scenes], axis=0))
+    scenes = make_scenes(prompt, 8)
+    main = torch.from_numpy(np.median([main_color(scene) for scene in scenes], axis=0))
     others = {tuple(part.color) for scene in scenes for part in scene.primitives if not (part.main or part.cut)}
     colors = torch.tensor([tuple(main.tolist()), *sorted(others)], dtype=torch.float64)
     apart = delta_e(colors, main) > SAME
@@ -125,12 +126,12 @@ def measure_world(
     prompts: Sequence[str], around: Cameras, sides: Cameras, sizes: tuple[int, int], background: float, device: str
 ) -> WorldLook:
     """Looks of the world for the prompts: pictures from `around`, shapes from `sides`, of these sizes in pixels."""
-    judge = load_judge(device)
+    classifier = load_classifier(device)
     features, shapes = [], []
     for prompt in prompts:
-        scenes = scenes_of(prompt, SCENES[device])
+        scenes = make_scenes(prompt, SCENES[device])
         shown = [pictures(scene, around, sizes[0], background, device) for scene in scenes]
-        features.append(torch.stack([judge.features(views).cpu() for views in shown]))
+        features.append(torch.stack([classifier.features(views).cpu() for views in shown]))
         of_prompt = []
         for scene in scenes[: SHAPES[device]]:
             seen = surfaces(scene, sides, sizes[1], device)
@@ -140,27 +141,27 @@ def measure_world(
 
 
 def write_world(path: Path, prompts: Sequence[str], world: WorldLook) -> None:
-    """Store the world's looks for the prompts, with the judge whose features they are."""
+    """Write the world's looks for the prompts, with the digest of the classifier whose features they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {name: part.half() if name == "features" else part for name, part in world._asdict().items()}
-    save_file(columns, path, metadata={"prompts": json.dumps(list(prompts)), "judge": judge_digest()})
+    save_file(columns, path, metadata={"prompts": json.dumps(list(prompts)), "judge": classifier_digest()})
 
 
 def read_world(prompts: Sequence[str], path: Path = LOOKS) -> WorldLook | None:
-    """The stored looks for these prompts, in their order. None: there are none for one of them, or for this judge."""
+    """Read the looks of these prompts, in their order. None: one is missing, or they are another classifier's."""
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
         about = file.metadata()
         stored = {name: file.get_tensor(name).float() for name in WorldLook._fields}
     there = json.loads(about["prompts"])
-    if about["judge"] != judge_digest() or not set(prompts) <= set(there):
+    if about["judge"] != classifier_digest() or not set(prompts) <= set(there):
         return None
     rows = [there.index(prompt) for prompt in prompts]
     return WorldLook(*(stored[name][rows] for name in WorldLook._fields))
 
 
-def judge_digest() -> str:
+def classifier_digest() -> str:
     """Names the judge's weights."""
     return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16]
 
@@ -172,7 +173,7 @@ def color_error(colors: Tensor, world: Tensor) -> float:
 
 def color_spread(prompts: Sequence[str]) -> float:
     """The colour error of the world's own objects, mean over the prompts."""
-    paints = [paints_of(prompt) for prompt in prompts]
+    paints = [main_colors(prompt) for prompt in prompts]
     return sum(color_error(colors, colors) for colors in paints) / len(paints)
 
 
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    around = turntable(resolve({}, "dream-mini", args.device).camera, AZIMUTHS)
+    around = turntable(configure({}, args.device).camera, AZIMUTHS)
     prompts = tuple(args.prompts or (*PROMPTS, *HELD_OUT))
     world = measure_world(prompts, around, sides("cpu"), (SIZE, SHAPE_SIZE), BACKGROUND, args.device)
     write_world(args.out, prompts, world)

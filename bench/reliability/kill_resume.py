@@ -1,10 +1,9 @@
-"""Runs that are killed (kill -9) and taken up again, beside one that is not. `python -m dream_fast.bench kills`.
+"""Kill runs (kill -9), resume them, and compare them with a whole one. `python -m dream_fast.bench kill_resume`.
 
 Each trial is the same small run in a process of its own, with a checkpoint every few steps. It is killed once or twice:
 at a random moment of a random step, or while a checkpoint is written (begun, half written, whole but without its name,
-or just named). The same run takes it up. Its metrics, last checkpoint and pictures must then be those of the run
-that nobody killed, bit for bit (on a GPU in deterministic mode: --device cuda), and nothing half-written may
-be left.
+or just named). The same run resumes it. Its metrics, last checkpoint and images must then equal those of the whole run
+bit for bit (on a GPU in deterministic mode: --device cuda), and no half-written file may be left.
 
 Processes are forked from one that has imported everything, so that a trial takes seconds.
 """
@@ -22,14 +21,15 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import Config
 
-STEPS, EVERY = 24, 4  # of a run; between two checkpoints
+STEPS, CHECKPOINT_STEPS = 24, 4  # of a run, and between two checkpoints
+TIMES = ("seconds", "it_per_s")  # entries of a row that are never equal
 STAGES = ("begun", "half", "unnamed", "named")  # of writing a checkpoint
 SMALL = {
     **{
@@ -54,63 +54,63 @@ SMALL = {
 
 
 class Kill(NamedTuple):
-    """Where a run is killed: in step ``step`` (from 1) after ``delay`` seconds, or at a stage of a checkpoint."""
+    """The moment of a kill: `delay` seconds into step `step` (from 1), or a stage of that step's checkpoint."""
 
     step: int
     delay: float = 0.0
     stage: str = ""
 
 
-def planned(dice: random.Random) -> list[Kill]:
-    """One kill, or two of which the second comes later in the run."""
-    kills = []
-    for _ in range(dice.choice((1, 1, 2))):
+def plan_kills(rng: random.Random) -> list[Kill]:
+    """Draw one kill, or two of which the second comes later in the run."""
+    kills: list[Kill] = []
+    for _ in range(rng.choice((1, 1, 2))):
         first = kills[-1].step if kills else 0
-        if dice.random() < 0.5 and first < STEPS - EVERY:
-            step = dice.randrange(first // EVERY + 1, STEPS // EVERY) * EVERY
-            kills.append(Kill(step, stage=dice.choice(STAGES)))
+        if rng.random() < 0.5 and first < STEPS - CHECKPOINT_STEPS:
+            step = rng.randrange(first // CHECKPOINT_STEPS + 1, STEPS // CHECKPOINT_STEPS) * CHECKPOINT_STEPS
+            kills.append(Kill(step, stage=rng.choice(STAGES)))
         elif first < STEPS:
-            kills.append(Kill(dice.randint(first + 1, STEPS), delay=dice.uniform(0, 0.03)))
+            kills.append(Kill(rng.randint(first + 1, STEPS), delay=rng.uniform(0, 0.03)))
     return kills
 
 
-def _die() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(kill: Kill) -> Callable[[int], None]:
-    """Let this process be killed as planned; returns what the loop has to call before each step."""
+def arm_kill(kill: Kill) -> Callable[[int], None]:
+    """Arrange that this process is killed as planned; returns the hook that the loop calls before each step."""
     from dream_fast.engine.workspace import checkpoint
 
     save, replace = checkpoint.save_file, os.replace
 
     def before_step(step: int) -> None:
         if not kill.stage and step + 1 == kill.step:
-            threading.Timer(kill.delay, _die).start()
+            threading.Timer(kill.delay, kill_self).start()
 
-    def save_file(tensors: dict, path: Path, **options: object) -> None:
-        at = f"step_{kill.step:06d}" in Path(path).name
-        if at and kill.stage == "begun":
-            _die()
-        save(tensors, path, **options)
-        if at and kill.stage == "half":
+    def save_file(tensors: dict[str, Any], path: Any, metadata: dict[str, str] | None = None) -> None:
+        matches = f"step_{kill.step:06d}" in Path(path).name
+        if matches and kill.stage == "begun":
+            kill_self()
+        save(tensors, path, metadata)
+        if matches and kill.stage == "half":
             os.truncate(path, os.path.getsize(path) // 2)
-            _die()
+            kill_self()
 
-    def renamed(source: Path, target: Path) -> None:
-        at = Path(target).name == f"step_{kill.step:06d}.safetensors"
-        if at and kill.stage == "unnamed":
-            _die()
-        replace(source, target)
-        if at and kill.stage == "named":
-            _die()
+    def rename(source: Any, target: Any, **options: Any) -> None:
+        matches = Path(target).name == f"step_{kill.step:06d}.safetensors"
+        if matches and kill.stage == "unnamed":
+            kill_self()
+        replace(source, target, **options)
+        if matches and kill.stage == "named":
+            kill_self()
 
-    checkpoint.save_file, os.replace = save_file, renamed
+    checkpoint.save_file, os.replace = save_file, rename
     return before_step
 
 
 def prepare_to_fork() -> None:
-    """Imports everything that a run does, and starts no thread, after which a process cannot be forked safely."""
+    """Import everything that a run imports, without starting a thread, since threads make a fork unsafe."""
     torch.set_num_threads(1)
     # A library that finds a GPU while it is imported starts CUDA, and that cannot be forked at all.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -127,8 +127,8 @@ def prepare_to_fork() -> None:
     os.environ |= {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
 
 
-def forked(config: Config, log: Path, kill: Kill | None) -> int:
-    """The exit status of the run in a process of its own, negative where a signal ended it."""
+def run_forked(config: Config, log: Path, kill: Kill | None) -> int:
+    """Run in a forked process; returns its exit status, negative where a signal ended it."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -141,9 +141,9 @@ def forked(config: Config, log: Path, kill: Kill | None) -> int:
             from dream_fast.engine.training.loop import LoopOptions
 
             losses.TV_POINTS = 1000
-            options = LoopOptions(epoch_steps=EVERY, checkpoint_seconds=0.0)
+            options = LoopOptions(epoch_steps=CHECKPOINT_STEPS, checkpoint_seconds=0.0)
             if kill is not None:
-                options = dataclasses.replace(options, before_step=arm(kill))
+                options = dataclasses.replace(options, before_step=arm_kill(kill))
             status = run(config, loop=options)
         except BaseException:
             traceback.print_exc()
@@ -154,57 +154,53 @@ def forked(config: Config, log: Path, kill: Kill | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def result(workspace: Path) -> dict[str, object]:
-    """What has to be the same: rows without times, and the bytes of what was made."""
+def read_result(workspace: Path) -> dict[str, Any]:
+    """Everything that has to be equal: rows without times, and the bytes of files, by name."""
     rows = [json.loads(line) for line in (workspace / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found: dict[str, object] = {"metrics": [{k: v for k, v in r.items() if k not in TIMES} for r in rows]}
+    result: dict[str, Any] = {"metrics": [{k: v for k, v in r.items() if k not in TIMES} for r in rows]}
     for path in sorted(workspace.rglob("*")):
         if path.is_file() and path.parent != workspace:
-            found[str(path.relative_to(workspace))] = path.read_bytes()
-    return found
+            result[str(path.relative_to(workspace))] = path.read_bytes()
+    return result
 
 
-TIMES = ("seconds", "it_per_s")
-
-
-def trial(name: str, kills: list[Kill], typed: dict[str, object], folder: Path) -> dict[str, object]:
-    """The result of a run that is killed as planned and taken up to its end."""
+def run_trial(name: str, kills: list[Kill], overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The result of a run that is killed as planned and resumed until its end."""
     workspace, log = folder / name, folder / f"{name}.log"
-    model = "sd" if "hf_key" in typed else "dream-mini"
-    config = resolve(typed | {"workspace": str(workspace)}, model, typed["device"])
+    config = configure(overrides | {"workspace": str(workspace)}, overrides["device"])
     for kill in [*kills, None]:
-        status = forked(config, log, kill)
+        status = run_forked(config, log, kill)
         if kill is None and status != 0 or status not in (0, -signal.SIGKILL):
             raise SystemExit(f"the run ended with status {status}; its log:\n{log.read_text(encoding='utf-8')}")
-    return result(workspace)
+    return read_result(workspace)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench kills", description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=20, help="runs that are killed")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--hf_key", help="another model than dream-mini")
+    parser = argparse.ArgumentParser(prog="python -m dream_fast.bench kill_resume", description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=20, help="number of runs that are killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--hf_key", "--hf-key", help="another model than dream-mini")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
     prepare_to_fork()
-    dice, different = random.Random(args.seed), 0
-    typed = SMALL | {"device": args.device, "deterministic": args.device == "cuda"}
+    rng, different = random.Random(args.seed), 0
+    overrides: dict[str, Any] = SMALL | {"device": args.device, "deterministic": args.device == "cuda"}
     if args.hf_key:
-        typed |= {"hf_key": args.hf_key}
+        overrides |= {"hf_key": args.hf_key}
 
     with tempfile.TemporaryDirectory() as name:
         start = time.monotonic()
-        whole = trial("whole", [], typed, Path(name))
+        whole = run_trial("whole", [], overrides, Path(name))
         print(f"a whole run: {len(whole['metrics'])} rows, {time.monotonic() - start:.1f} s", flush=True)
         for number in range(args.times):
-            kills = planned(dice)
-            found = trial(f"killed_{number}", kills, typed, Path(name))
-            wrong = sorted(key for key in found.keys() | whole.keys() if found.get(key) != whole.get(key))
-            different += bool(wrong)
+            kills = plan_kills(rng)
+            killed = run_trial(f"killed_{number}", kills, overrides, Path(name))
+            unequal = sorted(key for key in killed.keys() | whole.keys() if killed.get(key) != whole.get(key))
+            different += bool(unequal)
             moments = ", ".join(
                 f"checkpoint {k.step} {k.stage}" if k.stage else f"step {k.step} + {k.delay * 1e3:.0f} ms"
                 for k in kills
             )
-            print(f"killed at {moments}: {'DIFFERS in ' + ', '.join(wrong) if wrong else 'the same'}", flush=True)
+            print(f"killed at {moments}: {'DIFFERS in ' + ', '.join(unequal) if unequal else 'the same'}", flush=True)
     print(json.dumps({"killed": args.times, "different": different}))
     return int(different > 0)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.other_programs import ANSWERS
-from dream_fast.engine.config.presets import resolve
 from dream_fast.engine.config.schedule import Scalar
 from dream_fast.engine.config.schema import Config, settings, settings_unused_by
 from dream_fast.engine.config.sections import OptimConfig
@@ -19,7 +19,7 @@ from dream_fast.engine.config.setting import ScalarRange, value_type
 COMMAND_FLAGS = {
     "--version": "show the version and stop",
     "--file": "more arguments from a text file, as if they stood here; later ones count more",
-    "--print-config": "print the settings as JSON and stop",
+    "--print_config": "print the settings as JSON and stop",
     "--doctor": "look at this machine (versions, GPU, attention, each kernel against its reference), advise and stop",
     "-O": "--fp16 and --cuda_ray",
     "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless you type another value; nothing beside -O",
@@ -37,7 +37,7 @@ MOST_USED = (
 _HEAD = """# Options
 
 Made by `python -m dream_fast.engine.config.options_page > docs/options.md`; a test compares the two.
-`--no-` before the name of a setting that is on or off switches it off. `--print-config` prints a command's settings.
+`--no-` before the name of a setting that is on or off switches it off. `--print_config` prints a command's settings.
 
 ## The flags that people use
 """
@@ -109,7 +109,8 @@ def _learning_rates() -> str:
 
 
 def _aliases() -> str:
-    rows = [[f"`--{alias}`", f"`--{field.name}`"] for _, field in settings() for alias in field.metadata["aliases"]]
+    rows = [["`--print-config`", "`--print_config`"]]
+    rows += [[f"`--{alias}`", f"`--{field.name}`"] for _, field in settings() for alias in field.metadata["aliases"]]
     return _table(["earlier", "now"], rows)
 
 
@@ -117,8 +118,7 @@ def _vanilla() -> str:
     """Return the defaults of the vanilla backbone where they are not the grid's, and the settings it does not read."""
     cases = [({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]
     configs = [
-        tuple(resolve(typed | {"backbone": name}, "dream-mini", device) for name in ("grid", "vanilla"))
-        for typed, device in cases
+        tuple(configure(typed | {"backbone": name}, device) for name in ("grid", "vanilla")) for typed, device in cases
     ]
     rows = []
     for section, field in settings():
@@ -133,7 +133,7 @@ def _vanilla() -> str:
 def _sections() -> Iterator[str]:
     """Yield a heading and a table for each section of the configuration."""
     # The machine decides the device, so it is no default of either.
-    mini = [resolve({}, "dream-mini", device).override({"device": "auto"}) for device in ("cpu", "cuda")]
+    mini = [configure({}, device).override({"device": "auto"}) for device in ("cpu", "cuda")]
     head = ["flag", "reference", "dream-mini, CPU", "dream-mini, GPU", "meaning"]
     for section in dataclasses.fields(Config):
         rows = [_row(section, field, mini) for owner, field in settings() if owner is section]

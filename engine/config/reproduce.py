@@ -1,53 +1,53 @@
-"""The command that makes a run again, from its settings, as a person would type it. Nothing heavy is imported."""
+"""The command that makes a run again, from its settings, as a person would type it. Imports nothing heavy."""
 
 from typing import Any
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.guidances import chosen_guidances
 from dream_fast.engine.config.schema import Config, device_kind, settings
 from dream_fast.engine.config.setting import value_type
 from dream_fast.engine.text import quote
 
-# What decides about other settings' defaults, so it comes before them.
+# Settings that decide about the defaults of others.
 _DECIDING = ("guidance", "hf_key", "sd_version", "preset", "objective")
 
 
 def reproduce_command(config: Config, iters: int | None = None) -> str:
-    """A shell command whose settings come out as those of ``config``, up to ``iters`` steps (default: its own).
+    """Return a shell command whose settings come out as those of `config`, up to `iters` steps (default: its own).
 
-    Only what differs from the defaults of its model and device is in it, and always the device; not --test, and of
-    --ckpt only a path: what to do with a run that is already there is for the user to say. Words with characters
+    It holds what differs from the defaults of its model and device, and always the device; not `--test`, and of
+    `--ckpt` only a path: what becomes of a run that is already there is for the user to decide. Words with characters
     that a terminal would not show are written in $'...', which bash, zsh and ksh read.
     """
     if iters is not None:
         config = config.override({"iters": iters})
-    return " ".join(map(quote, ["dream-fast", *_words(_typed(config))]))
+    return " ".join(map(quote, ["dream-fast", *_to_words(_settings_to_type(config))]))
 
 
-def _typed(config: Config) -> dict[str, Any]:
-    """The settings that have to be typed, by name."""
-    mine = {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
-    default = {field.name: field.default for _, field in settings()}
-    model = "dream-mini" if config.guidance.uses_dream_mini else "sd"
-    mine["device"] = device_kind(mine["device"])  # its number is of one machine
-    device = "cuda" if mine["device"] == "cuda" else "cpu"
-    deciding = {name: mine[name] for name in _DECIDING if mine[name] != default[name]}
-    if deciding.get("guidance") == ("SD",):
-        del deciding["guidance"]  # its source says so
-    base = resolve(deciding, model, device)
+def _settings_to_type(config: Config) -> dict[str, Any]:
+    """Return the settings that have to be typed, by name, in the order of the sections."""
+    values = {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
+    defaults = {field.name: field.default for _, field in settings()}
+    values["device"] = device_kind(values["device"])  # its number is that of one machine
+    deciding = {name: values[name] for name in _DECIDING if values[name] != defaults[name]}
+    guidance = deciding.pop("guidance", values["guidance"])
+    if tuple(spec.name for spec in chosen_guidances(deciding)) != guidance:
+        deciding["guidance"] = guidance
+    base = configure(deciding, "cuda" if values["device"] == "cuda" else "cpu")
     differing = {
-        field.name: mine[field.name]
-        for room, field in settings()
-        if mine[field.name] != getattr(getattr(base, room.name), field.name)
+        field.name: values[field.name]
+        for section, field in settings()
+        if values[field.name] != getattr(getattr(base, section.name), field.name)
     }
-    wanted = deciding | differing | {"device": mine["device"]}
-    if mine["ckpt"] in ("latest", "scratch"):
-        wanted.pop("ckpt", None)
+    typed = deciding | differing | {"device": values["device"]}
+    if values["ckpt"] in ("latest", "scratch"):
+        typed.pop("ckpt", None)
     for name in ("test", "output"):
-        wanted.pop(name, None)
-    return {name: wanted[name] for name in mine if name in wanted}
+        typed.pop(name, None)
+    return {name: typed[name] for name in values if name in typed}
 
 
-def _words(typed: dict[str, Any]) -> list[str]:
+def _to_words(typed: dict[str, Any]) -> list[str]:
     kinds = {field.name: value_type(field) for _, field in settings()}
     words: list[str] = []
     for name, value in typed.items():

@@ -10,6 +10,7 @@ Raises UserError: a bad value, when a section is made, with the flag and the val
 
 from dataclasses import dataclass
 
+from dream_fast.engine.config.guidances import DREAM_MINI, GUIDANCES
 from dream_fast.engine.config.schedule import Scalar
 from dream_fast.engine.config.setting import (
     ConfigSection,
@@ -279,10 +280,10 @@ class GuidanceConfig(ConfigSection):
     """The image model that guides, and how."""
 
     guidance: tuple[str, ...] = setting(
-        ("dream-mini",),
-        "the model that guides: the embedded one, Stable Diffusion, DeepFloyd IF on 64x64 pixels, or the likeness of "
-        "picture and prompt in CLIP; the losses of several are added",
-        choices=("dream-mini", "SD", "IF", "clip"),
+        (DREAM_MINI.name,),
+        f"the model that guides: {'; '.join(f'{name}, {spec.description}' for name, spec in GUIDANCES.items())}. "
+        "The losses of several are added",
+        choices=tuple(GUIDANCES),
     )
     sd_version: str | None = setting(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
     hf_key: str | None = setting(None, "Stable Diffusion from a folder, or from the hub by NAME or NAME@REVISION")
@@ -341,16 +342,6 @@ class GuidanceConfig(ConfigSection):
             raise UserError(
                 f"--loss_space x0 goes with --objective sds and sdi, not with {self.objective}: leave one of them out"
             )
-
-    @property
-    def uses_dream_mini(self) -> bool:
-        """Whether the model inside the package guides."""
-        return "dream-mini" in self.guidance and self.sd_version is None and self.hf_key is None
-
-    @property
-    def accepts_latents(self) -> bool:
-        """Whether a model that can be shown latents guides, and none that cannot but CLIP, which then waits."""
-        return "IF" not in self.guidance and self.guidance != ("clip",)
 
 
 @dataclass(frozen=True, kw_only=True)

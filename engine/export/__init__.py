@@ -1,1 +1,1 @@
-"""What a run leaves behind: pictures, videos and meshes. Every file is written beside its place and then renamed."""
+"""Images, videos, meshes and reports, all written atomically."""

@@ -126,12 +126,12 @@ def _mtl(albedo: str, normal: str | None = None) -> str:
 
 def _obj(vertices: np.ndarray, normals: np.ndarray, uv: np.ndarray, faces: np.ndarray, material: str) -> str:
     """An OBJ file; its indices begin at 1."""
-    parts = [f"mtllib {material}\n"]
+    sections = [f"mtllib {material}\n"]
     for word, rows in (("v", vertices), ("vt", uv), ("vn", normals)):
-        parts.append(_format_rows(f"{word}{' %.7g' * rows.shape[1]}\n", rows))
-    parts.append("usemtl surface\n")
-    parts.append(_format_rows("f %d/%d/%d %d/%d/%d %d/%d/%d\n", np.repeat(faces + 1, 3, axis=1)))
-    return "".join(parts)
+        sections.append(_format_rows(f"{word}{' %.7g' * rows.shape[1]}\n", rows))
+    sections.append("usemtl surface\n")
+    sections.append(_format_rows("f %d/%d/%d %d/%d/%d %d/%d/%d\n", np.repeat(faces + 1, 3, axis=1)))
+    return "".join(sections)
 
 
 def _format_rows(row_format: str, rows: np.ndarray) -> str:

@@ -1,7 +1,7 @@
-"""report.html: a run on one page, which needs nothing beside it and no network.
+"""report.html: a run on one page, without other files and without network.
 
-It is made from the files of a workspace alone: the turntable's frames to drag, the six views, pictures of the steps,
-curves of metrics.jsonl, the settings, and the command that makes the run again.
+It is made from the files of a workspace: the turntable's frames to drag, the six views, images during the run, charts
+of metrics.jsonl, the settings, and the command that reproduces the run.
 """
 
 import base64
@@ -24,97 +24,93 @@ from PIL import Image
 from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.export.charts import SERIES, Series, charts
+from dream_fast.engine.export.charts import COLOURS, Series, draw_chart
 from dream_fast.engine.scene.camera import SIX_VIEWS
 from dream_fast.engine.text import escape_controls
 from dream_fast.engine.workspace.atomic import atomic_write
 from dream_fast.engine.workspace.folder import Workspace
 
 TEMPLATE = Path(__file__).with_name("report.html")
-LARGEST = 6_000_000  # bytes of the page; pictures shrink until it is smaller
-SIDES = (384, 288, 192, 128)  # pixels along the longer edge of a picture, from the best down
-MOST_FRAMES = 48  # of the turntable
-MOST_STRIPS = 4  # pictures of the run
-MOST_GUIDANCE = 6
-QUALITY, EFFORT = 82, 2  # of WebP; more effort, 4, takes twice the time for 3 % fewer bytes
-# Pillow's, beside OSError, of a picture with more pixels than it opens and of text in one that is too long.
+MAX_PAGE_BYTES = 6_000_000  # images are made smaller until the page is
+IMAGE_SIDES = (384, 288, 192, 128)  # pixels along the longer edge of an image, tried in this order
+MAX_FRAMES = 48  # of the turntable
+MAX_VALIDATION_IMAGES, MAX_GUIDANCE_IMAGES = 4, 6
+WEBP_QUALITY, WEBP_EFFORT = 82, 2  # effort 4 takes twice the time for 3 % fewer bytes
+# Pillow raises these, beside OSError, for an image with too many pixels and for too long a text in one.
 UNREADABLE = (Image.DecompressionBombError, ValueError)
 KINDS = ("colour", "normals", "depth")  # in a frame of the turntable, from left to right
 
 
 def write_report(workspace: Workspace) -> Path:
-    """Writes the report of the run that lives in ``workspace``, and returns its path.
+    """Write the report of the run in `workspace`; returns its path.
 
-    A picture that is missing is left out, and one that cannot be read is named on the page. UserError: the settings or
-    the manifest are missing or damaged.
+    Missing images are left out, and unreadable ones are named on the page. Raises UserError: when the settings or the
+    manifest are missing or damaged.
     """
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     config, manifest, rows = workspace.stored_config(), workspace.read_manifest(), _rows(workspace)
     if config is None:
         raise UserError(f"{workspace.path} holds no run to report on")
-    for side in SIDES:
-        page = template.substitute(_parts(workspace, config, manifest, rows, side))
-        if len(page.encode()) <= LARGEST:
+    for side in IMAGE_SIDES:
+        page = template.substitute(_sections(workspace, config, manifest, rows, side))
+        if len(page.encode()) <= MAX_PAGE_BYTES:
             break
-    with atomic_write(workspace.report) as aside:
-        aside.write_text(page, encoding="utf-8")
+    with atomic_write(workspace.report) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return workspace.report
 
 
-def _parts(
+def _sections(
     workspace: Workspace, config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]], side: int
 ) -> dict[str, str]:
-    """What the template's names stand for."""
+    """The values of the template's placeholders."""
     return {
         "title": text(config.run.text),
-        "facts": _model_constants(config, manifest, rows),
+        "facts": _summary(config, manifest, rows),
         "turntable": _turntable(workspace.results / "turntable.mp4", side),
         "views": _six_views(workspace.results, side),
         "strips": _strips(workspace, config, side),
-        "curves": _curves(rows),
+        "curves": _charts(rows),
         "timings": _timings(manifest),
-        "repeat": _repeat(config, manifest),
+        "repeat": _reproduce(config, manifest),
         "settings": _settings(config),
         "machine": _machine(manifest),
     }
 
 
 def text(value: Any) -> str:
-    """``value`` as text of a page: what would be markup, steer a terminal or turn the writing around is escaped."""
+    """Escape a value as text of a page: markup, terminal control characters, and characters that change direction."""
     shown = "".join(line if line in "\n\t" else escape_controls(line) for line in str(value))
     return html.escape(shown)
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def _webp(picture: Image.Image) -> str:
-    """A data URI."""
+def _webp(image: Image.Image) -> str:
+    """The image as a data URI."""
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "WEBP", quality=QUALITY, method=EFFORT)
+    image.convert("RGB").save(file, "WEBP", quality=WEBP_QUALITY, method=WEBP_EFFORT)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """``picture`` made smaller, if it is not, to fit in ``width`` x ``height``."""
-    scale = min(1.0, width / picture.width, height / picture.height)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+def _shrink(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Shrink an image to fit in `width` x `height`; smaller ones stay."""
+    scale = min(1.0, width / image.width, height / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _image(path: Path, width: int, height: int, alt: str) -> str:
-    """An <img> of the picture at ``path``, or a sentence when it cannot be read."""
+    """An <img> of the file, or a sentence when it cannot be read."""
     try:
         with Image.open(path) as file:
-            picture = _fitted(file, width, height)
-            size = f'width="{picture.width}" height="{picture.height}"'
-            return f'<img src="{_webp(picture)}" {size} alt="{text(alt)}">'
+            image = _shrink(file, width, height)
+            size = f'width="{image.width}" height="{image.height}"'
+            return f'<img src="{_webp(image)}" {size} alt="{text(alt)}">'
     except (OSError, *UNREADABLE) as error:
         return f'<p class="missing">{text(path.name)} cannot be read: {text(first_line(error))}</p>'
 
 
 def _turntable(path: Path, side: int) -> str:
-    """All frames of a kind in one picture, of which the page shows one at a time."""
+    """All frames of a kind in one image, of which the page shows one frame at a time."""
     if not path.exists():
         return '<p class="missing">no turntable was made</p>'
     try:
@@ -130,9 +126,9 @@ def _turntable(path: Path, side: int) -> str:
         for number, part in enumerate(parts):
             sheet.paste(part, (number % columns * size[0], number // columns * size[1]))
         sheets.append(_webp(sheet))
-    facts = dict(frames=len(frames), columns=columns, rows=rows)
-    data = " ".join(f'data-{name}="{value}"' for name, value in facts.items())
-    shown = [
+    layout = dict(frames=len(frames), columns=columns, rows=rows)
+    data = " ".join(f'data-{name}="{value}"' for name, value in layout.items())
+    sheet_elements = [
         f'<div class="sheet" data-kind="{kind}" style="aspect-ratio: {size[0]} / {size[1]}; '
         f"background-size: {columns * 100}% {rows * 100}%; background-image: url({sheet})"
         f'"{"" if kind == KINDS[0] else " hidden"}></div>'
@@ -145,41 +141,42 @@ def _turntable(path: Path, side: int) -> str:
     return (
         f'<div id="turntable" {data} style="max-width: {min(2 * size[0], 460)}px"><div class="stage" role="slider" '
         f'tabindex="0" aria-label="turn the object" aria-valuemin="0" aria-valuemax="360" aria-valuenow="0">'
-        f'{"".join(shown)}</div><div class="bar">{buttons}<button type="button" id="play">pause</button></div></div>'
+        f'{"".join(sheet_elements)}</div><div class="bar">{buttons}'
+        '<button type="button" id="play">pause</button></div></div>'
     )
 
 
 def _frames(path: Path, side: int) -> list[list[Image.Image]]:
-    """The frames to show, each as a small picture of each kind. OSError: there are none."""
+    """The frames to show, each as a small image of each kind. Raises OSError: when there are none."""
     with av.open(str(path)) as video:
         if not video.streams.video or video.streams.video[0].width < len(KINDS):
-            raise OSError("it holds no pictures of the three kinds")
-        shown = set(_spread(range(video.streams.video[0].frames), MOST_FRAMES))
+            raise OSError("it holds no images of the three kinds")
+        chosen = set(_spread(range(video.streams.video[0].frames), MAX_FRAMES))
         frames = [
-            _kinds(frame.to_ndarray(format="rgb24"), side)
+            _split_kinds(frame.to_ndarray(format="rgb24"), side)
             for number, frame in enumerate(video.decode(video=0))
-            if number in shown
+            if number in chosen
         ]
     if not frames:
         raise OSError("it has no frames")
     return frames
 
 
-def _kinds(frame: np.ndarray, side: int) -> list[Image.Image]:
-    across = frame.shape[1] // len(KINDS)  # a column that made the video's width even is left out
-    parts = [frame[:, index * across : (index + 1) * across] for index in range(len(KINDS))]
-    return [_fitted(Image.fromarray(part), side, side) for part in parts]
+def _split_kinds(frame: np.ndarray, side: int) -> list[Image.Image]:
+    width = frame.shape[1] // len(KINDS)  # a column that made the video's width even is left out
+    parts = [frame[:, index * width : (index + 1) * width] for index in range(len(KINDS))]
+    return [_shrink(Image.fromarray(part), side, side) for part in parts]
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most ``most`` of ``items``, evenly from the first on."""
+    """At most `most` of the items, evenly spaced from the first on."""
     if len(items) <= most:
         return list(items)
     return [items[index * len(items) // most] for index in range(most)]
 
 
 def _latest(items: Sequence[Any], most: int) -> list[Any]:
-    """The same, evenly up to the last."""
+    """At most `most` of the items, evenly spaced up to the last."""
     return _spread(items[::-1], most)[::-1]
 
 
@@ -195,45 +192,42 @@ def _six_views(folder: Path, side: int) -> str:
 
 
 def _strips(workspace: Workspace, config: Config, side: int) -> str:
-    """What was seen while it ran: the object around itself, and what the image model made of single views."""
-    parts = []
-    pictures = _latest(sorted(workspace.validation.glob("step_*.png")), MOST_STRIPS)
-    if pictures:
-        parts.append("<h3>The object, colours above normals</h3>")
-    for path in pictures:
+    """The images during the run: validation images, and those of the guidance."""
+    elements = []
+    images = _latest(sorted(workspace.validation.glob("step_*.png")), MAX_VALIDATION_IMAGES)
+    if images:
+        elements.append("<h3>The object, colours above normals</h3>")
+    for path in images:
         step = _step(path)
         image = _image(path, 4 * side, side, f"the object after {step} steps")
-        parts.append(f'<figure class="wide">{image}<figcaption>after {text(step)} steps</figcaption></figure>')
-    seen = _latest(sorted(workspace.guidance.glob("step_*.png")), MOST_GUIDANCE)
-    if seen:
-        parts.append("<h3>What the image model saw: render, noisy version, one-step estimate</h3>")
-        parts.append('<div class="seen">')
-        for path in seen:
+        elements.append(f'<figure class="wide">{image}<figcaption>after {text(step)} steps</figcaption></figure>')
+    guidance_images = _latest(sorted(workspace.guidance.glob("step_*.png")), MAX_GUIDANCE_IMAGES)
+    if guidance_images:
+        elements.append("<h3>Guidance: render, with noise, one-step estimate</h3>")
+        elements.append('<div class="seen">')
+        for path in guidance_images:
             step = _step(path)
             image = _image(path, 2 * side, config.camera.batch_size * side, f"guidance of step {step}")
-            parts.append(f"<figure>{image}<figcaption>step {text(step)}{_level(path)}</figcaption></figure>")
-        parts.append("</div>")
-    return "".join(parts) or '<p class="missing">no pictures were saved</p>'
+            elements.append(f"<figure>{image}<figcaption>step {text(step)}{_timestep(path)}</figcaption></figure>")
+        elements.append("</div>")
+    return "".join(elements) or '<p class="missing">no images were saved</p>'
 
 
 def _step(path: Path) -> str:
-    """The step in the name of a picture."""
+    """The step in the name of an image."""
     return path.stem.removeprefix("step_").lstrip("0") or "0"
 
 
-def _level(path: Path) -> str:
+def _timestep(path: Path) -> str:
     try:
-        with Image.open(path) as picture:
-            return f", t = {text(picture.info['t'])}"
-    except (OSError, KeyError, *UNREADABLE):  # a picture that is damaged has been named already
+        with Image.open(path) as image:
+            return f", t = {text(image.info['t'])}"
+    except (OSError, KeyError, *UNREADABLE):  # the page names a damaged image already
         return ""
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
-
-
 def _rows(workspace: Workspace) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; those that cannot be read are left out, as when a run is taken up."""
+    """The readable rows of metrics.jsonl."""
     rows = []
     if workspace.metrics.exists():
         for line in workspace.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -247,22 +241,22 @@ def _rows(workspace: Workspace) -> list[dict[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Nothing, text, or a number that can be drawn."""
+    """True for None, text, and numbers that can be drawn."""
     return value is None or isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 1e300)
 
 
 class Chart(NamedTuple):
-    """A drawing: its title, what stands beside its axis, and the names of the numbers of a row."""
+    """A chart: its title, the label of its axis, and the columns of metrics.jsonl."""
 
     title: str
     label: str
     names: Sequence[str]
 
 
-def _curves(rows: list[dict[str, Any]]) -> str:
+def _charts(rows: list[dict[str, Any]]) -> str:
     losses = list(dict.fromkeys(name for row in rows for name in row if name.startswith("loss_")))
     rates = list(dict.fromkeys(name for row in rows for name in row if name.startswith("lr_")))
-    charts = [
+    draw_chart = [
         Chart("Losses, weighted", "loss", losses),
         Chart("Gradient of the guidance", "norm in the latents", ["grad_norm"]),
         Chart("Opacity of the rays", "mean", ["opacity"]),
@@ -271,11 +265,11 @@ def _curves(rows: list[dict[str, Any]]) -> str:
         Chart("Speed", "steps a second", ["it_per_s"]),
     ]
     marks = _marks(rows)
-    return "".join(_figure(chart, rows, marks) for chart in charts)
+    return "".join(_figure(chart, rows, marks) for chart in draw_chart)
 
 
 def _marks(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    """Where a phase begins, when there is more than one."""
+    """The first step of each phase, if there are several."""
     phases = [(row["step"], str(row.get("phase", ""))) for row in rows]
     begins = [*phases[:1], *(now for before, now in pairwise(phases) if before[1] != now[1])]
     return begins if len(begins) > 1 else []
@@ -284,16 +278,16 @@ def _marks(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
 def _figure(chart: Chart, rows: list[dict[str, Any]], marks: list[tuple[int, str]]) -> str:
     series = []
     for name in chart.names:
-        having = [row for row in rows if name in row]
-        values = [value if isinstance(value := row[name], int | float) else None for row in having]
-        series.append(Series(name.removeprefix("loss_"), [row["step"] for row in having], values))
-    keys = "".join(f'<span class="key s{i % SERIES}">{text(line.name)}</span>' for i, line in enumerate(series))
+        with_name = [row for row in rows if name in row]
+        values = [value if isinstance(value := row[name], int | float) else None for row in with_name]
+        series.append(Series(name.removeprefix("loss_"), [row["step"] for row in with_name], values))
+    keys = "".join(f'<span class="key s{i % COLOURS}">{text(line.name)}</span>' for i, line in enumerate(series))
     legend = f'<div class="keys">{keys}</div>' if len(series) > 1 else ""
-    drawing = charts(chart.title, chart.label, series, marks)
+    drawing = draw_chart(chart.title, chart.label, series, marks)
     return f"<figure><figcaption><b>{text(chart.title)}</b></figcaption>{drawing}{legend}</figure>"
 
 
-def _model_constants(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+def _summary(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
     runs = manifest.get("runs", [])
     last = runs[-1] if runs else {}
     facts = {
@@ -328,9 +322,9 @@ def _timings(manifest: Mapping[str, Any]) -> str:
     head = ["steps", "start", "optimisation", "outputs", "in all", "peak memory", "device"]
     lines = []
     for run in manifest.get("runs", []):
-        parts = run.get("seconds_of", {})
+        seconds_of = run.get("seconds_of", {})
         memory = _memory(run)
-        times = [f"{parts[part]:.1f} s" if part in parts else "–" for part in ("start", "steps", "outputs")]
+        times = [f"{seconds_of[part]:.1f} s" if part in seconds_of else "–" for part in ("start", "steps", "outputs")]
         whole = f"{run['seconds']:.1f} s" if "seconds" in run else "stopped before its end"
         span = f"{run.get('from_step', '?')} to {run.get('to_step', '?')}"
         lines.append([span, *times, whole, memory, run.get("device", "?")])
@@ -347,14 +341,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
-
-
-def _repeat(config: Config, manifest: Mapping[str, Any]) -> str:
-    """The command, or one for each time that the run was taken further."""
+def _reproduce(config: Config, manifest: Mapping[str, Any]) -> str:
+    """The command that reproduces the run, one for each time that it was continued."""
     ends = list(dict.fromkeys(run["to_step"] for run in manifest.get("runs", []) if "to_step" in run))
     lines = [reproduce_command(config, iters) for iters in ends or [config.run.iters]]
-    # No line of the page ends between the two dashes of a flag and its name.
+    # The page must not break a line between the dashes of a flag and its name.
     return re.sub(r"(?<= )-\S*", r'<span class="flag">\g<0></span>', text("\n".join(lines)))
 
 
@@ -362,12 +353,12 @@ def _settings(config: Config) -> str:
     tables = []
     for room, values in config.to_dict().items():
         meanings = {field.name: field.metadata["help"] for owner, field in settings() if owner.name == room}
-        lines = [[f"--{name}", _shown(value), meanings[name]] for name, value in values.items()]
+        lines = [[f"--{name}", _format_value(value), meanings[name]] for name, value in values.items()]
         tables.append(f"<h3>{text(room)}</h3>" + _table(["setting", "value", "meaning"], lines))
     return "".join(tables)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Videos: the turntable with colour, normals and depth side by side, as mp4."""
+"""The turntable video: colour, normals and depth side by side, as mp4."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from av.video.stream import VideoStream
 
 from dream_fast.engine.config.sections import CameraConfig
-from dream_fast.engine.export.images import depth_image, normal_image, strip, to_uint8
+from dream_fast.engine.export.images import concatenate_images, depth_image, normal_image, to_uint8
 from dream_fast.engine.render.base import Renderer
 from dream_fast.engine.scene.camera import Cameras, turntable
 from dream_fast.engine.workspace.atomic import atomic_write
@@ -22,7 +22,7 @@ def turntable_frames(renderer: Renderer, config: CameraConfig, frames: int) -> I
         camera = Cameras(*(part[index : index + 1] for part in cameras))
         view = renderer.view(camera, config.H, config.W)
         depth = depth_image(view, camera.radius, renderer.config.bound)
-        yield strip([to_uint8(part)[0] for part in (view.rgb, normal_image(view), depth)])
+        yield concatenate_images([to_uint8(part)[0] for part in (view.rgb, normal_image(view), depth)])
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, on_frame: Callable[[], None] | None = None) -> str:
@@ -32,8 +32,8 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, on_frame: Ca
     after each frame.
     """
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    # The container is chosen by name, since the file is not called .mp4 until it is whole.
-    with atomic_write(path) as aside, av.open(str(aside), "w", format="mp4") as container:
+    # The container is named, since the temporary file need not end in .mp4.
+    with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream: VideoStream | None = None
         for frame in frames:
             height, width = frame.shape[:2]
@@ -42,7 +42,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, on_frame: Ca
                 stream = cast(VideoStream, container.add_stream(codec, rate=fps))
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = "yuv420p"
-                # With its macroblock tree x264 gives small pictures other bytes from time to time.
+                # The macroblock tree of x264 is not deterministic for small images.
                 x264: dict[str, Any] = {"crf": "18", "x264-params": "mbtree=0"}
                 stream.options = x264 if codec == "libx264" else {"qscale": "3"}
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -1,8 +1,8 @@
 """Signed distance to a triangle mesh on a regular lattice: exact near the surface, its sign anywhere.
 
-Distances are taken between each triangle and the lattice points around it. A point is inside where a line through it
-along an axis has entered the mesh more often than left it; of the three axes two have to agree, so that a small hole in
-the mesh lets nothing out. Orientation counts: parts that overlap are one solid. A mesh that is inside out is turned.
+Distances are computed between each triangle and the lattice points around it. A point is inside if a line through it
+along an axis has entered the mesh more often than left it, for at least two of the three axes, so that a small hole
+changes no sign. Orientation counts: overlapping parts are one solid. A mesh that is inside out is inverted.
 """
 
 import math
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from dream_fast.engine.geometry.mesh import TensorMesh
 
-PAIRS = 1 << 20  # of a triangle and a lattice point looked at together
+PAIRS_AT_ONCE = 1 << 20  # of a triangle and a lattice point
 
 
 def _pairs(first: Tensor, counts: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Of n boxes with counts [n, D] lattice points from first [n, D] on, the pairs start to stop: box, point [., D]."""
+    """The pairs `start` to `stop` of a box and a lattice point in it: box [P], point [P, D].
+
+    The n boxes have counts [n, D] points along each axis, from the point first [n, D] on.
+    """
     ends = counts.prod(1).cumsum(0)
     pair = torch.arange(start, stop, device=first.device)
     box = torch.searchsorted(ends, pair, right=True)
@@ -29,21 +32,21 @@ def _pairs(first: Tensor, counts: Tensor, start: int, stop: int) -> tuple[Tensor
 
 
 def _boxes(low: Tensor, high: Tensor, origin: Tensor, spacing: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
-    """First lattice point and number of points inside [low, high] along each axis, int64 [n, D]."""
+    """First lattice point, and number of points, inside [low, high] along each axis, int64 [n, D]."""
     first = ((low - origin) / spacing).ceil().clamp(min=0).minimum(shape).long()
     last = ((high - origin) / spacing).floor().clamp(min=-1).minimum(shape - 1).long()
     return first, (last - first + 1).clamp(min=0)
 
 
-def _segment(p: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Squared distance of points [n, 3] from segments."""
+def _segment_distance(p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances [n] of points p [n, 3] from segments a to b, [n, 3] each."""
     along = b - a
     part = ((p - a) * along).sum(1) / along.square().sum(1).clamp(min=1e-30)
     return (a + part.clamp(0, 1)[:, None] * along - p).square().sum(1)
 
 
-def _triangle(p: Tensor, corners: Tensor) -> Tensor:
-    """Squared distance of points [n, 3] from triangles [n, 3, 3]."""
+def _triangle_distance(p: Tensor, corners: Tensor) -> Tensor:
+    """Squared distances [n] of points p [n, 3] from triangles [n, 3, 3]."""
     a, b, c = corners.unbind(1)
     normal = torch.linalg.cross(b - a, c - a)
     above = torch.stack(
@@ -51,29 +54,29 @@ def _triangle(p: Tensor, corners: Tensor) -> Tensor:
     ).all(0)
     length = normal.square().sum(1)
     plane = ((p - a) * normal).sum(1).square() / length.clamp(min=1e-30)
-    edges = torch.stack([_segment(p, a, b), _segment(p, b, c), _segment(p, c, a)]).amin(0)
+    edges = torch.stack([_segment_distance(p, a, b), _segment_distance(p, b, c), _segment_distance(p, c, a)]).amin(0)
     return torch.where(above & (length > 1e-30), plane, edges)
 
 
-def distance(mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], reach: float) -> Tensor:
-    """Distance to the mesh at origin + spacing (i, j, k) [shape]; where it is more than `reach`, `reach`."""
+def distance(mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], limit: float) -> Tensor:
+    """Distance to the mesh at origin + spacing (i, j, k) [shape], at most `limit`."""
     corners, size = mesh.vertices[mesh.faces], torch.tensor(shape, device=origin.device)
-    first, counts = _boxes(corners.amin(1) - reach, corners.amax(1) + reach, origin, spacing, size)
-    found = torch.full((math.prod(shape),), reach**2, dtype=corners.dtype, device=origin.device)
+    first, counts = _boxes(corners.amin(1) - limit, corners.amax(1) + limit, origin, spacing, size)
+    nearest = torch.full((math.prod(shape),), limit**2, dtype=corners.dtype, device=origin.device)
     total = int(counts.prod(1).sum())
-    for start in range(0, total, PAIRS):
-        triangle, point = _pairs(first, counts, start, min(start + PAIRS, total))
-        squared = _triangle(origin + spacing * point, corners[triangle])
+    for start in range(0, total, PAIRS_AT_ONCE):
+        triangle, point = _pairs(first, counts, start, min(start + PAIRS_AT_ONCE, total))
+        squared = _triangle_distance(origin + spacing * point, corners[triangle])
         flat = (point[:, 0] * size[1] + point[:, 1]) * size[2] + point[:, 2]
-        found.scatter_reduce_(0, flat, squared, "amin")
-    return found.sqrt().view(shape)
+        nearest.scatter_reduce_(0, flat, squared, "amin")
+    return nearest.sqrt().view(shape)
 
 
-def _inside_along(mesh: TensorMesh, axis: int, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """How often lines along `axis` have entered the mesh, less how often they have left it, at each point [shape]."""
+def _winding_along(mesh: TensorMesh, axis: int, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Number of times that lines along `axis` have entered the mesh, minus left it, before each point [shape]."""
     across = [k for k in range(3) if k != axis]
     size = torch.tensor(shape, device=origin.device)
-    # Lines beside the lattice, so that hardly one meets an edge exactly.
+    # Lines are moved off the lattice, so that few meet an edge exactly.
     shift = spacing[across] * torch.tensor([1.7e-3, 2.9e-3], device=origin.device)
     corners = mesh.vertices[mesh.faces].double()
     flat, start = corners[..., across], (origin[across] + shift).double()
@@ -81,10 +84,10 @@ def _inside_along(mesh: TensorMesh, axis: int, origin: Tensor, spacing: Tensor, 
     first, counts = _boxes(flat.amin(1), flat.amax(1), start, step, size[across])
     crossed = torch.zeros(*(shape[k] for k in across), shape[axis] + 1, dtype=torch.int64, device=origin.device)
     total = int(counts.prod(1).sum())
-    for begin in range(0, total, PAIRS):
-        triangle, line = _pairs(first, counts, begin, min(begin + PAIRS, total))
-        seen = flat[triangle] - (start + step * line)[:, None]  # [n, 3, 2]
-        x, y = seen.unbind(2)
+    for begin in range(0, total, PAIRS_AT_ONCE):
+        triangle, line = _pairs(first, counts, begin, min(begin + PAIRS_AT_ONCE, total))
+        relative = flat[triangle] - (start + step * line)[:, None]  # [n, 3, 2]
+        x, y = relative.unbind(2)
         u = torch.stack(
             [x[:, (k + 1) % 3] * y[:, (k + 2) % 3] - x[:, (k + 2) % 3] * y[:, (k + 1) % 3] for k in range(3)], 1
         )
@@ -101,17 +104,17 @@ def _inside_along(mesh: TensorMesh, axis: int, origin: Tensor, spacing: Tensor, 
 
 
 def inside(mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Whether lattice points lie inside the mesh, bool [shape]."""
+    """True at lattice points inside the mesh, bool [shape]."""
     a, b, c = mesh.vertices[mesh.faces].unbind(1)
     volume = (torch.linalg.cross(a, b) * c).sum()
-    turned = torch.where(volume < 0, -1, 1)
-    votes = [(_inside_along(mesh, axis, origin, spacing, shape) * turned) > 0 for axis in range(3)]
+    orientation = torch.where(volume < 0, -1, 1)
+    votes = [(_winding_along(mesh, axis, origin, spacing, shape) * orientation) > 0 for axis in range(3)]
     return torch.stack(votes).sum(0) >= 2
 
 
 def signed_distance(
-    mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], reach: float
+    mesh: TensorMesh, origin: Tensor, spacing: Tensor, shape: tuple[int, int, int], limit: float
 ) -> Tensor:
-    """Positive inside, at origin + spacing (i, j, k) [shape]; +-`reach` where the mesh is farther than that."""
-    far = distance(mesh, origin, spacing, shape, reach)
-    return torch.where(inside(mesh, origin, spacing, shape), far, -far)
+    """Signed distance at origin + spacing (i, j, k) [shape], positive inside, in [-limit, limit]."""
+    unsigned = distance(mesh, origin, spacing, shape, limit)
+    return torch.where(inside(mesh, origin, spacing, shape), unsigned, -unsigned)

@@ -1,9 +1,9 @@
-"""Grids of tetrahedra, and the surface that values at their vertices describe.
+"""Grids of tetrahedra, and marching tetrahedra: the zero surface of values at their vertices.
 
 The vertices form a body-centred cubic lattice: the corners of n^3 cubes and their centres. Each face between two cubes
-gives four tetrahedra, of its edges and the two centres, all of one shape and with no direction preferred. A tetrahedron
-with vertices on both sides of the surface gives one or two triangles (marching tetrahedra). No case is ambiguous, so
-the surface is a closed manifold where the values at the grid's border are all below.
+gives four tetrahedra, of its edges and the two centres, all of one shape and without a preferred direction. A
+tetrahedron with vertices on both sides of the surface gives one or two triangles. No case is ambiguous, so the surface
+is a closed manifold if all values at the grid's border are below zero.
 Sources: Labelle and Shewchuk, Isosurface stuffing, 2007 (the lattice); Doi and Koide, 1991 (the triangles).
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dream_fast.engine.geometry.mesh import TensorMesh
 
-EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of a tetrahedron, between these of its vertices
+EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of a tetrahedron, as pairs of its vertices
 
 
 class TetGrid(NamedTuple):
@@ -28,7 +28,7 @@ class TetGrid(NamedTuple):
 
 
 def tet_grid(size: int) -> TetGrid:
-    """The grid whose vertices lie in `size` + 1 layers across each axis: corners in the even, centres in the odd ones.
+    """The grid with `size` + 1 layers of vertices along each axis: corners in even layers, centres in odd ones.
 
     size: even, at least 4.
     """
@@ -57,8 +57,10 @@ def tet_grid(size: int) -> TetGrid:
 
 @lru_cache(maxsize=1)
 def triangle_table() -> dict[int, list[list[tuple[int, int]]]]:
-    """Triangles of a positive tetrahedron by case (bit v set: vertex v is inside); a triangle is three edges, each from
-    an inner vertex to an outer one."""
+    """Triangles of a positive tetrahedron by case (bit v: vertex v is inside).
+
+    A triangle is three edges, each as (inner vertex, outer vertex).
+    """
     corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=float)
     table = {}
     for case in range(1, 15):
@@ -77,7 +79,7 @@ def triangle_table() -> dict[int, list[list[tuple[int, int]]]]:
 
 @lru_cache(maxsize=4)
 def _triangles(device: torch.device) -> tuple[Tensor, Tensor]:
-    """By case (bit v: vertex v is inside): the number of triangles [16], and three edges of each [16, 2, 3]."""
+    """Number of triangles [16] and their edges [16, 2, 3] by case (bit v: vertex v is inside)."""
     counts, table = torch.zeros(16, dtype=torch.int64), torch.zeros(16, 2, 3, dtype=torch.int64)
     for case, triangles in triangle_table().items():
         counts[case] = len(triangles)
@@ -87,16 +89,16 @@ def _triangles(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def marching_tetrahedra(positions: Tensor, values: Tensor, tets: Tensor) -> TensorMesh:
-    """The surface values = 0 around the region above it, for values [V] at positions [V, 3]; gradients into both.
+    """The surface values = 0 around the region above it, for values [V] at positions [V, 3].
 
-    Waits for the device: how large the surface is depends on the values.
+    Gradients flow into both. Waits for the device, since the size of the surface depends on the values.
     """
     device, count = values.device, values.shape[0]
     inside = values.detach() > 0
     case = (inside[tets] * torch.tensor([1, 2, 4, 8], device=device)).sum(1)
-    at = ((case > 0) & (case < 15)).nonzero()[:, 0]
-    case, found = case[at], tets[at]
-    ends = found[:, torch.tensor(EDGES, device=device)].sort(2).values  # [n, 6, 2]
+    crossed = ((case > 0) & (case < 15)).nonzero()[:, 0]
+    case, crossed_tets = case[crossed], tets[crossed]
+    ends = crossed_tets[:, torch.tensor(EDGES, device=device)].sort(2).values  # [n, 6, 2]
     crosses = inside[ends[..., 0]] != inside[ends[..., 1]]
     low, high = ends[crosses].unbind(1)
     key, number = torch.unique(low * count + high, return_inverse=True)

@@ -11,9 +11,10 @@ from dream_fast.engine.scene.camera import Cameras
 
 
 class StepInputs(NamedTuple):
-    """Inputs of one optimisation step, made by the trainer once a step.
+    """Inputs of one optimisation step, made by the trainer on the host once a step.
 
-    In a captured step `timesteps` and `scalars` are tensors on the device, which the CUDA graph reads.
+    A CUDA graph of a step reads `timesteps` and `scalars` from the device; `phase`, `shading` and `background_network`
+    tell the graphs apart, and a captured step reads nothing else that varies.
 
     step: number of the step, from 0.
     progress: part of the run that lies before it, in [0, 1].
@@ -21,6 +22,10 @@ class StepInputs(NamedTuple):
     latents: the images of the step are latents.
     timesteps: [B] int64 from `Guidance.prepare_step`; None: the guidance draws them in its call.
     scalars: the numbers that change from step to step, by name, such as settings with a schedule.
+    phase: "latent", "albedo" or "shaded". This and what follows is for the trainer.
+    shading: shading of the render.
+    background_network: the background network is rendered, else one colour.
+    active_levels: number of hash-grid levels or frequencies in use; None: all.
     """
 
     step: int = 0
@@ -29,6 +34,10 @@ class StepInputs(NamedTuple):
     latents: bool = False
     timesteps: Tensor | None = None
     scalars: Mapping[str, float | Tensor] = {}
+    phase: str = "albedo"
+    shading: str = "albedo"
+    background_network: bool = False
+    active_levels: int | None = None
 
 
 class GuidanceResult(NamedTuple):

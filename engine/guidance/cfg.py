@@ -1,15 +1,15 @@
-"""What an image model makes of noisy latents: one call of the UNet, and the guided prediction from its rows.
+"""Predictions of a diffusion model for noisy latents, and classifier-free guidance.
 
 With eps_c and eps_u the noise predicted with and without the prompt, guidance of scale s (Ho and Salimans 2022) is
 
     eps_hat = eps_u + s (eps_c - eps_u)
 
-A model that works on pixels puts out the variance of a step beside the noise, of which nothing here makes use.
-Noise-predicting and velocity-predicting models (v = sqrt(a) n - sqrt(1 - a) z; Salimans and Ho 2022) give the same
-eps_hat. The guided prediction may take part of the spread of the conditional one (MVDream, Shi et al. 2023, section
-3.3; Lin et al. 2023), and may turn away from other prompts (`perp_neg`).
+Models that predict noise and models that predict velocity (v = sqrt(a) n - sqrt(1 - a) z; Salimans and Ho 2022) give
+the same eps_hat. Pixel-space models also predict a variance, which is ignored. The guided prediction may be rescaled
+towards the spread of the conditional one (MVDream, Shi et al. 2023, section 3.3; Lin et al. 2023) and pushed away from
+other prompts (`perp_neg.py`).
 
-Latents are [B, C, h, w], levels t [B] int64. Arithmetic on latents is fp32 whatever the model's dtype. Nothing here
+Latents are [B, C, h, w], timesteps t [B] int64. Arithmetic on latents is fp32 whatever the model's dtype. Nothing here
 waits for the device.
 """
 
@@ -33,12 +33,12 @@ def guided_prediction(
     scale: float | Tensor,
     rescale: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The guided noise and clean latent, (eps, z0) each [B, C, h, w] fp32, that ``noisy`` holds at ``t`` [B].
+    """Guided noise and clean latents, (eps, z0) each [B, C, h, w] fp32, in `noisy` at `t`; options as `apply_cfg`.
 
-    One call of the UNet on 2B rows. For ``rescale`` see :func:`guide`.
+    One call of the UNet on 2B rows.
     """
-    rows = predict(components, noisy, t, [uncond, cond])
-    return apply_cfg(components, rows, noisy, t, scale=scale, rescale=rescale or None)
+    predictions = predict(components, noisy, t, [uncond, cond])
+    return apply_cfg(components, predictions, noisy, t, scale=scale, rescale=rescale or None)
 
 
 def predict(
@@ -46,20 +46,22 @@ def predict(
     noisy: Tensor,
     t: Tensor,
     prompts: Sequence[Tensor],
-    further: tuple[Tensor, Tensor, Tensor] | None = None,
+    extra_input: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """What the UNet puts out for ``noisy`` at ``t`` with each of ``prompts`` [B, T, D]; each [B, C, h, w] fp32.
+    """Output of the UNet for `noisy` at `t` with each of `prompts` [B, T, D]; each [B, C, h, w] fp32.
 
-    ``further`` is another noisy latent with its level and prompt, which comes last. One call for all of them, on B rows
-    each.
+    `extra_input` is another noisy latent with its timesteps and its prompt, which comes last. One call of the UNet, on
+    B rows for each output.
     """
     count, prompts = len(prompts), list(prompts)
-    rows, levels = noisy.to(components.dtype).repeat(count, 1, 1, 1), t.repeat(count)
-    if further is not None:
-        rows, levels = torch.cat([rows, further[0].to(components.dtype)]), torch.cat([levels, further[1]])
-        prompts.append(further[2])
+    latents, timesteps = noisy.to(components.dtype).repeat(count, 1, 1, 1), t.repeat(count)
+    if extra_input is not None:
+        extra_noisy, extra_t, extra_prompt = extra_input
+        latents = torch.cat([latents, extra_noisy.to(components.dtype)])
+        timesteps = torch.cat([timesteps, extra_t])
+        prompts.append(extra_prompt)
     embeddings = torch.cat(prompts).to(components.dtype)
-    out = components.unet(rows, levels, encoder_hidden_states=embeddings, return_dict=False)[0].float()
+    out = components.unet(latents, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0].float()
     if out.shape[1] > components.latent_channels:
         out = out[:, : components.latent_channels]
     return out.chunk(len(prompts))
@@ -67,7 +69,7 @@ def predict(
 
 def apply_cfg(
     components: Components,
-    rows: Sequence[Tensor],
+    predictions: Sequence[Tensor],
     noisy: Tensor,
     t: Tensor,
     *,
@@ -75,28 +77,27 @@ def apply_cfg(
     rescale: float | Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(eps, z0) from the ``rows`` of :func:`predict` for ``noisy`` at ``t``: without the prompt, with it, and others.
+    """Guided (eps, z0) from the `predictions` of `predict`: without the prompt, with it, and with N other prompts.
 
-    ``rescale`` in [0, 1] moves the standard deviation of z0 that far towards that of the prediction without guidance;
-    None leaves it.
-    ``weights`` [B, N] are those of the N other prompts, to turn away from.
+    `rescale` in [0, 1] moves the standard deviation of z0 that far towards that of the prediction without guidance;
+    None leaves it. `weights` [B, N] are those of the other prompts (Perp-Neg).
     """
-    out_uncond, out_cond, *others = rows
+    out_uncond, out_cond, *others = predictions
     signal, noise = sqrt_alphas(components, t)
-    towards = out_cond - out_uncond
+    direction = out_cond - out_uncond
     if weights is not None:
-        towards = perpendicular_combine(towards, [other - out_uncond for other in others], weights)
-    eps, z0 = eps_and_x0(components, out_uncond + scale * towards, noisy, signal, noise)
+        direction = perpendicular_combine(direction, [other - out_uncond for other in others], weights)
+    eps, z0 = eps_and_x0(components, out_uncond + scale * direction, noisy, signal, noise)
     if rescale is not None:
-        _, plain = eps_and_x0(components, out_cond, noisy, signal, noise)
-        ratio = plain.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)
+        _, unguided = eps_and_x0(components, out_cond, noisy, signal, noise)
+        ratio = unguided.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)
         z0 = z0 * (1 + rescale * (ratio - 1))
         eps = (noisy - signal * z0) / noise
     return eps, z0
 
 
 def sqrt_alphas(components: Components, t: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(a_t) and sqrt(1 - a_t), each [B, 1, 1, 1]: how much of a noisy latent is signal, and how much noise."""
+    """sqrt(a_t) and sqrt(1 - a_t), each [B, 1, 1, 1]: the strengths of signal and noise in noisy latents."""
     alpha = components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
     return alpha.sqrt(), (1 - alpha).sqrt()
 
@@ -104,7 +105,7 @@ def sqrt_alphas(components: Components, t: Tensor) -> tuple[Tensor, Tensor]:
 def eps_and_x0(
     components: Components, out: Tensor, noisy: Tensor, signal: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The noise and the clean latent, (eps, z0), by the model's output ``out`` for ``noisy`` at these strengths."""
+    """Noise and clean latents from an output of the UNet for `noisy`, whose strengths are `signal` and `noise`."""
     if components.prediction_type == "v_prediction":
         return signal * out + noise * noisy, signal * noisy - noise * out
     return out, (noisy - noise * out) / signal

@@ -1,4 +1,4 @@
-"""Text to image with a loaded model, to look at what it knows before it guides anything."""
+"""DDIM (Song et al. 2020, equation 12 with sigma 0): sampling images, and the inversion of latents to noise."""
 
 import torch
 from torch import Tensor
@@ -18,21 +18,22 @@ def sample(
     guidance_rescale: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Images [B, 3, S, S] in [0, 1], fp32, for embeddings ``cond`` and ``uncond`` [B, T, D], by deterministic DDIM.
+    """Sample images [B, 3, S, S] in [0, 1], fp32, for embeddings `cond` and `uncond` [B, T, D].
 
-    S is the model's image_size; ``generator`` belongs to its device. The levels run evenly from the noisiest one down
-    to the clean image (DDIM, Song et al. 2020, equation 12 with sigma 0). Raises ValueError for components without the
-    VAE's decoder and for a number of steps that the schedule does not have.
+    S is the model's image_size; `generator` belongs to its device. The timesteps run evenly from the last one down to
+    the clean image.
+
+    Raises ValueError: when `components` has no VAE decoder, or `steps` exceeds the timesteps of the schedule.
     """
-    _need_decoder(components)
+    _check_decoder(components)
     if not 1 <= steps <= components.num_train_timesteps:
         raise ValueError(f"steps must lie in 1 to {components.num_train_timesteps}, not {steps}")
     batch, size = len(cond), components.latent_size
     shape = (batch, components.latent_channels, size, size)
     z = torch.randn(shape, generator=generator, device=components.device)
-    levels = [components.num_train_timesteps * (steps - i) // steps - 1 for i in range(steps)]
-    for level, following in zip(levels, [*levels[1:], None], strict=True):
-        t = torch.full((batch,), level, device=components.device)
+    timesteps = [components.num_train_timesteps * (steps - i) // steps - 1 for i in range(steps)]
+    for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+        t = torch.full((batch,), timestep, device=components.device)
         eps, z0 = guided_prediction(components, z, t, cond, uncond, scale=guidance_scale, rescale=guidance_rescale)
         if following is None:
             z = z0
@@ -44,11 +45,11 @@ def sample(
 
 @torch.no_grad()
 def decode(components: Components, latents: Tensor) -> Tensor:
-    """Images [B, 3, S, S] in [0, 1], fp32, of ``latents`` [B, C, h, w]; S is the model's image_size.
+    """Decode latents [B, C, h, w] to images [B, 3, S, S] in [0, 1], fp32; S is the model's image_size.
 
-    Raises ValueError for components without the VAE's decoder.
+    Raises ValueError: when `components` has no VAE decoder.
     """
-    _need_decoder(components)
+    _check_decoder(components)
     if components.latents_are_pixels:
         return (latents / 2 + 0.5).clamp(0, 1)
     latents = latents / components.scaling_factor + components.shift_factor
@@ -56,18 +57,20 @@ def decode(components: Components, latents: Tensor) -> Tensor:
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
-def _need_decoder(components: Components) -> None:
+def _check_decoder(components: Components) -> None:
     if not components.latents_are_pixels and components.vae.decoder is None:
         raise ValueError("components have no VAE decoder; load them with need_vae_decoder=True")
 
 
 @torch.no_grad()
-def inverted_noise(
+def invert(
     components: Components, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, *, scale: float | Tensor, steps: int
 ) -> Tensor:
-    """n [B, C, h, w] for which sqrt(a_t) z + sqrt(1 - a_t) n is what ``z`` is inverted to, up to levels ``t`` [B].
+    """Invert clean latents z [B, C, h, w]: the noise n for which sqrt(a_t) z + sqrt(1 - a_t) n leads back to z.
 
-    ``steps`` calls of the UNet on 2B rows, at levels evenly below ``t``; ``scale`` guides each of them.
+    The deterministic step of DDIM is taken backwards, `steps` times, at timesteps evenly spaced below `t` [B]: at u the
+    model splits the latents into (eps, z0), and at the next u' they are sqrt(a_u') z0 + sqrt(1 - a_u') eps. Clean
+    latents count as those of timestep 0. Each step is a call of the UNet on 2B rows, guided with `scale`.
     """
     noisy = z
     for step in range(steps):

@@ -1,8 +1,13 @@
-"""Build the guidance that the settings name."""
+"""The builders of the guidances that `--guidance` names, and the guidance of a run.
 
+A new guidance takes an entry here and one in `engine/config/guidances.py`.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from dream_fast.engine.config.guidances import CLIP, DEEPFLOYD_IF, DREAM_MINI, GUIDANCES, STABLE_DIFFUSION
 from dream_fast.engine.config.model_names import CLIP_MODEL, IF_MODEL
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import MODEL_FOLDER
@@ -10,74 +15,96 @@ from dream_fast.engine.dream_mini.vocabulary import known_words
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.base import Guidance
 from dream_fast.engine.guidance.clip import clip_guidance
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.attention import AttentionChoice
 from dream_fast.engine.guidance.model.components import COMPILED, Components, choose_source, load_components
-from dream_fast.engine.guidance.prompts import PromptEmbeddings
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.prompts import PromptEmbeddings, ViewAngles
 from dream_fast.engine.guidance.sum import GuidanceSum
 from dream_fast.engine.runtime.device import Runtime
 
 
 class LoadedGuidance(NamedTuple):
-    """What guides a run, the models' names, and the attention of the one that is a Stable Diffusion, if one is."""
+    """A guidance, the names of its models, and the attention of its Stable Diffusion, if it has one."""
 
     guidance: Guidance
     models: str
     attention: AttentionChoice | None
 
 
-def load_guidance(config: Config, runtime: Runtime, kept: AttentionChoice | None = None) -> LoadedGuidance:
-    """Load the models that guide, one after the other, and embed the prompts; of several guidances the sum.
+def load_guidance(config: Config, runtime: Runtime, previous: AttentionChoice | None = None) -> LoadedGuidance:
+    """Load the guidances of a run, one after the other, with their prompts embedded. Several are summed.
 
-    ``kept`` is the attention that a run which is taken up has computed with.
+    `previous` is the attention that a resumed run has computed with. Raises UserError: a model that cannot be used.
     """
-    guidance, run, camera = config.guidance, config.run, config.camera
-    angles = (camera.angle_overhead, camera.view_blend, camera.angle_front)
-    parts: dict[str, Guidance] = {}
-    models, attention = [], None
-    for name in guidance.guidance:
-        if name == "clip":
-            source = guidance.clip_key or CLIP_MODEL
-            parts[name] = clip_guidance(source, runtime.device, run.text, run.view_prompts, guidance, *angles)
-            models.append(source)
-            continue
-        source = choose_source(sd_version=guidance.sd_version, hf_key=guidance.hf_key)
-        if name == "IF":
-            source = guidance.if_key or IF_MODEL
-        components = _load_components(config, runtime, source, name, kept)
-        prompts = _embed(config, components, source)
-        parts[name] = DiffusionGuidance(ScoreDistillation(components, guidance), prompts, *angles)
-        models.append(components.name)
-        if not components.latents_are_pixels:
-            attention = components.attention
-    whole = GuidanceSum(parts) if len(parts) > 1 else next(iter(parts.values()))
-    return LoadedGuidance(whole, " + ".join(models), attention)
+    loaded = {name: BUILDERS[name](config, runtime, previous) for name in config.guidance.guidance}
+    guidances = {name: part.guidance for name, part in loaded.items()}
+    attention = [part.attention for part in loaded.values() if part.attention is not None]
+    return LoadedGuidance(
+        GuidanceSum(guidances) if len(guidances) > 1 else next(iter(guidances.values())),
+        " + ".join(part.models for part in loaded.values()),
+        attention[-1] if attention else None,
+    )
+
+
+def _build_dream_mini(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
+    return _build_diffusion(config, _load_components(config, runtime, MODEL_FOLDER, previous), DREAM_MINI.name)
+
+
+def _build_stable_diffusion(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
+    source = choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key)
+    return _build_diffusion(config, _load_components(config, runtime, source, previous), STABLE_DIFFUSION.name)
+
+
+def _build_if(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
+    source = config.guidance.if_key or IF_MODEL
+    components = _load_components(config, runtime, source, previous, kind="IF")
+    return _build_diffusion(config, components, DEEPFLOYD_IF.name)
+
+
+def _build_clip(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
+    run, angles = config.run, ViewAngles.of(config.camera)
+    source = config.guidance.clip_key or CLIP_MODEL
+    guidance = clip_guidance(source, runtime.device, run.text, run.view_prompts, config.guidance, angles)
+    return LoadedGuidance(guidance, source, None)
+
+
+BUILDERS: Mapping[str, Callable[[Config, Runtime, AttentionChoice | None], LoadedGuidance]] = {
+    DREAM_MINI.name: _build_dream_mini,
+    STABLE_DIFFUSION.name: _build_stable_diffusion,
+    DEEPFLOYD_IF.name: _build_if,
+    CLIP.name: _build_clip,
+}
+
+
+def _build_diffusion(config: Config, components: Components, name: str) -> LoadedGuidance:
+    """Embed the prompts of a run for `components`, and assemble the guidance `name`."""
+    read = known_words if GUIDANCES[name].closed_vocabulary else str
+    view_prompts = {view: read(text) for view, text in config.run.view_prompts.items()}
+    prompts = PromptEmbeddings(components, read(config.run.text), read(config.run.negative), view_prompts=view_prompts)
+    attention = components.attention if GUIDANCES[name].has_attention else None
+    return LoadedGuidance(diffusion_guidance(components, prompts, config), components.name, attention)
 
 
 def _load_components(
-    config: Config, runtime: Runtime, source: str | Path, name: str, kept: AttentionChoice | None
+    config: Config, runtime: Runtime, source: str | Path, previous: AttentionChoice | None, kind: str = "SD"
 ) -> Components:
-    """The diffusion model at ``source``, for the guidance ``name``."""
+    """Load the diffusion model at `source`, a pipeline of that kind."""
     run = config.run
-    # A measurement may end differently the next time.
-    attention = "sdpa" if run.deterministic and run.attention == "auto" else run.attention
-    options = dict(vram_O=run.vram_O, attention=attention, kept=kept, compiled=COMPILED if run.compile else ())
-    options["need_vae_decoder"] = config.output.save_guidance
-    if name == "IF":
-        options["kind"] = name
-    components = load_components(source, runtime.device, runtime.dtype, **options)
+    components = load_components(
+        source,
+        runtime.device,
+        runtime.dtype,
+        kind=kind,
+        vram_O=run.vram_O,
+        # A measurement may end differently the next time.
+        attention="sdpa" if run.deterministic and run.attention == "auto" else run.attention,
+        previous=previous,
+        compiled=COMPILED if run.compile else (),
+        need_vae_decoder=config.output.save_guidance,
+    )
     if config.shading.latent_iter_ratio > 0 and components.latent_channels != 4:
         raise UserError(
             f"the latents of {components.name} have {components.latent_channels} channels; the phase in which normals "
             "and opacity are the latent needs 4, so give --latent_iter_ratio 0"
         )
     return components
-
-
-def _embed(config: Config, components: Components, source: str | Path) -> PromptEmbeddings:
-    """The prompts as the model reads them: of each text the embedded one gets only the words that it knows."""
-    run = config.run
-    read = known_words if source == MODEL_FOLDER else str
-    own = {view: read(text) for view, text in run.view_prompts.items()}
-    return PromptEmbeddings(components, read(run.text), read(run.negative), own=own)

@@ -1,10 +1,7 @@
-"""Where the samples of a ray lie. Two samplers with one interface:
+"""Samplers of rays, with one interface, `RaySampler`:
 
-    OccupancySampler   marches through an occupancy grid and leaves out empty space; for the grid backbones
-    ImportanceSampler  even samples, then more of them where those found something; for the vanilla backbone
-
-`sample` gives the packed samples of rays, `update` keeps the sampler up with the field, `without_floaters` hides small
-things apart from the object, and the rest serves the size of the buffers and checkpoints.
+OccupancySampler   marches through an occupancy grid and skips empty space; for the grid backbones
+ImportanceSampler  even samples, then more of them where the density is; for the vanilla backbone
 """
 
 from collections.abc import Iterator
@@ -20,7 +17,7 @@ from dream_fast.engine.config.sections import RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.scene.field import Field
 
-LEAST_WEIGHT = 1e-5  # of an interval, so that a ray through nothing still has a distribution
+MIN_WEIGHT = 1e-5  # of an interval, so that the distribution of an empty ray is defined
 
 
 class RaySampler(Protocol):
@@ -71,9 +68,9 @@ def march_options(config: RenderConfig) -> dict:
 
 
 class OccupancySampler:
-    """Marching through an occupancy grid. Grid and capacity of the sample buffers are part of a checkpoint.
+    """Marches through an occupancy grid. Grid and capacity of the sample buffers are part of a checkpoint.
 
-    The grid starts full: until the first `update` rays are marched through the whole cube.
+    The grid starts full: before the first `update` rays are marched through the whole cube.
     """
 
     def __init__(self, field: Field, config: RenderConfig):
@@ -84,13 +81,13 @@ class OccupancySampler:
         self.density = torch.zeros(self.cascades, cells, device=device)
         self.bits = torch.full((self.cascades, cells // 8), 255, dtype=torch.uint8, device=device)
         self.samples_per_ray = min(config.max_steps, 256)
-        # Since the capacity was last adapted, on the device: the fullest step, and whether one did not fit.
+        # Since the capacity was last adapted, on the device: the samples of the fullest step, and an overflow.
         self.most_samples = torch.zeros((), dtype=torch.int64, device=device)
         self.overflowed = torch.zeros((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
     def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
-        """Look at the density once in every cell (at a random point, or the centre without a generator)."""
+        """Evaluate the density once in every cell: at a random point with a generator, else at the centre."""
         resolution = self.config.occupancy_resolution
         noise = None
         if generator is not None:
@@ -99,8 +96,8 @@ class OccupancySampler:
         points = kernels.occupancy_points(
             resolution, self.cascades, self.config.bound, noise, device=self.density.device
         )
-        fresh = self.field.density(points, active_levels=active_levels).view_as(self.density)
-        bits, _ = kernels.occupancy_update(self.density, fresh, threshold=self.config.density_thresh)
+        density = self.field.density(points, active_levels=active_levels).view_as(self.density)
+        bits, _ = kernels.occupancy_update(self.density, density, threshold=self.config.density_thresh)
         self.bits.copy_(bits)
 
     def sample(
@@ -111,33 +108,37 @@ class OccupancySampler:
         *,
         active_levels: int | Tensor | None = None,
     ) -> kernels.Samples:
-        """Samples of rays [R, 3]; with a generator each ray's first one is moved by a random part of a step."""
+        """Samples of rays [R, 3]; a generator moves the first one of each ray by a random part of a step."""
         count = origins.shape[0]
         perturb = None
         if generator is not None:
             perturb = torch.rand(count, generator=generator, device=generator.device).to(origins.device)
-        options = {**march_options(self.config), "bound": self.config.bound, "perturb": perturb}
-        samples = kernels.march(origins, directions, self.bits, capacity=count * self.samples_per_ray, **options)
+        march_arguments = {**march_options(self.config), "bound": self.config.bound, "perturb": perturb}
+        samples = kernels.march(
+            origins, directions, self.bits, capacity=count * self.samples_per_ray, **march_arguments
+        )
         torch.maximum(self.most_samples, samples.count, out=self.most_samples)
         self.overflowed |= samples.overflow
         if origins.is_cuda:
             return samples
-        # On a CPU reading the count is free: nothing is dropped, and the buffers hold no padding.
+        # Reading the count is free on a CPU, so nothing is dropped there and the buffers have no padding.
         if samples.overflow:
-            samples = kernels.march(origins, directions, self.bits, capacity=count * self.config.max_steps, **options)
-        used = int(samples.count)
+            samples = kernels.march(
+                origins, directions, self.bits, capacity=count * self.config.max_steps, **march_arguments
+            )
+        size = int(samples.count)
         return samples._replace(
-            positions=samples.positions[:used],
-            ray_ids=samples.ray_ids[:used],
-            t=samples.t[:used],
-            dt=samples.dt[:used],
+            positions=samples.positions[:size],
+            ray_ids=samples.ray_ids[:size],
+            t=samples.t[:size],
+            dt=samples.dt[:size],
         )
 
     @contextmanager
     def without_floaters(self) -> Iterator[None]:
-        """Inside the `with` block rays pass through small groups of occupied cells that stand apart from the object.
+        """Inside the `with` block small groups of occupied cells apart from the object are empty.
 
-        Scenes of one cascade only; across several the groups are not followed, and nothing changes.
+        Works with one cascade; with several nothing changes.
         """
         before = self.bits.clone()
         if self.cascades == 1:
@@ -151,22 +152,22 @@ class OccupancySampler:
             self.bits.copy_(before)
 
     def adapt_capacity(self, rays: int) -> None:
-        """Fit the sample buffers to the fullest step of `rays` rays since the last call, with room to spare.
+        """Fit the sample buffers to the fullest step of `rays` rays since the last call, with a margin of a half.
 
-        Reads the device, so call it where the host waits anyway (when a line is logged). Views differ from step to
-        step: what is neither nearly full nor twice too large stays, since for each change graphs are captured anew.
+        Reads the device. A capacity that is neither nearly full nor twice too large stays, since CUDA graphs are
+        captured again after each change.
         """
         used, overflowed = int(self.most_samples) / max(1, rays), bool(self.overflowed)
-        wanted = int(1.5 * used) + 1
+        target = int(1.5 * used) + 1
         if overflowed:
-            wanted = max(wanted, 2 * self.samples_per_ray)
-        if overflowed or used > 0.9 * self.samples_per_ray or wanted < self.samples_per_ray / 2:
-            self.samples_per_ray = max(8, min(self.config.max_steps, wanted))
+            target = max(target, 2 * self.samples_per_ray)
+        if overflowed or used > 0.9 * self.samples_per_ray or target < self.samples_per_ray / 2:
+            self.samples_per_ray = max(8, min(self.config.max_steps, target))
         self.most_samples.zero_()
         self.overflowed.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The occupancy grid, the capacity, and what the capacity will next be adapted to."""
+        """The occupancy grid, the capacity, and the use since it was last adapted."""
         return {
             "density": self.density,
             "bits": self.bits,
@@ -176,27 +177,29 @@ class OccupancySampler:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`; raises ValueError when the grids differ in shape."""
-        for name, own in (("density", self.density), ("bits", self.bits)):
-            if state[name].shape != own.shape:
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the renderer's is {tuple(own.shape)}")
-            own.copy_(state[name])
+        """Continue from `state_dict()`. Raises ValueError: when shapes differ or the capacity is out of range."""
+        for name, tensor in (("density", self.density), ("bits", self.bits)):
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)}, the renderer's is {tuple(tensor.shape)}"
+                )
+            tensor.copy_(state[name])
         samples = int(state["samples_per_ray"])
         if not 0 < samples <= max(8, self.config.max_steps):
             raise ValueError(f"samples_per_ray is {samples}, and --max_steps {self.config.max_steps}")
         self.samples_per_ray = samples
-        for name, own in (("most_samples", self.most_samples), ("overflowed", self.overflowed)):
-            own.copy_(state.get(name, torch.zeros(())))  # checkpoints of earlier versions have none
+        for name, tensor in (("most_samples", self.most_samples), ("overflowed", self.overflowed)):
+            tensor.copy_(state.get(name, torch.zeros(())))  # absent in checkpoints of earlier versions
 
 
 class ImportanceSampler:
-    """`num_steps` even intervals between a ray's entry into the cube and its exit, cut at `upsample_steps` places more
-    that are drawn from the weights of those; a sample lies in the middle of each interval.
+    """Divides the part of a ray inside the cube into `num_steps` even intervals, and these at `upsample_steps` further
+    distances that are drawn from the weights of the even ones; a sample lies in the middle of each interval.
 
-    Every ray has as many, also one that misses the cube (of no length). The places carry no gradient. Nothing is kept
-    between steps. Source: Mildenhall et al., NeRF, 2020, section 5.2; here one field serves both passes, as in
-    stable-dreamfusion. They place the samples so, and not the ends of their intervals; with samples in the middle the
-    error falls with the square of the number of samples.
+    Every ray has the same number of samples, also one that misses the cube (their intervals have no length). Distances
+    have no gradient, and there is no state. Source: Mildenhall et al., NeRF, 2020, section 5.2; one field is used for
+    both passes, as in stable-dreamfusion. Both place the samples themselves in this way and not the ends of intervals;
+    with samples in the middle the error falls with the square of their number.
     """
 
     def __init__(self, field: Field, config: RenderConfig):
@@ -205,7 +208,7 @@ class ImportanceSampler:
         self.bits = None
 
     def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
-        """Nothing to keep up."""
+        """Does nothing: there is no state."""
 
     def sample(
         self,
@@ -215,8 +218,8 @@ class ImportanceSampler:
         *,
         active_levels: int | Tensor | None = None,
     ) -> kernels.Samples:
-        """Samples of rays [R, 3], `samples_per_ray` of each; a generator moves the places at random in their strata."""
-        rays, each = origins.shape[0], self.samples_per_ray
+        """Samples of rays [R, 3], `samples_per_ray` of each; a generator moves them at random in their strata."""
+        rays, per_ray = origins.shape[0], self.samples_per_ray
         with torch.no_grad():
             near, far = kernels.near_far(origins, directions, self.config.bound, self.config.min_near)
             edges = stratified_edges(near, torch.maximum(near, far), self.config.num_steps, generator)
@@ -227,10 +230,10 @@ class ImportanceSampler:
                 more = sample_pdf(edges, weights, self.config.upsample_steps, generator)
                 edges = torch.cat([edges, more], dim=1).sort(dim=1).values
             t = midpoints(edges)
-        offsets = torch.arange(rays + 1, device=origins.device) * each
+        offsets = torch.arange(rays + 1, device=origins.device) * per_ray
         return kernels.Samples(
             positions=points_on_rays(origins, directions, t),
-            ray_ids=torch.arange(rays, device=origins.device).repeat_interleave(each, output_size=rays * each),
+            ray_ids=torch.arange(rays, device=origins.device).repeat_interleave(per_ray, output_size=rays * per_ray),
             t=t.view(-1),
             dt=edges.diff(dim=1).view(-1),
             offsets=offsets,
@@ -240,11 +243,11 @@ class ImportanceSampler:
 
     @contextmanager
     def without_floaters(self) -> Iterator[None]:
-        """Changes nothing: without an occupancy grid nothing tells specks from the object."""
+        """Changes nothing: without an occupancy grid floaters are not known."""
         yield
 
     def adapt_capacity(self, rays: int) -> None:
-        """The buffers fit always."""
+        """Does nothing: the buffers always fit."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -259,47 +262,49 @@ def points_on_rays(origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
     return (origins[:, None] + t[..., None] * directions[:, None]).view(-1, 3)
 
 
-def _strata(rays: int, parts: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """One number in each of `parts` equal parts of [0, 1), [rays, parts]: at random, or in the middle."""
-    inside = 0.5
+def _stratified_samples(rays: int, parts: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """One number in each of `parts` equal parts of [0, 1), [rays, parts]: random with a generator, else the middle."""
+    offset = 0.5
     if generator is not None:
-        inside = torch.rand(rays, parts, generator=generator, device=generator.device).to(like)
-    return ((torch.arange(parts, device=like.device) + inside) / parts).to(like.dtype).expand(rays, parts)
+        offset = torch.rand(rays, parts, generator=generator, device=generator.device).to(like)
+    return ((torch.arange(parts, device=like.device) + offset) / parts).to(like.dtype).expand(rays, parts)
 
 
 def midpoints(edges: Tensor) -> Tensor:
-    """[R, K + 1] -> [R, K]."""
+    """Midpoints [R, K] of the intervals between edges [R, K + 1]."""
     return (edges[:, 1:] + edges[:, :-1]) / 2
 
 
 def stratified_edges(near: Tensor, far: Tensor, intervals: int, generator: torch.Generator | None) -> Tensor:
-    """Edges [R, K + 1] of K even intervals from near to far ([R] each); a generator moves each inner one by up to half
-    an interval."""
-    parts = (
+    """Edges [R, K + 1] of K even intervals from near to far ([R] each).
+
+    A generator moves each inner edge by up to half an interval.
+    """
+    fractions = (
         torch.arange(intervals + 1, device=near.device).to(near.dtype).expand(near.shape[0], intervals + 1) / intervals
     )
     if generator is not None:
-        inner = _strata(near.shape[0], intervals, generator, near)[:, 1:] - 0.5 / intervals
-        parts = torch.cat([parts[:, :1], inner, parts[:, -1:]], dim=1)
-    return near[:, None] + (far - near)[:, None] * parts
+        inner = _stratified_samples(near.shape[0], intervals, generator, near)[:, 1:] - 0.5 / intervals
+        fractions = torch.cat([fractions[:, :1], inner, fractions[:, -1:]], dim=1)
+    return near[:, None] + (far - near)[:, None] * fractions
 
 
 def ray_weights(sigma: Tensor, dt: Tensor | float) -> Tensor:
-    """Weights [R, K] of samples in volume rendering: w = exp(-depth before) (1 - exp(-sigma dt)); NeRF, equation 3."""
+    """Weights [R, K] of samples: w = exp(-optical depth before) (1 - exp(-sigma dt)). Source: NeRF, equation 3."""
     tau = sigma * dt
-    before = F.pad(tau[:, :-1].cumsum(dim=1), (1, 0))  # not the sum minus tau, which loses all digits in a wall
+    before = F.pad(tau[:, :-1].cumsum(dim=1), (1, 0))  # the sum minus tau would lose all digits in a wall
     return torch.exp(-before) * -torch.expm1(-tau)
 
 
 def sample_pdf(edges: Tensor, weights: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-    """Distances [R, samples], near to far, that follow the weights [R, K] of the intervals of edges [R, K + 1].
+    """Distances [R, samples], ascending, distributed like the weights [R, K] of the intervals of edges [R, K + 1].
 
-    The inverse of the cumulative distribution, piecewise linear, at one number in each equal part of [0, 1).
+    They are values of the piecewise linear inverse cumulative distribution, at one number in each equal part of [0, 1).
     """
-    weights = weights + LEAST_WEIGHT
+    weights = weights + MIN_WEIGHT
     cumulative = F.pad((weights / weights.sum(dim=1, keepdim=True)).cumsum(dim=1), (1, 0))  # [R, K + 1]
-    u = _strata(edges.shape[0], samples, generator, edges).contiguous()
-    # Rounding may leave the last one below a number close to 1.
+    u = _stratified_samples(edges.shape[0], samples, generator, edges).contiguous()
+    # By rounding the last cumulative weight may be below a number close to 1.
     interval = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, weights.shape[1] - 1)
     below, above = cumulative.gather(1, interval), cumulative.gather(1, interval + 1)
     start, end = edges.gather(1, interval), edges.gather(1, interval + 1)

@@ -1,91 +1,102 @@
-"""Replay a function of tensors as a CUDA graph: hundreds of launches for the price of one."""
+"""CUDA graphs: replay hundreds of launches of a function for the price of one.
+
+A graph repeats the launches of the call that it was captured from, with the same addresses. So everything that varies
+from call to call has to lie in tensors that stay where they are: `StepGraphs` keeps a static copy of the inputs for
+each graph and fills it before each replay.
+"""
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 WARM_UP = 3  # calls before the capture: libraries choose algorithms and allocate in their first ones
 
-Tensors = tuple[Tensor, ...]
 
-
-class GraphedFunction:
-    """Calls `function` (tensors or None in, a tuple of tensors out, all on one GPU) as a CUDA graph.
-
-    It is captured at the first call with inputs of these shapes and dtypes, after WARM_UP plain calls, and replayed
-    from then on. `function` may differentiate inside, must not draw random numbers, and must not look at values on the
-    host. Inputs are copied in and results copied out, so nothing that a caller holds changes under it. Weights that it
-    reads must stay where they are.
-    """
-
-    def __init__(self, function: Callable[..., Tensors]):
-        self.function = function
-        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensors]] = {}
-
-    def __call__(self, *inputs: Tensor | None) -> Tensors:
-        key = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs)
-        if key not in self.captured:
-            self.captured[key] = self._capture(inputs)
-        graph, places, results = self.captured[key]
-        torch._foreach_copy_(places, [x for x in inputs if x is not None])
-        graph.replay()
-        return tuple(result.clone() for result in results)
-
-    def _capture(self, inputs: tuple[Tensor | None, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensors]:
-        own = [None if x is None else x.detach().clone() for x in inputs]
-        device = next(x.device for x in own if x is not None)
-        with torch.cuda.device(device):
-            warm_up(lambda: self.function(*own))
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = self.function(*own)
-        return graph, [x for x in own if x is not None], results
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Any
+    result: Any
 
 
 class StepGraphs:
-    """CUDA graphs of functions without inputs, told apart by a key, that share their memory.
+    """CUDA graphs of functions of a step, told apart by a key; they share their memory.
 
-    Such a function reads and writes tensors that stay where they are, may draw from `generator` (a replay draws what a
-    call would), and returns tensors in any structure. What it returns is the graph's own: the next replay of any of
-    these graphs may overwrite it. Nothing that it computed may still be differentiated.
+    A function takes one argument, a structure (tuples, dicts) whose tensors and floats may vary from call to call, and
+    returns tensors in any structure. It may differentiate inside, must not read a value on the host, and may draw
+    random numbers from `generator` alone: a replay draws what a call would. Weights that it reads must stay where they
+    are.
     """
 
-    def __init__(self, generator: torch.Generator):
+    def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
-        self.pool: Any = None
-        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._pool: Any = None
+        self._captured: dict[Hashable, _Captured] = {}
 
-    def __call__(self, key: Hashable, function: Callable[[], Any]) -> Any:
-        """The result of the replay of `key`, which is captured from `function` when it comes for the first time."""
-        if key not in self.captured:
-            self.captured[key] = self._capture(function)
-        graph, result = self.captured[key]
-        graph.replay()
-        return result
+    def __call__(self, key: Hashable, function: Callable[[Any], Any], inputs: Any) -> Any:
+        """Return `function(inputs)`, replayed from the graph of `key` and of the shapes and dtypes of the inputs.
 
-    def _capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        with torch.cuda.device(self.generator.device):
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
-            drawn_so_far = self.generator.get_state()
-            warm_up(function)
+        A graph is captured at its first call, in which `function` sees the floats of `inputs` as scalars on the device.
+        The next replay of any of these graphs may overwrite the result.
+        """
+        leaves = pytree.tree_leaves(inputs)
+        key = (key, *((leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)))
+        if key not in self._captured:
+            self._captured[key] = self._capture(function, inputs)
+        captured = self._captured[key]
+        fill_static(pytree.tree_leaves(captured.inputs), leaves)
+        captured.graph.replay()
+        return captured.result
+
+    def _capture(self, function: Callable[[Any], Any], inputs: Any) -> _Captured:
+        device = next(leaf.device for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+        with torch.cuda.device(device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            static = static_copy(inputs, device)
+            state = None if self.generator is None else self.generator.get_state()
+            warm_up(lambda: function(static))
             graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph, pool=self.pool):
-                result = function()
-            self.generator.set_state(drawn_so_far)
-        return graph, result
+            if self.generator is not None:
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = function(static)
+            if self.generator is not None:
+                self.generator.set_state(state)
+        return _Captured(graph, static, result)
 
     def clear(self) -> None:
-        """Forget all graphs and give their memory back."""
-        self.captured.clear()
-        self.pool = None
+        """Forget all graphs and free their memory."""
+        self._captured.clear()
+        self._pool = None
+
+
+def static_copy(inputs: Any, device: torch.device) -> Any:
+    """Copy a structure for a graph to read: tensors are cloned, floats become fp32 scalars on `device`."""
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().clone()
+        return torch.full((), leaf, device=device) if isinstance(leaf, float) else leaf
+
+    return pytree.tree_map(copy, inputs)
+
+
+def fill_static(static: list[Any], leaves: list[Any]) -> None:
+    """Fill the leaves of a `static_copy` with those of other inputs of the same structure."""
+    pairs = [(place, leaf) for place, leaf in zip(static, leaves, strict=True) if isinstance(place, Tensor)]
+    tensors = [(place, leaf) for place, leaf in pairs if isinstance(leaf, Tensor)]
+    if tensors:
+        torch._foreach_copy_(*map(list, zip(*tensors, strict=True)))
+    for place, leaf in pairs:
+        if not isinstance(leaf, Tensor):
+            place.fill_(leaf)
 
 
 def warm_up(function: Callable[[], Any]) -> None:
-    """Calls `function` WARM_UP times beside torch's current stream, as a capture asks for."""
+    """Call `function` WARM_UP times on a stream beside torch's current one, as a capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Paths as they are typed."""
+"""Paths as typed by the user."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from dream_fast.engine.errors import UserError
 
 
 def expand_user(name: str | Path) -> Path:
-    """The path with ~ and ~user for a home folder. UserError: there is no such user."""
+    """Expand ~ and ~user to a home folder. Raises UserError: when there is no such user."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

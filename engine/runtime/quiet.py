@@ -1,10 +1,10 @@
-"""Import diffusers without the notices that it and xformers print."""
+"""Suppress the notice that diffusers' import of xformers prints."""
 
 import logging
 
 
 class _XformersNotice(logging.Filter):
-    """Drops the one notice of xformers that its compiled operators do not load beside this torch."""
+    """Drops the notice of xformers that its compiled operators do not load with this torch."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("WARNING[XFORMERS]")
@@ -14,9 +14,9 @@ _XFORMERS_NOTICE = _XformersNotice()
 
 
 def quiet_diffusers() -> None:
-    """Call before ``import diffusers``: keeps xformers' notice about its CUDA operators off the terminal.
+    """Suppress xformers' notice about its CUDA operators; call it before `import diffusers`.
 
-    diffusers imports xformers when it is installed, and beside a CPU torch xformers then prints six lines about
-    operators that nobody asked for. Which attention a run uses is said by the run itself. Other warnings pass.
+    diffusers imports xformers where it is installed, and with a CPU build of torch xformers then prints six lines. The
+    run itself reports the attention that it uses. Other warnings pass.
     """
-    logging.getLogger("xformers").addFilter(_XFORMERS_NOTICE)  # adding the same filter twice does nothing
+    logging.getLogger("xformers").addFilter(_XFORMERS_NOTICE)  # adding it twice has no effect

@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines on the terminal and in log.txt, a live bar, the table of files at the end."""
+"""Output of a run for people: lines on the terminal and in log.txt, a progress bar, the table of files at the end."""
 
 import logging
 import time
@@ -16,11 +16,11 @@ from dream_fast.engine.text import one_line
 
 T = TypeVar("T")
 
-QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
+QUIET_SECONDS = 15.0  # between two lines of a bar without a terminal
 
 
 class Reporter:
-    """Says things once, on the console and in the log. Until ``open_log`` the lines wait: no file is made before."""
+    """Prints lines to the console and to the log. Lines before `open_log` are kept and written then."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
@@ -34,8 +34,8 @@ class Reporter:
         self._waiting.clear()
 
     def say(self, line: str) -> None:
-        """Says ``line``; what would steer the terminal in it is shown, as are long prompts in part."""
-        line = "\n".join(one_line(part) for part in line.split("\n"))
+        """Print `line`, with control characters escaped and long prompts cut."""
+        line = "\n".join(one_line(row) for row in line.split("\n"))
         self.console.print(line, markup=False, emoji=False, soft_wrap=True)
         self._write(line)
 
@@ -43,10 +43,10 @@ class Reporter:
         self.say(f"warning: {line}")
 
     @contextmanager
-    def bar(self, what: str, total: int, done: int = 0) -> Iterator["Bar"]:
-        """A ``Bar`` of ``total`` steps: drawn on a terminal, a line now and then elsewhere."""
+    def bar(self, label: str, total: int, completed: int = 0) -> Iterator["Bar"]:
+        """A `Bar` of `total` steps: drawn on a terminal, a line every QUIET_SECONDS elsewhere."""
         if not self.console.is_terminal:
-            yield QuietBar(self, what, total, done)
+            yield QuietBar(self, label, total, completed)
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -58,10 +58,10 @@ class Reporter:
         )
         # four redraws a second: more would take time from a two-core machine
         with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
-            yield LiveBar(progress, progress.add_task(what, total=total, completed=done, speed="", terms=""))
+            yield LiveBar(progress, progress.add_task(label, total=total, completed=completed, speed="", terms=""))
 
     def files(self, files: Sequence[Path]) -> None:
-        """The table of what there is now, with sizes."""
+        """Print a table of files with their sizes."""
         table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
         table.columns[1].justify = "right"
         for path in files:
@@ -79,59 +79,61 @@ class Reporter:
 
 
 class Bar:
-    """What both bars do: ``advance`` to a number of steps done, ``show`` how it goes."""
+    """A progress bar."""
 
-    def advance(self, done: int) -> None:
+    def advance(self, completed: int) -> None:
+        """Move to a number of completed steps."""
         raise NotImplementedError
 
-    def show(self, what: str, per_second: float, terms: Mapping[str, float | None]) -> None:
+    def show(self, label: str, per_second: float, terms: Mapping[str, float | None]) -> None:
+        """Show a label, the speed and numbers by name."""
         raise NotImplementedError
 
     def count(self, items: Iterable[T]) -> Iterator[T]:
-        """``items``, each advancing the bar by one once it has been used."""
-        for done, item in enumerate(items, start=1):
+        """Iterate over `items`; the bar advances by one after each."""
+        for completed, item in enumerate(items, start=1):
             yield item
-            self.advance(done)
+            self.advance(completed)
 
 
 class LiveBar(Bar):
-    """Drawn in place by rich."""
+    """A bar that rich draws in place."""
 
     def __init__(self, progress: Progress, task):
         self._progress, self._task = progress, task
 
-    def advance(self, done: int) -> None:
-        self._progress.update(self._task, completed=done)
+    def advance(self, completed: int) -> None:
+        self._progress.update(self._task, completed=completed)
 
-    def show(self, what: str, per_second: float, terms: Mapping[str, float | None]) -> None:
-        self._progress.update(self._task, description=what, speed=f"{per_second:.2f} it/s", terms=format_terms(terms))
+    def show(self, label: str, per_second: float, terms: Mapping[str, float | None]) -> None:
+        self._progress.update(self._task, description=label, speed=f"{per_second:.2f} it/s", terms=format_terms(terms))
 
 
 class QuietBar(Bar):
-    """For a file or a pipe: a line every ``QUIET_SECONDS`` and one when all is done."""
+    """A bar for a file or a pipe: a line every QUIET_SECONDS and one at the end."""
 
-    def __init__(self, reporter: Reporter, what: str, total: int, done: int):
-        self._reporter, self._what, self._total, self._done = reporter, what, total, done
+    def __init__(self, reporter: Reporter, label: str, total: int, completed: int):
+        self._reporter, self._label, self._total, self._completed = reporter, label, total, completed
         self._speed, self._terms = 0.0, ""
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
-    def advance(self, done: int) -> None:
-        self._done = done
-        if done < self._total and time.monotonic() - self._said < QUIET_SECONDS:
+    def advance(self, completed: int) -> None:
+        self._completed = completed
+        if completed < self._total and time.monotonic() - self._last_line < QUIET_SECONDS:
             return
-        self._said = time.monotonic()
-        line = f"{self._what}: {self._done}/{self._total}"
+        self._last_line = time.monotonic()
+        line = f"{self._label}: {self._completed}/{self._total}"
         if self._speed:
-            left = (self._total - self._done) / self._speed
+            left = (self._total - self._completed) / self._speed
             line += f", {self._speed:.2f} it/s, {left:.0f} s left, {self._terms}"
         self._reporter.say(line)
 
-    def show(self, what: str, per_second: float, terms: Mapping[str, float | None]) -> None:
-        self._what, self._speed, self._terms = what, per_second, format_terms(terms)
+    def show(self, label: str, per_second: float, terms: Mapping[str, float | None]) -> None:
+        self._label, self._speed, self._terms = label, per_second, format_terms(terms)
 
 
 def format_terms(terms: Mapping[str, float | None]) -> str:
-    """ "guidance 12.3  opacity 0.2"; a term without a finite value has none."""
+    """Format numbers by name, as in "guidance 12.3  opacity 0.2"; None is "not finite"."""
     return "  ".join(f"{name} {'not finite' if value is None else f'{value:.3g}'}" for name, value in terms.items())
 
 
@@ -146,7 +148,7 @@ def _size(count: int) -> str:
 
 @contextmanager
 def log_warnings_to(reporter: Reporter):
-    """Warnings that our modules log (a truncated prompt) are said where the rest is said."""
+    """Inside the `with` block, print warnings that the package logs (such as a cut prompt) by the reporter."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""Seeds of random numbers: drawn for a run, derived for each step, set in the libraries that draw."""
+"""Seeds: drawn for a run, derived for each step, and set in libraries."""
 
 import os
 import random
@@ -8,10 +8,10 @@ import torch
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of one step: a 63-bit mix (splitmix64) of the run's seed and the step.
+    """Derive the seed of a step: a 63-bit mix (splitmix64) of the run's seed and the number of the step.
 
-    Every step seeds its generators anew, so that a resumed run draws what the uninterrupted one would have drawn and
-    no generator state has to be saved.
+    Every step seeds its generators anew, so a resumed run draws what the uninterrupted run would have drawn, without a
+    saved generator state.
     """
     mask = (1 << 64) - 1
     z = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1B54A32D192ED03) & mask
@@ -21,10 +21,10 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def seed_libraries(seed: int) -> None:
-    """Seeds the global generators of torch, numpy and Python, from which a library may draw behind our back.
+    """Seed the global generators of torch, numpy and Python, from which a library may draw.
 
-    torch's are those of the CPU and of a GPU in use: torch.manual_seed turns to other kinds of device as well and
-    writes down who asked, for 0.14 ms of every step.
+    Of torch only those of the CPU and of a GPU in use: torch.manual_seed also seeds other kinds of devices and records
+    its caller, which takes 0.14 ms of every step.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
@@ -34,5 +34,5 @@ def seed_libraries(seed: int) -> None:
 
 
 def draw_seed() -> int:
-    """A seed for a run whose user gave none: small enough to type."""
+    """Draw a seed for a run without --seed: small enough to type."""
     return int.from_bytes(os.urandom(4), "little") >> 1

@@ -1,8 +1,8 @@
-"""How a run ends before its time: Ctrl-C (SIGINT) or a request to terminate (SIGTERM).
+"""End a run early by Ctrl-C (SIGINT) or a request to terminate (SIGTERM).
 
-While steps are taken the first signal lets the step finish and be saved; the next one is the system's to handle, which
-ends the process at once, whatever it is doing, and so leaves the checkpoint before it whole. Outside the steps there is
-nothing to finish. Exit status: 130 and 143, as a shell has them.
+During the steps, the first signal ends the run after the current step, with a checkpoint. A second one has the system's
+default effect: it ends the process at once and leaves the last checkpoint whole. Outside the steps a signal ends the
+run at once. The exit status is 130 or 143, as a shell has it.
 """
 
 import os
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NOTE = b"\ndream-fast: finishing this step and saving; the same once more leaves at once\n"
+_NOTICE = b"\ndream-fast: finishing this step and saving; the same once more leaves at once\n"
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to end by the signal ``number``; ``status`` is the exit status that says so."""
+    """Raised when the signal `number` ends the run; `status` is the exit status for it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -25,57 +25,57 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal came, and which."""
+    """Request to stop, by the signal `number`; None: no signal has come."""
 
     number: int | None = None
 
     def check(self) -> None:
-        """Raises Stopped if one came."""
+        """Raises Stopped: when a signal has come."""
         if self.number is not None:
             raise Stopped(self.number)
 
 
 def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()  # no other may handle signals
+    return threading.current_thread() is threading.main_thread()  # other threads must not handle signals
 
 
 @contextmanager
 def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in numbers}
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 @contextmanager
 def stop_after_current_step() -> Iterator[StopRequest]:
-    """Inside the `with` block the first signal is noted, for the loop to end after its step, and no second one is."""
+    """Inside the `with` block, record the first signal, so that the loop can end after its step; not a second one."""
     stop = StopRequest()
     if not _in_main_thread():
         yield stop
         return
 
-    def note(number: int, frame: Any) -> None:
+    def record(number: int, frame: Any) -> None:
         stop.number = number
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        os.write(2, _NOTE)  # print may be in the middle of another line
+        os.write(2, _NOTICE)  # print could be in the middle of another line
 
-    with _handled(SIGNALS, note):
+    with _handled(SIGNALS, record):
         yield stop
 
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Inside the `with` block SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt, so that files are tidied."""
+    """Inside the `with` block, SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt, so that clean-up runs."""
     if not _in_main_thread():
         yield
         return
 
-    def leave(number: int, frame: Any) -> None:
+    def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    with _handled((signal.SIGTERM,), leave):
+    with _handled((signal.SIGTERM,), stop):
         yield

@@ -1,4 +1,4 @@
-"""Cameras that look at the origin (or near it, with jitter), and the rays through their pixels.
+"""Cameras that look at the origin (or near it, with jitter), their rays and their projections.
 
 The world is right-handed with y up, and an object's front faces +z. A camera stands on a sphere at
 
@@ -34,14 +34,14 @@ class Cameras(NamedTuple):
     fovy: Tensor  # [B] vertical field of view
     polar: Tensor  # [B]
     azimuth: Tensor  # [B]
-    radius: Tensor  # [B] distance from what the camera looks at
+    radius: Tensor  # [B] distance from the target
 
 
 def look_at(polar: Tensor, azimuth: Tensor, radius: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Camera-to-world matrices [B, 4, 4] of cameras at (polar, azimuth, radius), each [B], that look at the origin.
 
-    The axes come from the angles and not from a cross product with an up vector, so the poles are no special case: the
-    view from above at azimuth 0 has +x on its right and -z at its top.
+    The axes are computed from the angles and not by a cross product with an up vector, so poles are no special case:
+    the view from above at azimuth 0 has +x on its right and -z at its top.
     """
     theta, phi = torch.deg2rad(polar.to(device)), torch.deg2rad(azimuth.to(device))
     sin_t, cos_t, sin_p, cos_p = theta.sin(), theta.cos(), phi.sin(), phi.cos()
@@ -56,7 +56,7 @@ def look_at(polar: Tensor, azimuth: Tensor, radius: Tensor, device: torch.device
 
 
 def make_cameras(polar: Tensor, azimuth: Tensor, radius: Tensor, fovy: Tensor) -> Cameras:
-    """Cameras from their four numbers, each [B]; the azimuth is wrapped to [-180, 180)."""
+    """Cameras from angles (degrees) and radius, each [B]; the azimuth is wrapped to [-180, 180)."""
     azimuth = torch.remainder(azimuth + 180.0, 360.0) - 180.0
     return Cameras(look_at(polar, azimuth, radius), fovy, polar, azimuth, radius)
 
@@ -64,7 +64,7 @@ def make_cameras(polar: Tensor, azimuth: Tensor, radius: Tensor, fovy: Tensor) -
 def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Origins and unit directions, each [B, height * width, 3], of the rays through the pixel centres.
 
-    Row 0 is the top row. The principal point is the middle of the image and pixels are square, whatever its shape.
+    Row 0 is the top row. The principal point is the centre of the image, and pixels are square.
     """
     device, dtype = cameras.c2w.device, cameras.c2w.dtype
     x = (torch.arange(width, device=device, dtype=dtype) + 0.5 - width / 2) * (2.0 / height)
@@ -80,10 +80,10 @@ def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def view_ranges(config: CameraConfig, progress: float) -> list[Range]:
-    """Ranges of radius, polar angle, azimuth and field of view when the fraction `progress` of the phases is done.
+    """Ranges of radius, polar angle, azimuth and field of view at a `progress` of the phases in [0, 1].
 
-    With `progressive_view` they widen linearly around the output camera's default view, and are full before half of
-    that is done. Numbers are interpolated as they are given, azimuths too.
+    With `progressive_view` they widen linearly around the default view of the output camera and reach their full width
+    before half of the progress. Azimuths are interpolated as numbers, without wrapping.
     """
     full = [config.radius_range, config.theta_range, config.phi_range, config.fovy_range]
     if not config.progressive_view:
@@ -91,8 +91,8 @@ def view_ranges(config: CameraConfig, progress: float) -> list[Range]:
     width = min(1.0, config.progressive_view_init_ratio + 2.0 * progress)
     view = [config.default_radius, config.default_polar, config.default_azimuth, config.default_fovy]
     return [
-        ((1 - width) * middle + width * low, (1 - width) * middle + width * high)
-        for middle, (low, high) in zip(view, full, strict=True)
+        ((1 - width) * default + width * low, (1 - width) * default + width * high)
+        for default, (low, high) in zip(view, full, strict=True)
     ]
 
 
@@ -103,12 +103,12 @@ def sample_cameras(
     device: torch.device | str | None = None,
     progress: float = 1.0,
 ) -> Cameras:
-    """A batch of random training cameras, drawn on the generator's device and moved to `device`.
+    """Draw a batch of training cameras on the generator's device and move them to `device`.
 
-    Radius, polar angle and field of view are uniform in their ranges at `progress` (:func:`view_ranges`). Azimuths are
-    stratified: each camera of a batch has its own equal sector of their range, so a batch sees the object from all
-    sides. With probability `uniform_sphere_rate` the whole batch is uniform on the upper hemisphere instead, however
-    narrow the ranges are. With `jitter_pose` each camera is then moved, turned and rolled a little (:func:`jittered`).
+    Radius, polar angle and field of view are uniform in their `view_ranges`. Azimuths are stratified: each camera of a
+    batch has its own equal sector of their range, so that a batch sees the object from all sides. With probability
+    `uniform_sphere_rate` the batch is uniform on the upper hemisphere instead, whatever the ranges are. With
+    `jitter_pose` each camera is then moved, turned and rolled a little (`jitter`).
     """
     draws = torch.rand(5, batch, generator=generator, device=generator.device)
     sphere = torch.rand((), generator=generator, device=generator.device) < config.uniform_sphere_rate
@@ -118,7 +118,7 @@ def sample_cameras(
         return low + (high - low) * u
 
     radii, polars, azimuths, fovys = view_ranges(config, progress)
-    sector = (torch.arange(batch, device=draws.device) + draws[0]) / batch  # [B] in [0, 1), one a sector
+    sector = (torch.arange(batch, device=draws.device) + draws[0]) / batch  # [B] in [0, 1), one in each sector
     azimuth = torch.where(sphere, between((-180.0, 180.0), sector), between(azimuths, sector))
     polar = torch.where(sphere, torch.rad2deg(torch.acos(draws[2])), between(polars, draws[1]))
     radius = between(radii, draws[3])
@@ -128,23 +128,23 @@ def sample_cameras(
         return cameras
     shift = (torch.rand(batch, 3, generator=generator, device=generator.device) - 0.5) * config.jitter_center
     target, tilt = torch.randn(2, batch, 3, generator=generator, device=generator.device)
-    return jittered(
+    return jitter(
         cameras, shift.to(device), (config.jitter_target * target).to(device), (config.jitter_up * tilt).to(device)
     )
 
 
-def jittered(cameras: Cameras, shift: Tensor, target: Tensor, tilt: Tensor) -> Cameras:
-    """`cameras` moved by `shift`, looking at `target`, with `tilt` added to the unit vector at the picture's top.
+def jitter(cameras: Cameras, shift: Tensor, target: Tensor, tilt: Tensor) -> Cameras:
+    """Move cameras by `shift`, turn them to `target`, and add `tilt` to the unit vector at the top of the image.
 
-    The three are [B, 3] in world axes. Polar angle, azimuth and radius become those of the new place as seen from the
-    target, so that a prompt that follows them says what the picture shows. The axes stay a rotation, at the poles too.
+    All are [B, 3] in world axes. Polar angle, azimuth and radius become those of the new position relative to the
+    target, so that a view-dependent prompt describes the image. The axes remain a rotation, also at the poles.
     """
     away = cameras.c2w[:, :3, 3] + shift - target  # [B, 3]
     x, y, z = away.unbind(dim=-1)
     polar, azimuth = torch.rad2deg(torch.atan2(torch.hypot(x, z), y)), torch.rad2deg(torch.atan2(x, z))
     level = make_cameras(polar, azimuth, away.norm(dim=-1), cameras.fovy)
     right, up, back, position = level.c2w[:, :3].unbind(dim=-1)  # [B, 3] each
-    # What is left of the tilted top beside the line of sight: a roll around that line.
+    # The part of the tilt across the line of sight is a roll around it.
     roll = torch.atan2((tilt * right).sum(dim=-1), 1 + (tilt * up).sum(dim=-1))[:, None]
     axes = [roll.cos() * right - roll.sin() * up, roll.cos() * up + roll.sin() * right, back]
     top = torch.stack([*axes, position + target], dim=-1)
@@ -152,7 +152,7 @@ def jittered(cameras: Cameras, shift: Tensor, target: Tensor, tilt: Tensor) -> C
 
 
 def turntable(config: CameraConfig, frames: int, device: torch.device | str | None = None) -> Cameras:
-    """`frames` default cameras evenly around the object, the first at the default azimuth, moving towards +x."""
+    """`frames` default cameras evenly around the object, from the default azimuth on, towards +x."""
     azimuth = config.default_azimuth + torch.arange(frames, device=device) * (360.0 / frames)
     full = torch.ones_like(azimuth)
     return make_cameras(full * config.default_polar, azimuth, full * config.default_radius, full * config.default_fovy)
@@ -166,9 +166,9 @@ def six_views(config: CameraConfig, device: torch.device | str | None = None) ->
 
 
 def clip_positions(cameras: Cameras, points: Tensor, height: int, width: int, near: float) -> Tensor:
-    """World points [N, 3] in each camera's clip space, [B, N, 4], for `dream_fast.kernels.rasterize`.
+    """World points [N, 3] in the clip space [B, N, 4] of each camera, for `dream_fast.kernels.rasterize`.
 
-    The pictures are those that :func:`rays` looks along. z / w rises from -1 at the distance `near` to 1 far away.
+    The images are those of `rays`. z / w rises from -1 at the distance `near` to 1 at infinity.
     """
     local = (points[None] - cameras.c2w[:, None, :3, 3]) @ cameras.c2w[:, :3, :3]  # [B, N, 3]
     scale = 1.0 / torch.tan(torch.deg2rad(cameras.fovy) / 2)[:, None]
@@ -177,7 +177,7 @@ def clip_positions(cameras: Cameras, points: Tensor, height: int, width: int, ne
 
 
 def project(cameras: Cameras, points: Tensor, height: int, width: int) -> Tensor:
-    """Where world points [N, 3] fall in each camera's image: [B, N, 2] as (row, column), pixel centres at +0.5."""
+    """Project world points [N, 3] into each camera's image: [B, N, 2] as (row, column), pixel centres at +0.5."""
     homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], dim=-1)
     local = homogeneous @ torch.linalg.inv(cameras.c2w).transpose(1, 2)  # [B, N, 4]
     scale = height / 2 / torch.tan(torch.deg2rad(cameras.fovy) / 2)[:, None]

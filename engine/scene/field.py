@@ -1,6 +1,6 @@
-"""What every backbone's field is made of: the interface, the background network, and the frequency encoding.
+"""The interface of fields, which give density and albedo at points, with their background network.
 
-A field turns a point into density and albedo. `engine.field` has the hash grid, `engine.vanilla` the frequency MLP.
+`HashGridField` and `FrequencyField` implement it; the frequency encoding is shared.
 """
 
 import math
@@ -19,14 +19,14 @@ BACKGROUND_WIDTH = 32
 
 
 class FieldOutput(NamedTuple):
-    """What the field says about N points."""
+    """Values of a field at N points."""
 
     sigma: Tensor  # [N] density, per world unit
     albedo: Tensor  # [N, 3] in (0, 1)
-    normal: Tensor | None  # [N, 3] unit, outward (-grad sigma), None when not asked for
+    normal: Tensor | None  # [N, 3] unit, outward (-grad sigma), None without normals
 
     def without_padding(self, count: Tensor | None) -> "FieldOutput":
-        """Zeros in the rows from `count` on, without asking the device how many those are."""
+        """The values with zeros in the rows from `count` on. Does not read the device."""
         if count is None:
             return self
         live = torch.arange(self.sigma.shape[0], device=self.sigma.device) < count
@@ -35,49 +35,50 @@ class FieldOutput(NamedTuple):
 
 
 def linear_layers(widths: Sequence[int], generator: torch.Generator) -> tuple[nn.ParameterList, nn.ParameterList]:
-    """Weights [out, in] and biases [out] of a network with these widths, uniform in +-1/sqrt(in)."""
+    """Draw weights [out, in] and biases [out] of a network with these widths, uniform in +-1/sqrt(in)."""
     weights, biases = nn.ParameterList(), nn.ParameterList()
     for inputs, outputs in pairwise(widths):
-        reach = 1.0 / math.sqrt(inputs)
-        weights.append(uniform((outputs, inputs), reach, generator))
-        biases.append(uniform((outputs,), reach, generator))
+        limit = 1.0 / math.sqrt(inputs)
+        weights.append(uniform((outputs, inputs), limit, generator))
+        biases.append(uniform((outputs,), limit, generator))
     return weights, biases
 
 
-def uniform(shape: tuple[int, ...], reach: float, generator: torch.Generator) -> nn.Parameter:
-    """A parameter drawn from [-reach, reach)."""
-    return nn.Parameter((torch.rand(shape, generator=generator, device=generator.device) * 2 - 1) * reach)
+def uniform(shape: tuple[int, ...], limit: float, generator: torch.Generator) -> nn.Parameter:
+    """Draw a parameter from [-limit, limit)."""
+    return nn.Parameter((torch.rand(shape, generator=generator, device=generator.device) * 2 - 1) * limit)
 
 
 def frequency_encoding(x: Tensor, bands: int, active: int | Tensor | None = None) -> Tensor:
-    """x [N, 3] -> [N, 3 + 6 bands]: x, then sin(2^k x) and cos(2^k x), k = 0 .. bands - 1 (Mildenhall et al., 2020).
+    """Encode x [N, 3] as [N, 3 + 6 bands]: x, then sin(2^k x) and cos(2^k x), k = 0 .. bands - 1.
 
     Bands from `active` on are zeros. As in stable-dreamfusion the lowest band is one radian a unit, without NeRF's pi.
+    Source: Mildenhall et al., NeRF, 2020.
     """
     number = torch.arange(bands, device=x.device)
     angles = (x[:, None, :] * (2.0 ** number.to(x.dtype))[:, None]).flatten(1)  # [N, 3 bands]
     sines, cosines = angles.sin(), angles.cos()
     if active is not None:
-        on = (number < active).to(x.dtype).repeat_interleave(3, output_size=3 * bands)
-        sines, cosines = sines * on, cosines * on
+        mask = (number < active).to(x.dtype).repeat_interleave(3, output_size=3 * bands)
+        sines, cosines = sines * mask, cosines * mask
     return torch.cat([x, sines, cosines], dim=-1)
 
 
-def _chunk(x: Tensor) -> int:
-    """Points evaluated together: on a CPU their temporaries stay in the cache (a fifth quicker), a GPU wants many."""
+def _chunk_size(x: Tensor) -> int:
+    """Points evaluated together: few on a CPU, so that temporaries stay in its cache (a fifth faster)."""
     return 1 << 20 if x.is_cuda else 1 << 16
 
 
 class Field(nn.Module):
     """Density and albedo in the cube [-bound, bound]^3, with normals on demand, and a background network.
 
-    `compute_dtype` is the type that the networks compute in (None: that of the parameters, which stay fp32).
-    Parameters are drawn from `generator` on its device; move the module afterwards.
+    `compute_dtype` is the dtype of the networks' products (None: fp32, as the parameters). Parameters are drawn on the
+    generator's device; move the module afterwards.
     """
 
     background_bands = 6
     occupancy_grid = False  # rays are marched through an occupancy grid, and `render_rays` renders them
-    finest: int | None = None  # cells along an edge of the scene below which the field has no detail of its own
+    finest: int | None = None  # cells along an edge of the scene; the field has no detail below one
 
     def __init__(self, config: FieldConfig, bound: float, grid: kernels.HashGridSpec | None = None):
         super().__init__()
@@ -89,7 +90,9 @@ class Field(nn.Module):
             blob_radius=config.blob_radius,
         )
         self.bound = bound
-        self.register_parameter("table", None)  # learns ten times as fast as the networks, where a backbone has one
+        self.register_parameter(
+            "table", None
+        )  # of features, in backbones that have one; has a learning rate of its own
         self.compute_dtype: torch.dtype | None = None
         self.has_background = config.bg_radius > 0
 
@@ -103,7 +106,7 @@ class Field(nn.Module):
         return next(self.parameters()).device
 
     def backend_description(self, normals: str) -> str:
-        """How a GPU computes this field with these normals, in a few words."""
+        """The implementation on a GPU with these normals, in a few words."""
         raise NotImplementedError
 
     def forward(
@@ -117,8 +120,8 @@ class Field(nn.Module):
     ) -> FieldOutput:
         """Values at world points x [N, 3]. Rows from `count` on are padding.
 
-        `active_levels`: how many of the encoding's levels or bands, coarse to fine, count; None: all. `normals` is
-        None, "finite_difference" (six more evaluations at +-normal_epsilon world units) or "analytic".
+        `active_levels`: number of levels or bands of the encoding in use, coarse to fine; None: all. `normals`: None,
+        "finite_difference" (six more evaluations at +-normal_epsilon world units) or "analytic".
         """
         raise NotImplementedError
 
@@ -142,16 +145,19 @@ class Field(nn.Module):
     @torch.no_grad()
     def density(self, x: Tensor, *, active_levels: int | Tensor | None = None, chunk: int | None = None) -> Tensor:
         """Densities [N] at world points [N, 3], without gradient, `chunk` points at a time."""
-        chunk = chunk or _chunk(x)
+        chunk = chunk or _chunk_size(x)
         return torch.cat([self(part, active_levels=active_levels).sigma for part in x.split(chunk)])
 
     @torch.no_grad()
     def albedo(self, x: Tensor) -> Tensor:
         """Albedo [N, 3] at world points [N, 3], without gradient, in chunks."""
-        return torch.cat([self(part).albedo for part in x.split(_chunk(x))])
+        return torch.cat([self(part).albedo for part in x.split(_chunk_size(x))])
 
     def background(self, directions: Tensor) -> Tensor:
-        """Background colour [R, 3] in (0, 1) of unit directions [R, 3]; needs `bg_radius` > 0."""
+        """Background colours [R, 3] in (0, 1) for unit directions [R, 3].
+
+        Raises ValueError: when the field has no background network.
+        """
         if not self.has_background:
             raise ValueError("this field has no background network: bg_radius is not positive")
         h = frequency_encoding(directions, self.background_bands)

@@ -32,7 +32,7 @@ class FrequencyField(Field):
         self._add_background(generator)
 
     def _network(self, x: Tensor, active: int | Tensor | None) -> tuple[Tensor, Tensor]:
-        """The logit of the density [N], blob included, and those of the albedo [N, 3]."""
+        """Logits of the density [N], including the blob, and of the albedo [N, 3]."""
         h = frequency_encoding(x, self.bands, active)
         for layer in range(len(self.weights) - 1):
             out = self._linear(h, layer)
@@ -57,19 +57,19 @@ class FrequencyField(Field):
         normals: str | None = None,
         normal_epsilon: float = 0.01,
     ) -> FieldOutput:
-        """As every field. Normals are those of the density's logit, with which the density rises."""
+        """As `Field.forward`. Normals follow the gradient of the density's logit."""
 
-        def network(at: Tensor) -> tuple[Tensor, Tensor]:
-            return self._network(at, active_levels)
+        def network(points: Tensor) -> tuple[Tensor, Tensor]:
+            return self._network(points, active_levels)
 
-        # The gradient of the density itself has the same direction, but leaves the range of half precision.
+        # The gradient of the density has the same direction but leaves the range of half precision.
         gradient = None
         if normals == "analytic":
             logit, colour, gradient = kernels.autograd_gradient(network, x)
         else:
             logit, colour = network(x)
         if normals == "finite_difference":
-            gradient = kernels.central_differences(lambda at: network(at)[0], x, normal_epsilon, self.bound)
+            gradient = kernels.central_differences(lambda points: network(points)[0], x, normal_epsilon, self.bound)
         normal = None if gradient is None else kernels.normal_of_gradient(gradient)
         density = kernels.density_activation(logit, self.spec)
         return FieldOutput(density, colour.sigmoid(), normal).without_padding(count)

@@ -1,8 +1,8 @@
-"""The field of the backbones `grid` and `grid_torch`, a hash grid and a small network, and the choice among all fields.
+"""The field of the backbones `grid` and `grid_torch`: a hash grid and a small network.
 
-Density and albedo come from the operator `dream_fast.kernels.field`, fused in Triton (`grid`) or on PyTorch's operators
-(`grid_torch`); this module owns the parameters. The background depends on the ray's direction alone: a frequency
-encoding (6 bands) and a network 39 -> 32 -> 3.
+Density and albedo are computed by the operator `dream_fast.kernels.field`, fused in Triton (`grid`) or with PyTorch's
+operators (`grid_torch`); this module owns the parameters. The background depends on the ray's direction alone: a
+frequency encoding (6 bands) and a network 39 -> 32 -> 3.
 """
 
 import torch
@@ -12,11 +12,11 @@ from dream_fast import kernels
 from dream_fast.engine.config.sections import FieldConfig
 from dream_fast.engine.scene.field import Field, FieldOutput, linear_layers, uniform
 
-TABLE_INIT = 1e-4  # the table starts uniform in [-1e-4, 1e-4], so the blob alone shapes the first renders
+TABLE_INIT = 1e-4  # the table is uniform in [-1e-4, 1e-4] at first, so that the first renders show the blob alone
 
 
 class HashGridField(Field):
-    """A hash grid and a network, in Triton on a GPU unless the backbone is `grid_torch`."""
+    """A hash grid and a network. They run in Triton on a GPU unless the backbone is `grid_torch`."""
 
     occupancy_grid = True
 
@@ -47,15 +47,15 @@ class HashGridField(Field):
         normal_epsilon: float = 0.01,
     ) -> FieldOutput:
         inputs = (x, self.table, list(self.weights), list(self.biases), self.spec)
-        options = {"active_levels": active_levels, "dtype": self.compute_dtype}
-        # The references would ask the device for the count: they get all rows instead.
-        options |= {} if self.use_reference else {"count": count}
+        keywords = {"active_levels": active_levels, "dtype": self.compute_dtype}
+        # The references would read the count from the device, so they compute all rows instead.
+        keywords |= {} if self.use_reference else {"count": count}
         if normals is None:
             operator = kernels.field_reference if self.use_reference else kernels.field
-            values = FieldOutput(*operator(*inputs, **options), None)
+            values = FieldOutput(*operator(*inputs, **keywords), None)
         else:
             operator = kernels.field_normals_reference if self.use_reference else kernels.field_normals
-            values = FieldOutput(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **options))
+            values = FieldOutput(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **keywords))
         return values.without_padding(count) if self.use_reference else values
 
     def render_rays(
@@ -87,7 +87,7 @@ class HashGridField(Field):
         )
 
     def backend_description(self, normals: str) -> str:
-        """How a GPU computes this field: "fused", or "unfused: " and the reason."""
+        """The implementation on a GPU: "fused", or "unfused: " and the reason."""
         if self.use_reference:
             return "on PyTorch's operators"
         return kernels.field_plan(self.spec, list(self.weights), self.compute_dtype or self.table.dtype, normals)

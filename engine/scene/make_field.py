@@ -1,4 +1,4 @@
-"""The field of a configuration."""
+"""The choice of the field by the configuration."""
 
 import torch
 

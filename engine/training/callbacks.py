@@ -10,14 +10,12 @@ Callbacks draw no random numbers and change nothing that a step reads, so the ru
 """
 
 from contextlib import ExitStack
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 from dream_fast.engine.config.schema import Config
-from dream_fast.engine.config.sections import OutputConfig
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import save_grid
 from dream_fast.engine.guidance.snapshots import guidance_images
@@ -28,12 +26,6 @@ from dream_fast.engine.workspace.folder import Workspace
 
 # Tags in TensorBoard of the numbers of a row, beside its losses.
 NUMBERS = ("lr", "samples", "opacity", "grad_norm", "it_per_s")
-
-
-def check_callbacks(config: OutputConfig) -> None:
-    """Raises UserError: when a flag needs a package that is not installed."""
-    if config.tensorboard and find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard: pip install 'dream-fast[tensorboard]'")
 
 
 class RunCallbacks:
@@ -87,7 +79,7 @@ class RunCallbacks:
             self._profile.step()
 
     def _save_guidance(self, step: int, result: StepResult) -> None:
-        images = guidance_images(self._components, *result.snapshot, latents=result.phase.name == "latent")
+        images = guidance_images(self._components, *result.snapshot, latents=result.phase == "latent")
         timesteps = " ".join(map(str, result.t.tolist()))
         path = self._workspace.guidance / f"step_{step:06d}.png"
         save_grid(path, images.permute(0, 1, 3, 4, 2), {"t": timesteps})

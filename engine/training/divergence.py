@@ -1,36 +1,36 @@
-"""When the numbers of a run go wrong: what is said, and which settings would help.
+"""Divergence of a run: how it is noticed, what the messages advise, and the settings that --rescue changes.
 
-    gradients that are not finite      skipped and counted; after DIVERGED in a row the run ends with a diagnosis
-    an object that vanishes            rays see less than NOTHING of it for MAX_DEGENERATE_STEPS steps in a row
-    an object that fills the box       rays see more than ALL of it for as long
-    a regulariser of the hash table    it pulls OUTWEIGHS times as hard as the guidance, about as long
-    no memory left on the GPU          a checkpoint is saved, and the run ends with flags that take less
+| divergence | noticed by | answer |
+|---|---|---|
+| gradients that are not finite | a skipped step, MAX_NONFINITE_STEPS in a row | the run ends with a diagnosis |
+| an object that vanishes | mean opacity < MIN_OPACITY, MAX_DEGENERATE_STEPS in a row | a warning, or --rescue |
+| an object that fills the scene | mean opacity > MAX_OPACITY, as many | a warning, or --rescue |
+| regularisers of the hash table that outweigh the guidance | OUTWEIGHS times its gradient, about as many | a warning |
 
-The two of an object are warned of, or with --rescue answered by a new start with `rescued` settings.
+--rescue restarts the run with `rescue_overrides`.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import RESCUED
+from dream_fast.engine.config.presets import choose_preset
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar, largest
-from dream_fast.engine.config.schema import Config, device_kind
+from dream_fast.engine.config.schema import Config
 from dream_fast.engine.training.losses import weight_setting
 
-MAX_NONFINITE_STEPS = 50  # steps in a row without a finite gradient: more than a loss scale needs to find its place
-MAX_DEGENERATE_STEPS = 100  # steps in a row; looked at every 100 steps at least, so that 200 pass at most
-# Mean opacity of a step's rays. Of 54 good runs it was 0.56 at most; with a box full of noise it wavers from 0.8 to 1.
+MAX_NONFINITE_STEPS = 50  # more than a loss scale needs to settle
+MAX_DEGENERATE_STEPS = 100  # checked every 100 steps at least, so at most 200 steps pass
+# Mean opacity of a step. In 54 good runs it was at most 0.56; in a box full of noise it varies from 0.8 to 1.
 MIN_OPACITY, MAX_OPACITY = 0.002, 0.75
-# Times the length of the table's gradient: a third smooths, and --lambda_tv 0.001, which blurs, has 4 to 9.
+# Length of the regularising gradient over that of the guidance: 1/3 smooths; --lambda_tv 0.001 has 4 to 9 and blurs.
 OUTWEIGHS = 2.0
 DEGENERACIES = {"vanished": "the object has vanished", "full": "the object fills the whole box"}
-# The settings that a rescue changes; a run that was rescued keeps its own when it is taken up.
-RESCUED = ("lambda_opacity", "lambda_opacity_entropy", "blob_density", "blob_radius", "lr")
 
 
 class DegenerateScene(Exception):
-    """The object is lost, in the way ``kind`` of KINDS."""
+    """Raised when the object is lost; `kind` is one of DEGENERACIES."""
 
     def __init__(self, kind: str):
         super().__init__(kind)
@@ -38,46 +38,47 @@ class DegenerateScene(Exception):
 
 
 def rescue_overrides(config: Config, kind: str) -> dict[str, Any]:
-    """The settings to start again with, by name: those that differ."""
+    """Settings to restart with, by name: those that differ from `config`."""
     loss, field, optim = config.loss, config.field, config.optim
-    wanted: dict[str, Any] = {"lr": optim.lr / 2}
+    overrides: dict[str, Any] = {"lr": optim.lr / 2}
     if kind == "vanished":
-        # Nothing pulls it down, and there is more of it to begin with.
-        wanted |= {"lambda_opacity": 0.0, "lambda_opacity_entropy": _times(loss.lambda_opacity_entropy, 0.1)}
-        wanted |= {"blob_density": max(10.0, 2 * field.blob_density)}
+        # Less pull towards empty space, and a denser start.
+        overrides |= {"lambda_opacity": 0.0, "lambda_opacity_entropy": _scaled(loss.lambda_opacity_entropy, 0.1)}
+        overrides |= {"blob_density": max(10.0, 2 * field.blob_density)}
     else:
-        wanted |= {"lambda_opacity": max(1.0, 10 * largest(loss.lambda_opacity))}
-        wanted |= {"blob_density": min(10.0, field.blob_density / 2), "blob_radius": min(0.2, field.blob_radius)}
-    now = {name: getattr(room, name) for room in (loss, field, optim) for name in RESCUED if hasattr(room, name)}
-    return {name: value for name, value in wanted.items() if value != now[name]}
+        overrides |= {"lambda_opacity": max(1.0, 10 * largest(loss.lambda_opacity))}
+        overrides |= {"blob_density": min(10.0, field.blob_density / 2), "blob_radius": min(0.2, field.blob_radius)}
+    sections = (loss, field, optim)
+    current = {name: getattr(part, name) for part in sections for name in RESCUED if hasattr(part, name)}
+    return {name: value for name, value in overrides.items() if value != current[name]}
 
 
 def degenerate_message(config: Config, kind: str, step: int) -> str:
-    advice, strong = flags(rescue_overrides(config, kind)), raised_weights(config)
-    cause = f"{flags(strong)} may be too strong; " if strong else ""
+    """Warning of an object that is lost before `step`."""
+    advice, raised = format_flags(rescue_overrides(config, kind)), raised_weights(config)
+    cause = f"{format_flags(raised)} may be too strong; " if raised else ""
     since = f"({MAX_DEGENERATE_STEPS} steps in a row before step {step})"
     return f"{DEGENERACIES[kind]} {since}; {cause}--rescue starts again with {advice}"
 
 
 def outweighed_message(config: Config, times: float, step: int) -> str:
-    """What is said when the regularisers of the hash table pull so many ``times`` as hard as the guidance."""
-    strong = {name: largest(getattr(config.loss, name)) for name in ("lambda_tv", "lambda_wd")}
-    strong = {name: weight for name, weight in strong.items() if weight > 0}
-    less = {name: float(f"{weight / times:.1g}") for name, weight in strong.items()}
+    """Warning of regularisers of the hash table whose gradient is so many `times` as long as that of the guidance."""
+    weights = {name: largest(getattr(config.loss, name)) for name in ("lambda_tv", "lambda_wd")}
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    lowered = {name: float(f"{weight / times:.1g}") for name, weight in weights.items()}
     return (
-        f"{flags(strong)} pulls {times:.1f} times as hard as the guidance "
+        f"{format_flags(weights)} pulls {times:.1f} times as hard as the guidance "
         f"(most of {MAX_DEGENERATE_STEPS} steps before step {step}) and smooths the object away; "
-        f"{flags(less)} would pull as hard as that"
+        f"{format_flags(lowered)} would pull as hard as that"
     )
 
 
 def raised_weights(config: Config) -> dict[str, float]:
-    """The weights of regularisers, by name, that are larger than those of the run's model and device."""
-    typed = {"preset": config.run.preset} if config.run.preset else {}
+    """Weights of regularisers, by name, that exceed the defaults of the run's model and device."""
+    typed = {"preset": config.run.preset, "guidance": config.guidance.guidance}
     if config.field.backbone == "vanilla":
         typed["backbone"] = "vanilla"
-    model = "dream-mini" if "dream-mini" in config.guidance.guidance else "sd"
-    usual = resolve(typed, model, "cpu" if config.run.device == "auto" else device_kind(config.run.device)).loss
+    usual = choose_preset(typed, "cpu" if config.run.device == "auto" else config.run.device).loss
     weights = {
         field.name: largest(getattr(config.loss, field.name))
         for field in dataclasses.fields(usual)
@@ -86,25 +87,25 @@ def raised_weights(config: Config) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight > largest(getattr(usual, name))}
 
 
-def flags(settings: Mapping[str, Any]) -> str:
-    """Settings as they are typed."""
-    parts = []
+def format_flags(settings: Mapping[str, Any]) -> str:
+    """Format settings as they are typed."""
+    words = []
     for name, value in settings.items():
         if isinstance(value, bool):
-            parts.append(f"--{name}" if value else f"--no-{name}")
+            words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            parts.append(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}")
-    return " ".join(parts)
+            words.append(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}")
+    return " ".join(words)
 
 
-def _times(value: Scalar, factor: float) -> Scalar:
+def _scaled(value: Scalar, factor: float) -> Scalar:
     if isinstance(value, LinearSchedule):
         return dataclasses.replace(value, first=value.first * factor, last=value.last * factor)
     return value * factor
 
 
-def diagnosis(config: Config, bad: int, row: Mapping[str, Any]) -> str:
-    """Why ``bad`` steps in a row had no finite gradient, as far as a ``row`` of the metrics tells."""
+def nonfinite_message(config: Config, steps: int, row: Mapping[str, Any]) -> str:
+    """Diagnosis of `steps` steps in a row without a finite gradient, from the last `row` of the metrics."""
     terms = [name.removeprefix("loss_") for name, value in row.items() if name.startswith("loss_") and value is None]
     if "guidance" in terms or row.get("grad_norm") is None:
         cause = "the image model's answer is not finite"
@@ -116,6 +117,6 @@ def diagnosis(config: Config, bad: int, row: Mapping[str, Any]) -> str:
         cause = "the losses are finite and their gradients are not"
         advice = "--no-fp16" if config.run.fp16 else f"--grad_clip 1 or --lr {config.optim.lr / 2:g}"
     return (
-        f"the gradients of the last {bad} steps were not finite, so the run cannot go on: {cause}; {advice} may help, "
-        "in a new --workspace with --ckpt and this run's last checkpoint, which those steps have not changed"
+        f"the gradients of the last {steps} steps were not finite, so the run cannot go on: {cause}; {advice} may "
+        "help, in a new --workspace with --ckpt and this run's last checkpoint, which those steps have not changed"
     )

@@ -1,5 +1,4 @@
-"""What the machine does to a run, as one sentence with the way on: a disk that is full or gone, a GPU whose
-memory is."""
+"""Translate disk and out-of-memory errors into a UserError that says how to resume."""
 
 import errno
 import os
@@ -12,35 +11,35 @@ import torch
 
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.training.divergence import flags
+from dream_fast.engine.training.divergence import format_flags
 from dream_fast.engine.workspace.checkpoint import list_checkpoints, step_of
 from dream_fast.engine.workspace.folder import Workspace
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What a disk says, wherever the file is that it says it of.
-DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of a disk, whichever file they name.
+DISK_ERRORS = (*NO_SPACE, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 @contextmanager
 def translate_disk_errors(target: Workspace, workspace: Workspace) -> Iterator[None]:
-    """Turns an error of the system about the files in ``target`` into a UserError that says how to go on.
+    """Translate an OSError about the files in `target` into a UserError.
 
-    ``workspace`` is the run's, the same folder unless the outputs go elsewhere.
+    `workspace` is that of the run, the same folder unless the outputs go elsewhere.
     """
     try:
         yield
     except OSError as error:
         target.check_not_moved()
-        if error.errno not in DISK and not _inside(error.filename, target.path):
+        if error.errno not in DISK_ERRORS and not _inside(error.filename, target.path):
             raise
-        what = "there is no room left for" if error.errno in FULL else "the system refuses to write"
+        problem = "there is no room left for" if error.errno in NO_SPACE else "the system refuses to write"
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"{what} {target.typed} ({reason}); {resume_hint(workspace)}") from error
+        raise UserError(f"{problem} {target.typed} ({reason}); {resume_hint(workspace)}") from error
 
 
 @contextmanager
 def translate_oom(config: Config, workspace: Workspace) -> Iterator[None]:
-    """Turns a lack of GPU memory outside the steps (loading a model, pictures at the end) into a UserError."""
+    """Translate a lack of GPU memory outside the steps (loading a model, the outputs) into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -48,43 +47,42 @@ def translate_oom(config: Config, workspace: Workspace) -> Iterator[None]:
 
 
 def resume_hint(workspace: Workspace) -> str:
-    """What is left of the run, and what takes it up."""
+    """Tell which checkpoint is left and what the same command does with it."""
     try:
-        saved = list_checkpoints(workspace.checkpoints)
+        checkpoints = list_checkpoints(workspace.checkpoints)
     except OSError:
-        saved = []
-    if not saved:
+        checkpoints = []
+    if not checkpoints:
         return "no checkpoint was saved yet, so the same command starts over"
-    return f"the checkpoint of step {step_of(saved[-1])} is whole, and the same command goes on from it"
+    return f"the checkpoint of step {step_of(checkpoints[-1])} is whole, and the same command goes on from it"
 
 
 def _inside(name: object, folder: Path) -> bool:
     return isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(folder.absolute())
 
 
-LEAST_SIDE = 32  # pixels of a training render: less shows an image model nothing
+MIN_RENDER_SIDE = 32  # pixels: an image model sees nothing in a smaller training render
 
 
 def low_memory_overrides(config: Config) -> dict[str, Any]:
-    """Settings under which a step takes less memory, and under which the run may be taken up."""
-    camera, wanted = config.camera, {}
+    """Settings with which a step takes less memory and the run can be resumed."""
+    camera, overrides = config.camera, {}
     if not config.run.vram_O:
-        wanted["vram_O"] = True
+        overrides["vram_O"] = True
     if camera.batch_size > 1:
-        wanted["batch_size"] = camera.batch_size // 2
-    elif min(camera.w, camera.h) > LEAST_SIDE:
-        wanted |= {"w": max(LEAST_SIDE, camera.w // 2), "h": max(LEAST_SIDE, camera.h // 2)}
+        overrides["batch_size"] = camera.batch_size // 2
+    elif min(camera.w, camera.h) > MIN_RENDER_SIDE:
+        overrides |= {"w": max(MIN_RENDER_SIDE, camera.w // 2), "h": max(MIN_RENDER_SIDE, camera.h // 2)}
     if config.run.cuda_graph:
-        wanted["cuda_graph"] = False
-    return wanted
+        overrides["cuda_graph"] = False
+    return overrides
 
 
 def memory_message(config: Config, error: BaseException, resume_hint: str) -> str:
-    """Which flags take less memory, for an error such as torch.cuda.OutOfMemoryError."""
-    said = str(error)
-    tried = said.partition("Tried to allocate ")[2].split(". ")[0]
-    camera, less = config.camera, low_memory_overrides(config)
-    now = f"this step: --batch_size {camera.batch_size} --w {camera.w} --h {camera.h}"
-    advice = f"give {flags(less)} (" + now + ")" if less else f"a smaller image model or another GPU is needed ({now})"
-    asked = f", asked for {tried.rstrip('.')} more" if tried else ""
-    return f"the GPU has no memory left{asked}: {advice}; {resume_hint}"
+    """Message with flags that take less memory, for a torch.OutOfMemoryError."""
+    size = str(error).partition("Tried to allocate ")[2].split(". ")[0]
+    camera, overrides = config.camera, low_memory_overrides(config)
+    current = f"this step: --batch_size {camera.batch_size} --w {camera.w} --h {camera.h}"
+    advice = f"give {format_flags(overrides)}" if overrides else "a smaller image model or another GPU is needed"
+    requested = f", asked for {size.rstrip('.')} more" if size else ""
+    return f"the GPU has no memory left{requested}: {advice} ({current}); {resume_hint}"

@@ -1,8 +1,7 @@
-"""Compile the kernels of a run before its first step, side by side.
+"""Compile the Triton kernels of a run before its first step, in parallel.
 
-Triton compiles a kernel when it is first started, so one waits for the other: 15 s for those of a run with dream-mini
-where none is in its cache yet. What a run will start is found by going through a step and a picture of a spare trainer
-while nothing is started.
+Triton compiles a kernel at its first launch, one after the other: 15 s for a run with dream-mini and an empty cache.
+The launches are collected from one step and one image of a spare trainer, in which no kernel is launched.
 """
 
 from typing import Any
@@ -20,21 +19,21 @@ from dream_fast.engine.training.trainer import Trainer
 
 
 def collect_launches(config: Config, runtime: Runtime) -> list[Any]:
-    """The launches of a run's first step and of its pictures, none of which took place.
+    """Collect the launches of a run's first step and of its images without launching a kernel.
 
-    Kernels of later phases are not among them.
+    Kernels of later phases are left out.
     """
-    spare = Trainer(config.override({"cuda_graph": False}), runtime, 0, _any_guidance)
+    spare = Trainer(config.override({"cuda_graph": False}), runtime, 0, _no_guidance)
     sampler = spare.renderer.sampler
     sample = sampler.sample
 
-    def sampled(*rays: Any, **options: Any) -> kernels.Samples:
+    def sample_zeros(*rays: Any, **options: Any) -> kernels.Samples:
         samples = sample(*rays, **options)
-        for part in samples:
-            part.zero_()  # no kernel wrote it, and some of it are indices
+        for tensor in samples:
+            tensor.zero_()  # no kernel wrote it, and some are indices
         return samples
 
-    sampler.sample = sampled
+    sampler.sample = sample_zeros
     with kernels.recorded_launches() as launches:
         spare.train_step()
         spare.renderer.view(turntable(config.camera, 1, runtime.device), config.camera.H, config.camera.W)
@@ -42,18 +41,18 @@ def collect_launches(config: Config, runtime: Runtime) -> list[Any]:
 
 
 def precompile_kernels(config: Config, runtime: Runtime, reporter: Reporter) -> None:
-    """Compile what the run will start on a GPU, or load it from Triton's cache."""
-    # What a mesh starts depends on its size, which nobody knows before it is there.
+    """Compile the kernels of a run on a GPU, or load them from Triton's cache."""
+    # The launches of a mesh depend on its size, which is unknown before the first step.
     if runtime.device.type != "cuda" or config.dmtet.dmtet:
         return
     launches = collect_launches(config, runtime)
     kinds = len({launch.kernel for launch in launches})
     with reporter.bar("compiling kernels", kinds) as bar:
-        kernels.compile_launches(launches, lambda done: bar.advance(min(done, kinds - 1)))
+        kernels.compile_launches(launches, lambda compiled: bar.advance(min(compiled, kinds - 1)))
         bar.advance(kinds)
     torch.cuda.empty_cache()
 
 
-def _any_guidance(pictures: Tensor, *_: Any, **__: Any) -> GuidanceResult:
-    loss = pictures.sum()
-    return GuidanceResult(loss, torch.zeros(len(pictures)), loss.detach(), pictures.detach())
+def _no_guidance(images: Tensor, *_: Any) -> GuidanceResult:
+    loss = images.sum()
+    return GuidanceResult(loss, torch.zeros(len(images)), loss.detach(), images.detach())

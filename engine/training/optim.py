@@ -1,8 +1,8 @@
-"""The optimiser: one flat buffer of parameters, Adan or Adam, an average of every step, and a loss scale for fp16.
+"""The optimiser: Adan or Adam over one flat buffer of parameters, a moving average of them, and a loss scale for fp16.
 
-The parameters of the field become views of one fp32 buffer, the hash table first, so that a step, the average and a
-skipped step are each one operation over one tensor. The table learns ten times as fast as the networks.
-A step whose gradient is not finite changes nothing, and the host is not asked.
+The parameters of the field become views of one fp32 buffer, the hash table first, so a step, the average and a skipped
+step are each one operation over one tensor. The learning rate of the table is ten times that of the networks. A step
+whose gradient is not finite changes nothing; the host does not read that.
 """
 
 from collections.abc import Iterator
@@ -18,24 +18,27 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-15
 
 
 class Optimizer:
-    """Optimises `table` (if there is one), `others` and `shape` (if there is one) in place and keeps their exponential
-    moving average (EMA). The parameters of `shape` learn at `shape_lr`, or --lr itself.
+    """Optimises a hash table, networks and a shape in place and keeps their exponential moving average (EMA).
+
+    Table and shape may be missing. The learning rate of the shape is `shape_lr`, or --lr itself.
 
     After construction the parameters and their gradients are views of `params` and `grads`, both flat [P] fp32. Move
     the module to its device first; afterwards do not replace `.data` or `.grad` of a parameter, and use `zero_grad` of
     this class.
+
+    Raises TypeError: when a parameter is not fp32.
     """
 
     def __init__(
         self,
         table: nn.Parameter | None,
-        others: list[nn.Parameter],
+        networks: list[nn.Parameter],
         config: OptimConfig,
         shape: list[nn.Parameter] | None = None,
         shape_lr: float | None = None,
     ):
         self.config = config
-        parameters = [*([] if table is None else [table]), *others, *(shape or [])]
+        parameters = [*([] if table is None else [table]), *networks, *(shape or [])]
         for parameter in parameters:
             if parameter.dtype != torch.float32:
                 raise TypeError(f"parameters must be float32, one is {parameter.dtype}")
@@ -54,9 +57,9 @@ class Optimizer:
         if shape:
             groups.append(("shape", self.params.numel(), config.lr if shape_lr is None else shape_lr))
         self.groups, self.group_ends, self.lrs = zip(*groups, strict=True)
-        self.steps = 0  # attempted, so known to the host; it only sets the warm-up of the average
-        make = kernels.AdanState.zeros if config.optim == "adan" else AdamState
-        self.state = make(self.params)
+        self.steps = 0  # attempted ones, which the host knows; they set the warm-up of the average alone
+        init_state = kernels.AdanState.zeros if config.optim == "adan" else AdamState
+        self.state = init_state(self.params)
 
     def learning_rates(self, lr_scale: float = 1.0) -> dict[str, float]:
         """The learning rate of each group of parameters, as a step with `lr_scale` uses it."""
@@ -66,11 +69,21 @@ class Optimizer:
         """Set the gradients to 0, in place."""
         self.grads.zero_()
 
-    def step(self, *, inverse_scale: float | Tensor = 1.0, grad_clip: float = -1.0, lr_scale: float = 1.0) -> Tensor:
-        """One step with the gradients times `inverse_scale`; returns on the device whether it was skipped.
+    def step(
+        self,
+        *,
+        skip: Tensor | None = None,
+        inverse_scale: float | Tensor = 1.0,
+        grad_clip: float = -1.0,
+        lr_scale: float = 1.0,
+    ) -> Tensor:
+        """Take one step with the gradients times `inverse_scale`; returns a bool on the device, true if it was skipped.
 
-        `grad_clip` > 0 limits each component of the unscaled gradient; `lr_scale` multiplies every learning rate.
+        With `skip`, a bool on the device, the step is skipped, as one without a finite gradient is. `grad_clip` > 0
+        limits each component of the unscaled gradient; `lr_scale` multiplies every learning rate.
         """
+        if skip is not None:
+            inverse_scale = torch.where(skip, torch.nan, inverse_scale)  # no gradient is finite then
         if grad_clip > 0:
             # Clamping would turn an infinity into a usable number; adding NaN keeps the step recognisable as bad.
             poison = (self.grads * 0).sum()
@@ -91,7 +104,7 @@ class Optimizer:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside the `with` block the parameters hold their average; afterwards what they held before, bit for bit."""
+        """Inside the `with` block the parameters hold their average; afterwards they are restored bit for bit."""
         trained = self.params.clone()
         self.params.copy_(self.state.ema)
         try:
@@ -101,9 +114,9 @@ class Optimizer:
 
     @torch.no_grad()
     def start_scene(self, average: Tensor) -> None:
-        """Start from the averaged parameters [P'] of a run with the same table and others, and no `shape`.
+        """Start from the averaged parameters [P'] of a run with the same table and networks, and no shape.
 
-        Raises ValueError when their number differs.
+        Raises ValueError: when their number differs.
         """
         if average.shape != (self.scene,):
             raise ValueError(f"ema has shape {tuple(average.shape)}, expected {(self.scene,)}")
@@ -111,18 +124,18 @@ class Optimizer:
         self.state.ema.copy_(self.params)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs: parameters, moments, average, counters."""
+        """The state that a resumed run needs: parameters, moments, average, counters."""
         return {"params": self.params, "steps": torch.tensor(self.steps), **vars(self.state)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`; raises ValueError when a name or a shape differs."""
-        own = self.state_dict()
-        if state.keys() != own.keys():
-            raise ValueError(f"the optimiser's state holds {sorted(state)}, expected {sorted(own)}")
-        for name, tensor in own.items():
+        """Continue from `state_dict()`. Raises ValueError: when a name or a shape differs."""
+        current = self.state_dict()
+        if state.keys() != current.keys():
+            raise ValueError(f"the optimiser's state holds {sorted(state)}, expected {sorted(current)}")
+        for name, tensor in current.items():
             if state[name].shape != tensor.shape:
                 raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             tensor.copy_(state[name])
         self.steps = int(state["steps"])
 
@@ -148,9 +161,10 @@ def adam_step(
     inverse_scale: float | Tensor = 1.0,
     ema_decay: float,
 ) -> Tensor:
-    """Adam (Kingma and Ba, 2015) over flat [P] buffers in place, and the average; returns whether it was skipped.
+    """Take a step of Adam (Kingma and Ba, 2015) over flat [P] buffers in place, with the average.
 
-    Group g is params[group_ends[g - 1] : group_ends[g]] and learns at lrs[g].
+    Group g is params[group_ends[g - 1] : group_ends[g]] and has the learning rate lrs[g]. Returns a bool on the device,
+    true if the step was skipped.
     """
     gradient = grads * inverse_scale
     found_inf = ~torch.isfinite(gradient).all()
@@ -172,9 +186,9 @@ def adam_step(
 
 
 class LossScaler:
-    """A loss scale that halves after a non-finite step and doubles after `interval` good ones, all on the device.
+    """Loss scale that halves after a non-finite step and doubles after `interval` finite ones, all on the device.
 
-    Disabled (on a CPU, or in fp32) the scale is 1 and stays.
+    Disabled (on a CPU, or in fp32) the scale stays 1.
     """
 
     def __init__(self, enabled: bool, device: torch.device | str, *, start: float = 65536.0, interval: int = 2000):
@@ -184,7 +198,7 @@ class LossScaler:
 
     @property
     def inverse(self) -> Tensor:
-        """What gradients are multiplied by before a step."""
+        """Factor of the gradients before a step."""
         return 1.0 / self.scale
 
     def update(self, found_inf: Tensor) -> None:

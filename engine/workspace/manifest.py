@@ -5,7 +5,9 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,16 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "safeten
 
 
 def make_manifest(
-    config: Config, runtime: Runtime, models: str, attention: str | None, earlier: list[dict[str, Any]], step: int
+    config: Config, runtime: Runtime, models: str, attention: object, earlier_runs: list[dict[str, Any]], step: int
 ) -> dict[str, Any]:
-    """What made this run, so that it can be made again; each time it is taken up adds to the ``earlier`` ones."""
-    this = {
+    """Return the manifest of a run at its start. Each command that continues it adds to `earlier_runs`."""
+    this_run = {
         "command": shlex.join(["dream-fast", *sys.argv[1:]]),
-        "started": now(),
+        "started": _now(),
         "from_step": step,
         "to_step": config.run.iters,
         "device": runtime.description,
-        "attention": attention,
+        "attention": None if attention is None else str(attention),
         "machine": machine(),
         "versions": _versions(),
         "git": _git_revision(),
@@ -36,7 +38,18 @@ def make_manifest(
         "text": config.run.text,
         "seed": config.run.seed,
         "model": models,
-        "runs": [*earlier, this],
+        "runs": [*earlier_runs, this_run],
+    }
+
+
+def finish_manifest(manifest: dict[str, Any], times: Sequence[float], peak_bytes: dict[str, int]) -> None:
+    """Add the end of the run: `times` in seconds at its start, its first step, after its last step, and at its end."""
+    parts = zip(("start", "steps", "outputs"), pairwise(times), strict=True)
+    manifest["runs"][-1] |= {
+        "finished": _now(),
+        "seconds": round(times[-1] - times[0], 1),
+        "seconds_of": {part: round(end - begin, 1) for part, (begin, end) in parts},
+        "peak_bytes": peak_bytes,
     }
 
 
@@ -47,12 +60,12 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             return None
 
-    ours = {"dream_fast": __version__, "python": platform.python_version()}
-    return ours | {package: version(package) for package in PACKAGES}
+    versions: dict[str, str | None] = {"dream_fast": __version__, "python": platform.python_version()}
+    return versions | {package: version(package) for package in PACKAGES}
 
 
 def _git_revision() -> str | None:
-    """The commit that this code was checked out at ("-dirty" with changes), or None for an installed package."""
+    """Return the commit that this code was checked out at ("-dirty" with changes); None for an installed package."""
     root = Path(dream_fast.__file__).parent
     if not (root / ".git").exists():
         return None
@@ -63,5 +76,5 @@ def _git_revision() -> str | None:
         return None
 
 
-def now() -> str:
+def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

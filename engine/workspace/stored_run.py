@@ -1,11 +1,11 @@
-"""Settings that other versions stored, as those of this one: renamed, new, and no longer there.
+"""Settings that this or another version stored: read as those of this one, and put under those of a command.
 
-config.json and the header of a checkpoint name the version that wrote them since 0.2.0; what names none is read as
-0.1.0. `RENAMED` and `WITHOUT` grow with each version that changes the settings; docs/compatibility.md has the rules
-and which version reads what.
+config.json and the header of a checkpoint name the version that wrote them since 0.2.0; without a name it is 0.1.0.
+`RENAMED` and `WITHOUT` grow with each version that changes the settings; docs/compatibility.md has the rules and which
+version reads what.
 
 `python -m dream_fast.engine.workspace.stored_run` prints the settings of this version with their defaults, for
-tests/fixtures/settings/VERSION.json. Nothing heavy is imported.
+tests/fixtures/settings/VERSION.json. Imports nothing heavy.
 """
 
 import json
@@ -15,28 +15,34 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from dream_fast import __version__
-from dream_fast.engine.config.presets import SCORE_DEFAULTS, resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.guidances import STABLE_DIFFUSION
+from dream_fast.engine.config.presets import OBJECTIVE_OVERRIDES, reference
 from dream_fast.engine.config.schema import Config, settings, settings_unused_by
+from dream_fast.engine.config.sections import RunConfig
+from dream_fast.engine.config.validate import validate
 from dream_fast.engine.errors import UserError
 
-VERSION_KEY = "version"  # beside the rooms of config.json
+VERSION_KEY = "version"  # beside the sections of config.json
 UNNAMED = "0.1.0"
+# Settings that belong to one command and not to a run, with their values where a command does not name them.
+PER_COMMAND: dict[str, Any] = {"six_views": False, "save_mesh": False, "ckpt": "latest", "output": None}
 
 
 class Renamed(NamedTuple):
-    """The name of a setting now, and its value: of the old value and all stored settings; None: the old value."""
+    """The name of a setting now, and a function of its old value and all stored settings; None: the value stays."""
 
     name: str
     value: Callable[[Any, Mapping[str, Any]], Any] | None = None
 
 
 def _scale_schedule(end: Any, stored: Mapping[str, Any]) -> Any:
-    """The guidance scale that ran from --guidance_scale to --guidance_scale_end, over the whole run."""
+    """Return the schedule of a guidance scale from --guidance_scale to --guidance_scale_end, over the whole run."""
     scale = stored.get("guidance.guidance_scale")
     return scale if end is None else f"0.0:{scale}:{end}:1.0"
 
 
-# Settings of earlier versions that have another name now, by "room.name".
+# Settings of earlier versions that have another name now, by "section.name".
 RENAMED: dict[str, Renamed] = {
     "guidance.guidance_scale_end": Renamed("guidance.guidance_scale", _scale_schedule),
     **{
@@ -46,7 +52,7 @@ RENAMED: dict[str, Renamed] = {
     },
 }
 
-# Settings that a stored run may lack, each with the value that gives what the versions without it did.
+# Settings that a stored run may lack, each with the value under which this version does what those without it did.
 WITHOUT: dict[str, Any] = {
     # the prompt of a side was the prompt with the side's name
     **dict.fromkeys(("run.text_front", "run.text_side", "run.text_back", "run.text_overhead")),
@@ -100,7 +106,8 @@ WITHOUT: dict[str, Any] = {
 
 
 class StoredRun(NamedTuple):
-    """Settings of a stored run, the version that wrote them, and those that this version ignores, by "room.name"."""
+    """A stored run: its configuration, the version that wrote it, and the settings, by "section.name", that this
+    version ignores."""
 
     config: Config
     version: str
@@ -108,110 +115,128 @@ class StoredRun(NamedTuple):
 
     @property
     def is_of_this_version(self) -> bool:
-        """Whether this very version wrote it, so that the defaults of a command were those of now."""
+        """This very version wrote it, so the defaults of a command were those of now."""
         return self.version == __version__
 
 
 def read_run(data: Any) -> StoredRun:
-    """Settings as config.json holds them, of this version or another one.
+    """Read settings as config.json holds them, of this version or another one.
 
     Raises UserError: no settings of a run, bad values, or settings that this version would have to know.
     """
     if not isinstance(data, Mapping):
         raise UserError("it holds no settings of a run")
     version = data.get(VERSION_KEY, UNNAMED)
-    _numbers(version)
-    rooms = {room: values for room, values in data.items() if room != VERSION_KEY}
-    if not all(isinstance(values, Mapping) for values in rooms.values()):
+    _parse_version(version)
+    sections = {section: values for section, values in data.items() if section != VERSION_KEY}
+    if not all(isinstance(values, Mapping) for values in sections.values()):
         raise UserError("it holds no settings of a run")
-    values = _renamed({f"{room}.{name}": value for room, group in rooms.items() for name, value in group.items()})
-    known = [f"{room.name}.{field.name}" for room, field in settings()]
+    values = _rename(
+        {f"{section}.{name}": value for section, group in sections.items() for name, value in group.items()}
+    )
+    known = [f"{section.name}.{field.name}" for section, field in settings()]
     ignored = {name: values.pop(name) for name in sorted(values.keys() - set(known))}
     _check_ignored(ignored, version)
     values = WITHOUT | values
     if missing := [name for name in known if name not in values]:
         raise UserError(f"it lacks settings that every version stores: {', '.join(missing)}")
-    whole: dict[str, dict[str, Any]] = {room: {} for room in Config().to_dict()}
+    whole: dict[str, dict[str, Any]] = {}
     for name in known:
-        room, _, setting = name.partition(".")
-        whole[room][setting] = values[name]
+        section, _, setting = name.partition(".")
+        whole.setdefault(section, {})[setting] = values[name]
     try:
-        return StoredRun(Config.from_dict(whole), version, ignored)
+        config = Config.from_dict(whole)
+        validate(config)
     except UserError as error:
         if version == __version__:
             raise
         raise UserError(f"{error}; {way_to_read(version)}") from error
+    return StoredRun(config, version, ignored)
+
+
+def override_stored(stored: Config, typed: Mapping[str, Any], workspace: str, device: str) -> Config:
+    """Return the configuration of a stored run under the typed settings, in `workspace` and on `device`.
+
+    `PER_COMMAND` settings come from the command alone. With `--test` the precision is that of the run. Raises
+    UserError: settings that do not go together.
+    """
+    typed = {name: value for name, value in typed.items() if not (name == "fp16" and typed.get("test"))}
+    here = {"test": bool(typed.get("test")), "workspace": workspace, "device": device}
+    config = stored.override({**PER_COMMAND, **typed, **here})
+    validate(config)
+    return config
 
 
 def complete_architecture(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The architecture in a checkpoint's header with the names of this version, and with the settings it lacks."""
-    names = {_setting(old): _setting(new.name) for old, new in RENAMED.items() if new.value is None}
+    """Return the architecture of a checkpoint's header with the names of this version, and with settings it lacks."""
+    names = {_bare_name(old): _bare_name(new.name) for old, new in RENAMED.items() if new.value is None}
     values = {names.get(name, name): value for name, value in saved.items()}
     unread = settings_unused_by(str(values.get("backbone")))
-    lacking = {_setting(name): value for name, value in WITHOUT.items() if name.startswith("field.")}
-    return {name: value for name, value in lacking.items() if name not in unread} | values
+    missing = {_bare_name(name): value for name, value in WITHOUT.items() if name.startswith("field.")}
+    return {name: value for name, value in missing.items() if name not in unread} | values
 
 
 def unknown_settings(saved: Mapping[str, Any]) -> list[str]:
-    """The settings in the architecture of a checkpoint's header that this version does not have."""
+    """Return the settings in the architecture of a checkpoint's header that this version does not have."""
     return sorted(complete_architecture(saved).keys() - {field.name for _, field in settings()})
 
 
 def way_to_read(version: Any) -> str:
-    """The end of the sentence about a file that ``version`` wrote and this one cannot read."""
-    if _numbers(version) > _numbers(__version__):
+    """Return the end of the message about a file that `version` wrote and this one cannot read."""
+    if _parse_version(version) > _parse_version(__version__):
         return f"dream-fast {version} wrote it and this is {__version__}: upgrade dream-fast"
     return f"dream-fast {version}, which wrote it, reads it; this is {__version__}"
 
 
-def _numbers(version: Any) -> tuple[int, ...]:
-    """A version for comparing. Raises UserError: it is none."""
+def _parse_version(version: Any) -> tuple[int, ...]:
+    """Return the numbers of a version, for comparing. Raises UserError: it is none."""
     if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}(\.\d{1,6}){1,3}", version, re.ASCII):
         raise UserError(f"{version!r} is no version of dream-fast")
     return tuple(map(int, version.split(".")))
 
 
-def _setting(name: str) -> str:
-    """The name of a setting without its room."""
+def _bare_name(name: str) -> str:
+    """Return the name of a setting without its section."""
     return name.partition(".")[2]
 
 
-def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with the names of this version."""
-    moved = {}
+def _rename(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` under the names of this version."""
+    renamed = {}
     for old, new in RENAMED.items():
         if old in values:
-            moved[new.name] = values[old] if new.value is None else new.value(values[old], values)
-    return {name: value for name, value in values.items() if name not in RENAMED} | moved
+            renamed[new.name] = values[old] if new.value is None else new.value(values[old], values)
+    return {name: value for name, value in values.items() if name not in RENAMED} | renamed
 
 
 def _check_ignored(names: Mapping[str, Any], version: str) -> None:
-    """Raises UserError where unknown settings may not be ignored: newer ones, those of the field, and misspelt ones."""
+    """Raise UserError where unknown settings may not be ignored: newer ones, those of the field, and misspelt ones."""
     if not names:
         return
     unknown = f"it has settings that this version of dream-fast does not know: {', '.join(names)}"
     if version == __version__:
         raise UserError(unknown)
-    newer = _numbers(version) > _numbers(__version__)
+    newer = _parse_version(version) > _parse_version(__version__)
     if newer or any(name.startswith("field.") for name in names):
         raise UserError(f"{unknown}; {way_to_read(version)}")
 
 
 def snapshot() -> dict[str, Any]:
-    """Every setting with its default, and what each model, device and kind of run has instead; ready for JSON."""
-    defaults = _flat(Config())
+    """Return every setting with its default, and what each preset has instead; ready for JSON."""
+    defaults = _flatten(reference().override({"preset": RunConfig().preset}))
     kinds: dict[str, dict[str, Any]] = {"grid": {}, "vanilla": {"backbone": "vanilla"}, "dmtet": {"dmtet": True}}
-    kinds |= {score: {"objective": score} for score in SCORE_DEFAULTS} | {"reference": {"preset": "reference"}}
+    kinds |= {name: {"objective": name} for name in OBJECTIVE_OVERRIDES} | {"reference": {"preset": "reference"}}
+    models: dict[str, dict[str, Any]] = {"dream-mini": {}, "sd": {"guidance": (STABLE_DIFFUSION.name,)}}
     presets = {}
-    for model, device, (kind, typed) in product(("dream-mini", "sd"), ("cpu", "cuda"), kinds.items()):
-        values = _flat(resolve(typed, model, device))
+    for model, device, (kind, typed) in product(models, ("cpu", "cuda"), kinds.items()):
+        values = _flatten(configure(models[model] | typed, device))
         presets[f"{model} {device} {kind}"] = {name: v for name, v in values.items() if v != defaults[name]}
     return {"settings": defaults, "presets": presets}
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    rooms = json.loads(json.dumps(config.to_dict()))
-    return {f"{room}.{name}": value for room, values in rooms.items() for name, value in values.items()}
+def _flatten(config: Config) -> dict[str, Any]:
+    sections = json.loads(json.dumps(config.to_dict()))
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Source: Poole et al., DreamFusion, 2022 (density blob); Mueller et al., 2022 (gr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ from dream_fast.kernels.fields.encode import (
 )
 from dream_fast.kernels.fields.field_kernels import field_bwd_kernel, field_fwd_kernel
 from dream_fast.kernels.fields.spec import FieldSpec, check_field, decode_field_spec, encode_field_spec
-from dream_fast.kernels.grid.gradients import position_gradient, scatter_features
+from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
 from dream_fast.kernels.grid.hash_grid import hash_grid, hash_grid_reference
 from dream_fast.kernels.grid.spec import HashGridSpec
 
@@ -123,6 +124,22 @@ def _field_bwd_config(width: int, dtype: torch.dtype) -> TileConfig:
     return TileConfig(block=BLOCK, warps=tile_warps(dtype), programs=2, layers_a_pass=layers_a_pass)
 
 
+def field_constants(spec: FieldSpec, width: int, layers: int) -> dict[str, Any]:
+    """Arguments of every kernel over tiles that the spec and the network's shape decide."""
+    return {
+        "scale": unit_scale(spec.bound),
+        "blob_density": spec.blob_density,
+        "blob_radius": spec.blob_radius,
+        "SOFTPLUS": spec.density_activation == "softplus",
+        "SHAPE": field_shape(spec.grid, width, layers),
+    }
+
+
+def layer_passes(layers: int, layers_a_pass: int) -> list[tuple[int, int]]:
+    """First and last layer of each pass over layers 0 to `layers`, the output layer."""
+    return [(first, min(first + layers_a_pass - 1, layers)) for first in range(0, layers + 1, layers_a_pass)]
+
+
 def _features_shape(grid: HashGridSpec, rows: int) -> tuple[int, ...]:
     """Shape of the features stored for the backward: 64 bytes a point for 16 levels of 2 features in half precision.
 
@@ -170,12 +187,8 @@ def _field_fwd(
         albedo=albedo,
         features=features if save_features else None,
         rows=rows,
-        scale=unit_scale(spec.bound),
-        blob_density=spec.blob_density,
-        blob_radius=spec.blob_radius,
         BLOCK=config.block,
-        SOFTPLUS=spec.density_activation == "softplus",
-        SHAPE=field_shape(spec.grid, width, layers),
+        **field_constants(spec, width, layers),
     )
     return sigma, albedo, features
 
@@ -220,7 +233,8 @@ def _field_bwd(
         grad_features = x.new_empty(spec.grid.channels, rows, dtype=table.dtype)
     grad_x = torch.zeros_like(x) if x_needs_grad else None
     partial_sums = x.new_empty(programs, parameters.numel())
-    for first in range(0, layers + 1, config.layers_a_pass) if parameters_need_grad else (0,):
+    passes = layer_passes(layers, config.layers_a_pass) if parameters_need_grad else [(0, -1)]
+    for first, last in passes:
         launch(
             field_bwd_kernel,
             (programs,),
@@ -240,24 +254,17 @@ def _field_bwd(
             partial_sums=partial_sums,
             rows=rows,
             size=parameters.numel(),
-            scale=scale,
-            blob_density=spec.blob_density,
-            blob_radius=spec.blob_radius,
             BLOCK=config.block,
             FIRST=first,
-            LAST=min(first + config.layers_a_pass - 1, layers) if parameters_need_grad else -1,
-            SOFTPLUS=spec.density_activation == "softplus",
-            SHAPE=field_shape(spec.grid, width, layers),
+            LAST=last,
+            **field_constants(spec, width, layers),
         )
-    masks = {"count": count, "active_levels": levels if active is None else active}
+    points = GridPoints(x, scale, 0.5, count, levels if active is None else active)
     grad_table = x.new_empty(0)
     if x_needs_grad:
-        grad_units = position_gradient(grad_features, x, table, spec.grid, scale=scale, shift=0.5, **masks)
-        grad_x.add_(grad_units, alpha=scale)
+        grad_x.add_(position_gradient(grad_features, points, table, spec.grid), alpha=scale)
     if table_needs_grad:
-        grad_table = scatter_features(
-            x, spec.grid, scale=scale, shift=0.5, features=grad_features, deterministic=deterministic, **masks
-        )
+        grad_table = scatter_features(points, spec.grid, features=grad_features, deterministic=deterministic)
     grad_parameters = partial_sums.sum(0) if parameters_need_grad else x.new_empty(0)
     return (grad_x if x_needs_grad else x.new_empty(0)), grad_table, grad_parameters
 
@@ -334,7 +341,7 @@ def unfused_field(
 def field_plan(
     spec: FieldSpec, weights: Sequence[Tensor], dtype: torch.dtype = torch.float32, normals: str | None = None
 ) -> str:
-    """How a GPU computes this field in a compute dtype: "fused", or "unfused: " and the reason.
+    """Name the way a GPU computes this field in a compute dtype: "fused", or "unfused: " and the reason.
 
     normals: None, or the mode of normals, as in `field_normals`.
     """

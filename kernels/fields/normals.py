@@ -23,17 +23,17 @@ from dream_fast.kernels.fields.encode import (
     BLOCK,
     TileConfig,
     aligned_rows,
-    field_shape,
     flatten_parameters,
     level_words,
     tile_warps,
     unfused_reason,
-    unit_scale,
 )
 from dream_fast.kernels.fields.field import (
     fake_grads,
+    field_constants,
     field_reference,
     fused_arguments,
+    layer_passes,
     logits_reference,
     select_grads,
     sigma_reference,
@@ -50,7 +50,7 @@ from dream_fast.kernels.fields.normals_fd_kernels import (
     field_normals_fd_x_bwd_kernel,
 )
 from dream_fast.kernels.fields.spec import FieldSpec, check_field, decode_field_spec, encode_field_spec
-from dream_fast.kernels.grid.gradients import position_gradient, scatter_features
+from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
 
 
 def _with_normals(
@@ -117,17 +117,6 @@ def _field_normals_bwd_config(mode: str, width: int, dtype: torch.dtype) -> Tile
 _DIFFERENCES_CHUNK = 1 << 17
 
 
-def _field_constants(spec: FieldSpec, width: int, layers: int) -> dict[str, Any]:
-    """Arguments of every kernel over tiles that the spec and the network's shape decide."""
-    return {
-        "scale": unit_scale(spec.bound),
-        "blob_density": spec.blob_density,
-        "blob_radius": spec.blob_radius,
-        "SOFTPLUS": spec.density_activation == "softplus",
-        "SHAPE": field_shape(spec.grid, width, layers),
-    }
-
-
 @torch.library.custom_op("dream_fast::field_normals", mutates_args=())
 def _field_normals_fwd(
     x: Tensor,
@@ -168,7 +157,7 @@ def _field_normals_fwd(
         "n": rows,
         "BLOCK": config.block,
         "num_warps": config.warps,
-        **_field_constants(spec, width, layers),
+        **field_constants(spec, width, layers),
     }
     programs = (-(-rows // config.block),)
     if by_differences:
@@ -222,7 +211,7 @@ def _field_normals_bwd(
     config = _field_normals_bwd_config(mode, width, table.dtype)
     work = _Backward(
         spec=spec,
-        passes=_layer_passes(layers, config.layers_a_pass) if parameters_need_grad else [(0, -1)],
+        passes=layer_passes(layers, config.layers_a_pass) if parameters_need_grad else [(0, -1)],
         programs=config.programs * multiprocessors(x.device),
         active_levels=levels if active is None else active,
         deterministic=deterministic,
@@ -243,7 +232,7 @@ def _field_normals_bwd(
             "n": points.shape[0],
             "BLOCK": config.block,
             "num_warps": config.warps,
-            **_field_constants(spec, width, layers),
+            **field_constants(spec, width, layers),
         }
         grads_of_chunk = grads._replace(x=grads.x[rows_of_chunk] if x_needs_grad else None)
         if mode == "finite_difference":
@@ -267,18 +256,13 @@ class _Gradients(NamedTuple):
 
 
 class _Backward(NamedTuple):
-    """How a backward runs. passes: first and last layer of each; programs: of a launch at most."""
+    """Settings of a backward. passes: first and last layer of each; programs: of a launch at most."""
 
     spec: FieldSpec
     passes: list[tuple[int, int]]
     programs: int
     active_levels: int | Tensor
     deterministic: bool
-
-
-def _layer_passes(layers: int, layers_a_pass: int) -> list[tuple[int, int]]:
-    """First and last layer of each pass over layers 0 to `layers`, the output layer."""
-    return [(first, min(first + layers_a_pass - 1, layers)) for first in range(0, layers + 1, layers_a_pass)]
 
 
 def _sums_size(parameters: Tensor) -> int:
@@ -314,14 +298,14 @@ def _fd_bwd(arguments: dict[str, Any], grads: _Gradients, work: _Backward, gradi
             **world,
             **arguments,
         )
-    taps = {"scale": 1.0, "shift": 0.0, "count": live, "active_levels": work.active_levels}
+    taps = GridPoints(positions, count=live, active_levels=work.active_levels)
     if grads.x is not None:
         launch(
             field_normals_fd_x_bwd_kernel,
             (-(-n // 128),),
             x.device,
             x=x,
-            grad_units=position_gradient(grad_features, positions, table, spec.grid, **taps),
+            grad_units=position_gradient(grad_features, taps, table, spec.grid),
             grad_logits=grad_logits,
             count=arguments["count"],
             grad_x=grads.x,
@@ -335,9 +319,7 @@ def _fd_bwd(arguments: dict[str, Any], grads: _Gradients, work: _Backward, gradi
             **world,
         )
     if grads.table is not None:
-        scatter_features(
-            positions, spec.grid, features=grad_features, deterministic=work.deterministic, out=grads.table, **taps
-        )
+        scatter_features(taps, spec.grid, features=grad_features, deterministic=work.deterministic, out=grads.table)
     grads.add_parameters(partial_sums)
 
 
@@ -364,21 +346,20 @@ def _analytic_bwd(arguments: dict[str, Any], grads: _Gradients, work: _Backward)
             **arguments,
         )
     scale = arguments["scale"]
-    points = {"scale": scale, "shift": 0.5, "count": arguments["count"], "active_levels": work.active_levels}
+    points = GridPoints(x, scale, 0.5, arguments["count"], work.active_levels)
     if grads.x is not None:
-        grad_units = position_gradient(grad_features, x, table, grid, **points)
-        grad_units += position_gradient(slopes, x, table, grid, tangent=tangent, **points)
+        grad_units = position_gradient(grad_features, points, table, grid)
+        grad_units += position_gradient(slopes, points, table, grid, tangent=tangent)
         grads.x.add_(grad_units, alpha=scale)
     if grads.table is not None:
         scatter_features(
-            x,
+            points,
             grid,
             features=grad_features,
             tangent=tangent,
             tangent_features=slopes,
             deterministic=work.deterministic,
             out=grads.table,
-            **points,
         )
     grads.add_parameters(partial_sums)
 

@@ -29,6 +29,28 @@ from dream_fast.kernels.grid.hash_grid_kernels import (
 from dream_fast.kernels.grid.spec import HashGridSpec
 
 
+class GridPoints(NamedTuple):
+    """Points of a hash grid, and which of them and of the levels count.
+
+    x: [N, 3] fp32; x * scale + shift are unit coordinates. count: rows from here on are padding ([] int64).
+    active_levels: levels from here on are ignored (an int, or an integer scalar tensor on the device).
+    """
+
+    x: Tensor
+    scale: float = 1.0
+    shift: float = 0.0
+    count: Tensor | None = None
+    active_levels: int | Tensor | None = None
+
+    def levels(self, spec: HashGridSpec) -> tuple[int, Tensor | None]:
+        """Number of levels as far as the host knows it, and the number on the device."""
+        if self.active_levels is None:
+            return spec.levels, None
+        if isinstance(self.active_levels, Tensor):
+            return spec.levels, self.active_levels
+        return max(0, min(self.active_levels, spec.levels)), None
+
+
 def channel_major(features: Tensor, count: Tensor | None) -> Tensor:
     """features [C, N], made contiguous. Columns past `count` of a transposed [N, C] are not copied: any value."""
     if features.is_contiguous() or not features.t().is_contiguous():
@@ -87,92 +109,89 @@ def fixed_point(bound: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fixed_point_factor(
+    points: GridPoints,
     spec: HashGridSpec,
-    n: int,
     features: Tensor | None,
     tangent: Tensor | None,
     tangent_features: Tensor | None,
-    count: Tensor | None,
-    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`fixed_point` for the sums that `scatter_features` of these arguments adds up."""
-    device = (features if features is not None else tangent_features).device
-    bound = torch.zeros((), device=device)
+    bound = torch.zeros((), device=points.x.device)
     if features is not None:
-        bound = bound + _largest(features, count)
+        bound = bound + _largest(features, points.count)
     if tangent is not None:
         # No weight changes by more than 1.5 R a unit.
-        reach = _largest(tangent.t(), count) * (3 * 1.5 * max(spec.resolutions) * abs(scale))
-        bound = bound + _largest(tangent_features, count) * reach
-    return fixed_point(bound * n)
+        reach = _largest(tangent.t(), points.count) * (3 * 1.5 * max(spec.resolutions) * abs(points.scale))
+        bound = bound + _largest(tangent_features, points.count) * reach
+    return fixed_point(bound * points.x.shape[0])
+
+
+def _unit_coordinates(points: GridPoints, padded: int) -> Tensor:
+    """Unit coordinates [3, padded] fp32; x is -1 for points that contribute nothing."""
+    out = torch.empty(3, padded, device=points.x.device)
+    launch(
+        hash_grid_coordinates_bwd_kernel,
+        (-(-padded // 256),),
+        points.x.device,
+        x=points.x.contiguous(),
+        out=out,
+        count=points.count,
+        n=points.x.shape[0],
+        padded=padded,
+        scale=float(points.scale),
+        shift=float(points.shift),
+        BLOCK=256,
+    )
+    return out
 
 
 def scatter_features(
-    x: Tensor,
+    points: GridPoints,
     spec: HashGridSpec,
     *,
-    scale: float,
-    shift: float,
     features: Tensor | None = None,
     tangent: Tensor | None = None,
     tangent_features: Tensor | None = None,
-    count: Tensor | None = None,
-    active_levels: int | Tensor | None = None,
     deterministic: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Gradient of a table, [rows, F] fp32, added to `out` if there is one.
 
-    x, tangent: [N, 3] fp32; features, tangent_features: [L * F, N].
+    tangent: [N, 3] fp32; features, tangent_features: [L * F, N].
 
     table[row of corner c, f] += features[l F + f, n] w_c(u_n) + tangent_features[l F + f, n] (tangent_n . d w_c / du).
-    Either part may be left out. Rows from `count` on and levels from `active_levels` on are ignored.
+    Either part may be left out.
     """
-    n, active = x.shape[0], active_levels if isinstance(active_levels, Tensor) else None
-    levels = spec.levels if active_levels is None or active is not None else max(0, min(active_levels, spec.levels))
+    n, device = points.x.shape[0], points.x.device
+    levels, active = points.levels(spec)
     if n == 0:
-        return torch.zeros(spec.rows, spec.features, device=x.device) if out is None else out
+        return torch.zeros(spec.rows, spec.features, device=device) if out is None else out
     factor = inverse = None
     # A thousand sums and more into a row of the coarsest level lose digits in fp32 that the addends have: an error of
     # 5e-6 of the largest, where fixed-point numbers have 3e-7.
     single = all(value is None or value.dtype == torch.float32 for value in (features, tangent_features))
     fixed = deterministic or (single and 8 * n > 1000 * spec.offsets[1])
     if fixed:
-        factor, inverse = _fixed_point_factor(spec, n, features, tangent, tangent_features, count, scale)
+        factor, inverse = _fixed_point_factor(points, spec, features, tangent, tangent_features)
     grad = out
     if fixed or out is None:
-        dtype = torch.int64 if fixed else torch.float32
-        grad = torch.zeros(spec.rows, spec.features, device=x.device, dtype=dtype)
+        grad = torch.zeros(spec.rows, spec.features, device=device, dtype=torch.int64 if fixed else torch.float32)
     config = _hash_grid_table_bwd_config(n, spec.features, fixed)
     blocks = -(-n // (config.block * config.run))
     padded = blocks * config.block * config.run
-    coordinates = torch.empty(3, padded, device=x.device)
-    launch(
-        hash_grid_coordinates_bwd_kernel,
-        (-(-padded // 256),),
-        x.device,
-        x=x.contiguous(),
-        out=coordinates,
-        count=count,
-        n=n,
-        padded=padded,
-        scale=float(scale),
-        shift=float(shift),
-        BLOCK=256,
-    )
     launch(
         hash_grid_table_bwd_kernel,
         (blocks, levels * max(spec.features // 2, 1)),
-        x.device,
+        device,
         num_warps=config.warps,
-        u=coordinates,
-        features=None if features is None else channel_major(features, count),
+        u=_unit_coordinates(points, padded),
+        features=None if features is None else channel_major(features, points.count),
         tangent=None if tangent is None else tangent.contiguous(),
-        tangent_features=None if tangent is None else channel_major(tangent_features, count),
+        tangent_features=None if tangent is None else channel_major(tangent_features, points.count),
         grad=grad,
         factor=factor,
-        levels=level_table(spec, x.device),
-        count=count,
+        levels=level_table(spec, device),
+        count=points.count,
         active=active,
         n=n,
         padded=padded,
@@ -196,50 +215,46 @@ class XBwdConfig(NamedTuple):
 
 
 def _hash_grid_x_bwd_config() -> XBwdConfig:
-    """One point a lane."""
+    """A point a lane."""
     return XBwdConfig(block=128, warps=4)
 
 
 def position_gradient(
     features: Tensor,
-    x: Tensor,
+    points: GridPoints,
     table: Tensor,
     spec: HashGridSpec,
     *,
-    scale: float,
-    shift: float,
     tangent: Tensor | None = None,
     rounded: str = "",
-    count: Tensor | None = None,
-    active_levels: int | Tensor | None = None,
 ) -> Tensor:
-    """Gradient [N, 3] fp32 by u of sum_f features[f] enc_f(u): features [L * F, N], x [N, 3] fp32, table [rows, F].
+    """Gradient [N, 3] fp32 by u of sum_f features[f] enc_f(u): features [L * F, N], table [rows, F].
 
     With `tangent` [N, 3]: by u of sum_f features[f] (tangent . d enc_f / du). `rounded` names the type that the entries
-    of an fp32 table are rounded to. Zeros outside the cube and from `count` on.
+    of an fp32 table are rounded to. Zeros outside the cube and past the count.
     """
-    n, active = x.shape[0], active_levels if isinstance(active_levels, Tensor) else None
-    levels = spec.levels if active_levels is None or active is not None else max(0, min(active_levels, spec.levels))
-    out = torch.empty(n, 3, device=x.device)
+    n, device = points.x.shape[0], points.x.device
+    levels, active = points.levels(spec)
+    out = torch.empty(n, 3, device=device)
     pairs, stored = view_as_pairs(table.contiguous())
     config = _hash_grid_x_bwd_config()
     launch(
         hash_grid_x_bwd_kernel,
         (-(-n // config.block),),
-        x.device,
+        device,
         num_warps=config.warps,
-        features=channel_major(features, count),
-        x=x.contiguous(),
+        features=channel_major(features, points.count),
+        x=points.x.contiguous(),
         table=pairs,
         tangent=None if tangent is None else tangent.contiguous(),
         out=out,
-        levels=level_table(spec, x.device),
-        count=count,
+        levels=level_table(spec, device),
+        count=points.count,
         active=active,
         n=n,
         active_levels=levels,
-        scale=float(scale),
-        shift=float(shift),
+        scale=float(points.scale),
+        shift=float(points.shift),
         LEVELS=spec.levels,
         FEATURES=spec.features,
         SMOOTH=spec.interpolation == "smoothstep",

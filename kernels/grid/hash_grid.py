@@ -28,7 +28,7 @@ from dream_fast.kernels._core.checks import FLOATS, check_compute_dtype, check_c
 from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.reference import live_rows, pad_rows, to_columns
 from dream_fast.kernels.grid.device import PRIMES, level_table, view_as_pairs
-from dream_fast.kernels.grid.gradients import position_gradient, scatter_features
+from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
 from dream_fast.kernels.grid.hash_grid_kernels import hash_grid_fwd_kernel
 from dream_fast.kernels.grid.spec import HashGridSpec, decode_spec, encode_spec
 
@@ -133,7 +133,7 @@ class _RoundTable(torch.autograd.Function):
 
 
 def _level_features(x: Tensor, inside: Tensor, columns: Tensor, level: int, spec: HashGridSpec) -> Tensor:
-    """One level: x [3, n] in [0,1], inside [n] (1 or 0), columns [F, rows of the level] -> [F, n]."""
+    """Features of a level: x [3, n] in [0,1], inside [n] (1 or 0), columns [F, rows of the level] -> [F, n]."""
     resolution = spec.resolutions[level]
     position = (x * resolution - 0.5).clamp(0, resolution - 1)
     cells = _cells(position.detach(), resolution)
@@ -182,7 +182,7 @@ class _FwdConfig(NamedTuple):
 
 
 def _hash_grid_fwd_config() -> _FwdConfig:
-    """One point a lane: its eight gathers are in flight together."""
+    """A point a lane: its eight gathers are in flight together."""
     return _FwdConfig(block=256, warps=8)
 
 
@@ -201,10 +201,11 @@ def _rounds_table(n: int, rows: int) -> bool:
 #   _table_gradient     d/dT sum(g * E)      or d/dT sum(g * (t . dE/dx))
 #   _position_gradient  d/dx sum(g * E)      or d/dx sum(g * (t . dE/dx))
 #
-# E is linear in T, and each sum is linear in g. So the gradient of any of them by T or by g is another one with the
-# upstream gradient in the place of T, g or t: that is all the backward functions below do. Only the derivative by x is
-# new: it raises the order by one, which is what the tangent is for. This gives second derivatives (analytic normals
-# need them) without a kernel of their own. A third order would need two tangents, and raises NotImplementedError.
+# E is linear in T, and each sum is linear in g. So the gradient of any of them by T or g is another of them, with the
+# upstream gradient in the place of T or g, or as the tangent t. The gradient by x is `_position_gradient`, with a
+# tangent where it is that of `_position_gradient` itself. Second derivatives (analytic normals of an unfused field need
+# them) thus take no kernels of their own; the backward functions below only pass arguments on. A third order would
+# need two tangents, and raises NotImplementedError.
 # Custom operators, instead of autograd Functions, because torch.compile has to pass them without a graph break; their
 # schema knows no classes, so a spec travels as `encode_spec` gives it.
 
@@ -270,16 +271,13 @@ def _table_gradient(
     active: int,
 ) -> Tensor:
     """Gradient [rows, F] by the table of sum(features * encoding), or of its derivative along `tangent`."""
+    points = GridPoints(x, count=count, active_levels=active if active_levels is None else active_levels)
     return scatter_features(
-        x,
+        points,
         decode_spec(spec_numbers),
-        scale=1.0,
-        shift=0.0,
         features=features if tangent is None else None,
         tangent=tangent,
         tangent_features=None if tangent is None else features,
-        count=count,
-        active_levels=active if active_levels is None else active_levels,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -303,18 +301,8 @@ def _position_gradient(
     rounded: str,
 ) -> Tensor:
     """Gradient [N, 3] by x of sum(features * encoding), or of its derivative along `tangent`."""
-    return position_gradient(
-        features,
-        x,
-        table,
-        decode_spec(spec_numbers),
-        scale=1.0,
-        shift=0.0,
-        tangent=tangent,
-        rounded=rounded,
-        count=count,
-        active_levels=active if active_levels is None else active_levels,
-    )
+    points = GridPoints(x, count=count, active_levels=active if active_levels is None else active_levels)
+    return position_gradient(features, points, table, decode_spec(spec_numbers), tangent=tangent, rounded=rounded)
 
 
 @_position_gradient.register_fake

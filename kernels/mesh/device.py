@@ -9,7 +9,7 @@ Source: Olano and Greer, Triangle scan conversion using 2D homogeneous coordinat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,19 +48,23 @@ def check_fragments(fragments: Fragments, like: tuple[str, Tensor]) -> None:
     check_tensor("fragments.depth", fragments.depth, shape, like=like)
 
 
-def image_arguments(height: int, width: int) -> dict[str, int | float]:
+def image_arguments(height: int, width: int) -> dict[str, Any]:
     """Arguments of every kernel over pixels that give the size of an image."""
     return {"width": width, "height": height, "half_width": width / 2, "half_height": height / 2}
 
 
 def new_corner_sums(
     rows: int, entries: int, channels: int, device: torch.device, deterministic: bool
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Buffers in which a backward pass adds up the gradients of vertices: `grad` [rows, channels], by atomics.
 
     If `deterministic` also lists of `entries` `values` and their `corners` (row, -1: none), for `add_at_corners`.
     """
-    sums = {"grad": torch.zeros(rows, channels, dtype=torch.float32, device=device), "values": None, "corners": None}
+    sums: dict[str, Any] = {
+        "grad": torch.zeros(rows, channels, dtype=torch.float32, device=device),
+        "values": None,
+        "corners": None,
+    }
     if deterministic:
         sums["values"] = torch.zeros(entries, channels, dtype=torch.float32, device=device)
         sums["corners"] = torch.full((entries,), -1, dtype=torch.int64, device=device)
@@ -69,7 +73,7 @@ def new_corner_sums(
 
 def add_at_corners(grad: Tensor, values: Tensor | None, corners: Tensor | None) -> Tensor:
     """Return the gradient [rows, channels] from the buffers of `new_corner_sums` that a kernel has filled."""
-    if values is None or not len(grad):
+    if values is None or corners is None or not len(grad):
         return grad
     values = torch.where(corners[:, None] >= 0, values, 0)
     # Under torch's deterministic algorithms this sorts; index_add_ would not repeat everywhere.

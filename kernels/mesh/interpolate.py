@@ -10,7 +10,7 @@ Source: Laine et al., Modular primitives for high-performance differentiable ren
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -220,7 +220,7 @@ def _interpolate_backward(
     channels, size, device = attributes.shape[-1], triangle.numel(), attributes.device
     config = _interpolate_config(channels)
     rows = attributes.numel() // max(1, channels)
-    sums = {"grad": None, "values": None, "corners": None}
+    sums: dict[str, Any] = {"grad": None, "values": None, "corners": None}
     if needs_attributes:
         sums = new_corner_sums(rows, size * 3, channels, device, deterministic)
     grad_barycentrics = torch.empty_like(barycentrics, memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ Source: Laine et al., Modular primitives for high-performance differentiable ren
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,8 +147,20 @@ def _rasterize(clip: Tensor, faces: Tensor, height: int, width: int) -> tuple[Te
     keys = torch.full((size,), 0x7FFFFFFFFFFFFFFF, dtype=torch.int64, device=device)
     queue = torch.empty(entries, dtype=torch.int64, device=device)
     counts = torch.zeros(2, dtype=torch.int32, device=device)
-    common = {"clip": clip, "faces": faces, "keys": keys, "vertices": vertices, **image_arguments(height, width)}
-    queued = {"queue": queue, "counts": counts, "triangles": triangles, "entries": entries, "TILE": config.tile}
+    common: dict[str, Any] = {
+        "clip": clip,
+        "faces": faces,
+        "keys": keys,
+        "vertices": vertices,
+        **image_arguments(height, width),
+    }
+    queued: dict[str, Any] = {
+        "queue": queue,
+        "counts": counts,
+        "triangles": triangles,
+        "entries": entries,
+        "TILE": config.tile,
+    }
     blocks = -(-triangles // config.block)
     launch(
         rasterize_small_fwd_kernel,

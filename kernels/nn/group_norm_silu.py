@@ -173,13 +173,13 @@ def _group_norm_silu(
     if x.numel() == 0:
         return y, moments.zero_()
     config, layout, tiles, sums = _tile_arguments(x, groups)
-    normalised = {"moments": moments, "moments_plane": images * groups, "eps": eps}
-    tensors = {"x": x, "added": added, "weight": weight, "bias": bias, "y": y, "SILU": silu}
+    normalised: dict[str, Any] = {"moments": moments, "moments_plane": images * groups, "eps": eps}
+    tensors: dict[str, Any] = {"x": x, "added": added, "weight": weight, "bias": bias, "y": y, "SILU": silu}
     if config.whole:
         launch(group_norm_whole_fwd_kernel, (images * groups,), device, **layout, **tiles, **tensors, **normalised)
         return y, moments
     buffer = _new_partials(images, groups, config.parts, device)
-    chunks = {"row_parts": config.row_parts, "chunk": config.chunk}
+    chunks: dict[str, Any] = {"row_parts": config.row_parts, "chunk": config.chunk}
     launch(
         group_norm_moments_fwd_kernel,
         (images * config.blocks * config.parts,),
@@ -245,12 +245,20 @@ def _group_norm_silu_backward(
     if x.numel() == 0:
         return grad_x, x.new_zeros(2, channels if needs_channels else 0, dtype=torch.float32)
     config, layout, tiles, sums = _tile_arguments(x, groups)
-    tensors = {"grad_y": laid_out_like(grad_y, x), "x": x, "added": added, "weight": weight, "bias": bias}
+    tensors: dict[str, Any] = {
+        "grad_y": laid_out_like(grad_y, x),
+        "x": x,
+        "added": added,
+        "weight": weight,
+        "bias": bias,
+    }
     tensors |= {"moments": moments, "moments_plane": images * groups, "SILU": silu}
-    channel_sums = {"channel_sums": None, "channel_plane": images * config.row_parts * channels}
-    if needs_channels:
-        shape = (2, images, config.row_parts, channels)
-        channel_sums["channel_sums"] = torch.empty(shape, dtype=torch.float32, device=device)
+    rows = 2 if needs_channels else 0
+    sums_of_parts = torch.empty(rows, images, config.row_parts, channels, dtype=torch.float32, device=device)
+    channel_sums: dict[str, Any] = {
+        "channel_sums": sums_of_parts if needs_channels else None,
+        "channel_plane": images * config.row_parts * channels,
+    }
     if config.whole:
         launch(
             group_norm_whole_bwd_kernel,
@@ -282,7 +290,7 @@ def _group_norm_silu_backward(
         _apply_backward(config, layout | tiles | tensors, buffer, grad_x)
     if not needs_channels:
         return grad_x, x.new_empty(2, 0, dtype=torch.float32)
-    return grad_x, channel_sums["channel_sums"].sum((1, 2))
+    return grad_x, sums_of_parts.sum((1, 2))
 
 
 def _apply_backward(config: GroupNormConfig, common: dict[str, Any], buffer: dict[str, Any], grad_x: Tensor) -> None:

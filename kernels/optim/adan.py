@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,9 @@ class AdanState:
     @classmethod
     def zeros(cls, params: Tensor) -> AdanState:
         """Create the state before the first step; the average starts at the parameters."""
-        moments = (torch.zeros_like(params) for _ in range(4))
-        return cls(*moments, ema=params.detach().clone(), step=params.new_zeros(()))
+        exp_avg, exp_avg_diff, exp_avg_sq, previous_grad = (torch.zeros_like(params) for _ in range(4))
+        ema, step = params.detach().clone(), params.new_zeros(())
+        return cls(exp_avg, exp_avg_diff, exp_avg_sq, previous_grad, ema, step)
 
 
 @torch.no_grad()
@@ -316,7 +317,7 @@ def _adan_step(
 ) -> Tensor:
     size = params.shape[0]
     grads = grads.contiguous()
-    scale = {
+    scale: dict[str, Any] = {
         "inverse_scale": inverse_scale if inverse_scale_tensor is None else inverse_scale_tensor,
         "SCALE_IS_TENSOR": inverse_scale_tensor is not None,
     }

@@ -17,7 +17,7 @@ Source: Max, Optical models for direct volume rendering, 1995; Mildenhall et al.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,19 +182,20 @@ def _composite_backward(
     config = _composite_config()
     grad_sigma = torch.empty(rows, dtype=sigma.dtype, device=sigma.device)
     grad_values = torch.empty(rows, channels, dtype=values.dtype, device=values.device)
-    grads = {
+    grads: dict[str, Tensor | None] = {
         "grad_out": grad_out,
         "grad_opacity": grad_opacity,
         "grad_depth": grad_depth,
         "grad_weights": grad_weights,
     }
+    contiguous: dict[str, Any] = {name: None if grad is None else grad.contiguous() for name, grad in grads.items()}
     ray_programs = -(-rays // config.bwd_rays)
     launch(
         composite_bwd_kernel,
         (ray_programs + -(-rows // config.padding),),
         sigma.device,
         num_warps=config.num_warps,
-        **{name: None if grad is None else grad.contiguous() for name, grad in grads.items()},
+        **contiguous,
         sigma=sigma.contiguous(),
         values=values.contiguous(),
         t=t.contiguous(),

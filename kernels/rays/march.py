@@ -48,7 +48,7 @@ class Samples(NamedTuple):
     t: Tensor  # [cap] middle of the interval
     dt: Tensor  # [cap] its length
     offsets: Tensor  # [R + 1] int64: first row of each ray
-    count: Tensor  # [] int64: rows in use
+    count: Tensor  # type: ignore[assignment]  # [] int64: rows in use; in place of tuple.count
     overflow: Tensor  # [] bool: whether samples were dropped
 
 

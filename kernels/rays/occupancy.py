@@ -221,14 +221,13 @@ def occupancy_update(
     return occupancy_update_reference(density, fresh, decay=decay, threshold=threshold)
 
 
-def cell_of(axes: tuple[Tensor, Tensor, Tensor], bound: float, resolution: int) -> Tensor:
+def cell_of(axes: tuple[Tensor, ...], bound: float, resolution: int) -> Tensor:
     """Return linear indices into [C, G^3] of points, given as three coordinates; outside, of the nearest cell."""
     sizes = half_sizes(bound)
     if len(sizes) == 1:
-        cascade, half = 0, sizes[0]
-        scale = resolution / (2 * half)
+        factor = resolution / (2 * sizes[0])
         shift = resolution / 2
-        index = [(axis * scale + shift).int().clamp_(0, resolution - 1) for axis in axes]
+        index = [(axis * factor + shift).int().clamp_(0, resolution - 1) for axis in axes]
         return (index[0] * resolution + index[1]).mul_(resolution).add_(index[2])
     reach = torch.maximum(torch.maximum(axes[0].abs(), axes[1].abs()), axes[2].abs())
     cascade = torch.zeros_like(reach, dtype=torch.int64)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -240,7 +240,7 @@ def _render(
     rgb, normal = origins.new_empty(rays, 3), origins.new_empty(rays, 3)
     depth, opacity = origins.new_empty(rays), origins.new_empty(rays)
     segments, limits = -(-rays // config.segment), step_limits(spec.bound, resolution, max_steps)
-    queued = {
+    queued: dict[str, Any] = {
         "origins": origins.contiguous(),
         "directions": directions.contiguous(),
         "queue": torch.empty(segments * config.segment, dtype=torch.int32, device=device),
@@ -249,7 +249,7 @@ def _render(
         "opacity": opacity,
         "SEGMENT": config.segment,
     }
-    marching = {
+    marching: dict[str, Any] = {
         "bits": bits.contiguous(),
         "background": background.contiguous(),
         "rgb": rgb,
@@ -261,7 +261,7 @@ def _render(
         "RESOLUTION": resolution,
         "CASCADES": cascades(spec.bound),
     }
-    fields = {
+    fields: dict[str, Any] = {
         "table": aligned_rows(entries),
         "levels": level_words(spec.grid, device, levels),
         "active": active,
@@ -319,8 +319,8 @@ def _(origins, *_arguments, **_options):
 
 def _render_fused(origins: Tensor, directions: Tensor, scene: _Scene, marching: _Marching, output: _Output) -> View:
     """Render with the fused kernels; `scene.dtype` is set."""
-    active = scene.active_levels if isinstance(scene.active_levels, Tensor) else None
-    all_levels = scene.active_levels is None or active is not None
+    levels = scene.active_levels
+    active = levels if isinstance(levels, Tensor) else None
     return View(
         *_render(
             origins,
@@ -329,7 +329,7 @@ def _render_fused(origins: Tensor, directions: Tensor, scene: _Scene, marching: 
             scene.table.to(scene.dtype),
             flatten_parameters(scene.weights, scene.biases).to(scene.dtype),
             active,
-            scene.spec.grid.levels if all_levels else int(scene.active_levels),
+            scene.spec.grid.levels if levels is None or active is not None else int(levels),
             output.background,
             scene.weights[0].shape[0],
             len(scene.weights) - 1,
@@ -417,8 +417,9 @@ def render(
         return _render_chunks(origins, directions, scene, marching, output, chunk)
     check_kernel_dtype("origins", origins)
     check_kernel_dtype("table", table)
-    check_compute_dtype(dtype)
-    scene = scene._replace(dtype=table.dtype if dtype is None else dtype)
-    if unfused_reason(spec.grid, weights, scene.dtype):
+    compute_dtype = table.dtype if dtype is None else dtype
+    check_compute_dtype(compute_dtype)
+    scene = scene._replace(dtype=compute_dtype)
+    if unfused_reason(spec.grid, weights, compute_dtype):
         return _render_unfused(origins, directions, scene, marching, output, chunk)
     return _render_fused(origins, directions, scene, marching, output)

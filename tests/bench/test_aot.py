@@ -85,7 +85,7 @@ def product(size, kernel=_product_kernel, **options):
 
 def test_a_launch_is_bound_as_triton_binds_it():
     x = torch.empty(4096)
-    aligned, _, options = aot.bind(recorded(x=x, num_warps=8), "sm_90")
+    aligned, _, options = aot.bind_launch(recorded(x=x, num_warps=8), "sm_90")
     assert aligned.signature == {
         "x_ptr": "*fp32",
         "y_ptr": "*fp32",
@@ -99,20 +99,27 @@ def test_a_launch_is_bound_as_triton_binds_it():
     assert aligned.attrs == {(0,): DIVISIBLE, (1,): DIVISIBLE, (3,): DIVISIBLE}
     assert options["num_warps"] == 8
 
-    odd, _, _ = aot.bind(recorded(x=x[1:], count=1), "sm_90")
+    odd, _, _ = aot.bind_launch(recorded(x=x[1:], count=1), "sm_90")
     assert not any(odd.attrs.values())
     assert odd.signature["count"] == "constexpr" and odd.constants[(3,)] == 1
-    long, _, _ = aot.bind(recorded(x=x.half(), count=2**40 + 1), "sm_90")
+    long, _, _ = aot.bind_launch(recorded(x=x.half(), count=2**40 + 1), "sm_90")
     assert (long.signature["x_ptr"], long.signature["count"]) == ("*fp16", "i64")
 
 
 def test_what_differs_is_another_variant_and_what_does_not_is_compiled_once():
     launches = [recorded(), recorded(count=2048), recorded(count=7), recorded(x=torch.empty(4097)[1:]), recorded()]
-    assert [name for name, _ in aot.unique(launches)] == ["_scale_kernel", "_scale_kernel 2", "_scale_kernel 3"]
+    assert [name for name, _ in aot.unique_launches(launches)] == [
+        "_scale_kernel",
+        "_scale_kernel 2",
+        "_scale_kernel 3",
+    ]
 
 
 def test_instructions_are_counted_by_width():
-    wide, narrow = aot.resources(recorded(), "sm_90"), aot.resources(recorded(x=torch.empty(4097)[1:]), "sm_90")
+    wide, narrow = (
+        aot.measure_resources(recorded(), "sm_90"),
+        aot.measure_resources(recorded(x=torch.empty(4097)[1:]), "sm_90"),
+    )
     assert (wide["loads"], narrow["loads"]) == ({"128": 2}, {"32": 8})
     assert (wide["stores"], narrow["stores"]) == ({"128": 2}, {"32": 8})
     assert wide["atomics"] == {"RED.ADD.F32": 8}
@@ -121,37 +128,39 @@ def test_instructions_are_counted_by_width():
 
 @pytest.mark.parametrize(("target", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
 def test_matrix_instructions_are_counted(target, instruction):
-    found = aot.resources(product(64), target)
+    found = aot.measure_resources(product(64), target)
     assert found["matrix"].keys() == {instruction} and found["shared"] > 0
 
 
 def test_warps_without_rows_are_told():
     """What Triton 3.6 makes of 64 rows for 8 warps reads past them; 4 warps are as many as there are rows for."""
     with pytest.raises(ValueError, match="8 warps along the rows of a product of 64 x 64"):
-        aot.resources(product(64, _chain_kernel, num_warps=8), "sm_90")
-    assert aot.resources(product(64, _chain_kernel, num_warps=4), "sm_90")["matrix"].keys() == {"HGMMA"}
-    assert aot.resources(product(128, _chain_kernel, num_warps=8), "sm_90")["matrix"].keys() == {"HGMMA"}
+        aot.measure_resources(product(64, _chain_kernel, num_warps=8), "sm_90")
+    assert aot.measure_resources(product(64, _chain_kernel, num_warps=4), "sm_90")["matrix"].keys() == {"HGMMA"}
+    assert aot.measure_resources(product(128, _chain_kernel, num_warps=8), "sm_90")["matrix"].keys() == {"HGMMA"}
 
 
 def test_a_kernel_that_raises_when_it_is_compiled_is_told(monkeypatch):
     odd, good = recorded(block=1000), recorded()  # no power of two
     short = good._replace(arguments={"x_ptr": torch.empty(16)})
-    monkeypatch.setattr(aot, "record", lambda key: [odd, good, short])
-    found = aot.measure("any", "sm_90")
+    monkeypatch.setattr(aot, "record_launches", lambda key: [odd, good, short])
+    found = aot.measure_entry("any", "sm_90")
     assert "power of 2" in found["_scale_kernel"]["error"] and "registers" in found["_scale_kernel 2"]
     assert "missing 5 required" in found["_scale_kernel 3"]["error"]
-    assert "power of 2" in aot.table(found)
-    assert aot.distinct(["any", "other"]) == {"any": {"_scale_kernel", "_scale_kernel 2", "_scale_kernel 3"}}
-    assert aot.distinct(["any", "other"], variants=False) == {"any": {"_scale_kernel"}}
+    assert "power of 2" in aot.format_table(found)
+    assert aot.distinct_kernels(["any", "other"]) == {"any": {"_scale_kernel", "_scale_kernel 2", "_scale_kernel 3"}}
+    assert aot.distinct_kernels(["any", "other"], variants=False) == {"any": {"_scale_kernel"}}
 
 
 def test_an_operator_that_raises_is_told(monkeypatch):
     def record(key):
         raise ValueError("no such thing")
 
-    monkeypatch.setattr(aot, "record", record)
-    assert aot.distinct(["any"]) == {"any": {aot.RECORD}}
-    assert aot.measure("any", "sm_90", frozenset({aot.RECORD})) == {aot.RECORD: {"error": "ValueError: no such thing"}}
+    monkeypatch.setattr(aot, "record_launches", record)
+    assert aot.distinct_kernels(["any"]) == {"any": {aot.RECORD}}
+    assert aot.measure_entry("any", "sm_90", frozenset({aot.RECORD})) == {
+        aot.RECORD: {"error": "ValueError: no such thing"}
+    }
 
 
 # --- the gate catches what it is there for
@@ -159,11 +168,11 @@ def test_an_operator_that_raises_is_told(monkeypatch):
 
 @pytest.fixture(scope="module")
 def good():
-    return {"sm_90": {"a/_scale_kernel": aot.resources(recorded(), "sm_90")}}
+    return {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(), "sm_90")}}
 
 
 def test_the_same_kernel_passes(good):
-    assert aot.differences(aot.gated(good), aot.gated(good)) == []
+    assert aot.find_differences(aot.select_gated(good), aot.select_gated(good)) == []
 
 
 @pytest.mark.parametrize(
@@ -178,18 +187,18 @@ def test_the_same_kernel_passes(good):
     ],
 )
 def test_a_planted_fault_is_caught(good, field, worse):
-    found = {"sm_90": {"a/_scale_kernel": aot.resources(recorded(**worse), "sm_90")}}
-    told = aot.differences(aot.gated(good), aot.gated(found))
+    found = {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(**worse), "sm_90")}}
+    told = aot.find_differences(aot.select_gated(good), aot.select_gated(found))
     assert any(f"sm_90 a/_scale_kernel: {field} " in line for line in told)
 
 
 def test_a_kernel_that_is_gone_or_new_or_broken_is_told(good):
-    golden = aot.gated(good)
-    assert aot.differences(golden, {}) == ["sm_90 a/_scale_kernel: not compiled any more"]
-    assert aot.differences({}, golden) == ["sm_90 a/_scale_kernel: not in the golden file"]
+    golden = aot.select_gated(good)
+    assert aot.find_differences(golden, {}) == ["sm_90 a/_scale_kernel: not compiled any more"]
+    assert aot.find_differences({}, golden) == ["sm_90 a/_scale_kernel: not in the golden file"]
     broken = copy.deepcopy(golden)
     broken["sm_90"]["a/_scale_kernel"] = {"error": "CompilationError: no"}
-    assert aot.differences(golden, broken) == ["sm_90 a/_scale_kernel: does not compile: CompilationError: no"]
+    assert aot.find_differences(golden, broken) == ["sm_90 a/_scale_kernel: does not compile: CompilationError: no"]
 
 
 @pytest.mark.parametrize(
@@ -200,15 +209,15 @@ def test_spills_may_vary_a_little_where_there_are_some(good, spills, found, told
     """ptxas gives the same code another number of them from run to run."""
 
     def row(number):
-        return {"sm_90": {"a/_scale_kernel": aot.gated(good)["sm_90"]["a/_scale_kernel"] | {"spills": number}}}
+        return {"sm_90": {"a/_scale_kernel": aot.select_gated(good)["sm_90"]["a/_scale_kernel"] | {"spills": number}}}
 
-    assert bool(aot.differences(row(spills), row(found))) == told
+    assert bool(aot.find_differences(row(spills), row(found))) == told
 
 
 def test_a_forward_kernel_that_spills_is_told():
-    spilled = aot.resources(product(128, num_warps=1), "sm_80")  # 512 sums a thread
+    spilled = aot.measure_resources(product(128, num_warps=1), "sm_80")  # 512 sums a thread
     assert spilled["spills"] > 0 and spilled["local_bytes"] > 0
-    told = aot.spilling_forwards({"sm_90": {"a/_scale_fwd_kernel": spilled, "a/_scale_bwd_kernel": spilled}})
+    told = aot.find_spilling_forwards({"sm_90": {"a/_scale_fwd_kernel": spilled, "a/_scale_bwd_kernel": spilled}})
     assert len(told) == 1 and told[0].startswith("sm_90 a/_scale_fwd_kernel: ")
 
 
@@ -217,7 +226,9 @@ def test_a_forward_kernel_that_spills_is_told():
 
 @pytest.fixture(scope="module")
 def compiled():
-    return aot.measure_all(aot.distinct(AOT_CASES), aot.GATED, workers=1)  # beside the suite's other process
+    return aot.measure_entries(
+        aot.distinct_kernels(AOT_CASES), aot.GATED, workers=1
+    )  # beside the suite's other process
 
 
 def test_every_operator_has_kernels(compiled):
@@ -229,14 +240,14 @@ def test_every_kernel_compiles_and_no_forward_kernel_spills(compiled):
     errors = [f"{target} {name}: {row['error']}" for target in compiled for name, row in compiled[target].items()
               if "error" in row]  # fmt: skip
     assert errors == []
-    assert aot.spilling_forwards(compiled) == []
+    assert aot.find_spilling_forwards(compiled) == []
 
 
 def test_the_kernels_are_as_in_the_golden_file(compiled):
     if not GOLDEN.exists() and list(aot.RESULTS.glob("aot-*.json")):
         reason = f"Triton {triton.__version__} has no golden file; another compiler makes other code"
         pytest.skip(reason)  # registers belong to one compiler; the version that CI pins has its file and is compared
-    told = aot.differences(aot.load_golden(), aot.gated(compiled))
+    told = aot.find_differences(aot.load_golden(), aot.select_gated(compiled))
     assert told == [], "better or worse? If better: python -m dream_fast.bench aot --write\n" + "\n".join(told)
 
 
@@ -257,7 +268,7 @@ def _biased_product_kernel(a_ptr, b_ptr, SIZE: tl.constexpr):
 
 def test_no_product_of_fp32_starts_from_a_bias():
     """Its steps would round at the size of the bias, which normals by differences show on a GPU and nowhere else."""
-    forward = next(one for one in aot.record("field/float32") if one.kernel.__name__ == "field_fwd_kernel")
+    forward = next(one for one in aot.record_launches("field/float32") if one.kernel.__name__ == "field_fwd_kernel")
     assert starts(aot.compile_launch(forward, "sm_90").asm["ttir"]) == []
     with recorded_launches() as launches:
         a = torch.zeros(32, 32)
@@ -267,6 +278,6 @@ def test_no_product_of_fp32_starts_from_a_bias():
 
 @pytest.mark.parametrize("target", ["gfx942", "sm_100"])
 def test_every_kernel_compiles_for_other_gpus(target):
-    rows = aot.measure_all(aot.distinct(AOT_CASES, variants=False), [target], workers=1)[target]
+    rows = aot.measure_entries(aot.distinct_kernels(AOT_CASES, variants=False), [target], workers=1)[target]
     failed = {f"{target} {name.split('/')[-1]}": row["error"] for name, row in rows.items() if "error" in row}
     assert rows and failed.keys() == {name for name in CANNOT if name.startswith(target)}, failed

@@ -1,4 +1,4 @@
-"""The benchmarks: what they count, what they refuse, and a judge that can be wrong."""
+"""The benchmarks: what they count, what they refuse, and a classifier that can be wrong."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +14,21 @@ from dream_fast.bench import __main__ as command
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline import end_to_end
 from dream_fast.bench.quality import run as quality
-from dream_fast.bench.quality.classifier import SECTORS, SIZE, WEIGHTS, Judge, Verdicts, load_judge, prior, verdicts
-from dream_fast.bench.quality.classifier import train as judge_train
+from dream_fast.bench.quality.classifier import (
+    SECTORS,
+    SIZE,
+    WEIGHTS,
+    Classifier,
+    Predictions,
+    classify,
+    load_classifier,
+    prior,
+)
+from dream_fast.bench.quality.classifier import train as classifier_train
 from dream_fast.bench.quality.classifier.train import UNNAMED, Examples, accuracy, confusion, disturb
-from dream_fast.bench.quality.run import AZIMUTHS, HELD_OUT, PROMPTS, assess, contact_sheet, summary, wanted
+from dream_fast.bench.quality.run import AZIMUTHS, HELD_OUT, PROMPTS, assess, contact_sheet, expected_classes, summarize
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.config.schema import Config
 from dream_fast.engine.dream_mini import dataset
 from dream_fast.engine.dream_mini.dataset import NATURAL, Views
 from dream_fast.engine.dream_mini.scenes import make_scene
@@ -52,24 +61,26 @@ def test_the_prompts_are_as_many_and_as_different_as_is_claimed():
     ],
 )
 def test_what_a_prompt_wants(prompt, name, color):
-    assert wanted(prompt) == (OBJECTS.index(name), None if color is None else SHADES.index(color))
+    assert expected_classes(prompt) == (OBJECTS.index(name), None if color is None else SHADES.index(color))
 
 
 def test_the_pictures_from_behind_are_those():
-    azimuth = turntable(Config().camera, AZIMUTHS, torch.device("cpu")).azimuth
+    azimuth = turntable(reference().camera, AZIMUTHS, torch.device("cpu")).azimuth
     behind = torch.cos(torch.deg2rad(azimuth)) < -0.5
     assert behind.nonzero().flatten().tolist() == list(quality.BEHIND)
     assert azimuth[quality.FRONT] == 0 and azimuth[quality.BACK].abs() == 180
 
 
-def judged(monkeypatch, prompt: str, names: list[str], colors: list[str], views: list[str]) -> dict[str, float | None]:
-    """The scores of eight pictures in which the judge sees what the lists say."""
-    seen = Verdicts(
+def score_views(
+    monkeypatch, prompt: str, names: list[str], colors: list[str], views: list[str]
+) -> dict[str, float | None]:
+    """The scores of eight pictures in which the classifier sees what the lists say."""
+    seen = Predictions(
         torch.tensor([OBJECTS.index(name) for name in names]),
         torch.tensor([SHADES.index(color) for color in colors]),
         torch.tensor([VIEWS.index(view) for view in views]),
     )
-    monkeypatch.setattr(quality, "verdicts", lambda judge, pictures: seen)
+    monkeypatch.setattr(quality, "classify", lambda classifier, pictures: seen)
     return assess(None, torch.zeros(AZIMUTHS, 3, 4, 4), prompt)
 
 
@@ -77,15 +88,15 @@ def test_scores_are_shares_of_the_pictures(monkeypatch):
     names = ["robot"] * 6 + ["snowman"] * 2
     colors = ["red"] * 3 + ["blue"] * 3 + ["red"] * 2
     views = ["front", "front", "side", "back", "front", "front", "side", "front"]
-    scores = judged(monkeypatch, "a red robot", names, colors, views)
+    scores = score_views(monkeypatch, "a red robot", names, colors, views)
     sides = {"janus": 2 / 3, "front": 1, "back": 0}
     assert scores == pytest.approx({"object": 6 / 8, "object_color": 3 / 8, **sides})
-    scores = judged(monkeypatch, "a snowman", names, colors, views)
+    scores = score_views(monkeypatch, "a snowman", names, colors, views)
     assert scores == pytest.approx({"object": 2 / 8, "object_color": None, **sides})
-    scores = judged(monkeypatch, "a blue car", names, colors, views)
+    scores = score_views(monkeypatch, "a blue car", names, colors, views)
     assert scores == {"object": 0, "object_color": 0, "janus": None, "front": None, "back": None}
     views = ["side", "front", "side", "back", "back", "front", "front", "front"]
-    scores = judged(monkeypatch, "a red robot", names, colors, views)
+    scores = score_views(monkeypatch, "a red robot", names, colors, views)
     assert scores == pytest.approx({"object": 6 / 8, "object_color": 3 / 8, "janus": 1 / 3, "front": 0, "back": 1})
 
 
@@ -100,12 +111,12 @@ def test_a_summary_averages_what_each_row_has():
         row("a red cat", 0, 0.5, 1.0, 1 / 3, 0.0, 1.0),
     ]
     means = {"object": 0.5, "object_color": 0.75, "janus_rate": 0.1667, "front_rate": 0.5, "back_rate": 1.0, "runs": 3}
-    assert summary(rows) == means
-    assert summary([]) == dict.fromkeys(means) | {"runs": 0}
+    assert summarize(rows) == means
+    assert summarize([]) == dict.fromkeys(means) | {"runs": 0}
     again = [*rows, row("a red mug", 1, 0.0, 0.0, None, None, None)]
-    table = quality.by_prompt(again, ("a red cat", "a red mug", "a hat"))
+    table = quality.summarize_prompts(again, ("a red cat", "a red mug", "a hat"))
     assert [line["prompt"] for line in table] == ["a red cat", "a red mug"]
-    assert table[1] == {"prompt": "a red mug", **summary(again[::3]), "seconds": 2.0}
+    assert table[1] == {"prompt": "a red mug", **summarize(again[::3]), "seconds": 2.0}
 
 
 @pytest.fixture
@@ -132,11 +143,11 @@ def bench(monkeypatch, tmp_path):
         return json.loads((bench.out / "quality.json").read_text())
 
     bench.call = call
-    monkeypatch.setattr(quality, "make", make)
+    monkeypatch.setattr(quality, "make_run", make)
     monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda number, **context: ThreadPoolExecutor(number))
-    monkeypatch.setattr(quality, "facts_of", lambda device, other: bench.facts | other)
-    monkeypatch.setattr(quality, "load_judge", lambda: None)
-    monkeypatch.setattr(quality, "assess", lambda judge, pictures, prompt: {"object": float(len(pictures))})
+    monkeypatch.setattr(quality, "describe_setup", lambda device, other: bench.facts | other)
+    monkeypatch.setattr(quality, "load_classifier", lambda: None)
+    monkeypatch.setattr(quality, "assess", lambda classifier, pictures, prompt: {"object": float(len(pictures))})
     return bench
 
 
@@ -206,7 +217,7 @@ def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
 
 
 def test_the_settings_of_a_score_are_its_own():
-    sds, csd = (quality.facts_of("cpu", {"objective": score})["settings"]["guidance"] for score in ("sds", "csd"))
+    sds, csd = (quality.describe_setup("cpu", {"objective": score})["settings"]["guidance"] for score in ("sds", "csd"))
     assert (sds["objective"], csd["objective"]) == ("sds", "csd") and sds["guidance_rescale"] != csd["guidance_rescale"]
 
 
@@ -215,7 +226,7 @@ def test_no_run_starts_that_would_end_too_late(monkeypatch, tmp_path, bench):
     monkeypatch.setattr(quality, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     jobs = [("a mug", seed) for seed in range(9)]
     (tmp_path / "work").mkdir()
-    rows = list(quality.make_all(jobs, tmp_path / "work", "cpu", 1, 200.0))
+    rows = list(quality.make_runs(jobs, tmp_path / "work", "cpu", 1, 200.0))
     assert 0 < len(rows) < 4 and bench.made == jobs[: len(rows)]  # each run takes 30 and more of the 200
 
 
@@ -290,15 +301,15 @@ def test_the_main_job_runs_the_command_and_records_it(tmp_path, monkeypatch):
     assert record["seconds"] == 123.4 and record["host_peak_bytes"] > 2**20 and record["torch"] == torch.__version__
 
 
-# ----------------------------------------------------------------------------------------------------------- the judge
+# --- the classifier
 
 
 @pytest.fixture(scope="module")
-def judge():
-    return load_judge()
+def classifier():
+    return load_classifier()
 
 
-def pictures_of(things: list[tuple[str, str | None]], azimuth: float) -> torch.Tensor:
+def render_views(things: list[tuple[str, str | None]], azimuth: float) -> torch.Tensor:
     """Pictures [N, 3, 64, 64] of objects of the procedural world, made from a seed that nothing was trained on."""
     scenes = [make_scene(np.random.default_rng(7), name, color, plain=True) for name, color in things]
     n = len(scenes)
@@ -311,34 +322,38 @@ def pictures_of(things: list[tuple[str, str | None]], azimuth: float) -> torch.T
     return pictures.permute(0, 3, 1, 2)
 
 
-def test_the_judge_recognises_objects_colours_and_sides(judge):
+def test_the_judge_recognises_objects_colours_and_sides(classifier):
     assert WEIGHTS.stat().st_size <= 2e6
-    front = pictures_of([("robot", "red"), ("penguin", "black"), ("car", "blue")], 0.0)
-    back = pictures_of([("robot", "red"), ("penguin", "black")], 180.0)
+    front = render_views([("robot", "red"), ("penguin", "black"), ("car", "blue")], 0.0)
+    back = render_views([("robot", "red"), ("penguin", "black")], 180.0)
     for pictures, view in ((front, "front"), (back, "back")):
-        found = verdicts(judge, pictures)
+        found = classify(classifier, pictures)
         assert [OBJECTS[k] for k in found.object] == ["robot", "penguin", "car"][: len(pictures)]
         assert [VIEWS[k] for k in found.view[:2]] == [view, view]
         assert [SHADES[k] for k in found.color[:2]] == ["red", "black"]
-    assert SHADES[verdicts(judge, front).color[2]] == "blue"
+    assert SHADES[classify(classifier, front).color[2]] == "blue"
 
     # It looks at the picture: with red and blue exchanged it says so, and an empty picture is nobody's.
-    assert [SHADES[k] for k in verdicts(judge, front.flip(1)).color[::2]] == ["blue", "red"]
-    assert OBJECTS[verdicts(judge, torch.full((1, 3, SIZE, SIZE), 0.75)).object[0]] not in ("robot", "penguin", "car")
+    assert [SHADES[k] for k in classify(classifier, front.flip(1)).color[::2]] == ["blue", "red"]
+    assert OBJECTS[classify(classifier, torch.full((1, 3, SIZE, SIZE), 0.75)).object[0]] not in (
+        "robot",
+        "penguin",
+        "car",
+    )
     robot = front[:1].expand(AZIMUTHS, -1, -1, -1)
     sides = {"janus": 1, "front": 1, "back": 0}
-    assert assess(judge, robot, "a red robot") == {"object": 1, "object_color": 1, **sides}
-    assert assess(judge, robot, "a blue car") == {"object": 0, "object_color": 0, **dict.fromkeys(sides)}
+    assert assess(classifier, robot, "a red robot") == {"object": 1, "object_color": 1, **sides}
+    assert assess(classifier, robot, "a blue car") == {"object": 0, "object_color": 0, **dict.fromkeys(sides)}
     large = torch.nn.functional.interpolate(front[:1], (128, 128), mode="bilinear")  # any size will do
-    assert OBJECTS[verdicts(judge, large).object[0]] == "robot"
+    assert OBJECTS[classify(classifier, large).object[0]] == "robot"
 
 
-def test_the_judge_is_as_good_as_it_states(judge):
+def test_the_judge_is_as_good_as_it_states(classifier):
     """On pictures from a seed that nothing was trained on: as many right as stated, but for five standard errors."""
     stated = json.loads(WEIGHTS.with_suffix(".json").read_text())["held_out"]
     colors = ["red", "green", "blue", "yellow"]
     things = [(name, colors[k % 4]) for k, name in enumerate(sorted(OBJECTS)[::3][:24])]
-    found = verdicts(judge, pictures_of(things, 30.0))
+    found = classify(classifier, render_views(things, 30.0))
     right = {
         "object": [OBJECTS[k] == name for k, (name, _) in zip(found.object, things, strict=True)],
         "color": [SHADES[k] == color for k, (_, color) in zip(found.color, things, strict=True)],
@@ -349,7 +364,7 @@ def test_the_judge_is_as_good_as_it_states(judge):
 
 
 def logits(picture_classes: list[tuple[int, int, int]]):
-    """A judge that gives each of the pictures the classes (object, colour, sector) of its list."""
+    """A classifier that gives each of the pictures the classes (object, colour, sector) of its list."""
 
     def says(pictures):
         scores = torch.zeros(3, len(pictures), 64)
@@ -365,10 +380,10 @@ def test_sectors_make_the_words_for_views():
     azimuths = [-172, -136, -134, -50, -46, -44, -1, 1, 44, 46, 91, 134, 136, 179]
     words = ["back"] * 2 + ["side"] * 3 + ["front"] * 4 + ["side"] * 3 + ["back"] * 2 + ["overhead"]
     sectors = [int((a + 180) // 15) for a in azimuths] + [SECTORS]
-    found = verdicts(logits([(0, 0, k) for k in sectors]), torch.zeros(len(sectors), 3, SIZE, SIZE))
+    found = classify(logits([(0, 0, k) for k in sectors]), torch.zeros(len(sectors), 3, SIZE, SIZE))
     assert [VIEWS[k] for k in found.view] == words
     level = torch.tensor([90.0] * len(azimuths) + [10.0])
-    targets = judge_train.view_targets(level, torch.tensor([*azimuths, 0]).float())
+    targets = classifier_train.view_targets(level, torch.tensor([*azimuths, 0]).float())
     check("sums", targets.sum(-1), torch.ones(len(sectors)), torch.ones(len(sectors)).double())
     assert targets.argmax(-1).tolist() == sectors
 
@@ -394,7 +409,7 @@ def test_accuracy_counts_right_answers():
         ("robot", "blue", "front", -40.0),
     )
     robot_red_front = (OBJECTS.index("robot"), SHADES.index("red"), SECTORS // 2)
-    found = judge_train.look(logits([robot_red_front] * 4), truth.pictures)
+    found = classifier_train.classify_all(logits([robot_red_front] * 4), truth.pictures)
     # colours count where there is a word (three of four), sides of faces where there is one (the robots)
     assert accuracy(found, truth) == pytest.approx(
         {
@@ -423,7 +438,7 @@ def test_colours_are_what_people_call_them():
     ]
     labels = [[OBJECTS.index(t[0]), SHADES.index(t[1]) if t[1] else NATURAL, 0] for t in truth]
     columns = (np.array(labels), np.zeros((6, 2)), np.array([t[3] for t in truth]), np.array([t[2] for t in truth]))
-    found = judge_train.color_labels(Views(torch.zeros(6), [], *columns))
+    found = classifier_train.color_labels(Views(torch.zeros(6), [], *columns))
     assert [None if k == UNNAMED else SHADES[k] for k in found] == [t[4] for t in truth]
 
 
@@ -439,7 +454,7 @@ def test_the_paint_of_a_scene_is_its_colour():
 def test_a_mirrored_picture_is_seen_from_the_other_side():
     pictures = torch.arange(2 * 3 * 2 * 2, dtype=torch.uint8).view(2, 3, 2, 2)
     truth = examples(("cat", None, "side", 60.0), ("cat", None, "side", 60.0))._replace(pictures=pictures)
-    turned = judge_train.mirrored(truth, torch.tensor([True, False]))
+    turned = classifier_train.mirrored(truth, torch.tensor([True, False]))
     assert turned.azimuth.tolist() == [-60, 60] and torch.equal(turned.view, truth.view)
     assert torch.equal(turned.pictures[0], pictures[0].flip(-1)) and torch.equal(turned.pictures[1], pictures[1])
 
@@ -447,16 +462,16 @@ def test_a_mirrored_picture_is_seen_from_the_other_side():
 def test_the_judge_learns_only_what_can_be_told():
     """A mug's view and an unnamed colour leave no gradient where they would be learned; a cat's view does."""
     torch.manual_seed(0)
-    learner, fronts = Judge(), judge_train.membership(judge_train.FRONTS, "cpu")
+    learner, fronts = Classifier(), classifier_train.membership(classifier_train.FRONTS, "cpu")
     pictures = torch.rand(2, 3, SIZE, SIZE)
     mugs = examples(("mug", "red", "front", 0.0), ("mug", None, "front", 0.0))
-    judge_train.loss_of(learner, pictures, mugs, fronts).backward()
+    classifier_train.loss_of(learner, pictures, mugs, fronts).backward()
     assert not learner.view.weight.grad.any() and learner.color.weight.grad.any() and learner.object.weight.grad.any()
     learner.zero_grad(set_to_none=True)
     cats = examples(("cat", "red", "front", 0.0), ("mug", "red", "front", 0.0))
-    judge_train.loss_of(learner, pictures, cats, fronts).backward()
+    classifier_train.loss_of(learner, pictures, cats, fronts).backward()
     assert learner.view.weight.grad.any()
-    stored = judge_train.halved(learner)
+    stored = classifier_train.to_half(learner)
     assert sum(t.numel() * t.element_size() for t in stored.values()) <= 1.95e6
 
 
@@ -473,15 +488,17 @@ def test_the_prior_is_scored_by_the_words_of_its_captions():
     thing = torch.arange(n)[:, None].expand(n, 3).clone()
     color = torch.tensor([SHADES.index(prior.COLOR_OF[name]) for name in OBJECTS])[:, None].expand(n, 3)
     view = torch.arange(3).expand(n, 3).clone()
-    right = prior.scores(Verdicts(thing, color, view))
+    right = prior.scores(Predictions(thing, color, view))
     assert (right["object"], right["color"], right["view"]) == (1, 1, 1)
     assert right["pictures"] == 3 * n and right["pictures_of_faces"] == 3 * len(prior.FACES)
     view[:, 0] = VIEWS.index("side")  # no front is seen as one
     thing[OBJECTS.index("mug")] = OBJECTS.index("vase")
-    found = prior.scores(Verdicts(thing, color, view))
+    found = prior.scores(Predictions(thing, color, view))
     assert found["view"] == round(2 / 3, 4)
     assert found["object"] == round(1 - 1 / n, 4)
     assert found["views"]["front"]["side"] == 1 and found["faces"]["cat"] == [0, 1, 1]
-    assert [wanted(prompt) for prompt in prior.PROMPTS] == [(k, int(color[k, 0])) for k in range(n)]
-    picture = prior.sheet(torch.rand(2 * n, 3, 3, 16, 16), Verdicts(*(torch.cat([c, c]) for c in (thing, color, view))))
+    assert [expected_classes(prompt) for prompt in prior.PROMPTS] == [(k, int(color[k, 0])) for k in range(n)]
+    picture = prior.sheet(
+        torch.rand(2 * n, 3, 3, 16, 16), Predictions(*(torch.cat([c, c]) for c in (thing, color, view)))
+    )
     assert picture.size == (6 * 16, len(prior.FACES) * 30)

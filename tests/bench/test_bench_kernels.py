@@ -109,7 +109,7 @@ def test_a_name_that_is_no_case_is_refused():
 )
 def test_the_gate_passes_the_reference_and_catches_a_small_fault(op, case, mode):
     what = Case(op=op, case=case, mode=mode, dtype="float32")
-    reference = bench.implementation(what, "reference")
+    reference = bench.find_implementation(what, "reference")
 
     def wrong(*args, **kwargs):
         out = reference(*args, **kwargs)
@@ -182,7 +182,7 @@ def test_judging_leaves_the_inputs_of_an_operator_that_changes_them_alone():
 
 def rows_of(tmp_path, *more: str) -> tuple[int, dict]:
     out = tmp_path / "cpu.json"
-    limits = ["--seconds", str(NEVER), "--peer-seconds", str(NEVER)]
+    limits = ["--seconds", str(NEVER), "--peer_seconds", str(NEVER)]
     status = bench.main(["--device", "cpu", "--ms", "5", *limits, "--out", str(out), *more])
     return status, json.loads(out.read_text())
 
@@ -226,9 +226,9 @@ def test_an_implementation_that_is_wrong_is_not_timed(tmp_path, monkeypatch, cap
         out = kernels.composite_reference(*args, **kwargs)
         return out._replace(values=out.values * 1.01)
 
-    monkeypatch.setattr(bench, "implementation", lambda case, name: wrong)
-    suite.row(case, "triton")
-    suite.row(case, "reference")
+    monkeypatch.setattr(bench, "find_implementation", lambda case, name: wrong)
+    suite.measure_case(case, "triton")
+    suite.measure_case(case, "reference")
     assert suite.rows == []
     assert suite.inaccurate[0].startswith("composite rays_8 forward triton: error 0.01")
     assert suite.left_out[0].startswith("composite rays_8 forward reference: error 0.01")
@@ -241,15 +241,15 @@ def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_rea
     def raises(*args, **kwargs):
         raise torch.OutOfMemoryError("all of it")
 
-    monkeypatch.setattr(bench, "implementation", lambda case, name: raises)
-    suite.row(case, "compiled")
-    suite.row(case, "compiled")  # compiling it fails once, and not once a mode
+    monkeypatch.setattr(bench, "find_implementation", lambda case, name: raises)
+    suite.measure_case(case, "compiled")
+    suite.measure_case(case, "compiled")  # compiling it fails once, and not once a mode
     endless = threading.Event()
-    monkeypatch.setattr(bench, "implementation", lambda case, name: lambda *args, **kwargs: endless.wait())
+    monkeypatch.setattr(bench, "find_implementation", lambda case, name: lambda *args, **kwargs: endless.wait())
     suite.peer_seconds = 0.2
-    suite.row(case, "reference")
+    suite.measure_case(case, "reference")
     suite.end = 0.0  # long ago
-    suite.row(case, "reference")
+    suite.measure_case(case, "reference")
     assert suite.rows == [] and suite.inaccurate == []
     assert suite.left_out == [
         "composite rays_8 forward compiled: OutOfMemoryError: all of it",

@@ -120,7 +120,7 @@ def test_the_ball_has_the_samples_of_the_workload():
     from dream_fast.engine.scene.camera import rays, sample_cameras
     from dream_fast.engine.scene.hash_grid_field import HashGridField
 
-    config = step_cases.resolve(step_cases.BALL, "sd", "cpu")
+    config = step_cases.configure({"guidance": ("SD",)} | step_cases.BALL, "cpu")
     field = HashGridField(config.field, config.render.bound, torch.Generator().manual_seed(0))
     renderer = VolumeRenderer(field, config.render)
     density = torch.exp(field_blob(renderer, config))

@@ -11,7 +11,7 @@ import pytest
 
 import dream_fast
 from dream_fast.bench.compat import command_lines
-from dream_fast.bench.compat.command_lines import LINES, STEPS, Line, Outcome, row, run_line, settled
+from dream_fast.bench.compat.command_lines import LINES, STEPS, CommandLine, Outcome, adapt_words, format_row, run_line
 from dream_fast.cli import main, parse
 
 ROOT = Path(dream_fast.__file__).parent
@@ -32,7 +32,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             code = main(words)
         return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=error.getvalue())
 
-    monkeypatch.setattr(command_lines, "dream_fast", call)
+    monkeypatch.setattr(command_lines, "run_command", call)
 
 
 def cells() -> list[list[str]]:
@@ -43,20 +43,20 @@ def cells() -> list[list[str]]:
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
 def test_every_row_is_what_the_command_says_today(tmp_path: Path) -> None:
-    command_lines.prepare(tmp_path)
+    command_lines.write_files(tmp_path)
     rows = cells()
     assert len(rows) == len(LINES) == 20 and len(set(LINES)) == 20
-    again = "write it anew: python -m dream_fast.bench reference_lines"
+    again = "write it anew: python -m dream_fast.bench command_lines"
     for line, (source, words, here, happened) in zip(LINES, rows, strict=True):
         assert (source, words) == (line.source, f"`{line.words}`"), again
         if "--test" in line.words:
             parse(shlex.split(line.words))
             outcome = Outcome("works", "")
         else:
-            _, outcome = settled(shlex.split(line.words), tmp_path)
-        assert here == outcome.here, again
+            _, outcome = adapt_words(shlex.split(line.words), tmp_path)
+        assert here == outcome.verdict, again
         if here == "refused":
-            assert happened == outcome.happened, again
+            assert happened == outcome.details, again
         else:
             assert re.fullmatch(
                 rf"{STEPS} steps; `results/turntable.mp4`, .*`results/six_views.png`.*; \d+ s", happened
@@ -71,24 +71,24 @@ def test_the_page_is_linked() -> None:
 
 def test_a_line_is_run_looked_at_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_lines, "SHORT", TINY)
-    line = Line("README", '--text "a rose" --negative "red" --workspace trial -O --sd_version 1.5')
+    line = CommandLine("README", '--text "a rose" --negative "red" --workspace trial -O --sd_version 1.5')
     outcome = run_line(line, tmp_path)
-    assert outcome.here == 'works; it asks for Stable Diffusion 1.5, run with dream-mini and "a hamburger"'
-    assert re.fullmatch(r"2 steps; `results/turntable.mp4`, `results/six_views.png`; \d+ s", outcome.happened)
+    assert outcome.verdict == 'works; it asks for Stable Diffusion 1.5, run with dream-mini and "a hamburger"'
+    assert re.fullmatch(r"2 steps; `results/turntable.mp4`, `results/six_views.png`; \d+ s", outcome.details)
     assert (tmp_path / "trial" / "results" / "turntable.mp4").exists()
     monkeypatch.setattr(command_lines, "SHORT", "--device cpu --W 8 --H 8 --mcubes_resolution 16".split())
-    looked = run_line(Line("README", "--workspace trial -O --test --six_views"), tmp_path)
-    assert looked.here == "works" and "`results/six_views.png`" in looked.happened
-    gone = run_line(Line("README", "--workspace gone -O --test"), tmp_path)
+    looked = run_line(CommandLine("README", "--workspace trial -O --test --six_views"), tmp_path)
+    assert looked.verdict == "works" and "`results/six_views.png`" in looked.details
+    gone = run_line(CommandLine("README", "--workspace gone -O --test"), tmp_path)
     assert gone == Outcome("refused", "--test needs a run to look at, and --workspace gone holds none")
 
 
 def test_a_refused_line_has_its_sentence_and_a_broken_one_is_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_line(Line("README", '--text "a mug" --workspace trial --gui'), tmp_path).here == "refused"
-    assert row(Line("a", "b|c"), Outcome("refused", "x | y")) == "| a | `b/c` | refused | x / y |\n"
+    assert run_line(CommandLine("README", '--text "a mug" --workspace trial --gui'), tmp_path).verdict == "refused"
+    assert format_row(CommandLine("a", "b|c"), Outcome("refused", "x | y")) == "| a | `b/c` | refused | x / y |\n"
     broken = SimpleNamespace(returncode=1, stdout="", stderr="Traceback")
-    monkeypatch.setattr(command_lines, "dream_fast", lambda words, folder: broken)
+    monkeypatch.setattr(command_lines, "run_command", lambda words, folder: broken)
     with pytest.raises(RuntimeError, match="Traceback"):
-        run_line(Line("README", '--text "a mug"'), tmp_path)
+        run_line(CommandLine("README", '--text "a mug"'), tmp_path)

@@ -158,7 +158,7 @@ def test_a_runs_shape_is_measured_from_four_sides_with_its_averaged_weights() ->
         yield
 
     def view(cameras, height, width, background):
-        assert entered and height == width == looks.SIZE and not background.any()
+        assert entered and height == width == looks.SHAPE_SIZE and not background.any()
         assert cameras.azimuth.tolist() == [0, 90, -180, -90] and (cameras.polar == 90).all()
         normal, opacity = (part.expand(4, *part.shape[1:]) for part in sphere(50))
         return RenderedImages(torch.zeros_like(normal), normal, torch.zeros_like(opacity), opacity)

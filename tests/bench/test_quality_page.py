@@ -6,15 +6,15 @@ import torch
 from dream_fast.bench.quality import page as quality_page
 from dream_fast.bench.quality import world
 from dream_fast.bench.quality.measures import delta_e
-from dream_fast.bench.quality.page import BEGIN, END, table, with_generated
+from dream_fast.bench.quality.page import BEGIN, END, fill_page, table
 from dream_fast.bench.quality.run import HELD_OUT, PROMPTS
 from dream_fast.bench.quality.world import (
     PAINTS,
     WorldLook,
     color_error,
-    paints_of,
-    palette_of,
-    scenes_of,
+    main_colors,
+    make_palette,
+    make_scenes,
     world_summary,
 )
 from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
@@ -41,16 +41,16 @@ def test_the_table_has_a_column_a_record_and_the_worlds_own() -> None:
 
 def test_the_page_keeps_what_is_around_its_markers() -> None:
     """Written twice it is the same."""
-    once = with_generated(f"a\n{BEGIN}\nold\n{END}\nb", {"before": record()})
+    once = fill_page(f"a\n{BEGIN}\nold\n{END}\nb", {"before": record()})
     assert once.startswith(f"a\n{BEGIN}\n### Fixed") and once.endswith(f"{END}\nb") and "old" not in once
-    assert with_generated(once, {"before": record()}) == once
+    assert fill_page(once, {"before": record()}) == once
 
 
 @pytest.mark.skipif(not quality_page.PAGE.exists(), reason="an installed package carries no docs")
 def test_the_page_is_current() -> None:
     """What it shows is what the stored measurements say, and its pictures are there."""
     page, records = quality_page.PAGE.read_text(encoding="utf-8"), quality_page.read_records()
-    assert with_generated(page, records) == page, "write it anew: python -m dream_fast.bench quality_page"
+    assert fill_page(page, records) == page, "write it anew: python -m dream_fast.bench quality_page"
     assert all((quality_page.RESULTS / f"quality-{name}.jpg").exists() for name in records)
 
 
@@ -60,20 +60,20 @@ def test_the_page_is_current() -> None:
 @pytest.mark.parametrize("prompt", ["a hamburger", "a red robot", "a snowman", "a white rabbit"])
 def test_the_worlds_scenes_are_what_the_prompt_says(prompt: str) -> None:
     """The object, in its colour, natural where none is named; the first colour of the palette is that one."""
-    scenes, color = scenes_of(prompt, 5), next((name for name in COLORS if name in prompt.split()), None)
+    scenes, color = make_scenes(prompt, 5), next((name for name in COLORS if name in prompt.split()), None)
     assert {scene.name for scene in scenes} == {find_object(prompt)} and {scene.color for scene in scenes} == {color}
-    palette = palette_of(prompt)
+    palette = make_palette(prompt)
     if color is not None:
         assert delta_e(palette[0], torch.tensor(COLORS[color])) < 5
     assert (delta_e(palette[1:], palette[0]) > world.SAME).all()
-    paints = paints_of(prompt)
+    paints = main_colors(prompt)
     assert len(paints) == PAINTS
     own = color_error(paints, paints)
     assert 0 < own < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
 
 
 def test_the_world_is_stored_and_found_by_prompt(tmp_path) -> None:
-    """In the order asked for; not for a prompt that is not there, nor for features of another judge."""
+    """In the order asked for; not for a prompt that is not there, nor for features of another classifier."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, 3, 5), (2, 3)]
     look = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
@@ -93,7 +93,7 @@ def test_looks_of_another_judge_are_not_used(tmp_path, monkeypatch) -> None:
     """Features mean nothing to other weights."""
     path = tmp_path / "world.safetensors"
     world.write_world(path, ["a mug"], WorldLook(torch.rand(1, 2, 1, 5), torch.rand(1, 3)))
-    monkeypatch.setattr(world, "judge_digest", lambda: "another")
+    monkeypatch.setattr(world, "classifier_digest", lambda: "another")
     assert world.read_world(["a mug"], path) is None
 
 

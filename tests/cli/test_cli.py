@@ -11,7 +11,8 @@ import pytest
 
 from dream_fast.cli import build_parser, main, parse
 from dream_fast.engine.config.compat import REFERENCE_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
-from dream_fast.engine.config.presets import mini_cpu_defaults, resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import dream_mini_cpu
 from dream_fast.engine.config.schema import settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.runtime.signals import Stopped
@@ -135,7 +136,7 @@ def test_the_whole_configuration_reaches_the_engine(engine):
         text="a hamburger", workspace="trial", save_mesh=True, iters=5, seed=3, phi_range=(-90.0, -0.5), w=32,
         lambda_orient=0.0, fp16=True,
     )  # fmt: skip
-    assert engine == [resolve(typed, "dream-mini", "cpu")]
+    assert engine == [configure(typed, "cpu")]
 
 
 def test_only_what_was_typed_is_typed():
@@ -200,7 +201,7 @@ def test_what_is_typed_later_counts_more_than_the_file_and_that_more_than_what_c
     typed = dict(seed=2, iters=1, w=3, save_mesh=False, text="a cat", fp16=True, h=4, lr=0.25)
     assert parse(words) == typed
     assert main([*words, "--device", "cpu"]) == 0
-    assert engine == [resolve(typed, "dream-mini", "cpu")]
+    assert engine == [configure(typed, "cpu")]
 
 
 @pytest.mark.parametrize(
@@ -287,21 +288,23 @@ def test_print_config_needs_no_prompt_and_runs_nothing(engine, capsys):
     assert main(["--print-config", "--device", "cpu", "--lr", "0.5"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["optim"]["lr"] == 0.5
-    assert shown["run"]["iters"] == mini_cpu_defaults().run.iters
+    assert shown["run"]["iters"] == dream_mini_cpu().run.iters
     assert engine == []
 
 
 def test_test_takes_the_settings_of_the_workspace(engine, tmp_path):
     typed = {"text": "a cat", "lr": 0.25, "hf_key": "folder", "seed": 1, "W": 32}
-    stored = resolve(typed | {"save_mesh": True, "ckpt": "scratch", "workspace": "old"}, "sd", "cpu")
+    stored = configure(
+        {"guidance": ("SD",)} | typed | {"save_mesh": True, "ckpt": "scratch", "workspace": "old"}, "cpu"
+    )
     Workspace(tmp_path / "trial").write_config(stored)
     assert main("--test --workspace trial -O --W 48 --device cpu".split()) == 0
-    assert engine == [resolve(typed | {"test": True, "workspace": "trial", "W": 48}, "sd", "cpu")]
+    assert engine == [configure({"guidance": ("SD",)} | typed | {"test": True, "workspace": "trial", "W": 48}, "cpu")]
 
 
 def test_a_workspace_may_lie_at_home(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    Workspace(tmp_path / "home" / "trial").write_config(resolve({"text": "a cat"}, "dream-mini", "cpu"))
+    Workspace(tmp_path / "home" / "trial").write_config(configure({"text": "a cat"}, "cpu"))
     assert main("--test --workspace=~/trial --device cpu".split()) == 0
     assert engine[0].run.text == "a cat"
 

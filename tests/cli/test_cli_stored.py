@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from dream_fast.cli import main
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.workspace.folder import Workspace
 
 CPU = ["--device", "cpu"]
@@ -25,7 +25,7 @@ def handed(monkeypatch, tmp_path):
 
 def store(folder: str, version: str | None = None, **typed):
     """Writes the settings of a run as this version, or one of that name, has them."""
-    config = resolve({"text": "a cat", "workspace": folder} | typed, "dream-mini", "cpu")
+    config = configure({"text": "a cat", "workspace": folder} | typed, "cpu")
     Workspace(Path(folder)).write_config(config)
     path = Path(folder) / "config.json"
     if version is not None:
@@ -63,7 +63,7 @@ def test_a_run_of_another_version_keeps_the_defaults_that_it_had(handed):
     assert handed.pop() == old.override({"iters": 9, "save_mesh": False, "six_views": False})
     assert main([*words, "--lr", "0.5", "--six_views", "--ckpt", "latest"]) == 0
     assert handed.pop() == old.override({"iters": 9, "lr": 0.5, "six_views": True, "save_mesh": False})
-    fresh = resolve({"text": "a cat", "workspace": "w", "iters": 9}, "dream-mini", "cpu")
+    fresh = configure({"text": "a cat", "workspace": "w", "iters": 9}, "cpu")
     assert main([*words, "--ckpt", "scratch"]) == 0
     assert handed.pop() == fresh.override({"ckpt": "scratch"})
     store("w", lr=0.25)

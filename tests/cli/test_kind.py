@@ -18,10 +18,10 @@ import dream_fast
 from dream_fast.cli import build_parser, main
 from dream_fast.engine.config import other_programs
 from dream_fast.engine.config.compat import UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.prompt_syntax import foreign_syntax
 from dream_fast.engine.config.reproduce import reproduce_command
-from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.spelling import nearest, slips
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.runtime.device import choose_runtime, prepare
@@ -294,7 +294,7 @@ def two_gpus(monkeypatch) -> Iterator[list[torch.device]]:
 @pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 0), ("auto", 0)])
 def test_gpu_of_a_number_is_the_current_one(device, number, two_gpus):
     """The run's device has the number that was typed, and what names no device goes there too."""
-    runtime = choose_runtime(Config().override({"device": device}))
+    runtime = choose_runtime(reference().override({"device": device}))
     assert runtime.device == torch.device("cuda", number) and f"NVIDIA {number}" in runtime.description
     prepare(runtime, 0)
     assert two_gpus == [torch.device("cuda", number)]
@@ -303,27 +303,27 @@ def test_gpu_of_a_number_is_the_current_one(device, number, two_gpus):
 def test_gpu_that_is_not_there_is_refused_with_those_that_are(two_gpus, monkeypatch):
     """A number too large gets the list of GPUs, and the variable that hides others."""
     with pytest.raises(UserError) as refused:
-        choose_runtime(Config().override({"device": "cuda:2"}))
+        choose_runtime(reference().override({"device": "cuda:2"}))
     there = "only cuda:0 (NVIDIA 0), cuda:1 (NVIDIA 1)"
     assert str(refused.value) == f"--device cuda:2: there is no GPU of that number, {there}"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     with pytest.raises(UserError, match="; CUDA_VISIBLE_DEVICES=4,5 hides all others"):
-        choose_runtime(Config().override({"device": "cuda:2"}))
+        choose_runtime(reference().override({"device": "cuda:2"}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda:1: torch finds no GPU on this machine"):
-        choose_runtime(Config().override({"device": "cuda:1"}))
+        choose_runtime(reference().override({"device": "cuda:1"}))
 
 
 @pytest.mark.parametrize("device", ["cuda:", "cuda:-1", "cuda:x", "cuda:01", "cuda1", "cuda:1,2", "CUDA:1", "cpu:0"])
 def test_device_that_is_no_device_is_refused(device):
     """Only cuda with a whole number names one of several GPUs."""
     with pytest.raises(UserError, match="--device is one of auto, cpu, cuda, cuda:N, not "):
-        Config().override({"device": device})
+        reference().override({"device": device})
 
 
 def test_number_of_the_gpu_is_not_part_of_a_run():
     """A run has the defaults of a GPU on each, goes on with another one, and its command names none."""
-    first, other = (resolve({"text": "a cat", "seed": 1}, "dream-mini", device) for device in ("cuda", "cuda:1"))
+    first, other = (configure({"text": "a cat", "seed": 1}, device) for device in ("cuda", "cuda:1"))
     assert other.run.device == "cuda:1" and other.override({"device": "cuda"}) == first
     assert first.differences(other) == [] == other.differences(first)
     assert first.differences(first.override({"device": "cpu"})) == ["--device cuda, not cpu"]

@@ -105,7 +105,7 @@ def test_run_faults_in_copies(monkeypatch):
         os._exit("(product, 0.0)" in planted)
 
     monkeypatch.setattr(run, "run_tests", pretend)
-    common = {"file": "kernels/rays/device.py", "function": "rounded", "kind": "term", "old": "3.0e38", "tests": ()}
+    common = {"file": "kernels/rays/device.py", "function": "no_fma", "kind": "term", "old": "3.0e38", "tests": ()}
     caught, missed, again = (run.Fault(**common, new=new) for new in ("0.0", "2.0e38", "1.0e38"))
     verdicts = run.run_faults([caught, missed, again], 2)
     assert verdicts == {caught: ("caught", "tests/a.py::test_a"), missed: ("missed", ""), again: ("missed", "")}

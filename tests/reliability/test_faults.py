@@ -235,7 +235,7 @@ def test_outputs_of_fewer_steps_do_not_pass_for_those_of_a_longer_run(tmp_path, 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt  # after the last checkpoint, before the outputs
 
-    monkeypatch.setattr("dream_fast.engine.outputs.write_outputs", killed)
+    monkeypatch.setattr("dream_fast.engine.run.write_outputs", killed)
     assert main(command(tmp_path, tiny_model, "--iters", "6")) == 130
     assert not (tmp_path / "results" / "front.png").exists() and not (tmp_path / "report.html").exists()
     monkeypatch.undo()

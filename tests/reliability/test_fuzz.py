@@ -23,6 +23,7 @@ from safetensors.torch import save
 
 from dream_fast.cli import main
 from dream_fast.engine.config.argument_file import split
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError
@@ -84,7 +85,7 @@ def argument_file(content: str) -> None:
 def targets(folder: Path) -> dict[str, Callable]:
     """What is fed, by name; each takes one input."""
     good = save_checkpoint(folder / "good", 8, STATE, ARCHITECTURE).read_bytes()
-    configuration = json.dumps(Config().override({"text": "a cat", "seed": 1}).to_dict())
+    configuration = json.dumps(reference().override({"text": "a cat", "seed": 1}).to_dict())
     workspace = Workspace(folder)
 
     def checkpoint(change: tuple) -> None:
@@ -115,7 +116,7 @@ def targets(folder: Path) -> dict[str, Callable]:
         workspace.config.write_text(content, encoding="utf-8", errors="surrogatepass")
         stored = workspace.stored_config()
         if stored is not None:
-            workspace.check_same_run(Config())
+            workspace.check_same_run(reference())
 
     def mesh(change: tuple) -> None:
         suffix, content = change

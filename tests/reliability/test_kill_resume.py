@@ -1,4 +1,4 @@
-"""A run that is stopped, whichever way, loses nothing: kill -9 at any moment, one signal, two signals."""
+"""Runs that are stopped: kill -9 at any moment, and a second signal."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dream_fast.bench.reliability.kill_resume import EVERY, STAGES, STEPS, planned
+from dream_fast.bench.reliability.kill_resume import CHECKPOINT_STEPS, STAGES, STEPS, plan_kills
 from dream_fast.engine.workspace.checkpoint import list_checkpoints
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -37,21 +37,22 @@ TINY = """
 """.split()
 
 
-def test_a_killed_run_is_taken_up_bit_for_bit(tiny_model):
-    """`python -m dream_fast.bench kills` with fewer runs."""
+def test_killed_run_resumes_bit_for_bit(tiny_model):
+    """`python -m dream_fast.bench kill_resume` with fewer runs, by its old name."""
     command = [sys.executable, "-P", "-m", "dream_fast.bench", "kills", "--times", "3", "--seed", "5"]
     done = subprocess.run([*command, "--hf_key", str(tiny_model)], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"killed": 3, "different": 0}
 
 
-def test_the_planned_kills_meet_every_stage_and_come_one_after_the_other():
-    plans = [planned(random.Random(seed)) for seed in range(60)]
+def test_plan_kills_meets_every_stage():
+    """Kills of one run come one after the other, and those of a checkpoint at its steps."""
+    plans = [plan_kills(random.Random(seed)) for seed in range(60)]
     assert {kill.stage for plan in plans for kill in plan} == {"", *STAGES}
     for plan in plans:
         steps = [kill.step for kill in plan]
         assert plan and steps == sorted(set(steps)) and 1 <= steps[0] and steps[-1] <= STEPS
-        assert all(kill.step % EVERY == 0 for kill in plan if kill.stage)
+        assert all(kill.step % CHECKPOINT_STEPS == 0 for kill in plan if kill.stage)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -61,7 +62,8 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(tmp_path, tiny_model, number):
+def test_second_signal_ends_at_once(tmp_path, tiny_model, number):
+    """The process ends by the signal although the step never ends, and the last checkpoint is whole."""
     words = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", "trial", "--iters", "4", *TINY]
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", STUCK, *words], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
@@ -69,7 +71,7 @@ def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(tmp_path,
     try:
         wait_for(tmp_path / "begun", process)
         process.send_signal(number)
-        # The step, which never ends, is being finished.
+        # The first signal waits for the step, which never ends.
         assert any("finishing this step" in line for line in process.stderr) and process.poll() is None
         process.send_signal(number)
         process.communicate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ def occupancy_update(case: Case, device: torch.device, count_bytes: bool) -> Pro
 
 
 def march(case: Case, device: torch.device, count_bytes: bool) -> Problem:
+    options: dict[str, Any]
     if case.case == "tiny":
         tensors = tiny_rays(device) | {"perturb": tiny_random(TINY_RAYS, device=device, seed=40)}
         capacity, options = TINY_RAYS * 64, {"resolution": TINY_CELLS, "max_steps": 32}
@@ -106,7 +108,7 @@ def select_common_rays(results: list[Results]) -> list[Results]:
         raise AssertionError(
             f"march: {share:.2%} of the rays have another number of samples, allowed {MAX_DIFFERENT_RAYS:.2%}"
         )
-    common = []
+    common: list[Results] = []
     for positions, rays, t, dt, _, count, _ in results:
         rows = torch.arange(rays.shape[0], device=rays.device) < count
         rows &= agree[rays]
@@ -142,12 +144,11 @@ def composite(case: Case, device: torch.device, count_bytes: bool) -> Problem:
     )
 
 
-def weigh_view(tensors: dict[str, Tensor], options: dict[str, object]) -> tuple[Tensor | None, ...]:
+def weigh_view(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor | None, ...]:
     """Weights of the normals of the tiny view, from its fp64 depth: 0 where a ray hits nothing."""
     rays, layers = (tensors["origins"], tensors["directions"]), mlp(tensors)
-    background = {"background": tensors["background"]}
     view = kernels.render_reference(
-        *rays, tensors["bits"], tensors["table"], *layers, TINY_FIELD, **options, **background
+        *rays, tensors["bits"], tensors["table"], *layers, TINY_FIELD, background=tensors["background"], **options
     )
     hit = view.opacity > EMPTY_OPACITY
     surface = rays[0] + (view.depth / view.opacity.clamp(min=EMPTY_OPACITY))[:, None] * rays[1]
@@ -203,7 +204,7 @@ def prepare_cascades() -> Callable[[], object]:
     """Marching through three cascades with growing steps, and the gradient into the rays."""
     origins, directions = (rays.requires_grad_() for rays in camera(64, CPU))
     bits = occupancy_bits(CPU).expand(3, -1).contiguous()
-    options = {"bound": 4.0, "resolution": OCCUPANCY, "capacity": 1 << 19, "dt_gamma": 1 / 256}
+    options: dict[str, Any] = {"bound": 4.0, "resolution": OCCUPANCY, "capacity": 1 << 19, "dt_gamma": 1 / 256}
     return lambda: backpropagate(kernels.march(origins, directions, bits, **options).positions)
 
 

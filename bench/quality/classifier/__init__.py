@@ -1,11 +1,11 @@
-"""The judge: a small classifier that says what a picture shows, trained apart from dream-mini.
+"""The classifier of `bench quality`: object, colour and view of an image, trained apart from dream-mini.
 
-A residual network on 96 x 96 pictures, trained on renders of the procedural world with other seeds; it shares no
-weights, no architecture and no latents with the model that it judges.
-`python -m dream_fast.bench.quality.classifier.train` repeats it,
-`python -m dream_fast.bench.quality.classifier.prior` shows it dream-mini's own pictures.
+A residual network on 96 x 96 images, trained on renders of the procedural world with other seeds. It shares no weights,
+no architecture and no latents with the model whose images it classifies.
+`python -m dream_fast.bench.quality.classifier.train` trains it, and
+`python -m dream_fast.bench.quality.classifier.prior` applies it to dream-mini's own images.
 
-It tells views by sectors of azimuth, for objects whose front can be told from their back; the words front, side, back
+It classifies views by sectors of azimuth, for objects whose front differs from their back; the words front, side, back
 and overhead are sums over sectors.
 """
 
@@ -27,8 +27,8 @@ FACES = frozenset(name for name, thing in THINGS.items() if thing.face)
 FRONTS = FACES | {"fish", "house", "castle", "windmill", "car", "truck", "airplane", "boat", "chair"}  # not round
 
 
-class Verdicts(NamedTuple):
-    """Most likely class of each picture, [N] int64 indices into THINGS, COLORS and VIEWS."""
+class Predictions(NamedTuple):
+    """Most likely class of each image, [N] int64 indices into THINGS, COLORS and VIEWS."""
 
     object: Tensor
     color: Tensor
@@ -49,8 +49,8 @@ class _Block(nn.Module):
         return F.relu(y + self.skip(x))
 
 
-class Judge(nn.Module):
-    """Pictures [N, 3, H, W] in [0, 1], brought to 96 x 96, to logits: objects [N, 48], colours [N, 12],
+class Classifier(nn.Module):
+    """Images [N, 3, H, W] in [0, 1], resized to 96 x 96, to logits: objects [N, 48], colours [N, 12],
     sectors and overhead [N, 25]."""
 
     def __init__(self):
@@ -64,46 +64,48 @@ class Judge(nn.Module):
         self.color = nn.Linear(c, len(COLORS))
         self.view = nn.Linear(c, SECTORS + 1)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = self.features(pictures)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.features(images)
         return self.object(y), self.color(y), self.view(y)
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """What the logits are linear in, [N, 120], of pictures [N, 3, H, W] in [0, 1] of any size."""
-        y = self.stem(_resized(pictures) * 2 - 1)
+    def features(self, images: Tensor) -> Tensor:
+        """Features [N, 120] before the linear heads, of images [N, 3, H, W] in [0, 1] of any size."""
+        y = self.stem(_resize(images) * 2 - 1)
         return self.blocks(F.relu(y)).mean((2, 3))
 
 
-def load_judge(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> Judge:
-    """The trained judge, in fp32, for inference."""
-    judge = Judge()
-    judge.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in load_file(weights).items()})
-    return judge.requires_grad_(False).eval().to(device)
+def load_classifier(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> Classifier:
+    """The trained classifier, in fp32, for inference."""
+    classifier = Classifier()
+    classifier.load_state_dict(
+        {name: t.float() if t.is_floating_point() else t for name, t in load_file(weights).items()}
+    )
+    return classifier.requires_grad_(False).eval().to(device)
 
 
 @torch.no_grad()
-def verdicts(judge: Judge, pictures: Tensor) -> Verdicts:
-    """The judge's verdicts on pictures [N, 3, H, W] in [0, 1] of any size."""
-    objects, colors, views = judge(pictures)
+def classify(classifier: Classifier, images: Tensor) -> Predictions:
+    """Classify images [N, 3, H, W] in [0, 1] of any size."""
+    objects, colors, views = classifier(images)
     sectors = views.softmax(-1)
-    words = sectors @ _words().to(sectors)
-    return Verdicts(objects.argmax(-1), colors.argmax(-1), words.argmax(-1))
+    words = sectors @ _sector_words().to(sectors)
+    return Predictions(objects.argmax(-1), colors.argmax(-1), words.argmax(-1))
 
 
-def _resized(pictures: Tensor) -> Tensor:
-    """Pictures [N, 3, H, W] brought to SIZE x SIZE."""
-    if pictures.shape[-2:] == (SIZE, SIZE):
-        return pictures
-    return F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
+def _resize(images: Tensor) -> Tensor:
+    """Images [N, 3, H, W] resized to SIZE x SIZE."""
+    if images.shape[-2:] == (SIZE, SIZE):
+        return images
+    return F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
 
 
-def sector_middles() -> Tensor:
-    """Azimuth in the middle of each sector: [SECTORS] degrees, from -172.5 to 172.5."""
+def sector_centers() -> Tensor:
+    """Azimuths at the centres of the sectors: [SECTORS] degrees, from -172.5 to 172.5."""
     return (torch.arange(SECTORS) + 0.5) * (360 / SECTORS) - 180
 
 
-def _words() -> Tensor:
-    """Which of VIEWS each sector and the view from above are: [SECTORS + 1, 4], a row a one-hot."""
-    turned = sector_middles().abs()
-    names = ["front" if angle < 45 else "back" if angle > 135 else "side" for angle in turned.tolist()] + ["overhead"]
+def _sector_words() -> Tensor:
+    """The one of VIEWS for each sector and for the view from above: [SECTORS + 1, 4], one-hot rows."""
+    angles = sector_centers().abs()
+    names = ["front" if angle < 45 else "back" if angle > 135 else "side" for angle in angles.tolist()] + ["overhead"]
     return F.one_hot(torch.tensor([VIEWS.index(name) for name in names]), len(VIEWS)).float()

@@ -1,8 +1,8 @@
-"""dream-mini's own pictures before the judge: `python -m dream_fast.bench.quality.classifier.prior --out FOLDER`.
+"""Classify dream-mini's own images: `python -m dream_fast.bench.quality.classifier.prior --out FOLDER`.
 
 Beside them, on a GPU, real renders of the same prompts, with cameras that captions with the same word for the view
-have, as they are and through dream-mini's autoencoder: what the judge says of those is the most that can be asked for.
-Writes prior.json and a sheet of pictures with verdicts for each kind.
+have, as they are and through dream-mini's autoencoder: its scores on those are an upper bound.
+Writes prior.json and a sheet of images with predictions for each kind.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dream_fast.bench.quality.classifier import FACES, Judge, Verdicts, load_judge, verdicts
+from dream_fast.bench.quality.classifier import FACES, Classifier, Predictions, classify, load_classifier
 from dream_fast.bench.quality.classifier.train import confusion
 from dream_fast.bench.quality.model_samples import sample_views
 from dream_fast.engine.dream_mini import MODEL_FOLDER
@@ -26,7 +26,7 @@ from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.scene.camera import make_cameras
 
-RENDER_SEED = 303  # neither dream-mini nor the judge has learned from it
+RENDER_SEED = 303  # neither dream-mini nor the classifier has learned from it
 SIDES = VIEWS[:3]
 COLOR_OF = {name: ("red", "blue")[k % 2] for k, name in enumerate(THINGS)}
 PROMPTS = tuple(f"a {color} {name}" for name, color in COLOR_OF.items())
@@ -44,10 +44,10 @@ def renders(size: int, rng: np.random.Generator, device: torch.device | str) -> 
         light = rng.random((n, 7)).astype(np.float32)
         light[:, 1:4] = rng.normal(size=(n, 3))
         shading = rng.choice(3, n, p=(0.5, 0.44, 0.06))
-        numbers, light = (torch.from_numpy(a).to(device) for a in (np.concatenate([angles, lens], 1), light))
+        numbers, lights = (torch.from_numpy(a).to(device) for a in (np.concatenate([angles, lens], 1), light))
         pictures = render(
             pack(scenes, device), make_cameras(*numbers.T), size, shading=torch.from_numpy(shading).to(device),
-            ambient=0.1 + 0.9 * light[:, 0], light_noise=light[:, 1:4], background=light[:, 4:],
+            ambient=0.1 + 0.9 * lights[:, 0], light_noise=lights[:, 1:4], background=lights[:, 4:],
         )  # fmt: skip
         columns.append(pictures.permute(0, 3, 1, 2))
     return torch.stack(columns, 1)
@@ -72,16 +72,16 @@ def through_autoencoder(components: Components, pictures: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def judged(judge: Judge, images: Tensor) -> Verdicts:
-    """Verdicts on pictures [N * 48, 3, 3, S, S], each [N * 48, 3]."""
-    found = verdicts(judge, images.flatten(0, 1).float())
-    return Verdicts(*(column.cpu().view(-1, len(SIDES)) for column in found))
+def classify_sides(classifier: Classifier, images: Tensor) -> Predictions:
+    """Predictions on pictures [N * 48, 3, 3, S, S], each [N * 48, 3]."""
+    found = classify(classifier, images.flatten(0, 1).float())
+    return Predictions(*(column.cpu().view(-1, len(SIDES)) for column in found))
 
 
-def scores(found: Verdicts) -> dict:
+def scores(found: Predictions) -> dict:
     """What is right of the pictures of N times PROMPTS, each from three sides; views count for objects with a face.
 
-    `view`: the judge calls it by the caption's word, with borders at 45 and 135 degrees.
+    `view`: the classifier calls it by the caption's word, with borders at 45 and 135 degrees.
     """
     thing = torch.arange(len(THINGS)).repeat(len(found.object) // len(THINGS))
     face = torch.tensor([name in FACES for name in THINGS])[thing]
@@ -112,11 +112,11 @@ def samples(components: Components, seeds: int, scale: float = 4.0) -> Tensor:
 def prior_scores(device: str, seeds: int) -> dict:
     """The scores of dream-mini's own pictures, for quality.json."""
     components = load_components(MODEL_FOLDER, device, need_vae_decoder=True)
-    found = scores(judged(load_judge(device), samples(components, seeds)))
+    found = scores(classify_sides(load_classifier(device), samples(components, seeds)))
     return {f"prior_{name}": value for name, value in found.items()}
 
 
-def sheet(images: Tensor, found: Verdicts, repeats: int = 2) -> Image.Image:
+def sheet(images: Tensor, found: Predictions, repeats: int = 2) -> Image.Image:
     """Objects with a face, a row each: `repeats` times three sides, under each the verdict, red where it is wrong."""
     size, gap = images.shape[-1], 14
     faces = [k for k, name in enumerate(THINGS) if name in FACES]
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[4.0], help="guidance scales to sample with")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    judge, components = load_judge(device), load_components(args.model, device, need_vae_decoder=True)
+    classifier, components = load_classifier(device), load_components(args.model, device, need_vae_decoder=True)
     args.out.mkdir(parents=True, exist_ok=True)
     shown = {f"samples_scale_{scale:g}": samples(components, args.seeds, scale) for scale in args.scales}
     if device == "cuda":
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         shown["renders_through_autoencoder"] = through_autoencoder(components, real.flatten(0, 1)).view_as(real)
     record = {}
     for name, images in shown.items():
-        found = judged(judge, images)
+        found = classify_sides(classifier, images)
         record[name] = scores(found)
         sheet(images, found, min(2, args.seeds)).save(args.out / f"{name}.png")
         print(name, json.dumps(record[name]), flush=True)

@@ -1,4 +1,4 @@
-"""Train the judge: `python -m dream_fast.bench.quality.classifier.train` writes judge.safetensors and judge.json.
+"""Train the classifier: `python -m dream_fast.bench.quality.classifier.train` writes judge.safetensors and judge.json.
 
 Objects are named by the procedural world. Colours are the caption's, or the object's natural shade where people have a
 word for it; pictures without colour teach none. Views are taught by objects that have a front.
@@ -18,7 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from dream_fast.bench.quality.classifier import FACES, FRONTS, SIZE, WEIGHTS, Judge, Verdicts, sector_middles, verdicts
+from dream_fast.bench.quality.classifier import (
+    FACES,
+    FRONTS,
+    SIZE,
+    WEIGHTS,
+    Classifier,
+    Predictions,
+    classify,
+    sector_centers,
+)
 from dream_fast.engine.dream_mini.dataset import NATURAL, Views, rendered
 from dream_fast.engine.dream_mini.vocabulary import COLORS, SHADES, THINGS, VIEWS
 
@@ -119,15 +128,15 @@ def disturb(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 def view_targets(polar: Tensor, azimuth: Tensor) -> Tensor:
     """How much each sector, and the view from above, is the view: [N, SECTORS + 1], rows sum to 1, soft at borders."""
-    away = (azimuth[:, None] - sector_middles().to(azimuth) + 180) % 360 - 180
+    away = (azimuth[:, None] - sector_centers().to(azimuth) + 180) % 360 - 180
     sectors = torch.softmax(-0.5 * (away / 10) ** 2, -1)
     above = torch.sigmoid((30 - polar) / 2)[:, None]
     return torch.cat([sectors * (1 - above), above], 1)
 
 
-def loss_of(judge: Judge, pictures: Tensor, truth: Examples, fronts: Tensor) -> Tensor:
+def loss_of(classifier: Classifier, pictures: Tensor, truth: Examples, fronts: Tensor) -> Tensor:
     """Cross-entropies of object, colour (where it has a name) and view (of objects in `fronts` [48] bool)."""
-    objects, colors, views = (logits.float() for logits in judge(pictures))
+    objects, colors, views = (logits.float() for logits in classifier(pictures))
     thing = F.cross_entropy(objects, truth.object, label_smoothing=SMOOTHING)
     color = F.cross_entropy(colors, truth.color, ignore_index=UNNAMED, label_smoothing=SMOOTHING)
     apart = fronts[truth.object].float()
@@ -140,13 +149,13 @@ def membership(names: frozenset[str], device: torch.device | str) -> Tensor:
     return torch.tensor([name in names for name in THINGS], device=device)
 
 
-def look(judge: Judge, pictures: Tensor) -> Verdicts:
-    """Verdicts on uint8 pictures, in pieces."""
-    found = [verdicts(judge, part.float() / 255) for part in pictures.split(1024)]
-    return Verdicts(*(torch.cat(column) for column in zip(*found, strict=True)))
+def classify_all(classifier: Classifier, pictures: Tensor) -> Predictions:
+    """Classify uint8 images, in pieces."""
+    found = [classify(classifier, part.float() / 255) for part in pictures.split(1024)]
+    return Predictions(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def accuracy(found: Verdicts, truth: Examples) -> dict[str, float]:
+def accuracy(found: Predictions, truth: Examples) -> dict[str, float]:
     """Shares right. Colours count where there is a word for them. `view` is over all objects, round ones included;
     `view_faces` over objects with a face, `view_faces_clear` over those seen well away from the borders between views.
     """
@@ -177,28 +186,29 @@ def confusion(seen: Tensor, true: Tensor) -> dict[str, dict[str, float]]:
 
 
 class Average:
-    """The running average of a judge's weights and statistics, which is the judge that is kept."""
+    """The running average of a classifier's weights and statistics, which is the result of training."""
 
-    def __init__(self, judge: Judge):
-        self.judge = copy.deepcopy(judge).requires_grad_(False)
+    def __init__(self, classifier: Classifier):
+        self.classifier = copy.deepcopy(classifier).requires_grad_(False)
         self.steps = 0
 
     @torch.no_grad()
-    def update(self, judge: Judge) -> None:
+    def update(self, classifier: Classifier) -> None:
         self.steps += 1
         mine, theirs = (
-            [t for t in model.state_dict().values() if t.is_floating_point()] for model in (self.judge, judge)
+            [t for t in model.state_dict().values() if t.is_floating_point()] for model in (self.classifier, classifier)
         )
         torch._foreach_lerp_(mine, theirs, max(1 - AVERAGE, 1 / self.steps))
 
 
-def train(examples: Examples, steps: int, batch: int = BATCH) -> Judge:
-    """A judge trained for so many steps, ready to look."""
+def train(examples: Examples, steps: int, batch: int = BATCH) -> Classifier:
+    """A classifier trained for `steps` steps, for inference."""
     device = examples.pictures.device
     torch.manual_seed(TRAIN_SEED)
-    judge = Judge().to(device, memory_format=torch.channels_last)
-    average = Average(judge)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.05)
+    classifier = Classifier().to(device)
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = Average(classifier)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=RATE, weight_decay=0.05)
     generator = torch.Generator(device).manual_seed(TRAIN_SEED)
     fronts = membership(FRONTS, device)
     start = time.perf_counter()
@@ -210,27 +220,27 @@ def train(examples: Examples, steps: int, batch: int = BATCH) -> Judge:
         truth = mirrored(examples.take(index), torch.rand(batch, device=device, generator=generator) < 0.5)
         pictures = disturb(truth.pictures.float() / 255, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(judge, pictures, truth, fronts)
+            loss = loss_of(classifier, pictures, truth, fronts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        average.update(judge)
+        average.update(classifier)
         if step % 500 == 0:
             print(f"judge step {step}, {time.perf_counter() - start:.0f} s, loss {loss.item():.3f}", flush=True)
-    return average.judge.eval()
+    return average.classifier.eval()
 
 
-def halved(judge: Judge) -> dict[str, Tensor]:
+def to_half(classifier: Classifier) -> dict[str, Tensor]:
     """The judge's state as it is stored."""
-    return {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
+    return {name: t.half() if t.is_floating_point() else t for name, t in classifier.state_dict().items()}
 
 
-def report(judge: Judge, held: Examples) -> dict:
+def report(classifier: Classifier, held: Examples) -> dict:
     """Accuracies on held-out renders, as they are and disturbed as in training, and which view is taken for which."""
-    found = look(judge, held.pictures)
+    found = classify_all(classifier, held.pictures)
     generator = torch.Generator(held.pictures.device).manual_seed(HELD_OUT_SEED)
     worse = [disturb(part.float() / 255, generator) for part in held.pictures.split(1024)]
-    disturbed = look(judge, (torch.cat(worse) * 255).round().byte())
+    disturbed = classify_all(classifier, (torch.cat(worse) * 255).round().byte())
     face = membership(FACES, held.object.device)[held.object]
     return {
         "held_out": {k: round(v, 4) for k, v in accuracy(found, held).items()},
@@ -259,17 +269,17 @@ def main(argv: list[str] | None = None) -> None:
     examples = dataset(TRAIN_SEED, args.batches, device, pool)
     pool.shutdown()
     print(f"rendered {len(examples.pictures)} to learn from, {time.perf_counter() - start:.0f} s", flush=True)
-    judge = train(examples, args.steps)
-    state = halved(judge)
-    judge.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    classifier = train(examples, args.steps)
+    state = to_half(classifier)
+    classifier.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous().cpu() for name, t in state.items()}, args.out)
     record = {
-        **report(judge, held),
+        **report(classifier, held),
         "pictures": len(examples.pictures),
         "picture_size": SIZE,
         "steps": args.steps,
-        "parameters": sum(p.numel() for p in judge.parameters()),
+        "parameters": sum(p.numel() for p in classifier.parameters()),
         "seconds": round(time.perf_counter() - start, 1),
     }
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")

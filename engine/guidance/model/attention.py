@@ -1,10 +1,10 @@
-"""Which operator computes the attention of the image model, and that operator inside diffusers' modules.
+"""Operators for the attention of the image model: choosing one, and setting it in diffusers' modules.
 
     sdpa      torch's scaled_dot_product_attention; torch picks the kernel
-    cudnn     the same, held to cuDNN's kernels
-    xformers  xformers' memory_efficient_attention in the model's own dtype (the switch of diffusers first tries it in
+    cudnn     the same, restricted to cuDNN's kernels
+    xformers  xformers' memory_efficient_attention in the model's own dtype (diffusers' own switch first tries it in
               fp32, and so refuses builds of which only the fp16 operators load)
-    matmul    three matrix products and a softmax: for a head too wide for the others' fast kernels, as the VAE has
+    matmul    three matrix products and a softmax: for heads too wide for the fast kernels of the others, as in the VAE
 
 All compute softmax(q k^T / sqrt(D)) v for q [B, M, H, D] and k, v [B, N, H, D], and return [B, M, H, D].
 """
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("sdpa", "xformers", "cudnn")  # what --attention names
 VAE_KINDS = (*KINDS, "matmul")
-# Below this many FLOPs a pass nothing is measured: the embedded model has 0.3 GFLOP of attention, and building cuDNN's
-# plans for its shapes would take longer than a run can gain.
-WORTH_MEASURING = 5e9
-# How a library says that an operator, or its build, does not take these inputs on this machine.
+# Below this many FLOPs a pass nothing is measured: dream-mini has 0.3 GFLOP of attention, and building cuDNN's plans
+# for its shapes takes longer than a run can gain.
+MIN_MEASURED_FLOPS = 5e9
+# Errors of an operator that does not support these inputs on this machine.
 FAILURES = (ImportError, NotImplementedError, RuntimeError, ValueError, OSError)
 
 
@@ -82,7 +82,7 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _MatmulAttention(torch.autograd.Function):
-    """Attention over q [B, M, D], k and v [B, N, D] that keeps its weights [B, M, N] in the inputs' dtype.
+    """Attention over q [B, M, D], k and v [B, N, D] that saves its weights [B, M, N] in the inputs' dtype.
 
     Scores, their softmax and their gradient are fp32 where the inputs are half: in fp16 most of a gradient of scores
     would be below the smallest normal number.
@@ -111,7 +111,7 @@ class _MatmulAttention(torch.autograd.Function):
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a [B, M, D] times b [B, D, N], in fp32 if they are half."""
+    """Product of a [B, M, D] and b [B, D, N], in fp32 if they are half."""
     if a.dtype not in (torch.float16, torch.bfloat16):
         return torch.bmm(a, b)
     if a.is_cuda:
@@ -127,11 +127,11 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------- in diffusers' hands
+# --------------------------------------------------------------------------------------------- modules of diffusers
 
 
 class Processor:
-    """What diffusers' Attention calls: its AttnProcessor2_0 around ``attend``, without masks."""
+    """Processor for diffusers' Attention: its AttnProcessor2_0 around `attend`, without masks."""
 
     def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
         self.attend = attend
@@ -144,13 +144,16 @@ class Processor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """``hidden_states`` [B, M, C] or a picture [B, C, H, W]; ``encoder_hidden_states`` [B, N, D] or None."""
+        """Attend from `hidden_states` [B, M, C] or [B, C, H, W] to `encoder_hidden_states` [B, N, D], or to themselves.
+
+        Raises ValueError: when there is a mask.
+        """
         if attention_mask is not None:
             raise ValueError("attention_mask is not None: the guidance attends to all tokens")
-        x, picture = hidden_states, hidden_states.ndim == 4
+        x, spatial = hidden_states, hidden_states.ndim == 4
         if attn.group_norm is not None:
-            x = attn.group_norm(x) if picture else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        if picture:
+            x = attn.group_norm(x) if spatial else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        if spatial:
             x = x.flatten(2).transpose(1, 2)
         context = x if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
@@ -160,15 +163,15 @@ class Processor:
         out = self.attend(q, k, v).flatten(2)
         for layer in attn.to_out:
             out = layer(out)
-        if picture:
+        if spatial:
             out = out.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
         if attn.residual_connection:
-            out = hidden_states + out  # in this order the sum is laid out like the picture
+            out = hidden_states + out  # in this order the sum has the memory layout of hidden_states
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
 def set_attention(model: torch.nn.Module, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Let every attention of ``model`` compute with ``attend``, but those with parts that `Processor` does not know."""
+    """Set `attend` in every attention of `model`, except those with parts that `Processor` does not support."""
     for attn in _attentions(model):
         attn.set_processor(Processor(attend))
 
@@ -176,39 +179,39 @@ def set_attention(model: torch.nn.Module, attend: Callable[[Tensor, Tensor, Tens
 def _attentions(model: torch.nn.Module) -> list[Any]:
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-    unknown = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
+    unsupported = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
     return [
         module
         for module in model.modules()
         if isinstance(module, Attention)
         and type(module.processor) in (AttnProcessor2_0, Processor)
-        and not any(getattr(module, part, None) for part in unknown)
+        and not any(getattr(module, part, None) for part in unsupported)
     ]
 
 
 @torch.no_grad()
 def unet_shapes(unet: Any, rows: int, size: int, tokens: int) -> Counter[Shape]:
-    """The attention calls of one pass of ``unet`` over ``rows`` latents of ``size``^2 and prompts of ``tokens``.
+    """Count the attention calls of one pass of `unet` over `rows` latents of `size`^2 and prompts of `tokens`.
 
-    Leaves the processors of `set_attention` behind.
+    Afterwards the processors of `set_attention` remain, with sdpa.
     """
-    found: Counter[Shape] = Counter()
+    counts: Counter[Shape] = Counter()
 
-    def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found[Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
+    def count(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        counts[Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
         return q
 
-    set_attention(unet, look)
+    set_attention(unet, count)
     like = next(unet.parameters())
     latents = torch.zeros(rows, unet.config.in_channels, size, size, device=like.device, dtype=like.dtype)
     prompt = torch.zeros(rows, tokens, unet.config.cross_attention_dim, device=like.device, dtype=like.dtype)
     unet(latents, torch.zeros(rows, device=like.device), encoder_hidden_states=prompt)
     set_attention(unet, _sdpa)
-    return found
+    return counts
 
 
 def encoder_shapes(encoder: torch.nn.Module, rows: int, size: int) -> Counter[Shape]:
-    """The attention calls of the VAE's ``encoder``, all of which are in its middle, at the size of the latents."""
+    """Count the attention calls of the VAE's `encoder`, all of which are in its middle, at the size of the latents."""
     return Counter(
         Shape(rows, size * size, size * size, attn.heads, attn.to_q.out_features // attn.heads)
         for attn in _attentions(encoder)
@@ -219,14 +222,16 @@ def encoder_shapes(encoder: torch.nn.Module, rows: int, size: int) -> Counter[Sh
 
 
 def choose_attention(
-    wanted: str, kept: AttentionChoice | None, unet: Any, encoder: torch.nn.Module, size: int, tokens: int
+    kind: str, previous: AttentionChoice | None, unet: Any, encoder: torch.nn.Module, size: int, tokens: int
 ) -> AttentionChoice:
-    """Settle which operators ``unet`` and the VAE's ``encoder`` compute with, and set them.
+    """Choose the operators of `unet` and of the VAE's `encoder`, and set them.
 
-    ``wanted`` is one of KINDS or "auto"; latents are ``size``^2, prompts ``tokens`` long. "auto" takes what is ``kept``
-    from an earlier part of the run; else, on a GPU, the fastest that works, measured on the model's own shapes (two
-    rows in the UNet, forward and backward of one picture in the encoder) as it will run, in a CUDA graph. The encoder
-    follows a named choice where that takes its width. UserError: a named or kept operator that does not work here.
+    `kind` is one of KINDS or "auto"; latents are `size`^2, prompts `tokens` long. "auto" takes the `previous` choice of
+    a resumed run; else, on a GPU, the fastest that works, measured on the model's own shapes (two rows in the UNet,
+    forward and backward of one image in the encoder) as a CUDA graph. The encoder follows a named choice that supports
+    its width.
+
+    Raises UserError: when a named or previous operator does not work here.
     """
     like = next(unet.parameters())
     device, dtype = like.device, like.dtype
@@ -237,34 +242,34 @@ def choose_attention(
     def in_encoder() -> Counter[Shape]:
         return encoder_shapes(encoder, 1, size)
 
-    if wanted == "auto" and kept is None:
-        chosen = AttentionChoice("sdpa", "sdpa")
+    if kind == "auto" and previous is None:
+        choice = AttentionChoice("sdpa", "sdpa")
         if device.type == "cuda":
-            chosen = AttentionChoice(
+            choice = AttentionChoice(
                 fastest(KINDS, in_unet(), device, dtype, gradient=False),
                 fastest(VAE_KINDS, in_encoder(), device, dtype, gradient=True),
             )
     else:
-        chosen = kept if wanted == "auto" and kept else AttentionChoice(wanted, wanted)
-        if chosen.unet != "sdpa" and (
-            reason := unsupported_reason(chosen.unet, in_unet(), device, dtype, gradient=False)
+        choice = previous if kind == "auto" and previous else AttentionChoice(kind, kind)
+        if choice.unet != "sdpa" and (
+            reason := unsupported_reason(choice.unet, in_unet(), device, dtype, gradient=False)
         ):
-            earlier = ", which this run has used so far," if wanted == "auto" else ""
+            earlier = ", which this run has used so far," if kind == "auto" else ""
             raise UserError(
-                f"--attention {chosen.unet}{earlier} does not work here, on {device.type} in "
+                f"--attention {choice.unet}{earlier} does not work here, on {device.type} in "
                 f"{str(dtype).removeprefix('torch.')} ({reason}); --attention sdpa always does"
             )
-        if chosen.vae != "sdpa" and unsupported_reason(chosen.vae, in_encoder(), device, dtype, gradient=True):
-            chosen = chosen._replace(vae="sdpa")
-    set_attention(unet, OPERATORS[chosen.unet])
-    set_attention(encoder, OPERATORS[chosen.vae])
-    return chosen
+        if choice.vae != "sdpa" and unsupported_reason(choice.vae, in_encoder(), device, dtype, gradient=True):
+            choice = choice._replace(vae="sdpa")
+    set_attention(unet, OPERATORS[choice.unet])
+    set_attention(encoder, OPERATORS[choice.vae])
+    return choice
 
 
 def unsupported_reason(
     kind: str, shapes: Counter[Shape], device: torch.device, dtype: torch.dtype, *, gradient: bool
 ) -> str | None:
-    """None where ``kind`` computes all of ``shapes``, else the first line of what it says."""
+    """Return None where `kind` computes all of `shapes`, else the first line of its error."""
     try:
         run_shapes(kind, shapes, device, dtype, gradient)
     except FAILURES as error:
@@ -275,7 +280,7 @@ def unsupported_reason(
 def run_shapes(
     kind: str, shapes: Counter[Shape], device: torch.device, dtype: torch.dtype, gradient: bool
 ) -> Callable[[], None]:
-    """Compute ``kind`` once at every shape; returns what computes all of ``shapes``, each as often as it is counted."""
+    """Compute `kind` once at every shape; returns a function that computes each of `shapes` as often as counted."""
     attend = OPERATORS[kind]
     generator = torch.Generator(device).manual_seed(0)
     inputs = {}
@@ -303,10 +308,10 @@ def run_shapes(
 def fastest(
     kinds: tuple[str, ...], shapes: Counter[Shape], device: torch.device, dtype: torch.dtype, *, gradient: bool
 ) -> str:
-    """The kind that computes ``shapes`` in the least time as a CUDA graph, of those that work; sdpa if it is little."""
+    """Return the kind that computes `shapes` fastest as a CUDA graph, of those that work; sdpa for little work."""
     if (
         sum(4 * s.rows * s.heads * s.queries * s.keys * s.width * count for s, count in shapes.items())
-        < WORTH_MEASURING
+        < MIN_MEASURED_FLOPS
     ):
         return "sdpa"
     times = {}
@@ -321,7 +326,7 @@ def fastest(
 
 
 def _graph_ms(call: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
-    """Least time of a replay of ``call`` as a CUDA graph, in ms."""
+    """Least time of a replay of `call` as a CUDA graph, in ms."""
     with torch.cuda.device(device):
         warm_up(call)
         graph = torch.cuda.CUDAGraph()

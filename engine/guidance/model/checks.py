@@ -1,6 +1,6 @@
-"""What the folder of an image model must hold, checked before anything is loaded, each fault with what to do about it.
+"""Check the folder of an image model before anything is loaded; each error says what to do.
 
-Nothing is unpickled: weights are safetensors, and files that are not get the command that converts them.
+Nothing is unpickled: weights are safetensors, and the error for other files has the command that converts them.
 """
 
 import json
@@ -22,8 +22,11 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 class Kind(NamedTuple):
-    """What a kind of model consists of. ``parts``: folder of each component -> (class names that model_index.json may
-    have, its configuration, stem of its weights or None)."""
+    """Components of a kind of model.
+
+    `parts`: folder of each component -> (class names allowed in model_index.json, its configuration, stem of its
+    weights or None).
+    """
 
     pipeline: str
     flag: str
@@ -61,9 +64,9 @@ KINDS = {
 
 
 def check_folder(folder: Path, kind: str, source: str | Path) -> dict[str, str | None]:
-    """The variant, None or "fp16", of each part's weights in ``folder``, which ``source`` (a folder, a name) led to.
+    """Return the variant, None or "fp16", of each part's weights in `folder`, the one of `source` (a folder, a name).
 
-    Raises UserError: it is another kind of model or of folder, or a file is missing or damaged.
+    Raises UserError: when it is another kind of model or folder, or a file is missing or damaged.
     """
     _check_layout(folder, kind)
     _check_index(folder, kind)
@@ -71,10 +74,10 @@ def check_folder(folder: Path, kind: str, source: str | Path) -> dict[str, str |
 
 
 def missing_files(folder: Path, kind: str) -> list[str]:
-    """What ``folder`` lacks of what a run reads, by names relative to it; of weights those in full precision."""
+    """Names, relative to `folder`, of files that a run needs and it lacks; of weights those in full precision."""
     _, _, vocabularies, parts = KINDS[kind]
-    wanted = ["model_index.json", *(f"{part}/{config}" for part, (_, config, _) in parts.items())]
-    lacking = [name for name in wanted if not (folder / name).exists()]
+    needed = ["model_index.json", *(f"{part}/{config}" for part, (_, config, _) in parts.items())]
+    lacking = [name for name in needed if not (folder / name).exists()]
     if not any((folder / "tokenizer" / name).exists() for name in vocabularies):
         lacking.append(f"tokenizer/{vocabularies[0]}")
     for part, (_, _, stem) in parts.items():
@@ -84,22 +87,22 @@ def missing_files(folder: Path, kind: str) -> list[str]:
 
 
 def weight_files(stem: str, variant: str | None) -> tuple[str, str]:
-    """Names of a component's weights in one file, and of the index of its several files."""
+    """Names of a component's weights in one file, and of the index of several files."""
     ending = "" if variant is None else f".{variant}"
     return f"{stem}{ending}.safetensors", f"{stem}.safetensors.index{ending}.json"
 
 
 class Weights(NamedTuple):
-    """The files that hold a component's weights, and which variant they are."""
+    """Files of a component's weights, and their variant."""
 
     files: list[str]
     variant: str | None
 
 
 def weights_of(folder: Path, part: str, stem: str) -> Weights | None:
-    """The weights of ``part`` in ``folder`` of which every file is there, in full precision first; None without any.
+    """Return the first complete weights of `part` in `folder`, full precision before fp16, or None.
 
-    Raises UserError: an index that cannot be read.
+    Raises UserError: when an index cannot be read.
     """
     for variant in (None, "fp16"):
         name, index = weight_files(stem, variant)
@@ -110,7 +113,7 @@ def weights_of(folder: Path, part: str, stem: str) -> Weights | None:
 
 
 def _check_layout(folder: Path, kind: str) -> None:
-    """UserError, saying what it is, for a folder that is not laid out as a model of diffusers."""
+    """Raises UserError: when a folder does not have the layout of diffusers; the message names what it is."""
     if (folder / "model_index.json").exists():
         return
     flag = KINDS[kind].flag
@@ -124,7 +127,7 @@ def _check_layout(folder: Path, kind: str) -> None:
 
 
 def single_file(path: Path, kind: str) -> str:
-    """What to do with a model that is one file."""
+    """Advice for a model that is one file."""
     if _is_lora(path):
         return f"{path} is a LoRA: put it into the weights of a model with diffusers (load_lora_weights, fuse_lora)"
     if path.suffix not in (*SINGLE_FILES, *PICKLES):
@@ -135,7 +138,7 @@ def single_file(path: Path, kind: str) -> str:
 
 
 def _is_lora(path: Path) -> bool:
-    """Whether the names of the tensors in a safetensors file are those of a LoRA."""
+    """Return whether a safetensors file has the tensor names of a LoRA."""
     if path.suffix != ".safetensors":
         return False
     try:
@@ -146,7 +149,7 @@ def _is_lora(path: Path) -> bool:
 
 
 def _convert(kind: str, method: str, source: str | Path, out: str | Path) -> str:
-    """The command that writes a model anew, in the layout and the files that are read here."""
+    """Command that converts a model to the layout of diffusers with safetensors."""
     pipeline = KINDS[kind].pipeline
     code = f"from diffusers import {pipeline} as P; P.{method}({_string(source)}).save_pretrained({_string(out)})"
     return f"python -c {shlex.quote(code)}"
@@ -157,13 +160,13 @@ def _string(path: str | Path) -> str:
 
 
 def _check_index(folder: Path, kind: str) -> None:
-    """UserError unless model_index.json describes a pipeline of this kind's parts."""
+    """Raises UserError: when model_index.json describes another pipeline than this kind's."""
     index = _read_json(folder / "model_index.json")
-    found, parts = index.get("_class_name"), KINDS[kind].parts
-    if isinstance(found, list) and found:
-        found = found[-1]  # of a pipeline with code of its own, which comes first
-    if found not in SAME_PARTS[kind]:
-        raise UserError(_other_pipeline(folder, kind, found))
+    pipeline, parts = index.get("_class_name"), KINDS[kind].parts
+    if isinstance(pipeline, list) and pipeline:
+        pipeline = pipeline[-1]  # of a pipeline with code of its own, which comes first
+    if pipeline not in SAME_PARTS[kind]:
+        raise UserError(_other_pipeline(folder, kind, pipeline))
     for part, (classes, _, _) in parts.items():
         entry = index.get(part)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
@@ -180,21 +183,21 @@ def _check_index(folder: Path, kind: str) -> None:
         )
 
 
-def _other_pipeline(folder: Path, kind: str, found: Any) -> str:
-    """The sentence about a pipeline that is none of this kind."""
-    is_a = f"is a {found}" if isinstance(found, str) else "states no pipeline"
+def _other_pipeline(folder: Path, kind: str, pipeline: Any) -> str:
+    """Message about a pipeline of another kind."""
+    is_a = f"is a {pipeline}" if isinstance(pipeline, str) else "states no pipeline"
     sentence = f"the model {folder} {is_a}; only {KINDS[kind].pipeline} models can guide as {kind}"
-    other = next((name for name, classes in SAME_PARTS.items() if found in classes), None)
+    other = next((name for name, classes in SAME_PARTS.items() if pipeline in classes), None)
     if other is not None:
         return f"{sentence}: name it by {KINDS[other].flag}, with --guidance {other}"
-    if "SuperResolution" in str(found) or "Upscale" in str(found):
+    if "SuperResolution" in str(pipeline) or "Upscale" in str(pipeline):
         return f"{sentence}: name the model that makes the small images instead of the one that enlarges them"
     advice = "a Stable Diffusion 1.x or 2.x, such as --sd_version 2.1" if kind == "SD" else "the first stage of IF"
     return f"{sentence}: take {advice}"
 
 
 def check_sentencepiece(folder: Path) -> None:
-    """UserError when the tokenizer is there as a file that only packages beside ours can read."""
+    """Raises UserError: when the tokenizer is a SentencePiece file and its reader is not installed."""
     packages = ("sentencepiece", "google.protobuf")
     if not (folder / "tokenizer" / "tokenizer.json").exists() and not all(map(_installed, packages)):
         raise UserError(
@@ -206,12 +209,12 @@ def check_sentencepiece(folder: Path) -> None:
 def _installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # of the parent package
         return False
 
 
 def _check_part(folder: Path, kind: str, part: str, source: str | Path) -> str | None:
-    """UserError unless the files of ``part`` are there and whole; the variant of its weights (None or "fp16")."""
+    """Return the variant of the weights of `part`. Raises UserError: when a file is missing or damaged."""
     _, _, vocabularies, parts = KINDS[kind]
     _, config, stem = parts[part]
     if not (folder / part).is_dir():
@@ -230,7 +233,7 @@ def _check_part(folder: Path, kind: str, part: str, source: str | Path) -> str |
 
 
 def _check_weights(folder: Path, kind: str, part: str, stem: str, source: str | Path) -> str | None:
-    """UserError unless the weights of ``part`` are there, whole, and safetensors; their variant."""
+    """Return the variant of the weights of `part`. Raises UserError: when they are missing, damaged or pickled."""
     if (weights := weights_of(folder, part, stem)) is not None:
         for file in weights.files:
             _check_safetensors(folder / part / file)
@@ -252,7 +255,7 @@ def _check_weights(folder: Path, kind: str, part: str, stem: str, source: str | 
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names. UserError: it names none, or files outside its folder."""
+    """Files that an index names. Raises UserError: when it names none, or files outside its folder."""
     named = _read_json(index).get("weight_map")
     files = list(named.values()) if isinstance(named, dict) else []
     if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
@@ -261,7 +264,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """UserError unless ``path`` is a whole safetensors file: its header must account for its length."""
+    """Raises UserError: when `path` is no complete safetensors file, whose header accounts for its length."""
     if not path.exists():
         raise UserError(f"the model file {path} is missing")
     try:
@@ -273,11 +276,11 @@ def _check_safetensors(path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"the model {path.parent} lacks {path.name}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the model file {path} cannot be read ({first_line(error)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"the model file {path} is not a JSON object")
-    return found
+    return content

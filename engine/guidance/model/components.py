@@ -1,9 +1,9 @@
 """Load an image model, Stable Diffusion or DeepFloyd IF: from a folder, from the hub, or the one inside the package.
 
-There is one path for all of them. The folder layout is that of diffusers' StableDiffusionPipeline (model_index.json,
-tokenizer/, text_encoder/, unet/, vae/, scheduler/) or IFPipeline (the same without a VAE: the first stage of IF works
-on pixels); a name on the hub is first downloaded to such a folder. Every size and constant comes from the
-configurations found there. Weights are safetensors only: nothing is unpickled and no code from a model repository runs.
+All are loaded alike. The folder layout is that of diffusers' StableDiffusionPipeline (model_index.json, tokenizer/,
+text_encoder/, unet/, vae/, scheduler/) or IFPipeline (the same without a VAE: the first stage of IF works on pixels); a
+name on the hub is first downloaded to such a folder. Every size and constant is read from the configurations there.
+Weights are safetensors only: nothing is unpickled and no code from a model repository runs.
 """
 
 import logging
@@ -29,28 +29,28 @@ from dream_fast.engine.runtime.quiet import quiet_diffusers
 
 logger = logging.getLogger(__name__)
 
-IF_TOKENS = 77  # the prompts that IF was trained with, though its T5 reads longer ones
+IF_TOKENS = 77  # of the prompts that IF was trained with; its T5 supports longer ones
 
-# On a GPU convolutions want channels last, and with fused norms the rest is as fast so: a step of Stable Diffusion's
-# size takes 24.4 ms for 26.9 on an H100. torch's own group norm is slow there: models that keep it keep its layout.
+# Modules in channels-last layout on a GPU. Convolutions are faster so, and with fused norms the rest is as fast: a step
+# of Stable Diffusion's size takes 24.4 ms instead of 26.9 on an H100. torch's own group norm is slow in that layout.
 CHANNELS_LAST = ("unet", "vae")
-# What --compile compiles.
+# Modules that --compile compiles.
 COMPILED = ("unet", "vae")
-# Pixels of a model's pictures from which on its group normalisations are fused on a GPU. dream-mini's 42 norms need 28
-# kernels, 13 s to compile on two cores, and its whole run is 600 steps of a few milliseconds.
+# Least side in pixels of a model's images for fused group norms on a GPU. dream-mini's 42 norms need 28 kernels, which
+# take 13 s to compile on two cores, and its whole run is 600 steps of a few milliseconds.
 MIN_FUSED_IMAGE_SIZE = 256
 
 
 @dataclass(kw_only=True)
 class Components:
-    """A loaded image model and the facts that the guidance needs about it.
+    """A loaded image model and its constants.
 
-    ``image_size`` and ``latent_size`` are the edges of the square images and latents it was made for. A latent z is
-    (vae(x) - shift_factor) * scaling_factor, x being an image in [-1, 1]; without a ``vae`` (IF) it is x itself.
-    ``alphas_cumprod`` [num_train_timesteps], fp32 on the device, is the
-    cumulative signal power of the noise schedule: x_t = sqrt(a_t) z + sqrt(1 - a_t) noise. ``prediction_type`` is
-    "epsilon" or "v_prediction". ``attention`` says what computes the attention of the UNet and of the VAE. Prompts are
-    of ``window`` tokens; with ``t5`` they are in lower case and the text encoder leaves their padding out.
+    `image_size` and `latent_size` are the sides of its square images and latents. Latents z are
+    (vae(x) - shift_factor) * scaling_factor, x being an image in [-1, 1]; without a `vae` (IF) they are x itself.
+    `alphas_cumprod` [num_train_timesteps], fp32 on the device, is the cumulative signal power of the noise schedule:
+    x_t = sqrt(a_t) z + sqrt(1 - a_t) noise. `prediction_type` is "epsilon" or "v_prediction". `attention` has the
+    operators of the UNet and of the VAE. Prompts have `window` tokens; with `t5` they are in lower case and their
+    padding is masked.
     """
 
     name: str
@@ -74,18 +74,18 @@ class Components:
 
     @property
     def latents_are_pixels(self) -> bool:
-        """Whether the model works on pictures themselves, as IF does."""
+        """True for a model that works on pixels (IF)."""
         return self.vae is None
 
     def free_text_encoder(self) -> None:
-        """Drop the text encoder, once the prompts of a run are embedded: its memory is never needed again."""
+        """Free the text encoder, which is not needed once the prompts of a run are embedded."""
         self.text_encoder = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def choose_source(*, sd_version: str | None = None, hf_key: str | None = None) -> str | Path:
-    """Where the wanted model comes from: ``hf_key`` (a folder or a hub name), else ``sd_version``, else the package."""
+    """Choose the source of the model: `hf_key` (a folder or a hub name), else `sd_version`, else dream-mini."""
     if hf_key is not None:
         return hf_key
     return MODEL_FOLDER if sd_version is None else SD_VERSIONS[sd_version]
@@ -100,15 +100,15 @@ def load_components(
     need_vae_decoder: bool = False,
     vram_O: bool = False,
     attention: str = "auto",
-    kept: AttentionChoice | None = None,
+    previous: AttentionChoice | None = None,
     compiled: Sequence[str] = (),
 ) -> Components:
-    """Load the model at ``source``, a folder or a hub name, with weights of ``dtype`` on ``device``, for inference.
+    """Load the model at `source`, a folder or a hub name, with weights of `dtype` on `device`, for inference.
 
-    ``kind`` is "SD" or "IF". Without ``need_vae_decoder`` only the encoder half of the VAE is kept. For the rest see
-    :func:`prepare_components`.
+    `kind` is "SD" or "IF". Without `need_vae_decoder` only the encoder half of the VAE is kept. The other options are
+    those of `prepare_components`.
 
-    Raises UserError for anything missing, damaged, unreachable, or of another kind.
+    Raises UserError: when a file is missing, damaged, unreachable, or of another kind of model.
     """
     quiet_diffusers()
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -134,7 +134,9 @@ def load_components(
     text = text_encoder.config
     longest = IF_TOKENS if kind == "IF" else text.max_position_embeddings
     try:
-        facts = _model_constants(folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler)
+        constants = _model_constants(
+            folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler
+        )
         window = min(tokenizer.model_max_length, longest)
     except (TypeError, ValueError) as error:
         raise UserError(f"the settings of the model {folder} cannot be used: {first_line(error)}") from error
@@ -152,9 +154,9 @@ def load_components(
         alphas_cumprod=scheduler.alphas_cumprod.to(device=device, dtype=torch.float32),
         window=window,
         t5=kind == "IF",
-        **facts,
+        **constants,
     )
-    prepare_components(components, longest, vram_O=vram_O, attention=attention, kept=kept, compiled=compiled)
+    prepare_components(components, longest, vram_O=vram_O, attention=attention, previous=previous, compiled=compiled)
     return components
 
 
@@ -164,22 +166,20 @@ def prepare_components(
     *,
     vram_O: bool = False,
     attention: str = "auto",
-    kept: AttentionChoice | None = None,
+    previous: AttentionChoice | None = None,
     compiled: Sequence[str] = (),
     channels_last: Sequence[str] | None = None,
 ) -> None:
-    """Make loaded modules ready to guide with prompts of ``tokens``: frozen, on their device, with their attention.
+    """Prepare loaded modules to guide with prompts of `tokens`: frozen, on their device, with their attention.
 
-    ``attention`` and ``kept`` are those of `choose_attention`. ``vram_O``
-    encodes one image at a time, computes the encoder's blocks again in its backward instead of keeping them, and takes
-    xformers' attention where nothing else is wanted and it works. ``compiled`` names what is left to torch.compile,
-    "unet" and "vae" (not the latter with ``vram_O``: compiling undoes the recomputation); ``channels_last`` names those
-    whose pictures lie in memory with the channels of a pixel together. On a GPU a model whose pictures have
-    MIN_FUSED_IMAGE_SIZE pixels or more gets the modules of `fused_blocks`, and CHANNELS_LAST. Where latents are pixels,
-    all this is of the UNet, and that keeps the attention of diffusers: it has keys and values of the prompt among those
-    of the picture.
+    `attention` and `previous` are those of `choose_attention`. `vram_O` encodes one image at a time, recomputes the
+    encoder's blocks in its backward, and takes xformers' attention where none is named and it works. `compiled` names
+    the modules for torch.compile, "unet" and "vae" (not the latter with `vram_O`: compiling undoes the recomputation),
+    `channels_last` those in channels-last layout. On a GPU a model with images of at least MIN_FUSED_IMAGE_SIZE gets
+    the modules of `fused_blocks`, and CHANNELS_LAST. For a model that works on pixels, all this concerns the UNet,
+    which keeps the attention of diffusers: its keys and values of prompt and image are concatenated.
 
-    Raises UserError for an attention that does not work on the device, and for ``compiled`` without a GPU.
+    Raises UserError: when an attention does not work on the device, or `compiled` is set without a GPU.
     """
     if compiled and components.device.type != "cuda":
         raise UserError("--compile needs a GPU: on a CPU it gains nothing; leave it out")
@@ -206,8 +206,8 @@ def prepare_components(
         choose = partial(choose_attention, unet=unet, encoder=encoder, size=components.latent_size, tokens=tokens)
         components.attention = (
             _memory_efficient(choose)
-            if vram_O and attention == "auto" and kept is None and components.device.type == "cuda"
-            else choose(attention, kept)
+            if vram_O and attention == "auto" and previous is None and components.device.type == "cuda"
+            else choose(attention, previous)
         )
     if "unet" in compiled:
         unet.compile(dynamic=False)
@@ -216,7 +216,7 @@ def prepare_components(
 
 
 def _memory_efficient(choose: Callable[[str, AttentionChoice | None], AttentionChoice]) -> AttentionChoice:
-    """xformers where it works, else torch's own."""
+    """Choose xformers where it works, else torch's own."""
     try:
         return choose("xformers", None)
     except UserError as error:
@@ -225,39 +225,39 @@ def _memory_efficient(choose: Callable[[str, AttentionChoice | None], AttentionC
 
 
 def to_channels_last(model: torch.nn.Module) -> None:
-    """Let ``model`` compute with the channels of a pixel together in memory, its input included.
+    """Convert `model` and its input to channels-last layout.
 
-    torch's convolution lays the gradient of its output out as its input is first: that of an encoder's first one, at
-    512 x 512, would be turned forth and back, for half a millisecond.
+    torch's convolution first converts the gradient of its output to the layout of its input. With an input in another
+    layout, the gradient of an encoder's first convolution would be transposed twice, half a millisecond at 512 x 512.
     """
 
-    def turned(_: torch.nn.Module, inputs: tuple) -> tuple:
+    def convert(_: torch.nn.Module, inputs: tuple) -> tuple:
         return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
 
-    model.to(memory_format=torch.channels_last).register_forward_pre_hook(turned)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last).register_forward_pre_hook(convert)  # type: ignore[call-overload]
 
 
 def enable_gradient_checkpointing(encoder: torch.nn.Module) -> None:
-    """Let the residual blocks of ``encoder`` keep their inputs alone and compute the rest again when differentiated."""
+    """Let the residual blocks of `encoder` save their inputs alone and recompute the rest in the backward."""
     from diffusers.models.resnet import ResnetBlock2D
 
     for block in encoder.modules():
         if isinstance(block, (ResnetBlock2D, ResidualBlock)):
-            # No random numbers are drawn inside, and asking for their state would end the capture of a CUDA graph.
+            # No random numbers are drawn inside, and reading their state would break the capture of a CUDA graph.
             forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
             block.forward = forward  # type: ignore[method-assign]
 
 
 def _load(cls: Any, folder: Path, part: str, **options: Any) -> Any:
-    """``cls.from_pretrained`` of one component, with what goes wrong in it as a UserError."""
+    """Call `cls.from_pretrained` for one component. Raises UserError: when it fails."""
     try:
         return cls.from_pretrained(folder / part, local_files_only=True, **options)
-    except Exception as error:  # settings that the library does not expect end in any of Python's errors
+    except Exception as error:  # settings that the library does not expect raise any of Python's errors
         raise UserError(f"the {part} of the model {folder} does not load: {first_line(error)}") from error
 
 
 def _load_model(cls: Any, folder: Path, part: str, **options: Any) -> Any:
-    """A component with weights; a weight that its files do not hold is an error, not a random number."""
+    """Load a component with weights. Raises UserError: when it fails, or a weight is missing."""
     model, info = _load(cls, folder, part, use_safetensors=True, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -266,7 +266,7 @@ def _load_model(cls: Any, folder: Path, part: str, **options: Any) -> Any:
 
 
 def _model_constants(folder: Path, text_width: int, unet: Any, vae: Any | None, scheduler: Any) -> dict[str, Any]:
-    """Sizes and constants of the model from its configurations; UserError where they do not fit each other."""
+    """Read sizes and constants from the configurations. Raises UserError: when they do not fit each other."""
     sides = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else [unet.sample_size]
     if len(set(sides)) != 1 or not isinstance(sides[0], int):
         raise UserError(f"the unet of the model {folder} states no square sample_size ({unet.sample_size})")
@@ -274,7 +274,7 @@ def _model_constants(folder: Path, text_width: int, unet: Any, vae: Any | None, 
         if unet.in_channels != 3 or unet.out_channels not in (3, 6):  # 6: three more for a learned variance
             raise UserError(
                 f"the unet of the model {folder} maps {unet.in_channels} to {unet.out_channels} channels, but that of "
-                "the first stage of IF maps 3 to 6: its later stages enlarge pictures and cannot guide"
+                "the first stage of IF maps 3 to 6: its later stages enlarge images and cannot guide"
             )
     elif unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
         raise UserError(
@@ -302,9 +302,9 @@ def _model_constants(folder: Path, text_width: int, unet: Any, vae: Any | None, 
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Keeps the libraries' bars of a load that takes a blink off the terminal; a download keeps its own bars.
+    """Inside the `with` block, hide the libraries' progress bars of loading; downloads keep theirs.
 
-    What a caller has set is set again afterwards: transformers switches the hub's bars together with its own.
+    Afterwards the caller's settings are restored: transformers switches the hub's bars together with its own.
     """
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars

@@ -1,13 +1,13 @@
-"""Fewer passes over the feature maps of an image model between its convolutions.
+"""Fuse norms, activations, biases and residuals of an image model, to save passes over its feature maps.
 
-diffusers' blocks call a norm and then an activation, which write and read every feature map once more than is needed.
-`fuse_group_norms` puts modules of our own in their place: the norm computes both (`dream_fast.kernels.group_norm_silu`)
-and the activation does nothing. For tensors on a CPU results are the same bit for bit; on a GPU the kernels round once
-where torch rounds twice.
+diffusers' blocks call a norm and then an activation, which write and read every feature map once more than necessary.
+`fuse_group_norms` replaces them: the norm computes both (`dream_fast.kernels.group_norm_silu`) and the activation
+becomes the identity. On a CPU results are the same bit for bit; on a GPU the kernels round once where torch rounds
+twice.
 
-A convolution adds its bias in a pass of its own, and a residual block divides its sum by a number that is 1.
-`fuse_residual_blocks` lets the first bias, with the embedding of the time, be added by the norm behind it, and the
-second one together with what went around the block (`dream_fast.kernels.bias_residual`).
+A convolution adds its bias in another pass, and a residual block divides its sum by a factor that is 1.
+`fuse_residual_blocks` adds the first bias and the time embedding in the following norm, and the second bias together
+with the residual (`dream_fast.kernels.bias_residual`).
 
 Parameters stay the same objects under the same names, so weights load and save as before.
 """
@@ -21,7 +21,7 @@ from dream_fast.kernels import bias_residual, group_norm_silu
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, with SiLU behind it where ``silu``."""
+    """nn.GroupNorm, followed by SiLU with `silu`."""
 
     def __init__(self, norm: nn.GroupNorm, *, silu: bool) -> None:
         super().__init__(norm.num_groups, norm.num_channels, norm.eps, device="meta")
@@ -29,7 +29,7 @@ class FusedGroupNorm(nn.GroupNorm):
         self.train(norm.training)
 
     def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
-        """``added`` [N, C] is added to ``input`` [N, C, ...] first."""
+        """Normalise `input` [N, C, ...], to which `added` [N, C] is added first."""
         return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, self.silu, added)
 
     def extra_repr(self) -> str:
@@ -37,7 +37,7 @@ class FusedGroupNorm(nn.GroupNorm):
 
 
 class SiluLinear(nn.Linear):
-    """nn.Linear with SiLU in front of it."""
+    """nn.Linear after SiLU."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -49,7 +49,7 @@ class SiluLinear(nn.Linear):
 
 
 class ResidualBlock(nn.Module):
-    """A residual block of diffusers with fused norms, whose convolutions leave their biases to what comes next."""
+    """Residual block of diffusers with fused norms; the operators after its convolutions add their biases."""
 
     PARTS = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
         self.train(block.training)
 
     def forward(self, input: Tensor, temb: Tensor | None = None) -> Tensor:
-        """``input`` [N, C, H, W], the embedding of the time ``temb`` [N, E] or None -> [N, D, H, W]."""
+        """Map `input` [N, C, H, W] and the time embedding `temb` [N, E] or None to [N, D, H, W]."""
         added = _bias(self.conv1).expand(len(input), -1)
         if self.time_emb_proj is not None and temb is not None:
             added = added + self.time_emb_proj(temb)
@@ -88,10 +88,10 @@ def _without_bias(conv: nn.Conv2d, input: Tensor) -> Tensor:
 
 
 def fuse_group_norms(model: nn.Module) -> int:
-    """Replace the group normalisations inside ``model``, a UNet or VAE of diffusers; how many there were.
+    """Replace the group norms inside `model`, a UNet or VAE of diffusers; returns their number.
 
     SiLU moves into the norms of residual blocks and into the last norm of a UNet, an encoder and a decoder. Norms of
-    attention, and those of residual blocks that scale and shift by the time between norm and SiLU, stay without.
+    attention, and of residual blocks with a scale and shift between norm and SiLU, stay without.
     """
     from diffusers import UNet2DConditionModel
     from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -115,7 +115,7 @@ def fuse_group_norms(model: nn.Module) -> int:
             setattr(block, name, FusedGroupNorm(getattr(block, name), silu=True))
         setattr(block, activation, nn.Identity().train(silu.training))
         if isinstance(block, ResnetBlock2D) and block.time_emb_proj is not None and not block.skip_time_act:
-            # The block applies its activation to the embedding of the time as well.
+            # The block also applies its activation to the time embedding.
             block.time_emb_proj = SiluLinear(block.time_emb_proj)
         fused += len(norms)
     for block in list(model.modules()):
@@ -127,15 +127,14 @@ def fuse_group_norms(model: nn.Module) -> int:
 
 
 def _is_plain_norm(layer: nn.Module | None) -> TypeGuard[nn.GroupNorm]:
-    """Whether this is torch's group normalisation, with weights; others compute something else."""
+    """Return whether this is torch's group norm, with weights."""
     return type(layer) is nn.GroupNorm and layer.affine
 
 
 def fuse_residual_blocks(model: nn.Module) -> int:
-    """Replace the residual blocks inside ``model``, whose norms `fuse_group_norms` has replaced; how many there were.
+    """Replace the residual blocks inside `model`, whose norms `fuse_group_norms` has replaced; returns their number.
 
-    Those that resize, scale, or take the time in another way than by adding it stay as they are, and so do all where
-    dropout is at work.
+    Blocks that resize, scale, use the time embedding other than by adding it, or have active dropout stay as they are.
     """
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -149,7 +148,7 @@ def fuse_residual_blocks(model: nn.Module) -> int:
 
 
 def _is_plain_block(block: nn.Module) -> bool:
-    """Whether `ResidualBlock` computes what this residual block does."""
+    """Return whether `ResidualBlock` is equivalent to this residual block."""
     norms, convolutions = (block.norm1, block.norm2), (block.conv1, block.conv2, block.conv_shortcut)
     return (
         all(isinstance(norm, FusedGroupNorm) and norm.silu for norm in norms)

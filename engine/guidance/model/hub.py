@@ -1,7 +1,7 @@
-"""Find the folder of an image model: where it was named, on the hub, or in the hub's cache without a network.
+"""Find the folder of an image model: a local folder, a download from the hub, or without a network the hub's cache.
 
-What is fetched is what a run reads, one set of weights a component. In the cache any set will do: weights in full
-precision serve a run in half precision, and the other way round.
+Only the files that a run reads are downloaded, one set of weights for each component. In the cache any set is used:
+weights in full precision for a run in half precision, and the reverse.
 """
 
 import logging
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
-    """The local folder of ``source``, downloading it when it is a name on the hub.
+    """Return the local folder of `source`, after a download when it is a name on the hub.
 
-    Raises UserError: it is none, or is not there, with what to do.
+    Raises UserError: when there is no such folder or model; the message says what to do.
     """
     folder = expand_user(source)
     if folder.is_dir():
@@ -39,10 +39,9 @@ def find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
 
 
 def _download(name: str, revision: str | None, kind: str, *, half: bool) -> Path:
-    """Fetch what the guidance reads of a hub model (or find it in the hub's cache) and return its folder.
+    """Download a model of the hub (or find it in the hub's cache) and return its folder.
 
-    With a ``revision`` (a commit, a tag or a branch) it is that one, whatever the repository becomes later.
-    For fp16 the half-sized copies of the weights are preferred where the repository has them.
+    `revision` is a commit, a tag or a branch. With `half`, fp16 weights are preferred where the repository has them.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -77,28 +76,28 @@ def _download(name: str, revision: str | None, kind: str, *, half: bool) -> Path
         ):  # the client's: a proxy that refuses, an answer that breaks off
             raise
         return _in_cache(name, revision, kind, error)
-    # Without a network an older client returns whatever it has, also a part.
+    # Without a network an older client returns whatever the cache has, even if incomplete.
     if missing_files(folder, kind) and not _reaches_hub(name, revision):
         return _in_cache(name, revision, kind)
     return folder
 
 
 def _fetch_parts(fetch: Callable[[list[str]], Path], kind: str, half: bool) -> Path:
-    """Fetch the settings, and of each component with weights the first variant that there is."""
+    """Fetch the settings, and of each component with weights the first variant that exists."""
     parts = KINDS[kind].parts
     stems = {part: stem for part, (_, _, stem) in parts.items() if stem}
     folder = fetch(["model_index.json", "tokenizer/*", *(f"{part}/{name}" for part, (_, name, _) in parts.items())])
-    wanted = stems
+    missing = stems
     for variant in ("fp16", None) if half else (None, "fp16"):
         if half or variant == "fp16":
-            wanted = {part: stem for part, stem in stems.items() if weights_of(folder, part, stem) is None}
-        if wanted:
-            folder = fetch([pattern for part, stem in wanted.items() for pattern in _patterns(part, stem, variant)])
+            missing = {part: stem for part, stem in stems.items() if weights_of(folder, part, stem) is None}
+        if missing:
+            folder = fetch([pattern for part, stem in missing.items() for pattern in _patterns(part, stem, variant)])
     return folder
 
 
 def _patterns(part: str, stem: str, variant: str | None) -> list[str]:
-    """The files of a component's weights, in one file or several."""
+    """Patterns of the files of a component's weights, one file or several."""
     whole, index = weight_files(stem, variant)
     return [f"{part}/{name}" for name in (whole, index, f"{whole.removesuffix('.safetensors')}-0*.safetensors")]
 
@@ -108,31 +107,31 @@ def _reaches_hub(name: str, revision: str | None) -> bool:
 
     try:
         HfApi().model_info(name, revision=revision, timeout=10)
-    except Exception:  # of the client's own kinds, which are not the same in all of its versions
+    except Exception:  # of the client's own kinds, which differ between its versions
         return False
     return True
 
 
 def _in_cache(name: str, revision: str | None, kind: str, error: Exception | None = None) -> Path:
-    """The folder of ``name`` in the hub's cache, with any one set of weights.
+    """Return the folder of `name` in the hub's cache, with any one set of weights.
 
-    Raises UserError: a part of it is missing; the message has the command that fetches that.
+    Raises UserError: when a file is missing; the message has the command that downloads it.
     """
     folders = _snapshots(name, revision)
-    whole = [folder for folder in folders if not missing_files(folder, kind)]
-    if whole:
-        if whole[0] != folders[0]:
+    complete = [folder for folder in folders if not missing_files(folder, kind)]
+    if complete:
+        if complete[0] != folders[0]:
             lacking = ", ".join(missing_files(folders[0], kind))
             logger.warning(
                 "the cached revision %s of %s lacks %s; revision %s is taken",
                 folders[0].name[:8],
                 name,
                 lacking,
-                whole[0].name[:8],
+                complete[0].name[:8],
             )
-        return whole[0]
-    command = f"where there is a network: {_fetching(name, revision, kind, folders)}"
-    unreachable = f"the hub cannot be reached{_why_not(error)}"
+        return complete[0]
+    command = f"where there is a network: {_download_command(name, revision, kind, folders)}"
+    unreachable = f"the hub cannot be reached{_because(error)}"
     if folders:
         lacking = ", ".join(missing_files(folders[0], kind))
         raise UserError(f"{unreachable}, and its cache of {name} lacks {lacking}; {command}") from error
@@ -146,7 +145,7 @@ def _in_cache(name: str, revision: str | None, kind: str, error: Exception | Non
     raise UserError(nothing + (gone or f"; {command}")) from error
 
 
-def _why_not(error: Exception | None) -> str:
+def _because(error: Exception | None) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -155,16 +154,16 @@ def _why_not(error: Exception | None) -> str:
 
 
 def _snapshots(name: str, revision: str | None) -> list[Path]:
-    """Folders of ``name`` in the hub's cache: that of ``revision``, or the newest main one and then the others."""
+    """Folders of `name` in the hub's cache: that of `revision`, or that of main and then the others, newest first."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     folders: list[Path] = []
     try:
-        found = snapshot_download(name, revision=revision, allow_patterns=["model_index.json"], local_files_only=True)
-        folders.append(Path(found))
+        folder = snapshot_download(name, revision=revision, allow_patterns=["model_index.json"], local_files_only=True)
+        folders.append(Path(folder))
     except LocalEntryNotFoundError as error:
-        if path := getattr(error, "snapshot_path", None):  # it lacks even that file
+        if path := getattr(error, "snapshot_path", None):  # without even that file
             folders.append(Path(path))
     if revision is None:
         cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
@@ -173,8 +172,8 @@ def _snapshots(name: str, revision: str | None) -> list[Path]:
     return folders
 
 
-def _fetching(name: str, revision: str | None, kind: str, folders: list[Path]) -> str:
-    """The command that fetches what the newest of ``folders`` lacks, or all of it."""
+def _download_command(name: str, revision: str | None, kind: str, folders: list[Path]) -> str:
+    """Command that downloads what the newest of `folders` lacks, or everything."""
     lacking = missing_files(folders[0], kind) if folders else missing_files(Path("/dev/null"), kind)
     stems = {f"{part}/{stem}.safetensors": (part, stem) for part, (_, _, stem) in KINDS[kind].parts.items() if stem}
     patterns: list[str] = []

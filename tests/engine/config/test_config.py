@@ -5,19 +5,16 @@ import json
 
 import pytest
 
-from dream_fast.engine.config.presets import (
-    chosen_model,
-    mini_cpu_defaults,
-    mini_cuda_defaults,
-    reference_defaults,
-    resolve,
-    sd_defaults,
-)
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import dream_mini_cpu, dream_mini_gpu, reference, stable_diffusion
 from dream_fast.engine.config.schema import Config, settings, settings_unused_by
-from dream_fast.engine.config.sections import BACKBONES, DEFAULT_VIEW, CameraConfig, GuidanceConfig, OptimConfig
+from dream_fast.engine.config.sections import BACKBONES, DEFAULT_VIEW, CameraConfig, OptimConfig
+from dream_fast.engine.config.validate import check_typed, validate
 from dream_fast.engine.errors import UserError
 
-DEFAULTS = (reference_defaults, sd_defaults, mini_cpu_defaults, mini_cuda_defaults)
+# What chooses a model.
+SD = {"dream-mini": {}, "sd": {"guidance": ("SD",)}}
+DEFAULTS = (reference, stable_diffusion, dream_mini_cpu, dream_mini_gpu)
 
 # What a run of stable-dreamfusion starts from when nothing is typed.
 REFERENCE = dict(
@@ -98,7 +95,7 @@ def test_a_name_means_one_setting_and_each_has_a_help():
 
 
 def test_the_reference_preset_holds_the_references_values():
-    preset = flat(resolve({"preset": "reference"}, "dream-mini", "cpu"))
+    preset = flat(configure({"preset": "reference"}, "cpu"))
     assert {name: preset[name] for name in REFERENCE} == REFERENCE
 
 
@@ -109,14 +106,14 @@ def test_defaults_survive_json(defaults):
 
 
 def test_what_was_typed_counts_more_than_the_model_and_the_device():
-    cpu, cuda = resolve({}, "dream-mini", "cpu"), resolve({}, "dream-mini", "cuda")
+    cpu, cuda = configure({}, "cpu"), configure({}, "cuda")
     assert cpu.output != cuda.output
     assert (cpu.run.device, cuda.run.device) == ("cpu", "cuda")
-    assert cpu.run.iters == mini_cpu_defaults().run.iters != reference_defaults().run.iters
-    typed = resolve({"iters": 7, "lr": 0.5, "W": 33}, "dream-mini", "cpu")
+    assert cpu.run.iters == dream_mini_cpu().run.iters != reference().run.iters
+    typed = configure({"iters": 7, "lr": 0.5, "W": 33}, "cpu")
     assert (typed.run.iters, typed.optim.lr, typed.camera.W) == (7, 0.5, 33)
     assert typed.camera.H == cpu.camera.H
-    assert resolve({"preset": "reference", "iters": 7}, "dream-mini", "cuda").run.iters == 7
+    assert configure({"preset": "reference", "iters": 7}, "cuda").run.iters == 7
 
 
 def test_the_vanilla_backbone_has_defaults_of_its_own_under_every_preset():
@@ -126,7 +123,7 @@ def test_the_vanilla_backbone_has_defaults_of_its_own_under_every_preset():
         ({}, "dream-mini", "cpu"),
         ({}, "dream-mini", "cuda"),
     ):
-        grid, vanilla = (resolve(typed | {"backbone": name}, model, device) for name in ("grid", "vanilla"))
+        grid, vanilla = (configure(SD[model] | typed | {"backbone": name}, device) for name in ("grid", "vanilla"))
         assert (vanilla.field.hidden_layers, vanilla.optim.lr_decay, vanilla.render.normals) == (4, 0.1, "analytic")
         if "preset" in typed or model == "sd":
             assert (grid.field.hidden_layers, grid.optim.lr_decay) == (2, 1.0)
@@ -138,7 +135,7 @@ def test_the_vanilla_backbone_has_defaults_of_its_own_under_every_preset():
                 12,
             )
     typed = {"backbone": "vanilla", "hidden_layers": 1, "lr_decay": 0.5, "num_steps": 7}
-    config = resolve(typed, "dream-mini", "cpu")
+    config = configure(typed, "cpu")
     assert (config.field.hidden_layers, config.optim.lr_decay, config.render.num_steps) == (1, 0.5, 7)
 
 
@@ -151,36 +148,36 @@ def test_a_setting_of_another_backbone_is_refused():
     for backbone in BACKBONES:
         for name in settings_unused_by(backbone):
             with pytest.raises(UserError, match=f"^--{name} has no meaning with --backbone {backbone}: "):
-                resolve({"backbone": backbone, name: flat(Config())[name]}, "dream-mini", "cpu")
+                configure({"backbone": backbone, name: flat(reference())[name]}, "cpu")
 
 
 def test_the_hash_tables_regularisers_need_a_hash_table():
     for name in ("lambda_tv", "lambda_wd"):
         with pytest.raises(UserError, match="of the hash table, which --backbone vanilla has not"):
-            Config().override({"backbone": "vanilla", name: 0.1})
-        assert Config().override({"backbone": "grid_torch", name: 0.1})
+            validate(reference().override({"backbone": "vanilla", name: 0.1}))
+        validate(reference().override({"backbone": "grid_torch", name: 0.1}))
 
 
 def test_the_phases_may_end_after_the_run_or_start_late_in_it():
-    run = resolve({"iters": 5, "exp_end_iter": 9, "exp_start_iter": 8}, "dream-mini", "cpu").run
+    run = configure({"iters": 5, "exp_end_iter": 9, "exp_start_iter": 8}, "cpu").run
     assert (run.exp_start_iter, run.exp_end_iter) == (8, 9)
-    assert resolve({"iters": 5, "exp_start_iter": 4}, "dream-mini", "cpu").run.exp_end_iter is None
+    assert configure({"iters": 5, "exp_start_iter": 4}, "cpu").run.exp_end_iter is None
 
 
 def test_half_precision_is_a_gpus():
-    assert all(resolve({"fp16": True}, "dream-mini", device).run.fp16 for device in ("cuda", "cpu"))
+    assert all(configure({"fp16": True}, device).run.fp16 for device in ("cuda", "cpu"))
 
 
 def test_which_model_guides():
-    assert resolve({}, chosen_model({}), "cpu").guidance.uses_dream_mini
+    assert configure({}, "cpu").guidance.guidance == ("dream-mini",)
     named = {"guidance": ("SD",)}
-    config = resolve(named, chosen_model(named), "cpu")
-    assert (config.guidance.sd_version, config.guidance.uses_dream_mini) == ("2.1", False)
+    config = configure(named, "cpu")
+    assert (config.guidance.sd_version, config.guidance.guidance) == ("2.1", ("SD",))
     keyed = {"hf_key": "folder"}
-    config = resolve(keyed, chosen_model(keyed), "cpu")
+    config = configure(keyed, "cpu")
     assert (config.guidance.hf_key, config.guidance.sd_version) == ("folder", None)
     assert config.guidance.guidance == ("SD",)
-    assert config.optim == sd_defaults().optim
+    assert config.optim == stable_diffusion().optim
 
 
 @pytest.mark.parametrize(
@@ -198,7 +195,7 @@ def test_which_model_guides():
 )
 def test_two_models_at_once_are_refused(typed, words):
     with pytest.raises(UserError, match=words):
-        chosen_model(typed)
+        check_typed(typed)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +250,7 @@ def test_two_models_at_once_are_refused(typed, words):
 )
 def test_a_bad_value_is_refused_by_name(typed, sentence):
     with pytest.raises(UserError, match=f"^{sentence}$"):
-        reference_defaults().override(typed)
+        validate(reference().override(typed))
 
 
 def test_rooms_made_in_python_are_checked_too_and_stay_as_they_are():
@@ -261,22 +258,21 @@ def test_rooms_made_in_python_are_checked_too_and_stay_as_they_are():
         OptimConfig(lr=-1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         OptimConfig().lr = 3.0
-    assert GuidanceConfig(hf_key="folder").uses_dream_mini is False
     assert CameraConfig(theta_range=(60, 60)).theta_range == (60, 60)
 
 
 def test_a_saved_configuration_of_another_version_is_refused():
-    data = Config().to_dict()
+    data = reference().to_dict()
     data["run"]["itres"] = 3
     del data["optim"]["lr"]
     with pytest.raises(UserError, match="optim.lr, run.itres"):
         Config.from_dict(data)
-    with pytest.raises(UserError, match="map rooms"):
+    with pytest.raises(UserError, match="map sections"):
         Config.from_dict([1, 2])
 
 
 def test_what_makes_it_another_run():
-    base = Config()
+    base = reference()
     free = base.override(dict(iters=5, workspace="w", W=9, H=9, vram_O=True, save_mesh=True, dataset_size_test=3))
     free = free.override(dict(attention="sdpa", compile=True))
     assert base.differences(free) == []
@@ -287,23 +283,23 @@ def test_what_makes_it_another_run():
 
 
 def test_the_output_camera_shapes_a_run_whose_view_starts_there():
-    base = Config().override(dict(progressive_view=True))
+    base = reference().override(dict(progressive_view=True))
     moved = base.override(dict(default_radius=4, default_polar=60, default_azimuth=10, default_fovy=30, W=9))
     assert [part.split()[0] for part in base.differences(moved)] == [f"--{name}" for name in DEFAULT_VIEW]
     assert base.differences(moved.override({"test": True})) == []
-    assert Config().differences(Config().override(dict(default_polar=60))) == []
+    assert reference().differences(reference().override(dict(default_polar=60))) == []
 
 
 def test_compiled_kernels_do_not_repeat_bits():
     with pytest.raises(UserError, match="--compile does not go with --deterministic"):
-        Config().override(dict(compile=True, deterministic=True))
+        reference().override(dict(compile=True, deterministic=True))
 
 
 @pytest.mark.parametrize("other", [{"progressive_level": True}, {"progressive_view": True}])
 def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
     flag = f"--{next(iter(other))}"
     with pytest.raises(UserError, match=f"--cuda_graph does not go with {flag}"):
-        Config().override({"cuda_graph": True, **other})
+        validate(reference().override({"cuda_graph": True, **other}))
 
 
 @pytest.mark.parametrize(
@@ -324,4 +320,4 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
     ],
 )
 def test_a_step_is_replayed_where_that_pays_and_nobody_chose(typed, model, device, graph):
-    assert resolve(typed, model, device).run.cuda_graph is graph
+    assert configure(SD[model] | typed, device).run.cuda_graph is graph

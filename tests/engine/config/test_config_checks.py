@@ -4,9 +4,11 @@ import re
 
 import pytest
 
+from dream_fast.engine.config.guidances import DREAM_MINI, accept_latents, chosen_guidances
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config, device_kind, read_values, settings, settings_unused_by
-from dream_fast.engine.config.sections import GuidanceConfig
+from dream_fast.engine.config.validate import graph_breaking_flags, validate
 from dream_fast.engine.errors import UserError
 
 FADING = LinearSchedule(0.0, 0.5, 0.0, 1.0)
@@ -48,7 +50,8 @@ CLIP = {"guidance": ("clip",), "latent_iter_ratio": 0.0}
 )
 def test_settings_that_go_together_are_taken(typed):
     """What each rule leaves is taken as it was typed."""
-    config = Config().override(typed)
+    config = reference().override(typed)
+    validate(config)
     values = {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
     assert {name: values[name] for name in typed} == typed
 
@@ -89,16 +92,16 @@ def test_settings_that_go_together_are_taken(typed):
 def test_settings_that_do_not_go_together_are_refused(typed, sentence):
     """The sentence begins with the flags that do not go together."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
-        Config().override(typed)
+        validate(reference().override(typed))
 
 
 def test_steps_that_a_graph_cannot_replay_are_named_in_order():
     """Each of the three settings is one flag, and none without them."""
-    assert Config().graph_breaking_flags() == []
+    assert graph_breaking_flags(reference()) == []
     every = {"dmtet": True, "progressive_level": True, "progressive_view": True}
-    assert Config().override(every).graph_breaking_flags() == [f"--{name}" for name in every]
+    assert graph_breaking_flags(reference().override(every)) == [f"--{name}" for name in every]
     for name in every:
-        assert Config().override({name: True}).graph_breaking_flags() == [f"--{name}"]
+        assert graph_breaking_flags(reference().override({name: True})) == [f"--{name}"]
 
 
 @pytest.mark.parametrize(
@@ -116,14 +119,14 @@ def test_steps_that_a_graph_cannot_replay_are_named_in_order():
     ],
 )
 def test_guidance_tells_the_kind_of_its_models(values, embedded, accepts_latents):
-    """Which model is the embedded one, and whether latents can be shown to what guides."""
-    guidance = GuidanceConfig(**values)
-    assert (guidance.uses_dream_mini, guidance.accepts_latents) == (embedded, accepts_latents)
+    """Typed settings choose the embedded model or another one; latents need a diffusion model, and all to take them."""
+    specs = chosen_guidances(values)
+    assert (DREAM_MINI in specs, accept_latents(specs)) == (embedded, accepts_latents)
 
 
 def test_train_size_is_scaled_for_a_mesh_only():
     """Height and width, each rounded, and at least a pixel."""
-    base = Config().override({"h": 10, "w": 7, "dmtet_reso_scale": 1.5})
+    base = reference().override({"h": 10, "w": 7, "dmtet_reso_scale": 1.5})
     assert base.train_size == (10, 7)
     mesh = base.override({"dmtet": True})
     assert mesh.train_size == (15, 10)
@@ -133,8 +136,8 @@ def test_train_size_is_scaled_for_a_mesh_only():
 def test_prompts_of_the_sides_are_named_by_side():
     """Only sides with a prompt of their own are there."""
     typed = {"text_front": "f", "text_side": "s", "text_back": "b", "text_overhead": "o"}
-    assert Config().run.view_prompts == {}
-    assert Config().override(typed).run.view_prompts == {"front": "f", "side": "s", "back": "b", "overhead": "o"}
+    assert reference().run.view_prompts == {}
+    assert reference().override(typed).run.view_prompts == {"front": "f", "side": "s", "back": "b", "overhead": "o"}
 
 
 def test_saved_settings_are_read_back_by_their_kind():
@@ -145,7 +148,7 @@ def test_saved_settings_are_read_back_by_their_kind():
         "t_range": (0.02, LinearSchedule(0.0, 0.9, 0.5, 1.0)),
         "guidance": ("SD", "clip"),
     }
-    config = Config().override(typed)
+    config = reference().override(typed)
     saved = config.to_dict()
     assert saved["loss"]["lambda_tv"] == "0:1:2:3" and saved["guidance"]["t_range"] == (0.02, "0.0:0.9:0.5:1.0")
     saved["guidance"]["t_range"] = list(saved["guidance"]["t_range"])
@@ -168,13 +171,13 @@ def test_saved_settings_are_read_back_by_their_kind():
         (lambda data: data.pop("dmtet"), "settings: dmtet.dmtet, dmtet.dmtet_reso_scale, dmtet.init_with, "),
         (lambda data: data.update(more={"a": 1}), "settings: more.a$"),
         (lambda data: data["loss"].update(b=1, a=1), "settings: loss.a, loss.b$"),
-        (lambda data: data.update(run=3), "must map rooms to their settings"),
+        (lambda data: data.update(run=3), "must map sections to their settings"),
         (lambda data: data["optim"].update(lr=-1.0), "--lr must be more than 0"),
     ],
 )
 def test_saved_settings_that_are_damaged_are_refused(damage, sentence):
     """Missing, unknown and bad settings are named."""
-    data = Config().to_dict()
+    data = reference().to_dict()
     damage(data)
     with pytest.raises(UserError, match=sentence):
         Config.from_dict(data)
@@ -182,7 +185,7 @@ def test_saved_settings_that_are_damaged_are_refused(damage, sentence):
 
 def test_differences_are_of_what_is_learned():
     """Any GPU is the same device, schedules are shown as they are typed, and a view counts where training starts."""
-    base = Config().override({"device": "cuda:1"})
+    base = reference().override({"device": "cuda:1"})
     assert base.differences(base.override({"device": "cuda:0"})) == []
     assert base.differences(base.override({"device": "cpu"})) == ["--device cuda, not cpu"]
     fading = base.override({"lambda_tv": FADING, "t_range": (0.02, LinearSchedule(0.0, 0.9, 0.5, 1.0))})
@@ -190,10 +193,10 @@ def test_differences_are_of_what_is_learned():
         "--t_range 0.02 0.0:0.9:0.5:1.0, not (0.02, 0.98)",
         "--lambda_tv 0.0:0.5:0:1.0, not 0.0",
     ]
-    started = Config().override({"progressive_view": True})
+    started = reference().override({"progressive_view": True})
     moved = started.override({"default_polar": 60.0})
     assert started.differences(moved) == ["--default_polar 90.0, not 60.0"]
-    assert Config().differences(moved) == ["--progressive_view False, not True"]
+    assert reference().differences(moved) == ["--progressive_view False, not True"]
 
 
 def test_devices_and_backbones_have_their_names():

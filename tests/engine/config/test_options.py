@@ -11,8 +11,9 @@ import torch
 import dream_fast
 from dream_fast.cli import build_parser
 from dream_fast.engine.config.compat import DIFFERENCES, REFERENCE_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.options_page import MOST_USED, page
-from dream_fast.engine.config.presets import mini_cpu_defaults, mini_cuda_defaults, resolve
+from dream_fast.engine.config.presets import dream_mini_cpu, dream_mini_gpu
 from dream_fast.engine.config.schema import settings
 from dream_fast.engine.config.sections import OptimConfig
 from dream_fast.engine.training.optim import Optimizer
@@ -44,7 +45,7 @@ def test_the_committed_page_is_current_and_linked():
 
 
 def test_every_flag_of_the_command_has_a_row(tables):
-    taken = set(build_parser()._option_string_actions) - {"-h", "--help", "--print_config"}
+    taken = set(build_parser()._option_string_actions) - {"-h", "--help"}
     ours = {flag for flag in taken if not (flag.startswith("--no-") and f"--{flag[5:]}" in taken)}
     assert set(tables["Flags"]) | set(tables["Earlier names"]) == ours
     assert not set(tables["Flags"]) & set(tables["Earlier names"])
@@ -70,7 +71,7 @@ def test_learning_rates_are_those_of_the_optimiser():
 
 
 def test_defaults_are_shown_where_they_differ(tables):
-    shown, cpu, cuda = tables["Flags"], mini_cpu_defaults(), mini_cuda_defaults()
+    shown, cpu, cuda = tables["Flags"], dream_mini_cpu(), dream_mini_gpu()
     assert shown["--iters"][:3] == ["10000", str(cpu.run.iters), str(cuda.run.iters)]
     assert shown["--theta_range"][:3] == ["45 105", "50 95", "50 95"]
     assert shown["--cuda_graph"][:3] == ["off", "", "on"]
@@ -96,7 +97,7 @@ def test_the_defaults_of_the_vanilla_backbone_are_shown(tables):
     shown = tables["Defaults of the vanilla backbone"]
     assert shown["--lr_decay"] == ["0.1", "0.1", "0.1"] and shown["--hidden_layers"][0] == "4"
     for place, (typed, device) in enumerate([({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]):
-        grid, own = (resolve(typed | {"backbone": name}, "dream-mini", device) for name in ("grid", "vanilla"))
+        grid, own = (configure(typed | {"backbone": name}, device) for name in ("grid", "vanilla"))
         for room, field in settings():
             before, after = (getattr(getattr(config, room.name), field.name) for config in (grid, own))
             if field.name != "backbone":

@@ -4,23 +4,25 @@ import re
 
 import pytest
 
+from dream_fast.engine.config.configure import configure, expand_shortcuts
+from dream_fast.engine.config.guidances import DIFFUSION_SETTINGS, chosen_guidances, family_of
 from dream_fast.engine.config.presets import (
-    DIFFUSION_SETTINGS,
-    DMTET_DEFAULTS,
-    MINI_DMTET,
-    MINI_VANILLA,
-    VANILLA_DEFAULTS,
-    chosen_model,
-    expand_shortcuts,
-    mini_cpu_defaults,
-    mini_cuda_defaults,
-    reference_defaults,
-    resolve,
-    sd_defaults,
+    DMTET_OVERRIDES,
+    MINI_DMTET_OVERRIDES,
+    MINI_VANILLA_OVERRIDES,
+    VANILLA_OVERRIDES,
+    dmtet,
+    dream_mini_cpu,
+    dream_mini_gpu,
+    reference,
+    stable_diffusion,
+    vanilla,
 )
 from dream_fast.engine.config.schema import settings
+from dream_fast.engine.config.validate import check_typed, validate
 from dream_fast.engine.errors import UserError
 
+NO_SD = {"sd_version": None, "latent_iter_ratio": 0.0}
 VANILLA = {"fp16": True, "backbone": "vanilla"}
 
 
@@ -77,21 +79,22 @@ def test_shortcuts_that_contradict_what_was_typed_are_refused(typed, sentence):
 
 
 @pytest.mark.parametrize(
-    ("typed", "model"),
+    ("typed", "family"),
     [
         ({}, "dream-mini"),
         ({"guidance": ("dream-mini", "clip"), "clip_key": "a", "t_range": (0.1, 0.5)}, "dream-mini"),
-        ({"hf_key": "a"}, "sd"),
-        ({"sd_version": "1.5"}, "sd"),
-        ({"guidance": ("SD",), "perpneg": True}, "sd"),
-        ({"guidance": ("IF", "SD"), "if_key": "a", "hf_key": "b"}, "sd"),
-        ({"guidance": ("clip",), "clip_key": "a", "lr": 0.1}, "sd"),
-        ({"guidance": ("SD", "clip"), "t_range": (0.1, 0.5)}, "sd"),
+        ({"hf_key": "a"}, "stable-diffusion"),
+        ({"sd_version": "1.5"}, "stable-diffusion"),
+        ({"guidance": ("SD",), "perpneg": True}, "stable-diffusion"),
+        ({"guidance": ("IF", "SD"), "if_key": "a", "hf_key": "b"}, "stable-diffusion"),
+        ({"guidance": ("clip",), "clip_key": "a", "lr": 0.1}, "stable-diffusion"),
+        ({"guidance": ("SD", "clip"), "t_range": (0.1, 0.5)}, "stable-diffusion"),
     ],
 )
-def test_chosen_model_is_the_one_that_is_named(typed, model):
+def test_chosen_guidances_decide_the_presets(typed, family):
     """dream-mini guides unless another model is named, by --guidance or by its key."""
-    assert chosen_model(typed) == model
+    assert family_of(chosen_guidances(typed)) == family
+    check_typed(typed)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +122,19 @@ def test_chosen_model_is_the_one_that_is_named(typed, model):
                 {"guidance": ("clip",), name: 1},
                 f"--{name} has no meaning with --guidance clip alone: only diffusion models read it",
             )
-            for name in DIFFUSION_SETTINGS
+            for name in sorted(DIFFUSION_SETTINGS)
         ],
     ],
 )
 def test_models_that_contradict_each_other_are_refused(typed, sentence):
     """The whole sentence, with the names as they were typed."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
-        chosen_model(typed)
+        check_typed(typed)
+
+
+def of_model(typed: dict, model: str) -> dict:
+    """The typed settings of a run with dream-mini, or with Stable Diffusion where no guidance is typed."""
+    return typed if model == "dream-mini" or "guidance" in typed else {"guidance": ("SD",)} | typed
 
 
 def differences(typed: dict, model: str, device: str, base) -> dict:
@@ -134,7 +142,7 @@ def differences(typed: dict, model: str, device: str, base) -> dict:
     plain = values_of(base)
     return {
         name: value
-        for name, value in values_of(resolve(typed, model, device)).items()
+        for name, value in values_of(configure(of_model(typed, model), device)).items()
         if value != plain[name] and name != "device"
     }
 
@@ -142,100 +150,125 @@ def differences(typed: dict, model: str, device: str, base) -> dict:
 @pytest.mark.parametrize(
     ("typed", "model", "device", "base", "other"),
     [
-        ({}, "dream-mini", "cpu", mini_cpu_defaults, {}),
-        ({}, "dream-mini", "cuda:1", mini_cuda_defaults, {"cuda_graph": True}),
-        ({"preset": "auto"}, "dream-mini", "cpu", mini_cpu_defaults, {}),
-        ({"preset": "reference"}, "dream-mini", "cpu", reference_defaults, {"preset": "reference"}),
+        ({}, "dream-mini", "cpu", dream_mini_cpu, {}),
+        ({}, "dream-mini", "cuda:1", dream_mini_gpu, {}),
+        ({"preset": "auto"}, "dream-mini", "cpu", dream_mini_cpu, {}),
+        ({"preset": "reference"}, "dream-mini", "cpu", reference, {}),
         (
             {"preset": "reference"},
             "dream-mini",
             "cuda",
-            reference_defaults,
-            {"preset": "reference", "cuda_graph": True},
+            reference,
+            {"cuda_graph": True},
         ),
-        ({}, "sd", "cuda", sd_defaults, {"guidance": ("SD",), "sd_version": "2.1"}),
-        ({"hf_key": "a"}, "sd", "cpu", sd_defaults, {"guidance": ("SD",), "hf_key": "a"}),
-        ({"sd_version": "1.5"}, "sd", "cpu", sd_defaults, {"guidance": ("SD",), "sd_version": "1.5"}),
-        ({"guidance": ("IF",)}, "sd", "cpu", sd_defaults, {"guidance": ("IF",), "latent_iter_ratio": 0.0}),
-        ({"guidance": ("clip",)}, "sd", "cpu", sd_defaults, {"guidance": ("clip",), "latent_iter_ratio": 0.0}),
+        ({}, "sd", "cuda", stable_diffusion, {}),
+        ({"hf_key": "a"}, "sd", "cpu", stable_diffusion, {"hf_key": "a", "sd_version": None}),
+        ({"sd_version": "1.5"}, "sd", "cpu", stable_diffusion, {"sd_version": "1.5"}),
+        ({"guidance": ("IF",)}, "sd", "cpu", stable_diffusion, {"guidance": ("IF",), **NO_SD}),
+        ({"guidance": ("clip",)}, "sd", "cpu", stable_diffusion, {"guidance": ("clip",), **NO_SD}),
         (
             {"guidance": ("SD", "IF")},
             "sd",
             "cpu",
-            sd_defaults,
-            {"guidance": ("SD", "IF"), "latent_iter_ratio": 0.0, "sd_version": "2.1"},
+            stable_diffusion,
+            {"guidance": ("SD", "IF"), "latent_iter_ratio": 0.0},
         ),
         (
             {"guidance": ("SD", "clip"), "latent_iter_ratio": 0.5},
             "sd",
             "cpu",
-            sd_defaults,
-            {"guidance": ("SD", "clip"), "latent_iter_ratio": 0.5, "sd_version": "2.1"},
+            stable_diffusion,
+            {"guidance": ("SD", "clip"), "latent_iter_ratio": 0.5},
         ),
-        ({"objective": "csd"}, "dream-mini", "cpu", mini_cpu_defaults, {"objective": "csd", "guidance_rescale": 0.0}),
-        ({"objective": "asd"}, "dream-mini", "cpu", mini_cpu_defaults, {"objective": "asd", "guidance_scale": 7.5}),
+        ({"objective": "csd"}, "dream-mini", "cpu", dream_mini_cpu, {"objective": "csd", "guidance_rescale": 0.0}),
+        ({"objective": "asd"}, "dream-mini", "cpu", dream_mini_cpu, {"objective": "asd", "guidance_scale": 7.5}),
         (
             {"objective": "sdi", "guidance_scale": 3.0},
             "dream-mini",
             "cpu",
-            mini_cpu_defaults,
+            dream_mini_cpu,
             {"objective": "sdi", "guidance_scale": 3.0},
         ),
-        ({"objective": "sds"}, "dream-mini", "cpu", mini_cpu_defaults, {}),
-        ({"deterministic": True}, "dream-mini", "cuda", mini_cuda_defaults, {"deterministic": True}),
+        ({"objective": "sds"}, "dream-mini", "cpu", dream_mini_cpu, {}),
+        ({"deterministic": True}, "dream-mini", "cuda", dream_mini_gpu, {"deterministic": True, "cuda_graph": False}),
         (
             {"guidance": ("dream-mini", "clip")},
             "dream-mini",
             "cuda",
-            mini_cuda_defaults,
-            {"guidance": ("dream-mini", "clip")},
+            dream_mini_gpu,
+            {"guidance": ("dream-mini", "clip"), "cuda_graph": False},
         ),
-        ({"guidance": ("dream-mini",)}, "dream-mini", "cuda", mini_cuda_defaults, {"cuda_graph": True}),
-        ({"backbone": "grid"}, "dream-mini", "cuda", mini_cuda_defaults, {"cuda_graph": True}),
-        ({"backbone": "grid_torch"}, "dream-mini", "cuda", mini_cuda_defaults, {"backbone": "grid_torch"}),
-        ({"cuda_graph": False}, "dream-mini", "cuda", mini_cuda_defaults, {}),
-        ({"dmtet": False}, "sd", "cpu", sd_defaults, {"guidance": ("SD",), "sd_version": "2.1"}),
+        ({"guidance": ("dream-mini",)}, "dream-mini", "cuda", dream_mini_gpu, {}),
+        ({"backbone": "grid"}, "dream-mini", "cuda", dream_mini_gpu, {}),
+        (
+            {"backbone": "grid_torch"},
+            "dream-mini",
+            "cuda",
+            dream_mini_gpu,
+            {"backbone": "grid_torch", "cuda_graph": False},
+        ),
+        ({"cuda_graph": False}, "dream-mini", "cuda", dream_mini_gpu, {"cuda_graph": False}),
+        ({"dmtet": False}, "sd", "cpu", stable_diffusion, {}),
     ],
 )
 def test_defaults_of_the_model_the_device_and_the_preset(typed, model, device, base, other):
     """What a run has otherwise than the defaults it starts from."""
     assert differences(typed, model, device, base()) == other
-    assert resolve(typed, model, device).run.device == device
+    assert configure(of_model(typed, model), device).run.device == device
 
 
 @pytest.mark.parametrize(
     ("typed", "model", "device", "wanted"),
     [
-        ({"backbone": "vanilla"}, "sd", "cuda", VANILLA_DEFAULTS),
-        ({"backbone": "vanilla", "preset": "reference"}, "dream-mini", "cuda", VANILLA_DEFAULTS),
-        ({"backbone": "vanilla"}, "dream-mini", "cpu", VANILLA_DEFAULTS | MINI_VANILLA["cpu"]),
-        ({"backbone": "vanilla"}, "dream-mini", "cuda:2", VANILLA_DEFAULTS | MINI_VANILLA["cuda"]),
-        ({"dmtet": True}, "sd", "cpu", DMTET_DEFAULTS),
-        ({"dmtet": True, "preset": "reference"}, "dream-mini", "cuda", DMTET_DEFAULTS | {"cuda_graph": False}),
-        ({"dmtet": True}, "dream-mini", "cpu", MINI_DMTET["cpu"]),
-        ({"dmtet": True}, "dream-mini", "cuda", MINI_DMTET["cuda"] | {"cuda_graph": False}),
+        ({"backbone": "vanilla"}, "sd", "cuda", VANILLA_OVERRIDES),
+        ({"backbone": "vanilla", "preset": "reference"}, "dream-mini", "cuda", VANILLA_OVERRIDES),
+        ({"backbone": "vanilla"}, "dream-mini", "cpu", VANILLA_OVERRIDES | MINI_VANILLA_OVERRIDES["cpu"]),
+        ({"backbone": "vanilla"}, "dream-mini", "cuda:2", VANILLA_OVERRIDES | MINI_VANILLA_OVERRIDES["cuda"]),
+        ({"dmtet": True}, "sd", "cpu", DMTET_OVERRIDES),
+        ({"dmtet": True, "preset": "reference"}, "dream-mini", "cuda", DMTET_OVERRIDES | {"cuda_graph": False}),
+        ({"dmtet": True}, "dream-mini", "cpu", MINI_DMTET_OVERRIDES["cpu"]),
+        ({"dmtet": True}, "dream-mini", "cuda", MINI_DMTET_OVERRIDES["cuda"] | {"cuda_graph": False}),
         (
             {"dmtet": True, "backbone": "vanilla"},
             "dream-mini",
             "cpu",
-            VANILLA_DEFAULTS | MINI_VANILLA["cpu"] | MINI_DMTET["cpu"],
+            VANILLA_OVERRIDES | MINI_VANILLA_OVERRIDES["cpu"] | MINI_DMTET_OVERRIDES["cpu"],
         ),
     ],
 )
 def test_backbone_and_mesh_bring_their_own_defaults(typed, model, device, wanted):
     """The tables of the vanilla backbone and of the refinement count more than the model, less than what is typed."""
-    values = values_of(resolve(typed, model, device))
+    values = values_of(configure(of_model(typed, model), device))
     assert {name: values[name] for name in wanted} == wanted
-    more = values_of(resolve(typed | {"latent_iter_ratio": 0.75, "lr_decay": 0.75}, model, device))
+    more = values_of(configure(of_model(typed | {"latent_iter_ratio": 0.75, "lr_decay": 0.75}, model), device))
     assert (more["latent_iter_ratio"], more["lr_decay"]) == (0.75, 0.75)
     without = {"lr_geo", "tet_grid_size", "iters"} - wanted.keys()
-    base = resolve({key: value for key, value in typed.items() if key == "preset"}, model, device)
+    base = configure(of_model({key: value for key, value in typed.items() if key == "preset"}, model), device)
     assert all(values[key] == values_of(base)[key] for key in without)
 
 
-@pytest.mark.parametrize(("model", "device"), [("SD", "cpu"), ("sd", "mps"), ("", ""), ("dream-mini", "auto")])
-def test_resolve_takes_a_model_and_a_device_that_there_are(model, device):
-    """Both values are in the message."""
-    words = f"resolve: model {model!r} must be dream-mini or sd, device {device!r} cpu or cuda"
-    with pytest.raises(ValueError, match=f"^{words}$"):
-        resolve({}, model, device)
+@pytest.mark.parametrize("device", ["mps", "", "auto"])
+def test_configure_takes_a_device_that_there_is(device):
+    """The message has the value."""
+    with pytest.raises(ValueError, match=f"^device must be cpu, cuda or cuda:N, not {device!r}$"):
+        configure({}, device)
+
+
+@pytest.mark.parametrize(
+    ("preset", "typed", "device"),
+    [
+        (reference(), {"preset": "reference"}, "cpu"),
+        (stable_diffusion(), {"guidance": ("SD",)}, "cpu"),
+        (dream_mini_cpu(), {}, "cpu"),
+        (dream_mini_gpu(), {}, "cuda"),
+        (vanilla(dream_mini_gpu()), {"backbone": "vanilla"}, "cuda"),
+        (dmtet(vanilla(dream_mini_cpu())), {"backbone": "vanilla", "dmtet": True}, "cpu"),
+        (dmtet(stable_diffusion()), {"hf_key": "a", "dmtet": True}, "cuda"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_presets_are_the_configurations_that_runs_start_from(preset, typed, device):
+    """A preset is complete: a run that types what chooses it has the preset's values, beside device and model."""
+    validate(preset)
+    config = configure(typed, device)
+    assert config.override({name: preset.get(name) for name in ("device", "hf_key", "sd_version")}) == preset

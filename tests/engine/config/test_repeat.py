@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dream_fast.cli import parse
-from dream_fast.engine.config.presets import chosen_model, resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
@@ -28,7 +28,7 @@ def settings_of(line: str) -> Config:
     program, *words = words_of(line)
     assert program == "dream-fast"
     typed = parse(words)
-    return resolve(typed, chosen_model(typed), typed["device"])
+    return configure(typed, typed["device"])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -64,7 +64,7 @@ def settings_of(line: str) -> Config:
 )
 def test_the_command_comes_out_as_the_settings(typed, device):
     typed = {"text": "a hamburger", "seed": 3} | typed
-    config = resolve(typed, chosen_model(typed), device)
+    config = configure(typed, device)
     line = reproduce_command(config)
     assert settings_of(line) == config
     assert "\x1b" not in line and "\n" not in line
@@ -72,12 +72,12 @@ def test_the_command_comes_out_as_the_settings(typed, device):
 
 
 def test_only_what_differs_is_in_it():
-    config = resolve({"text": "a hamburger", "seed": 3, "fp16": True}, "dream-mini", "cuda")
+    config = configure({"text": "a hamburger", "seed": 3, "fp16": True}, "cuda")
     assert reproduce_command(config) == "dream-fast --text 'a hamburger' --seed 3 -O --device cuda"
 
 
 def test_what_to_do_with_a_run_that_is_there_is_left_out():
-    config = resolve({"text": "cat", "seed": 3}, "dream-mini", "cpu")
+    config = configure({"text": "cat", "seed": 3}, "cpu")
     for changes in ({"test": True}, {"ckpt": "scratch"}):
         assert reproduce_command(config.override(changes)) == reproduce_command(config)
     assert "--ckpt old/step_000004.safetensors" in reproduce_command(

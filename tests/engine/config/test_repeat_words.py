@@ -4,13 +4,13 @@ import subprocess
 
 import pytest
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.text import escape_controls, one_line, quote
 
 
 def command(**typed) -> str:
-    return reproduce_command(resolve({"text": "cat", "seed": 3} | typed, "dream-mini", typed.pop("device", "cpu")))
+    return reproduce_command(configure({"text": "cat", "seed": 3} | typed, typed.pop("device", "cpu")))
 
 
 def test_command_is_of_any_machine_and_any_folder_for_outputs():

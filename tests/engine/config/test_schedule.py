@@ -2,7 +2,8 @@
 
 import pytest
 
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule, ever_below, largest, smallest, value_at, values_at
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.errors import UserError
@@ -48,14 +49,14 @@ def test_ranges_that_cross_are_told_from_those_that_do_not():
 
 
 def test_only_schedules_have_values_of_a_step():
-    config = resolve({"text": "a cube", "lambda_orient": LinearSchedule.parse("0:0:1:10")}, "dream-mini", "cpu")
+    config = configure({"text": "a cube", "lambda_orient": LinearSchedule.parse("0:0:1:10")}, "cpu")
     assert values_at(config.loss, 5, 0.0) == {"lambda_orient": 0.5}
 
 
 def test_a_configuration_keeps_its_schedules():
     upper = LinearSchedule.parse("0:0.98:0.5:300")
     typed = {"text": "a cube", "t_range": (0.02, upper), "grad_clip": LinearSchedule.parse("0.0:1:0.1:1.0")}
-    config = resolve(typed, "dream-mini", "cpu")
+    config = configure(typed, "cpu")
     assert Config.from_dict(config.to_dict()) == config
     assert config.to_dict()["guidance"]["t_range"] == (0.02, "0:0.98:0.5:300")
 
@@ -71,4 +72,4 @@ def test_a_configuration_keeps_its_schedules():
 )
 def test_a_schedule_obeys_the_bounds_of_its_setting(changes, words):
     with pytest.raises(UserError, match=words):
-        Config().override(changes)
+        reference().override(changes)

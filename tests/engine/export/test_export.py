@@ -1,4 +1,4 @@
-"""Meshes, videos and pictures: closed surfaces, the right way round, whole files."""
+"""Meshes, videos and images: closed surfaces, the right way round, whole files."""
 
 import dataclasses
 import functools
@@ -60,7 +60,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_surfaces_are_closed_manifolds_that_face_outwards(name):
+def test_marching_cubes_closed_shapes(name):
+    """Surfaces are closed manifolds that face outwards."""
     function, euler = SHAPES[name]
     result = marching_cubes(function(grid(25)), 0.0)
     shape = trimesh.Trimesh(result.vertices, result.faces, process=False)
@@ -73,7 +74,8 @@ def test_surfaces_are_closed_manifolds_that_face_outwards(name):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_a_surface_in_slabs_is_the_surface(layers, monkeypatch):
+def test_marching_cubes_slabs_of_shapes(layers, monkeypatch):
+    """A surface in slabs is the surface."""
     volume = SHAPES["noise"][0](grid(12))
     whole = marching_cubes(volume, 0.0)
     monkeypatch.setattr(marching_cubes_module, "LAYER_POINTS", layers * 14 * 14)
@@ -82,12 +84,14 @@ def test_a_surface_in_slabs_is_the_surface(layers, monkeypatch):
     assert np.array_equal(*(np.unique(one.faces, axis=0) for one in (whole, parts)))
 
 
-def test_nothing_above_the_level_is_an_empty_mesh():
+def test_marching_cubes_empty_shape():
+    """Nothing above the level is an empty mesh."""
     result = marching_cubes(np.zeros((4, 4, 4)), 1.0)
     assert result.vertices.shape == (0, 3) and result.faces.shape == (0, 3)
 
 
-def test_a_sphere_agrees_with_another_marching_cubes():
+def test_marching_cubes_sphere():
+    """A sphere agrees with another marching cubes."""
     n, radius = 48, 0.6
     volume = ball(grid(n), (0.03, -0.02, 0.01), radius)
     own = marching_cubes(volume, 0.0)
@@ -109,7 +113,8 @@ def test_a_sphere_agrees_with_another_marching_cubes():
     assert 4 * np.pi * inner**2 < shape.area < 4 * np.pi * outer**2
 
 
-def test_floaters_are_dropped_and_parts_kept():
+def test_visible_parts_of_shapes():
+    """Floaters are dropped and parts kept."""
     points = grid(40)
     parts = np.stack([ball(points, (-0.4, 0, 0), 0.4), ball(points, (0.5, 0, 0), 0.2), ball(points, (0, 0.9, 0), 0.05)])
     full = marching_cubes(parts.max(axis=0), 0.0)
@@ -122,7 +127,8 @@ def test_floaters_are_dropped_and_parts_kept():
 
 
 @pytest.mark.parametrize(("gap", "radius", "stays"), [(0.02, 0.06, True), (0.1, 0.06, False), (0.02, 0.02, False)])
-def test_what_lies_beside_a_part_stays_unless_it_is_a_crumb(gap, radius, stays):
+def test_visible_parts_near_components(gap, radius, stays):
+    """What lies beside a part stays unless it is a crumb."""
     points = grid(160)
     pot, knob = ball(points, (0, -0.2, 0), 0.5), ball(points, (0, 0.3 + gap + radius, 0), radius)
     full = marching_cubes(np.maximum(pot, knob), 0.0)
@@ -137,7 +143,8 @@ def bumps(points):
 
 
 @pytest.mark.parametrize("target", [200, 3000, 10**6])
-def test_a_simpler_surface_is_closed_and_near(target):
+def test_simplify_sphere(target):
+    """A simpler surface is closed and near."""
     n = 64
     full = marching_cubes(bumps(grid(n)), 0.0)
     simpler = geometry_mesh.simplify(full, target)
@@ -153,15 +160,17 @@ def test_a_simpler_surface_is_closed_and_near(target):
     assert len(np.unique(simpler.faces)) == len(simpler.vertices)
 
 
-def test_the_parts_of_an_export_are_timed_by_what_it_tells():
-    volume, surface_, atlas_, pictures = mesh_files.STAGE_ENDS
-    told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + pictures) / 2, 7.0)]
-    told += [(atlas_ + (pictures - atlas_), 8.0), (1.0, 9.5)]
-    parts = bench_mesh.seconds_of(0.5, told)
+def test_stage_seconds():
+    """The parts of an export are timed by what it tells."""
+    volume, surface_, atlas_, images = mesh_files.STAGE_ENDS
+    told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + images) / 2, 7.0)]
+    told += [(atlas_ + (images - atlas_), 8.0), (1.0, 9.5)]
+    parts = bench_mesh.split_seconds(0.5, told)
     assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "pictures": 2.0, "files": 1.5}
 
 
-def test_triangles_that_lie_on_each_other_are_dropped():
+def test_drop_folded_faces_of_shapes():
+    """Triangles that lie on each other are dropped."""
     ball_ = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     flap = np.array([[ball_.faces[0, 0], ball_.faces[0, 1], len(ball_.vertices)]])
     vertices = np.concatenate([ball_.vertices, [[9.0, 9.0, 9.0]]])
@@ -180,13 +189,15 @@ def test_triangles_that_lie_on_each_other_are_dropped():
         ([0.0, 0.0, 1.0, 1.0], 0.5, 0.5),
     ],
 )
-def test_surface_level(volume, threshold, level):
+def test_choose_isovalue_values(volume, threshold, level):
+    """Surface level."""
     exact = torch.tensor(level, dtype=torch.float64)
     check("level", torch.tensor(isosurface.choose_isovalue(torch.tensor(volume), threshold)), exact.float(), exact)
 
 
 @pytest.mark.parametrize("volume", [[0.0, 0.0], [1.0, float("nan")]])
-def test_a_field_without_a_surface_is_said(volume):
+def test_write_mesh_without_surface(volume):
+    """A field without a surface is said."""
     with pytest.raises(UserError, match="no surface"):
         isosurface.choose_isovalue(torch.tensor(volume), 10.0)
 
@@ -261,21 +272,24 @@ def glb(written):
     return next(iter(trimesh.load_scene(written, process=False).geometry.values()))
 
 
-def test_six_views_of_the_mesh_are_those_of_the_field(written):
-    found = bench_mesh.compare(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
+def test_write_mesh_six_views(written):
+    """Six views of the mesh are those of the field."""
+    found = bench_mesh.compare_with_field(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
     assert min(found.iou) > 0.95 and min(found.psnr) > 25
     # The object is lopsided: seen in a mirror it is another one.
     mirrored = bench_mesh.read_glb(written)
     mirrored.vertices[:, 0] *= -1
-    assert min(bench_mesh.compare(fitted_renderer(), mirrored, CAMERAS, 96).iou) < 0.85
+    assert min(bench_mesh.compare_with_field(fitted_renderer(), mirrored, CAMERAS, 96).iou) < 0.85
 
 
-def test_the_mesh_has_the_outline_of_the_pictures_whatever_the_threshold(tmp_path):
+def test_write_mesh_silhouettes(tmp_path):
+    """The mesh has the outline of the images whatever the threshold."""
+
     def worst_overlap(threshold, silhouettes):
         options = dict(silhouettes=silhouettes, decimate_target=4000, texture_resolution=64)
         mesh_files.write_mesh(tmp_path / "mesh.glb", fitted_renderer().field, 48, threshold, **options)
         shape = bench_mesh.read_glb(tmp_path / "mesh.glb")
-        return min(bench_mesh.compare(fitted_renderer(), shape, CAMERAS, 96).iou)
+        return min(bench_mesh.compare_with_field(fitted_renderer(), shape, CAMERAS, 96).iou)
 
     silhouettes = render_silhouettes(fitted_renderer(), CAMERAS)
     for threshold in (0.05, 0.3):
@@ -283,12 +297,13 @@ def test_the_mesh_has_the_outline_of_the_pictures_whatever_the_threshold(tmp_pat
 
 
 @pytest.mark.parametrize("suffix", [".glb", ".obj"])
-def test_the_files_hold_a_closed_textured_surface(written, suffix):
+def test_write_mesh_files(written, suffix):
+    """The files hold a closed textured surface."""
     scene = trimesh.load_scene(written.with_suffix(suffix), process=False)
     (shape,) = scene.geometry.values()
     material = shape.visual.material
-    picture = material.baseColorTexture if suffix == ".glb" else material.image
-    colours = np.asarray(picture.convert("RGB")) / 255
+    image = material.baseColorTexture if suffix == ".glb" else material.image
+    colours = np.asarray(image.convert("RGB")) / 255
     assert colours.shape == (256, 256, 3)
     for place, channel in (((0.43, 0.05, 0), 1), ((-0.1, 0.43, 0), 2), ((0, 0, -0.25), 0)):
         u, v = shape.visual.uv[np.linalg.norm(shape.vertices - np.array(place), axis=1).argmin()]
@@ -301,13 +316,15 @@ def test_the_files_hold_a_closed_textured_surface(written, suffix):
     assert shape.is_watertight and shape.volume > 0
 
 
-def test_the_material_is_matt_and_opaque(written, glb):
+def test_write_mesh_material(written, glb):
+    """The material is matt and opaque."""
     assert glb.visual.material.metallicFactor == 0 and glb.visual.material.alphaMode in (None, "OPAQUE")
     lines = written.with_suffix(".mtl").read_text().splitlines()
     assert "d 1" in lines and "Ks 0 0 0" in lines and "map_Kd mesh.png" in lines
 
 
-def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written, pixels_inside):
+def test_bake_colours_and_charts(written, pixels_inside):
+    """Charts do not overlap and the image has the field s colours."""
     field = fitted_renderer().field
     shape = geometry_mesh.simplify(isosurface.extract_surface(isosurface.sample_volume(field, 40, 10.0)), 2000)
     for unwrapped in (uv_atlas.unwrap(shape, 256), uv_atlas._unwrap_by_xatlas(*as_arrays(shape), 256)):
@@ -320,31 +337,33 @@ def test_charts_do_not_overlap_and_the_picture_has_the_field_s_colours(written, 
         # No pixel is inside of two triangles: together they hold no more of them than are covered.
         covered = int((seen.triangle >= 0).sum())
         assert 0.3 * 1024**2 < covered and pixels_inside(unwrapped.uv, unwrapped.faces, 1024) <= covered
-        picture = texture.bake(field, shape, unwrapped, 256).albedo / 255
+        image = texture.bake(field, shape, unwrapped, 256).albedo / 255
         texels = torch.from_numpy(unwrapped.source)[faces.long()]
         middle = torch.from_numpy(shape.vertices).float()[texels].mean(1)
         column, row = (unwrapped.uv[unwrapped.faces].mean(1) * [256, -256] + [0, 256]).clip(0, 255).astype(int).T
         expected = field.albedo(middle).numpy()
-        assert np.median(np.abs(picture[row, column] - expected)) < 0.02
+        assert np.median(np.abs(image[row, column] - expected)) < 0.02
 
 
 def as_arrays(shape):
     return shape.vertices.astype(np.float32), shape.faces.astype(np.uint32)
 
 
-def test_holes_take_the_colours_around_them():
-    picture, known = torch.zeros(37, 20, 3), torch.zeros(37, 20, dtype=torch.bool)
-    picture[:, :6], known[:, :6] = torch.tensor([1.0, 0.2, 0.0]), True
-    picture[:, -6:], known[:, -6:] = torch.tensor([0.0, 0.2, 1.0]), True
-    filled = texture.fill_holes(picture, known)
-    assert torch.equal(filled[known], picture[known])
+def test_fill_holes():
+    """Holes take the colours around them."""
+    image, known = torch.zeros(37, 20, 3), torch.zeros(37, 20, dtype=torch.bool)
+    image[:, :6], known[:, :6] = torch.tensor([1.0, 0.2, 0.0]), True
+    image[:, -6:], known[:, -6:] = torch.tensor([0.0, 0.2, 1.0]), True
+    filled = texture.fill_holes(image, known)
+    assert torch.equal(filled[known], image[known])
     even = torch.full((37, 20), 0.2)
     check("even", filled[..., 1], even, torch.full((37, 20), 0.2, dtype=torch.float64))
     assert (filled[:, 6, 0] > 0.6).all() and (filled[:, 13, 2] > 0.6).all()
     assert filled.min() >= 0 and filled.max() <= 1 + 16 * torch.finfo(torch.float32).eps
 
 
-def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypatch):
+def test_unwrap_without_uvunwrap(monkeypatch):
+    """Without uvunwrap xatlas lays out and without both that is said."""
     shape = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     monkeypatch.setitem(sys.modules, "uvunwrap", None)
     assert len(uv_atlas.unwrap(shape, 64).faces) == len(shape.faces)
@@ -354,7 +373,8 @@ def test_without_uvunwrap_xatlas_lays_out_and_without_both_that_is_said(monkeypa
 
 
 @pytest.mark.parametrize("panics", [1, 2])
-def test_a_panic_of_uvunwrap_is_tried_from_the_other_end_and_then_left_to_xatlas(panics, monkeypatch, capfd):
+def test_unwrap_panic(panics, monkeypatch, capfd):
+    """A panic of uvunwrap is tried from the other end and then left to xatlas."""
     shape = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     generate, xatlas, calls = uvunwrap.generate, uv_atlas._unwrap_by_xatlas, []
     panic = type("PanicException", (BaseException,), {})
@@ -377,7 +397,8 @@ def test_a_panic_of_uvunwrap_is_tried_from_the_other_end_and_then_left_to_xatlas
 
 
 @pytest.mark.parametrize("fault", ["the last file", "the disk, when the files are flushed"])
-def test_a_full_disk_leaves_the_old_files(fault, tmp_path, monkeypatch):
+def test_write_mesh_full_disk(fault, tmp_path, monkeypatch):
+    """A full disk leaves the old files."""
     field, path = fitted_renderer().field, tmp_path / "mesh.glb"
     for old in mesh_files.mesh_paths(path):
         old.write_text("old")
@@ -403,7 +424,7 @@ def test_a_full_disk_leaves_the_old_files(fault, tmp_path, monkeypatch):
     assert all(old.read_text() == "old" for old in mesh_files.mesh_paths(path))
 
 
-def test_a_mesh_is_written_without_scipy(tmp_path):
+def test_write_mesh_without_scipy(tmp_path):
     """SciPy is no dependency of ours; trimesh falls back noisily and slowly where it asks for it."""
     code = """
 import sys
@@ -423,10 +444,11 @@ write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(
     assert (vertices.vertex_normals * directions).sum(axis=1).min() > 0.5  # the first field is a ball
 
 
-# ------------------------------------------------------------------------------------------------ pictures and videos
+# ------------------------------------------------------------------------------------------------ images and videos
 
 
-def test_six_views_are_written_and_show_the_right_sides(tmp_path):
+def test_write_six_views(tmp_path):
+    """Six views are written and show the right sides."""
     config = CameraConfig(W=32, H=24, default_radius=3.0, default_fovy=24.0)
     paths = images.write_six_views(tmp_path, fitted_renderer(), config)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)
@@ -442,7 +464,8 @@ def test_six_views_are_written_and_show_the_right_sides(tmp_path):
     assert np.asarray(Image.open(tmp_path / "six_views.png")).shape == (48, 192, 3)
 
 
-def test_turntable_shows_colour_normals_and_depth_side_by_side():
+def test_turntable_frames():
+    """Turntable shows colour normals and depth side by side."""
     config = CameraConfig(W=20, H=20, default_radius=3.0, default_fovy=24.0)
     frames = list(video.turntable_frames(fitted_renderer(), config, 3))
     assert len(frames) == 3 and frames[0].shape == (20, 60, 3) and frames[0].dtype == np.uint8
@@ -453,7 +476,8 @@ def test_turntable_shows_colour_normals_and_depth_side_by_side():
     assert depth[10, 8, 0] > 128  # and is nearer than the centre of the scene
 
 
-def test_video_holds_every_frame_also_with_odd_sides(tmp_path):
+def test_write_video_odd_sides(tmp_path):
+    """Video holds every frame also with odd sides."""
     frames = [np.full((21, 33, 3), value, dtype=np.uint8) for value in (0, 120, 240)]
     seen = []
     codec = video.write_video(tmp_path / "v.mp4", iter(frames), 25, on_frame=lambda: seen.append(1))
@@ -467,13 +491,15 @@ def test_video_holds_every_frame_also_with_odd_sides(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
 
 
-def test_a_video_without_frames_is_refused_and_leaves_nothing(tmp_path):
+def test_write_video_without_frames(tmp_path):
+    """A video without frames is refused and leaves nothing."""
     with pytest.raises(ValueError, match="at least one frame"):
         video.write_video(tmp_path / "v.mp4", [], 25)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
+def test_save_png_failure(tmp_path):
+    """A failed write keeps the old file."""
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(path) as aside:

@@ -1,4 +1,4 @@
-"""Pictures by their numbers: colours of normals and depths, strips and grids, names of the views, values of a grid."""
+"""Images by their numbers: colours of normals and depths, strips and grids, names of the views, values of a grid."""
 
 from types import SimpleNamespace
 
@@ -18,11 +18,11 @@ def numbered(*shape):
 
 
 def read(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture), dict(picture.text)
+    with Image.open(path) as image:
+        return np.asarray(image), dict(image.text)
 
 
-def test_to_uint8_rounds_and_clamps():
+def test_to_uint8():
     """To the nearest of 256 values, from any float dtype and with a gradient."""
     values = torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 127 / 255, 1.0, 7.0], requires_grad=True)
     found = images.to_uint8(values)
@@ -30,7 +30,7 @@ def test_to_uint8_rounds_and_clamps():
     assert images.to_uint8(torch.ones(2, 3, dtype=torch.float16)).tolist() == [[255] * 3] * 2
 
 
-def test_save_png_keeps_pixels_and_texts(tmp_path):
+def test_save_png(tmp_path):
     """Grey and coloured arrays as they are, tensors as uint8, texts beside them."""
     for number, pixels in enumerate((numbered(2, 3), numbered(2, 3, 3))):
         images.save_png(tmp_path / f"{number}.png", pixels, {"t": "1 2", "prompt": "a"})
@@ -41,7 +41,7 @@ def test_save_png_keeps_pixels_and_texts(tmp_path):
     assert (found == 128).all() and found.shape == (2, 2, 3) and texts == {}
 
 
-def test_save_grid_lays_out_rows_and_columns(tmp_path):
+def test_save_grid(tmp_path):
     """Columns from left to right, rows from top to bottom, with the texts."""
     grid = numbered(2, 3, 1, 2, 3)
     images.save_grid(tmp_path / "g.png", torch.from_numpy(grid) / 255, {"t": "5"})
@@ -50,14 +50,14 @@ def test_save_grid_lays_out_rows_and_columns(tmp_path):
     assert np.array_equal(found, np.concatenate(rows, axis=0)) and texts == {"t": "5"}
 
 
-def test_normals_are_colours_on_white():
+def test_normal_image():
     """(n + 1) / 2 by opacity, and white for the rest."""
     normal = torch.tensor([[1.0, -1.0, 0.0]]).double().repeat(3, 1)
     view = SimpleNamespace(normal=normal, opacity=torch.tensor([1.0, 0.5, 0.0]).double())
     check_fp64("colours", images.normal_image(view), torch.tensor([[1, 0, 0.5], [1, 0.5, 0.75], [1, 1, 1]]).double())
 
 
-def test_depth_is_white_at_the_near_side_of_the_sphere_and_black_at_the_far_one():
+def test_depth_image():
     """The sphere has the radius bound * sqrt(3); depths beyond it are clamped, opacity darkens."""
     reach = 2 * 3**0.5
     expected = torch.tensor([[-2.0, -1, 0, 0.5], [1, 2, 0, 0]]).double()
@@ -70,7 +70,7 @@ def test_depth_is_white_at_the_near_side_of_the_sphere_and_black_at_the_far_one(
     check_fp64("brightness", found, exact[..., None].expand(2, 2, 4, 3))
 
 
-def test_six_views_have_their_names(tmp_path):
+def test_six_view_paths(tmp_path):
     """Colours, then normals, then all of them: two rows of six."""
     views = [f"{name}.png" for name in SIX_VIEWS] + [f"{name}_normal.png" for name in SIX_VIEWS]
     assert images.six_view_paths(tmp_path) == [tmp_path / name for name in [*views, "six_views.png"]]
@@ -93,7 +93,7 @@ def test_six_views_have_their_names(tmp_path):
     assert asked[1] == (6, 2, 4) and np.array_equal(read(tmp_path / "v.png")[0], together)
 
 
-def test_look_up_is_trilinear_by_x_y_z():
+def test_trilinear():
     """A linear function comes back between the points, and the nearest value outside; in the points' shape."""
     bound, axis = 2.0, torch.linspace(-2.0, 2.0, 5).double()
     x, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")

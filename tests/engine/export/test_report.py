@@ -20,13 +20,13 @@ from PIL.PngImagePlugin import PngInfo
 from dream_fast.bench.accuracy import check
 from dream_fast.cli import main, parse
 from dream_fast.engine import run as run_module
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import settings
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export import report
-from dream_fast.engine.export.charts import Series, _digits, charts, linear_axis, running_mean, short
-from dream_fast.engine.export.report import LARGEST, MOST_FRAMES, write_report
+from dream_fast.engine.export.charts import Series, _digits, draw_chart, format_number, linear_axis, running_mean
+from dream_fast.engine.export.report import MAX_FRAMES, MAX_PAGE_BYTES, write_report
 from dream_fast.engine.export.video import write_video
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -106,10 +106,11 @@ def sheets(page: Page) -> dict[str, tuple[dict, np.ndarray]]:
 # The page as a whole
 
 
-def test_a_run_ends_with_a_page_of_everything(finished):
+def test_report_sections(finished):
+    """A run ends with a page of everything."""
     page = Page(finished / "report.html")
     assert page.texts["h1"] == ["a hamburger"]
-    assert page.texts["h2"] == ["Six views", "While it ran", "Curves", "Time", "Once more"]
+    assert page.texts["h2"] == ["Six views", "During the run", "Curves", "Time", "Reproduce"]
     pictures = [picture(image["src"]) for image in page.of("img")]
     # 6 views twice, one strip of the last step, the guidance of steps 3 and 6
     assert [pixels.shape[:2] for pixels in pictures] == [(SIDE, SIDE)] * 12 + [(2 * SIDE, 2 * SIDE)] + [(32, 96)] * 2
@@ -131,7 +132,8 @@ def json_of(workspace: Path) -> dict:
     return json.loads((workspace / "manifest.json").read_text())["runs"][-1]
 
 
-def test_nothing_on_the_page_comes_from_elsewhere(finished):
+def test_report_is_self_contained(finished):
+    """Nothing on the page comes from elsewhere."""
     page = Page(finished / "report.html")
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe", "object", "embed", "base")
@@ -143,7 +145,7 @@ def test_nothing_on_the_page_comes_from_elsewhere(finished):
     assert "prefers-color-scheme: dark" in page.source
 
 
-def test_the_time_is_split_into_its_parts(tiny_model, tmp_path, monkeypatch):
+def test_report_times(tiny_model, tmp_path, monkeypatch):
     """With a clock that goes on in the loading of the model, the steps and the outputs alone."""
     now = [100.0]
     monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
@@ -157,7 +159,7 @@ def test_the_time_is_split_into_its_parts(tiny_model, tmp_path, monkeypatch):
 
     for owner, name, seconds in (
         (run_module, "load_guidance", 5),
-        (run_module.Trainer, "fit", 70),
+        (run_module.Loop, "fit", 70),
         (run_module, "write_outputs", 900),
     ):
         monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
@@ -169,7 +171,8 @@ def test_the_time_is_split_into_its_parts(tiny_model, tmp_path, monkeypatch):
 EVIL = '<script>alert(1)</script> & "quoted" </title><img src=x onerror=alert(1)> \x1b[31m\x00\u202e$title </pre>'
 
 
-def test_a_prompt_stays_text(copy):
+def test_report_escapes_prompt(copy):
+    """A prompt stays text."""
     config = json.loads((copy / "config.json").read_text())
     config["run"] |= {"text": EVIL, "negative": EVIL, "text_back": EVIL, "workspace": f"/{EVIL}"}
     (copy / "config.json").write_text(json.dumps(config))
@@ -190,15 +193,17 @@ def test_a_prompt_stays_text(copy):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page.source)
 
 
-def test_the_command_on_the_page_makes_the_run_again(finished, tiny_model):
+def test_report_command(finished, tiny_model):
+    """The command on the page makes the run again."""
     (shown,) = Page(finished / "report.html").texts["pre"]
     config = Workspace(finished).stored_config()
     assert shown == reproduce_command(config)
     typed = parse(command(finished, tiny_model))
-    assert config == resolve(typed, "sd", "cpu")
+    assert config == configure({"guidance": ("SD",)} | typed, "cpu")
 
 
-def test_a_run_that_was_taken_further_has_a_command_for_each_part(copy, tiny_model):
+def test_report_commands_of_parts(copy, tiny_model):
+    """A run that was taken further has a command for each part."""
     assert main(command(copy, tiny_model, "--iters", "8")) == 0
     page = Page(copy / "report.html")
     config = Workspace(copy).stored_config()
@@ -206,13 +211,15 @@ def test_a_run_that_was_taken_further_has_a_command_for_each_part(copy, tiny_mod
     assert "6 to 8" in page.texts["td"]
 
 
-def test_a_folder_without_a_run_has_no_report(tmp_path):
+def test_report_without_run(tmp_path):
+    """A folder without a run has no report."""
     with pytest.raises(UserError, match="holds no run"):
         write_report(Workspace(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_looking_at_a_run_writes_the_report_anew_and_a_finished_one_only_what_is_missing(copy, tiny_model):
+def test_report_rewritten(copy, tiny_model):
+    """Looking at a run writes the report anew and a finished one only what is missing."""
     (copy / "report.html").unlink()
     assert main(command(copy, tiny_model)) == 0
     assert Page(copy / "report.html").texts["h1"] == ["a hamburger"]
@@ -229,7 +236,8 @@ def test_looking_at_a_run_writes_the_report_anew_and_a_finished_one_only_what_is
 # Pictures
 
 
-def test_the_sheets_hold_the_frames_in_their_order(copy):
+def test_report_turntable_sheets(copy):
+    """The sheets hold the frames in their order."""
     colours = np.linspace(0, 240, 7).astype(np.uint8)  # of frame i, in thirds for the three kinds
 
     def frame(value: int) -> np.ndarray:
@@ -250,23 +258,25 @@ def test_the_sheets_hold_the_frames_in_their_order(copy):
     assert ["hidden" in attributes for attributes, _ in found.values()] == [False, True, True]
 
 
-def test_the_page_stays_small_whatever_its_pictures_hold(copy):
+def test_report_size(copy):
+    """The page stays small whatever its pictures hold."""
     drawn = np.random.default_rng(0)
 
     def noise(height: int, width: int) -> np.ndarray:
         return drawn.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-    write_video(copy / "results" / "turntable.mp4", (noise(384, 1152) for _ in range(MOST_FRAMES + 2)), 25)
+    write_video(copy / "results" / "turntable.mp4", (noise(384, 1152) for _ in range(MAX_FRAMES + 2)), 25)
     for path in [*(copy / "results").glob("*.png"), *(copy / "validation").glob("*.png")]:
         Image.fromarray(noise(400, 400)).save(path)
     page = Page(write_report(Workspace(copy)))
-    assert 1_000_000 < (copy / "report.html").stat().st_size <= LARGEST
+    assert 1_000_000 < (copy / "report.html").stat().st_size <= MAX_PAGE_BYTES
     (table,) = [one for one in page.of("div") if one.get("id") == "turntable"]
-    assert int(table["data-frames"]) == MOST_FRAMES
+    assert int(table["data-frames"]) == MAX_FRAMES
     assert len(page.of("img")) == 15
 
 
-def test_what_is_missing_or_damaged_is_named(copy):
+def test_report_damaged_files(copy):
+    """What is missing or damaged is named."""
     (copy / "results" / "turntable.mp4").write_bytes(b"no video")
     (copy / "results" / "back.png").write_bytes(b"no picture")
     (copy / "guidance" / "step_000003.png").write_bytes(b"no picture")
@@ -286,7 +296,7 @@ def test_what_is_missing_or_damaged_is_named(copy):
     assert page.of("img") == [] and "no turntable was made" in page.texts["p"]
 
 
-def test_pictures_that_pillow_refuses_are_named(copy, monkeypatch):
+def test_report_refused_images(copy, monkeypatch):
     """Too many pixels, which `--W` can make, too long a text, and a video without room for three kinds."""
     long = PngInfo()
     long.add_text("t", "x" * 2_000_000, zip=True)
@@ -302,7 +312,7 @@ def test_pictures_that_pillow_refuses_are_named(copy, monkeypatch):
 
 
 def drawn(series: list[Series], marks=()) -> ElementTree.Element:
-    return ElementTree.fromstring(charts("Losses <&>", "loss & more", series, marks))
+    return ElementTree.fromstring(draw_chart("Losses <&>", "loss & more", series, marks))
 
 
 def lines(root: ElementTree.Element) -> list[ElementTree.Element]:
@@ -321,7 +331,8 @@ def assert_there(point: tuple[float, float], place: tuple[float, float]) -> None
     assert max(abs(a - b) for a, b in zip(point, place, strict=True)) < 0.11
 
 
-def test_points_lie_where_the_ticks_say():
+def test_chart_points():
+    """Points lie where the ticks say."""
     root = drawn([Series("a", [0, 5, 10], [0.0, 5.0, 10.0]), Series("b", [0, 10], [10.0, None])])
     (first, second) = lines(root)
     ticks = {text.text: float(text.get("y")) - 3.5 for text in root.iter("text") if text.get("text-anchor") == "end"}
@@ -337,7 +348,8 @@ def test_points_lie_where_the_ticks_say():
     assert "step" in words and "loss & more" in words and root.find("title").text == "Losses <&>"
 
 
-def test_far_apart_positive_values_have_a_logarithmic_axis():
+def test_chart_logarithmic_axis():
+    """Far apart positive values have a logarithmic axis."""
     root = drawn([Series("a", [1, 2, 3], [0.01, 1.0, 100.0])])
     (path,) = lines(root)
     ((low, middle, high),) = points(path)
@@ -348,7 +360,8 @@ def test_far_apart_positive_values_have_a_logarithmic_axis():
     assert "0.1" not in [text.text for text in negative.iter("text")]
 
 
-def test_a_missing_value_breaks_the_line_and_a_lone_one_is_a_dot():
+def test_chart_missing_values():
+    """A missing value breaks the line and a lone one is a dot."""
     (path,) = lines(drawn([Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, None, 1.0, 2.0])]))
     assert [len(stroke) for stroke in points(path)] == [2, 2]
     (dot,) = lines(drawn([Series("a", [7], [3.0])]))
@@ -357,7 +370,8 @@ def test_a_missing_value_breaks_the_line_and_a_lone_one_is_a_dot():
         assert "nothing was recorded" in [text.text for text in drawn(nothing).iter("text")]
 
 
-def test_long_lines_are_thinned_and_smoothed():
+def test_chart_long_lines():
+    """Long lines are thinned and smoothed."""
     steps = list(range(1, 3001))
     values = [float(step % 2) for step in steps]
     raw, mean = lines(drawn([Series("a", steps, values)]))
@@ -367,7 +381,8 @@ def test_long_lines_are_thinned_and_smoothed():
     assert running_mean([(1, 1.0), (2, 3.0), (3, None), (4, 7.0)], 2) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 7.0)]
 
 
-def test_marks_stand_where_a_phase_begins(finished):
+def test_chart_marks(finished):
+    """Marks stand where a phase begins."""
     page = Page(finished / "report.html")
     assert page.source.count('class="phase"') == 2 * len(page.of("svg"))
     assert page.texts["text"].count("latent") == page.texts["text"].count("shaded") == len(page.of("svg")) == 6
@@ -378,18 +393,20 @@ def test_marks_stand_where_a_phase_begins(finished):
 
 @pytest.mark.parametrize("low", [0.0, -3.7, 12.0, 1e-7, 1e6, 5.0])
 @pytest.mark.parametrize("reach", [0.0, 1e-6, 0.3, 1.0, 17.0, 1e5])
-def test_an_axis_holds_its_values_with_a_few_even_ticks(low, reach):
+def test_linear_axis_ticks(low, reach):
+    """An axis holds its values with a few even ticks."""
     axis = linear_axis(low, low + reach)
     unseen = 1e-6 * (axis.high - axis.low)
     assert axis.low - unseen <= low <= low + reach <= axis.high + unseen and 2 <= len(axis.ticks) <= 9
     steps = torch.from_numpy(np.diff(axis.ticks))
     check("steps", steps, steps.mean().expand_as(steps), steps.mean().expand_as(steps))
     assert axis.fraction(axis.high) == 1
-    words = [short(tick, _digits(axis.ticks)) for tick in axis.ticks]
+    words = [format_number(tick, _digits(axis.ticks)) for tick in axis.ticks]
     assert len(set(words)) == len(words)
 
 
-def test_numbers_are_short():
+def test_format_number():
+    """Numbers are short."""
     shown = {
         0: "0",
         0.5: "0.5",
@@ -400,4 +417,4 @@ def test_numbers_are_short():
         1e12: "1e+12",
         -20000: "-20k",
     }
-    assert {value: short(value) for value in shown} == shown
+    assert {value: format_number(value) for value in shown} == shown

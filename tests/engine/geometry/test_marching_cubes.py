@@ -61,7 +61,7 @@ def ordered(places):
     return torch.from_numpy(places[np.lexsort(places.round(9).T)])
 
 
-def test_each_way_of_being_inside_has_a_closed_surface_around_it():
+def test_marching_cubes_every_case_is_closed():
     """All 256 cases of a cube, worked out anew, each with the winding number of every corner."""
     module._cases.cache_clear()
     for case in range(256):
@@ -72,7 +72,7 @@ def test_each_way_of_being_inside_has_a_closed_surface_around_it():
 
 
 @pytest.mark.parametrize("level", [0.0, 0.7, -3.0, 2.5])
-def test_random_values_have_a_vertex_on_every_crossed_edge_and_no_other(level):
+def test_marching_cubes_vertices_on_crossed_edges(level):
     """Vertices agree with a search edge by edge, on a grid with three different sides."""
     volume = random_volume(4, 5, 7)
     vertices, faces = marching_cubes(volume, level)
@@ -81,7 +81,7 @@ def test_random_values_have_a_vertex_on_every_crossed_edge_and_no_other(level):
     assert_around_what_is_above(volume, level)
 
 
-def test_random_values_make_a_closed_surface():
+def test_marching_cubes_random_values_are_closed():
     """A large random grid, where every pair of neighbouring cases occurs, has two triangles on each edge."""
     assert is_closed(Mesh(*marching_cubes(random_volume(24, 24, 24), 0.0)))
 
@@ -89,27 +89,27 @@ def test_random_values_make_a_closed_surface():
 @pytest.mark.parametrize(
     ("value", "level", "distance"), [(1, 0.5, 1 / 3), (1e9, 0, 0.98), (1e-9, 0, 0.02), (3, 0, 0.75)]
 )
-def test_one_point_above_is_in_an_octahedron(value, level, distance):
+def test_marching_cubes_one_point(value, level, distance):
     """Around the grid lies level - 1; a vertex keeps 2 % of its edge from both ends."""
     vertices, faces = marching_cubes(np.full((1, 1, 1), float(value)), level)
     assert len(faces) == 8
     check_fp64("vertices", ordered(vertices), ordered(distance * np.concatenate([AXES, -AXES])))
 
 
-def test_the_space_around_is_as_low_as_the_least_value():
+def test_marching_cubes_outside_is_below():
     """A value below level - 1 is that of the space around, too: straight edges end alike within and at the border."""
     vertices, _ = marching_cubes(np.array([[[1.0, -3.0]]]), 0.0)
     check_fp64("vertices", ordered(vertices), ordered(0.25 * np.concatenate([AXES, -AXES])))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
-def test_nothing_above_the_level_has_no_surface(value):
+def test_marching_cubes_empty(value):
     """A value at the level counts as below."""
     vertices, faces = marching_cubes(np.full((2, 3, 4), value), 0.0)
     assert vertices.shape == faces.shape == (0, 3)
 
 
-def test_points_inside_that_touch_over_a_diagonal_are_apart():
+def test_marching_cubes_diagonal_points_are_apart():
     """On a face with two inside corners across from each other each is cut off by itself."""
     for plane in range(3):
         flat = np.array([[1.0, -1.0], [-1.0, 1.0]])
@@ -118,7 +118,7 @@ def test_points_inside_that_touch_over_a_diagonal_are_apart():
 
 
 @pytest.mark.parametrize("points", [1, 2 * 9 * 10, 3 * 9 * 10 + 7])
-def test_slabs_make_the_surface_of_the_whole(points, monkeypatch):
+def test_marching_cubes_slabs(points, monkeypatch):
     """Taken in slabs of one, two or three layers, the surface has the vertices and triangles it has at once."""
     volume = random_volume(5, 7, 8)
     vertices, faces = marching_cubes(volume, 0.1)
@@ -128,7 +128,7 @@ def test_slabs_make_the_surface_of_the_whole(points, monkeypatch):
 
 
 @pytest.mark.parametrize(("points", "slabs"), [(1, 6), (2 * 72, 3), (2 * 72 - 1, 6), (5 * 72, 2), (6 * 72, 1)])
-def test_slabs_have_as_many_points_as_allowed(points, slabs, monkeypatch):
+def test_marching_cubes_slab_size(points, slabs, monkeypatch):
     """Layers of 8 x 9 padded points go together up to the limit, and one at least."""
     asked, triangles = [], module._triangles
 
@@ -155,7 +155,7 @@ def test_edges_in_one_face():
         assert module._in_one_face(one, other) == bool(faces_of(one) & faces_of(other))
 
 
-def test_rings_run_counter_clockwise_around_each_face():
+def test_rings_counter_clockwise():
     """Six faces; the corners of each follow each other along edges, and turn left seen from outside."""
     rings = [CORNERS[ring] for ring in module._rings()]
     assert len({tuple(ring.sum(0)) for ring in rings}) == len(rings) == 6
@@ -167,7 +167,7 @@ def test_rings_run_counter_clockwise_around_each_face():
             assert np.array_equal(turn, 2 * outwards)
 
 
-def test_polygons_are_cut_along_diagonals_that_lie_in_no_face():
+def test_triangulate_diagonals():
     """Every polygon of the 256 cases has two triangles less than corners, and no diagonal within a face."""
     for case in range(256):
         for polygon in module._polygons([bool(case >> corner & 1) for corner in range(8)]):
@@ -179,7 +179,7 @@ def test_polygons_are_cut_along_diagonals_that_lie_in_no_face():
             assert not any(module._in_one_face(*diagonal) for diagonal in found - sides)
 
 
-def test_a_polygon_within_one_face_has_no_cut():
+def test_triangulate_polygon_in_one_face():
     """The four edges of a face have no diagonal outside of it, alone or at the end of a longer polygon."""
     face = [edge for edge in range(12) if (0, 0) in faces_of(edge)]
     assert len(face) == 4

@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model import checks
 from dream_fast.engine.guidance.model.components import Components, load_components
+from dream_fast.engine.guidance.perp_neg import Negatives
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode
-from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.guidance.sds import Draws, Prompts, ScoreDistillation, distillation_gradient
 from dream_fast.engine.guidance.snapshots import guidance_images
 
 SIZE = 16
@@ -56,9 +58,8 @@ def test_facts(components: Components) -> None:
     check("alphas", components.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
 
 
-def test_prompts_are_in_lower_case_and_their_padding_is_left_out(
-    tiny_if_model: Path, components: Components, in_fp64: Callable
-) -> None:
+def test_prompts_lower_case_and_masked(tiny_if_model: Path, components: Components, in_fp64: Callable) -> None:
+    """Prompts are in lower case and their padding is left out."""
     (embedded,) = encode(components, ["A Hamburger "])
     assert embedded.shape == (77, 24)
     ids = components.tokenizer(["a hamburger"], return_tensors="pt").input_ids
@@ -70,7 +71,8 @@ def test_prompts_are_in_lower_case_and_their_padding_is_left_out(
     assert prompts.views.shape == (4, 77, 24) and prompts.negative.shape == (1, 77, 24)
 
 
-def test_a_longer_prompt_is_cut_at_77_tokens_though_t5_reads_more(components: Components, caplog) -> None:
+def test_prompt_cut_at_77_tokens(components: Components, caplog) -> None:
+    """A longer prompt is cut at 77 tokens though t5 reads more."""
     prompts = PromptEmbeddings(components, "a hamburger " * 12, keep_text_encoder=True)
     assert prompts.views.shape[1] == 77
     assert "longer than the 77 tokens that the text encoder reads; left out: " in caplog.text
@@ -110,18 +112,16 @@ def by_hand(
 
 
 @pytest.mark.parametrize("side", [SIZE, 40])
-def test_the_gradient_is_that_of_the_picture_with_the_first_three_channels_as_noise(
-    components: Components, in_fp64: Callable, side: int
-) -> None:
+def test_pixel_gradient_by_hand(components: Components, in_fp64: Callable, side: int) -> None:
     """Also of a picture that shrinks, whose gradient goes back through the averaging."""
     rgb = torch.rand(4, 3, side, side, generator=generator(1)).requires_grad_()
     cond, uncond = torch.randn(2, 4, 77, 24, generator=generator(2))
     score = ScoreDistillation(components, GuidanceConfig(guidance_scale=20.0, lambda_guidance=4.0))
-    result = score(rgb, cond, uncond, generator=generator(3))
+    result = score(rgb, cond, uncond, StepInputs(generator=generator(3)))
     result.loss.backward()
 
     drawn = generator(3)
-    t = score.timesteps(4, 0.0, drawn)
+    t = score.draw_timesteps(4, StepInputs(generator=drawn))
     noise = torch.randn(4, 3, SIZE, SIZE, generator=drawn)
     assert torch.equal(t, result.t)
     seen = []
@@ -146,21 +146,22 @@ def test_every_score_guides_pixels(components: Components, options: dict) -> Non
     rgb = torch.rand(1, 3, 24, 24, generator=generator(1)).requires_grad_()
     cond, uncond = torch.randn(2, 1, 77, 24, generator=generator(2))
     config = GuidanceConfig(guidance_scale=7.5, **options)
-    ScoreDistillation(components, config)(rgb, cond, uncond, generator=generator(3)).loss.backward()
+    ScoreDistillation(components, config)(rgb, cond, uncond, StepInputs(generator=generator(3))).loss.backward()
     assert torch.isfinite(rgb.grad).all() and rgb.grad.abs().max() > 0
 
 
-def test_perp_neg_of_a_batch_is_that_of_its_samples(components: Components, in_fp64: Callable) -> None:
+def test_perp_neg_by_hand(components: Components, in_fp64: Callable) -> None:
     """A batch is the loop over its samples, each with weights of its own, and weights of 0 are none."""
     z, noise = torch.randn(2, 3, 3, SIZE, SIZE, generator=generator(1))
     cond, uncond = torch.randn(2, 3, 77, 24, generator=generator(2))
     others, weights = torch.randn(2, 77, 24, generator=generator(4)), torch.tensor([[-1.0, 0], [0, -2.0], [0, 0]])
-    score, t = ScoreDistillation(components, GuidanceConfig(perpneg=True)), torch.tensor([100, 500, 900])
+    config, t = GuidanceConfig(perpneg=True), torch.tensor([100, 500, 900])
     scale = {"guidance_scale": torch.tensor(20.0)}
-    whole, *_ = score._gradient(z, t, cond, uncond, scale, noise, others, weights)
+    given = Prompts(cond, uncond, Negatives(others, weights))
+    whole, *_ = distillation_gradient(components, config, z, Draws(t, noise), given, scale)
     models = (components, in_fp64(components))
     check("turned", whole, *(by_hand(model, z, t, cond, uncond, noise, others, weights) for model in models))
-    plain, *_ = score._gradient(z, t, cond, uncond, scale, noise)
+    plain, *_ = distillation_gradient(components, config, z, Draws(t, noise), Prompts(cond, uncond), scale)
     without = [by_hand(model, z, t, cond, uncond, noise) for model in models]
     check("plain", plain, *without)
     check("weights of 0", whole[2], without[0][2], without[1][2])
@@ -170,10 +171,13 @@ def test_perp_neg_of_a_batch_is_that_of_its_samples(components: Components, in_f
 def test_latents_are_refused(components: Components) -> None:
     prompts = torch.zeros(1, 77, 24)
     with pytest.raises(ValueError, match="the model works on pixels"):
-        ScoreDistillation(components, GuidanceConfig())(torch.zeros(1, 3, 16, 16), prompts, prompts, latents=True)
+        ScoreDistillation(components, GuidanceConfig())(
+            torch.zeros(1, 3, 16, 16), prompts, prompts, StepInputs(latents=True)
+        )
 
 
-def test_it_paints_and_shows_what_it_sees_without_a_decoder(components: Components) -> None:
+def test_pixel_sampling_and_images(components: Components) -> None:
+    """It paints and shows what it sees without a decoder."""
     cond, uncond = torch.randn(2, 2, 77, 24, generator=generator(2))
     images = sample(components, cond, uncond, steps=3, generator=generator())
     assert images.shape == (2, 3, SIZE, SIZE) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
@@ -183,7 +187,8 @@ def test_it_paints_and_shows_what_it_sees_without_a_decoder(components: Componen
         check("seen", seen[:, column], (z + 1) / 2, (z.double() + 1) / 2)
 
 
-def test_half_precision_shards_load_under_the_names_that_the_libraries_write(tiny_if_model: Path, broken: Path) -> None:
+def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:
+    """Half precision shards load under the names that the libraries write."""
     whole = load_components(tiny_if_model, "cpu", kind="IF")
     for part, name in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
         model = getattr(whole, part)
@@ -234,7 +239,8 @@ def test_a_download_takes_one_set_of_weights(
     assert not any(name.endswith(".bin") for name in weights)
 
 
-def test_what_is_no_first_stage_of_if_is_one_sentence(broken: Path, tiny_if_model: Path, tiny_model: Path) -> None:
+def test_other_stages_raise(broken: Path, tiny_if_model: Path, tiny_model: Path) -> None:
+    """What is no first stage of if is one sentence."""
     from diffusers import UNet2DConditionModel
 
     with pytest.raises(UserError, match="is a StableDiffusionPipeline; only IFPipeline models can guide as IF"):
@@ -243,14 +249,15 @@ def test_what_is_no_first_stage_of_if_is_one_sentence(broken: Path, tiny_if_mode
         load_components(tiny_if_model, "cpu")
     config = UNet2DConditionModel.load_config(broken / "unet")
     UNet2DConditionModel.from_config(config | {"in_channels": 6}).save_pretrained(broken / "unet")
-    with pytest.raises(UserError, match="maps 6 to 6 channels, but .* its later stages enlarge pictures"):
+    with pytest.raises(UserError, match="maps 6 to 6 channels, but .* its later stages enlarge images"):
         load_components(broken, "cpu", kind="IF")
     UNet2DConditionModel.from_config(config | {"encoder_hid_dim": 40}).save_pretrained(broken / "unet")
     with pytest.raises(UserError, match="width 24 but its unet expects 40"):
         load_components(broken, "cpu", kind="IF")
 
 
-def test_a_tokenizer_of_sentencepiece_says_what_to_install(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sentencepiece_missing(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer of sentencepiece says what to install."""
     (broken / "tokenizer" / "tokenizer.json").rename(broken / "tokenizer" / "spiece.model")
     for missing in ("sentencepiece", "google.protobuf"):
         monkeypatch.setattr(checks, "_installed", lambda package, missing=missing: package != missing)
@@ -261,7 +268,8 @@ def test_a_tokenizer_of_sentencepiece_says_what_to_install(broken: Path, monkeyp
         load_components(broken, "cpu", kind="IF")
 
 
-def test_a_package_is_looked_for_without_importing_it() -> None:
+def test_package_lookup_without_import() -> None:
+    """A package is looked for without importing it."""
     assert checks._installed("json") and not checks._installed("nobody_has.this") and not checks._installed("nobodys")
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.sections import GuidanceConfig
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -283,9 +284,9 @@ def test_true_configuration_guides(version: str, write_model: Callable[..., Path
     # One step of guidance, at an eighth of the true edge to save time.
     components.image_size, components.latent_size = 64, 8
     rgb = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    cond, uncond = prompts.embeddings(torch.zeros(1), torch.full((1,), 90.0), 30.0)
+    cond, uncond = prompts.embeddings(torch.zeros(1), torch.full((1,), 90.0))
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=100.0))
-    result = sds(rgb, cond, uncond, generator=torch.Generator().manual_seed(2))
+    result = sds(rgb, cond, uncond, StepInputs(generator=torch.Generator().manual_seed(2)))
     result.loss.backward()
     assert result.gradient.shape == (1, 4, 8, 8)
     assert torch.isfinite(rgb.grad).all() and rgb.grad.abs().max() > 0

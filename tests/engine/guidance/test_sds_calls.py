@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance import sds
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.cfg import guided_prediction
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.sds import ScoreDistillation, resize
-from dream_fast.engine.runtime.cuda_graph import GraphedFunction
+from dream_fast.engine.runtime.cuda_graph import StepGraphs
+from dream_fast.engine.runtime.step_parts import on_part_end
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +39,17 @@ def picture(batch: int = 1, side: int = 32) -> torch.Tensor:
 def test_graphs_are_for_gpus(components: Components) -> None:
     """On a GPU the encoder and the UNet are a CUDA graph unless that is not wanted; on a CPU they never are."""
     config, on_gpu = GuidanceConfig(), dataclasses.replace(components, device=torch.device("cuda"))
-    assert isinstance(ScoreDistillation(on_gpu, config)._score_of, GraphedFunction)
-    assert not isinstance(ScoreDistillation(on_gpu, config, cuda_graphs=False)._score_of, GraphedFunction)
-    assert not isinstance(ScoreDistillation(components, config)._score_of, GraphedFunction)
+    assert isinstance(ScoreDistillation(on_gpu, config).graphs, StepGraphs)
+    assert ScoreDistillation(on_gpu, config, cuda_graphs=False).graphs is None
+    assert ScoreDistillation(components, config).graphs is None
 
 
-def test_the_encoders_graph_lives_no_longer_than_the_call(components: Components) -> None:
+def test_encoder_graph_freed(components: Components, mse_distillation: type) -> None:
     """The loss of "sds" carries a gradient that is computed already; that of "mse" is differentiated through the
     encoder, so that it keeps more between the call and `backward`."""
     kept = {}
-    for method in ("sds", "mse"):
-        result = ScoreDistillation(components, GuidanceConfig(), method=method)(
-            picture(), *prompts(1), generator=generator()
-        )
+    for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
+        result = cls(components, GuidanceConfig())(picture(), *prompts(1), StepInputs(generator=generator()))
         seen, waiting = set(), [result.loss.grad_fn]
         while waiting:
             node = waiting.pop()
@@ -60,39 +60,40 @@ def test_the_encoders_graph_lives_no_longer_than_the_call(components: Components
     assert kept["sds"] == 2 < kept["mse"]  # the injection, and the picture that accumulates
 
 
-def test_parts_are_marked_in_their_order(components: Components) -> None:
+def test_parts_marked(components: Components) -> None:
     """The benchmark of a step divides it where the encoder and where the UNet end."""
     score, marked = ScoreDistillation(components, GuidanceConfig()), []
-    score.mark = marked.append
-    score(picture(), *prompts(1), generator=generator())
+    with on_part_end(marked.append):
+        score(picture(), *prompts(1), StepInputs(generator=generator()))
+    score(picture(), *prompts(1), StepInputs(generator=generator()))  # outside nothing is marked
     assert marked == ["encode", "unet"]
 
 
-def test_small_gradients_survive_a_half_precision_encoder(tiny_model: Path) -> None:
+def test_half_precision_small_gradients(tiny_model: Path) -> None:
     """A gradient of which most is subnormal in fp16 reaches the picture with all its digits: the encoder sees a peak
     of 1."""
     components, gradients = load_components(tiny_model, "cpu", torch.float16), []
     for weight in (1.0, 2.0**-24):
         rgb = picture()
         score = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, lambda_guidance=weight))
-        score(rgb, *prompts(1), generator=generator()).loss.backward()
+        score(rgb, *prompts(1), StepInputs(generator=generator())).loss.backward()
         gradients.append(rgb.grad / weight)
     assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
 
 
-def test_a_callers_autocast_changes_nothing(components: Components) -> None:
+def test_autocast_changes_nothing(components: Components, mse_distillation: type) -> None:
     """Latents and models keep their dtypes inside a caller's autocast, bit for bit, by both methods."""
-    for method in ("sds", "mse"):
-        score = ScoreDistillation(components, GuidanceConfig(), method=method)
-        plain = score(picture(), *prompts(1), generator=generator())
+    for cls in (ScoreDistillation, mse_distillation):
+        score = cls(components, GuidanceConfig())
+        plain = score(picture(), *prompts(1), StepInputs(generator=generator()))
         with torch.autocast("cpu", torch.bfloat16):
-            cast = score(picture(), *prompts(1), generator=generator())
+            cast = score(picture(), *prompts(1), StepInputs(generator=generator()))
         assert torch.equal(cast.gradient, plain.gradient) and torch.equal(cast.loss, plain.loss)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 12), (16, 32)])
-def test_only_what_shrinks_is_resized_by_products(monkeypatch, shape: tuple[int, int], deterministic: bool) -> None:
+def test_resize_by_products(monkeypatch, shape: tuple[int, int], deterministic: bool) -> None:
     """Bit for bit torch's own, but for pictures that shrink where results have to repeat: those are two products."""
     image, resized, interpolate = torch.rand(1, 3, *shape, generator=generator()), [], sds._interpolate
     plain = F.interpolate(image, (32, 32), mode="bilinear", antialias=max(shape) > 32)
@@ -118,34 +119,34 @@ def test_pixels_are_their_own_latents(components: Components) -> None:
     model's size exactly so."""
     score = ScoreDistillation(dataclasses.replace(components, vae=None, latent_size=16), GuidanceConfig())
     rgb = picture(2, 16).detach()
-    assert torch.equal(score._latents(rgb, None), rgb * 2 - 1)
+    assert torch.equal(score.encode(rgb, None), rgb * 2 - 1)
     large = picture(2, 48).detach()
-    assert torch.equal(score._latents(large, None), resize(large, 16) * 2 - 1)
+    assert torch.equal(score.encode(large, None), resize(large, 16) * 2 - 1)
 
 
 @pytest.mark.parametrize(
     ("shape", "latents", "sentence"),
     [
-        ((3, 3, 32), False, r"rgb must be \[B, 3, H, W\], not \[3, 3, 32\]"),
-        ((1, 4, 8, 8), False, r"rgb must be \[B, 3, H, W\], not \[1, 4, 8, 8\]"),
-        ((1, 3, 8, 8), True, r"rgb must be \[B, 4, H, W\], not \[1, 3, 8, 8\]"),
-        ((4, 4, 8), True, r"rgb must be \[B, 4, H, W\], not \[4, 4, 8\]"),
+        ((3, 3, 32), False, r"images must be \[B, 3, H, W\], not \[3, 3, 32\]"),
+        ((1, 4, 8, 8), False, r"images must be \[B, 3, H, W\], not \[1, 4, 8, 8\]"),
+        ((1, 3, 8, 8), True, r"images must be \[B, 4, H, W\], not \[1, 3, 8, 8\]"),
+        ((4, 4, 8), True, r"images must be \[B, 4, H, W\], not \[4, 4, 8\]"),
     ],
 )
-def test_a_picture_of_another_shape_is_refused(components, shape, latents, sentence) -> None:
+def test_bad_shape_raises(components, shape, latents, sentence) -> None:
     """Each of the number of dimensions and of channels is enough, and the message has both shapes."""
     with pytest.raises(ValueError, match=sentence):
-        ScoreDistillation(components, GuidanceConfig())(torch.zeros(shape), *prompts(1), latents=latents)
+        ScoreDistillation(components, GuidanceConfig())(torch.zeros(shape), *prompts(1), StepInputs(latents=latents))
 
 
-def test_latents_are_refused_where_there_are_none(components: Components) -> None:
+def test_latents_of_pixel_model_raise(components: Components) -> None:
     """A model that works on pixels is shown pictures alone."""
     score = ScoreDistillation(dataclasses.replace(components, vae=None), GuidanceConfig())
     with pytest.raises(ValueError, match="latents must be False"):
-        score(torch.zeros(1, 4, 8, 8), *prompts(1), latents=True)
+        score(torch.zeros(1, 4, 8, 8), *prompts(1), StepInputs(latents=True))
 
 
-def test_a_learned_variance_is_left_out(components: Components) -> None:
+def test_learned_variance_ignored(components: Components) -> None:
     """Of an output with more channels than a latent has, the first are the noise."""
     noisy, t = torch.randn(2, 4, 8, 8, generator=generator()), torch.tensor([300, 800])
     expected = guided_prediction(components, noisy, t, *prompts(2), scale=5.0)
@@ -159,12 +160,12 @@ def test_a_learned_variance_is_left_out(components: Components) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_a_limit_of_zero_is_none(components: Components) -> None:
+def test_clip_grad_latent_zero(components: Components) -> None:
     """Zero clamps nothing, as a negative limit does."""
     z = torch.randn(1, 4, 8, 8, generator=generator())
     free, zero = (
         ScoreDistillation(components, GuidanceConfig(clip_grad_latent=limit))(
-            z, *prompts(1), generator=generator(), latents=True
+            z, *prompts(1), StepInputs(generator=generator(), latents=True)
         ).gradient
         for limit in (-1.0, 0.0)
     )

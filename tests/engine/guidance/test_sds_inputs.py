@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.sections import GuidanceConfig
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.sds import ScoreDistillation, resize
 
@@ -25,7 +26,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def arguments(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents [batch, 4, 8, 8] and embeddings (cond, uncond) [batch, 5, 32]."""
     cond, uncond = torch.randn(2, batch, 5, 32, generator=generator())
     return torch.randn(batch, 4, 8, 8, generator=generator()), cond, uncond
@@ -35,78 +36,81 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ("schedule", "step", "progress", "level"),
     [(FALLING, 0, 0.0, 900), (FALLING, 0, 0.5, 650), (FALLING, 7, 1.0, 400), (BY_STEPS, 50, 0.0, 700)],
 )
-def test_levels_follow_a_schedule_of_their_range(components, schedule, step, progress, level):
+def test_t_range_schedule(components, schedule, step, progress, level):
     """Both ends at one schedule leave one level: that of the step, or of the part of the run."""
     score = ScoreDistillation(components, GuidanceConfig(t_range=(schedule, schedule)))
-    assert score.timesteps(3, progress, generator(), step).tolist() == [level] * 3
-    assert score.settle(3, step, progress, generator()).t.tolist() == [level] * 3
-    result = score(*inputs(), step=step, progress=progress, generator=generator(), latents=True)
+    inputs = StepInputs(step, progress, generator())
+    assert score.draw_timesteps(3, inputs).tolist() == [level] * 3
+    assert score.prepare_step(inputs, 3).timesteps.tolist() == [level] * 3
+    result = score(*arguments(), StepInputs(step, progress, generator(), latents=True))
     assert result.t.tolist() == [level] * 2
 
 
-def test_the_first_step_is_step_zero(components):
+def test_default_step(components):
     """A call without a step is the one at the start of a schedule by steps."""
     score = ScoreDistillation(components, GuidanceConfig(t_range=(BY_STEPS, BY_STEPS)))
-    assert score(*inputs(), generator=generator(), latents=True).t.tolist() == [900, 900]
+    assert score(*arguments(), StepInputs(generator=generator(), latents=True)).t.tolist() == [900, 900]
 
 
-def test_a_settled_step_is_the_same_step(components):
+def test_prepared_step(components):
     """Levels and scalars that were settled beforehand are those of the call that settles them itself."""
     config = GuidanceConfig(
         t_range=(0.1, 0.9), guidance_scale=LinearSchedule(0.0, 2.0, 10.0, 1.0), guidance_rescale=0.3
     )
     score = ScoreDistillation(components, config)
-    rgb, cond, uncond = inputs()
+    rgb, cond, uncond = arguments()
     g = generator()
-    settled = score.settle(2, 0, 0.25, g)
-    assert {name: value.item() for name, value in settled.numbers.items()} == {"guidance_scale": 4.0}
+    prepared = score.prepare_step(StepInputs(0, 0.25, g, latents=True, scalars={"ramp": 0.5}), 2)
+    assert prepared.scalars == {"ramp": 0.5, "guidance_scale": 4.0}
     torch.manual_seed(0)
-    first = score(rgb, cond, uncond, settled=settled, generator=generator(), latents=True)
-    assert torch.equal(first.t, settled.t)
-    again = score(rgb, cond, uncond, settled=settled, progress=0.9, step=9, generator=generator(), latents=True)
-    assert torch.equal(first.gradient, again.gradient)  # what was settled counts
-    other = score.settle(2, 0, 0.75, generator())._replace(t=settled.t)
-    assert not torch.equal(
-        first.gradient, score(rgb, cond, uncond, settled=other, generator=generator(), latents=True).gradient
-    )
+    first = score(rgb, cond, uncond, prepared._replace(generator=generator()))
+    assert torch.equal(first.t, prepared.timesteps)
+    again = score(rgb, cond, uncond, prepared._replace(progress=0.9, step=9, generator=generator()))
+    assert torch.equal(first.gradient, again.gradient)  # what was prepared counts
+    other = score.prepare_step(StepInputs(0, 0.75, generator(), latents=True), 2)._replace(timesteps=prepared.timesteps)
+    changed = score(rgb, cond, uncond, other._replace(generator=generator()))
+    assert not torch.equal(first.gradient, changed.gradient)
 
 
-def test_a_scale_that_changes_during_the_run_is_read_at_the_step(components):
+def test_guidance_scale_schedule(components):
     """A call with a schedule is the call with the schedule's value."""
-    rgb, cond, uncond = inputs()
+    rgb, cond, uncond = arguments()
     for schedule, step, progress in (
         (LinearSchedule(0.0, 2.0, 10.0, 1.0), 0, 0.5),
         (LinearSchedule(0, 2.0, 10.0, 8, fractions=False), 4, 0.0),
     ):
         changing, constant = (
             ScoreDistillation(components, GuidanceConfig(guidance_scale=scale))(
-                rgb, cond, uncond, step=step, progress=progress, generator=generator(), latents=True
+                rgb, cond, uncond, StepInputs(step, progress, generator(), latents=True)
             )
             for scale in (schedule, 6.0)
         )
         assert torch.equal(changing.gradient, constant.gradient)
 
 
-def test_the_lowest_level_of_asd_is_read_at_the_step(components):
+def test_min_timestep_schedule(components):
     """Where the range has a schedule, asd measures its delay from the range's low end in this step."""
     low = LinearSchedule(0.0, 0.5, 0.25, 1.0)
     score = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(low, 0.9)))
-    assert score.annealed == ("guidance_scale", "low_level")
-    assert [score.numbers(0, progress)["low_level"] for progress in (0.0, 0.5, 1.0)] == [500, 375, 250]
-    assert score.settle(1, 0, 0.5, generator()).numbers["low_level"].item() == 375
+    lowest = [score.scheduled_scalars(0, progress) for progress in (0.0, 0.5, 1.0)]
+    assert [{name: value.item() for name, value in scalars.items()} for scalars in lowest] == [
+        {"min_timestep": 500},
+        {"min_timestep": 375},
+        {"min_timestep": 250},
+    ]
+    assert score.prepare_step(StepInputs(0, 0.5, generator()), 1).scalars["min_timestep"].item() == 375
     steady = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(0.5, 0.9)))
-    assert steady.annealed == ("guidance_scale",)
-    assert ScoreDistillation(components, GuidanceConfig(objective="sds", t_range=(low, 0.9))).annealed == (
-        "guidance_scale",
-    )
+    assert steady.scheduled_scalars(0, 0.5) == {}
+    other = ScoreDistillation(components, GuidanceConfig(objective="sds", t_range=(low, 0.9)))
+    assert other.scheduled_scalars(0, 0.5) == {}
 
 
-def test_tiny_gradients_keep_their_size(components):
+def test_tiny_gradients(components):
     """The peak that is divided out for fp16 comes back, also where the whole gradient is far below 1."""
-    rgb, cond, uncond = inputs()
+    rgb, cond, uncond = arguments()
     small, large = (
         ScoreDistillation(components, GuidanceConfig(lambda_guidance=weight))(
-            leaf, cond, uncond, generator=generator(), latents=True
+            leaf, cond, uncond, StepInputs(generator=generator(), latents=True)
         )
         for weight in (2.0**-20, 1.0)
         for leaf in [rgb.clone().requires_grad_()]
@@ -115,12 +119,12 @@ def test_tiny_gradients_keep_their_size(components):
     assert torch.equal(small.loss * 2**40, large.loss)
 
 
-def test_a_limit_that_is_not_crossed_changes_nothing(components):
+def test_clip_grad_latent_limits(components):
     """A gradient within its limit is left alone, and one beyond it has the limit's size."""
-    rgb, cond, uncond = inputs()
+    rgb, cond, uncond = arguments()
     plain, wide, tight = (
         ScoreDistillation(components, GuidanceConfig(clip_grad_latent=limit))(
-            rgb, cond, uncond, generator=generator(), latents=True
+            rgb, cond, uncond, StepInputs(generator=generator(), latents=True)
         ).gradient
         for limit in (-1.0, 1e6, 0.25)
     )
@@ -130,7 +134,7 @@ def test_a_limit_that_is_not_crossed_changes_nothing(components):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 12), (32, 16), (32, 32), (8, 200)])
-def test_resized_pictures_are_torchs_bilinear_ones(shape, deterministic):
+def test_resize_bilinear(shape, deterministic):
     """Averaged where a side shrinks, interpolated where both grow, as it is where the size is right; fp32 in all."""
     picture = torch.rand(2, 3, *shape, generator=generator(), dtype=torch.float64)
     shrinks = max(shape) > 32

@@ -1,4 +1,4 @@
-"""Pictures of known meshes in known colours: a wall in closed form, and what is kept, handed on and handed back."""
+"""Images of known meshes in known colours: a wall in closed form, and what is kept, handed on and handed back."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -35,14 +35,14 @@ class Field:
 
     def __call__(self, points: Tensor, *, active_levels: Any = None) -> SimpleNamespace:
         self.asked.append((points, active_levels))
-        return SimpleNamespace(albedo=(points / 4 + 0.5).double())  # of another precision than the picture
+        return SimpleNamespace(albedo=(points / 4 + 0.5).double())  # of another precision than the image
 
     def background(self, directions: Tensor) -> Tensor:
         return directions.abs()
 
 
 def wall() -> TensorMesh:
-    """Two triangles that cover all of the pictures at z = 0.25 and face the cameras."""
+    """Two triangles that cover all of the images at z = 0.25 and face the cameras."""
     corners = torch.tensor([[-50, -50, 0.25], [50, -50, 0.25], [50, 50, 0.25], [-50, 50, 0.25]])
     return TensorMesh(corners, torch.tensor([[0, 1, 2], [0, 2, 3]]))
 
@@ -59,7 +59,7 @@ def renderer(surface: TensorMesh | None = None, locked: bool = False, **settings
     return MeshRenderer(Field(), RenderConfig(**settings), shape)
 
 
-def test_a_wall_has_the_depth_and_colour_of_its_places() -> None:
+def test_train_views_wall() -> None:
     """Everywhere: opaque, its normal, the distance of ray and plane, and the field's colour at their meeting."""
     surface = wall()
     made = renderer(surface)
@@ -82,7 +82,7 @@ def test_a_wall_has_the_depth_and_colour_of_its_places() -> None:
     assert int(seen.count) == rows and seen.overflow.dtype == torch.bool and not seen.overflow
 
 
-def test_the_field_is_asked_at_the_pixels_that_are_covered() -> None:
+def test_train_views_field_points() -> None:
     """Once each, at their places, without a gradient into the shape; levels are passed on."""
     made = renderer(box())
     made.shape.surface = lambda: box()._replace(vertices=box().vertices.requires_grad_())
@@ -96,7 +96,7 @@ def test_the_field_is_asked_at_the_pixels_that_are_covered() -> None:
     assert inside <= len(points) <= (seen.opacity > 0).sum()
 
 
-def test_what_is_not_covered_is_background() -> None:
+def test_train_views_background() -> None:
     """One that is given, [3] or [B, H, W, 3], or the field's for the rays; silhouettes are between."""
     made = renderer(box())
     _, directions = (part.view(2, 20, 20, 3) for part in rays(CAMERAS, 20, 20))
@@ -110,7 +110,7 @@ def test_what_is_not_covered_is_background() -> None:
         assert torch.equal(seen.opacity, black.opacity)
 
 
-def test_shading_gets_colour_normal_and_light(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_views_shading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options are those of the call, albedo without a light unless others are named."""
     asked = []
 
@@ -128,7 +128,7 @@ def test_shading_gets_colour_normal_and_light(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("min_near", "near"), [(0.0, 0.01), (0.005, 0.01), (0.3, 0.3)])
-def test_the_near_plane_is_not_at_the_camera(monkeypatch: pytest.MonkeyPatch, min_near: float, near: float) -> None:
+def test_train_views_near_plane(monkeypatch: pytest.MonkeyPatch, min_near: float, near: float) -> None:
     """At least a hundredth, so that depths differ; else where samples may begin."""
     asked, positions = [], mesh_renderer.clip_positions
 
@@ -141,8 +141,8 @@ def test_the_near_plane_is_not_at_the_camera(monkeypatch: pytest.MonkeyPatch, mi
     assert asked == [(*SIZE, near)]
 
 
-def test_views_have_unit_normals_and_none_where_nothing_is() -> None:
-    """Also at silhouettes, where a pixel is covered in part; colours, depths and opacities are the picture's."""
+def test_view_normals() -> None:
+    """Also at silhouettes, where a pixel is covered in part; colours, depths and opacities are the image's."""
     made, black = renderer(box()), torch.zeros(3)
     view = made.view(CAMERAS, 20, 20, background=black)
     seen = made.train_views(CAMERAS, 20, 20, background=black)
@@ -162,14 +162,14 @@ def test_views_have_unit_normals_and_none_where_nothing_is() -> None:
 # What is kept
 
 
-def test_a_shape_that_learns_is_looked_at_anew() -> None:
+def test_surface_unlocked() -> None:
     """Each surface is that of the distances now, and differentiable."""
     made = renderer()
     first, second = made.surface(), made.surface()
     assert first is not second and torch.equal(first.vertices, second.vertices) and first.vertices.requires_grad
 
 
-def test_a_locked_shape_is_computed_once() -> None:
+def test_surface_locked() -> None:
     """From the second time on it is the same surface, without a gradient."""
     made = renderer(locked=True)
     first = made.surface()
@@ -178,7 +178,7 @@ def test_a_locked_shape_is_computed_once() -> None:
     assert torch.equal(first.vertices, again.vertices) and torch.equal(first.faces, again.faces)
 
 
-def test_a_surface_that_has_vanished_is_one_sentence() -> None:
+def test_surface_vanished() -> None:
     """With the settings that can be changed."""
     made = renderer(TensorMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
     with pytest.raises(UserError) as caught:
@@ -197,7 +197,7 @@ def with_speck() -> TensorMesh:
     )
 
 
-def test_the_mesh_for_a_file_has_no_floaters() -> None:
+def test_mesh_without_floaters() -> None:
     """Places in fp64 and corners on the host, without a gradient."""
     mesh = renderer(with_speck()).mesh()
     assert type(mesh.vertices) is type(mesh.faces) is np.ndarray
@@ -207,7 +207,7 @@ def test_the_mesh_for_a_file_has_no_floaters() -> None:
 
 
 @pytest.mark.parametrize("locked", [False, True])
-def test_specks_are_back_behind_the_block(locked: bool) -> None:
+def test_without_floaters_restores(locked: bool) -> None:
     """Inside of it the surface is one, in fp32 and without them; an error inside changes nothing."""
     made = renderer(with_speck(), locked=locked)
     whole = made.surface()
@@ -220,7 +220,7 @@ def test_specks_are_back_behind_the_block(locked: bool) -> None:
     assert torch.equal(again.vertices, whole.vertices) and len(again.faces) == 24
 
 
-def test_state_is_that_of_the_shape_and_forgets_what_was_looked_at() -> None:
+def test_load_state_dict() -> None:
     """A locked shape is computed again after another state is loaded."""
     smaller, made = (renderer(locked=True) for _ in range(2))
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_state_is_that_of_the_shape_and_forgets_what_was_looked_at() -> None:
     assert len(made.surface().vertices) != len(before.vertices)
 
 
-def test_there_is_nothing_to_update_or_to_adapt() -> None:
+def test_no_occupancy() -> None:
     """Neither an occupancy grid nor buffers for samples."""
     made = renderer(box())
     made.update_occupancy(None, active_levels=1)

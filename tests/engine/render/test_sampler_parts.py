@@ -10,10 +10,10 @@ from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.sections import FieldConfig, RenderConfig
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.render.ray_samplers import (
-    LEAST_WEIGHT,
+    MIN_WEIGHT,
     ImportanceSampler,
     OccupancySampler,
-    _strata,
+    _stratified_samples,
     make_sampler,
     midpoints,
     sample_pdf,
@@ -43,7 +43,7 @@ def cameras(count: int = 1):
     return make_cameras(*numbers[:, :count])
 
 
-def test_sampler_starts_full_and_as_large_as_configured():
+def test_occupancy_sampler_initial_state():
     """The occupancy grid of each cascade, and the capacity, which is 256 samples a ray at most."""
     assert isinstance(make_sampler(make().field, RenderConfig()), OccupancySampler)
     assert isinstance(make_sampler(make("vanilla").field, RenderConfig()), ImportanceSampler)
@@ -56,7 +56,7 @@ def test_sampler_starts_full_and_as_large_as_configured():
     assert (sampler.most_samples.dtype, sampler.overflowed.dtype) == (torch.int64, torch.bool)
 
 
-def test_update_asks_the_density_once_in_each_cell():
+def test_update_density_per_cell():
     """At the centres without a generator, else somewhere in the cell; with the levels of now, against the threshold."""
     renderer, asked = make(density_thresh=3.0), []
     sampler = renderer.sampler
@@ -80,7 +80,7 @@ def test_update_asks_the_density_once_in_each_cell():
     assert torch.equal(moved, kernels.occupancy_points(16, 1, 1.0, noise))
 
 
-def test_state_of_a_sampler_has_its_names_and_is_checked():
+def test_sampler_state_dict():
     """Five tensors; those of earlier versions lack two, which begin anew; shapes and capacity must fit."""
     sampler, other = make().sampler, make().sampler
     sampler.samples_per_ray = 17
@@ -110,7 +110,7 @@ def test_state_of_a_sampler_has_its_names_and_is_checked():
         make("vanilla").sampler.load_state_dict({"b": GREY, "a": GREY})
 
 
-def test_capacity_has_a_least_and_a_largest_size():
+def test_adapt_capacity_limits():
     """Eight samples a ray at least, `max_steps` at most, doubled after an overflow, also where no ray was drawn."""
     sampler = make().sampler
     for start, used, overflowed, capacity in (
@@ -130,7 +130,7 @@ def test_capacity_has_a_least_and_a_largest_size():
     assert sampler.samples_per_ray == 11
 
 
-def test_use_is_remembered_until_the_capacity_is_adapted():
+def test_use_until_capacity_is_adapted():
     """The fullest step counts, not the last, and an overflow is not forgotten."""
     renderer = make()
     full = renderer.train_views(cameras(), 6, 6, background=GREY)
@@ -142,7 +142,7 @@ def test_use_is_remembered_until_the_capacity_is_adapted():
     assert renderer.sampler.overflowed
 
 
-def test_even_edges_and_middles_by_hand():
+def test_stratified_edges_by_hand():
     """Edges from near to far; at random each inner one keeps to its half interval, and the ends stay."""
     near, far = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
     edges = stratified_edges(near, far, 4, None)
@@ -155,28 +155,28 @@ def test_even_edges_and_middles_by_hand():
         assert place.abs().max() <= 0.5 + 1e-6 and place.min() < -0.45 and place.max() > 0.45
 
 
-def test_strata_hold_one_number_each():
+def test_stratified_samples():
     """In the middle without a generator; of the dtype of what they are for, drawn on the generator's device."""
     like = torch.zeros(1, dtype=torch.float64)
-    middle = _strata(3, 4, None, like)
+    middle = _stratified_samples(3, 4, None, like)
     assert middle.dtype == torch.float64 and middle.tolist() == [[0.125, 0.375, 0.625, 0.875]] * 3
-    drawn = _strata(200, 4, seeded(), like)
+    drawn = _stratified_samples(200, 4, seeded(), like)
     assert drawn.shape == (200, 4) and drawn.dtype == torch.float64
     inside = drawn * 4 - torch.arange(4)
     assert 0 <= inside.min() < 0.01 and 0.99 < inside.max() < 1 and not torch.equal(drawn[0], drawn[1])
 
 
-def test_importance_samples_invert_a_distribution_of_two_steps():
+def test_sample_pdf_two_steps():
     """Three quarters of the weight in the second interval: places by hand, and evenly where there is no weight."""
     edges = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
-    weights = torch.tensor([[0.25, 0.75]], dtype=torch.float64) - LEAST_WEIGHT
+    weights = torch.tensor([[0.25, 0.75]], dtype=torch.float64) - MIN_WEIGHT
     expected = torch.tensor([[0.5, 1 + 2 / 6, 1 + 2 / 2, 1 + 2 * 5 / 6]], dtype=torch.float64)
     check("places", sample_pdf(edges, weights, 4, None), expected, expected)
     even = torch.tensor([[0.25, 0.75, 1.5, 2.5]], dtype=torch.float64)
     check("nothing", sample_pdf(edges, torch.zeros(1, 2).double(), 4, None), even, even)
 
 
-def test_large_parts_are_those_of_two_hundredths_of_the_largest():
+def test_largest_components_size():
     """Of 100 cells two are large enough and one is not, wherever the grid ends; diagonal neighbours are one group."""
     cells = torch.zeros(12, 12, 12, dtype=torch.bool)
     cells[0:5, 0:5, 0:4] = True

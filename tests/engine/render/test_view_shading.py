@@ -36,7 +36,7 @@ def cameras(count: int = 1):
 @pytest.mark.parametrize("backbone", ["grid", "vanilla"])
 @pytest.mark.parametrize("shading", ["albedo", "lambertian", "textureless", "normal"])
 @pytest.mark.parametrize("light", [None, torch.tensor([0.0, 0.6, 0.8])], ids=["camera", "light"])
-def test_view_is_shaded_by_its_formula(backbone, shading, light):
+def test_view_shading(backbone, shading, light):
     """The part of a pixel that the object covers is shaded with its normal, and the background is not."""
     renderer = make(backbone)
     plain = renderer.view(cameras(2), 5, 6, background=GREY)
@@ -64,7 +64,7 @@ def test_view_is_shaded_by_its_formula(backbone, shading, light):
 
 
 @pytest.mark.parametrize("backbone", ["grid", "vanilla"])
-def test_view_without_normals_is_the_same_image(backbone):
+def test_view_without_normals(backbone):
     """They are zeros where neither they nor a shading are wanted."""
     renderer = make(backbone)
     bare, plain = (renderer.view(cameras(), 4, 4, background=GREY, normals=normals) for normals in (False, True))
@@ -76,7 +76,7 @@ def test_view_without_normals_is_the_same_image(backbone):
 
 
 @pytest.mark.parametrize("backbone", ["grid", "vanilla"])
-def test_view_has_the_network_or_white_behind_it(backbone):
+def test_view_background(backbone):
     """A given colour counts first, then the network, then white."""
     for background in (1.4, -1.0):
         renderer = make(backbone, background)
@@ -87,7 +87,7 @@ def test_view_has_the_network_or_white_behind_it(backbone):
         assert not torch.equal(renderer.view(cameras(), 4, 4, background=GREY).rgb, expected.rgb)
 
 
-def test_each_camera_is_looked_through_alone():
+def test_view_one_camera_at_a_time():
     """What looks at the scene gets one camera at a time, the size, its rays, and whether normals are wanted."""
     renderer, calls = make(), []
     render = renderer.render_unshaded
@@ -106,7 +106,7 @@ def test_each_camera_is_looked_through_alone():
         assert all(torch.equal(got, own[number : number + 1]) for got, own in zip(camera, both, strict=True))
 
 
-def test_operator_of_a_view_gets_the_whole_scene(monkeypatch):
+def test_view_operator_arguments(monkeypatch):
     """Grid, parameters, background, precision, step of the normals and lattice reach the operator of a view."""
     for name, backbone in (("render", "grid"), ("render_reference", "grid_torch")):
         renderer, calls = make(backbone, normal_epsilon=0.07, dt_gamma=0.01, min_near=0.2), []
@@ -138,7 +138,7 @@ def test_operator_of_a_view_gets_the_whole_scene(monkeypatch):
         }
 
 
-def test_training_gives_the_field_what_it_was_asked():
+def test_train_views_field_arguments():
     """Levels, count, kind and step of the normals; of these only where a shading or the caller needs them."""
     renderer, asked = make(normals="analytic", normal_epsilon=0.07), []
     field = renderer.field
@@ -164,7 +164,7 @@ def test_training_gives_the_field_what_it_was_asked():
     assert seen[1].normal.shape == (1, 4, 4, 3) and seen[0].normal is None and seen[0].sample_normals is None
 
 
-def test_shade_names_what_it_needs():
+def test_shade_errors():
     """Normals first, then a light, by the name of the shading; ambient light alone lights all sides."""
     albedo, normal = torch.rand(4, 3, generator=seeded()), torch.eye(3)[[0, 1, 2, 0]]
     for shading in ("lambertian", "textureless", "normal"):

@@ -11,7 +11,7 @@ from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.scene.camera import (
     SIX_VIEWS,
     Cameras,
-    jittered,
+    jitter,
     look_at,
     make_cameras,
     project,
@@ -53,7 +53,7 @@ def config(**changes):
         (180, 0, X, Z),
     ],
 )
-def test_image_axes(polar, azimuth, right, up):
+def test_rays_image_axes(polar, azimuth, right, up):
     """Points a tenth from the origin, seen where similar triangles put them, and the camera where it should stand."""
     toward = torch.cross(right, up, dim=0)
     points = 0.1 * torch.stack([right, -right, up, -up, toward, -toward])
@@ -65,7 +65,8 @@ def test_image_axes(polar, azimuth, right, up):
     check_rounded("camera", camera(polar, azimuth).c2w[0, :3], axes)
 
 
-def test_camera_is_a_rotation_that_looks_at_the_origin():
+def test_look_at_is_a_rotation():
+    """Camera is a rotation that looks at the origin."""
     angles = torch.rand(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     polar, azimuth, radius = angles[0] * 180, angles[1] * 360, 1 + angles[2]
     c2w = look_at(polar, azimuth, radius)
@@ -75,7 +76,8 @@ def test_camera_is_a_rotation_that_looks_at_the_origin():
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (30, 50), (51, 20)])
-def test_rays_meet_their_pixels(height, width):
+def test_rays_project_to_their_pixels(height, width):
+    """Rays meet their pixels."""
     cameras = make_cameras(*torch.tensor([[70.0, 30.0], [20.0, -120.0], [3.0, 2.0], [20.0, 60.0]]))
     origins, directions = rays(cameras, height, width)
     assert origins.shape == directions.shape == (2, height * width, 3)
@@ -97,7 +99,8 @@ def test_rays_meet_their_pixels(height, width):
         check("projection", project(cameras, places, height, width)[b].view(height, width, 2), plain, centres.double())
 
 
-def test_principal_point_and_field_of_view_of_a_wide_image():
+def test_rays_wide_image():
+    """Principal point and field of view of a wide image."""
     cameras = camera(90, 0, fovy=40)
     _, directions = rays(cameras, 20, 60)
     centre = directions[0].mean(dim=0)
@@ -108,7 +111,8 @@ def test_principal_point_and_field_of_view_of_a_wide_image():
     check_rounded("edges", project(cameras, corners, 20, 60)[0], expected)
 
 
-def test_sampled_cameras_stay_in_their_ranges_and_are_stratified():
+def test_sample_cameras_ranges():
+    """Sampled cameras stay in their ranges and are stratified."""
     limits = config(radius_range=(2.0, 2.5), theta_range=(50.0, 80.0), phi_range=(-90.0, 90.0), fovy_range=(15.0, 25.0))
     seen = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
     for values, (low, high) in [
@@ -125,7 +129,8 @@ def test_sampled_cameras_stay_in_their_ranges_and_are_stratified():
     assert torch.equal(seen.c2w, again.c2w)
 
 
-def test_uniform_sphere_covers_the_upper_hemisphere_evenly():
+def test_sample_cameras_uniform_sphere():
+    """Uniform sphere covers the upper hemisphere evenly."""
     seen = sample_cameras(config(uniform_sphere_rate=1.0), 4000, torch.Generator().manual_seed(2))
     height = seen.c2w[:, 1, 3] / seen.radius
     assert height.min() > -ULP
@@ -136,7 +141,8 @@ def test_uniform_sphere_covers_the_upper_hemisphere_evenly():
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_batch_is_on_the_sphere_as_a_whole_and_as_often_as_its_rate_says(batch):
+def test_sample_cameras_sphere_rate(batch):
+    """A batch is on the sphere as a whole and as often as its rate says."""
     narrow = dict(radius_range=(2.0, 2.5), theta_range=(85.0, 95.0), phi_range=(-10.0, 10.0))
     limits, spheres, generator = config(**narrow, uniform_sphere_rate=0.3), 0, torch.Generator().manual_seed(9)
     for _ in range(400):
@@ -176,7 +182,8 @@ NARROW = dict(
         (1.0, 0.0, [(2, 4), (40, 100), (-180, 180), (10, 30)]),
     ],
 )
-def test_the_ranges_widen_from_the_default_view(start, progress, ranges):
+def test_view_ranges_widen(start, progress, ranges):
+    """The ranges widen from the default view."""
     limits = config(**NARROW, progressive_view_init_ratio=start)
     for got, expected in zip(view_ranges(limits, progress), ranges, strict=True):
         check_rounded("range", torch.tensor(got, dtype=torch.float64), torch.tensor(expected))
@@ -187,7 +194,8 @@ def test_the_ranges_widen_from_the_default_view(start, progress, ranges):
         assert values.max() - values.min() >= 0.9 * (high - low)
 
 
-def test_the_ranges_stay_as_they_are_without_progressive_view_and_on_the_sphere():
+def test_view_ranges_constant():
+    """The ranges stay as they are without progressive view and on the sphere."""
     fixed = config(**NARROW | {"progressive_view": False})
     assert view_ranges(fixed, 0.0) == [fixed.radius_range, fixed.theta_range, fixed.phi_range, fixed.fovy_range]
     sphere = config(**NARROW, uniform_sphere_rate=1.0)
@@ -217,42 +225,47 @@ def assert_rotations(c2w: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0.1, 0.2, 0.02), (5.0, 5.0, 5.0)])
-def test_a_jittered_camera_is_a_rotation_that_looks_at_its_target_from_its_new_place(sizes):
+def test_jitter_is_a_rotation(sizes):
+    """A jittered camera is a rotation that looks at its target from its new place."""
     cameras, (shift, target, tilt) = around(), offsets(*sizes)
-    moved = jittered(cameras, shift, target, tilt)
+    moved = jitter(cameras, shift, target, tilt)
     assert_rotations(moved.c2w)
     check_rounded("place", moved.c2w[:, :3, 3], cameras.c2w[:, :3, 3] + shift)
     middles = torch.stack([project(moved, target, SIZE, SIZE)[b, b] for b in range(len(AROUND))])
     check_rounded("middle", middles, torch.full_like(middles, SIZE / 2))
 
 
-def test_the_angles_of_a_jittered_camera_are_those_under_which_its_target_is_seen():
+def test_jitter_angles():
+    """The angles of a jittered camera are those under which its target is seen."""
     cameras, (shift, target, tilt) = around(), offsets(0.1, 0.2, 0.02)
-    moved = jittered(cameras, shift, target, tilt)
+    moved = jitter(cameras, shift, target, tilt)
     seen_from = look_at(moved.polar, moved.azimuth, moved.radius)[:, :3, 3]
     check_rounded("seen from", seen_from, moved.c2w[:, :3, 3] - target)
     assert ((moved.azimuth >= -180) & (moved.azimuth < 180)).all() and (moved.radius > 0).all()
     assert (moved.azimuth - cameras.azimuth).abs().max() > 1 and torch.equal(moved.fovy, cameras.fovy)
 
 
-def test_a_tilt_to_the_right_rolls_the_camera_to_the_right_and_keeps_the_middle():
+def test_jitter_tilt():
+    """A tilt to the right rolls the camera to the right and keeps the middle."""
     cameras, zero = around(), torch.zeros(len(AROUND), 3, dtype=torch.float64)
     right, up, back = (cameras.c2w[:, :3, i] for i in range(3))
-    rolled = jittered(cameras, zero, zero, 0.5 * right + 0.25 * up + 7 * back).c2w
+    rolled = jitter(cameras, zero, zero, 0.5 * right + 0.25 * up + 7 * back).c2w
     expected = torch.nn.functional.normalize(0.5 * right + 1.25 * up, dim=-1)
     check_rounded("up", rolled[:, :3, 1], expected)
     check_rounded("back and place", rolled[:, :3, 2:], cameras.c2w[:, :3, 2:])
-    check_rounded("without jitter", jittered(cameras, zero, zero, zero).c2w, cameras.c2w)
+    check_rounded("without jitter", jitter(cameras, zero, zero, zero).c2w, cameras.c2w)
 
 
-def test_a_camera_that_jitter_puts_at_its_target_is_still_one():
+def test_jitter_at_the_target():
+    """A camera that jitter puts at its target is still one."""
     cameras = around(radius=1.0)
-    moved = jittered(cameras, -cameras.c2w[:, :3, 3], *offsets(0.0, 0.0))
+    moved = jitter(cameras, -cameras.c2w[:, :3, 3], *offsets(0.0, 0.0))
     assert_rotations(moved.c2w)
     assert all(torch.isfinite(part).all() for part in moved)
 
 
-def test_jitter_is_as_wide_as_it_says_and_off_by_default():
+def test_sample_cameras_jitter_width():
+    """Jitter is as wide as it says and off by default."""
     sizes = dict(jitter_center=0.4, jitter_target=0.1, jitter_up=0.05)
     plain, switched_off, seen = (
         sample_cameras(config(**changes), 4000, torch.Generator().manual_seed(4))
@@ -272,19 +285,22 @@ def test_jitter_is_as_wide_as_it_says_and_off_by_default():
         assert values.mean(dim=0).abs().max() < 5 * spread / 4000**0.5
 
 
-def test_drawing_cameras_reads_no_value(nothing_read):
+def test_sample_cameras_reads_no_value(nothing_read):
+    """Drawing cameras reads no value."""
     everything = config(jitter_pose=True, uniform_sphere_rate=0.5)
     with nothing_read:
         sample_cameras(everything, 3, torch.Generator().manual_seed(5))
 
 
-def test_turntable_starts_at_the_front_and_goes_round_once():
+def test_turntable():
+    """Turntable starts at the front and goes round once."""
     frames = turntable(config(default_azimuth=0.0, default_polar=80.0), 8)
     assert frames.azimuth.tolist() == [0.0, 45, 90, 135, -180, -135, -90, -45]
     assert (frames.polar == 80).all()
 
 
-def test_six_views_follow_their_names():
+def test_six_views():
+    """Six views follow their names."""
     views = six_views(config(default_radius=2.0))
     expected = {"front": Z, "right": X, "back": -Z, "left": -X, "top": Y, "bottom": -Y}
     for name, position in zip(SIX_VIEWS, views.c2w[:, :3, 3], strict=True):

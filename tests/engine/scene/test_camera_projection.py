@@ -30,7 +30,8 @@ def exact(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_clip_space_is_that_of_the_rays():
+def test_clip_positions_match_rays():
+    """Clip space is that of the rays."""
     cameras = make_cameras(*(torch.tensor(v) for v in ([40.0, 100], [10.0, -130], [2.0, 3.1], [20.0, 35])))
     points = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) - 0.5
     clip = clip_positions(cameras, points, 24, 40, 0.1)
@@ -55,7 +56,7 @@ def test_clip_space_is_that_of_the_rays():
     check("near", at_near[2] / at_near[3], plain, torch.tensor(-1.0, dtype=torch.float64))
 
 
-def test_clip_positions_are_those_of_a_pinhole():
+def test_clip_positions_pinhole():
     """A camera on the z axis: points to its right, above it and before it, by similar triangles, for both sizes."""
     cameras = make_cameras(exact(90, 90), exact(0, 0), exact(3, 5), exact(40, 60))
     points = torch.tensor([[0.0, 0.0, 2.0], [0.5, 0.0, 1.0], [0.0, -0.25, 0.0]], dtype=torch.float64)
@@ -72,7 +73,7 @@ def test_clip_positions_are_those_of_a_pinhole():
     check("range of depths", torch.stack([near, far]), exact(-1, 1), exact(-1, 1))
 
 
-def test_look_at_keeps_the_precision_of_the_angles():
+def test_look_at_precision():
     """Angles in fp64 give matrices and rays in fp64, of which each column is a unit vector to all its digits."""
     cameras = make_cameras(exact(30, 80), exact(-50, 200), exact(2, 3), exact(20, 30))
     assert cameras.c2w.dtype == torch.float64 and cameras.c2w.shape == (2, 4, 4)
@@ -83,7 +84,7 @@ def test_look_at_keeps_the_precision_of_the_angles():
     check("place", look_at(exact(30), exact(-50), exact(2))[0, :3, 3], exact(*place), exact(*place))
 
 
-def test_make_cameras_wraps_the_azimuth_and_keeps_the_rest():
+def test_make_cameras_wraps_azimuth():
     """Azimuths end up in [-180, 180), and the three other numbers are those that were given."""
     azimuths = exact(0, 179, 180, -180, -181, 540, 725)
     others = [torch.arange(7.0).double() + start for start in (20, 2, 30)]
@@ -93,7 +94,7 @@ def test_make_cameras_wraps_the_azimuth_and_keeps_the_rest():
     assert torch.equal(cameras.fovy, others[2])
 
 
-def test_turntable_is_made_of_default_cameras():
+def test_turntable_default_cameras():
     """Even steps from the default azimuth, all else as the output camera has it."""
     view = config(default_azimuth=30.0, default_polar=60.0, default_radius=2.5, default_fovy=25.0)
     frames = turntable(view, 3)
@@ -102,7 +103,7 @@ def test_turntable_is_made_of_default_cameras():
         assert got.tolist() == [value] * 3
 
 
-def test_six_views_are_as_far_as_the_output_camera():
+def test_six_views_default_distance():
     """The angles of the table, in its order, with the default radius and field of view."""
     views = six_views(config(default_radius=2.5, default_fovy=25.0, default_polar=10.0, default_azimuth=70.0))
     angles = [(polar, (azimuth + 180) % 360 - 180) for polar, azimuth in SIX_VIEWS.values()]
@@ -111,7 +112,7 @@ def test_six_views_are_as_far_as_the_output_camera():
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_numbers_of_a_random_camera_are_independent(rate):
+def test_sample_cameras_independent(rate):
     """No two of radius, polar angle, place in the sector and field of view go together, to five standard errors."""
     count = 4000
     seen = sample_cameras(config(uniform_sphere_rate=rate), count, torch.Generator().manual_seed(8))
@@ -123,7 +124,7 @@ def test_numbers_of_a_random_camera_are_independent(rate):
         assert abs(together) < 5 / count**0.5
 
 
-def test_random_cameras_of_the_whole_run_come_from_the_whole_ranges():
+def test_sample_cameras_whole_ranges():
     """Where no progress is given the ranges of a progressive view are at their end."""
     limits = config(progressive_view=True, progressive_view_init_ratio=0.0)
     whole, end = (sample_cameras(limits, 9, torch.Generator().manual_seed(1), **at) for at in ({}, {"progress": 1.0}))

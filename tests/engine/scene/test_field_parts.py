@@ -22,6 +22,9 @@ GRID = dict(
     max_resolution=17,
     interpolation="linear",
 )
+SPEC = dict(
+    levels=3, features=4, log2_entries=9, base_resolution=5, max_resolution=17, interpolation="linear"
+)  # GRID by the operators' names
 BLOB = dict(density_activation="softplus", blob_density=7.0, blob_radius=0.35)
 
 
@@ -35,11 +38,11 @@ def make(backbone: str = "grid", bound: float = 0.75, **changes) -> Field:
 
 
 @pytest.mark.parametrize("backbone", ["grid", "grid_torch", "vanilla"])
-def test_field_is_built_as_configured(backbone):
+def test_make_field_by_config(backbone):
     """Each setting of the grid, the blob and the scene is in the specification that the operators get."""
     field = make(backbone)
     assert type(field) is (FrequencyField if backbone == "vanilla" else HashGridField)
-    expected = dict(bound=0.75, **BLOB) | ({} if backbone == "vanilla" else {"grid": kernels.HashGridSpec(**GRID)})
+    expected = dict(bound=0.75, **BLOB) | ({} if backbone == "vanilla" else {"grid": kernels.HashGridSpec(**SPEC)})
     assert field.spec == kernels.FieldSpec(**expected) and field.bound == 0.75
     assert field.finest == (None if backbone == "vanilla" else 17)
     assert field.compute_dtype is None and field.device == torch.device("cpu")
@@ -49,14 +52,14 @@ def test_field_is_built_as_configured(backbone):
 
 
 @pytest.mark.parametrize(("radius", "there"), [(-1.0, False), (0.0, False), (0.1, True)])
-def test_a_positive_radius_makes_a_background(radius, there):
+def test_field_has_background(radius, there):
     """Without one there are no parameters of it."""
     field = make(bg_radius=radius)
     assert field.has_background is there
     assert any(name.startswith("background") for name, _ in field.named_parameters()) is there
 
 
-def test_parameters_are_uniform_in_their_reach():
+def test_linear_layers_range():
     """Weights and biases of a layer fill +-1/sqrt(in) evenly, and differ from layer to layer."""
     weights, biases = linear_layers([100, 50, 400], seeded())
     assert [tuple(w.shape) for w in weights] == [(50, 100), (400, 50)]
@@ -86,7 +89,7 @@ OPERATORS = ("field", "field_reference", "field_normals", "field_normals_referen
         ("grid_torch", "finite_difference", "field_normals_reference"),
     ],
 )
-def test_operator_gets_what_the_field_was_asked(backbone, normals, name, monkeypatch):
+def test_hash_grid_field_operator_arguments(backbone, normals, name, monkeypatch):
     """Which of the four operators is called, with which parameters and options; its results come back in order."""
     field, x, count = make(backbone), torch.rand(5, 3, generator=seeded()), torch.tensor(3)
     field.compute_dtype = torch.bfloat16
@@ -123,7 +126,7 @@ def test_operator_gets_what_the_field_was_asked(backbone, normals, name, monkeyp
     assert calls[0][2]["epsilon"] == 0.01 and calls[0][2]["active_levels"] is None
 
 
-def test_plan_is_the_operators_for_the_grid_alone(monkeypatch):
+def test_backend_description(monkeypatch):
     """How a GPU computes the field is asked with its weights, its dtype and its normals."""
     asked = []
     monkeypatch.setattr(kernels, "field_plan", lambda *words: asked.append(words) or "fused")
@@ -144,7 +147,7 @@ def test_plan_is_the_operators_for_the_grid_alone(monkeypatch):
     assert len(asked) == 2
 
 
-def test_padding_is_zeros_from_the_count_on():
+def test_without_padding():
     """Rows before the count stay, whatever stands behind them; without a count nothing changes."""
     values = FieldOutput(torch.tensor([1.0, 2.0, math.nan]), torch.full((3, 3), 0.5), torch.ones(3, 3))
     padded = values.without_padding(torch.tensor(2))
@@ -167,7 +170,7 @@ class Counted(Field):
         return FieldOutput(self.scale * x[:, 0], self.scale * x, None)
 
 
-def test_points_are_asked_in_chunks_without_gradient():
+def test_density_in_chunks():
     """Chunks of 2^16 on a CPU unless another size is given; results are put together in order."""
     field, x = Counted(), torch.rand(2**16 + 3, 3, generator=seeded())
     with torch.enable_grad():
@@ -179,7 +182,7 @@ def test_points_are_asked_in_chunks_without_gradient():
 
 
 @pytest.mark.parametrize(("backbone", "bands"), [("grid", 6), ("vanilla", 4)])
-def test_background_is_a_network_on_encoded_directions(backbone, bands):
+def test_background_network(backbone, bands):
     """Frequency encoding, a hidden layer of 32 with ReLU, and a sigmoid."""
     field, exactly = make(backbone, bg_radius=1.4), make(backbone, bg_radius=1.4).double()
     directions = F.normalize(torch.randn(50, 3, generator=seeded()), dim=1)
@@ -200,7 +203,7 @@ def test_background_is_a_network_on_encoded_directions(backbone, bands):
         make(backbone, bg_radius=-1.0).background(directions)
 
 
-def test_encoding_stays_in_the_dtype_of_its_points():
+def test_frequency_encoding_dtype():
     """Bands, dtype and the bands that are off, with a number of bands of either kind."""
     x = torch.rand(4, 3, generator=seeded(), dtype=torch.float64)
     for active in (None, 1, torch.tensor(1)):
@@ -213,7 +216,7 @@ def test_encoding_stays_in_the_dtype_of_its_points():
     check("all", frequency_encoding(x, 3)[:, [9, 10, 11, 18, 19, 20]], exact, exact)
 
 
-def test_vanilla_blocks_start_as_plain_normalisation():
+def test_frequency_field_initial_blocks():
     """Scales are ones and shifts zeros, one pair for each hidden layer after the first."""
     for layers, pairs in ((0, 0), (1, 0), (2, 1), (4, 3)):
         field = make("vanilla", hidden_layers=layers)
@@ -223,7 +226,7 @@ def test_vanilla_blocks_start_as_plain_normalisation():
 
 
 @pytest.mark.parametrize("normals", [None, "finite_difference", "analytic"])
-def test_vanilla_bands_that_are_off_count_nowhere(normals):
+def test_frequency_field_inactive_bands(normals):
     """As if the network did not read them, in values and normals, with and without a gradient."""
     field, x = make("vanilla"), torch.rand(20, 3, generator=seeded()) - 0.5
     coarse, fine = field(x, active_levels=1, normals=normals), field(x, normals=normals)
@@ -238,7 +241,7 @@ def test_vanilla_bands_that_are_off_count_nowhere(normals):
     assert normals is not None or coarse.normal is None
 
 
-def test_vanilla_differences_take_a_hundredth_by_default():
+def test_frequency_field_default_epsilon():
     """The step of a normal is that of the settings' default unless another one is given."""
     field, x = make("vanilla"), torch.rand(20, 3, generator=seeded()) - 0.5
     normal, same, other = (

@@ -10,7 +10,7 @@ import trimesh
 from PIL import Image
 from rich.console import Console
 
-from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.outputs import write_outputs
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
@@ -29,7 +29,7 @@ RED, BLUE = (8.0, -8.0, -8.0), (-8.0, -8.0, 8.0)  # logits
 @pytest.fixture
 def trainer() -> Trainer:
     """A run whose averaged weights show a red object, and whose last step one that is blue."""
-    config = Config().override(SMALL)
+    config = reference().override(SMALL)
     made = Trainer(config, choose_runtime(config), 0)
     logits = made.field.biases[-1].data[1:]
     logits.copy_(torch.tensor(RED))
@@ -54,7 +54,7 @@ def frames(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
 
 
-def test_outputs_show_the_average(trainer, tmp_path):
+def test_outputs_show_average(trainer, tmp_path):
     """Six views, video and mesh of a run are those of the averaged weights, which the run then leaves as they were."""
     before = trainer.optimizer.params.clone()
     write_outputs(trainer, Workspace(tmp_path), Reporter(Console(quiet=True)))
@@ -66,12 +66,12 @@ def test_outputs_show_the_average(trainer, tmp_path):
     assert torch.equal(trainer.optimizer.params, before)
 
 
-def test_validation_pictures_show_the_average(trainer, tmp_path):
+def test_validation_shows_average(trainer, tmp_path):
     """The strip of pictures in the middle of a run is of the averaged weights."""
     strip = np.asarray(Image.open(loop(trainer, tmp_path).validate()).convert("RGB"))
     assert_red(strip[:24])  # colours above, depths below
 
 
-def test_test_videos_show_the_average(trainer, tmp_path):
+def test_test_video_shows_average(trainer, tmp_path):
     """The video of --test_interval is of the averaged weights."""
     assert_red(frames(loop(trainer, tmp_path).write_test_video())[:, :, :24])

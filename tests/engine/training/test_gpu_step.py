@@ -13,18 +13,20 @@ from dream_fast import kernels
 from dream_fast.bench.accuracy import check, error
 from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.cli import main
-from dream_fast.engine.config.presets import resolve
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
-from dream_fast.engine.guidance.diffusion import DiffusionGuidance
+from dream_fast.engine.guidance.base import StepInputs
+from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import ScoreDistillation
+from dream_fast.engine.runtime.cuda_graph import static_copy
 from dream_fast.engine.runtime.device import choose_runtime, prepare
 from dream_fast.engine.scene.camera import rays, sample_cameras
-from dream_fast.engine.training.phases import choose_phase
 from dream_fast.engine.training.trainer import Trainer
 
 pytestmark = [
@@ -36,14 +38,11 @@ pytestmark = [
 def make_trainer(**changes) -> Trainer:
     """dream-mini's run of a hamburger with the GPU's defaults."""
     typed = {"text": "a hamburger", "seed": 0, "fp16": True, **changes}
-    config: Config = resolve(typed, "dream-mini", "cuda")
+    config: Config = configure(typed, "cuda")
     runtime = choose_runtime(config)
     options = dict(attention="sdpa", vram_O=config.run.vram_O)
     components = load_components(MODEL_FOLDER, runtime.device, runtime.dtype, **options)
-    prompts = PromptEmbeddings(components, config.run.text)
-    score = ScoreDistillation(components, config.guidance)
-    camera = config.camera
-    guidance = DiffusionGuidance(score, prompts, camera.angle_overhead, camera.view_blend, camera.angle_front)
+    guidance = diffusion_guidance(components, PromptEmbeddings(components, config.run.text), config)
     return Trainer(config, runtime, 0, guidance)
 
 
@@ -83,7 +82,8 @@ TABLE = {"lambda_tv": LinearSchedule.parse("0.0:1e-5:1e-4:1.0"), "lambda_wd": Li
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
-def test_twenty_steps_never_wait_for_the_device(changes):
+def test_steps_never_synchronize(changes):
+    """Twenty steps never wait for the device."""
     trainer = make_trainer(**changes)
     for _ in range(20):
         trainer.train_step()
@@ -97,7 +97,8 @@ def test_twenty_steps_never_wait_for_the_device(changes):
     assert int(trainer.skipped) < 20 and trainer.step == 40
 
 
-def test_a_trace_of_twenty_steps_shows_no_wait_and_no_copy_to_the_host(trainer):
+def test_trace_without_synchronization(trainer):
+    """A trace of twenty steps shows no wait and no copy to the host."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
@@ -112,7 +113,7 @@ def test_a_trace_of_twenty_steps_shows_no_wait_and_no_copy_to_the_host(trainer):
     assert waits == []
 
 
-def test_gradients_of_two_hundred_steps(trainer):
+def test_step_gradients_against_reference(trainer):
     """Same parameters, samples and upstream gradient: kernels in fp16 against the references in fp16 and fp64."""
     field, renderer, config = trainer.field, trainer.renderer, trainer.config
     spec, params = field.spec, [field.table, *field.weights, *field.biases]
@@ -166,8 +167,9 @@ def length_apart(got, exact):
     return float((got - exact).norm() / exact.norm())
 
 
-def test_guidance_in_a_graph_is_the_guidance(trainer):
-    components = trainer.guidance.score.components
+def test_guidance_graph_equals_call(trainer):
+    """Guidance in a graph is the guidance."""
+    components = trainer.guidance.components
     drawn = torch.randn(2, 1, *trainer.guidance.prompts.negative.shape[1:], device="cuda")
     results = []
     for graphs in (False, True):
@@ -175,14 +177,14 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
         picture = torch.rand(1, 3, 96, 96, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
         for draw in range(3):  # the second and third call replay, with other noise
             picture.requires_grad_().grad = None
-            score(picture, *drawn, generator=torch.Generator("cuda").manual_seed(draw)).loss.backward()
+            score(picture, *drawn, StepInputs(generator=torch.Generator("cuda").manual_seed(draw))).loss.backward()
             results.append(picture.grad.clone())
     precise = in_dtype(components, torch.float64)
     score = ScoreDistillation(precise, GuidanceConfig(guidance_scale=8.0), cuda_graphs=False)
     for draw, (plain, graphed) in enumerate(zip(results[:3], results[3:], strict=True)):
         picture.requires_grad_().grad = None
         prompts = (part.double() for part in drawn)
-        score(picture, *prompts, generator=torch.Generator("cuda").manual_seed(draw)).loss.backward()
+        score(picture, *prompts, StepInputs(generator=torch.Generator("cuda").manual_seed(draw))).loss.backward()
         check(f"draw {draw}", graphed, plain, picture.grad.double())
     assert not torch.equal(results[3], results[4])
 
@@ -192,24 +194,24 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
     [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"objective": "asd"}, TABLE],
     ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table"],
 )
-def test_a_replayed_step_is_the_step(changes):
+def test_replay_equals_call(changes):
     """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
     trainer = make_trainer(**changes)
     for _ in range(20):
         trainer.train_step()
-    score, progress = trainer.guidance.score, trainer.schedule.progress(trainer.step)
-    phase = choose_phase(trainer.config.shading, progress, random.Random(0))
-    network = trainer.field.has_background
+    progress = trainer.schedule.progress(trainer.step)
+    inputs = trainer.step_inputs(random.Random(0), progress, progress)
+    inputs = inputs._replace(background_network=trainer.field.has_background)
     seen = []
     for seed in (1, 2):
         trainer.generator.manual_seed(seed)
-        replayed = trainer._replayed_gradients(phase, network, progress)
+        replayed = trainer.replay_gradients(inputs)
         got, loss = trainer.optimizer.grads.clone(), replayed.terms["guidance"].clone()
         calls = []
         for _ in range(2):  # sums of atomics differ from call to call
             trainer.generator.manual_seed(seed)
-            score.timesteps(1, progress, trainer.generator)
-            called = trainer._gradients(phase, network, trainer._dials, progress, None)
+            prepared = trainer.guidance.prepare_step(inputs, 1)
+            called = trainer.gradients(prepared._replace(scalars=static_copy(prepared.scalars, trainer.device)))
             calls.append((called.terms["guidance"].clone(), trainer.optimizer.grads.clone()))
         for name, replay, again, first in zip(("loss", "gradients"), (loss, got), *calls[::-1], strict=True):
             check(name, replay, again, first.double())
@@ -217,7 +219,8 @@ def test_a_replayed_step_is_the_step(changes):
     assert not torch.equal(*seen)  # the draws are those of the seed, not those of the capture
 
 
-def test_buffers_that_grow_are_captured_anew():
+def test_grown_buffers_captured_again():
+    """Buffers that grow are captured anew."""
     trainer = make_trainer()
     for _ in range(3):
         trainer.train_step()
@@ -231,7 +234,8 @@ def test_buffers_that_grow_are_captured_anew():
     assert not bool(trainer.train_step().overflow)
 
 
-def test_a_step_that_overflows_is_not_taken(trainer):
+def test_overflow_skips_step(trainer):
+    """A step that overflows is not taken."""
     before, counted = trainer.optimizer.params.clone(), int(trainer.overflowed)
     scale, kept = trainer.scaler.scale.clone(), trainer.renderer.sampler.samples_per_ray
     trainer.renderer.sampler.samples_per_ray = 1
@@ -245,11 +249,12 @@ def test_a_step_that_overflows_is_not_taken(trainer):
     assert not torch.equal(trainer.optimizer.params, before)
 
 
-def test_deterministic_runs_repeat_bit_for_bit():
+def test_deterministic_runs_repeat():
+    """Deterministic runs repeat bit for bit."""
     states = []
     try:
         for _ in range(2):
-            prepare(choose_runtime(Config()), 0, deterministic=True)
+            prepare(choose_runtime(reference()), 0, deterministic=True)
             trainer = make_trainer(deterministic=True, albedo_iter_ratio=0.2, iters=30)
             for _ in range(30):
                 trainer.train_step()
@@ -260,7 +265,7 @@ def test_deterministic_runs_repeat_bit_for_bit():
 
 
 @pytest.mark.parametrize("graph", ["--cuda_graph", "--no-cuda_graph"])
-def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
+def test_run_with_callbacks(graph, tmp_path, capsys):
     """Pictures beside the graph of the step, and a trace that sees the kernels inside it."""
     words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()
     assert main(["--text", "a hamburger", "--workspace", str(tmp_path), *words, graph]) == 0
@@ -279,7 +284,7 @@ def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
     assert np.abs(clean - render).mean() < 20 and np.abs(noisy - render).mean() < 40
 
 
-def test_a_mesh_refinement_takes_steps():
+def test_mesh_refinement_steps():
     """Its surface asks the host how large it is; everything else is as for a field."""
     trainer = make_trainer(dmtet=True, tet_grid_size=32)
     before = [part.detach().clone() for part in (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)]

@@ -8,6 +8,7 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.engine.config.sections import FieldConfig, LossConfig, RenderConfig
+from dream_fast.engine.guidance.base import StepInputs
 from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.hash_grid_field import HashGridField
@@ -31,7 +32,8 @@ def test_ramp():
     assert [losses.ramp(progress) for progress in (0.0, 0.25, 0.5, 0.99)] == [0, 0.5, 1, 1]
 
 
-def test_opacity_entropy_pushes_away_from_one_half():
+def test_opacity_entropy_gradient():
+    """Opacity entropy pushes away from one half."""
     opacity = leaf(0.3, 0.7, 0.5)
     loss = losses.opacity_entropy(opacity)
     entropies = [-p * math.log2(p) - (1 - p) * math.log2(1 - p) for p in (0.3, 0.7, 0.5)]
@@ -58,7 +60,8 @@ def test_opacity_square():
     assert torch.autograd.gradcheck(losses.opacity_square, opacity)
 
 
-def test_orientation_turns_normals_to_the_camera_and_leaves_the_weights():
+def test_orientation_gradient():
+    """Orientation turns normals to the camera and leaves the weights."""
     normals = leaf([0.0, 0, 1], [0.0, 0, -1], [0.0, 0.6, 0.8], [0.0, 0, 1])
     directions = torch.tensor([[0.0, 0, -1]] * 2 + [[0.0, 1, 0]] * 2, dtype=torch.float64)
     weights = leaf(1.0, 0.5, 0.25, 1.0)
@@ -88,12 +91,12 @@ def test_normal_smoothness_ignores_padding():
     assert torch.autograd.gradcheck(lambda n: losses.normal_smoothness(n, near, COUNT), normals)
 
 
-def test_normal_smoothness_by_what_rays_see():
+def test_normal_smoothness_by_weight():
     """A sample counts by its weight, so that one in empty space counts nothing; the mean is over the rays."""
     generator = torch.Generator().manual_seed(0)
     normals = torch.randn(5, 3, dtype=torch.float64, generator=generator).requires_grad_()
     weights = torch.tensor([0.5, 0.0, 0.25, 9.0, 9.0], dtype=torch.float64).requires_grad_()
-    loss = losses.normal_smoothness(normals, torch.zeros_like(normals), COUNT, (weights, 2))
+    loss = losses.normal_smoothness(normals, torch.zeros_like(normals), COUNT, weights, 2)
     each = normals.abs().mean(dim=1)
     torch.testing.assert_close(loss, (0.5 * each[0] + 0.25 * each[2]) / 2)
     loss.backward()
@@ -137,33 +140,37 @@ def terms_of(renderer, need_normals=True, empty=False, pull=1.0, **weights):
     rendered = renderer.train_views(cameras, 6, 8, background=background, need_normals=need_normals)
     return losses.regularizers(
         rendered,
+        renderer.field,
         dataclasses.replace(LossConfig(), **{**NOTHING, **weights}),
-        up=losses.ramp(0.5),
-        field=renderer.field,
-        normals="finite_difference",
-        normal_epsilon=0.01,
-        generator=torch.Generator().manual_seed(2),
-        pull=pull,
+        RenderConfig(normals="finite_difference", normal_epsilon=0.01),
+        StepInputs(generator=torch.Generator().manual_seed(2), scalars={"ramp": losses.ramp(0.5)}),
+        pull,
     )
 
 
+def term_of(setting: str) -> str:
+    """The term that a setting weights."""
+    return next(term for term in losses.TERMS if losses.weight_setting(term) == setting)
+
+
 @pytest.mark.parametrize("name", ALL)
-def test_each_term_reaches_the_field_and_scales_with_its_weight(name):
+def test_term_scales_with_weight(name):
+    """Each term reaches the field and scales with its weight."""
     renderer = small_renderer()
     terms = terms_of(renderer, **{name: 1.0})
-    assert list(terms) == [name.removeprefix("lambda_")]
+    assert list(terms) == [term_of(name)]
     (loss,) = terms.values()
     assert loss > 0
-    assert torch.equal(terms_of(renderer, **{name: 4.0})[name.removeprefix("lambda_")], 4 * loss)
+    assert torch.equal(terms_of(renderer, **{name: 4.0})[term_of(name)], 4 * loss)
     loss.backward()
     gradient = renderer.field.table.grad
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_guided_weights_grow_with_the_guidances_gradient_and_plain_ones_do_not(name):
+def test_guided_weights(name):
     """The same weight means as much for a model whose gradient is seven times as long."""
-    renderer, short = small_renderer(), name.removeprefix("lambda_")
+    renderer, short = small_renderer(), term_of(name)
     one, seven = (terms_of(renderer, pull=p, regularizers="guided", **{name: 1.0})[short] for p in (1.0, 7.0))
     torch.testing.assert_close(seven, 7 * one)
     assert torch.equal(terms_of(renderer, pull=7.0, **{name: 1.0})[short], terms_of(renderer, **{name: 1.0})[short])
@@ -174,7 +181,8 @@ def test_terms_without_normals_are_left_out():
     assert terms_of(small_renderer()) == {}
 
 
-def test_a_batch_without_samples_costs_nothing_to_normals():
+def test_no_samples_cost_nothing():
+    """A batch without samples costs nothing to normals."""
     terms = terms_of(small_renderer(), empty=True, **ALL)
     assert all(term.isfinite() for term in terms.values())
     assert terms["orient"] == terms["2d_normal_smooth"] == terms["3d_normal_smooth"] == terms["opacity"] == 0
@@ -186,21 +194,22 @@ def test_needs_normals():
     assert losses.needs_normals(LossConfig(lambda_3d_normal_smooth=1.0))
 
 
-def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
+def test_table_gradients_direction(monkeypatch):
+    """Table gradients make it smaller and smoother."""
     monkeypatch.setattr(losses, "TV_POINTS", 2000)
     for name in ("lambda_tv", "lambda_wd"):
         field = small_renderer().field
         field.table.grad = torch.ones_like(field.table)
         config = dataclasses.replace(LossConfig(), **{**NOTHING, name: 1e-2})
-        options = dict(up=1.0, now={}, scale=4.0, generator=torch.Generator().manual_seed(0))
-        losses.add_table_gradients(field, config, **options)
+        inputs = StepInputs(generator=torch.Generator().manual_seed(0), scalars={"ramp": 1.0})
+        losses.add_table_gradients(field, config, inputs, 4.0)
         added = field.table.grad - 1
         assert (added * field.table).sum() > 0  # descending shrinks the random table
         assert added.abs().max() > 0
 
 
 @pytest.mark.parametrize("length", [1e-3, 1e3])
-def test_guided_total_variation_is_as_long_as_its_weight_says(monkeypatch, length):
+def test_guided_total_variation_length(monkeypatch, length):
     """A part of the gradient that is there, whatever its length and the loss scale; the part is returned."""
     monkeypatch.setattr(losses, "TV_POINTS", 2000)
     field = small_renderer().field
@@ -208,12 +217,12 @@ def test_guided_total_variation_is_as_long_as_its_weight_says(monkeypatch, lengt
     there *= length / there.norm()
     field.table.grad = there.clone()
     config = dataclasses.replace(LossConfig(), **NOTHING | {"lambda_tv": 0.3, "regularizers": "guided"})
-    options = dict(up=0.5, now={}, scale=4.0, generator=torch.Generator().manual_seed(0))
-    part = losses.add_table_gradients(field, config, **options)
+    inputs = StepInputs(generator=torch.Generator().manual_seed(0), scalars={"ramp": 0.5})
+    part = losses.add_table_gradients(field, config, inputs, 4.0)
     assert part.item() == pytest.approx(0.15)
     assert (field.table.grad - there).norm().item() == pytest.approx(0.15 * length, rel=1e-3)
     assert ((field.table.grad - there) * field.table).sum() > 0  # descending makes the table smoother
-    assert losses.add_table_gradients(field, dataclasses.replace(LossConfig(), **NOTHING), **options) is None
+    assert losses.add_table_gradients(field, dataclasses.replace(LossConfig(), **NOTHING), inputs, 4.0) is None
 
 
 def added_gradient(field, scale, up=1.0, **weights):
@@ -221,11 +230,12 @@ def added_gradient(field, scale, up=1.0, **weights):
     field.table.grad = torch.zeros_like(field.table)
     config = dataclasses.replace(LossConfig(), **NOTHING | weights)
     generator = torch.Generator().manual_seed(0)
-    losses.add_table_gradients(field, config, up=up, now={}, scale=scale, generator=generator)
+    losses.add_table_gradients(field, config, StepInputs(generator=generator, scalars={"ramp": up}), scale)
     return field.table.grad / scale
 
 
-def test_weight_decay_is_the_gradient_of_the_mean_squares_of_the_levels():
+def test_weight_decay_gradient():
+    """Weight decay is the gradient of the mean squares of the levels."""
     field = small_renderer().field
     table = field.table.detach().clone().requires_grad_()
     starts = field.spec.grid.offsets
@@ -240,13 +250,13 @@ def test_weight_decay_is_the_gradient_of_the_mean_squares_of_the_levels():
 
 
 @pytest.mark.parametrize(("share", "up"), [(1, 1.0), (1, 0.5), (3, 1.0)])
-def test_total_variation_is_the_gradient_of_a_vertexs_distance_from_its_neighbours(monkeypatch, share, up):
+def test_total_variation_gradient(monkeypatch, share, up):
     """Vertex by vertex: sqrt(sum of squared differences + 1e-9) / 6, with those neighbours held that the grid has.
 
     Where a share of the points stands for all, each counts as many times.
     """
     monkeypatch.setattr(losses, "TV_POINTS", 60 * share)
-    monkeypatch.setattr(losses, "TV_SHARE", share)
+    monkeypatch.setattr(losses, "TV_CPU_DIVISOR", share)
     field = small_renderer().field
     points = torch.rand(60, 3, generator=torch.Generator().manual_seed(0))
 

@@ -34,7 +34,8 @@ def make_state():
     }
 
 
-def test_state_comes_back_bit_for_bit(tmp_path):
+def test_checkpoint_round_trip(tmp_path):
+    """State comes back bit for bit."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     step, state = load_checkpoint(path, ARCHITECTURE)
     wanted = make_state()
@@ -49,13 +50,15 @@ def test_state_comes_back_bit_for_bit(tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_others_may_read_a_checkpoint_as_far_as_the_umask_says(tmp_path):
+def test_checkpoint_file_mode(tmp_path):
+    """Others may read a checkpoint as far as the umask says."""
     (tmp_path / "any").touch()
     path = save_checkpoint(tmp_path / "c", 7, make_state(), ARCHITECTURE)
     assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
-def test_last_two_are_kept_and_nothing_else_is_left(tmp_path):
+def test_checkpoint_last_two(tmp_path):
+    """Last two are kept and nothing else is left."""
     for step in (5, 10, 1000000):
         save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 10), checkpoint_path(tmp_path, 1000000)]
@@ -63,7 +66,8 @@ def test_last_two_are_kept_and_nothing_else_is_left(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [4, 200, -8])
-def test_truncated_file_is_refused(tmp_path, keep):
+def test_checkpoint_truncated(tmp_path, keep):
+    """Truncated file is refused."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="damaged.*--ckpt scratch starts over"):
@@ -74,14 +78,16 @@ def test_truncated_file_is_refused(tmp_path, keep):
     "header",
     ['{"a": [', "[]", "{}", "null", "-1", '"x"', '{"version": 2}', '{"version": 2, "step": 7, "architecture": 1}'],
 )
-def test_a_header_of_another_form_is_refused(tmp_path, header):
+def test_checkpoint_malformed_header(tmp_path, header):
+    """A header of another form is refused."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     save_file(load_file(path), path, metadata={FORMAT: header})
     with pytest.raises(UserError, match="damaged.*its header"):
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path):
+def test_checkpoint_changed_byte(tmp_path):
+    """A changed byte is noticed wherever it is."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     whole = path.read_bytes()
     for place in range(8, len(whole), 3):
@@ -90,7 +96,8 @@ def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path):
             load_checkpoint(path, ARCHITECTURE)
 
 
-def test_a_checkpoint_of_the_version_without_checksums_is_read(tmp_path):
+def test_checkpoint_without_checksum(tmp_path):
+    """A checkpoint of the version without checksums is read."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[FORMAT])
@@ -104,7 +111,8 @@ def test_a_checkpoint_of_the_version_without_checksums_is_read(tmp_path):
                 load_checkpoint(path, ARCHITECTURE)
 
 
-def test_other_architecture_is_refused_naming_both_values(tmp_path):
+def test_checkpoint_other_architecture(tmp_path):
+    """Other architecture is refused naming both values."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     with pytest.raises(UserError, match="n_levels 8 there, 16 here"):
         load_checkpoint(path, ARCHITECTURE | {"n_levels": 16})
@@ -117,7 +125,7 @@ def rewrite_header(path, **changes):
     save_file(load_file(path), path, metadata={FORMAT: json.dumps(header)})
 
 
-def test_format_of_a_newer_version_is_refused(tmp_path):
+def test_checkpoint_newer_format(tmp_path):
     """A format that this version does not know is refused with the version that wrote it."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     rewrite_header(path, version=VERSION + 1, dream_fast="999.0.0")
@@ -134,7 +142,7 @@ def test_format_of_a_newer_version_is_refused(tmp_path):
         ({"dream_fast": "0.1.5"}, f"dream-fast 0.1.5, which wrote it, reads it; this is {__version__}"),
     ],
 )
-def test_unknown_setting_of_the_field_is_refused(tmp_path, version, sentence):
+def test_checkpoint_unknown_setting(tmp_path, version, sentence):
     """A field with a setting that this version does not know is refused with the version that reads it."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     rewrite_header(path, architecture=ARCHITECTURE | {"depth": 3}, **version)
@@ -142,7 +150,7 @@ def test_unknown_setting_of_the_field_is_refused(tmp_path, version, sentence):
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_header_of_an_earlier_field_is_completed(tmp_path):
+def test_checkpoint_old_header(tmp_path):
     """A header without a setting that came later is that of a field with the value of then."""
     saved = {"backbone": "vanilla", "bg_radius": 1.4}
     path = save_checkpoint(tmp_path, 7, make_state(), saved)
@@ -151,7 +159,7 @@ def test_header_of_an_earlier_field_is_completed(tmp_path):
         load_checkpoint(path, saved | {"n_frequencies": 6})
 
 
-def test_header_names_the_version(tmp_path):
+def test_checkpoint_version(tmp_path):
     """Each checkpoint names the version that wrote it, under its checksum."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     with safe_open(path, framework="pt") as file:
@@ -161,7 +169,8 @@ def test_header_names_the_version(tmp_path):
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_other_version_and_foreign_file_are_refused(tmp_path):
+def test_checkpoint_foreign_file(tmp_path):
+    """Other version and foreign file are refused."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     save_file(load_file(path), path, metadata={FORMAT: json.dumps({"version": 99, "step": 7})})
     with pytest.raises(UserError, match="version 99"):

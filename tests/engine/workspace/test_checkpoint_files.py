@@ -44,7 +44,7 @@ def rewrite(path, header, tensors=None):
     save_file(load_file(path) if tensors is None else tensors, path, metadata={FORMAT: json.dumps(header)})
 
 
-def test_names_sort_by_step(tmp_path):
+def test_list_checkpoints_order(tmp_path):
     """Six digits at least; the order is that of the numbers, and no other name counts."""
     assert checkpoint_path(tmp_path, 7) == tmp_path / "step_000007.safetensors"
     names = ["step_10000000.safetensors", "step_000999.safetensors", "step_9999999.safetensors"]
@@ -55,7 +55,7 @@ def test_names_sort_by_step(tmp_path):
     assert list_checkpoints(tmp_path / "none") == []
 
 
-def test_header_says_what_is_in_the_file(tmp_path):
+def test_header_contents(tmp_path):
     """Tensors lie under their path, plain values in the header beside version, step and architecture."""
     path = save(tmp_path)
     header = header_of(path)
@@ -69,7 +69,7 @@ def test_header_says_what_is_in_the_file(tmp_path):
     assert torch.equal(weight, torch.tensor([[1.0, 2.0]])) and weight.device.type == "cpu"
 
 
-def test_saving_leaves_the_state_as_it_was(tmp_path):
+def test_save_keeps_state(tmp_path):
     """Parameters that require gradients, and views that are not contiguous, are saved as they are."""
     weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
     path = save_checkpoint(tmp_path, 1, {"turned": weight.t(), "weight": weight}, {})
@@ -78,7 +78,7 @@ def test_saving_leaves_the_state_as_it_was(tmp_path):
     assert weight.requires_grad
 
 
-def test_the_order_of_the_architecture_changes_no_byte(tmp_path):
+def test_save_architecture_order(tmp_path):
     """The same run gives the same file, however its settings are ordered."""
     one, other = save(tmp_path / "a"), save(tmp_path / "b", architecture=dict(reversed(ARCHITECTURE.items())))
     assert one.read_bytes() == other.read_bytes()
@@ -96,7 +96,7 @@ def test_the_order_of_the_architecture_changes_no_byte(tmp_path):
     ],
     ids=["value", "shape", "dtype", "name", "another", "none"],
 )
-def test_checksum_covers_values_shapes_dtypes_and_names(tensors, tmp_path):
+def test_checksum_of_tensors(tensors, tmp_path):
     """A file whose header is right and whose tensors are others is refused."""
     path = save(tmp_path)
     rewrite(path, header_of(path), tensors)
@@ -105,7 +105,7 @@ def test_checksum_covers_values_shapes_dtypes_and_names(tensors, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"step": 8}, {"values": {}}, {"version": 2}, {"checksum": "0"}, {"checksum": None}])
-def test_checksum_covers_the_header(change, tmp_path):
+def test_checksum_of_header(change, tmp_path):
     """Another step, value or version than was written is refused, and so is another checksum."""
     path = save(tmp_path)
     rewrite(path, header_of(path) | change)
@@ -114,7 +114,7 @@ def test_checksum_covers_the_header(change, tmp_path):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_checksum_is_not_required_of_versions_that_had_none(version, tmp_path):
+def test_checksum_not_required(version, tmp_path):
     """Versions 1 and 2 are read without a checksum."""
     path = save(tmp_path)
     header = header_of(path) | {"version": version}
@@ -124,7 +124,7 @@ def test_a_checksum_is_not_required_of_versions_that_had_none(version, tmp_path)
 
 
 @pytest.mark.parametrize("version", [0, 4])
-def test_versions_that_are_read_are_named(version, tmp_path):
+def test_readable_versions_message(version, tmp_path):
     """Another format version is refused with those that are read, and a header without a version of dream-fast, too."""
     path = save(tmp_path)
     header = header_of(path) | {"version": version}
@@ -148,7 +148,7 @@ def test_versions_that_are_read_are_named(version, tmp_path):
         ({"architecture": []}, "its header has no architecture"),
     ],
 )
-def test_a_header_with_a_field_of_another_kind_is_damaged(change, reason, tmp_path):
+def test_header_wrong_types(change, reason, tmp_path):
     """The sentence names the field."""
     path = save(tmp_path)
     rewrite(path, header_of(path) | change)
@@ -156,7 +156,7 @@ def test_a_header_with_a_field_of_another_kind_is_damaged(change, reason, tmp_pa
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_step_zero_is_a_step(tmp_path):
+def test_header_step_zero(tmp_path):
     """A checkpoint before the first step is read."""
     assert load_checkpoint(save(tmp_path, step=0), ARCHITECTURE)[0] == 0
 
@@ -165,7 +165,7 @@ def test_step_zero_is_a_step(tmp_path):
     ("text", "reason"),
     [("{", "its header: Expecting"), ("[1]", "its header has no version"), ("{}", "its header has no version")],
 )
-def test_a_header_that_is_none_is_damaged(text, reason, tmp_path):
+def test_header_missing(text, reason, tmp_path):
     """JSON that ends early, and JSON of another kind."""
     path = save(tmp_path)
     save_file(load_file(path), path, metadata={FORMAT: text})
@@ -173,7 +173,7 @@ def test_a_header_that_is_none_is_damaged(text, reason, tmp_path):
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_a_state_whose_paths_contradict_is_damaged(tmp_path):
+def test_state_contradicting_paths(tmp_path):
     """A value cannot be a dict as well."""
     path = save(tmp_path)
     header = header_of(path) | {"version": 2, "values": {"a": 1, "a/b": 2}}
@@ -183,7 +183,7 @@ def test_a_state_whose_paths_contradict_is_damaged(tmp_path):
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_starting_over_is_the_advice_for_the_oldest_checkpoint_alone(tmp_path):
+def test_damaged_advice(tmp_path):
     """With an older one beside it the run can go on from there."""
     first, second = save(tmp_path, 5), save(tmp_path, 6)
     advice = "; --ckpt scratch starts over"
@@ -194,7 +194,7 @@ def test_starting_over_is_the_advice_for_the_oldest_checkpoint_alone(tmp_path):
     assert str(damaged(elsewhere, "why")).endswith(advice)
 
 
-def test_a_file_that_is_no_safetensors_file_is_damaged(tmp_path):
+def test_damaged_not_safetensors(tmp_path):
     """The reason is that of the library, and the path is named."""
     path = checkpoint_path(tmp_path, 3)
     path.write_bytes(b"notes")
@@ -205,7 +205,7 @@ def test_a_file_that_is_no_safetensors_file_is_damaged(tmp_path):
         read_architecture(tmp_path)
 
 
-def test_a_tensor_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+def test_damaged_tensor(tmp_path, monkeypatch):
     """An error of the library while the tensors are read becomes a sentence with its reason."""
     path, open_file = save(tmp_path), checkpoint._open
 
@@ -234,13 +234,13 @@ def test_a_tensor_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_read_architecture_completes_it(tmp_path):
+def test_read_architecture(tmp_path):
     """The settings of the header, and those that came later."""
     architecture = read_architecture(save(tmp_path, architecture={"backbone": "vanilla", "bg_radius": 1.4}))
     assert architecture == {"backbone": "vanilla", "bg_radius": 1.4, "n_frequencies": 12}
 
 
-def test_every_difference_of_the_architecture_is_named(tmp_path):
+def test_architecture_differences(tmp_path):
     """In the order of the names, with both values; settings that one side lacks are None."""
     path = save(tmp_path, architecture={"backbone": "grid", "n_levels": 8, "hidden_width": 32})
     with pytest.raises(UserError) as refused:
@@ -249,7 +249,7 @@ def test_every_difference_of_the_architecture_is_named(tmp_path):
     assert str(refused.value) == f"the checkpoint {path} is of another architecture: {differences}"
 
 
-def test_of_another_backbone_it_alone_is_named(tmp_path):
+def test_architecture_backbone(tmp_path):
     """Another backbone has other settings, none of which is worth a word."""
     path = save(tmp_path, architecture={"backbone": "grid", "n_levels": 8})
     with pytest.raises(UserError) as refused:
@@ -257,7 +257,7 @@ def test_of_another_backbone_it_alone_is_named(tmp_path):
     assert str(refused.value).endswith("of another architecture: backbone grid there, vanilla here")
 
 
-def test_unknown_settings_are_all_named(tmp_path):
+def test_architecture_unknown_settings(tmp_path):
     """With the version that reads them; a header without a version is of the first one."""
     path = save(tmp_path, architecture=ARCHITECTURE | {"zeal": 1, "depth": 3})
     header = header_of(path)
@@ -267,13 +267,13 @@ def test_unknown_settings_are_all_named(tmp_path):
         load_checkpoint(path, ARCHITECTURE)
 
 
-def test_an_architecture_is_compared_as_json_has_it(tmp_path):
+def test_architecture_as_json(tmp_path):
     """A tuple is written as a list, and is no difference."""
     path = save(tmp_path, architecture={"n_levels": (1, 2)})
     assert load_checkpoint(path, {"n_levels": (1, 2)})[0] == 7
 
 
-def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+def test_save_full_disk(tmp_path, monkeypatch):
     """The library's message becomes the error of that number, with the name of the file; nothing is left behind."""
     save(tmp_path, 1)
 
@@ -287,7 +287,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001.safetensors"]
 
 
-def test_another_error_of_the_library_is_not_hidden(tmp_path, monkeypatch):
+def test_save_other_error(tmp_path, monkeypatch):
     """An error without a number of the system is raised as it is."""
 
     def broken(*arguments, **options):

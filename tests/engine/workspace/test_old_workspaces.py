@@ -1,4 +1,4 @@
-"""Workspaces of earlier versions: their pictures, their mesh, further steps, and meshes that start from them.
+"""Workspaces of earlier versions: their images, their mesh, further steps, and meshes that start from them.
 
 tests/fixtures/workspaces/make.sh wrote them with the code of earlier commits.
 """
@@ -26,7 +26,7 @@ from dream_fast.engine.workspace.folder import Workspace
 FOLDER = Path(__file__).parents[2] / "fixtures" / "workspaces"
 STORED = sorted(path.parent for path in FOLDER.glob("*/*/config.json"))
 WITH_MESH = [path for path in STORED if (path / "mesh").is_dir()]
-LEVEL = 1 / 255  # of a picture's colours: two pictures that each round to the nearest one may differ by as much
+LEVEL = 1 / 255  # of an image's colours: two images that each round to the nearest one may differ by as much
 
 
 def named(path: Path) -> str:
@@ -44,7 +44,7 @@ def copy(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path / original.name))
 
 
-def pictures(workspace: Path) -> np.ndarray:
+def images(workspace: Path) -> np.ndarray:
     """Colours and normals of the six views, in one vector, in [0, 1]."""
     paths = sorted(path for path in (workspace / "results").glob("*.png") if path.name != "six_views.png")
     assert len(paths) == 12
@@ -55,12 +55,12 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def same_pictures(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two sets of pictures are as near as rounding to 8 bits lets them be, in the norm of all of them."""
+def same_images(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two sets of images are as near as rounding to 8 bits lets them be, in the norm of all of them."""
     return float(np.linalg.norm(a - b)) <= LEVEL * a.size**0.5
 
 
-def test_stored_workspaces_are_complete():
+def test_old_workspaces_complete():
     """Each backbone and mesh refinement of 0.1.0 and both older checkpoint formats are here, in a few kilobytes."""
     assert {named(path) for path in STORED} >= {"0.1.0/grid", "0.1.0/vanilla", "0.1.0/dmtet"}
     assert len(WITH_MESH) >= 3
@@ -71,13 +71,13 @@ def test_stored_workspaces_are_complete():
         assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 100_000
 
 
-def test_pictures_are_those_of_then(original, copy, capsys):
-    """--test draws the pictures that the version drew which wrote the run, and the report reads it."""
+def test_old_workspace_images(original, copy, capsys):
+    """--test draws the images that the version drew which wrote the run, and the report reads it."""
     shutil.rmtree(copy / "results")
     assert main(["--test", "--workspace", str(copy), "--six_views", "--device", "cpu"]) == 0
-    before, now = pictures(original), pictures(copy)
-    assert before.std() > 0.1, "an empty picture shows nothing"
-    assert same_pictures(before, now)
+    before, now = images(original), images(copy)
+    assert before.std() > 0.1, "an empty image shows nothing"
+    assert same_images(before, now)
     assert (
         f"dream-fast 0.1.0 wrote this run, which keeps its settings; this is {__version__}" in capsys.readouterr().out
     )
@@ -86,9 +86,9 @@ def test_pictures_are_those_of_then(original, copy, capsys):
 
 
 @pytest.mark.parametrize("original", [path for path in STORED if path.name == "grid"], ids=named)
-def test_pictures_of_other_weights_are_others(original, copy):
-    """The comparison of pictures notices the table of a grid whose entries are in another order."""
-    before, workspace = pictures(copy), Workspace(copy)
+def test_old_workspace_other_weights(original, copy):
+    """The comparison of images notices the table of a grid whose entries are in another order."""
+    before, workspace = images(copy), Workspace(copy)
     config = workspace.stored_config()
     trainer = Trainer(config, choose_runtime(config), 1)
     trainer.load(list_checkpoints(workspace.checkpoints)[-1])
@@ -96,10 +96,10 @@ def test_pictures_of_other_weights_are_others(original, copy):
         table = trainer.field.table.view(-1, 2)
         table.copy_(table.roll(1, dims=0).clone())
         write_six_views(workspace.results, trainer.renderer, config.camera)
-    assert not same_pictures(before, pictures(copy))
+    assert not same_images(before, images(copy))
 
 
-def test_mesh_is_that_of_then(original, copy):
+def test_old_workspace_mesh(original, copy):
     """--save_mesh gives the surface that the version gave which wrote the run, to a cell of the grid it is found in."""
     shutil.rmtree(copy / "mesh", ignore_errors=True)
     assert main(["--test", "--workspace", str(copy), "--six_views", "--save_mesh", "--device", "cpu"]) == 0
@@ -113,7 +113,7 @@ def test_mesh_is_that_of_then(original, copy):
     assert np.abs(before.bounds - now.bounds).max() < 2 * config.render.bound / cells
 
 
-def test_run_is_continued(original, copy):
+def test_old_workspace_continued(original, copy):
     """The same command goes on from the weights, counters and random numbers of the stored run."""
     continued = rows(FOLDER / original.parent.name / f"{original.name}.continued.jsonl")
     stored = Workspace(copy).stored_config()
@@ -157,7 +157,7 @@ def settled(monkeypatch, workspace: Path, *words: str):
     return configs[0]
 
 
-def test_settings_that_are_not_typed_are_the_runs_own(monkeypatch, grid):
+def test_old_workspace_untyped_settings(monkeypatch, grid):
     """A default that is another now does not make it another run; what is typed counts, and outputs are asked anew."""
     change_settings(grid, lambda data: data["run"].update(save_mesh=True))
     stored = Workspace(grid).stored_config()
@@ -168,7 +168,7 @@ def test_settings_that_are_not_typed_are_the_runs_own(monkeypatch, grid):
     assert settled(monkeypatch, grid, "--ckpt", "scratch").optim.lr_decay == 0.3
 
 
-def test_typed_settings_of_another_run_are_refused(grid, capsys):
+def test_old_workspace_typed_settings(grid, capsys):
     """What is typed and differs is refused as ever; so is a default of now in a run of this very version."""
     words = ["--text", "a hamburger", "--device", "cpu", "--workspace", str(grid)]
     assert main([*words, "--lr", "0.25"]) == 2
@@ -178,8 +178,8 @@ def test_typed_settings_of_another_run_are_refused(grid, capsys):
     assert "--lr_decay 0.5, not 0.3" in capsys.readouterr().err
 
 
-def test_gone_settings_are_named_and_ignored(grid, capsys):
-    """A setting that no version of now has is one line on the terminal and in the log, and the pictures are there."""
+def test_old_workspace_gone_settings(grid, capsys):
+    """A setting that no version of now has is one line on the terminal and in the log, and the images are there."""
     change_settings(grid, lambda data: data["shading"].update(light_phi=12.0))
     assert main(["--test", "--workspace", str(grid), "--six_views", "--device", "cpu"]) == 0
     line = f"warning: settings of this run that dream-fast {__version__} does not have are ignored: --light_phi 12.0"
@@ -194,7 +194,7 @@ def test_gone_settings_are_named_and_ignored(grid, capsys):
         ("field", "0.1.1", "dream-fast 0.1.1, which wrote it, reads it; this is {}"),
     ],
 )
-def test_refusals_name_the_version_and_touch_nothing(grid, capsys, room, version, sentence):
+def test_old_workspace_refusals(grid, capsys, room, version, sentence):
     """--test and resuming refuse alike where settings have to be known, and leave the files as they are."""
     change_settings(grid, lambda data: (data.update(version=version), data[room].update(depth=3)))
     before = {path: path.read_bytes() for path in grid.rglob("*") if path.is_file()}
@@ -206,7 +206,7 @@ def test_refusals_name_the_version_and_touch_nothing(grid, capsys, room, version
 
 
 @pytest.mark.parametrize("start", [path for path in STORED if path.name == "grid"], ids=named)
-def test_refinement_starts_from_an_old_run(monkeypatch, start, tmp_path):
+def test_old_workspace_init_with(monkeypatch, start, tmp_path):
     """--dmtet --init_with takes over the very weights of a run of any checkpoint format, and finds its surface."""
     words = ["--dmtet", "--init_with", str(start), "--seed", "1", "--tet_grid_size", "16"]
     config = settled(monkeypatch, tmp_path / "mesh", *words)

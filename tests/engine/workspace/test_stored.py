@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dream_fast import __version__
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule, value_at
-from dream_fast.engine.config.schema import Config
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.workspace.stored_run import (
     RENAMED,
@@ -69,7 +69,7 @@ def test_first_version_is_read():
     assert (run.version, run.is_of_this_version) == ("0.1.0", False)
     assert run.ignored == {"shading.light_phi": 12.0, "shading.light_theta": 60.0}
     assert run.config.run.text == "a cat" and run.config.optim.lr == 0.25
-    assert run.config == Config().override({"text": "a cat", "lr": 0.25})
+    assert run.config == reference().override({"text": "a cat", "lr": 0.25, "preset": "auto"})
 
 
 def test_value_of_a_missing_setting_is_not_the_default_of_now(monkeypatch):

@@ -61,9 +61,9 @@ def by_torchs_layers(x, table, weights, biases, dtype):
 
 def test_field_definition():
     """Outputs equal those of torch's own layers on the grid's features."""
-    parts, x = parameters(), points()
-    found = field(x, *parts, FieldSpec(grid=GRID, bound=0.6))
-    for got, expected in zip(found, by_torchs_layers(x, *parts, torch.float64), strict=True):
+    layers, x = parameters(), points()
+    outputs = field(x, *layers, FieldSpec(grid=GRID, bound=0.6))
+    for got, expected in zip(outputs, by_torchs_layers(x, *layers, torch.float64), strict=True):
         check_fp64("output", got, expected)
 
 

@@ -1,7 +1,6 @@
 """Edges that random inputs seldom reach: faces of the cube, ends of the range of numbers, tiles in turns."""
 
 import importlib
-import os
 import sys
 
 import pytest
@@ -12,7 +11,6 @@ from dream_fast.bench.accuracy import check
 from dream_fast.kernels import FieldSpec, HashGridSpec
 from dream_fast.kernels.grid import regularizers
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GRID = HashGridSpec(levels=2, features=2, log2_entries=8, base_resolution=4, max_resolution=9)
 
 
@@ -33,15 +31,15 @@ def in_fp64(value):
 
 def compare(names, call, operator, reference, tensors):
     """call(operator, *tensors) of the kernels, within the reference's own error from the reference in fp64."""
-    found = [call(operator, *tensors), call(reference, *tensors), call(reference, *in_fp64(tensors))]
-    for name, got, single, exact in zip(names, *found, strict=True):
+    results = [call(operator, *tensors), call(reference, *tensors), call(reference, *in_fp64(tensors))]
+    for name, got, single, exact in zip(names, *results, strict=True):
         check(name, got, single, exact)
-    return found[0]
+    return results[0]
 
 
-def together(parts):
+def together(tensors):
     """One vector of several tensors: few numbers alone are right by luck, or wrong."""
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([part.flatten() for part in tensors])
 
 
 def test_composite_opaque_sample(device):
@@ -78,7 +76,7 @@ def test_march_faces(device):
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-def look(operator, rays, spec, fields, **options):
+def view_rays(operator, rays, spec, fields, **options):
     """Depth, opacity and normals of rays through a cube whose cells are all set."""
     bits = torch.full((kernels.cascades(spec.bound), 16**3 // 8), 255, dtype=torch.uint8, device=rays[0].device)
     options = {"resolution": 16, "background": torch.zeros_like(rays[0][0]), "max_steps": 64} | options
@@ -95,7 +93,7 @@ def test_render_step_limit(device):
     rays = (origins, torch.tensor([[0.0, 0.0, -1.0]], device=device).expand(64, 3))
 
     def call(operator, rays, *fields):
-        return look(operator, rays, spec, fields, dt_gamma=0.5, stop=0.0)[:2]
+        return view_rays(operator, rays, spec, fields, dt_gamma=0.5, stop=0.0)[:2]
 
     names, fields = ("depth", "opacity"), (table * 0.1, weights, [biases[0], biases[1] - 1])
     compare(names, call, kernels.render, kernels.render_reference, (rays, *fields))
@@ -115,7 +113,7 @@ def test_render_normals_at_faces(dtype, device):
     dense = [biases[0], biases[1] + torch.tensor([7.0, 0, 0, 0], device=device)]
 
     def call(operator, rays, *fields):
-        return look(
+        return view_rays(
             operator,
             rays,
             spec,
@@ -175,8 +173,8 @@ def test_field_one_program(mode, device, monkeypatch, deterministic):
         return *(part.detach() for part in out[:2]), grads[0], together(grads[1:])
 
     names = ("sigma", "albedo", "gradient of the table", "gradient of the network")
-    found = compare(names, call, *operators, (x, *network(GRID, device)))
-    assert not found[0][100:].any() and not found[1][100:].any()
+    results = compare(names, call, *operators, (x, *network(GRID, device)))
+    assert not results[0][100:].any() and not results[1][100:].any()
 
 
 def test_field_normals_analytic_floor(device):
@@ -258,11 +256,11 @@ def test_occupancy_many_blocks(device, monkeypatch):
 
 
 def test_rasterize_negative_zero(device):
-    """Of two triangles in one plane the first is visible, whatever the sign of a depth of zero."""
+    """The first of two triangles in one plane is visible, whatever the sign of a depth of zero."""
     corners = torch.tensor([[-1.0, -1, 0, 1], [3, -1, 0, 1], [-1, 3, 0, 1]], device=device)
     clip = torch.cat([corners, corners * torch.tensor([1.0, 1, -1, 1], device=device)])[None]
-    seen = kernels.rasterize(clip, torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), 4, 4)
-    assert torch.signbit(clip[0, 3:, 2]).all() and (seen.triangle == 0).all() and not seen.depth.any()
+    fragments = kernels.rasterize(clip, torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), 4, 4)
+    assert torch.signbit(clip[0, 3:, 2]).all() and (fragments.triangle == 0).all() and not fragments.depth.any()
 
 
 def test_adan_bias_correction(device):
@@ -302,7 +300,7 @@ def test_render_no_normals(logit, normals, device, deterministic):
     fields = (table * 0.1, weights, [biases[0], biases[1] + torch.tensor([logit, 0, 0, 0], device=device)])
     origins = torch.tensor([[0.1, 0.2, 2.0]] * 5 + [[5.0, 5.0, 2.0]], device=device)
     rays = (origins, torch.tensor([[0.0, 0.0, -1.0]], device=device).expand(6, 3))
-    _, opacity, normal = look(kernels.render, rays, spec, fields, normals=normals)
+    _, opacity, normal = view_rays(kernels.render, rays, spec, fields, normals=normals)
     assert opacity[:5].all() and not normal.any()
 
 

@@ -1,6 +1,5 @@
 """The kernels of the field with normals against the reference: both modes, every output and every gradient."""
 
-import os
 import random
 import sys
 from itertools import pairwise
@@ -18,9 +17,8 @@ from dream_fast.kernels import (
     field_reference,
     hash_grid_reference,
 )
+from dream_fast.kernels._core.launch import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SEEDS = 6 if INTERPRETED else 150
 MODES = ["finite_difference", "analytic"]
 HALF = torch.float16
 # Of few points one beside the kink of a ReLU decides the largest error.
@@ -63,26 +61,26 @@ def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0, ac
 
 
 def run(function, inputs, upstream, spec, *, points=False, precise=False, **options):
-    """Outputs and gradients by name. `precise` runs in fp64; `points` asks for the gradient of x as well."""
+    """Outputs and gradients by name. `precise` runs in fp64; `points` adds the gradient of x."""
 
-    def leaf(value, wanted=True):
+    def leaf(value, needs_grad=True):
         value = value.detach().double() if precise else value.detach()
-        return value.clone().requires_grad_(wanted)
+        return value.clone().requires_grad_(needs_grad)
 
     x, table, weights, biases = inputs
     x, table = leaf(x, points), leaf(table)
     weights, biases = [leaf(w) for w in weights], [leaf(b) for b in biases]
     outputs = function(x, table, weights, biases, spec, **options)
     torch.autograd.backward(outputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
-    found = dict(zip(NAMES, (o.detach() for o in outputs), strict=True))
+    results = dict(zip(NAMES, (o.detach() for o in outputs), strict=True))
     # No active level is no path from the table.
-    found["gradient of table"] = torch.zeros_like(table) if table.grad is None else table.grad
+    results["gradient of table"] = torch.zeros_like(table) if table.grad is None else table.grad
     if points:
-        found["gradient of x"] = x.grad
+        results["gradient of x"] = x.grad
     # Most of a layer's bias gradient may be one number, whose error can be small by chance: with the weights it is not.
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        found[f"gradient of layer {layer}"] = torch.cat([weight.grad.flatten(), bias.grad])
-    return found
+        results[f"gradient of layer {layer}"] = torch.cat([weight.grad.flatten(), bias.grad])
+    return results
 
 
 def compare(inputs, upstream, spec, *, dtype=None, **options):
@@ -92,7 +90,7 @@ def compare(inputs, upstream, spec, *, dtype=None, **options):
 
 
 def all_three(inputs, upstream, spec, *, dtype=None, **options):
-    """What the kernels find, what their reference finds in their dtype, and in fp64.
+    """Results of the kernels, of the reference in their dtype, and of the reference in fp64.
 
     In fp32 without what a ReLU decides that is so near its kink that rounding may put it on the other side: there
     gradients jump, and so do analytic normals.
@@ -103,17 +101,17 @@ def all_three(inputs, upstream, spec, *, dtype=None, **options):
         keep = away_from_kinks(inputs, spec, epsilon, options.get("active_levels"))
         upstream = [u * (keep if u.dim() == 1 else keep[:, None]) for u in upstream]
     got = run(field_normals, inputs, upstream, spec, dtype=dtype, **options)
-    own = run(field_normals_reference, inputs, upstream, spec, dtype=dtype, **options)
+    single = run(field_normals_reference, inputs, upstream, spec, dtype=dtype, **options)
     exact = run(field_normals_reference, inputs, upstream, spec, precise=True, **options)
     assert all(value.dtype == torch.float32 for value in got.values())
     if keep is not None and options.get("mode") == "analytic":
-        for found in (got, own, exact):
-            found["normal"] = found["normal"] * keep[:, None]
-    return got, own, exact
+        for results in (got, single, exact):
+            results["normal"] = results["normal"] * keep[:, None]
+    return got, single, exact
 
 
 def away_from_kinks(inputs, spec, epsilon, active_levels):
-    """Which points have no ReLU near its kink, at the point or, with an epsilon, at its taps; nearly all of them."""
+    """Mask of the points, nearly all, with no ReLU near its kink there or, with an epsilon, at their taps."""
     x, table, weights, biases = ([part.double() for part in v] if isinstance(v, list) else v.double() for v in inputs)
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
     steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device) if epsilon else x.new_zeros(0, 3)
@@ -128,12 +126,12 @@ def away_from_kinks(inputs, spec, epsilon, active_levels):
     return keep
 
 
-def judge(got, own, exact):
+def judge(got, single, exact):
     """Every output and gradient by itself; the layers of the network are one result, as in the tests of the field."""
     network = [name for name in got if "layer" in name]
     for name in got.keys() - network:
-        check(name, got[name], own[name], exact[name])
-    check_together("network", *([found[name] for name in network] for found in (got, own, exact)))
+        check(name, got[name], single[name], exact[name])
+    check_together("network", *([results[name] for name in network] for results in (got, single, exact)))
 
 
 def skip_bf16(dtype):
@@ -173,7 +171,7 @@ def test_field_normals_density_range(mode, logit, device):
         inputs, upstream = make(POINTS, device=device, logit=logit, seed=seed)
         scenes.append(all_three(inputs, upstream, SPEC, mode=mode, epsilon=0.05))
     for name in scenes[0][0]:
-        check_together(name, *([found[name] for found in results] for results in zip(*scenes, strict=True)))
+        check_together(name, *([scene[name] for scene in results] for results in zip(*scenes, strict=True)))
     length, exact = (scenes[0][of]["normal"].norm(dim=1) for of in (0, 2))
     if logit < 0:
         assert (length == 0).any() and (length > 0.9).any() and torch.equal(length > 0, exact > 0)
@@ -242,9 +240,9 @@ def test_field_normals_count(mode, n, count, device):
     clean = [torch.nan_to_num(value) for value in upstream]
     points = count == 65
     got = run(field_normals, inputs, upstream, SPEC, points=points, **options)
-    own = run(field_normals_reference, inputs, clean, SPEC, points=points, **options)
+    single = run(field_normals_reference, inputs, clean, SPEC, points=points, **options)
     exact = run(field_normals_reference, inputs, clean, SPEC, points=points, precise=True, **options)
-    judge(got, own, exact)
+    judge(got, single, exact)
     for name in (*NAMES, *(["gradient of x"] if points else [])):
         assert not got[name][count:].any()
 
@@ -285,7 +283,7 @@ def test_field_normals_flat_density(mode, device):
     assert all(torch.isfinite(value).all() for value in got.values())
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.fuzz(interpreted=6)
 def test_field_normals_random_settings(seed, device):
     """Outputs and gradients for random settings."""
     choose = random.Random(seed)
@@ -400,9 +398,9 @@ def test_field_normals_cuda_graph(mode, device):
         assert torch.equal(got, expected)
     exact = run(field_normals_reference, inputs, upstream, FieldSpec(grid=FULL), precise=True, mode=mode, count=count)
     table, layers = exact["gradient of table"], [value for name, value in exact.items() if "layer" in name]
-    both = [(found[0], layer_gradients(found[1:])) for found in (gradients, expected_gradients)]
-    check("gradient of table", *(found for found, _ in both), table)
-    check_together("network", *(found for _, found in both), layers)
+    both = [(grads[0], layer_gradients(grads[1:])) for grads in (gradients, expected_gradients)]
+    check("gradient of table", *(grads for grads, _ in both), table)
+    check_together("network", *(grads for _, grads in both), layers)
 
 
 @pytest.mark.full_size("the device's synchronisation")

@@ -1,30 +1,17 @@
 """The kernels of the hash grid: features and gradients to second order against fp64, masks, padding, repeats."""
 
-import importlib
 import math
-import os
 import random
 
 import pytest
 import torch
 
 from dream_fast.bench.accuracy import check
-from dream_fast.kernels import (
-    HashGridSpec,
-    hash_grid,
-    hash_grid_reference,
-    hash_grid_total_variation_grad,
-    hash_grid_weight_decay_grad,
-)
-from dream_fast.kernels.grid.regularizers import (
-    hash_grid_total_variation_grad_reference,
-    hash_grid_weight_decay_grad_reference,
-)
+from dream_fast.kernels import HashGridSpec, hash_grid, hash_grid_reference
+from dream_fast.kernels._core.launch import INTERPRETED
+from dream_fast.kernels.grid import gradients as grid_gradients
+from dream_fast.kernels.grid import hash_grid as hash_grid_module
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SEEDS = 12 if INTERPRETED else 150
-GRID = importlib.import_module("dream_fast.kernels.grid.gradients")
-MODULE = importlib.import_module("dream_fast.kernels.grid.hash_grid")
 HALVES = [torch.float16]
 if not INTERPRETED:  # the interpreter cuts fp32 to bfloat16 off instead of rounding it
     HALVES.append(torch.bfloat16)
@@ -58,12 +45,12 @@ def gradients(op, tensors, spec, precision=None, *, second=True, **options):
     x, table, upstream, tangent = (t.detach().to(precision or t.dtype) for t in tensors)
     x, table, upstream = (t.requires_grad_() for t in (x, table, upstream))
     out = op(x, table, spec, **options)
-    to_x, to_table = torch.autograd.grad(out, (x, table), upstream, create_graph=second)
-    results = [out, to_x, to_table]
+    grad_x, grad_table = torch.autograd.grad(out, (x, table), upstream, create_graph=second)
+    results = [out, grad_x, grad_table]
     if second:
         leaves = (x, table, upstream)
-        found = torch.autograd.grad(to_x, leaves, tangent, allow_unused=True)
-        results += [torch.zeros_like(a) if b is None else b for a, b in zip(leaves, found, strict=True)]
+        second_grads = torch.autograd.grad(grad_x, leaves, tangent, allow_unused=True)
+        results += [torch.zeros_like(a) if b is None else b for a, b in zip(leaves, second_grads, strict=True)]
     return [result.detach() for result in results]
 
 
@@ -72,12 +59,12 @@ NAMES = ("features", "x", "table", "x of x", "table of x", "upstream of x")
 
 def compare(tensors, spec, *, dtype=None, **options):
     got = gradients(hash_grid, tensors, spec, dtype=dtype, **options)
-    own = gradients(hash_grid_reference, tensors, spec, dtype=dtype, **options)
+    single = gradients(hash_grid_reference, tensors, spec, dtype=dtype, **options)
     rounded = list(tensors)
     if dtype is not None:  # the table's rounding is part of the definition
         rounded[1] = tensors[1].to(dtype).float()
     exact = gradients(hash_grid_reference, rounded, spec, torch.float64, **options)
-    for name, value, reference, truth in zip(NAMES, got, own, exact, strict=True):
+    for name, value, reference, truth in zip(NAMES, got, single, exact, strict=True):
         check(name, value, reference, truth)
     return got
 
@@ -96,7 +83,7 @@ def test_hash_grid_gradients(device, features, interpolation):
 @pytest.mark.parametrize(("features", "rounds"), [(1, True), (2, False), (2, True)])
 def test_hash_grid_half_precision(device, features, rounds, dtype, monkeypatch):
     """The same in 16 bits, where the whole table is rounded and where each entry is."""
-    monkeypatch.setattr(MODULE, "_rounds_table", lambda n, rows: rounds)
+    monkeypatch.setattr(hash_grid_module, "_rounds_table", lambda n, rows: rounds)
     spec = HashGridSpec(levels=2, features=features, log2_entries=6, base_resolution=4, max_resolution=7)
     out = compare(inputs(spec, 60, device, dtype=dtype), spec, dtype=dtype)[0]
     assert out.dtype == dtype
@@ -106,26 +93,28 @@ def test_hash_grid_half_precision(device, features, rounds, dtype, monkeypatch):
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_hash_grid_atomics(device, width, run, monkeypatch):
     """The table's gradient with atomics of 1, 2 and 4 numbers, for short and long runs."""
-    config = GRID.TableBwdConfig(block=32, run=run, width=width, warps=1)
-    monkeypatch.setattr(GRID, "_hash_grid_table_bwd_config", lambda *_: config)
+    config = grid_gradients.TableBwdConfig(block=32, run=run, width=width, warps=1)
+    monkeypatch.setattr(grid_gradients, "_hash_grid_table_bwd_config", lambda *_: config)
     x, table, upstream, _ = inputs(TINY, 129, device)
-    upstream = upstream.half()  # in fp32 so many points into so few rows would be whole numbers
+    upstream = upstream.half()  # in fp32 so many points into so few rows would be fixed-point numbers
     grads = []
     for dtype in (torch.float32, torch.float64):
         leaf = table.detach().clone().to(dtype).requires_grad_()
         hash_grid_reference(x.to(dtype), leaf, TINY).backward(upstream.to(dtype))
         grads.append(leaf.grad)
     features = upstream.t().contiguous()
-    check("table", GRID.scatter_features(x, TINY, scale=1.0, shift=0.0, features=features), *grads)
+    check("table", grid_gradients.scatter_features(grid_gradients.GridPoints(x), TINY, features=features), *grads)
 
 
 def test_hash_grid_fixed_point_sums(device):
     """Sums of lanes' runs are added as fixed-point numbers in fp32: any order of lanes gives the same bits."""
     spec = HashGridSpec(levels=2, features=2, log2_entries=3, base_resolution=2, max_resolution=5)
     x, _, upstream, _ = inputs(spec, 1200, device)
-    runs = torch.arange(1200, device=device).view(-1, GRID._hash_grid_table_bwd_config(1200, 2, True).run)
+    runs = torch.arange(1200, device=device).view(-1, grid_gradients._hash_grid_table_bwd_config(1200, 2, True).run)
     grads = [
-        GRID.scatter_features(x[rows], spec, scale=1.0, shift=0.0, features=upstream[rows].t().contiguous())
+        grid_gradients.scatter_features(
+            grid_gradients.GridPoints(x[rows]), spec, features=upstream[rows].t().contiguous()
+        )
         for rows in (runs.flatten(), runs.flip(0).flatten())
     ]
     assert grads[0].any() and torch.equal(*grads)
@@ -142,19 +131,17 @@ def test_hash_grid_features_and_tangent(device, deterministic):
         leaf, point = (t.clone().to(dtype).requires_grad_() for t in (table, u[:live]))
         weights = upstream[:live].to(dtype)
         out = hash_grid_reference(point, leaf, TINY)
-        (to_x,) = torch.autograd.grad(out, point, weights, create_graph=True)
-        grads += torch.autograd.grad((out * weights).sum() + (to_x * tangent[:live].to(dtype)).sum(), leaf)
+        (grad_x,) = torch.autograd.grad(out, point, weights, create_graph=True)
+        grads += torch.autograd.grad((out * weights).sum() + (grad_x * tangent[:live].to(dtype)).sum(), leaf)
     upstream[live:], tangent[live:] = math.nan, math.nan
     features = upstream.t().contiguous()
-    got = GRID.scatter_features(
-        x,
+    points = grid_gradients.GridPoints(x, scale, shift, torch.tensor(live, device=device))
+    got = grid_gradients.scatter_features(
+        points,
         TINY,
-        scale=scale,
-        shift=shift,
         features=features,
         tangent=tangent,
         tangent_features=features,
-        count=torch.tensor(live, device=device),
         deterministic=deterministic,
     )
     check("table", got, *grads)
@@ -182,9 +169,9 @@ def test_hash_grid_upstream_strides(device, deterministic):
     """Transposed and expanded upstream gradients give the bits of contiguous ones."""
     x, table, upstream, tangent = inputs(TINY, 40, device)
     expected = gradients(hash_grid, [x, table, upstream, tangent], TINY)
-    turned = gradients(hash_grid, [x, table, upstream.t().contiguous().t(), tangent], TINY)
+    transposed = gradients(hash_grid, [x, table, upstream.t().contiguous().t(), tangent], TINY)
     ones = torch.ones((), device=device).expand(40, TINY.channels)
-    for a, b in zip(expected, turned, strict=True):
+    for a, b in zip(expected, transposed, strict=True):
         assert torch.equal(a, b)
     flat = gradients(hash_grid, [x, table, ones, tangent], TINY, second=False)
     dense = gradients(hash_grid, [x, table, ones.contiguous(), tangent], TINY, second=False)
@@ -198,9 +185,9 @@ def test_hash_grid_active_levels(device, active, on_device):
     """Levels from `active_levels` on give zeros and take no gradient, as a number and as a tensor."""
     tensors = inputs(TINY, 40, device)
     levels = torch.tensor(active, device=device) if on_device else active
-    out, _, to_table, *_ = compare(tensors, TINY, active_levels=levels)
+    out, _, grad_table, *_ = compare(tensors, TINY, active_levels=levels)
     assert not out[:, active * 2 :].any()
-    assert not to_table[TINY.offsets[min(active, 2)] :].any()
+    assert not grad_table[TINY.offsets[min(active, 2)] :].any()
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -218,8 +205,8 @@ def test_hash_grid_clamped_positions(device):
     )
     steps = torch.tensor([0, 1 / 16, 3 / 32, 1 / 8, 7 / 8, 29 / 32, 15 / 16, 1])
     x = torch.cartesian_prod(steps, steps[2:6], steps[[3]]).to(device)
-    _, to_x, *_ = compare([x, *inputs(spec, x.shape[0], device)[1:]], spec)
-    assert not to_x[x[:, 0] == 0, 0].any() and to_x[x[:, 0] == 1 / 8, 0].all()
+    _, grad_x, *_ = compare([x, *inputs(spec, x.shape[0], device)[1:]], spec)
+    assert not grad_x[x[:, 0] == 0, 0].any() and grad_x[x[:, 0] == 1 / 8, 0].all()
 
 
 @pytest.mark.parametrize("live", [0, 33, 40])
@@ -243,11 +230,11 @@ def test_hash_grid_outside_points(device):
     """Points outside the cube, NaN and infinity give zeros and take no gradient."""
     x = torch.tensor([[0.5, 0.5, 0.5], [1.0001, 0.5, 0.5], [0.5, -1e-6, 0.5], [0.5, math.nan, 0.5], [math.inf, 0, 0]])
     tensors = [x.to(device), *inputs(TINY, 5, device)[1:]]
-    out, to_x, *_ = gradients(hash_grid, tensors, TINY)
-    assert out[0].any() and not out[1:].any() and to_x[0].any() and not to_x[1:].any()
+    out, grad_x, *_ = gradients(hash_grid, tensors, TINY)
+    assert out[0].any() and not out[1:].any() and grad_x[0].any() and not grad_x[1:].any()
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.fuzz
 def test_hash_grid_random_settings(device, seed):
     """Features and gradients to second order for random shapes and settings."""
     pick = random.Random(seed)
@@ -275,37 +262,6 @@ def test_hash_grid_small_shapes(device):
     for n in (1, 65):
         tensors = inputs(TINY, n, device)
         compare(tensors, TINY, count=torch.tensor(n - n // 3, device=device))
-        regularizers(TINY, tensors[1], tensors[0].clamp(0, 1), 0.3)
-
-
-def regularizers(spec, table, points, weight):
-    variation = hash_grid_total_variation_grad, hash_grid_total_variation_grad_reference
-    decay = hash_grid_weight_decay_grad, hash_grid_weight_decay_grad_reference
-    for name, (op, reference), options in (("variation", variation, (points,)), ("decay", decay, ())):
-        wide = [option.double() for option in options]
-        exact = reference(table.double(), spec, *wide, weight)
-        check(name, op(table, spec, *options, weight), reference(table, spec, *options, weight), exact)
-
-
-@pytest.mark.parametrize("features", [1, 2, 4])
-@pytest.mark.parametrize("on_device", [False, True])
-def test_regularizers_gradients(device, features, on_device):
-    """Total variation and weight decay, with the weight as a number and on the device."""
-    spec = HashGridSpec(levels=4, features=features, log2_entries=7, base_resolution=3, max_resolution=16)
-    weight = torch.tensor(0.7, device=device) if on_device else 0.7
-    regularizers(spec, inputs(spec, 1, device)[1], positions(100, outside=False).clamp(0, 1).to(device), weight)
-
-
-def test_regularizers_deterministic(device, deterministic):
-    """Total variation repeats bit for bit in deterministic mode, where a NaN in the table shows."""
-    spec, points = SMALL, positions(300, outside=False).clamp(0, 1).to(device)
-    table = inputs(spec, 1, device)[1]
-    regularizers(spec, table, points, 0.7)
-    first = hash_grid_total_variation_grad(table, spec, points, 0.7)
-    for _ in range(2 if INTERPRETED else 10):
-        assert torch.equal(first, hash_grid_total_variation_grad(table, spec, points, 0.7))
-    table[3] = math.nan
-    assert hash_grid_total_variation_grad(table, spec, points, 0.7).isnan().any()
 
 
 def test_hash_grid_deterministic(device, deterministic):
@@ -341,7 +297,7 @@ def test_hash_grid_deterministic_not_finite(device, value, deterministic):
     x, table, upstream, _ = inputs(TINY, 60, device)
     upstream[0, 0] = value
     features = upstream.t().contiguous()
-    got = GRID.scatter_features(x, TINY, scale=1.0, shift=0.0, features=features, deterministic=True)
+    got = grid_gradients.scatter_features(grid_gradients.GridPoints(x), TINY, features=features, deterministic=True)
     assert got.isnan().any()
 
 
@@ -350,8 +306,8 @@ def test_hash_grid_third_order(device):
     x, table, upstream, tangent = inputs(TINY, 9, device)
     x.requires_grad_()
     out = hash_grid(x, table, TINY)
-    (to_x,) = torch.autograd.grad(out, x, upstream, create_graph=True)
-    (second,) = torch.autograd.grad(to_x, x, tangent, create_graph=True)
+    (grad_x,) = torch.autograd.grad(out, x, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(grad_x, x, tangent, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="no third derivative"):
         torch.autograd.grad(second.sum(), x)
 
@@ -362,12 +318,12 @@ def test_hash_grid_table_gradient_gradients(device):
 
     def run(op, precision):
         point, leaf, up = (t.clone().to(precision).requires_grad_() for t in (x, table, upstream))
-        (to_table,) = torch.autograd.grad(op(point, leaf, TINY), leaf, up, create_graph=True)
-        return torch.autograd.grad((to_table * table.to(precision).cos()).sum(), (point, up))
+        (grad_table,) = torch.autograd.grad(op(point, leaf, TINY), leaf, up, create_graph=True)
+        return torch.autograd.grad((grad_table * table.to(precision).cos()).sum(), (point, up))
 
-    got, own = run(hash_grid, torch.float32), run(hash_grid_reference, torch.float32)
+    got, single = run(hash_grid, torch.float32), run(hash_grid_reference, torch.float32)
     exact = run(hash_grid_reference, torch.float64)
-    for name, *values in zip(("x", "upstream"), got, own, exact, strict=True):
+    for name, *values in zip(("x", "upstream"), got, single, exact, strict=True):
         check(name, *values)
 
 
@@ -383,9 +339,6 @@ def test_hash_grid_errors(device):
     odd = HashGridSpec(levels=1, features=3, log2_entries=6, base_resolution=4, max_resolution=4)
     with pytest.raises(ValueError, match="the kernels take 1, 2 or 4 features a level, got 3"):
         hash_grid(x, torch.zeros(odd.rows, 3, device=device), odd)
-
-
-# On a GPU only.
 
 
 def full_case(device, n=200_000, dtype=torch.float16):
@@ -441,14 +394,12 @@ def test_hash_grid_no_synchronisation(device, mode):
         "count": torch.tensor(150_000, device=device),
         "active_levels": torch.tensor(12, device=device),
     }
-    weight, before = torch.tensor(0.5, device=device), torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(mode, warn_only=True)
     try:
         for error_mode in ("default", "error"):
             torch.cuda.set_sync_debug_mode(error_mode)
             gradients(hash_grid, tensors, spec, **options)
-            hash_grid_total_variation_grad(tensors[1], spec, tensors[0], weight)
-            hash_grid_weight_decay_grad(tensors[1], spec, weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.use_deterministic_algorithms(before)
@@ -500,12 +451,12 @@ def test_hash_grid_large_table(device, interpolation):
     table = torch.randn(spec.rows, spec.features, device=device, generator=generator).requires_grad_()
     x = positions(5000).to(device).requires_grad_()
     upstream = torch.randn(5000, spec.channels, device=device, generator=generator)
-    found = []
+    runs = []
     for op, dtype in ((hash_grid, None), (hash_grid_reference, None), (hash_grid_reference, torch.float64)):
         leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in (x, table)]
         out = op(*leaves, spec)
-        found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))])
-    for name, *results in zip(("features", "gradient of x", "gradient of table"), *found, strict=True):
+        runs.append([out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))])
+    for name, *results in zip(("features", "gradient of x", "gradient of table"), *runs, strict=True):
         check(name, *results)
 
 

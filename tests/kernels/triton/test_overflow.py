@@ -4,7 +4,6 @@ A program so far from the others that its rows wrap around in 32 bits touches th
 """
 
 import importlib
-import os
 from functools import partial
 
 import pytest
@@ -15,9 +14,9 @@ from dream_fast.bench.doctor import selftest
 from dream_fast.bench.ops.inputs import TINY_CELLS, TINY_FIELD, mlp
 from dream_fast.bench.ops.spec import run
 from dream_fast.kernels import FieldSpec, HashGridSpec, recorded_launches
+from dream_fast.kernels._core.launch import INTERPRETED
 from dream_fast.kernels.grid.gradients import channel_major
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # In 32 bits, times a block of 4 to 2^14 rows, the first is 0 and the second no row of a small tensor.
 FAR = (1 << 30, (1 << 30) + 3 * (1 << 17))
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="tensors past 2^31 elements show the same on a GPU")
@@ -30,7 +29,7 @@ GRID = HashGridSpec(levels=5, features=2, log2_entries=8, base_resolution=4, max
 
 
 def touched(memory, monkeypatch, launch, program, programs=None, **changed):
-    """How many lanes of one program of a launch read and write which argument's memory."""
+    """Number of lanes of a program that read and write the memory of each argument of a launch."""
     with memory.far(monkeypatch, program, programs or launch.grid):
         launch.kernel[(1,)](**{**launch.arguments, **changed})
     return {name: lanes for name, lanes in memory.touched.items() if lanes}

@@ -1,0 +1,59 @@
+"""Errors of the disk: which of them are about the run, and what the sentence says of its checkpoints."""
+
+import errno
+import os
+
+import pytest
+
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.training import failures
+from dream_fast.engine.workspace.folder import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """A workspace with the checkpoints of steps 3 and 12, by name."""
+    found = Workspace(tmp_path / "run")
+    found.checkpoints.mkdir(parents=True)
+    for step in (12, 3):
+        (found.checkpoints / f"step_{step:06d}.safetensors").touch()
+    return found
+
+
+def test_resume_hint_newest_checkpoint(workspace):
+    """The step is that of the newest one."""
+    assert failures.resume_hint(workspace) == "the checkpoint of step 12 is whole, and the same command goes on from it"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_resume_hint_without_checkpoint(tmp_path, monkeypatch, fails):
+    """There is none yet, or the disk no longer tells."""
+    if fails:
+        monkeypatch.setattr(failures, "list_checkpoints", lambda folder: os.stat(tmp_path / "gone"))
+    sentence = failures.resume_hint(Workspace(tmp_path / "run"))
+    assert sentence == "no checkpoint was saved yet, so the same command starts over"
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "sentence"),
+    [
+        (errno.ENOSPC, None, "there is no room left for --workspace"),
+        (errno.EIO, None, "the system refuses to write --workspace"),
+        (errno.EACCES, "run/log.txt", "the system refuses to write --workspace"),
+    ],
+)
+def test_translate_disk_errors(workspace, tmp_path, code, name, sentence):
+    """A full or broken disk is the run's trouble whatever the file, and any error of a file in its folder is."""
+    with pytest.raises(UserError) as caught, failures.translate_disk_errors(workspace, workspace):
+        raise OSError(code, os.strerror(code), None if name is None else str(tmp_path / name))
+    assert str(caught.value).startswith(sentence) and str(caught.value).endswith(failures.resume_hint(workspace))
+    assert os.strerror(code) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [None, 7, "elsewhere/file", "run.txt"])
+def test_translate_disk_errors_of_other_files(workspace, tmp_path, name):
+    """An error without a file, or of one outside, is not explained by the run's folder."""
+    error = OSError(errno.EACCES, "denied", str(tmp_path / name) if isinstance(name, str) else name)
+    with pytest.raises(OSError) as caught, failures.translate_disk_errors(workspace, workspace):
+        raise error
+    assert caught.value is error

@@ -1,0 +1,66 @@
+"""What a run compiles before its first step is what the step and the pictures start."""
+
+import pytest
+import torch
+
+from dream_fast.engine.config.configure import configure
+from dream_fast.engine.guidance.base import GuidanceResult
+from dream_fast.engine.runtime.device import choose_runtime
+from dream_fast.engine.runtime.reporter import Reporter
+from dream_fast.engine.scene.camera import turntable
+from dream_fast.engine.training.kernel_warmup import collect_launches, precompile_kernels
+from dream_fast.engine.training.trainer import Trainer
+
+SMALL = dict(text="a hamburger", w=8, h=8, W=16, H=16, max_steps=16, occupancy_resolution=16)
+
+
+def small_config(device: str):
+    # The GPU's defaults, wherever this runs.
+    return configure(SMALL | {"fp16": True}, "cuda").override({"device": device})
+
+
+def sum_of(pictures, *_, **__):
+    return GuidanceResult(pictures.sum(), torch.zeros(1), pictures.sum().detach(), pictures.detach())
+
+
+@pytest.fixture
+def filled():
+    """What torch.empty gives holds the largest numbers, and not whatever lay there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_collect_launches_of_a_run(filled):
+    """Every part of a run is there and nothing runs."""
+    config = small_config("cpu")
+    names = {launch.kernel.__name__ for launch in collect_launches(config, choose_runtime(config))}
+    for part in ("field_fwd", "field_bwd", "scatter", "march", "composite_bwd", "threshold", "adan", "shade"):
+        assert any(part in name for name in names), part
+    # Afterwards operators compute again.
+    assert torch.isfinite(_one_step(config)).all()
+
+
+def _one_step(config):
+    trainer = Trainer(config.override({"cuda_graph": False}), choose_runtime(config), 0, sum_of)
+    trainer.train_step()
+    return trainer.optimizer.params
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are compiled for the GPU that is there")
+def test_first_step_compiles_nothing(monkeypatch):
+    """The first step and the pictures compile nothing."""
+    import triton
+
+    config = small_config("cuda").override({"w": 24, "h": 24, "hidden_width": 16})
+    runtime = choose_runtime(config)
+    precompile_kernels(config, runtime, Reporter())
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
+    trainer = Trainer(config.override({"cuda_graph": False}), runtime, 0, sum_of)
+    trainer.train_step()
+    trainer.renderer.view(turntable(config.camera, 2, runtime.device), config.camera.H, config.camera.W)
+    trainer.field.density(torch.zeros(1000, 3, device="cuda"))
+    trainer.field.albedo(torch.zeros(77, 3, device="cuda"))
+    assert compiled == []

@@ -1,0 +1,122 @@
+"""Files are on the disk before they take their names, and nothing half-written is left."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dream_fast.cli import main
+from dream_fast.engine.workspace.atomic import atomic_write, atomic_writes, stale_temp_files
+from dream_fast.engine.workspace.checkpoint import save_checkpoint
+
+SMALL = """
+    --device cpu --iters 1 --seed 7 --w 8 --h 8 --W 16 --H 16 --dataset_size_test 2 --dataset_size_valid 1 --n_levels 2
+    --log2_hashmap_size 8 --max_resolution 16 --hidden_width 16 --hidden_layers 1 --bound 0.6 --max_steps 32
+    --occupancy_resolution 16 --mcubes_resolution 16 --texture_resolution 64 --save_mesh
+""".split()
+
+
+@pytest.fixture
+def disk(monkeypatch) -> list[tuple[str, Path]]:
+    """What is asked of the disk, in order: ("sync", path) and ("rename", new path).
+
+    Fails where a file takes its name before all that was written of it is on the disk.
+    """
+    asked: list[tuple[str, Path]] = []
+    synced: dict[int, tuple[int, int]] = {}  # size and time of change of each inode when it was synced
+    opened: dict[int, Path] = {}
+    open_, fsync, replace = os.open, os.fsync, os.replace
+
+    def watched_open(path, *flags, **options) -> int:
+        handle = open_(path, *flags, **options)
+        opened[handle] = Path(path)
+        return handle
+
+    def watched_fsync(handle) -> None:
+        status = os.fstat(handle)
+        synced[status.st_ino] = (status.st_size, status.st_mtime_ns)
+        asked.append(("sync", opened[handle]))
+        fsync(handle)
+
+    def watched_replace(source, target, **options) -> None:
+        status = os.stat(source)
+        assert synced.get(status.st_ino) == (status.st_size, status.st_mtime_ns), f"{target} is not on the disk yet"
+        asked.append(("rename", Path(target)))
+        replace(source, target, **options)
+
+    for name in ("rename", "link"):
+        monkeypatch.setattr(os, name, lambda *_, **__: pytest.fail("a way around os.replace"))
+    monkeypatch.setattr(os, "open", watched_open)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    return asked
+
+
+def assert_names_are_synced(asked: list[tuple[str, Path]]) -> None:
+    """After each renaming its folder is synced."""
+    for number, (what, path) in enumerate(asked):
+        if what == "rename":
+            assert ("sync", path.parent) in asked[number + 1 :], path
+
+
+def test_atomic_write_sync_order(tmp_path, disk):
+    """The file, the renaming, the folder: in this order."""
+    path = tmp_path / "new" / "notes.txt"
+    for text in ("one", "two"):
+        disk.clear()
+        with atomic_write(path) as aside:
+            aside.write_text(text)
+            assert path.exists() == (text == "two") and (text == "one" or path.read_text() == "one")
+        assert disk == [("sync", aside), ("rename", path), ("sync", path.parent)]
+        assert path.read_text() == text and list(path.parent.iterdir()) == [path]
+
+
+def test_atomic_write_after_an_error(tmp_path, disk):
+    """What a writer had begun when it failed is gone, and nothing is renamed."""
+    path = tmp_path / "notes.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as aside:
+        aside.write_text("half")
+        assert stale_temp_files(tmp_path) == [aside]
+        raise RuntimeError
+    assert disk == [] and list(tmp_path.iterdir()) == [path] and path.read_text() == "old"
+
+
+def test_atomic_writes_sync_order(tmp_path, disk):
+    """Files that belong together are all on the disk before one of them is renamed."""
+    paths = [tmp_path / name for name in ("a.obj", "b.mtl", "c.png")]
+    with atomic_writes(paths) as asides:
+        for aside in asides:
+            aside.write_text(aside.name)
+    first = next(number for number, (what, _) in enumerate(disk) if what == "rename")
+    assert {path for what, path in disk[:first] if what == "sync"} == set(asides)
+    assert sorted(tmp_path.iterdir()) == paths
+    assert_names_are_synced(disk)
+
+
+def test_save_checkpoint_sync_order(tmp_path, disk, monkeypatch):
+    """The new checkpoint and its name are synced before an old one is removed."""
+    unlink = Path.unlink
+
+    def watched_unlink(path, **options):
+        if path.exists():
+            disk.append(("remove", path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", watched_unlink)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"value": 1.0}, {})
+    aside = tmp_path / ".step_000003.writing.safetensors"
+    expected = [("sync", aside), ("rename", tmp_path / "step_000003.safetensors"), ("sync", tmp_path)]
+    assert disk[-4:] == [*expected, ("remove", tmp_path / "step_000001.safetensors")]
+
+
+def test_run_syncs_every_file(tmp_path, tiny_model, disk):
+    """Checkpoint, settings, manifest, images, video, mesh and report of a whole run."""
+    command = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", str(tmp_path), *SMALL]
+    assert main(command) == 0
+    renamed = {str(path.relative_to(tmp_path)) for what, path in disk if what == "rename"}
+    appended = {"metrics.jsonl", "log.txt"}
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert renamed == files - appended and "checkpoints/step_000001.safetensors" in renamed
+    assert_names_are_synced(disk)

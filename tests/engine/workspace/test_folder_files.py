@@ -1,0 +1,300 @@
+"""The folder of a run: names, what is removed and what is kept, refusals, and the files it hands on."""
+
+import json
+import logging
+import os
+import re
+
+import pytest
+import torch
+
+from dream_fast import __version__
+from dream_fast.engine.config.presets import reference
+from dream_fast.engine.errors import UserError
+from dream_fast.engine.workspace import folder as module
+from dream_fast.engine.workspace.checkpoint import save_checkpoint
+from dream_fast.engine.workspace.folder import Workspace
+from dream_fast.engine.workspace.lock import LOCK
+
+CONFIG = reference().override({"text": "a hamburger", "seed": 3})
+
+
+def make(path, flag="--workspace"):
+    workspace = Workspace(path, flag=flag)
+    workspace.write_config(CONFIG)
+    return workspace
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def fill(folder, *files):
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_files_order(tmp_path):
+    """The order is that of the class; of validation and guidance the last image, of the others every file."""
+    order = ["config.json", "manifest.json", "metrics.jsonl", "log.txt"]
+    order += ["validation/step_000002.png", "guidance/step_000003.png", "tensorboard/a.1", "tensorboard/b.2"]
+    order += ["profile/trace.json", "checkpoints/step_000001.safetensors", "checkpoints/step_000002.safetensors"]
+    order += ["results/a.png", "results/b.mp4", "mesh/mesh.obj", "report.html"]
+    fill(tmp_path, *order, "validation/step_000001.png", "guidance/step_000001.png", "notes.txt", "results/unnamed")
+    workspace = Workspace(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in workspace.files()] == order
+    (tmp_path / "log.txt").unlink()
+    assert [path.name for path in workspace.files()][:4] == ["config.json", "manifest.json", "metrics.jsonl"] + [
+        "step_000002.png"
+    ]
+    assert Workspace(tmp_path / "none").files() == []
+
+
+def test_clear(tmp_path):
+    """Files and folders of the run go, and everything else stays."""
+    fill(tmp_path, *(path.name for path in Workspace(tmp_path)._paths() if path.suffix), "notes.txt")
+    fill(tmp_path, "results/a.png", "checkpoints/x", "mesh/deep/y", "mine/z")
+    Workspace(tmp_path).clear()
+    assert names(tmp_path) == ["mine/z", "notes.txt"]
+    Workspace(tmp_path).clear()
+
+
+def test_clear_outputs(tmp_path):
+    """Results, mesh and report go; turntables of the steps, images and checkpoints stay."""
+    kept = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
+    fill(tmp_path, *kept, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
+    Workspace(tmp_path).clear_outputs()
+    assert names(tmp_path) == sorted(kept) and not (tmp_path / "mesh").exists()
+    Workspace(tmp_path).clear_outputs()
+    Workspace(tmp_path / "none").clear_outputs()
+
+
+def test_truncate_after(tmp_path):
+    """Checkpoints, images and turntables after the step go, and half-written files; those of the step stay."""
+    kept = ["validation/step_000005.png", "guidance/step_000004.png", "results/turntable_step_000005.mp4"]
+    kept += ["results/front.png", "checkpoints/step_000005.safetensors", "validation/step_last.png", "notes.txt"]
+    gone = ["validation/step_000006.png", "guidance/step_1000000.png", "results/turntable_step_000006.mp4"]
+    gone += ["checkpoints/step_000006.safetensors", ".notes.writing.txt", "results/.front.writing.png"]
+    fill(tmp_path, *kept, *gone)
+    Workspace(tmp_path).truncate_after(5)
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_truncate_after_writes_changes_only(tmp_path, caplog):
+    """Rows up to the step stay as they are written; a file of such rows is not written again."""
+    workspace = Workspace(tmp_path)
+    rows = ['{"loss": 1.0,  "step": 0}\n', '{"step": 5}\n', '{"step": 6}\n']
+    workspace.metrics.write_text("".join(rows))
+    workspace.truncate_after(5)
+    assert workspace.metrics.read_text() == "".join(rows[:2])
+    before = workspace.metrics.stat()
+    workspace.truncate_after(5)
+    after = workspace.metrics.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    with caplog.at_level(logging.WARNING):
+        workspace.metrics.write_text('{"step": null}\n{"step": 1.0}\n[]\n{"step": 4}\n{"st')
+        workspace.truncate_after(5)
+    assert workspace.metrics.read_text() == '{"step": 4}\n'
+    assert caplog.messages[0].endswith("left out: 3")
+
+
+def test_truncate_after_missing_files(tmp_path, monkeypatch):
+    """A half-written file that another process removes in between is no error."""
+    monkeypatch.setattr(module, "stale_temp_files", lambda folder: [folder / ".gone.writing.txt"])
+    Workspace(tmp_path).truncate_after(5)
+    assert names(tmp_path) == []
+
+
+def test_write_config_version(tmp_path):
+    """The version comes first; the text ends in a newline and is indented by one."""
+    workspace = make(tmp_path / "a" / "b")
+    text = workspace.config.read_text()
+    assert text.startswith(f'{{\n "version": "{__version__}",\n') and text.endswith("}\n")
+    assert json.loads(text) == {"version": __version__, **json.loads(json.dumps(CONFIG.to_dict()))}
+    assert workspace.stored_run().version == __version__ and workspace.stored_config() == CONFIG
+
+
+def test_manifest_round_trip(tmp_path):
+    """Numbers of both kinds, and what is not known, are read again; the text ends in a newline."""
+    workspace = Workspace(tmp_path)
+    run = {"from_step": 0, "to_step": 6, "seconds": 1, "seconds_of": {"start": 0.5}, "peak_bytes": {"host": 1.5e9}}
+    run |= {"device": "cpu", "finished": "now", "machine": {"cores": 2}, "versions": {}, "anything": [None]}
+    workspace.write_manifest({"runs": [run]})
+    assert workspace.read_manifest() == {"runs": [run]}
+    assert workspace.manifest.read_text() == json.dumps({"runs": [run]}, indent=1) + "\n"
+    workspace.write_manifest({})
+    assert workspace.read_manifest() == {}
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"runs": {}}', '{"runs": [1]}', '{"runs": null}', "null"])
+def test_read_manifest_without_runs(text, tmp_path):
+    """The sentence names the file."""
+    workspace = Workspace(tmp_path)
+    workspace.manifest.write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"{workspace.manifest} cannot be used: it lists no runs")):
+        workspace.read_manifest()
+
+
+def test_read_manifest_wrong_entries(tmp_path):
+    """Once each, in order, whichever run has it."""
+    workspace = Workspace(tmp_path)
+    runs = [{"to_step": "1", "device": "cpu"}, {"machine": 1, "to_step": 2.5, "seconds": float("inf")}]
+    workspace.manifest.write_text(json.dumps({"runs": runs}))
+    with pytest.raises(UserError, match="cannot be used: machine, seconds, to_step of a run"):
+        workspace.read_manifest()
+
+
+def test_check_same_run_flag(tmp_path):
+    """--ckpt scratch is advice for --workspace alone."""
+    other = CONFIG.override({"text": "a donut"})
+    with pytest.raises(UserError) as refused:
+        make(tmp_path).check_same_run(other)
+    beginning = f"--workspace {tmp_path} holds another run: it has --text a hamburger, not a donut (choose another "
+    assert str(refused.value) == beginning + "--workspace, or replace that run with --ckpt scratch)"
+    with pytest.raises(UserError) as refused:
+        make(tmp_path, "--output").check_same_run(other)
+    assert str(refused.value) == beginning.replace("--workspace", "--output") + "--output)"
+
+
+def test_stored_config_reason(tmp_path):
+    """The file and the reason, whatever is wrong with it."""
+    workspace = make(tmp_path)
+    for text, reason in (("{", "Expecting"), ("[]", "it holds no settings of a run")):
+        workspace.config.write_text(text)
+        with pytest.raises(UserError, match=re.escape(f"{workspace.config} cannot be used: {reason}")):
+            workspace.stored_run()
+
+
+def test_create_for_outputs_of(tmp_path):
+    """What the run has of them is copied; the folder is claimed."""
+    run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out" / "deep", flag="--output")
+    run.metrics.write_bytes(b'{"step": 1}\n\xff\n')
+    outputs.create_for_outputs_of(run, CONFIG)
+    assert names(outputs.path) == [LOCK, "config.json", "metrics.jsonl"]
+    assert outputs.metrics.read_text() == '{"step": 1}\n\ufffd\n' and outputs.stored_config() == CONFIG
+    run.write_manifest({"runs": []})
+    outputs.create_for_outputs_of(run, CONFIG)
+    assert outputs.read_manifest() == {"runs": []}
+    outputs.lock.release()
+
+
+def test_create_for_outputs_of_another_run(tmp_path):
+    """A folder with checkpoints is a workspace, and one with other settings is another run's."""
+    run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out", flag="--output")
+    save_checkpoint(outputs.checkpoints, 1, {"x": torch.zeros(1)}, {})
+    with pytest.raises(UserError) as refused:
+        outputs.create_for_outputs_of(run, CONFIG)
+    sentence = "is the workspace of a run; choose another folder, or --workspace"
+    assert str(refused.value) == f"--output {outputs.path} {sentence} {outputs.path}"
+    other = make(tmp_path / "other", "--output")
+    with pytest.raises(UserError, match="holds another run: it has --seed 3, not 4"):
+        other.create_for_outputs_of(run, CONFIG.override({"seed": 4}))
+
+
+def test_locked(tmp_path):
+    """A second claim is refused with the flag's folder; a folder that is made in the block is claimed then."""
+    workspace = Workspace(tmp_path)
+    with workspace.locked():
+        assert workspace.lock.is_valid()
+        workspace.check_not_moved()
+        with pytest.raises(UserError, match="in use by process"), Workspace(tmp_path).locked():
+            pass
+    assert workspace.lock is None and not (tmp_path / LOCK).exists()
+    fresh = Workspace(tmp_path / "a" / "b")
+    with fresh.locked():
+        assert fresh.lock is None and not fresh.path.exists()
+        fresh.create()
+        assert (fresh.path / LOCK).exists() and fresh.lock.is_valid()
+        fresh.create()
+    assert not (fresh.path / LOCK).exists()
+
+
+def test_check_not_moved(tmp_path):
+    """After the lock's file is gone the run ends with a sentence; without a lock nothing is asked."""
+    workspace = Workspace(tmp_path / "run")
+    workspace.check_not_moved()
+    workspace.create()
+    (workspace.path / LOCK).unlink()
+    with pytest.raises(UserError, match=re.escape(f"--workspace {workspace.path} is gone: it was moved, removed")):
+        workspace.check_not_moved()
+    workspace.lock.release()
+
+
+def test_create_after_another_run(tmp_path):
+    """The folder got settings after this run had looked."""
+    make(tmp_path)
+    late = Workspace(tmp_path, flag="--output")
+    sentence = f"another run has just begun in --output {tmp_path}; choose another one"
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        late.create()
+    late.lock.release()
+
+
+def test_create_errors(tmp_path, monkeypatch):
+    """With the reason of the system."""
+    (tmp_path / "file").write_text("notes")
+    with pytest.raises(UserError, match=re.escape(f"--workspace {tmp_path / 'file'} cannot be made (")):
+        Workspace(tmp_path / "file").create()
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.open", refuse)
+    with pytest.raises(UserError) as refused, Workspace(tmp_path).locked():
+        pass
+    assert str(refused.value) == f"--workspace {tmp_path} cannot be written to (Read-only file system)"
+
+
+def test_check_usable_advice(tmp_path, monkeypatch):
+    """Folder, results, mesh and log are asked for the right to write, a folder for that to enter as well."""
+    fill(tmp_path, "config.json", "results/a.png", "mesh/m.obj", "log.txt", "metrics.jsonl")
+    workspace, asked = Workspace(tmp_path), []
+    monkeypatch.setattr("os.access", lambda path, mode: asked.append((path, mode)) or True)
+    workspace.check_usable()
+    folder = os.W_OK | os.X_OK
+    assert asked == [
+        (tmp_path, folder),
+        (workspace.results, folder),
+        (workspace.mesh, folder),
+        (workspace.log, os.W_OK),
+    ]
+    for place, words in ((tmp_path, "in "), (workspace.mesh, "in "), (workspace.log, "")):
+        monkeypatch.setattr("os.access", lambda path, mode, place=place: path != place)
+        with pytest.raises(UserError) as refused:
+            workspace.check_usable("; copy it")
+        assert str(refused.value) == f"--workspace {tmp_path}: no permission to write {words}{place}; copy it"
+        with pytest.raises(UserError, match=re.escape(f"no permission to write {words}{place}") + "$"):
+            workspace.check_usable()
+
+
+def test_check_usable_links(tmp_path):
+    """Nothing is written through a link out of the folder; links within it, and to the folder, are no harm."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    workspace = Workspace(tmp_path / "link")
+    workspace.check_usable()
+    for name in ("mesh", "log.txt"):
+        (workspace.path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError) as refused:
+        workspace.check_usable()
+    assert str(refused.value) == f"{workspace.typed}: log.txt, mesh would be written elsewhere, being a link"
+
+
+def test_check_usable_no_folder(tmp_path):
+    """A name that is too long, a file, and a folder of another program, each with its sentence."""
+    with pytest.raises(UserError, match=r"--workspace .*x cannot be a folder \(.*File name too long"):
+        Workspace(tmp_path / ("x" * 300)).check_usable()
+    fill(tmp_path, "file", "other/results/a.png", "other/log.txt")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'file'}: {tmp_path / 'file'} is a file, not a folder")):
+        Workspace(tmp_path / "file").check_usable()
+    with pytest.raises(UserError, match="other holds log.txt, results but no config.json"):
+        Workspace(tmp_path / "other").check_usable()
+
+
+def test_quarantine(tmp_path):
+    """Under a name that is no checkpoint's."""
+    fill(tmp_path, "step_000005.safetensors")
+    moved = Workspace(tmp_path).quarantine(tmp_path / "step_000005.safetensors")
+    assert moved == tmp_path / "damaged_step_000005.safetensors" and names(tmp_path) == [moved.name]
+    assert moved.read_text() == "step_000005.safetensors"
