@@ -186,7 +186,7 @@ def test_normal_consistency_small_faces():
     """Small triangles count less."""
     mesh = from_trimesh(trimesh.creation.box((1, 1, 1)), torch.float64)
     beyond = opposite_corners(mesh.faces)
-    counts = losses._edge_counts(torch.tensor([1.0, 1.0, 0.5, 1.5]), torch.tensor([[1, 2, 3]] * 4))
+    counts = losses._edge_weights(torch.tensor([1.0, 1.0, 0.5, 1.5]), torch.tensor([[1, 2, 3]] * 4))
     assert counts.tolist() == [[1, 0.5, 1], [1, 0.5, 1], [0.5, 0.5, 0.5], [1, 0.5, 1.0]]
     # A sliver between two faces of a box turns with the slightest movement, and pulls no harder than the others.
     places, faces = mesh.vertices.clone(), mesh.faces.clone()
@@ -203,7 +203,7 @@ def test_normal_consistency_small_faces():
 def test_mesh_regularizers_gradients(monkeypatch):
     """Gradients of the terms and their weights."""
     # How much an edge counts is no part of the gradient.
-    monkeypatch.setattr(losses, "_edge_counts", lambda area, other: torch.ones_like(other, dtype=area.dtype))
+    monkeypatch.setattr(losses, "_edge_weights", lambda area, other: torch.ones_like(other, dtype=area.dtype))
     mesh = from_trimesh(trimesh.creation.icosphere(1), torch.float64)
     generator = torch.Generator().manual_seed(0)
     places = (mesh.vertices + 0.05 * torch.randn(mesh.vertices.shape, generator=generator).double()).requires_grad_()
