@@ -5,7 +5,8 @@ from call to call has to lie in tensors that stay where they are: `StepGraphs` k
 each graph and fills it before each replay.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -56,21 +57,30 @@ class StepGraphs:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             static = static_copy(inputs, device)
-            state = None if self.generator is None else self.generator.get_state()
-            warm_up(lambda: function(static))
-            graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph, pool=self._pool):
-                result = function(static)
-            if self.generator is not None:
-                self.generator.set_state(state)
+            with _restored(self.generator):
+                warm_up(lambda: function(static))
+                graph = torch.cuda.CUDAGraph()
+                if self.generator is not None:
+                    graph.register_generator_state(self.generator)
+                with torch.cuda.graph(graph, pool=self._pool):
+                    result = function(static)
         return _Captured(graph, static, result)
 
     def clear(self) -> None:
         """Forget all graphs and free their memory."""
         self._captured.clear()
         self._pool = None
+
+
+@contextmanager
+def _restored(generator: torch.Generator | None) -> Iterator[None]:
+    """Inside the `with` block `generator` may draw; afterwards its state is restored."""
+    if generator is None:
+        yield
+        return
+    state = generator.get_state()
+    yield
+    generator.set_state(state)
 
 
 def static_copy(inputs: Any, device: torch.device) -> Any:
@@ -89,7 +99,7 @@ def fill_static(static: list[Any], leaves: list[Any]) -> None:
     pairs = [(place, leaf) for place, leaf in zip(static, leaves, strict=True) if isinstance(place, Tensor)]
     tensors = [(place, leaf) for place, leaf in pairs if isinstance(leaf, Tensor)]
     if tensors:
-        torch._foreach_copy_(*map(list, zip(*tensors, strict=True)))
+        torch._foreach_copy_([place for place, _ in tensors], [leaf for _, leaf in tensors])
     for place, leaf in pairs:
         if not isinstance(leaf, Tensor):
             place.fill_(leaf)
