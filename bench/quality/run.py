@@ -251,7 +251,8 @@ def compare_with_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -
     """
     rows = [row for row in rows if row["prompt"] in prompts]
     prompts = tuple(prompt for prompt in prompts if any(row["prompt"] == prompt for row in rows))
-    result, own = {name: _mean(rows, name) for name in SHAPE}, {}
+    result: dict[str, float | None] = {name: _mean(rows, name) for name in SHAPE}
+    own: dict[str, float] = {}
     if colored := [row for row in rows if row.get("color")]:
         errors = [color_error(torch.tensor(row["color"]), main_colors(row["prompt"])) for row in colored]
         result["color_error"], own["color_error"] = sum(errors) / len(errors), color_spread(prompts)
@@ -263,7 +264,7 @@ def compare_with_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -
             shown = torch.cat([classifier.features(read_views(path)) for path in paths])
             result["kid"] = kid(shown, world.features.flatten(0, 2))
     ratio = {name: value / own[name] for name in SHAPE if (value := result[name]) is not None and own.get(name)}
-    return {name: round_values(part) for name, part in {"result": result, "world": own, "ratio": ratio}.items()}
+    return {"result": round_values(result), "world": round_values(own), "ratio": round_values(ratio)}
 
 
 def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
