@@ -10,8 +10,10 @@ The error is a norm, since the largest of many rounding errors is luck:
 
 where rms_b is over `BLOCK` consecutive elements and rms over all of them. Up to `BLOCK` elements this is the relative
 error in the L2 norm. Beyond, the blocks keep one wrong element among a million from being diluted: it counts as among
-`BLOCK`. Luck decides about a few elements under any rule: of two equally good roundings of 4 random numbers, one is
-called wrong in 13 % of the cases, of 16 in 2 %, of 64 in none of 4000. Take inputs that give 64 elements at least, or
+`BLOCK`.
+
+Luck decides about a few elements under any rule. Of two equally good roundings one is called wrong in 13 % of the cases
+for 4 random numbers, in 2 % for 16, in none of 4000 for 64. Take inputs that give at least 64 elements, or
 `check_together` for tensors that are one result.
 
 A quantity that loses digits by its nature takes a `weight`: the inverse of its condition number. A direction g / |g|

@@ -1,8 +1,8 @@
-"""`dream-fast --doctor`: what this machine can do for a run, and what to do about what it cannot.
+"""`dream-fast --doctor`: what works on this machine, and what to do about the rest.
 
-Versions, GPU and driver, what computes attention, and every kernel once against its reference (in a process of its own,
-since a broken driver may take its process with it). Exit status 0: runs will work here, if slowly; 1: something has to
-be put right, and the line says how.
+It checks versions, GPU and driver, the implementations of attention, and every kernel once against its reference (in a
+process of its own, since a broken driver may end the process). Exit status 0: runs work here, if slowly; 1: something
+has to be put right, and the line says how.
 """
 
 import json
@@ -40,32 +40,32 @@ TORCH_WITH_CUDA = "install a torch that is built for CUDA: pytorch.org has the c
 
 
 class Finding(NamedTuple):
-    """``state``: "ok"; "note", where a run goes on without it; "wrong", where one would fail, with ``advice``."""
+    """A result. state: "ok"; "note": runs work without it; "wrong": a run would fail, and `advice` helps."""
 
     state: str
-    what: str
+    message: str
     advice: str = ""
 
 
-def version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def packages() -> Iterator[Finding]:
+def check_packages() -> Iterator[Finding]:
     yield Finding(
         "ok", f"dream-fast {dream_fast.__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
-    found = {package: version(package) for package in NEEDED}
-    yield Finding("ok", ", ".join(f"{package} {number}" for package, number in found.items() if number))
-    for package in [package for package, number in found.items() if number is None]:
+    versions = {package: find_version(package) for package in NEEDED}
+    yield Finding("ok", ", ".join(f"{package} {number}" for package, number in versions.items() if number))
+    for package in [package for package, number in versions.items() if number is None]:
         yield Finding("wrong", f"{package} is not installed", f"pip install {package}")
 
 
-def driver() -> str | None:
-    """What nvidia-smi says of the driver, or None where there is no NVIDIA GPU."""
+def find_driver() -> str | None:
+    """The driver's version by nvidia-smi, or None without an NVIDIA GPU."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -76,10 +76,10 @@ def driver() -> str | None:
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
-def gpu(torch) -> Finding:
-    """Whether torch computes on a GPU, and if not, whether it should."""
-    number, built = driver(), torch.version.cuda
-    with warnings.catch_warnings(record=True) as said:
+def check_gpu(torch) -> Finding:
+    """Check that torch computes on the GPU, if there is one."""
+    number, built = find_driver(), torch.version.cuda
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
@@ -88,7 +88,7 @@ def gpu(torch) -> Finding:
             return Finding("note", f"no NVIDIA GPU{build}: runs take the CPU")
         if built is None:
             return Finding("wrong", "there is a GPU, but this torch is a build for CPUs", TORCH_WITH_CUDA)
-        reason = first_line(said[-1].message) if said else "it gives no reason"
+        reason = first_line(warned[-1].message) if warned else "it gives no reason"
         return Finding(
             "wrong",
             f"there is a GPU with driver {number}, but torch, built for CUDA {built}, does not start it ({reason})",
@@ -99,18 +99,18 @@ def gpu(torch) -> Finding:
         memory = torch.cuda.get_device_properties(0).total_memory
         count = torch.cuda.device_count()
         torch.ones(8, device="cuda").sum().item()
-    except Exception as error:  # whatever the driver says
+    except Exception as error:  # any error of the driver
         advice = "restart the machine or its driver; with --device cpu runs go on meanwhile"
         return Finding("wrong", f"the GPU does not compute: {first_line(error)}", advice)
-    what = f"{name}, {memory / 2**30:.0f} GiB, sm_{capability[0]}{capability[1]}, driver {number}, CUDA {built}"
+    message = f"{name}, {memory / 2**30:.0f} GiB, sm_{capability[0]}{capability[1]}, driver {number}, CUDA {built}"
     if count > 1:
-        what += f"; the first of {count}, --device cuda:1 takes the next"
+        message += f"; the first of {count}, --device cuda:1 takes the next"
     if capability < (8, 0):
-        return Finding("note", f"{what}; the kernels are written for sm_80 and later")
-    return Finding("ok", what)
+        return Finding("note", f"{message}; the kernels are written for sm_80 and later")
+    return Finding("ok", message)
 
 
-def triton(on_gpu: bool) -> Finding:
+def check_triton(on_gpu: bool) -> Finding:
     try:
         import_module("triton")
     except Exception as error:  # a broken build fails in its own ways
@@ -119,14 +119,14 @@ def triton(on_gpu: bool) -> Finding:
             advice = "pip install triton; with --device cpu runs go on meanwhile"
             return Finding("wrong", f"triton does not load ({reason}), and the kernels need it on a GPU", advice)
         return Finding("note", f"triton does not load ({reason}); a run on a CPU does not need it")
-    return Finding("ok", f"triton {version('triton')}")
+    return Finding("ok", f"triton {find_version('triton')}")
 
 
-def attention(torch, device) -> Iterator[Finding]:
+def check_attention(torch, device) -> Iterator[Finding]:
     from dream_fast.engine.guidance.model.attention import KINDS, Shape, unsupported_reason
     from dream_fast.engine.runtime.quiet import quiet_diffusers
 
-    quiet_diffusers()  # xformers' own notice says in six lines what stands in one here
+    quiet_diffusers()  # instead of six lines by xformers
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     advice = {
@@ -144,7 +144,7 @@ def attention(torch, device) -> Iterator[Finding]:
 
 
 def kernels_advice(on_gpu: bool) -> tuple[str, str]:
-    """State and advice of a finding about a kernel that fails. A run on a CPU calls no kernel of Triton."""
+    """State and advice for a failing kernel; runs on a CPU call no kernel of Triton."""
     if not on_gpu:
         return "note", "runs on this CPU do not use Triton's kernels; please report this line with the versions above"
     cache = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
@@ -154,17 +154,17 @@ def kernels_advice(on_gpu: bool) -> tuple[str, str]:
     return "wrong", f"{advice}; with --backbone grid_torch or --device cpu runs go on meanwhile"
 
 
-def kernels(on_gpu: bool, seconds: float = SECONDS) -> Iterator[Finding]:
-    """Each kernel against its reference: on the GPU, or in Triton's interpreter."""
+def check_kernels(on_gpu: bool, seconds: float = SECONDS) -> Iterator[Finding]:
+    """Check each kernel against its reference, on the GPU or in Triton's interpreter."""
     how = "on the GPU" if on_gpu else "in Triton's interpreter"
     environment = dict(os.environ) if on_gpu else os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", "-m", "dream_fast.bench", "selftest"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-        out, status, said = done.stdout, done.returncode, done.stderr
+        out, status, errors = done.stdout, done.returncode, done.stderr
     except subprocess.TimeoutExpired as error:
         out = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        status, said = 124, f"no end after {seconds:g} s"
+        status, errors = 124, f"no end after {seconds:g} s"
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     right = [line["kernel"] for line in lines if line["error"] is None]
     if right:
@@ -175,12 +175,12 @@ def kernels(on_gpu: bool, seconds: float = SECONDS) -> Iterator[Finding]:
         if line["error"] is not None:
             yield Finding(state, f"kernel {line['kernel']} {how}: {line['error']}", advice)
     if status not in (0, 1) or not lines:
-        last = (said.strip().splitlines() or ["no word of it"])[-1]
+        last = (errors.strip().splitlines() or ["no message"])[-1]
         yield Finding(state, f"the self test of the kernels ended early, status {status}: {last[:300]}", advice)
 
 
-def findings() -> Iterator[Finding]:
-    yield from packages()
+def make_findings() -> Iterator[Finding]:
+    yield from check_packages()
     try:
         torch = import_module("torch")
     except Exception as error:  # a library that is missing beside it, an old glibc, half an installation
@@ -188,25 +188,25 @@ def findings() -> Iterator[Finding]:
             "wrong", f"torch does not load: {first_line(error)}", "pip install --force-reinstall 'torch>=2.10'"
         )
         return
-    found = gpu(torch)
-    on_gpu = found.state != "wrong" and torch.cuda.is_available()
-    yield found
-    loaded = triton(on_gpu)
-    yield loaded
-    yield from attention(torch, torch.device("cuda" if on_gpu else "cpu"))
-    if loaded.state == "ok":
+    finding = check_gpu(torch)
+    on_gpu = finding.state != "wrong" and torch.cuda.is_available()
+    yield finding
+    triton = check_triton(on_gpu)
+    yield triton
+    yield from check_attention(torch, torch.device("cuda" if on_gpu else "cpu"))
+    if triton.state == "ok":
         where = "on the GPU (compiling them takes a while the first time)" if on_gpu else "in Triton's interpreter"
         yield Finding("note", f"now every kernel beside its reference, {where}")
-        yield from kernels(on_gpu)
+        yield from check_kernels(on_gpu)
 
 
 def main() -> int:
-    """Prints what is found, as it is found."""
+    """Print findings as they are made; returns 1 if something is wrong."""
     wrong = 0
-    for found in findings():
-        print(f"{found.state:5}  {found.what}", flush=True)
-        if found.advice:
-            print(f"       -> {found.advice}", flush=True)
-        wrong += found.state == "wrong"
+    for finding in make_findings():
+        print(f"{finding.state:5}  {finding.message}", flush=True)
+        if finding.advice:
+            print(f"       -> {finding.advice}", flush=True)
+        wrong += finding.state == "wrong"
     print("this machine is ready for a run" if not wrong else f"{wrong} to put right")
     return int(wrong > 0)

@@ -1,12 +1,15 @@
-"""Meshes of finished runs beside their fields: six views of each, and how long the export takes.
+"""Compare meshes of finished runs with their fields in six views, and time the export.
 
 `python -m dream_fast.bench mesh WORKSPACE [WORKSPACE ...]`.
 
-The mesh is read from its GLB file as any program would read it, rasterised with its texture, and compared with the
-field as it renders: intersection over union of the two silhouettes (of the field: where a ray is more than half
-opaque), and PSNR where both are seen, of the field's colours without what shines through from behind; once more where
-the field is opaque (19 parts of 20), since what is translucent no surface can show. Wanted: 0.95, and 25 dB.
-The field's rays take more samples than in the run, whose noise is none of the mesh's.
+The mesh is read from its GLB file, rasterised with its texture, and compared with renders of the field. Targets are in
+the last column.
+
+    iou           of the silhouettes; the field's is where a ray is more than half opaque            0.95
+    psnr          of colours where both silhouettes are, the field's without its background         25 dB
+    opaque_psnr   the same where the field's opacity exceeds 0.95: a surface cannot be translucent
+
+The field's rays take more samples than in the run, so that their noise is not attributed to the mesh.
 """
 
 import argparse
@@ -34,55 +37,56 @@ from dream_fast.engine.workspace.folder import Workspace
 
 NEAR = 0.1
 OPAQUE = 0.95
-FINER = 4  # times the samples of a ray
+SAMPLE_FACTOR = 4  # times the samples of a ray
 
 
-class Textured(NamedTuple):
-    """A mesh as its file has it."""
+class TexturedMesh(NamedTuple):
+    """The mesh of a GLB file."""
 
     vertices: Tensor  # [V, 3]
     faces: Tensor  # [T, 3]
     uv: Tensor  # [V, 2], v up
-    picture: Tensor  # [R, R, 3] in [0, 1]
+    texture: Tensor  # [R, R, 3] in [0, 1]
 
 
-def read_glb(path: Path, device: torch.device | str = "cpu") -> Textured:
+def read_glb(path: Path, device: torch.device | str = "cpu") -> TexturedMesh:
+    """Read a GLB file with one mesh and one texture."""
     (shape,) = trimesh.load_scene(path, process=False).geometry.values()
-    picture = np.asarray(shape.visual.material.baseColorTexture.convert("RGB"))
-    parts = (np.asarray(shape.vertices), np.asarray(shape.faces), np.asarray(shape.visual.uv), picture / 255)
+    texture = np.asarray(shape.visual.material.baseColorTexture.convert("RGB"))
+    parts = (np.asarray(shape.vertices), np.asarray(shape.faces), np.asarray(shape.visual.uv), texture / 255)
     kinds = (torch.float32, torch.int32, torch.float32, torch.float32)
-    return Textured(*(torch.from_numpy(part).to(device, kind) for part, kind in zip(parts, kinds, strict=True)))
+    return TexturedMesh(*(torch.from_numpy(part).to(device, kind) for part, kind in zip(parts, kinds, strict=True)))
 
 
-def draw(mesh: Textured, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
-    """Colours [B, size, size, 3] before white, and where the mesh is seen [B, size, size]."""
-    seen = kernels.rasterize(clip_positions(cameras, mesh.vertices, size, size, NEAR), mesh.faces, size, size)
-    uv = kernels.interpolate(mesh.uv, mesh.faces, seen)
-    # Row 0 of the picture is v = 1.
+def render_mesh(mesh: TexturedMesh, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
+    """Colours [B, size, size, 3] over white, and the silhouette [B, size, size]."""
+    fragments = kernels.rasterize(clip_positions(cameras, mesh.vertices, size, size, NEAR), mesh.faces, size, size)
+    uv = kernels.interpolate(mesh.uv, mesh.faces, fragments)
+    # Row 0 of the texture is v = 1.
     places = torch.stack([2 * uv[..., 0] - 1, 1 - 2 * uv[..., 1]], dim=-1)
-    picture = mesh.picture.permute(2, 0, 1).expand(len(uv), -1, -1, -1)
-    colours = F.grid_sample(picture, places, mode="bilinear", padding_mode="border", align_corners=False)
-    covered = seen.triangle >= 0
+    texture = mesh.texture.permute(2, 0, 1).expand(len(uv), -1, -1, -1)
+    colours = F.grid_sample(texture, places, mode="bilinear", padding_mode="border", align_corners=False)
+    covered = fragments.triangle >= 0
     return torch.where(covered[..., None], colours.permute(0, 2, 3, 1), 1.0), covered
 
 
 class Likeness(NamedTuple):
-    """How a mesh looks beside its field, a number a view of SIX_VIEWS, and both as pictures."""
+    """Agreement of a mesh with its field, a number for each of SIX_VIEWS, and images of both."""
 
-    psnr: list[float]  # dB, where both are seen
-    opaque_psnr: list[float]  # dB, of that where the field is opaque
+    psnr: list[float]  # dB, where both silhouettes are
+    opaque_psnr: list[float]  # dB, where the field is opaque as well
     iou: list[float]
-    pictures: Tensor  # [2, 6, size, size, 3]: the field, the mesh
+    images: Tensor  # [2, 6, size, size, 3]: the field, the mesh
 
 
 @torch.no_grad()
-def compare(renderer: Renderer, mesh: Textured, cameras: Cameras, size: int) -> Likeness:
-    """The field and its mesh in albedo before white."""
+def compare_with_field(renderer: Renderer, mesh: TexturedMesh, cameras: Cameras, size: int) -> Likeness:
+    """Compare a field with its mesh, both in albedo over white."""
     black = torch.zeros(3, device=mesh.vertices.device)
     view = renderer.view(cameras, size, size, background=black, normals=False)
-    own = view.rgb / view.opacity[..., None].clamp(min=1e-6)
-    colours, covered = draw(mesh, cameras, size)
-    solid, error = view.opacity > 0.5, (own - colours).square().mean(-1)
+    albedo = view.rgb / view.opacity[..., None].clamp(min=1e-6)
+    colours, covered = render_mesh(mesh, cameras, size)
+    solid, error = view.opacity > 0.5, (albedo - colours).square().mean(-1)
     iou = ((solid & covered).sum((1, 2)) / (solid | covered).sum((1, 2)).clamp(min=1)).tolist()
 
     def psnr(where: Tensor) -> list[float]:
@@ -90,13 +94,13 @@ def compare(renderer: Renderer, mesh: Textured, cameras: Cameras, size: int) -> 
         return [-10 * math.log10(max(e, 1e-10)) for e in errors.tolist()]
 
     opaque = covered & (view.opacity > OPAQUE)
-    before_white = view.rgb + 1 - view.opacity[..., None]
-    return Likeness(psnr(solid & covered), psnr(opaque), iou, torch.stack([before_white, colours]))
+    over_white = view.rgb + 1 - view.opacity[..., None]
+    return Likeness(psnr(solid & covered), psnr(opaque), iou, torch.stack([over_white, colours]))
 
 
-def seconds_of(start: float, told: list[tuple[float, float]]) -> dict[str, float]:
-    """How long each part of the export took, from the moments at which `write_mesh` told how far it was."""
-    ends = [max(moment for part, moment in told if part < end + 1e-6) for end in (*STAGE_ENDS, 1.0)]
+def split_seconds(start: float, progress: list[tuple[float, float]]) -> dict[str, float]:
+    """Seconds of each part of the export, from the moments (fraction done, time) that `write_mesh` reported."""
+    ends = [max(moment for part, moment in progress if part < end + 1e-6) for end in (*STAGE_ENDS, 1.0)]
     parts = zip(("volume", "surface", "atlas", "pictures", "files"), pairwise([start, *ends]), strict=True)
     return {name: round(after - before, 2) for name, (before, after) in parts}
 
@@ -106,26 +110,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("workspaces", nargs="+", type=Path, metavar="WORKSPACE", help="of a finished run")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=256, help="of the views, pixels")
-    parser.add_argument("--mcubes_resolution", type=int, default=256)
-    parser.add_argument("--decimate_target", type=int, default=50_000)
-    parser.add_argument("--texture_resolution", type=int, default=2048)
-    parser.add_argument("--out", type=Path, default=Path("meshes"), help="folder for the meshes and pictures")
+    parser.add_argument("--mcubes_resolution", "--mcubes-resolution", type=int, default=256)
+    parser.add_argument("--decimate_target", "--decimate-target", type=int, default=50_000)
+    parser.add_argument("--texture_resolution", "--texture-resolution", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=Path("meshes"), help="folder for the meshes and images")
     args = parser.parse_args(argv)
     rows = []
     for path in args.workspaces:
         stored = Workspace(path).stored_config()
         assert stored is not None, f"{path} is no workspace"
-        looking = {"device": args.device, "workspace": str(path), "test": True}
-        config = stored.override(looking | {"max_steps": FINER * stored.render.max_steps})
+        overrides = {"device": args.device, "workspace": str(path), "test": True}
+        config = stored.override(overrides | {"max_steps": SAMPLE_FACTOR * stored.render.max_steps})
         trainer = load_finished(config, path)
         glb = args.out / path.name / "mesh.glb"
         with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
             cameras = six_views(config.camera, trainer.device)
             start = time.perf_counter()
-            told: list[tuple[float, float]] = []
+            progress: list[tuple[float, float]] = []
 
-            def note(part: float, told: list[tuple[float, float]] = told) -> None:
-                told.append((part, time.perf_counter()))
+            def note(part: float, progress: list[tuple[float, float]] = progress) -> None:
+                progress.append((part, time.perf_counter()))
 
             surface = write_mesh(
                 glb,
@@ -138,18 +142,18 @@ def main(argv: list[str] | None = None) -> int:
                 progress=note,
             )
             seconds = time.perf_counter() - start
-            found = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, args.size)
-        save_grid(glb.with_name("views.png"), found.pictures)
+            likeness = compare_with_field(trainer.renderer, read_glb(glb, trainer.device), cameras, args.size)
+        save_grid(glb.with_name("views.png"), likeness.images)
         row = {"workspace": path.name, "seconds": round(seconds, 2), "faces": len(surface.faces)}
-        row["seconds_of"] = seconds_of(start, told)
+        row["seconds_of"] = split_seconds(start, progress)
         for name, digits in (("psnr", 2), ("opaque_psnr", 2), ("iou", 4)):
-            row[name] = dict(zip(SIX_VIEWS, (round(x, digits) for x in getattr(found, name)), strict=True))
+            row[name] = dict(zip(SIX_VIEWS, (round(x, digits) for x in getattr(likeness, name)), strict=True))
         rows.append(row)
         print(
             f"{path.name:24} {row['faces']} faces in {seconds:.1f} s "
             f"({', '.join(f'{name} {part:.1f}' for name, part in row['seconds_of'].items())}); worst of six views: "
-            f"PSNR {min(found.psnr):.1f} dB ({min(found.opaque_psnr):.1f} dB where the field is opaque), "
-            f"IoU {min(found.iou):.3f}; {glb.with_name('views.png')}"
+            f"PSNR {min(likeness.psnr):.1f} dB ({min(likeness.opaque_psnr):.1f} dB where the field is opaque), "
+            f"IoU {min(likeness.iou):.3f}; {glb.with_name('views.png')}"
         )
     print(json.dumps({"device": args.device, "meshes": rows}))
     return 0

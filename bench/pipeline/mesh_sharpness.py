@@ -1,18 +1,18 @@
-"""Mesh refinement against the field that it began from. `python -m dream_fast.bench sharpness`.
+"""Compare mesh refinements with the fields that they begin from. `python -m dream_fast.bench sharpness`.
 
-For each prompt one run, and one with --dmtet that starts from it, by the command's own path. Of both, from the eight
-azimuths of `quality`: the share of pictures in which the classifier sees the object (and its colour), and how sharp the
-shape is, in 512 x 512 textureless pictures lit from the camera. Sharpness is the mean length of the brightness'
-gradient (central differences, per pixel) where it counts:
+For each prompt one run, and one with --dmtet that starts from it, by the command itself. Of both, from the eight
+azimuths of `quality`: the share of images in which the classifier finds the object (and its colour), and the sharpness
+of the shape in 512 x 512 textureless images lit from the camera. Sharpness is the mean length of the brightness'
+gradient (central differences, per pixel) over a set of pixels:
 
     silhouette   pixels inside whose neighbour is outside, of each of the two. Over white and over black, and the mean
-                 of both: a face that looks at the light is as white as the one background, a rim as dark as the other
-    creases      the 5 % of the mesh's inner pixels whose normals differ most from their neighbours', in both pictures
-    own_creases  the same of each picture's own normals: a field's are mostly noise
-    rest         the inner pixels that are none of its own creases
+                 of both: a face towards the light is as white as one background, a rim as dark as the other
+    creases      the 5 % of the mesh's inner pixels whose normals differ most from their neighbours', in both images
+    own_creases  the same of each image's own normals: a field's are mostly noise
+    rest         inner pixels outside of own_creases
 
-The refinement has to be 1.3 times as sharp on the mean of silhouette and creases, and not worse for the classifier.
-Written to <work>/sharpness.json, with a picture of both beside one another.
+Target: the refinement is 1.3 times as sharp on the mean of silhouette and creases, and the classifier finds the object
+at least as often. Written to <work>/sharpness.json, with an image of both beside one another.
 """
 
 import argparse
@@ -37,12 +37,12 @@ from dream_fast.engine.training.trainer import Trainer
 
 PROMPTS = ("a hamburger", "a yellow duck", "a red mushroom")
 SIZE = 512
-SHARPEST = 0.05  # part of the inner pixels that are creases
-FACTOR = 1.3
+CREASE_SHARE = 0.05  # of the inner pixels
+TARGET_FACTOR = 1.3
 
 
-class Look(NamedTuple):
-    """What a finished run looks like from all sides, and what the classifier says."""
+class Appearance(NamedTuple):
+    """Renders of a finished run from all sides, and the classifier's scores."""
 
     scores: dict[str, float | None]
     brightness: Tensor  # [8, H, W] textureless, over black
@@ -51,15 +51,15 @@ class Look(NamedTuple):
 
 
 @torch.no_grad()
-def look(trainer: Trainer, prompt: str) -> Look:
-    """A run with its averaged weights."""
+def render_appearance(trainer: Trainer, prompt: str) -> Appearance:
+    """Render a run with its averaged weights, and score it."""
     found = assess(load_classifier(), render_views(trainer).cpu(), prompt)
     cameras = turntable(trainer.config.camera, AZIMUTHS, trainer.device)
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
         view = trainer.renderer.view(cameras, SIZE, SIZE, shading=Shading("textureless", 0.1), background=black)
     scores = {name: found[name] for name in ("object", "object_color")}
-    return Look(scores, view.rgb[..., 0].cpu(), view.opacity.cpu(), view.normal.cpu())
+    return Appearance(scores, view.rgb[..., 0].cpu(), view.opacity.cpu(), view.normal.cpu())
 
 
 def edges(opacity: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ def edges(opacity: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for number in range(len(opacity)):
         found = turn[number][inner[number]]
         if found.numel():
-            creases[number] = inner[number] & (turn[number] >= found.quantile(1 - SHARPEST))
+            creases[number] = inner[number] & (turn[number] >= found.quantile(1 - CREASE_SHARE))
     return inside & ~eroded, creases, inner
 
 
@@ -88,29 +88,29 @@ def slope(brightness: Tensor) -> Tensor:
     return found.norm(dim=0)
 
 
-def described(seen: Look, mesh: Look) -> dict[str, Any]:
-    """What is said of a run; the creases are those of the mesh."""
-    over_black, over_white = slope(seen.brightness), slope(seen.brightness + 1 - seen.opacity)
-    silhouette, own, inner = edges(seen.opacity, seen.normal)
+def measure_sharpness(run: Appearance, mesh: Appearance) -> dict[str, Any]:
+    """Scores and sharpness of a run, with the creases of the mesh."""
+    over_black, over_white = slope(run.brightness), slope(run.brightness + 1 - run.opacity)
+    silhouette, own_creases, inner = edges(run.opacity, run.normal)
     creases = edges(mesh.opacity, mesh.normal)[1]
     means = {
         "silhouette": (over_black + over_white)[silhouette] / 2,
         "silhouette_over_white": over_white[silhouette],
         "creases": over_black[creases],
-        "own_creases": over_black[own],
-        "rest": over_black[inner & ~own],
+        "own_creases": over_black[own_creases],
+        "rest": over_black[inner & ~own_creases],
     }
-    found: dict[str, Any] = seen.scores | {
+    row: dict[str, Any] = run.scores | {
         name: round(part.mean().item(), 4) if len(part) else 0.0 for name, part in means.items()
     }
-    return found | {"sharpness": round((found["silhouette"] + found["creases"]) / 2, 4)}
+    return row | {"sharpness": round((row["silhouette"] + row["creases"]) / 2, 4)}
 
 
-def make(typed: dict, device: str) -> Trainer:
-    """The trainer of a run that is made now, or was before."""
+def make_run(overrides: dict, device: str) -> Trainer:
+    """Make a run, unless it is finished already, and load it."""
     from dream_fast.engine.run import run
 
-    config: Config = configure(typed, device)
+    config: Config = configure(overrides, device)
     run(config)
     return load_finished(config, Path(config.run.workspace))
 
@@ -132,13 +132,13 @@ def main(argv: list[str] | None = None) -> int:
         mesh = common | {"workspace": str(args.work / f"{name}-dmtet"), "dmtet": True, "init_with": field["workspace"]}
         field |= {"iters": args.iters} if args.iters else {}
         mesh |= {"iters": args.dmtet_iters} if args.dmtet_iters else {}
-        before = look(make(field, args.device), prompt)
-        after = look(make(mesh, args.device), prompt)
-        shown = torch.stack([1 + seen.brightness - seen.opacity for seen in (before, after)])
+        before = render_appearance(make_run(field, args.device), prompt)
+        after = render_appearance(make_run(mesh, args.device), prompt)
+        shown = torch.stack([1 + view.brightness - view.opacity for view in (before, after)])
         save_grid(args.work / f"{name}.png", shown[..., None].expand(-1, -1, -1, -1, 3))
-        field_row, mesh_row = described(before, after), described(after, after)
+        field_row, mesh_row = measure_sharpness(before, after), measure_sharpness(after, after)
         factor = round(mesh_row["sharpness"] / max(field_row["sharpness"], 1e-6), 3)
-        good &= factor >= FACTOR and mesh_row["object"] >= field_row["object"]
+        good &= factor >= TARGET_FACTOR and mesh_row["object"] >= field_row["object"]
         rows.append({"prompt": prompt, "field": field_row, "dmtet": mesh_row, "factor": factor})
         print(json.dumps(rows[-1]), flush=True)
     (args.work / "sharpness.json").write_text(json.dumps({"rows": rows, "good": good}, indent=1) + "\n")

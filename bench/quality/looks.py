@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dream_fast.bench.pipeline.mesh_export import compare, read_glb
+from dream_fast.bench.pipeline.mesh_export import compare_with_field, read_glb
 from dream_fast.bench.quality.measures import SOLID, edge_ratio, floaters, part_color, roughness
 from dream_fast.bench.quality.protocol import SHAPE_SIZE, sides
 from dream_fast.bench.quality.world import make_palette
@@ -75,7 +75,7 @@ def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, f
             decimate_target=output.decimate_target,
             texture_resolution=output.texture_resolution,
         )
-        likeness = compare(trainer.renderer, read_glb(glb, trainer.device), cameras, size)
+        likeness = compare_with_field(trainer.renderer, read_glb(glb, trainer.device), cameras, size)
     return {"mesh_psnr": min(likeness.psnr), "mesh_iou": min(likeness.iou)}
 
 

@@ -1,11 +1,11 @@
-"""Speed of this tree beside an earlier commit, on this machine, now. `python -m dream_fast.bench timing --base REF`.
+"""Compare the speed of this tree with an earlier commit. `python -m dream_fast.bench timing --base REF`.
 
 Every operator on a CPU and a whole step with dream-mini run in two processes, one on each commit's `kernels` and
-`engine`; the workloads are this tree's on both sides. They take turns (base, new, new, base), so that a machine that
-becomes slower or busier does so for both, on one thread each; processor time is counted, which waiting for other
-programs is no part of. The ratio of a workload is the median over the turns. One above 1.25 is measured once more, by
-fresh processes; if it is above 1.25 again the commit is too slow. Exit status: 0 nothing is, 1 something is, 2 nothing
-could be compared.
+`engine`; the workloads are this tree's on both sides. The processes take turns (base, new, new, base), so that a
+machine that becomes slower or busier does so for both. Each has one thread, and processor time is counted, without
+waiting for other programs. The ratio of a workload is the median over the turns. One above 1.25 is measured again by
+fresh processes; if it is above 1.25 again, the commit is too slow. Exit status: 0 no workload is too slow, 1 at least
+one is, 2 none could be compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dream_fast.bench.results import ROOT
 from dream_fast.engine.errors import UserError
 
 LIMIT = 1.25
-SAMPLE_SECONDS = 0.02  # the shortest sample: clocks and pipes are no part of it
+SAMPLE_SECONDS = 0.02  # the shortest sample, so that clocks and pipes do not count
 WORKLOAD_SECONDS = 2.0  # of samples, as far as the numbers of rounds allow
 FEWEST_ROUNDS, MOST_ROUNDS = 4, 16
 
@@ -37,10 +37,10 @@ class Side(Protocol):
     """A process on one commit."""
 
     def prepare(self, name: str) -> str | None:
-        """Make a workload ready; why it cannot be, or None."""
+        """Prepare a workload; returns the reason if that fails, or None."""
 
     def seconds(self, calls: int) -> float:
-        """Processor time of that many calls."""
+        """Processor time of `calls` calls."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,11 @@ class CannotRun(Exception):
     """This tree fails in a workload."""
 
 
-# ----------------------------------------------------------------------------------------------------- the comparison
-
-
 def measure_row(name: str, base: Side, new: Side, plant: float = 1.0) -> Row:
     """Turns of both sides: base, new, new, base in each round, and the median of their ratios.
 
-    plant: how many times the work is done on the new side, to see that this is noticed.
-    Raises CannotRun: when this tree cannot run the workload.
+    plant: the new side does this many times the work, to check that a slowdown is noticed.
+    Raises CannotRun: when this tree fails in the workload.
     """
     if problem := new.prepare(name):
         raise CannotRun(f"{name}: {problem}")
@@ -111,9 +108,6 @@ def compare(
         raise UserError(f"nothing could be compared with the base: {rows[0].name}: {rows[0].missing}")
     slow = [row.name for row in rows if row.slow]
     return [row.name for row in measure_rows(slow) if row.slow] if slow else []
-
-
-# ----------------------------------------------------------------------------------------------------- the two commits
 
 
 def git(*words: str) -> str:
@@ -160,10 +154,10 @@ def two_trees(base: str) -> Iterator[tuple[Path, Path]]:
 
 
 class Process:
-    """The side of a tree, in a process of its own, which ends with the `with` block."""
+    """The side of a tree in a process of its own, which ends with the `with` block."""
 
     def __init__(self, folder: Path) -> None:
-        # Hashes decide about the order of sets and the places of dicts: the same ones on both sides.
+        # Hashes determine the order of sets: the same ones on both sides.
         steady = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "dream_fast.bench.regression.timing_side"],
@@ -201,11 +195,8 @@ class Process:
         self._answers.close()
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
-
-
-def line(row: Row) -> str:
-    """A row for a person; a slow one comes again at the end, from fresh processes."""
+def format_row(row: Row) -> str:
+    """A row for the terminal; a slow one is repeated at the end, from fresh processes."""
     if row.missing:
         return f"{row.name:44} not in the base: {row.missing}"
     verdict = f"  over {LIMIT}" if row.slow else ""
@@ -216,18 +207,18 @@ HEAD = f"{'workload':44} {'base ms':>9} {'new ms':>9} {'ratio':>6}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    from dream_fast.bench.regression.timing_side import workloads
+    from dream_fast.bench.regression.timing_side import list_workloads
 
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench timing", description=__doc__.splitlines()[0])
     parser.add_argument("--base", help="commit, branch or tag to compare with (default: where this branch left main)")
     parser.add_argument("--only", action="append", metavar="WORD", help="only workloads with this word (repeatable)")
     parser.add_argument(
-        "--plant", type=float, default=1.0, help="do the new side's work this many times, to see that it is noticed"
+        "--plant", type=float, default=1.0, help="do the new side's work this many times, to check that it is noticed"
     )
     args = parser.parse_args(argv)
-    names = [name for name in workloads() if not args.only or any(word in name for word in args.only)]
+    names = [name for name in list_workloads() if not args.only or any(word in name for word in args.only)]
     if not names:
-        print(f"error: --only: no such workload; there are: {', '.join(workloads())}", file=sys.stderr)
+        print(f"error: --only: no such workload; there are: {', '.join(list_workloads())}", file=sys.stderr)
         return 2
     try:
         commit = args.base or default_base()
@@ -239,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
                 base, new = (stack.enter_context(Process(tree)) for tree in trees)
                 return base, new
 
-            slow = compare(names, start, lambda row: print(line(row), flush=True), args.plant)
+            slow = compare(names, start, lambda row: print(format_row(row), flush=True), args.plant)
     except (UserError, CannotRun) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 2 if isinstance(failure, UserError) else 1

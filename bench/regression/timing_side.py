@@ -1,7 +1,7 @@
-"""One side of `python -m dream_fast.bench timing`: prepares a workload, runs it as often as it is asked to.
+"""One side of `python -m dream_fast.bench timing`: prepares a workload and runs it as often as requested.
 
-A line of JSON in, a line of JSON out: `{"prepare": NAME}` gives `{"missing": null}`, or why this commit cannot run that
-workload; `{"calls": N}` gives `{"seconds": processor time of N calls}`.
+A line of JSON in, a line of JSON out: `{"prepare": NAME}` gives `{"missing": null}`, or the reason why this commit
+cannot run that workload; `{"calls": N}` gives `{"seconds": processor time of N calls}`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def prepare_operator(case: Case) -> Callable[[], object]:
 
 
 def prepare_step() -> Callable[[], object]:
-    """The same step of the main command, over and over."""
+    """A call that repeats one step of the main command."""
     from dream_fast.engine.config.configure import configure
     from dream_fast.engine.dream_mini import MODEL_FOLDER
     from dream_fast.engine.guidance.diffusion import diffusion_guidance
@@ -52,8 +52,8 @@ def prepare_step() -> Callable[[], object]:
     return step
 
 
-def workloads() -> dict[str, Callable[[], Callable[[], object]]]:
-    """Functions that prepare a call, by name: operators in their longest mode, on rays where they can, and the step."""
+def list_workloads() -> dict[str, Callable[[], Callable[[], object]]]:
+    """Functions that prepare a call, by name: operators in their longest mode, on rays if possible, and the step."""
     operators = {}
     for case in SMALL:
         if "uniform" not in case.case:
@@ -61,12 +61,12 @@ def workloads() -> dict[str, Callable[[], Callable[[], object]]]:
     return operators | {STEP: prepare_step}
 
 
-def answer(
+def answer_requests(
     requests: Iterator[str],
     prepared: dict[str, Callable[[], Callable[[], object]]],
     clock: Callable[[], float] = measure.processor_time,
 ) -> Iterator[dict[str, Any]]:
-    """The answer to each request. A call runs once when it is prepared, which is not timed."""
+    """Answer each request. A call runs once when it is prepared, which is not timed."""
     call: Callable[[], object] = lambda: None  # noqa: E731
     for line in requests:
         request = json.loads(line)
@@ -82,20 +82,20 @@ def answer(
             yield {"seconds": measure.time_calls(call, request["calls"], clock)}
 
 
-def steady() -> None:
-    """One thread, and no huge pages: a process gets those by luck, and they are worth a factor of two."""
+def reduce_noise() -> None:
+    """Use one thread and no huge pages: a process gets those by luck, and they make a factor of two."""
     torch.set_num_threads(1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def main(requests: TextIO, answers: TextIO) -> None:
-    steady()
-    for found in answer(iter(requests), workloads()):
-        print(json.dumps(found), file=answers, flush=True)
+    reduce_noise()
+    for reply in answer_requests(iter(requests), list_workloads()):
+        print(json.dumps(reply), file=answers, flush=True)
 
 
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # the output of libraries must not mix with the answers
     main(sys.stdin, answers)

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,7 +63,7 @@ class Kill(NamedTuple):
 
 def plan_kills(rng: random.Random) -> list[Kill]:
     """Draw one kill, or two of which the second comes later in the run."""
-    kills = []
+    kills: list[Kill] = []
     for _ in range(rng.choice((1, 1, 2))):
         first = kills[-1].step if kills else 0
         if rng.random() < 0.5 and first < STEPS - CHECKPOINT_STEPS:
@@ -88,20 +88,20 @@ def arm_kill(kill: Kill) -> Callable[[int], None]:
         if not kill.stage and step + 1 == kill.step:
             threading.Timer(kill.delay, kill_self).start()
 
-    def save_file(tensors: dict, path: Path, **options: object) -> None:
+    def save_file(tensors: dict[str, Any], path: Any, metadata: dict[str, str] | None = None) -> None:
         matches = f"step_{kill.step:06d}" in Path(path).name
         if matches and kill.stage == "begun":
             kill_self()
-        save(tensors, path, **options)
+        save(tensors, path, metadata)
         if matches and kill.stage == "half":
             os.truncate(path, os.path.getsize(path) // 2)
             kill_self()
 
-    def rename(source: Path, target: Path) -> None:
+    def rename(source: Any, target: Any, **options: Any) -> None:
         matches = Path(target).name == f"step_{kill.step:06d}.safetensors"
         if matches and kill.stage == "unnamed":
             kill_self()
-        replace(source, target)
+        replace(source, target, **options)
         if matches and kill.stage == "named":
             kill_self()
 
@@ -154,17 +154,17 @@ def run_forked(config: Config, log: Path, kill: Kill | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def read_result(workspace: Path) -> dict[str, object]:
+def read_result(workspace: Path) -> dict[str, Any]:
     """Everything that has to be equal: rows without times, and the bytes of files, by name."""
     rows = [json.loads(line) for line in (workspace / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    result: dict[str, object] = {"metrics": [{k: v for k, v in r.items() if k not in TIMES} for r in rows]}
+    result: dict[str, Any] = {"metrics": [{k: v for k, v in r.items() if k not in TIMES} for r in rows]}
     for path in sorted(workspace.rglob("*")):
         if path.is_file() and path.parent != workspace:
             result[str(path.relative_to(workspace))] = path.read_bytes()
     return result
 
 
-def run_trial(name: str, kills: list[Kill], overrides: dict[str, object], folder: Path) -> dict[str, object]:
+def run_trial(name: str, kills: list[Kill], overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The result of a run that is killed as planned and resumed until its end."""
     workspace, log = folder / name, folder / f"{name}.log"
     config = configure(overrides | {"workspace": str(workspace)}, overrides["device"])
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     prepare_to_fork()
     rng, different = random.Random(args.seed), 0
-    overrides = SMALL | {"device": args.device, "deterministic": args.device == "cuda"}
+    overrides: dict[str, Any] = SMALL | {"device": args.device, "deterministic": args.device == "cuda"}
     if args.hf_key:
         overrides |= {"hf_key": args.hf_key}
 

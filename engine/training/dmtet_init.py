@@ -1,11 +1,8 @@
-"""The shape of a mesh refinement: a signed distance and a shift at each vertex of a grid of tetrahedra.
+"""Initialise the shape of a mesh refinement (`TetMesh`) from --init_with.
 
-    position = middle + reach * (vertex + tanh(shift) / N),    surface: distance = 0, positive inside
-
-N is --tet_grid_size, so that a vertex moves by up to half a layer. Distances are clamped to [-1, 1] at the start, and
-about ten times those of the scene. Source: Shen et al., Deep Marching Tetrahedra, 2021.
-
-A run starts from what --init_with names: a checkpoint, or a folder of a run, of a field; or a mesh file; else a sphere.
+That names a checkpoint of a field, the folder of its run, or a mesh file; without it the shape is a sphere. The grid is
+placed around the object, and its signed distances are taken from the density of the field or from the mesh. They are
+clamped to [-1, 1], with the slope SDF_SLOPE at the surface.
 """
 
 from pathlib import Path
@@ -27,29 +24,29 @@ from dream_fast.engine.scene.tet_mesh import SDF_SLOPE, TetMesh
 from dream_fast.engine.workspace.checkpoint import list_checkpoints, read_architecture
 from dream_fast.engine.workspace.folder import Workspace
 
-MARGIN = 0.1  # between the object and the border of the grid, of the bound
-FILLS = 0.8  # part of the picture's height, or of the cube, that a mesh file is scaled to
-VOLUME = 64  # points along an edge at which a field is looked at to find the object
+MARGIN = 0.1  # between the object and the border of the grid, as a share of the bound
+MESH_SCALE = 0.8  # size of a mesh file, as a share of the image's height or of the scene's cube
+VOLUME_SIDE = 64  # points along an edge of the volume in which the object of a field is found
 
 
 # ---------------------------------------------------------------------------------------------------------------- start
 
 
 class InitSource(NamedTuple):
-    """What --init_with names, found on disk."""
+    """File that --init_with names."""
 
     path: Path
     checkpoint: bool  # else a mesh file
 
 
 def find_init_source(name: str) -> InitSource:
-    """The checkpoint (of a folder the latest) or mesh file that `name` is. UserError: it is neither."""
+    """Find the checkpoint (the latest of a folder) or mesh file `name`. Raises UserError: when it is neither."""
     path = expand_user(name)
     if path.is_dir():
-        inside = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
-        if not inside:
+        checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+        if not checkpoints:
             raise UserError(f"--init_with {name}: the folder holds no checkpoint of a run")
-        return InitSource(inside[-1], True)
+        return InitSource(checkpoints[-1], True)
     if path.suffix.lower() in (".pth", ".pt", ".ckpt"):
         raise UserError(
             f"--init_with {name}: checkpoints of other programs cannot be read; give a run's or a mesh file"
@@ -79,7 +76,10 @@ def inherited_settings(init_with: str, folder: str, *, fresh: bool) -> dict[str,
 
 
 def field_settings(start: InitSource) -> dict[str, Any]:
-    """The settings that a run needs to take over the field of a checkpoint, by flag name; of a mesh file none."""
+    """Settings, by flag name, with which a run can load the field of a checkpoint; none for a mesh file.
+
+    Raises UserError: when the checkpoint is that of a mesh refinement.
+    """
     if not start.checkpoint:
         return {}
     architecture = read_architecture(start.path)
@@ -91,77 +91,82 @@ def field_settings(start: InitSource) -> dict[str, Any]:
 
 @torch.no_grad()
 def start_from_field(shape: TetMesh, field: Field, threshold: float) -> None:
-    """Lay the grid over what `field` has denser than the threshold, and take the distance from its density.
+    """Place the grid around the densest object of `field`, and take the distances from its density.
 
-    One is found where the given one leaves nothing or all (`choose_isovalue`). Density rises exponentially, so its
-    logarithm, scaled to the slope of a distance at the surface, is what straight lines between vertices fit.
-    UserError: the density is the same everywhere.
+    The isovalue is `threshold`, or another where that leaves nothing or everything (`choose_isovalue`). Density rises
+    exponentially, so its logarithm is interpolated well by straight lines between vertices; it is scaled to the slope
+    SDF_SLOPE at the surface.
+
+    Raises UserError: when the density is the same everywhere.
     """
-    volume = sample_density(field, VOLUME)
-    level = choose_isovalue(volume, threshold)
-    kept = largest_components(volume > level)
-    bound, spacing = field.bound, 2 * field.bound / (VOLUME - 1)
-    occupied = kept.nonzero()
+    volume = sample_density(field, VOLUME_SIDE)
+    isovalue = choose_isovalue(volume, threshold)
+    objects = largest_components(volume > isovalue)
+    bound, spacing = field.bound, 2 * field.bound / (VOLUME_SIDE - 1)
+    occupied = objects.nonzero()
     low, high = (occupied.amin(0) - 1) * spacing - bound, (occupied.amax(0) + 1) * spacing - bound
     low, high = (low - MARGIN * bound).clamp(min=-bound), (high + MARGIN * bound).clamp(max=bound)
     shape.initialize((low + high) / 2, (high - low) / 2, torch.zeros_like(shape.sdf))
     positions = shape.positions()
-    value = (field.density(positions).clamp(min=1e-6 * level) / level).log()
-    near = ((positions.cpu() + bound) / spacing).round().long().clamp(0, VOLUME - 1)
-    around = torch.nn.functional.max_pool3d(kept[None].float(), 5, stride=1, padding=2)[0] > 0
-    value = torch.where(around[near.unbind(1)].to(value.device), value, value.clamp(max=-1.0))  # specks stay behind
-    ends = shape.tets[:, :2]  # edges of each tetrahedron that cross the surface say how steep it is
-    at, to = value[ends[:, 0]], value[ends[:, 1]]
-    crossing = (at > 0) != (to > 0)
-    length = (positions[ends[crossing, 1]] - positions[ends[crossing, 0]]).norm(dim=1)
-    steep = ((at - to)[crossing].abs() / length).median() if crossing.any() else torch.tensor(SDF_SLOPE)
-    shape.initialize(shape.center.clone(), shape.half_extent.clone(), value * (SDF_SLOPE / steep.clamp(min=1e-3)))
+    sdf = (field.density(positions).clamp(min=1e-6 * isovalue) / isovalue).log()
+    cell = ((positions.cpu() + bound) / spacing).round().long().clamp(0, VOLUME_SIDE - 1)
+    around = torch.nn.functional.max_pool3d(objects[None].float(), 5, stride=1, padding=2)[0] > 0
+    sdf = torch.where(around[cell.unbind(1)].to(sdf.device), sdf, sdf.clamp(max=-1.0))  # floaters are left outside
+    edges = shape.tets[:, :2]  # one of each tetrahedron; those that cross the surface have its slope
+    first, second = sdf[edges[:, 0]], sdf[edges[:, 1]]
+    crossing = (first > 0) != (second > 0)
+    length = (positions[edges[crossing, 1]] - positions[edges[crossing, 0]]).norm(dim=1)
+    slope = ((first - second)[crossing].abs() / length).median() if crossing.any() else torch.tensor(SDF_SLOPE)
+    shape.initialize(shape.center.clone(), shape.half_extent.clone(), sdf * (SDF_SLOPE / slope.clamp(min=1e-3)))
 
 
 def read_surface(path: Path) -> TensorMesh:
-    """The triangles of a mesh file, on the host. UserError: what `load_mesh` refuses."""
+    """Read the triangles of a mesh file, on the host. Raises as `load_mesh`."""
     return load_mesh(path).to_tensors()
 
 
 def normalized(mesh: TensorMesh, bound: float, camera: CameraConfig) -> TensorMesh:
-    """The mesh moved to the middle, its largest side 0.8 of what the output camera, or the scene's cube, takes in."""
+    """Move a mesh to the origin and scale its largest side to MESH_SCALE of the output camera's view, or of the cube.
+
+    Raises UserError: when the mesh is one point.
+    """
     corners = mesh.vertices[mesh.faces].view(-1, 3)
     low, high = corners.amin(0), corners.amax(0)
-    seen = camera.default_radius * float(torch.tensor(camera.default_fovy / 2).deg2rad().tan())
+    visible = camera.default_radius * float(torch.tensor(camera.default_fovy / 2).deg2rad().tan())
     half = float((high - low).amax()) / 2
     if not half > 0:
         raise UserError("the mesh of --init_with has no extent: all of its triangles are one point")
-    return mesh._replace(vertices=(mesh.vertices - (low + high) / 2) * (FILLS * min(bound, seen) / half))
+    return mesh._replace(vertices=(mesh.vertices - (low + high) / 2) * (MESH_SCALE * min(bound, visible) / half))
 
 
 @torch.no_grad()
 def start_from_mesh(shape: TetMesh, mesh: TensorMesh) -> None:
-    """Lay the grid over a mesh and take the distance to it. UserError: it encloses nothing."""
+    """Place the grid around a mesh and take the distances to it. Raises UserError: when it encloses nothing."""
     device, bound = shape.sdf.device, shape.bound
-    mesh = TensorMesh(*(part.to(device) for part in mesh))
+    mesh = TensorMesh(*(tensor.to(device) for tensor in mesh))
     corners = mesh.vertices[mesh.faces].view(-1, 3)
     half = (corners.abs().amax(0) + MARGIN * bound).clamp(max=bound)
     n = shape.size // 2
     step, distances = 2 * half / n, []
-    # A few layers of tetrahedra are as far as the distance has to be right; farther off only its sign counts.
+    # The distance has to be exact within a few layers of tetrahedra; farther away only its sign counts.
     reach = min(1 / SDF_SLOPE, 3 * float(step.amax()))
     for count, first in ((n + 1, -half), (n, -half + step / 2)):
-        found = signed_distance(mesh, first, step, (count,) * 3, reach).view(-1)
-        distances.append(torch.where(found.abs() >= reach, found.sign(), SDF_SLOPE * found))
-    distance = torch.cat(distances)
-    if not (distance > 0).any():
+        distance = signed_distance(mesh, first, step, (count,) * 3, reach).view(-1)
+        distances.append(torch.where(distance.abs() >= reach, distance.sign(), SDF_SLOPE * distance))
+    sdf = torch.cat(distances)
+    if not (sdf > 0).any():
         raise UserError(
             "the mesh of --init_with encloses no space that --tet_grid_size resolves: it is open, or too thin"
         )
-    shape.initialize(torch.zeros(3, device=device), half, distance)
+    shape.initialize(torch.zeros(3, device=device), half, sdf)
 
 
 def load_start(config: Config, shape: TetMesh) -> InitSource | None:
-    """Give the shape its start where that is a mesh file or the sphere; a checkpoint is returned, for its field."""
+    """Initialise the shape from a mesh file; a checkpoint is returned, for its field. None: a sphere."""
     if config.dmtet.init_with is None:
         return None
     start = find_init_source(config.dmtet.init_with)
-    field_settings(start)  # complains about a checkpoint of another kind
+    field_settings(start)  # raises UserError: when the checkpoint is of another kind
     if not start.checkpoint:
         start_from_mesh(shape, normalized(read_surface(start.path), shape.bound, config.camera))
     return start

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -94,22 +94,15 @@ class Loop:
                 result = self._step()
                 callbacks.on_step(trainer.step, result)
 
-                # once in a while: log. Reading a number waits for the device.
+                # once in a while: log
                 if trainer.step % run.log_every == 0 or trainer.step == run.iters:
                     trainer.adapt_capacity(result)
-                    row = make_metrics_row(trainer, result)
+                    row = make_metrics_row(trainer, result)  # waits for the device
                     now = time.monotonic()
                     row["it_per_s"] = round((trainer.step - logged_step) / (now - logged), 3)
                     row["seconds"] = round(now - started, 3)
                     logged_step, logged = trainer.step, now
-                    self.options.on_row(row)
-                    metrics.write(json.dumps(row) + "\n")
-                    metrics.flush()
-                    callbacks.on_log(row)
-                    _show(bar, row)
-                    self._check_finite(row)
-                    self._check_table(result)
-                    self.workspace.check_not_moved()
+                    self._log(row, result, metrics, bar, callbacks)
                 if trainer.step % run.log_every == 0 or trainer.step % epoch == 0:
                     self._check_object()
                 bar.advance(trainer.step)
@@ -121,10 +114,27 @@ class Loop:
             self.reporter.say(f"stopped after step {trainer.step} of {run.iters}; the same command takes it up again")
         stop.check()
 
+    def _log(self, row: dict[str, Any], result: StepResult, metrics: TextIO, bar: Bar, callbacks: RunCallbacks) -> None:
+        """Write and show a row, and check the numbers of the run."""
+        self.options.on_row(row)
+        metrics.write(json.dumps(row) + "\n")
+        metrics.flush()
+        callbacks.on_log(row)
+        _show(bar, row)
+        self._check_finite(row)
+        self._check_table(result)
+        self.workspace.check_not_moved()
+
     def _callbacks(self) -> RunCallbacks:
         trainer = self.trainer
-        context = dict(step=trainer.step, guidance=trainer.guidance, device=trainer.device)
-        return RunCallbacks(self.config, self.workspace, self.reporter, **context)
+        return RunCallbacks(
+            self.config,
+            self.workspace,
+            self.reporter,
+            step=trainer.step,
+            guidance=trainer.guidance,
+            device=trainer.device,
+        )
 
     def _step(self) -> StepResult:
         """Take a step. Raises UserError: when the GPU's memory does not suffice; the steps before it are saved."""

@@ -183,7 +183,7 @@ class Trainer:
             t=guided.t,
             grad_norm=guided.grad_norm.detach(),
             opacity=rendered.opacity.detach(),
-            samples=rendered.count,
+            samples=rendered.sample_count,
             overflow=rendered.overflow,
             table_pull=table_pull,
             snapshot=snapshot,
@@ -192,7 +192,7 @@ class Trainer:
     def replay_gradients(self, inputs: StepInputs) -> StepResult:
         """`gradients`, replayed from a CUDA graph: one for each kind of step, captured at the first of its kind."""
         inputs = self.guidance.prepare_step(inputs, self.config.camera.batch_size)
-        capacity = self.renderer.sampler.samples_per_ray  # a graph has buffers of this size
+        capacity = self.renderer.samples_per_ray  # a graph has buffers of this size
         if capacity != self._captured_capacity:
             self.graphs.clear()
             self._captured_capacity = capacity
@@ -272,20 +272,21 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def architecture(self) -> dict[str, Any]:
-        """What two runs must share for one to load the other's checkpoint: everything that shapes the state."""
+        """Settings that two runs must share for one to load the other's checkpoint: those that shape the state."""
         config = self.config
-        shape = dataclasses.asdict(config.field) | {
+        settings = dataclasses.asdict(config.field) | {
             "bound": config.render.bound,
             "occupancy_resolution": config.render.occupancy_resolution,
             "optim": config.optim.optim,
         }
-        elsewhere = settings_unused_by(config.field.backbone)
-        found = {name: value for name, value in shape.items() if name not in elsewhere}
+        unused = settings_unused_by(config.field.backbone)
+        architecture = {name: value for name, value in settings.items() if name not in unused}
         if self.shape is not None:
-            found |= {"tet_grid_size": config.dmtet.tet_grid_size, "lock_geo": config.dmtet.lock_geo}
-        return found
+            architecture |= {"tet_grid_size": config.dmtet.tet_grid_size, "lock_geo": config.dmtet.lock_geo}
+        return architecture
 
     def save(self, workspace: Workspace) -> Path:
+        """Write a checkpoint; returns its path."""
         workspace.check_not_moved()
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -302,27 +303,26 @@ class Trainer:
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
 
     def start_shape(self) -> None:
-        """Give a mesh refinement what --init_with names to start from. UserError: nothing can be made of that."""
+        """Initialise the shape of a mesh refinement from --init_with. Raises UserError: when that is not possible."""
         start = load_start(self.config, self.shape)
         if start is not None and start.checkpoint:
-            there, here = read_architecture(start.path), self.architecture()
-            of_mesh = here.keys() & {"tet_grid_size", "lock_geo"}
-            alike = {name: value for name, value in here.items() if name not in of_mesh}
-            _, state = load_checkpoint(start.path, alike | {"optim": there.get("optim")})  # which goes on as it likes
+            expected = self.architecture() | {"optim": read_architecture(start.path).get("optim")}  # of any optimiser
+            of_mesh = ("tet_grid_size", "lock_geo")
+            _, state = load_checkpoint(start.path, {k: v for k, v in expected.items() if k not in of_mesh})
             try:
                 self.optimizer.start_scene(state["optimizer"]["ema"])
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise damaged(start.path, f"its state: {type(error).__name__}: {first_line(error)}") from error
             start_from_field(self.shape, self.field, self.config.render.density_thresh)
-        self.renderer.surface()  # something has to be there
+        self.renderer.surface()  # raises UserError: when there is none
         self.optimizer.state.ema.copy_(self.optimizer.params)
 
     def load(self, path: Path) -> None:
-        """Continue from the checkpoint at ``path``; UserError when it is damaged or of another architecture."""
+        """Continue from the checkpoint at `path`. Raises UserError: when it is damaged or of another architecture."""
         self.step, state = load_checkpoint(path, self.architecture())
         try:
             self._restore(state)
-        except torch.OutOfMemoryError:  # a RuntimeError, but not the file's fault
+        except torch.OutOfMemoryError:  # a RuntimeError without a fault of the file
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise damaged(path, f"its state: {type(error).__name__}: {first_line(error)}") from error
@@ -332,14 +332,14 @@ class Trainer:
         self.renderer.load_state_dict(state.get("renderer", {}))
         self.scaler.load_state_dict(state["scaler"])
         self.schedule = RunProgress(**state["schedule"]).extended_to(self.step, self.config.run.iters)
-        if self.config.run.exp_end_iter is None:  # an end that was asked for stays where it is
-            phases = state.get("phases", state["schedule"])  # checkpoints of earlier versions have one for both
+        if self.config.run.exp_end_iter is None:  # a configured end of the phases does not move
+            phases = state.get("phases", state["schedule"])  # earlier versions had one progress for both
             self.phases = RunProgress(**phases).extended_to(self.step, self.config.run.iters)
         self.skipped.copy_(state["skipped"])
-        self.overflowed.copy_(state.get("overflowed", torch.zeros(())))  # as above
+        self.overflowed.copy_(state.get("overflowed", torch.zeros(())))  # earlier versions did not save it
         self.skipped_in_a_row.copy_(state.get("skipped_in_a_row", torch.zeros(())))
         self.degenerate_in_a_row.copy_(state.get("lost_in_a_row", torch.zeros(2)))
-        kept = state.get("attention")  # checkpoints of earlier versions have none
-        if kept is not None and (len(kept) != 2 or not set(kept) <= set(KINDS)):
-            raise ValueError(f"attention is {kept}")
-        self.attention = None if kept is None else AttentionChoice(*kept)
+        attention = state.get("attention")
+        if attention is not None and (len(attention) != 2 or not set(attention) <= set(KINDS)):
+            raise ValueError(f"attention is {attention}")
+        self.attention = None if attention is None else AttentionChoice(*attention)

@@ -100,7 +100,7 @@ def test_a_workload_that_the_base_lacks_is_named_and_compared_with_nothing(capsy
     assert compared(machine, ["a", "b"])[0] == []
     with pytest.raises(UserError, match="nothing could be compared with the base: b: ImportError"):
         compared(machine, ["b"])
-    assert timing.line(timing.Row("b", missing="ImportError: no")).split()[1:5] == ["not", "in", "the", "base:"]
+    assert timing.format_row(timing.Row("b", missing="ImportError: no")).split()[1:5] == ["not", "in", "the", "base:"]
 
 
 def test_a_workload_that_fails_in_this_tree_is_an_error():
@@ -121,13 +121,13 @@ def test_a_side_times_the_calls_alone():
         raise OSError("no\nfile")
 
     asked = [{"prepare": "good"}, {"calls": 2}, {"prepare": "bad"}]
-    told = timing_side.answer(map(json.dumps, asked), {"good": prepare, "bad": broken}, lambda: now[0])
+    told = timing_side.answer_requests(map(json.dumps, asked), {"good": prepare, "bad": broken}, lambda: now[0])
     assert list(told) == [{"missing": None}, {"seconds": 6.0}, {"missing": "OSError: no file"}]
 
 
 def test_every_operator_and_a_step_are_timed():
     """The registry of the benchmark decides which, and the step is the last."""
-    names = list(timing_side.workloads())
+    names = list(timing_side.list_workloads())
     assert {name.split()[0] for name in names[:-1]} == {case.op for case in timing_side.SMALL}
     assert names[-1] == timing_side.STEP
 

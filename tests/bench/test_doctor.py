@@ -17,14 +17,14 @@ from dream_fast.cli import main
 @pytest.fixture(scope="module")
 def said() -> list[dict]:
     """What the self test says of each kernel, in the interpreter as on a machine without a GPU."""
-    found = [found for found in doctor.kernels(on_gpu=False)]
+    found = [found for found in doctor.check_kernels(on_gpu=False)]
     return found
 
 
 def test_every_kernel_is_right_against_its_reference(said):
     (found,) = said
     assert found.state == "ok"
-    assert {"hash_grid", "march", "render", "adan", "weight_decay"} <= set(found.what.split(": ")[1].split(", "))
+    assert {"hash_grid", "march", "render", "adan", "weight_decay"} <= set(found.message.split(": ")[1].split(", "))
 
 
 def test_the_self_test_notices_a_kernel_that_is_a_little_off():
@@ -67,8 +67,8 @@ ENOUGH = 1e6  # seconds: only what never ends meets its limit
 def test_a_self_test_that_fails_or_dies_or_hangs_is_a_finding(code, seconds, sentence, monkeypatch):
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
-    (found,) = doctor.kernels(on_gpu=True, seconds=seconds)
-    assert found.state == "wrong" and sentence in found.what and "--backbone grid_torch" in found.advice
+    (found,) = doctor.check_kernels(on_gpu=True, seconds=seconds)
+    assert found.state == "wrong" and sentence in found.message and "--backbone grid_torch" in found.advice
 
 
 def test_the_advice_about_a_failing_kernel_fits_the_device(monkeypatch):
@@ -76,10 +76,10 @@ def test_the_advice_about_a_failing_kernel_fits_the_device(monkeypatch):
     run, code = subprocess.run, 'print(\'{"kernel": "march", "error": "error 1, allowed 0", "seconds": 1}\'); exit(1)'
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere/else")
-    (on_gpu,), (on_cpu,) = doctor.kernels(on_gpu=True), doctor.kernels(on_gpu=False)
+    (on_gpu,), (on_cpu,) = doctor.check_kernels(on_gpu=True), doctor.check_kernels(on_gpu=False)
     assert (on_gpu.state, on_cpu.state) == ("wrong", "note")
     assert "(/somewhere/else)" in on_gpu.advice and "cache" not in on_cpu.advice
-    assert all("error 1, allowed 0" in found.what and "report" in found.advice for found in (on_gpu, on_cpu))
+    assert all("error 1, allowed 0" in found.message and "report" in found.advice for found in (on_gpu, on_cpu))
 
 
 def test_the_self_test_allows_other_roundings_and_no_turned_normal():
@@ -149,19 +149,19 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
     ],
 )
 def test_what_is_said_of_the_gpu(machine, driver, state, sentence, advice, monkeypatch):
-    monkeypatch.setattr(doctor, "driver", lambda: driver)
-    found = doctor.gpu(fake_torch(**machine))
-    assert found.state == state and sentence in found.what and advice in found.advice and "\n" not in found.what
+    monkeypatch.setattr(doctor, "find_driver", lambda: driver)
+    found = doctor.check_gpu(fake_torch(**machine))
+    assert found.state == state and sentence in found.message and advice in found.advice and "\n" not in found.message
 
 
 def test_without_triton_or_xformers_it_says_what_to_install_where_it_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    assert doctor.triton(on_gpu=False).state == "note"
-    missing = doctor.triton(on_gpu=True)
+    assert doctor.check_triton(on_gpu=False).state == "note"
+    missing = doctor.check_triton(on_gpu=True)
     assert missing.state == "wrong" and "pip install triton" in missing.advice
-    found = {found.what.split()[1]: found for found in doctor.attention(torch, torch.device("cpu"))}
+    found = {found.message.split()[1]: found for found in doctor.check_attention(torch, torch.device("cpu"))}
     assert found["sdpa"].state == "ok" and found["xformers"].state == "note" and "xformers" in found["xformers"].advice
 
 
@@ -184,16 +184,16 @@ def test_a_torch_that_does_not_load_is_a_finding(monkeypatch):
         raise OSError("libcudart.so.12: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "import_module", broken)
-    found = list(doctor.findings())[-1]
-    assert found.state == "wrong" and "libcudart.so.12" in found.what and "reinstall" in found.advice
+    found = list(doctor.make_findings())[-1]
+    assert found.state == "wrong" and "libcudart.so.12" in found.message and "reinstall" in found.advice
 
 
 def test_the_command_prints_findings_and_its_status_tells_whether_something_is_wrong(monkeypatch, capsys):
     for found, status in ((Finding("note", "no GPU"), 0), (Finding("wrong", "no torch", "pip install torch"), 1)):
-        monkeypatch.setattr(doctor, "findings", lambda found=found: iter([Finding("ok", "fine"), found]))
+        monkeypatch.setattr(doctor, "make_findings", lambda found=found: iter([Finding("ok", "fine"), found]))
         assert main(["--doctor"]) == status
         out = capsys.readouterr().out
-        assert found.what in out and found.advice in out
+        assert found.message in out and found.advice in out
         assert ("ready for a run" in out) == (status == 0)
 
 

@@ -165,7 +165,7 @@ def test_stage_seconds():
     volume, surface_, atlas_, images = mesh_files.STAGE_ENDS
     told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + images) / 2, 7.0)]
     told += [(atlas_ + (images - atlas_), 8.0), (1.0, 9.5)]
-    parts = bench_mesh.seconds_of(0.5, told)
+    parts = bench_mesh.split_seconds(0.5, told)
     assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "pictures": 2.0, "files": 1.5}
 
 
@@ -202,7 +202,7 @@ def test_write_mesh_without_surface(volume):
         isosurface.choose_isovalue(torch.tensor(volume), 10.0)
 
 
-# ---------------------------------------------------------------------------------------------- a field that we know
+# A field that we know
 
 
 def scene(points):
@@ -274,12 +274,12 @@ def glb(written):
 
 def test_write_mesh_six_views(written):
     """Six views of the mesh are those of the field."""
-    found = bench_mesh.compare(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
+    found = bench_mesh.compare_with_field(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
     assert min(found.iou) > 0.95 and min(found.psnr) > 25
     # The object is lopsided: seen in a mirror it is another one.
     mirrored = bench_mesh.read_glb(written)
     mirrored.vertices[:, 0] *= -1
-    assert min(bench_mesh.compare(fitted_renderer(), mirrored, CAMERAS, 96).iou) < 0.85
+    assert min(bench_mesh.compare_with_field(fitted_renderer(), mirrored, CAMERAS, 96).iou) < 0.85
 
 
 def test_write_mesh_silhouettes(tmp_path):
@@ -289,7 +289,7 @@ def test_write_mesh_silhouettes(tmp_path):
         options = dict(silhouettes=silhouettes, decimate_target=4000, texture_resolution=64)
         mesh_files.write_mesh(tmp_path / "mesh.glb", fitted_renderer().field, 48, threshold, **options)
         shape = bench_mesh.read_glb(tmp_path / "mesh.glb")
-        return min(bench_mesh.compare(fitted_renderer(), shape, CAMERAS, 96).iou)
+        return min(bench_mesh.compare_with_field(fitted_renderer(), shape, CAMERAS, 96).iou)
 
     silhouettes = render_silhouettes(fitted_renderer(), CAMERAS)
     for threshold in (0.05, 0.3):
@@ -444,7 +444,7 @@ write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(
     assert (vertices.vertex_normals * directions).sum(axis=1).min() > 0.5  # the first field is a ball
 
 
-# ------------------------------------------------------------------------------------------------ images and videos
+# Images and videos
 
 
 def test_write_six_views(tmp_path):

@@ -69,9 +69,8 @@ def outputs(components: Components) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "xformers", "matmul"])
-def test_the_model_computes_what_it_does_with_diffusers_own_processors(
-    kind: str, tiny_model: Path, xformers_of_torch: list
-) -> None:
+def test_against_diffusers_processors(kind: str, tiny_model: Path, xformers_of_torch: list) -> None:
+    """The model computes what it does with diffusers own processors."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     components = load_components(tiny_model, DEVICE, attention="sdpa")
@@ -91,7 +90,8 @@ def test_the_model_computes_what_it_does_with_diffusers_own_processors(
         check(name, *results)
 
 
-def test_channels_last_gives_the_same_and_stays_so(tiny_model: Path) -> None:
+def test_channels_last(tiny_model: Path) -> None:
+    """Channels last gives the same and stays so."""
     results, strides, pictures = [], [], []
     for layout in ((), ("unet", "vae")):
         components = load_components(tiny_model, DEVICE, attention="sdpa")
@@ -119,7 +119,7 @@ def exact(inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_matrix_products_are_attention_forward_and_backward(dtype: torch.dtype) -> None:
+def test_matmul_attention(dtype: torch.dtype) -> None:
     """Against fp64, at most twice the error of the formula written out in the same dtype."""
     q, k, v, upstream = draws((2, 37, 3, 48), (2, 21, 3, 48), (2, 21, 3, 40), (2, 37, 3, 40), dtype=dtype)
     inputs = [4 * q, k, v]
@@ -133,7 +133,7 @@ def test_matrix_products_are_attention_forward_and_backward(dtype: torch.dtype) 
         check(name, mine, theirs, true)
 
 
-def test_gradients_of_small_weights_survive_half_precision() -> None:
+def test_matmul_small_weights() -> None:
     """4096 keys of about equal weight: the gradients of their scores, about 3e-6, are subnormal in fp16."""
     q, k, v, upstream = draws((1, 4, 1, 32), (1, 4096, 1, 32), (1, 4096, 1, 32), (1, 4, 1, 32), dtype=torch.float16)
     inputs = [0.1 * q, k, v]
@@ -147,7 +147,8 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(OPERATORS["matmul"], leaves)
 
 
-def test_shapes_are_those_of_the_model(tiny_model: Path) -> None:
+def test_unet_shapes(tiny_model: Path) -> None:
+    """Shapes are those of the model."""
     components = load_components(tiny_model, DEVICE, attention="sdpa")
     found = attention.unet_shapes(components.unet, 2, 8, 77)
     assert found == {Shape(2, 16, 16, 2, 16): 4, Shape(2, 16, 77, 2, 16): 4}
@@ -176,30 +177,36 @@ def choose(tiny_model: Path):
     return choice
 
 
-def test_a_cpu_takes_torchs_own(choose) -> None:
+def test_cpu_takes_sdpa(choose) -> None:
+    """A cpu takes torchs own."""
     assert choose("auto") == choose("sdpa") == ("sdpa", "sdpa")
     assert str(choose("auto")) == "sdpa" and str(AttentionChoice("cudnn", "matmul")) == "cudnn, in the VAE matmul"
 
 
 @pytest.mark.parametrize("kind", ["xformers", "cudnn"])
-def test_a_named_choice_that_does_not_work_is_one_sentence(kind: str, choose) -> None:
+def test_named_unsupported_raises(kind: str, choose) -> None:
+    """A named choice that does not work is one sentence."""
     with pytest.raises(UserError, match=rf"--attention {kind} does not work here, on cpu in float32 \(.+\)") as refused:
         choose(kind)
     assert "\n" not in str(refused.value) and str(refused.value).endswith("--attention sdpa always does")
 
 
-def test_little_attention_is_not_measured() -> None:
+def test_little_work_takes_sdpa() -> None:
+    """Little attention is not measured."""
     small = Counter({Shape(2, 256, 256, 4, 32): 6, Shape(2, 256, 24, 4, 32): 6})  # the embedded model's
     kinds = ("cudnn", "xformers")  # neither of which would work here
     assert attention.fastest(kinds, small, torch.device("cpu"), torch.float32, gradient=False) == "sdpa"
 
 
-def test_a_named_choice_that_works_is_taken_for_both(choose, xformers_of_torch: list) -> None:
+def test_named_for_both(choose, xformers_of_torch: list) -> None:
+    """A named choice that works is taken for both."""
     assert choose("xformers") == ("xformers", "xformers")
     assert set(xformers_of_torch) == {(2, 16, 2, 16), (1, 64, 1, 32)}
 
 
-def test_the_encoder_goes_its_own_way_where_a_named_choice_cannot(choose, monkeypatch) -> None:
+def test_encoder_falls_back(choose, monkeypatch) -> None:
+    """The encoder goes its own way where a named choice cannot."""
+
     def narrow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[-1] > 16:
             raise NotImplementedError("no operator for heads wider than 16")
@@ -209,12 +216,14 @@ def test_the_encoder_goes_its_own_way_where_a_named_choice_cannot(choose, monkey
     assert choose("cudnn") == ("cudnn", "sdpa")
 
 
-def test_a_run_keeps_its_choice_unless_another_is_named(choose, xformers_of_torch: list) -> None:
+def test_previous_choice(choose, xformers_of_torch: list) -> None:
+    """A run keeps its choice unless another is named."""
     assert choose("auto", AttentionChoice("xformers", "matmul")) == ("xformers", "matmul")
     assert choose("sdpa", AttentionChoice("xformers", "matmul")) == ("sdpa", "sdpa")
 
 
-def test_a_kept_choice_that_no_longer_works_is_one_sentence(choose, monkeypatch) -> None:
+def test_previous_unsupported_raises(choose, monkeypatch) -> None:
+    """A kept choice that no longer works is one sentence."""
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(UserError, match="xformers, which this run has used so far, does not work here"):
         choose("auto", AttentionChoice("xformers", "xformers"))
@@ -229,7 +238,7 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="kernels of a GPU, and their CUDA
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("kind", ["xformers", "cudnn", "matmul"])
-def test_an_operator_in_a_cuda_graph_replays_with_other_inputs(kind: str) -> None:
+def test_graph_replay(kind: str) -> None:
     """Shapes of Stable Diffusion's UNet and VAE in fp16, against fp64."""
     if kind == "xformers" and (reason := no_xformers(torch.float16)):
         pytest.skip(f"xformers does not compute here: {reason}")  # its build decides, and a user is told the same
@@ -259,7 +268,7 @@ def test_an_operator_in_a_cuda_graph_replays_with_other_inputs(kind: str) -> Non
 
 @pytest.mark.gpu
 @needs_gpu
-def test_the_fastest_is_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastest_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """At Stable Diffusion's shapes."""
 
     def refuses(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -275,7 +284,8 @@ def test_the_fastest_is_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_auto_takes_what_works_and_guidance_runs_with_every_choice_in_a_graph(tiny_model: Path) -> None:
+def test_auto_on_gpu(tiny_model: Path) -> None:
+    """Auto takes what works and guidance runs with every choice in a graph."""
     from dream_fast.engine.config.sections import GuidanceConfig
     from dream_fast.engine.guidance.sds import ScoreDistillation
 
@@ -304,7 +314,8 @@ def test_auto_takes_what_works_and_guidance_runs_with_every_choice_in_a_graph(ti
 
 @pytest.mark.gpu
 @needs_gpu
-def test_xformers_is_taken_where_only_its_half_precision_operators_load(tiny_model: Path) -> None:
+def test_xformers_half_only(tiny_model: Path) -> None:
+    """Xformers is taken where only its half precision operators load."""
     if reason := no_xformers(torch.float16):
         pytest.skip(f"xformers does not compute here: {reason}")  # its build decides, and a user is told the same
     components = load_components(tiny_model, "cuda", torch.float16, attention="xformers")

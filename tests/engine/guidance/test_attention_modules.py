@@ -43,7 +43,7 @@ def module(**options: Any) -> Attention:
     ],
     ids=["plain", "norm", "residual", "all"],
 )
-def test_the_processor_is_diffusers_own(size: tuple[int, ...], options: dict[str, Any]) -> None:
+def test_processor_equals_diffusers(size: tuple[int, ...], options: dict[str, Any]) -> None:
     """Of tokens and of pictures: norm, projections, residual and rescaled output, against diffusers' in fp64."""
     made, rows = module(**options), torch.randn(size, generator=torch.Generator().manual_seed(1))
     outs = []
@@ -58,7 +58,7 @@ def test_the_processor_is_diffusers_own(size: tuple[int, ...], options: dict[str
     check("output", *outs)
 
 
-def test_the_processor_takes_keys_and_values_of_a_prompt() -> None:
+def test_processor_cross_attention() -> None:
     """Cross attention: keys and values of another width and number than the queries."""
     made = module(cross_attention_dim=12)
     rows, prompt = (torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in ((2, 5, 16), (2, 7, 12)))
@@ -84,7 +84,7 @@ def test_the_processor_takes_keys_and_values_of_a_prompt() -> None:
     ],
     ids=["space", "queries", "prompt", "further"],
 )
-def test_attention_with_other_parts_keeps_its_processor(options: dict[str, Any]) -> None:
+def test_set_attention_skips_unsupported(options: dict[str, Any]) -> None:
     """Norms of queries and keys, of the prompt, and by another picture, and further keys: all would be left out."""
     made = module(**options)
     made.set_processor(AttnProcessor2_0())
@@ -93,7 +93,7 @@ def test_attention_with_other_parts_keeps_its_processor(options: dict[str, Any])
     assert made.processor is before
 
 
-def test_attention_that_the_processor_knows_gets_it() -> None:
+def test_set_attention() -> None:
     """Those of diffusers' usual processor and those that have ours; not those of others, of normed keys, or a layer."""
     known = [module(processor=AttnProcessor2_0()), module(processor=Processor(OPERATORS["matmul"]))]
     keys, other = module(processor=AttnProcessor2_0()), module(processor=AttnProcessor())
@@ -152,7 +152,7 @@ def test_auto_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.operators == [(model.unet, OPERATORS["cudnn"]), (model.encoder, OPERATORS["matmul"])]
 
 
-def test_auto_on_a_cpu_and_sdpa_ask_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own works everywhere: it is neither measured nor tried."""
     for device, wanted in (("cpu", "auto"), ("cuda", "sdpa")):
         model = Recorded(monkeypatch, device, fails="shapes")
@@ -161,7 +161,7 @@ def test_auto_on_a_cpu_and_sdpa_ask_for_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("fails", "chosen"), [("", ("xformers", "xformers")), ("encoder", ("xformers", "sdpa"))])
-def test_a_named_operator_is_tried_on_both_models(monkeypatch: pytest.MonkeyPatch, fails: str, chosen: tuple) -> None:
+def test_named_tried_on_both(monkeypatch: pytest.MonkeyPatch, fails: str, chosen: tuple) -> None:
     """With the model's shapes, device and dtype, the encoder with gradients; where that fails it keeps torch's own."""
     model = Recorded(monkeypatch, fails=fails)
     assert model.choose("xformers") == chosen
@@ -183,9 +183,7 @@ def test_a_named_operator_is_tried_on_both_models(monkeypatch: pytest.MonkeyPatc
         ("auto", AttentionChoice("xformers", "matmul"), "xformers, which this run has used so far, does not work"),
     ],
 )
-def test_an_operator_that_fails_is_one_sentence(
-    monkeypatch, wanted: str, kept: AttentionChoice | None, named: str
-) -> None:
+def test_failing_operator_raises(monkeypatch, wanted: str, kept: AttentionChoice | None, named: str) -> None:
     """It names the operator, the device, the precision, the reason and what works always; nothing is set."""
     model = Recorded(monkeypatch, fails="UNet")
     with pytest.raises(UserError) as caught:
@@ -199,7 +197,7 @@ def test_an_operator_that_fails_is_one_sentence(
 # Trying
 
 
-def test_why_not_is_the_first_line_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the ways in which a library refuses; a defect of the program is none of them."""
     shapes = Counter({Shape(1, 2, 2, 1, 4): 1})
 
@@ -219,7 +217,7 @@ def test_why_not_is_the_first_line_of_a_failure(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_pass_computes_every_shape_as_often_as_it_is_counted(monkeypatch, dtype: torch.dtype, gradient: bool) -> None:
+def test_run_shapes_counts(monkeypatch, dtype: torch.dtype, gradient: bool) -> None:
     """Once at each shape to try it, then all of them: inputs of the dtype, and gradients where they are wanted."""
     calls, backward = [], []
 
@@ -243,7 +241,7 @@ def test_a_pass_computes_every_shape_as_often_as_it_is_counted(monkeypatch, dtyp
     assert backward == [True] * (6 if gradient else 0)
 
 
-def test_a_pass_hides_its_warnings(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_shapes_hides_warnings(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warnings of kernels that do not take a shape do not reach the user."""
     import warnings
 
@@ -257,7 +255,7 @@ def test_a_pass_hides_its_warnings(recwarn: pytest.WarningsRecorder, monkeypatch
     assert not recwarn.list
 
 
-def test_operators_are_called_with_their_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """xformers takes [rows, tokens, heads, width] as it is, and cuDNN's kernels are the only ones that torch may take
     for cudnn."""
     from torch.nn.attention import SDPBackend

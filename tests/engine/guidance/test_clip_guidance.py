@@ -59,7 +59,7 @@ def by_hand(folder: Path, rgb: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
     return losses.detach(), *torch.autograd.grad(losses.mean(), rgb)
 
 
-def test_the_loss_is_ten_times_the_cosine_and_its_gradient_reaches_the_picture(tiny_clip: Path) -> None:
+def test_clip_loss_and_gradient(tiny_clip: Path) -> None:
     """Against transformers' own features of pictures all around, whose texts are blended in between."""
     rgb, cameras = pictures(12), turntable(CameraConfig(), 12, "cpu")
     guide = guidance(tiny_clip)
@@ -80,7 +80,8 @@ def test_the_loss_is_ten_times_the_cosine_and_its_gradient_reaches_the_picture(t
     assert result.t.shape == (0,) and result.noisy is None
 
 
-def test_following_the_gradient_makes_a_picture_more_like_the_prompt(tiny_clip: Path) -> None:
+def test_clip_gradient_direction(tiny_clip: Path) -> None:
+    """Following the gradient makes a picture more like the prompt."""
     guide, cameras = guidance(tiny_clip), turntable(CameraConfig(), 1, "cpu")
     rgb, losses = pictures(1, 32).detach(), []
     for _ in range(10):
@@ -92,7 +93,8 @@ def test_following_the_gradient_makes_a_picture_more_like_the_prompt(tiny_clip: 
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_the_prompt_follows_the_view_and_a_side_may_have_its_own(tiny_clip: Path) -> None:
+def test_clip_view_prompts(tiny_clip: Path) -> None:
+    """The prompt follows the view and a side may have its own."""
     model, tokenizer = load_clip(str(tiny_clip), "cpu")
     views = clip_views(model, tokenizer, "a mug", {"back": "its rear"})
     said = ["a mug, front view", "a mug, side view", "its rear", "a mug, overhead view"]
@@ -100,7 +102,8 @@ def test_the_prompt_follows_the_view_and_a_side_may_have_its_own(tiny_clip: Path
     assert guidance(tiny_clip, "a mug").model.text_model is None  # its memory is not needed any more
 
 
-def test_lambda_guidance_is_its_weight_and_may_be_a_schedule(tiny_clip: Path) -> None:
+def test_clip_lambda_guidance(tiny_clip: Path) -> None:
+    """Lambda guidance is its weight and may be a schedule."""
     cameras = turntable(CameraConfig(), 1, "cpu")
     plain = guidance(tiny_clip)(pictures(1), cameras, StepInputs(progress=0.0)).loss
     for weight, step, progress, factor in (
@@ -113,7 +116,8 @@ def test_lambda_guidance_is_its_weight_and_may_be_a_schedule(tiny_clip: Path) ->
         assert torch.equal(guide(pictures(1), cameras, StepInputs(progress=progress, step=step)).loss, factor * plain)
 
 
-def test_a_long_prompt_keeps_its_side_and_says_what_is_left_out(tiny_clip: Path, caplog) -> None:
+def test_clip_long_prompt(tiny_clip: Path, caplog) -> None:
+    """A long prompt keeps its side and says what is left out."""
     model, tokenizer = load_clip(str(tiny_clip), "cpu")
     views = clip_views(model, tokenizer, "a very tasty hamburger " * 10)
     assert "longer than the 77 tokens" in caplog.text
@@ -131,7 +135,8 @@ def test_a_step_reads_no_value(tiny_clip: Path, nothing_read) -> None:
     assert rgb.grad.abs().max() > 0
 
 
-def test_latents_and_other_shapes_are_refused(tiny_clip: Path) -> None:
+def test_clip_bad_shape_raises(tiny_clip: Path) -> None:
+    """Latents and other shapes are refused."""
     guide, cameras = guidance(tiny_clip), turntable(CameraConfig(), 1, "cpu")
     for shown, latents in (
         (torch.zeros(1, 4, 8, 8), True),
@@ -142,7 +147,8 @@ def test_latents_and_other_shapes_are_refused(tiny_clip: Path) -> None:
             guide(shown, cameras, StepInputs(progress=0.0, latents=latents))
 
 
-def test_a_model_that_does_not_load_is_one_sentence(tiny_clip: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_load_clip_raises(tiny_clip: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """A model that does not load is one sentence."""
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(UserError, match="the CLIP folder .*gone does not exist"):
@@ -163,7 +169,8 @@ def test_a_model_that_does_not_load_is_one_sentence(tiny_clip: Path, tiny_model:
         load_clip(str(broken), "cpu")
 
 
-def test_the_command_optimises_by_clip_alone(tmp_path: Path, tiny_clip: Path, capsys) -> None:
+def test_clip_command(tmp_path: Path, tiny_clip: Path, capsys) -> None:
+    """The command optimises by clip alone."""
     from dream_fast.cli import main
 
     words = """--device cpu --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --n_levels 3

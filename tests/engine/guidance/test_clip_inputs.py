@@ -51,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path) -> list[tuple[str, A
         ("https://huggingface.co/nobody/clip/tree/v2", "nobody/clip", {"revision": "v2"}),
     ],
 )
-def test_clip_of_the_hub_is_the_revision_that_is_named(asked, typed: str, name: str, pinned: dict[str, str]) -> None:
+def test_load_clip_revision(asked, typed: str, name: str, pinned: dict[str, str]) -> None:
     """Tokenizer and model come from the same repository and revision, in fp32, from safetensors alone."""
     load_clip(typed, "cpu")
     (tokenizer, *first), (model, second, options) = asked
@@ -61,7 +61,7 @@ def test_clip_of_the_hub_is_the_revision_that_is_named(asked, typed: str, name: 
 
 
 @pytest.mark.parametrize(("typed", "revision"), [("nobody/clip", ""), ("nobody/clip@v2", " --revision v2")])
-def test_clip_that_cannot_be_fetched_comes_with_the_command(monkeypatch, typed: str, revision: str) -> None:
+def test_load_clip_offline(monkeypatch, typed: str, revision: str) -> None:
     """The sentence gives the reason and the command that fetches what is read, of the same revision."""
     from transformers import CLIPTokenizer
 
@@ -77,14 +77,14 @@ def test_clip_that_cannot_be_fetched_comes_with_the_command(monkeypatch, typed: 
     )
 
 
-def test_clip_that_is_damaged_in_a_folder_comes_without_a_command(tmp_path: Path) -> None:
+def test_load_clip_damaged(tmp_path: Path) -> None:
     """A download would not mend a folder."""
     with pytest.raises(UserError, match=f"the CLIP model {tmp_path} does not load: ") as caught:
         load_clip(str(tmp_path), "cpu")
     assert "hf download" not in str(caught.value)
 
 
-def test_clip_is_frozen_and_on_the_device(tiny_clip: Path, tmp_path: Path) -> None:
+def test_load_clip_frozen(tiny_clip: Path, tmp_path: Path) -> None:
     """Nothing of it is trained, whatever its files hold it computes in fp32, and it lies where it is asked to."""
     from transformers import CLIPModel
 
@@ -113,7 +113,7 @@ def test_clip_guidance_passes_everything_on(tiny_clip: Path, monkeypatch: pytest
     assert guide.config is config and guide.angles == (20.0, 45.0, 60.0)
 
 
-def test_clip_guidance_is_given_the_gradient_that_it_returns(tiny_clip: Path) -> None:
+def test_clip_gradient_injected(tiny_clip: Path) -> None:
     """Besides the loss a call returns no level, and the picture's gradient and its norm."""
     rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
     result = guidance(tiny_clip)(rgb, CAMERAS, StepInputs(progress=0.0))
@@ -123,7 +123,7 @@ def test_clip_guidance_is_given_the_gradient_that_it_returns(tiny_clip: Path) ->
     assert result.t.shape == (0,) and result.t.dtype == torch.int64
 
 
-def test_clip_guidance_without_a_step_is_that_of_the_first(tiny_clip: Path) -> None:
+def test_clip_default_step(tiny_clip: Path) -> None:
     """A call without a step is the one at the start of a schedule by steps."""
     rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     weight = LinearSchedule(0, 1.0, 5.0, 4, fractions=False)
@@ -133,7 +133,7 @@ def test_clip_guidance_without_a_step_is_that_of_the_first(tiny_clip: Path) -> N
 
 
 @pytest.mark.parametrize(("shape", "latents"), [((1, 3, 24, 24), True), ((3, 24, 24), False), ((1, 4, 24, 24), False)])
-def test_clip_guidance_refuses_latents_and_other_shapes(tiny_clip: Path, shape: tuple[int, ...], latents: bool) -> None:
+def test_clip_bad_images_raise(tiny_clip: Path, shape: tuple[int, ...], latents: bool) -> None:
     """Each reason alone is enough: latents of three channels, three dimensions, four channels."""
     with pytest.raises(ValueError, match="images must be"):
         guidance(tiny_clip)(torch.zeros(shape), CAMERAS, StepInputs(progress=0.0, latents=latents))

@@ -134,7 +134,8 @@ def test_residual_blocks_give_the_same(call, make, shape, order):
         check(name, mine, theirs, true)
 
 
-def test_residual_blocks_of_another_kind_stay():
+def test_other_residual_blocks_stay():
+    """Residual blocks of another kind stay."""
     for changes in ({"resnet_time_scale_shift": "scale_shift"}, {"act_fn": "gelu"}):
         model = residual(random_unet(**changes))
         assert blocks_of(model, ResidualBlock) == 0 < blocks_of(model, ResnetBlock2D), changes
@@ -158,7 +159,8 @@ def test_names_and_weights_stay(make):
     model.load_state_dict(make().state_dict())
 
 
-def test_silu_is_in_the_norms_where_it_follows_them():
+def test_silu_fused_into_norms():
+    """Silu is in the norms where it follows them."""
     model = random_unet()
     fuse_group_norms(model)
     found = {name: layer.silu for name, layer in model.named_modules() if isinstance(layer, FusedGroupNorm)}
@@ -202,9 +204,7 @@ def test_a_model_on_the_cpu_keeps_its_own(tiny_model: Path, monkeypatch: pytest.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loader leaves the norms as they are")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_large_model_on_a_gpu_takes_the_kernels(
-    tiny_model: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-):
+def test_large_model_on_gpu(tiny_model: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """The encoder and its gradient, and the UNet, as near to fp64 as the plain modules."""
     for switch in (torch.backends.cuda.matmul, torch.backends.cudnn):
         monkeypatch.setattr(switch, "allow_tf32", False)

@@ -94,7 +94,7 @@ def sentence(source: str, *, half: bool = False, kind: str = "SD") -> str:
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("without", [["*.fp16.*"], ["unet/*h_model.safetensors", "vae/*h_model.safetensors"], []])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_cached_weights_of_any_precision_serve_any_run(cache, repository, without, dtype, listed):
+def test_cached_weights_of_any_precision(cache, repository, without, dtype, listed):
     """Fetched in fp32 and wanted in fp16, the other way round, mixed, or both: without a network the run takes them."""
     folder = cache.add(repository, "*.bin", "safety_checker/*", *without, listed=listed)
     assert find_folder(NAME, "SD", half=dtype == torch.float16) == folder
@@ -107,7 +107,7 @@ def test_cached_weights_of_any_precision_serve_any_run(cache, repository, withou
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_cache_with_some_files_names_the_others_and_what_fetches_them(cache, repository, listed, tmp_path):
+def test_incomplete_cache_message(cache, repository, listed, tmp_path):
     """The message names what is missing; its command's patterns are those files, and with them the model is found."""
     folder = cache.add(repository, "unet/*.safetensors", "vae/config.json", "tokenizer/vocab.json", listed=listed)
     for half in (False, True):
@@ -131,7 +131,7 @@ def test_cache_with_some_files_names_the_others_and_what_fetches_them(cache, rep
     assert find_folder(NAME, "SD", half=True) == folder
 
 
-def test_empty_cache_gets_the_command_that_fetches_all(cache, repository):
+def test_empty_cache_message(cache, repository):
     """With nothing cached the command's patterns are all that a run reads, and no file more."""
     said = sentence(f"{NAME}@fp16")
     assert said.startswith(f"there is no folder called {NAME}, the hub cannot be reached")
@@ -148,7 +148,7 @@ def test_empty_cache_gets_the_command_that_fetches_all(cache, repository):
     assert load_components(NAME, "cpu").name == NAME
 
 
-def test_older_revision_that_is_whole_is_taken_with_a_warning(cache, repository, caplog):
+def test_older_complete_revision(cache, repository, caplog):
     """Where the newest cached revision lacks a file, a whole older one serves, unless a revision was asked for."""
     older = cache.add(repository, commit=OLDER)
     cache.add(repository, "unet/*")
@@ -185,14 +185,14 @@ def test_pickles_in_the_cache_are_no_weights(cache, repository):
 
 
 @pytest.mark.parametrize("gone", COPIES)
-def test_name_that_is_gone_names_its_living_copies(cache, gone):
+def test_removed_name_offline(cache, gone):
     """Names of 2022 get the copy that is alive."""
     said = sentence(gone)
     assert all(f"{copy}" in said for copy in COPIES[gone]) and "it was removed, and its copy is --hf_key " in said
     assert "hf download" not in said
 
 
-def test_name_that_is_gone_online_names_its_living_copies(monkeypatch):
+def test_removed_name_online(monkeypatch):
     """With a network too, where the hub answers that it has no such repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -286,7 +286,7 @@ def test_pipeline_of_the_same_parts_guides(model, pipeline):
         ({"_class_name": "StableDiffusionUpscalePipeline"}, "name the model that makes the small images"),
     ],
 )
-def test_other_pipeline_is_refused_with_what_to_do(model, change, said):
+def test_other_pipeline_raises(model, change, said):
     """Each other pipeline is refused in a sentence that ends with what to take instead."""
     edit(model / "model_index.json", **change)
     with pytest.raises(UserError) as refused:
@@ -294,7 +294,7 @@ def test_other_pipeline_is_refused_with_what_to_do(model, change, said):
     assert said in str(refused.value)
 
 
-def test_distilled_model_is_refused_or_warned_of(model, caplog):
+def test_distilled_model(model, caplog):
     """A UNet that takes the guidance scale has no unguided prediction; a scheduler of few steps is warned of."""
     edit(model / "model_index.json", _class_name="LatentConsistencyModelPipeline", scheduler=["x", "LCMScheduler"])
     load_components(model, "cpu")
@@ -306,7 +306,7 @@ def test_distilled_model_is_refused_or_warned_of(model, caplog):
             load_components(model, "cpu")
 
 
-def test_pickled_weights_get_the_command_that_converts_them(model, tmp_path):
+def test_pickled_weights_message(model, tmp_path):
     """The command of the message makes a folder that guides with the same weights."""
     whole = load_components(model, "cpu")
     for stem, pickled in zip(WEIGHTS, ("text_encoder/pytorch_model", *WEIGHTS[1:]), strict=True):
@@ -325,7 +325,7 @@ def test_pickled_weights_get_the_command_that_converts_them(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["v1-5.safetensors", "v1-5.ckpt"])
-def test_single_file_gets_the_command_that_converts_it(tmp_path, name):
+def test_single_file_message(tmp_path, name):
     """A single-file checkpoint, or a folder of them, is named with what makes a folder of it."""
     from diffusers import StableDiffusionPipeline
 
@@ -341,7 +341,7 @@ def test_single_file_gets_the_command_that_converts_it(tmp_path, name):
         load_components(path.parent, "cpu")
 
 
-def test_name_without_its_owner_is_told_apart_from_a_folder():
+def test_name_without_owner():
     """A name alone may be a folder, or a model whose owner is left out."""
     assert sentence("stable-diffusion-v1-5").endswith(
         "does not exist; a name on the hub has an owner, as in OWNER/NAME"

@@ -88,7 +88,8 @@ def test_base_weight_and_decays_count() -> None:
     check("weights", negative_weights(views, -4.0, 1.0, 3.0), exact.float(), exact)
 
 
-def test_from_above_there_is_nothing_to_turn_away_from() -> None:
+def test_overhead_weights_zero() -> None:
+    """From above there is nothing to turn away from."""
     azimuth = torch.tensor([0.0, 60.0, 120.0, 180.0])
     above = view_weights(azimuth, torch.full((4,), 30.0), ViewAngles(30.0))
     assert (negative_weights(above, -2.0, 2.0, 10.0) == 0).all()
@@ -96,14 +97,14 @@ def test_from_above_there_is_nothing_to_turn_away_from() -> None:
     assert (negative_weights(beside, -2.0, 2.0, 10.0) != 0).any(dim=1).all()
 
 
-def test_where_a_prompt_says_one_side_the_weights_are_those_of_that_side() -> None:
+def test_weights_of_unblended_views() -> None:
     """With a narrow blend azimuth 30 still says front alone, 60 side alone, 150 back alone."""
     azimuth = torch.tensor([30.0, 60.0, 120.0, 150.0])
     got = negative_weights(view_weights(azimuth, torch.full((4,), 90.0), ViewAngles(30.0, 20.0)), -2.0, 2.0, 10.0)
     assert got.tolist() == [[0.0, -2.0], [-2.0, 0.0], [-2.0, 0.0], [-2.0, -1.0]]
 
 
-def test_nothing_asks_for_a_value_on_the_host() -> None:
+def test_weights_read_nothing() -> None:
     """Tensors without values: .item(), a branch or a boolean index on them raises. So a CUDA graph can hold it."""
     azimuth, polar = torch.empty(2, 3, device="meta")
     weights = negative_weights(view_weights(azimuth, polar, ViewAngles(30.0)), -2.0, 2.0, 10.0)
@@ -126,7 +127,7 @@ def turned_away(towards: Tensor, others: list[Tensor], weights: Tensor) -> Tenso
     return torch.stack(rows)
 
 
-def test_only_the_perpendicular_part_is_pushed_away() -> None:
+def test_perpendicular_combine() -> None:
     """What is added has no part along d_0."""
     towards = torch.randn(3, 4, 8, 8, generator=generator())
     others = [torch.randn(3, 4, 8, 8, generator=generator(seed)) for seed in (1, 2)]
@@ -181,7 +182,8 @@ def by_hand(components: Components, latents: Tensor, prompts: PromptEmbeddings, 
 
 
 @pytest.mark.parametrize("azimuths", [[20.0], [0.0, -30.0, 70.0, 88.0, -100.0, 150.0, 180.0]])
-def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: Callable, azimuths: list[float]) -> None:
+def test_gradient_by_hand(components: Components, in_fp64: Callable, azimuths: list[float]) -> None:
+    """A batch is the loop over its samples."""
     prompts = PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
     latents = torch.randn(len(azimuths), 4, 8, 8, generator=generator(8)).requires_grad_()
     guidance = DiffusionGuidance(
@@ -203,7 +205,7 @@ def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: C
 
 
 @pytest.mark.parametrize("polars", [[20.0, 20.0, 20.0], [90.0, 20.0, 90.0]])
-def test_the_view_from_above_is_left_alone(components: Components, in_fp64: Callable, polars: list[float]) -> None:
+def test_overhead_gradient_unchanged(components: Components, in_fp64: Callable, polars: list[float]) -> None:
     """Weights belong to a sample each: with Perp-Neg the one from above gets what it gets without, the others not."""
     prompts = PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
     latents = torch.randn(3, 4, 8, 8, generator=generator(8))
@@ -266,7 +268,8 @@ def gradient_before_perp_neg(components: Components, z, t, cond, uncond, scale, 
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
-def test_without_it_nothing_else_is_launched_and_no_bit_changes(components: Components, rescale: float) -> None:
+def test_disabled_changes_nothing(components: Components, rescale: float) -> None:
+    """Without it nothing else is launched and no bit changes."""
     z, noise = torch.randn(2, 3, 4, 8, 8, generator=generator(1))
     cond, uncond = torch.randn(2, 3, 5, 32, generator=generator(2))
     t, scale = torch.tensor([30, 500, 900]), torch.tensor(20.0)
@@ -285,7 +288,8 @@ def test_without_it_nothing_else_is_launched_and_no_bit_changes(components: Comp
     assert len(more.names) > len(now.names)
 
 
-def test_a_base_weight_that_pulls_is_refused() -> None:
+def test_positive_weight_raises() -> None:
+    """A base weight that pulls is refused."""
     with pytest.raises(UserError, match="--negative_w must be at most 0, not 2"):
         GuidanceConfig(perpneg=True, negative_w=2.0)
     with pytest.raises(UserError, match="--side_decay_factor must be at least 0, not -1"):

@@ -58,9 +58,8 @@ def test_facts(components: Components) -> None:
     check("alphas", components.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
 
 
-def test_prompts_are_in_lower_case_and_their_padding_is_left_out(
-    tiny_if_model: Path, components: Components, in_fp64: Callable
-) -> None:
+def test_prompts_lower_case_and_masked(tiny_if_model: Path, components: Components, in_fp64: Callable) -> None:
+    """Prompts are in lower case and their padding is left out."""
     (embedded,) = encode(components, ["A Hamburger "])
     assert embedded.shape == (77, 24)
     ids = components.tokenizer(["a hamburger"], return_tensors="pt").input_ids
@@ -72,7 +71,8 @@ def test_prompts_are_in_lower_case_and_their_padding_is_left_out(
     assert prompts.views.shape == (4, 77, 24) and prompts.negative.shape == (1, 77, 24)
 
 
-def test_a_longer_prompt_is_cut_at_77_tokens_though_t5_reads_more(components: Components, caplog) -> None:
+def test_prompt_cut_at_77_tokens(components: Components, caplog) -> None:
+    """A longer prompt is cut at 77 tokens though t5 reads more."""
     prompts = PromptEmbeddings(components, "a hamburger " * 12, keep_text_encoder=True)
     assert prompts.views.shape[1] == 77
     assert "longer than the 77 tokens that the text encoder reads; left out: " in caplog.text
@@ -112,9 +112,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("side", [SIZE, 40])
-def test_the_gradient_is_that_of_the_picture_with_the_first_three_channels_as_noise(
-    components: Components, in_fp64: Callable, side: int
-) -> None:
+def test_pixel_gradient_by_hand(components: Components, in_fp64: Callable, side: int) -> None:
     """Also of a picture that shrinks, whose gradient goes back through the averaging."""
     rgb = torch.rand(4, 3, side, side, generator=generator(1)).requires_grad_()
     cond, uncond = torch.randn(2, 4, 77, 24, generator=generator(2))
@@ -152,7 +150,7 @@ def test_every_score_guides_pixels(components: Components, options: dict) -> Non
     assert torch.isfinite(rgb.grad).all() and rgb.grad.abs().max() > 0
 
 
-def test_perp_neg_of_a_batch_is_that_of_its_samples(components: Components, in_fp64: Callable) -> None:
+def test_perp_neg_by_hand(components: Components, in_fp64: Callable) -> None:
     """A batch is the loop over its samples, each with weights of its own, and weights of 0 are none."""
     z, noise = torch.randn(2, 3, 3, SIZE, SIZE, generator=generator(1))
     cond, uncond = torch.randn(2, 3, 77, 24, generator=generator(2))
@@ -178,7 +176,8 @@ def test_latents_are_refused(components: Components) -> None:
         )
 
 
-def test_it_paints_and_shows_what_it_sees_without_a_decoder(components: Components) -> None:
+def test_pixel_sampling_and_images(components: Components) -> None:
+    """It paints and shows what it sees without a decoder."""
     cond, uncond = torch.randn(2, 2, 77, 24, generator=generator(2))
     images = sample(components, cond, uncond, steps=3, generator=generator())
     assert images.shape == (2, 3, SIZE, SIZE) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
@@ -188,7 +187,8 @@ def test_it_paints_and_shows_what_it_sees_without_a_decoder(components: Componen
         check("seen", seen[:, column], (z + 1) / 2, (z.double() + 1) / 2)
 
 
-def test_half_precision_shards_load_under_the_names_that_the_libraries_write(tiny_if_model: Path, broken: Path) -> None:
+def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:
+    """Half precision shards load under the names that the libraries write."""
     whole = load_components(tiny_if_model, "cpu", kind="IF")
     for part, name in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
         model = getattr(whole, part)
@@ -239,7 +239,8 @@ def test_a_download_takes_one_set_of_weights(
     assert not any(name.endswith(".bin") for name in weights)
 
 
-def test_what_is_no_first_stage_of_if_is_one_sentence(broken: Path, tiny_if_model: Path, tiny_model: Path) -> None:
+def test_other_stages_raise(broken: Path, tiny_if_model: Path, tiny_model: Path) -> None:
+    """What is no first stage of if is one sentence."""
     from diffusers import UNet2DConditionModel
 
     with pytest.raises(UserError, match="is a StableDiffusionPipeline; only IFPipeline models can guide as IF"):
@@ -255,7 +256,8 @@ def test_what_is_no_first_stage_of_if_is_one_sentence(broken: Path, tiny_if_mode
         load_components(broken, "cpu", kind="IF")
 
 
-def test_a_tokenizer_of_sentencepiece_says_what_to_install(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sentencepiece_missing(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer of sentencepiece says what to install."""
     (broken / "tokenizer" / "tokenizer.json").rename(broken / "tokenizer" / "spiece.model")
     for missing in ("sentencepiece", "google.protobuf"):
         monkeypatch.setattr(checks, "_installed", lambda package, missing=missing: package != missing)
@@ -266,7 +268,8 @@ def test_a_tokenizer_of_sentencepiece_says_what_to_install(broken: Path, monkeyp
         load_components(broken, "cpu", kind="IF")
 
 
-def test_a_package_is_looked_for_without_importing_it() -> None:
+def test_package_lookup_without_import() -> None:
+    """A package is looked for without importing it."""
     assert checks._installed("json") and not checks._installed("nobody_has.this") and not checks._installed("nobodys")
 
 

@@ -56,7 +56,7 @@ def test_fit_tries_no_more_words_than_tokens() -> None:
     assert tried == [3, 2]  # the whole once, and the first word not at all: it stays anyhow
 
 
-def test_every_side_and_the_negative_prompt_are_encoded(monkeypatch, caplog) -> None:
+def test_views_and_negative_encoded(monkeypatch, caplog) -> None:
     """In the order of VIEWS, a side's own text as it is, each as long as it may be; the text encoder is freed."""
     encoded, freed = [], []
     monkeypatch.setattr(prompts, "encode", lambda components, texts: encoded.append(texts) or torch.eye(5)[:, None])
@@ -79,7 +79,7 @@ def test_every_side_and_the_negative_prompt_are_encoded(monkeypatch, caplog) -> 
     [(True, {}, True), (False, {}, False), (False, {"use_attention_mask": False}, False)]
     + [(False, {"use_attention_mask": True}, True)],
 )
-def test_padding_is_left_out_where_the_model_was_trained_so(t5: bool, settings: dict[str, bool], masked: bool) -> None:
+def test_padding_mask(t5: bool, settings: dict[str, bool], masked: bool) -> None:
     """By T5 and by encoders with that setting; T5 has lower case. All prompts are padded or cut to the window."""
     calls = []
 
@@ -113,7 +113,7 @@ def test_padding_is_left_out_where_the_model_was_trained_so(t5: bool, settings: 
         ([0.0, 0.81, 0.19, 0.0], [True, False]),
     ],
 )
-def test_negative_weights_begin_with_their_limits(views: list[float], weights: list[bool]) -> None:
+def test_negative_weights_at_limits(views: list[float], weights: list[bool]) -> None:
     """Shares of 0.8 and 0.2 themselves still turn away: the formulas have r > 0.8 and r < 0.2 for none."""
     got = negative_weights(torch.tensor([views], dtype=torch.float64), -2.0, 2.0, 10.0)
     assert (got != 0).tolist() == [weights]

@@ -40,7 +40,7 @@ def test_weights_of_the_views(azimuth: float, polar: float, weights: list[float]
     assert torch.equal(got, torch.tensor([weights], dtype=torch.float32))  # quarters of the half turn are exact
 
 
-def test_weights_between_the_views_are_linear_in_the_azimuth() -> None:
+def test_view_weights_linear() -> None:
     """All around: r = 1 - |azimuth| / 90 of front and the rest of side, then of side and back."""
     azimuth = torch.linspace(-180, 180, 501)[:-1]
 
@@ -52,7 +52,8 @@ def test_weights_between_the_views_are_linear_in_the_azimuth() -> None:
     check("weights", got, expected(torch.float32), expected(torch.float64))
 
 
-def test_views_may_turn_into_each_other_over_fewer_degrees() -> None:
+def test_view_weights_blend() -> None:
+    """Views may turn into each other over fewer degrees."""
     azimuth = torch.tensor([0.0, 34.0, -40.0, 45.0, 50.0, 56.0, 124.0, -135.0, 146.0])
     front, side, back, overhead = view_weights(azimuth, torch.full((9,), 90.0), ViewAngles(30.0, 20.0)).T
     assert front.tolist() == [1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0]
@@ -71,7 +72,8 @@ def names_of(azimuth: list[float], polar: float, angle_front: float) -> list[str
     return [VIEWS[index] for index in weights.argmax(dim=-1).tolist()]
 
 
-def test_with_a_front_angle_a_camera_sees_one_side() -> None:
+def test_view_weights_front_angle() -> None:
+    """With a front angle a camera sees one side."""
     front, side, back = [0.0, 30.0, -30.0, 360.0, 335.0], [30.5, -30.5, 90.0, 149.5, -149.5], [150.0, -150.0, 180, 200]
     names = ["front"] * 5 + ["side"] * 5 + ["back"] * 4
     assert names_of(front + side + back, 90.0, 60.0) == names
@@ -80,7 +82,8 @@ def test_with_a_front_angle_a_camera_sees_one_side() -> None:
     assert names_of([0.0, 89.0, 90.0, -90.0, 91.0, -91.0], 90.0, 180.0) == ["front"] * 4 + ["back"] * 2
 
 
-def test_weighing_the_views_reads_no_value(nothing_read) -> None:
+def test_view_weights_read_nothing(nothing_read) -> None:
+    """Weighing the views reads no value."""
     with nothing_read:
         for angle_front in (None, 60.0):
             view_weights(torch.tensor([0.0, 100.0]), torch.tensor([90.0, 10.0]), ViewAngles(30.0, 90.0, angle_front))
@@ -104,7 +107,7 @@ def both(components: Components, in_fp64: Callable) -> tuple[Components, Compone
     return components, in_fp64(components)
 
 
-def test_embeddings_are_the_encoded_prompts_blended(both: tuple[Components, Components]) -> None:
+def test_embeddings_blended(both: tuple[Components, Components]) -> None:
     """Against diffusers' own encoding of each side's text."""
     prompts = PromptEmbeddings(both[0], "a red mug", "blurry", keep_text_encoder=True)
     texts = [f"a red mug, {view} view" for view in VIEWS]
@@ -136,9 +139,7 @@ def test_a_side_may_have_a_text_of_its_own(both: tuple[Components, Components]) 
         PromptEmbeddings(both[0], "a red mug", view_prompts={"left": "a", "below": "b"})
 
 
-def test_own_texts_that_do_not_fit_are_cut_and_leave_room_for_no_side(
-    components: Components, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_view_prompts_cut(components: Components, caplog: pytest.LogCaptureFixture) -> None:
     """75 letters fit. A text of its own has no ending, and the prompt need not fit where it is not used."""
     with caplog.at_level(logging.WARNING):
         whole = PromptEmbeddings(components, "x", view_prompts={"back": "a" * 70 + " bbbbb"}, keep_text_encoder=True)
@@ -153,13 +154,14 @@ def test_own_texts_that_do_not_fit_are_cut_and_leave_room_for_no_side(
     assert torch.equal(cut.views, whole.views)
 
 
-def test_encoding_is_that_of_the_model_itself(both: tuple[Components, Components]) -> None:
+def test_encode_against_model(both: tuple[Components, Components]) -> None:
     """Short, long and empty prompts, against diffusers' own pipeline."""
     texts = ["a red mug", "", "a very long prompt " * 20]
     check("embeddings", encode(both[0], texts), *(by_diffusers(model, texts) for model in both))
 
 
-def test_text_encoder_is_freed_once_the_prompts_are_embedded(components: Components) -> None:
+def test_text_encoder_freed(components: Components) -> None:
+    """Text encoder is freed once the prompts are embedded."""
     PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
     PromptEmbeddings(components, "a red mug")
     assert components.text_encoder is None
@@ -167,15 +169,14 @@ def test_text_encoder_is_freed_once_the_prompts_are_embedded(components: Compone
         PromptEmbeddings(components, "a red mug")
 
 
-def test_embeddings_take_the_dtype_of_the_model(tiny_model: Path) -> None:
+def test_embeddings_dtype(tiny_model: Path) -> None:
+    """Embeddings take the dtype of the model."""
     prompts = PromptEmbeddings(load_components(tiny_model, "cpu", torch.bfloat16), "a red mug")
     cond, uncond = prompts.embeddings(torch.tensor([10.0]), torch.tensor([90.0]), ViewAngles(30.0))
     assert cond.dtype == uncond.dtype == torch.bfloat16
 
 
-def test_words_that_do_not_fit_are_named_and_the_side_is_kept(
-    components: Components, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_prompt_cut(components: Components, caplog: pytest.LogCaptureFixture) -> None:
     """The tiny model's tokens are bytes: 75 letters fit beside the two markers, and ", overhead view" takes 14."""
     fitting = "a " + "b" * 30 + " " + "c" * 29  # 60 letters
     with caplog.at_level(logging.WARNING):
@@ -189,7 +190,8 @@ def test_words_that_do_not_fit_are_named_and_the_side_is_kept(
     assert not torch.equal(cut.views[0], cut.views[2])
 
 
-def test_long_negative_prompt_and_endless_word(components: Components, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_negative_prompt(components: Components, caplog: pytest.LogCaptureFixture) -> None:
+    """Long negative prompt and endless word."""
     with caplog.at_level(logging.WARNING):
         prompts = PromptEmbeddings(components, "x" * 300, "ugly " * 30)
     assert prompts.views.shape == (4, 77, 32) and torch.isfinite(prompts.views).all()

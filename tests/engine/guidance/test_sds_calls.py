@@ -44,7 +44,7 @@ def test_graphs_are_for_gpus(components: Components) -> None:
     assert ScoreDistillation(components, config).graphs is None
 
 
-def test_the_encoders_graph_lives_no_longer_than_the_call(components: Components, mse_distillation: type) -> None:
+def test_encoder_graph_freed(components: Components, mse_distillation: type) -> None:
     """The loss of "sds" carries a gradient that is computed already; that of "mse" is differentiated through the
     encoder, so that it keeps more between the call and `backward`."""
     kept = {}
@@ -60,7 +60,7 @@ def test_the_encoders_graph_lives_no_longer_than_the_call(components: Components
     assert kept["sds"] == 2 < kept["mse"]  # the injection, and the picture that accumulates
 
 
-def test_parts_are_marked_in_their_order(components: Components) -> None:
+def test_parts_marked(components: Components) -> None:
     """The benchmark of a step divides it where the encoder and where the UNet end."""
     score, marked = ScoreDistillation(components, GuidanceConfig()), []
     with on_part_end(marked.append):
@@ -69,7 +69,7 @@ def test_parts_are_marked_in_their_order(components: Components) -> None:
     assert marked == ["encode", "unet"]
 
 
-def test_small_gradients_survive_a_half_precision_encoder(tiny_model: Path) -> None:
+def test_half_precision_small_gradients(tiny_model: Path) -> None:
     """A gradient of which most is subnormal in fp16 reaches the picture with all its digits: the encoder sees a peak
     of 1."""
     components, gradients = load_components(tiny_model, "cpu", torch.float16), []
@@ -81,7 +81,7 @@ def test_small_gradients_survive_a_half_precision_encoder(tiny_model: Path) -> N
     assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
 
 
-def test_a_callers_autocast_changes_nothing(components: Components, mse_distillation: type) -> None:
+def test_autocast_changes_nothing(components: Components, mse_distillation: type) -> None:
     """Latents and models keep their dtypes inside a caller's autocast, bit for bit, by both methods."""
     for cls in (ScoreDistillation, mse_distillation):
         score = cls(components, GuidanceConfig())
@@ -93,7 +93,7 @@ def test_a_callers_autocast_changes_nothing(components: Components, mse_distilla
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 12), (16, 32)])
-def test_only_what_shrinks_is_resized_by_products(monkeypatch, shape: tuple[int, int], deterministic: bool) -> None:
+def test_resize_by_products(monkeypatch, shape: tuple[int, int], deterministic: bool) -> None:
     """Bit for bit torch's own, but for pictures that shrink where results have to repeat: those are two products."""
     image, resized, interpolate = torch.rand(1, 3, *shape, generator=generator()), [], sds._interpolate
     plain = F.interpolate(image, (32, 32), mode="bilinear", antialias=max(shape) > 32)
@@ -133,20 +133,20 @@ def test_pixels_are_their_own_latents(components: Components) -> None:
         ((4, 4, 8), True, r"images must be \[B, 4, H, W\], not \[4, 4, 8\]"),
     ],
 )
-def test_a_picture_of_another_shape_is_refused(components, shape, latents, sentence) -> None:
+def test_bad_shape_raises(components, shape, latents, sentence) -> None:
     """Each of the number of dimensions and of channels is enough, and the message has both shapes."""
     with pytest.raises(ValueError, match=sentence):
         ScoreDistillation(components, GuidanceConfig())(torch.zeros(shape), *prompts(1), StepInputs(latents=latents))
 
 
-def test_latents_are_refused_where_there_are_none(components: Components) -> None:
+def test_latents_of_pixel_model_raise(components: Components) -> None:
     """A model that works on pixels is shown pictures alone."""
     score = ScoreDistillation(dataclasses.replace(components, vae=None), GuidanceConfig())
     with pytest.raises(ValueError, match="latents must be False"):
         score(torch.zeros(1, 4, 8, 8), *prompts(1), StepInputs(latents=True))
 
 
-def test_a_learned_variance_is_left_out(components: Components) -> None:
+def test_learned_variance_ignored(components: Components) -> None:
     """Of an output with more channels than a latent has, the first are the noise."""
     noisy, t = torch.randn(2, 4, 8, 8, generator=generator()), torch.tensor([300, 800])
     expected = guided_prediction(components, noisy, t, *prompts(2), scale=5.0)
@@ -160,7 +160,7 @@ def test_a_learned_variance_is_left_out(components: Components) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_a_limit_of_zero_is_none(components: Components) -> None:
+def test_clip_grad_latent_zero(components: Components) -> None:
     """Zero clamps nothing, as a negative limit does."""
     z = torch.randn(1, 4, 8, 8, generator=generator())
     free, zero = (

@@ -36,7 +36,7 @@ def arguments(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     ("schedule", "step", "progress", "level"),
     [(FALLING, 0, 0.0, 900), (FALLING, 0, 0.5, 650), (FALLING, 7, 1.0, 400), (BY_STEPS, 50, 0.0, 700)],
 )
-def test_levels_follow_a_schedule_of_their_range(components, schedule, step, progress, level):
+def test_t_range_schedule(components, schedule, step, progress, level):
     """Both ends at one schedule leave one level: that of the step, or of the part of the run."""
     score = ScoreDistillation(components, GuidanceConfig(t_range=(schedule, schedule)))
     inputs = StepInputs(step, progress, generator())
@@ -46,13 +46,13 @@ def test_levels_follow_a_schedule_of_their_range(components, schedule, step, pro
     assert result.t.tolist() == [level] * 2
 
 
-def test_the_first_step_is_step_zero(components):
+def test_default_step(components):
     """A call without a step is the one at the start of a schedule by steps."""
     score = ScoreDistillation(components, GuidanceConfig(t_range=(BY_STEPS, BY_STEPS)))
     assert score(*arguments(), StepInputs(generator=generator(), latents=True)).t.tolist() == [900, 900]
 
 
-def test_a_settled_step_is_the_same_step(components):
+def test_prepared_step(components):
     """Levels and scalars that were settled beforehand are those of the call that settles them itself."""
     config = GuidanceConfig(
         t_range=(0.1, 0.9), guidance_scale=LinearSchedule(0.0, 2.0, 10.0, 1.0), guidance_rescale=0.3
@@ -72,7 +72,7 @@ def test_a_settled_step_is_the_same_step(components):
     assert not torch.equal(first.gradient, changed.gradient)
 
 
-def test_a_scale_that_changes_during_the_run_is_read_at_the_step(components):
+def test_guidance_scale_schedule(components):
     """A call with a schedule is the call with the schedule's value."""
     rgb, cond, uncond = arguments()
     for schedule, step, progress in (
@@ -88,7 +88,7 @@ def test_a_scale_that_changes_during_the_run_is_read_at_the_step(components):
         assert torch.equal(changing.gradient, constant.gradient)
 
 
-def test_the_lowest_level_of_asd_is_read_at_the_step(components):
+def test_min_timestep_schedule(components):
     """Where the range has a schedule, asd measures its delay from the range's low end in this step."""
     low = LinearSchedule(0.0, 0.5, 0.25, 1.0)
     score = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(low, 0.9)))
@@ -105,7 +105,7 @@ def test_the_lowest_level_of_asd_is_read_at_the_step(components):
     assert other.scheduled_scalars(0, 0.5) == {}
 
 
-def test_tiny_gradients_keep_their_size(components):
+def test_tiny_gradients(components):
     """The peak that is divided out for fp16 comes back, also where the whole gradient is far below 1."""
     rgb, cond, uncond = arguments()
     small, large = (
@@ -119,7 +119,7 @@ def test_tiny_gradients_keep_their_size(components):
     assert torch.equal(small.loss * 2**40, large.loss)
 
 
-def test_a_limit_that_is_not_crossed_changes_nothing(components):
+def test_clip_grad_latent_limits(components):
     """A gradient within its limit is left alone, and one beyond it has the limit's size."""
     rgb, cond, uncond = arguments()
     plain, wide, tight = (
@@ -134,7 +134,7 @@ def test_a_limit_that_is_not_crossed_changes_nothing(components):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 12), (32, 16), (32, 32), (8, 200)])
-def test_resized_pictures_are_torchs_bilinear_ones(shape, deterministic):
+def test_resize_bilinear(shape, deterministic):
     """Averaged where a side shrinks, interpolated where both grow, as it is where the size is right; fp32 in all."""
     picture = torch.rand(2, 3, *shape, generator=generator(), dtype=torch.float64)
     shrinks = max(shape) > 32

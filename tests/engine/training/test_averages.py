@@ -54,7 +54,7 @@ def frames(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
 
 
-def test_outputs_show_the_average(trainer, tmp_path):
+def test_outputs_show_average(trainer, tmp_path):
     """Six views, video and mesh of a run are those of the averaged weights, which the run then leaves as they were."""
     before = trainer.optimizer.params.clone()
     write_outputs(trainer, Workspace(tmp_path), Reporter(Console(quiet=True)))
@@ -66,12 +66,12 @@ def test_outputs_show_the_average(trainer, tmp_path):
     assert torch.equal(trainer.optimizer.params, before)
 
 
-def test_validation_pictures_show_the_average(trainer, tmp_path):
+def test_validation_shows_average(trainer, tmp_path):
     """The strip of pictures in the middle of a run is of the averaged weights."""
     strip = np.asarray(Image.open(loop(trainer, tmp_path).validate()).convert("RGB"))
     assert_red(strip[:24])  # colours above, depths below
 
 
-def test_test_videos_show_the_average(trainer, tmp_path):
+def test_test_video_shows_average(trainer, tmp_path):
     """The video of --test_interval is of the averaged weights."""
     assert_red(frames(loop(trainer, tmp_path).write_test_video())[:, :, :24])

@@ -77,7 +77,8 @@ def volume(trainer: Trainer) -> float:
 
 
 @pytest.mark.parametrize("size", [(24, 24), (18, 30)])
-def test_a_ball_is_where_its_rays_meet_it(size):
+def test_ball_depth(size):
+    """A ball is where its rays meet it."""
     trainer = make_trainer(tet_grid_size=32)
     trainer.shape.initialize(torch.tensor([0.1, -0.05, 0.15]), torch.full((3,), 0.4), trainer.shape.sdf.detach())
     middle, radius = torch.tensor([0.1, -0.05, 0.15]), 0.2
@@ -123,10 +124,11 @@ def test_shadings_and_backgrounds():
         assert torch.equal(rendered.rgb[corner], torch.tensor([0.0, 1.0, 0.0]))
     network = trainer.renderer.train_views(cameras, 20, 20)
     assert network.rgb[corner].unique().numel() > 1  # the background network
-    assert 0 < int(network.count) <= int((network.opacity > 0).sum())
+    assert 0 < int(network.sample_count) <= int((network.opacity > 0).sum())
 
 
-def test_silhouettes_move_the_shape_and_colours_the_field():
+def test_gradients_of_shape_and_field():
+    """Silhouettes move the shape and colours the field."""
     trainer = make_trainer(albedo_iter_ratio=1.0)
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.2, 20.0)))
     rendered = trainer.renderer.train_views(cameras, 20, 20, background=torch.zeros(3))
@@ -142,7 +144,8 @@ def test_silhouettes_move_the_shape_and_colours_the_field():
 
 
 @pytest.mark.parametrize(("radius", "grows"), [(0.2, False), (0.9, True)])
-def test_a_ball_learns_its_size(radius, grows):
+def test_ball_learns_size(radius, grows):
+    """A ball learns its size."""
     changes = dict(iters=30, lr=0.02, lambda_mesh_normal=0.0, bg_radius=-1.0, optim="adam")
     trainer = make_trainer(disc(radius), **changes)
     trainer.start_shape()
@@ -154,7 +157,8 @@ def test_a_ball_learns_its_size(radius, grows):
     assert sum(losses[-5:]) < sum(losses[:5]) and int(trainer.skipped) == 0
 
 
-def test_the_border_of_the_grid_stays_outside():
+def test_grid_border_stays_outside():
+    """The border of the grid stays outside."""
     shape = TetMesh(8, 1.0)
     with torch.no_grad():
         shape.sdf.fill_(1.0)
@@ -163,7 +167,8 @@ def test_the_border_of_the_grid_stays_outside():
     assert mesh.is_watertight and mesh.volume > 2
 
 
-def test_a_surface_that_is_gone_is_told():
+def test_vanished_surface_raises():
+    """A surface that is gone is told."""
     trainer = make_trainer()
     with torch.no_grad():
         trainer.shape.sdf.fill_(-1.0)
@@ -205,7 +210,8 @@ def test_start_from_a_field(threshold, backbone):
     assert (shape.sdf[inner] > 0).all() and shape.sdf.abs().max() == 1
 
 
-def test_a_field_without_a_surface_is_told():
+def test_field_without_surface_raises():
+    """A field without a surface is told."""
     trainer = nerf(blob_density=0.0)
     with torch.no_grad():
         for parameter in trainer.field.parameters():
@@ -240,7 +246,8 @@ def test_start_from_a_mesh_file(tmp_path):
         assert abs(found.volume - expected) < edges * longest**2 / 8 + below + facets
 
 
-def test_what_is_no_start_is_told(tmp_path):
+def test_bad_init_source_raises(tmp_path):
+    """What is no start is told."""
     cases = {
         "missing.glb": (None, "there is no such file"),
         "old.pth": (b"x", "checkpoints of other programs cannot be read"),
@@ -265,7 +272,8 @@ def test_what_is_no_start_is_told(tmp_path):
         find_init_source(str(tmp_path))
 
 
-def test_a_run_starts_with_the_colours_and_the_shape_of_another(tmp_path):
+def test_init_from_run(tmp_path):
+    """A run starts with the colours and the shape of another."""
     before = nerf(blob_density=10.0)
     with torch.no_grad():
         before.field.biases[-1][1:] = torch.tensor([4.0, -4.0, -4.0])
@@ -312,7 +320,8 @@ def fit(trainer: Trainer, path: Path) -> Workspace:
 
 
 @pytest.mark.parametrize("locked", [False, True])
-def test_a_resumed_run_equals_the_uninterrupted_one(locked, tmp_path):
+def test_resume_equals_uninterrupted(locked, tmp_path):
+    """A resumed run equals the uninterrupted one."""
     whole = make_trainer(lock_geo=locked)
     whole.start_shape()
     fit(whole, tmp_path / "whole")
@@ -349,7 +358,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(locked, tmp_path):
 
 
 @pytest.mark.parametrize("locked", [False, True])
-def test_another_checkpoint_shows_another_surface(locked, tmp_path):
+def test_load_replaces_surface(locked, tmp_path):
     """What was looked at before a checkpoint is loaded is not what is looked at afterwards."""
     smaller, trainer = (make_trainer(lock_geo=locked) for _ in range(2))
     with torch.no_grad():
@@ -363,7 +372,8 @@ def test_another_checkpoint_shows_another_surface(locked, tmp_path):
     assert torch.equal(*seen)
 
 
-def test_small_parts_are_not_looked_at_and_the_average_is():
+def test_outputs_without_floaters():
+    """Small parts are not looked at and the average is."""
     trainer = make_trainer(tet_grid_size=16)
     grid = trainer.shape.vertices
     ball = 0.5 - grid.norm(dim=1)
@@ -402,7 +412,8 @@ def refused(capsys, arguments) -> str:
     return error
 
 
-def test_the_command_from_a_run_to_a_mesh(tiny_model, tmp_path, capsys):
+def test_command_to_mesh(tiny_model, tmp_path, capsys):
+    """The command from a run to a mesh."""
     first, second = tmp_path / "nerf", tmp_path / "mesh"
     assert main(command(first, tiny_model, "--six_views", "--occupancy_resolution", "16", *FIELD_FLAGS)) == 0
     refine = command(
@@ -432,7 +443,8 @@ def test_the_command_from_a_run_to_a_mesh(tiny_model, tmp_path, capsys):
     assert (second / "checkpoints" / "step_000003.safetensors").exists()
 
 
-def test_mistakes_are_told(tiny_model, tmp_path, capsys):
+def test_bad_settings_raise(tiny_model, tmp_path, capsys):
+    """Mistakes are told."""
     base = command(tmp_path / "run", tiny_model)
     assert "it goes with --dmtet only" in refused(capsys, [*base, "--init_with", "x.glb"])
     assert "it goes with --dmtet only" in refused(capsys, [*base, "--lock_geo"])

@@ -82,7 +82,8 @@ TABLE = {"lambda_tv": LinearSchedule.parse("0.0:1e-5:1e-4:1.0"), "lambda_wd": Li
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
-def test_twenty_steps_never_wait_for_the_device(changes):
+def test_steps_never_synchronize(changes):
+    """Twenty steps never wait for the device."""
     trainer = make_trainer(**changes)
     for _ in range(20):
         trainer.train_step()
@@ -96,7 +97,8 @@ def test_twenty_steps_never_wait_for_the_device(changes):
     assert int(trainer.skipped) < 20 and trainer.step == 40
 
 
-def test_a_trace_of_twenty_steps_shows_no_wait_and_no_copy_to_the_host(trainer):
+def test_trace_without_synchronization(trainer):
+    """A trace of twenty steps shows no wait and no copy to the host."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
@@ -111,7 +113,7 @@ def test_a_trace_of_twenty_steps_shows_no_wait_and_no_copy_to_the_host(trainer):
     assert waits == []
 
 
-def test_gradients_of_two_hundred_steps(trainer):
+def test_step_gradients_against_reference(trainer):
     """Same parameters, samples and upstream gradient: kernels in fp16 against the references in fp16 and fp64."""
     field, renderer, config = trainer.field, trainer.renderer, trainer.config
     spec, params = field.spec, [field.table, *field.weights, *field.biases]
@@ -165,7 +167,8 @@ def length_apart(got, exact):
     return float((got - exact).norm() / exact.norm())
 
 
-def test_guidance_in_a_graph_is_the_guidance(trainer):
+def test_guidance_graph_equals_call(trainer):
+    """Guidance in a graph is the guidance."""
     components = trainer.guidance.components
     drawn = torch.randn(2, 1, *trainer.guidance.prompts.negative.shape[1:], device="cuda")
     results = []
@@ -191,7 +194,7 @@ def test_guidance_in_a_graph_is_the_guidance(trainer):
     [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"objective": "asd"}, TABLE],
     ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table"],
 )
-def test_a_replayed_step_is_the_step(changes):
+def test_replay_equals_call(changes):
     """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
     trainer = make_trainer(**changes)
     for _ in range(20):
@@ -216,7 +219,8 @@ def test_a_replayed_step_is_the_step(changes):
     assert not torch.equal(*seen)  # the draws are those of the seed, not those of the capture
 
 
-def test_buffers_that_grow_are_captured_anew():
+def test_grown_buffers_captured_again():
+    """Buffers that grow are captured anew."""
     trainer = make_trainer()
     for _ in range(3):
         trainer.train_step()
@@ -230,7 +234,8 @@ def test_buffers_that_grow_are_captured_anew():
     assert not bool(trainer.train_step().overflow)
 
 
-def test_a_step_that_overflows_is_not_taken(trainer):
+def test_overflow_skips_step(trainer):
+    """A step that overflows is not taken."""
     before, counted = trainer.optimizer.params.clone(), int(trainer.overflowed)
     scale, kept = trainer.scaler.scale.clone(), trainer.renderer.sampler.samples_per_ray
     trainer.renderer.sampler.samples_per_ray = 1
@@ -244,7 +249,8 @@ def test_a_step_that_overflows_is_not_taken(trainer):
     assert not torch.equal(trainer.optimizer.params, before)
 
 
-def test_deterministic_runs_repeat_bit_for_bit():
+def test_deterministic_runs_repeat():
+    """Deterministic runs repeat bit for bit."""
     states = []
     try:
         for _ in range(2):
@@ -259,7 +265,7 @@ def test_deterministic_runs_repeat_bit_for_bit():
 
 
 @pytest.mark.parametrize("graph", ["--cuda_graph", "--no-cuda_graph"])
-def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
+def test_run_with_callbacks(graph, tmp_path, capsys):
     """Pictures beside the graph of the step, and a trace that sees the kernels inside it."""
     words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()
     assert main(["--text", "a hamburger", "--workspace", str(tmp_path), *words, graph]) == 0
@@ -278,7 +284,7 @@ def test_a_run_that_is_looked_at_and_traced(graph, tmp_path, capsys):
     assert np.abs(clean - render).mean() < 20 and np.abs(noisy - render).mean() < 40
 
 
-def test_a_mesh_refinement_takes_steps():
+def test_mesh_refinement_steps():
     """Its surface asks the host how large it is; everything else is as for a field."""
     trainer = make_trainer(dmtet=True, tet_grid_size=32)
     before = [part.detach().clone() for part in (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)]

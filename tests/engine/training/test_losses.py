@@ -32,7 +32,8 @@ def test_ramp():
     assert [losses.ramp(progress) for progress in (0.0, 0.25, 0.5, 0.99)] == [0, 0.5, 1, 1]
 
 
-def test_opacity_entropy_pushes_away_from_one_half():
+def test_opacity_entropy_gradient():
+    """Opacity entropy pushes away from one half."""
     opacity = leaf(0.3, 0.7, 0.5)
     loss = losses.opacity_entropy(opacity)
     entropies = [-p * math.log2(p) - (1 - p) * math.log2(1 - p) for p in (0.3, 0.7, 0.5)]
@@ -59,7 +60,8 @@ def test_opacity_square():
     assert torch.autograd.gradcheck(losses.opacity_square, opacity)
 
 
-def test_orientation_turns_normals_to_the_camera_and_leaves_the_weights():
+def test_orientation_gradient():
+    """Orientation turns normals to the camera and leaves the weights."""
     normals = leaf([0.0, 0, 1], [0.0, 0, -1], [0.0, 0.6, 0.8], [0.0, 0, 1])
     directions = torch.tensor([[0.0, 0, -1]] * 2 + [[0.0, 1, 0]] * 2, dtype=torch.float64)
     weights = leaf(1.0, 0.5, 0.25, 1.0)
@@ -89,7 +91,7 @@ def test_normal_smoothness_ignores_padding():
     assert torch.autograd.gradcheck(lambda n: losses.normal_smoothness(n, near, COUNT), normals)
 
 
-def test_normal_smoothness_by_what_rays_see():
+def test_normal_smoothness_by_weight():
     """A sample counts by its weight, so that one in empty space counts nothing; the mean is over the rays."""
     generator = torch.Generator().manual_seed(0)
     normals = torch.randn(5, 3, dtype=torch.float64, generator=generator).requires_grad_()
@@ -152,7 +154,8 @@ def term_of(setting: str) -> str:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_each_term_reaches_the_field_and_scales_with_its_weight(name):
+def test_term_scales_with_weight(name):
+    """Each term reaches the field and scales with its weight."""
     renderer = small_renderer()
     terms = terms_of(renderer, **{name: 1.0})
     assert list(terms) == [term_of(name)]
@@ -165,7 +168,7 @@ def test_each_term_reaches_the_field_and_scales_with_its_weight(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_guided_weights_grow_with_the_guidances_gradient_and_plain_ones_do_not(name):
+def test_guided_weights(name):
     """The same weight means as much for a model whose gradient is seven times as long."""
     renderer, short = small_renderer(), term_of(name)
     one, seven = (terms_of(renderer, pull=p, regularizers="guided", **{name: 1.0})[short] for p in (1.0, 7.0))
@@ -178,7 +181,8 @@ def test_terms_without_normals_are_left_out():
     assert terms_of(small_renderer()) == {}
 
 
-def test_a_batch_without_samples_costs_nothing_to_normals():
+def test_no_samples_cost_nothing():
+    """A batch without samples costs nothing to normals."""
     terms = terms_of(small_renderer(), empty=True, **ALL)
     assert all(term.isfinite() for term in terms.values())
     assert terms["orient"] == terms["2d_normal_smooth"] == terms["3d_normal_smooth"] == terms["opacity"] == 0
@@ -190,7 +194,8 @@ def test_needs_normals():
     assert losses.needs_normals(LossConfig(lambda_3d_normal_smooth=1.0))
 
 
-def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
+def test_table_gradients_direction(monkeypatch):
+    """Table gradients make it smaller and smoother."""
     monkeypatch.setattr(losses, "TV_POINTS", 2000)
     for name in ("lambda_tv", "lambda_wd"):
         field = small_renderer().field
@@ -204,7 +209,7 @@ def test_table_gradients_make_it_smaller_and_smoother(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [1e-3, 1e3])
-def test_guided_total_variation_is_as_long_as_its_weight_says(monkeypatch, length):
+def test_guided_total_variation_length(monkeypatch, length):
     """A part of the gradient that is there, whatever its length and the loss scale; the part is returned."""
     monkeypatch.setattr(losses, "TV_POINTS", 2000)
     field = small_renderer().field
@@ -229,7 +234,8 @@ def added_gradient(field, scale, up=1.0, **weights):
     return field.table.grad / scale
 
 
-def test_weight_decay_is_the_gradient_of_the_mean_squares_of_the_levels():
+def test_weight_decay_gradient():
+    """Weight decay is the gradient of the mean squares of the levels."""
     field = small_renderer().field
     table = field.table.detach().clone().requires_grad_()
     starts = field.spec.grid.offsets
@@ -244,7 +250,7 @@ def test_weight_decay_is_the_gradient_of_the_mean_squares_of_the_levels():
 
 
 @pytest.mark.parametrize(("share", "up"), [(1, 1.0), (1, 0.5), (3, 1.0)])
-def test_total_variation_is_the_gradient_of_a_vertexs_distance_from_its_neighbours(monkeypatch, share, up):
+def test_total_variation_gradient(monkeypatch, share, up):
     """Vertex by vertex: sqrt(sum of squared differences + 1e-9) / 6, with those neighbours held that the grid has.
 
     Where a share of the points stands for all, each counts as many times.

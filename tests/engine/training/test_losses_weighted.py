@@ -55,7 +55,7 @@ def check_term(name, got, formula, *tensors):
     check(name, got, formula(*tensors), formula(*(tensor.double() for tensor in tensors)))
 
 
-def test_entropies_are_weight_times_ramp_times_entropy(scene):
+def test_entropies_weighted(scene):
     """Both entropies join with the ramp; the others are there from the start."""
     _, rendered = scene
     count = int(rendered.samples.count)
@@ -70,7 +70,7 @@ def test_entropies_are_weight_times_ramp_times_entropy(scene):
     check_term("opacity", terms["opacity"], lambda x: 3.0 * x.square().mean(), rendered.opacity)
 
 
-def test_smooth_normal_images_are_compared_view_by_view(scene):
+def test_normal_image_smoothness_by_view(scene):
     """Neighbours are those of one view, down its rows and across its columns."""
     _, rendered = scene
 
@@ -84,7 +84,7 @@ def test_smooth_normal_images_are_compared_view_by_view(scene):
     check_term("2d", got, smoothness, rendered.normal)
 
 
-def test_smooth_normals_are_compared_with_those_of_near_points(scene, monkeypatch):
+def test_normal_smoothness_near_points(scene, monkeypatch):
     """The neighbour of a sample is 0.01 away in each axis (standard deviation), on the levels that are active."""
     field, rendered = scene
     asked = []
@@ -111,7 +111,7 @@ def test_smooth_normals_are_compared_with_those_of_near_points(scene, monkeypatc
     check_term("3d", got, difference, rendered.sample_normals, near)
 
 
-def test_a_schedule_replaces_the_weight_of_the_configuration(scene):
+def test_scheduled_weight(scene):
     """`now` holds what a schedule has for this step."""
     terms = weighted(scene, lambda_opacity=3.0)
     assert torch.equal(
@@ -119,12 +119,12 @@ def test_a_schedule_replaces_the_weight_of_the_configuration(scene):
     )
 
 
-def test_the_mean_of_one_sample_is_that_sample():
+def test_sample_mean_of_one():
     """A single real sample counts whole."""
     assert losses.sample_mean(torch.tensor([4.0, 7.0]), torch.tensor(1)) == 4.0
 
 
-def test_normals_of_tiny_triangles_are_unit_vectors():
+def test_tiny_triangle_normals():
     """Two triangles at a right angle cost 1 in the edge that they share, whatever their size."""
     from dream_fast.engine.geometry.mesh import TensorMesh
 

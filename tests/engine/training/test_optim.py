@@ -51,7 +51,7 @@ def oracle(optim, dtype, lr=1e-3, steps=6):
 
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
-def test_agrees_with_the_oracle_and_undoes_the_scale(optim):
+def test_step_against_oracle(optim):
     """What six steps change, against pytorch-optimizer's Adan and torch's Adam."""
     before = [parameter.data.double() for parameter in make_parameters()]
     reference, exact = (oracle(optim, dtype) for dtype in (torch.float32, torch.float64))
@@ -87,7 +87,8 @@ def test_a_bad_gradient_changes_nothing(optim, bad, grad_clip):
     assert optimizer.params.isfinite().all()
 
 
-def test_gradient_clip_limits_the_unscaled_gradient():
+def test_grad_clip_unscaled():
+    """Gradient clip limits the unscaled gradient."""
     parameters, optimizer = make("adam")
     optimizer.grads.fill_(64.0 * 3)
     optimizer.step(inverse_scale=1 / 64, grad_clip=0.25)
@@ -96,7 +97,8 @@ def test_gradient_clip_limits_the_unscaled_gradient():
 
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
-def test_the_average_of_every_step_with_a_warm_up(optim):
+def test_ema_warm_up(optim):
+    """The average of every step with a warm up."""
     parameters, optimizer = make(optim, ema_decay=0.5)
     averages = [optimizer.params.clone(), optimizer.params.double()]
     for step in range(12):
@@ -114,7 +116,8 @@ def test_the_average_of_every_step_with_a_warm_up(optim):
 
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
-def test_resume_repeats_the_run_bit_for_bit(optim):
+def test_resume_repeats(optim):
+    """Resume repeats the run bit for bit."""
     parameters, optimizer = make(optim)
     run(parameters, optimizer, 3)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -126,7 +129,8 @@ def test_resume_repeats_the_run_bit_for_bit(optim):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_a_state_of_another_optimiser_or_size_is_refused():
+def test_load_other_state_raises():
+    """A state of another optimiser or size is refused."""
     _, optimizer = make("adan")
     with pytest.raises(ValueError, match="expected"):
         optimizer.load_state_dict(make("adam")[1].state_dict())

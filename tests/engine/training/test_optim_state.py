@@ -22,7 +22,7 @@ def config(**changes):
 
 @pytest.mark.parametrize(("optim", "factor"), [("adam", 1), ("adan", 5)])
 @pytest.mark.parametrize(("shape_lr", "lr"), [(None, 1e-3), (2e-4, 2e-4)])
-def test_groups_have_their_ends_and_rates(optim, factor, shape_lr, lr):
+def test_groups(optim, factor, shape_lr, lr):
     """The table learns at ten times the rate, the shape at its own or --lr itself, whatever the optimiser."""
     table, others, shape = parameter(4, 2), [parameter(3), parameter(2, 5)], [parameter(6), parameter(1)]
     optimizer = Optimizer(table, others, config(optim=optim), shape, shape_lr)
@@ -33,7 +33,7 @@ def test_groups_have_their_ends_and_rates(optim, factor, shape_lr, lr):
     assert without.learning_rates() == {"network": factor * 1e-3}
 
 
-def test_learning_rates_are_those_of_a_step(monkeypatch):
+def test_learning_rates(monkeypatch):
     """What is logged of a step is what its update multiplies the change by, group by group."""
     optimizer, used = Optimizer(parameter(4, 2), [parameter(3)], config(), [parameter(6)], 2e-4), []
     monkeypatch.setattr(optim, "adam_step", lambda *_, lrs, **__: used.append(lrs))
@@ -42,7 +42,7 @@ def test_learning_rates_are_those_of_a_step(monkeypatch):
     assert list(optimizer.learning_rates()) == ["table", "network", "shape"]
 
 
-def test_buffers_begin_with_the_values_and_no_gradient():
+def test_initial_buffers():
     """Values and shapes stay, gradients are zero views in the order table, others, shape."""
     parameters = [parameter(4, 2), parameter(3), parameter(2, 5)]
     before = [one.detach().clone() for one in parameters]
@@ -57,7 +57,7 @@ def test_buffers_begin_with_the_values_and_no_gradient():
     assert optimizer.steps == 0 and torch.equal(optimizer.state.ema, optimizer.params)
 
 
-def test_steps_go_by_the_rate_of_each_group():
+def test_step_by_group_rate():
     """Three groups and an `lr_scale` against torch's Adam with the rates multiplied."""
     rates = (1e-2, 1e-3, 0.5)
 
@@ -84,7 +84,7 @@ def test_steps_go_by_the_rate_of_each_group():
 
 
 @pytest.mark.parametrize("scaling", [{}, {"inverse_scale": 0.5}, {"inverse_scale": torch.tensor(0.5)}])
-def test_clip_is_of_the_unscaled_gradient_on_both_sides(scaling):
+def test_grad_clip_both_sides(scaling):
     """Components beyond the limit are cut to it, others stay; a limit of 0 or less cuts nothing."""
     gradient = torch.tensor([-8.0, -0.25, 0.5, 8.0])
     scale = float(scaling.get("inverse_scale", 1.0))
@@ -95,7 +95,7 @@ def test_clip_is_of_the_unscaled_gradient_on_both_sides(scaling):
         check("moment", optimizer.state.exp_avg, 0.1 * expected, expected.double() * 0.1)
 
 
-def test_default_step_neither_scales_nor_clips():
+def test_default_step():
     """Without arguments the gradient counts as it is, at the rate of the settings."""
     optimizers = [Optimizer(None, [parameter(50)], config()) for _ in range(2)]
     for optimizer, options in zip(optimizers, ({}, dict(inverse_scale=1.0, grad_clip=-1.0, lr_scale=1.0)), strict=True):
@@ -105,7 +105,7 @@ def test_default_step_neither_scales_nor_clips():
         assert torch.equal(value, optimizers[1].state_dict()[name]), name
 
 
-def test_a_skipped_step_counts_for_the_warm_up_alone():
+def test_skipped_step_counts_for_warm_up():
     """`steps` counts attempts; Adam's own count, moments and average stay as they are."""
     optimizer = Optimizer(None, [parameter(5)], config())
     optimizer.grads.fill_(1.0)
@@ -118,7 +118,7 @@ def test_a_skipped_step_counts_for_the_warm_up_alone():
     assert all(torch.equal(after[name], before[name]) for name in before if name != "steps")
 
 
-def test_a_skipped_first_step_leaves_finite_numbers():
+def test_skipped_first_step():
     """With no good step yet the bias correction divides by no zero."""
     optimizer = Optimizer(None, [parameter(5)], config())
     before = optimizer.params.clone()
@@ -127,7 +127,7 @@ def test_a_skipped_first_step_leaves_finite_numbers():
     assert torch.equal(optimizer.state.ema, before) and optimizer.state.step == 0
 
 
-def test_start_scene_takes_the_scene_and_leaves_the_shape():
+def test_start_scene():
     """The averaged scene of another run becomes the parameters and the average; the shape keeps its values."""
     shape = parameter(3, 1)
     optimizer = Optimizer(parameter(4, 2), [parameter(2)], config(), [shape])
@@ -140,7 +140,7 @@ def test_start_scene_takes_the_scene_and_leaves_the_shape():
             optimizer.start_scene(wrong)
 
 
-def test_load_state_dict_writes_into_the_same_buffers():
+def test_load_state_dict_in_place():
     """Parameters stay views, and the count of steps is restored as a number."""
     weight = parameter(6)
     optimizer = Optimizer(None, [weight], config())
@@ -155,7 +155,7 @@ def test_load_state_dict_writes_into_the_same_buffers():
         assert torch.equal(value, saved[name]), name
 
 
-def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
+def test_load_bad_state_raises():
     """The sentence has both lists of names, or both shapes; nothing is copied before all of it is checked."""
     optimizer = Optimizer(None, [parameter(6)], config())
     before = copy.deepcopy(optimizer.state_dict())
@@ -168,7 +168,7 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in optimizer.state_dict().items())
 
 
-def test_adam_step_weighs_the_average_by_its_decay():
+def test_adam_step_ema():
     """The average keeps `ema_decay` of itself; groups beyond the last end do not move."""
     params = torch.arange(6.0)
     state = AdamState(params)
@@ -181,7 +181,7 @@ def test_adam_step_weighs_the_average_by_its_decay():
     assert not skipped and skipped.dtype == torch.bool and state.step == 1
 
 
-def test_loss_scaler_starts_at_two_to_the_sixteenth_and_doubles_after_two_thousand():
+def test_loss_scaler_defaults():
     """The defaults, and the state that a resumed run reads."""
     scaler, good = LossScaler(True, "cpu"), torch.tensor(False)
     assert scaler.scale == 65536 and scaler.inverse == 2.0**-16 and scaler.good_steps == 0

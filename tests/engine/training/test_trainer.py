@@ -135,7 +135,8 @@ def same_state(a: Trainer, b: Trainer) -> bool:
 # ------------------------------------------------------------------------------------------------- schedule and phases
 
 
-def test_progress_runs_from_zero_and_a_longer_run_never_falls_back():
+def test_run_progress_extended():
+    """Progress runs from zero and a longer run never falls back."""
     schedule = RunProgress(100)
     assert [schedule.progress(step) for step in (0, 50, 100)] == [0.0, 0.5, 1.0]
     longer = schedule.extended_to(60, 200)
@@ -144,7 +145,8 @@ def test_progress_runs_from_zero_and_a_longer_run_never_falls_back():
     assert schedule.extended_to(60, 100) == schedule
 
 
-def test_a_schedule_that_starts_late_is_at_0_before_and_at_1_after_its_end():
+def test_run_progress_late_start():
+    """A schedule that starts late is at 0 before and at 1 after its end."""
     late = RunProgress(60, 20)
     assert [late.progress(step) for step in (0, 19, 20, 30, 60, 99)] == [0.0, 0.0, 0.0, 0.25, 1.0, 1.0]
     before, inside = late.extended_to(10, 100), late.extended_to(40, 100)
@@ -164,13 +166,15 @@ def test_phases_follow_each_other():
     assert abs(share - 0.4) < 5 * (0.4 * 0.6 / 1000) ** 0.5  # five standard errors
 
 
-def test_a_ratio_of_zero_leaves_the_phase_out_from_the_first_step_on():
+def test_phase_ratio_zero():
+    """A ratio of zero leaves the phase out from the first step on."""
     config = ShadingConfig(latent_iter_ratio=0.0, albedo_iter_ratio=0.0)
     assert choose_phase(config, 0.0, random.Random(0)).name == "shaded"
 
 
 @pytest.mark.parametrize("name", ["latent", "albedo"])
-def test_a_ratio_of_one_keeps_the_phase_in_a_run_that_goes_on_after_its_end(name):
+def test_phase_ratio_one(name):
+    """A ratio of one keeps the phase in a run that goes on after its end."""
     config = ShadingConfig(**{"latent_iter_ratio": 0.0, f"{name}_iter_ratio": 1.0})
     assert choose_phase(config, 1.0, random.Random(0)).name == name
 
@@ -180,7 +184,8 @@ def test_a_ratio_of_one_keeps_the_phase_in_a_run_that_goes_on_after_its_end(name
 
 @pytest.mark.parametrize("normals", ["finite_difference", "analytic"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidance, tmp_path, backbone, normals):
+def test_phases_logged(text_guidance, tmp_path, backbone, normals):
+    """Every phase is logged with its terms and moves the weights."""
     terms = dict.fromkeys(("opacity", "2d_normal_smooth", "3d_normal_smooth", "entropy_weights"), 0.1)
     changes = {weight_setting(name): weight for name, weight in terms.items()} | BACKBONES[backbone]
     trainer = make_trainer(text_guidance, bg_radius=1.0, normals=normals, **changes)
@@ -199,7 +204,8 @@ def test_every_phase_is_logged_with_its_terms_and_moves_the_weights(text_guidanc
     assert (workspace.validation / "step_000008.png").is_file()
 
 
-def test_frequencies_join_during_the_run(text_guidance, monkeypatch):
+def test_progressive_frequencies(text_guidance, monkeypatch):
+    """Frequencies join during the run."""
     trainer = make_trainer(text_guidance, progressive_level=True, **BACKBONES["vanilla"] | {"n_frequencies": 8})
     assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     asked, network = [], trainer.field._network
@@ -209,7 +215,8 @@ def test_frequencies_join_during_the_run(text_guidance, monkeypatch):
     assert trainer.optimizer.grads.view(-1)[: trainer.field.weights[0].numel()].view(16, 51)[:, 9:27].abs().sum() == 0
 
 
-def test_the_table_learns_ten_times_as_fast_and_a_network_alone_at_its_rate(text_guidance):
+def test_learning_rates(text_guidance):
+    """The table learns ten times as fast and a network alone at its rate."""
     grid, vanilla = (make_trainer(text_guidance, lr=0.01, **BACKBONES[name]) for name in ("grid", "vanilla"))
     check_values("grid", grid.optimizer.lrs, [0.5, 0.05])
     check_values("vanilla", vanilla.optimizer.lrs, [0.05])
@@ -217,7 +224,8 @@ def test_the_table_learns_ten_times_as_fast_and_a_network_alone_at_its_rate(text
     assert vanilla.optimizer.group_ends == (sum(p.numel() for p in vanilla.field.parameters()),)
 
 
-def test_progressive_levels_join_during_the_run(text_guidance):
+def test_progressive_levels(text_guidance):
+    """Progressive levels join during the run."""
     trainer = make_trainer(text_guidance, progressive_level=True, n_levels=8)
     assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     assert active_levels(make_trainer(text_guidance).config, 0.0) is None
@@ -237,7 +245,8 @@ def cameras_of_steps(trainer: Trainer, steps: int) -> list[Cameras]:
     return seen
 
 
-def test_progressive_views_widen_during_the_run(text_guidance):
+def test_progressive_views(text_guidance):
+    """Progressive views widen during the run."""
     changes = dict(progressive_view=True, progressive_view_init_ratio=0.0, default_azimuth=30.0, iters=8, **CHEAP)
     azimuths = [cameras.azimuth for cameras in cameras_of_steps(make_trainer(text_guidance, **changes), 8)]
     assert (azimuths[0] == 30).all()
@@ -252,7 +261,8 @@ def test_progressive_views_widen_during_the_run(text_guidance):
 PHASED = dict(exp_start_iter=2, exp_end_iter=6, progressive_view=True, progressive_level=True, n_levels=8)
 
 
-def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_else_does(text_guidance, monkeypatch):
+def test_phase_progress_readers(text_guidance, monkeypatch):
+    """Phases views and levels go from their start to their end and nothing else does."""
     trainer = make_trainer(text_guidance, lr_decay=0.5, **PHASED)
     views, levels, noise, rates = [], [], [], []
     optimise = trainer.optimizer.step
@@ -292,9 +302,8 @@ def test_phases_views_and_levels_go_from_their_start_to_their_end_and_nothing_el
         ({"exp_start_iter": 2, "exp_end_iter": 18}, [0.0, 0.125], [0.125, 0.5, 0.875]),
     ],
 )
-def test_a_longer_run_stretches_its_phases_unless_their_end_was_asked_for(
-    text_guidance, tmp_path, asked, before, after
-):
+def test_phases_extended(text_guidance, tmp_path, asked, before, after):
+    """A longer run stretches its phases unless their end was asked for."""
     first = make_trainer(text_guidance, **CHEAP, **asked)
     check_values("before", [first.phases.progress(step) for step in (2, 4)], before)
     first.step = 4
@@ -317,7 +326,7 @@ def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
-def test_grad_clip_rgb_limits_the_gradient_of_a_pixel(text_guidance, loss_scale):
+def test_grad_clip_rgb(text_guidance, loss_scale):
     """A pull of 2 with a limit of 1/2 is a pull of 1/2, bit for bit, whatever the loss scale (powers of two)."""
     free, limited = (make_trainer(text_guidance, grad_clip_rgb=limit, **CHEAP) for limit in (-1.0, 0.5))
     limited.scaler = LossScaler(True, "cpu", start=loss_scale)
@@ -340,7 +349,8 @@ def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
     assert same_state(*trainers)
 
 
-def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run_with_a_reason(text_guidance, tmp_path):
+def test_nonfinite_steps_end_run(text_guidance, tmp_path):
+    """Steps without a finite gradient change nothing and end the run with a reason."""
     trainer = make_trainer(text_guidance, iters=3 * MAX_NONFINITE_STEPS, log_every=MAX_NONFINITE_STEPS, **CHEAP)
 
     def guidance(pictures, cameras, inputs):
@@ -370,7 +380,8 @@ class Direct:
         pass
 
 
-def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_step(text_guidance, tmp_path):
+def test_replay_reads_step_inputs(text_guidance, tmp_path):
+    """What a graph of a step reads from the device are the numbers of the step."""
     trainer = make_trainer(text_guidance, bg_radius=1.0, lambda_opacity_entropy=1.0, t_anneal="linear", **ANNEALED)
     trainer.graphs = Direct()
     for step in range(8):
@@ -403,7 +414,8 @@ def test_what_a_graph_of_a_step_reads_from_the_device_are_the_numbers_of_the_ste
     ],
     ids=lambda guided: "-".join(guided) or "default",
 )
-def test_a_run_of_replayed_steps_takes_every_kind_of_step(text_guidance, tmp_path, guided):
+def test_replayed_run(text_guidance, tmp_path, guided):
+    """A run of replayed steps takes every kind of step."""
     trainer = make_trainer(text_guidance, bg_radius=1.0, iters=16, **guided)
     trainer.graphs = Direct()
     workspace = fit(trainer, tmp_path)
@@ -416,7 +428,8 @@ def test_a_run_of_replayed_steps_takes_every_kind_of_step(text_guidance, tmp_pat
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(text_guidance, tmp_path, backbone):
+def test_seed_repeats(text_guidance, tmp_path, backbone):
+    """The same seed gives the same bytes and another seed does not."""
     torch.manual_seed(1)  # what the process drew before is no part of the run
     first = make_trainer(text_guidance, **BACKBONES[backbone])
     one = rows_without_times(fit(first, tmp_path / "a"))
@@ -445,7 +458,8 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("kind", [*BACKBONES, "schedules"])
-def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(text_guidance, tmp_path, kind):
+def test_resume_after_interrupt(text_guidance, tmp_path, kind):
+    """Ctrl c leaves a checkpoint and resuming repeats the uninterrupted run."""
     in_parts = {name: value for name, value in ANNEALED.items() if name != "lambda_guidance"}  # of no DiffusionGuidance
     changes = (BACKBONES | {"schedules": in_parts})[kind] | {"progressive_level": True}
     whole = make_trainer(text_guidance, **changes)
@@ -469,7 +483,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_resuming_repeats_the_uninterrupted_run(t
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_step_finish_saves_it_and_leaves_with_its_status(text_guidance, tmp_path, number, status):
+def test_signal_saves(text_guidance, tmp_path, number, status):
+    """A signal lets the step finish saves it and leaves with its status."""
     trainer = make_trainer(text_guidance, **CHEAP)
     trainer.guidance = Interrupting(trainer.guidance, at=2, number=number)
     with pytest.raises(Stopped) as stopped:
@@ -478,7 +493,7 @@ def test_a_signal_lets_the_step_finish_saves_it_and_leaves_with_its_status(text_
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000003.safetensors"]
 
 
-def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_path):
+def test_extended_run_keeps_progress(text_guidance, tmp_path):
     """Learning rate, regularisers' ramp and phase at step 4 of 8 go on from there when 80 steps are asked for."""
     changes = dict(lr_decay=0.25, lambda_opacity_entropy=1.0, latent_iter_ratio=0.25, albedo_iter_ratio=0.4)
     first = make_trainer(text_guidance, iters=8, **changes)
@@ -496,7 +511,8 @@ def test_a_run_that_is_taken_further_falls_back_into_nothing(text_guidance, tmp_
     assert seen["up"] == 1.0 and seen["lr"] == 0.5
 
 
-def test_libraries_draw_the_same_in_a_step_that_is_taken_up(text_guidance):
+def test_library_seeds_resumed(text_guidance):
+    """Libraries draw the same in a step that is taken up."""
     drawn = []
     for step in (0, 2):
         trainer = make_trainer(text_guidance, **CHEAP)
@@ -507,7 +523,8 @@ def test_libraries_draw_the_same_in_a_step_that_is_taken_up(text_guidance):
     assert drawn[0] == drawn[1]
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path):
+def test_load_other_architecture_raises(text_guidance, tmp_path):
+    """A checkpoint of another architecture is refused."""
     workspace = fit(make_trainer(text_guidance, iters=1), tmp_path)
     with pytest.raises(UserError, match="levels 3 there, 4 here"):
         make_trainer(text_guidance, n_levels=4).load(workspace.checkpoints / "step_000001.safetensors")
@@ -517,7 +534,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(text_guidance, tmp_path
 
 @pytest.mark.parametrize("mine", BACKBONES)
 @pytest.mark.parametrize("other", BACKBONES)
-def test_a_checkpoint_of_another_backbone_is_refused(text_guidance, tmp_path, mine, other):
+def test_load_other_backbone_raises(text_guidance, tmp_path, mine, other):
+    """A checkpoint of another backbone is refused."""
     workspace = fit(make_trainer(text_guidance, iters=1, **BACKBONES[mine]), tmp_path)
     path = workspace.checkpoints / "step_000001.safetensors"
     trainer = make_trainer(text_guidance, iters=1, **BACKBONES[other])
@@ -528,7 +546,8 @@ def test_a_checkpoint_of_another_backbone_is_refused(text_guidance, tmp_path, mi
         trainer.load(path)
 
 
-def test_what_a_backbone_does_not_read_is_no_part_of_its_architecture(text_guidance):
+def test_architecture_of_backbone(text_guidance):
+    """What a backbone does not read is no part of its architecture."""
     grid, vanilla = (make_trainer(text_guidance, **BACKBONES[name]).architecture() for name in ("grid", "vanilla"))
     assert "n_frequencies" not in grid and grid["n_levels"] == 3 and grid["occupancy_resolution"] == 16
     assert vanilla["n_frequencies"] == 4 and not {"n_levels", "max_resolution", "occupancy_resolution"} & set(vanilla)
@@ -549,7 +568,8 @@ def test_what_a_backbone_does_not_read_is_no_part_of_its_architecture(text_guida
         ("skipped", torch.zeros(3)),
     ],
 )
-def test_a_checkpoint_whose_state_does_not_fit_is_refused(text_guidance, tmp_path, part, broken):
+def test_load_bad_state_raises(text_guidance, tmp_path, part, broken):
+    """A checkpoint whose state does not fit is refused."""
     trainer = make_trainer(text_guidance, iters=1)
     _, state = load_checkpoint(fit(trainer, tmp_path).checkpoints / "step_000001.safetensors", trainer.architecture())
     if broken is None:
@@ -563,7 +583,7 @@ def test_a_checkpoint_whose_state_does_not_fit_is_refused(text_guidance, tmp_pat
         make_trainer(text_guidance, iters=1).load(path)
 
 
-def test_schedules_of_a_step_are_read_at_that_step(text_guidance, monkeypatch):
+def test_schedules_read_at_step(text_guidance, monkeypatch):
     """What the host reads itself: the limit of the gradient, the light, and the weights of the table's regularisers."""
     steps = LinearSchedule.parse("0:1:5:4")
     trainer = make_trainer(text_guidance, grad_clip=steps, lambda_tv=steps, lambda_wd=steps)

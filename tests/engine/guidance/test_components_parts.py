@@ -25,7 +25,7 @@ from dream_fast.engine.guidance.model.components import (
 # Loading
 
 
-def test_a_component_is_read_from_its_folder_alone(tmp_path: Path) -> None:
+def test_component_local_files_only(tmp_path: Path) -> None:
     """Nothing is fetched, weights are safetensors, and further options are passed on."""
     asked = []
 
@@ -44,7 +44,7 @@ def test_a_component_is_read_from_its_folder_alone(tmp_path: Path) -> None:
     ]
 
 
-def test_a_component_that_does_not_load_is_one_sentence(tmp_path: Path) -> None:
+def test_component_raises(tmp_path: Path) -> None:
     """It names the component, the folder and the first line of the reason, or a weight that is missing."""
 
     def answering(answer: Callable[[], Any]) -> type:
@@ -62,7 +62,7 @@ def test_a_component_that_does_not_load_is_one_sentence(tmp_path: Path) -> None:
     assert str(caught.value) == f"the vae of the model {tmp_path} lacks 3 of its weights, such as a.bias"
 
 
-def test_every_option_of_a_load_is_passed_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_passed_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To what finds the folder, to what checks it, and to what prepares the model; the defaults as well."""
     prepared, found, checked = [], [], []
     find, look = loader.find_folder, loader.check_folder
@@ -92,7 +92,7 @@ def test_every_option_of_a_load_is_passed_on(tiny_model: Path, monkeypatch: pyte
     assert plain.alphas_cumprod.dtype == other.alphas_cumprod.dtype == torch.float32
 
 
-def test_the_models_own_name_is_that_of_the_folder_in_the_package() -> None:
+def test_dream_mini_name() -> None:
     """Reports of a run do not hold the path of the package; a version is a name on the hub."""
     assert load_components(MODEL_FOLDER, "cpu").name == "dream-mini"
     assert choose_source() == MODEL_FOLDER and choose_source(hf_key="~/x") == "~/x"
@@ -100,9 +100,7 @@ def test_the_models_own_name_is_that_of_the_folder_in_the_package() -> None:
 
 
 @pytest.mark.parametrize(("longest", "asked", "window"), [(77, 77, 77), (20, 77, 20), (77, 512, 77)])
-def test_prompts_are_as_long_as_tokenizer_and_encoder_take(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, longest: int, asked: int, window: int
-) -> None:
+def test_window(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, longest: int, asked: int, window: int) -> None:
     """The smaller of the two windows; attention is measured with the encoder's."""
     prepared, load = [], loader._load
 
@@ -143,7 +141,7 @@ def facts(unet: dict[str, Any], vae: dict[str, Any] | None, width: int = 32, **s
     )
 
 
-def test_facts_of_latents() -> None:
+def test_constants_of_latent_model() -> None:
     """Pictures are larger by 2 for each level of the VAE but the first; a missing shift is none."""
     plain = {
         "image_size": 512,
@@ -162,7 +160,7 @@ def test_facts_of_latents() -> None:
     assert other == plain | {"prediction_type": "v_prediction", "num_train_timesteps": 500}
 
 
-def test_facts_of_pixels() -> None:
+def test_constants_of_pixel_model() -> None:
     """Without a VAE latents are pictures, with or without a learned variance; the text may be projected first."""
     plain = facts({}, None)
     assert plain == facts({"out_channels": 3}, None) == facts({"encoder_hid_dim": 48}, None, width=48)
@@ -190,7 +188,7 @@ def test_facts_of_pixels() -> None:
         ({}, {}, {"prediction_type": "sample"}, "the model model predicts 'sample'; epsilon or v_prediction is needed"),
     ],
 )
-def test_parts_that_do_not_fit_are_one_sentence(unet: dict, vae: dict | None, more: dict, sentence: str) -> None:
+def test_mismatched_parts_raise(unet: dict, vae: dict | None, more: dict, sentence: str) -> None:
     """Each alone is enough, and both numbers are named."""
     with pytest.raises(UserError) as caught:
         facts(unet, vae, **more)
@@ -287,7 +285,7 @@ def test_a_large_model_on_a_gpu_is_fused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert done == [AUTO] and components.attention == ("auto", "auto")
 
 
-def test_channels_last_is_for_the_models_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_last_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a CPU; and none where none is named."""
     assert Prepared(monkeypatch, "cpu")(channels_last=("vae",))[0] == [("encoder", FUSED[0]), AUTO]
     assert Prepared(monkeypatch, "cpu")(channels_last=("unet",))[0] == [("unet", FUSED[0]), AUTO]
@@ -295,14 +293,14 @@ def test_channels_last_is_for_the_models_that_are_named(monkeypatch: pytest.Monk
     assert Prepared(monkeypatch)(channels_last=())[0] == [*norms, AUTO]
 
 
-def test_a_model_of_pixels_keeps_diffusers_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixel_model_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its UNet alone norms are fused; there is no encoder to slice or compile."""
     done, components = Prepared(monkeypatch, pixels=True)(vram_O=True, compiled=("unet", "vae"))
     assert done == [*[("unet", step) for step in FUSED], ("unet", "compile", {"dynamic": False})]
     assert components.attention == ("sdpa", "sdpa")
 
 
-def test_an_attention_that_is_named_or_kept_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_named_or_previous(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wanted and what an earlier part of the run had reach the choice."""
     kept = AttentionChoice("cudnn", "matmul")
     for options in ({}, {"vram_O": True}):
@@ -311,7 +309,7 @@ def test_an_attention_that_is_named_or_kept_is_chosen(monkeypatch: pytest.Monkey
             assert done[-1] == ("attention", wanted, earlier) and components.attention == (wanted, wanted)
 
 
-def test_a_frugal_model_takes_xformers_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_efficient_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """With --vram_O: one picture at a time, blocks that are computed again, and xformers on a GPU, else torch's own."""
     frugal = [("vae", "enable_slicing"), ("encoder", "enable_gradient_checkpointing")]
     prepared = Prepared(monkeypatch, size=64)
@@ -340,7 +338,7 @@ def test_what_is_named_is_compiled(monkeypatch, compiled: tuple[str, ...], vram_
     assert [step for step in done if "compile" in step] == [(name, "compile", {"dynamic": False}) for name in models]
 
 
-def test_compiling_without_a_gpu_is_refused_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_without_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence, and nothing is moved."""
     prepared = Prepared(monkeypatch, "cpu")
     with pytest.raises(UserError, match="^--compile needs a GPU: on a CPU it gains nothing; leave it out$"):
@@ -358,7 +356,7 @@ def test_a_text_encoder_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
         assert components.text_encoder is None and len(emptied) == times
 
 
-def test_channels_last_turns_weights_and_input() -> None:
+def test_to_channels_last() -> None:
     """The first input of a call is turned, whatever else it is called with; values are the same."""
     seen = []
 
@@ -375,7 +373,7 @@ def test_channels_last_turns_weights_and_input() -> None:
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_recomputation_keeps_no_state_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_checkpointing_rng(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading it would end the capture of a CUDA graph; blocks of diffusers and fused ones, and no other module."""
     from diffusers.models.resnet import ResnetBlock2D
 

@@ -92,7 +92,8 @@ def plain() -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_computes_what_plain_diffusers_does(kind: str, plain: tuple[list[Tensor], list[Tensor]]) -> None:
+def test_gradients_against_diffusers(kind: str, plain: tuple[list[Tensor], list[Tensor]]) -> None:
+    """A run computes what plain diffusers does."""
     components = random_components(DEVICE, OWN, tiny=not GPU)
     prepare_components(components, TOKENS, **KINDS[kind])
     for step, (got, own, exact) in enumerate(zip(gradients(components, graphs=True), *plain, strict=True)):

@@ -88,7 +88,7 @@ def by_hand(
 
 @pytest.mark.parametrize(("scaling", "shift"), [(0.18215, 0.0), (0.5, 0.4)])
 @pytest.mark.parametrize("size", [(32, 32), (20, 28)])
-def test_both_methods_give_the_gradient_written_by_hand(
+def test_gradient_by_hand(
     components: Components,
     in_fp64: Callable,
     mse_distillation: type[ScoreDistillation],
@@ -118,9 +118,7 @@ def test_both_methods_give_the_gradient_written_by_hand(
 
 
 @pytest.mark.parametrize(("scaling", "shift"), [(0.18215, 0.0), (0.5, 0.4)])
-def test_latents_are_scaled_and_shifted_and_back(
-    components: Components, in_fp64: Callable, scaling: float, shift: float
-) -> None:
+def test_latents_scaled_and_shifted(components: Components, in_fp64: Callable, scaling: float, shift: float) -> None:
     """The latents of a noisy picture, and a picture of latents, as diffusers' pipelines with a shift have them."""
     components = dataclasses.replace(components, scaling_factor=scaling, shift_factor=shift)
     (cond, uncond), rgb = prompts(4), picture(4)
@@ -142,7 +140,7 @@ def test_latents_are_scaled_and_shifted_and_back(
     check("decoded", decode(components, noisy), picture_reference, picture_exact)
 
 
-def test_weight_and_loss_scale_multiply_the_gradient(components: Components) -> None:
+def test_weight_and_loss_scale(components: Components) -> None:
     """Factors that are powers of two change no digit."""
 
     def gradient(loss_scale: float, **options: float) -> Tensor:
@@ -158,7 +156,7 @@ def test_weight_and_loss_scale_multiply_the_gradient(components: Components) -> 
     assert gradient(1.0, lambda_guidance=0.0).abs().max() == 0
 
 
-def test_half_precision_encoder_keeps_large_gradients_in_range(tiny_model: Path) -> None:
+def test_half_precision_large_gradients(tiny_model: Path) -> None:
     """A weight whose product with the gradient overflows fp16 costs nothing: the encoder sees a peak of 1."""
     components = load_components(tiny_model, "cpu", torch.float16)
     assert components.vae.dtype == torch.float16
@@ -173,7 +171,8 @@ def test_half_precision_encoder_keeps_large_gradients_in_range(tiny_model: Path)
 
 
 @pytest.mark.parametrize("method", ["sds", "mse"])
-def test_latents_are_guided_without_the_encoder(components: Components, mse_distillation: type, method: str) -> None:
+def test_latents_without_encoder(components: Components, mse_distillation: type, method: str) -> None:
+    """Latents are guided without the encoder."""
     latents = torch.randn(2, 4, 8, 8, generator=generator()).requires_grad_()
     cls = mse_distillation if method == "mse" else ScoreDistillation
     sds = cls(components, GuidanceConfig(guidance_scale=10.0))
@@ -196,7 +195,7 @@ def test_shrinking_reads_every_pixel(components: Components) -> None:
     assert (rgb.grad != 0).float().mean() > 0.99
 
 
-def test_one_image_at_a_time_gives_the_same_gradient(tiny_model: Path, in_fp64: Callable) -> None:
+def test_vae_slicing(tiny_model: Path, in_fp64: Callable) -> None:
     """Slices of the VAE, as --vram_O asks for, are as accurate as one image a call by hand."""
     plain = load_components(tiny_model, "cpu")
     models = (plain, in_fp64(plain))
@@ -210,7 +209,8 @@ def test_one_image_at_a_time_gives_the_same_gradient(tiny_model: Path, in_fp64: 
         check(f"vram_O {vram_O}", rgb.grad, *hand)
 
 
-def test_recomputation_keeps_less_and_gives_the_same_gradient_bit_for_bit(tiny_model: Path) -> None:
+def test_gradient_checkpointing(tiny_model: Path) -> None:
+    """Recomputation keeps less and gives the same gradient bit for bit."""
     gradients, kept = [], []
     for again in (False, True):
         components = load_components(tiny_model, "cpu")
@@ -225,7 +225,8 @@ def test_recomputation_keeps_less_and_gives_the_same_gradient_bit_for_bit(tiny_m
     assert kept[1] < kept[0] / 2
 
 
-def test_gradient_that_is_not_finite_is_reported(components: Components) -> None:
+def test_nonfinite_gradient_reported(components: Components) -> None:
+    """Gradient that is not finite is reported."""
     rgb = picture(1)
     cond, uncond = prompts(1)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
@@ -246,13 +247,15 @@ def test_a_seed_repeats_bit_for_bit(components: Components) -> None:
     assert not torch.equal(gradient(1), gradient(2))
 
 
-def test_wrong_picture(components: Components) -> None:
+def test_bad_images_raise(components: Components) -> None:
+    """Wrong picture."""
     sds = ScoreDistillation(components, GuidanceConfig())
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], not \[1, 4, 8, 8\]"):
         sds(torch.zeros(1, 4, 8, 8), *prompts(1))
 
 
-def test_levels_are_uniform_in_the_range(components: Components) -> None:
+def test_timesteps_uniform(components: Components) -> None:
+    """Levels are uniform in the range."""
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.1, 0.2)))
     levels = sds.draw_timesteps(20000, StepInputs(progress=0.9, generator=generator()))
     counts = levels.bincount(minlength=1000)
@@ -265,7 +268,8 @@ def test_levels_are_uniform_in_the_range(components: Components) -> None:
 
 
 @pytest.mark.parametrize(("anneal", "at_half"), [("linear", 500), ("sqrt", 301), ("square", 740)])
-def test_levels_fall_with_progress(components: Components, anneal: str, at_half: int) -> None:
+def test_timesteps_annealed(components: Components, anneal: str, at_half: int) -> None:
+    """Levels fall with progress."""
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.02, 0.98), t_anneal=anneal))
     steps = [StepInputs(progress=progress, generator=generator()) for progress in (0.0, 0.25, 0.5, 0.75, 0.999)]
     drawn = [sds.draw_timesteps(2000, inputs) for inputs in steps]
@@ -277,7 +281,7 @@ def test_levels_fall_with_progress(components: Components, anneal: str, at_half:
     assert all(90 < int(levels.max() - levels.min()) < 97 for levels in drawn[1:4])
 
 
-def test_rescaling_takes_the_spread_of_the_unguided_prediction(components: Components, in_fp64: Callable) -> None:
+def test_guidance_rescale(components: Components, in_fp64: Callable) -> None:
     """As in diffusers' `rescale_noise_cfg`, of the clean latent; the guided noise then belongs to it."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
@@ -333,7 +337,7 @@ def diffusers_pipeline(components: Components):
     return pipeline
 
 
-def test_sampling_is_deterministic_ddim(components: Components, in_fp64: Callable) -> None:
+def test_sample_against_diffusers(components: Components, in_fp64: Callable) -> None:
     """Images are those of diffusers' own pipeline for the same latents and prompts."""
     cond, uncond = prompts(2)
     images = sample(components, cond, uncond, steps=10, guidance_scale=3.0, generator=generator())
@@ -354,7 +358,8 @@ def test_sampling_is_deterministic_ddim(components: Components, in_fp64: Callabl
     check("images", images, reference, exact)
 
 
-def test_sampling_refuses_what_it_cannot_do(components: Components, tiny_model: Path) -> None:
+def test_sample_raises(components: Components, tiny_model: Path) -> None:
+    """Sampling refuses what it cannot do."""
     with pytest.raises(ValueError, match="no VAE decoder"):
         sample(load_components(tiny_model, "cpu"), *prompts(1))
     with pytest.raises(ValueError, match="steps must lie in 1 to 1000, not 0"):
@@ -362,7 +367,8 @@ def test_sampling_refuses_what_it_cannot_do(components: Components, tiny_model: 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="host synchronisations are a matter of GPUs")
-def test_guidance_never_waits_for_the_gpu(tiny_model: Path) -> None:
+def test_never_synchronizes(tiny_model: Path) -> None:
+    """Guidance never waits for the gpu."""
     components = load_components(tiny_model, "cuda", torch.float16)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, t_anneal="linear", guidance_rescale=0.5))
     cond, uncond = (embedding.cuda() for embedding in prompts(2))
@@ -377,7 +383,7 @@ def test_guidance_never_waits_for_the_gpu(tiny_model: Path) -> None:
     assert torch.isfinite(rgb.grad).all()
 
 
-def test_shrinking_with_deterministic_algorithms_is_shrinking(components: Components) -> None:
+def test_deterministic_resize(components: Components) -> None:
     """torch's own gradient adds up in any order on a GPU; the products in its place are the same map and gradient."""
 
     def resized(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

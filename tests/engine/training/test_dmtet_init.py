@@ -39,7 +39,7 @@ def generator() -> torch.Generator:
 
 
 @pytest.mark.parametrize("locked", [False, True])
-def test_a_shape_is_a_ball_at_first(locked: bool) -> None:
+def test_shape_starts_as_ball(locked: bool) -> None:
     """Half as large as the scene's cube, its distance ten times that of the scene; learned unless it is locked."""
     shape, grid = TetMesh(8, 2.0, locked=locked), tet_grid(8)
     expected = [
@@ -55,7 +55,7 @@ def test_a_shape_is_a_ball_at_first(locked: bool) -> None:
     assert not TetMesh(8, 2.0).locked
 
 
-def test_positions_are_moved_by_less_than_half_a_layer() -> None:
+def test_positions_move_below_half_a_layer() -> None:
     """center + half_extent (vertex + tanh(deformation) / N), along each axis by its own extent."""
     shape = TetMesh(8, 1.0)
     middle, reach = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.25, 0.5, 1.0])
@@ -71,7 +71,7 @@ def test_positions_are_moved_by_less_than_half_a_layer() -> None:
 
 
 @pytest.mark.parametrize(("border", "counted"), [(1.0, -0.01), (-0.005, -0.01), (-0.5, -0.5)])
-def test_the_border_has_a_distance_below_zero(border: float, counted: float) -> None:
+def test_border_sdf_negative(border: float, counted: float) -> None:
     """At most -0.01, so that the surface closes just inside of it; what is lower stays, and so does what is inside."""
     shape = TetMesh(8, 1.0)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_border_has_a_distance_below_zero(border: float, counted: float) -> 
     check("vertices", surface.vertices.detach(), end + inside / (inside - low) * (start - end), exact)
 
 
-def test_a_start_replaces_all_of_the_state() -> None:
+def test_initialize_replaces_state() -> None:
     """The distance is clamped and nothing stays shifted; the parameters are the same objects."""
     shape = TetMesh(4, 1.0)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_start_replaces_all_of_the_state() -> None:
 @pytest.mark.parametrize(
     ("locked", "names"), [(False, ["center", "half_extent"]), (True, ["center", "deformation", "half_extent", "sdf"])]
 )
-def test_checkpoint_state_is_read_back(locked: bool, names: list[str]) -> None:
+def test_state_round_trip(locked: bool, names: list[str]) -> None:
     """What is not optimised travels with the checkpoint; other names and other shapes are refused with both."""
     shape, other = TetMesh(4, 1.0, locked=locked), TetMesh(4, 1.0, locked=locked)
     shape.initialize(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), shape.sdf / 2)
@@ -123,7 +123,7 @@ def test_checkpoint_state_is_read_back(locked: bool, names: list[str]) -> None:
         other.load_checkpoint_state(state | {"half_extent": torch.zeros(4)})
 
 
-def test_checkpoint_state_of_version_0_2_0_is_read():
+def test_state_of_version_0_2_0():
     """It has other names for the same tensors."""
     shape, other = TetMesh(4, 1.0, locked=True), TetMesh(4, 1.0, locked=True)
     shape.initialize(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), shape.sdf / 2)
@@ -143,7 +143,7 @@ def touched(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(b"x")
 
 
-def test_a_start_is_a_checkpoint_or_a_mesh_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_init_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The latest checkpoint of a workspace or of a folder, a checkpoint, a mesh file of any case, and ~."""
     touched(tmp_path / "run" / "checkpoints", "step_000002.safetensors", "step_000010.safetensors")
     touched(tmp_path / "run", "step_000099.safetensors", "shape.GLB", "shape.obj", "other.SAFETENSORS")
@@ -180,7 +180,7 @@ def test_a_start_is_a_checkpoint_or_a_mesh_file(tmp_path: Path, monkeypatch: pyt
         ),
     ],
 )
-def test_what_is_no_start_is_one_sentence(tmp_path: Path, name: str, sentence: str) -> None:
+def test_find_init_source_raises(tmp_path: Path, name: str, sentence: str) -> None:
     """It names the flag, the path and what would do."""
     touched(tmp_path, "note.txt")
     (tmp_path / "folder").mkdir()
@@ -189,7 +189,7 @@ def test_what_is_no_start_is_one_sentence(tmp_path: Path, name: str, sentence: s
     assert str(caught.value) == f"--init_with {tmp_path / name}{sentence}"
 
 
-def test_a_run_takes_over_the_settings_of_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_field_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the field, the bound and the occupancy grid; none of a mesh file, and no refinement's."""
     architecture: dict[str, Any] = {
         "n_levels": 3,
@@ -210,7 +210,7 @@ def test_a_run_takes_over_the_settings_of_the_field(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("bound", "camera"), [(0.5, {}), (5.0, {"default_radius": 2.0, "default_fovy": 53.130102354})])
-def test_a_mesh_fills_most_of_what_is_seen(bound: float, camera: dict[str, float]) -> None:
+def test_normalized_mesh_size(bound: float, camera: dict[str, float]) -> None:
     """0.8 of the cube, or of what the camera takes in at the middle (here 1); only places of triangles count."""
     corners = torch.tensor([[1.0, 2, 3], [5, 2, 3], [1, 4, 3], [1, 2, 4], [100, 100, 100]])
     mesh = TensorMesh(corners, torch.tensor([[0, 1, 2], [0, 3, 1]]))
@@ -222,14 +222,14 @@ def test_a_mesh_fills_most_of_what_is_seen(bound: float, camera: dict[str, float
 
 
 @pytest.mark.parametrize("place", [0.0, float("nan")])
-def test_a_mesh_without_extent_is_refused(place: float) -> None:
+def test_mesh_without_extent_raises(place: float) -> None:
     """A mesh that is one point, or at no place, cannot be scaled."""
     mesh = TensorMesh(torch.full((3, 3), place), torch.tensor([[0, 1, 2]]))
     with pytest.raises(UserError, match="the mesh of --init_with has no extent"):
         normalized(mesh, 1.0, CameraConfig())
 
 
-def test_a_mesh_file_is_read_in_single_precision(tmp_path: Path) -> None:
+def test_mesh_file_fp32(tmp_path: Path) -> None:
     """Places as fp32 and corners as int64, as the operators take them."""
     BOX.export(tmp_path / "box.obj")
     mesh = read_surface(tmp_path / "box.obj")
@@ -241,7 +241,7 @@ def ball(points: Tensor, radius: float) -> Tensor:
     return radius - points.norm(dim=-1)
 
 
-def test_the_grid_of_a_mesh_lies_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mesh_grid_extent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the cube around the largest places, no farther than the cube; the distance at corners and centres is
     ten times that of the scene, and its sign where that is farther than it is computed."""
     asked = []
@@ -273,7 +273,7 @@ def test_the_grid_of_a_mesh_lies_around_it(monkeypatch: pytest.MonkeyPatch) -> N
         check("distance", shape.sdf.detach(), far, exact)
 
 
-def test_a_fine_grid_needs_the_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mesh_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Farther off only the sign counts."""
     asked = []
 
@@ -291,7 +291,7 @@ def test_a_fine_grid_needs_the_distance_within_three_layers(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("value", [0.0, -0.05])
-def test_a_mesh_that_encloses_nothing_is_refused(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_mesh_raises(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no vertex of the grid is inside there is no surface to refine, and the shape stays what it was."""
     monkeypatch.setattr(dmtet_init, "signed_distance", lambda mesh, first, step, shape, reach: torch.full(shape, value))
     shape = TetMesh(8, 1.0)
@@ -301,7 +301,7 @@ def test_a_mesh_that_encloses_nothing_is_refused(value: float, monkeypatch: pyte
     assert torch.equal(shape.sdf, before)
 
 
-def test_a_start_that_is_named_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mesh file lays the grid, fitted to cube and camera; a checkpoint is handed back; none leaves the ball."""
     BOX.export(tmp_path / "box.obj")
     shape, before = TetMesh(16, 0.6), TetMesh(16, 0.6).sdf.detach()
@@ -356,7 +356,7 @@ STEEP = (25.0, 50.0)  # so that the threshold is below the mean, and its clamp t
 
 
 @pytest.mark.parametrize("steepness", STEEP)
-def test_the_grid_of_a_field_lies_around_its_surface(steepness: float) -> None:
+def test_field_grid_extent(steepness: float) -> None:
     """A tenth of the cube and up to two of 63 steps around the object; shifts are gone."""
     shape = started(Boxes(steepness, BLOCK))
     low, high = shape.center - shape.half_extent, shape.center + shape.half_extent
@@ -366,7 +366,7 @@ def test_the_grid_of_a_field_lies_around_its_surface(steepness: float) -> None:
     assert not shape.deformation.any()
 
 
-def test_the_distance_of_a_field_does_not_depend_on_how_steep_it_is() -> None:
+def test_field_sdf_slope() -> None:
     """It is zero at the surface, and ten times the scene's along the median of the edges that cross it: along axes it
     is as steep as can be, along diagonals by the root of 3 less."""
     shapes, factors = [started(Boxes(steepness, BLOCK), 24) for steepness in STEEP], []
@@ -384,7 +384,7 @@ def test_the_distance_of_a_field_does_not_depend_on_how_steep_it_is() -> None:
     check("factors", factors[0], factors[1], factors[1])
 
 
-def test_specks_of_a_field_are_left_outside() -> None:
+def test_field_floaters_left_outside() -> None:
     """A plate of less than a fiftieth of the block's points is no part of the surface, though it lies in the grid."""
     top = BLOCK[0][1] + HALF
     plate = ((0.125, top + 0.105, 0.0), (0.2, 0.02, 0.2))
@@ -394,13 +394,13 @@ def test_specks_of_a_field_are_left_outside() -> None:
     assert shape.surface().vertices[:, 1].max() < top + 0.05
 
 
-def test_the_grid_of_a_field_stays_in_the_cube() -> None:
+def test_field_grid_within_bound() -> None:
     """An object that reaches the cube's sides leaves no room for a margin."""
     shape = started(Boxes(50.0, ((0.0, 0.0, 0.0), (0.95, 0.95, 0.95))))
     assert torch.equal(shape.center, torch.zeros(3)) and torch.equal(shape.half_extent, torch.ones(3))
 
 
-def test_empty_space_far_from_a_field_is_finite() -> None:
+def test_field_sdf_finite() -> None:
     """Densities of zero, whose logarithm is none, count as a millionth of the level."""
     field = SimpleNamespace(device=torch.device("cpu"), bound=1.0)
     field.density = lambda points: (points.abs().amax(-1) < HALF).float()

@@ -13,7 +13,7 @@ def configured(**changes):
     return reference().override(changes)
 
 
-def test_a_vanished_object_starts_again_denser_with_nothing_to_pull_it_down():
+def test_rescue_of_vanished():
     """Half the rate, no opacity term, a tenth of the entropy, twice the blob and 10 at least."""
     config = configured(lr=0.5, lambda_opacity=0.25, lambda_opacity_entropy=2.0, blob_density=8.0, blob_radius=0.5)
     assert divergence.rescue_overrides(config, "vanished") == {
@@ -26,7 +26,7 @@ def test_a_vanished_object_starts_again_denser_with_nothing_to_pull_it_down():
     assert divergence.rescue_overrides(sparse, "vanished") == {"lr": 0.25, "blob_density": 10.0}
 
 
-def test_a_full_box_starts_again_with_a_smaller_blob_that_opacity_pulls_down():
+def test_rescue_of_full():
     """Ten times the opacity term and 1 at least, half the blob and 10 at most, a radius of 0.2 at most."""
     config = configured(lr=0.5, lambda_opacity=0.25, blob_density=8.0, blob_radius=0.5)
     expected = {"lr": 0.25, "lambda_opacity": 2.5, "blob_density": 4.0, "blob_radius": 0.2}
@@ -35,7 +35,7 @@ def test_a_full_box_starts_again_with_a_smaller_blob_that_opacity_pulls_down():
     assert divergence.rescue_overrides(config, "full") == {"lr": 0.25, "lambda_opacity": 1.0, "blob_density": 10.0}
 
 
-def test_a_schedule_is_multiplied_at_both_ends():
+def test_scaled_schedule():
     """Where it begins and ends stays."""
     schedule = LinearSchedule(0.1, 1.0, 2.0, 0.9)
     scaled = divergence._scaled(schedule, 0.5)
@@ -43,7 +43,7 @@ def test_a_schedule_is_multiplied_at_both_ends():
     assert divergence._scaled(3.0, 0.5) == 1.5
 
 
-def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
+def test_degenerate_message():
     """Kind, number of steps, step and flags."""
     config = configured(lr=0.5, lambda_opacity=0.0, lambda_opacity_entropy=0.0, blob_density=3.0)
     assert divergence.degenerate_message(config, "vanished", 300) == (
@@ -55,7 +55,7 @@ def test_a_lost_object_is_told_with_the_settings_of_a_rescue():
     assert lost.kind == "full" and str(lost) == "full"
 
 
-def test_flags_are_as_they_are_typed():
+def test_format_flags():
     """Switches, floats without zeros at their end, and other values as they are."""
     settings = {"vram_O": True, "cuda_graph": False, "lr": 0.5, "blob_density": 10.0, "w": 64, "text": "a"}
     assert divergence.format_flags(settings) == "--vram_O --no-cuda_graph --lr 0.5 --blob_density 10 --w 64 --text a"
@@ -86,7 +86,7 @@ def test_flags_are_as_they_are_typed():
         ),
     ],
 )
-def test_diagnosis_names_the_cause_and_a_setting(row, cause, half, full):
+def test_nonfinite_message(row, cause, half, full):
     """In half precision the advice is to leave it; in single precision another setting."""
     for fp16, advice in ((True, half), (False, full)):
         sentence = divergence.nonfinite_message(configured(fp16=fp16, guidance_scale=80.0, lr=0.5), 50, row)
@@ -106,13 +106,13 @@ def test_diagnosis_names_the_cause_and_a_setting(row, cause, half, full):
         ({"batch_size": 1, "w": 32, "h": 32, "cuda_graph": True}, {"vram_O": True, "cuda_graph": False}),
     ],
 )
-def test_lighter_settings_take_views_then_pixels(settings, less):
+def test_low_memory_overrides(settings, less):
     """Half of the views; with one of them half of the pixels, down to 32; no step graph."""
     defaults = {"w": 64, "h": 64, "vram_O": False, "cuda_graph": False}
     assert failures.low_memory_overrides(configured(**(defaults | settings))) == less
 
 
-def test_memory_sentence_has_the_request_the_advice_and_the_step():
+def test_memory_message():
     """With and without a number from torch, and where no setting takes less."""
     error = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
     config = configured(batch_size=4, w=64, h=32, vram_O=True)
@@ -129,7 +129,7 @@ def test_memory_sentence_has_the_request_the_advice_and_the_step():
     assert sentence.startswith("the GPU has no memory left: a")
 
 
-def test_outweighed_guidance_is_told_with_weights_that_pull_as_hard_as_it():
+def test_outweighed_message():
     """Each weight over the ratio, to one digit; a weight of 0 is not named, and of a schedule the largest counts."""
     ending = "(most of 100 steps before step 700) and smooths the object away; {} would pull as hard as that"
     one = divergence.outweighed_message(configured(lambda_tv=1.0, lambda_wd=0.0), 4.0, 700)

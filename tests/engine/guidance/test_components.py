@@ -35,7 +35,8 @@ def test_facts(tiny_model: Path) -> None:
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_sizes_and_constants_come_from_the_configurations(broken: Path) -> None:
+def test_constants_from_configurations(broken: Path) -> None:
+    """Sizes and constants come from the configurations."""
     config = json.loads((broken / "unet" / "config.json").read_text())
     (broken / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 16}))
     config = json.loads((broken / "vae" / "config.json").read_text())
@@ -53,7 +54,8 @@ def test_source() -> None:
     assert choose_source(sd_version="2.0", hf_key="a/b") == "a/b"
 
 
-def test_sharded_and_half_precision_files_load_alike(tiny_model: Path, broken: Path) -> None:
+def test_sharded_and_half_precision(tiny_model: Path, broken: Path) -> None:
+    """Sharded and half precision files load alike."""
     whole = load_components(tiny_model, "cpu")
     whole.unet.save_pretrained(broken / "unet", max_shard_size="300KB")
     assert len(list((broken / "unet").glob("*-of-*.safetensors"))) > 2
@@ -74,7 +76,8 @@ def test_sharded_and_half_precision_files_load_alike(tiny_model: Path, broken: P
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_loading_shows_no_bars_and_leaves_the_libraries_settings(broken: Path, capsys, shown: bool) -> None:
+def test_quiet_progress(broken: Path, capsys, shown: bool) -> None:
+    """Loading shows no bars and leaves the libraries settings."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
@@ -147,14 +150,16 @@ def drop_weight(path: Path) -> None:
         (lambda m: edit_json(m / "scheduler" / "scheduler_config.json", beta_schedule="x"), "scheduler of the model"),
     ],
 )
-def test_broken_model_is_one_sentence(broken: Path, damage: Callable[[Path], None], sentence: str) -> None:
+def test_broken_model_raises(broken: Path, damage: Callable[[Path], None], sentence: str) -> None:
+    """Broken model is one sentence."""
     damage(broken)
     with pytest.raises(UserError, match=sentence) as caught:
         load_components(broken, "cpu")
     assert "\n" not in str(caught.value)
 
 
-def test_models_that_do_not_fit_each_other(broken: Path) -> None:
+def test_mismatched_models_raise(broken: Path) -> None:
+    """Models that do not fit each other."""
     from diffusers import UNet2DConditionModel
 
     config = UNet2DConditionModel.load_config(broken / "unet")
@@ -175,7 +180,8 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_hub_name_without_a_network_is_answered_without_a_pause(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+def test_hub_name_offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    """Hub name without a network is answered without a pause."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)

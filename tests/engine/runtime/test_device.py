@@ -23,7 +23,8 @@ from dream_fast.engine.runtime.seeds import draw_seed, step_seed
         (False, True, torch.float32, "fp32"),
     ],
 )
-def test_half_precision_is_bf16_on_a_cpu_that_multiplies_it(fp16, amx, dtype, name, monkeypatch):
+def test_cpu_bf16(fp16, amx, dtype, name, monkeypatch):
+    """Half precision is bf16 on a cpu that multiplies it."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
@@ -43,7 +44,7 @@ def test_half_precision_is_bf16_on_a_cpu_that_multiplies_it(fp16, amx, dtype, na
         ("ONEDNN_MAX_CPU_ISA", "", True),
     ],
 )
-def test_half_precision_is_fp32_where_onednn_may_not_use_the_unit(variable, newest, used, monkeypatch):
+def test_cpu_fp32_without_amx(variable, newest, used, monkeypatch):
     """A unit for bf16 that oneDNN is kept from is none; an instruction set that includes it is as no limit."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
@@ -54,14 +55,17 @@ def test_half_precision_is_fp32_where_onednn_may_not_use_the_unit(variable, newe
     )
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_missing_gpu_raises(monkeypatch):
+    """A gpu that is not there is refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda"):
         choose_runtime(reference().override({"device": "cuda"}))
     assert choose_runtime(reference()).device.type == "cpu"
 
 
-def test_what_a_driver_says_is_said_in_one_sentence(monkeypatch, capsys):
+def test_driver_warning_in_message(monkeypatch, capsys):
+    """What a driver says is said in one sentence."""
+
     def old_driver():
         warnings.warn(
             "The NVIDIA driver is too old (found 11000). (Triggered internally at A.cpp:1.)\nPlease",
@@ -83,14 +87,16 @@ def test_what_a_driver_says_is_said_in_one_sentence(monkeypatch, capsys):
             choose_runtime(reference().override({"device": "cuda"}))
 
 
-def test_a_gpu_without_triton_is_refused(monkeypatch):
+def test_missing_triton_raises(monkeypatch):
+    """A gpu without triton is refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton, or run with --device cpu"):
         choose_runtime(reference())
 
 
-def test_step_seeds_differ_from_step_to_step_and_from_seed_to_seed():
+def test_step_seeds_differ():
+    """Step seeds differ from step to step and from seed to seed."""
     seeds = {step_seed(seed, step) for seed in (0, 1, 2**32 - 1) for step in range(1000)}
     assert len(seeds) == 3000
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -98,15 +104,18 @@ def test_step_seeds_differ_from_step_to_step_and_from_seed_to_seed():
     assert abs(torch.stack(first).mean() - 0.5) < 0.08  # four standard errors of 200 uniform draws
 
 
-def test_a_drawn_seed_is_a_seed_that_can_be_typed():
+def test_draw_seed_range():
+    """A drawn seed is a seed that can be typed."""
     reference().override({"seed": draw_seed()})
 
 
-def test_peak_memory_is_in_bytes():
+def test_peak_memory_bytes():
+    """Peak memory is in bytes."""
     assert 50e6 < peak_memory(torch.device("cpu"))["host"] < 1e12  # a process with torch in it
 
 
-def test_importing_diffusers_says_nothing_about_xformers():
+def test_quiet_diffusers():
+    """Importing diffusers says nothing about xformers."""
     program = (
         "from dream_fast.engine.runtime.quiet import quiet_diffusers; quiet_diffusers(); quiet_diffusers();"
         "from diffusers import UNet2DConditionModel; import logging;"
@@ -121,7 +130,8 @@ def test_importing_diffusers_says_nothing_about_xformers():
     ("vram_O", "variable", "wanted"),
     [(True, None, ["expandable_segments:True"]), (False, None, []), (True, "PYTORCH_CUDA_ALLOC_CONF", [])],
 )
-def test_memory_in_growing_segments_is_for_vram_O_and_the_environment_wins(vram_O, variable, wanted, monkeypatch):
+def test_allocator_settings(vram_O, variable, wanted, monkeypatch):
+    """Memory in growing segments is for vram O and the environment wins."""
     given = []
     monkeypatch.setattr(runtime, "_set_allocator", given.append)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

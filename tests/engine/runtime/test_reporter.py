@@ -13,7 +13,8 @@ def make_reporter(terminal: bool) -> tuple[Reporter, io.StringIO]:
     return Reporter(Console(file=out, force_terminal=terminal, width=160, highlight=False)), out
 
 
-def test_lines_wait_for_the_log_and_brackets_are_no_markup(tmp_path):
+def test_say_before_open_log(tmp_path):
+    """Lines wait for the log and brackets are no markup."""
     reporter, out = make_reporter(terminal=False)
     reporter.say("a [bold] hamburger")
     reporter.warn("left out: sauce")
@@ -25,7 +26,8 @@ def test_lines_wait_for_the_log_and_brackets_are_no_markup(tmp_path):
     assert out.getvalue().splitlines() == ["a [bold] hamburger", "warning: left out: sauce", "later"]
 
 
-def test_without_a_terminal_a_line_now_and_then_and_one_at_the_end(monkeypatch):
+def test_bar_without_terminal(monkeypatch):
+    """Without a terminal a line now and then and one at the end."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     reporter, out = make_reporter(terminal=False)
@@ -39,7 +41,8 @@ def test_without_a_terminal_a_line_now_and_then_and_one_at_the_end(monkeypatch):
     assert len(lines) == 7 and lines[-1].startswith("albedo: 100/100")
 
 
-def test_on_a_terminal_the_bar_shows_step_speed_and_terms():
+def test_bar_on_terminal():
+    """On a terminal the bar shows step speed and terms."""
     reporter, out = make_reporter(terminal=True)
     with reporter.bar("start", 10) as bar:
         bar.show("shaded", 2.5, {"guidance": 12.345, "entropy": None})
@@ -48,7 +51,8 @@ def test_on_a_terminal_the_bar_shows_step_speed_and_terms():
         assert part in out.getvalue()
 
 
-def test_the_table_lists_files_with_their_sizes(tmp_path):
+def test_files_table(tmp_path):
+    """The table lists files with their sizes."""
     for name, size in (("a.png", 999), ("b.mp4", 1500), ("c.glb", 2_000_000)):
         (tmp_path / name).write_bytes(bytes(size))
     reporter, out = make_reporter(terminal=False)
@@ -57,5 +61,6 @@ def test_the_table_lists_files_with_their_sizes(tmp_path):
         assert [line for line in out.getvalue().splitlines() if name in line and line.endswith(size)]
 
 
-def test_terms_are_short():
+def test_format_terms():
+    """Terms are short."""
     assert format_terms({"guidance": 0.00123456, "entropy": 1e-9}) == "guidance 0.00123  entropy 1e-09"

@@ -53,14 +53,16 @@ def gradient(guidance, latents: bool = False) -> tuple[torch.Tensor, object]:
 @pytest.mark.parametrize(
     ("name", "kind"), [("SD", DiffusionGuidance), ("IF", DiffusionGuidance), ("clip", ClipGuidance)]
 )
-def test_one_guidance_is_the_plain_object(keys, name: str, kind: type) -> None:
+def test_load_one_guidance(keys, name: str, kind: type) -> None:
+    """One guidance is the plain object."""
     config = configured(keys, name)
     guiding = load_guidance(config, choose_runtime(config))
     assert type(guiding.guidance) is kind and guiding.models == keys[name][1]
     assert str(guiding.attention) == ("sdpa" if name == "SD" else "None")
 
 
-def test_the_gradient_is_the_sum_and_every_loss_is_named(keys) -> None:
+def test_sum_gradient_and_losses(keys) -> None:
+    """The gradient is the sum and every loss is named."""
     config = configured(keys, "SD", "IF", "clip")
     guiding = load_guidance(config, choose_runtime(config))
     whole = guiding.guidance
@@ -85,7 +87,8 @@ def test_the_gradient_is_the_sum_and_every_loss_is_named(keys) -> None:
     assert torch.equal(result.t, parts["SD"].t) and result.noisy.shape == (2, 4, 8, 8)
 
 
-def test_what_cannot_be_shown_latents_waits_until_they_are_over(keys) -> None:
+def test_sum_leaves_out_clip(keys) -> None:
+    """What cannot be shown latents waits until they are over."""
     config = configured(keys, "clip", "SD")
     whole = load_guidance(config, choose_runtime(config)).guidance
     total, result = gradient(whole, latents=True)
@@ -96,7 +99,7 @@ def test_what_cannot_be_shown_latents_waits_until_they_are_over(keys) -> None:
     assert list(result.losses) == ["clip", "SD"] and result.t.shape == (2,)  # levels are those of the image model
 
 
-def test_the_image_model_of_several_is_the_first() -> None:
+def test_sum_components() -> None:
     """A sum decodes latents with its first diffusion model; CLIP has none."""
     text, clip = object.__new__(DiffusionGuidance), object.__new__(ClipGuidance)
     text.distillation = SimpleNamespace(components="the model")
@@ -104,7 +107,8 @@ def test_the_image_model_of_several_is_the_first() -> None:
     assert clip.components is None and GuidanceSum({"clip": clip}).components is None
 
 
-def test_the_command_adds_them_up_and_logs_each(tmp_path: Path, keys, capsys) -> None:
+def test_sum_command(tmp_path: Path, keys, capsys) -> None:
+    """The command adds them up and logs each."""
     from dream_fast.cli import main
 
     named = [word for key, folder in keys.values() for word in (f"--{key}", folder)]
@@ -122,7 +126,8 @@ def test_the_command_adds_them_up_and_logs_each(tmp_path: Path, keys, capsys) ->
     assert "guidance_clip" in (tmp_path / "trial" / "report.html").read_text()
 
 
-def test_clip_joins_after_the_phase_of_latents(tmp_path: Path, keys) -> None:
+def test_sum_command_with_latent_phase(tmp_path: Path, keys) -> None:
+    """Clip joins after the phase of latents."""
     from dream_fast.cli import main
 
     words = ["--text", "a mug", *SMALL, "--guidance", "SD", "clip", "--latent_iter_ratio", "0.5"]

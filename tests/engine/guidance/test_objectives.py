@@ -97,7 +97,8 @@ def by_hand(components: Components, score: str, z: Tensor, t: int, noise: Tensor
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: Callable, score: str) -> None:
+def test_gradient_by_hand(components: Components, in_fp64: Callable, score: str) -> None:
+    """A batch is the loop over its samples."""
     batch = 5
     z = torch.randn(batch, 4, 8, 8, generator=generator(8))
     cond, uncond = prompts(batch)
@@ -121,7 +122,7 @@ def test_a_batch_is_the_loop_over_its_samples(components: Components, in_fp64: C
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_pictures_get_the_gradient_of_their_latents(
+def test_image_gradient_through_encoder(
     components: Components, in_fp64: Callable, mse_distillation: type, score: str
 ) -> None:
     """Through the encoder, by both methods: the gradient of the latents times the encoder's own derivative."""
@@ -144,7 +145,7 @@ def test_pictures_get_the_gradient_of_their_latents(
         assert result.gradient.abs().max() > 0
 
 
-def test_classifier_score_holds_no_noise(components: Components) -> None:
+def test_csd_without_noise(components: Components) -> None:
     """Where the prompt changes nothing, rounding is left; the other scores keep a residual."""
     z = torch.randn(1, 4, 8, 8, generator=generator(8))
     cond, _ = prompts(1)
@@ -160,7 +161,8 @@ def test_classifier_score_holds_no_noise(components: Components) -> None:
     assert 1000 * left["csd"] < min(left["sds"], left["asd"], left["sdi"])
 
 
-def test_the_higher_level_ends_with_the_schedule(components: Components) -> None:
+def test_asd_later_timestep(components: Components) -> None:
+    """The higher level ends with the schedule."""
     z, t, calls = torch.ones(4, 4, 8, 8), torch.tensor([20, 39, 520, 990]), []
     config = GuidanceConfig(objective="asd", t_range=(0.02, 1.0))
     hook = components.unet.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1]))
@@ -171,9 +173,8 @@ def test_the_higher_level_ends_with_the_schedule(components: Components) -> None
 
 @pytest.mark.parametrize("score", ["sds", "asd"])
 @pytest.mark.parametrize("method", ["sds", "mse"])
-def test_the_gradient_is_clamped_by_element(
-    components: Components, mse_distillation: type, score: str, method: str
-) -> None:
+def test_clip_grad_latent(components: Components, mse_distillation: type, score: str, method: str) -> None:
+    """The gradient is clamped by element."""
     cls = mse_distillation if method == "mse" else ScoreDistillation
 
     def guided(limit: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +195,7 @@ def test_the_gradient_is_clamped_by_element(
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_clamp_does_not_hide_what_is_not_finite(components: Components, bad: float, monkeypatch) -> None:
+def test_clip_grad_latent_nonfinite(components: Components, bad: float, monkeypatch) -> None:
     """One infinite output of the UNet, as fp16 gives, has to cost its step."""
     forward = components.unet.forward
 
@@ -239,7 +240,8 @@ def test_the_forbidden_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, score: str) -> None:
+def test_distillation_gradient_capturable(components: Components, score: str) -> None:
+    """Nothing comes to the host and nothing is drawn."""
     z, noise = torch.randn(2, 2, 4, 8, 8, generator=generator(1))
     draws, given = Draws(torch.tensor([300, 700]), noise), Prompts(*prompts(2))
     scalars = {"guidance_scale": torch.tensor(SCALE)}
@@ -266,7 +268,8 @@ def test_nothing_comes_to_the_host_and_nothing_is_drawn(components: Components, 
         ({"objective": "csd", "preset": "reference"}, "100.0", 0.0),
     ],
 )
-def test_a_score_has_its_own_scale_unless_one_is_typed(typed, scale, rescale) -> None:
+def test_objective_default_scale(typed, scale, rescale) -> None:
+    """A score has its own scale unless one is typed."""
     assert str(dream_mini_cpu().guidance.guidance_scale) == "0.0:8:4:1.0"
     got = configure(typed, "cpu").guidance
     assert (str(got.guidance_scale), got.guidance_rescale) == (scale, rescale)
@@ -285,9 +288,8 @@ def test_perp_neg_goes_with_sds_only(score: str) -> None:
 
 
 @pytest.mark.parametrize("score", ["sds", "sdi"])
-def test_the_loss_of_the_clean_latent_is_the_same_difference_at_another_weight(
-    components: Components, in_fp64: Callable, score: str
-) -> None:
+def test_loss_space_x0_weight(components: Components, in_fp64: Callable, score: str) -> None:
+    """The loss of the clean latent is the same difference at another weight."""
     cond, uncond = prompts(2)
     z = torch.randn(2, 4, 8, 8, generator=generator(3))
     t, noise = torch.tensor([300, 700]), torch.randn(2, 4, 8, 8, generator=generator(4))
@@ -314,7 +316,7 @@ def clean_latents(components: Components, noisy: Tensor, cond: Tensor, uncond: T
     return ((noisy - (1 - a).sqrt() * eps) / a.sqrt())[None]
 
 
-def test_the_clean_latent_is_rescaled_before_it_is_compared(components: Components, in_fp64: Callable) -> None:
+def test_loss_space_x0_rescaled(components: Components, in_fp64: Callable) -> None:
     """With diffusers' `rescale_noise_cfg`."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
@@ -334,6 +336,7 @@ def test_the_clean_latent_is_rescaled_before_it_is_compared(components: Componen
 
 
 @pytest.mark.parametrize("score", ["csd", "asd"])
-def test_scores_without_a_clean_latent_refuse_its_loss(score: str) -> None:
+def test_loss_space_x0_raises(score: str) -> None:
+    """Scores without a clean latent refuse its loss."""
     with pytest.raises(UserError, match="--loss_space x0 goes with --objective sds and sdi"):
         config(score, loss_space="x0")

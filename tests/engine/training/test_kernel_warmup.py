@@ -31,7 +31,8 @@ def filled():
     torch.use_deterministic_algorithms(False)
 
 
-def test_every_part_of_a_run_is_there_and_nothing_runs(filled):
+def test_collect_launches_of_a_run(filled):
+    """Every part of a run is there and nothing runs."""
     config = small_config("cpu")
     names = {launch.kernel.__name__ for launch in collect_launches(config, choose_runtime(config))}
     for part in ("field_fwd", "field_bwd", "scatter", "march", "composite_bwd", "threshold", "adan", "shade"):
@@ -48,7 +49,8 @@ def _one_step(config):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are compiled for the GPU that is there")
-def test_the_first_step_and_the_pictures_compile_nothing(monkeypatch):
+def test_first_step_compiles_nothing(monkeypatch):
+    """The first step and the pictures compile nothing."""
     import triton
 
     config = small_config("cuda").override({"w": 24, "h": 24, "hidden_width": 16})

@@ -88,7 +88,8 @@ def alphas() -> Tensor:
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
 
 
-def test_a_model_that_knows_the_noise_estimates_the_latent_itself_at_every_level(components, monkeypatch):
+def test_estimate_of_perfect_model(components, monkeypatch):
+    """A model that knows the noise estimates the latent itself at every level."""
     z, noise = torch.randn(2, len(LEVELS), 4, 8, 8, generator=generator())
     t = torch.tensor(LEVELS)
     a = alphas()[t].view(-1, 1, 1, 1)
@@ -113,7 +114,7 @@ def test_a_model_that_knows_the_noise_estimates_the_latent_itself_at_every_level
 
 @pytest.mark.parametrize("score", ["sds", "csd", "asd", "sdi"])
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
-def test_the_estimate_is_that_of_the_guided_prediction(components, in_fp64, score, rescale):
+def test_estimate_is_guided(components, in_fp64, score, rescale):
     """(x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t), in fp64, with one call of the UNet for each prompt of each view."""
     config = GuidanceConfig(objective=score, guidance_scale=7.5, inversion_steps=2, guidance_rescale=rescale)
     rgb = torch.rand(2, 3, IMAGE, IMAGE, generator=generator(1))
@@ -142,7 +143,8 @@ def test_the_estimate_is_that_of_the_guided_prediction(components, in_fp64, scor
     check("clean", result.clean, by_hand(components), by_hand(in_fp64(components)))
 
 
-def test_the_three_pictures_of_a_view(components, in_fp64):
+def test_guidance_images(components, in_fp64):
+    """The three pictures of a view."""
     noisy, clean, latents = torch.randn(3, 2, 4, 8, 8, generator=generator())
     shown = torch.rand(2, 3, 10, 12, generator=generator(1))
     pictures = guidance_images(components, shown, noisy, clean)
@@ -167,7 +169,8 @@ def test_the_three_pictures_of_a_view(components, in_fp64):
 # --save_guidance
 
 
-def test_saving_the_guidance_changes_no_bit_of_the_run(unwatched, tiny_model, tmp_path):
+def test_save_guidance_changes_nothing(unwatched, tiny_model, tmp_path):
+    """Saving the guidance changes no bit of the run."""
     assert main(command(tmp_path, tiny_model, "--save_guidance", "--save_guidance_interval", "2")) == 0
     assert checkpoint(tmp_path) == checkpoint(unwatched)
     paths = sorted((tmp_path / "guidance").iterdir())
@@ -180,7 +183,8 @@ def test_saving_the_guidance_changes_no_bit_of_the_run(unwatched, tiny_model, tm
         assert len({tile.tobytes() for tile in tiles}) == 6 and tiles.std(axis=1).min() > 1
 
 
-def test_the_decoder_is_loaded_for_the_pictures_only(tiny_model, tmp_path, monkeypatch):
+def test_decoder_loaded_for_images(tiny_model, tmp_path, monkeypatch):
+    """The decoder is loaded for the pictures only."""
     asked = []
     load = registry.load_components
     monkeypatch.setattr(registry, "load_components", lambda *a, **named: asked.append(named) or load(*a, **named))
@@ -218,7 +222,7 @@ def make_trainer(components: Components, **changes) -> Trainer:
     return Trainer(config, choose_runtime(config), 7, guidance)
 
 
-def test_pictures_of_replayed_steps_are_those_of_the_steps(components, tmp_path):
+def test_save_guidance_of_replayed_steps(components, tmp_path):
     """A graph's latents are decoded before the next replay, outside of the graph."""
     made = make_trainer(components, save_guidance=True, save_guidance_interval=1)
     made.graphs = graphs = Overwriting()
@@ -238,7 +242,8 @@ def fit(made: Trainer, path: Path) -> Workspace:
     return workspace
 
 
-def test_a_guidance_without_latents_has_nothing_to_show(components, tmp_path):
+def test_save_guidance_without_latents_raises(components, tmp_path):
+    """A guidance without latents has nothing to show."""
     made = make_trainer(components, save_guidance=True)
     made.guidance = lambda *_, **__: pytest.fail("a step was taken")
     with pytest.raises(UserError, match="--save_guidance shows the latents"):
@@ -248,7 +253,8 @@ def test_a_guidance_without_latents_has_nothing_to_show(components, tmp_path):
 # --test_interval
 
 
-def test_test_videos_come_during_the_run_and_the_last_at_its_end(unwatched, tiny_model, tmp_path, monkeypatch):
+def test_test_interval_videos(unwatched, tiny_model, tmp_path, monkeypatch):
+    """Test videos come during the run and the last at its end."""
     monkeypatch.setattr(run, "run", partial(run.run, loop=LoopOptions(epoch_steps=2)))
     assert main(command(tmp_path / "a", tiny_model, "--test_interval", "2")) == 0
     videos = sorted(path.name for path in (tmp_path / "a" / "results").glob("*.mp4"))
@@ -263,7 +269,8 @@ def test_test_videos_come_during_the_run_and_the_last_at_its_end(unwatched, tiny
 # --tensorboard
 
 
-def test_the_board_shows_the_rows_of_the_metrics(unwatched, tiny_model, tmp_path):
+def test_tensorboard_rows(unwatched, tiny_model, tmp_path):
+    """The board shows the rows of the metrics."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert main(command(tmp_path, tiny_model, "--tensorboard", "--iters", "4")) == 0
@@ -286,7 +293,8 @@ def board_of(made: Trainer, path: Path) -> callbacks.RunCallbacks:
     return callbacks.RunCallbacks(made.config, Workspace(path), Reporter(Console(quiet=True)), step=made.step)
 
 
-def test_a_number_that_is_not_finite_is_one_on_the_board(components, tmp_path):
+def test_tensorboard_nonfinite(components, tmp_path):
+    """A number that is not finite is one on the board."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     made = make_trainer(components, tensorboard=True)
@@ -297,7 +305,7 @@ def test_a_number_that_is_not_finite_is_one_on_the_board(components, tmp_path):
     assert np.isnan(events.Scalars("grad_norm")[0].value) and events.Scalars("lr")[0].value == 1
 
 
-def test_what_the_board_shows_after_a_checkpoint_is_shown_anew(components, tmp_path):
+def test_tensorboard_resumed(components, tmp_path):
     """A run that was stopped in the middle goes on from its last checkpoint, and repeats the steps since."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -312,7 +320,8 @@ def test_what_the_board_shows_after_a_checkpoint_is_shown_anew(components, tmp_p
     assert [(event.step, event.value) for event in events.Scalars("lr")] == [(2, 1), (4, 1), (6, 2), (8, 2)]
 
 
-def test_without_the_package_a_sentence_and_nothing_written(tiny_model, tmp_path, monkeypatch, capsys):
+def test_tensorboard_not_installed(tiny_model, tmp_path, monkeypatch, capsys):
+    """Without the package a sentence and nothing written."""
     monkeypatch.setattr(validate, "find_spec", lambda name: None)
     assert main(command(tmp_path / "new", tiny_model, "--tensorboard")) == 2
     assert "pip install 'dream-fast[tensorboard]'" in capsys.readouterr().err
@@ -320,7 +329,8 @@ def test_without_the_package_a_sentence_and_nothing_written(tiny_model, tmp_path
     assert main(command(tmp_path / "new", tiny_model, "--iters", "1", "--six_views")) == 0
 
 
-def test_the_learning_rate_of_a_row_is_that_of_its_step(tiny_model, tmp_path):
+def test_learning_rate_of_row(tiny_model, tmp_path):
+    """The learning rate of a row is that of its step."""
     assert main(command(tmp_path, tiny_model, "--lr", "0.01", "--lr_decay", "0.1", "--log_every", "4")) == 0
     rates = torch.tensor([row["lr"] for row in rows(tmp_path)], dtype=torch.float64)
     exact = 0.01 * 0.1 ** (torch.tensor([3.0, 7.0], dtype=torch.float64) / 8)
@@ -335,7 +345,8 @@ def traced(workspace: Path) -> list[str]:
         return [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
 
 
-def test_a_profile_is_of_some_steps_after_the_warm_up_and_the_run_goes_on(tiny_model, tmp_path, monkeypatch, capsys):
+def test_profile_after_warm_up(tiny_model, tmp_path, monkeypatch, capsys):
+    """A profile is of some steps after the warm up and the run goes on."""
     assert (profiler.WARM_UP, profiler.STEPS) == (20, 20)  # as the help says; fewer here, to be quick
     monkeypatch.setattr(profiler, "WARM_UP", 5)
     monkeypatch.setattr(profiler, "STEPS", 4)
@@ -362,7 +373,8 @@ def test_a_profile_is_of_some_steps_after_the_warm_up_and_the_run_goes_on(tiny_m
         assert not name.startswith("ProfilerStep")
 
 
-def test_a_short_run_is_traced_from_its_first_step_on_and_says_so(tiny_model, tmp_path, capsys):
+def test_profile_of_short_run(tiny_model, tmp_path, capsys):
+    """A short run is traced from its first step on and says so."""
     assert main(command(tmp_path, tiny_model, "--profile", "--six_views", "--iters", "3")) == 0
     said = capsys.readouterr().out
     assert "trace of steps 1 to 3 of this start" in said and "warning: the trace began after 0 steps" in said
@@ -370,7 +382,8 @@ def test_a_short_run_is_traced_from_its_first_step_on_and_says_so(tiny_model, tm
 
 
 @pytest.mark.parametrize("steps", [0, 1, 17, 18, 20, 21, 30])
-def test_a_profile_of_a_run_that_is_stopped_holds_the_steps_until_then(steps, tmp_path):
+def test_profile_of_stopped_run(steps, tmp_path):
+    """A profile of a run that is stopped holds the steps until then."""
     with profiler.Profile(tmp_path, torch.device("cpu"), 100, Reporter(Console(quiet=True))) as profile:
         for _ in range(steps):
             torch.ones(3).sum()
@@ -378,7 +391,8 @@ def test_a_profile_of_a_run_that_is_stopped_holds_the_steps_until_then(steps, tm
     assert (tmp_path / "trace.json.gz").exists() == (steps > profiler.WARM_UP)
 
 
-def test_nothing_of_it_is_imported_by_a_run_without_it(tiny_model, tmp_path):
+def test_imports_without_flags(tiny_model, tmp_path):
+    """Nothing of it is imported by a run without it."""
     code = "import sys; from dream_fast.cli import main; assert main(sys.argv[1:]) == 0"
     code += "; print([name for name in ('tensorboard', 'debugpy') if name in sys.modules], file=sys.stderr)"
     words = command(tmp_path, tiny_model, "--iters", "1", "--six_views")

@@ -20,13 +20,13 @@ def workspace(tmp_path):
     return found
 
 
-def test_way_on_names_the_newest_checkpoint(workspace):
+def test_resume_hint_newest_checkpoint(workspace):
     """The step is that of the newest one."""
     assert failures.resume_hint(workspace) == "the checkpoint of step 12 is whole, and the same command goes on from it"
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_way_on_without_a_checkpoint(tmp_path, monkeypatch, fails):
+def test_resume_hint_without_checkpoint(tmp_path, monkeypatch, fails):
     """There is none yet, or the disk no longer tells."""
     if fails:
         monkeypatch.setattr(failures, "list_checkpoints", lambda folder: os.stat(tmp_path / "gone"))
@@ -42,7 +42,7 @@ def test_way_on_without_a_checkpoint(tmp_path, monkeypatch, fails):
         (errno.EACCES, "run/log.txt", "the system refuses to write --workspace"),
     ],
 )
-def test_errors_of_the_run_are_a_sentence(workspace, tmp_path, code, name, sentence):
+def test_translate_disk_errors(workspace, tmp_path, code, name, sentence):
     """A full or broken disk is the run's trouble whatever the file, and any error of a file in its folder is."""
     with pytest.raises(UserError) as caught, failures.translate_disk_errors(workspace, workspace):
         raise OSError(code, os.strerror(code), None if name is None else str(tmp_path / name))
@@ -51,7 +51,7 @@ def test_errors_of_the_run_are_a_sentence(workspace, tmp_path, code, name, sente
 
 
 @pytest.mark.parametrize("name", [None, 7, "elsewhere/file", "run.txt"])
-def test_errors_of_other_files_are_left_alone(workspace, tmp_path, name):
+def test_translate_disk_errors_of_other_files(workspace, tmp_path, name):
     """An error without a file, or of one outside, is not explained by the run's folder."""
     error = OSError(errno.EACCES, "denied", str(tmp_path / name) if isinstance(name, str) else name)
     with pytest.raises(OSError) as caught, failures.translate_disk_errors(workspace, workspace):

@@ -48,7 +48,7 @@ def cameras(azimuth: list[float], polar: float = 90.0) -> Cameras:
     return make_cameras(*(torch.full_like(places, value) for value in (polar,)), places, places + 3, places + 20)
 
 
-def test_text_guidance_without_options_passes_the_defaults_on() -> None:
+def test_diffusion_guidance_defaults() -> None:
     """No negatives, a blend of 90 degrees, no angle at which a view ends."""
     guide, views = DiffusionGuidance(Score(), Prompts()), cameras([0.0, 100.0])
     inputs = StepInputs(progress=0.25, generator="draws")
@@ -59,7 +59,7 @@ def test_text_guidance_without_options_passes_the_defaults_on() -> None:
     assert (inputs.step, inputs.latents, inputs.timesteps, inputs.scalars) == (0, False, None, {})
 
 
-def test_text_guidance_passes_options_and_angles_on() -> None:
+def test_diffusion_guidance_passes_on() -> None:
     """All that a call names reaches the score, and all angles the prompts."""
     guide = DiffusionGuidance(Score(), Prompts(), ViewAngles(*ANGLES))
     inputs = StepInputs(7, 0.5, "draws", latents=True, timesteps="timesteps", scalars={"scale": 2.0})
@@ -70,7 +70,7 @@ def test_text_guidance_passes_options_and_angles_on() -> None:
     assert guide.accepts_latents and guide.capturable
 
 
-def test_text_guidance_turns_away_from_the_front_and_the_side() -> None:
+def test_diffusion_guidance_negatives() -> None:
     """With Perp-Neg the first two views go along, weighted by the sides that the cameras see at these angles."""
     settings = dict(negative_w=-4.0, front_decay_factor=1.0, side_decay_factor=3.0)
     guide, views = (
@@ -102,7 +102,7 @@ class Image(Part):
     components = "a model"
 
 
-def test_sum_passes_its_options_to_every_part() -> None:
+def test_sum_passes_inputs() -> None:
     """What a sum is called with reaches each part."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
     inputs = StepInputs(3, 0.5, "draws", latents=True)
@@ -115,7 +115,7 @@ def test_sum_passes_its_options_to_every_part() -> None:
     ("latents", "losses", "shown"),
     [(False, {"clip": 1.0, "a": 2.0, "b": 4.0}, 2.0), (True, {"a": 2.0, "b": 4.0}, 2.0)],
 )
-def test_sum_shows_its_first_image_model(latents: bool, losses: dict[str, float], shown: float) -> None:
+def test_sum_primary_result(latents: bool, losses: dict[str, float], shown: float) -> None:
     """Losses are added, all of them named; the rest is of the first image model, and of parts that take latents."""
     guide = GuidanceSum({"clip": Part(1.0, accepts_latents=False), "a": Image(2.0), "b": Image(4.0)})
     result = guide("pictures", "cameras", StepInputs(latents=latents))
@@ -124,7 +124,7 @@ def test_sum_shows_its_first_image_model(latents: bool, losses: dict[str, float]
     assert guide.components == "a model"
 
 
-def test_sum_without_an_image_model_shows_its_first_part() -> None:
+def test_sum_without_diffusion() -> None:
     """Two parts of another kind: levels and gradient are those of the first."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
     result = guide("pictures", "cameras", StepInputs())
@@ -133,7 +133,7 @@ def test_sum_without_an_image_model_shows_its_first_part() -> None:
 
 
 @pytest.mark.parametrize(("options", "first"), [({}, "shown at 32"), ({"latents": True}, "decoded shown at 8")])
-def test_pictures_of_a_step_are_render_noisy_and_clean(monkeypatch, options: dict, first: str) -> None:
+def test_guidance_images_order(monkeypatch, options: dict, first: str) -> None:
     """A render at the model's size, or latents resized and decoded; then the decoded latents, side by side."""
     components, names = SimpleNamespace(latent_size=8, image_size=32), {}
 

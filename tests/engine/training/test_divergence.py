@@ -59,7 +59,8 @@ def error_of(capsys) -> str:
 # ------------------------------------------------------------------------------------------------------ not finite
 
 
-def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_model, monkeypatch, capsys):
+def test_nonfinite_steps_counted(tmp_path, tiny_model, monkeypatch, capsys):
+    """Steps that are not finite are skipped counted and shown."""
     gradients = Trainer.gradients
 
     def spoiled(self, *given):
@@ -88,12 +89,14 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_shown(tmp_path, tiny_
         ({"loss_guidance": 1.0, "grad_norm": 1.0}, False, "their gradients are not", "--lr 0.0005"),
     ],
 )
-def test_the_diagnosis_names_what_is_not_finite_and_a_flag(row, fp16, cause, advice):
+def test_nonfinite_message_cause(row, fp16, cause, advice):
+    """The diagnosis names what is not finite and a flag."""
     sentence = nonfinite_message(reference().override({"fp16": fp16}), MAX_NONFINITE_STEPS, row)
     assert f"last {MAX_NONFINITE_STEPS} steps were not finite" in sentence and cause in sentence and advice in sentence
 
 
-def test_the_loss_scale_recovers():
+def test_loss_scale_recovers():
+    """The loss scale recovers."""
     scaler = LossScaler(True, "cpu", interval=3)
     for _ in range(10):
         scaler.update(torch.tensor(True))
@@ -111,9 +114,8 @@ FILLING = ["--blob_density", "60", "--blob_radius", "5"]
 
 
 @pytest.mark.parametrize(("typed", "kind"), [(VANISHING, "has vanished"), (FILLING, "fills the whole box")])
-def test_a_lost_object_is_warned_of_once_with_the_settings_to_change(
-    tmp_path, tiny_model, monkeypatch, capsys, typed, kind
-):
+def test_degenerate_warning_once(tmp_path, tiny_model, monkeypatch, capsys, typed, kind):
+    """A lost object is warned of once with the settings to change."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, *typed)) == 0
     out = capsys.readouterr().out
@@ -122,9 +124,8 @@ def test_a_lost_object_is_warned_of_once_with_the_settings_to_change(
 
 
 @pytest.mark.parametrize(("typed", "kind"), [(VANISHING, "has vanished"), (FILLING, "fills the whole box")])
-def test_rescue_starts_again_with_settings_under_which_there_is_an_object(
-    tmp_path, tiny_model, monkeypatch, capsys, typed, kind
-):
+def test_rescue_restarts(tmp_path, tiny_model, monkeypatch, capsys, typed, kind):
+    """Rescue starts again with settings under which there is an object."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     words = command(tmp_path, tiny_model, *typed, "--rescue")
     assert main(words) == 0
@@ -138,7 +139,7 @@ def test_rescue_starts_again_with_settings_under_which_there_is_an_object(
     assert rows(tmp_path)[-1]["step"] == 31
 
 
-def test_a_regulariser_that_outweighs_the_guidance_is_named_once(tmp_path, tiny_model, monkeypatch, capsys):
+def test_outweighed_warning_once(tmp_path, tiny_model, monkeypatch, capsys):
     """With the weight that would not, which is not warned of in its turn."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, "--lambda_tv", "1e3", "--log_every", "2")) == 0
@@ -151,7 +152,7 @@ def test_a_regulariser_that_outweighs_the_guidance_is_named_once(tmp_path, tiny_
     assert "times as hard" not in capsys.readouterr().out
 
 
-def test_a_box_full_of_noise_is_a_lost_object_whose_regulariser_is_named():
+def test_degenerate_cause_full():
     """Opacities as a run of an H200 had them, which were never 0.98 for long; a good run's largest is far below."""
     noise = [0.86, 0.94, 0.95, 0.92, 0.89, 1.0, 0.97, 0.93, 0.99, 0.83, 0.82, 0.81]
     assert min(noise) > divergence.MAX_OPACITY > 0.56
@@ -165,7 +166,7 @@ def test_a_box_full_of_noise_is_a_lost_object_whose_regulariser_is_named():
 
 
 @pytest.mark.parametrize("since", [0, 1, 37, 99, 100])
-def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch):
+def test_degenerate_within_200_steps(since, tmp_path, monkeypatch):
     """However rarely a row is logged; the steps are pretended, and the object is gone from one of them on."""
 
     def pretended(self) -> StepResult:
@@ -187,7 +188,8 @@ def test_a_lost_object_is_noticed_within_200_steps(since, tmp_path, monkeypatch)
     assert MAX_DEGENERATE_STEPS <= trainer.step - since <= 200
 
 
-def test_settings_of_a_rescue_go_away_from_what_lost_the_object():
+def test_rescue_overrides():
+    """Settings of a rescue go away from what lost the object."""
     schedule = LinearSchedule(0.0, 30.0, 10.0, 1.0)
     config = reference().override({"lambda_opacity": 5.0, "lambda_opacity_entropy": schedule, "lr": 0.01})
     vanished, full = (rescue_overrides(config, kind) for kind in divergence.DEGENERACIES)
@@ -206,9 +208,8 @@ def test_settings_of_a_rescue_go_away_from_what_lost_the_object():
 OOM = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1 MiB is free."
 
 
-def test_a_gpu_without_memory_left_is_one_sentence_and_a_checkpoint_that_goes_on_with_less(
-    tmp_path, tiny_model, monkeypatch, capsys
-):
+def test_oom_in_step(tmp_path, tiny_model, monkeypatch, capsys):
+    """A gpu without memory left is one sentence and a checkpoint that goes on with less."""
     gradients = Trainer.gradients
 
     def full(self, *given):
@@ -226,7 +227,9 @@ def test_a_gpu_without_memory_left_is_one_sentence_and_a_checkpoint_that_goes_on
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_no_memory_for_the_model_or_the_pictures_is_one_sentence_too(tmp_path, tiny_model, monkeypatch, capsys):
+def test_oom_outside_steps(tmp_path, tiny_model, monkeypatch, capsys):
+    """No memory for the model or the pictures is one sentence too."""
+
     def full(*_, **__):
         raise torch.OutOfMemoryError(OOM)
 
@@ -236,7 +239,8 @@ def test_no_memory_for_the_model_or_the_pictures_is_one_sentence_too(tmp_path, t
     assert "--vram_O" in error and "no checkpoint was saved yet" in error
 
 
-def test_what_takes_less_memory_ends_where_nothing_does():
+def test_low_memory_overrides_end():
+    """What takes less memory ends where nothing does."""
     config, seen = reference().override({"batch_size": 2, "cuda_graph": True}), []
     while less := low_memory_overrides(config):
         seen.append(format_flags(less))
@@ -245,7 +249,7 @@ def test_what_takes_less_memory_ends_where_nothing_does():
     assert "a smaller image model" in memory_message(config, RuntimeError("?"), "that is all")
 
 
-def test_samples_that_do_not_fit_make_the_buffers_grow_and_change_nothing(tmp_path, tiny_model):
+def test_overflow_grows_buffers(tmp_path, tiny_model):
     """On a GPU a step whose samples did not fit is not taken; the next row doubles the buffers."""
     from dream_fast.engine.config.sections import RenderConfig
     from dream_fast.engine.render.ray_samplers import OccupancySampler
