@@ -4,26 +4,26 @@ import re
 import shlex
 import unicodedata
 
-# Characters that show nothing and belong to no category that says so: fillers, and the marks of variants of letters.
+# Invisible characters of other categories: fillers, and the marks of variants of letters.
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\U000e0100-\U000e01ef]")
-# Of the category of invisible ones: joiners, which emoji and Persian are written with, and signs that are seen.
-_SEEN = "\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
+# Characters of the category of invisible ones that are needed or visible: joiners of emoji and Persian, and signs.
+_VISIBLE = "\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
 
 
 def quote(word: str) -> str:
-    """``word`` as a shell reads it back."""
+    """Return `word` as a shell reads it back."""
     if not any(map(_hidden, word)):
         return shlex.quote(word)
     return "$'" + escape_controls(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
 def escape_controls(text: str) -> str:
-    """``text`` with the characters that steer a terminal or that nobody sees as escapes: \\x1b, \\u202e, \\u200b."""
+    """Return `text` with control and invisible characters as escapes: \\x1b, \\u202e, \\u200b."""
     return "".join(_escaped(character) if _hidden(character) else character for character in text)
 
 
 def one_line(text: str, most: int = 1000) -> str:
-    """`visible` text of at most about ``most`` characters, its middle left out: for a terminal and a log."""
+    """Return at most about `most` characters of `text`, escaped, the middle left out, for a terminal and a log."""
     if len(text) > most:
         text = f"{text[: most // 2]} ... ({len(text) - most} characters) ... {text[-most // 2 :]}"
     return escape_controls(text)
@@ -31,7 +31,7 @@ def one_line(text: str, most: int = 1000) -> str:
 
 def _hidden(character: str) -> bool:
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return character not in _SEEN
+        return character not in _VISIBLE
     return _INVISIBLE.match(character) is not None
 
 

@@ -1,7 +1,7 @@
-"""Arguments that stand in a text file (``--file``): split as a shell splits a command.
+"""Arguments in a text file (`--file`), split as a shell splits a command.
 
-Words are separated by spaces and line ends, quotes keep words together, and ``#`` at the start of a word begins a
-comment. A backslash at the end of a line joins the next one, so a command of several lines can be pasted as it is.
+Spaces and line ends separate words, quotes keep words together, and `#` at the start of a word begins a comment. A
+backslash at the end of a line joins the next one, so a command of several lines can be pasted as it is.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dream_fast.engine.errors import UserError
 
-# What stands between words, or a whole word with its quotes. shlex alone would cut "runs#3" at the sign.
+# The space between words, or a whole word with its quotes. shlex alone would cut "runs#3" at the sign.
 _PART = re.compile(
     r"""(?:\s|\\\n|\#[^\n]*)+ | (?P<word>(?:[^\s'"\\] | \\[^\n] | '[^']*' | "(?:[^"\\]|\\.)*")+)""",
     re.VERBOSE | re.DOTALL,
@@ -21,7 +21,7 @@ LARGEST = 1_000_000  # characters
 
 
 def read_arguments(name: str) -> list[str]:
-    """The words of the file ``name``. UserError: it cannot be read, is no text, or a quote in it is not closed."""
+    """Return the words of the file `name`. Raises UserError: it cannot be read, is no text, or has an open quote."""
     try:
         path = Path(name).expanduser()
         if path.exists() and not path.is_file() and not path.is_dir() and not path.is_fifo():
@@ -40,7 +40,7 @@ def read_arguments(name: str) -> list[str]:
 
 
 def split(text: str, name: str) -> list[str]:
-    """The words of ``text``, which came from the file ``name``. UserError: a quote is not closed."""
+    """Return the words of `text`, the content of the file `name`. Raises UserError: a quote is not closed."""
     words, position = [], 0
     while position < len(text):
         part = _PART.match(text, position)

@@ -1,6 +1,6 @@
-"""Flags and values of stable-dreamfusion that this program does not do, each with the reason that the user is told.
+"""Compatibility with stable-dreamfusion: its flags, those that are refused with the reason, and differences.
 
-Refusing is better than ignoring: a command moved over from there either means the same here or says why not.
+A command of the reference means the same here, or is refused. Nothing is ignored silently.
 """
 
 _IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
@@ -25,7 +25,7 @@ UNSUPPORTED_FLAGS: dict[str, str] = {
     "--max_ray_batch": "it never did anything; memory is bounded without it",
     "--max_spp": _VIEWER,
     "--radius": _VIEWER + " (the output camera has --default_radius)",
-    "--taichi_ray": "that is another extension's marching; ours is always on",
+    "--taichi_ray": "that is another extension's marching; rays march through the occupancy grid anyway",
     "--zero123_ckpt": _IMAGE,
     "--zero123_config": _IMAGE,
     "--zero123_grad_scale": _IMAGE,
@@ -35,11 +35,11 @@ UNSUPPORTED_VALUES: dict[tuple[str, str], str] = {
     ("--backbone", "grid_taichi"): "that is another extension's grid; use --backbone grid",
     ("--backbone", "grid_tcnn"): "that is another extension's grid; use --backbone grid",
     ("--ckpt", "best"): "every checkpoint here holds the averaged weights; use --ckpt latest",
-    ("--ckpt", "latest_model"): "a checkpoint is always taken up whole; use --ckpt latest",
+    ("--ckpt", "latest_model"): "a checkpoint is always resumed whole; use --ckpt latest",
     ("--guidance", "zero123"): _IMAGE,
 }
 
-# Flags that earlier versions had, with what does the same now.
+# Flags of earlier versions that are gone, with their replacement.
 RENAMED_FLAGS: dict[str, str] = {
     "--guidance_scale_end": "--guidance_scale takes a schedule, as in --guidance_scale 0.0:8:4:1.0",
 }
@@ -66,31 +66,32 @@ REFERENCE_FLAGS = """
 """.split()
 
 
-# Where a flag of the reference works, and a user of it should know what is different.
+# Flags of the reference that work with a difference.
 DIFFERENCES = {
     "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
     "--angle_overhead": "works on the prompt; the reference reads it nowhere",
     "--IF": "or name IF in --guidance; --if_key takes another model than the XL one",
     "--ckpt": "latest, scratch or a path",
     "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
-    "--dmtet": "also from a sphere; a checkpoint of it takes up, tests and exports as any other",
+    "--dmtet": "also from a sphere; its checkpoints can be resumed, tested and exported as any other",
     "--file": "quotes and # comments work",
     "--fp16": "on a GPU; a CPU runs in bf16 if it has a unit for it (AMX), else in fp32",
     "--guidance": "dream-mini needs no download; with clip the prompt follows the view as with the others, so the back "
     "counts as much as the front",
     "--init_with": "the folder of a run, its checkpoint (.safetensors), or a mesh file; no .pth",
     "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
-    "--lambda_entropy": "of the opacity of rays; the reference's, of samples' weights, is --lambda_entropy_weights",
+    "--lambda_entropy": "is --lambda_opacity_entropy, of the opacity of rays; the reference's, of samples' weights, is "
+    "--lambda_entropy_weights",
     "--lambda_orient": "always a mean over samples",
     "--max_steps": "refused with --backbone vanilla, as all that belongs to the grids",
     "--min_near": "holds for rays, which the reference's never reaches",
     "--num_steps": "with --backbone vanilla alone: the grids always march through the occupancy grid",
-    "--save_guidance": "the estimate is right at every t; the reference's takes the noise levels of single steps",
+    "--save_guidance": "the estimate is right at every t; the reference's takes the timesteps of single steps",
     "--save_mesh": "mesh.glb, and mesh.obj with mesh.mtl, mesh.png and mesh_normal.png",
     "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
     "--seed": "drawn when not given, and kept in manifest.json",
     "--tet_grid_size": "any even number: the grid is made, not read; 128 has 129 layers of vertices across",
     "--test_interval": "results/turntable_step_*.mp4",
     "--upsample_steps": "with --backbone vanilla alone",
-    "--vram_O": "xformers attention, VAE in slices, recomputing in its encoder; nothing is offloaded to the CPU",
+    "--vram_O": "xformers attention, VAE in slices, gradient checkpointing in its encoder; no offloading to the CPU",
 }

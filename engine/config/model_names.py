@@ -1,6 +1,6 @@
-"""Names of image models: versions, addresses that are typed, repositories that moved, pipelines of the same parts.
+"""Names of image models: versions, typed addresses, repositories that moved, pipelines of the same components.
 
-Nothing heavy is imported.
+Imports nothing heavy.
 """
 
 import re
@@ -29,8 +29,8 @@ COPIES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Pipelines of diffusers that are made of the parts of StableDiffusionPipeline, or of IFPipeline: what they do with them
-# is of no matter here, and further parts (a ControlNet) are not used.
+# Pipelines of diffusers with the components of StableDiffusionPipeline, or of IFPipeline. Further components (a
+# ControlNet) are not used.
 SAME_PARTS: dict[str, tuple[str, ...]] = {
     "SD": (
         "StableDiffusionPipeline",
@@ -71,38 +71,38 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 def is_address(source: str) -> bool:
-    """Whether `source` looks like the address of a page instead of a folder or a name."""
+    """Check if `source` looks like the address of a page instead of a folder or a name."""
     return "://" in source or _ADDRESS.fullmatch(source) is not None
 
 
 def typed_name(source: str) -> str:
-    """NAME or NAME@REVISION of a model page's address on the hub; any other `source` as it is.
+    """Return NAME or NAME@REVISION of a model page's address on the hub; any other `source` as it is.
 
-    A slash at the end of a name is dropped: a shell completes a folder so.
+    A slash at the end of a name is dropped, since a shell completes the name of a folder with it.
     """
     if _HUB_NAME.fullmatch(source.rstrip("/")):
         return source.rstrip("/")
-    found = _ADDRESS.fullmatch(source.strip())
-    if found is None or (found[3] or "").strip("/"):
+    address = _ADDRESS.fullmatch(source.strip())
+    if address is None or (address[3] or "").strip("/"):
         return source
-    name = found[1].removesuffix(".git")
-    return name if found[2] in (None, "main") else f"{name}@{found[2]}"
+    name = address[1].removesuffix(".git")
+    return name if address[2] in (None, "main") else f"{name}@{address[2]}"
 
 
 def hub_name(source: str) -> tuple[str, str | None] | None:
-    """The repository on the hub that `source` names and its revision, or None: it is no such name."""
-    found = _HUB_NAME.fullmatch(typed_name(source))
-    return None if found is None else (found[1], found[2])
+    """Return the repository on the hub that `source` names, and its revision; None: it is no such name."""
+    match = _HUB_NAME.fullmatch(typed_name(source))
+    return None if match is None else (match[1], match[2])
 
 
 def cached_name(folder: str) -> str | None:
-    """The repository whose folder in the hub's cache is called so: A/B of `models--A--B`."""
-    found = _CACHED.fullmatch(folder)
-    return None if found is None else f"{found[1]}/{found[2]}"
+    """Return the repository of a folder in the hub's cache: A/B of `models--A--B`."""
+    match = _CACHED.fullmatch(folder)
+    return None if match is None else f"{match[1]}/{match[2]}"
 
 
 def copies(name: str, flag: str = "--hf_key") -> str:
-    """The end of the sentence about a repository that is not there: its living copies, if any are known."""
+    """Return the end of the message about a missing repository: its living copies, if any are known."""
     living = next((there for gone, there in COPIES.items() if gone.lower() == name.lower()), ())
     if not living:
         return ""
@@ -110,7 +110,7 @@ def copies(name: str, flag: str = "--hf_key") -> str:
 
 
 def other_names(name: str) -> Iterator[str]:
-    """Other repositories with the same weights."""
+    """Yield other repositories with the same weights."""
     for gone, there in COPIES.items():
         if name in (gone, *there):
             yield from (other for other in (*there, gone) if other != name)

@@ -1,8 +1,8 @@
-"""What people type in other programs, each with what does the same here.
+"""Flags and words of other programs, each with its equivalent here.
 
 The flags are those of earlier versions of stable-dreamfusion, threestudio, nerfstudio, the scripts of diffusers, and
-AUTOMATIC1111's and CompVis's programs. A name is looked up without its dashes, in lower case, with `_` in place of `-`
-(`plain_name`). Nothing heavy is imported.
+AUTOMATIC1111's and CompVis's programs. A name is looked up without its dashes, in lower case, with `_` instead of `-`
+(`plain_name`). Imports nothing heavy.
 """
 
 _PROMPT = "the prompt is --text 'a hamburger'"
@@ -47,9 +47,9 @@ _FRAMES = "--dataset_size_test N sets the frames of the video"
 _ATTENTION = "--attention xformers, sdpa or cudnn names what computes attention; by default the fastest is measured"
 _BACKBONE = "--backbone grid, grid_torch or vanilla names the field"
 _INIT = "--dmtet --init_with FOLDER_OR_MESH refines a run or a mesh file"
-_CHECK = "--doctor looks at the installation"
+_CHECK = "--doctor checks the installation"
 
-# Names of a flag -> what to do here.
+# Names of a flag elsewhere -> what to type here.
 ANSWERS: dict[str, str] = {
     "prompt prompts p t text_prompt input_prompt caption description": _PROMPT,
     "negative_prompt neg neg_prompt n_prompt negative_text prompt_negative": _NEGATIVE,
@@ -111,7 +111,7 @@ ANSWERS: dict[str, str] = {
     "albedo_iters": "--albedo_iter_ratio X is the part of the run in which colour is not shaded",
     "latent_iters": "--latent_iter_ratio X is the first part of the run, in which normals are the latent",
     "lambda_smooth": "--lambda_2d_normal_smooth and --lambda_3d_normal_smooth smooth the normals",
-    "train": "a run optimises without being told; --test looks at a finished one",
+    "train": "a run always optimises; --test writes the outputs of a finished one",
     "torch_compile": "--compile leaves the image model to torch.compile",
     "deterministic_mode reproducible": "--deterministic gives the same bits for the same --seed",
     "random_seed s": "--seed N sets all random numbers",
@@ -121,10 +121,10 @@ ANSWERS: dict[str, str] = {
     "quiet q": "the output is in log.txt as well; redirect it to be quiet",
 }
 
-# Flag, without its dashes -> what to do here.
+# Flag without its dashes -> what to type here.
 FLAGS: dict[str, str] = {name: answer for names, answer in ANSWERS.items() for name in names.split()}
 
-# threestudio and DreamGaussian take settings as words: the end of the name -> what to do here.
+# threestudio and DreamGaussian take settings as words: the end of the name -> what to type here.
 KEYS: dict[str, str] = {
     "prompt": _PROMPT,
     "negative_prompt": _NEGATIVE,
@@ -162,7 +162,7 @@ COMMANDS: dict[str, str] = {
     "version": "--version shows it",
 }
 
-# Values of our flags that are another program's words.
+# Words of other programs as values of flags here.
 VALUES: dict[tuple[str, str], str] = {
     **{("--guidance", name): "Stable Diffusion is --guidance SD" for name in ("stable-diffusion", "sd", "sd2", "sd1")},
     **{("--guidance", name): "DeepFloyd IF is --guidance IF, or --IF" for name in ("deepfloyd", "if", "deep-floyd")},
@@ -193,6 +193,6 @@ VALUES: dict[tuple[str, str], str] = {
 
 
 def plain_name(flag: str) -> str:
-    """A flag as the tables have it: `--CFG-scale` is `cfg_scale`. A single letter keeps its case."""
+    """Return a flag as the tables have it: `--CFG-scale` is `cfg_scale`. A single letter keeps its case."""
     name = flag.lstrip("-\u2013\u2014\u2212").replace("-", "_")
     return name.lower() if len(name) > 1 else name

@@ -1,7 +1,7 @@
-"""Syntax that other programs read in a prompt and this one takes as plain words, with what to do instead.
+"""Prompt syntax of other programs, which is plain words here, with advice.
 
-AUTOMATIC1111's weights, schedules and tags, compel's weights, dynamic prompts, and Midjourney's parameters. Nothing
-heavy is imported.
+AUTOMATIC1111's weights, schedules and tags, compel's weights, dynamic prompts, and Midjourney's parameters. Imports
+nothing heavy.
 """
 
 import re
@@ -15,7 +15,7 @@ _SYNTAX: tuple[tuple[re.Pattern[str], str], ...] = (
         "put a LoRA into the weights with diffusers (load_lora_weights, fuse_lora, save_pretrained) and name that "
         "folder with --hf_key",
     ),
-    (re.compile(r"<[\w-]+>|\bembedding:[\w.-]+"), "textual inversions cannot be added; write what it stands for"),
+    (re.compile(r"<[\w-]+>|\bembedding:[\w.-]+"), "textual inversions cannot be added; describe it in words"),
     (re.compile(r"\([^()\[\]]*:\s*-?(?:\d+(?:\.\d*)?|\.\d+)\s*\)"), _WEIGHT),
     (re.compile(r"\(\([^()]*\)\)+|\[[^\[\]]*\]"), _WEIGHT),
     (re.compile(r"\b\w{2,}\++(?=[\s,.)]|$)|\)[+-]+(?=[\s,.)]|$)"), _WEIGHT),
@@ -24,15 +24,15 @@ _SYNTAX: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?<!\S)--(?:no|neg)\s+[^-\s][^-]*"), "name what should not be seen with --negative"),
     (re.compile(r"(?<!\S)--(?:ar|v|q|s|stylize|chaos|niji|style|seed|steps|cfg)\s+\S+"), "parameters are flags here"),
 )
-MOST_SHOWN = 60  # characters of it
+MAX_EXCERPT = 60  # characters
 
 
 def foreign_syntax(text: str) -> list[str]:
-    """A sentence's part for each kind of such syntax in ``text``: the first of it, and what to do."""
+    """Return a note for each kind of such syntax in `text`: its first occurrence, and advice."""
     notes: list[str] = []
     for pattern, advice in _SYNTAX:
-        if found := pattern.search(text):
-            shown = found[0].strip()
-            shown = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
-            notes.append(f'"{shown}" has no meaning of its own here and is read as words: {advice}')
+        if match := pattern.search(text):
+            excerpt = match[0].strip()
+            excerpt = excerpt if len(excerpt) <= MAX_EXCERPT else f"{excerpt[:MAX_EXCERPT]}..."
+            notes.append(f'"{excerpt}" has no meaning of its own here and is read as words: {advice}')
     return notes

@@ -1,12 +1,11 @@
-"""Numbers that change during a run, written ``start:v0:v1:end``.
+"""Numbers that change during a run, written `start:v0:v1:end`. Imports nothing heavy.
 
-The value is v0 up to ``start``, v1 from ``end`` on, and linear in between. The two ends are steps
-(``100:0.1:1:400``) or, when one of them has a decimal point, fractions of the run (``0.0:8:4:1.0``); threestudio tells
-the two apart in the same way. Fractions follow a run that is taken further later, steps stay where they are.
+The value is v0 up to `start`, v1 from `end` on, and linear in between. The two ends are steps (`100:0.1:1:400`) or,
+when one of them has a decimal point, fractions of the run (`0.0:8:4:1.0`), as in threestudio. Fractions follow a run
+that is continued further later, steps stay where they are.
 
-A schedule is evaluated on the host from the number of the step, so nothing of it has to be saved for a run that is
-taken up; what a CUDA graph reads is a scalar on the device that is filled before each replay. Nothing heavy is
-imported.
+A schedule is evaluated on the host from the number of the step, so a resumed run needs nothing stored. A CUDA graph
+reads a scalar on the device that is filled before each replay.
 """
 
 import dataclasses
@@ -18,9 +17,9 @@ from dream_fast.engine.errors import UserError
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """``first`` up to ``start``, ``last`` from ``end`` on. The ends are steps, or with ``fractions`` parts of the run.
+    """`first` up to `start`, `last` from `end` on. The ends are steps, or with `fractions` parts of the run.
 
-    UserError: the ends are not in order, not whole steps, or not within 0 to 1.
+    Raises UserError: the ends are not in order, not whole steps, or not within 0 to 1.
     """
 
     start: float
@@ -45,7 +44,7 @@ class LinearSchedule:
 
     @classmethod
     def parse(cls, text: str) -> "LinearSchedule":
-        """The schedule that ``text`` writes. UserError: it is none."""
+        """Return the schedule written in `text`. Raises UserError: it is none."""
         words = text.split(":")
         try:
             start, first, last, end = map(float, words)
@@ -57,7 +56,7 @@ class LinearSchedule:
         return cls(start, first, last, end, fractions=any(_has_point(words[place]) for place in (0, 3)))
 
     def __str__(self) -> str:
-        """As :meth:`parse` reads it back, every digit of it."""
+        """Format it as `parse` reads it, with every digit."""
         ends = [_with_point(end) if self.fractions else _plain(end) for end in (self.start, self.end)]
         return f"{ends[0]}:{_plain(self.first)}:{_plain(self.last)}:{ends[1]}"
 
@@ -65,41 +64,41 @@ class LinearSchedule:
         return str(self)  # where a plain number has so many digits
 
     def at(self, step: int, progress: float) -> float:
-        """The value of ``step``, which has ``progress`` of the run behind it."""
+        """Return the value at `step`, where `progress` of the run lies behind."""
         place = progress if self.fractions else step
-        done = min(max((place - self.start) / (self.end - self.start), 0.0), 1.0)
-        return self.first + (self.last - self.first) * done
+        fraction = min(max((place - self.start) / (self.end - self.start), 0.0), 1.0)
+        return self.first + (self.last - self.first) * fraction
 
 
 Scalar = float | LinearSchedule
 
 
 def value_at(value: Scalar, step: int, progress: float) -> float:
-    """A setting at ``step``, which has ``progress`` of the run behind it."""
+    """Return a setting at `step`, where `progress` of the run lies behind."""
     return value.at(step, progress) if isinstance(value, LinearSchedule) else value
 
 
 def largest(value: Scalar) -> float:
-    """The largest value that a setting has in a run."""
+    """Return the largest value of a setting in a run."""
     return max(value.first, value.last) if isinstance(value, LinearSchedule) else value
 
 
 def smallest(value: Scalar) -> float:
-    """The smallest value that a setting has in a run."""
+    """Return the smallest value of a setting in a run."""
     return min(value.first, value.last) if isinstance(value, LinearSchedule) else value
 
 
 def ever_below(low: Scalar, high: Scalar) -> bool:
-    """Whether ``high`` may fall below ``low``. Schedules with other ends are compared by their extremes."""
+    """Check if `high` may fall below `low`. Schedules with other ends are compared by their extremes."""
     if isinstance(low, LinearSchedule) and isinstance(high, LinearSchedule):
         if (low.start, low.end, low.fractions) == (high.start, high.end, high.fractions):
             return low.first > high.first or low.last > high.last
     return largest(low) > smallest(high)
 
 
-def values_at(room: object, step: int, progress: float) -> dict[str, float]:
-    """The schedules among the fields of the dataclass ``room`` by name, each with its value at ``step``."""
-    values = {field.name: getattr(room, field.name) for field in dataclasses.fields(room)}
+def values_at(section: object, step: int, progress: float) -> dict[str, float]:
+    """Return the settings of `section` that have a schedule, by name, with their values at `step`."""
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     return {name: value.at(step, progress) for name, value in values.items() if isinstance(value, LinearSchedule)}
 
 

@@ -31,11 +31,11 @@ class RunConfig(ConfigSection):
     """Run control."""
 
     text: str | None = setting(None, "the prompt")
-    negative: str = setting("", "what the pictures should not show; takes the place of the empty prompt")
-    text_front: str | None = setting(None, "the whole prompt seen from the front, in place of TEXT, front view")
-    text_side: str | None = setting(None, "the same for the two sides")
-    text_back: str | None = setting(None, "the same for the back")
-    text_overhead: str | None = setting(None, "the same for the view from above")
+    negative: str = setting("", "negative prompt: what the images should not show; it replaces the empty prompt")
+    text_front: str | None = setting(None, "the whole prompt of the front view, instead of TEXT, front view")
+    text_side: str | None = setting(None, "the whole prompt of the two sides")
+    text_back: str | None = setting(None, "the whole prompt of the back")
+    text_overhead: str | None = setting(None, "the whole prompt of the view from above")
     workspace: str = setting("workspace", "folder of everything that the run writes", resumable=True)
     seed: int | None = setting(None, "seed of all random numbers; drawn when not given", low=0, high=2**32 - 1)
     iters: int = setting(10000, "optimisation steps", low=1, resumable=True)
@@ -44,7 +44,7 @@ class RunConfig(ConfigSection):
     )
     exp_end_iter: int | None = setting(
         None,
-        "step at which they are at their end, also in a run that is taken further later; default: the last",
+        "step at which they end, also in a run that is continued further later; default: the last",
         low=1,
     )
     preset: str = setting(
@@ -67,13 +67,13 @@ class RunConfig(ConfigSection):
     )
     vram_O: bool = setting(
         False,
-        "less memory: xformers attention, VAE in slices, parts of its encoder computed again in the backward pass",
+        "less memory: xformers attention, VAE in slices, gradient checkpointing in its encoder",
         resumable=True,
     )
     attention: str = setting(
         "auto",
-        "what computes the image model's attention; auto: the fastest here, measured at the start of a run (torch's "
-        "sdpa on a CPU), and the same again when the run is taken up",
+        "backend of the image model's attention; auto: the fastest one, measured at the start of a run (torch's sdpa "
+        "on a CPU) and kept when the run is resumed",
         choices=("auto", "xformers", "sdpa", "cudnn"),
         resumable=True,
     )
@@ -86,22 +86,22 @@ class RunConfig(ConfigSection):
     deterministic: bool = setting(False, "on a GPU, the same seed gives the same bits, somewhat slower")
     device: str = setting(
         "auto",
-        "where to run; auto takes the GPU if there is one, cuda:N the GPU of that number among those that "
+        "device of the run; auto: the GPU if there is one; cuda:N: the GPU of that number among those that "
         "CUDA_VISIBLE_DEVICES leaves",
         choices=("auto", "cpu", "cuda", "cuda:N"),
     )
     cuda_graph: bool = setting(
         False,
-        "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps "
-        "wait for the host; dream-mini's default there",
+        "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps are "
+        "bound by the host; dream-mini's default there",
         resumable=True,
         aliases=("step_graph",),
     )
     log_every: int = setting(10, "steps between two rows of metrics.jsonl", low=1, resumable=True)
     rescue: bool = setting(
         False,
-        "when the object vanishes or fills the whole box, start again, at most twice, with settings against it; without"
-        " this flag a warning names them",
+        "restart a run whose object vanished or filled the scene, at most twice, with safer settings; without this "
+        "flag a warning names them",
         resumable=True,
     )
 
@@ -125,14 +125,14 @@ class RunConfig(ConfigSection):
 
     @property
     def view_prompts(self) -> dict[str, str]:
-        """Prompts of the sides that have one of their own, by side: front, side, back, overhead."""
+        """The whole prompts of the views that have one: front, side, back, overhead."""
         texts = dict(front=self.text_front, side=self.text_side, back=self.text_back, overhead=self.text_overhead)
         return {view: text for view, text in texts.items() if text is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CameraConfig(ConfigSection):
-    """Training cameras, and the camera that looks at the result."""
+    """Training cameras and the output camera."""
 
     radius_range: Range = setting((3.0, 3.5), "distance of the training cameras", above=0)
     theta_range: Range = setting((45.0, 105.0), "polar angle: 0 is above, 90 the horizon", low=0, high=180)
@@ -178,8 +178,8 @@ class CameraConfig(ConfigSection):
     default_fovy: float = setting(
         20.0, "vertical field of view of the output camera", above=0, below=180, resumable=True
     )
-    W: int = setting(800, "width of the output pictures", low=1, high=16384, resumable=True)
-    H: int = setting(800, "height of the output pictures", low=1, high=16384, resumable=True)
+    W: int = setting(800, "width of the output images", low=1, high=16384, resumable=True)
+    H: int = setting(800, "height of the output images", low=1, high=16384, resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,15 +238,15 @@ class RenderConfig(ConfigSection):
         1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1, high=16384, backbones=GRIDS
     )
     dt_gamma: float = setting(0.0, "the step grows with distance by this factor; 0: even steps", low=0, backbones=GRIDS)
-    num_steps: int = setting(64, "even samples of a ray", low=1, high=4096, backbones=VANILLA)
+    num_steps: int = setting(64, "stratified samples of a ray", low=1, high=4096, backbones=VANILLA)
     upsample_steps: int = setting(
-        32, "more samples of a ray, drawn where the even ones found something", low=0, high=4096, backbones=VANILLA
+        32, "importance samples of a ray, drawn from the weights of the even ones", low=0, high=4096, backbones=VANILLA
     )
     min_near: float = setting(0.01, "nearest distance of a sample from the camera", low=0)
     density_thresh: float = setting(
         10.0,
-        "density above which a cell of the grid is occupied, the mean density at most (a mesh has the outline of the "
-        "pictures instead)",
+        "density above which a cell of the grid is occupied, the mean density at most (the isovalue of a mesh follows "
+        "the silhouettes of the images instead)",
         above=0,
     )
     update_extra_interval: int = setting(16, "steps between two updates of the occupancy grid", low=1, backbones=GRIDS)
@@ -294,8 +294,8 @@ class GuidanceConfig(ConfigSection):
     objective: str = setting(
         "sds",
         "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "
-        "--guidance_rescale by default), asd the one with it at a higher level, sdi the noise that the model finds in "
-        "the picture (slower: 2 rows an inversion step); --guidance_scale is by default the model's own for sds and "
+        "--guidance_rescale by default), asd the one with it at a later timestep, sdi the noise that inverts "
+        "the image (slower: 2 rows an inversion step); --guidance_scale is by default the model's own for sds and "
         "csd, 7.5 for asd and sdi",
         choices=("sds", "csd", "asd", "sdi"),
         aliases=("score",),
@@ -307,18 +307,23 @@ class GuidanceConfig(ConfigSection):
     )
     inversion_steps: int = setting(10, "with --objective sdi: calls of the model that find the noise", low=1, high=1000)
     guidance_scale: Scalar = setting(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
-    t_range: ScalarRange = setting((0.02, 0.98), "range of the noise level t", low=0, high=1)
+    t_range: ScalarRange = setting(
+        (0.02, 0.98), "range of the timestep t, as parts of the noise schedule", low=0, high=1
+    )
     t_anneal: str = setting(
         "none",
         "t is drawn from the whole range, or falls with progress",
         choices=("none", "linear", "sqrt", "square"),
     )
     guidance_rescale: Scalar = setting(
-        0.0, "how far the guided prediction takes the spread of the unguided one; 0: not", low=0, high=1
+        0.0,
+        "part to which the guided prediction is rescaled to the standard deviation of the unguided one",
+        low=0,
+        high=1,
     )
     lambda_guidance: Scalar = setting(1.0, "weight of the guidance", low=0)
     clip_grad_latent: Scalar = setting(
-        -1.0, "largest element of the score's gradient in the latents; -1: no limit", low=-1, is_limit=True
+        -1.0, "largest element of the gradient in the latents; -1: no limit", low=-1, is_limit=True
     )
     perpneg: bool = setting(
         False, "Perp-Neg: turn away from the prompts of the front and the side where they are out of sight"
@@ -350,8 +355,8 @@ class LossConfig(ConfigSection):
 
     regularizers: str = setting(
         "plain",
-        "plain: weights are the reference's, to be found anew for each image model; guided: they are parts of the "
-        "guidance's gradient, and mean as much whatever guides",
+        "plain: weights as in the reference, to be tuned for each image model; guided: weights are parts of the "
+        "guidance's gradient, so that they transfer between models",
         choices=("plain", "guided"),
     )
     lambda_opacity_entropy: Scalar = setting(
@@ -431,19 +436,18 @@ class OutputConfig(ConfigSection):
     """What is written, and how finely."""
 
     eval_interval: int = setting(
-        1, "epochs between two sets of validation pictures; an epoch is 100 steps", low=1, resumable=True
+        1, "epochs between two sets of validation images; an epoch is 100 steps", low=1, resumable=True
     )
     test_interval: int = setting(
         100, "epochs between two test videos during the run; the last is results/turntable.mp4", low=1, resumable=True
     )
     save_guidance: bool = setting(
         False,
-        "save what the image model sees: the render, its noisy version and the one-step estimate, in guidance/; takes "
-        "the VAE's decoder",
+        "save the render, its noisy latents and the one-step estimate as images in guidance/; loads the VAE's decoder",
         resumable=True,
     )
     save_guidance_interval: int = setting(
-        10, "with --save_guidance: steps between two of these pictures", low=1, resumable=True
+        10, "with --save_guidance: steps between two of these images", low=1, resumable=True
     )
     tensorboard: bool = setting(
         False, "the numbers of metrics.jsonl for TensorBoard too, in tensorboard/", resumable=True
@@ -451,7 +455,7 @@ class OutputConfig(ConfigSection):
     profile: bool = setting(
         False, "trace 20 steps after the first 20 with torch's profiler, into profile/", resumable=True
     )
-    dataset_size_valid: int = setting(8, "pictures in a validation set", low=1, high=10_000, resumable=True)
+    dataset_size_valid: int = setting(8, "images in a validation set", low=1, high=10_000, resumable=True)
     dataset_size_test: int = setting(100, "frames of the 360-degree video", low=1, high=10_000, resumable=True)
     mcubes_resolution: int = setting(256, "points along an edge of the mesh's grid", low=8, high=512, resumable=True)
     decimate_target: int = setting(50_000, "most triangles of the mesh; 0: all of them", low=0, resumable=True)

@@ -1,4 +1,4 @@
-"""Words that are nearly the same: what somebody meant who mistyped one. Nothing heavy is imported."""
+"""The word that a mistyped one was meant to be. Imports nothing heavy."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ MOST = 2
 
 
 def nearest(word: str, choices: Mapping[str, str]) -> str | None:
-    """The value of the key that `word` is nearly spelled like, or None: no key is, or several are as near."""
+    """Return the value of the key that `word` is nearly spelled like; None: no key is, or several are as near."""
     allowed = min(MOST, len(word) // LETTERS_A_SLIP)
     distances = {key: slips(word, key) for key in choices if abs(len(key) - len(word)) <= allowed}
     least = min(distances.values(), default=allowed + 1)
@@ -17,7 +17,8 @@ def nearest(word: str, choices: Mapping[str, str]) -> str | None:
 
 
 def slips(a: str, b: str) -> int:
-    """Letters to insert, remove, replace, or swap with their neighbour until `a` is `b` (optimal string alignment)."""
+    """Count the letters to insert, remove, replace, or swap with a neighbour to turn `a` into `b` (optimal string
+    alignment distance)."""
     before: list[int] = []
     last = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):

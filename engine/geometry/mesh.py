@@ -173,7 +173,7 @@ def simplify(mesh: Mesh, faces: int) -> Mesh:
     """
     if faces == 0 or len(mesh.faces) <= faces:
         return mesh
-    first = None
+    results: list[Mesh] = []
     for part in FACE_COUNT_TRIES:
         count = max(4, int(part * faces))
         vertices, triangles = fast_simplification.simplify(
@@ -183,8 +183,8 @@ def simplify(mesh: Mesh, faces: int) -> Mesh:
         simpler = _offset_copies(_split_vertices(_drop_folded_faces(simpler)))
         if len(simpler.faces) and is_closed(simpler):
             return simpler
-        first = first or simpler
-    return first if len(first.faces) else mesh
+        results.append(simpler)
+    return results[0] if len(results[0].faces) else mesh
 
 
 def smooth_normals(mesh: Mesh) -> np.ndarray:

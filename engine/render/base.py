@@ -78,7 +78,7 @@ class Rendered(NamedTuple):
     overflow: Tensor  # bool, some samples did not fit the capacity
 
     @property
-    def count(self) -> Tensor:
+    def sample_count(self) -> Tensor:
         """Number of samples."""
         return self.samples.count
 
@@ -92,7 +92,7 @@ class RenderedMesh(NamedTuple):
     normal: Tensor  # [B, H, W, 3] opacity * normal
     surface: TensorMesh
     opposite: Tensor  # `kernels.opposite_corners` of its faces
-    count: Tensor  # number of points at which the field was evaluated
+    sample_count: Tensor  # number of points at which the field was evaluated
     overflow: Tensor  # bool, always false
 
 
@@ -110,6 +110,11 @@ class Renderer(ABC):
 
     field: Field
     config: RenderConfig
+
+    @property
+    @abstractmethod
+    def samples_per_ray(self) -> int:
+        """Capacity of the sample buffers; graphs that were captured with another one are invalid."""
 
     @abstractmethod
     def train_views(

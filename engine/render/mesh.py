@@ -93,7 +93,7 @@ class MeshRenderer(Renderer):
             normal=normal,
             surface=surface,
             opposite=opposite,
-            count=torch.tensor(len(pixel)),
+            sample_count=torch.tensor(len(pixel)),
             overflow=torch.zeros((), dtype=torch.bool, device=clip.device),
         )
 
@@ -115,6 +115,10 @@ class MeshRenderer(Renderer):
             yield
         finally:
             self._surface = before
+
+    @property
+    def samples_per_ray(self) -> int:
+        return 0
 
     def update_occupancy(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
         """A mesh has no occupancy grid."""

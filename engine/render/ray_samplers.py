@@ -23,7 +23,10 @@ MIN_WEIGHT = 1e-5  # of an interval, so that the distribution of an empty ray is
 class RaySampler(Protocol):
     """Chooses the samples of rays."""
 
-    bits: Tensor | None  # occupancy grid [cascades, cells / 8] uint8; None: `samples_per_ray` samples on every ray
+    @property
+    def bits(self) -> Tensor | None:
+        """The occupancy grid [cascades, cells / 8] uint8; None: `samples_per_ray` samples on every ray."""
+
     samples_per_ray: int  # capacity of the sample buffers
 
     def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
@@ -54,7 +57,9 @@ class RaySampler(Protocol):
 
 def make_sampler(field: Field, config: RenderConfig) -> RaySampler:
     """The sampler of the field's backbone."""
-    return (OccupancySampler if field.occupancy_grid else ImportanceSampler)(field, config)
+    if field.occupancy_grid:
+        return OccupancySampler(field, config)
+    return ImportanceSampler(field, config)
 
 
 def march_options(config: RenderConfig) -> dict:
@@ -264,7 +269,7 @@ def points_on_rays(origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
 
 def _stratified_samples(rays: int, parts: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
     """One number in each of `parts` equal parts of [0, 1), [rays, parts]: random with a generator, else the middle."""
-    offset = 0.5
+    offset: float | Tensor = 0.5
     if generator is not None:
         offset = torch.rand(rays, parts, generator=generator, device=generator.device).to(like)
     return ((torch.arange(parts, device=like.device) + offset) / parts).to(like.dtype).expand(rays, parts)

@@ -30,6 +30,10 @@ class VolumeRenderer(Renderer):
         self.field, self.config = field, config
         self.sampler = make_sampler(field, config)
 
+    @property
+    def samples_per_ray(self) -> int:
+        return self.sampler.samples_per_ray
+
     def update_occupancy(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
         self.sampler.update(generator, active_levels=active_levels)
 
@@ -47,8 +51,10 @@ class VolumeRenderer(Renderer):
     ) -> Rendered:
         if shading.light is not None and shading.light.dim() == 2:
             shading = shading._replace(light=shading.light[:, None, None])
+        origins, directions = rays(cameras, height, width)
         return self.train_rays(
-            *(part.unflatten(1, (height, width)) for part in rays(cameras, height, width)),
+            origins.unflatten(1, (height, width)),
+            directions.unflatten(1, (height, width)),
             shading,
             background=background,
             need_normals=need_normals,

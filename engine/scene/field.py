@@ -77,6 +77,11 @@ class Field(nn.Module):
     """
 
     background_bands = 6
+    table: nn.Parameter | None  # of features, in backbones that have one; has a learning rate of its own
+    weights: nn.ParameterList  # [out, in] of each layer
+    biases: nn.ParameterList
+    background_weights: nn.ParameterList
+    background_biases: nn.ParameterList
     occupancy_grid = False  # rays are marched through an occupancy grid, and `render_rays` renders them
     finest: int | None = None  # cells along an edge of the scene; the field has no detail below one
 

@@ -6,7 +6,7 @@ frequency encoding (6 bands) and a network 39 -> 32 -> 3.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dream_fast import kernels
 from dream_fast.engine.config.sections import FieldConfig
@@ -19,6 +19,7 @@ class HashGridField(Field):
     """A hash grid and a network. They run in Triton on a GPU unless the backbone is `grid_torch`."""
 
     occupancy_grid = True
+    table: nn.Parameter
 
     def __init__(self, config: FieldConfig, bound: float, generator: torch.Generator):
         grid = kernels.HashGridSpec(
@@ -46,16 +47,25 @@ class HashGridField(Field):
         normals: str | None = None,
         normal_epsilon: float = 0.01,
     ) -> FieldOutput:
-        inputs = (x, self.table, list(self.weights), list(self.biases), self.spec)
-        keywords = {"active_levels": active_levels, "dtype": self.compute_dtype}
         # The references would read the count from the device, so they compute all rows instead.
-        keywords |= {} if self.use_reference else {"count": count}
+        live = None if self.use_reference else count
+        inputs = (x, self.table, list(self.weights), list(self.biases), self.spec)
         if normals is None:
             operator = kernels.field_reference if self.use_reference else kernels.field
-            values = FieldOutput(*operator(*inputs, **keywords), None)
+            sigma, albedo = operator(*inputs, active_levels=active_levels, count=live, dtype=self.compute_dtype)
+            values = FieldOutput(sigma, albedo, None)
         else:
-            operator = kernels.field_normals_reference if self.use_reference else kernels.field_normals
-            values = FieldOutput(*operator(*inputs, mode=normals, epsilon=normal_epsilon, **keywords))
+            with_normals = kernels.field_normals_reference if self.use_reference else kernels.field_normals
+            values = FieldOutput(
+                *with_normals(
+                    *inputs,
+                    active_levels=active_levels,
+                    count=live,
+                    dtype=self.compute_dtype,
+                    mode=normals,
+                    epsilon=normal_epsilon,
+                )
+            )
         return values.without_padding(count) if self.use_reference else values
 
     def render_rays(

@@ -27,6 +27,12 @@ class TetMesh(nn.Module):
     `sdf` and `deformation` are parameters that are optimised unless `locked`; the grid's place is state.
     """
 
+    vertices: Tensor
+    tets: Tensor
+    border: Tensor
+    center: Tensor
+    half_extent: Tensor
+
     def __init__(self, size: int, bound: float, *, locked: bool = False):
         super().__init__()
         grid = tet_grid(size)

@@ -183,7 +183,7 @@ class Trainer:
             t=guided.t,
             grad_norm=guided.grad_norm.detach(),
             opacity=rendered.opacity.detach(),
-            samples=rendered.count,
+            samples=rendered.sample_count,
             overflow=rendered.overflow,
             table_pull=table_pull,
             snapshot=snapshot,
@@ -192,7 +192,7 @@ class Trainer:
     def replay_gradients(self, inputs: StepInputs) -> StepResult:
         """`gradients`, replayed from a CUDA graph: one for each kind of step, captured at the first of its kind."""
         inputs = self.guidance.prepare_step(inputs, self.config.camera.batch_size)
-        capacity = self.renderer.sampler.samples_per_ray  # a graph has buffers of this size
+        capacity = self.renderer.samples_per_ray  # a graph has buffers of this size
         if capacity != self._captured_capacity:
             self.graphs.clear()
             self._captured_capacity = capacity

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dream_fast import __version__
 from dream_fast.engine.config.configure import configure
-from dream_fast.engine.config.guidances import STABLE_DIFFUSION
+from dream_fast.engine.config.guidances import DREAM_MINI, STABLE_DIFFUSION
 from dream_fast.engine.config.presets import OBJECTIVE_OVERRIDES, reference
 from dream_fast.engine.config.schema import Config, settings, settings_unused_by
 from dream_fast.engine.config.sections import RunConfig
@@ -226,7 +226,7 @@ def snapshot() -> dict[str, Any]:
     defaults = _flatten(reference().override({"preset": RunConfig().preset}))
     kinds: dict[str, dict[str, Any]] = {"grid": {}, "vanilla": {"backbone": "vanilla"}, "dmtet": {"dmtet": True}}
     kinds |= {name: {"objective": name} for name in OBJECTIVE_OVERRIDES} | {"reference": {"preset": "reference"}}
-    models: dict[str, dict[str, Any]] = {"dream-mini": {}, "sd": {"guidance": (STABLE_DIFFUSION.name,)}}
+    models: dict[str, dict[str, Any]] = {DREAM_MINI.name: {}, "sd": {"guidance": (STABLE_DIFFUSION.name,)}}
     presets = {}
     for model, device, (kind, typed) in product(models, ("cpu", "cuda"), kinds.items()):
         values = _flatten(configure(models[model] | typed, device))

@@ -256,7 +256,7 @@ class _Gradients(NamedTuple):
 
 
 class _Backward(NamedTuple):
-    """How a backward runs. passes: first and last layer of each; programs: of a launch at most."""
+    """Settings of a backward. passes: first and last layer of each; programs: of a launch at most."""
 
     spec: FieldSpec
     passes: list[tuple[int, int]]

@@ -201,10 +201,11 @@ def _rounds_table(n: int, rows: int) -> bool:
 #   _table_gradient     d/dT sum(g * E)      or d/dT sum(g * (t . dE/dx))
 #   _position_gradient  d/dx sum(g * E)      or d/dx sum(g * (t . dE/dx))
 #
-# E is linear in T, and each sum is linear in g. So the gradient of any of them by T or by g is another one with the
-# upstream gradient in the place of T, g or t: that is all the backward functions below do. Only the derivative by x is
-# new: it raises the order by one, which is what the tangent is for. This gives second derivatives (analytic normals
-# need them) without a kernel of their own. A third order would need two tangents, and raises NotImplementedError.
+# E is linear in T, and each sum is linear in g. So the gradient of any of them by T or g is another of them, with the
+# upstream gradient in the place of T or g, or as the tangent t. The gradient by x is `_position_gradient`, with a
+# tangent where it is that of `_position_gradient` itself. Second derivatives (analytic normals of an unfused field need
+# them) thus take no kernels of their own; the backward functions below only pass arguments on. A third order would
+# need two tangents, and raises NotImplementedError.
 # Custom operators, instead of autograd Functions, because torch.compile has to pass them without a graph break; their
 # schema knows no classes, so a spec travels as `encode_spec` gives it.
 

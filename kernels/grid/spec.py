@@ -44,7 +44,7 @@ class HashGridSpec:
     def resolutions(self) -> tuple[int, ...]:
         """Vertices a side, a level each."""
         growth = math.log(self.max_resolution / self.base_resolution) / max(self.levels - 1, 1)
-        # The small number keeps a resolution that is a whole number from being rounded up to the next.
+        # The small number keeps an integer resolution from being rounded up to the next.
         return tuple(math.ceil(self.base_resolution * math.exp(growth * level) - 1e-6) for level in range(self.levels))
 
     @cached_property

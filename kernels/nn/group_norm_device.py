@@ -186,8 +186,8 @@ def merge_moments(
         part = start + tl.arange(0, _MERGED // GROUPS)
         inside = here[:, None] & (part < parts)[None, :]
         size = _part_size(part, row_parts, chunk, places, width, WIDTH)
-        means, part_squares = load_pair(partials, plane, base[:, None] + part[None, :], inside)
-        apart = means - mean[:, None]
+        apart = tl.load(partials + base[:, None] + part[None, :], mask=inside, other=0.0) - mean[:, None]
+        part_squares = tl.load(partials + plane + base[:, None] + part[None, :], mask=inside, other=0.0)
         squares += tl.sum(tl.where(inside, part_squares + apart * apart * size[None, :], 0.0), axis=1)
         start += _MERGED // GROUPS
     return mean, tl.rsqrt(squares / total + eps)
@@ -201,9 +201,8 @@ def merge_sums(partials, plane, base, here, parts, GROUPS: tl.constexpr):
     while start < parts:
         part = start + tl.arange(0, _MERGED // GROUPS)
         inside = here[:, None] & (part < parts)[None, :]
-        first_part, second_part = load_pair(partials, plane, base[:, None] + part[None, :], inside)
-        first += tl.sum(first_part, axis=1)
-        second += tl.sum(second_part, axis=1)
+        first += tl.sum(tl.load(partials + base[:, None] + part[None, :], mask=inside, other=0.0), axis=1)
+        second += tl.sum(tl.load(partials + plane + base[:, None] + part[None, :], mask=inside, other=0.0), axis=1)
         start += _MERGED // GROUPS
     return first, second
 

@@ -181,6 +181,33 @@ def test_word_is_read_by_the_kind_of_its_flag(words, typed):
     assert parse(words) == typed
 
 
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["--levels", "4", "--features", "4", "--log2_entries", "9"], {"n_levels": 4, "n_features_per_level": 4,
+                                                                       "log2_hashmap_size": 9}),
+        (["--frequencies", "3"], {"n_frequencies": 3}),
+        (["--step_graph"], {"cuda_graph": True}),
+        (["--no-step_graph"], {"cuda_graph": False}),
+        (["--score", "csd"], {"objective": "csd"}),
+        (["--lambda_entropy", "0:1:2:10"], {"lambda_opacity_entropy": LinearSchedule.parse("0:1:2:10")}),
+        (["--print-config"], {"print_config": True}),
+    ],
+)  # fmt: skip
+def test_earlier_names_of_flags_are_read(words, typed):
+    """A flag under the name that an earlier version gave it sets the same setting; the later one counts."""
+    assert parse(words) == typed
+    name, value = next(iter(typed.items()))
+    if value not in (True, False):
+        assert parse([words[0], "1" if name != "objective" else "sds", f"--{name}", *words[1:2]])[name] == value
+
+
+def test_every_alias_has_a_test():
+    """The earlier names are those of the settings, no more and no fewer."""
+    aliases = {alias for _, field in settings() for alias in field.metadata["aliases"]}
+    assert aliases == {"levels", "features", "log2_entries", "frequencies", "step_graph", "score", "lambda_entropy"}
+
+
 def test_a_file_between_other_words_counts_in_its_place(tmp_path):
     """What comes after a file counts more, a file named later counts more than an earlier one."""
     one, two = tmp_path / "one", tmp_path / "two"

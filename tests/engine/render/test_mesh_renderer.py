@@ -79,7 +79,7 @@ def test_train_views_wall() -> None:
     check("rgb", seen.rgb.view(-1, 3), *colours)
     assert seen.rgb.dtype == torch.float32
     assert seen.surface is surface and torch.equal(seen.opposite, opposite_corners(surface.faces))
-    assert int(seen.count) == rows and seen.overflow.dtype == torch.bool and not seen.overflow
+    assert int(seen.sample_count) == rows and seen.overflow.dtype == torch.bool and not seen.overflow
 
 
 def test_train_views_field_points() -> None:
@@ -88,7 +88,7 @@ def test_train_views_field_points() -> None:
     made.shape.surface = lambda: box()._replace(vertices=box().vertices.requires_grad_())
     seen = made.train_views(CAMERAS, 20, 20, active_levels=3)
     ((points, levels),) = made.field.asked
-    assert levels == 3 and not points.requires_grad and int(seen.count) == len(points)
+    assert levels == 3 and not points.requires_grad and int(seen.sample_count) == len(points)
     assert 0 < len(points) < 2 * 20 * 20
     on_box = points.abs().amax(1)
     check("places", on_box, torch.full_like(on_box, 0.25), torch.full_like(on_box, 0.25).double())

@@ -136,7 +136,7 @@ def test_use_until_capacity_is_adapted():
     full = renderer.train_views(cameras(), 6, 6, background=GREY)
     renderer.sampler.samples_per_ray = 1
     renderer.train_views(cameras(), 2, 2, background=GREY)
-    assert renderer.sampler.most_samples == full.count > 0 and renderer.sampler.overflowed
+    assert renderer.sampler.most_samples == full.sample_count > 0 and renderer.sampler.overflowed
     renderer.sampler.samples_per_ray = 64
     renderer.train_views(cameras(), 2, 2, background=GREY)
     assert renderer.sampler.overflowed

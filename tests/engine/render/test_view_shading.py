@@ -157,7 +157,7 @@ def test_train_views_field_arguments():
     assert [options["normals"] for options in asked] == [None, "analytic", "analytic"]
     for options, out in zip(asked, seen, strict=True):
         assert options["active_levels"] == 1 and options["normal_epsilon"] == 0.07
-        assert options["count"] is out.samples.count is out.count and out.overflow is out.samples.overflow
+        assert options["count"] is out.samples.count is out.sample_count and out.overflow is out.samples.overflow
     _, directions = rays(cameras(), 4, 4)
     assert torch.equal(seen[0].sample_directions, directions[0][seen[0].samples.ray_ids])
     assert torch.equal(seen[0].rgb, renderer.train_rays(*rays(cameras(), 4, 4), **through).rgb.view(1, 4, 4, 3))

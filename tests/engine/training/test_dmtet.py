@@ -124,7 +124,7 @@ def test_shadings_and_backgrounds():
         assert torch.equal(rendered.rgb[corner], torch.tensor([0.0, 1.0, 0.0]))
     network = trainer.renderer.train_views(cameras, 20, 20)
     assert network.rgb[corner].unique().numel() > 1  # the background network
-    assert 0 < int(network.count) <= int((network.opacity > 0).sum())
+    assert 0 < int(network.sample_count) <= int((network.opacity > 0).sum())
 
 
 def test_gradients_of_shape_and_field():

@@ -71,7 +71,7 @@ def test_hash_grid_definition(interpolation, features):
 
 
 def test_hash_grid_large_coordinates():
-    """The hash of coordinates whose products pass 2^32 is that of unbounded whole numbers."""
+    """The hash of coordinates whose products pass 2^32 is that of Python's integers."""
     spec = HashGridSpec(levels=2, features=2, log2_entries=10, base_resolution=16, max_resolution=1 << 19)
     x, table = points(16), random_table(spec)
     expected = torch.tensor([by_hand(row, table, spec) for row in x.tolist()], dtype=torch.float64)

@@ -39,12 +39,12 @@ def pytest_collection_modifyitems(items):
 
 
 class InterpretedMemory:
-    """What interpreted kernels read and write, checked lane by lane.
+    """Check each read and write of interpreted kernels, lane by lane.
 
-    A lane that reads or writes outside of the launch's tensors raises AssertionError. What a masked load without
-    `other=` leaves undefined is NaN or a large whole number. Inside `far` one program of a launch runs, perhaps far
-    from all others: nothing is written, what is read outside of the tensors is 1, and `touched` counts the lanes that
-    read or write an argument's memory, {"x read": 64, ...}.
+    A lane that reads or writes outside of the launch's tensors raises AssertionError. A masked load without `other=`
+    gives NaN or a large integer in the lanes that it leaves undefined. Inside `far` one program of a launch runs,
+    perhaps far from all others: nothing is written, reads outside of the tensors give 1, and `touched` counts the lanes
+    that read or write an argument's memory, {"x read": 64, ...}.
     """
 
     def __init__(self, monkeypatch):
@@ -138,13 +138,13 @@ def memory(monkeypatch):
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the kernels run."""
+    """The device of the kernels."""
     return torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.fixture
 def deterministic():
-    """torch's deterministic mode; it also fills what torch.empty gives with NaN, so that elements nobody wrote show."""
+    """Turn on torch's deterministic mode, which also fills new buffers with NaN: elements that are not written show."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -153,8 +153,10 @@ def deterministic():
 
 @pytest.fixture
 def everywhere():
-    """everywhere(call): what it gives, and what it gives once more where waiting for the GPU raises, on a stream of its
-    own, and from a CUDA graph."""
+    """everywhere(call) -> the call's result, and three more results of it.
+
+    They come from a call in which waiting for the GPU raises, from one on another stream, and from a CUDA graph.
+    """
 
     def repeated(call):
         expected = call()

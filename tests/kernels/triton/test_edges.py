@@ -76,7 +76,7 @@ def test_march_faces(device):
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-def look(operator, rays, spec, fields, **options):
+def view_rays(operator, rays, spec, fields, **options):
     """Depth, opacity and normals of rays through a cube whose cells are all set."""
     bits = torch.full((kernels.cascades(spec.bound), 16**3 // 8), 255, dtype=torch.uint8, device=rays[0].device)
     options = {"resolution": 16, "background": torch.zeros_like(rays[0][0]), "max_steps": 64} | options
@@ -93,7 +93,7 @@ def test_render_step_limit(device):
     rays = (origins, torch.tensor([[0.0, 0.0, -1.0]], device=device).expand(64, 3))
 
     def call(operator, rays, *fields):
-        return look(operator, rays, spec, fields, dt_gamma=0.5, stop=0.0)[:2]
+        return view_rays(operator, rays, spec, fields, dt_gamma=0.5, stop=0.0)[:2]
 
     names, fields = ("depth", "opacity"), (table * 0.1, weights, [biases[0], biases[1] - 1])
     compare(names, call, kernels.render, kernels.render_reference, (rays, *fields))
@@ -113,7 +113,7 @@ def test_render_normals_at_faces(dtype, device):
     dense = [biases[0], biases[1] + torch.tensor([7.0, 0, 0, 0], device=device)]
 
     def call(operator, rays, *fields):
-        return look(
+        return view_rays(
             operator,
             rays,
             spec,
@@ -256,7 +256,7 @@ def test_occupancy_many_blocks(device, monkeypatch):
 
 
 def test_rasterize_negative_zero(device):
-    """Of two triangles in one plane the first is visible, whatever the sign of a depth of zero."""
+    """The first of two triangles in one plane is visible, whatever the sign of a depth of zero."""
     corners = torch.tensor([[-1.0, -1, 0, 1], [3, -1, 0, 1], [-1, 3, 0, 1]], device=device)
     clip = torch.cat([corners, corners * torch.tensor([1.0, 1, -1, 1], device=device)])[None]
     fragments = kernels.rasterize(clip, torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), 4, 4)
@@ -300,7 +300,7 @@ def test_render_no_normals(logit, normals, device, deterministic):
     fields = (table * 0.1, weights, [biases[0], biases[1] + torch.tensor([logit, 0, 0, 0], device=device)])
     origins = torch.tensor([[0.1, 0.2, 2.0]] * 5 + [[5.0, 5.0, 2.0]], device=device)
     rays = (origins, torch.tensor([[0.0, 0.0, -1.0]], device=device).expand(6, 3))
-    _, opacity, normal = look(kernels.render, rays, spec, fields, normals=normals)
+    _, opacity, normal = view_rays(kernels.render, rays, spec, fields, normals=normals)
     assert opacity[:5].all() and not normal.any()
 
 

@@ -61,7 +61,7 @@ def make(n, spec=SPEC, hidden=(16,), *, device, seed=0, reach=1.0, logit=0.0, ac
 
 
 def run(function, inputs, upstream, spec, *, points=False, precise=False, **options):
-    """Outputs and gradients by name. `precise` runs in fp64; `points` asks for the gradient of x as well."""
+    """Outputs and gradients by name. `precise` runs in fp64; `points` adds the gradient of x."""
 
     def leaf(value, needs_grad=True):
         value = value.detach().double() if precise else value.detach()
@@ -90,7 +90,7 @@ def compare(inputs, upstream, spec, *, dtype=None, **options):
 
 
 def all_three(inputs, upstream, spec, *, dtype=None, **options):
-    """What the kernels find, what their reference finds in their dtype, and in fp64.
+    """Results of the kernels, of the reference in their dtype, and of the reference in fp64.
 
     In fp32 without what a ReLU decides that is so near its kink that rounding may put it on the other side: there
     gradients jump, and so do analytic normals.
@@ -111,7 +111,7 @@ def all_three(inputs, upstream, spec, *, dtype=None, **options):
 
 
 def away_from_kinks(inputs, spec, epsilon, active_levels):
-    """Which points have no ReLU near its kink, at the point or, with an epsilon, at its taps; nearly all of them."""
+    """Mask of the points, nearly all, with no ReLU near its kink there or, with an epsilon, at their taps."""
     x, table, weights, biases = ([part.double() for part in v] if isinstance(v, list) else v.double() for v in inputs)
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
     steps = epsilon * torch.eye(3, dtype=x.dtype, device=x.device) if epsilon else x.new_zeros(0, 3)

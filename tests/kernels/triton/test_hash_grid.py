@@ -96,7 +96,7 @@ def test_hash_grid_atomics(device, width, run, monkeypatch):
     config = grid_gradients.TableBwdConfig(block=32, run=run, width=width, warps=1)
     monkeypatch.setattr(grid_gradients, "_hash_grid_table_bwd_config", lambda *_: config)
     x, table, upstream, _ = inputs(TINY, 129, device)
-    upstream = upstream.half()  # in fp32 so many points into so few rows would be whole numbers
+    upstream = upstream.half()  # in fp32 so many points into so few rows would be fixed-point numbers
     grads = []
     for dtype in (torch.float32, torch.float64):
         leaf = table.detach().clone().to(dtype).requires_grad_()

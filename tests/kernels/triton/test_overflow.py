@@ -29,7 +29,7 @@ GRID = HashGridSpec(levels=5, features=2, log2_entries=8, base_resolution=4, max
 
 
 def touched(memory, monkeypatch, launch, program, programs=None, **changed):
-    """How many lanes of one program of a launch read and write which argument's memory."""
+    """Number of lanes of a program that read and write the memory of each argument of a launch."""
     with memory.far(monkeypatch, program, programs or launch.grid):
         launch.kernel[(1,)](**{**launch.arguments, **changed})
     return {name: lanes for name, lanes in memory.touched.items() if lanes}

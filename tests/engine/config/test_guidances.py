@@ -1,0 +1,50 @@
+"""The table of guidances: complete, and the only place that knows their names."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import dream_fast
+from dream_fast.engine.config.guidances import DIFFUSION_SETTINGS, GUIDANCES, GuidanceSpec, accept_latents
+from dream_fast.engine.config.schema import settings
+from dream_fast.engine.guidance.registry import BUILDERS
+
+ROOT = Path(dream_fast.__file__).parent
+# Files that name the kinds of pipelines, which are called as the guidances are, and answers to other programs' words.
+OTHERS = {"engine/config/guidances.py", "engine/config/model_names.py", "engine/guidance/registry.py"}
+
+
+def test_guidances_have_a_builder_each():
+    """An entry in the table of the settings is one in the table of the builders."""
+    assert BUILDERS.keys() == GUIDANCES.keys()
+
+
+@pytest.mark.parametrize("spec", GUIDANCES.values(), ids=lambda spec: spec.name)
+def test_guidance_names_settings_that_there_are(spec: GuidanceSpec):
+    """Settings that a guidance reads, and those of its model, are fields of the configuration."""
+    names = {field.name for _, field in settings()}
+    assert spec.settings_read | set(spec.model_settings) | spec.default_model.keys() <= names
+    assert spec.is_diffusion == (spec.settings_read == DIFFUSION_SETTINGS)
+    assert spec.is_diffusion or spec.objective, "the start line of a run needs a phrase"
+
+
+def test_names_of_guidances_are_in_the_table_alone():
+    """No other module of the engine or the command compares with the name of a guidance."""
+    for path in [ROOT / "cli.py", *(ROOT / "engine").rglob("*.py")]:
+        name = path.relative_to(ROOT).as_posix()
+        if name in OTHERS or name.startswith("engine/guidance/model/"):
+            continue
+        literals = {node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                    if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # fmt: skip
+        found = literals & (GUIDANCES.keys() - {"dream-mini", "IF"}) | literals & {"dream-mini"}
+        assert not found, f"{name} has {found}"
+
+
+@pytest.mark.parametrize(
+    ("names", "accepts"),
+    [(["SD"], True), (["SD", "clip"], True), (["clip"], False), (["IF"], False), (["IF", "SD"], False), ([], False)],
+)
+def test_latents_need_a_diffusion_model_and_all_of_them_to_accept(names, accepts):
+    """A guidance without a diffusion model is left out of a latent phase; a pixel-space model forbids it."""
+    assert accept_latents([GUIDANCES[name] for name in names]) is accepts
