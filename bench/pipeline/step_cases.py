@@ -124,6 +124,7 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
     if plain:
         config = config.override({"cuda_graph": False})  # the references read sizes on the host
     runtime = choose_runtime(config)
+    assert config.run.seed is not None, "every case names a seed"
     prepare(runtime, config.run.seed, vram_O=config.run.vram_O)
     if plain:
         components = plain_components(case.mini, device, runtime.dtype)

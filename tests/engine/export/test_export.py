@@ -202,7 +202,7 @@ def test_write_mesh_without_surface(volume):
         isosurface.choose_isovalue(torch.tensor(volume), 10.0)
 
 
-# ---------------------------------------------------------------------------------------------- a field that we know
+# A field that we know
 
 
 def scene(points):
@@ -444,7 +444,7 @@ write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(
     assert (vertices.vertex_normals * directions).sum(axis=1).min() > 0.5  # the first field is a ball
 
 
-# ------------------------------------------------------------------------------------------------ images and videos
+# Images and videos
 
 
 def test_write_six_views(tmp_path):

@@ -176,7 +176,7 @@ def test_sample_volume_not_finite(monkeypatch):
         found(hole, 65)
 
 
-# --------------------------------------------------------------------------------------------------- simplification
+# Simplification
 
 BALL = marching_cubes(
     0.6 - np.linalg.norm(np.stack(np.meshgrid(*[np.linspace(-1, 1, 10)] * 3, indexing="ij")), axis=0), 0.0
@@ -248,7 +248,7 @@ def test_simplify_without_target():
     assert geometry_mesh.simplify(BALL, 0) is BALL
 
 
-# --------------------------------------------------------------------------------------------------------- textures
+# Textures
 
 
 def seen_in_the_picture(laid, resolution):

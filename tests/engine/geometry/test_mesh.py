@@ -43,7 +43,7 @@ def same(one, other):
     return np.array_equal(one.vertices, other.vertices) and np.array_equal(one.faces, other.faces)
 
 
-# ------------------------------------------------------------------------------------------------------------- parts
+# Parts
 
 
 def test_connected_components_lowest_name():
@@ -109,7 +109,7 @@ def test_join_near_components_distance():
         assert dropped.tolist() == [0, 1, 2, 3]
 
 
-# ------------------------------------------------------------------------------------------------------------ sheets
+# Sheets
 
 
 def test_is_closed():
@@ -186,7 +186,7 @@ def test_smooth_normals_weighted_by_area():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- simplification
+# Simplification
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_simplify_small_mesh(simplified):
     assert simplified.targets == [4, 11]
 
 
-# ------------------------------------------------------------------------------------------------------------ volume
+# Volume
 
 
 class Linear:

@@ -42,7 +42,7 @@ def some_rays(size=6):
     return tuple(part.reshape(-1, 3) for part in rays(cameras, size, size))
 
 
-# ------------------------------------------------------------------------------------------------- importance sampling
+# Importance sampling
 
 
 @pytest.mark.parametrize("generator", [None, seeded()], ids=["middle", "random"])
@@ -124,7 +124,7 @@ def test_ray_weights_opaque(density):
     check("colours", out.values, seen.float(), seen)
 
 
-# ------------------------------------------------------------------------------------------------------- whole samples
+# Whole samples
 
 
 def near_far_of_the_cube(origins, directions):
@@ -261,7 +261,7 @@ def test_importance_sampler_state():
         sampler.load_state_dict({"bits": torch.zeros(1)})
 
 
-# ------------------------------------------------------------------------------------------------- against a quadrature
+# Against a quadrature
 
 
 class Cloud:
