@@ -77,7 +77,7 @@ _HEAD = """# Coming from stable-dreamfusion
 
 Write `dream-fast` for `python main.py`. Below are {count} command lines of its README and scripts with what happened
 here to each: `python -m dream_fast.bench command_lines` ran them for {steps} steps with dream-mini on a CPU
-({machine}, two cores that others used too: the seconds measure nothing), with pictures of
+({machine}, two cores that others used too: the seconds measure nothing), with images of
 96 x 96 and 6 frames, each in a folder of its own (those with `--test` in that of the first). A test keeps the sentences
 current. Every single flag: [options.md](options.md).
 

@@ -1,4 +1,4 @@
-"""Pictures that dream-mini makes of prompts.
+"""Images that dream-mini makes of prompts.
 
 `python -m dream_fast.bench.quality.model_samples --out sheet.png PROMPT ...`.
 
@@ -33,7 +33,7 @@ def sample_views(
 
 
 def sheet(images: torch.Tensor, columns: int = 3) -> Image.Image:
-    """Rows of pictures [N, V, 3, S, S] in `columns` columns of rows."""
+    """Rows of images [N, V, 3, S, S] in `columns` columns of rows."""
     rows, views, _, size, _ = images.shape
     high = -(-rows // columns)
     canvas = torch.ones(3, high * size, columns * (views * size + 8))

@@ -1,7 +1,7 @@
 """docs/quality.md: how results look beside the world's own objects. `python -m dream_fast.bench quality_page`.
 
 Tables from results/quality-*.json, a column each, are written between the page's markers; `bench quality --name NAME`
-writes such a file, and its sheet of pictures.
+writes such a file, and its sheet of images.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MEASURES = {  # name -> what is written of it
     "mesh_psnr": "mesh beside field, worst view, dB",
     "mesh_iou": "the same, overlap",
 }
-TILE, ACROSS = 160, 3  # pixels of a picture of the sheet, prompts in a row
+TILE, ACROSS = 160, 3  # pixels of an image of the sheet, prompts in a row
 
 
 def read_records(folder: Path = RESULTS) -> dict[str, dict]:
