@@ -39,7 +39,7 @@ class GridPoints(NamedTuple):
     x: Tensor
     scale: float = 1.0
     shift: float = 0.0
-    count: Tensor | None = None
+    count: Tensor | None = None  # type: ignore[assignment]  # in place of tuple.count
     active_levels: int | Tensor | None = None
 
     def levels(self, spec: HashGridSpec) -> tuple[int, Tensor | None]:
@@ -120,6 +120,7 @@ def _fixed_point_factor(
     if features is not None:
         bound = bound + _largest(features, points.count)
     if tangent is not None:
+        assert tangent_features is not None
         # No weight changes by more than 1.5 R a unit.
         reach = _largest(tangent.t(), points.count) * (3 * 1.5 * max(spec.resolutions) * abs(points.scale))
         bound = bound + _largest(tangent_features, points.count) * reach
@@ -173,8 +174,9 @@ def scatter_features(
     fixed = deterministic or (single and 8 * n > 1000 * spec.offsets[1])
     if fixed:
         factor, inverse = _fixed_point_factor(points, spec, features, tangent, tangent_features)
-    grad = out
-    if fixed or out is None:
+    if out is not None and not fixed:
+        grad = out
+    else:
         grad = torch.zeros(spec.rows, spec.features, device=device, dtype=torch.int64 if fixed else torch.float32)
     config = _hash_grid_table_bwd_config(n, spec.features, fixed)
     blocks = -(-n // (config.block * config.run))
@@ -187,7 +189,7 @@ def scatter_features(
         u=_unit_coordinates(points, padded),
         features=None if features is None else channel_major(features, points.count),
         tangent=None if tangent is None else tangent.contiguous(),
-        tangent_features=None if tangent is None else channel_major(tangent_features, points.count),
+        tangent_features=None if tangent_features is None else channel_major(tangent_features, points.count),
         grad=grad,
         factor=factor,
         levels=level_table(spec, device),
@@ -201,7 +203,7 @@ def scatter_features(
         RUN=config.run,
         BLOCK=config.block,
     )
-    if fixed:
+    if inverse is not None:
         grad = grad.float() * inverse
         return grad if out is None else out.add_(grad)
     return grad
