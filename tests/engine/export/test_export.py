@@ -283,7 +283,7 @@ def test_write_mesh_six_views(written):
 
 
 def test_write_mesh_silhouettes(tmp_path):
-    """The mesh has the outline of the images whatever the threshold."""
+    """The mesh has the silhouette of the images whatever the threshold."""
 
     def worst_overlap(threshold, silhouettes):
         options = dict(silhouettes=silhouettes, decimate_target=4000, texture_resolution=64)
