@@ -53,7 +53,7 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StepCase:
-    """One case of the benchmark of a step.
+    """A case of the benchmark of a step.
 
     mini: with the embedded model instead of Stable Diffusion's architecture. flags: of the command. peer: the step is
     also timed on plain diffusers and references. channels_last, compiled: modules of the image model that compute so,

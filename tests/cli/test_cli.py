@@ -342,7 +342,7 @@ def test_help_lists_every_setting_by_room(capsys):
     shown = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f"--{field.name}" in shown for _, field in settings())
-    assert all(room.type.__doc__.rstrip(".") in shown for room, _ in settings())
+    assert all(section.type.__doc__.rstrip(".") in shown for section, _ in settings())
 
 
 @pytest.mark.parametrize(

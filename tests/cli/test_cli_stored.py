@@ -90,8 +90,8 @@ def test_refinement_keeps_field(typed, handed, capsys):
     store("workspace", dmtet=True, init_with="gone.glb", **typed)
     assert main([*words, *backbone, "--hidden_width", "8"]) == 0
     config = handed.pop()
-    rooms = config.to_dict()["field"] | config.to_dict()["render"]
-    assert {name: rooms[name] for name in typed} == typed and config.field.hidden_width == 8
+    sections = config.to_dict()["field"] | config.to_dict()["render"]
+    assert {name: sections[name] for name in typed} == typed and config.field.hidden_width == 8
     gone = "dream-fast: error: --init_with gone.glb: there is no such file\n"
     assert main([*words, "--ckpt", "scratch"]) == 2 and capsys.readouterr().err == gone
     assert main([*words, "--workspace", "other"]) == 2 and capsys.readouterr().err == gone

@@ -35,10 +35,10 @@ def refusal(*words: str) -> str:
 
 
 def test_help_groups():
-    """Titles are the rooms' first lines, and a flag's help is that of its setting or of the table of flags."""
+    """Titles are the sections' first lines, and a flag's help is that of its setting or of the table of flags."""
     parser = build_parser()
     titles = [group.title for group in parser._action_groups][2:]
-    assert titles == list(dict.fromkeys(room.type.__doc__.removesuffix(".") for room, _ in settings()))
+    assert titles == list(dict.fromkeys(section.type.__doc__.removesuffix(".") for section, _ in settings()))
     helps = {flag: action.help for action in parser._actions for flag in action.option_strings}
     for flag, words in COMMAND_FLAGS.items():
         assert helps[flag] == words
@@ -69,9 +69,9 @@ def test_help_shows_what_a_flag_takes(flag, metavar):
 
 def test_help_may_name_a_percentage(monkeypatch):
     """A percent sign in the help of a setting is no format of argparse."""
-    field = dataclasses.make_dataclass("Room", [("share", float, setting(0.5, "50 % of it"))])
-    room = SimpleNamespace(name="room", type=SimpleNamespace(__doc__="A room."))
-    monkeypatch.setattr(cli, "settings", lambda: [(room, dataclasses.fields(field)[0])])
+    field = dataclasses.make_dataclass("Section", [("share", float, setting(0.5, "50 % of it"))])
+    section = SimpleNamespace(name="section", type=SimpleNamespace(__doc__="A section."))
+    monkeypatch.setattr(cli, "settings", lambda: [(section, dataclasses.fields(field)[0])])
     assert "50 % of it" in build_parser().format_help()
 
 

@@ -98,7 +98,7 @@ def test_a_run_writes_everything(finished, tiny_model):
     mesh = trimesh.load(finished / "mesh" / "mesh.glb", force="mesh")
     mesh.merge_vertices(merge_tex=True, merge_norm=True)  # those that seams of the texture double
     assert len(mesh.faces) > 0 and mesh.is_watertight
-    assert not [path for path in finished.rglob(".*")]  # nothing half-written is left
+    assert not list(finished.rglob(".*"))  # nothing half-written is left
 
 
 def test_file_settings_reach_steps(tiny_model, tmp_path, monkeypatch):

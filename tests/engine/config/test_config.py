@@ -85,7 +85,7 @@ REFERENCE = dict(
 
 
 def flat(config: Config) -> dict:
-    return {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+    return {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
 
 
 def test_setting_names_unique():

@@ -52,7 +52,7 @@ def test_validate_takes(typed):
     """What each rule leaves is taken as it was typed."""
     config = reference().override(typed)
     validate(config)
-    values = {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+    values = {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
     assert {name: values[name] for name in typed} == typed
 
 

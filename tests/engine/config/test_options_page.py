@@ -100,8 +100,8 @@ def test_vanilla_defaults_on_page(tables):
     assert shown["--lr_decay"] == ["0.1", "0.1", "0.1"] and shown["--hidden_layers"][0] == "4"
     for place, (typed, device) in enumerate([({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]):
         grid, own = (configure(typed | {"backbone": name}, device) for name in ("grid", "vanilla"))
-        for room, field in settings():
-            before, after = (getattr(getattr(config, room.name), field.name) for config in (grid, own))
+        for section, field in settings():
+            before, after = (getattr(getattr(config, section.name), field.name) for config in (grid, own))
             if field.name != "backbone":
                 assert bool(shown.get(f"--{field.name}", [""] * 3)[place]) == (before != after)
     assert "`--n_levels`, " in page() and "`--lambda_wd`.\n" in page()

@@ -27,7 +27,7 @@ VANILLA = {"fp16": True, "backbone": "vanilla"}
 
 
 def values_of(config) -> dict:
-    return {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+    return {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
 
 
 @pytest.mark.parametrize(
