@@ -84,8 +84,8 @@ current. Every single flag: [options.md](options.md).
 What to know besides:
 
 - Without `--sd_version`, `--hf_key`, `--IF` or `--guidance` the embedded model guides, not Stable Diffusion 2.1. It
-  knows {things} things and says so of a prompt without any of them; such a line was run with the prompt "{known}".
-- A line that asks for a model that has to be downloaded was run with dream-mini in its place, everything else as typed.
+  knows {things} things and refuses a prompt without any of them; such a line was run with the prompt "{known}".
+- A line that names a model that has to be downloaded was run with dream-mini instead, everything else as typed.
   The paths of those models are tested with random weights; their trained ones were not at hand.
 - A workspace holds one run. The README's lines mostly say `--workspace trial`; a second one with other settings is
   refused, with the settings that differ, where the reference would go on from the first one's checkpoint. Take another

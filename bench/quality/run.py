@@ -70,15 +70,15 @@ def expected_classes(prompt: str) -> tuple[int, int | None]:
 
 def assess(classifier: Classifier, images: Tensor, prompt: str) -> dict[str, float | None]:
     """Shares of the images [8, 3, H, W] that are right; None for what the prompt does not name."""
-    found = classify(classifier, images)
+    predictions = classify(classifier, images)
     thing, color = expected_classes(prompt)
-    right = found.object == thing
-    both = None if color is None else (right & (found.color == color)).float().mean().item()
+    right = predictions.object == thing
+    both = None if color is None else (right & (predictions.color == color)).float().mean().item()
     janus = front = back = None
     if list(THINGS.values())[thing].face:
-        janus = (found.view[list(BEHIND)] == VIEWS.index("front")).float().mean().item()
-        front = float(found.view[FRONT] == VIEWS.index("front"))
-        back = float(found.view[BACK] == VIEWS.index("back"))
+        janus = (predictions.view[list(BEHIND)] == VIEWS.index("front")).float().mean().item()
+        front = float(predictions.view[FRONT] == VIEWS.index("front"))
+        back = float(predictions.view[BACK] == VIEWS.index("back"))
     return {"object": right.float().mean().item(), "object_color": both, "janus": janus, "front": front, "back": back}
 
 
@@ -295,7 +295,9 @@ def score_prior(work: Path, device: str) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench quality", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of quality.json and the contact sheet")
-    parser.add_argument("--work", type=Path, default=Path("quality"), help="folder of what is done; taken up again")
+    parser.add_argument(
+        "--work", type=Path, default=Path("quality"), help="folder of finished runs; an earlier one is resumed"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=3)
@@ -305,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--settings", default="{}", metavar="JSON", help=of_runs)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run that would end later; 0: none at all")
     parser.add_argument("--name", help="also a column of docs/quality.md: writes quality-NAME.json and its sheet")
-    parser.add_argument("--no_prior", action="store_true", help="leave dream-mini's own images out")
+    parser.add_argument("--no_prior", "--no-prior", action="store_true", help="leave dream-mini's own images out")
     args = parser.parse_args(argv)
     try:
         args.settings = read_settings(args.settings)
@@ -340,10 +342,10 @@ def write_named(name: str, record: dict, work: Path, out: Path) -> None:
 
 def read_settings(text: str) -> dict[str, object]:
     """Read settings from a JSON object, with schedules as on the command line. Raises ValueError: for other text."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
+    settings = json.loads(text)
+    if not isinstance(settings, dict):
         raise ValueError(f"a JSON object, not {text}")
-    return read_values(found)
+    return read_values(settings)
 
 
 def measure(

@@ -1,6 +1,6 @@
-"""Renders of the procedural world for a prompt, by the cameras and the light that results are looked at with.
+"""Render the procedural world for prompts, with the cameras and the light of rendered results.
 
-The truth that `bench quality` compares results with: the same measures of the same views. `python -m dream_fast.bench
+`bench quality` compares results with these renders, by the same measures of the same views. `python -m dream_fast.bench
 world` stores what it needs of them; on a CPU of fewer scenes. Repeat it when the world or the classifier changes.
 """
 
@@ -31,21 +31,21 @@ from dream_fast.engine.scene.camera import Cameras, rays, turntable
 SEED = 404  # neither dream-mini nor the classifier has learned from it
 SCENES = {"cuda": 16, "cpu": 2}  # a prompt, of which images are rendered
 SHAPES = {"cuda": 8, "cpu": 1}  # of them, whose shapes are measured
-PAINTS = 32  # scenes a prompt whose colours are looked at
+PAINTS = 32  # scenes of a prompt whose colours are measured
 SAME = 10.0  # CIEDE2000 below which two colours of an object are one
 FINER = {"cuda": 1.5, "cpu": 1.0}  # rays along an edge of an image, a pixel
 LOOKS = RESULTS / "world.safetensors"
 
 
 class WorldLook(NamedTuple):
-    """What the world's objects for some prompts look like: P prompts, N scenes of each, V views, D features."""
+    """Features and shapes of the world's objects: P prompts, N scenes of each, V views, D features."""
 
     features: Tensor  # [P, N, V, D] of the classifier
     shapes: Tensor  # [P, 3] roughness_deg, edge_ratio, floaters
 
 
 class Surfaces(NamedTuple):
-    """What V cameras see of one scene."""
+    """Renders of one scene by V cameras."""
 
     normal: Tensor  # [V, size, size, 3]
     albedo: Tensor  # [V, size, size, 3]

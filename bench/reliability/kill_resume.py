@@ -105,7 +105,8 @@ def arm_kill(kill: Kill) -> Callable[[int], None]:
         if matches and kill.stage == "named":
             kill_self()
 
-    checkpoint.save_file, os.replace = save_file, rename
+    checkpoint.save_file = save_file
+    os.replace = rename
     return before_step
 
 

@@ -63,7 +63,7 @@ class StepGraphs:
                 graph.register_generator_state(self.generator)
             with torch.cuda.graph(graph, pool=self._pool):
                 result = function(static)
-            if self.generator is not None:
+            if self.generator is not None and state is not None:
                 self.generator.set_state(state)
         return _Captured(graph, static, result)
 
@@ -89,7 +89,8 @@ def fill_static(static: list[Any], leaves: list[Any]) -> None:
     pairs = [(place, leaf) for place, leaf in zip(static, leaves, strict=True) if isinstance(place, Tensor)]
     tensors = [(place, leaf) for place, leaf in pairs if isinstance(leaf, Tensor)]
     if tensors:
-        torch._foreach_copy_(*map(list, zip(*tensors, strict=True)))
+        places, values = zip(*tensors, strict=True)
+        torch._foreach_copy_(list(places), list(values))
     for place, leaf in pairs:
         if not isinstance(leaf, Tensor):
             place.fill_(leaf)

@@ -17,8 +17,7 @@ from dream_fast.cli import main
 @pytest.fixture(scope="module")
 def said() -> list[dict]:
     """What the self test says of each kernel, in the interpreter as on a machine without a GPU."""
-    found = [found for found in doctor.check_kernels(on_gpu=False)]
-    return found
+    return list(doctor.check_kernels(on_gpu=False))
 
 
 def test_check_kernels(said):

@@ -6,7 +6,7 @@ import torch
 from dream_fast.bench.quality import page as quality_page
 from dream_fast.bench.quality import world
 from dream_fast.bench.quality.measures import delta_e
-from dream_fast.bench.quality.page import BEGIN, END, fill_page, table
+from dream_fast.bench.quality.page import BEGIN, END, fill_page, format_table
 from dream_fast.bench.quality.run import HELD_OUT, PROMPTS
 from dream_fast.bench.quality.world import (
     PAINTS,
@@ -29,14 +29,14 @@ def record(**result: float) -> dict:
 def test_table_columns() -> None:
     """Measures that nothing has are left out, and so is a set of prompts without runs."""
     records = {"before": record(kid=1.0), "after": record(kid=0.25)}
-    lines = table(records, "").splitlines()
+    lines = format_table(records, "").splitlines()
     assert lines[0] == "| | before | after | the world's own |"
     assert lines[2:] == [
         "| roughness, degrees | 8 | 8 | 2.5 |",
         "| kernel distance | 1 | 0.25 |  |",
         "| object | 0.5 | 0.5 |  |",
     ]
-    assert table(records, "held_out") == ""
+    assert format_table(records, "held_out") == ""
 
 
 def test_fill_page() -> None:

@@ -79,7 +79,7 @@ def classify_sides(classifier: Classifier, images: Tensor) -> Predictions:
 
 
 def scores(found: Predictions) -> dict:
-    """What is right of the images of N times PROMPTS, each from three sides; views count for objects with a face.
+    """Scores of images of N times PROMPTS, each from three sides; views count for objects with a face.
 
     `view`: the classifier calls it by the caption's word, with borders at 45 and 135 degrees.
     """

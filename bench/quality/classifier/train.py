@@ -127,7 +127,7 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def view_targets(polar: Tensor, azimuth: Tensor) -> Tensor:
-    """How much each sector, and the view from above, is the view: [N, SECTORS + 1], rows sum to 1, soft at borders."""
+    """Membership in each sector and in the view from above: [N, SECTORS + 1], rows sum to 1, soft at borders."""
     away = (azimuth[:, None] - sector_centers().to(azimuth) + 180) % 360 - 180
     sectors = torch.softmax(-0.5 * (away / 10) ** 2, -1)
     above = torch.sigmoid((30 - polar) / 2)[:, None]
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--batches", type=int, default=620, help="batches of 64 objects, four views of each")
-    parser.add_argument("--held_out", type=int, default=40, help="such batches to measure on")
+    parser.add_argument("--held_out", "--held-out", type=int, default=40, help="such batches to measure on")
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--workers", type=int, default=14)
     args = parser.parse_args(argv)
