@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     groups: dict[str, Any] = {}
     for section, field in settings():
         if section.name not in groups:
-            groups[section.name] = parser.add_argument_group(section.type.__doc__.rstrip("."))
+            groups[section.name] = parser.add_argument_group((section.type.__doc__ or "").rstrip("."))
         names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
         groups[section.name].add_argument(*names, **_argument(field))
     return parser

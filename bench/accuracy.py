@@ -90,8 +90,8 @@ def check_together(
     The worst of their errors counts. Alone, four biases of a reference in fp16 are now and then right by luck.
     """
     weights = weights or [None] * len(exact)
-    found = max(error(*tensors) for tensors in zip(got, exact, weights, strict=True))
+    worst = max(error(*tensors) for tensors in zip(got, exact, weights, strict=True))
     allowed = max(tolerance(*tensors) for tensors in zip(reference, exact, weights, strict=True))
-    if not found <= allowed:
-        raise AssertionError(f"{name}: error {found:.3g}, allowed {allowed:.3g}")
-    return found
+    if not worst <= allowed:
+        raise AssertionError(f"{name}: error {worst:.3g}, allowed {allowed:.3g}")
+    return worst

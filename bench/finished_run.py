@@ -10,6 +10,7 @@ from dream_fast.engine.workspace.folder import Workspace
 
 def load_finished(config: Config, workspace: Path) -> Trainer:
     """The trainer of a finished run, with the state of its last checkpoint and without guidance."""
-    trainer = Trainer(config, choose_runtime(config), config.run.seed)
+    assert config.run.drawn_seed is not None, f"{workspace} stores no seed"
+    trainer = Trainer(config, choose_runtime(config), config.run.drawn_seed)
     trainer.load(max(Workspace(workspace).checkpoints.glob("*.safetensors")))
     return trainer

@@ -75,7 +75,7 @@ def time_cuda(call: Callable[[], Any], *, milliseconds: float = 100, graph: bool
         run()
     end.record()
     torch.cuda.synchronize()
-    # The estimate includes the flush, so that the time spent is what was asked for.
+    # The estimate includes the flush, so that the total time is about `milliseconds`.
     repeats = min(1000, max(least, int(milliseconds / (start.elapsed_time(end) / 3))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for before, after in events:

@@ -1,6 +1,6 @@
 """The tables of PROFILING.md, from bench/results. `python -m dream_fast.bench report --write`.
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; without `--write` the tables are printed.
+Each table is between `<!-- table: NAME -->` and `<!-- end of table -->`; without `--write` the tables are printed.
 A test compares the page with the results.
 """
 

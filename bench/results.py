@@ -1,8 +1,8 @@
 """The folder of results, and the files in it: header, rows, reading and writing.
 
 `python -m dream_fast.bench kernels` writes the header and the rows of the operators into the file of a GPU, and
-`bench step` the rows of whole steps into the same file. Each replaces its own rows. The commit of a step stands beside
-its case, since the rows of one file may come from different days.
+`bench step` the rows of whole steps into the same file. Each replaces its own rows. The commit of a step is stored
+with its case, since the rows of one file may come from different days.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.export.images import six_view_paths, write_six_views
@@ -11,6 +11,7 @@ from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_te
 from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.geometry.mesh import NoSurface, simplify
+from dream_fast.engine.render.mesh import MeshRenderer
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import six_views
@@ -91,9 +92,9 @@ def _mesh_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
 
     def write() -> None:
         with reporter.bar("mesh", 100) as bar:
-            texture = dict(progress=lambda part: bar.advance(round(100 * part)))
+            texture: dict[str, Any] = dict(progress=lambda part: bar.advance(round(100 * part)))
             size, target = config.output.texture_resolution, config.output.decimate_target
-            if config.dmtet.dmtet:
+            if isinstance(trainer.renderer, MeshRenderer):
                 write_textured(path, simplify(trainer.renderer.mesh(), target), trainer.field, size, **texture)
                 return
             write_mesh(

@@ -74,8 +74,8 @@ def _run_once(
         same_device = {"device": stored.config.run.device} if config.run.test else {}
         workspace.check_same_run(config.override(same_device))
         report_version(stored, reporter)
-    prepare(runtime, config.run.seed, deterministic=config.run.deterministic, vram_O=config.run.vram_O)
-    trainer = Trainer(config, runtime, config.run.seed)
+    prepare(runtime, config.run.drawn_seed, deterministic=config.run.deterministic, vram_O=config.run.vram_O)
+    trainer = Trainer(config, runtime, config.run.drawn_seed)
     damaged = resume(trainer, workspace, reporter)
     if config.dmtet.dmtet and trainer.step == 0:
         reporter.say(f"the surface starts from {config.dmtet.init_with or 'a sphere'}")
@@ -134,7 +134,8 @@ def _train(
     times = [started, time.monotonic()]
     Loop(trainer, workspace, reporter, loop).fit()
     times.append(time.monotonic())
-    trainer.guidance = loaded = None  # the outputs need its memory
+    trainer.guidance = None
+    del loaded  # the outputs need its memory
     status = write_outputs(trainer, workspace, reporter)
     times.append(time.monotonic())
 

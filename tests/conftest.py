@@ -188,7 +188,7 @@ def write_tiny_if_model(folder: Path, *, seed: int = 0) -> Path:
 
 
 def write_tiny_clip(folder: Path, *, seed: int = 0) -> Path:
-    """Save a random CLIP: pictures 24 x 24, 16 numbers for a picture or a text."""
+    """Save a random CLIP: images 24 x 24, 16 numbers for an image or a text."""
     import torch
     from transformers import CLIPConfig, CLIPModel
 

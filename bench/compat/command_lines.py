@@ -77,15 +77,15 @@ _HEAD = """# Coming from stable-dreamfusion
 
 Write `dream-fast` for `python main.py`. Below are {count} command lines of its README and scripts with what happened
 here to each: `python -m dream_fast.bench command_lines` ran them for {steps} steps with dream-mini on a CPU
-({machine}, two cores that others used too: the seconds measure nothing), with pictures of
+({machine}, two cores that others used too: the seconds measure nothing), with images of
 96 x 96 and 6 frames, each in a folder of its own (those with `--test` in that of the first). A test keeps the sentences
 current. Every single flag: [options.md](options.md).
 
 What to know besides:
 
 - Without `--sd_version`, `--hf_key`, `--IF` or `--guidance` the embedded model guides, not Stable Diffusion 2.1. It
-  knows {things} things and says so of a prompt without any of them; such a line was run with the prompt "{known}".
-- A line that asks for a model that has to be downloaded was run with dream-mini in its place, everything else as typed.
+  knows {things} things and refuses a prompt without any of them; such a line was run with the prompt "{known}".
+- A line that names a model that has to be downloaded was run with dream-mini instead, everything else as typed.
   The paths of those models are tested with random weights; their trained ones were not at hand.
 - A workspace holds one run. The README's lines mostly say `--workspace trial`; a second one with other settings is
   refused, with the settings that differ, where the reference would go on from the first one's checkpoint. Take another

@@ -22,7 +22,7 @@ from dream_fast.bench.ops.spec import Case, Operator, Problem, run
 
 
 def name_case(case: Case) -> str:
-    """The operator's name, with what tells its tiny cases apart where it has several."""
+    """The operator's name, and the kind of the case where it has several."""
     several = len(SPECS[case.op].tiny) > 1
     return f"{case.op} ({case.case.removeprefix('tiny_')})" if several else case.op
 

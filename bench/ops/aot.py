@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no entry starts with {' or '.join(args.op)}; there are: {' '.join(AOT_CASES)}", file=sys.stderr)
         return 2
     if args.check or args.write:
-        # Which entry a shared kernel stands under depends on all of them.
+        # The entry that lists a shared kernel depends on all of them.
         kernels = {key: names for key, names in distinct_kernels(AOT_CASES).items() if key in keys}
         return check_golden(kernels, everything=len(keys) == len(AOT_CASES), write=args.write)
     kernels = distinct_kernels(keys)

@@ -34,8 +34,8 @@ CPU = torch.device("cpu")
 
 def size_of(case: str, kind: str) -> int:
     """The number in a name: size_of("rays_64_analytic", "rays") is 64, size_of("uniform_2^20", "uniform") is 2^20."""
-    found, number, *_ = case.split("_")
-    if found != kind:
+    prefix, number, *_ = case.split("_")
+    if prefix != kind:
         raise ValueError(f"the case must be a {kind}_N, got {case}")
     return 2 ** int(number[2:]) if number.startswith("2^") else int(number)
 
@@ -102,11 +102,11 @@ def parameters(device: torch.device) -> dict[str, Tensor]:
     table = 0.5 * normal(GRID.rows, GRID.features, device=device, seed=3)
     for level, resolution in enumerate(GRID.resolutions):
         table[GRID.offsets[level] : GRID.offsets[level + 1]] *= GRID.resolutions[0] / resolution
-    found = {"table": table}
+    tensors = {"table": table}
     for layer, (inputs, outputs) in enumerate(zip(MLP[:-1], MLP[1:], strict=True)):
-        found[f"weight_{layer}"] = normal(outputs, inputs, device=device, seed=4 + layer) * (2 / inputs) ** 0.5
-        found[f"bias_{layer}"] = 0.1 * normal(outputs, device=device, seed=7 + layer)
-    return found
+        tensors[f"weight_{layer}"] = normal(outputs, inputs, device=device, seed=4 + layer) * (2 / inputs) ** 0.5
+        tensors[f"bias_{layer}"] = 0.1 * normal(outputs, device=device, seed=7 + layer)
+    return tensors
 
 
 def mlp(tensors: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -132,12 +132,12 @@ def touched_bytes(case: str, device: torch.device) -> int:
     """Bytes of the fp32 table that the points of a case read: rows that get a gradient."""
     x = (points(case, device) + 1) / 2
     table = torch.zeros(GRID.rows, GRID.features, device=x.device, requires_grad=True)
-    seen = torch.zeros(GRID.rows, dtype=torch.bool, device=x.device)
+    touched = torch.zeros(GRID.rows, dtype=torch.bool, device=x.device)
     for block in x.split(BLOCK):
         with torch.enable_grad():
             (grad,) = torch.autograd.grad(kernels.hash_grid_reference(block, table, GRID).sum(), table)
-        seen |= (grad != 0).any(1)
-    return int(seen.sum()) * GRID.features * 4
+        touched |= (grad != 0).any(1)
+    return int(touched.sum()) * GRID.features * 4
 
 
 def nbytes(*tensors: Tensor) -> int:

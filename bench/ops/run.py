@@ -220,6 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile_seconds",
         "--compile-seconds",
+        "--compile-seconds",
         type=float,
         default=0,
         help="most time for compiling the peers side by side, before anything is timed; each takes minutes in turn",

@@ -53,12 +53,12 @@ class Appearance(NamedTuple):
 @torch.no_grad()
 def render_appearance(trainer: Trainer, prompt: str) -> Appearance:
     """Render a run with its averaged weights, and score it."""
-    found = assess(load_classifier(), render_views(trainer).cpu(), prompt)
+    assessed = assess(load_classifier(), render_views(trainer).cpu(), prompt)
     cameras = turntable(trainer.config.camera, AZIMUTHS, trainer.device)
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
         view = trainer.renderer.view(cameras, SIZE, SIZE, shading=Shading("textureless", 0.1), background=black)
-    scores = {name: found[name] for name in ("object", "object_color")}
+    scores = {name: assessed[name] for name in ("object", "object_color")}
     return Appearance(scores, view.rgb[..., 0].cpu(), view.opacity.cpu(), view.normal.cpu())
 
 
@@ -74,18 +74,18 @@ def edges(opacity: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         turn.narrow(dim, 1, length - 2).add_(1 - cosine)
     creases = torch.zeros_like(inner)
     for number in range(len(opacity)):
-        found = turn[number][inner[number]]
-        if found.numel():
-            creases[number] = inner[number] & (turn[number] >= found.quantile(1 - CREASE_SHARE))
+        turns = turn[number][inner[number]]
+        if turns.numel():
+            creases[number] = inner[number] & (turn[number] >= turns.quantile(1 - CREASE_SHARE))
     return inside & ~eroded, creases, inner
 
 
 def slope(brightness: Tensor) -> Tensor:
     """Length of the gradient [N, H, W] of brightnesses, per pixel; 0 at the border."""
-    found = torch.zeros(2, *brightness.shape, device=brightness.device)
-    found[0, :, :, 1:-1] = (brightness[:, :, 2:] - brightness[:, :, :-2]) / 2
-    found[1, :, 1:-1] = (brightness[:, 2:] - brightness[:, :-2]) / 2
-    return found.norm(dim=0)
+    gradient = torch.zeros(2, *brightness.shape, device=brightness.device)
+    gradient[0, :, :, 1:-1] = (brightness[:, :, 2:] - brightness[:, :, :-2]) / 2
+    gradient[1, :, 1:-1] = (brightness[:, 2:] - brightness[:, :-2]) / 2
+    return gradient.norm(dim=0)
 
 
 def measure_sharpness(run: Appearance, mesh: Appearance) -> dict[str, Any]:
@@ -121,7 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", action="append", help="another prompt (may be given several times)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iters", type=int, help="steps of the runs that are refined; default: the preset's")
-    parser.add_argument("--dmtet_iters", type=int, help="steps of the refinements; default: the preset's")
+    parser.add_argument(
+        "--dmtet_iters", "--dmtet-iters", type=int, help="steps of the refinements; default: the preset's"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     rows, good = [], True

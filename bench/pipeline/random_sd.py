@@ -59,7 +59,7 @@ TINY_VAE = VAE | {
 
 
 def random_components(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Components:
-    """The plain modules of diffusers, frozen and on ``device``, without text encoder and VAE decoder. Always the same.
+    """The plain modules of diffusers, frozen and on `device`, without text encoder and VAE decoder. Always the same.
 
     `dream_fast.engine.guidance.model.components.prepare_components` makes of them what a run has.
     """
@@ -112,7 +112,7 @@ def _fill(model: torch.nn.Module, generator: torch.Generator | None) -> None:
 
 
 def in_dtype(components: Components, dtype: torch.dtype) -> Components:
-    """A copy whose modules have their weights in ``dtype``."""
+    """A copy whose modules have their weights in `dtype`."""
     parts = {name: _to(copy.deepcopy(getattr(components, name)), dtype) for name in ("unet", "vae")}
     return Components(**(vars(components) | parts | {"dtype": dtype}))
 

@@ -68,15 +68,15 @@ def guidance_of(trainer: Trainer) -> DiffusionGuidance:
     return cast(DiffusionGuidance, trainer.guidance)
 
 
-def image_gradient(score: ScoreDistillation, side: int, tokens: int) -> Tensor:
+def image_gradient(distillation: ScoreDistillation, side: int, tokens: int) -> Tensor:
     """The gradient [1, 3, side, side] in one image; image, prompt, timestep and noise are the same for every model."""
-    components, device = score.components, score.components.device
+    components, device = distillation.components, distillation.components.device
     generator = torch.Generator(device).manual_seed(5)
     image = torch.rand(1, 3, side, side, generator=generator, device=device).requires_grad_()
     # As long as the prompts of the steps, so that no second CUDA graph is made.
     shape = (2, 1, tokens, components.unet.config.cross_attention_dim)
     cond, uncond = torch.randn(shape, generator=generator, device=device).half().to(components.dtype)
-    score(image, cond, uncond, StepInputs(generator=generator)).loss.backward()
+    distillation(image, cond, uncond, StepInputs(generator=generator)).loss.backward()
     assert image.grad is not None
     return image.grad.double().cpu()
 
@@ -92,9 +92,9 @@ def exact_gradient(case: StepCase, device: torch.device) -> Exact:
     try:
         gradients = []
         for components in (plain, in_dtype(plain, torch.float32 if device.type == "cuda" else torch.float64)):
-            score = ScoreDistillation(components, config.guidance, cuda_graphs=False)
+            distillation = ScoreDistillation(components, config.guidance, cuda_graphs=False)
             with FlopCounterMode(display=False) as counter:
-                gradients.append(image_gradient(score, side, MINI_TOKENS if case.mini else TOKENS))
+                gradients.append(image_gradient(distillation, side, MINI_TOKENS if case.mini else TOKENS))
             flops = counter.get_total_flops()
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
@@ -203,14 +203,14 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     lost = int(trainer.skipped) - skipped + int(trainer.overflowed) - overflowed
     if lost:
         print(f"{case.name}: {lost} of the timed steps were skipped", flush=True)
-    score = guidance_of(trainer).distillation
+    distillation = guidance_of(trainer).distillation
     tokens = guidance_of(trainer).prompts.negative.shape[1]
-    gradient_error = error(image_gradient(score, trainer.config.camera.h, tokens), exact.gradient)
+    gradient_error = error(image_gradient(distillation, trainer.config.camera.h, tokens), exact.gradient)
     step = trainer.train_step()
     row = make_row(case, "triton" if device.type == "cuda" else "torch", trainer, timing, peak, exact, head)
     row |= {"max_err": float(f"{gradient_error:.3g}"), "samples": int(step.samples)}
-    row |= {"attention": str(score.components.attention), "start_s": round(start_s, 1)}
-    row["modules_ms"] = time_modules(score.components, tokens)
+    row |= {"attention": str(distillation.components.attention), "start_s": round(start_s, 1)}
+    row["modules_ms"] = time_modules(distillation.components, tokens)
     try:
         row["split_ms"] = split_step(trainer, device)
     except RuntimeError as failure:  # events inside a graph need a recent driver; the rest of the row is good
@@ -284,6 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compiled", nargs="+", choices=COMPILED, help="modules that the compiled cases compile")
     parser.add_argument(
         "--cuda_graph",
+        "--cuda-graph",
         "--cuda-graph",
         "--step_graph",
         action=argparse.BooleanOptionalAction,

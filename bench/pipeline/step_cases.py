@@ -53,7 +53,7 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StepCase:
-    """One case of the benchmark of a step.
+    """A case of the benchmark of a step.
 
     mini: with the embedded model instead of Stable Diffusion's architecture. flags: of the command. peer: the step is
     also timed on plain diffusers and references. channels_last, compiled: modules of the image model that compute so,
@@ -124,13 +124,14 @@ def make_trainer(case: StepCase, device: torch.device, *, plain: bool = False) -
     if plain:
         config = config.override({"cuda_graph": False})  # the references read sizes on the host
     runtime = choose_runtime(config)
-    prepare(runtime, config.run.seed, vram_O=config.run.vram_O)
+    assert config.run.seed is not None, "every case names a seed"
+    prepare(runtime, config.run.drawn_seed, vram_O=config.run.vram_O)
     if plain:
         components = plain_components(case.mini, device, runtime.dtype)
     else:
         components = our_components(case, config, device, runtime.dtype)
     guidance = diffusion_guidance(components, embed_prompt(case, components), config, cuda_graphs=not plain)
-    return Trainer(config, runtime, config.run.seed, guidance)
+    return Trainer(config, runtime, config.run.drawn_seed, guidance)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.scene.camera import Cameras, six_views, turntable
 from dream_fast.engine.training.trainer import Trainer
 
-STRIP = 512  # pixels of a picture of the strip
+STRIP = 512  # pixels of an image of the strip
 STRIP_VIEWS = (1, 5)  # of the eight azimuths around the object: from the front's right, from behind on the left
 
 
@@ -37,13 +37,13 @@ def measure_shape(trainer: Trainer) -> dict[str, float | None]:
     }
 
 
-def measure_color(pictures: Tensor, prompt: str, background: float) -> list[float]:
-    """Median colour [3] of the part that the prompt colours, in pictures [V, 3, H, W] over a gray background.
+def measure_color(images: Tensor, prompt: str, background: float) -> list[float]:
+    """Median colour [3] of the part that the prompt colours, in images [V, 3, H, W] over a gray background.
 
     A pixel belongs to the part whose colour in the world is nearest, or to the background.
     """
     palette = torch.cat([make_palette(prompt), torch.full((1, 3), background, dtype=torch.float64)])
-    return part_color(pictures.permute(0, 2, 3, 1).reshape(-1, 3).double(), palette).tolist()
+    return part_color(images.permute(0, 2, 3, 1).reshape(-1, 3).double(), palette).tolist()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Numbers for how an object looks: shape from normals and silhouettes, colour, and distance between sets of pictures.
+"""Numbers for how an object looks: shape from normals and silhouettes, colour, and distance between sets of images.
 
     roughness    angle between a pixel's normal and the mean of its 3 x 3 neighbourhood, inside the silhouette
     edge_ratio   length of the silhouette's boundary over that of the silhouette opened and closed with a disc
@@ -88,7 +88,7 @@ def _dilated(mask: Tensor, shape: Tensor) -> Tensor:
 
 
 def _eroded(mask: Tensor, shape: Tensor) -> Tensor:
-    """Pixels around which `shape` lies inside the mask; what is beyond the picture is outside."""
+    """Pixels around which `shape` lies inside the mask; what is beyond the image is outside."""
     edge = len(shape) // 2
     grown = _dilated(F.pad(~mask, (edge,) * 4, value=True), shape)
     return ~grown[:, edge:-edge, edge:-edge]
@@ -152,7 +152,7 @@ def part_color(rgb: Tensor, palette: Tensor) -> Tensor:
     return (chosen if len(chosen) else rgb).contiguous().median(0).values
 
 
-# ---------------------------------------------------------------------------------------------------- sets of pictures
+# ---------------------------------------------------------------------------------------------------- sets of images
 
 
 def kid(first: Tensor, second: Tensor) -> float:

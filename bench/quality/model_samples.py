@@ -1,4 +1,4 @@
-"""Pictures that dream-mini makes of prompts.
+"""Images that dream-mini makes of prompts.
 
 `python -m dream_fast.bench.quality.model_samples --out sheet.png PROMPT ...`.
 
@@ -33,7 +33,7 @@ def sample_views(
 
 
 def sheet(images: torch.Tensor, columns: int = 3) -> Image.Image:
-    """Rows of pictures [N, V, 3, S, S] in `columns` columns of rows."""
+    """Rows of images [N, V, 3, S, S] in `columns` columns of rows."""
     rows, views, _, size, _ = images.shape
     high = -(-rows // columns)
     canvas = torch.ones(3, high * size, columns * (views * size + 8))
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", "--guidance-scale", type=float, default=4.0)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     components = load_components(args.model, device, need_vae_decoder=True)

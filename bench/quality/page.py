@@ -1,7 +1,7 @@
-"""docs/quality.md: how results look beside the world's own objects. `python -m dream_fast.bench quality_page`.
+"""Write docs/quality.md: results beside the world's own objects. `python -m dream_fast.bench quality_page`.
 
 Tables from results/quality-*.json, a column each, are written between the page's markers; `bench quality --name NAME`
-writes such a file, and its sheet of pictures.
+writes such a file, and its sheet of images.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dream_fast.bench.results import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- generated: quality -->", "<!-- end: quality -->"
-MEASURES = {  # name -> what is written of it
+MEASURES = {  # name -> title
     "roughness_deg": "roughness, degrees",
     "edge_ratio": "edge ratio",
     "floaters": "floaters a view",
@@ -27,13 +27,15 @@ MEASURES = {  # name -> what is written of it
     "mesh_psnr": "mesh beside field, worst view, dB",
     "mesh_iou": "the same, overlap",
 }
-TILE, ACROSS = 160, 3  # pixels of a picture of the sheet, prompts in a row
+TILE, ACROSS = 160, 3  # pixels of an image of the sheet, prompts in a row
 
 
 def read_records(folder: Path = RESULTS) -> dict[str, dict]:
     """The named measurements, by name, in the order of their time."""
-    found = {path.stem.removeprefix("quality-"): json.loads(path.read_text()) for path in folder.glob("quality-*.json")}
-    return dict(sorted(found.items(), key=lambda item: item[1]["utc"]))
+    records = {
+        path.stem.removeprefix("quality-"): json.loads(path.read_text()) for path in folder.glob("quality-*.json")
+    }
+    return dict(sorted(records.items(), key=lambda item: item[1]["utc"]))
 
 
 def select_column(record: Mapping, part: str) -> dict[str, float]:
@@ -43,8 +45,8 @@ def select_column(record: Mapping, part: str) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def table(records: Mapping[str, Mapping], part: str) -> str:
-    """A row a measure: each record, and the world's own objects as the last record has them; empty without records."""
+def format_table(records: Mapping[str, Mapping], part: str) -> str:
+    """A Markdown table: a row a measure, a column for each record and for the world; empty without records."""
     columns = {name: select_column(record, part) for name, record in records.items()}
     columns = {name: column for name, column in columns.items() if column}
     if not columns:
@@ -59,32 +61,35 @@ def table(records: Mapping[str, Mapping], part: str) -> str:
     return "\n".join(lines)
 
 
-def source_line(name: str, record: Mapping) -> str:
-    """Where a column comes from."""
+def format_source(name: str, record: Mapping) -> str:
+    """The runs, device, commit and date of a column."""
     runs, held_out = record["runs"], record["held_out"]["runs"]
     of = f"{runs} runs of fixed prompts" + (f" and {held_out} of held-out ones" if held_out else "")
     return f"`{name}`: {of}, {record['device']}, commit {record['commit']}, {record['utc'][:10]}."
 
 
 def generated(records: Mapping[str, Mapping]) -> str:
-    parts = [(title, table(records, part)) for title, part in (("Fixed prompts", ""), ("Held-out prompts", "held_out"))]
+    parts = [
+        (title, format_table(records, part))
+        for title, part in (("Fixed prompts", ""), ("Held-out prompts", "held_out"))
+    ]
     text = "\n\n".join(f"### {title}\n\n{lines}" for title, lines in parts if lines)
-    sources = "\n".join(f"- {source_line(name, record)}" for name, record in records.items())
+    sources = "\n".join(f"- {format_source(name, record)}" for name, record in records.items())
     sheets = "\n\n".join(f"![{name}](../bench/results/quality-{name}.jpg)" for name in records)
     return f"{BEGIN}\n{text}\n\n{sources}\n\n{sheets}\n{END}"
 
 
 def fill_page(page: str, records: Mapping[str, Mapping]) -> str:
-    """The page with what is between its markers written anew."""
+    """The page with the text between its markers replaced."""
     before, rest = page.split(BEGIN)
     return before + generated(records) + rest.split(END)[1]
 
 
 def write_sheet(strips: Path, names: list[str], path: Path) -> None:
     """A small sheet of the strips of runs: of each the view from the front's right, as it is and as normals."""
-    found = [strips / f"{name}.jpg" for name in names if (strips / f"{name}.jpg").exists()]
-    sheet = Image.new("RGB", (ACROSS * 2 * TILE, -(-len(found) // ACROSS) * TILE), "white")
-    for number, file in enumerate(found):
+    files = [strips / f"{name}.jpg" for name in names if (strips / f"{name}.jpg").exists()]
+    sheet = Image.new("RGB", (ACROSS * 2 * TILE, -(-len(files) // ACROSS) * TILE), "white")
+    for number, file in enumerate(files):
         strip = Image.open(file)
         half = strip.crop((0, 0, strip.width // 2, strip.height)).resize((2 * TILE, TILE), Image.Resampling.LANCZOS)
         sheet.paste(half, (number % ACROSS * 2 * TILE, number // ACROSS * TILE))

@@ -68,17 +68,17 @@ def expected_classes(prompt: str) -> tuple[int, int | None]:
     return list(THINGS).index(name), color
 
 
-def assess(classifier: Classifier, pictures: Tensor, prompt: str) -> dict[str, float | None]:
+def assess(classifier: Classifier, images: Tensor, prompt: str) -> dict[str, float | None]:
     """Shares of the images [8, 3, H, W] that are right; None for what the prompt does not name."""
-    found = classify(classifier, pictures)
+    predictions = classify(classifier, images)
     thing, color = expected_classes(prompt)
-    right = found.object == thing
-    both = None if color is None else (right & (found.color == color)).float().mean().item()
+    right = predictions.object == thing
+    both = None if color is None else (right & (predictions.color == color)).float().mean().item()
     janus = front = back = None
     if list(THINGS.values())[thing].face:
-        janus = (found.view[list(BEHIND)] == VIEWS.index("front")).float().mean().item()
-        front = float(found.view[FRONT] == VIEWS.index("front"))
-        back = float(found.view[BACK] == VIEWS.index("back"))
+        janus = (predictions.view[list(BEHIND)] == VIEWS.index("front")).float().mean().item()
+        front = float(predictions.view[FRONT] == VIEWS.index("front"))
+        back = float(predictions.view[BACK] == VIEWS.index("back"))
     return {"object": right.float().mean().item(), "object_color": both, "janus": janus, "front": front, "back": back}
 
 
@@ -89,7 +89,7 @@ def make_run(prompt: str, seed: int, work: Path, device: str, other: Mapping[str
     workspace = work / "runs" / _name(prompt, seed)
     shutil.rmtree(workspace, ignore_errors=True)
     typed = {"text": prompt, "seed": seed, "workspace": str(workspace), "fp16": True, "device": device}
-    typed |= {"six_views": True, "eval_interval": 1000}  # no video and no pictures on the way: they change no result
+    typed |= {"six_views": True, "eval_interval": 1000}  # no video and no images on the way: they change no result
     meshes = other.get("save_mesh", False)  # measured, and not written among the outputs
     config = configure(typed | dict(other) | {"save_mesh": False}, device)
     start = time.monotonic()
@@ -236,9 +236,9 @@ def score_again(rows: list[dict], work: Path) -> list[dict]:
     for row in rows:
         path, prompt = _views(work, row["prompt"], row["seed"]), row["prompt"]
         if path.exists():
-            pictures = read_views(path)
-            row = row | assess(classifier, pictures, prompt)
-            row["color"] = round_values({"": measure_color(pictures, prompt, BACKGROUND)})[""]
+            images = read_views(path)
+            row = row | assess(classifier, images, prompt)
+            row["color"] = round_values({"": measure_color(images, prompt, BACKGROUND)})[""]
         fresh.append(row)
     return fresh
 
@@ -251,7 +251,8 @@ def compare_with_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -
     """
     rows = [row for row in rows if row["prompt"] in prompts]
     prompts = tuple(prompt for prompt in prompts if any(row["prompt"] == prompt for row in rows))
-    result, own = {name: _mean(rows, name) for name in SHAPE}, {}
+    result: dict[str, float | None] = {name: _mean(rows, name) for name in SHAPE}
+    own: dict[str, float] = {}
     if colored := [row for row in rows if row.get("color")]:
         errors = [color_error(torch.tensor(row["color"]), main_colors(row["prompt"])) for row in colored]
         result["color_error"], own["color_error"] = sum(errors) / len(errors), color_spread(prompts)
@@ -263,7 +264,7 @@ def compare_with_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -
             shown = torch.cat([classifier.features(read_views(path)) for path in paths])
             result["kid"] = kid(shown, world.features.flatten(0, 2))
     ratio = {name: value / own[name] for name in SHAPE if (value := result[name]) is not None and own.get(name)}
-    return {name: round_values(part) for name, part in {"result": result, "world": own, "ratio": ratio}.items()}
+    return {"result": round_values(result), "world": round_values(own), "ratio": round_values(ratio)}
 
 
 def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
@@ -294,7 +295,9 @@ def score_prior(work: Path, device: str) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench quality", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of quality.json and the contact sheet")
-    parser.add_argument("--work", type=Path, default=Path("quality"), help="folder of what is done; taken up again")
+    parser.add_argument(
+        "--work", type=Path, default=Path("quality"), help="folder of finished runs; an earlier one is resumed"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=3)
@@ -304,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--settings", default="{}", metavar="JSON", help=of_runs)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run that would end later; 0: none at all")
     parser.add_argument("--name", help="also a column of docs/quality.md: writes quality-NAME.json and its sheet")
-    parser.add_argument("--no_prior", action="store_true", help="leave dream-mini's own pictures out")
+    parser.add_argument("--no_prior", "--no-prior", action="store_true", help="leave dream-mini's own images out")
     args = parser.parse_args(argv)
     try:
         args.settings = read_settings(args.settings)
@@ -339,10 +342,10 @@ def write_named(name: str, record: dict, work: Path, out: Path) -> None:
 
 def read_settings(text: str) -> dict[str, object]:
     """Read settings from a JSON object, with schedules as on the command line. Raises ValueError: for other text."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
+    settings = json.loads(text)
+    if not isinstance(settings, dict):
         raise ValueError(f"a JSON object, not {text}")
-    return read_values(found)
+    return read_values(settings)
 
 
 def measure(

@@ -1,6 +1,6 @@
-"""Renders of the procedural world for a prompt, by the cameras and the light that results are looked at with.
+"""Render the procedural world for prompts, with the cameras and the light of rendered results.
 
-The truth that `bench quality` compares results with: the same measures of the same views. `python -m dream_fast.bench
+`bench quality` compares results with these renders, by the same measures of the same views. `python -m dream_fast.bench
 world` stores what it needs of them; on a CPU of fewer scenes. Repeat it when the world or the classifier changes.
 """
 
@@ -29,23 +29,23 @@ from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
 from dream_fast.engine.scene.camera import Cameras, rays, turntable
 
 SEED = 404  # neither dream-mini nor the classifier has learned from it
-SCENES = {"cuda": 16, "cpu": 2}  # a prompt, of which pictures are rendered
+SCENES = {"cuda": 16, "cpu": 2}  # a prompt, of which images are rendered
 SHAPES = {"cuda": 8, "cpu": 1}  # of them, whose shapes are measured
-PAINTS = 32  # scenes a prompt whose colours are looked at
+PAINTS = 32  # scenes of a prompt whose colours are measured
 SAME = 10.0  # CIEDE2000 below which two colours of an object are one
-FINER = {"cuda": 1.5, "cpu": 1.0}  # rays along an edge of a picture, a pixel
+FINER = {"cuda": 1.5, "cpu": 1.0}  # rays along an edge of an image, a pixel
 LOOKS = RESULTS / "world.safetensors"
 
 
 class WorldLook(NamedTuple):
-    """What the world's objects for some prompts look like: P prompts, N scenes of each, V views, D features."""
+    """Features and shapes of the world's objects: P prompts, N scenes of each, V views, D features."""
 
     features: Tensor  # [P, N, V, D] of the classifier
     shapes: Tensor  # [P, 3] roughness_deg, edge_ratio, floaters
 
 
 class Surfaces(NamedTuple):
-    """What V cameras see of one scene."""
+    """Renders of one scene by V cameras."""
 
     normal: Tensor  # [V, size, size, 3]
     albedo: Tensor  # [V, size, size, 3]
@@ -115,7 +115,7 @@ def surfaces(scene: Scene, cameras: Cameras, size: int, device: str) -> Surfaces
     return Surfaces(*(torch.stack(part) for part in zip(*views, strict=True)))
 
 
-def pictures(scene: Scene, cameras: Cameras, size: int, background: float, device: str) -> Tensor:
+def render_images(scene: Scene, cameras: Cameras, size: int, background: float, device: str) -> Tensor:
     """Colours without light over gray from V cameras, antialiased: [V, 3, size, size] in [0, 1]."""
     seen = surfaces(scene, cameras, round(FINER[device] * size), device)
     shown = torch.where(seen.opacity[..., None] > 0, seen.albedo, background).permute(0, 3, 1, 2)
@@ -125,12 +125,12 @@ def pictures(scene: Scene, cameras: Cameras, size: int, background: float, devic
 def measure_world(
     prompts: Sequence[str], around: Cameras, sides: Cameras, sizes: tuple[int, int], background: float, device: str
 ) -> WorldLook:
-    """Looks of the world for the prompts: pictures from `around`, shapes from `sides`, of these sizes in pixels."""
+    """Looks of the world for the prompts: images from `around`, shapes from `sides`, of these sizes in pixels."""
     classifier = load_classifier(device)
     features, shapes = [], []
     for prompt in prompts:
         scenes = make_scenes(prompt, SCENES[device])
-        shown = [pictures(scene, around, sizes[0], background, device) for scene in scenes]
+        shown = [render_images(scene, around, sizes[0], background, device) for scene in scenes]
         features.append(torch.stack([classifier.features(views).cpu() for views in shown]))
         of_prompt = []
         for scene in scenes[: SHAPES[device]]:

@@ -45,7 +45,7 @@ class Side(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One workload: seconds of a call on both sides, their ratio, and why it could not be compared (or None)."""
+    """A workload: seconds of a call on both sides, their ratio, and the reason if it could not be compared."""
 
     name: str
     base: float = 0.0
@@ -123,7 +123,7 @@ def git(*words: str) -> str:
 
 
 def default_base() -> str:
-    """Where this branch left main, or the commit before on main itself."""
+    """The commit where this branch left main; on main the one before."""
     for main in ("origin/main", "main"):
         try:
             fork = git("merge-base", "HEAD", main)

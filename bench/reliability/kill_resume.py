@@ -88,24 +88,25 @@ def arm_kill(kill: Kill) -> Callable[[int], None]:
         if not kill.stage and step + 1 == kill.step:
             threading.Timer(kill.delay, kill_self).start()
 
-    def save_file(tensors: dict[str, Any], path: Any, metadata: dict[str, str] | None = None) -> None:
-        matches = f"step_{kill.step:06d}" in Path(path).name
+    def save_file(tensors: Any, filename: Any, metadata: dict[str, str] | None = None) -> Any:
+        matches = f"step_{kill.step:06d}" in Path(filename).name
         if matches and kill.stage == "begun":
             kill_self()
-        save(tensors, path, metadata)
+        save(tensors, filename, metadata)
         if matches and kill.stage == "half":
-            os.truncate(path, os.path.getsize(path) // 2)
+            os.truncate(filename, os.path.getsize(filename) // 2)
             kill_self()
 
-    def rename(source: Any, target: Any, **options: Any) -> None:
-        matches = Path(target).name == f"step_{kill.step:06d}.safetensors"
+    def rename(src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        matches = Path(dst).name == f"step_{kill.step:06d}.safetensors"
         if matches and kill.stage == "unnamed":
             kill_self()
-        replace(source, target, **options)
+        replace(src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
         if matches and kill.stage == "named":
             kill_self()
 
-    checkpoint.save_file, os.replace = save_file, rename
+    checkpoint.save_file = save_file
+    os.replace = rename
     return before_step
 
 

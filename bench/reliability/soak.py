@@ -99,11 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     while step < args.steps:
         end = min(args.steps, step + args.piece)
         begin, rows = run_piece(args.workspace, end, args.device)
-        found = find_faults(rows, args.warm_up)
+        new_faults = find_faults(rows, args.warm_up)
         medians = {name: statistics.median(row[name] for row in rows) for name in ("host_bytes", "files", "it_per_s")}
         with record.open("a") as out:
-            out.write(json.dumps({"from": begin, "to": end, "faults": found, "median": medians}) + "\n")
-        print(f"steps {begin} to {end}: {'; '.join(found) or 'flat'} {medians}", flush=True)
-        faults, step = faults + found, end
+            out.write(json.dumps({"from": begin, "to": end, "faults": new_faults, "median": medians}) + "\n")
+        print(f"steps {begin} to {end}: {'; '.join(new_faults) or 'flat'} {medians}", flush=True)
+        faults, step = faults + new_faults, end
     print(json.dumps({"steps": step, "faults": faults}))
     return int(bool(faults))

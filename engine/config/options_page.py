@@ -137,7 +137,7 @@ def _sections() -> Iterator[str]:
     head = ["flag", "reference", "dream-mini, CPU", "dream-mini, GPU", "meaning"]
     for section in dataclasses.fields(Config):
         rows = [_row(section, field, mini) for owner, field in settings() if owner is section]
-        yield f"### {section.type.__doc__.rstrip('.')}\n"
+        yield f"### {(section.type.__doc__ or '').rstrip('.')}\n"
         yield _table(head, rows)
 
 

@@ -11,6 +11,7 @@ reads a scalar on the device that is filled before each replay.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from dream_fast.engine.errors import UserError
 
@@ -96,7 +97,7 @@ def ever_below(low: Scalar, high: Scalar) -> bool:
     return largest(low) > smallest(high)
 
 
-def values_at(section: object, step: int, progress: float) -> dict[str, float]:
+def values_at(section: Any, step: int, progress: float) -> dict[str, float]:
     """Return the settings of `section` that have a schedule, by name, with their values at `step`."""
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     return {name: value.at(step, progress) for name, value in values.items() if isinstance(value, LinearSchedule)}

@@ -58,7 +58,7 @@ class Config:
             raise UserError(f"unknown setting: {', '.join(unknown)}")
         sections = {}
         for section in dataclasses.fields(self):
-            names = {field.name for field in dataclasses.fields(section.type)}
+            names = {field.name for field in dataclasses.fields(section_type(section))}
             values = {name: value for name, value in overrides.items() if name in names}
             sections[section.name] = dataclasses.replace(getattr(self, section.name), **values)
         return Config(**sections)
@@ -99,7 +99,13 @@ class Config:
         sections: dict[str, dict[str, Any]] = {section.name: {} for section in dataclasses.fields(cls)}
         for section, field in settings():
             sections[section.name][field.name] = _from_json(field, data[section.name][field.name])
-        return cls(**{section.name: section.type(**sections[section.name]) for section in dataclasses.fields(cls)})
+        types = {section.name: section_type(section) for section in dataclasses.fields(cls)}
+        return cls(**{name: types[name](**values) for name, values in sections.items()})
+
+
+def section_type(section: dataclasses.Field) -> Any:
+    """Return the class of a section, of its field of Config."""
+    return section.type
 
 
 def device_kind(device: str) -> str:
@@ -110,7 +116,7 @@ def device_kind(device: str) -> str:
 def settings() -> Iterator[tuple[dataclasses.Field, dataclasses.Field]]:
     """Yield every setting as (section's field of Config, setting's field), in the order of `sections`."""
     for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(section.type):
+        for field in dataclasses.fields(section_type(section)):
             yield section, field
 
 

@@ -124,6 +124,12 @@ class RunConfig(ConfigSection):
             )
 
     @property
+    def drawn_seed(self) -> int:
+        """The seed of a run, which `configure.finalize` draws where none is typed."""
+        assert self.seed is not None
+        return self.seed
+
+    @property
     def view_prompts(self) -> dict[str, str]:
         """The whole prompts of the views that have one: front, side, back, overhead."""
         texts = dict(front=self.text_front, side=self.text_side, back=self.text_back, overhead=self.text_overhead)

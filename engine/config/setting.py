@@ -128,7 +128,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     names[Scalar] = "a number or a schedule start:v0:v1:end"
     if kind == ScalarRange:
         return "two numbers, or schedules start:v0:v1:end"

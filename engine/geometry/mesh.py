@@ -53,7 +53,7 @@ def mesh_components(mesh: Mesh) -> np.ndarray:
     """The component of each vertex [V], named by its lowest vertex."""
     faces = torch.from_numpy(np.ascontiguousarray(mesh.faces))
     edges = torch.cat([faces[:, [0, 1]].T, faces[:, [1, 2]].T], dim=1)  # two edges connect a triangle
-    return connected_components(len(mesh.vertices), edges).numpy()
+    return connected_components(len(mesh.vertices), [edges]).numpy()
 
 
 def visible_parts(mesh: Mesh) -> Mesh:
@@ -99,7 +99,7 @@ def _join_near_components(vertices: np.ndarray, label: np.ndarray, visible: np.n
         occupant[cell] = component
         other = occupant[cell]
         pairs.append(np.stack([component, other])[:, component != other])
-    return connected_components(len(vertices), torch.from_numpy(np.concatenate(pairs, axis=1))).numpy()
+    return connected_components(len(vertices), [torch.from_numpy(np.concatenate(pairs, axis=1))]).numpy()
 
 
 def _edges(mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +144,7 @@ def _split_vertices(mesh: Mesh) -> Mesh:
         if not np.array_equal(edge[up], edge[down]):
             return mesh
         pairs = np.concatenate([[here[up], there[down]], [there[up], here[down]]], axis=1)
-        label = connected_components(mesh.faces.size, torch.from_numpy(pairs)).numpy()
+        label = connected_components(mesh.faces.size, [torch.from_numpy(pairs)]).numpy()
         lowest, number = np.unique(label, return_inverse=True)
         split = Mesh(mesh.vertices[mesh.faces.ravel()[lowest]], number.reshape(-1, 3))
         # Sheets that are joined elsewhere too may still share both ends of an edge.

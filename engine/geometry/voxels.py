@@ -1,5 +1,6 @@
 """Values at the points of a grid that spans the scene cube, and groups of its cells."""
 
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -24,13 +25,16 @@ def largest_components(cells: Tensor) -> Tensor:
     occupied = cells.nonzero()
     number = torch.full([side + 2 for side in cells.shape], -1, device=cells.device)  # with a border of empty cells
     number[(occupied + 1).unbind(1)] = torch.arange(len(occupied), device=cells.device)
-    pairs = []
-    for offset in product((-1, 0, 1), repeat=3):
-        if offset > (0, 0, 0):  # one of both directions
-            neighbour = number[(occupied + 1 + occupied.new_tensor(offset)).unbind(1)]
-            here = (neighbour >= 0).nonzero()[:, 0]
-            pairs.append(torch.stack([here, neighbour[here]]))
-    group = connected_components(len(occupied), torch.cat(pairs, 1))
+
+    def neighbours() -> Iterator[Tensor]:
+        """Pairs of neighbouring cells, of one direction at a time to save memory."""
+        for offset in product((-1, 0, 1), repeat=3):
+            if offset > (0, 0, 0):  # one of both directions
+                neighbour = number[(occupied + 1 + occupied.new_tensor(offset)).unbind(1)]
+                here = (neighbour >= 0).nonzero()[:, 0]
+                yield torch.stack([here, neighbour[here]])
+
+    group = connected_components(len(occupied), neighbours())
     sizes = torch.bincount(group, minlength=1)
     large = torch.zeros_like(cells)
     large[occupied.unbind(1)] = sizes[group] >= MIN_PART_SIZE * sizes.max()

@@ -71,7 +71,10 @@ class Guidance(Protocol):
 
     accepts_latents: bool = True
     capturable: bool = False
-    components: Components | None = None
+
+    @property
+    def components(self) -> Components | None:
+        return None
 
     def prepare_step(self, inputs: StepInputs, batch: int) -> StepInputs:
         """Return `inputs` with all that a captured call of `batch` images reads, as tensors on the device."""

@@ -14,6 +14,7 @@ often be too small for fp16.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = expand_user(source)
-    place, pinned = folder, {}
+    place: str | Path = folder
+    pinned: dict[str, Any] = {}
     if not folder.is_dir():
         on_hub = hub_name(source)
         if on_hub is None:
@@ -111,7 +113,7 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
                 place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **pinned
             )
     except Exception as error:  # settings that the library does not expect raise any of Python's errors
-        command = _download_command(place, pinned)
+        command = _download_command(str(place), pinned)
         fetching = "" if place is folder else f" (where there is a network, `{command}` fetches it)"
         raise UserError(f"the CLIP model {source} does not load: {first_line(error)}{fetching}") from error
     if missing := sorted(info["missing_keys"]):

@@ -18,7 +18,10 @@ class DiffusionGuidance(Guidance):
 
     def __init__(self, distillation: ScoreDistillation, prompts: PromptEmbeddings, angles: ViewAngles | None = None):
         self.distillation, self.prompts, self.angles = distillation, prompts, angles or ViewAngles()
-        self.components = distillation.components
+
+    @property
+    def components(self) -> Components:
+        return self.distillation.components
 
     def prepare_step(self, inputs: StepInputs, batch: int) -> StepInputs:
         return self.distillation.prepare_step(inputs, batch)

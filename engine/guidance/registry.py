@@ -64,7 +64,7 @@ def _build_if(config: Config, runtime: Runtime, previous: AttentionChoice | None
 def _build_clip(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
     run, angles = config.run, ViewAngles.of(config.camera)
     source = config.guidance.clip_key or CLIP_MODEL
-    guidance = clip_guidance(source, runtime.device, run.text, run.view_prompts, config.guidance, angles)
+    guidance = clip_guidance(source, runtime.device, run.text or "", run.view_prompts, config.guidance, angles)
     return LoadedGuidance(guidance, source, None)
 
 
@@ -80,7 +80,8 @@ def _build_diffusion(config: Config, components: Components, name: str) -> Loade
     """Embed the prompts of a run for `components`, and assemble the guidance `name`."""
     read = known_words if GUIDANCES[name].closed_vocabulary else str
     view_prompts = {view: read(text) for view, text in config.run.view_prompts.items()}
-    prompts = PromptEmbeddings(components, read(config.run.text), read(config.run.negative), view_prompts=view_prompts)
+    text, negative = read(config.run.text or ""), read(config.run.negative)
+    prompts = PromptEmbeddings(components, text, negative, view_prompts=view_prompts)
     attention = components.attention if GUIDANCES[name].has_attention else None
     return LoadedGuidance(diffusion_guidance(components, prompts, config), components.name, attention)
 

@@ -117,6 +117,7 @@ def distillation_gradient(
     if config.objective == "csd":
         baseline, _ = eps_and_x0(model, predictions[0], noisy, signal, spread)
     elif config.objective == "asd":
+        assert later is not None
         x_later, t_later, _ = later
         baseline, _ = eps_and_x0(model, predictions[-1], x_later, *sqrt_alphas(model, t_later))
     return LatentGradient(_clamp(config, weight * (1 - alpha) * (eps - baseline), limit), noisy, clean)
@@ -127,7 +128,7 @@ def _clamp(config: GuidanceConfig, gradient: Tensor, limit: float | Tensor) -> T
     if largest(config.clip_grad_latent) <= 0:
         return gradient
     # An infinite element becomes NaN, not the limit, so that its step is skipped.
-    return gradient.clamp(-limit, limit) + 0 * gradient
+    return torch.clamp(gradient, -limit, limit) + 0 * gradient  # type: ignore[arg-type]  # both are of one kind
 
 
 def _at_later_timestep(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
+from dream_fast.engine.guidance.model.components import Components
 from dream_fast.engine.scene.camera import Cameras
 
 
@@ -14,8 +15,11 @@ class GuidanceSum(Guidance):
 
     def __init__(self, terms: Mapping[str, Guidance]):
         self.terms = dict(terms)
-        models = (term.components for term in self.terms.values() if term.components is not None)
-        self.components = next(models, None)
+
+    @property
+    def components(self) -> Components | None:
+        """Those of the first guidance with a diffusion model."""
+        return next((term.components for term in self.terms.values() if term.components is not None), None)
 
     def __call__(self, images: Tensor, cameras: Cameras, inputs: StepInputs) -> GuidanceResult:
         """Return the result of the first guidance with a diffusion model (else of the first one), with the sum of all

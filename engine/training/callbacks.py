@@ -79,6 +79,7 @@ class RunCallbacks:
             self._profile.step()
 
     def _save_guidance(self, step: int, result: StepResult) -> None:
+        assert self._components is not None and result.snapshot is not None
         images = guidance_images(self._components, *result.snapshot, latents=result.phase == "latent")
         timesteps = " ".join(map(str, result.t.tolist()))
         path = self._workspace.guidance / f"step_{step:06d}.png"

@@ -66,7 +66,8 @@ MIN_RENDER_SIDE = 32  # pixels: an image model sees nothing in a smaller trainin
 
 def low_memory_overrides(config: Config) -> dict[str, Any]:
     """Settings with which a step takes less memory and the run can be resumed."""
-    camera, overrides = config.camera, {}
+    camera = config.camera
+    overrides: dict[str, Any] = {}
     if not config.run.vram_O:
         overrides["vram_O"] = True
     if camera.batch_size > 1:

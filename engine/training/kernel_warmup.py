@@ -4,7 +4,7 @@ Triton compiles a kernel at its first launch, one after the other: 15 s for a ru
 The launches are collected from one step and one image of a spare trainer, in which no kernel is launched.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from dream_fast import kernels
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.guidance.base import GuidanceResult
+from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.runtime.device import Runtime
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import turntable
@@ -24,7 +25,7 @@ def collect_launches(config: Config, runtime: Runtime) -> list[Any]:
     Kernels of later phases are left out.
     """
     spare = Trainer(config.override({"cuda_graph": False}), runtime, 0, _no_guidance)
-    sampler = spare.renderer.sampler
+    sampler = cast(VolumeRenderer, spare.renderer).sampler
     sample = sampler.sample
 
     def sample_zeros(*rays: Any, **options: Any) -> kernels.Samples:
@@ -33,7 +34,7 @@ def collect_launches(config: Config, runtime: Runtime) -> list[Any]:
             tensor.zero_()  # no kernel wrote it, and some are indices
         return samples
 
-    sampler.sample = sample_zeros
+    sampler.sample = sample_zeros  # type: ignore[method-assign]
     with kernels.recorded_launches() as launches:
         spare.train_step()
         spare.renderer.view(turntable(config.camera, 1, runtime.device), config.camera.H, config.camera.W)

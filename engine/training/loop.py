@@ -191,6 +191,7 @@ class Loop:
         if self._warned_of_table or int(self.trainer.outweighed) < MAX_DEGENERATE_STEPS:
             return
         self._warned_of_table = True
+        assert result.table_pull is not None
         self.reporter.warn(outweighed_message(self.config, float(result.table_pull), self.trainer.step))
 
 

@@ -175,7 +175,7 @@ def regularizers(
         terms["entropy_weights"] = weights["entropy_weights"] * up * weights_entropy(rendered.weights, count)
     if "opacity" in weights:
         terms["opacity"] = weights["opacity"] * opacity_square(rendered.opacity)
-    if rendered.sample_normals is None:
+    if rendered.sample_normals is None or rendered.normal is None:
         return terms
     if "orient" in weights:
         terms["orient"] = weights["orient"] * orientation(
@@ -202,6 +202,7 @@ def _weights(
 def _near_normals(rendered: Rendered, field: Field, render: RenderConfig, inputs: StepInputs) -> Tensor:
     """Normals [S, 3] at points near the samples, moved at random."""
     positions, generator = rendered.samples.positions.detach(), inputs.generator
+    assert generator is not None
     noise = torch.randn(positions.shape, generator=generator, device=generator.device).to(positions.device)
     return field(
         positions + SMOOTH_DISTANCE * noise,
@@ -223,20 +224,23 @@ def add_table_gradients(
     """
     if max(largest(config.lambda_tv), largest(config.lambda_wd)) == 0:
         return None
-    before, up, generator = field.table.grad.clone(), inputs.scalars["ramp"], inputs.generator
-    spec = field.spec.grid  # where there is no table, Config has both weights at 0
+    table, up, generator = field.table, inputs.scalars["ramp"], inputs.generator
+    # Where there is no table, Config has both weights at 0.
+    assert table is not None and table.grad is not None and generator is not None
+    grad, spec = table.grad, field.spec.grid
+    before = grad.clone()
     tv_weight, wd_weight = (inputs.scalars.get(name, getattr(config, name)) for name in ("lambda_tv", "lambda_wd"))
     if largest(config.lambda_tv) > 0:
-        divisor = TV_CPU_DIVISOR if field.table.device.type == "cpu" else 1
+        divisor = TV_CPU_DIVISOR if table.device.type == "cpu" else 1
         shape = (TV_POINTS // divisor, 3)
-        points = torch.rand(shape, generator=generator, device=generator.device).to(field.table.device)
+        points = torch.rand(shape, generator=generator, device=generator.device).to(table.device)
         if config.regularizers == "guided":
-            change = kernels.hash_grid_total_variation_grad(field.table, spec, points, 1.0)
-            length = field.table.grad.norm() / change.norm().clamp(min=MIN_DIVISOR)
-            field.table.grad += up * tv_weight * length * change
+            change = kernels.hash_grid_total_variation_grad(table, spec, points, 1.0)
+            length = grad.norm() / change.norm().clamp(min=MIN_DIVISOR)
+            grad += up * tv_weight * length * change
         else:
             weight = divisor * up * tv_weight
-            field.table.grad += loss_scale * kernels.hash_grid_total_variation_grad(field.table, spec, points, weight)
+            grad += loss_scale * kernels.hash_grid_total_variation_grad(table, spec, points, weight)
     if largest(config.lambda_wd) > 0:
-        field.table.grad += loss_scale * kernels.hash_grid_weight_decay_grad(field.table, spec, wd_weight)
-    return (field.table.grad - before).norm() / before.norm().clamp(min=MIN_DIVISOR)
+        grad += loss_scale * kernels.hash_grid_weight_decay_grad(table, spec, wd_weight)
+    return (grad - before).norm() / before.norm().clamp(min=MIN_DIVISOR)

@@ -5,7 +5,7 @@ step are each one operation over one tensor. The learning rate of the table is t
 whose gradient is not finite changes nothing; the host does not read that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -91,7 +91,7 @@ class Optimizer:
             inverse_scale = 1.0
         decay = min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        update = kernels.adan_step if self.config.optim == "adan" else adam_step
+        update: Callable[..., Tensor] = kernels.adan_step if self.config.optim == "adan" else adam_step
         return update(
             self.params,
             self.grads,

@@ -16,7 +16,8 @@ def resume(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[P
 
     Raises UserError: the only checkpoint is damaged, or the one that `--ckpt` names; `--test` without one.
     """
-    candidates, damaged = _find_checkpoints(trainer.config, workspace), []
+    candidates = _find_checkpoints(trainer.config, workspace)
+    damaged: list[Path] = []
     while candidates:
         path = candidates.pop()
         try:

@@ -9,7 +9,7 @@ import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -163,6 +163,7 @@ class Trainer:
         images = self._images(rendered, inputs)
         end_part("render")
 
+        assert self.guidance is not None, "a trainer without guidance cannot be trained"
         guided = self.guidance(images, cameras, inputs)
         terms = {"guidance": guided.loss}
         if losses := getattr(guided, "losses", None):  # a custom guidance may return another type
@@ -175,6 +176,7 @@ class Trainer:
         end_part("backward")
         snapshot = None
         if config.output.save_guidance:
+            assert guided.noisy is not None and guided.clean is not None
             snapshot = GuidanceSnapshot(images.detach(), guided.noisy, guided.clean)
         return StepResult(
             phase=inputs.phase,
@@ -191,7 +193,8 @@ class Trainer:
 
     def replay_gradients(self, inputs: StepInputs) -> StepResult:
         """`gradients`, replayed from a CUDA graph: one for each kind of step, captured at the first of its kind."""
-        inputs = self.guidance.prepare_step(inputs, self.config.camera.batch_size)
+        assert self.graphs is not None
+        inputs = cast(Guidance, self.guidance).prepare_step(inputs, self.config.camera.batch_size)
         capacity = self.renderer.samples_per_ray  # a graph has buffers of this size
         if capacity != self._captured_capacity:
             self.graphs.clear()
@@ -223,7 +226,7 @@ class Trainer:
         """
         pixels, config = rendered.rgb, self.config.loss
         if largest(config.grad_clip_rgb) > 0:
-            limit = inputs.scalars.get("grad_clip_rgb", config.grad_clip_rgb) * self.scaler.scale
+            limit = inputs.scalars.get("grad_clip_rgb", cast(float, config.grad_clip_rgb)) * self.scaler.scale
             pixels.register_hook(lambda gradient: torch.clamp(gradient, -limit, limit))
         if inputs.latents:
             pixels = torch.cat([pixels, rendered.opacity[..., None]], dim=-1) * 2 - 1
@@ -233,9 +236,9 @@ class Trainer:
         self, rendered: Rendered | RenderedMesh, inputs: StepInputs, guidance_norm: Tensor
     ) -> dict[str, Tensor]:
         config = self.config
-        if self.shape is None:
+        if isinstance(rendered, Rendered):
             return regularizers(rendered, self.field, config.loss, config.render, inputs, guidance_norm)
-        if self.shape.locked:
+        if self.shape is None or self.shape.locked:
             return {}
         return mesh_regularizers(rendered.surface, rendered.opposite, config.loss, inputs.scalars)
 
@@ -304,6 +307,7 @@ class Trainer:
 
     def start_shape(self) -> None:
         """Initialise the shape of a mesh refinement from --init_with. Raises UserError: when that is not possible."""
+        assert self.shape is not None and isinstance(self.renderer, MeshRenderer)
         start = load_start(self.config, self.shape)
         if start is not None and start.checkpoint:
             expected = self.architecture() | {"optim": read_architecture(start.path).get("optim")}  # of any optimiser

@@ -261,12 +261,13 @@ def _field_bwd(
         )
     points = GridPoints(x, scale, 0.5, count, levels if active is None else active)
     grad_table = x.new_empty(0)
-    if x_needs_grad:
+    if grad_x is not None:
+        assert grad_features is not None
         grad_x.add_(position_gradient(grad_features, points, table, spec.grid), alpha=scale)
     if table_needs_grad:
         grad_table = scatter_features(points, spec.grid, features=grad_features, deterministic=deterministic)
     grad_parameters = partial_sums.sum(0) if parameters_need_grad else x.new_empty(0)
-    return (grad_x if x_needs_grad else x.new_empty(0)), grad_table, grad_parameters
+    return (x.new_empty(0) if grad_x is None else grad_x), grad_table, grad_parameters
 
 
 @_field_bwd.register_fake

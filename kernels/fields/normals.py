@@ -93,8 +93,8 @@ def field_normals_reference(
         return sigma_reference(at, logits_reference(at, *arguments, active_levels, dtype), spec)
 
     rows = x.shape[0]
-    outputs = _with_normals(evaluate, density, x[: live_rows(rows, count)], spec, mode, epsilon)
-    return tuple(pad_rows(output, rows) for output in outputs)
+    sigma, albedo, normal = _with_normals(evaluate, density, x[: live_rows(rows, count)], spec, mode, epsilon)
+    return pad_rows(sigma, rows), pad_rows(albedo, rows), pad_rows(normal, rows)
 
 
 def _field_normals_fwd_config(mode: str, dtype: torch.dtype) -> TileConfig:
@@ -234,12 +234,13 @@ def _field_normals_bwd(
             "num_warps": config.warps,
             **field_constants(spec, width, layers),
         }
-        grads_of_chunk = grads._replace(x=grads.x[rows_of_chunk] if x_needs_grad else None)
+        grads_of_chunk = grads._replace(x=None if grads.x is None else grads.x[rows_of_chunk])
         if mode == "finite_difference":
             _fd_bwd(arguments, grads_of_chunk, work, gradient[rows_of_chunk], epsilon)
         else:
             _analytic_bwd(arguments, grads_of_chunk, work)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    grad_x, grad_table, grad_parameters = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_table, grad_parameters
 
 
 class _Gradients(NamedTuple):
@@ -278,7 +279,7 @@ def _fd_bwd(arguments: dict[str, Any], grads: _Gradients, work: _Backward, gradi
     grad_features = x.new_empty(spec.grid.channels, columns, dtype=table.dtype)
     positions, live = x.new_empty(columns, 3), torch.empty((), dtype=torch.int64, device=x.device)
     grad_logits = None if grads.x is None else x.new_empty(columns)
-    world = {"bound": spec.bound, "epsilon": epsilon}
+    world: dict[str, Any] = {"bound": spec.bound, "epsilon": epsilon}
     partial_sums = x.new_empty(min(work.programs, tiles * TAPS), _sums_size(arguments["parameters"]))
     for first, last in work.passes:
         launch(
@@ -400,7 +401,14 @@ _field_normals_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def _unfused_field_normals(
-    x: Tensor, parameters: tuple, spec: FieldSpec, active_levels, count: Tensor | None, dtype, mode: str, epsilon: float
+    x: Tensor,
+    parameters: tuple[Tensor, Sequence[Tensor], Sequence[Tensor]],
+    spec: FieldSpec,
+    active_levels,
+    count: Tensor | None,
+    dtype,
+    mode: str,
+    epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition over the unfused field, for shapes that have no fused kernel."""
     live = None

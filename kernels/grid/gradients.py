@@ -13,6 +13,7 @@ nothing overflows, which add up the same in any order.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ from dream_fast.kernels.grid.hash_grid_kernels import (
 from dream_fast.kernels.grid.spec import HashGridSpec
 
 
-class GridPoints(NamedTuple):
+@dataclass(frozen=True)
+class GridPoints:
     """Points of a hash grid, and which of them and of the levels count.
 
     x: [N, 3] fp32; x * scale + shift are unit coordinates. count: rows from here on are padding ([] int64).
@@ -119,7 +121,7 @@ def _fixed_point_factor(
     bound = torch.zeros((), device=points.x.device)
     if features is not None:
         bound = bound + _largest(features, points.count)
-    if tangent is not None:
+    if tangent is not None and tangent_features is not None:
         # No weight changes by more than 1.5 R a unit.
         reach = _largest(tangent.t(), points.count) * (3 * 1.5 * max(spec.resolutions) * abs(points.scale))
         bound = bound + _largest(tangent_features, points.count) * reach
@@ -173,9 +175,10 @@ def scatter_features(
     fixed = deterministic or (single and 8 * n > 1000 * spec.offsets[1])
     if fixed:
         factor, inverse = _fixed_point_factor(points, spec, features, tangent, tangent_features)
-    grad = out
-    if fixed or out is None:
+    if out is None or fixed:
         grad = torch.zeros(spec.rows, spec.features, device=device, dtype=torch.int64 if fixed else torch.float32)
+    else:
+        grad = out
     config = _hash_grid_table_bwd_config(n, spec.features, fixed)
     blocks = -(-n // (config.block * config.run))
     padded = blocks * config.block * config.run
@@ -187,7 +190,7 @@ def scatter_features(
         u=_unit_coordinates(points, padded),
         features=None if features is None else channel_major(features, points.count),
         tangent=None if tangent is None else tangent.contiguous(),
-        tangent_features=None if tangent is None else channel_major(tangent_features, points.count),
+        tangent_features=None if tangent_features is None else channel_major(tangent_features, points.count),
         grad=grad,
         factor=factor,
         levels=level_table(spec, device),
@@ -201,10 +204,10 @@ def scatter_features(
         RUN=config.run,
         BLOCK=config.block,
     )
-    if fixed:
-        grad = grad.float() * inverse
-        return grad if out is None else out.add_(grad)
-    return grad
+    if inverse is None:
+        return grad
+    grad = grad.float() * inverse
+    return grad if out is None else out.add_(grad)
 
 
 class XBwdConfig(NamedTuple):

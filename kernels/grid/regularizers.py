@@ -212,7 +212,7 @@ def hash_grid_total_variation_grad(table: Tensor, spec: HashGridSpec, points: Te
         FEATURES=spec.features,
         BLOCK=block,
     )
-    return grad.float() * inverse if deterministic else grad
+    return grad if inverse is None else grad.float() * inverse
 
 
 @torch.no_grad()

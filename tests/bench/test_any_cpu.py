@@ -17,7 +17,7 @@ AS_AMD = {"capability": "avx2", "threads": 4, "bf16": "hidden"}
 ROW = {"cpu": "A", "units": "none", "torch": "2", "python": "3", "passed": 5, "skipped": 1, "seconds": 2.4}
 
 
-def test_every_pair_of_values_is_in_a_combination():
+def test_combinations_cover_pairs():
     """Nine combinations have all pairs of 3 x 3 x 2 values, as few as there can be."""
     taken = any_cpu.covering_combinations()
     assert len(taken) == 9 and len(any_cpu.all_combinations()) == 18
@@ -25,7 +25,7 @@ def test_every_pair_of_values_is_in_a_combination():
         assert {(c[one], c[other]) for c in taken} == set(itertools.product(values, others))
 
 
-def test_the_environment_of_a_combination(monkeypatch):
+def test_environment(monkeypatch):
     """Every factor is set or unset, whatever the caller's environment has, and there is no GPU."""
     for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "of the caller")
@@ -36,13 +36,21 @@ def test_the_environment_of_a_combination(monkeypatch):
     assert plain["CUDA_VISIBLE_DEVICES"] == amd["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_shards_are_all_combinations_once():
+def test_take_shard():
     """Three shards share the combinations; a shard past the last is refused."""
     combinations = any_cpu.all_combinations()
     shards = [any_cpu.take_shard(combinations, f"{number}/3") for number in (1, 2, 3)]
     assert sorted(map(str, itertools.chain(*shards))) == sorted(map(str, combinations))
     with pytest.raises(ValueError, match="--shard must be I/N with I from 1 to N, got 4/3"):
         any_cpu.take_shard(combinations, "4/3")
+
+
+def test_test_files():
+    """Every test file once; interpreted ones come first."""
+    files = any_cpu.test_files()
+    interpreted = [path.parent.name == "triton" for path in files]
+    assert set(files) == set((ROOT / "tests").rglob("test_*.py")) and len(files) == len(set(files))
+    assert interpreted == sorted(interpreted, reverse=True) and 5 < sum(interpreted) < len(files)
 
 
 TESTS = """
@@ -57,7 +65,7 @@ def test_skipped(): pass
 """
 
 
-def test_a_round_counts_what_pytest_finds(tmp_path):
+def test_run_file_counts(tmp_path):
     """Passed, failed (in a test or its fixture) and skipped tests are told apart; the status follows from them."""
     path, out = tmp_path / "test_some.py", tmp_path / "rows.json"
     path.write_text(TESTS)
@@ -70,7 +78,7 @@ def test_a_round_counts_what_pytest_finds(tmp_path):
     assert (row["passed"], row["skipped"], row["failures"]) == (0, 1, [])
 
 
-def test_a_process_that_dies_is_a_failure(tmp_path):
+def test_run_file_of_a_dead_process(tmp_path):
     """A crash leaves no report of pytest, and is not taken for a file without failures."""
     path = tmp_path / "test_dies.py"
     path.write_text("import os\ndef test_dies(): os._exit(3)\n")
@@ -78,7 +86,7 @@ def test_a_process_that_dies_is_a_failure(tmp_path):
     assert failure.startswith("test_dies.py ended with status 3")
 
 
-def test_the_table_replaces_what_is_between_the_markers(tmp_path):
+def test_table_replaces_markers(tmp_path):
     """The document keeps its text around the table; without markers it is left alone."""
     document = tmp_path / "testing.md"
     document.write_text(f"before\n{any_cpu.START}\nold\n{any_cpu.END}\nafter\n")
@@ -94,7 +102,7 @@ def test_the_table_replaces_what_is_between_the_markers(tmp_path):
     assert document.read_text() == "no markers"
 
 
-def test_the_document_has_the_markers():
+def test_document_has_markers():
     """docs/testing.md has a place for the table."""
     text = any_cpu.DOCUMENT.read_text(encoding="utf-8")
     assert text.count(any_cpu.START) == text.count(any_cpu.END) == 1

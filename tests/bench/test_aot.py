@@ -83,7 +83,8 @@ def product(size, kernel=_product_kernel, **options):
 # --- what is compiled
 
 
-def test_a_launch_is_bound_as_triton_binds_it():
+def test_bind_launch():
+    """A launch is bound as Triton binds it: types, constants and divisibility by 16."""
     x = torch.empty(4096)
     aligned, _, options = aot.bind_launch(recorded(x=x, num_warps=8), "sm_90")
     assert aligned.signature == {
@@ -106,7 +107,8 @@ def test_a_launch_is_bound_as_triton_binds_it():
     assert (long.signature["x_ptr"], long.signature["count"]) == ("*fp16", "i64")
 
 
-def test_what_differs_is_another_variant_and_what_does_not_is_compiled_once():
+def test_unique_launches():
+    """Launches that differ are variants, equal ones are compiled once."""
     launches = [recorded(), recorded(count=2048), recorded(count=7), recorded(x=torch.empty(4097)[1:]), recorded()]
     assert [name for name, _ in aot.unique_launches(launches)] == [
         "_scale_kernel",
@@ -115,7 +117,8 @@ def test_what_differs_is_another_variant_and_what_does_not_is_compiled_once():
     ]
 
 
-def test_instructions_are_counted_by_width():
+def test_resources_by_width():
+    """Loads and stores are counted by their width."""
     wide, narrow = (
         aot.measure_resources(recorded(), "sm_90"),
         aot.measure_resources(recorded(x=torch.empty(4097)[1:]), "sm_90"),
@@ -127,12 +130,13 @@ def test_instructions_are_counted_by_width():
 
 
 @pytest.mark.parametrize(("target", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
-def test_matrix_instructions_are_counted(target, instruction):
+def test_resources_of_products(target, instruction):
+    """Matrix instructions of each target are counted."""
     found = aot.measure_resources(product(64), target)
     assert found["matrix"].keys() == {instruction} and found["shared"] > 0
 
 
-def test_warps_without_rows_are_told():
+def test_resources_refuse_rows_outside():
     """What Triton 3.6 makes of 64 rows for 8 warps reads past them; 4 warps are as many as there are rows for."""
     with pytest.raises(ValueError, match="8 warps along the rows of a product of 64 x 64"):
         aot.measure_resources(product(64, _chain_kernel, num_warps=8), "sm_90")
@@ -140,7 +144,8 @@ def test_warps_without_rows_are_told():
     assert aot.measure_resources(product(128, _chain_kernel, num_warps=8), "sm_90")["matrix"].keys() == {"HGMMA"}
 
 
-def test_a_kernel_that_raises_when_it_is_compiled_is_told(monkeypatch):
+def test_measure_entry_reports_compile_error(monkeypatch):
+    """A kernel that does not compile has its error as its row."""
     odd, good = recorded(block=1000), recorded()  # no power of two
     short = good._replace(arguments={"x_ptr": torch.empty(16)})
     monkeypatch.setattr(aot, "record_launches", lambda key: [odd, good, short])
@@ -152,7 +157,9 @@ def test_a_kernel_that_raises_when_it_is_compiled_is_told(monkeypatch):
     assert aot.distinct_kernels(["any", "other"], variants=False) == {"any": {"_scale_kernel"}}
 
 
-def test_an_operator_that_raises_is_told(monkeypatch):
+def test_measure_entry_reports_operator_error(monkeypatch):
+    """An operator that raises before any launch has its error as a row."""
+
     def record(key):
         raise ValueError("no such thing")
 
@@ -171,7 +178,8 @@ def good():
     return {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(), "sm_90")}}
 
 
-def test_the_same_kernel_passes(good):
+def test_differences_of_the_same_kernel(good):
+    """A kernel equals itself."""
     assert aot.find_differences(aot.select_gated(good), aot.select_gated(good)) == []
 
 
@@ -186,13 +194,15 @@ def test_the_same_kernel_passes(good):
         ("shared", {"num_warps": 8}),
     ],
 )
-def test_a_planted_fault_is_caught(good, field, worse):
+def test_differences_of_a_worse_kernel(good, field, worse):
+    """A planted fault is a difference, with both values."""
     found = {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(**worse), "sm_90")}}
     told = aot.find_differences(aot.select_gated(good), aot.select_gated(found))
     assert any(f"sm_90 a/_scale_kernel: {field} " in line for line in told)
 
 
-def test_a_kernel_that_is_gone_or_new_or_broken_is_told(good):
+def test_differences_of_missing_kernels(good):
+    """Kernels that are gone, new or broken are one sentence each."""
     golden = aot.select_gated(good)
     assert aot.find_differences(golden, {}) == ["sm_90 a/_scale_kernel: not compiled any more"]
     assert aot.find_differences({}, golden) == ["sm_90 a/_scale_kernel: not in the golden file"]
@@ -205,7 +215,7 @@ def test_a_kernel_that_is_gone_or_new_or_broken_is_told(good):
     ("spills", "found", "told"),
     [(112, 110, False), (110, 112, False), (110, 120, True), (110, 0, True), (0, 2, True), (20, 22, True)],
 )
-def test_spills_may_vary_a_little_where_there_are_some(good, spills, found, told):
+def test_differences_allow_varying_spills(good, spills, found, told):
     """ptxas gives the same code another number of them from run to run."""
 
     def row(number):
@@ -214,7 +224,8 @@ def test_spills_may_vary_a_little_where_there_are_some(good, spills, found, told
     assert bool(aot.find_differences(row(spills), row(found))) == told
 
 
-def test_a_forward_kernel_that_spills_is_told():
+def test_spilling_forwards():
+    """A forward kernel that spills is reported, a backward one is not."""
     spilled = aot.measure_resources(product(128, num_warps=1), "sm_80")  # 512 sums a thread
     assert spilled["spills"] > 0 and spilled["local_bytes"] > 0
     told = aot.find_spilling_forwards({"sm_90": {"a/_scale_fwd_kernel": spilled, "a/_scale_bwd_kernel": spilled}})
@@ -231,19 +242,22 @@ def compiled():
     )  # beside the suite's other process
 
 
-def test_every_operator_has_kernels(compiled):
+def test_golden_covers_operators(compiled):
+    """Every group of entries has kernels."""
     operators = {key.split("/")[0] for key in AOT_CASES}
     assert {name.split("/")[0] for name in compiled["sm_90"]} == operators
 
 
-def test_every_kernel_compiles_and_no_forward_kernel_spills(compiled):
+def test_golden_kernels_compile(compiled):
+    """Every kernel compiles, and no forward kernel spills beside the known ones."""
     errors = [f"{target} {name}: {row['error']}" for target in compiled for name, row in compiled[target].items()
               if "error" in row]  # fmt: skip
     assert errors == []
     assert aot.find_spilling_forwards(compiled) == []
 
 
-def test_the_kernels_are_as_in_the_golden_file(compiled):
+def test_golden_file_is_current(compiled):
+    """Registers, spills, memory and instructions are those of the golden file."""
     if not GOLDEN.exists() and list(aot.RESULTS.glob("aot-*.json")):
         reason = f"Triton {triton.__version__} has no golden file; another compiler makes other code"
         pytest.skip(reason)  # registers belong to one compiler; the version that CI pins has its file and is compared
@@ -266,7 +280,7 @@ def _biased_product_kernel(a_ptr, b_ptr, SIZE: tl.constexpr):
     tl.store(b_ptr + at, product + tl.load(a_ptr + column))
 
 
-def test_no_product_of_fp32_starts_from_a_bias():
+def test_products_start_from_zero():
     """Its steps would round at the size of the bias, which normals by differences show on a GPU and nowhere else."""
     forward = next(one for one in aot.record_launches("field/float32") if one.kernel.__name__ == "field_fwd_kernel")
     assert starts(aot.compile_launch(forward, "sm_90").asm["ttir"]) == []
@@ -277,7 +291,8 @@ def test_no_product_of_fp32_starts_from_a_bias():
 
 
 @pytest.mark.parametrize("target", ["gfx942", "sm_100"])
-def test_every_kernel_compiles_for_other_gpus(target):
+def test_kernels_compile_for_other_gpus(target):
+    """Every kernel compiles for GPUs that are not gated."""
     rows = aot.measure_entries(aot.distinct_kernels(AOT_CASES, variants=False), [target], workers=1)[target]
     failed = {f"{target} {name.split('/')[-1]}": row["error"] for name, row in rows.items() if "error" in row}
     assert rows and failed.keys() == {name for name in CANNOT if name.startswith(target)}, failed

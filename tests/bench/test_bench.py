@@ -41,7 +41,8 @@ OBJECTS, SHADES = list(THINGS), list(COLORS)
 # ------------------------------------------------------------------------------------------------------------- quality
 
 
-def test_the_prompts_are_as_many_and_as_different_as_is_claimed():
+def test_prompts_differ():
+    """16 fixed and 16 other held-out prompts name at least 12 objects each, in words that dream-mini knows."""
     for prompts in (PROMPTS, HELD_OUT):
         names = {find_object(prompt) for prompt in prompts}
         assert len(set(prompts)) == len(prompts) == 16
@@ -60,11 +61,13 @@ def test_the_prompts_are_as_many_and_as_different_as_is_claimed():
         ("a brown bear", "bear", "brown"),
     ],
 )
-def test_what_a_prompt_wants(prompt, name, color):
+def test_expected_classes(prompt, name, color):
+    """Object and colour of a prompt."""
     assert expected_classes(prompt) == (OBJECTS.index(name), None if color is None else SHADES.index(color))
 
 
-def test_the_pictures_from_behind_are_those():
+def test_views_from_behind():
+    """The azimuths from behind are those more than 120 degrees from the front."""
     azimuth = turntable(reference().camera, AZIMUTHS, torch.device("cpu")).azimuth
     behind = torch.cos(torch.deg2rad(azimuth)) < -0.5
     assert behind.nonzero().flatten().tolist() == list(quality.BEHIND)
@@ -74,17 +77,18 @@ def test_the_pictures_from_behind_are_those():
 def score_views(
     monkeypatch, prompt: str, names: list[str], colors: list[str], views: list[str]
 ) -> dict[str, float | None]:
-    """The scores of eight pictures in which the classifier sees what the lists say."""
+    """The scores of eight images in which the classifier sees what the lists say."""
     seen = Predictions(
         torch.tensor([OBJECTS.index(name) for name in names]),
         torch.tensor([SHADES.index(color) for color in colors]),
         torch.tensor([VIEWS.index(view) for view in views]),
     )
-    monkeypatch.setattr(quality, "classify", lambda classifier, pictures: seen)
+    monkeypatch.setattr(quality, "classify", lambda classifier, images: seen)
     return assess(None, torch.zeros(AZIMUTHS, 3, 4, 4), prompt)
 
 
-def test_scores_are_shares_of_the_pictures(monkeypatch):
+def test_assess_counts_shares(monkeypatch):
+    """Scores are shares of the images, or None where the prompt names nothing."""
     names = ["robot"] * 6 + ["snowman"] * 2
     colors = ["red"] * 3 + ["blue"] * 3 + ["red"] * 2
     views = ["front", "front", "side", "back", "front", "front", "side", "front"]
@@ -104,7 +108,8 @@ def row(prompt: str, seed: int, *scores: float | None) -> dict:
     return {"prompt": prompt, "seed": seed, **dict(zip(quality.SCORES, scores, strict=True)), "seconds": 2.0}
 
 
-def test_a_summary_averages_what_each_row_has():
+def test_summarize_averages_rows():
+    """Means are over the rows that have a value."""
     rows = [
         row("a red mug", 0, 1.0, 0.5, None, None, None),
         row("a robot", 0, 0.0, None, 0.0, 1.0, 1.0),
@@ -147,17 +152,18 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(quality, "ProcessPoolExecutor", lambda number, **context: ThreadPoolExecutor(number))
     monkeypatch.setattr(quality, "describe_setup", lambda device, other: bench.facts | other)
     monkeypatch.setattr(quality, "load_classifier", lambda: None)
-    monkeypatch.setattr(quality, "assess", lambda classifier, pictures, prompt: {"object": float(len(pictures))})
+    monkeypatch.setattr(quality, "assess", lambda classifier, images, prompt: {"object": float(len(images))})
     return bench
 
 
-def test_a_measurement_goes_on_where_it_stopped(bench, capsys):
+def test_quality_resumes(bench, capsys):
+    """The same command makes only the missing runs."""
     jobs = [(prompt, seed) for seed in (0, 1) for prompt in ("a mug", "a hat")]
     bench.broken = {("a hat", 0)}
     record = bench.call("--jobs", "2")
     assert sorted(bench.made) == sorted(jobs) and record["runs"] == 3
     assert "'a hat', seed 0, failed" in capsys.readouterr().out
-    assert record["object"] == AZIMUTHS  # scored again from the pictures, not taken from the rows
+    assert record["object"] == AZIMUTHS  # scored again from the images, not taken from the rows
     assert [(line["prompt"], line["runs"]) for line in record["prompts"]] == [("a mug", 2), ("a hat", 1)]
     assert (bench.out / "quality.png").exists()
 
@@ -172,7 +178,8 @@ def test_a_measurement_goes_on_where_it_stopped(bench, capsys):
     assert [(line["prompt"], line["seed"]) for line in record["rows"]] == jobs
 
 
-def test_runs_of_other_settings_are_not_mixed(bench, capsys):
+def test_quality_refuses_other_settings(bench, capsys):
+    """A folder of other settings is refused."""
     bench.call()
     bench.facts = {"model": "another"}
     with pytest.raises(SystemExit) as ended:
@@ -181,7 +188,8 @@ def test_runs_of_other_settings_are_not_mixed(bench, capsys):
     assert "holds runs of other settings" in capsys.readouterr().err
 
 
-def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
+def test_quality_compares_objectives(bench, capsys):
+    """Each objective has runs of its own, and a row in the table."""
     where = ["--work", str(bench.work), "--out", str(bench.out), "--device", "cpu", "--seeds", "1"]
     where += ["--settings", '{"iters": 7}']
     words = [*where, "--prompts", "a mug", "a hat", "--scores", "sds,ism,csd"]
@@ -216,12 +224,14 @@ def test_scores_are_compared_each_with_its_own_runs(bench, capsys):
         assert f"--settings: {sentence}" in capsys.readouterr().err
 
 
-def test_the_settings_of_a_score_are_its_own():
+def test_describe_setup_of_objectives():
+    """Each objective has its own defaults."""
     sds, csd = (quality.describe_setup("cpu", {"objective": score})["settings"]["guidance"] for score in ("sds", "csd"))
     assert (sds["objective"], csd["objective"]) == ("sds", "csd") and sds["guidance_rescale"] != csd["guidance_rescale"]
 
 
-def test_no_run_starts_that_would_end_too_late(monkeypatch, tmp_path, bench):
+def test_make_runs_stops_in_time(monkeypatch, tmp_path, bench):
+    """A run that would end after the limit is not started."""
     clock = iter(range(0, 1000, 30))
     monkeypatch.setattr(quality, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     jobs = [("a mug", seed) for seed in range(9)]
@@ -230,16 +240,18 @@ def test_no_run_starts_that_would_end_too_late(monkeypatch, tmp_path, bench):
     assert 0 < len(rows) < 4 and bench.made == jobs[: len(rows)]  # each run takes 30 and more of the 200
 
 
-def test_the_pictures_of_a_run_come_back_as_they_were_written(tmp_path):
+def test_read_views(tmp_path):
+    """Images are read as they were written."""
     strip = np.repeat(np.arange(AZIMUTHS, dtype=np.uint8) * 30, quality.SIZE)[None, :, None]
     Image.fromarray(np.broadcast_to(strip, (quality.SIZE, strip.shape[1], 3)).copy()).save(tmp_path / "views.png")
-    pictures = quality.read_views(tmp_path / "views.png")
-    assert pictures.shape == (AZIMUTHS, 3, quality.SIZE, quality.SIZE)
-    assert torch.equal((pictures * 255).amax((1, 2, 3)), (pictures * 255).amin((1, 2, 3)))
-    assert (pictures[:, 0, 0, 0] * 255).round().tolist() == [30 * k for k in range(AZIMUTHS)]
+    images = quality.read_views(tmp_path / "views.png")
+    assert images.shape == (AZIMUTHS, 3, quality.SIZE, quality.SIZE)
+    assert torch.equal((images * 255).amax((1, 2, 3)), (images * 255).amin((1, 2, 3)))
+    assert (images[:, 0, 0, 0] * 255).round().tolist() == [30 * k for k in range(AZIMUTHS)]
 
 
-def test_the_contact_sheet_keeps_the_place_of_a_missing_run(tmp_path):
+def test_contact_sheet(tmp_path):
+    """The place of a missing run is white."""
     prompts = ("a hamburger", "a red robot", "a blue car", "a snowman")
     side = quality.SIZE
     for prompt, level in zip(prompts[::3], (10, 100), strict=True):  # nothing of robot and car
@@ -260,14 +272,16 @@ def test_the_contact_sheet_keeps_the_place_of_a_missing_run(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "status"), [([], 2), (["speed"], 2), (["--help"], 0), (["-h"], 0)])
-def test_without_a_known_benchmark_the_command_names_those_there_are(words, status, capsys):
+def test_command_usage(words, status, capsys):
+    """Without a known command the usage lists all of them."""
     assert command.main(words) == status
     said = capsys.readouterr().out
     assert said.startswith("usage: ") and all(name in said for name in command.COMMANDS)
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)
-def test_every_benchmark_has_help_and_refuses_an_unknown_flag(name, capsys):
+def test_command_help(name, capsys):
+    """Every command has help under its name and refuses an unknown flag."""
     for words, status in ((["--help"], 0), (["--nonsense", "one", "two"], 2)):
         with pytest.raises(SystemExit) as ended:
             command.main([name, *words])
@@ -276,7 +290,8 @@ def test_every_benchmark_has_help_and_refuses_an_unknown_flag(name, capsys):
     assert f"bench {name}" in output.out and "--nonsense" in output.err
 
 
-def test_the_main_job_runs_the_command_and_records_it(tmp_path, monkeypatch):
+def test_end_to_end_writes_a_record(tmp_path, monkeypatch):
+    """The record has the time of the command, also by its old name."""
     commands = []
 
     now = [50.0]
@@ -309,31 +324,32 @@ def classifier():
     return load_classifier()
 
 
-def render_views(things: list[tuple[str, str | None]], azimuth: float) -> torch.Tensor:
-    """Pictures [N, 3, 64, 64] of objects of the procedural world, made from a seed that nothing was trained on."""
+def render_things(things: list[tuple[str, str | None]], azimuth: float) -> torch.Tensor:
+    """Images [N, 3, 64, 64] of objects of the procedural world, made from a seed that nothing was trained on."""
     scenes = [make_scene(np.random.default_rng(7), name, color, plain=True) for name, color in things]
     n = len(scenes)
     cameras = make_cameras(*(torch.full((n,), angle) for angle in (75.0, azimuth, 3.2, 22.0)))
     ones = torch.ones(n)
-    pictures = render(
+    images = render(
         pack(scenes, "cpu"), cameras, 64, shading=0 * ones, ambient=ones, light_noise=torch.zeros(n, 3),
         background=torch.full((n, 3), 0.75), supersample=1.0,
     )  # fmt: skip
-    return pictures.permute(0, 3, 1, 2)
+    return images.permute(0, 3, 1, 2)
 
 
-def test_the_judge_recognises_objects_colours_and_sides(classifier):
+def test_classify_renders(classifier):
+    """Objects, colours and sides of renders are classified; changed images get other classes."""
     assert WEIGHTS.stat().st_size <= 2e6
-    front = render_views([("robot", "red"), ("penguin", "black"), ("car", "blue")], 0.0)
-    back = render_views([("robot", "red"), ("penguin", "black")], 180.0)
-    for pictures, view in ((front, "front"), (back, "back")):
-        found = classify(classifier, pictures)
-        assert [OBJECTS[k] for k in found.object] == ["robot", "penguin", "car"][: len(pictures)]
+    front = render_things([("robot", "red"), ("penguin", "black"), ("car", "blue")], 0.0)
+    back = render_things([("robot", "red"), ("penguin", "black")], 180.0)
+    for images, view in ((front, "front"), (back, "back")):
+        found = classify(classifier, images)
+        assert [OBJECTS[k] for k in found.object] == ["robot", "penguin", "car"][: len(images)]
         assert [VIEWS[k] for k in found.view[:2]] == [view, view]
         assert [SHADES[k] for k in found.color[:2]] == ["red", "black"]
     assert SHADES[classify(classifier, front).color[2]] == "blue"
 
-    # It looks at the picture: with red and blue exchanged it says so, and an empty picture is nobody's.
+    # It looks at the image: with red and blue exchanged it says so, and an empty image is nobody's.
     assert [SHADES[k] for k in classify(classifier, front.flip(1)).color[::2]] == ["blue", "red"]
     assert OBJECTS[classify(classifier, torch.full((1, 3, SIZE, SIZE), 0.75)).object[0]] not in (
         "robot",
@@ -348,12 +364,12 @@ def test_the_judge_recognises_objects_colours_and_sides(classifier):
     assert OBJECTS[classify(classifier, large).object[0]] == "robot"
 
 
-def test_the_judge_is_as_good_as_it_states(classifier):
-    """On pictures from a seed that nothing was trained on: as many right as stated, but for five standard errors."""
+def test_classifier_reaches_its_accuracy(classifier):
+    """On images from a seed that nothing was trained on: as many right as stated, but for five standard errors."""
     stated = json.loads(WEIGHTS.with_suffix(".json").read_text())["held_out"]
     colors = ["red", "green", "blue", "yellow"]
     things = [(name, colors[k % 4]) for k, name in enumerate(sorted(OBJECTS)[::3][:24])]
-    found = classify(classifier, render_views(things, 30.0))
+    found = classify(classifier, render_things(things, 30.0))
     right = {
         "object": [OBJECTS[k] == name for k, (name, _) in zip(found.object, things, strict=True)],
         "color": [SHADES[k] == color for k, (_, color) in zip(found.color, things, strict=True)],
@@ -363,12 +379,12 @@ def test_the_judge_is_as_good_as_it_states(classifier):
         assert n >= 16 and sum(hits) >= n * p - 5 * (n * p * (1 - p)) ** 0.5, (name, things, hits)
 
 
-def logits(picture_classes: list[tuple[int, int, int]]):
-    """A classifier that gives each of the pictures the classes (object, colour, sector) of its list."""
+def logits(image_classes: list[tuple[int, int, int]]):
+    """A classifier that gives each of the images the classes (object, colour, sector) of its list."""
 
-    def says(pictures):
-        scores = torch.zeros(3, len(pictures), 64)
-        for n, classes in enumerate(picture_classes):
+    def says(images):
+        scores = torch.zeros(3, len(images), 64)
+        for n, classes in enumerate(image_classes):
             for k, index in enumerate(classes):
                 scores[k, n, index] = 9
         return scores[0, :, : len(OBJECTS)], scores[1, :, : len(SHADES)], scores[2, :, : SECTORS + 1]
@@ -376,7 +392,8 @@ def logits(picture_classes: list[tuple[int, int, int]]):
     return says
 
 
-def test_sectors_make_the_words_for_views():
+def test_classify_sums_sectors():
+    """Sectors of azimuth sum to the words for views, in training as well."""
     azimuths = [-172, -136, -134, -50, -46, -44, -1, 1, 44, 46, 91, 134, 136, 179]
     words = ["back"] * 2 + ["side"] * 3 + ["front"] * 4 + ["side"] * 3 + ["back"] * 2 + ["overhead"]
     sectors = [int((a + 180) // 15) for a in azimuths] + [SECTORS]
@@ -389,7 +406,7 @@ def test_sectors_make_the_words_for_views():
 
 
 def examples(*truth: tuple[str, str | None, str, float]) -> Examples:
-    """Empty pictures of which (object, colour, view, azimuth) are true."""
+    """Empty images of which (object, colour, view, azimuth) are true."""
     things, colors, views, azimuths = zip(*truth, strict=True)
     return Examples(
         torch.zeros(len(truth), 3, SIZE, SIZE, dtype=torch.uint8),
@@ -401,7 +418,8 @@ def examples(*truth: tuple[str, str | None, str, float]) -> Examples:
     )
 
 
-def test_accuracy_counts_right_answers():
+def test_accuracy_of_classes():
+    """Accuracies count what the truth names; confusion gives shares."""
     truth = examples(
         ("robot", "red", "front", 0.0),
         ("robot", None, "side", 50.0),
@@ -409,7 +427,7 @@ def test_accuracy_counts_right_answers():
         ("robot", "blue", "front", -40.0),
     )
     robot_red_front = (OBJECTS.index("robot"), SHADES.index("red"), SECTORS // 2)
-    found = classifier_train.classify_all(logits([robot_red_front] * 4), truth.pictures)
+    found = classifier_train.classify_all(logits([robot_red_front] * 4), truth.images)
     # colours count where there is a word (three of four), sides of faces where there is one (the robots)
     assert accuracy(found, truth) == pytest.approx(
         {
@@ -427,14 +445,15 @@ def test_accuracy_counts_right_answers():
     assert set(shares) == {"front", "back"} and shares["back"]["side"] == 1
 
 
-def test_colours_are_what_people_call_them():
+def test_color_labels():
+    """Labels of colours are the caption's, or a word for the natural shade."""
     truth = [
         ("bear", "blue", (0.12, 0.25, 0.85), 0, "blue"),  # the caption's
         ("bear", None, (0.43, 0.25, 0.1), 0, "brown"),  # its natural shade
         ("tree", None, (0.13, 0.5, 0.16), 1, "green"),  # "leaf", for which captions have no word
         ("hamburger", None, (0.85, 0.6, 0.3), 0, None),  # tan is none of the twelve
         ("car", None, (0.9, 0.1, 0.12), 0, "red"),  # cars have no natural colour
-        ("car", "red", (0.85, 0.1, 0.1), 2, None),  # a picture without colour
+        ("car", "red", (0.85, 0.1, 0.1), 2, None),  # an image without colour
     ]
     labels = [[OBJECTS.index(t[0]), SHADES.index(t[1]) if t[1] else NATURAL, 0] for t in truth]
     columns = (np.array(labels), np.zeros((6, 2)), np.array([t[3] for t in truth]), np.array([t[2] for t in truth]))
@@ -442,7 +461,8 @@ def test_colours_are_what_people_call_them():
     assert [None if k == UNNAMED else SHADES[k] for k in found] == [t[4] for t in truth]
 
 
-def test_the_paint_of_a_scene_is_its_colour():
+def test_paint_is_the_captions_color():
+    """The paint of a scene is near the colour of its caption."""
     arrays, _, ((_, _, _, _, labels),) = dataset._draw(3, 1)
     paint = dataset._paint(arrays)
     assert paint.shape == (dataset.BATCH, 3) and (labels[:, 1] != NATURAL).sum() > 20
@@ -451,39 +471,42 @@ def test_the_paint_of_a_scene_is_its_colour():
             assert np.abs(mine - list(COLORS.values())[color]).max() < 0.2
 
 
-def test_a_mirrored_picture_is_seen_from_the_other_side():
-    pictures = torch.arange(2 * 3 * 2 * 2, dtype=torch.uint8).view(2, 3, 2, 2)
-    truth = examples(("cat", None, "side", 60.0), ("cat", None, "side", 60.0))._replace(pictures=pictures)
+def test_mirrored_examples():
+    """A mirrored image has the opposite azimuth."""
+    images = torch.arange(2 * 3 * 2 * 2, dtype=torch.uint8).view(2, 3, 2, 2)
+    truth = examples(("cat", None, "side", 60.0), ("cat", None, "side", 60.0))._replace(images=images)
     turned = classifier_train.mirrored(truth, torch.tensor([True, False]))
     assert turned.azimuth.tolist() == [-60, 60] and torch.equal(turned.view, truth.view)
-    assert torch.equal(turned.pictures[0], pictures[0].flip(-1)) and torch.equal(turned.pictures[1], pictures[1])
+    assert torch.equal(turned.images[0], images[0].flip(-1)) and torch.equal(turned.images[1], images[1])
 
 
-def test_the_judge_learns_only_what_can_be_told():
+def test_loss_ignores_unknown_classes():
     """A mug's view and an unnamed colour leave no gradient where they would be learned; a cat's view does."""
     torch.manual_seed(0)
     learner, fronts = Classifier(), classifier_train.membership(classifier_train.FRONTS, "cpu")
-    pictures = torch.rand(2, 3, SIZE, SIZE)
+    images = torch.rand(2, 3, SIZE, SIZE)
     mugs = examples(("mug", "red", "front", 0.0), ("mug", None, "front", 0.0))
-    classifier_train.loss_of(learner, pictures, mugs, fronts).backward()
+    classifier_train.loss_of(learner, images, mugs, fronts).backward()
     assert not learner.view.weight.grad.any() and learner.color.weight.grad.any() and learner.object.weight.grad.any()
     learner.zero_grad(set_to_none=True)
     cats = examples(("cat", "red", "front", 0.0), ("mug", "red", "front", 0.0))
-    classifier_train.loss_of(learner, pictures, cats, fronts).backward()
+    classifier_train.loss_of(learner, images, cats, fronts).backward()
     assert learner.view.weight.grad.any()
     stored = classifier_train.to_half(learner)
     assert sum(t.numel() * t.element_size() for t in stored.values()) <= 1.95e6
 
 
-def test_disturbed_pictures_keep_their_shape_and_range_and_repeat():
-    pictures = torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    once, again, other = (disturb(pictures, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert once.shape == pictures.shape and once.min() >= 0 and once.max() <= 1
+def test_disturb_repeats():
+    """Disturbed images keep shape and range, and depend on the seed alone."""
+    images = torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    once, again, other = (disturb(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert once.shape == images.shape and once.min() >= 0 and once.max() <= 1
     assert torch.equal(once, again) and not torch.equal(once, other)
-    assert (once - pictures).abs().mean(dim=(1, 2, 3)).min() > 0.01  # every picture is changed
+    assert (once - images).abs().mean(dim=(1, 2, 3)).min() > 0.01  # every image is changed
 
 
-def test_the_prior_is_scored_by_the_words_of_its_captions():
+def test_prior_scores():
+    """Scores of dream-mini's images count the words of their captions."""
     n = len(THINGS)
     thing = torch.arange(n)[:, None].expand(n, 3).clone()
     color = torch.tensor([SHADES.index(prior.COLOR_OF[name]) for name in OBJECTS])[:, None].expand(n, 3)
@@ -498,7 +521,7 @@ def test_the_prior_is_scored_by_the_words_of_its_captions():
     assert found["object"] == round(1 - 1 / n, 4)
     assert found["views"]["front"]["side"] == 1 and found["faces"]["cat"] == [0, 1, 1]
     assert [expected_classes(prompt) for prompt in prior.PROMPTS] == [(k, int(color[k, 0])) for k in range(n)]
-    picture = prior.sheet(
+    image = prior.sheet(
         torch.rand(2 * n, 3, 3, 16, 16), Predictions(*(torch.cat([c, c]) for c in (thing, color, view)))
     )
-    assert picture.size == (6 * 16, len(prior.FACES) * 30)
+    assert image.size == (6 * 16, len(prior.FACES) * 30)

@@ -28,7 +28,8 @@ HEAD = "schema gpu driver torch triton git_sha dirty utc copy_rate matmul_rate r
 
 
 @pytest.mark.parametrize(("side", "millions"), [(64, 0.51), (128, 2.03)])
-def test_the_rays_have_as_many_samples_as_the_workload_says(side, millions):
+def test_sphere_samples(side, millions):
+    """Samples lie in the sphere, a step apart, and are as many as the documents state."""
     positions, t, offsets = inputs.sphere_samples(side, CPU)
     assert round(len(t) / 1e6, 2) == millions and len(t) % 256 == 0
     assert positions.norm(dim=1).max() < inputs.RADIUS + inputs.STEP / 2
@@ -40,7 +41,8 @@ def test_the_rays_have_as_many_samples_as_the_workload_says(side, millions):
     assert (step[inner].double() - inputs.STEP).abs().max() <= torch.finfo(t.dtype).eps * t.max()
 
 
-def test_the_camera_sees_twenty_degrees_around_the_origin():
+def test_camera():
+    """The field of view is 20 degrees around the origin."""
     origins, directions = inputs.camera(512, CPU)
     assert torch.equal(origins.unique(dim=0), torch.tensor([[0, 0, 3.2]]))
     check_fp64("lengths", directions.double().norm(dim=1), torch.ones(512**2, dtype=torch.float64))
@@ -51,7 +53,8 @@ def test_the_camera_sees_twenty_degrees_around_the_origin():
     assert corners[0, 0, 0] < 0 < corners[0, 511, 0]
 
 
-def test_the_occupancy_grid_holds_the_cells_of_the_sphere():
+def test_occupancy_bits():
+    """Occupied cells are those whose centre lies in the sphere."""
     bits = inputs.occupancy_bits(CPU)
     x = 2 * torch.rand(4096, 3, generator=torch.Generator().manual_seed(0)) - 1
     found = kernels.occupancy_query(bits, x, 1.0, inputs.OCCUPANCY)
@@ -59,7 +62,8 @@ def test_the_occupancy_grid_holds_the_cells_of_the_sphere():
     assert torch.equal(found, centre.norm(dim=1) < inputs.RADIUS) and found.any()
 
 
-def test_the_registry_has_every_row_that_there_is_a_target_for():
+def test_specs_are_complete():
+    """Every target has a row, and every operator cases for a GPU, a CPU and the self test."""
     rows = {(case.op, case.case, case.mode) for case in FULL}
     targets = {(spec.name, *key) for spec in SPECS.values() for key in spec.targets}
     assert targets <= rows and len(rows) == len(FULL)
@@ -69,7 +73,8 @@ def test_the_registry_has_every_row_that_there_is_a_target_for():
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if "difference" not in case.case], ids=str)
-def test_a_small_case_runs_and_its_floor_counts_bytes(case):
+def test_small_cases_run(case):
+    """Outputs are finite, gradients have the shapes of leaves, and the floor counts the written bytes."""
     problem = build(case)
     outputs = run(problem, problem.operator, case.mode, case.compute_dtype)
     assert all(torch.isfinite(out).all() for out in outputs)
@@ -81,14 +86,16 @@ def test_a_small_case_runs_and_its_floor_counts_bytes(case):
     assert problem.least_bytes >= (0.9 if case.op == "march" else 1) * written * (not problem.mutates)
 
 
-def test_the_bytes_of_a_table_are_those_of_the_rows_that_are_read():
+def test_floor_counts_touched_rows():
+    """The floor of the table counts the rows that are read."""
     few = build(Case(op="hash_grid", case="uniform_2^4", mode="forward", dtype="float32"))
     rest = inputs.nbytes(few.tensors["x"]) + 16 * inputs.GRID.channels * 4
     rows = (few.least_bytes - rest) / (inputs.GRID.features * 4)
     assert 0.9 * 16 * 8 * 16 < rows <= 16 * 8 * 16  # hardly two points share a corner
 
 
-def test_a_name_that_is_no_case_is_refused():
+def test_build_refuses_wrong_names():
+    """A name that does not fit the operator is a ValueError."""
     with pytest.raises(ValueError, match="must be a rays_N, got uniform_2"):
         build(Case(op="march", case="uniform_2^4", mode="forward", dtype="float32"))
     with pytest.raises(ValueError, match="ends in _finite_difference or _analytic, got rays_8"):
@@ -107,7 +114,8 @@ def test_a_name_that_is_no_case_is_refused():
         ("adan", "0.1M", "forward"),
     ],
 )
-def test_the_gate_passes_the_reference_and_catches_a_small_fault(op, case, mode):
+def test_judge_catches_small_faults(op, case, mode):
+    """The reference passes, a factor of 1.001 does not."""
     what = Case(op=op, case=case, mode=mode, dtype="float32")
     reference = bench.find_implementation(what, "reference")
 
@@ -124,7 +132,8 @@ def test_the_gate_passes_the_reference_and_catches_a_small_fault(op, case, mode)
     assert verdicts["good"].good and not verdicts["wrong"].good
 
 
-def test_the_gate_sees_a_wrong_gradient_and_a_number_that_is_none():
+def test_judge_catches_gradients_and_nan():
+    """A wrong gradient and a NaN are caught."""
     what = Case(op="composite", case="rays_8", mode="forward_backward", dtype="float32")
 
     def scaled(sigma, *args, **kwargs):  # the same values, another gradient
@@ -138,7 +147,7 @@ def test_the_gate_sees_a_wrong_gradient_and_a_number_that_is_none():
     assert not verdicts["scaled"].good and verdicts["missing"].max_err == math.inf
 
 
-def test_a_gradient_of_few_numbers_is_allowed_what_the_others_are():
+def test_worst_verdict_of_small_gradients():
     """A bias whose reference is right by luck passes with the network's error; an output, or a wrong bias, does not."""
     exact = (torch.ones(4).double(), torch.ones(100).double(), torch.ones(4).double())
     reference = (exact[0], exact[1] * (1 + 1e-5), exact[2])
@@ -149,7 +158,7 @@ def test_a_gradient_of_few_numbers_is_allowed_what_the_others_are():
     assert not gate.worst_verdict((exact[0] * 1.00001, *got[1:]), reference, exact, gradients=2).good
 
 
-def test_the_gate_weighs_an_output_by_its_condition():
+def test_worst_verdict_weighs_outputs():
     """A deviation where the weight is 0 does not count, and one where it is 1 does."""
     exact = (torch.ones(100, 3).double(),)
     weight = (torch.arange(100.0)[:, None] != 7).double()
@@ -159,7 +168,8 @@ def test_the_gate_weighs_an_output_by_its_condition():
         assert gate.worst_verdict((got,), exact, exact, (weight,)).good == good
 
 
-def test_the_gate_refuses_a_march_that_loses_samples():
+def test_judge_refuses_lost_samples():
+    """A march with fewer samples on its rays cannot be compared."""
     what = Case(op="march", case="rays_8", mode="forward", dtype="float32")
 
     def short(*args, **kwargs):
@@ -169,7 +179,8 @@ def test_the_gate_refuses_a_march_that_loses_samples():
         gate.judge(what, CPU, {"short": short})
 
 
-def test_judging_leaves_the_inputs_of_an_operator_that_changes_them_alone():
+def test_copied_inputs_protect_the_problem():
+    """An operator that changes its inputs changes copies."""
     problem = build(Case(op="adan", case="0.1M", mode="forward", dtype="float32"))
     before = problem.tensors["params"].clone()
     run(gate.copy_inputs(problem), problem.operator, "forward", torch.float32)
@@ -194,7 +205,8 @@ def no_rates(monkeypatch):
     monkeypatch.setattr(measure, "matmul_rate", lambda device: 100e9)
 
 
-def test_the_file_has_the_fields_of_the_schema(tmp_path, capsys):
+def test_result_file_schema(tmp_path, capsys):
+    """Header and rows have the fields of the schema."""
     status, found = rows_of(tmp_path, "--op", "composite", "--op", "march")
     assert status == 0 and list(found) == HEAD
     assert [(row["op"], row["mode"]) for row in found["rows"]] == [
@@ -213,12 +225,14 @@ def test_the_file_has_the_fields_of_the_schema(tmp_path, capsys):
     assert compare.main([str(tmp_path / "cpu.json")] * 2) == 0
 
 
-def test_the_results_are_named_after_the_gpu():
+def test_file_name():
+    """The file is named after the GPU."""
     assert results.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
     assert results.file_name(None) == "cpu.json"
 
 
-def test_an_implementation_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
+def test_suite_rejects_wrong_results(tmp_path, monkeypatch, capsys):
+    """A wrong implementation is not timed; a wrong kernel fails the command."""
     suite = bench.Suite(CPU, seconds=NEVER, peer_seconds=NEVER, milliseconds=5)
     case = Case(op="composite", case="rays_8", mode="forward", dtype="float32")
 
@@ -234,7 +248,8 @@ def test_an_implementation_that_is_wrong_is_not_timed(tmp_path, monkeypatch, cap
     assert suite.left_out[0].startswith("composite rays_8 forward reference: error 0.01")
 
 
-def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_reason(monkeypatch):
+def test_suite_reports_failures(monkeypatch):
+    """A peer that fails or takes too long is left out, with the reason."""
     suite = bench.Suite(CPU, seconds=NEVER, peer_seconds=NEVER, milliseconds=5)
     case = Case(op="composite", case="rays_8", mode="forward", dtype="float32")
 
@@ -259,7 +274,8 @@ def test_an_implementation_that_fails_or_takes_too_long_is_left_out_with_the_rea
     ]
 
 
-def test_peers_are_compiled_side_by_side_each_case_once(monkeypatch, tmp_path, capsys):
+def test_compile_side_by_side(monkeypatch, tmp_path, capsys):
+    """Each case is compiled once, by a command that the parser accepts."""
     asked = []
 
     def run(command, *, timeout, **_):
@@ -286,14 +302,16 @@ def test_peers_are_compiled_side_by_side_each_case_once(monkeypatch, tmp_path, c
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the command measures for minutes and refuses nothing")
-def test_without_a_gpu_it_says_so(capsys):
+def test_kernels_command_without_gpu(capsys):
+    """Without a GPU, and for an unknown operator, the command ends with status 2."""
     assert bench.main([]) == 2
     assert "finds no GPU" in capsys.readouterr().err
     assert bench.main(["--device", "cpu", "--op", "nothing"]) == 2
     assert "hash_grid/rays_64" in capsys.readouterr().err
 
 
-def test_a_copy_without_git_says_what_it_was_told(monkeypatch, tmp_path):
+def test_git_state_without_git(monkeypatch, tmp_path):
+    """A copy without git takes its commit from GIT_STATE."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert results.git_state() == ("unknown", None)
@@ -306,7 +324,8 @@ def test_a_copy_without_git_says_what_it_was_told(monkeypatch, tmp_path):
 # --- the timer
 
 
-def test_the_timer_takes_the_median_and_asks_for_several_calls(monkeypatch):
+def test_time_cpu(monkeypatch):
+    """The timer warms up, makes at least three calls and takes the median."""
     now, calls = [0.0], []
 
     def call():
@@ -358,7 +377,8 @@ def judged(tmp_path):
         (0.5, 0.02, 0),
     ],
 )
-def test_a_planted_regression_is_caught_and_noise_is_not(judged, capsys, median, spread, status):
+def test_compare_catches_regressions(judged, capsys, median, spread, status):
+    """A planted slowdown is caught, noise is not."""
     new = result()
     new["rows"][1] |= {"median_ms": median, "p20_ms": median - spread / 2, "p80_ms": median + spread / 2}
     assert judged(result(), new) == status
@@ -367,21 +387,24 @@ def test_a_planted_regression_is_caught_and_noise_is_not(judged, capsys, median,
     assert "field rays_64 forward float16" not in printed
 
 
-def test_a_noisy_base_allows_what_it_saw(judged):
+def test_compare_allows_noise_of_the_base(judged):
+    """The spread of the base counts as well."""
     base, new = result(), result()
     base["rows"][0] |= {"p20_ms": 0.9, "p80_ms": 1.1}
     new["rows"][0] |= {"median_ms": 1.3}
     assert judged(base, new) == 0
 
 
-def test_measurements_and_commits_make_no_other_row(judged):
+def test_compare_ignores_measurements(judged):
+    """Measured fields and commits are not part of a row's identity."""
     new = result(git_sha="b")
     for row in new["rows"]:
         row |= {"floor_ms": 0.2, "peak_bytes": 5, "max_err": 3e-4, "tol": 5e-4, "pct_of_floor": 3.0, "split_ms": {}}
     assert judged(result(), new) == 0
 
 
-def test_rows_that_are_gone_are_told(judged, capsys):
+def test_compare_lists_missing_rows(judged, capsys):
+    """Rows that only the base has are listed."""
     new = result()
     del new["rows"][1]
     assert judged(result(), new) == 0
@@ -399,11 +422,13 @@ def test_rows_that_are_gone_are_told(judged, capsys):
         ({"schema": 1}, "is not a result of `bench kernels`"),
     ],
 )
-def test_files_that_cannot_be_compared(judged, capsys, new, complaint):
+def test_compare_refuses_other_files(judged, capsys, new, complaint):
+    """Other GPUs, schemas and kinds of files are refused with a sentence."""
     assert judged(result(), copy.deepcopy(new)) == 2
     assert complaint in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_there(tmp_path, capsys):
+def test_compare_refuses_missing_files(tmp_path, capsys):
+    """A missing file is refused with a sentence."""
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "No such file" in capsys.readouterr().err

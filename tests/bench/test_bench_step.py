@@ -26,7 +26,8 @@ def no_rates(monkeypatch):
         monkeypatch.setattr(step, "BLOCK", 2)
 
 
-def test_the_command_writes_rows_beside_those_of_the_operators(tmp_path, capsys):
+def test_step_command_writes_rows(tmp_path, capsys):
+    """Rows of steps and of operators replace only their own."""
     out = tmp_path / "cpu.json"
     operators = ["--device", "cpu", "--op", "march", "--ms", "5", "--out", str(out)]
     assert bench.main(operators) == 0
@@ -58,7 +59,8 @@ def test_the_command_writes_rows_beside_those_of_the_operators(tmp_path, capsys)
     assert [row["op"] for row in json.loads(out.read_text())["rows"]] == ["march"] + 3 * ["sds_step"]
 
 
-def test_rows_go_together_where_gpu_and_commit_are_the_same(tmp_path):
+def test_write_kernels_keeps_rows(tmp_path):
+    """Stored rows stay if GPU, versions and a clean commit are the same."""
     path = tmp_path / "r.json"
     head = {"gpu": "A", "torch": "2", "triton": "3", "driver": "5", "git_sha": "abc", "dirty": False}
 
@@ -76,7 +78,8 @@ def test_rows_go_together_where_gpu_and_commit_are_the_same(tmp_path):
     assert written(head | {"dirty": True}, ("march", 5)) == [("march", 5)]  # two states without a commit may differ
 
 
-def test_a_wrong_gradient_is_a_failure(tmp_path, monkeypatch, capsys):
+def test_step_fails_on_wrong_gradient(tmp_path, monkeypatch, capsys):
+    """A biased image model fails the command."""
     genuine = step_cases.our_components
 
     def biased(*args):
@@ -90,14 +93,16 @@ def test_a_wrong_gradient_is_a_failure(tmp_path, monkeypatch, capsys):
     assert "FAILED: default ours: error" in capsys.readouterr().out
 
 
-def test_the_architecture_is_stable_diffusions():
+def test_random_components_architecture():
+    """Parameters and sizes are those of Stable Diffusion 2.1-base."""
     components = random_sd.random_components(torch.device("meta"), torch.float16)
     assert sum(parameter.numel() for parameter in components.unet.parameters()) == 865_910_724  # as published
     assert (components.image_size, components.latent_size) == (512, 64)
     assert {p.dtype for m in (components.unet, components.vae) for p in m.parameters()} == {torch.float16}
 
 
-def test_random_weights_are_the_same_each_time_and_copies_have_them():
+def test_random_components_repeat():
+    """Random weights are the same each time, and copies in another dtype have them."""
     one, two = (random_sd.random_components(CPU, torch.float32, tiny=True) for _ in range(2))
     exact = random_sd.in_dtype(one, torch.float64)
     for name, value in one.unet.state_dict().items():
@@ -106,7 +111,8 @@ def test_random_weights_are_the_same_each_time_and_copies_have_them():
     assert exact.dtype == torch.float64 and one.dtype == torch.float32
 
 
-def test_the_peer_computes_with_references_and_the_engine_gets_its_operators_back():
+def test_reference_operators():
+    """Operators are references inside the block and themselves after it."""
     before = kernels.composite
     with step_cases.reference_operators():
         assert kernels.composite is kernels.composite_reference and kernels.march is kernels.march_reference
@@ -114,7 +120,7 @@ def test_the_peer_computes_with_references_and_the_engine_gets_its_operators_bac
     assert kernels.composite is before and before is not kernels.composite_reference
 
 
-def test_the_ball_has_the_samples_of_the_workload():
+def test_ball_samples():
     """A quarter of 490,000 samples at a quarter of the pixels; the untrained network, left out here, adds 7 %."""
     from dream_fast.engine.render.volume import VolumeRenderer
     from dream_fast.engine.scene.camera import rays, sample_cameras
@@ -141,7 +147,8 @@ def field_blob(renderer, config) -> torch.Tensor:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the command measures for minutes and refuses nothing")
-def test_without_a_gpu_it_says_so(capsys):
+def test_step_command_without_gpu(capsys):
+    """Without a GPU the command ends with status 2."""
     assert step.main([]) == 2
     assert "finds no GPU" in capsys.readouterr().err
 
@@ -149,7 +156,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
 @pytest.mark.parametrize(("case", "gib"), [("default", 5.0), ("vram_O", 3.2)])
-def test_a_step_of_stable_diffusion_runs_within_its_memory(case: str, gib: float, tmp_path: Path) -> None:
+def test_step_memory(case: str, gib: float, tmp_path: Path) -> None:
     """In a process of its own, which may not reserve more."""
     out = tmp_path / "result.json"
     command = [sys.executable, "-m", "dream_fast.bench", "step", "--case", case, "--no-peer", "--limit", str(gib)]

@@ -45,7 +45,7 @@ def compared(machine, names=("a",), **options):
     return slow, shown
 
 
-def test_both_sides_take_turns_and_neither_always_comes_first():
+def test_measure_row_alternates():
     """After one call that settles the length of a sample each round is base, new, new, base."""
     machine = Machine()
     assert compared(machine) == ([], [("a", 1.0)])
@@ -54,7 +54,7 @@ def test_both_sides_take_turns_and_neither_always_comes_first():
 
 
 @pytest.mark.parametrize(("factor", "slow"), [(1.2, False), (1.3, True), (0.5, False)])
-def test_a_ratio_over_the_limit_is_too_slow_when_fresh_processes_confirm_it(factor, slow):
+def test_compare_confirms_slow_rows(factor, slow):
     """Only what is above 1.25 is measured again, by processes of its own."""
     machine = Machine(lambda _, side: factor if side == "new" else 1.0)
     names, shown = compared(machine)
@@ -62,20 +62,20 @@ def test_a_ratio_over_the_limit_is_too_slow_when_fresh_processes_confirm_it(fact
     assert shown == [("a", pytest.approx(factor))] * (1 + slow)
 
 
-def test_a_slow_measurement_that_the_repeat_does_not_confirm_passes():
+def test_compare_passes_unconfirmed_rows():
     """Processes that were unlucky once are no fault of the commit."""
     machine = Machine(lambda _, side: 2.0 if side == "new" and machine.started == 1 else 1.0)
     assert compared(machine) == ([], [("a", 2.0), ("a", 1.0)])
 
 
-def test_a_machine_that_becomes_slower_is_no_fault_of_the_new_side():
+def test_measure_row_on_a_slowing_machine():
     """Every sample takes 1 % longer than the one before, so that the last takes several times as long as the first."""
     _, ((_, ratio),) = compared(Machine(lambda moment, _: 1.01**moment))
     assert ratio == pytest.approx(1, abs=1e-3)  # a sample is 1 % longer than the one before
 
 
 @pytest.mark.parametrize("side", ["base", "new"])
-def test_a_load_that_comes_and_goes_decides_nothing(side):
+def test_measure_row_under_load(side):
     """A third of one side's samples take five times as long; the verdict is that of the others."""
     turn = count()
     machine = Machine(lambda _, now: 5.0 if now == side and next(turn) % 3 == 2 else 1.0)
@@ -88,13 +88,13 @@ def test_a_load_that_comes_and_goes_decides_nothing(side):
 
 
 @pytest.mark.parametrize("call", [1e-6, 1e-3, 0.3, 20.0])
-def test_a_planted_slowdown_is_that_much_work_more(monkeypatch, call):
+def test_measure_row_plants_work(monkeypatch, call):
     """Half of the work once more, however long a call takes."""
     monkeypatch.setitem(globals(), "CALL", call)
     assert compared(Machine(), plant=1.5) == (["a"], [("a", pytest.approx(1.5))] * 2)
 
 
-def test_a_workload_that_the_base_lacks_is_named_and_compared_with_nothing(capsys):
+def test_compare_lists_missing_workloads(capsys):
     """A new operator has no base; where nothing has one the command fails."""
     machine = Machine(missing={("base", "b")})
     assert compared(machine, ["a", "b"])[0] == []
@@ -103,13 +103,13 @@ def test_a_workload_that_the_base_lacks_is_named_and_compared_with_nothing(capsy
     assert timing.format_row(timing.Row("b", missing="ImportError: no")).split()[1:5] == ["not", "in", "the", "base:"]
 
 
-def test_a_workload_that_fails_in_this_tree_is_an_error():
+def test_measure_row_raises_in_this_tree():
     """What the base can do, the new side has to do as well."""
     with pytest.raises(timing.CannotRun, match="a: ImportError: no"):
         compared(Machine(missing={("new", "a")}))
 
 
-def test_a_side_times_the_calls_alone():
+def test_answer_requests_times_calls():
     """Its clock counts neither the preparation nor the call that warms up; what fails is an answer too."""
     now = [0.0]
 
@@ -125,7 +125,7 @@ def test_a_side_times_the_calls_alone():
     assert list(told) == [{"missing": None}, {"seconds": 6.0}, {"missing": "OSError: no file"}]
 
 
-def test_every_operator_and_a_step_are_timed():
+def test_list_workloads():
     """The registry of the benchmark decides which, and the step is the last."""
     names = list(timing_side.list_workloads())
     assert {name.split()[0] for name in names[:-1]} == {case.op for case in timing_side.SMALL}
@@ -153,7 +153,7 @@ def repository(tmp_path, monkeypatch):
     return root
 
 
-def test_the_base_is_checked_out_with_the_bench_of_this_tree(repository):
+def test_two_trees(repository):
     """Both folders hold a `dream_fast` with its own kernels and the same bench; nothing stays behind."""
     with timing.two_trees("HEAD~1") as trees:
         texts = [
@@ -166,7 +166,7 @@ def test_the_base_is_checked_out_with_the_bench_of_this_tree(repository):
     assert timing.git("status", "--porcelain") == ""
 
 
-def test_the_default_base_is_where_the_branch_left_main(repository):
+def test_default_base(repository):
     """On main itself it is the commit before."""
     assert timing.default_base() == timing.git("rev-parse", "HEAD~1")
     subprocess.run(["git", "-C", repository, "checkout", "-qb", "branch"], check=True)
@@ -174,7 +174,7 @@ def test_the_default_base_is_where_the_branch_left_main(repository):
     assert timing.default_base() == timing.git("rev-parse", "main")
 
 
-def test_a_base_that_is_none_is_refused_in_a_sentence(repository, capsys):
+def test_main_refuses_unknown_names(repository, capsys):
     """An unknown commit and an unknown workload: status 2 and a line each."""
     assert timing.main(["--base", "nowhere"]) == 2
     assert timing.main(["--only", "nothing"]) == 2
@@ -191,7 +191,7 @@ for line in sys.stdin:
 """
 
 
-def test_the_command_compares_two_commits(repository, capsys):
+def test_main_compares_two_commits(repository, capsys):
     """Real processes on both trees, which state the times of the kernels that they import."""
     (repository / "__init__.py").write_text("")
     (repository / "bench" / "regression").mkdir()
@@ -203,7 +203,7 @@ def test_the_command_compares_two_commits(repository, capsys):
     assert "nothing takes 1.25 times" in capsys.readouterr().out
 
 
-def test_a_side_that_dies_is_an_error(repository, capfd):
+def test_main_reports_dead_process(repository, capfd):
     """Status 1 and a sentence, with the message of the process above it."""
     (repository / "__init__.py").write_text("")
     (repository / "bench" / "regression").mkdir()

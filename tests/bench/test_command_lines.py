@@ -42,7 +42,8 @@ def cells() -> list[list[str]]:
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
-def test_every_row_is_what_the_command_says_today(tmp_path: Path) -> None:
+def test_page_is_current(tmp_path: Path) -> None:
+    """Every row of the page is what the command does today."""
     command_lines.write_files(tmp_path)
     rows = cells()
     assert len(rows) == len(LINES) == 20 and len(set(LINES)) == 20
@@ -65,11 +66,13 @@ def test_every_row_is_what_the_command_says_today(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
-def test_the_page_is_linked() -> None:
+def test_page_is_linked() -> None:
+    """The README links the page."""
     assert "(docs/coming_from_stable_dreamfusion.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_line_is_run_looked_at_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line is run, its outputs are listed, and --test takes its workspace."""
     monkeypatch.setattr(command_lines, "SHORT", TINY)
     line = CommandLine("README", '--text "a rose" --negative "red" --workspace trial -O --sd_version 1.5')
     outcome = run_line(line, tmp_path)
@@ -83,9 +86,8 @@ def test_a_line_is_run_looked_at_and_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert gone == Outcome("refused", "--test needs a run to look at, and --workspace gone holds none")
 
 
-def test_a_refused_line_has_its_sentence_and_a_broken_one_is_no_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_line_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal is the row's sentence; any other failure raises."""
     assert run_line(CommandLine("README", '--text "a mug" --workspace trial --gui'), tmp_path).verdict == "refused"
     assert format_row(CommandLine("a", "b|c"), Outcome("refused", "x | y")) == "| a | `b/c` | refused | x / y |\n"
     broken = SimpleNamespace(returncode=1, stdout="", stderr="Traceback")

@@ -17,17 +17,19 @@ from dream_fast.cli import main
 @pytest.fixture(scope="module")
 def said() -> list[dict]:
     """What the self test says of each kernel, in the interpreter as on a machine without a GPU."""
-    found = [found for found in doctor.check_kernels(on_gpu=False)]
-    return found
+    return list(doctor.check_kernels(on_gpu=False))
 
 
-def test_every_kernel_is_right_against_its_reference(said):
+def test_check_kernels(said):
+    """Every kernel is right in the interpreter."""
     (found,) = said
     assert found.state == "ok"
     assert {"hash_grid", "march", "render", "adan", "weight_decay"} <= set(found.message.split(": ")[1].split(", "))
 
 
-def test_the_self_test_notices_a_kernel_that_is_a_little_off():
+def test_selftest_catches_faults():
+    """A factor of 1.001 on an output is caught, and so is an operator that raises."""
+
     def spoiled(operator):
         def call(*inputs, **options):
             out = operator(*inputs, **options)
@@ -64,14 +66,15 @@ ENOUGH = 1e6  # seconds: only what never ends meets its limit
         ("raise SystemExit('no driver')", ENOUGH, "ended early, status 1: no driver"),
     ],
 )
-def test_a_self_test_that_fails_or_dies_or_hangs_is_a_finding(code, seconds, sentence, monkeypatch):
+def test_check_kernels_reports_failures(code, seconds, sentence, monkeypatch):
+    """A self test that fails, dies or hangs is a finding with advice."""
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
     (found,) = doctor.check_kernels(on_gpu=True, seconds=seconds)
     assert found.state == "wrong" and sentence in found.message and "--backbone grid_torch" in found.advice
 
 
-def test_the_advice_about_a_failing_kernel_fits_the_device(monkeypatch):
+def test_kernels_advice(monkeypatch):
     """On a GPU the cache in use is named; a CPU run calls no kernel and has no cache, so it is a note without one."""
     run, code = subprocess.run, 'print(\'{"kernel": "march", "error": "error 1, allowed 0", "seconds": 1}\'); exit(1)'
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
@@ -82,7 +85,7 @@ def test_the_advice_about_a_failing_kernel_fits_the_device(monkeypatch):
     assert all("error 1, allowed 0" in found.message and "report" in found.advice for found in (on_gpu, on_cpu))
 
 
-def test_the_self_test_allows_other_roundings_and_no_turned_normal():
+def test_selftest_of_normals():
     """Inputs moved by half a rounding, as another processor rounds, pass; a normal turned by a thousandth does not."""
     name = "field_normals (finite_difference)"
     case, problem = selftest.build_all(torch.device("cpu"))[name]
@@ -148,13 +151,15 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
         ({"built": "12.8", "available": True, "count": 2}, "550.1", "ok", "the first of 2, --device cuda:1 takes", ""),
     ],
 )
-def test_what_is_said_of_the_gpu(machine, driver, state, sentence, advice, monkeypatch):
+def test_check_gpu(machine, driver, state, sentence, advice, monkeypatch):
+    """Findings for GPUs that work, are too old, or do not start."""
     monkeypatch.setattr(doctor, "find_driver", lambda: driver)
     found = doctor.check_gpu(fake_torch(**machine))
     assert found.state == state and sentence in found.message and advice in found.advice and "\n" not in found.message
 
 
-def test_without_triton_or_xformers_it_says_what_to_install_where_it_is_needed(monkeypatch):
+def test_missing_libraries(monkeypatch):
+    """A missing triton or xformers is a note, or wrong where it is needed."""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
@@ -165,7 +170,8 @@ def test_without_triton_or_xformers_it_says_what_to_install_where_it_is_needed(m
     assert found["sdpa"].state == "ok" and found["xformers"].state == "note" and "xformers" in found["xformers"].advice
 
 
-def test_a_run_goes_on_without_triton_and_xformers(tmp_path, tiny_model):
+def test_run_without_triton(tmp_path, tiny_model):
+    """A run on a CPU needs neither triton nor xformers."""
     code = "import sys\nfor name in ('triton', 'xformers', 'xformers.ops'): sys.modules[name] = None\n"
     code += "from dream_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
     words = (
@@ -179,7 +185,9 @@ def test_a_run_goes_on_without_triton_and_xformers(tmp_path, tiny_model):
     assert done.returncode == 0 and "done in" in done.stdout, done.stderr
 
 
-def test_a_torch_that_does_not_load_is_a_finding(monkeypatch):
+def test_torch_does_not_load(monkeypatch):
+    """A torch that does not load is the last finding."""
+
     def broken(name):
         raise OSError("libcudart.so.12: cannot open shared object file")
 
@@ -188,7 +196,8 @@ def test_a_torch_that_does_not_load_is_a_finding(monkeypatch):
     assert found.state == "wrong" and "libcudart.so.12" in found.message and "reinstall" in found.advice
 
 
-def test_the_command_prints_findings_and_its_status_tells_whether_something_is_wrong(monkeypatch, capsys):
+def test_main_prints_findings(monkeypatch, capsys):
+    """Findings are printed, and the status is 1 if one is wrong."""
     for found, status in ((Finding("note", "no GPU"), 0), (Finding("wrong", "no torch", "pip install torch"), 1)):
         monkeypatch.setattr(doctor, "make_findings", lambda found=found: iter([Finding("ok", "fine"), found]))
         assert main(["--doctor"]) == status
@@ -197,7 +206,8 @@ def test_the_command_prints_findings_and_its_status_tells_whether_something_is_w
         assert ("ready for a run" in out) == (status == 0)
 
 
-def test_lines_of_the_self_test_are_json(capsys, monkeypatch):
+def test_selftest_prints_json(capsys, monkeypatch):
+    """The self test prints a line of JSON for each kernel, and its status is 1 if one is wrong."""
     monkeypatch.setattr(selftest, "check", lambda device: iter([{"kernel": "march", "error": "no", "seconds": 0}]))
     assert selftest.main([]) == 1
     assert json.loads(capsys.readouterr().out)["kernel"] == "march"

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 TOO_LARGE = ("rays_128", "rays_256", "rays_512", "uniform_2^20", "uniform_2^22", "frame_800", "mesh_50k", "mesh_1M")
 
 
-def test_gate_case_is_the_case_at_a_size_where_fp64_fits():
+def test_gate_case():
     """Nothing large is judged, what is small stays as it is, and nothing but the size changes."""
     for case in FULL:
         judged = gate.gate_case(case)
@@ -38,7 +38,7 @@ def problem(weights=None):
     )
 
 
-def test_judge_problem_weighs_outputs_by_the_inputs_in_fp64():
+def test_judge_problem_weighs_outputs():
     """The weight comes from the problem's tensors: where it is 0 an error does not count."""
     asked = []
 
@@ -55,7 +55,7 @@ def test_judge_problem_weighs_outputs_by_the_inputs_in_fp64():
     assert asked == [torch.float64]
 
 
-def test_judge_problem_counts_the_gradients_of_a_backward_alone(monkeypatch):
+def test_judge_problem_counts_gradients(monkeypatch):
     """The exact result is in fp64, and the number of gradients is that of the leaves, 0 without a backward."""
     seen = []
 

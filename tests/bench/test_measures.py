@@ -17,7 +17,7 @@ SIZE = 128
 
 
 def grid() -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of pixel centres, from the middle of the picture."""
+    """Rows and columns of pixel centres, from the middle of the image."""
     at = torch.arange(SIZE) + 0.5 - SIZE / 2
     return torch.meshgrid(at, at, indexing="ij")
 
@@ -118,7 +118,7 @@ def test_delta_e_is_that_of_skimage() -> None:
     assert delta_e(black, white).item() == pytest.approx(100, abs=0.01) and delta_e(white, white).item() == 0
 
 
-def test_the_colour_of_a_part_is_not_that_of_the_others() -> None:
+def test_part_color() -> None:
     """The median of the red pixels, darker than the word's red, among white and black ones."""
     palette = torch.tensor([[0.85, 0.1, 0.1], [0.94, 0.94, 0.93], [0.14, 0.14, 0.16]])
     reds = torch.tensor([[0.7, 0.1, 0.1], [0.72, 0.1, 0.1], [0.74, 0.1, 0.1]])
@@ -148,7 +148,7 @@ def test_kid_is_nothing_for_one_distribution_and_what_a_loop_says() -> None:
 # ------------------------------------------------------------------------------------------------------- of a whole run
 
 
-def test_a_runs_shape_is_measured_from_four_sides_with_its_averaged_weights() -> None:
+def test_measure_shape() -> None:
     """Roughness, edge and floaters of what the renderer shows from front, right, back and left over black."""
     entered = []
 
@@ -171,10 +171,10 @@ def test_a_runs_shape_is_measured_from_four_sides_with_its_averaged_weights() ->
     assert found["floaters"] == 0 and found["edge_ratio"] == pytest.approx(1, abs=0.05)
 
 
-def test_the_colour_of_a_prompts_part_is_found_over_gray() -> None:
-    """A robot's red, though most of the picture is background and much of the robot is not red."""
-    pictures = torch.full((2, 3, 16, 16), 0.75)
-    pictures[:, :, 4:12, 4:12] = torch.tensor([0.15, 0.80, 0.82])[:, None, None]
-    pictures[:, :, 8:12, 4:12] = torch.tensor([0.9, 0.05, 0.05])[:, None, None]
-    found = looks.measure_color(pictures, "a red robot", 0.75)
+def test_measure_color() -> None:
+    """A robot's red, though most of the image is background and much of the robot is not red."""
+    images = torch.full((2, 3, 16, 16), 0.75)
+    images[:, :, 4:12, 4:12] = torch.tensor([0.15, 0.80, 0.82])[:, None, None]
+    images[:, :, 8:12, 4:12] = torch.tensor([0.9, 0.05, 0.05])[:, None, None]
+    found = looks.measure_color(images, "a red robot", 0.75)
     assert found == pytest.approx([0.9, 0.05, 0.05], abs=1e-6)

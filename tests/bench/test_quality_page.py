@@ -6,7 +6,7 @@ import torch
 from dream_fast.bench.quality import page as quality_page
 from dream_fast.bench.quality import world
 from dream_fast.bench.quality.measures import delta_e
-from dream_fast.bench.quality.page import BEGIN, END, fill_page, table
+from dream_fast.bench.quality.page import BEGIN, END, fill_page, format_table
 from dream_fast.bench.quality.run import HELD_OUT, PROMPTS
 from dream_fast.bench.quality.world import (
     PAINTS,
@@ -26,20 +26,20 @@ def record(**result: float) -> dict:
     return about | {"look": look, "held_out": {"runs": 0}, "held_out_look": {"result": {}}}
 
 
-def test_the_table_has_a_column_a_record_and_the_worlds_own() -> None:
+def test_table_columns() -> None:
     """Measures that nothing has are left out, and so is a set of prompts without runs."""
     records = {"before": record(kid=1.0), "after": record(kid=0.25)}
-    lines = table(records, "").splitlines()
+    lines = format_table(records, "").splitlines()
     assert lines[0] == "| | before | after | the world's own |"
     assert lines[2:] == [
         "| roughness, degrees | 8 | 8 | 2.5 |",
         "| kernel distance | 1 | 0.25 |  |",
         "| object | 0.5 | 0.5 |  |",
     ]
-    assert table(records, "held_out") == ""
+    assert format_table(records, "held_out") == ""
 
 
-def test_the_page_keeps_what_is_around_its_markers() -> None:
+def test_fill_page() -> None:
     """Written twice it is the same."""
     once = fill_page(f"a\n{BEGIN}\nold\n{END}\nb", {"before": record()})
     assert once.startswith(f"a\n{BEGIN}\n### Fixed") and once.endswith(f"{END}\nb") and "old" not in once
@@ -48,7 +48,7 @@ def test_the_page_keeps_what_is_around_its_markers() -> None:
 
 @pytest.mark.skipif(not quality_page.PAGE.exists(), reason="an installed package carries no docs")
 def test_the_page_is_current() -> None:
-    """What it shows is what the stored measurements say, and its pictures are there."""
+    """What it shows is what the stored measurements say, and its images are there."""
     page, records = quality_page.PAGE.read_text(encoding="utf-8"), quality_page.read_records()
     assert fill_page(page, records) == page, "write it anew: python -m dream_fast.bench quality_page"
     assert all((quality_page.RESULTS / f"quality-{name}.jpg").exists() for name in records)
@@ -58,7 +58,7 @@ def test_the_page_is_current() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["a hamburger", "a red robot", "a snowman", "a white rabbit"])
-def test_the_worlds_scenes_are_what_the_prompt_says(prompt: str) -> None:
+def test_make_scenes(prompt: str) -> None:
     """The object, in its colour, natural where none is named; the first colour of the palette is that one."""
     scenes, color = make_scenes(prompt, 5), next((name for name in COLORS if name in prompt.split()), None)
     assert {scene.name for scene in scenes} == {find_object(prompt)} and {scene.color for scene in scenes} == {color}
@@ -72,7 +72,7 @@ def test_the_worlds_scenes_are_what_the_prompt_says(prompt: str) -> None:
     assert 0 < own < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
 
 
-def test_the_world_is_stored_and_found_by_prompt(tmp_path) -> None:
+def test_read_world_by_prompt(tmp_path) -> None:
     """In the order asked for; not for a prompt that is not there, nor for features of another classifier."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, 3, 5), (2, 3)]
@@ -89,7 +89,7 @@ def test_the_world_is_stored_and_found_by_prompt(tmp_path) -> None:
     assert own.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
 
 
-def test_looks_of_another_judge_are_not_used(tmp_path, monkeypatch) -> None:
+def test_read_world_of_another_classifier(tmp_path, monkeypatch) -> None:
     """Features mean nothing to other weights."""
     path = tmp_path / "world.safetensors"
     world.write_world(path, ["a mug"], WorldLook(torch.rand(1, 2, 1, 5), torch.rand(1, 3)))

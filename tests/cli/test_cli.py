@@ -109,7 +109,8 @@ def engine(monkeypatch, tmp_path):
         (["--test", "--workspace", "empty"], "--test needs a run to look at, and --workspace empty holds none"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(words, sentence, engine, tmp_path, capsys):
+def test_bad_input_refused(words, sentence, engine, tmp_path, capsys):
+    """Bad input is one sentence and status 2 and writes nothing."""
     assert main([*words, "--device", "cpu"] if words not in (["--text"],) else words) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -118,7 +119,8 @@ def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(words, senten
     assert engine == [] and list(tmp_path.iterdir()) == []
 
 
-def test_every_flag_of_the_reference_works_or_is_refused_with_a_reason():
+def test_reference_flags_parsed():
+    """Every flag of the reference works or is refused with a reason."""
     ours = set(build_parser()._option_string_actions)
     refused = set(UNSUPPORTED_FLAGS)
     assert set(REFERENCE_FLAGS) - ours == refused
@@ -127,7 +129,8 @@ def test_every_flag_of_the_reference_works_or_is_refused_with_a_reason():
     assert {flag for flag, _ in UNSUPPORTED_VALUES} <= ours
 
 
-def test_the_whole_configuration_reaches_the_engine(engine):
+def test_config_reaches_engine(engine):
+    """The whole configuration reaches the engine."""
     words = (
         "--workspace trial -O --save_mesh --iters 5 --seed 3 --phi_range -90 -0.5 --w 32 --lambda_orient 0 --cuda_ray"
     )
@@ -158,18 +161,21 @@ def test_only_what_was_typed_is_typed():
         ("--guidance IF SD --IF", {"guidance": ("IF",)}),
     ],
 )
-def test_a_shortcut_never_overrules_what_was_typed(words, typed, capsys):
+def test_shortcut_below_typed(words, typed, capsys):
+    """A shortcut never overrules what was typed."""
     assert parse(words.split()) == typed
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("words", [["-O", "-O2"], ["-O2", "-O"]])
-def test_the_second_shortcut_does_nothing_beside_the_first_and_says_so(words, capsys):
+def test_shortcut_O2_beside_O(words, capsys):
+    """The second shortcut does nothing beside the first with a message."""
     assert parse(words) == {"fp16": True}
     assert capsys.readouterr().err == "dream-fast: note: -O2 does nothing beside -O\n"
 
 
-def test_the_help_of_a_shortcut_names_all_that_it_does():
+def test_shortcut_help():
+    """The help of a shortcut names all that it does."""
     text = " ".join(build_parser().format_help().split())
     assert "--fp16, --backbone vanilla and --progressive_level" in text
     assert set(parse(["-O2"])) == {"fp16", "backbone", "progressive_level"}
@@ -188,13 +194,15 @@ def test_the_help_of_a_shortcut_names_all_that_it_does():
         ("\ufeff--text K\u00e4se", {"text": "K\u00e4se"}),
     ],
 )
-def test_a_file_of_arguments_is_split_as_a_shell_would(content, typed, tmp_path):
+def test_split_as_shell(content, typed, tmp_path):
+    """A file of arguments is split as a shell would."""
     (tmp_path / "run.txt").write_bytes(content.encode())
     assert parse(["--file", str(tmp_path / "run.txt")]) == typed
     assert parse([f"--file={tmp_path / 'run.txt'}"]) == typed
 
 
-def test_what_is_typed_later_counts_more_than_the_file_and_that_more_than_what_came_before(engine, tmp_path):
+def test_file_order(engine, tmp_path):
+    """What is typed later counts more than the file and that more than what came before."""
     (tmp_path / "one.txt").write_text("--seed 2 --w 2 --no-save_mesh --text 'a cat'")
     (tmp_path / "two.txt").write_text("--w 3 -O --lr 0.5")
     words = "--seed 1 --iters 1 --w 1 --save_mesh --file one.txt --h 9 --file two.txt --h 4 --lr 0.25".split()
@@ -242,7 +250,8 @@ def test_a_file_of_arguments_that_may_not_be_read(tmp_path):
         parse(["--file", str(tmp_path / "run.txt")])
 
 
-def test_words_that_the_embedded_model_does_not_know_are_warned_about(engine, capsys):
+def test_unknown_words_warned(engine, capsys):
+    """Words that the embedded model does not know are warned about."""
     assert main(["--text", "a shiny hamburger", "--device", "cpu"]) == 0
     warning = 'dream-fast: warning: the embedded model does not know the word "shiny" and will ignore it\n'
     assert capsys.readouterr().err == warning
@@ -284,7 +293,8 @@ def test_O_without_a_gpu_says_so(engine, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_print_config_needs_no_prompt_and_runs_nothing(engine, capsys):
+def test_print_config_without_prompt(engine, capsys):
+    """Print config needs no prompt and runs nothing."""
     assert main(["--print-config", "--device", "cpu", "--lr", "0.5"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["optim"]["lr"] == 0.5
@@ -309,7 +319,9 @@ def test_a_workspace_may_lie_at_home(engine, tmp_path, monkeypatch):
     assert engine[0].run.text == "a cat"
 
 
-def test_the_engines_mistakes_and_interrupts_have_their_status(monkeypatch, capsys):
+def test_main_error_statuses(monkeypatch, capsys):
+    """The engines mistakes and interrupts have their status."""
+
     def fail(error):
         def run(config):
             raise error
@@ -330,7 +342,7 @@ def test_help_lists_every_setting_by_room(capsys):
     shown = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f"--{field.name}" in shown for _, field in settings())
-    assert all(room.type.__doc__.rstrip(".") in shown for room, _ in settings())
+    assert all(section.type.__doc__.rstrip(".") in shown for section, _ in settings())
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def store(folder: str, version: str | None = None, **typed):
     return config
 
 
-def test_a_run_is_looked_at_in_the_default_workspace(handed, monkeypatch):
+def test_test_default_workspace(handed, monkeypatch):
     """--test alone takes the run of the default folder, its precision, and the device of now."""
     config = store("workspace", lr=0.25, fp16=True, save_mesh=True, six_views=True, ckpt="scratch")
     monkeypatch.setattr("dream_fast.engine.runtime.device.find_gpu", lambda: (True, ""))
@@ -55,7 +55,7 @@ def test_no_run_to_look_at_is_named_by_its_folder(handed, capsys):
         assert capsys.readouterr().err == f"dream-fast: error: {sentence}\n"
 
 
-def test_a_run_of_another_version_keeps_the_defaults_that_it_had(handed):
+def test_other_version_keeps_defaults(handed):
     """Its settings count unless they are typed; of this very version the command's do, and so with --ckpt scratch."""
     words = ["--text", "a cat", "--workspace", "w", "--iters", "9", *CPU]
     old = store("w", version="0.1.0", lr=0.25, save_mesh=True, six_views=True)
@@ -71,7 +71,7 @@ def test_a_run_of_another_version_keeps_the_defaults_that_it_had(handed):
     assert main([*words, "--workspace", "empty"]) == 0 and handed.pop() == fresh.override({"workspace": "empty"})
 
 
-def test_a_run_of_another_version_is_taken_up_where_the_device_is_now(handed, monkeypatch):
+def test_other_version_device(handed, monkeypatch):
     """The device is that of the command, and what --test said of it before is over."""
     store("workspace", version="0.1.0", test=True, output="before", lr=0.25)
     monkeypatch.setattr("dream_fast.engine.runtime.device.find_gpu", lambda: (True, ""))
@@ -83,15 +83,15 @@ def test_a_run_of_another_version_is_taken_up_where_the_device_is_now(handed, mo
 @pytest.mark.parametrize(
     "typed", [{"n_levels": 5, "bound": 0.75}, {"backbone": "vanilla", "n_frequencies": 5, "bound": 0.75}]
 )
-def test_a_refinement_under_way_keeps_its_own_field(typed, handed, capsys):
+def test_refinement_keeps_field(typed, handed, capsys):
     """The workspace's field counts, not what --init_with named, which may be gone; a typed setting counts more."""
     words = ["--text", "a cat", "--dmtet", "--init_with", "gone.glb", *CPU]
     backbone = ["--backbone", typed.get("backbone", "grid")]
     store("workspace", dmtet=True, init_with="gone.glb", **typed)
     assert main([*words, *backbone, "--hidden_width", "8"]) == 0
     config = handed.pop()
-    rooms = config.to_dict()["field"] | config.to_dict()["render"]
-    assert {name: rooms[name] for name in typed} == typed and config.field.hidden_width == 8
+    sections = config.to_dict()["field"] | config.to_dict()["render"]
+    assert {name: sections[name] for name in typed} == typed and config.field.hidden_width == 8
     gone = "dream-fast: error: --init_with gone.glb: there is no such file\n"
     assert main([*words, "--ckpt", "scratch"]) == 2 and capsys.readouterr().err == gone
     assert main([*words, "--workspace", "other"]) == 2 and capsys.readouterr().err == gone

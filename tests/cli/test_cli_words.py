@@ -34,11 +34,11 @@ def refusal(*words: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_has_a_group_for_each_room_and_the_words_of_each_setting():
-    """Titles are the rooms' first lines, and a flag's help is that of its setting or of the table of flags."""
+def test_help_groups():
+    """Titles are the sections' first lines, and a flag's help is that of its setting or of the table of flags."""
     parser = build_parser()
     titles = [group.title for group in parser._action_groups][2:]
-    assert titles == list(dict.fromkeys(room.type.__doc__.removesuffix(".") for room, _ in settings()))
+    assert titles == list(dict.fromkeys(section.type.__doc__.removesuffix(".") for section, _ in settings()))
     helps = {flag: action.help for action in parser._actions for flag in action.option_strings}
     for flag, words in COMMAND_FLAGS.items():
         assert helps[flag] == words
@@ -69,9 +69,9 @@ def test_help_shows_what_a_flag_takes(flag, metavar):
 
 def test_help_may_name_a_percentage(monkeypatch):
     """A percent sign in the help of a setting is no format of argparse."""
-    field = dataclasses.make_dataclass("Room", [("share", float, setting(0.5, "50 % of it"))])
-    room = SimpleNamespace(name="room", type=SimpleNamespace(__doc__="A room."))
-    monkeypatch.setattr(cli, "settings", lambda: [(room, dataclasses.fields(field)[0])])
+    field = dataclasses.make_dataclass("Section", [("share", float, setting(0.5, "50 % of it"))])
+    section = SimpleNamespace(name="section", type=SimpleNamespace(__doc__="A section."))
+    monkeypatch.setattr(cli, "settings", lambda: [(section, dataclasses.fields(field)[0])])
     assert "50 % of it" in build_parser().format_help()
 
 
@@ -91,7 +91,7 @@ def test_help_shows_its_examples_as_they_are(capsys):
 # ------------------------------------------------------------------------------------------------- what is not taken
 
 
-def test_refused_and_renamed_flags_are_answered_from_their_tables():
+def test_refused_flags_messages():
     """Flag, colon, and the reason, with a value behind = too."""
     for flag, reason in UNSUPPORTED_FLAGS.items():
         assert refusal("--text", "a cat", flag, "1") == f"{flag} is not available: {reason}"
@@ -99,7 +99,7 @@ def test_refused_and_renamed_flags_are_answered_from_their_tables():
         assert refusal("--text", "a cat", f"{flag}=1") == f"{flag} is gone: {reason}"
 
 
-def test_refused_values_are_answered_from_their_tables():
+def test_refused_values_messages():
     """A value of a flag, apart or behind =, is refused with its reason."""
     for (flag, word), reason in UNSUPPORTED_VALUES.items():
         sentence = f"{flag} {word} is not available: {reason}"
@@ -208,7 +208,7 @@ def test_every_alias_has_a_test():
     assert aliases == {"levels", "features", "log2_entries", "frequencies", "step_graph", "score", "lambda_entropy"}
 
 
-def test_a_file_between_other_words_counts_in_its_place(tmp_path):
+def test_file_between_words(tmp_path):
     """What comes after a file counts more, a file named later counts more than an earlier one."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_text("--seed 1 --w 1 --h 1")
@@ -218,7 +218,7 @@ def test_a_file_between_other_words_counts_in_its_place(tmp_path):
     assert refusal("--file", str(two)) == f"--file {two}: a file of arguments cannot name another one"
 
 
-def test_an_argument_of_the_wrong_kind_is_argparses_error():
+def test_argument_readers_raise():
     """The readers of numbers raise what argparse turns into a sentence."""
     for reader in (cli._whole, cli._number, cli._scalar):
         with pytest.raises(argparse.ArgumentTypeError, match="'x' is not a"):
@@ -237,7 +237,7 @@ def handed(monkeypatch, tmp_path):
     return configs
 
 
-def test_status_is_that_of_the_run_and_arguments_those_of_the_process(handed, monkeypatch):
+def test_main_status_and_arguments(handed, monkeypatch):
     """Without arguments of its own the command takes the process's."""
     monkeypatch.setattr(sys, "argv", ["dream-fast", "--text", "a cat", "--device", "cpu", "--seed", "5"])
     assert main() == 7 and handed[0].run.seed == 5
@@ -255,13 +255,13 @@ def test_an_interrupt_is_one_line(monkeypatch, handed, capsys):
     assert capsys.readouterr() == ("", "dream-fast: interrupted\n")
 
 
-def test_mistakes_are_shown_without_hidden_characters(handed, capsys):
+def test_errors_escape_controls(handed, capsys):
     """What is typed into the terminal does not steer it."""
     assert main(["--text", "a cat", "--zx\x1bqvj"]) == 2
     assert capsys.readouterr() == ("", "dream-fast: error: unknown flag --zx\\x1bqvj; see --help\n")
 
 
-def test_printed_configuration_is_whole_and_indented(handed, capsys):
+def test_print_config_whole(handed, capsys):
     """What --print-config prints is the configuration as it is stored."""
     assert main(["--print-config", "--device", "cpu", "--seed", "3", "--cuda_ray"]) == 0
     shown = capsys.readouterr().out
@@ -278,7 +278,7 @@ def test_printed_configuration_is_whole_and_indented(handed, capsys):
         (False, "too \x1b old", "cpu", "dream-fast: note: the GPU is not used (too \\x1b old)\n"),
     ],
 )
-def test_the_device_is_looked_for_where_none_is_named(there, why, device, note, handed, capsys, monkeypatch):
+def test_device_auto(there, why, device, note, handed, capsys, monkeypatch):
     """auto takes the GPU that torch finds, and says what torch says of one that it cannot use."""
     monkeypatch.setattr("dream_fast.engine.runtime.device.find_gpu", lambda: (there, why))
     for words in ([], ["--device", "auto"]):

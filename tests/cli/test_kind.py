@@ -130,7 +130,7 @@ def test_tables_of_other_programs_are_sound():
         *other_programs.VALUES.values(),
     ]
     for answer in answers:
-        assert {flag for flag in re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", answer)} <= ours, answer
+        assert set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", answer)) <= ours, answer
         assert "|" not in answer
     assert {flag for flag, _ in other_programs.VALUES} <= ours
     assert not set(other_programs.VALUES) & set(UNSUPPORTED_VALUES)
@@ -156,7 +156,7 @@ def test_mistyped_flag_gets_the_one_that_is_meant(typed, meant, capsys):
 
 
 @pytest.mark.parametrize("typed", ["--zxqvj", "-x", "--lrr", "--foo", "--quality", "--lambda_mesh", "--theta", "--op"])
-def test_flag_that_is_like_none_gets_no_suggestion(typed, capsys):
+def test_flag_without_suggestion(typed, capsys):
     """Nothing is suggested where nothing, or more than one flag, is nearly spelled so."""
     assert refusal(capsys, ["--text", "a cat", typed, "x"]) == f"unknown flag {typed}; see --help"
 
@@ -188,7 +188,7 @@ def test_slips_are_counted_as_they_are_made():
         ("a hamburger --no people", "--no people", "--negative"),
     ],
 )
-def test_syntax_of_other_programs_in_a_prompt_is_noted(prompt, shown, advice, capsys):
+def test_foreign_syntax_noted(prompt, shown, advice, capsys):
     """It is read as words, and a note names it and what to do, for each prompt and for the negative one."""
     (note,) = foreign_syntax(prompt)
     assert note.startswith(f'"{shown}" has no meaning of its own here') and advice in note
@@ -258,7 +258,7 @@ def test_workspace_that_may_only_be_read(finished, tmp_path, capsys, monkeypatch
     assert "--output" not in refusal(capsys, ["--text", "a cat", "--workspace", str(finished), *SMALL])
 
 
-def test_folder_for_outputs_that_holds_something_else(finished, tmp_path, capsys):
+def test_output_folder_occupied(finished, tmp_path, capsys):
     """Neither another run nor another program's files are written over."""
     other = shutil.copytree(finished, tmp_path / "other")
     words = ["--test", "--six_views", "--workspace", str(finished), "--device", "cpu", "--output"]
@@ -300,7 +300,7 @@ def test_gpu_of_a_number_is_the_current_one(device, number, two_gpus):
     assert two_gpus == [torch.device("cuda", number)]
 
 
-def test_gpu_that_is_not_there_is_refused_with_those_that_are(two_gpus, monkeypatch):
+def test_missing_gpu_refused(two_gpus, monkeypatch):
     """A number too large gets the list of GPUs, and the variable that hides others."""
     with pytest.raises(UserError) as refused:
         choose_runtime(reference().override({"device": "cuda:2"}))
@@ -330,7 +330,7 @@ def test_number_of_the_gpu_is_not_part_of_a_run():
     assert reproduce_command(other) == reproduce_command(first)
 
 
-def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
+def test_kernels_start_on_their_gpu(monkeypatch):
     """A launch makes the device of its tensors the current one, whichever was before."""
     entered = []
 
@@ -376,7 +376,7 @@ sys.stdin.read()
 """
 
 
-def test_workspace_is_locked_on_a_disk_without_locks(tmp_path, no_locks):
+def test_lock_without_disk_locks(tmp_path, no_locks):
     """The second process is told who holds the workspace; the end of the first, also by a signal, lets it in."""
     own = lock.Lock(tmp_path)
     assert own.is_valid() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
@@ -394,7 +394,7 @@ def test_workspace_is_locked_on_a_disk_without_locks(tmp_path, no_locks):
     lock.Lock(tmp_path).release()
 
 
-def test_lease_of_another_machine_is_waited_for_and_taken_over(tmp_path, no_locks, monkeypatch, caplog):
+def test_lease_taken_over(tmp_path, no_locks, monkeypatch, caplog):
     """A lease that nobody renews is taken over; one that is renewed keeps the workspace."""
     own = lock.Lock(tmp_path)
     monkeypatch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
@@ -442,7 +442,7 @@ ABSURD = [
 
 
 @pytest.mark.parametrize(("name", "values"), [(name, values) for name, *values in ABSURD])
-def test_number_that_nothing_can_compute_with_is_refused(name, values, capsys):
+def test_number_out_of_range(name, values, capsys):
     """It is refused with the flag and the bound before anything starts.
 
     Where an earlier run in this process flushes subnormals to zero, 5e-324 is no more than 0.

@@ -98,10 +98,11 @@ def test_a_run_writes_everything(finished, tiny_model):
     mesh = trimesh.load(finished / "mesh" / "mesh.glb", force="mesh")
     mesh.merge_vertices(merge_tex=True, merge_norm=True)  # those that seams of the texture double
     assert len(mesh.faces) > 0 and mesh.is_watertight
-    assert not [path for path in finished.rglob(".*")]  # nothing half-written is left
+    assert not list(finished.rglob(".*"))  # nothing half-written is left
 
 
-def test_cameras_phases_and_prompts_of_a_file_of_arguments_reach_the_steps(tiny_model, tmp_path, monkeypatch):
+def test_file_settings_reach_steps(tiny_model, tmp_path, monkeypatch):
+    """Cameras phases and prompts of a file of arguments reach the steps."""
     wanted = "--jitter_pose --progressive_view --exp_start_iter 1 --exp_end_iter 3 --angle_front 60 --angle_overhead 20"
     (tmp_path / "cameras.txt").write_text(f"# how a run looks at its object\n{wanted} --view_blend 40\n")
     more, seen = ["--file", str(tmp_path / "cameras.txt"), "--latent_iter_ratio", "0.5"], []
@@ -121,7 +122,8 @@ def test_cameras_phases_and_prompts_of_a_file_of_arguments_reach_the_steps(tiny_
     assert main(["--test", "--workspace", str(tmp_path / "trial"), "--six_views", "--default_polar", "60"]) == 0
 
 
-def test_a_vanilla_run_writes_everything_is_taken_up_and_looked_at(tmp_path, tiny_model, capsys):
+def test_vanilla_run_whole(tmp_path, tiny_model, capsys):
+    """A vanilla run writes everything, and can be resumed and tested."""
     words = "--n_frequencies 3 --hidden_width 16 --num_steps 8 --upsample_steps 4 --bound 0.6 --mcubes_resolution 24"
     words += " --texture_resolution 64"
     words += f" --device cpu --log_every 1 --seed 7 --w 16 --h 16 --W {SIDE} --H {SIDE} --dataset_size_test {FRAMES}"
@@ -146,7 +148,8 @@ def test_a_vanilla_run_writes_everything_is_taken_up_and_looked_at(tmp_path, tin
     assert not (tmp_path / "new").exists()
 
 
-def test_a_scene_without_a_surface_costs_the_mesh_alone(copy, tiny_model, capsys, monkeypatch):
+def test_no_surface_costs_mesh(copy, tiny_model, capsys, monkeypatch):
+    """A scene without a surface costs the mesh alone."""
     for old in ("mesh", "results"):
         shutil.rmtree(copy / old)
     (copy / "report.html").unlink()
@@ -158,7 +161,8 @@ def test_a_scene_without_a_surface_costs_the_mesh_alone(copy, tiny_model, capsys
     assert (copy / "results" / "turntable.mp4").exists() and (copy / "report.html").exists()
 
 
-def test_a_full_disk_at_the_mesh_leaves_nothing_half_written(copy, capsys, monkeypatch):
+def test_full_disk_at_mesh(copy, capsys, monkeypatch):
+    """A full disk at the mesh leaves nothing half written."""
     before = contents(copy / "checkpoints") | contents(copy / "mesh")
 
     def full(self, *_, **__):
@@ -170,7 +174,8 @@ def test_a_full_disk_at_the_mesh_leaves_nothing_half_written(copy, capsys, monke
     assert contents(copy / "checkpoints") | contents(copy / "mesh") == before
 
 
-def test_a_finished_run_says_so_and_writes_only_what_is_missing(copy, tiny_model, capsys):
+def test_finished_run_writes_missing(copy, tiny_model, capsys):
+    """A finished run writes only what is missing, with a message."""
     before = contents(copy)
     (copy / "mesh" / "mesh.glb").unlink()
     (copy / "results" / "back.png").write_bytes(b"kept")
@@ -182,7 +187,8 @@ def test_a_finished_run_says_so_and_writes_only_what_is_missing(copy, tiny_model
     assert {name for name in after if after[name] != before.get(name)} == {"results/back.png", "report.html", "log.txt"}
 
 
-def test_a_missing_picture_of_the_six_views_is_written_again(copy, tiny_model):
+def test_missing_view_written(copy, tiny_model):
+    """A missing picture of the six views is written again."""
     before = contents(copy)
     for name in ("top_normal.png", "six_views.png"):
         (copy / "results" / name).unlink()
@@ -198,7 +204,8 @@ def test_a_finished_run_needs_no_model(copy, tiny_model, tmp_path, monkeypatch):
     assert main(["--test", "--workspace", str(copy)]) == 0
 
 
-def test_more_iterations_take_a_run_further_with_its_own_seed(copy, tiny_model):
+def test_more_iterations_continue(copy, tiny_model):
+    """More iterations take a run further with its own seed."""
     longer = command(copy, tiny_model, "--iters", "6")
     at = longer.index("--seed")
     assert main(longer[:at] + longer[at + 2 :]) == 0  # no seed typed
@@ -209,7 +216,8 @@ def test_more_iterations_take_a_run_further_with_its_own_seed(copy, tiny_model):
     assert [(run["from_step"], run["to_step"]) for run in manifest["runs"]] == [(0, 4), (4, 6)]
 
 
-def test_test_writes_outputs_again_at_another_size(copy):
+def test_test_other_size(copy):
+    """Test writes outputs again at another size."""
     assert main(["--test", "--six_views", "--workspace", str(copy), "--W", "32", "--H", "20"]) == 0
     assert Image.open(copy / "results" / "front.png").size == (32, 20)
     with av.open(str(copy / "results" / "turntable.mp4")) as video:
@@ -229,13 +237,15 @@ def test_scratch_replaces_the_run(copy, tiny_model):
     assert not (copy / "mesh").exists()
 
 
-def test_a_checkpoint_elsewhere_is_where_a_new_run_starts(finished, tmp_path, tiny_model):
+def test_ckpt_elsewhere_starts_run(finished, tmp_path, tiny_model):
+    """A checkpoint elsewhere is where a new run starts."""
     checkpoint = finished / "checkpoints" / "step_000004.safetensors"
     assert main(command(tmp_path, tiny_model, "--ckpt", str(checkpoint), "--iters", "6")) == 0
     assert json.loads((tmp_path / "manifest.json").read_text())["runs"][0]["from_step"] == 4
 
 
-def test_a_run_that_is_taken_up_computes_attention_as_before(tmp_path, tiny_model, monkeypatch, capsys):
+def test_resumed_attention(tmp_path, tiny_model, monkeypatch, capsys):
+    """A resumed run computes attention as before."""
     from dream_fast.engine.guidance.model.attention import OPERATORS
 
     monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=OPERATORS["sdpa"]))
@@ -250,7 +260,8 @@ def test_a_run_that_is_taken_up_computes_attention_as_before(tmp_path, tiny_mode
         assert json.loads((tmp_path / "manifest.json").read_text())["runs"][-1]["attention"] == said
 
 
-def test_unknown_words_reach_stable_diffusion_and_not_the_embedded_model(tmp_path, tiny_model, monkeypatch):
+def test_unknown_words_by_model(tmp_path, tiny_model, monkeypatch):
+    """Unknown words reach stable diffusion and not the embedded model."""
     read = []
 
     class Stop(Exception):
@@ -279,20 +290,23 @@ def test_unknown_words_reach_stable_diffusion_and_not_the_embedded_model(tmp_pat
 
 
 @pytest.mark.parametrize("flags", [["--attention", "cudnn"], ["--compile"]])
-def test_what_a_cpu_cannot_do_is_refused_before_anything_is_written(flags, tmp_path, tiny_model, capsys):
+def test_cpu_limits_refused_early(flags, tmp_path, tiny_model, capsys):
+    """What a cpu cannot do is refused before anything is written."""
     sentence = refused(capsys, command(tmp_path / "new", tiny_model, *flags))
     assert flags[0] in sentence and ("--attention sdpa always does" in sentence or "needs a GPU" in sentence)
     assert not (tmp_path / "new").exists()
 
 
-def test_another_runs_workspace_is_refused_and_left_as_it_is(copy, tiny_model, capsys):
+def test_other_run_refused(copy, tiny_model, capsys):
+    """Another runs workspace is refused and left as it is."""
     before = contents(copy)
     sentence = refused(capsys, command(copy, tiny_model, "--lr", "0.5", text="a donut"))
     assert "--text a hamburger, not a donut" in sentence and "--lr 0.001, not 0.5" in sentence
     assert contents(copy) == before
 
 
-def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, tiny_model, capsys):
+def test_impossible_run_refused_early(tmp_path, tiny_model, capsys):
+    """What cannot work is refused before anything is written."""
     workspace = tmp_path / "new"
     assert "lacks" in refused(capsys, command(workspace, tmp_path))
     assert "does not exist" in refused(capsys, command(workspace, tmp_path / "gone"))
@@ -303,14 +317,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, tiny_m
     assert (tmp_path / "file").read_text() == "notes"
 
 
-def test_a_workspace_that_cannot_be_made_is_refused(tiny_model, capsys):
+def test_workspace_cannot_be_made(tiny_model, capsys):
+    """A workspace that cannot be made is refused."""
     nowhere = Path("/proc/sys/dream-fast")  # no folder can be made there, whoever asks
     if not nowhere.parent.is_dir():
         pytest.skip("no /proc on this machine")  # no other folder refuses root as well, and only Linux has it
     assert "--workspace /proc/sys/dream-fast" in refused(capsys, command(nowhere, tiny_model))
 
 
-def test_a_broken_model_is_refused_before_anything_is_written(tmp_path, tiny_model, capsys):
+def test_broken_model_refused_early(tmp_path, tiny_model, capsys):
+    """A broken model is refused before anything is written."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(model / "vae")
     assert "lacks its component vae/" in refused(capsys, command(tmp_path / "new", model))
@@ -329,7 +345,8 @@ def test_a_hub_name_without_a_network_is_refused(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_checkpoint_from_elsewhere_replaces_no_run(copy, finished, tiny_model, capsys):
+def test_ckpt_elsewhere_refused(copy, finished, tiny_model, capsys):
+    """A checkpoint from elsewhere replaces no run."""
     before = contents(copy)
     elsewhere = str(finished / "checkpoints" / "step_000004.safetensors")
     sentence = refused(capsys, command(copy, tiny_model, "--iters", "6", "--ckpt", elsewhere))
@@ -339,14 +356,16 @@ def test_a_checkpoint_from_elsewhere_replaces_no_run(copy, finished, tiny_model,
     assert main(command(copy, tiny_model, "--iters", "5", "--ckpt", own)) == 0
 
 
-def test_a_damaged_manifest_is_refused_and_left_as_it_is(copy, tiny_model, capsys):
+def test_damaged_manifest_refused(copy, tiny_model, capsys):
+    """A damaged manifest is refused and left as it is."""
     (copy / "manifest.json").write_text("{")
     before = contents(copy)
     assert "manifest.json cannot be used" in refused(capsys, command(copy, tiny_model, "--iters", "6"))
     assert contents(copy) == before
 
 
-def test_a_checkpoint_of_another_version_is_refused(copy, tiny_model, capsys):
+def test_other_checkpoint_version_refused(copy, tiny_model, capsys):
+    """A checkpoint of another version is refused."""
     path = copy / "checkpoints" / "step_000004.safetensors"
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[FORMAT])
@@ -357,7 +376,8 @@ def test_a_checkpoint_of_another_version_is_refused(copy, tiny_model, capsys):
     assert contents(copy) == before
 
 
-def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(copy, tiny_model, capsys):
+def test_damaged_checkpoint_refused(copy, tiny_model, capsys):
+    """A damaged checkpoint is refused and left as it is."""
     checkpoint = copy / "checkpoints" / "step_000004.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     before = contents(copy)
@@ -366,7 +386,8 @@ def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(copy, tiny_model, cap
     assert contents(copy) == before
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(copy, tiny_model, capsys):
+def test_damaged_newest_checkpoint_falls_back(copy, tiny_model, capsys):
+    """A damaged newest checkpoint falls back to the one before with a message."""
     longer = command(copy, tiny_model, "--iters", "6")
     assert main(longer) == 0
     newest = copy / "checkpoints" / "step_000006.safetensors"
@@ -386,7 +407,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(co
     assert newest.with_name("damaged_step_000006.safetensors").exists()
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, tiny_model, capsys):
+def test_other_architecture_refused(finished, tmp_path, tiny_model, capsys):
+    """A checkpoint of another architecture is refused."""
     checkpoint = str(finished / "checkpoints" / "step_000004.safetensors")
     arguments = command(tmp_path / "new", tiny_model, "--ckpt", checkpoint, "--n_levels", "4")
     assert "levels 3 there, 4 here" in refused(capsys, arguments)
@@ -404,7 +426,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def test_the_same_seed_gives_the_same_files_with_two_threads(tmp_path, tiny_model, two_threads):
+def test_same_seed_same_files(tmp_path, tiny_model, two_threads):
     """Once in this process and once in a fresh one, as two evenings at the same machine are."""
     size = ["--w", "48", "--h", "48", "--iters", "3", "--log_every", "1"]  # enough samples to be shared by two threads
     assert main(command(tmp_path / "a", tiny_model, *size, "--save_mesh")) == 0

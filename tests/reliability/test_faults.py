@@ -173,7 +173,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
     assert main(words) == 0
     rows = [json.loads(row)["step"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4, 5, 6]
-    assert not [path for path in (tmp_path / "trial").rglob(".*")]
+    assert not list((tmp_path / "trial").rglob(".*"))
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_disk_that_is_really_full(small_disk, tiny_model, often, capsys):
     assert main(command(small_disk / "trial", tiny_model)) == 2
     error = sentence(capsys)
     assert "there is no room left for --workspace" in error and "(No space left on device)" in error
-    assert not [path for path in small_disk.rglob("*.writing*")]
+    assert not list(small_disk.rglob("*.writing*"))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert main(command(small_disk / "trial", tiny_model)) == 2
     assert "no permission to write in" in sentence(capsys)

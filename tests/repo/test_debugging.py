@@ -1,4 +1,4 @@
-"""What docs/debugging.md says works: a debugger attaches to the command and stops where it is told to."""
+"""The page about debugging: a debugger attaches to the command that it prints and stops at breakpoints."""
 
 import inspect
 import json
@@ -79,7 +79,8 @@ def commands() -> list[str]:
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
-def test_a_debugger_stops_a_run_in_a_step_and_lets_it_go_on(tmp_path):
+def test_debugger_stops_run(tmp_path):
+    """A debugger stops a run at a breakpoint in a step, reads values, and lets it continue to its end."""
     pytest.importorskip("debugpy", reason="debugpy is not installed; the extra [test] has it")
     (line,) = [line for line in commands() if "debugpy --listen" in line]
     with socket.socket() as free:

@@ -39,7 +39,8 @@ def names(monkeypatch, tmp_path):
     return run
 
 
-def test_every_block_is_run_and_short() -> None:
+def test_page_blocks() -> None:
+    """Every block of code has a test here, and is short."""
     assert list(sections()) == ["The operators", "The field", "A guidance of your own", "A whole run"]
     assert len(blocks(PAGE.read_text(encoding="utf-8"))) == len(sections())
     for code in sections().values():
@@ -47,7 +48,8 @@ def test_every_block_is_run_and_short() -> None:
         assert max(map(len, code.splitlines())) <= 120
 
 
-def test_the_operators_learn_a_disc(names) -> None:
+def test_operators_section(names) -> None:
+    """The operators learn a disc."""
     page = names("The operators")
     opacity, colour, inside = page["seen"].opacity, page["seen"].values, page["inside"] > 0
     assert opacity[inside].min() > 0.5 > opacity[~inside].max()
@@ -55,7 +57,8 @@ def test_the_operators_learn_a_disc(names) -> None:
     assert not page["rays"].overflow and page["table"].grad.abs().sum() > 0
 
 
-def test_the_field_is_a_blob_in_pictures_and_as_a_mesh(names, tmp_path) -> None:
+def test_field_section(names, tmp_path) -> None:
+    """The field is a blob, in its images and as a mesh."""
     page = names("The field")
     assert page["sigma"][0] > page["sigma"][1] > 0
     # Outwards, but for the network's own slope, which is small beside the blob's at its start.
@@ -68,7 +71,8 @@ def test_the_field_is_a_blob_in_pictures_and_as_a_mesh(names, tmp_path) -> None:
     assert mesh.is_watertight and 0.1 < mesh.extents.min() and len(mesh.faces) == len(page["mesh"].faces)
 
 
-def test_a_guidance_of_ones_own_makes_a_red_ball(names) -> None:
+def test_guidance_section(names) -> None:
+    """The guidance makes a red ball."""
     page = names("A guidance of your own")
     losses, view = page["losses"], page["view"]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -76,7 +80,8 @@ def test_a_guidance_of_ones_own_makes_a_red_ball(names) -> None:
     assert (middle[:, 0] > middle[:, 1] + 0.2).all() and corner.max() < 0.1
 
 
-def test_a_whole_run_writes_its_workspace(names, tmp_path) -> None:
+def test_run_section(names, tmp_path) -> None:
+    """The run writes its workspace."""
     names("A whole run")
     assert Image.open(tmp_path / "trial" / "results" / "front.png").size == (32, 32)
     with av.open(str(tmp_path / "trial" / "results" / "turntable.mp4")) as video:

@@ -50,6 +50,15 @@ def test_page_files_exist(page):
     assert [name for name in names if name.stem not in PLACEHOLDERS and not name.exists()] == []
 
 
+def test_readme_names_exist():
+    """What the README says is in a file is defined there."""
+    places = re.findall(r"`([\w.]+)` in \[([\w/.]+)\]", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(places) >= 3
+    for name, path in places:
+        for part in name.split("."):
+            assert re.search(rf"(def|class) {part}\b", (ROOT / path).read_text(encoding="utf-8")), (name, path)
+
+
 def test_page_sizes():
     """The pages that everybody reads stay short."""
     lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in MAX_LINES}

@@ -52,7 +52,7 @@ def make(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("machine", "told"),
+    ("machine", "installed"),
     [
         (dict(torch_build="none", brings="cpu"), ["torch -c constraints-cpu.txt", "-e .[test] triton==3.6.0"]),
         (dict(torch_build="none", brings="gpu"), ["torch -c constraints-cpu.txt", "-e .[test]"]),
@@ -62,11 +62,13 @@ def make(tmp_path):
         (dict(torch_build="gpu", gpu=True), ["-e .[test]"]),
     ],
 )
-def test_torch_and_triton_follow_the_machine(make, machine, told):
-    assert make(".venv/.installed-test", **machine) == told
+def test_make_chooses_torch(make, machine, installed):
+    """Torch and Triton follow the GPU and the torch that the environment has."""
+    assert make(".venv/.installed-test", **machine) == installed
 
 
-def test_the_second_time_nothing_is_installed(make):
+def test_make_installs_once(make):
+    """The second time nothing is installed."""
     assert make(".venv/.installed", torch_build="cpu") == ["-e . triton==3.6.0"]
     assert make(".venv/.installed", torch_build="cpu") == []
     assert make(".venv/.installed-test", torch_build="cpu") == ["-e .[test] triton==3.6.0"]
@@ -77,6 +79,7 @@ def test_the_second_time_nothing_is_installed(make):
 CHECKS = {
     "lint": "-m ruff check",
     "format": "-m ruff format --check",
+    "types": ".ci/types.py",
     "tests": "-m pytest -n 2 --dist worksteal;;1;",
     "interpreted": "-m pytest -n 2 --dist worksteal tests/kernels/triton;1;1;",
 }
@@ -124,21 +127,22 @@ def make_installed(tmp_path):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_make_test_fails_with_each_of_its_checks(make_installed, check):
-    """`make test` runs the linter, the formatter, the tests and interpreted kernels, and fails if one of them does."""
+def test_make_test_runs_checks(make_installed, check):
+    """`make test` runs linter, formatter, types, tests and interpreted kernels, and fails if one of them does."""
     status, seen = make_installed("test")
     assert status == 0 and all(words in seen for words in CHECKS.values())
     status, seen = make_installed("test", failing=CHECKS[check])
     assert status != 0 and CHECKS[check] in seen
 
 
-def test_make_sanitize_fails_with_the_errors_that_it_sees(make_installed):
+def test_make_sanitize_fails(make_installed):
     """An error of a kernel's access that the sanitizer reports fails `make sanitize`."""
     status, seen = make_installed("sanitize")
     assert status != 0 and "--tool memcheck" in seen and "-m pytest tests/kernels/triton -m gpu" in seen
 
 
-def test_the_build_of_torch_is_read_without_importing_it():
+def test_torch_build_without_import():
+    """The kind of torch is read without importing it."""
     command = [sys.executable, "-X", "importtime", ROOT / ".ci" / "torch_build.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == ("cpu" if torch.version.cuda is None and torch.version.hip is None else "gpu")
@@ -146,7 +150,7 @@ def test_the_build_of_torch_is_read_without_importing_it():
 
 
 @pytest.mark.parametrize(("base", "asked"), [(None, ["test"]), ("", ["test"]), ("v1.0", ["test", "timing BASE=v1.0"])])
-def test_what_decides_about_a_change_is_make_test_and_timing_only_with_a_base(tmp_path, base, asked):
+def test_ci_run_timing(tmp_path, base, asked):
     """.ci/run compares speed where TIMING_BASE names a commit, and only there."""
     make = tmp_path / "make"
     make.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n')
@@ -159,8 +163,8 @@ def test_what_decides_about_a_change_is_make_test_and_timing_only_with_a_base(tm
 
 
 @pytest.mark.parametrize(("words", "end"), [([], "timing "), (["BASE=v1.0"], "timing --base 'v1.0'")])
-def test_the_base_of_make_timing_is_handed_on(words, end):
-    """Without BASE the command chooses one itself."""
+def test_make_timing_base(words, end):
+    """BASE is passed on; without it the command chooses one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--dry-run", "--no-print-directory", "timing", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -176,8 +180,8 @@ raise SystemExit(subprocess.call([sys.executable, "-c", code]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the script reads Linux's /proc")
-def test_the_memory_of_a_command_and_its_children_is_added_up(capfd):
-    """What a child holds counts, once, and the status of the command is handed on."""
+def test_peak_memory_counts_children(capfd):
+    """The memory of a child counts once, and the exit status of the command is passed on."""
     script = runpy.run_path(ROOT / ".ci" / "peak_memory.py")
     with subprocess.Popen(
         [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -67,7 +67,7 @@ OWN = [ROOT / "__init__.py", ROOT / "cli.py", *(path for top in PACKAGES for pat
 TESTS = [*(ROOT / "tests").rglob("*.py"), *(path for path in OWN if path.name.startswith("test_"))]
 
 
-def test_every_import_is_declared():
+def test_imports_declared():
     """What the package imports is installed with it, and what the tests import besides with the extra `test`."""
     needs = declared(PROJECT["dependencies"])
     ours = imported([path for path in OWN if path not in TESTS])
@@ -75,7 +75,7 @@ def test_every_import_is_declared():
     assert imported(TESTS) <= needs | declared(PROJECT["optional-dependencies"]["test"])
 
 
-def test_every_dependency_is_needed():
+def test_dependencies_needed():
     """What is installed is imported, or there is another reason."""
     extras = [name for group in PROJECT["optional-dependencies"].values() for name in group]
     needs = declared([*PROJECT["dependencies"], *extras])
@@ -99,7 +99,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_every_package_is_declared():
+def test_packages_declared():
     """A folder with code has an `__init__.py` and is listed in pyproject.toml."""
     folders = {path.parent.relative_to(ROOT) for top in PACKAGES for path in (ROOT / top).rglob("__init__.py")}
     names = {".".join(("dream_fast", *folder.parts)) for folder in folders} | {"dream_fast"}

@@ -1,5 +1,6 @@
 """CONTRIBUTING.md: each recipe is followed literally in a copy of the tree, and what it adds works."""
 
+import json
 import os
 import re
 import shutil
@@ -27,15 +28,18 @@ def recipes() -> dict[str, list[tuple[str, str]]]:
     return blocks
 
 
-def apply_change(tree: Path, block: str) -> None:
-    """Apply a block: its file, then lines that are there (" "), that go ("-") and that come ("+")."""
-    name, *lines = block.splitlines()
-    old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
-    new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
-    path = tree / name
-    text = path.read_text(encoding="utf-8") if old else ""
-    assert not old or text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"
-    path.write_text(text.replace(old, new) if old else new, encoding="utf-8")
+def apply_changes(tree: Path, block: str) -> None:
+    """Apply a block: `+++` and a file, then changes between `@@`: lines that stay (" "), go ("-") and come ("+")."""
+    for part in block.removeprefix("+++ ").split("\n+++ "):
+        name, _, text = part.partition("\n")
+        path = tree / name
+        for change in text.split("@@\n"):
+            lines = change.splitlines()
+            old = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+            new = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+            source = path.read_text(encoding="utf-8") if old else ""
+            assert not old or source.count(old) == 1, f"{name}: {old!r} is there {source.count(old)} times"
+            path.write_text(source.replace(old, new) if old else new, encoding="utf-8")
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def follow(tree: Path, title: str) -> str:
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(tree.parent / "path")}
     for language, text in recipes()[title]:
         if language == "diff":
-            apply_change(tree, text)
+            apply_changes(tree, text)
         else:
             result = subprocess.run(
                 ["bash", "-ec", text], cwd=tree, env=environment, capture_output=True, text=True, check=False
@@ -83,6 +87,26 @@ def test_setting(tree):
     output = follow(tree, "A setting")
     assert '"warmup": 20' in output
     assert "`--warmup`" in (tree / "docs" / "options.md").read_text(encoding="utf-8")
+
+
+def test_guidance(tree):
+    """A run is guided by it: each step has its loss."""
+    follow(tree, "A guidance")
+    config = json.loads((tree / "red" / "config.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (tree / "red" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert config["guidance"]["guidance"] == ["red"]
+    assert len(rows) == 4 and all(row["loss_guidance"] > 0 for row in rows)
+
+
+def test_preset(tree):
+    """A run starts from it."""
+    assert '"iters": 200' in follow(tree, "A preset")
+
+
+def test_output(tree):
+    """A run writes it."""
+    follow(tree, "An output")
+    assert "hamburger" in (tree / "trial" / "results" / "settings.txt").read_text(encoding="utf-8")
 
 
 def test_operator(tree):

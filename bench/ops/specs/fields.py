@@ -56,7 +56,7 @@ def full_upstream(x: Tensor) -> list[Tensor]:
 
 
 def field(case: Case, device: torch.device, count_bytes: bool) -> Problem:
-    """Of `field`, and of `field_normals`, whose cases end in the way that normals are computed."""
+    """The problem of `field`, or of `field_normals`, whose cases end in the mode of the normals."""
     normals = case.op == "field_normals"
     mode = next((mode for mode in NORMAL_MODES if case.case.endswith(mode)), None)
     if normals and mode is None:

@@ -26,8 +26,8 @@ from dream_fast.bench.ops.spec import FORWARD, AotCase, Case, OpSpec, Problem, T
 from dream_fast.kernels import HashGridSpec
 
 POINTS = ("rays_64", "rays_128", "rays_256", "uniform_2^18", "uniform_2^20", "uniform_2^22")
-POINT_GATE = {name: "rays_64" for name in ("rays_128", "rays_256", "rays_512")}
-POINT_GATE |= {name: "uniform_2^18" for name in ("uniform_2^20", "uniform_2^22")}
+POINT_GATE = dict.fromkeys(("rays_128", "rays_256", "rays_512"), "rays_64")
+POINT_GATE |= dict.fromkeys(("uniform_2^20", "uniform_2^22"), "uniform_2^18")
 LINEAR = HashGridSpec(interpolation="linear", features=4, levels=8)
 
 

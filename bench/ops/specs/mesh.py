@@ -15,7 +15,7 @@ GATE = dict.fromkeys(MESHES, "mesh_4k_256")
 
 
 def make_mesh(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Of a case: clip positions [1, V, 4], faces [T, 3], attributes [V, 3], and pixels a side."""
+    """A case's clip positions [1, V, 4], faces [T, 3], attributes [V, 3], and pixels a side."""
     if case.case == "tiny":
         return *tiny_mesh(device), TINY_PIXELS
     _, triangles, side = case.case.split("_")

@@ -96,7 +96,7 @@ def march(case: Case, device: torch.device, count_bytes: bool) -> Problem:
 
 
 def select_common_rays(results: list[Results]) -> list[Results]:
-    """Of several results of march: positions, t and dt of the rays with equally many samples in all of them.
+    """Positions, t and dt of several results of march, on the rays with equally many samples in all of them.
 
     The number of samples is a decision at the border of a cell, which rounding may turn on a few rays. Raises
     AssertionError: when it differs on more than MAX_DIFFERENT_RAYS of them.

@@ -45,11 +45,11 @@ def renders(size: int, rng: np.random.Generator, device: torch.device | str) -> 
         light[:, 1:4] = rng.normal(size=(n, 3))
         shading = rng.choice(3, n, p=(0.5, 0.44, 0.06))
         numbers, lights = (torch.from_numpy(a).to(device) for a in (np.concatenate([angles, lens], 1), light))
-        pictures = render(
+        images = render(
             pack(scenes, device), make_cameras(*numbers.T), size, shading=torch.from_numpy(shading).to(device),
             ambient=0.1 + 0.9 * lights[:, 0], light_noise=lights[:, 1:4], background=lights[:, 4:],
         )  # fmt: skip
-        columns.append(pictures.permute(0, 3, 1, 2))
+        columns.append(images.permute(0, 3, 1, 2))
     return torch.stack(columns, 1)
 
 
@@ -63,23 +63,23 @@ def _camera(word: str, rng: np.random.Generator) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def through_autoencoder(components: Components, pictures: Tensor) -> Tensor:
-    """Pictures [N, 3, S, S] in [0, 1], encoded and decoded."""
+def through_autoencoder(components: Components, images: Tensor) -> Tensor:
+    """Images [N, 3, S, S] in [0, 1], encoded and decoded."""
     parts = []
-    for part in pictures.to(components.dtype).split(48):
+    for part in images.to(components.dtype).split(48):
         latents = components.vae.encode(part * 2 - 1).latent_dist.mean
         parts.append((components.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1))
     return torch.cat(parts)
 
 
 def classify_sides(classifier: Classifier, images: Tensor) -> Predictions:
-    """Predictions on pictures [N * 48, 3, 3, S, S], each [N * 48, 3]."""
+    """Predictions on images [N * 48, 3, 3, S, S], each [N * 48, 3]."""
     found = classify(classifier, images.flatten(0, 1).float())
     return Predictions(*(column.cpu().view(-1, len(SIDES)) for column in found))
 
 
 def scores(found: Predictions) -> dict:
-    """What is right of the pictures of N times PROMPTS, each from three sides; views count for objects with a face.
+    """Scores of images of N times PROMPTS, each from three sides; views count for objects with a face.
 
     `view`: the classifier calls it by the caption's word, with borders at 45 and 135 degrees.
     """
@@ -104,13 +104,13 @@ def scores(found: Predictions) -> dict:
 
 
 def samples(components: Components, seeds: int, scale: float = 4.0) -> Tensor:
-    """dream-mini's pictures of PROMPTS from front, side and back, for each seed: [seeds * 48, 3, 3, S, S]."""
-    pictures = [sample_views(components, list(PROMPTS), views=SIDES, seed=s, scale=scale) for s in range(seeds)]
-    return torch.cat(pictures)
+    """dream-mini's images of PROMPTS from front, side and back, for each seed: [seeds * 48, 3, 3, S, S]."""
+    images = [sample_views(components, list(PROMPTS), views=SIDES, seed=s, scale=scale) for s in range(seeds)]
+    return torch.cat(images)
 
 
 def prior_scores(device: str, seeds: int) -> dict:
-    """The scores of dream-mini's own pictures, for quality.json."""
+    """The scores of dream-mini's own images, for quality.json."""
     components = load_components(MODEL_FOLDER, device, need_vae_decoder=True)
     found = scores(classify_sides(load_classifier(device), samples(components, seeds)))
     return {f"prior_{name}": value for name, value in found.items()}
@@ -135,7 +135,7 @@ def sheet(images: Tensor, found: Predictions, repeats: int = 2) -> Image.Image:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of prior.json and the pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder of prior.json and the images")
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--scales", type=float, nargs="+", default=[4.0], help="guidance scales to sample with")

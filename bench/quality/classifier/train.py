@@ -1,7 +1,7 @@
 """Train the classifier: `python -m dream_fast.bench.quality.classifier.train` writes judge.safetensors and judge.json.
 
 Objects are named by the procedural world. Colours are the caption's, or the object's natural shade where people have a
-word for it; pictures without colour teach none. Views are taught by objects that have a front.
+word for it; images without colour teach none. Views are taught by objects that have a front.
 """
 
 import argparse
@@ -40,11 +40,11 @@ CLEAR = 30.0  # degrees from straight ahead, sideways or behind: nobody would ca
 
 
 class Examples(NamedTuple):
-    """Pictures and what is true of them, N of each."""
+    """Images and what is true of them, N of each."""
 
-    pictures: Tensor  # [N, 3, SIZE, SIZE] uint8
+    images: Tensor  # [N, 3, SIZE, SIZE] uint8
     object: Tensor  # int64 index into THINGS
-    color: Tensor  # int64 index into COLORS, UNNAMED where no word fits or the picture has no colour
+    color: Tensor  # int64 index into COLORS, UNNAMED where no word fits or the image has no colour
     view: Tensor  # int64 index into VIEWS
     polar: Tensor  # float32 degrees
     azimuth: Tensor  # float32 degrees in [-180, 180)
@@ -83,19 +83,19 @@ def dataset(seed: int, batches: int, device: torch.device, pool: ProcessPoolExec
 
 
 def mirrored(examples: Examples, which: Tensor) -> Examples:
-    """Pictures [N, ...] seen in a mirror where `which` [N]: a front stays a front, its left becomes its right."""
-    pictures = torch.where(which[:, None, None, None], examples.pictures.flip(-1), examples.pictures)
-    return examples._replace(pictures=pictures, azimuth=torch.where(which, -examples.azimuth, examples.azimuth))
+    """Images [N, ...] seen in a mirror where `which` [N]: a front stays a front, its left becomes its right."""
+    images = torch.where(which[:, None, None, None], examples.images.flip(-1), examples.images)
+    return examples._replace(images=images, azimuth=torch.where(which, -examples.azimuth, examples.azimuth))
 
 
-def disturb(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures [N, 3, S, S] in [0, 1] as a rendered field or a decoded latent may look.
+def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images [N, 3, S, S] in [0, 1] as a rendered field or a decoded latent may look.
 
     Shifted, scaled and tilted; blurred; as if seen through fewer pixels; cloudy; with specks in empty space; stronger
     or weaker in contrast and colour; noisy.
     """
-    n, _, size, _ = pictures.shape
-    device = pictures.device
+    n, _, size, _ = images.shape
+    device = images.device
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device)
@@ -109,34 +109,34 @@ def disturb(pictures: Tensor, generator: torch.Generator) -> Tensor:
     scale, tilt = 0.85 + 0.4 * draw(), 0.12 * (draw() - 0.5)
     rows = torch.stack([torch.stack([scale, -tilt], 1), torch.stack([tilt, scale], 1)], 1)
     theta = torch.cat([rows, 0.3 * (draw(2, 1) - 0.5)], dim=2)
-    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-    soft = F.avg_pool2d(F.pad(pictures, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    pictures = torch.lerp(pictures, soft, draw(1, 1, 1))
-    coarse = F.interpolate(pictures, (size * 5 // 12, size * 5 // 12), mode="bilinear", antialias=True)
-    pictures = torch.lerp(pictures, enlarged(coarse), draw(1, 1, 1) ** 2)
-    pictures = pictures + 0.07 * draw(1, 1, 1) ** 2 * enlarged(normal(3, max(1, size // 8), max(1, size // 8)))
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    soft = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    images = torch.lerp(images, soft, draw(1, 1, 1))
+    coarse = F.interpolate(images, (size * 5 // 12, size * 5 // 12), mode="bilinear", antialias=True)
+    images = torch.lerp(images, enlarged(coarse), draw(1, 1, 1) ** 2)
+    images = images + 0.07 * draw(1, 1, 1) ** 2 * enlarged(normal(3, max(1, size // 8), max(1, size // 8)))
     specks = enlarged((normal(1, size // 3, size // 3) > 2.8).float()) * (draw(1, 1, 1) < 0.3)
-    pictures = torch.lerp(pictures, draw(3, 1, 1).expand_as(pictures), specks)
-    gray = pictures.mean(1, keepdim=True)
-    pictures = gray + (pictures - gray) * (0.75 + 0.6 * draw(1, 1, 1))
+    images = torch.lerp(images, draw(3, 1, 1).expand_as(images), specks)
+    gray = images.mean(1, keepdim=True)
+    images = gray + (images - gray) * (0.75 + 0.6 * draw(1, 1, 1))
     middle = gray.mean((2, 3), keepdim=True)
-    pictures = middle + (pictures - middle) * (0.7 + 0.6 * draw(1, 1, 1))
+    images = middle + (images - middle) * (0.7 + 0.6 * draw(1, 1, 1))
     gain, lift = 0.88 + 0.24 * draw(1, 1, 1) + 0.1 * (draw(3, 1, 1) - 0.5), 0.1 * (draw(1, 1, 1) - 0.5)
-    return (pictures * gain + lift + 0.05 * draw(1, 1, 1) * normal(3, size, size)).clamp(0, 1)
+    return (images * gain + lift + 0.05 * draw(1, 1, 1) * normal(3, size, size)).clamp(0, 1)
 
 
 def view_targets(polar: Tensor, azimuth: Tensor) -> Tensor:
-    """How much each sector, and the view from above, is the view: [N, SECTORS + 1], rows sum to 1, soft at borders."""
+    """Membership in each sector and in the view from above: [N, SECTORS + 1], rows sum to 1, soft at borders."""
     away = (azimuth[:, None] - sector_centers().to(azimuth) + 180) % 360 - 180
     sectors = torch.softmax(-0.5 * (away / 10) ** 2, -1)
     above = torch.sigmoid((30 - polar) / 2)[:, None]
     return torch.cat([sectors * (1 - above), above], 1)
 
 
-def loss_of(classifier: Classifier, pictures: Tensor, truth: Examples, fronts: Tensor) -> Tensor:
+def loss_of(classifier: Classifier, images: Tensor, truth: Examples, fronts: Tensor) -> Tensor:
     """Cross-entropies of object, colour (where it has a name) and view (of objects in `fronts` [48] bool)."""
-    objects, colors, views = (logits.float() for logits in classifier(pictures))
+    objects, colors, views = (logits.float() for logits in classifier(images))
     thing = F.cross_entropy(objects, truth.object, label_smoothing=SMOOTHING)
     color = F.cross_entropy(colors, truth.color, ignore_index=UNNAMED, label_smoothing=SMOOTHING)
     apart = fronts[truth.object].float()
@@ -149,9 +149,9 @@ def membership(names: frozenset[str], device: torch.device | str) -> Tensor:
     return torch.tensor([name in names for name in THINGS], device=device)
 
 
-def classify_all(classifier: Classifier, pictures: Tensor) -> Predictions:
+def classify_all(classifier: Classifier, images: Tensor) -> Predictions:
     """Classify uint8 images, in pieces."""
-    found = [classify(classifier, part.float() / 255) for part in pictures.split(1024)]
+    found = [classify(classifier, part.float() / 255) for part in images.split(1024)]
     return Predictions(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
@@ -203,7 +203,7 @@ class Average:
 
 def train(examples: Examples, steps: int, batch: int = BATCH) -> Classifier:
     """A classifier trained for `steps` steps, for inference."""
-    device = examples.pictures.device
+    device = examples.images.device
     torch.manual_seed(TRAIN_SEED)
     classifier = Classifier().to(device)
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -216,11 +216,11 @@ def train(examples: Examples, steps: int, batch: int = BATCH) -> Classifier:
         done = step / steps
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, 20 * done, 1.01 - done)
-        index = torch.randint(len(examples.pictures), (batch,), device=device, generator=generator)
+        index = torch.randint(len(examples.images), (batch,), device=device, generator=generator)
         truth = mirrored(examples.take(index), torch.rand(batch, device=device, generator=generator) < 0.5)
-        pictures = disturb(truth.pictures.float() / 255, generator).contiguous(memory_format=torch.channels_last)
+        images = disturb(truth.images.float() / 255, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(classifier, pictures, truth, fronts)
+            loss = loss_of(classifier, images, truth, fronts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -237,16 +237,16 @@ def to_half(classifier: Classifier) -> dict[str, Tensor]:
 
 def report(classifier: Classifier, held: Examples) -> dict:
     """Accuracies on held-out renders, as they are and disturbed as in training, and which view is taken for which."""
-    found = classify_all(classifier, held.pictures)
-    generator = torch.Generator(held.pictures.device).manual_seed(HELD_OUT_SEED)
-    worse = [disturb(part.float() / 255, generator) for part in held.pictures.split(1024)]
+    found = classify_all(classifier, held.images)
+    generator = torch.Generator(held.images.device).manual_seed(HELD_OUT_SEED)
+    worse = [disturb(part.float() / 255, generator) for part in held.images.split(1024)]
     disturbed = classify_all(classifier, (torch.cat(worse) * 255).round().byte())
     face = membership(FACES, held.object.device)[held.object]
     return {
         "held_out": {k: round(v, 4) for k, v in accuracy(found, held).items()},
         "held_out_disturbed": {k: round(v, 4) for k, v in accuracy(disturbed, held).items()},
         "views_of_faces": confusion(found.view[face], held.view[face]),
-        "held_out_pictures": len(held.pictures),
+        "held_out_pictures": len(held.images),
         "held_out_faces": int(face.sum()),
     }
 
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--batches", type=int, default=620, help="batches of 64 objects, four views of each")
-    parser.add_argument("--held_out", type=int, default=40, help="such batches to measure on")
+    parser.add_argument("--held_out", "--held-out", type=int, default=40, help="such batches to measure on")
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--workers", type=int, default=14)
     args = parser.parse_args(argv)
@@ -265,10 +265,10 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     pool = ProcessPoolExecutor(args.workers)
     held = dataset(HELD_OUT_SEED, args.held_out, device, pool)
-    print(f"rendered {len(held.pictures)} pictures to measure on, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"rendered {len(held.images)} images to measure on, {time.perf_counter() - start:.0f} s", flush=True)
     examples = dataset(TRAIN_SEED, args.batches, device, pool)
     pool.shutdown()
-    print(f"rendered {len(examples.pictures)} to learn from, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"rendered {len(examples.images)} to learn from, {time.perf_counter() - start:.0f} s", flush=True)
     classifier = train(examples, args.steps)
     state = to_half(classifier)
     classifier.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     save_file({name: t.contiguous().cpu() for name, t in state.items()}, args.out)
     record = {
         **report(classifier, held),
-        "pictures": len(examples.pictures),
+        "pictures": len(examples.images),
         "picture_size": SIZE,
         "steps": args.steps,
         "parameters": sum(p.numel() for p in classifier.parameters()),

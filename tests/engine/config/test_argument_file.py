@@ -61,7 +61,7 @@ def test_read_arguments_finds_the_file_at_home(tmp_path, monkeypatch):
         read_arguments("~nobody_knows/x")
 
 
-def test_read_arguments_takes_a_pipe_and_no_device(tmp_path):
+def test_read_arguments_pipe(tmp_path):
     """`--file <(command)` is a pipe and is read; a device, which may have no end, is not opened."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -85,16 +85,18 @@ REFERENCE = dict(
 
 
 def flat(config: Config) -> dict:
-    return {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+    return {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
 
 
-def test_a_name_means_one_setting_and_each_has_a_help():
+def test_setting_names_unique():
+    """A name means one setting and each has a help."""
     names = [field.name for _, field in settings()]
     assert len(set(names)) == len(names)
     assert all(field.metadata["help"] for _, field in settings())
 
 
-def test_the_reference_preset_holds_the_references_values():
+def test_reference_values():
+    """The reference preset holds the references values."""
     preset = flat(configure({"preset": "reference"}, "cpu"))
     assert {name: preset[name] for name in REFERENCE} == REFERENCE
 
@@ -105,7 +107,8 @@ def test_defaults_survive_json(defaults):
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_what_was_typed_counts_more_than_the_model_and_the_device():
+def test_typed_over_presets():
+    """What was typed counts more than the model and the device."""
     cpu, cuda = configure({}, "cpu"), configure({}, "cuda")
     assert cpu.output != cuda.output
     assert (cpu.run.device, cuda.run.device) == ("cpu", "cuda")
@@ -116,7 +119,8 @@ def test_what_was_typed_counts_more_than_the_model_and_the_device():
     assert configure({"preset": "reference", "iters": 7}, "cuda").run.iters == 7
 
 
-def test_the_vanilla_backbone_has_defaults_of_its_own_under_every_preset():
+def test_vanilla_defaults():
+    """The vanilla backbone has defaults of its own under every preset."""
     for typed, model, device in (
         ({"preset": "reference"}, "dream-mini", "cpu"),
         ({}, "sd", "cuda"),
@@ -151,14 +155,16 @@ def test_a_setting_of_another_backbone_is_refused():
                 configure({"backbone": backbone, name: flat(reference())[name]}, "cpu")
 
 
-def test_the_hash_tables_regularisers_need_a_hash_table():
+def test_table_regularisers_need_table():
+    """The hash tables regularisers need a hash table."""
     for name in ("lambda_tv", "lambda_wd"):
         with pytest.raises(UserError, match="of the hash table, which --backbone vanilla has not"):
             validate(reference().override({"backbone": "vanilla", name: 0.1}))
         validate(reference().override({"backbone": "grid_torch", name: 0.1}))
 
 
-def test_the_phases_may_end_after_the_run_or_start_late_in_it():
+def test_phase_ends_outside_run():
+    """The phases may end after the run or start late in it."""
     run = configure({"iters": 5, "exp_end_iter": 9, "exp_start_iter": 8}, "cpu").run
     assert (run.exp_start_iter, run.exp_end_iter) == (8, 9)
     assert configure({"iters": 5, "exp_start_iter": 4}, "cpu").run.exp_end_iter is None
@@ -253,7 +259,8 @@ def test_a_bad_value_is_refused_by_name(typed, sentence):
         validate(reference().override(typed))
 
 
-def test_rooms_made_in_python_are_checked_too_and_stay_as_they_are():
+def test_sections_checked_and_frozen():
+    """Rooms made in python are checked too and stay as they are."""
     with pytest.raises(UserError, match="--lr must be more than 0"):
         OptimConfig(lr=-1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -261,7 +268,8 @@ def test_rooms_made_in_python_are_checked_too_and_stay_as_they_are():
     assert CameraConfig(theta_range=(60, 60)).theta_range == (60, 60)
 
 
-def test_a_saved_configuration_of_another_version_is_refused():
+def test_from_dict_other_settings():
+    """A saved configuration of another version is refused."""
     data = reference().to_dict()
     data["run"]["itres"] = 3
     del data["optim"]["lr"]
@@ -282,7 +290,8 @@ def test_what_makes_it_another_run():
     ]
 
 
-def test_the_output_camera_shapes_a_run_whose_view_starts_there():
+def test_differences_progressive_view():
+    """The output camera shapes a run whose view starts there."""
     base = reference().override(dict(progressive_view=True))
     moved = base.override(dict(default_radius=4, default_polar=60, default_azimuth=10, default_fovy=30, W=9))
     assert [part.split()[0] for part in base.differences(moved)] == [f"--{name}" for name in DEFAULT_VIEW]
@@ -296,7 +305,8 @@ def test_compiled_kernels_do_not_repeat_bits():
 
 
 @pytest.mark.parametrize("other", [{"progressive_level": True}, {"progressive_view": True}])
-def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
+def test_cuda_graph_refusals(other):
+    """A graph of a step needs steps that launch the same."""
     flag = f"--{next(iter(other))}"
     with pytest.raises(UserError, match=f"--cuda_graph does not go with {flag}"):
         validate(reference().override({"cuda_graph": True, **other}))
@@ -319,5 +329,6 @@ def test_a_graph_of_a_step_needs_steps_that_launch_the_same(other):
         ({"backbone": "vanilla", "cuda_graph": True}, "dream-mini", "cuda", True),
     ],
 )
-def test_a_step_is_replayed_where_that_pays_and_nobody_chose(typed, model, device, graph):
+def test_cuda_graph_default(typed, model, device, graph):
+    """A step is replayed where that pays and nobody chose."""
     assert configure(SD[model] | typed, device).run.cuda_graph is graph

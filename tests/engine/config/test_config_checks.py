@@ -48,11 +48,11 @@ CLIP = {"guidance": ("clip",), "latent_iter_ratio": 0.0}
     ],
     ids=str,
 )
-def test_settings_that_go_together_are_taken(typed):
+def test_validate_takes(typed):
     """What each rule leaves is taken as it was typed."""
     config = reference().override(typed)
     validate(config)
-    values = {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+    values = {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
     assert {name: values[name] for name in typed} == typed
 
 
@@ -89,13 +89,13 @@ def test_settings_that_go_together_are_taken(typed):
     ],
     ids=str,
 )
-def test_settings_that_do_not_go_together_are_refused(typed, sentence):
+def test_validate_refuses(typed, sentence):
     """The sentence begins with the flags that do not go together."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
         validate(reference().override(typed))
 
 
-def test_steps_that_a_graph_cannot_replay_are_named_in_order():
+def test_graph_breaking_flags_order():
     """Each of the three settings is one flag, and none without them."""
     assert graph_breaking_flags(reference()) == []
     every = {"dmtet": True, "progressive_level": True, "progressive_view": True}
@@ -140,7 +140,7 @@ def test_prompts_of_the_sides_are_named_by_side():
     assert reference().override(typed).run.view_prompts == {"front": "f", "side": "s", "back": "b", "overhead": "o"}
 
 
-def test_saved_settings_are_read_back_by_their_kind():
+def test_from_dict_kinds():
     """A schedule is one again where a number stands, and stays text in a prompt; lists are tuples again."""
     typed = {
         "text": "0:1:2:3",
@@ -175,7 +175,7 @@ def test_saved_settings_are_read_back_by_their_kind():
         (lambda data: data["optim"].update(lr=-1.0), "--lr must be more than 0"),
     ],
 )
-def test_saved_settings_that_are_damaged_are_refused(damage, sentence):
+def test_from_dict_damaged(damage, sentence):
     """Missing, unknown and bad settings are named."""
     data = reference().to_dict()
     damage(data)

@@ -29,7 +29,7 @@ def test_guidance_names_settings_that_there_are(spec: GuidanceSpec):
     assert spec.is_diffusion or spec.objective, "the start line of a run needs a phrase"
 
 
-def test_names_of_guidances_are_in_the_table_alone():
+def test_guidance_names_in_table():
     """No other module of the engine or the command compares with the name of a guidance."""
     for path in [ROOT / "cli.py", *(ROOT / "engine").rglob("*.py")]:
         name = path.relative_to(ROOT).as_posix()
@@ -45,6 +45,6 @@ def test_names_of_guidances_are_in_the_table_alone():
     ("names", "accepts"),
     [(["SD"], True), (["SD", "clip"], True), (["clip"], False), (["IF"], False), (["IF", "SD"], False), ([], False)],
 )
-def test_latents_need_a_diffusion_model_and_all_of_them_to_accept(names, accepts):
+def test_accept_latents_combinations(names, accepts):
     """A guidance without a diffusion model is left out of a latent phase; a pixel-space model forbids it."""
     assert accept_latents([GUIDANCES[name] for name in names]) is accepts

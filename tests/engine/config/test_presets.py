@@ -27,7 +27,7 @@ VANILLA = {"fp16": True, "backbone": "vanilla"}
 
 
 def values_of(config) -> dict:
-    return {field.name: getattr(getattr(config, room.name), field.name) for room, field in settings()}
+    return {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_shortcuts_stand_for_settings(typed, meant):
         ),
     ],
 )
-def test_shortcuts_that_contradict_what_was_typed_are_refused(typed, sentence):
+def test_shortcuts_contradicted(typed, sentence):
     """The sentence names the shortcut."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
         expand_shortcuts(typed)
@@ -126,7 +126,7 @@ def test_chosen_guidances_decide_the_presets(typed, family):
         ],
     ],
 )
-def test_models_that_contradict_each_other_are_refused(typed, sentence):
+def test_check_typed_refusals(typed, sentence):
     """The whole sentence, with the names as they were typed."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         check_typed(typed)
@@ -211,7 +211,7 @@ def differences(typed: dict, model: str, device: str, base) -> dict:
         ({"dmtet": False}, "sd", "cpu", stable_diffusion, {}),
     ],
 )
-def test_defaults_of_the_model_the_device_and_the_preset(typed, model, device, base, other):
+def test_choose_preset_differences(typed, model, device, base, other):
     """What a run has otherwise than the defaults it starts from."""
     assert differences(typed, model, device, base()) == other
     assert configure(of_model(typed, model), device).run.device == device
@@ -236,7 +236,7 @@ def test_defaults_of_the_model_the_device_and_the_preset(typed, model, device, b
         ),
     ],
 )
-def test_backbone_and_mesh_bring_their_own_defaults(typed, model, device, wanted):
+def test_vanilla_and_dmtet_overrides(typed, model, device, wanted):
     """The tables of the vanilla backbone and of the refinement count more than the model, less than what is typed."""
     values = values_of(configure(of_model(typed, model), device))
     assert {name: values[name] for name in wanted} == wanted
@@ -267,7 +267,7 @@ def test_configure_takes_a_device_that_there_is(device):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_presets_are_the_configurations_that_runs_start_from(preset, typed, device):
+def test_presets_are_complete(preset, typed, device):
     """A preset is complete: a run that types what chooses it has the preset's values, beside device and model."""
     validate(preset)
     config = configure(typed, device)

@@ -41,7 +41,8 @@ def test_what_is_no_schedule_is_refused(text, words):
         LinearSchedule.parse(text)
 
 
-def test_ranges_that_cross_are_told_from_those_that_do_not():
+def test_ever_below_ranges():
+    """Ranges that cross are told from those that do not."""
     low, high = LinearSchedule.parse("0.0:0.02:0.6:1.0"), LinearSchedule.parse("0.0:0.5:0.98:1.0")
     assert not ever_below(low, high)  # side by side all the way, although their extremes overlap
     assert ever_below(low, 0.5) and not ever_below(0.02, high)
@@ -70,6 +71,7 @@ def test_a_configuration_keeps_its_schedules():
         ({"iters": LinearSchedule.parse("0:1:2:10")}, "--iters takes a whole number"),
     ],
 )
-def test_a_schedule_obeys_the_bounds_of_its_setting(changes, words):
+def test_schedule_bounds(changes, words):
+    """A schedule obeys the bounds of its setting."""
     with pytest.raises(UserError, match=words):
         reference().override(changes)

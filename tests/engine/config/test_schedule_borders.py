@@ -118,10 +118,10 @@ def test_values_at_names_the_schedules_of_a_room():
     """Plain numbers are left out, and each schedule has its value of the step."""
 
     @dataclasses.dataclass
-    class Room:
+    class Section:
         one: object
         two: object
         three: object = 3.0
 
-    room = Room(steps(0, 0, 10, 10), LinearSchedule(0, 0, 10, 1))
-    assert values_at(room, 5, 0.25) == {"one": 5, "two": 2.5}
+    section = Section(steps(0, 0, 10, 10), LinearSchedule(0, 0, 10, 1))
+    assert values_at(section, 5, 0.25) == {"one": 5, "two": 2.5}

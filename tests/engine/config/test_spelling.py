@@ -24,7 +24,7 @@ def one_slip(word: str) -> set[str]:
     return (shorter | swapped | replaced | longer) - {word}
 
 
-def test_slips_of_short_words_are_those_that_make_one_from_the_other():
+def test_slips_short_words():
     """One slip is what makes the word in one step, and no other two words have one."""
     for word in WORDS:
         near = one_slip(word)
@@ -95,7 +95,7 @@ def test_plain_name_of_a_flag(flag, name):
     assert plain_name(flag) == name
 
 
-def test_expanded_finds_home_and_names_who_has_none(monkeypatch, tmp_path):
+def test_expand_user_home(monkeypatch, tmp_path):
     """~ is the home folder of the user, other paths stay, and a home that nobody has is one sentence."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expand_user("~/runs") == expand_user(Path("~/runs")) == tmp_path / "runs"

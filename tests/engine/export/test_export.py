@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import fast_simplification
 import numpy as np
 import pytest
@@ -31,7 +30,6 @@ from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import six_views
 from dream_fast.engine.scene.hash_grid_field import HashGridField
 from dream_fast.engine.workspace import atomic
-from dream_fast.engine.workspace.atomic import atomic_write
 
 BOUND = 0.6
 
@@ -283,7 +281,7 @@ def test_write_mesh_six_views(written):
 
 
 def test_write_mesh_silhouettes(tmp_path):
-    """The mesh has the outline of the images whatever the threshold."""
+    """The mesh has the silhouette of the images whatever the threshold."""
 
     def worst_overlap(threshold, silhouettes):
         options = dict(silhouettes=silhouettes, decimate_target=4000, texture_resolution=64)
@@ -474,38 +472,3 @@ def test_turntable_frames():
     assert colour[10, 8, 0] > colour[10, 8, 1] + 60  # the red body
     assert normal[10, 8, 2] > 200  # its front faces +z
     assert depth[10, 8, 0] > 128  # and is nearer than the centre of the scene
-
-
-def test_write_video_odd_sides(tmp_path):
-    """Video holds every frame also with odd sides."""
-    frames = [np.full((21, 33, 3), value, dtype=np.uint8) for value in (0, 120, 240)]
-    seen = []
-    codec = video.write_video(tmp_path / "v.mp4", iter(frames), 25, on_frame=lambda: seen.append(1))
-    assert codec in ("libx264", "mpeg4") and len(seen) == 3
-    with av.open(str(tmp_path / "v.mp4")) as container:
-        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        assert container.streams.video[0].average_rate == 25
-    assert len(decoded) == 3 and decoded[0].shape == (22, 34, 3)
-    for frame, expected in zip(decoded, (0, 120, 240), strict=True):
-        assert abs(frame.astype(int).mean() - expected) < 6
-    assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
-
-
-def test_write_video_without_frames(tmp_path):
-    """A video without frames is refused and leaves nothing."""
-    with pytest.raises(ValueError, match="at least one frame"):
-        video.write_video(tmp_path / "v.mp4", [], 25)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_save_png_failure(tmp_path):
-    """A failed write keeps the old file."""
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(path) as aside:
-        aside.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-    with atomic_write(path) as aside:
-        aside.write_text("new")
-    assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1

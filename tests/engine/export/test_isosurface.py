@@ -124,7 +124,7 @@ def test_smooth_volume_noise():
 @pytest.mark.parametrize("radius", [0.3, 0.4, 0.5])
 @pytest.mark.parametrize("coarse", [100, 50])
 def test_sample_volume_silhouette_of_a_ball(coarse, radius, monkeypatch):
-    """A surface has the outline that is seen."""
+    """A surface has the silhouette that is seen."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", coarse)
     field = Analytic(ball(0.4), steep=10.0)
     origins, directions = rays(six_views(CameraConfig()), 128, 128)
@@ -136,7 +136,7 @@ def test_sample_volume_silhouette_of_a_ball(coarse, radius, monkeypatch):
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_sample_volume_useless_silhouettes(everywhere):
-    """Views without an outline leave the level."""
+    """Views without a silhouette leave the level."""
     origins, directions = rays(six_views(CameraConfig()), 8, 8)
     silhouettes = Silhouettes(origins, directions, torch.full(origins.shape[:2], everywhere))
     level = isosurface.sample_volume(Analytic(ball(0.4)), 24, 7.0, silhouettes=silhouettes).isovalue

@@ -55,7 +55,9 @@ def test_connected_components_lowest_name():
         linked[ends[0], ends[1]] = linked[ends[1], ends[0]] = True
         for _ in range(5):
             linked = linked @ linked
-        assert np.array_equal(connected_components(30, torch.from_numpy(ends)).numpy(), linked.argmax(axis=1))
+        assert np.array_equal(connected_components(30, [torch.from_numpy(ends)]).numpy(), linked.argmax(axis=1))
+        batches = torch.from_numpy(ends).split(3, dim=1)
+        assert np.array_equal(connected_components(30, batches).numpy(), linked.argmax(axis=1))
 
 
 def test_mesh_components_by_edges():

@@ -22,8 +22,6 @@ ANGLES = (30.0, 40.0, 50.0)
 class Score:
     """Records what it is called with."""
 
-    components = "a model"
-
     def __init__(self, **settings: Any):
         self.config = GuidanceConfig(**settings)
         self.calls: list[tuple[tuple, dict]] = []

@@ -143,7 +143,7 @@ def test_long_view_prompts_cut(components: Components, caplog: pytest.LogCapture
     """75 letters fit. A text of its own has no ending, and the prompt need not fit where it is not used."""
     with caplog.at_level(logging.WARNING):
         whole = PromptEmbeddings(components, "x", view_prompts={"back": "a" * 70 + " bbbbb"}, keep_text_encoder=True)
-        every = {view: "a red mug" for view in VIEWS}
+        every = dict.fromkeys(VIEWS, "a red mug")
         PromptEmbeddings(components, "not " * 40, view_prompts=every, keep_text_encoder=True)
         assert not caplog.records
         cut = PromptEmbeddings(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_sum_leaves_out_clip(keys) -> None:
 def test_sum_components() -> None:
     """A sum decodes latents with its first diffusion model; CLIP has none."""
     text, clip = object.__new__(DiffusionGuidance), object.__new__(ClipGuidance)
-    text.components = "the model"
+    text.distillation = SimpleNamespace(components="the model")
     assert text.components == GuidanceSum({"clip": clip, "SD": text}).components == "the model"
     assert clip.components is None and GuidanceSum({"clip": clip}).components is None
 

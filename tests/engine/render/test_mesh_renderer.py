@@ -189,17 +189,18 @@ def test_surface_vanished() -> None:
     )
 
 
-def with_speck() -> TensorMesh:
+def with_floater() -> TensorMesh:
     """A box, and one of a hundredth of its size beside it."""
-    speck = box(0.005)
+    floater = box(0.005)
     return TensorMesh(
-        torch.cat([box().vertices, speck.vertices + 0.5]).requires_grad_(), torch.cat([box().faces, speck.faces + 8])
+        torch.cat([box().vertices, floater.vertices + 0.5]).requires_grad_(),
+        torch.cat([box().faces, floater.faces + 8]),
     )
 
 
 def test_mesh_without_floaters() -> None:
     """Places in fp64 and corners on the host, without a gradient."""
-    mesh = renderer(with_speck()).mesh()
+    mesh = renderer(with_floater()).mesh()
     assert type(mesh.vertices) is type(mesh.faces) is np.ndarray
     assert mesh.vertices.dtype == np.float64 and mesh.faces.dtype == np.int64
     assert sorted(map(tuple, mesh.vertices.tolist())) == sorted(map(tuple, box().vertices.tolist()))
@@ -209,7 +210,7 @@ def test_mesh_without_floaters() -> None:
 @pytest.mark.parametrize("locked", [False, True])
 def test_without_floaters_restores(locked: bool) -> None:
     """Inside of it the surface is one, in fp32 and without them; an error inside changes nothing."""
-    made = renderer(with_speck(), locked=locked)
+    made = renderer(with_floater(), locked=locked)
     whole = made.surface()
     with pytest.raises(KeyError), made.without_floaters():
         inside = made.surface()

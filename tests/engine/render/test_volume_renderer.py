@@ -99,16 +99,16 @@ def test_largest_components_neighbours():
 
 
 def test_without_floaters_restores():
-    """Outputs are without specks and the grid is as before."""
+    """Outputs are without floaters and the grid is as before."""
     renderer = make_renderer()
     renderer.update_occupancy(None)
     side = renderer.config.occupancy_resolution
     object_alone = renderer.sampler.bits.clone()
     renderer.sampler.bits.view(side, side, side // 8)[1, 1, 0] |= 4  # one cell in a corner
-    with_speck = renderer.sampler.bits.clone()
+    with_floater = renderer.sampler.bits.clone()
     with renderer.sampler.without_floaters():
         assert torch.equal(renderer.sampler.bits, object_alone)
-    assert torch.equal(renderer.sampler.bits, with_speck)
+    assert torch.equal(renderer.sampler.bits, with_floater)
 
 
 def test_without_floaters_several_cascades():

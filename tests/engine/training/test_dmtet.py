@@ -377,9 +377,9 @@ def test_outputs_without_floaters():
     trainer = make_trainer(tet_grid_size=16)
     grid = trainer.shape.vertices
     ball = 0.5 - grid.norm(dim=1)
-    speck = 0.06 - (grid - torch.tensor([0.72, 0.72, 0.72])).norm(dim=1)
+    floater = 0.06 - (grid - torch.tensor([0.72, 0.72, 0.72])).norm(dim=1)
     with torch.no_grad():
-        trainer.shape.sdf.copy_(torch.maximum(ball, speck))
+        trainer.shape.sdf.copy_(torch.maximum(ball, floater))
     whole = len(trainer.renderer.surface().faces)
     with trainer.renderer.without_floaters():
         inside = trainer.renderer.surface()

@@ -101,10 +101,10 @@ def test_trace_without_synchronization(trainer):
     """A trace of twenty steps shows no wait and no copy to the host."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        with record_function("twenty steps"):
-            for _ in range(20):
-                trainer.train_step()
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as trace, record_function("twenty steps"):
+        for _ in range(20):
+            trainer.train_step()
     events = trace.events()
     (span,) = (event.time_range for event in events if event.name == "twenty steps" and event.device_type.name == "CPU")
     inside = [event.name for event in events if span.start <= event.time_range.start <= span.end]

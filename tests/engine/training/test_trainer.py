@@ -540,7 +540,8 @@ def test_load_other_backbone_raises(text_guidance, tmp_path, mine, other):
     path = workspace.checkpoints / "step_000001.safetensors"
     trainer = make_trainer(text_guidance, iters=1, **BACKBONES[other])
     if mine == other:
-        return trainer.load(path)
+        trainer.load(path)
+        return
     sentence = f"step_000001.safetensors is of another architecture: backbone {mine} there, {other} here$"
     with pytest.raises(UserError, match=sentence):
         trainer.load(path)

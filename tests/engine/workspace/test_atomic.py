@@ -120,3 +120,16 @@ def test_run_syncs_every_file(tmp_path, tiny_model, disk):
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert renamed == files - appended and "checkpoints/step_000001.safetensors" in renamed
     assert_names_are_synced(disk)
+
+
+def test_atomic_write_keeps_the_old_file(tmp_path):
+    """A failed write keeps the old file."""
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1

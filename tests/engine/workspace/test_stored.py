@@ -72,7 +72,7 @@ def test_first_version_is_read():
     assert run.config == reference().override({"text": "a cat", "lr": 0.25, "preset": "auto"})
 
 
-def test_value_of_a_missing_setting_is_not_the_default_of_now(monkeypatch):
+def test_stored_missing_setting(monkeypatch):
     """A setting that a run lacks has the value of then, also where its default changes."""
     monkeypatch.setitem(WITHOUT, "camera.view_blend", 45.0)
     assert read_run(stored(settings_of(FIRST))).config.camera.view_blend == 45.0
@@ -124,7 +124,7 @@ def test_newer_run_of_known_settings_is_read():
     assert run.config.run.text == "a cat" and run.version == NEWER and not run.is_of_this_version
 
 
-def test_value_that_is_not_allowed_any_more_names_the_version():
+def test_stored_value_out_of_bounds():
     """A stored value out of today's bounds is refused, with the version that takes it."""
     with pytest.raises(UserError, match=r"--n_levels must be at most 32, not 99; dream-fast 0\.1\.0, which wrote it"):
         read_run(stored(settings_of("0.1.0") | {"field.levels": 99}))
@@ -145,7 +145,7 @@ def test_settings_of_another_program_are_refused(data):
         read_run(data)
 
 
-def test_architecture_of_an_earlier_field_is_completed():
+def test_complete_architecture_earlier():
     """A header of before a setting of its own field gets the value of then; other backbones' settings stay out."""
     assert complete_architecture({"backbone": "vanilla", "bound": 1.0})["n_frequencies"] == 12
     assert "n_frequencies" not in complete_architecture({"backbone": "grid", "bound": 1.0})

@@ -13,7 +13,7 @@ def command(**typed) -> str:
     return reproduce_command(configure({"text": "cat", "seed": 3} | typed, typed.pop("device", "cpu")))
 
 
-def test_command_is_of_any_machine_and_any_folder_for_outputs():
+def test_reproduce_without_machine():
     """The number of a GPU, and where the outputs of a finished run went, are not repeated."""
     plain = "dream-fast --text cat --seed 3"
     assert command(device="cuda:1") == command(device="cuda") == f"{plain} --device cuda"
@@ -78,7 +78,7 @@ def test_quote_is_read_back(word, quoted):
         (0x10000, "\U00010000"),
     ],
 )
-def test_visible_writes_hidden_characters_as_escapes(code, shown):
+def test_escape_controls_hidden(code, shown):
     """Each kind of hidden character at its borders: controls, formats, separators, bytes that are no text."""
     assert escape_controls(chr(code)) == shown
 

@@ -76,7 +76,8 @@ def test_only_what_differs_is_in_it():
     assert reproduce_command(config) == "dream-fast --text 'a hamburger' --seed 3 -O --device cuda"
 
 
-def test_what_to_do_with_a_run_that_is_there_is_left_out():
+def test_reproduce_without_ckpt():
+    """What to do with a run that is there is left out."""
     config = configure({"text": "cat", "seed": 3}, "cpu")
     for changes in ({"test": True}, {"ckpt": "scratch"}):
         assert reproduce_command(config.override(changes)) == reproduce_command(config)
@@ -85,7 +86,8 @@ def test_what_to_do_with_a_run_that_is_there_is_left_out():
     )
 
 
-def test_bytes_of_the_command_line_that_are_no_text_are_kept():
+def test_undecodable_bytes_kept():
+    """Bytes of the command line that are no text are kept."""
     word = b"caf\xe9".decode("utf-8", errors="surrogateescape")
     assert quote(word) == "$'caf\\xe9'" and escape_controls(word) == "caf\\xe9"
     assert words_of(quote(word)) == [word]
@@ -94,7 +96,7 @@ def test_bytes_of_the_command_line_that_are_no_text_are_kept():
 @pytest.mark.parametrize(
     "code", [0x85, 0xAD, 0x61C, 0x200B, 0x200E, 0x200F, 0x2028, 0x2029, 0x2060, 0x3164, 0xFEFF, 0xE0041]
 )
-def test_characters_that_nobody_sees_are_shown_and_kept(code):
+def test_invisible_characters(code):
     """They are escapes wherever a prompt is shown, and the command to copy gives a shell the prompt that was typed."""
     word = f"a c{chr(code)}at"
     escape = f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

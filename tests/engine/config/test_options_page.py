@@ -58,7 +58,7 @@ def test_most_used_flags_come_first(tables):
     assert all(meaning == tables["Flags"][flag][-1] for flag, (meaning,) in used.items())
 
 
-def test_learning_rates_are_those_of_the_optimiser():
+def test_learning_rates_on_page():
     """The table of learning rates holds the rates of each group, as the optimiser uses them."""
     table, other = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
     lines = page().partition("## Learning rates")[2].splitlines()
@@ -82,7 +82,8 @@ def test_defaults_are_shown_where_they_differ(tables):
         assert shown[f"--{field.name}"][3].startswith(field.metadata["help"])
 
 
-def test_every_flag_of_the_reference_works_or_is_refused_with_the_reason(tables):
+def test_reference_flags_on_page(tables):
+    """Every flag of the reference works or is refused with the reason."""
     theirs = tables["The flags of stable-dreamfusion"]
     assert list(theirs) == REFERENCE_FLAGS
     for flag, (here, remark) in theirs.items():
@@ -93,19 +94,21 @@ def test_every_flag_of_the_reference_works_or_is_refused_with_the_reason(tables)
         assert f"`{value}` is refused: {why}" in theirs[flag][1]
 
 
-def test_the_defaults_of_the_vanilla_backbone_are_shown(tables):
+def test_vanilla_defaults_on_page(tables):
+    """The defaults of the vanilla backbone are shown."""
     shown = tables["Defaults of the vanilla backbone"]
     assert shown["--lr_decay"] == ["0.1", "0.1", "0.1"] and shown["--hidden_layers"][0] == "4"
     for place, (typed, device) in enumerate([({"preset": "reference"}, "cpu"), ({}, "cpu"), ({}, "cuda")]):
         grid, own = (configure(typed | {"backbone": name}, device) for name in ("grid", "vanilla"))
-        for room, field in settings():
-            before, after = (getattr(getattr(config, room.name), field.name) for config in (grid, own))
+        for section, field in settings():
+            before, after = (getattr(getattr(config, section.name), field.name) for config in (grid, own))
             if field.name != "backbone":
                 assert bool(shown.get(f"--{field.name}", [""] * 3)[place]) == (before != after)
     assert "`--n_levels`, " in page() and "`--lambda_wd`.\n" in page()
 
 
-def test_the_page_is_printed_without_anything_heavy():
+def test_page_imports_nothing_heavy():
+    """The page is printed without anything heavy."""
     code = "import runpy, sys; runpy.run_module('dream_fast.engine.config.options_page', run_name='__main__')"
     code += "; print([name for name in ('torch', 'numpy') if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
