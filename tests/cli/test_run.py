@@ -108,13 +108,13 @@ def test_file_settings_reach_steps(tiny_model, tmp_path, monkeypatch):
     more, seen = ["--file", str(tmp_path / "cameras.txt"), "--latent_iter_ratio", "0.5"], []
     embeddings = PromptEmbeddings.embeddings
 
-    def spied(self, azimuth, polar, *angles):
-        seen.append((float(polar), *angles))
-        return embeddings(self, azimuth, polar, *angles)
+    def spied(self, azimuth, polar, angles):
+        seen.append((float(polar), tuple(angles)))
+        return embeddings(self, azimuth, polar, angles)
 
     monkeypatch.setattr(PromptEmbeddings, "embeddings", spied)
     assert main(command(tmp_path / "trial", tiny_model, *more)) == 0
-    assert [angles for _, *angles in seen] == [[20.0, 40.0, 60.0]] * 4
+    assert [angles for _, angles in seen] == [(20.0, 40.0, 60.0)] * 4
     # The first two cameras come from a fifth of the range around the default of 90, and jitter adds to that.
     assert all(75 < polar < 100 and polar != 90 for polar, *_ in seen[:2])
     rows = [json.loads(row)["phase"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
@@ -267,8 +267,8 @@ def test_unknown_words_by_model(tmp_path, tiny_model, monkeypatch):
     class Stop(Exception):
         pass
 
-    def stop(components, text, negative, *, own):
-        read.append((text, negative, own))
+    def stop(components, text, negative, *, view_prompts):
+        read.append((text, negative, view_prompts))
         raise Stop
 
     monkeypatch.setattr("dream_fast.engine.guidance.registry.PromptEmbeddings", stop)
