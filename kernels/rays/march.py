@@ -167,7 +167,10 @@ def march_reference(
 
 
 class MarchConfig(NamedTuple):
-    """Tiles [rays, steps] of the passes, rows of padding a program fills, rays of a program of the scan, warps."""
+    """Tiles [rays, steps] of the passes, rows of padding a program fills, warps.
+
+    A program of the scan has `scan_block` rays, and adds up the sums of earlier programs `scan_sums` at a time.
+    """
 
     count_rays: int
     count_steps: int
@@ -177,6 +180,7 @@ class MarchConfig(NamedTuple):
     bwd_steps: int
     padding: int
     scan_block: int
+    scan_sums: int
     scan_warps: int
     num_warps: int
 
@@ -194,6 +198,7 @@ def _march_config(rays: int, grows: bool) -> MarchConfig:
         padding=2048,
         # Up to 4096 rays one program adds up all counts, which saves a launch.
         scan_block=4096 if rays <= 4096 else 1024,
+        scan_sums=1024,
         scan_warps=16 if rays <= 4096 else 4,
         # One warp a program, so that none waits for a longer ray.
         num_warps=1,
@@ -232,7 +237,7 @@ def _scan_counts(counts: Tensor, capacity: int, config: MarchConfig) -> tuple[Te
         capacity=capacity,
         num_warps=config.scan_warps,
         BLOCK=config.scan_block,
-        BLOCKS=1024,
+        BLOCKS=config.scan_sums,
     )
     return offsets, count, overflow
 

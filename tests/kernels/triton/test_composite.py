@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from dream_fast.bench.accuracy import check
+from dream_fast.bench.accuracy import BLOCK, check
 from dream_fast.kernels import composite, composite_reference
 from dream_fast.kernels._core.launch import INTERPRETED
 from dream_fast.kernels.rays import composite as composite_module
@@ -71,8 +71,15 @@ def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
         )
         grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
         results.append([*(value.detach() for value in out), *grads])
+    # Samples of which nothing is visible have gradients near 0. Where most samples are such, errors of the visible ones
+    # would be large in relation to the norm over all.
+    visible = results[2][OUTPUTS.index("weights")] > torch.finfo(torch.float32).eps
     for name, got, single, exact in zip((*OUTPUTS, "gradient of sigma", "gradient of values"), *results, strict=True):
         assert got.dtype == single.dtype
+        if "gradient" in name and visible.sum() >= BLOCK:
+            check(f"{name}, of visible samples", got[visible], single[visible], exact[visible])
+            mask = visible.view(-1, *[1] * (got.dim() - 1))
+            got, single = (torch.where(mask, exact.to(tensor.dtype), tensor) for tensor in (got, single))
         check(name, got, single, exact)
     return results[0]
 

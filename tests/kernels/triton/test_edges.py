@@ -276,17 +276,18 @@ def test_adan_bias_correction(device):
     compare(("parameters",), call, kernels.adan_step, kernels.adan_step_reference, (grads,))
 
 
-def test_adan_few_programs(device, monkeypatch):
-    """Programs that take many blocks each, and the partial block at the end."""
+@pytest.mark.parametrize("size", [106, 90])
+def test_adan_few_programs(size, device, monkeypatch):
+    """Programs that take many blocks each, and the partial block at the end, which belongs to either of them."""
     module = importlib.import_module("dream_fast.kernels.optim.adan")
     config = module.AdanConfig(norm_block=16, norm_programs=2, update_block=16, update_programs=2, num_warps=1)
     monkeypatch.setattr(module, "_adan_config", lambda: config)
-    grads = torch.randn(106, generator=torch.Generator().manual_seed(9)).to(device)
+    grads = torch.randn(size, generator=torch.Generator().manual_seed(9)).to(device)
 
     def call(operator, grads):
         params = torch.zeros_like(grads)
         state = kernels.AdanState.zeros(params)
-        operator(params, grads, state, group_ends=(106,), lrs=(0.1,), max_grad_norm=0.5)
+        operator(params, grads, state, group_ends=(size,), lrs=(0.1,), max_grad_norm=0.5)
         return params, state.previous_grad
 
     compare(("parameters", "gradient"), call, kernels.adan_step, kernels.adan_step_reference, (grads,))

@@ -182,9 +182,10 @@ def test_overflow_normals_tiles(kernel, memory, monkeypatch):
 
 @interpreted
 def test_overflow_images(memory, monkeypatch):
-    """Vertices of image 2^30 are not those of image 0."""
+    """Vertices of an image that lies 2^32 vertices away are not those of image 0."""
     small = record(monkeypatch, gradients("raster"))["rasterize_small_fwd_kernel"]
-    one, other = (touched(memory, monkeypatch, small, (program,), vertices=4) for program in FAR)
+    vertices = 4 * small.arguments["blocks"]
+    one, other = (touched(memory, monkeypatch, small, (program,), vertices=vertices) for program in FAR)
     assert one == other
 
 

@@ -217,7 +217,7 @@ def compare_interpolate(attributes, faces, fragments):
     return results[0]
 
 
-@pytest.mark.parametrize("channels", [0, 1, 3, 4, 17])
+@pytest.mark.parametrize("channels", [0, 1, 3, 4, 18])
 @pytest.mark.parametrize("per_image", [False, True])
 def test_mesh_channels(channels, per_image, device, deterministic):
     """Numbers of channels around the size of a group match the reference."""
