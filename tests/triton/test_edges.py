@@ -277,17 +277,18 @@ def test_corrections_of_adan_in_the_first_step(device):
     compare(("parameters",), call, kernels.adan_step, kernels.adan_step_reference, (grads,))
 
 
-def test_adan_of_few_programs(device, monkeypatch):
-    """Programs that take many blocks each, and the part of a block at the end."""
+@pytest.mark.parametrize("size", [106, 90])
+def test_adan_of_few_programs(size, device, monkeypatch):
+    """Programs that take many blocks each, and the part of a block at the end, which either of them takes."""
     module = importlib.import_module("dream_fast.kernels.adan")
     for name in ("_norm_config", "_update_config"):
         monkeypatch.setattr(module, name, lambda: (16, 1, 2))
-    grads = torch.randn(106, generator=torch.Generator().manual_seed(9)).to(device)
+    grads = torch.randn(size, generator=torch.Generator().manual_seed(9)).to(device)
 
     def call(operator, grads):
         params = torch.zeros_like(grads)
         state = kernels.AdanState.zeros(params)
-        operator(params, grads, state, group_ends=(106,), lrs=(0.1,), max_grad_norm=0.5)
+        operator(params, grads, state, group_ends=(size,), lrs=(0.1,), max_grad_norm=0.5)
         return params, state.previous_grad
 
     compare(("parameters", "gradient"), call, kernels.adan_step, kernels.adan_step_reference, (grads,))

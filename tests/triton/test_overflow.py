@@ -177,9 +177,10 @@ def test_overflow_of_tiles_of_normals(kernel, memory, monkeypatch):
 
 @interpreted
 def test_overflow_of_pictures(memory, monkeypatch):
-    """Vertices of picture 2^30 are not those of picture 0."""
+    """Vertices of a picture that lies 2^32 vertices away are not those of picture 0."""
     small = record(monkeypatch, gradients("rasterize"))["_raster_small_kernel"]
-    one, other = (touched(memory, monkeypatch, small, (program,), vertices=4) for program in FAR)
+    vertices = 4 * small.arguments["blocks"]
+    one, other = (touched(memory, monkeypatch, small, (program,), vertices=vertices) for program in FAR)
     assert one == other
 
 
