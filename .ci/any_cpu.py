@@ -103,14 +103,16 @@ def run_file(combination: Combination, path: Path, options: list[str]) -> Row:
 
 
 def read_report(report: Path) -> Row:
-    """Of pytest's JUnit file: how many tests passed and were skipped, and which failed."""
+    """Of pytest's JUnit file: how many tests passed and were skipped, and which failed with what message."""
     row: Row = {"passed": 0, "skipped": 0, "failures": []}
     if not report.exists():
         return row
     for case in ElementTree.parse(report).iter("testcase"):
-        outcomes = {child.tag for child in case}
-        if outcomes & {"failure", "error"}:
-            row["failures"].append(f"{case.get('classname')}::{case.get('name')}")
+        outcomes = {child.tag: child for child in case}
+        wrong = outcomes.get("failure", outcomes.get("error"))
+        if wrong is not None:
+            message = wrong.get("message", "").split("\n")[0][:200]
+            row["failures"].append(f"{case.get('classname')}::{case.get('name')}: {message}")
         else:
             row["skipped" if "skipped" in outcomes else "passed"] += 1
     return row

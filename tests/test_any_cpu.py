@@ -58,12 +58,15 @@ def test_skipped(): pass
 
 
 def test_a_round_counts_what_pytest_finds(tmp_path):
-    """Passed, failed (in a test or its fixture) and skipped tests are told apart; the status follows from them."""
+    """Passed, failed (in a test or its fixture) and skipped tests are told apart, with messages of failures."""
     path, out = tmp_path / "test_some.py", tmp_path / "rows.json"
     path.write_text(TESTS)
     row = any_cpu.run_file(AS_AMD, path, [])
     assert (row["passed"], row["skipped"]) == (1, 1)
-    assert [name.split("::")[1] for name in row["failures"]] == ["test_wrong", "test_of_a_fixture"]
+    assert [name.split("::")[1] for name in row["failures"]] == [
+        "test_wrong: assert False",
+        'test_of_a_fixture: failed on setup with "OSError"',
+    ]
     assert any_cpu.main(["--only", str(path), "--shard", "1/9", "--out", str(out), "--", "-k", "wrong"]) == 1
     assert any_cpu.main(["--only", str(path), "--shard", "1/9", "--out", str(out), "--", "-k", "skipped"]) == 0
     (row,) = json.loads(out.read_text())
