@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from dream_fast.bench.accuracy import check
+from dream_fast.bench.accuracy import BLOCK, check
 from dream_fast.kernels import composite, composite_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,8 +75,15 @@ def compare(tensors, *, used=OUTPUTS, count=None, stop=1e-4):
         )
         grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
         found.append([*(value.detach() for value in out), *grads])
+    # Samples of which nothing is seen have gradients of next to nothing, and many of them would make the others' errors
+    # large in relation to all together.
+    seen = found[2][OUTPUTS.index("weights")] > torch.finfo(torch.float32).eps
     for name, got, single, exact in zip((*OUTPUTS, "gradient of sigma", "gradient of values"), *found, strict=True):
         assert got.dtype == single.dtype
+        if "gradient" in name and seen.sum() >= BLOCK:
+            check(f"{name}, of what is seen", got[seen], single[seen], exact[seen])
+            mask = seen.view(-1, *[1] * (got.dim() - 1))
+            got, single = (torch.where(mask, exact.to(part.dtype), part) for part in (got, single))
         check(name, got, single, exact)
     return found[0]
 
