@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -P -m pytest -
 test: $(VENV)/.installed-test
 	$(BIN)/python -P -m ruff check .
 	$(BIN)/python -P -m ruff format --check .
-	$(BIN)/python -P .ci/types.py
+	$(BIN)/python -P .ci/check_types.py
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/triton
 

@@ -79,7 +79,7 @@ def test_make_installs_once(make):
 CHECKS = {
     "lint": "-m ruff check",
     "format": "-m ruff format --check",
-    "types": ".ci/types.py",
+    "types": ".ci/check_types.py",
     "tests": "-m pytest -n 2 --dist worksteal;;1;",
     "interpreted": "-m pytest -n 2 --dist worksteal tests/kernels/triton;1;1;",
 }
@@ -193,3 +193,9 @@ def test_peak_memory_counts_children(capfd):
     assert script["proportional_bytes"](child) == 0
     assert script["main"]([sys.executable, "-c", "raise SystemExit(3)"]) == 3
     assert capfd.readouterr().err.startswith("peak memory ")
+
+
+def test_scripts_hide_no_module_of_the_standard_library():
+    """A script's folder comes first where its interpreter looks for modules, so `types.py` there breaks every import."""
+    scripts = [path for folder in (".ci", "tests/planted") for path in (ROOT / folder).glob("*.py")]
+    assert len(scripts) > 3 and not {path.stem for path in scripts} & sys.stdlib_module_names

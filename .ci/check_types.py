@@ -1,4 +1,4 @@
-"""Check the types of engine/, kernels/, bench/ and cli.py with mypy: `python -P .ci/types.py`.
+"""Check the types of engine/, kernels/, bench/ and cli.py with mypy: `python -P .ci/check_types.py`.
 
 The repository is the package `dream_fast`, which mypy finds through a link in its cache folder. The bodies of Triton
 kernels are another language in Python's syntax, so errors in functions under `@jit` do not count.
