@@ -196,6 +196,6 @@ def test_peak_memory_counts_children(capfd):
 
 
 def test_scripts_hide_no_module_of_the_standard_library():
-    """A script's folder comes first where its interpreter looks for modules, so `types.py` there breaks every import."""
+    """A script's folder is searched first, so a `types.py` there breaks every import."""
     scripts = [path for folder in (".ci", "tests/planted") for path in (ROOT / folder).glob("*.py")]
     assert len(scripts) > 3 and not {path.stem for path in scripts} & sys.stdlib_module_names
