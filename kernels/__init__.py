@@ -25,6 +25,7 @@ from dream_fast.kernels.rays.occupancy import (
     occupancy_update_reference,
 )
 from dream_fast.kernels.rays.render import EMPTY_OPACITY, View, render, render_reference
+from dream_fast.kernels.rays.trace import Hits, trace, trace_reference
 
 __all__ = [
     "EMPTY_OPACITY",
@@ -33,6 +34,7 @@ __all__ = [
     "FieldSpec",
     "Fragments",
     "HashGridSpec",
+    "Hits",
     "Samples",
     "View",
     "adan_step",
@@ -76,4 +78,6 @@ __all__ = [
     "recorded_launches",
     "render",
     "render_reference",
+    "trace",
+    "trace_reference",
 ]

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from dream_fast.bench.finished_run import load_finished
 from dream_fast.bench.quality.classifier import WEIGHTS, Classifier, classify, load_classifier
+from dream_fast.bench.quality.classifier.network import Network
 from dream_fast.bench.quality.looks import measure_color, measure_mesh, measure_shape, round_values, write_strip
 from dream_fast.bench.quality.measures import kid
 from dream_fast.bench.quality.page import write_sheet
@@ -68,7 +69,7 @@ def expected_classes(prompt: str) -> tuple[int, int | None]:
     return list(THINGS).index(name), color
 
 
-def assess(classifier: Classifier, images: Tensor, prompt: str) -> dict[str, float | None]:
+def assess(classifier: Classifier | Network, images: Tensor, prompt: str) -> dict[str, float | None]:
     """Shares of the images [8, 3, H, W] that are right; None for what the prompt does not name."""
     predictions = classify(classifier, images)
     thing, color = expected_classes(prompt)

@@ -23,7 +23,8 @@ from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid
 from dream_fast.bench.quality.protocol import AZIMUTHS, BACKGROUND, HELD_OUT, PROMPTS, SHAPE_SIZE, SIZE, sides
 from dream_fast.bench.results import RESULTS
 from dream_fast.engine.config.configure import configure
-from dream_fast.engine.dream_mini.scenes import RADIUS, Scene, make_scene
+from dream_fast.engine.dream_mini.compose import make_scene
+from dream_fast.engine.dream_mini.scenes import Scene
 from dream_fast.engine.dream_mini.sphere_tracer import pack, trace
 from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
 from dream_fast.engine.scene.camera import Cameras, rays, turntable
@@ -91,27 +92,13 @@ def make_palette(prompt: str) -> Tensor:
 
 @torch.no_grad()
 def surfaces(scene: Scene, cameras: Cameras, size: int, device: str) -> Surfaces:
-    """Normals and colours without light of a scene. Only rays that come near it are traced."""
-    primitives, pattern = pack([scene], device)
-    used = {kind: int((part.role > 0).sum()) for kind, part in primitives.items()}
-    primitives = {
-        kind: part._replace(
-            **{name: getattr(part, name)[:, :, :n] for name in ("center", "rotation", "size", "role")}
-        )._replace(color=part.color[:, :n])
-        for kind, part in primitives.items()
-        if (n := used[kind])
-    }
-    views = []
+    """Normals and colours without light of a scene."""
+    packed, views = pack([scene], device), []
     for number in range(len(cameras.fovy)):
         camera = Cameras(*(part[number : number + 1].to(device) for part in cameras))
-        origins, directions = rays(camera, size, size)
-        along = (origins * directions).sum(-1)
-        near = (origins.square().sum(-1) - along.square() < (1.06 * RADIUS) ** 2)[0]
-        traced = trace(origins[:, near], directions[:, near], primitives, pattern)
-        hit = torch.zeros(size * size, device=device).masked_scatter_(near, traced.hit[0].float())
-        both = torch.zeros(size * size, 6, device=device)
-        both[near] = torch.cat([traced.normal[0], traced.albedo[0]], -1)
-        views.append((*(both * hit[:, None]).view(size, size, 6).split(3, -1), hit.view(size, size)))
+        traced = trace(*rays(camera, size, size), packed)
+        both = torch.cat([traced.normal[0], traced.albedo[0]], -1) * traced.hit[0, :, None]
+        views.append((*both.view(size, size, 6).split(3, -1), traced.hit[0].float().view(size, size)))
     return Surfaces(*(torch.stack(part) for part in zip(*views, strict=True)))
 
 

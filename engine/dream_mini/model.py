@@ -10,7 +10,9 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dream_fast.engine.dream_mini.vocabulary import words
+from dream_fast.engine.dream_mini import catalogue
+from dream_fast.engine.dream_mini.multiview import CameraEmbedding
+from dream_fast.engine.dream_mini.vocabulary import FILE
 from dream_fast.engine.runtime.quiet import quiet_diffusers
 
 quiet_diffusers()
@@ -19,9 +21,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa
 IMAGE, LATENT, TOKENS, WIDTH = 128, 32, 24, 192
 
 
-def save_tokenizer(folder: Path) -> CLIPTokenizer:
+def save_tokenizer(folder: Path, known: list[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges make one token of each known word; other words fall into letters."""
-    merges = _merges([*words(), ","])
+    merges = _merges([*known, ","])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merged = ["".join(pair) for pair in merges]
     full = dict.fromkeys(
@@ -85,8 +87,18 @@ def make_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def save_model(folder: Path, tokenizer, text_encoder, unet, vae, scheduler) -> None:
-    """Write the folder in the layout of `StableDiffusionPipeline.from_pretrained`, in fp16 shards of 12 MB at most."""
+def make_camera() -> CameraEmbedding:
+    return CameraEmbedding(4 * 64)  # as wide as the UNet's time embedding
+
+
+def save_model(
+    folder: Path, tokenizer, text_encoder, unet, vae, scheduler, camera: CameraEmbedding | None = None
+) -> None:
+    """Write the folder in the layout of `StableDiffusionPipeline.from_pretrained`, in fp16 shards of 12 MB at most.
+
+    Beside it the words of the catalogue, and the camera's weights in a folder that pipelines leave alone. The modules
+    themselves become fp16.
+    """
     for name, part in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
         shutil.rmtree(folder / name, ignore_errors=True)
         part.half().save_pretrained(folder / name, max_shard_size="12MB")
@@ -95,6 +107,10 @@ def save_model(folder: Path, tokenizer, text_encoder, unet, vae, scheduler) -> N
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in (folder / name).iterdir():
             file.chmod(0o644)
+    if camera is not None:
+        camera.save(folder)
+    words = json.dumps(catalogue.vocabulary(), indent=1)
+    (folder / FILE).write_text(words + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
     index = {

@@ -1,23 +1,35 @@
 """Train dream-mini from the procedural world: `python -m dream_fast.engine.dream_mini.train --out FOLDER`.
 
-Renders the data, trains the autoencoder, caches its latents, trains the text encoder and the UNet together
-(v-prediction, Salimans and Ho 2022), and writes the folder. Each stage leaves a file in `--cache`; a second call goes
-on from there.
+Renders the images, trains the autoencoder, caches its latents, trains the text encoder, the UNet and the camera
+embedding together, and writes the model folder. Each stage leaves a file in `--cache`, and its state every `--every`
+seconds and at the limit `--seconds`. The same command called again resumes, and ends with the same weights as a run
+without a stop. On another machine, without that cache, `--start FOLDER` begins from the weights of a model folder
+instead (also those of an earlier vocabulary).
+
+The folder also gets log.jsonl, a row a line: losses, and errors on images kept apart.
+`python -m dream_fast.bench.quality.train_dream_mini` adds sheets of the model's images.
 """
 
 import argparse
+import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from dream_fast.engine.dream_mini.dataset import BATCH, CAPTIONS, rendered
+from dream_fast.engine.dream_mini.catalogue import vocabulary
+from dream_fast.engine.dream_mini.dataset import BATCH, CAPTIONS, GROUP, rendered
 from dream_fast.engine.dream_mini.model import (
     IMAGE,
-    LATENT,
     TOKENS,
     AutoencoderKL,
+    CLIPTextModel,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+    make_camera,
     make_scheduler,
     make_text_encoder,
     make_unet,
@@ -25,211 +37,172 @@ from dream_fast.engine.dream_mini.model import (
     save_model,
     save_tokenizer,
 )
+from dream_fast.engine.dream_mini.multiview import FOLDER as CAMERA_FOLDER
+from dream_fast.engine.dream_mini.multiview import CameraEmbedding
+from dream_fast.engine.dream_mini.training import FitAutoencoder, FitDiffusion, Latents, encode_all, vectors
+from dream_fast.engine.dream_mini.vocabulary import Vocabulary
+
+Callback = Callable[[Path, int, torch.device], None]  # of a model folder that was written, and its step
 
 
-def render_data(args, device, tokenizer) -> dict[str, torch.Tensor]:
-    """Images [N, 128, 128, 3] uint8 and caption tokens [N, CAPTIONS, TOKENS] on the device."""
-    views, total = args.views, args.scenes // BATCH * BATCH * args.views
+def to_ids(tokenizer: CLIPTokenizer, words: list[str]) -> Callable[[str], list[int]]:
+    """A function from captions of known words to their TOKENS token ids, which looks words up."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    of_word = {word: tokenizer(word).input_ids[1:-1] for word in [*words, ","]}
+
+    def ids(text: str) -> list[int]:
+        inside = [number for word in text.replace(",", " ,").split() for number in of_word[word]][: TOKENS - 2]
+        return [start, *inside, *[end] * (TOKENS - 1 - len(inside))]
+
+    return ids
+
+
+def render_all(args, device: torch.device, ids: Callable[[str], list[int]]) -> dict[str, torch.Tensor]:
+    """Images [N, 128, 128, 3] uint8 and tokens [N, CAPTIONS, TOKENS] on the device, cameras [N, 4], groups [G, 4]."""
+    batches, views = args.scenes // BATCH, GROUP + args.views
+    total = batches * views * BATCH
     images = torch.empty(total, IMAGE, IMAGE, 3, dtype=torch.uint8, device=device)
-    tokens = torch.empty(total, CAPTIONS, TOKENS, dtype=torch.int16)
+    tokens, cameras = np.empty((total, CAPTIONS, TOKENS), np.int16), np.empty((total, 4), np.float32)
     start = time.perf_counter()
     with ProcessPoolExecutor(args.workers) as pool:
-        for k, batch in enumerate(rendered(args.seed, args.scenes // BATCH, views, IMAGE, device, pool)):
+        for k, batch in enumerate(rendered(args.seed, batches, args.views, IMAGE, device, pool, grouped=True)):
             rows = slice(k * BATCH, (k + 1) * BATCH)
             images[rows] = batch.images
-            flat = [text for texts in batch.captions for text in texts]
-            ids = tokenizer(
-                flat, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-            ).input_ids
-            tokens[rows] = ids.reshape(BATCH, CAPTIONS, TOKENS).to(torch.int16)
-            if k % 200 == 0:
+            tokens[rows] = [[ids(text) for text in texts] for texts in batch.captions]
+            cameras[rows] = batch.cameras
+            if k % 500 == 0:
                 print(f"rendered {(k + 1) * BATCH} of {total} images, {time.perf_counter() - start:.0f} s", flush=True)
-    return {"images": images, "tokens": tokens.to(device)}
+    first = (np.arange(batches) * views * BATCH)[:, None] + np.arange(BATCH)
+    groups = first.reshape(-1, 1) + BATCH * np.arange(GROUP)
+    return {
+        "images": images, "tokens": torch.from_numpy(tokens).to(device),
+        "cameras": torch.from_numpy(cameras).to(device),
+        "groups": torch.from_numpy(groups).to(device),
+    }  # fmt: skip
 
 
-def _unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, H, W, 3] to [-1, 1] [B, 3, H, W], channels last."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+def _with_scale(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Store the scale that makes latents of unit variance."""
+    vae.register_to_config(scaling_factor=1.0)
+    moments = encode_all(vae, images[:4096])
+    vae.register_to_config(scaling_factor=round(1 / moments[:, :4].float().std().item(), 5))
 
 
-def _compile(*parts: torch.nn.Module) -> None:
-    """Compile in place, which halves the time of a step; a CPU trains only in tests, where compiling takes longer."""
-    for part in parts:
-        if next(part.parameters()).is_cuda:
-            part.compile()
-
-
-def _rate(progress: float, peak: float, warm_up: float = 0.03) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if progress < warm_up:
-        return peak * progress / warm_up
-    return peak * 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
-
-
-def train_vae(args, images: torch.Tensor) -> AutoencoderKL:
-    """L1 + L1 of image gradients + a small KL term; the scale that makes latents of unit variance is stored."""
-    device = images.device
-    vae = make_vae().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    _compile(vae.encoder, vae.decoder)
-    start = time.perf_counter()
-    for step in range(args.vae_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step / args.vae_steps, 1e-3)
-        index = torch.randint(len(images), (args.vae_batch,), device=device, generator=generator)
-        x = _unit(images[index]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample(generator)).sample.float()
-        edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
-        loss = (y - x).abs().mean() + 2 * (y - x).square().mean() + edges + 1e-5 * posterior.kl().mean() / LATENT**2
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0:
-            psnr = -10 * torch.log10(((y - x) / 2).square().mean()).item()
-            elapsed = time.perf_counter() - start
-            print(f"vae step {step}, {elapsed:.0f} s, loss {loss.item():.4f}, psnr {psnr:.1f} dB", flush=True)
-    vae.eval()
-    with torch.no_grad():
-        mean = torch.cat(
-            [vae.encode(_unit(images[k : k + 256])).latent_dist.mean for k in range(0, min(4096, len(images)), 256)]
-        )
-    vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))
-    return vae
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Scaled posterior means and standard deviations of all images: [N, 8, 32, 32] fp16."""
-    parts = []
-    for k in range(0, len(images), 512):
-        with torch.autocast(images.device.type, torch.bfloat16):
-            posterior = vae.encode(_unit(images[k : k + 512]).contiguous(memory_format=torch.channels_last)).latent_dist
-        parts.append((torch.cat([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor).half())
-    return torch.cat(parts)
-
-
-class DiffusionTraining:
-    """Text encoder and UNet, their optimiser and their EMA; resumable."""
-
-    def __init__(self, args, device, tokenizer):
-        self.args, self.device = args, device
-        self.models = torch.nn.ModuleList([make_text_encoder(tokenizer), make_unet()]).to(device)
-        self.models.to(memory_format=torch.channels_last)
-        _compile(*self.models)
-        self.average = [p.detach().clone() for p in self.models.parameters()]
-        self.optimizer = torch.optim.AdamW(self.models.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-        self.alphas = make_scheduler().alphas_cumprod.to(device)
-        self.empty = torch.tensor(
-            tokenizer("", padding="max_length", max_length=TOKENS).input_ids, device=device, dtype=torch.int16
-        )
-        self.generator = torch.Generator(device).manual_seed(args.seed + 1)
-        self.step, self.seconds = 0, 0.0
-
-    def state(self):
-        return {
-            "models": self.models.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-
-    def load(self, state):
-        self.models.load_state_dict(state["models"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.step, self.seconds = [a.detach() for a in state["average"]], state["step"], state["seconds"]
-
-    def loss(self, latents, tokens):
-        batch, draw = self.args.batch, self.generator
-        index = torch.randint(len(latents), (batch,), device=self.device, generator=draw)
-        which = torch.randint(CAPTIONS + 1, (batch,), device=self.device, generator=draw) % CAPTIONS
-        ids = tokens[index, which]
-        drop = torch.rand(batch, 1, device=self.device, generator=draw) < 0.1
-        ids = torch.where(drop, self.empty, ids).long()
-        moments = latents[index].float()
-        noise = torch.randn(2, batch, 4, LATENT, LATENT, device=self.device, generator=draw)
-        x0 = (moments[:, :4] + moments[:, 4:] * noise[0]).contiguous(memory_format=torch.channels_last)
-        t = torch.randint(len(self.alphas), (batch,), device=self.device, generator=draw)
-        signal, sigma = self.alphas[t].sqrt()[:, None, None, None], (1 - self.alphas[t]).sqrt()[:, None, None, None]
-        text_encoder, unet = self.models
-        with torch.autocast(self.device.type, torch.bfloat16):
-            states = text_encoder(ids).last_hidden_state
-            predicted = unet(signal * x0 + sigma * noise[1], t, states).sample
-        return (predicted.float() - (signal * noise[1] - sigma * x0)).square().mean()
-
-    def train(self, latents, tokens, until: float):
-        """Train until the last step or the wall-clock `until` (perf_counter). Returns True when all steps are done."""
-        start, before = time.perf_counter(), self.seconds
-        parameters = list(self.models.parameters())
-        while self.step < self.args.steps and time.perf_counter() < until:
-            for group in self.optimizer.param_groups:
-                group["lr"] = _rate(self.step / self.args.steps, self.args.rate)
-            loss = self.loss(latents, tokens)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            self.optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(self.average, parameters, max(1e-3, 1 / (1 + self.step)))
-            if self.step % 100 == 0:
-                print(f"unet step {self.step}, {self.seconds:.0f} s, loss {loss.item():.4f}", flush=True)
-            self.step += 1
-            self.seconds = before + time.perf_counter() - start
-        return self.step >= self.args.steps
-
-    @torch.no_grad()
-    def averaged(self):
-        for parameter, average in zip(self.models.parameters(), self.average, strict=True):
-            parameter.copy_(average)
-        return self.models
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--cache", type=Path, default=Path("prior-cache"), help="what the stages leave for a next call")
-    parser.add_argument("--scenes", type=int, default=20_000, help="objects")
-    parser.add_argument("--views", type=int, default=6, help="images of each object")
-    parser.add_argument("--vae_steps", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=6000, help="steps of UNet and text encoder")
-    parser.add_argument(
-        "--stop_after", type=float, default=1e9, help="leave after so many seconds; a next call goes on"
+def make_latents(args, device: torch.device, ids: Callable[[str], list[int]], until: float) -> bool:
+    """Render, train the autoencoder, write it and the latents to the cache. False: the time was too short."""
+    vae = make_vae()
+    if args.start:
+        vae = AutoencoderKL.from_pretrained(args.start / "vae")
+    vae = vae.to(device, memory_format=torch.channels_last).float()
+    data = render_all(args, device, ids)
+    fit = FitAutoencoder(
+        vae, data["images"], args.vae_batch, rate=args.vae_rate, seed=args.seed, steps=args.vae_steps, budget=0
     )
+    state = args.cache / "vae.pt"
+    if state.exists():
+        fit.load(state)
+    if not fit.run(until, state, args.every, lambda: None, args.out / "log.jsonl"):
+        return False
+    # A fresh one, which is not compiled, with the weights as they will be shipped: a training that starts from the
+    # folder has the same latents.
+    vae = make_vae()
+    vae.load_state_dict({name: t.half().float() for name, t in fit.averaged()[0].items()})
+    vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    _with_scale(vae, data["images"])
+    vae.save_pretrained(args.cache / "vae")
+    images = data.pop("images")
+    held = max(1, args.held // BATCH) * BATCH * (GROUP + args.views)
+    latents = {"moments": encode_all(vae, images), "held": held, **data, "cameras": vectors(data["cameras"])}
+    beside = args.cache / "latents.new"
+    torch.save(latents, beside)
+    os.replace(beside, args.cache / "latents.pt")
+    return True
+
+
+def starting_weights(args, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel, CameraEmbedding]:
+    """Text encoder, UNet and camera embedding: new ones, or those of the folder `--start` as far as they fit."""
+    text_encoder, unet, camera = make_text_encoder(tokenizer), make_unet(), make_camera()
+    if args.start is None:
+        return text_encoder, unet, camera
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start / "unet").state_dict())
+    before = CLIPTextModel.from_pretrained(args.start / "text_encoder").float().state_dict()
+    known = CLIPTokenizer.from_pretrained(args.start / "tokenizer").get_vocab()
+    own = text_encoder.state_dict()
+    name = next(key for key in own if key.endswith("token_embedding.weight"))
+    for word, row in tokenizer.get_vocab().items():
+        if word in known:
+            own[name][row] = before[name][known[word]]
+    text_encoder.load_state_dict(before | {name: own[name]})
+    if (args.start / CAMERA_FOLDER).is_dir():
+        camera = CameraEmbedding.load(args.start)
+    return text_encoder, unet, camera
+
+
+def write_model(args, fit: FitDiffusion, tokenizer: CLIPTokenizer) -> None:
+    """Write the model folder of the averaged weights."""
+    text_encoder, unet, camera = make_text_encoder(tokenizer), make_unet(), make_camera()
+    for module, weights in zip((text_encoder, unet, camera), fit.averaged(), strict=True):
+        module.load_state_dict(weights)
+    vae = AutoencoderKL.from_pretrained(args.cache / "vae")
+    save_model(args.out, tokenizer, text_encoder, unet, vae, make_scheduler(), camera)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model, its log and its images")
+    parser.add_argument("--cache", type=Path, default=Path("prior-cache"), help="what the stages leave for a next call")
+    parser.add_argument("--start", type=Path, help="folder of a model to begin with, of this architecture")
+    parser.add_argument("--seconds", type=float, default=1e9, help="leave after so many; a next call resumes")
+    parser.add_argument("--every", type=float, default=180, help="seconds between two saves of the state and the model")
+    parser.add_argument("--scenes", type=int, default=30_016)
+    parser.add_argument("--views", type=int, default=4, help="images of each scene beside the group of four")
+    parser.add_argument("--held", type=int, default=256, help="scenes that only measure")
+    parser.add_argument("--vae_steps", type=int, default=2500)
     parser.add_argument("--vae_batch", type=int, default=128)
+    parser.add_argument("--vae_rate", type=float, default=1e-3, help="peak learning rate of the autoencoder")
+    parser.add_argument("--steps", type=int, help="steps of UNet and text encoder (default: what --budget allows)")
+    parser.add_argument("--budget", type=float, default=2400, help="seconds of UNet and text encoder, over all calls")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=6e-4, help="peak learning rate of UNet and text encoder")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    until = time.perf_counter() + args.stop_after
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, on_save: Callback | None = None) -> bool:
+    """Train. True: the training is finished. `on_save` is called with the model folder each time it is written."""
+    args = _arguments(argv)
+    until = time.perf_counter() + args.seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     args.cache.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = save_tokenizer(args.out / "tokenizer")
+    words = Vocabulary(vocabulary()).words
+    tokenizer = save_tokenizer(args.out / "tokenizer", words)
     latents_file, state_file = args.cache / "latents.pt", args.cache / "unet.pt"
-    if not latents_file.exists():
-        data = render_data(args, device, tokenizer)
-        vae = train_vae(args, data["images"])
-        vae.save_pretrained(args.cache / "vae")
-        torch.save({"latents": encode(vae, data["images"]), "tokens": data["tokens"]}, latents_file)
-        del data
+    if not latents_file.exists() and not make_latents(args, device, to_ids(tokenizer, words), until):
+        print("stopped while training the autoencoder", flush=True)
+        return False
+    torch.cuda.empty_cache()
     data = torch.load(latents_file, map_location=device, weights_only=True)
-    training = DiffusionTraining(args, device, tokenizer)
+    empty = torch.tensor(to_ids(tokenizer, words)(""), device=device, dtype=torch.int16)
+    fit = FitDiffusion(
+        *starting_weights(args, tokenizer), Latents(**data), empty, args.batch, rate=args.rate, seed=args.seed + 1,
+        steps=args.steps, budget=args.budget,
+    )  # fmt: skip
     if state_file.exists():
-        training.load(torch.load(state_file, map_location=device, weights_only=True))
-    done = training.train(data["latents"], data["tokens"], until)
-    torch.save(training.state(), state_file)
-    print(f"{'trained' if done else 'stopped'} at step {training.step}, {training.seconds:.0f} s", flush=True)
-    text_encoder, unet = training.averaged()
-    vae = AutoencoderKL.from_pretrained(args.cache / "vae")
-    save_model(args.out, tokenizer, text_encoder, unet, vae, make_scheduler())
+        fit.load(state_file)
+
+    def save() -> None:
+        write_model(args, fit, tokenizer)
+        if on_save is not None:
+            on_save(args.out, fit.step, device)
+
+    finished = fit.run(until, state_file, args.every, save, args.out / "log.jsonl")
+    print(f"{'trained' if finished else 'stopped'} at step {fit.step}, {fit.seconds:.0f} s", flush=True)
+    return finished
 
 
 if __name__ == "__main__":

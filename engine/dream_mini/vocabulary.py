@@ -1,155 +1,139 @@
-"""The words that dream-mini knows: objects, colours, attributes, and the phrasings of its captions."""
+"""The words that the embedded model knows, read from `vocabulary.json` beside its weights."""
 
+import json
 import re
-from typing import NamedTuple
+from difflib import SequenceMatcher
+from functools import cached_property
+from pathlib import Path
 
+from dream_fast.engine.dream_mini.catalogue import VIEWS, Thing
 from dream_fast.engine.errors import UserError
 
-
-class Thing(NamedTuple):
-    """An object of the world: other names for it, its natural colours (None: any), and whether it has a face."""
-
-    synonyms: tuple[str, ...] = ()
-    natural: tuple[str, ...] | None = None
-    face: bool = False
-
-
-COLORS: dict[str, tuple[float, float, float]] = {
-    "red": (0.85, 0.10, 0.10),
-    "orange": (0.95, 0.50, 0.08),
-    "yellow": (0.95, 0.85, 0.12),
-    "green": (0.15, 0.62, 0.18),
-    "cyan": (0.15, 0.80, 0.82),
-    "blue": (0.12, 0.25, 0.85),
-    "purple": (0.50, 0.15, 0.70),
-    "pink": (0.96, 0.55, 0.72),
-    "brown": (0.42, 0.24, 0.11),
-    "black": (0.09, 0.09, 0.10),
-    "white": (0.94, 0.94, 0.93),
-    "gray": (0.50, 0.50, 0.52),
-}
-COLOR_SYNONYMS = {"grey": "gray", "teal": "cyan", "turquoise": "cyan", "violet": "purple", "golden": "yellow"}
-
-# Shades that parts of objects have by nature; a caption never names them.
-SHADES: dict[str, tuple[float, float, float]] = {
-    "tan": (0.85, 0.60, 0.30),
-    "cream": (0.96, 0.90, 0.75),
-    "patty": (0.30, 0.16, 0.08),
-    "lettuce": (0.40, 0.75, 0.20),
-    "wood": (0.55, 0.35, 0.17),
-    "leaf": (0.13, 0.50, 0.16),
-    "glass": (0.60, 0.82, 0.92),
-    "dark": (0.14, 0.14, 0.16),
-    "steel": (0.66, 0.68, 0.72),
-    "stone": (0.62, 0.60, 0.56),
-    "beak": (0.97, 0.60, 0.10),
-    "rose": (0.95, 0.60, 0.62),
-    "brick": (0.62, 0.22, 0.15),
-}
-
-THINGS: dict[str, Thing] = {
-    "hamburger": Thing(("burger", "cheeseburger"), ("tan",)),
-    "donut": Thing(("doughnut",), ("pink", "brown", "white")),
-    "ice cream cone": Thing(("ice cream",), ("pink", "cream", "brown")),
-    "cupcake": Thing(("muffin",), ("pink", "cream", "brown")),
-    "cake": Thing(("birthday cake",), ("cream", "brown", "pink")),
-    "apple": Thing((), ("red", "green")),
-    "pear": Thing((), ("green", "yellow")),
-    "carrot": Thing((), ("orange",)),
-    "mushroom": Thing(("toadstool",), ("red", "brown")),
-    "pumpkin": Thing((), ("orange",)),
-    "pineapple": Thing((), ("yellow",)),
-    "snowman": Thing((), ("white",), True),
-    "robot": Thing((), ("gray", "steel"), True),
-    "duck": Thing(("rubber duck",), ("yellow",), True),
-    "penguin": Thing((), ("black",), True),
-    "rabbit": Thing(("bunny",), ("gray", "white", "tan"), True),
-    "cat": Thing(("kitten",), ("orange", "gray", "black"), True),
-    "dog": Thing(("puppy",), ("brown", "tan"), True),
-    "bear": Thing(("teddy bear",), ("brown",), True),
-    "pig": Thing(("piglet",), ("pink",), True),
-    "owl": Thing((), ("brown", "gray"), True),
-    "frog": Thing((), ("green",), True),
-    "fish": Thing(("goldfish",), ("orange", "blue")),
-    "turtle": Thing(("tortoise",), ("green",), True),
-    "cactus": Thing((), ("green",)),
-    "tree": Thing((), ("leaf",)),
-    "pine tree": Thing(("christmas tree", "fir tree"), ("leaf",)),
-    "flower": Thing((), ("red", "yellow", "pink", "purple")),
-    "house": Thing(("cottage",), ("cream", "white", "tan")),
-    "lighthouse": Thing((), ("red",)),
-    "castle": Thing((), ("stone", "gray")),
-    "windmill": Thing((), ("white", "cream")),
-    "rocket": Thing(("spaceship",), ("white", "red")),
-    "car": Thing(),
-    "truck": Thing(("lorry",)),
-    "airplane": Thing(("plane",), ("white", "gray")),
-    "boat": Thing(("sailboat",)),
-    "mug": Thing(("cup",)),
-    "teapot": Thing(),
-    "bottle": Thing((), ("green", "glass")),
-    "vase": Thing(),
-    "lamp": Thing(),
-    "chair": Thing((), ("wood", "brown")),
-    "table": Thing(("desk",), ("wood", "brown")),
-    "hat": Thing(("top hat",), ("black",)),
-    "umbrella": Thing(("parasol",)),
-    "candle": Thing((), ("cream", "white", "red")),
-    "drum": Thing((), ("red",)),
-}
-
-VIEWS = ("front", "side", "back", "overhead")
-ATTRIBUTES = ("tall", "wide", "striped", "spotted")
-FILLER = frozenset(
-    "a an the of with and wearing its on in one single some photo picture image render rendering 3d model toy style "
-    "dslr view front side back overhead object asset cute small little".split()
-)
-
-_NAMES = {name: name for name in THINGS} | {s: name for name, thing in THINGS.items() for s in thing.synonyms}
-_LONGEST_FIRST = sorted(_NAMES, key=len, reverse=True)
+FILE = "vocabulary.json"
+MOST_NAMED = 10  # unknown words, in warnings
+# A word is taken for a known one that is so like it (share of letters in common, in order), of no fewer letters, with
+# the same first letter, and neither the beginning of the other: "beard" is no bear.
+ALIKE, LETTERS = 0.83, 5
+IRREGULAR = {"mice": "mouse", "leaves": "leaf"}
 
 
-def words() -> list[str]:
-    """All words that a caption can hold, sorted: the tokenizer's vocabulary."""
-    phrases = [*_NAMES, *COLORS, *COLOR_SYNONYMS, *ATTRIBUTES, *FILLER]
-    return sorted({word for phrase in phrases for word in phrase.split()})
+class Vocabulary:
+    """Things, colours and other words of one model.
+
+    Raises KeyError or ValueError: the file lacks something.
+    """
+
+    def __init__(self, content: dict):
+        self.things = {
+            name: Thing(tuple(thing["synonyms"]), tuple(thing["natural"]) if thing["natural"] else None, thing["face"])
+            for name, thing in content["things"].items()
+        }
+        self.colors = {name: tuple(rgb) for name, rgb in content["colors"].items()}
+        self.shades = {name: tuple(rgb) for name, rgb in content["shades"].items()}
+        self.color_synonyms = dict(content["color_synonyms"])
+        self.attributes, self.parts = tuple(content["attributes"]), tuple(content["parts"])
+        self.relations = {name: tuple(phrases) for name, phrases in content["relations"].items()}
+        self.filler = frozenset(content["filler"])
+        self.names = {name: name for name in self.things}
+        self.names |= {s: name for name, thing in self.things.items() for s in thing.synonyms}
+
+    @cached_property
+    def words(self) -> list[str]:
+        """All words that a caption can hold, sorted: the tokenizer's vocabulary."""
+        phrases = [*self.names, *self.colors, *self.color_synonyms, *self.attributes, *self.parts, *self.filler]
+        phrases += [phrase for phrases in self.relations.values() for phrase in phrases]
+        return sorted({word for phrase in phrases for word in phrase.split()})
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.words)
+
+    def read(self, word: str) -> str | None:
+        """The known word that a word in lower case is, is the plural of, or nearly is; None where there is none."""
+        if word in self._known:
+            return word
+        if word in IRREGULAR and IRREGULAR[word] in self._known:
+            return IRREGULAR[word]
+        for ending, singular in (("ies", "y"), ("es", ""), ("s", "")):
+            if word.endswith(ending) and word.removesuffix(ending) + singular in self._known:
+                return word.removesuffix(ending) + singular
+        return self._nearest(word)
+
+    def _nearest(self, word: str) -> str | None:
+        if len(word) < LETTERS:
+            return None
+        best, most = None, ALIKE
+        for known in self.words:
+            if len(known) < LETTERS or known[0] != word[0] or known.startswith(word) or word.startswith(known):
+                continue
+            if 2 * min(len(word), len(known)) <= most * (len(word) + len(known)):
+                continue  # too different in length; a comparison letter by letter would be slow for long words
+            alike = SequenceMatcher(None, word, known, autojunk=False).ratio()
+            if alike > most:
+                best, most = known, alike
+        return best
+
+    def known_words(self, text: str) -> str:
+        """The words of a prompt as the model reads them: in lower case, without punctuation and unknown words."""
+        return " ".join(known for word in _split(text) if (known := self.read(word)))
+
+    def find_object(self, text: str) -> str | None:
+        """The first known object that a prompt names (by its own name), or None. A part that is worn is no object."""
+        plain = f" {' '.join(self.read(word) or word for word in _split(text))} "
+        plain = re.sub(rf" (?:with|wearing) (?:\w+ ){{0,3}}(?:{'|'.join(self.parts)})(?= )", "", plain)
+        longest_first = sorted(self.names, key=len, reverse=True)
+        found = [(plain.find(f" {name} "), name) for name in longest_first if f" {name} " in plain]
+        return self.names[min(found, key=lambda place: place[0])[1]] if found else None
+
+    def check_prompt(self, text: str, negative: str = "") -> list[str]:
+        """Check a prompt; returns warnings about words, also of ``negative``, that are ignored or read as others.
+
+        Raises UserError when the prompt names no object that the model knows.
+        """
+        if self.find_object(text) is None:
+            shown = " ".join(text.split())[:80]
+            raise UserError(
+                f'the embedded model does not know what "{shown}" is; it knows {", ".join(self.things)}; '
+                "for anything else use Stable Diffusion: --sd_version 2.1, or --hf_key FOLDER_OR_HUB_NAME"
+            )
+        unread = [word for word in dict.fromkeys(_split(f"{text} {negative}")) if word not in self._known]
+        warnings, ignored = [], 0
+        for word in unread:
+            known = self.read(word)
+            if known is None and (ignored := ignored + 1) <= MOST_NAMED:
+                warnings.append(f'the embedded model does not know the word "{word}" and will ignore it')
+            if known is not None and known not in _singulars(word):
+                warnings.append(f'the embedded model does not know the word "{word}" and reads "{known}"')
+        if ignored > MOST_NAMED:
+            warnings.append(f"nor does it know {ignored - MOST_NAMED} other words")
+        return warnings
+
+
+def _singulars(word: str) -> tuple[str, ...]:
+    return (IRREGULAR.get(word, ""), word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y")
 
 
 def _split(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def find_object(text: str) -> str | None:
-    """The first known object that a prompt names (by its own name), or None. A hat that is worn is no object."""
-    plain = f" {' '.join(_split(text))} "
-    plain = re.sub(r" (?:with|wearing) (?:\w+ ){0,3}hat ", " ", plain)
-    found = [(plain.find(f" {name} "), name) for name in _LONGEST_FIRST if f" {name} " in plain]
-    return _NAMES[min(found, key=lambda place: place[0])[1]] if found else None
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary beside the weights in a model folder."""
+    return Vocabulary(json.loads((folder / FILE).read_text(encoding="utf-8")))
 
 
-MOST_NAMED = 10  # unknown words, in warnings
+EMBEDDED = read_vocabulary(Path(__file__).parent / "weights")
+THINGS, COLORS, SHADES, ATTRIBUTES = EMBEDDED.things, EMBEDDED.colors, EMBEDDED.shades, EMBEDDED.attributes
+COLOR_SYNONYMS, FILLER = EMBEDDED.color_synonyms, EMBEDDED.filler
+find_object, known_words, check_prompt = EMBEDDED.find_object, EMBEDDED.known_words, EMBEDDED.check_prompt
 
 
-def known_words(text: str) -> str:
-    """What dream-mini reads of a prompt: the words that it knows, in lower case, without punctuation."""
-    known = set(words())
-    return " ".join(word for word in _split(text) if word in known)
+def words() -> list[str]:
+    """All words that the embedded model knows, sorted."""
+    return EMBEDDED.words
 
 
-def check_prompt(text: str, negative: str = "") -> list[str]:
-    """Check a prompt for dream-mini; returns warnings about words, also of ``negative``, that it will ignore.
-
-    Raises UserError when the prompt names no object that dream-mini knows.
-    """
-    if find_object(text) is None:
-        shown = " ".join(text.split())[:80]
-        raise UserError(
-            f'the embedded model does not know what "{shown}" is; it knows {", ".join(THINGS)}; '
-            "for anything else use Stable Diffusion: --sd_version 2.1, or --hf_key FOLDER_OR_HUB_NAME"
-        )
-    known = set(words())
-    unknown = list(dict.fromkeys(word for word in _split(f"{text} {negative}") if word not in known))
-    found = [f'the embedded model does not know the word "{word}" and will ignore it' for word in unknown[:MOST_NAMED]]
-    if len(unknown) > MOST_NAMED:
-        found.append(f"nor does it know {len(unknown) - MOST_NAMED} other words")
-    return found
+__all__ = [
+    "ATTRIBUTES", "COLORS", "COLOR_SYNONYMS", "EMBEDDED", "FILLER", "SHADES", "THINGS", "VIEWS", "Vocabulary",
+    "check_prompt", "find_object", "known_words", "read_vocabulary", "words",
+]  # fmt: skip

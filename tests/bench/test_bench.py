@@ -9,29 +9,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dream_fast.bench import __main__ as command
 from dream_fast.bench.accuracy import check
 from dream_fast.bench.pipeline import end_to_end
 from dream_fast.bench.quality import run as quality
-from dream_fast.bench.quality.classifier import (
-    SECTORS,
-    SIZE,
-    WEIGHTS,
-    Classifier,
-    Predictions,
-    classify,
-    load_classifier,
-    prior,
-)
+from dream_fast.bench.quality.classifier import SECTORS, SIZE, WEIGHTS, Predictions, classify, load_classifier, prior
 from dream_fast.bench.quality.classifier import train as classifier_train
-from dream_fast.bench.quality.classifier.train import UNNAMED, Examples, accuracy, confusion, disturb
+from dream_fast.bench.quality.classifier.disturb import disturb
+from dream_fast.bench.quality.classifier.network import Logits, Network, catalogue_classes
+from dream_fast.bench.quality.classifier.train import UNNAMED, Examples, accuracy, confusion
 from dream_fast.bench.quality.run import AZIMUTHS, HELD_OUT, PROMPTS, assess, contact_sheet, expected_classes, summarize
 from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.dream_mini import dataset
-from dream_fast.engine.dream_mini.dataset import NATURAL, Views
-from dream_fast.engine.dream_mini.scenes import make_scene
+from dream_fast.engine.dream_mini.compose import make_scene
+from dream_fast.engine.dream_mini.dataset import NATURAL, NONE, Labels, Views
 from dream_fast.engine.dream_mini.sphere_tracer import pack, render
 from dream_fast.engine.dream_mini.vocabulary import COLORS, THINGS, VIEWS, check_prompt, find_object
 from dream_fast.engine.scene.camera import make_cameras, turntable
@@ -405,41 +398,60 @@ def test_classify_sums_sectors():
     assert targets.argmax(-1).tolist() == sectors
 
 
-def examples(*truth: tuple[str, str | None, str, float]) -> Examples:
-    """Empty images of which (object, colour, view, azimuth) are true."""
+GROWN, PAINTS = list(classifier_train.THINGS), list(classifier_train.COLORS)
+
+
+def examples(*truth: tuple[str, str | None, str, float], second: str | None = None) -> Examples:
+    """Empty images of which (thing, colour, view, azimuth) are true; with `second`, beside that one."""
     things, colors, views, azimuths = zip(*truth, strict=True)
+    n = len(truth)
+    none, unnamed = torch.zeros(n, dtype=torch.int64), torch.full((n,), UNNAMED)
     return Examples(
-        torch.zeros(len(truth), 3, SIZE, SIZE, dtype=torch.uint8),
-        torch.tensor([OBJECTS.index(name) for name in things]),
-        torch.tensor([SHADES.index(color) if color else UNNAMED for color in colors]),
-        torch.tensor([VIEWS.index(view) for view in views]),
-        torch.full((len(truth),), 75.0),
-        torch.tensor(azimuths),
+        torch.zeros(n, 3, classifier_train.SIZE, classifier_train.SIZE, dtype=torch.uint8),
+        object=torch.tensor([GROWN.index(name) for name in things]),
+        color=torch.tensor([PAINTS.index(color) if color else UNNAMED for color in colors]),
+        view=torch.tensor([VIEWS.index(view) for view in views]),
+        attribute=none,
+        part=none,
+        part_color=unnamed,
+        relation=none + 2 * (second is not None),
+        second=unnamed if second is None else none + GROWN.index(second),
+        polar=torch.full((n,), 75.0),
+        azimuth=torch.tensor(azimuths),
     )
+
+
+def certain(truth: Examples, **changed: torch.Tensor) -> Logits:
+    """Logits by which all is seen as it is true, or as `changed` says."""
+    sector = ((truth.azimuth + 180) // 15).long() % SECTORS
+    seen = truth._asdict() | {"view": sector} | changed
+    columns = {head: 9 * torch.nn.functional.one_hot(seen[head].clamp(min=0), 140).float() for head in Logits._fields}
+    pair = truth.second != UNNAMED
+    columns["object"][pair, truth.second[pair]] = 8
+    columns["view"] = columns["view"][:, : SECTORS + 1]
+    return Logits(**columns)
 
 
 def test_accuracy_of_classes():
-    """Accuracies count what the truth names; confusion gives shares."""
+    """Each share is over what has a word for it: three colours of four, the views of three robots, and pairs."""
     truth = examples(
-        ("robot", "red", "front", 0.0),
-        ("robot", None, "side", 50.0),
-        ("mug", "red", "back", 180.0),
+        ("robot", "red", "front", 0.0), ("robot", None, "side", 50.0), ("mug", "red", "back", 180.0),
         ("robot", "blue", "front", -40.0),
-    )
-    robot_red_front = (OBJECTS.index("robot"), SHADES.index("red"), SECTORS // 2)
-    found = classifier_train.classify_all(logits([robot_red_front] * 4), truth.images)
-    # colours count where there is a word (three of four), sides of faces where there is one (the robots)
-    assert accuracy(found, truth) == pytest.approx(
-        {
-            "object": 3 / 4,
-            "color": 2 / 3,
-            "object_color": 1 / 3,
-            "view": 2 / 4,
-            "view_fronts": 2 / 3,
-            "view_faces": 2 / 3,
-            "view_faces_clear": 1.0,
-        }
-    )
+    )  # fmt: skip
+    right = accuracy(certain(truth), truth)
+    assert {right[name] for name in ("object", "color", "attribute", "part", "relation", "view_faces")} == {1.0}
+    assert "both" not in right and "part_worn" not in right
+    robot, red, front = GROWN.index("robot"), PAINTS.index("red"), SECTORS // 2
+    ones = torch.ones(4, dtype=torch.int64)
+    found = accuracy(certain(truth, object=ones * robot, color=ones * red, view=ones * front), truth)
+    assert found["object"] == pytest.approx(3 / 4) and found["color"] == pytest.approx(2 / 3)
+    assert found["view_faces"] == pytest.approx(2 / 3) and found["view_faces_clear"] == pytest.approx(1)
+    pair = examples(("cat", None, "front", 0.0), second="chair")
+    assert accuracy(certain(pair), pair)["both"] == 1
+    assert accuracy(certain(pair, object=torch.tensor([GROWN.index("dog")])), pair)["both"] == 0
+    worn = truth._replace(part=ones * 2)
+    assert accuracy(certain(worn), worn)["part_worn"] == 1
+    assert accuracy(certain(worn, part=0 * ones), worn)["part_worn"] == 0
     shares = confusion(torch.tensor([0, 0, 2, 1]), torch.tensor([0, 0, 0, 2]))
     assert shares["front"] == {"front": 0.6667, "side": 0.0, "back": 0.3333, "overhead": 0.0}
     assert set(shares) == {"front", "back"} and shares["back"]["side"] == 1
@@ -451,24 +463,23 @@ def test_color_labels():
         ("bear", "blue", (0.12, 0.25, 0.85), 0, "blue"),  # the caption's
         ("bear", None, (0.43, 0.25, 0.1), 0, "brown"),  # its natural shade
         ("tree", None, (0.13, 0.5, 0.16), 1, "green"),  # "leaf", for which captions have no word
-        ("hamburger", None, (0.85, 0.6, 0.3), 0, None),  # tan is none of the twelve
+        ("hamburger", None, (0.85, 0.6, 0.3), 0, None),  # tan is none of the sixteen
         ("car", None, (0.9, 0.1, 0.12), 0, "red"),  # cars have no natural colour
         ("car", "red", (0.85, 0.1, 0.1), 2, None),  # an image without colour
     ]
-    labels = [[OBJECTS.index(t[0]), SHADES.index(t[1]) if t[1] else NATURAL, 0] for t in truth]
-    columns = (np.array(labels), np.zeros((6, 2)), np.array([t[3] for t in truth]), np.array([t[2] for t in truth]))
-    found = classifier_train.color_labels(Views(torch.zeros(6), [], *columns))
-    assert [None if k == UNNAMED else SHADES[k] for k in found] == [t[4] for t in truth]
-
-
-def test_paint_is_the_captions_color():
-    """The paint of a scene is near the colour of its caption."""
-    arrays, _, ((_, _, _, _, labels),) = dataset._draw(3, 1)
-    paint = dataset._paint(arrays)
-    assert paint.shape == (dataset.BATCH, 3) and (labels[:, 1] != NATURAL).sum() > 20
-    for mine, (_, color, _) in zip(paint, labels, strict=True):
-        if color != NATURAL:
-            assert np.abs(mine - list(COLORS.values())[color]).max() < 0.2
+    labels = [Labels(GROWN.index(t[0]), PAINTS.index(t[1]) if t[1] else NATURAL, 0, *[NONE] * 5) for t in truth]
+    columns = (
+        np.array(labels),
+        np.zeros((6, 4), np.float32),
+        np.array([t[3] for t in truth]),
+        np.array([t[2] for t in truth]),
+    )
+    views = Views(torch.zeros(6, 2, 2, 3), [], *columns)
+    found = classifier_train.color_labels(views)
+    assert [None if k == UNNAMED else PAINTS[k] for k in found] == [t[4] for t in truth]
+    told = classifier_train.examples_of(views, torch.device("cpu"))
+    assert told.object.tolist() == [GROWN.index(t[0]) for t in truth] and told.images.shape == (6, 3, 2, 2)
+    assert (told.attribute == 0).all() and (told.relation == 0).all() and (told.second == UNNAMED).all()
 
 
 def test_mirrored_examples():
@@ -480,20 +491,34 @@ def test_mirrored_examples():
     assert torch.equal(turned.images[0], images[0].flip(-1)) and torch.equal(turned.images[1], images[1])
 
 
-def test_loss_ignores_unknown_classes():
-    """A mug's view and an unnamed colour leave no gradient where they would be learned; a cat's view does."""
+def test_loss_ignores_unknown_classes(tmp_path):
+    """A mug's view, a pair's view and an unnamed colour leave no gradient where they would be learned; a cat's does."""
     torch.manual_seed(0)
-    learner, fronts = Classifier(), classifier_train.membership(classifier_train.FRONTS, "cpu")
-    images = torch.rand(2, 3, SIZE, SIZE)
-    mugs = examples(("mug", "red", "front", 0.0), ("mug", None, "front", 0.0))
-    classifier_train.loss_of(learner, images, mugs, fronts).backward()
-    assert not learner.view.weight.grad.any() and learner.color.weight.grad.any() and learner.object.weight.grad.any()
-    learner.zero_grad(set_to_none=True)
-    cats = examples(("cat", "red", "front", 0.0), ("mug", "red", "front", 0.0))
-    classifier_train.loss_of(learner, images, cats, fronts).backward()
-    assert learner.view.weight.grad.any()
+    learner = Network(catalogue_classes())
+    fronts = classifier_train.membership(classifier_train.FRONTS, "cpu")
+    images = torch.rand(2, 3, 32, 32)
+
+    def gradients(truth: Examples) -> dict[str, bool]:
+        learner.zero_grad(set_to_none=True)
+        classifier_train.loss_of(learner, images, truth, fronts).backward()
+        return {
+            head: bool(layer.weight.grad is not None and layer.weight.grad.any())
+            for head, layer in learner.heads.items()
+        }
+
+    mugs = gradients(examples(("mug", None, "front", 0.0), ("mug", None, "front", 0.0)))
+    assert not mugs["view"] and not mugs["color"] and not mugs["part_color"]
+    assert mugs["object"] and mugs["part"] and mugs["relation"]
+    assert gradients(examples(("cat", "red", "front", 0.0), ("mug", "red", "front", 0.0)))["view"]
+    assert not gradients(examples(*[("cat", None, "front", 0.0)] * 2, second="chair"))["view"]
     stored = classifier_train.to_half(learner)
-    assert sum(t.numel() * t.element_size() for t in stored.values()) <= 1.95e6
+    assert sum(t.numel() * t.element_size() for t in stored.values()) <= 7e6
+    # what is stored is read back as a network with those classes, and its predictions are classes
+    save_file({name: t.contiguous() for name, t in stored.items()}, tmp_path / "judge.safetensors")
+    (tmp_path / "judge.json").write_text(json.dumps({"classes": learner.classes}))
+    again = load_classifier(weights=tmp_path / "judge.safetensors")
+    assert again.classes == learner.classes and again.features(images).shape == (2, 512)
+    assert classify(again, images).object.shape == (2,)
 
 
 def test_disturb_repeats():

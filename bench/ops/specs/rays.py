@@ -42,11 +42,14 @@ from dream_fast.bench.ops.inputs import (
 from dream_fast.bench.ops.spec import FORWARD, AotCase, Case, OpSpec, Problem, Results, Target, backpropagate
 from dream_fast.bench.ops.specs.grid import POINT_GATE
 from dream_fast.kernels import EMPTY_OPACITY
+from dream_fast.kernels.rays.trace import HIT
 
 RAYS = ("rays_64", "rays_128", "rays_256", "rays_512")
 CPU = torch.device("cpu")
 # Share of march's rays on which fp32 and fp64 may disagree about a sample at the border of a cell.
 MAX_DIFFERENT_RAYS = 1e-3
+# Share of trace's rays on which rounding may decide whether a ray meets a surface, or at which step.
+MAX_DIFFERENT_HITS = 0.02
 
 
 def occupancy_update(case: Case, device: torch.device, count_bytes: bool) -> Problem:
@@ -200,6 +203,60 @@ def render(case: Case, device: torch.device, count_bytes: bool) -> Problem:
     )
 
 
+def trace(case: Case, device: torch.device, count_bytes: bool) -> Problem:
+    """Two scenes before parallel rays: a blend of a ball and a box less a ball, and a cone with a ring."""
+    axes = [1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0]
+    rows = torch.tensor(
+        [  # centre, axes, size, kind, role: 1 main, 2 other, 3 cut
+            [-0.3, 0.1, 0.0, *axes, 0.45, 0.35, 0.4, 1, 1, 1, 0, 1],
+            [0.2, 0.0, 0.0, *axes, 0.4, 0.3, 0.3, 0.1, 0.7, 1, 1, 1],
+            [0.2, 0.0, 0.3, *axes, 0.2, 0.2, 0.2, 1, 1, 1, 0, 3],
+            [0.0, -0.1, 0.0, *axes, 0.5, 0.2, 0.4, 0.05, 1, 1, 2, 1],
+            [0.0, -0.2, 0.0, *axes, 0.6, 0.1, 1, 1, 1, 1, 3, 2],
+        ]
+    )
+    at = torch.linspace(-0.73, 0.77, 16)
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    origins = torch.stack([x, y, torch.full_like(x, 3.0)], -1).view(1, -1, 3).repeat(2, 1, 1)
+    tensors = {
+        "origins": origins,
+        "directions": torch.tensor([0.0, 0.0, -1.0]).expand_as(origins).contiguous(),
+        "table": rows,
+        "starts": torch.tensor([[0, 3, 3], [3, 5, 5]], dtype=torch.int32),
+        "blend": torch.tensor([[0.05, 0.0], [0.0, 0.0]]),
+        "radius": torch.ones(2),
+    }
+    return Problem(
+        call=lambda op, tensors, dtype: tuple(op(*tensors.values())),
+        tensors={name: tensor.to(device) for name, tensor in tensors.items()},
+    )
+
+
+def select_common_hits(results: list[Results]) -> list[Results]:
+    """Depths and normals of several results of trace, on the rays that end at one primitive and depth in all of them.
+
+    Raises AssertionError: when they differ on more than MAX_DIFFERENT_HITS of the rays.
+    """
+    depths = torch.stack([depth.double() for depth, *_ in results])
+    primitives = torch.stack([primitive for *_, primitive in results])
+    same = (primitives == primitives[0]).all(0)
+    hit = same & (primitives[0] >= 0)
+    # A decision at another step moves the end of a ray by about the tolerance of a hit.
+    spread = torch.where(hit, depths, 0.0).amax(0) - torch.where(hit, depths, 0.0).amin(0)
+    same &= spread < 0.1 * HIT
+    share = 1 - same.double().mean().item()
+    if share > MAX_DIFFERENT_HITS:
+        raise AssertionError(f"trace: {share:.2%} of the rays end elsewhere, allowed {MAX_DIFFERENT_HITS:.2%}")
+    return [(depth[hit & same], normal[hit & same]) for depth, normal, _ in results]
+
+
+def prepare_trace() -> Callable[[], object]:
+    """Two scenes of one primitive."""
+    rays = torch.zeros(2, 4096, 3), torch.ones(2, 4096, 3)
+    starts = torch.tensor([[0, 1, 1], [1, 2, 2]], dtype=torch.int32)
+    return lambda: kernels.trace(*rays, torch.ones(2, 20), starts, torch.zeros(2, 2), torch.ones(2))
+
+
 def prepare_cascades() -> Callable[[], object]:
     """Marching through three cascades with growing steps, and the gradient into the rays."""
     origins, directions = (rays.requires_grad_() for rays in camera(64, CPU))
@@ -291,5 +348,12 @@ SPECS = (
         gate={"frame_800": "frame_64", "frame_800_normals": "frame_64_normals"},
         targets={("frame_800", "forward"): Target(None, 5.0, None)},
         aot={"render/float16": AotCase("frame_800_normals", "float16", "forward")},
+    ),
+    OpSpec(
+        name="trace",
+        inputs=trace,
+        modes=FORWARD,
+        compare=select_common_hits,
+        aot={"trace/float32": prepare_trace},
     ),
 )

@@ -9,6 +9,7 @@ It classifies views by sectors of azimuth, for objects whose front differs from 
 and overhead are sums over sectors.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dream_fast.bench.quality.classifier.network import Network
 from dream_fast.engine.dream_mini.vocabulary import COLORS, THINGS, VIEWS
 
 SIZE = 96
@@ -74,9 +76,11 @@ class Classifier(nn.Module):
         return self.blocks(F.relu(y)).mean((2, 3))
 
 
-def load_classifier(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> Classifier:
+def load_classifier(device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> Classifier | Network:
     """The trained classifier, in fp32, for inference."""
-    classifier = Classifier()
+    about = json.loads(weights.with_suffix(".json").read_text())
+    # A file without classes holds weights for the 48 things of the first world.
+    classifier = Network(about["classes"]) if "classes" in about else Classifier()
     classifier.load_state_dict(
         {name: t.float() if t.is_floating_point() else t for name, t in load_file(weights).items()}
     )
@@ -84,12 +88,16 @@ def load_classifier(device: torch.device | str = "cpu", weights: Path = WEIGHTS)
 
 
 @torch.no_grad()
-def classify(classifier: Classifier, images: Tensor) -> Predictions:
+def classify(classifier: Classifier | Network, images: Tensor) -> Predictions:
     """Classify images [N, 3, H, W] in [0, 1] of any size."""
-    objects, colors, views = classifier(images)
+    objects, colors, views, *_ = classifier(images)
+    return Predictions(objects.argmax(-1), colors.argmax(-1), to_words(views))
+
+
+def to_words(views: Tensor) -> Tensor:
+    """The most likely of VIEWS, [N] int64, by logits [N, SECTORS + 1] of sectors and of the view from above."""
     sectors = views.softmax(-1)
-    words = sectors @ _sector_words().to(sectors)
-    return Predictions(objects.argmax(-1), colors.argmax(-1), words.argmax(-1))
+    return (sectors @ _sector_words().to(sectors)).argmax(-1)
 
 
 def _resize(images: Tensor) -> Tensor:

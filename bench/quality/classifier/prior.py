@@ -15,11 +15,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dream_fast.bench.quality.classifier import FACES, Classifier, Predictions, classify, load_classifier
+from dream_fast.bench.quality.classifier.network import Network
 from dream_fast.bench.quality.classifier.train import confusion
 from dream_fast.bench.quality.model_samples import sample_views
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.dream_mini.captions import view_of
-from dream_fast.engine.dream_mini.scenes import make_scene
+from dream_fast.engine.dream_mini.compose import make_scene
 from dream_fast.engine.dream_mini.sphere_tracer import pack, render
 from dream_fast.engine.dream_mini.vocabulary import COLORS, THINGS, VIEWS
 from dream_fast.engine.export.images import to_uint8
@@ -72,7 +73,7 @@ def through_autoencoder(components: Components, images: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def classify_sides(classifier: Classifier, images: Tensor) -> Predictions:
+def classify_sides(classifier: Classifier | Network, images: Tensor) -> Predictions:
     """Predictions on images [N * 48, 3, 3, S, S], each [N * 48, 3]."""
     found = classify(classifier, images.flatten(0, 1).float())
     return Predictions(*(column.cpu().view(-1, len(SIDES)) for column in found))

@@ -1,7 +1,8 @@
 """Train the classifier: `python -m dream_fast.bench.quality.classifier.train` writes judge.safetensors and judge.json.
 
-Objects are named by the procedural world. Colours are the caption's, or the object's natural shade where people have a
-word for it; images without colour teach none. Views are taught by objects that have a front.
+Things are named by the procedural world. Colours are the caption's, or the thing's natural shade where people have a
+word for it; images without colour teach none. Views are taught by things that have a front, and patterns and views
+by images of one thing.
 """
 
 import argparse
@@ -18,34 +19,43 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from dream_fast.bench.quality.classifier import (
-    FACES,
-    FRONTS,
-    SIZE,
-    WEIGHTS,
-    Classifier,
-    Predictions,
-    classify,
-    sector_centers,
-)
-from dream_fast.engine.dream_mini.dataset import NATURAL, Views, rendered
-from dream_fast.engine.dream_mini.vocabulary import COLORS, SHADES, THINGS, VIEWS
+from dream_fast.bench.quality.classifier import WEIGHTS, sector_centers, to_words
+from dream_fast.bench.quality.classifier.disturb import disturb
+from dream_fast.bench.quality.classifier.network import SIZE, Logits, Network, catalogue_classes
+from dream_fast.engine.dream_mini.catalogue import COLORS, SHADES, THINGS, VIEWS
+from dream_fast.engine.dream_mini.dataset import NATURAL, NONE, TEXTURELESS, Labels, Views, rendered
 
 TRAIN_SEED, HELD_OUT_SEED = 101, 202  # dream-mini learns from seed 0
 VIEWS_A_SCENE = 4
 RATE, BATCH, AVERAGE, SMOOTHING = 3e-3, 512, 0.999, 0.05
 UNNAMED = -1
-CALLED = {"leaf": "green", "wood": "brown", "steel": "gray", "stone": "gray"}  # tan, cream and glass have no word here
+# Natural shades that a word for a colour names. Tan, cream, straw, skin, brick and glass have none here.
+CALLED = {
+    "leaf": "green", "wood": "brown", "patty": "brown", "steel": "gray", "stone": "gray", "fox": "orange",
+    "dark": "black", "rose": "pink",
+}  # fmt: skip
 CLEAR = 30.0  # degrees from straight ahead, sideways or behind: nobody would call the view another
+FACES = frozenset(name for name, thing in THINGS.items() if thing.face)
+# Not round: their front can be told from their back.
+FRONTS = FACES | {
+    "fish", "house", "castle", "windmill", "car", "truck", "airplane", "boat", "chair", "bus", "train", "helicopter",
+    "tractor", "bicycle", "submarine", "tent", "igloo", "flower", "sunflower", "clock", "camera", "guitar", "boot",
+    "sofa", "bed", "television", "laptop", "gift",
+}  # fmt: skip
 
 
 class Examples(NamedTuple):
-    """Images and what is true of them, N of each."""
+    """Images and what is true of them, N of each: indices into the classes, UNNAMED where there is no word."""
 
     images: Tensor  # [N, 3, SIZE, SIZE] uint8
-    object: Tensor  # int64 index into THINGS
-    color: Tensor  # int64 index into COLORS, UNNAMED where no word fits or the image has no colour
+    object: Tensor  # int64 the first thing
+    color: Tensor
     view: Tensor  # int64 index into VIEWS
+    attribute: Tensor
+    part: Tensor
+    part_color: Tensor
+    relation: Tensor
+    second: Tensor  # int64 the second thing, UNNAMED where there is none
     polar: Tensor  # float32 degrees
     azimuth: Tensor  # float32 degrees in [-180, 180)
 
@@ -54,31 +64,46 @@ class Examples(NamedTuple):
 
 
 def color_labels(views: Views) -> np.ndarray:
-    """The word for each object's own colour, [B] int64: the caption's, else the natural shade's."""
+    """The word for each first thing's own colour, [B] int64: the caption's, else the natural shade's."""
     names, colors = list(THINGS), list(COLORS)
     found = []
-    for (thing, color, _), paint, shading in zip(views.labels, views.paint, views.shading, strict=True):
-        if shading == 2:
+    for labels, paint, shading in zip(views.labels, views.paint, views.shading, strict=True):
+        told = Labels(*labels)
+        if shading == TEXTURELESS:
             found.append(UNNAMED)
             continue
-        if color != NATURAL:
-            found.append(int(color))
+        if told.color != NATURAL:
+            found.append(int(told.color))
             continue
-        shades = THINGS[names[thing]].natural or colors
+        shades = THINGS[names[told.object]].natural or colors
         nearest = min(shades, key=lambda shade: np.abs(np.array(COLORS.get(shade) or SHADES[shade]) - paint).sum())
         word = CALLED.get(nearest, nearest)
         found.append(colors.index(word) if word in COLORS else UNNAMED)
     return np.array(found)
 
 
+def examples_of(views: Views, device: torch.device) -> Examples:
+    """Images with their classes. What one image cannot show is UNNAMED."""
+    labels = dict(zip(Labels._fields, torch.from_numpy(views.labels).long().unbind(1), strict=True))
+    bare, pair = torch.from_numpy(views.shading == TEXTURELESS), labels["relation"] != NONE
+    columns = (
+        labels["object"],
+        torch.where(pair, UNNAMED, torch.from_numpy(color_labels(views))),
+        labels["view"],
+        torch.where(pair | (bare & (labels["attribute"] != NONE)), UNNAMED, labels["attribute"] + 1),
+        torch.where(pair, UNNAMED, labels["part"] + 1),
+        torch.where(bare | pair, UNNAMED, labels["part_color"]),
+        labels["relation"] + 1,
+        labels["second"],
+        torch.from_numpy(views.cameras[:, 0].copy()),
+        torch.from_numpy(views.cameras[:, 1].copy()),
+    )
+    return Examples(views.images.permute(0, 3, 1, 2), *(column.to(device) for column in columns))
+
+
 def dataset(seed: int, batches: int, device: torch.device, pool: ProcessPoolExecutor) -> Examples:
     """Renders that a seed names."""
-    parts = []
-    for views in rendered(seed, batches, VIEWS_A_SCENE, SIZE, device, pool):
-        labels = torch.from_numpy(views.labels).long()
-        angles = torch.from_numpy(views.angles)
-        columns = (labels[:, 0], torch.from_numpy(color_labels(views)), labels[:, 2], angles[:, 0], angles[:, 1])
-        parts.append(Examples(views.images.permute(0, 3, 1, 2), *(column.to(device) for column in columns)))
+    parts = [examples_of(views, device) for views in rendered(seed, batches, VIEWS_A_SCENE, SIZE, device, pool)]
     return Examples(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -86,44 +111,6 @@ def mirrored(examples: Examples, which: Tensor) -> Examples:
     """Images [N, ...] seen in a mirror where `which` [N]: a front stays a front, its left becomes its right."""
     images = torch.where(which[:, None, None, None], examples.images.flip(-1), examples.images)
     return examples._replace(images=images, azimuth=torch.where(which, -examples.azimuth, examples.azimuth))
-
-
-def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images [N, 3, S, S] in [0, 1] as a rendered field or a decoded latent may look.
-
-    Shifted, scaled and tilted; blurred; as if seen through fewer pixels; cloudy; with specks in empty space; stronger
-    or weaker in contrast and colour; noisy.
-    """
-    n, _, size, _ = images.shape
-    device = images.device
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(n, *shape, generator=generator, device=device)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(n, *shape, generator=generator, device=device)
-
-    def enlarged(small: Tensor) -> Tensor:
-        return F.interpolate(small, (size, size), mode="bilinear")
-
-    scale, tilt = 0.85 + 0.4 * draw(), 0.12 * (draw() - 0.5)
-    rows = torch.stack([torch.stack([scale, -tilt], 1), torch.stack([tilt, scale], 1)], 1)
-    theta = torch.cat([rows, 0.3 * (draw(2, 1) - 0.5)], dim=2)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    soft = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    images = torch.lerp(images, soft, draw(1, 1, 1))
-    coarse = F.interpolate(images, (size * 5 // 12, size * 5 // 12), mode="bilinear", antialias=True)
-    images = torch.lerp(images, enlarged(coarse), draw(1, 1, 1) ** 2)
-    images = images + 0.07 * draw(1, 1, 1) ** 2 * enlarged(normal(3, max(1, size // 8), max(1, size // 8)))
-    specks = enlarged((normal(1, size // 3, size // 3) > 2.8).float()) * (draw(1, 1, 1) < 0.3)
-    images = torch.lerp(images, draw(3, 1, 1).expand_as(images), specks)
-    gray = images.mean(1, keepdim=True)
-    images = gray + (images - gray) * (0.75 + 0.6 * draw(1, 1, 1))
-    middle = gray.mean((2, 3), keepdim=True)
-    images = middle + (images - middle) * (0.7 + 0.6 * draw(1, 1, 1))
-    gain, lift = 0.88 + 0.24 * draw(1, 1, 1) + 0.1 * (draw(3, 1, 1) - 0.5), 0.1 * (draw(1, 1, 1) - 0.5)
-    return (images * gain + lift + 0.05 * draw(1, 1, 1) * normal(3, size, size)).clamp(0, 1)
 
 
 def view_targets(polar: Tensor, azimuth: Tensor) -> Tensor:
@@ -134,46 +121,66 @@ def view_targets(polar: Tensor, azimuth: Tensor) -> Tensor:
     return torch.cat([sectors * (1 - above), above], 1)
 
 
-def loss_of(classifier: Classifier, images: Tensor, truth: Examples, fronts: Tensor) -> Tensor:
-    """Cross-entropies of object, colour (where it has a name) and view (of objects in `fronts` [48] bool)."""
-    objects, colors, views = (logits.float() for logits in classifier(images))
-    thing = F.cross_entropy(objects, truth.object, label_smoothing=SMOOTHING)
-    color = F.cross_entropy(colors, truth.color, ignore_index=UNNAMED, label_smoothing=SMOOTHING)
-    apart = fronts[truth.object].float()
-    view = F.cross_entropy(views, view_targets(truth.polar, truth.azimuth), reduction="none")
-    return thing + color + (view * apart).sum() / apart.sum().clamp(min=1)
+def loss_of(classifier: Network, images: Tensor, truth: Examples, fronts: Tensor) -> Tensor:
+    """Cross-entropies of all heads where there is a name; of the view, for single things in `fronts` [T] bool."""
+    logits = Logits(*(head.float() for head in classifier(images)))
+
+    def named(head: Tensor, target: Tensor) -> Tensor:
+        """Mean over what has a name; zero where nothing has."""
+        each = F.cross_entropy(head, target, ignore_index=UNNAMED, label_smoothing=SMOOTHING, reduction="sum")
+        return each / (target != UNNAMED).sum().clamp(min=1)
+
+    pair = truth.second != UNNAMED
+    second = torch.where(pair, truth.second, truth.object)
+    one, other = (
+        F.cross_entropy(logits.object, target, label_smoothing=SMOOTHING, reduction="none")
+        for target in (truth.object, second)
+    )
+    apart = (fronts[truth.object] & ~pair).float()
+    view = F.cross_entropy(logits.view, view_targets(truth.polar, truth.azimuth), reduction="none")
+    heads = ("color", "attribute", "part", "part_color", "relation")
+    rest = sum(named(getattr(logits, head), getattr(truth, head)) for head in heads)
+    return (one + other).mean() / 2 + (view * apart).sum() / apart.sum().clamp(min=1) + rest
 
 
 def membership(names: frozenset[str], device: torch.device | str) -> Tensor:
-    """[48] bool: which of THINGS are in `names`."""
+    """[T] bool: which of THINGS are in `names`."""
     return torch.tensor([name in names for name in THINGS], device=device)
 
 
-def classify_all(classifier: Classifier, images: Tensor) -> Predictions:
-    """Classify uint8 images, in pieces."""
-    found = [classify(classifier, part.float() / 255) for part in images.split(1024)]
-    return Predictions(*(torch.cat(column) for column in zip(*found, strict=True)))
+@torch.no_grad()
+def classify_all(classifier: Network, images: Tensor) -> Logits:
+    """Logits of uint8 images, in pieces."""
+    parts = [classifier(part.float() / 255) for part in images.split(1024)]
+    return Logits(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def accuracy(found: Predictions, truth: Examples) -> dict[str, float]:
-    """Shares right. Colours count where there is a word for them. `view` is over all objects, round ones included;
-    `view_faces` over objects with a face, `view_faces_clear` over those seen well away from the borders between views.
+def accuracy(seen: Logits, truth: Examples) -> dict[str, float]:
+    """Shares right, where there is a word. `both`: of pairs, the two most likely things are the two, and the relation.
+
+    `view_faces` is over things with a face, `view_faces_clear` over those seen well away from the borders of views.
     """
-    device = truth.object.device
-    right, colored = found.object == truth.object, truth.color != UNNAMED
-    view, face = found.view == truth.view, membership(FACES, device)[truth.object]
+    device, pair = truth.object.device, truth.second != UNNAMED
+    single = ~pair
+    right = seen.object.argmax(-1) == truth.object
+    top = seen.object.topk(2, -1).indices.sort(-1).values
+    two = (top == torch.stack([truth.object, truth.second], -1).sort(-1).values).all(-1)
+    view, front = to_words(seen.view) == truth.view, membership(FRONTS, device)[truth.object] & single
+    face = membership(FACES, device)[truth.object] & single
     away = (truth.azimuth.abs() + 45) % 90 - 45  # degrees from 0, 90 or 180
     clear = face & (truth.polar > 40) & (away.abs() < CLEAR)
-    front = membership(FRONTS, device)[truth.object]
-    return {
-        "object": right.float().mean().item(),
-        "color": (found.color == truth.color)[colored].float().mean().item(),
-        "object_color": (right & (found.color == truth.color))[colored].float().mean().item(),
-        "view": view.float().mean().item(),
-        "view_fronts": view[front].float().mean().item(),
-        "view_faces": view[face].float().mean().item(),
-        "view_faces_clear": view[clear].float().mean().item(),
-    }
+    shares = {
+        "object": right[single], "both": two[pair], "view_fronts": view[front], "view_faces": view[face],
+        "view_faces_clear": view[clear],
+    }  # fmt: skip
+    for head in ("color", "attribute", "part", "part_color", "relation"):
+        target = getattr(truth, head)
+        named = target != UNNAMED
+        shares[head] = (getattr(seen, head).argmax(-1) == target)[named]
+    worn = truth.part > 0
+    shares["part_worn"] = (seen.part.argmax(-1) == truth.part)[worn]
+    shares["pattern_there"] = (seen.attribute.argmax(-1) == truth.attribute)[truth.attribute > 0]
+    return {name: share.float().mean().item() for name, share in shares.items() if len(share)}
 
 
 def confusion(seen: Tensor, true: Tensor) -> dict[str, dict[str, float]]:
@@ -188,12 +195,12 @@ def confusion(seen: Tensor, true: Tensor) -> dict[str, dict[str, float]]:
 class Average:
     """The running average of a classifier's weights and statistics, which is the result of training."""
 
-    def __init__(self, classifier: Classifier):
+    def __init__(self, classifier: Network):
         self.classifier = copy.deepcopy(classifier).requires_grad_(False)
         self.steps = 0
 
     @torch.no_grad()
-    def update(self, classifier: Classifier) -> None:
+    def update(self, classifier: Network) -> None:
         self.steps += 1
         mine, theirs = (
             [t for t in model.state_dict().values() if t.is_floating_point()] for model in (self.classifier, classifier)
@@ -201,11 +208,11 @@ class Average:
         torch._foreach_lerp_(mine, theirs, max(1 - AVERAGE, 1 / self.steps))
 
 
-def train(examples: Examples, steps: int, batch: int = BATCH) -> Classifier:
-    """A classifier trained for `steps` steps, for inference."""
+def train(examples: Examples, steps: int, batch: int = BATCH, seconds: float = 1e9) -> Network:
+    """A classifier trained for `steps` steps, or for `seconds` if those end first, for inference."""
     device = examples.images.device
     torch.manual_seed(TRAIN_SEED)
-    classifier = Classifier().to(device)
+    classifier = Network(catalogue_classes()).to(device)
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(classifier)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=RATE, weight_decay=0.05)
@@ -213,7 +220,9 @@ def train(examples: Examples, steps: int, batch: int = BATCH) -> Classifier:
     fronts = membership(FRONTS, device)
     start = time.perf_counter()
     for step in range(steps):
-        done = step / steps
+        done = max(step / steps, (time.perf_counter() - start) / seconds)
+        if done >= 1:
+            break
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, 20 * done, 1.01 - done)
         index = torch.randint(len(examples.images), (batch,), device=device, generator=generator)
@@ -225,27 +234,34 @@ def train(examples: Examples, steps: int, batch: int = BATCH) -> Classifier:
         loss.backward()
         optimizer.step()
         average.update(classifier)
-        if step % 500 == 0:
+        if step % 200 == 0:
             print(f"judge step {step}, {time.perf_counter() - start:.0f} s, loss {loss.item():.3f}", flush=True)
+    print(f"judge trained for {average.steps} steps, {time.perf_counter() - start:.0f} s", flush=True)
     return average.classifier.eval()
 
 
-def to_half(classifier: Classifier) -> dict[str, Tensor]:
+def to_half(classifier: Network) -> dict[str, Tensor]:
     """The judge's state as it is stored."""
     return {name: t.half() if t.is_floating_point() else t for name, t in classifier.state_dict().items()}
 
 
-def report(classifier: Classifier, held: Examples) -> dict:
+def report(classifier: Network, held: Examples) -> dict:
     """Accuracies on held-out renders, as they are and disturbed as in training, and which view is taken for which."""
-    found = classify_all(classifier, held.images)
+    seen = classify_all(classifier, held.images)
     generator = torch.Generator(held.images.device).manual_seed(HELD_OUT_SEED)
-    worse = [disturb(part.float() / 255, generator) for part in held.images.split(1024)]
-    disturbed = classify_all(classifier, (torch.cat(worse) * 255).round().byte())
-    face = membership(FACES, held.object.device)[held.object]
+    worse = [(disturb(part.float() / 255, generator) * 255).round().byte() for part in held.images.split(1024)]
+    disturbed = classify_all(classifier, torch.cat(worse))
+    face = membership(FACES, held.object.device)[held.object] & (held.second == UNNAMED)
+    right = (seen.object.argmax(-1) == held.object) & (held.second == UNNAMED)
+    of_thing = {
+        name: round(right[(held.object == k) & (held.second == UNNAMED)].float().mean().item(), 3)
+        for k, name in enumerate(THINGS)
+    }
     return {
-        "held_out": {k: round(v, 4) for k, v in accuracy(found, held).items()},
+        "held_out": {k: round(v, 4) for k, v in accuracy(seen, held).items()},
         "held_out_disturbed": {k: round(v, 4) for k, v in accuracy(disturbed, held).items()},
-        "views_of_faces": confusion(found.view[face], held.view[face]),
+        "views_of_faces": confusion(to_words(seen.view)[face], held.view[face]),
+        "least_recognised": dict(sorted(of_thing.items(), key=lambda entry: entry[1])[:10]),
         "held_out_pictures": len(held.images),
         "held_out_faces": int(face.sum()),
     }
@@ -254,22 +270,22 @@ def report(classifier: Classifier, held: Examples) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--batches", type=int, default=620, help="batches of 64 objects, four views of each")
-    parser.add_argument("--held_out", "--held-out", type=int, default=40, help="such batches to measure on")
+    parser.add_argument("--batches", type=int, default=620, help="batches of 64 scenes, four views of each")
+    parser.add_argument("--held_out", "--held-out", type=int, default=60, help="such batches to measure on")
     parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--seconds", type=float, default=1e9, help="train no longer than so many")
     parser.add_argument("--workers", type=int, default=14)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     start = time.perf_counter()
-    pool = ProcessPoolExecutor(args.workers)
-    held = dataset(HELD_OUT_SEED, args.held_out, device, pool)
-    print(f"rendered {len(held.images)} images to measure on, {time.perf_counter() - start:.0f} s", flush=True)
-    examples = dataset(TRAIN_SEED, args.batches, device, pool)
-    pool.shutdown()
+    with ProcessPoolExecutor(args.workers) as pool:
+        held = dataset(HELD_OUT_SEED, args.held_out, device, pool)
+        print(f"rendered {len(held.images)} images to measure on, {time.perf_counter() - start:.0f} s", flush=True)
+        examples = dataset(TRAIN_SEED, args.batches, device, pool)
     print(f"rendered {len(examples.images)} to learn from, {time.perf_counter() - start:.0f} s", flush=True)
-    classifier = train(examples, args.steps)
+    classifier = train(examples, args.steps, seconds=args.seconds)
     state = to_half(classifier)
     classifier.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -278,12 +294,12 @@ def main(argv: list[str] | None = None) -> None:
         **report(classifier, held),
         "pictures": len(examples.images),
         "picture_size": SIZE,
-        "steps": args.steps,
         "parameters": sum(p.numel() for p in classifier.parameters()),
         "seconds": round(time.perf_counter() - start, 1),
+        "classes": classifier.classes,
     }
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    print(json.dumps({key: value for key, value in record.items() if key != "classes"}, indent=2))
 
 
 if __name__ == "__main__":

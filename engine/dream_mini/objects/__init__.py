@@ -1,9 +1,9 @@
-"""Recipes: one function an object, which adds primitives to a world.Builder. Axes: y up, the front faces +z."""
+"""Recipes: a function for each thing, which adds primitives to a `scenes.Builder`. Axes: y up, the front faces +z."""
 
-from dream_fast.engine.dream_mini.objects import animals, food, places, things
+from dream_fast.engine.dream_mini.objects import creatures, food, household, mammals, places, things, vehicles
 
 RECIPES = {
     function.__name__.replace("_", " "): function
-    for room in (food, animals, places, things)
-    for function in room.RECIPES
+    for module in (food, mammals, creatures, places, vehicles, household, things)
+    for function in module.RECIPES
 }

@@ -1,30 +1,35 @@
 """The embedded model: its words, the world that it learned from, and the folder that is shipped."""
 
 import json
-import math
-from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-import trimesh
 from safetensors import safe_open
 
-from dream_fast.bench.accuracy import check, error
-from dream_fast.engine.dream_mini import MODEL_FOLDER, check_prompt, dataset, model
-from dream_fast.engine.dream_mini.captions import BORDER, caption, view_of
+from dream_fast.bench.accuracy import error
+from dream_fast.engine.dream_mini import MODEL_FOLDER, check_prompt, model
+from dream_fast.engine.dream_mini.catalogue import vocabulary
+from dream_fast.engine.dream_mini.compose import make_scene
 from dream_fast.engine.dream_mini.model import save_tokenizer
-from dream_fast.engine.dream_mini.scenes import KINDS, RADIUS, Primitive, Scene, make_scene, rotation
-from dream_fast.engine.dream_mini.sphere_tracer import distance, pack, render
-from dream_fast.engine.dream_mini.vocabulary import COLORS, SHADES, THINGS, VIEWS, find_object, known_words, words
+from dream_fast.engine.dream_mini.sphere_tracer import pack, render
+from dream_fast.engine.dream_mini.vocabulary import (
+    COLORS,
+    SHADES,
+    THINGS,
+    Vocabulary,
+    find_object,
+    known_words,
+    read_vocabulary,
+    words,
+)
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model.components import load_components
 from dream_fast.engine.guidance.prompts import encode
-from dream_fast.engine.scene.camera import Cameras, make_cameras, rays
+from dream_fast.engine.scene.camera import make_cameras
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# --- prompts
 
 
 @pytest.mark.parametrize(
@@ -47,16 +52,23 @@ from dream_fast.engine.scene.camera import Cameras, make_cameras, rays
         ("a table with a lamp on it", "table"),
         ("something with a mug", "mug"),
         ("a mug and a teapot", "mug"),
+        ("two hamburgers", "hamburger"),
+        ("an hambuger", "hamburger"),
+        ("a pengiun", "penguin"),
+        ("a beard", None),
+        ("a planet", None),
         ("a catalogue", None),
         ("a chairman", None),
         ("", None),
     ],
 )
-def test_the_object_of_a_prompt(text: str, name: str | None) -> None:
+def test_find_object(text: str, name: str | None) -> None:
+    """The first known object of a prompt; parts that are worn are none."""
     assert find_object(text) == name
 
 
-def test_a_prompt_without_a_known_object_is_refused_with_all_that_is_known() -> None:
+def test_check_prompt_refuses_unknown_objects() -> None:
+    """The error names every known object and the other models."""
     with pytest.raises(UserError) as refused:
         check_prompt("a marble statue\nof a zebra")
     sentence = str(refused.value)
@@ -65,7 +77,8 @@ def test_a_prompt_without_a_known_object_is_refused_with_all_that_is_known() -> 
     assert "--sd_version" in sentence and "--hf_key" in sentence
 
 
-def test_a_word_that_the_model_does_not_know_is_warned_about_once() -> None:
+def test_check_prompt_unknown_words() -> None:
+    """Each unknown word is named once, at most ten of them."""
     assert check_prompt("a small grey robot wearing a blue hat, back view") == []
     many = check_prompt("a hamburger " + " ".join(f"word{'x' * i}" for i in range(9000)))
     assert len(many) == 11 and many[-1] == "nor does it know 8990 other words"
@@ -80,22 +93,49 @@ def test_a_word_that_the_model_does_not_know_is_warned_about_once() -> None:
         ("A glorious DSLR photo of a velvet Hamburger!", "a dslr photo of a hamburger"),
         ("a robot, shiny, 8k, side view.", "a robot side view"),
         ("an ice-cream cone (pink)", "an ice cream cone pink"),
+        ("some red donuts and a stripped mug", "some red donut and a striped mug"),
         ("blurry, low quality", ""),
         ("", ""),
     ],
 )
-def test_what_the_model_reads_of_a_prompt(text: str, read: str) -> None:
+def test_known_words(text: str, read: str) -> None:
+    """Known words remain, in lower case, with plurals and misspellings replaced."""
     assert known_words(text) == read
     assert known_words(read) == read
 
 
-def test_words_of_the_negative_prompt_are_warned_about_too() -> None:
+def test_check_prompt_misspelt_words() -> None:
+    """The warning about a misspelt word names the word that it is read as; a plural gives none."""
+    """A user sees what a misspelt word was taken for, and nothing about a plural."""
+    (warning,) = check_prompt("two red hambugers".removeprefix("two "))
+    assert '"hambugers"' in warning and '"hamburger"' in warning
+    assert check_prompt("donuts") == []
+
+
+def test_read_vocabulary(tmp_path) -> None:
+    """A folder with other words is read with those, and the world's own words make a vocabulary that reads back."""
+    assert words() == read_vocabulary(MODEL_FOLDER).words
+    content = json.loads((MODEL_FOLDER / "vocabulary.json").read_text())
+    content["things"]["zebra"] = {"synonyms": ["quagga"], "natural": None, "face": True}
+    (tmp_path / "vocabulary.json").write_text(json.dumps(content))
+    other = read_vocabulary(tmp_path)
+    assert other.find_object("a red quagga") == "zebra" and find_object("a red quagga") is None
+    assert "zebra" in other.words and other.check_prompt("a zebra") == []
+    grown = Vocabulary(json.loads(json.dumps(vocabulary())))
+    assert set(words()) <= set(grown.words)  # what users could ask for stays
+    assert grown.find_object("a mug with a flower") == "mug" and grown.find_object("a cat in blue boots") == "cat"
+    assert grown.find_object("a cat with a red bow") == "cat" and grown.find_object("a wizard with a red bow") is None
+
+
+def test_check_prompt_negative() -> None:
+    """Unknown words of the negative prompt give warnings too."""
     assert check_prompt("a cat", "blue, side view") == []
     (warning,) = check_prompt("a cat", "blurry")
     assert '"blurry"' in warning
 
 
-def test_every_name_is_understood_as_its_thing() -> None:
+def test_find_object_all_names() -> None:
+    """Every name and synonym is found, and natural colours exist."""
     assert len(THINGS) >= 36 and len(COLORS) == 12
     for name, thing in THINGS.items():
         for spelling in (name, *thing.synonyms):
@@ -103,326 +143,7 @@ def test_every_name_is_understood_as_its_thing() -> None:
         assert all(color in COLORS or color in SHADES for color in thing.natural or ())
 
 
-# --------------------------------------------------------------------------------------------------------------- world
-
-
-CORNERS = [(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]
-
-
-def reach(p: Primitive) -> float:
-    """Largest distance from the origin to a primitive's unrounded outline, from dense points on it."""
-    turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    circle, up = np.stack([np.cos(turn), 0 * turn, np.sin(turn)], 1), np.array([0, 1, 0])
-    lean = np.linspace(-np.pi / 2, 3 * np.pi / 2, 48)[:, None, None]
-    match p.kind:
-        case "ball":
-            local = (circle * np.cos(lean) + up * np.sin(lean)) * p.size
-        case "box":
-            hx, hy, hz, _, top_x, top_z = p.size
-            local = np.array([(x * (top_x if y > 0 else 1), y, z * (top_z if y > 0 else 1)) for x, y, z in CORNERS]) * (
-                hx,
-                hy,
-                hz,
-            )
-        case "cone":
-            r0, r1, h, _ = p.size
-            local = np.concatenate([circle * r0 - up * h, circle * r1 + up * h])
-        case _:
-            local = circle * (p.size[0] + p.size[1] * np.cos(lean)) + up * p.size[1] * np.sin(lean)
-    return np.linalg.norm(local.reshape(-1, 3) @ p.rotation + p.center, axis=1).max()
-
-
-@pytest.mark.parametrize("name", THINGS)
-def test_a_recipe_stays_in_its_sphere_and_in_the_tracers_room(name: str) -> None:
-    scenes = [make_scene(np.random.default_rng(seed), name) for seed in range(50)]
-    pack(scenes, "cpu")  # refuses more primitives than it has room for
-    sizes = [max(reach(p) for p in scene.primitives if not p.cut) for scene in scenes[::5]]
-    assert max(sizes) <= 1.04 * RADIUS  # where the tracer's rays begin
-    assert min(sizes) >= 0.8 * RADIUS
-    assert len({scene.primitives[0].size for scene in scenes}) == 50  # proportions vary
-    assert all(math.isfinite(v) and v > 0 for scene in scenes for p in scene.primitives for v in p.size[:3])
-
-
-def test_a_scene_repeats_by_its_seed_and_obeys_what_is_asked() -> None:
-    first, again = (make_scene(np.random.default_rng(4)) for _ in range(2))
-    assert (first.name, first.color, first.attribute, first.hat) == (
-        again.name,
-        again.color,
-        again.attribute,
-        again.hat,
-    )
-    assert all(np.array_equal(p.center, q.center) for p, q in zip(first.primitives, again.primitives, strict=True))
-    asked = [make_scene(np.random.default_rng(seed), "cat", "purple", plain=True) for seed in range(30)]
-    assert {(s.name, s.color, s.attribute, s.hat) for s in asked} == {("cat", "purple", None, None)}
-    body = [next(p.color for p in s.primitives if p.main) for s in asked]
-    assert np.abs(np.array(body) - COLORS["purple"]).max() < 0.12
-    free = [make_scene(np.random.default_rng(seed)) for seed in range(400)]
-    assert {s.attribute for s in free} == {None, "tall", "wide", "striped", "spotted"}
-    assert {s.color for s in free} == {None, *COLORS} and sum(s.hat is not None for s in free) > 5
-
-
-def test_tall_and_wide_things_are() -> None:
-    def height_to_width(attribute: str | None) -> float:
-        scenes = [make_scene(np.random.default_rng(seed), "house") for seed in range(60)]
-        centers = [np.array([p.center for p in s.primitives]) for s in scenes if s.attribute == attribute]
-        return float(np.mean([np.ptp(c[:, 1]) / np.ptp(c[:, 0]) for c in centers]))
-
-    assert height_to_width("tall") > 1.2 * height_to_width(None) > 1.2**2 * height_to_width("wide")
-
-
-# ------------------------------------------------------------------------------------------------------------ captions
-
-
-@pytest.mark.parametrize(
-    ("polar", "azimuth", "view"),
-    [
-        (75, 0, "front"), (75, -44, "front"), (75, 361, "front"), (75, 46, "side"), (75, -90, "side"),
-        (75, 134, "side"), (75, 136, "back"), (75, -180, "back"), (75, 180, "back"), (30, 0, "overhead"),
-        (5, 170, "overhead"), (31, 0, "front"),
-    ],
-)  # fmt: skip
-def test_the_view_that_a_caption_names(polar: float, azimuth: float, view: str) -> None:
-    assert view_of(polar, azimuth) == view
-
-
-def test_the_border_between_two_views_varies() -> None:
-    def seen(azimuth: float) -> set[str]:
-        return {view_of(75, azimuth, rng=np.random.default_rng(seed)) for seed in range(60)}
-
-    assert seen(44) == seen(46) == {"front", "side"} and seen(39) == {"front"} and seen(51) == {"side"}
-    assert seen(134) == seen(136) == {"side", "back"} and seen(129) == {"side"} and seen(141) == {"back"}
-
-
-def test_captions_say_what_is_there_in_words_that_a_prompt_may_use() -> None:
-    rng = np.random.default_rng(0)
-    written = set()
-    for _ in range(500):
-        scene, view = make_scene(rng), (*VIEWS, None)[rng.integers(5)]
-        text = caption(scene, view, rng)
-        written.add(text)
-        assert find_object(text) == scene.name and check_prompt(text) == []
-        assert text.endswith(f", {view} view") if view else "view" not in text
-        assert scene.attribute is None or f" {scene.attribute} " in f" {text}"
-        assert (f" a {scene.hat} hat" in text) if scene.hat else " with " not in text
-    assert any(text.startswith("a photo of an ") for text in written)
-    assert any("wearing" in text for text in written) and any(" grey " in text for text in written)
-
-
-# -------------------------------------------------------------------------------------------------------------- tracer
-
-
-def scene_of(*primitives: Primitive, pattern: str | None = None) -> Scene:
-    return Scene("test", None, pattern, None, primitives)
-
-
-def primitive(kind: str, size: tuple[float, ...], center=(0, 0, 0), tilt=(0, 0, 0), main=True, cut=False) -> Primitive:
-    return Primitive(kind, np.array(center, float), rotation(tilt), size, np.array([1.0, 0, 0]), main, cut)
-
-
-def measured(points: np.ndarray, *primitives: Primitive) -> np.ndarray:
-    packed, _ = pack([scene_of(*primitives)], "cpu")
-    return distance(torch.from_numpy(points.astype(np.float32))[None], packed)[0].numpy()
-
-
-@pytest.fixture
-def points() -> np.ndarray:
-    return np.random.default_rng(0).uniform(-0.9, 0.9, (4000, 3))
-
-
-def rounded_box(x: np.ndarray, half: tuple[float, ...], edge: float) -> np.ndarray:
-    q = np.abs(x) - np.array(half) + edge
-    return np.linalg.norm(np.maximum(q, 0), axis=1) + np.minimum(q.max(1), 0) - edge
-
-
-def rounded_frustum(x: np.ndarray, r0: float, r1: float, h: float, edge: float) -> np.ndarray:
-    """Distance to the half profile (0, -h) (r0, -h) (r1, h) (0, h) in the plane of axis and point."""
-    r0, r1, h = r0 - edge, r1 - edge, h - edge
-    q = np.stack([np.hypot(x[:, 0], x[:, 2]), x[:, 1]], 1)
-    corners = np.array([(0, -h), (r0, -h), (r1, h), (0, h)])
-    nearest = np.full(len(x), np.inf)
-    for a, b in pairwise(corners):
-        along = np.clip((q - a) @ (b - a) / ((b - a) @ (b - a)), 0, 1)
-        nearest = np.minimum(nearest, np.linalg.norm(q - a - along[:, None] * (b - a), axis=1))
-    wall = (r0 - q[:, 0]) * 2 * h + (r1 - r0) * (q[:, 1] + h)  # > 0 on the axis' side
-    return np.where((np.abs(q[:, 1]) < h) & (wall > 0), -nearest, nearest) - edge
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "exact"),
-    [
-        ("ball", (0.4, 0.4, 0.4), lambda x: np.linalg.norm(x, axis=1) - 0.4),
-        ("box", (0.3, 0.2, 0.4, 0.0, 1.0, 1.0), lambda x: rounded_box(x, (0.3, 0.2, 0.4), 0.0)),
-        ("box", (0.3, 0.2, 0.4, 0.05, 1.0, 1.0), lambda x: rounded_box(x, (0.3, 0.2, 0.4), 0.05)),
-        ("cone", (0.3, 0.3, 0.4, 0.0), lambda x: rounded_frustum(x, 0.3, 0.3, 0.4, 0.0)),
-        ("cone", (0.4, 0.1, 0.3, 0.0), lambda x: rounded_frustum(x, 0.4, 0.1, 0.3, 0.0)),
-        ("cone", (0.15, 0.45, 0.3, 0.04), lambda x: rounded_frustum(x, 0.15, 0.45, 0.3, 0.04)),
-        ("ring", (0.4, 0.1), lambda x: np.hypot(np.hypot(x[:, 0], x[:, 2]) - 0.4, x[:, 1]) - 0.1),
-    ],
-)
-def test_distance_of_a_primitive_is_exact(
-    points: np.ndarray, kind: str, size: tuple[float, ...], exact: Callable[[np.ndarray], np.ndarray]
-) -> None:
-    center, turn = np.array([0.1, -0.2, 0.05]), (20, -35, 60)
-    moved = (points - center) @ rotation(turn).T
-    for got, at in (
-        (measured(points, primitive(kind, size)), points),
-        (measured(points, primitive(kind, size, center, turn)), moved),
-    ):
-        check(kind, *(torch.from_numpy(one) for one in (got, exact(at.astype(np.float32)), exact(at))))
-
-
-def test_a_rotation_turns_about_x_then_y_then_z() -> None:
-    """Against trimesh's rotations by Euler angles about fixed axes; of a row vector, so transposed."""
-    for angles in ((90, 0, 0), (0, 90, 0), (0, 0, 90), (90, 0, 90), (90, 90, 0), (20, -35, 60)):
-        exact = trimesh.transformations.euler_matrix(*np.radians(angles), "sxyz")[:3, :3].T
-        exact = torch.from_numpy(exact)
-        check(str(angles), torch.from_numpy(np.asarray(rotation(angles))), exact, exact)
-
-
-def test_stretched_balls_and_tapered_boxes_end_where_they_should(points: np.ndarray) -> None:
-    """Their distances are inexact off the surface; the tracer takes shorter steps for that."""
-    radii = np.array([0.2, 0.5, 0.35])
-    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
-    ball = primitive("ball", tuple(radii))
-    there = torch.from_numpy(measured(unit * radii, ball))
-    check("on the ball", there, torch.zeros_like(there), torch.zeros_like(there, dtype=torch.float64))
-    assert (measured(0.9 * unit * radii, ball) < 0).all() and (measured(1.1 * unit * radii, ball) > 0).all()
-    box = primitive("box", (0.4, 0.3, 0.2, 0.0, 0.5, 1.0))
-    width = 0.4 * (1 - 0.5 * (points[:, 1] + 0.3) / 0.6)
-    inside = (np.abs(points[:, 1]) < 0.3) & (np.abs(points[:, 2]) < 0.2) & (np.abs(points[:, 0]) < width)
-    assert inside.sum() > 50 and np.array_equal(measured(points, box) < 0, inside)
-
-
-def test_a_cut_takes_away_from_main_parts_only(points: np.ndarray) -> None:
-    main, other = primitive("ball", (0.5, 0.5, 0.5)), primitive("ball", (0.1, 0.1, 0.1), (0.3, 0, 0), main=False)
-    hole = primitive("box", (0.2, 0.9, 0.9, 0, 1, 1), (0.3, 0, 0), main=False, cut=True)
-    d_main, d_other, d_hole = (measured(points, p) for p in (main, other, hole._replace(cut=False)))
-    together = measured(points, main, other, hole)
-    assert np.array_equal(together, np.minimum(np.maximum(d_main, -d_hole), d_other))
-    inside = torch.from_numpy(measured(np.array([[0.3, 0.0, 0.0], [0.3, 0.2, 0.0]]), main, other, hole))
-    exact = torch.tensor([-0.1, 0.1], dtype=torch.float64)  # in the other part, and in the hole
-    check("inside", inside, exact.float(), exact)
-
-
-def cameras(azimuth: list[float]) -> Cameras:
-    polar, radius, fovy = (torch.full((len(azimuth),), value) for value in (80.0, 3.2, 20.0))
-    return make_cameras(polar, torch.tensor(azimuth), radius, fovy)
-
-
-def views(
-    scenes: list[Scene], azimuth: list[float], side: int, *, shading=0, light=(0.0, 0.0, 0.0), background=1.0
-) -> torch.Tensor:
-    """Pictures [N, side, side, 3] without ambient light."""
-    n = len(scenes)
-    return render(
-        pack(scenes, "cpu"), cameras(azimuth), side, shading=torch.full((n,), shading), ambient=torch.zeros(n),
-        light_noise=torch.tensor(light).expand(n, 3), background=torch.full((n, 3), background), supersample=1,
-    )  # fmt: skip
-
-
-def count(picture: torch.Tensor, color: tuple[float, float, float]) -> int:
-    return int(((picture - torch.tensor(color)).abs().amax(-1) < 0.03).sum())
-
-
-@pytest.mark.parametrize(
-    ("name", "part"), [("duck", "beak"), ("penguin", "white"), ("robot", "cyan"), ("cat", "dark"), ("pig", "rose")]
-)
-def test_the_front_faces_plus_z(name: str, part: str) -> None:
-    scene = make_scene(np.random.default_rng(1), name, "green", plain=True)
-    front, back = views([scene] * 2, [0.0, 180.0], 24)
-    color = SHADES.get(part) or COLORS[part]
-    assert count(front, color) >= 2 and count(back, color) == 0
-    body = next(p.color for p in scene.primitives if p.main)
-    assert count(front, tuple(body)) >= 30 and count(back, tuple(body)) >= 30
-
-
-def test_every_face_looks_to_the_front() -> None:
-    faces = [name for name, thing in THINGS.items() if thing.face]
-    scenes = [make_scene(np.random.default_rng(1), name, "blue", plain=True) for name in faces]
-    pictures = views(scenes * 2, [0.0] * len(faces) + [180.0] * len(faces), 32)
-    for name, front, back in zip(faces, *pictures.chunk(2), strict=True):
-        eye = COLORS["white"] if name == "robot" else SHADES["dark"]  # its hands are dark too
-        assert count(front, eye) >= 2 and count(back, eye) == 0, name
-
-
-def test_light_and_patterns() -> None:
-    radius = 0.45
-    ball = primitive("ball", (radius,) * 3)
-    (lit,) = views([scene_of(ball)], [0.0], 25, shading=2)[..., 0]
-    camera = cameras([0.0])
-    origins, directions = (r[0] for r in rays(camera, 25, 25))
-    b = (origins * directions).sum(-1)
-    root = b**2 - (origins**2).sum(-1) + radius**2
-    surface = origins + directions * (-b - root.clamp(min=0).sqrt())[:, None]
-    facing = (surface / radius) @ torch.nn.functional.normalize(camera.c2w[0, :3, 3], dim=0)
-    well_inside = root > 0.02
-    assert well_inside.sum() > 250
-    assert (lit.flatten() - facing)[well_inside].abs().max() < 0.01  # the light stands at the camera
-    assert (lit.flatten()[root < -0.02] == 1).all()  # background
-
-    side = views([scene_of(ball)], [0.0], 25, shading=2, light=(30.0, 0.0, 0.0))[0, ..., 0]
-    assert side[12, 18] > 0.5 > side[12, 6]  # light from +x is light from the right
-
-    patterns = [scene_of(ball, pattern=pattern) for pattern in (None, "striped", "spotted")]
-    plain, striped, spotted = (count(picture, (1.0, 0.0, 0.0)) for picture in views(patterns, [0.0] * 3, 24))
-    assert 0.2 * plain < striped < 0.8 * plain and 0.2 * plain < spotted < 0.95 * plain
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-class Here:
-    """A pool of workers that works at once and in this process."""
-
-    def submit(self, function, *arguments):
-        result = function(*arguments)
-        return type("Job", (), {"result": lambda self: result})()
-
-
-@pytest.fixture
-def few(monkeypatch) -> None:
-    monkeypatch.setattr(dataset, "BATCH", 8)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_batches_are_labelled_and_repeat_by_their_seed(few: None) -> None:
-    drawn = list(dataset.rendered(5, 1, 2, 16, torch.device("cpu"), Here()))
-    assert len(drawn) == 2
-    again = next(dataset.rendered(5, 1, 1, 16, torch.device("cpu"), Here()))
-    other = next(dataset.rendered(6, 1, 1, 16, torch.device("cpu"), Here()))
-    assert torch.equal(again.images, drawn[0].images) and again.captions == drawn[0].captions
-    assert not torch.equal(other.images, drawn[0].images)
-    for batch in drawn:
-        assert batch.images.shape == (8, 16, 16, 3) and batch.images.dtype == torch.uint8
-        assert batch.labels.shape == (8, 3) and batch.labels.dtype == np.int16
-        assert batch.images.float().std(dim=(1, 2)).sum(-1).min() > 10  # something is there
-        for texts, (thing, color, view) in zip(batch.captions, batch.labels, strict=True):
-            assert len(texts) == dataset.CAPTIONS and "view" not in texts[-1]
-            assert all(find_object(text) == list(THINGS)[thing] for text in texts)
-            assert 0 <= color <= dataset.NATURAL and 0 <= view < len(VIEWS)
-    assert np.array_equal(drawn[0].labels[:, :2], drawn[1].labels[:, :2])  # the same objects from elsewhere
-    assert not torch.equal(drawn[0].images, drawn[1].images)
-
-
-def test_labels_say_what_the_captions_say(few: None, monkeypatch) -> None:
-    monkeypatch.setattr(dataset, "BATCH", 300)
-    _, _, ((camera, _, _, captions, labels),) = dataset._draw(1, 1)
-    spelled = {"grey": "gray", "teal": "cyan", "turquoise": "cyan", "violet": "purple", "golden": "yellow"}
-    certain = 0
-    for (polar, azimuth, *_), texts, (_, color, view) in zip(camera.T, captions, labels, strict=True):
-        head = texts[0].split(" with ")[0].split(" wearing ")[0].split(",")[0].split()
-        named = [spelled.get(word, word) for word in head if spelled.get(word, word) in COLORS]
-        assert named == ([] if color == dataset.NATURAL else [list(COLORS)[color]])
-        assert VIEWS[view] == view_of(polar, azimuth)
-        if abs(abs(abs(azimuth) - 90) - 45) > BORDER:  # nearer to a border a caption may call it either
-            certain += 1
-            assert texts[0].endswith(f", {VIEWS[view]} view")
-    assert certain > 150 and len(set(labels[:, 2])) == len(VIEWS)
-
-
-# --------------------------------------------------------------------------------------------------- the shipped model
+# --- the shipped model
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +151,8 @@ def dream_mini():
     return load_components(MODEL_FOLDER, "cpu", need_vae_decoder=True)
 
 
-def test_the_model_is_small_and_in_half_precision() -> None:
+def test_model_files() -> None:
+    """The weights are small, in half precision and without pickles."""
     files = [path for path in MODEL_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 24e6
     weights = [path for path in files if path.suffix == ".safetensors"]
@@ -441,7 +163,8 @@ def test_the_model_is_small_and_in_half_precision() -> None:
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}  # nothing pickled
 
 
-def test_the_model_loads_as_any_other(dream_mini) -> None:
+def test_model_loads(dream_mini) -> None:
+    """The folder loads as a Stable Diffusion pipeline with the sizes of dream-mini."""
     assert dream_mini.name == "dream-mini"
     assert (dream_mini.image_size, dream_mini.latent_size, dream_mini.latent_channels) == (128, 32, 4)
     assert (dream_mini.prediction_type, dream_mini.num_train_timesteps) == ("v_prediction", 1000)
@@ -458,8 +181,9 @@ def is_one_token(tokenizer, word: str) -> bool:
     return len(inside) == 1 and (start, end) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
-def test_the_tokenizer_makes_a_token_of_each_known_word(dream_mini, tmp_path) -> None:
-    fresh = save_tokenizer(tmp_path / "fresh")
+def test_tokenizer(dream_mini, tmp_path) -> None:
+    """Each known word is one token, and a fresh tokenizer has the same bytes each time."""
+    fresh = save_tokenizer(tmp_path / "fresh", words())
     for tokenizer in (dream_mini.tokenizer, fresh):
         split = [word for word in words() if not is_one_token(tokenizer, word)]
         assert split == ["3d"]  # CLIP's tokenizer takes every digit alone
@@ -471,46 +195,48 @@ def test_the_tokenizer_makes_a_token_of_each_known_word(dream_mini, tmp_path) ->
         assert tokenizer.decode(tokenizer("zebra 7").input_ids, skip_special_tokens=True).strip() == "zebra 7"
         longest = "a photo of a striped turquoise pine tree wearing a turquoise hat , overhead view"
         assert len(tokenizer(longest).input_ids) <= tokenizer.model_max_length == 24
-    save_tokenizer(tmp_path / "again")
+    save_tokenizer(tmp_path / "again", words())
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
-def test_words_move_the_embedding_and_padding_does_not(dream_mini) -> None:
+def test_encode(dream_mini) -> None:
+    """Other words give other embeddings, the same words the same bits."""
     car, again, apple = encode(dream_mini, ["a red car", "a red car", "a red apple"])
     assert torch.equal(car, again) and error(apple, car.double()) > 0.1
     assert car.shape == (24, dream_mini.unet.config.cross_attention_dim)
 
 
-def test_its_own_pictures_have_the_colour_that_was_asked_for(dream_mini) -> None:
+def test_samples_have_their_color(dream_mini) -> None:
+    """Samples of apples have the colour of their prompt."""
     asked = ["red", "green", "blue", "yellow"]
     cond = encode(dream_mini, [f"a {color} apple, front view" for color in asked])
     uncond = encode(dream_mini, [""]).expand(len(asked), -1, -1)
-    pictures = sample(dream_mini, cond, uncond, steps=6, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
-    assert pictures.shape == (4, 3, 128, 128)
-    middle = pictures[:, :, 56:80, 52:76].mean(dim=(2, 3))  # on the apple, whatever the background
+    images = sample(dream_mini, cond, uncond, steps=6, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
+    assert images.shape == (4, 3, 128, 128)
+    middle = images[:, :, 56:80, 52:76].mean(dim=(2, 3))  # on the apple, whatever the background
     nearest = torch.cdist(middle, torch.tensor([COLORS[color] for color in asked])).argmin(1)
     assert nearest.tolist() == [0, 1, 2, 3], middle
 
 
-def test_its_autoencoder_keeps_a_picture(dream_mini) -> None:
+def test_autoencoder(dream_mini) -> None:
+    """The autoencoder returns an image at 22 dB or better."""
     scene = make_scene(np.random.default_rng(3), "duck", "yellow", plain=True)
-    picture = views([scene], [30.0], 128, background=0.5).permute(0, 3, 1, 2)
+    numbers = (torch.tensor([value]) for value in (80.0, 30.0, 3.2, 20.0))
+    image = render(
+        pack([scene], "cpu"), make_cameras(*numbers), 128, shading=torch.zeros(1), ambient=torch.zeros(1),
+        light_noise=torch.zeros(1, 3), background=torch.full((1, 3), 0.5), supersample=1,
+    ).permute(0, 3, 1, 2)  # fmt: skip
     with torch.no_grad():
-        latent = dream_mini.vae.encode(picture * 2 - 1).latent_dist.mean
+        latent = dream_mini.vae.encode(image * 2 - 1).latent_dist.mean
         back = dream_mini.vae.decode(latent).sample / 2 + 0.5
-    assert 0.3 < (latent * dream_mini.scaling_factor).std() < 3  # about 1 over all pictures
-    assert -10 * torch.log10((back - picture).square().mean()) > 22  # dB
+    assert 0.3 < (latent * dream_mini.scaling_factor).std() < 3  # about 1 over all images
+    assert -10 * torch.log10((back - image).square().mean()) > 22  # dB
 
 
-def test_kinds_are_all_drawn() -> None:
-    """Every kind of primitive occurs in the world, so the tests above speak of what it is made of."""
-    used = {p.kind for name in THINGS for p in make_scene(np.random.default_rng(0), name).primitives}
-    assert used == set(KINDS)
-
-
-def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path):
-    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+def test_save_model_without_paths(tmp_path):
+    """A saved configuration has no path of this machine."""
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", words())
     model.make_vae().save_pretrained(tmp_path / "cache")
     vae = model.AutoencoderKL.from_pretrained(tmp_path / "cache")
     assert str(tmp_path) in vae.to_json_string()  # what diffusers would write
