@@ -9,6 +9,7 @@ import pytest
 import torch
 from skimage import color as skimage_color
 
+from dream_fast.bench.accuracy import check_fp64
 from dream_fast.bench.quality import looks
 from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, lab, part_color, roughness
 from dream_fast.engine.render.base import RenderedImages
@@ -111,11 +112,12 @@ def test_delta_e_is_that_of_skimage() -> None:
     assert found == pytest.approx(skimage_color.deltaE_ciede2000(*both))
     # Near black skimage has the rounded constants of an older text.
     bright = first[(first > 0.1).all(1)]
-    assert lab(torch.from_numpy(bright)).numpy() == pytest.approx(skimage_color.rgb2lab(bright), abs=1e-9)
+    check_fp64("lab", lab(torch.from_numpy(bright)), torch.from_numpy(skimage_color.rgb2lab(bright)))
     almost_black = torch.full((3,), 0.01)
     assert lab(almost_black)[0].item() == pytest.approx(903.2963 * 0.01 / 12.92)
-    black, white = torch.zeros(3), torch.ones(3)
-    assert delta_e(black, white).item() == pytest.approx(100, abs=0.01) and delta_e(white, white).item() == 0
+    black, white = torch.zeros(3).double(), torch.ones(3).double()
+    check_fp64("black and white", delta_e(black, white), torch.tensor(100.0).double())
+    assert delta_e(white, white).item() == 0
 
 
 def test_part_color() -> None:
@@ -177,4 +179,4 @@ def test_measure_color() -> None:
     images[:, :, 4:12, 4:12] = torch.tensor([0.15, 0.80, 0.82])[:, None, None]
     images[:, :, 8:12, 4:12] = torch.tensor([0.9, 0.05, 0.05])[:, None, None]
     found = looks.measure_color(images, "a red robot", 0.75)
-    assert found == pytest.approx([0.9, 0.05, 0.05], abs=1e-6)
+    check_fp64("red", torch.tensor(found).double(), torch.tensor([0.9, 0.05, 0.05]).double())
