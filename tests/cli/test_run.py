@@ -400,7 +400,8 @@ def test_damaged_newest_checkpoint_falls_back(copy, tiny_model, capsys):
     assert newest.exists() and "the run resumes from step_000004.safetensors" in capsys.readouterr().out
     assert main(longer) == 0
     said = capsys.readouterr().out
-    assert f"warning: the checkpoint {newest} is damaged" in said and "the run resumes from step_000004.safetensors" in said
+    assert f"warning: the checkpoint {newest} is damaged" in said
+    assert "the run resumes from step_000004.safetensors" in said
     assert "the run resumes from step_000004.safetensors" in (copy / "log.txt").read_text() and "cannot be read" in said
     assert [json.loads(row)["step"] for row in (copy / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
     assert newest.read_bytes() == whole  # reached once more
