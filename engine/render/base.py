@@ -1,4 +1,4 @@
-"""What all renderers share: shadings, the interface `Renderer`, and its inference rendering.
+"""The interface of renderers, their shadings, and inference rendering.
 
 Shadings, with n the normal, l the unit direction to the light and a the ambient share:
 
@@ -27,7 +27,7 @@ SHADINGS = ("albedo", "lambertian", "textureless", "normal")
 
 
 class Shading(NamedTuple):
-    """How points are coloured, and the light they are under."""
+    """Colouring of points: a mode and a light."""
 
     mode: str  # one of SHADINGS
     ambient: float | Tensor = 1.0  # share of the light that comes from all sides
