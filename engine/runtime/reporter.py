@@ -21,6 +21,7 @@ from dream_fast.engine.text import escape_controls, one_line
 T = TypeVar("T")
 
 QUIET_SECONDS = 15.0  # between two lines of a bar without a terminal
+FAILURES_SHOWN = 4  # in the sentence at the end; warnings have named all
 
 
 class Reporter:
@@ -69,7 +70,9 @@ class Reporter:
         """Raises UserError: when files could not be written."""
         if self._failures:
             hint = ["everything else is whole, and the same command writes what is missing"] * self._may_pass
-            raise UserError("; ".join([*dict.fromkeys(self._failures.values()), *hint]))
+            sentences = list(dict.fromkeys(self._failures.values()))
+            more = [f"{len(sentences) - FAILURES_SHOWN} more failed"] * (len(sentences) > FAILURES_SHOWN)
+            raise UserError("; ".join([*sentences[:FAILURES_SHOWN], *more, *hint]))
 
     @contextmanager
     def bar(self, label: str, total: int, completed: int = 0) -> Iterator["Bar"]:

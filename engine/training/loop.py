@@ -27,7 +27,7 @@ from dream_fast.engine.training.divergence import (
     nonfinite_message,
     outweighed_message,
 )
-from dream_fast.engine.training.failures import is_out_of_memory, memory_message
+from dream_fast.engine.training.failures import is_out_of_memory, memory_message, resume_hint
 from dream_fast.engine.training.trainer import StepResult, Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -156,10 +156,10 @@ class Loop:
             if not is_out_of_memory(error):
                 raise
             trainer.clear_graphs()
-            path = self._save()
-            hint = (
-                f"the checkpoint of step {trainer.step} is saved ({path.name}), and the same command with them goes on"
-            )
+            hint = resume_hint(self.workspace)
+            if trainer.is_whole:
+                name, step = self._save().name, trainer.step
+                hint = f"the checkpoint of step {step} is saved ({name}), and the same command with them goes on"
             raise UserError(memory_message(self.config, error, hint)) from error
 
     # ---------------------------------------------------------------------------------------------------- evaluation
