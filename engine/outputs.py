@@ -78,15 +78,16 @@ def _video_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
 
 
 def _mesh_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
-    """Return the mesh of the field's surface, or that of a mesh refinement as it is."""
+    """Return the output of the mesh: that of a refinement, or the extracted surface of the field."""
     config = trainer.config
 
     def write() -> None:
         with reporter.bar("mesh", 100) as bar:
             texture: dict[str, Any] = dict(progress=lambda part: bar.advance(round(100 * part)))
             size, target = config.output.texture_resolution, config.output.decimate_target
-            if isinstance(trainer.renderer, MeshRenderer):
-                write_textured(path, simplify(trainer.renderer.mesh(), target), trainer.field, size, **texture)
+            mesh = trainer.renderer.mesh()
+            if mesh is not None:
+                write_textured(path, simplify(mesh, target), trainer.field, size, **texture)
                 return
             write_mesh(
                 path,

@@ -27,7 +27,7 @@ PERSONAL = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGQUI
 SIGNALS = PERSONAL + tuple(
     getattr(signal, name) for name in ("SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )
-_NOTICE = b"\ndream-fast: finishing this step and saving; the same once more leaves at once\n"
+_NOTICE = b"\ndream-fast: finishing this step and saving; the same signal again ends the run at once\n"
 
 
 class Stopped(KeyboardInterrupt):

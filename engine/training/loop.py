@@ -53,7 +53,7 @@ class Loop:
         self.trainer, self.workspace, self.reporter = trainer, workspace, reporter
         self.options = options or LoopOptions()
         self.config = trainer.config
-        self._degeneracy = ""  # the one that was warned of last
+        self._degeneracy = ""  # the last one with a warning
         self._warned_of_table = False
         self._first_step = self._saved_step = trainer.step
 
@@ -104,7 +104,7 @@ class Loop:
                     self._check_object()
                 bar.advance(trainer.step)
         if stop.number is not None:
-            self.reporter.say(f"stopped after step {trainer.step} of {run.iters}; the same command takes it up again")
+            self.reporter.say(f"stopped after step {trainer.step} of {run.iters}; the same command resumes it")
         stop.check()
 
     def _save(self) -> Path:
@@ -159,7 +159,7 @@ class Loop:
             hint = resume_hint(self.workspace)
             if trainer.is_whole:
                 name, step = self._save().name, trainer.step
-                hint = f"the checkpoint of step {step} is saved ({name}), and the same command with them goes on"
+                hint = f"the checkpoint of step {step} is saved ({name}), and the same command with these resumes"
             raise UserError(memory_message(self.config, error, hint)) from error
 
     # ---------------------------------------------------------------------------------------------------- evaluation
@@ -256,7 +256,7 @@ def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
 
 
 def _finite_number(tensor: Tensor) -> float | None:
-    """The number in a tensor, or None for one that JSON does not have."""
+    """Return the number in a tensor, or None where it is not finite, which JSON cannot store."""
     value = tensor.item()
     return value if math.isfinite(value) else None
 
