@@ -1,13 +1,8 @@
 """The command `dream-fast`: parses the arguments, makes the configuration of the run, and calls the engine.
 
-<<<<<<< HEAD
 Imports nothing heavy before the arguments are good, so that help and a refused argument answer at once.
 Exit status: 0 success, 2 a mistake of the user or files that could not be written (one sentence on stderr), 128 + N the
 signal N, such as 130 (SIGINT).
-=======
-Nothing heavy is imported until the arguments are valid, so help and errors appear at once.
-Exit status: 0 success, 2 an error of the user (one sentence on stderr), 130 interrupted (SIGINT), 143 terminated.
->>>>>>> int
 """
 
 import argparse

@@ -11,7 +11,6 @@ from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_te
 from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.geometry.mesh import simplify
-from dream_fast.engine.render.mesh import MeshRenderer
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import six_views
