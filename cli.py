@@ -1,7 +1,7 @@
 """The command `dream-fast`: parses the arguments, makes the configuration of the run, and calls the engine.
 
-Imports nothing heavy before the arguments are good, so that help and a refused argument answer at once.
-Exit status: 0 success, 2 a mistake of the user or files that could not be written (one sentence on stderr), 128 + N the
+Nothing heavy is imported until the arguments are valid, so help and errors appear at once.
+Exit status: 0 success, 2 an error of the user or files that could not be written (one sentence on stderr), 128 + N the
 signal N, such as 130 (SIGINT).
 """
 

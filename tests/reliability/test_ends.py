@@ -162,7 +162,7 @@ def test_metrics_on_full_disk(tmp_path, tiny_model, monkeypatch, capsys) -> None
     """The run ends with the step saved."""
     monkeypatch.setattr(f"{LOOP}.Loop._log", raise_(NO_SPACE))
     assert main(command(tmp_path, tiny_model)) == 2
-    assert "the checkpoint of step 1 is whole" in capsys.readouterr().err and saved_step(tmp_path) == 1
+    assert "the checkpoint of step 1 is complete" in capsys.readouterr().err and saved_step(tmp_path) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
