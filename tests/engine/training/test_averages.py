@@ -14,7 +14,7 @@ from dream_fast.engine.config.presets import reference
 from dream_fast.engine.outputs import write_outputs
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
-from dream_fast.engine.training.loop import Loop
+from dream_fast.engine.training.loop import validate, write_test_video
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -45,10 +45,6 @@ def assert_red(pixels: np.ndarray) -> None:
     assert (red - blue).max() > 150 and (blue - red).max() < 50
 
 
-def loop(trainer: Trainer, path: Path) -> Loop:
-    return Loop(trainer, Workspace(path), Reporter(Console(quiet=True)))
-
-
 def frames(path: Path) -> np.ndarray:
     with av.open(str(path)) as video:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
@@ -68,10 +64,12 @@ def test_outputs_show_average(trainer, tmp_path):
 
 def test_validation_shows_average(trainer, tmp_path):
     """Validation images show the averaged weights."""
-    strip = np.asarray(Image.open(loop(trainer, tmp_path).validate()).convert("RGB"))
+    validate(trainer, tmp_path / "strip.png")
+    strip = np.asarray(Image.open(tmp_path / "strip.png").convert("RGB"))
     assert_red(strip[:24])  # colours above, depths below
 
 
 def test_test_video_shows_average(trainer, tmp_path):
     """Videos of --test_interval show the averaged weights."""
-    assert_red(frames(loop(trainer, tmp_path).write_test_video())[:, :, :24])
+    write_test_video(trainer, tmp_path / "turntable.mp4")
+    assert_red(frames(tmp_path / "turntable.mp4")[:, :, :24])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dream_fast import kernels
-from dream_fast.bench.accuracy import check, error
+from dream_fast.bench.accuracy import FACTOR, FLOOR, check, error
 from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.cli import main
 from dream_fast.engine.config.configure import configure
@@ -208,13 +208,16 @@ def test_replay_equals_call(changes):
         replayed = trainer.replay_gradients(inputs)
         got, loss = trainer.optimizer.grads.clone(), replayed.terms["guidance"].clone()
         calls = []
-        for _ in range(2):  # sums of atomics differ from call to call
+        for _ in range(5):
             trainer.generator.manual_seed(seed)
             prepared = trainer.guidance.prepare_step(inputs, 1)
             called = trainer.gradients(prepared._replace(scalars=static_copy(prepared.scalars, trainer.device)))
             calls.append((called.terms["guidance"].clone(), trainer.optimizer.grads.clone()))
-        for name, replay, again, first in zip(("loss", "gradients"), (loss, got), *calls[::-1], strict=True):
-            check(name, replay, again, first.double())
+        # Sums of atomics differ from call to call, and now and then a sample's density rounds to the other side: the
+        # gradients are compared as one vector, with the largest difference of several calls.
+        for name, replay, first, *others in zip(("loss", "gradients"), (loss, got), *calls, strict=True):
+            found, allowed = length_apart([replay], [first]), max(length_apart([again], [first]) for again in others)
+            assert found <= FACTOR * allowed + FLOOR, f"{name}: {found:.3g} apart, two calls {allowed:.3g}"
         results.append(loss)
     assert not torch.equal(*results)  # the draws are those of the seed, not those of the capture
 

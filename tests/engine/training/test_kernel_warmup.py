@@ -50,6 +50,14 @@ def test_collect_launches_of_a_run(filled):
     assert torch.isfinite(_one_step(config)).all()
 
 
+def test_collect_launches_with_guidance_images(filled):
+    """A run that saves images of its guidance compiles the same kernels; before the first step there are no images."""
+    config = small_config("cpu")
+    saving = config.override({"save_guidance": True})
+    names = [[launch.kernel.__name__ for launch in collect_launches(c, choose_runtime(c))] for c in (config, saving)]
+    assert names[0] == names[1]
+
+
 def _one_step(config):
     trainer = Trainer(config.override({"cuda_graph": False}), choose_runtime(config), 0, sum_of)
     trainer.train_step()
