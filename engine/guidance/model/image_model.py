@@ -47,12 +47,15 @@ class ImageModel(Protocol):
         """Cut `text` to the leading words that are read with each of `endings`; a warning names the others."""
         ...
 
-    def embed(self, prompts: Sequence[str]) -> Embedding:
-        """Embed prompts, a row each. Raises ValueError: when the text encoder was freed."""
+    def embed(self, prompts: Sequence[str], negative: str | None = None) -> Embedding:
+        """Embed prompts, a row each, and in a last row the `negative` prompt, which some models treat differently.
+
+        Raises ValueError: when the text encoder was freed.
+        """
         ...
 
     def free_text_encoder(self) -> None:
-        """Free the text encoder once the prompts of a run are embedded."""
+        """Free the text encoder once the prompts of a run are embedded. Large models load the rest only then."""
         ...
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
@@ -68,6 +71,13 @@ class ImageModel(Protocol):
 
     def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         """Output [B, C, h, w] fp32 of the network for noisy latents at timesteps `t` [B]."""
+        ...
+
+    def guide_natively(self, guided: Tensor, cond: Tensor) -> Tensor:
+        """Apply to a guided output what the model's pipeline does beyond classifier-free guidance.
+
+        `cond` is the output with the prompt alone. Most models leave `guided` as it is.
+        """
         ...
 
 
