@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dream_fast.engine.guidance.model.attention import AttentionChoice
 from dream_fast.engine.guidance.noise import NoiseProcess
 
 # Embedded prompts: one tensor, or several by name (hidden states, a pooled vector, a mask), each with a row a prompt.
@@ -27,6 +28,7 @@ class ImageModel(Protocol):
     latents_are_pixels: its latents are images in [-1, 1] (it has no VAE).
     process: its noise process.
     prediction_type: what its network returns, one of `noise.PREDICTIONS`.
+    attention: the operators of its network's and its VAE's attention.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ImageModel(Protocol):
     latent_size: int
     latent_channels: int
     prediction_type: str
+    attention: AttentionChoice
 
     @property
     def process(self) -> NoiseProcess: ...

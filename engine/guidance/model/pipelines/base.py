@@ -18,6 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.guidance.model.attention import AttentionChoice
+from dream_fast.engine.guidance.model.checks import pipeline_variant
+from dream_fast.engine.guidance.model.components import enable_gradient_checkpointing, quiet_progress
 from dream_fast.engine.guidance.model.image_model import Embedding
 from dream_fast.engine.guidance.model.text import fit_window
 from dream_fast.engine.guidance.noise import FLOW_TIMESTEPS, FlowMatching, NoiseProcess, VariancePreserving
@@ -35,6 +38,9 @@ class PipelineModel(ABC):
     window: tokens of a prompt that are read.
     half: dtype in place of fp16, for models that overflow in it.
 
+    `vram_O` encodes one image at a time and recomputes the encoder's blocks in its backward; `compiled` compiles the
+    network.
+
     Raises UserError: when a component is missing, does not load, or does not fit the family.
     """
 
@@ -48,11 +54,20 @@ class PipelineModel(ABC):
     latents_are_pixels = False
 
     def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype, *, name: str = "", need_vae_decoder: bool = False
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        name: str = "",
+        need_vae_decoder: bool = False,
+        vram_O: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.folder, self.name, self.device = folder, name or str(folder), device
         self.dtype = self.half if dtype == torch.float16 else dtype
-        self.need_vae_decoder = need_vae_decoder
+        self.need_vae_decoder, self.vram_O, self.compiled = need_vae_decoder, vram_O, compiled
+        self.attention = AttentionChoice("sdpa", "sdpa")
         self.pipeline = self._load({self.network_part: None, "vae": None})
         network, vae = (self._settings(part) for part in (self.network_part, "vae"))
         self.latent_channels, self.latent_size, self.image_size = self.sizes(network, vae)
@@ -124,6 +139,11 @@ class PipelineModel(ABC):
         if not self.need_vae_decoder:
             vae.decoder = torch.nn.Identity()
         self.network: Any = getattr(self.pipeline, self.network_part)
+        if self.vram_O:
+            vae.enable_slicing()
+            enable_gradient_checkpointing(vae.encoder)
+        if self.compiled:
+            self.network.compile(dynamic=False)
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
         vae = self.pipeline.vae
@@ -154,10 +174,12 @@ class PipelineModel(ABC):
     def _load(self, without: dict[str, None]) -> Any:
         """Load the pipeline without some of its components, for inference on the device."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
+        options = {"torch_dtype": self.dtype, "variant": pipeline_variant(self.folder), **without}
         try:
-            pipeline = pipeline_class.from_pretrained(
-                self.folder, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True, **without
-            )
+            with quiet_progress():
+                pipeline = pipeline_class.from_pretrained(
+                    self.folder, local_files_only=True, use_safetensors=True, **options
+                )
         except Exception as error:  # settings that the library does not expect raise any of Python's errors
             raise UserError(f"the model {self.folder} does not load: {first_line(error)}") from error
         for part in pipeline.components.values():
