@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.config.sections import RenderConfig
-from dream_fast.engine.geometry.mesh import TensorMesh
+from dream_fast.engine.geometry.mesh import Mesh, TensorMesh
 from dream_fast.engine.scene.camera import Cameras, rays
 from dream_fast.engine.scene.field import Field
 from dream_fast.kernels import Samples
@@ -143,6 +143,10 @@ class Renderer(ABC):
 
         Its rays and the background are [H, W, 3]. Without `normals` the normals may be 0.
         """
+
+    def mesh(self) -> Mesh | None:
+        """The rendered mesh as it is exported, on the host; None for a field, which has none."""
+        return None
 
     @abstractmethod
     def without_floaters(self) -> AbstractContextManager[None]:

@@ -82,8 +82,7 @@ def test_options_passed_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     other = load_components(address, "cpu", torch.float16, need_vae_decoder=True, **given)
     assert found == [(("nobody/model", "SD"), {"half": False}), ((address, "SD"), {"half": True})]
     assert checked == [(tiny_model, "SD", "nobody/model"), (tiny_model, "SD", "nobody/model@v2")]
-    defaults = dict(vram_O=False, attention="auto", previous=None, compiled=())
-    assert prepared == [((plain, 77), defaults), ((other, 77), given)]
+    assert prepared == [((plain, 77), {}), ((other, 77), given)]
     assert (plain.name, plain.dtype, plain.device) == ("nobody/model", torch.float32, torch.device("cpu"))
     assert (other.name, other.dtype, other.t5, other.window) == (address, torch.float16, False, 77)
     assert plain.vae.decoder is plain.vae.post_quant_conv is None

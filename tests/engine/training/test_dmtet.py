@@ -304,7 +304,7 @@ def test_init_from_run(tmp_path):
         with pytest.raises(UserError, match=sentence):
             make_trainer(init_with=str(tmp_path), **({"blob_density": 10.0} | changes)).start_shape()
     trainer.save(Workspace(tmp_path / "mesh"))
-    with pytest.raises(UserError, match="of a mesh refinement already"):
+    with pytest.raises(UserError, match="is already a mesh refinement"):
         make_trainer(init_with=str(tmp_path / "mesh")).start_shape()
 
 
