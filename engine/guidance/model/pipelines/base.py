@@ -200,9 +200,9 @@ class PipelineModel(ABC):
         kind = type(self.pipeline.scheduler).__name__
         flow = "FlowMatch" in kind or settings.get("prediction_type") == "flow_prediction"
         if flow != (self.prediction_type in FLOW_PREDICTIONS):
-            expected = "flow matching" if self.prediction_type in FLOW_PREDICTIONS else "a schedule of noise variances"
+            expected = "noise variances" if flow else "flow matching"
             raise UserError(
-                f"the scheduler of the model {self.folder} is a {kind}, but {self.pipeline_class} has {expected}"
+                f"the scheduler of the model {self.folder} is a {kind}, but a {self.pipeline_class} needs {expected}"
             )
         if flow:
             if settings.num_train_timesteps != FLOW_TIMESTEPS:

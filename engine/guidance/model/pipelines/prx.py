@@ -1,9 +1,11 @@
 """PRX (Photoroom 2025): a small flow at 256 x 256 or 512 x 512 pixels, with Flux's VAE or DC-AE."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
+from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model.pipelines.base import PipelineModel
 
 
@@ -19,6 +21,10 @@ class PRX(PipelineModel):
         return network["in_channels"], image_size // 2 ** (len(blocks) - 1), image_size
 
     def embed_positive(self, prompts: list[str]) -> dict[str, Tensor]:
+        if find_spec("ftfy") is None:
+            raise UserError(
+                "PRX cleans its prompts with ftfy, which is missing: pip install 'dream-fast[models]'"
+            )
         states, mask, _, _ = self.pipeline.encode_prompt(prompts, self.device, do_classifier_free_guidance=False)
         return {"states": states, "mask": mask.float()}
 
