@@ -14,9 +14,9 @@ sys.modules[SPEC.name] = mutants  # where dataclasses look for it
 SPEC.loader.exec_module(mutants)
 
 
-def make_verdicts(module: str, caught: int, survived: int, made: int) -> "mutants.Verdicts":
+def make_verdicts(module: str, caught: int, survived: int, total: int) -> "mutants.Verdicts":
     names = [f"{module}_{number}" for number in range(caught + survived)]
-    return mutants.Verdicts(module, names[:caught], survived=dict.fromkeys(names[caught:], ""), made=made)
+    return mutants.Verdicts(module, names[:caught], survived=dict.fromkeys(names[caught:], ""), made=total)
 
 
 def test_estimate_share_whole():
@@ -29,11 +29,11 @@ def test_estimate_share_samples():
     """Mean and spread of estimates over every sample of 3 of 6 mutants are the share and the stated error."""
     caught = [True] * 4 + [False] * 2
     samples = [sum(sample) for sample in itertools.combinations(caught, 3)]
-    found = [mutants.estimate_share([make_verdicts("a", number, 3 - number, 6)]) for number in samples]
-    mean = sum(share for share, _ in found) / len(found)
-    variance = sum((share - mean) ** 2 for share, _ in found) / len(found)
+    shares = [mutants.estimate_share([make_verdicts("a", number, 3 - number, 6)]) for number in samples]
+    mean = sum(share for share, _ in shares) / len(shares)
+    variance = sum((share - mean) ** 2 for share, _ in shares) / len(shares)
     assert round(mean, 12) == round(4 / 6, 12)
-    assert round(sum(error**2 for _, error in found) / len(found), 12) == round(variance, 12)
+    assert round(sum(error**2 for _, error in shares) / len(shares), 12) == round(variance, 12)
 
 
 def test_draw_mutants_nested(monkeypatch, tmp_path):
@@ -50,9 +50,9 @@ def test_draw_mutants_nested(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("source", "known"), [("same", ["a_0", "a_1"]), ("changed", [])])
 def test_read_caught(tmp_path, source, known):
     """Caught mutants are known as long as their module is the same; survivors never are."""
-    kept = make_verdicts("a", 2, 1, 3)
-    kept.source = "same"
-    mutants.kept_path(tmp_path, "a").write_text(mutants.json.dumps(mutants.asdict(kept)))
+    verdicts = make_verdicts("a", 2, 1, 3)
+    verdicts.source = "same"
+    mutants.kept_path(tmp_path, "a").write_text(mutants.json.dumps(mutants.asdict(verdicts)))
     assert mutants.read_caught("a", SimpleNamespace(out=tmp_path), source) == known
 
 

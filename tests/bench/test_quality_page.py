@@ -21,9 +21,9 @@ from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
 
 
 def record(**result: float) -> dict:
-    look = {"result": {"roughness_deg": 8.0, **result}, "world": {"roughness_deg": 2.5}}
+    measures = {"result": {"roughness_deg": 8.0, **result}, "world": {"roughness_deg": 2.5}}
     about = {"runs": 2, "device": "a GPU", "commit": "abc", "utc": "2026-11-29T00:00:00Z", "object": 0.5}
-    return about | {"look": look, "held_out": {"runs": 0}, "held_out_look": {"result": {}}}
+    return about | {"look": measures, "held_out": {"runs": 0}, "held_out_look": {"result": {}}}
 
 
 def test_table_columns() -> None:
@@ -68,25 +68,25 @@ def test_make_scenes(prompt: str) -> None:
     assert (delta_e(palette[1:], palette[0]) > world.SAME).all()
     paints = main_colors(prompt)
     assert len(paints) == PAINTS
-    own = color_error(paints, paints)
-    assert 0 < own < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
+    spread = color_error(paints, paints)
+    assert 0 < spread < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
 
 
 def test_read_world_by_prompt(tmp_path) -> None:
     """In the order asked for; not for a prompt that is not there, nor for features of another classifier."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, 3, 5), (2, 3)]
-    look = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
+    stored = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
     path = tmp_path / "world.safetensors"
     assert world.read_world(["a mug"], path) is None
-    world.write_world(path, ["a mug", "a hat"], look)
-    found = world.read_world(["a hat", "a mug"], path)
-    assert torch.equal(found.shapes, look.shapes.flip(0))
-    assert torch.equal(found.features, look.features.half().float().flip(0))
+    world.write_world(path, ["a mug", "a hat"], stored)
+    read = world.read_world(["a hat", "a mug"], path)
+    assert torch.equal(read.shapes, stored.shapes.flip(0))
+    assert torch.equal(read.features, stored.features.half().float().flip(0))
     assert world.read_world(["a cat"], path) is None
-    own = world_summary(found)
-    assert own["roughness_deg"] == pytest.approx(look.shapes[:, 0].mean().item())
-    assert own.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
+    summary = world_summary(read)
+    assert summary["roughness_deg"] == pytest.approx(stored.shapes[:, 0].mean().item())
+    assert summary.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
 
 
 def test_read_world_of_another_classifier(tmp_path, monkeypatch) -> None:

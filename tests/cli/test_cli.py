@@ -118,21 +118,21 @@ def engine(monkeypatch, tmp_path):
 def test_bad_input_refused(words, sentence, engine, tmp_path, capsys):
     """Bad input is one sentence and status 2 and writes nothing."""
     assert main([*words, "--device", "cpu"] if words not in (["--text"],) else words) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("dream-fast: error: ") and said.err.count("\n") == 1
-    assert sentence in said.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("dream-fast: error: ") and output.err.count("\n") == 1
+    assert sentence in output.err
     assert engine == [] and list(tmp_path.iterdir()) == []
 
 
 def test_reference_flags_parsed():
     """Every flag of the reference works or is refused with a reason."""
-    ours = set(build_parser()._option_string_actions)
+    flags = set(build_parser()._option_string_actions)
     refused = set(UNSUPPORTED_FLAGS)
-    assert set(REFERENCE_FLAGS) - ours == refused
-    assert not refused & ours
+    assert set(REFERENCE_FLAGS) - flags == refused
+    assert not refused & flags
     assert all(len(reason) > 15 for reason in [*UNSUPPORTED_FLAGS.values(), *UNSUPPORTED_VALUES.values()])
-    assert {flag for flag, _ in UNSUPPORTED_VALUES} <= ours
+    assert {flag for flag, _ in UNSUPPORTED_VALUES} <= flags
 
 
 def test_config_reaches_engine(engine):
@@ -244,9 +244,9 @@ def test_a_bad_file_of_arguments_is_one_sentence(content, words, sentence, engin
     if content is not None:
         (tmp_path / "run.txt").write_bytes(content)
     assert main(words.split()) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(f"dream-fast: error: {sentence}") and said.err.count("\n") == 1
-    assert said.out == "" and engine == []
+    output = capsys.readouterr()
+    assert output.err.startswith(f"dream-fast: error: {sentence}") and output.err.count("\n") == 1
+    assert output.out == "" and engine == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -373,5 +373,5 @@ try:
 finally:
     print([name for name in ("torch", "numpy", "diffusers", "transformers", "rich") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert process.stdout.splitlines()[-1] == "[]", process.stderr

@@ -56,10 +56,10 @@ def sentence(capsys) -> str:
 
 
 def test_the_second_process_on_a_workspace_is_told_who_holds_it(tmp_path, tiny_model, monkeypatch, capsys):
-    seen = []
-    at_step(monkeypatch, 3, lambda: seen.append(main(command(tmp_path / "trial", tiny_model))))
+    messages = []
+    at_step(monkeypatch, 3, lambda: messages.append(main(command(tmp_path / "trial", tiny_model))))
     assert main(command(tmp_path / "trial", tiny_model)) == 0
-    assert seen == [2]
+    assert messages == [2]
     error = capsys.readouterr().err
     assert f"is in use by process {os.getpid()} on " in error and "choose another --workspace" in error
     assert not (tmp_path / "trial" / LOCK).exists()
@@ -78,8 +78,8 @@ def test_looking_at_a_run_that_goes_on_is_refused_too(tmp_path, tiny_model, caps
 def test_a_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
     imported = "import sys, os, pathlib; from dream_fast.engine.workspace.lock import Lock"
     code = f"{imported}; Lock(pathlib.Path(sys.argv[1])); os.kill("
-    done = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
-    assert done.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
+    process = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
+    assert process.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
     lock = Lock(tmp_path)
     assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
     lock.release()

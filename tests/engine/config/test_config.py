@@ -131,8 +131,8 @@ def test_vanilla_defaults():
         assert (vanilla.field.hidden_layers, vanilla.optim.lr_decay, vanilla.render.normals) == (4, 0.1, "analytic")
         if "preset" in typed or model == "sd":
             assert (grid.field.hidden_layers, grid.optim.lr_decay) == (2, 1.0)
-            own = {"backbone", "hidden_layers", "lr_decay", "normals"}
-            assert {name for name, value in flat(vanilla).items() if value != flat(grid)[name]} == own
+            expected = {"backbone", "hidden_layers", "lr_decay", "normals"}
+            assert {name for name, value in flat(vanilla).items() if value != flat(grid)[name]} == expected
             assert (vanilla.render.num_steps, vanilla.render.upsample_steps, vanilla.field.n_frequencies) == (
                 64,
                 32,

@@ -218,7 +218,7 @@ def test_choose_preset_differences(typed, model, device, base, other):
 
 
 @pytest.mark.parametrize(
-    ("typed", "model", "device", "wanted"),
+    ("typed", "model", "device", "expected"),
     [
         ({"backbone": "vanilla"}, "sd", "cuda", VANILLA_OVERRIDES),
         ({"backbone": "vanilla", "preset": "reference"}, "dream-mini", "cuda", VANILLA_OVERRIDES),
@@ -236,13 +236,13 @@ def test_choose_preset_differences(typed, model, device, base, other):
         ),
     ],
 )
-def test_vanilla_and_dmtet_overrides(typed, model, device, wanted):
+def test_vanilla_and_dmtet_overrides(typed, model, device, expected):
     """The tables of the vanilla backbone and of the refinement count more than the model, less than what is typed."""
     values = values_of(configure(of_model(typed, model), device))
-    assert {name: values[name] for name in wanted} == wanted
+    assert {name: values[name] for name in expected} == expected
     more = values_of(configure(of_model(typed | {"latent_iter_ratio": 0.75, "lr_decay": 0.75}, model), device))
     assert (more["latent_iter_ratio"], more["lr_decay"]) == (0.75, 0.75)
-    without = {"lr_geo", "tet_grid_size", "iters"} - wanted.keys()
+    without = {"lr_geo", "tet_grid_size", "iters"} - expected.keys()
     base = configure(of_model({key: value for key, value in typed.items() if key == "preset"}, model), device)
     assert all(values[key] == values_of(base)[key] for key in without)
 

@@ -105,16 +105,16 @@ def test_load_mesh_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_load_mesh_reader_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its first line; the file is read as it is, without changes by the library."""
-    path, asked = obj(tmp_path / "one.obj", [(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)]), []
+    path, calls = obj(tmp_path / "one.obj", [(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)]), []
 
     def broken(*words: object, **options: object) -> None:
-        asked.append((words, options))
+        calls.append((words, options))
         raise ValueError("no such version\nand more")
 
     monkeypatch.setattr(trimesh, "load_scene", broken)
     with pytest.raises(UserError, match=f"^the mesh file {path} cannot be read: no such version$"):
         load_mesh(path)
-    assert asked == [((path,), {"process": False})]
+    assert calls == [((path,), {"process": False})]
 
 
 @pytest.mark.parametrize(("place", "finite"), [("3.4e38", True), ("3.4028234663852886e38", False), ("-inf", False)])

@@ -37,9 +37,9 @@ def test_fit_keeps_the_words_that_fit(caplog, text: str, window: int, fitting: s
     """The longest run of leading words that fits with every ending is kept, at least one, and the rest is named."""
     with caplog.at_level(logging.WARNING):
         assert fit_window(letters, window, text, ["", "x"]) == fitting
-    said = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     sentence = f"the prompt is longer than the {window} tokens that the text encoder reads; left out: {left_out}"
-    assert said == ([] if left_out is None else [sentence])
+    assert messages == ([] if left_out is None else [sentence])
 
 
 def test_fit_tries_no_more_words_than_tokens() -> None:
@@ -67,9 +67,11 @@ def test_views_and_negative_encoded(caplog) -> None:
     )
     negative = "n" * 14  # as many as fit beside two markers: nothing comes behind it
     with caplog.at_level(logging.WARNING):
-        made = PromptEmbeddings(components, "ab", negative, view_prompts={"overhead": "o" * 14, "side": "s"})
+        embeddings = PromptEmbeddings(components, "ab", negative, view_prompts={"overhead": "o" * 14, "side": "s"})
     assert encoded == [["ab, front view", "s", "ab, back view", "o" * 14, negative]] and not caplog.records
-    assert torch.equal(made.views, torch.eye(5)[:4, None]) and torch.equal(made.negative, torch.eye(5)[4:, None])
+    assert torch.equal(embeddings.views, torch.eye(5)[:4, None]) and torch.equal(
+        embeddings.negative, torch.eye(5)[4:, None]
+    )
     assert freed == [True]
     PromptEmbeddings(components, "ab", keep_text_encoder=True)
     assert encoded[1] == [f"ab, {side} view" for side in ("front", "side", "back", "overhead")] + [""]

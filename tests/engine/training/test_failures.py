@@ -13,11 +13,11 @@ from dream_fast.engine.workspace.folder import Workspace
 @pytest.fixture
 def workspace(tmp_path):
     """A workspace with the checkpoints of steps 3 and 12, by name."""
-    found = Workspace(tmp_path / "run")
-    found.checkpoints.mkdir(parents=True)
+    folder = Workspace(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
     for step in (12, 3):
-        (found.checkpoints / f"step_{step:06d}.safetensors").touch()
-    return found
+        (folder.checkpoints / f"step_{step:06d}.safetensors").touch()
+    return folder
 
 
 def test_resume_hint_newest_checkpoint(workspace):
