@@ -22,9 +22,7 @@ class PRX(PipelineModel):
 
     def embed_positive(self, prompts: list[str]) -> dict[str, Tensor]:
         if find_spec("ftfy") is None:
-            raise UserError(
-                "PRX cleans its prompts with ftfy, which is missing: pip install 'dream-fast[models]'"
-            )
+            raise UserError("PRX cleans its prompts with ftfy, which is missing: pip install 'dream-fast[models]'")
         states, mask, _, _ = self.pipeline.encode_prompt(prompts, self.device, do_classifier_free_guidance=False)
         return {"states": states, "mask": mask.float()}
 
