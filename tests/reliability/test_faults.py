@@ -1,4 +1,5 @@
-"""What a disk and other processes do to a run: it ends in a sentence, and nothing half-done looks done."""
+"""Faults of the disk and of other processes: the run ends with a sentence, and nothing incomplete passes for
+complete."""
 
 import fcntl
 import json
@@ -35,13 +36,13 @@ def command(workspace: Path, model: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def often(monkeypatch):
-    """Checkpoints after every second step."""
+    """Save checkpoints after every second step."""
     options = LoopOptions(epoch_steps=2, checkpoint_seconds=0.0)
     monkeypatch.setattr(run, "run", partial(run.run, loop=options))
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Calls ``act`` before the step of that number (from 0)."""
+    """Call ``act`` before step ``step`` (from 0)."""
     take = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self: (act() if self.step == step else None, take(self))[1])
 
@@ -86,7 +87,7 @@ def test_a_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
 
 
 def test_a_file_that_is_removed_before_it_is_locked_is_no_lock(tmp_path, monkeypatch):
-    """As where the holder before ends just then: the lock would be on a file that nobody else finds."""
+    """A lock on a file that the previous holder has just removed is not used."""
     flock, removed = fcntl.flock, []
 
     def late(handle, how):
@@ -178,7 +179,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 64 kB, which is taken away whatever happens to the test, also while a file on it is still open."""
+    """A disk of 64 kB, unmounted at the end whatever happens."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]

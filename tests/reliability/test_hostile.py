@@ -1,4 +1,4 @@
-"""What comes from elsewhere stays text, stays data, and stays in its folder."""
+"""Input from elsewhere stays text and data, and stays in its folder."""
 
 import json
 import shutil
@@ -142,7 +142,7 @@ def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):
 
 
 def test_settings_of_a_model_of_other_kinds_end_in_a_sentence(tmp_path, tiny_model):
-    """Every setting of every part, as what none of them is: it is refused in a sentence, or does not matter."""
+    """Each setting of each component with a value of another type is refused or ignored."""
     refused = 0
     shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
     for path in sorted(tiny_model.rglob("*config.json")):

@@ -1,4 +1,4 @@
-"""The embedded model: its words, the world that it learned from, and the folder that is shipped."""
+"""The embedded model: its words, its world, and the folder that is shipped."""
 
 import json
 import math
@@ -279,7 +279,7 @@ def test_a_rotation_turns_about_x_then_y_then_z() -> None:
 
 
 def test_stretched_balls_and_tapered_boxes_end_where_they_should(points: np.ndarray) -> None:
-    """Their distances are inexact off the surface; the tracer takes shorter steps for that."""
+    """Their distances are inexact off the surface, so the tracer takes shorter steps."""
     radii = np.array([0.2, 0.5, 0.35])
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
     ball = primitive("ball", tuple(radii))
@@ -371,7 +371,7 @@ def test_light_and_patterns() -> None:
 
 
 class Here:
-    """A pool of workers that works at once and in this process."""
+    """A pool of workers that runs in this process."""
 
     def submit(self, function, *arguments):
         result = function(*arguments)
@@ -503,7 +503,7 @@ def test_autoencoder_keeps_an_image(dream_mini) -> None:
 
 
 def test_kinds_are_all_drawn() -> None:
-    """Every kind of primitive occurs in the world, so the tests above speak of what it is made of."""
+    """Every kind of primitive occurs in the world."""
     used = {p.kind for name in THINGS for p in make_scene(np.random.default_rng(0), name).primitives}
     assert used == set(KINDS)
 
