@@ -229,7 +229,8 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"guidance": ("SD", "SD")}, "--guidance names SD twice"),
         (
             {"guidance": ("SD", "IF")},
-            "--latent_iter_ratio 0.2 cannot be combined with --guidance SD IF, which cannot guide latents",
+            "--latent_iter_ratio 0.2 cannot be combined with --guidance SD IF, which cannot guide latents: "
+            "leave it out",
         ),
         (
             {"guidance": ("IF",), "latent_iter_ratio": 0.0, "attention": "cudnn"},

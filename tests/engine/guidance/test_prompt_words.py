@@ -62,7 +62,7 @@ def test_views_and_negative_encoded(caplog) -> None:
     encoded, freed = [], []
     components = SimpleNamespace(
         fit_prompt=lambda text, endings: fit_window(letters, 16, text, endings),
-        embed=lambda texts: encoded.append(texts) or torch.eye(5)[:, None],
+        embed=lambda texts, negative: encoded.append([*texts, negative]) or torch.eye(5)[:, None],
         free_text_encoder=lambda: freed.append(True),
     )
     negative = "n" * 14  # as many as fit beside two markers: nothing comes behind it
