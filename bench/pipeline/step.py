@@ -295,7 +295,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cuda_graph",
         "--cuda-graph",
-        "--cuda-graph",
         "--step_graph",
         action=argparse.BooleanOptionalAction,
         help="time our steps with or without --cuda_graph, instead of a run's choice; give --out as well",

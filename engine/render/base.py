@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.config.sections import RenderConfig
-from dream_fast.engine.geometry.mesh import TensorMesh
+from dream_fast.engine.geometry.mesh import Mesh, TensorMesh
 from dream_fast.engine.scene.camera import Cameras, rays
 from dream_fast.engine.scene.field import Field
 from dream_fast.kernels import Samples
@@ -144,6 +144,10 @@ class Renderer(ABC):
         Its rays and the background are [H, W, 3]. Without `normals` the normals may be 0.
         """
 
+    def mesh(self) -> Mesh | None:
+        """The rendered mesh as it is exported, on the host; None for a field, which has none."""
+        return None
+
     @abstractmethod
     def without_floaters(self) -> AbstractContextManager[None]:
         """Inside the `with` block small parts apart from the object are left out."""
@@ -183,8 +187,7 @@ class Renderer(ABC):
         """
         check_shading(shading)
         images = []
-        for number in range(len(cameras.fovy)):
-            camera = Cameras(*(part[number : number + 1] for part in cameras))
+        for camera in cameras.split():
             origins, directions = (part[0].view(height, width, 3) for part in rays(camera, height, width))
             behind = self._background(directions, background)
             image = self.render_unshaded(camera, origins, directions, behind, normals or shading.mode != "albedo")

@@ -7,12 +7,12 @@ Weights are safetensors only: nothing is unpickled and no code from a model repo
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -83,17 +83,20 @@ class Components:
         return fit_window(self.tokenizer, self.window, text, endings)
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Tensor:
+    def embed(self, prompts: Sequence[str], negative: str | None = None) -> Tensor:
         """Last hidden states [N, T, D] of the text encoder for N prompts, padded or cut to its window of T tokens.
+
+        A `negative` prompt is one more, the last.
 
         Raises ValueError: when the text encoder was freed.
         """
         if self.text_encoder is None:
             raise ValueError("the text encoder was freed: load the model again, or keep_text_encoder=True")
+        prompts = [*prompts] if negative is None else [*prompts, negative]
         if self.t5:
             prompts = [prompt.lower().strip() for prompt in prompts]  # as IF was trained
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
+            prompts, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
         )
         mask = None
         if self.t5 or getattr(self.text_encoder.config, "use_attention_mask", False):
@@ -133,6 +136,10 @@ class Components:
         out = self.unet(noisy.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0].float()
         return out[:, : self.latent_channels] if out.shape[1] > self.latent_channels else out
 
+    def guide_natively(self, guided: Tensor, cond: Tensor) -> Tensor:
+        """Leave the guided output as it is."""
+        return guided
+
     def free_text_encoder(self) -> None:
         """Free the text encoder, which is not needed once the prompts of a run are embedded."""
         self.text_encoder = None
@@ -147,6 +154,16 @@ def choose_source(*, sd_version: str | None = None, hf_key: str | None = None) -
     return MODEL_FOLDER if sd_version is None else SD_VERSIONS[sd_version]
 
 
+class PrepareOptions(TypedDict, total=False):
+    """Options of `prepare_components`."""
+
+    vram_O: bool
+    attention: str
+    previous: AttentionChoice | None
+    compiled: Sequence[str]
+    channels_last: Sequence[str] | None
+
+
 def load_components(
     source: str | Path,
     device: torch.device | str,
@@ -154,10 +171,7 @@ def load_components(
     *,
     kind: str = "SD",
     need_vae_decoder: bool = False,
-    vram_O: bool = False,
-    attention: str = "auto",
-    previous: AttentionChoice | None = None,
-    compiled: Sequence[str] = (),
+    **options: Unpack[PrepareOptions],
 ) -> Components:
     """Load the model at `source`, a folder or a hub name, with weights of `dtype` on `device`, for inference.
 
@@ -166,27 +180,10 @@ def load_components(
 
     Raises UserError: when a file is missing, damaged, unreachable, or of another kind of model.
     """
-    quiet_diffusers()
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-
     device = torch.device(device)
     folder = find_folder(source, kind, half=dtype == torch.float16)
     variants = check_folder(folder, kind, typed_name(str(source)))
-    tokenizer_class, encoder_class = CLIPTokenizer, CLIPTextModel
-    if kind == "IF":
-        check_sentencepiece(folder)
-        tokenizer_class, encoder_class = T5TokenizerFast, T5EncoderModel
-
-    with quiet_progress():
-        tokenizer = _load(tokenizer_class, folder, "tokenizer")
-        scheduler = _load(DDIMScheduler, folder, "scheduler")  # read for its noise schedule, which all kinds share
-        text_encoder = _load_model(encoder_class, folder, "text_encoder", dtype=dtype, variant=variants["text_encoder"])
-        unet = _load_model(UNet2DConditionModel, folder, "unet", torch_dtype=dtype, variant=variants["unet"])
-        vae = None
-        if "vae" in variants:
-            vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
-
+    tokenizer, text_encoder, unet, vae, scheduler = _load_modules(folder, kind, dtype, variants)
     text = text_encoder.config
     longest = IF_TOKENS if kind == "IF" else text.max_position_embeddings
     try:
@@ -212,8 +209,31 @@ def load_components(
         t5=kind == "IF",
         **constants,
     )
-    prepare_components(components, longest, vram_O=vram_O, attention=attention, previous=previous, compiled=compiled)
+    prepare_components(components, longest, **options)
     return components
+
+
+def _load_modules(
+    folder: Path, kind: str, dtype: torch.dtype, variants: Mapping[str, str | None]
+) -> tuple[Any, Any, Any, Any | None, Any]:
+    """Load tokenizer, text encoder, UNet, VAE (None: the model works on pixels) and scheduler on the CPU."""
+    quiet_diffusers()
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    tokenizer_class, encoder_class = CLIPTokenizer, CLIPTextModel
+    if kind == "IF":
+        check_sentencepiece(folder)
+        tokenizer_class, encoder_class = T5TokenizerFast, T5EncoderModel
+    with quiet_progress():
+        tokenizer = _load(tokenizer_class, folder, "tokenizer")
+        scheduler = _load(DDIMScheduler, folder, "scheduler")  # read for its noise schedule, which all kinds share
+        text_encoder = _load_model(encoder_class, folder, "text_encoder", dtype=dtype, variant=variants["text_encoder"])
+        unet = _load_model(UNet2DConditionModel, folder, "unet", torch_dtype=dtype, variant=variants["unet"])
+        vae = None
+        if "vae" in variants:
+            vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
+    return tokenizer, text_encoder, unet, vae, scheduler
 
 
 def prepare_components(
