@@ -289,7 +289,7 @@ def test_grad_clip_rgb(text_guidance, loss_scale):
 
 
 @pytest.mark.parametrize("grad_clip", [-1.0, 1e-3])
-def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
+def test_loss_scale_changes_nothing(text_guidance, grad_clip):
     """A step with a loss scale of 1024 equals one without, bit for bit."""
     weights = {weight_setting(name): 0.25 for name in ("entropy", "opacity", "orient", "tv", "wd", "3d_normal_smooth")}
     trainers = [make_trainer(text_guidance, grad_clip=grad_clip, **CHEAP | weights) for _ in range(2)]
