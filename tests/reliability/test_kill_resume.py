@@ -47,7 +47,7 @@ def test_killed_run_resumes_bit_for_bit(tiny_model):
 
 
 def test_plan_kills_meets_every_stage():
-    """Kills of one run come one after the other, those of a checkpoint at its steps; every signal and output is met."""
+    """Kills of a run are in order, those of a checkpoint at its steps; every signal and output occurs."""
     plans = [plan_kills(random.Random(seed)) for seed in range(200)]
     assert {kill.stage for plan in plans for kill in plan} == {"", *STAGES}
     assert {kill.file for plan in plans for kill in plan} == {"", *OUTPUTS}
@@ -66,7 +66,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_ends_at_once(tmp_path, tiny_model, number):
-    """The process ends by the signal although the step never ends, and the last checkpoint is whole."""
+    """The signal ends the process in a step that never ends, and the last checkpoint is complete."""
     words = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", "trial", "--iters", "4", *TINY]
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", STUCK, *words], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True

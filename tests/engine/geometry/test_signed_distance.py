@@ -1,4 +1,4 @@
-"""The steps of a signed distance, each against an independent truth: boxes of lattice points, distances, crossings."""
+"""The steps of a signed distance, each against independent results: points in boxes, distances, crossings."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def drawn(*size: int) -> Tensor:
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_pairs_all_points(axes: int) -> None:
-    """Every point of a box once, in any pieces; empty boxes have none."""
+    """Every point of a box occurs once, in any chunks; empty boxes have none."""
     first = torch.tensor([[1, 0, 4], [2, 2, 2], [0, 5, 1], [3, 0, 0], [7, 1, 2]])[:, :axes]
     counts = torch.tensor([[2, 3, 1], [0, 2, 2], [1, 1, 3], [2, 2, 0], [3, 1, 2]])[:, :axes]
     expected = []
@@ -52,7 +52,7 @@ def test_pairs_all_points(axes: int) -> None:
 
 
 def test_boxes_points() -> None:
-    """Points on an end count, and none outside of the lattice."""
+    """Points on the border count, and none outside of the lattice."""
     origin, spacing, shape = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([5])  # points at 1, 1.5, ..., 3
     cases = [(1.5, 2.5), (1.6, 2.4), (1.6, 1.9), (0.0, 1.0), (-9.0, 0.9), (3.0, 9.0), (3.1, 9.0), (-9.0, 9.0)]
     low, high = torch.tensor(cases).T[..., None]
@@ -68,7 +68,7 @@ def squared_distances(points: Tensor, corners: Tensor) -> Tensor:
 
 
 def test_squared_distance_closest_point() -> None:
-    """Against trimesh's closest points, near all seven regions of a triangle: inside, edges and corners."""
+    """Distances equal those of trimesh, near all seven regions of a triangle."""
     corners, points = drawn(3000, 3, 3), 1.5 * drawn(3000, 4, 3)[:, 3]
     closest = torch.tensor(trimesh.triangles.closest_point(corners.numpy(), points.numpy()))
     check_fp64("triangles", squared_distances(points, corners), (closest - points).square().sum(1))
@@ -81,7 +81,7 @@ def test_squared_distance_closest_point() -> None:
 
 
 def test_squared_distance_degenerate_triangles() -> None:
-    """Three corners on a line, and all at one place, are at the distance of what they are."""
+    """Triangles that are a line or a point have the distance to it."""
     points, a, b = drawn(3, 500, 3)
     part = torch.linspace(-1, 2, 500, dtype=torch.float64)[:, None]
     on_line = torch.stack([a, b, a + part * (b - a)], 1)
@@ -150,7 +150,7 @@ def within(low: tuple, high: tuple) -> Tensor:
 @pytest.mark.parametrize("pairs", [1 << 20, 3])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_winding_of_lines(axis: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Along each axis: 1 in a box, 2 in two, also where one goes on beyond the lattice; -1 in one inside out."""
+    """Along each axis the number is 1 in a box, 2 in two, and -1 in one that is inside out."""
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     mesh = boxes((LOW, HIGH), SECOND)
     expected = within(LOW, HIGH).long() + within(*SECOND).long()
@@ -162,7 +162,7 @@ def test_winding_of_lines(axis: int, pairs: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_winding_before_the_lattice() -> None:
-    """A box around the whole lattice is entered before its first point and left behind its last one."""
+    """A box around the whole lattice is entered before its first point."""
     around = boxes(((-3.0, -3.0, -3.0), (4.0, 4.0, 4.0)))
     for axis in range(3):
         assert (module._winding_along(around, axis, ORIGIN, SPACING, SHAPE) == 1).all()
@@ -171,7 +171,7 @@ def test_winding_before_the_lattice() -> None:
 @pytest.mark.parametrize("votes", list(itertools.product([1, 0, 2], repeat=3)))
 @pytest.mark.parametrize("turned", [False, True])
 def test_inside_two_of_three_axes(votes: tuple[int, ...], turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often a line is inside; of a mesh that is inside out, how often it is outside."""
+    """A point is inside by two of three axes; in a mesh that is inside out, signs are reversed."""
     mesh = boxes((LOW, HIGH))
     if turned:
         mesh = mesh._replace(faces=mesh.faces.flip(1))
@@ -186,7 +186,7 @@ def test_inside_two_of_three_axes(votes: tuple[int, ...], turned: bool, monkeypa
 
 
 def test_signed_distance_sign() -> None:
-    """Positive inside, negative outside, and the whole `reach` where the mesh is farther."""
+    """It is positive inside, negative outside, and `reach` where the mesh is farther."""
     mesh = boxes((LOW, HIGH))
     got = signed_distance(mesh, ORIGIN, SPACING, SHAPE, 0.125)
     assert torch.equal(got.abs(), distance(mesh, ORIGIN, SPACING, SHAPE, 0.125))
