@@ -76,10 +76,10 @@ UNKNOWN = "the embedded model does not know what "  # the start of the error mes
 _HEAD = """# Coming from stable-dreamfusion
 
 Replace `python main.py` with `dream-fast`. The table lists {count} command lines from the README and the scripts of
-stable-dreamfusion, and their results here. `python -m dream_fast.bench command_lines` ran each of them for {steps} steps
-with dream-mini on a CPU ({machine}, two shared cores, so the seconds are no benchmark), with images of 96 x 96 and 6
-frames. Each ran in its own folder; a line with `--test` ran in the folder of the first. A test keeps the messages
-current. All flags: [options.md](options.md).
+stable-dreamfusion, and their results here. `python -m dream_fast.bench command_lines` ran each of them for {steps}
+steps with dream-mini on a CPU ({machine}, two shared cores, so the seconds are no benchmark), with
+images of 96 x 96 and 6 frames. Each ran in its own folder; a line with `--test` ran in the folder of the first. A test
+keeps the messages current. All flags: [options.md](options.md).
 
 Differences:
 

@@ -15,7 +15,7 @@ from dream_fast.cli import main
 
 
 @pytest.fixture(scope="module")
-def said() -> list[dict]:
+def findings() -> list[Finding]:
     """The findings of the self test in the interpreter, as on a machine without a GPU."""
     return list(doctor.check_kernels(on_gpu=False))
 
@@ -134,11 +134,11 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
 @pytest.mark.parametrize(
     ("machine", "driver", "state", "sentence", "advice"),
     [
-        ({}, None, "note", "no NVIDIA GPU: runs take the CPU", ""),
-        ({"built": "12.8"}, None, "note", "built for CUDA 12.8, which does no harm", ""),
+        ({}, None, "note", "no NVIDIA GPU: runs use the CPU", ""),
+        ({"built": "12.8"}, None, "note", "built for CUDA 12.8, which is harmless", ""),
         ({}, "550.1", "wrong", "this torch is a build for CPUs", "built for CUDA: pytorch.org"),
         ({"built": "13.0", "warning": OLD_DRIVER}, "470.1", "wrong", "driver on your system is too old", "update the"),
-        ({"built": "12.8"}, "550.1", "wrong", "does not start it (it gives no reason)", "--device cpu"),
+        ({"built": "12.8"}, "550.1", "wrong", "cannot use it (no reason given)", "--device cpu"),
         (
             {"built": "12.8", "available": True, "works": False},
             "550.1",

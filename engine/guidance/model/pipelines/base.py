@@ -1,8 +1,8 @@
-"""What the adapters of diffusers' pipelines share: loading in two parts, embedding, and latents of a VAE.
+"""Base class of adapters of diffusers' pipelines: loading in two parts, embedding, and latents of a VAE.
 
 The text encoders of these models are as large as their networks. They are loaded first, embed the prompts of the run
-and are freed before the network and the VAE arrive. The pipeline's own methods embed prompts and arrange latents, so
-that its conventions are its own.
+and are freed before the network and the VAE are loaded. Methods of the pipeline embed prompts and arrange latents, so
+that its conventions are kept.
 """
 
 import json
@@ -74,7 +74,7 @@ class PipelineModel(ABC):
         self.process = self._read_process()
         self.freed = False
 
-    # What a family states
+    # Defined by each family
 
     @abstractmethod
     def sizes(self, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
@@ -93,11 +93,11 @@ class PipelineModel(ABC):
         """Output [B, C, h, w] of the network for latents in its dtype, at timesteps `t` [B] in [0, 1000]."""
 
     def guide_natively(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """Apply to a guided output what the pipeline does beyond classifier-free guidance; `cond` is unguided."""
+        """Apply the pipeline's additional steps after classifier-free guidance; `cond` is the unguided output."""
         return guided
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Latents as the network sees them, from those of the VAE."""
+        """Latents of the network from those of the VAE."""
         settings = self.pipeline.vae.config
         return (latents - (settings.get("shift_factor") or 0.0)) * settings.scaling_factor
 
