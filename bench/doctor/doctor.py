@@ -148,7 +148,9 @@ def kernels_advice(on_gpu: bool) -> tuple[str, str]:
     if not on_gpu:
         return "note", "runs on this CPU do not use Triton's kernels; please report this line with the versions above"
     cache = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
-    advice = f"empty Triton's cache ({cache}) and try again; if it fails again, please report this line with the versions above"
+    advice = (
+        f"empty Triton's cache ({cache}) and try again; if that fails, please report this line and the versions above"
+    )
     return "wrong", f"{advice}; until then use --backbone grid_torch or --device cpu"
 
 
