@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dream_fast.bench.finished_run import load_finished
 from dream_fast.bench.pipeline.mesh_export import SAMPLE_FACTOR, compare_with_field, read_glb, render_normals
-from dream_fast.bench.quality.measures import SOLID, edge_ratio, floaters, part_color, roughness
+from dream_fast.bench.quality.measures import SOLID, edge_ratio, edge_width, floaters, part_color, roughness
 from dream_fast.bench.quality.protocol import SHAPE_SIZE, sides
 from dream_fast.bench.quality.world import make_palette
 from dream_fast.engine.config.schema import Config
@@ -28,13 +28,14 @@ STRIP_VIEWS = (1, 5)  # of the eight azimuths around the object: from the front'
 
 @torch.no_grad()
 def measure_shape(trainer: Trainer) -> dict[str, float | None]:
-    """roughness_deg, edge_ratio and floaters from four sides, of the averaged weights, before anything is cleaned."""
+    """Measure shape from four sides, of the averaged weights, before anything is cleaned: the names in `run.SHAPE`."""
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights():
         view = trainer.renderer.view(sides(trainer.device), SHAPE_SIZE, SHAPE_SIZE, background=black)
     return {
         "roughness_deg": roughness(view.normal, view.opacity),
         "edge_ratio": edge_ratio(view.opacity),
+        "edge_width": edge_width(view.opacity),
         "floaters": floaters(view.opacity),
     }
 

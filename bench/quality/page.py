@@ -18,6 +18,7 @@ BEGIN, END = "<!-- generated: quality -->", "<!-- end: quality -->"
 MEASURES = {  # name -> title
     "roughness_deg": "roughness, degrees",
     "edge_ratio": "edge ratio",
+    "edge_width": "edge width, pixels",
     "floaters": "floaters a view",
     "color_error": "colour error, CIEDE2000",
     "kid": "kernel distance",

@@ -72,7 +72,7 @@ from dream_fast.engine.scene.camera import turntable
 from dream_fast.engine.training.trainer import Trainer
 
 SCORES = ("object", "object_color", "janus", "front", "back")
-SHAPE = ("roughness_deg", "edge_ratio", "floaters")
+SHAPE = ("roughness_deg", "edge_ratio", "edge_width", "floaters")
 MESH = ("mesh_psnr", "mesh_iou", "mesh_roughness_deg")
 ALIASES = {"ism": "sdi"}  # other names of the scores that guide
 SHOWN = ("object", "object_color", "janus_rate", "front_rate", "back_rate", "runs")  # in the table of several scores

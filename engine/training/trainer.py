@@ -77,7 +77,8 @@ class Trainer:
             self.renderer = VolumeRenderer(self.field, config.render)
         networks = [parameter for parameter in self.field.parameters() if parameter is not self.field.table]
         shape = [] if self.shape is None or self.shape.locked else list(self.shape.parameters())
-        self.optimizer = Optimizer(self.field.table, networks, config.optim, shape, config.dmtet.lr_geo)
+        levels = () if self.field.table is None else self.field.spec.grid.offsets[1:]
+        self.optimizer = Optimizer(self.field.table, networks, config.optim, shape, config.dmtet.lr_geo, levels)
         self.scaler = LossScaler(runtime.fp16, runtime.device)
         self.generator = torch.Generator(runtime.device)
         self.schedule = RunProgress(config.run.iters)  # of the learning rate and all schedules
@@ -114,7 +115,7 @@ class Trainer:
             skip=result.overflow,
             inverse_scale=self.scaler.inverse,
             grad_clip=value_at(config.loss.grad_clip, self.step, progress),
-            lr_scale=config.optim.lr_decay**progress,
+            lr_scale=config.optim.lr_scale(progress),
         )
         self._count(result, skipped)
         end_part("optimiser")
@@ -200,12 +201,16 @@ class Trainer:
             self.graphs.clear()
             self._captured_capacity = capacity
 
-        def gradients(varying: tuple[Tensor, dict[str, Tensor]]) -> StepResult:
-            timesteps, scalars = varying
-            return self.gradients(inputs._replace(timesteps=timesteps, scalars=scalars))
+        levels = inputs.active_levels
+        if levels is not None:  # a number would be the same in every replay
+            levels = torch.full((), levels, dtype=torch.int32, device=self.device)
+
+        def gradients(varying: tuple[Tensor, dict[str, Tensor], Tensor | None]) -> StepResult:
+            timesteps, scalars, levels = varying
+            return self.gradients(inputs._replace(timesteps=timesteps, scalars=scalars, active_levels=levels))
 
         graph_key = (inputs.phase, inputs.shading, inputs.background_network)
-        return self.graphs(graph_key, gradients, (inputs.timesteps, inputs.scalars))
+        return self.graphs(graph_key, gradients, (inputs.timesteps, inputs.scalars, levels))
 
     def _light(self, cameras: Cameras) -> Tensor:
         """Unit directions [B, 3] to a light near each camera: its position, moved by one random vector."""

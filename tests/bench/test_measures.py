@@ -13,7 +13,7 @@ from skimage import color as skimage_color
 from dream_fast.bench.accuracy import check_fp64
 from dream_fast.bench.pipeline.mesh_export import TexturedMesh, render_normals
 from dream_fast.bench.quality import looks
-from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, lab, part_color, roughness
+from dream_fast.bench.quality.measures import delta_e, edge_ratio, edge_width, floaters, kid, lab, part_color, roughness
 from dream_fast.bench.quality.protocol import sides
 from dream_fast.engine.render.base import RenderedImages
 
@@ -88,6 +88,18 @@ def test_edge_ratio_is_one_for_smooth_shapes_and_more_for_fur() -> None:
     assert edge_ratio(square) < 1.1
     assert edge_ratio(torch.zeros(1, 8, 8)) is None
     assert edge_ratio(torch.ones(1, 40, 40)) < 1.1  # cut off by the picture's border
+
+
+def test_edge_width_is_that_of_the_ramp() -> None:
+    """A straight edge with a ramp of so many pixels; nothing for a solid object, None without one."""
+    solid = torch.zeros(2, 40, 60)
+    solid[:, :, 30:] = 1.0
+    assert edge_width(solid) == 0
+    ramped = solid.clone()
+    ramped[:, :, 26:34] = torch.linspace(0.0, 1.0, 10)[1:-1]  # 1/9 to 8/9: all eight are partial
+    length = 2 * (40 + 2 * 30 + 40)  # of the rest beyond the edge, the image's border included
+    assert edge_width(ramped) == 2 * 40 * 8 / length
+    assert edge_width(torch.zeros(1, 4, 4)) is None
 
 
 def test_floaters_are_counted_in_each_view() -> None:
@@ -173,6 +185,7 @@ def test_measure_shape() -> None:
     )
     found = looks.measure_shape(trainer)
     assert found["roughness_deg"] == pytest.approx(roughness(*sphere(50)))
+    assert found["edge_width"] == 0
     assert found["floaters"] == 0 and found["edge_ratio"] == pytest.approx(1, abs=0.05)
 
 

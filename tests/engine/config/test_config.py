@@ -304,7 +304,7 @@ def test_compiled_kernels_do_not_repeat_bits():
         reference().override(dict(compile=True, deterministic=True))
 
 
-@pytest.mark.parametrize("other", [{"progressive_level": True}, {"progressive_view": True}])
+@pytest.mark.parametrize("other", [{"progressive_view": True}, {"dmtet": True}])
 def test_cuda_graph_refusals(other):
     """A graph of a step needs steps that launch the same."""
     flag = f"--{next(iter(other))}"
