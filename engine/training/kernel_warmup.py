@@ -1,6 +1,6 @@
 """Compile the Triton kernels of a run before its first step, in parallel.
 
-Triton compiles a kernel at its first launch, one after the other: 15 s for a run with dream-mini and an empty cache.
+Triton compiles a kernel at its first launch, one at a time: 15 s for a run with dream-mini and an empty cache.
 The launches are collected from one step and one image of a spare trainer, in which no kernel is launched.
 """
 
@@ -24,7 +24,7 @@ def collect_launches(config: Config, runtime: Runtime) -> list[Any]:
 
     Kernels of later phases are left out.
     """
-    spare = Trainer(config.override({"cuda_graph": False}), runtime, 0, _no_guidance)
+    spare = Trainer(config.override({"cuda_graph": False, "save_guidance": False}), runtime, 0, _no_guidance)
     sampler = cast(VolumeRenderer, spare.renderer).sampler
     sample = sampler.sample
 

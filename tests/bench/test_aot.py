@@ -132,8 +132,8 @@ def test_resources_by_width():
 @pytest.mark.parametrize(("target", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
 def test_resources_of_products(target, instruction):
     """Matrix instructions of each target are counted."""
-    found = aot.measure_resources(product(64), target)
-    assert found["matrix"].keys() == {instruction} and found["shared"] > 0
+    resources = aot.measure_resources(product(64), target)
+    assert resources["matrix"].keys() == {instruction} and resources["shared"] > 0
 
 
 def test_resources_refuse_rows_outside():
@@ -149,10 +149,10 @@ def test_measure_entry_reports_compile_error(monkeypatch):
     odd, good = recorded(block=1000), recorded()  # no power of two
     short = good._replace(arguments={"x_ptr": torch.empty(16)})
     monkeypatch.setattr(aot, "record_launches", lambda key: [odd, good, short])
-    found = aot.measure_entry("any", "sm_90")
-    assert "power of 2" in found["_scale_kernel"]["error"] and "registers" in found["_scale_kernel 2"]
-    assert "missing 5 required" in found["_scale_kernel 3"]["error"]
-    assert "power of 2" in aot.format_table(found)
+    resources = aot.measure_entry("any", "sm_90")
+    assert "power of 2" in resources["_scale_kernel"]["error"] and "registers" in resources["_scale_kernel 2"]
+    assert "missing 5 required" in resources["_scale_kernel 3"]["error"]
+    assert "power of 2" in aot.format_table(resources)
     assert aot.distinct_kernels(["any", "other"]) == {"any": {"_scale_kernel", "_scale_kernel 2", "_scale_kernel 3"}}
     assert aot.distinct_kernels(["any", "other"], variants=False) == {"any": {"_scale_kernel"}}
 
@@ -196,9 +196,9 @@ def test_differences_of_the_same_kernel(good):
 )
 def test_differences_of_a_worse_kernel(good, field, worse):
     """A planted fault is a difference, with both values."""
-    found = {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(**worse), "sm_90")}}
-    told = aot.find_differences(aot.select_gated(good), aot.select_gated(found))
-    assert any(f"sm_90 a/_scale_kernel: {field} " in line for line in told)
+    resources = {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(**worse), "sm_90")}}
+    differences = aot.find_differences(aot.select_gated(good), aot.select_gated(resources))
+    assert any(f"sm_90 a/_scale_kernel: {field} " in line for line in differences)
 
 
 def test_differences_of_missing_kernels(good):
@@ -212,24 +212,26 @@ def test_differences_of_missing_kernels(good):
 
 
 @pytest.mark.parametrize(
-    ("spills", "found", "told"),
+    ("spills", "resources", "differences"),
     [(112, 110, False), (110, 112, False), (110, 120, True), (110, 0, True), (0, 2, True), (20, 22, True)],
 )
-def test_differences_allow_varying_spills(good, spills, found, told):
+def test_differences_allow_varying_spills(good, spills, resources, differences):
     """ptxas gives the same code another number of them from run to run."""
 
     def row(number):
         return {"sm_90": {"a/_scale_kernel": aot.select_gated(good)["sm_90"]["a/_scale_kernel"] | {"spills": number}}}
 
-    assert bool(aot.find_differences(row(spills), row(found))) == told
+    assert bool(aot.find_differences(row(spills), row(resources))) == differences
 
 
 def test_spilling_forwards():
     """A forward kernel that spills is reported, a backward one is not."""
     spilled = aot.measure_resources(product(128, num_warps=1), "sm_80")  # 512 sums a thread
     assert spilled["spills"] > 0 and spilled["local_bytes"] > 0
-    told = aot.find_spilling_forwards({"sm_90": {"a/_scale_fwd_kernel": spilled, "a/_scale_bwd_kernel": spilled}})
-    assert len(told) == 1 and told[0].startswith("sm_90 a/_scale_fwd_kernel: ")
+    differences = aot.find_spilling_forwards(
+        {"sm_90": {"a/_scale_fwd_kernel": spilled, "a/_scale_bwd_kernel": spilled}}
+    )
+    assert len(differences) == 1 and differences[0].startswith("sm_90 a/_scale_fwd_kernel: ")
 
 
 # --- the gate
@@ -261,8 +263,10 @@ def test_golden_file_is_current(compiled):
     if not GOLDEN.exists() and list(aot.RESULTS.glob("aot-*.json")):
         reason = f"Triton {triton.__version__} has no golden file; another compiler makes other code"
         pytest.skip(reason)  # registers belong to one compiler; the version that CI pins has its file and is compared
-    told = aot.find_differences(aot.load_golden(), aot.select_gated(compiled))
-    assert told == [], "better or worse? If better: python -m dream_fast.bench aot --write\n" + "\n".join(told)
+    differences = aot.find_differences(aot.load_golden(), aot.select_gated(compiled))
+    assert differences == [], "better or worse? If better: python -m dream_fast.bench aot --write\n" + "\n".join(
+        differences
+    )
 
 
 def starts(code: str) -> list[str]:

@@ -64,12 +64,12 @@ def score_views(
     monkeypatch, prompt: str, names: list[str], colors: list[str], views: list[str]
 ) -> dict[str, float | None]:
     """The scores of eight images in which the classifier sees what the lists say."""
-    seen = Predictions(
+    predictions = Predictions(
         torch.tensor([OBJECTS.index(name) for name in names]),
         torch.tensor([SHADES.index(color) for color in colors]),
         torch.tensor([VIEWS.index(view) for view in views]),
     )
-    monkeypatch.setattr(quality, "classify", lambda classifier, images: seen)
+    monkeypatch.setattr(quality, "classify", lambda classifier, images: predictions)
     return assess(None, torch.zeros(AZIMUTHS, 3, 4, 4), prompt)
 
 
@@ -182,9 +182,9 @@ def test_quality_compares_objectives(bench, capsys):
     assert quality.main(words) == 0
     assert bench.made == [("a mug", 0), ("a hat", 0)] * 3
     assert bench.others == [{"iters": 7, "objective": score} for score in ("sds", "sdi", "csd") for _ in range(2)]
-    said = capsys.readouterr().out
-    assert "ism is measured as sdi" in said
-    assert "| sdi | 8.000 |  |  |  |  | 2 | 2 |" in said
+    output = capsys.readouterr().out
+    assert "ism is measured as sdi" in output
+    assert "| sdi | 8.000 |  |  |  |  | 2 | 2 |" in output
     records = json.loads((bench.out / "quality_scores.json").read_text())
     assert list(records) == ["sds", "sdi", "csd"] and records["csd"]["objective"] == "csd"
     for score in records:
@@ -200,7 +200,7 @@ def test_quality_compares_objectives(bench, capsys):
     wrongs = {
         '{"iters": 0}': "--iters must be",
         '{"itres": 7}': "unknown setting: itres",
-        '{"lambda_tv": "1:2"}': "'1:2' is no schedule",
+        '{"lambda_tv": "1:2"}': "'1:2' is not a schedule",
         "[7]": "a JSON object",
         "{": "Expecting",
     }
@@ -261,8 +261,8 @@ def test_contact_sheet(tmp_path):
 def test_command_usage(words, status, capsys):
     """Without a known command the usage lists all of them."""
     assert command.main(words) == status
-    said = capsys.readouterr().out
-    assert said.startswith("usage: ") and all(name in said for name in command.COMMANDS)
+    output = capsys.readouterr().out
+    assert output.startswith("usage: ") and all(name in output for name in command.COMMANDS)
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)

@@ -20,7 +20,7 @@ from dream_fast.bench.ops.cases import FULL, SMALL, SPECS, build, tiny_cases
 from dream_fast.bench.ops.spec import Case, run
 
 CPU = torch.device("cpu")
-ROW = "op case impl mode dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
+ROW = "op case impl mode call dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
 NEVER = 1e6  # seconds: no limit ends what these tests run
 HEAD = "schema gpu driver torch triton git_sha dirty utc copy_rate matmul_rate rows".split()
 
@@ -57,9 +57,9 @@ def test_occupancy_bits():
     """Occupied cells are those whose centre lies in the sphere."""
     bits = inputs.occupancy_bits(CPU)
     x = 2 * torch.rand(4096, 3, generator=torch.Generator().manual_seed(0)) - 1
-    found = kernels.occupancy_query(bits, x, 1.0, inputs.OCCUPANCY)
+    occupied = kernels.occupancy_query(bits, x, 1.0, inputs.OCCUPANCY)
     centre = ((x + 1) * 64).floor().add(0.5) / 64 - 1
-    assert torch.equal(found, centre.norm(dim=1) < inputs.RADIUS) and found.any()
+    assert torch.equal(occupied, centre.norm(dim=1) < inputs.RADIUS) and occupied.any()
 
 
 def test_specs_are_complete():
@@ -207,16 +207,16 @@ def no_rates(monkeypatch):
 
 def test_result_file_schema(tmp_path, capsys):
     """Header and rows have the fields of the schema."""
-    status, found = rows_of(tmp_path, "--op", "composite", "--op", "march")
-    assert status == 0 and list(found) == HEAD
-    assert [(row["op"], row["mode"]) for row in found["rows"]] == [
+    status, record = rows_of(tmp_path, "--op", "composite", "--op", "march")
+    assert status == 0 and list(record) == HEAD
+    assert [(row["op"], row["mode"]) for row in record["rows"]] == [
         ("march", "forward"),
         ("composite", "forward"),
         ("composite", "forward_backward"),
     ]
-    for row in found["rows"]:
+    for row in record["rows"]:
         assert list(row) == ROW
-        assert row["impl"] == "reference" and row["dtype"] == "float32"
+        assert row["impl"] == "reference" and row["dtype"] == "float32" and row["call"] == "eager"
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["median_ms"], rel=0.05, abs=0.01)
         assert row["max_err"] <= row["tol"]
@@ -276,10 +276,10 @@ def test_suite_reports_failures(monkeypatch):
 
 def test_compile_side_by_side(monkeypatch, tmp_path, capsys):
     """Each case is compiled once, by a command that the parser accepts."""
-    asked = []
+    commands = []
 
     def run(command, *, timeout, **_):
-        asked.append(command)
+        commands.append(command)
         assert timeout <= NEVER
         raise subprocess.TimeoutExpired(command, timeout)  # what takes too long is nobody's fault
 
@@ -291,9 +291,9 @@ def test_compile_side_by_side(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(bench.subprocess, "run", run)
         bench.compile_side_by_side(cases, "cpu", NEVER)
-    assert sorted(command[command.index("--op") + 1] for command in asked) == ["composite", "march"]
+    assert sorted(command[command.index("--op") + 1] for command in commands) == ["composite", "march"]
     # The other process takes these words, for the implementation that is named alone.
-    words = asked[0][asked[0].index("kernels") + 1 :]
+    words = commands[0][commands[0].index("kernels") + 1 :]
     assert words[words.index("--impl") + 1] == "compiled"
     out = tmp_path / "rows.json"
     words[words.index("--impl") + 1], words[words.index("--out") + 1] = "reference", str(out)
@@ -333,9 +333,9 @@ def test_time_cpu(monkeypatch):
         now[0] += 0.05 if len(calls) == 3 else 0.002
 
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = measure.time_cpu(call, milliseconds=61)
+    timing = measure.time_cpu(call, milliseconds=61)
     # One to warm up, then 2, 50, 2, 2, 2, 2 and 2 ms.
-    assert len(calls) == 8 and found == pytest.approx((2, 2, 2, False))
+    assert len(calls) == 8 and timing == pytest.approx((2, 2, 2, False))
     measure.time_cpu(call, milliseconds=0)
     assert len(calls) == 8 + 1 + 3  # never fewer than three
     assert measure.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 2.0, 5.0, False)

@@ -120,9 +120,9 @@ def test_answer_requests_times_calls():
     def broken():
         raise OSError("no\nfile")
 
-    asked = [{"prepare": "good"}, {"calls": 2}, {"prepare": "bad"}]
-    told = timing_side.answer_requests(map(json.dumps, asked), {"good": prepare, "bad": broken}, lambda: now[0])
-    assert list(told) == [{"missing": None}, {"seconds": 6.0}, {"missing": "OSError: no file"}]
+    requests = [{"prepare": "good"}, {"calls": 2}, {"prepare": "bad"}]
+    replies = timing_side.answer_requests(map(json.dumps, requests), {"good": prepare, "bad": broken}, lambda: now[0])
+    assert list(replies) == [{"missing": None}, {"seconds": 6.0}, {"missing": "OSError: no file"}]
 
 
 def test_list_workloads():

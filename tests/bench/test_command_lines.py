@@ -80,10 +80,10 @@ def test_run_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"2 steps; `results/turntable.mp4`, `results/six_views.png`; \d+ s", outcome.details)
     assert (tmp_path / "trial" / "results" / "turntable.mp4").exists()
     monkeypatch.setattr(command_lines, "SHORT", "--device cpu --W 8 --H 8 --mcubes_resolution 16".split())
-    looked = run_line(CommandLine("README", "--workspace trial -O --test --six_views"), tmp_path)
-    assert looked.verdict == "works" and "`results/six_views.png`" in looked.details
+    tested = run_line(CommandLine("README", "--workspace trial -O --test --six_views"), tmp_path)
+    assert tested.verdict == "works" and "`results/six_views.png`" in tested.details
     gone = run_line(CommandLine("README", "--workspace gone -O --test"), tmp_path)
-    assert gone == Outcome("refused", "--test needs a run to look at, and --workspace gone holds none")
+    assert gone == Outcome("refused", "--test needs a stored run, but --workspace gone holds none")
 
 
 def test_run_line_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,11 @@ def said() -> list[dict]:
     return list(doctor.check_kernels(on_gpu=False))
 
 
-def test_check_kernels(said):
+def test_check_kernels(findings):
     """Every kernel is right in the interpreter."""
-    (found,) = said
-    assert found.state == "ok"
-    assert {"hash_grid", "march", "render", "adan", "weight_decay"} <= set(found.message.split(": ")[1].split(", "))
+    (finding,) = findings
+    assert finding.state == "ok"
+    assert {"hash_grid", "march", "render", "adan", "weight_decay"} <= set(finding.message.split(": ")[1].split(", "))
 
 
 def test_selftest_catches_faults():
@@ -70,8 +70,8 @@ def test_check_kernels_reports_failures(code, seconds, sentence, monkeypatch):
     """A self test that fails, dies or hangs is a finding with advice."""
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
-    (found,) = doctor.check_kernels(on_gpu=True, seconds=seconds)
-    assert found.state == "wrong" and sentence in found.message and "--backbone grid_torch" in found.advice
+    (finding,) = doctor.check_kernels(on_gpu=True, seconds=seconds)
+    assert finding.state == "wrong" and sentence in finding.message and "--backbone grid_torch" in finding.advice
 
 
 def test_kernels_advice(monkeypatch):
@@ -82,7 +82,7 @@ def test_kernels_advice(monkeypatch):
     (on_gpu,), (on_cpu,) = doctor.check_kernels(on_gpu=True), doctor.check_kernels(on_gpu=False)
     assert (on_gpu.state, on_cpu.state) == ("wrong", "note")
     assert "(/somewhere/else)" in on_gpu.advice and "cache" not in on_cpu.advice
-    assert all("error 1, allowed 0" in found.message and "report" in found.advice for found in (on_gpu, on_cpu))
+    assert all("error 1, allowed 0" in finding.message and "report" in finding.advice for finding in (on_gpu, on_cpu))
 
 
 def test_selftest_of_normals():
@@ -154,8 +154,13 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
 def test_check_gpu(machine, driver, state, sentence, advice, monkeypatch):
     """Findings for GPUs that work, are too old, or do not start."""
     monkeypatch.setattr(doctor, "find_driver", lambda: driver)
-    found = doctor.check_gpu(fake_torch(**machine))
-    assert found.state == state and sentence in found.message and advice in found.advice and "\n" not in found.message
+    finding = doctor.check_gpu(fake_torch(**machine))
+    assert (
+        finding.state == state
+        and sentence in finding.message
+        and advice in finding.advice
+        and "\n" not in finding.message
+    )
 
 
 def test_missing_libraries(monkeypatch):
@@ -166,8 +171,12 @@ def test_missing_libraries(monkeypatch):
     assert doctor.check_triton(on_gpu=False).state == "note"
     missing = doctor.check_triton(on_gpu=True)
     assert missing.state == "wrong" and "pip install triton" in missing.advice
-    found = {found.message.split()[1]: found for found in doctor.check_attention(torch, torch.device("cpu"))}
-    assert found["sdpa"].state == "ok" and found["xformers"].state == "note" and "xformers" in found["xformers"].advice
+    finding = {finding.message.split()[1]: finding for finding in doctor.check_attention(torch, torch.device("cpu"))}
+    assert (
+        finding["sdpa"].state == "ok"
+        and finding["xformers"].state == "note"
+        and "xformers" in finding["xformers"].advice
+    )
 
 
 def test_run_without_triton(tmp_path, tiny_model):
@@ -179,10 +188,10 @@ def test_run_without_triton(tmp_path, tiny_model):
     )
     words += " --max_resolution 32 --log2_hashmap_size 8 --occupancy_resolution 16 --dataset_size_test 1 --max_steps 32"
     words += " --dataset_size_valid 1 --six_views"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", "-c", code, "--text", "a hamburger", *words.split()], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "done in" in done.stdout, done.stderr
+    assert process.returncode == 0 and "done in" in process.stdout, process.stderr
 
 
 def test_torch_does_not_load(monkeypatch):
@@ -192,17 +201,17 @@ def test_torch_does_not_load(monkeypatch):
         raise OSError("libcudart.so.12: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "import_module", broken)
-    found = list(doctor.make_findings())[-1]
-    assert found.state == "wrong" and "libcudart.so.12" in found.message and "reinstall" in found.advice
+    finding = list(doctor.make_findings())[-1]
+    assert finding.state == "wrong" and "libcudart.so.12" in finding.message and "reinstall" in finding.advice
 
 
 def test_main_prints_findings(monkeypatch, capsys):
     """Findings are printed, and the status is 1 if one is wrong."""
-    for found, status in ((Finding("note", "no GPU"), 0), (Finding("wrong", "no torch", "pip install torch"), 1)):
-        monkeypatch.setattr(doctor, "make_findings", lambda found=found: iter([Finding("ok", "fine"), found]))
+    for finding, status in ((Finding("note", "no GPU"), 0), (Finding("wrong", "no torch", "pip install torch"), 1)):
+        monkeypatch.setattr(doctor, "make_findings", lambda finding=finding: iter([Finding("ok", "fine"), finding]))
         assert main(["--doctor"]) == status
         out = capsys.readouterr().out
-        assert found.message in out and found.advice in out
+        assert finding.message in out and finding.advice in out
         assert ("ready for a run" in out) == (status == 0)
 
 

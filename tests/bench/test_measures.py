@@ -59,10 +59,10 @@ def test_roughness_grows_with_noise_as_it_should() -> None:
     flat[..., 2] = 1.0
     # Two tangent components of deviation s each: the angle to the mean has the mean s sqrt(pi / 2) sqrt(8 / 9).
     deviation = 2.0 / math.sqrt(2)
-    wanted = deviation * math.sqrt(math.pi / 2) * math.sqrt(8 / 9)
-    found = roughness(noisy(flat, 2.0), opacity)
+    expected = deviation * math.sqrt(math.pi / 2) * math.sqrt(8 / 9)
+    result = roughness(noisy(flat, 2.0), opacity)
     pixels = (opacity > 0).sum().item()
-    assert abs(found / wanted - 1) < 5 / math.sqrt(pixels)  # of the sampling, five deviations at least
+    assert abs(result / expected - 1) < 5 / math.sqrt(pixels)  # of the sampling, five deviations at least
     assert roughness(noisy(normal, 20.0), opacity) > 10 * roughness(normal, opacity)
 
 
@@ -87,7 +87,7 @@ def test_edge_ratio_is_one_for_smooth_shapes_and_more_for_fur() -> None:
     assert edge_ratio(furry) - edge_ratio(square) == pytest.approx(20 * 2 * 10 / (4 * 60), rel=0.1)
     assert edge_ratio(square) < 1.1
     assert edge_ratio(torch.zeros(1, 8, 8)) is None
-    assert edge_ratio(torch.ones(1, 40, 40)) < 1.1  # cut off by the picture's border
+    assert edge_ratio(torch.ones(1, 40, 40)) < 1.1  # cut off by the image's border
 
 
 def test_edge_width_is_that_of_the_ramp() -> None:
@@ -121,10 +121,10 @@ def test_delta_e_is_that_of_skimage() -> None:
     first[:200] = first[:200, :1]  # gray
     second[100:300] = second[100:300, :1]
     second[300:600] = np.clip(first[300:600] + rng.normal(0, 0.01, (300, 3)), 0, 1)
-    found = delta_e(torch.from_numpy(first), torch.from_numpy(second)).numpy()
+    result = delta_e(torch.from_numpy(first), torch.from_numpy(second)).numpy()
     # From our L*a*b*: the hue of a gray is rounding alone.
     both = (lab(torch.from_numpy(colors)).numpy() for colors in (first, second))
-    assert found == pytest.approx(skimage_color.deltaE_ciede2000(*both))
+    assert result == pytest.approx(skimage_color.deltaE_ciede2000(*both))
     # Near black skimage has the rounded constants of an older text.
     bright = first[(first > 0.1).all(1)]
     check_fp64("lab", lab(torch.from_numpy(bright)), torch.from_numpy(skimage_color.rgb2lab(bright)))
@@ -183,10 +183,10 @@ def test_measure_shape() -> None:
     trainer = SimpleNamespace(
         device="cpu", optimizer=SimpleNamespace(ema_weights=ema_weights), renderer=SimpleNamespace(view=view)
     )
-    found = looks.measure_shape(trainer)
-    assert found["roughness_deg"] == pytest.approx(roughness(*sphere(50)))
-    assert found["edge_width"] == 0
-    assert found["floaters"] == 0 and found["edge_ratio"] == pytest.approx(1, abs=0.05)
+    result = looks.measure_shape(trainer)
+    assert result["roughness_deg"] == pytest.approx(roughness(*sphere(50)))
+    assert result["edge_width"] == 0
+    assert result["floaters"] == 0 and result["edge_ratio"] == pytest.approx(1, abs=0.05)
 
 
 def test_mesh_normals() -> None:
@@ -208,5 +208,5 @@ def test_measure_color() -> None:
     images = torch.full((2, 3, 16, 16), 0.75)
     images[:, :, 4:12, 4:12] = torch.tensor([0.15, 0.80, 0.82])[:, None, None]
     images[:, :, 8:12, 4:12] = torch.tensor([0.9, 0.05, 0.05])[:, None, None]
-    found = looks.measure_color(images, "a red robot", 0.75)
-    check_fp64("red", torch.tensor(found).double(), torch.tensor([0.9, 0.05, 0.05]).double())
+    result = looks.measure_color(images, "a red robot", 0.75)
+    check_fp64("red", torch.tensor(result).double(), torch.tensor([0.9, 0.05, 0.05]).double())

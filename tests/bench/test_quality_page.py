@@ -24,9 +24,9 @@ PROBES = {"a striped mug": Probe(torch.ones(2, 5), torch.zeros(2), 0.5)}
 
 
 def record(**result: float) -> dict:
-    look = {"result": {"roughness_deg": 8.0, **result}, "world": {"roughness_deg": 2.5}}
+    measures = {"result": {"roughness_deg": 8.0, **result}, "world": {"roughness_deg": 2.5}}
     about = {"runs": 2, "device": "a GPU", "commit": "abc", "utc": "2026-11-29T00:00:00Z", "object": 0.5}
-    return about | {"look": look, "held_out": {"runs": 0}, "held_out_look": {"result": {}}}
+    return about | {"look": measures, "held_out": {"runs": 0}, "held_out_look": {"result": {}}}
 
 
 def test_table_columns() -> None:
@@ -86,30 +86,30 @@ def test_make_scenes(prompt: str) -> None:
     assert (delta_e(palette[1:], palette[0]) > world.SAME).all()
     paints = main_colors(prompt)
     assert len(paints) == PAINTS
-    own = color_error(paints, paints)
-    assert 0 < own < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
+    spread = color_error(paints, paints)
+    assert 0 < spread < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
 
 
 def test_read_world_by_prompt(tmp_path) -> None:
     """In the order asked for; not for a prompt that is not there, nor for features of another classifier."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, 3, 5), (2, 3)]
-    look = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
+    stored = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
     path = tmp_path / "world.safetensors"
     assert world.read_world(["a mug"], path) is None
     probes = {"a striped mug": Probe(torch.rand(2, 5, generator=generator), torch.rand(2, generator=generator), 0.75)}
     assert world.read_probes(path) == {}
-    world.write_world(path, ["a mug", "a hat"], look, probes)
-    found = world.read_world(["a hat", "a mug"], path)
-    assert torch.equal(found.shapes, look.shapes.flip(0))
-    assert torch.equal(found.features, look.features.half().float().flip(0))
+    world.write_world(path, ["a mug", "a hat"], stored, probes)
+    read = world.read_world(["a hat", "a mug"], path)
+    assert torch.equal(read.shapes, stored.shapes.flip(0))
+    assert torch.equal(read.features, stored.features.half().float().flip(0))
     assert world.read_world(["a cat"], path) is None
     (probe,) = world.read_probes(path).values()
     assert all(torch.equal(*both) for both in zip(probe[:2], probes["a striped mug"][:2], strict=True))
     assert probe.accuracy == 0.75
-    own = world_summary(found)
-    assert own["roughness_deg"] == pytest.approx(look.shapes[:, 0].mean().item())
-    assert own.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
+    summary = world_summary(read)
+    assert summary["roughness_deg"] == pytest.approx(stored.shapes[:, 0].mean().item())
+    assert summary.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
 
 
 def test_read_world_of_another_classifier(tmp_path, monkeypatch) -> None:

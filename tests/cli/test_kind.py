@@ -100,28 +100,28 @@ def test_module_is_the_command(tmp_path):
         (["--text", "a cat", "--sd_version", "1.4"], "--hf_key CompVis/stable-diffusion-v1-4"),
         (["--text", "a cat", "--device", "1"], "--device cuda:1"),
         (["--text", "a cat", "--device", "mps"], "leave --device out"),
-        (["--text", "a cat", "--seed", "-1"], "a seed is drawn where --seed is left out"),
-        (["train", "--text", "a cat"], "no commands here; flags stand alone"),
+        (["--text", "a cat", "--seed", "-1"], "leave --seed out to draw one"),
+        (["train", "--text", "a cat"], "no commands here; begin with --text"),
         (["export", "--workspace", "x"], "--save_mesh"),
         (["--text", "a cat", "--save_mesh", "True"], "--no-save_mesh turns it off"),
         (["--text", "a cat", "--fp16=false"], "--fp16 takes no value, so not 'false': --no-fp16 turns it off"),
-        (["\u2014text", "a cat"], "a dash that is no hyphen"),
+        (["\u2014text", "a cat"], "a dash that is not a hyphen"),
         (["--text", "\u201ca", "cat\u201d"], "straight quotes"),
         (["--text", "a cat", "--zero123-config", "x"], UNSUPPORTED_FLAGS["--zero123_config"]),
     ],
 )
 def test_flag_of_another_program_is_answered(words, flag, capsys):
     """What other programs call it is refused with what does the same here, and with no other suggestion."""
-    said = refusal(capsys, words)
-    assert flag in said and "did you mean" not in said
+    message = refusal(capsys, words)
+    assert flag in message and "did you mean" not in message
 
 
 def test_tables_of_other_programs_are_sound():
     """No name is ours, none stands twice, and every flag that an answer names is one that the command takes."""
-    ours = set(build_parser()._option_string_actions)
+    flags = set(build_parser()._option_string_actions)
     names = [name for names in other_programs.ANSWERS for name in names.split()]
     assert len(names) == len(set(names)) and names == list(map(other_programs.plain_name, names))
-    assert not {other_programs.plain_name(flag) for flag in ours} & set(names)
+    assert not {other_programs.plain_name(flag) for flag in flags} & set(names)
     assert not {other_programs.plain_name(flag) for flag in UNSUPPORTED_FLAGS} & set(names)
     answers = [
         *other_programs.FLAGS.values(),
@@ -130,9 +130,9 @@ def test_tables_of_other_programs_are_sound():
         *other_programs.VALUES.values(),
     ]
     for answer in answers:
-        assert set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", answer)) <= ours, answer
+        assert set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", answer)) <= flags, answer
         assert "|" not in answer
-    assert {flag for flag, _ in other_programs.VALUES} <= ours
+    assert {flag for flag, _ in other_programs.VALUES} <= flags
     assert not set(other_programs.VALUES) & set(UNSUPPORTED_VALUES)
 
 
@@ -191,7 +191,7 @@ def test_slips_are_counted_as_they_are_made():
 def test_foreign_syntax_noted(prompt, shown, advice, capsys):
     """It is read as words, and a note names it and what to do, for each prompt and for the negative one."""
     (note,) = foreign_syntax(prompt)
-    assert note.startswith(f'"{shown}" has no meaning of its own here') and advice in note
+    assert note.startswith(f'"{shown}" has no special meaning and is read as words') and advice in note
     words = ["--print-config", "--device", "cpu", "--hf_key", "x", "--text"]
     assert main([*words, prompt]) == 0
     assert capsys.readouterr().err == f"dream-fast: note: --text: {note}\n"
@@ -252,8 +252,8 @@ def test_workspace_that_may_only_be_read(finished, tmp_path, capsys, monkeypatch
     for path in (finished, finished / "results", finished / "log.txt"):
         # Root may write everywhere, so a mode bit would show nothing.
         monkeypatch.setattr("os.access", lambda name, mode, path=path: name != path and allowed(name, mode))
-        said = refusal(capsys, words)
-        assert f"no permission to write {'in ' * path.is_dir()}{path}; --output FOLDER takes the outputs" in said
+        message = refusal(capsys, words)
+        assert f"no permission to write {'in ' * path.is_dir()}{path}; --output FOLDER writes the outputs" in message
         assert main([*words, "--output", str(tmp_path / "look")]) == 0
     assert "--output" not in refusal(capsys, ["--text", "a cat", "--workspace", str(finished), *SMALL])
 
@@ -269,8 +269,8 @@ def test_output_folder_occupied(finished, tmp_path, capsys):
     (tmp_path / "mine" / "config.json").write_text('{"model_type": "bert"}')
     assert "config.json cannot be used" in refusal(capsys, [*words, str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "results" / "front.png").read_text() == "mine"
-    said = refusal(capsys, ["--text", "a cat", "--output", str(tmp_path / "new"), "--device", "cpu"])
-    assert said == "--output goes with --test only: a run writes everything to its --workspace"
+    message = refusal(capsys, ["--text", "a cat", "--output", str(tmp_path / "new"), "--device", "cpu"])
+    assert message == "--output works only with --test: a run writes everything to its --workspace"
 
 
 # ---------------------------------------------------------------------------------------------------------- which GPU
@@ -378,11 +378,11 @@ sys.stdin.read()
 
 def test_lock_without_disk_locks(tmp_path, no_locks):
     """The second process is told who holds the workspace; the end of the first, also by a signal, lets it in."""
-    own = lock.Lock(tmp_path)
-    assert own.is_valid() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
+    held = lock.Lock(tmp_path)
+    assert held.is_valid() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
     with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
         lock.Lock(tmp_path)
-    own.release()
+    held.release()
     assert not any(tmp_path.iterdir())
     with subprocess.Popen(
         [sys.executable, "-P", "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -396,17 +396,17 @@ def test_lock_without_disk_locks(tmp_path, no_locks):
 
 def test_lease_taken_over(tmp_path, no_locks, monkeypatch, caplog):
     """A lease that nobody renews is taken over; one that is renewed keeps the workspace."""
-    own = lock.Lock(tmp_path)
+    held = lock.Lock(tmp_path)
     monkeypatch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
     with pytest.raises(UserError, match="is in use by process"):
         lock.Lock(tmp_path)
     assert "waiting up to 1 s in case it has ended" in caplog.text
-    own.release()
+    held.release()
     record = f"filelock/2\npid=1\nhost=node7\nmode=lease\ntoken={'a' * 32}\nduration=0.5\n"
     (tmp_path / lock.LEASE).write_text(record)
-    own = lock.Lock(tmp_path)
+    held = lock.Lock(tmp_path)
     assert "process 1 on node7 holds the workspace" in caplog.text
-    own.release()
+    held.release()
 
 
 def test_run_goes_on_where_nothing_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
@@ -423,8 +423,8 @@ def test_run_goes_on_where_nothing_locks(finished, tmp_path, no_locks, monkeypat
     (tmp_path / "link").symlink_to(tmp_path / "trial")
     words[-1] = str(tmp_path / "link")
     assert main([*words, "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("has no locks") == 1 and "take care that no other run works in this workspace" in said
+    output = capsys.readouterr().out
+    assert output.count("has no locks") == 1 and "take care that no other run works in this workspace" in output
     assert not [path for path in (tmp_path / "trial").iterdir() if path.name.startswith(".lock")]
 
 
@@ -447,8 +447,8 @@ def test_number_out_of_range(name, values, capsys):
 
     Where an earlier run in this process flushes subnormals to zero, 5e-324 is no more than 0.
     """
-    said = refusal(capsys, ["--text", "a cat", "--device", "cpu", "--print-config", f"--{name}", *values])
-    assert re.match(rf"--{name} (must be (at most|at least|more than) [\d.e+-]+, not |is too large a number)", said)
+    message = refusal(capsys, ["--text", "a cat", "--device", "cpu", "--print-config", f"--{name}", *values])
+    assert re.match(rf"--{name} (must be (at most|at least|more than) [\d.e+-]+, not |is too large a number)", message)
 
 
 @pytest.mark.parametrize(

@@ -103,20 +103,20 @@ def test_a_run_writes_everything(finished, tiny_model):
 
 def test_file_settings_reach_steps(tiny_model, tmp_path, monkeypatch):
     """Cameras phases and prompts of a file of arguments reach the steps."""
-    wanted = "--jitter_pose --progressive_view --exp_start_iter 1 --exp_end_iter 3 --angle_front 60 --angle_overhead 20"
-    (tmp_path / "cameras.txt").write_text(f"# how a run looks at its object\n{wanted} --view_blend 40\n")
-    more, seen = ["--file", str(tmp_path / "cameras.txt"), "--latent_iter_ratio", "0.5"], []
+    words = "--jitter_pose --progressive_view --exp_start_iter 1 --exp_end_iter 3 --angle_front 60 --angle_overhead 20"
+    (tmp_path / "cameras.txt").write_text(f"# how a run looks at its object\n{words} --view_blend 40\n")
+    more, steps = ["--file", str(tmp_path / "cameras.txt"), "--latent_iter_ratio", "0.5"], []
     embeddings = PromptEmbeddings.embeddings
 
     def spied(self, azimuth, polar, angles):
-        seen.append((float(polar), tuple(angles)))
+        steps.append((float(polar), tuple(angles)))
         return embeddings(self, azimuth, polar, angles)
 
     monkeypatch.setattr(PromptEmbeddings, "embeddings", spied)
     assert main(command(tmp_path / "trial", tiny_model, *more)) == 0
-    assert [angles for _, angles in seen] == [(20.0, 40.0, 60.0)] * 4
+    assert [angles for _, angles in steps] == [(20.0, 40.0, 60.0)] * 4
     # The first two cameras come from a fifth of the range around the default of 90, and jitter adds to that.
-    assert all(75 < polar < 100 and polar != 90 for polar, *_ in seen[:2])
+    assert all(75 < polar < 100 and polar != 90 for polar, *_ in steps[:2])
     rows = [json.loads(row)["phase"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
     assert rows == ["latent", "shaded"]
     assert main(["--test", "--workspace", str(tmp_path / "trial"), "--six_views", "--default_polar", "60"]) == 0
@@ -131,20 +131,20 @@ def test_vanilla_run_whole(tmp_path, tiny_model, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*start, str(whole), "--iters", "4"]) == 0
     assert [main([*start, str(parts), "--iters", iters]) for iters in ("2", "4")] == [0, 0]
-    found, again = contents(whole), contents(parts)
-    assert {"results/turntable.mp4", "results/six_views.png", "validation/step_000004.png"} <= found.keys()
+    files, again = contents(whole), contents(parts)
+    assert {"results/turntable.mp4", "results/six_views.png", "validation/step_000004.png"} <= files.keys()
     mesh = trimesh.load(whole / "mesh" / "mesh.glb", force="mesh")
     mesh.merge_vertices(merge_tex=True, merge_norm=True)
     assert mesh.is_watertight
-    assert found.keys() <= again.keys()
+    assert files.keys() <= again.keys()
     (whole / "results" / "front.png").unlink()
     assert main(["--test", "-O2", "--six_views", "--workspace", str(whole)]) == 0
-    assert contents(whole)["results/front.png"] == found["results/front.png"]
+    assert contents(whole)["results/front.png"] == files["results/front.png"]
 
     assert "--backbone vanilla, not grid" in refused(capsys, command(whole, tiny_model))
     checkpoint = str(whole / "checkpoints" / "step_000004.safetensors")
-    said = refused(capsys, command(tmp_path / "new", tiny_model, "--ckpt", checkpoint))
-    assert said.endswith("is of another architecture: backbone vanilla there, grid here")
+    message = refused(capsys, command(tmp_path / "new", tiny_model, "--ckpt", checkpoint))
+    assert message.endswith("is of another architecture: backbone vanilla there, grid here")
     assert not (tmp_path / "new").exists()
 
 
@@ -155,8 +155,8 @@ def test_no_surface_costs_mesh(copy, tiny_model, capsys, monkeypatch):
     (copy / "report.html").unlink()
     before = contents(copy / "checkpoints")
     monkeypatch.setattr(Field, "density", lambda self, x, **_: torch.zeros(len(x)))
-    said = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"])
-    assert said.endswith("the field's density is the same everywhere, so it has no surface to export")
+    message = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"])
+    assert message.endswith("the field's density is the same everywhere, so it has no surface to export")
     assert contents(copy / "checkpoints") == before and not list(copy.glob("mesh/*"))
     assert (copy / "results" / "turntable.mp4").exists() and (copy / "report.html").exists()
 
@@ -169,8 +169,8 @@ def test_full_disk_at_mesh(copy, capsys, monkeypatch):
         raise OSError(28, "No space left on device", str(copy / "mesh" / ".mesh.writing.obj"))
 
     monkeypatch.setattr("dream_fast.engine.export.mesh_files._obj", full)
-    said = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--six_views", "--device", "cpu"])
-    assert "there is no room left" in said and "the checkpoint of step 4 is whole" in said
+    message = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--six_views", "--device", "cpu"])
+    assert "no space is left" in message and "the checkpoint of step 4 is complete" in message
     assert contents(copy / "checkpoints") | contents(copy / "mesh") == before
 
 
@@ -188,7 +188,7 @@ def test_finished_run_writes_missing(copy, tiny_model, capsys):
 
 
 def test_missing_view_written(copy, tiny_model):
-    """A missing picture of the six views is written again."""
+    """A missing image of the six views is written again."""
     before = contents(copy)
     for name in ("top_normal.png", "six_views.png"):
         (copy / "results" / name).unlink()
@@ -249,15 +249,15 @@ def test_resumed_attention(tmp_path, tiny_model, monkeypatch, capsys):
     from dream_fast.engine.guidance.model.attention import OPERATORS
 
     monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=OPERATORS["sdpa"]))
-    for more, said in (
+    for more, note in (
         (["--attention", "xformers", "--iters", "1"], "xformers"),
         (["--iters", "2"], "xformers"),
         (["--iters", "3", "--attention", "sdpa"], "sdpa"),
         (["--iters", "4"], "sdpa"),
     ):
         assert main(command(tmp_path, tiny_model, "--six_views", *more)) == 0
-        assert f"(attention {said})" in capsys.readouterr().out
-        assert json.loads((tmp_path / "manifest.json").read_text())["runs"][-1]["attention"] == said
+        assert f"(attention {note})" in capsys.readouterr().out
+        assert json.loads((tmp_path / "manifest.json").read_text())["runs"][-1]["attention"] == note
 
 
 def test_unknown_words_by_model(tmp_path, tiny_model, monkeypatch):
@@ -352,8 +352,8 @@ def test_ckpt_elsewhere_refused(copy, finished, tiny_model, capsys):
     sentence = refused(capsys, command(copy, tiny_model, "--iters", "6", "--ckpt", elsewhere))
     assert "would replace the run" in sentence and "leave it out" in sentence
     assert contents(copy) == before
-    own = str(copy / "checkpoints" / "step_000004.safetensors")
-    assert main(command(copy, tiny_model, "--iters", "5", "--ckpt", own)) == 0
+    checkpoint = str(copy / "checkpoints" / "step_000004.safetensors")
+    assert main(command(copy, tiny_model, "--iters", "5", "--ckpt", checkpoint)) == 0
 
 
 def test_damaged_manifest_refused(copy, tiny_model, capsys):
@@ -397,11 +397,14 @@ def test_damaged_newest_checkpoint_falls_back(copy, tiny_model, capsys):
         metrics.write("junk\n")
     capsys.readouterr()
     assert main(["--test", "--six_views", "--workspace", str(copy)]) == 0  # looking changes nothing
-    assert newest.exists() and "goes back to step_000004.safetensors" in capsys.readouterr().out
+    assert newest.exists() and "the run resumes from step_000004.safetensors" in capsys.readouterr().out
     assert main(longer) == 0
-    said = capsys.readouterr().out
-    assert f"warning: the checkpoint {newest} is damaged" in said and "goes back to step_000004.safetensors" in said
-    assert "goes back to step_000004.safetensors" in (copy / "log.txt").read_text() and "cannot be read" in said
+    output = capsys.readouterr().out
+    assert f"warning: the checkpoint {newest} is damaged" in output
+    assert "the run resumes from step_000004.safetensors" in output
+    assert (
+        "the run resumes from step_000004.safetensors" in (copy / "log.txt").read_text() and "cannot be read" in output
+    )
     assert [json.loads(row)["step"] for row in (copy / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
     assert newest.read_bytes() == whole  # reached once more
     assert newest.with_name("damaged_step_000006.safetensors").exists()

@@ -56,10 +56,10 @@ def sentence(capsys) -> str:
 
 
 def test_the_second_process_on_a_workspace_is_told_who_holds_it(tmp_path, tiny_model, monkeypatch, capsys):
-    seen = []
-    at_step(monkeypatch, 3, lambda: seen.append(main(command(tmp_path / "trial", tiny_model))))
+    messages = []
+    at_step(monkeypatch, 3, lambda: messages.append(main(command(tmp_path / "trial", tiny_model))))
     assert main(command(tmp_path / "trial", tiny_model)) == 0
-    assert seen == [2]
+    assert messages == [2]
     error = capsys.readouterr().err
     assert f"is in use by process {os.getpid()} on " in error and "choose another --workspace" in error
     assert not (tmp_path / "trial" / LOCK).exists()
@@ -78,8 +78,8 @@ def test_looking_at_a_run_that_goes_on_is_refused_too(tmp_path, tiny_model, caps
 def test_a_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
     imported = "import sys, os, pathlib; from dream_fast.engine.workspace.lock import Lock"
     code = f"{imported}; Lock(pathlib.Path(sys.argv[1])); os.kill("
-    done = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
-    assert done.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
+    process = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
+    assert process.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
     lock = Lock(tmp_path)
     assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
     lock.release()
@@ -168,7 +168,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
     )
     error = process.stderr.strip().splitlines()[-1]
     assert process.returncode == 2 and "Traceback" not in process.stderr
-    assert "there is no room left for --workspace" in error and "step 2 is whole" in error
+    assert "no space is left for --workspace" in error and "step 2 is complete" in error
     assert [path.name for path in list_checkpoints(tmp_path / "trial" / "checkpoints")] == ["step_000002.safetensors"]
     assert main(words) == 0
     rows = [json.loads(row)["step"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
@@ -191,7 +191,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_really_full(small_disk, tiny_model, often, capsys):
     assert main(command(small_disk / "trial", tiny_model)) == 2
     error = sentence(capsys)
-    assert "there is no room left for --workspace" in error and "(No space left on device)" in error
+    assert "no space is left for --workspace" in error and "(No space left on device)" in error
     assert not list(small_disk.rglob("*.writing*"))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert main(command(small_disk / "trial", tiny_model)) == 2

@@ -69,13 +69,13 @@ def flags(words: list[str]) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([*words, "--print-config"])
-    said = err.getvalue()
-    assert escape_controls(said.replace("\n", "")) == said.replace("\n", "") and len(said) < 20_000
+    output = err.getvalue()
+    assert escape_controls(output.replace("\n", "")) == output.replace("\n", "") and len(output) < 20_000
     if status == 0:
         command = reproduce_command(Config.from_dict(json.loads(out.getvalue())))
         assert escape_controls(command) == command and shlex.split(command)
     else:
-        assert status == 2 and said.splitlines()[-1].startswith("dream-fast: error: ")
+        assert status == 2 and output.splitlines()[-1].startswith("dream-fast: error: ")
 
 
 def argument_file(content: str) -> None:
@@ -202,8 +202,8 @@ def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
     from hypothesis import seed as seeded
 
     guard, counts = Guard(folder), {}
-    made, told = strategies(), targets(folder)
-    for name, target in told.items():
+    made, feeders = strategies(), targets(folder)
+    for name, target in feeders.items():
         counts[name] = 0
 
         def one(data: object) -> None:
@@ -217,7 +217,7 @@ def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
                 guard.armed = False
 
         options = settings(
-            max_examples=inputs // len(told),
+            max_examples=inputs // len(feeders),
             deadline=None,
             database=None,
             phases=[Phase.generate, Phase.shrink],

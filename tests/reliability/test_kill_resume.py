@@ -40,9 +40,9 @@ TINY = """
 def test_killed_run_resumes_bit_for_bit(tiny_model):
     """`python -m dream_fast.bench kill_resume` with fewer runs, by its old name."""
     command = [sys.executable, "-P", "-m", "dream_fast.bench", "kills", "--times", "3", "--seed", "5"]
-    done = subprocess.run([*command, "--hf_key", str(tiny_model)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"killed": 3, "different": 0}
+    process = subprocess.run([*command, "--hf_key", str(tiny_model)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == {"killed": 3, "different": 0}
 
 
 def test_plan_kills_meets_every_stage():

@@ -101,10 +101,10 @@ def test_debugger_stops_run(tmp_path):
         client.receive("event", "initialized")
         places = {run: line_of(run, "Loop(trainer, workspace"), trainer: line_of(trainer, "self.step += 1")}
         for module, number in places.items():
-            source, wanted = {"path": module.__file__}, {"line": number}
+            source, breakpoint_ = {"path": module.__file__}, {"line": number}
             if module is trainer:
-                wanted["condition"] = "self.step == 1"
-            (set_,) = client.ask("setBreakpoints", source=source, breakpoints=[wanted])["breakpoints"]
+                breakpoint_["condition"] = "self.step == 1"
+            (set_,) = client.ask("setBreakpoints", source=source, breakpoints=[breakpoint_])["breakpoints"]
             assert set_["verified"]
         client.ask("configurationDone")
         for module, number in places.items():

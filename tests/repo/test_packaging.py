@@ -70,8 +70,8 @@ TESTS = [*(ROOT / "tests").rglob("*.py"), *(path for path in OWN if path.name.st
 def test_imports_declared():
     """What the package imports is installed with it, and what the tests import besides with the extra `test`."""
     needs = declared(PROJECT["dependencies"])
-    ours = imported([path for path in OWN if path not in TESTS])
-    assert {"torch", "pillow", "fast-simplification"} <= ours <= needs
+    imports_of_package = imported([path for path in OWN if path not in TESTS])
+    assert {"torch", "pillow", "fast-simplification"} <= imports_of_package <= needs
     assert imported(TESTS) <= needs | declared(PROJECT["optional-dependencies"]["test"])
 
 
@@ -94,8 +94,8 @@ def wheel(tmp_path_factory) -> Path:
     for top in (*PACKAGES, "tests"):
         shutil.copytree(ROOT / top, source / top, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert process.returncode == 0, process.stdout + process.stderr
     return next(folder.glob("*.whl"))
 
 

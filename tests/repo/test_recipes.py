@@ -23,8 +23,8 @@ def recipes() -> dict[str, list[tuple[str, str]]]:
     parts = re.split(r"^### (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     blocks = {}
     for title, text in zip(parts[1::2], parts[2::2], strict=True):
-        own = text.partition("\n## ")[0]
-        blocks[title] = re.findall(r"^```(\w+)\n(.*?)^```$", own, flags=re.MULTILINE | re.DOTALL)
+        recipe = text.partition("\n## ")[0]
+        blocks[title] = re.findall(r"^```(\w+)\n(.*?)^```$", recipe, flags=re.MULTILINE | re.DOTALL)
     return blocks
 
 

@@ -37,8 +37,8 @@ def test_guidance_names_in_table():
             continue
         literals = {node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                     if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # fmt: skip
-        found = literals & (GUIDANCES.keys() - {"dream-mini", "IF"}) | literals & {"dream-mini"}
-        assert not found, f"{name} has {found}"
+        names = literals & (GUIDANCES.keys() - {"dream-mini", "IF"}) | literals & {"dream-mini"}
+        assert not names, f"{name} has {names}"
 
 
 @pytest.mark.parametrize(

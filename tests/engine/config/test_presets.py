@@ -62,13 +62,13 @@ def test_shortcuts_stand_for_settings(typed, meant):
     [
         (
             {"O": True, "backbone": "vanilla"},
-            "-O marches through the occupancy grid, which the vanilla backbone has not",
+            "-O marches through the occupancy grid, which the vanilla backbone does not have",
         ),
         ({"cuda_ray": True, "backbone": "vanilla"}, "--cuda_ray marches through the occupancy grid"),
         ({"cuda_ray": True, "O2": True}, "--cuda_ray marches through the occupancy grid"),
         (
             {"IF": True, "guidance": ("clip", "dream-mini")},
-            "--IF takes the place of SD, which --guidance clip dream-mini does not name: name IF there",
+            "--IF replaces SD, which --guidance clip dream-mini does not name: name IF there",
         ),
     ],
 )
@@ -103,19 +103,19 @@ def test_chosen_guidances_decide_the_presets(typed, family):
         ({"hf_key": "a", "sd_version": "1.5"}, "--hf_key and --sd_version both name a model: give one of them"),
         (
             {"hf_key": "a", "guidance": ("IF", "clip")},
-            "--hf_key is a model for --guidance SD, which --guidance IF clip does not name: leave one out",
+            "--hf_key names a model for --guidance SD, which --guidance IF clip does not name: leave one out",
         ),
         (
             {"hf_key": "a", "if_key": "b"},
-            "--if_key is a model for --guidance IF, which --guidance SD does not name: leave one out",
+            "--if_key names a model for --guidance IF, which --guidance SD does not name: leave one out",
         ),
         (
             {"clip_key": "b"},
-            "--clip_key is a model for --guidance clip, which --guidance dream-mini does not name: leave one out",
+            "--clip_key names a model for --guidance clip, which --guidance dream-mini does not name: leave one out",
         ),
         (
             {"guidance": ("SD", "dream-mini", "IF")},
-            "--guidance dream-mini does not go with IF and SD: they need other settings of a run",
+            "--guidance dream-mini cannot be combined with IF and SD: they need other settings of a run",
         ),
         *[
             (
@@ -218,7 +218,7 @@ def test_choose_preset_differences(typed, model, device, base, other):
 
 
 @pytest.mark.parametrize(
-    ("typed", "model", "device", "wanted"),
+    ("typed", "model", "device", "expected"),
     [
         ({"backbone": "vanilla"}, "sd", "cuda", VANILLA_OVERRIDES),
         ({"backbone": "vanilla", "preset": "reference"}, "dream-mini", "cuda", VANILLA_OVERRIDES),
@@ -236,13 +236,13 @@ def test_choose_preset_differences(typed, model, device, base, other):
         ),
     ],
 )
-def test_vanilla_and_dmtet_overrides(typed, model, device, wanted):
+def test_vanilla_and_dmtet_overrides(typed, model, device, expected):
     """The tables of the vanilla backbone and of the refinement count more than the model, less than what is typed."""
     values = values_of(configure(of_model(typed, model), device))
-    assert {name: values[name] for name in wanted} == wanted
+    assert {name: values[name] for name in expected} == expected
     more = values_of(configure(of_model(typed | {"latent_iter_ratio": 0.75, "lr_decay": 0.75}, model), device))
     assert (more["latent_iter_ratio"], more["lr_decay"]) == (0.75, 0.75)
-    without = {"lr_geo", "tet_grid_size", "iters"} - wanted.keys()
+    without = {"lr_geo", "tet_grid_size", "iters"} - expected.keys()
     base = configure(of_model({key: value for key, value in typed.items() if key == "preset"}, model), device)
     assert all(values[key] == values_of(base)[key] for key in without)
 

@@ -52,8 +52,8 @@ def test_command_writes_a_setting_as_it_is_typed(typed, words):
 def test_quote_is_read_back(word, quoted):
     """Backslashes and quotes beside a hidden character are doubled, and bash gives the word back."""
     assert quote(word) == quoted
-    said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, text=True, check=True).stdout
-    assert said == word
+    printed = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, text=True, check=True).stdout
+    assert printed == word
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from dream_fast.engine.errors import UserError
 
 @pytest.mark.parametrize("text", ["0:8:4:500", "0.0:8:4:1.0", "100:0.1:1e-05:400", "0.25:-1.5:2:0.75"])
 def test_what_is_written_is_what_is_read(text):
-    found = LinearSchedule.parse(text)
-    assert LinearSchedule.parse(str(found)) == found
-    assert found.fractions == ("." in text.split(":")[0] + text.split(":")[3])
+    result = LinearSchedule.parse(text)
+    assert LinearSchedule.parse(str(result)) == result
+    assert result.fractions == ("." in text.split(":")[0] + text.split(":")[3])
 
 
 def test_values_before_between_and_after():

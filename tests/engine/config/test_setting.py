@@ -134,8 +134,8 @@ def test_field_holds_what_was_said_of_it():
     nothing |= dict(is_limit=False, aliases=())
     bare = setting(0.5, "a number")
     assert bare.default == 0.5 and dict(bare.metadata) == nothing | {"help": "a number"}
-    said = dict(choices=("a",), low=1, above=2, high=3, below=4, resumable=True, backbones=("grid",))
-    said |= dict(is_limit=True, aliases=("b",))
-    assert dict(setting("a", "a word", **said).metadata) == said | {"help": "a word"}
+    options = dict(choices=("a",), low=1, above=2, high=3, below=4, resumable=True, backbones=("grid",))
+    options |= dict(is_limit=True, aliases=("b",))
+    assert dict(setting("a", "a word", **options).metadata) == options | {"help": "a word"}
     kinds = {field.name: value_type(field) for field in dataclasses.fields(Sample)}
     assert (kinds["maybe"], kinds["scalar"], kinds["span"], kinds["count"]) == (float, Scalar, Range, int)

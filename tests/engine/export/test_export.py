@@ -92,18 +92,18 @@ def test_marching_cubes_sphere():
     """A sphere agrees with another marching cubes."""
     n, radius = 48, 0.6
     volume = ball(grid(n), (0.03, -0.02, 0.01), radius)
-    own = marching_cubes(volume, 0.0)
-    shape = trimesh.Trimesh(own.vertices, own.faces, process=False)
+    mesh = marching_cubes(volume, 0.0)
+    shape = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     vertices, _, _, _ = measure.marching_cubes(volume, 0.0)
     # Both have a vertex on each edge that crosses: in fp32 there, of coordinates up to n; ours a margin from its ends.
-    assert len(vertices) == len(own.vertices)
-    pairs = (torch.from_numpy(one).double() for one in (vertices.copy(), own.vertices))
+    assert len(vertices) == len(mesh.vertices)
+    pairs = (torch.from_numpy(one).double() for one in (vertices.copy(), mesh.vertices))
     apart = torch.cdist(*pairs, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
     assert apart.median() < 4 * n * np.finfo(np.float32).eps and apart.max() < EDGE_MARGIN
     # In cells: zeros of straight lines over an edge of 1 lie inside by 1 / 8r at most, if the margin does not move
     # them, and the middle of a triangle, whose corners lie on one cube, below them by (sqrt(3) / 2)^2 / 2r.
     cells, cell, margin = radius * (n - 1) / 2, 2 / (n - 1), EDGE_MARGIN
-    distance = np.linalg.norm(own.vertices * cell - 1 - np.array([0.03, -0.02, 0.01]), axis=1) / cell
+    distance = np.linalg.norm(mesh.vertices * cell - 1 - np.array([0.03, -0.02, 0.01]), axis=1) / cell
     outer, inner = cells + margin, cells - margin - 1 / (8 * cells)
     assert inner < distance.min() and distance.max() < outer
     inner -= 3 / (8 * cells)
@@ -161,10 +161,10 @@ def test_simplify_sphere(target):
 def test_stage_seconds():
     """The parts of an export are timed by what it tells."""
     volume, surface_, atlas_, images = mesh_files.STAGE_ENDS
-    told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + images) / 2, 7.0)]
-    told += [(atlas_ + (images - atlas_), 8.0), (1.0, 9.5)]
-    parts = bench_mesh.split_seconds(0.5, told)
-    assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "pictures": 2.0, "files": 1.5}
+    progress = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + images) / 2, 7.0)]
+    progress += [(atlas_ + (images - atlas_), 8.0), (1.0, 9.5)]
+    parts = bench_mesh.split_seconds(0.5, progress)
+    assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "images": 2.0, "files": 1.5}
 
 
 def test_drop_folded_faces_of_shapes():
@@ -272,8 +272,8 @@ def glb(written):
 
 def test_write_mesh_six_views(written):
     """Six views of the mesh are those of the field."""
-    found = bench_mesh.compare_with_field(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
-    assert min(found.iou) > 0.95 and min(found.psnr) > 25
+    likeness = bench_mesh.compare_with_field(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
+    assert min(likeness.iou) > 0.95 and min(likeness.psnr) > 25
     # The object is lopsided: seen in a mirror it is another one.
     mirrored = bench_mesh.read_glb(written)
     mirrored.vertices[:, 0] *= -1
@@ -331,9 +331,9 @@ def test_bake_colours_and_charts(written, pixels_inside):
         uv = torch.from_numpy(unwrapped.uv)
         clip = torch.cat([2 * uv - 1, torch.zeros(len(uv), 1), torch.ones(len(uv), 1)], dim=1)[None]
         faces = torch.from_numpy(unwrapped.faces).int()
-        seen = kernels.rasterize(clip, faces, 1024, 1024)
+        fragments = kernels.rasterize(clip, faces, 1024, 1024)
         # No pixel is inside of two triangles: together they hold no more of them than are covered.
-        covered = int((seen.triangle >= 0).sum())
+        covered = int((fragments.triangle >= 0).sum())
         assert 0.3 * 1024**2 < covered and pixels_inside(unwrapped.uv, unwrapped.faces, 1024) <= covered
         image = texture.bake(field, shape, unwrapped, 256).albedo / 255
         texels = torch.from_numpy(unwrapped.source)[faces.long()]
@@ -435,8 +435,8 @@ shape = FieldConfig(n_levels=2, log2_hashmap_size=12, max_resolution=32, bg_radi
 write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
 """
     path = tmp_path / "mesh.glb"
-    done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
     vertices = trimesh.load(path, force="mesh")
     directions = vertices.vertices / np.linalg.norm(vertices.vertices, axis=1, keepdims=True)
     assert (vertices.vertex_normals * directions).sum(axis=1).min() > 0.5  # the first field is a ball

@@ -83,8 +83,8 @@ def test_sample_volume_refines_near_surface(monkeypatch):
     exact = isosurface.sample_volume(whole, 97, 10.0)
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 40)
     monkeypatch.setattr(isosurface, "LAYER_POINTS", 16 * 10 * 97**2)  # several layers together, and a rest
-    told = []
-    sparse = isosurface.sample_volume(parts, 97, 10.0, progress=told.append)
+    progress = []
+    sparse = isosurface.sample_volume(parts, 97, 10.0, progress=progress.append)
     assert whole.asked == 97**3 and parts.asked < 0.5 * whole.asked
     difference = (sparse.values - exact.values).abs().max().item()
     assert difference < 1.0  # elsewhere it is what the coarse grid has between its points, a cell of which is 2
@@ -92,7 +92,7 @@ def test_sample_volume_refines_near_surface(monkeypatch):
     assert len(one.vertices) == len(other.vertices)
     exact = torch.from_numpy(one.vertices)
     check("vertices", torch.from_numpy(other.vertices), exact, exact)
-    assert told == sorted(told) and told[-1] == 1
+    assert progress == sorted(progress) and progress[-1] == 1
 
 
 def test_extract_surface_thin_plate():
@@ -251,7 +251,7 @@ def test_simplify_without_target():
 # Textures
 
 
-def seen_in_the_picture(laid, resolution):
+def rasterize_atlas(laid, resolution):
     """What an image of the atlas shows at each texel."""
     uv = torch.from_numpy(laid.uv)
     clip = torch.cat([2 * uv - 1, torch.zeros(len(uv), 1), torch.ones(len(uv), 1)], dim=1)[None]
@@ -265,7 +265,7 @@ def test_unwrap_small_image(resolution, pixels_inside):
         isosurface.extract_surface(isosurface.sample_volume(Analytic(bumps), 40, 10.0)), 3000
     )
     laid = uv_atlas.unwrap(simple, resolution)
-    covered = int((seen_in_the_picture(laid, 2048).triangle >= 0).sum())
+    covered = int((rasterize_atlas(laid, 2048).triangle >= 0).sum())
     assert 0 < covered and pixels_inside(laid.uv, laid.faces, 2048) <= covered
     assert 0 <= laid.uv.min() and laid.uv.max() <= 1
 
@@ -295,11 +295,11 @@ def test_bake_normals():
     mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1500)
     laid = uv_atlas.unwrap(mesh, resolution)
     image = texture.bake(field, mesh, laid, resolution, volume).normal
-    seen = seen_in_the_picture(laid, resolution)
-    triangle = seen.triangle[0].numpy()
+    fragments = rasterize_atlas(laid, resolution)
+    triangle = fragments.triangle[0].numpy()
     row, column = np.nonzero(triangle >= 0)
     faces = laid.faces[triangle[row, column]]
-    weights = seen.barycentrics[0].numpy()[row, column][:, :, None]
+    weights = fragments.barycentrics[0].numpy()[row, column][:, :, None]
 
     def between(values):
         return (values[faces] * weights).sum(1)
@@ -341,14 +341,14 @@ def test_bake_layer_colours():
     assert np.linalg.norm(mesh.vertices, axis=1).min() > 0.58
     laid = uv_atlas.unwrap(mesh, 64)
     outside, through = texture.bake(field, mesh, laid, 64), texture.bake(field, mesh, laid, 64, volume)
-    there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()
+    there = (rasterize_atlas(laid, 64).triangle[0] >= 0).numpy()
     assert (outside.albedo[there] == [0, 0, 255]).all() and outside.normal is None
     points, up = (torch.from_numpy(one).float() for one in (mesh.vertices, geometry_mesh.smooth_normals(mesh)))
     depths, _ = texture._trace_layer(field, volume, points, up)
     # Light comes from behind a depth t with exp(-10 t), as far as a ray goes, and four of five rays are slanted.
     cosine = (1 + texture.SIDE_RAY_SLOPE**2) ** -0.5
-    seen = np.array(texture.DEPTH_QUANTILES) * -np.expm1(-10 * texture.LAYER_INSIDE)
-    expected = -np.log(1 - seen) / 10 * (1 + 4 * cosine) / 5
+    light = np.array(texture.DEPTH_QUANTILES) * -np.expm1(-10 * texture.LAYER_INSIDE)
+    expected = -np.log(1 - light) / 10 * (1 + 4 * cosine) / 5
     # The density changes within a cell of the volume, and samples are taken a step apart.
     uncertain = volume.cell + (texture.LAYER_OUTSIDE + texture.LAYER_INSIDE) / texture.RAY_SAMPLES
     assert np.abs(depths.mean(0).numpy() - expected).max() < uncertain
@@ -367,7 +367,7 @@ def test_bake_haze():
     mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1000)
     assert np.abs(np.linalg.norm(mesh.vertices, axis=1) - 0.6).mean() < 0.01
     laid = uv_atlas.unwrap(mesh, 64)
-    there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()
+    there = (rasterize_atlas(laid, 64).triangle[0] >= 0).numpy()
     blue = (texture.bake(field, mesh, laid, 64, volume).albedo[there] / 255)[:, 2].mean()
     # Straight rays cross the shell: 1 - exp(-8 * 0.05) = 0.33. Slanted ones begin 1/16 before: 1 - exp(-8 / 16) = 0.39.
     # The shell ends within a cell of the volume, on both sides, and 8 of its optical depth are in a unit.

@@ -91,7 +91,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def picture(uri: str) -> np.ndarray:
+def decode_image(uri: str) -> np.ndarray:
     head, data = uri.split(",", 1)
     assert head == "data:image/webp;base64"
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
@@ -99,8 +99,8 @@ def picture(uri: str) -> np.ndarray:
 
 def sheets(page: Page) -> dict[str, tuple[dict, np.ndarray]]:
     """The sheets of frames of the turntable by kind: attributes and pixels."""
-    found = [attributes for attributes in page.of("div") if attributes.get("class") == "sheet"]
-    return {one["data-kind"]: (one, picture(re.search(r"url\((.*?)\)", one["style"])[1])) for one in found}
+    elements = [attributes for attributes in page.of("div") if attributes.get("class") == "sheet"]
+    return {one["data-kind"]: (one, decode_image(re.search(r"url\((.*?)\)", one["style"])[1])) for one in elements}
 
 
 # The page as a whole
@@ -111,11 +111,11 @@ def test_report_sections(finished):
     page = Page(finished / "report.html")
     assert page.texts["h1"] == ["a hamburger"]
     assert page.texts["h2"] == ["Six views", "During the run", "Curves", "Time", "Reproduce"]
-    pictures = [picture(image["src"]) for image in page.of("img")]
+    decoded = [decode_image(image["src"]) for image in page.of("img")]
     # 6 views twice, one strip of the last step, the guidance of steps 3 and 6
-    assert [pixels.shape[:2] for pixels in pictures] == [(SIDE, SIDE)] * 12 + [(2 * SIDE, 2 * SIDE)] + [(32, 96)] * 2
+    assert [pixels.shape[:2] for pixels in decoded] == [(SIDE, SIDE)] * 12 + [(2 * SIDE, 2 * SIDE)] + [(32, 96)] * 2
     expected = np.asarray(Image.open(finished / "results" / "front.png").convert("RGB")).astype(int)
-    assert np.abs(pictures[0] - expected).mean() < 8
+    assert np.abs(decoded[0] - expected).mean() < 8
     captions = "\n".join(page.texts["figcaption"])
     levels = [json.loads(row)["t"] for row in (finished / "metrics.jsonl").read_text().splitlines()]
     assert f"step 3, t = {levels[2][0]}" in captions and f"step 6, t = {levels[5][0]}" in captions
@@ -183,7 +183,7 @@ def test_report_escapes_prompt(copy):
     with (copy / "metrics.jsonl").open("a") as metrics:
         row = {"step": 7, "phase": EVIL, f"loss_{EVIL}": 1.0, "grad_norm": EVIL}
         metrics.write(json.dumps(row) + "\n")
-    (copy / "validation" / f"step_000007{'<b>'}.png").write_bytes(b"no picture")
+    (copy / "validation" / f"step_000007{'<b>'}.png").write_bytes(b"no image")
     page = Page(write_report(Workspace(copy)))
     shown = EVIL.replace("\x1b", "\\x1b").replace("\x00", "\\x00").replace("\u202e", "\\u202e")
     assert page.texts["h1"] == [shown] and page.texts["title"][0] == f"{shown} \u2013 dream-fast"
@@ -230,10 +230,10 @@ def test_report_rewritten(copy, tiny_model):
     assert main(command(copy, tiny_model)) == 0
     assert sheets(Page(copy / "report.html"))
     assert main(["--test", "--six_views", "--workspace", str(copy), "--W", "32", "--H", "20"]) == 0
-    assert picture(Page(copy / "report.html").of("img")[0]["src"]).shape[:2] == (20, 32)
+    assert decode_image(Page(copy / "report.html").of("img")[0]["src"]).shape[:2] == (20, 32)
 
 
-# Pictures
+# Images
 
 
 def test_report_turntable_sheets(copy):
@@ -248,18 +248,18 @@ def test_report_turntable_sheets(copy):
     page = Page(write_report(Workspace(copy)))
     (table,) = [one for one in page.of("div") if one.get("id") == "turntable"]
     assert [table[f"data-{name}"] for name in ("frames", "columns", "rows")] == ["7", "3", "3"]
-    found = sheets(page)
-    assert list(found) == ["colour", "normals", "depth"]
-    for (_, (attributes, pixels)), third in zip(found.items(), (0, 120, 240), strict=True):
+    elements = sheets(page)
+    assert list(elements) == ["colour", "normals", "depth"]
+    for (_, (attributes, pixels)), third in zip(elements.items(), (0, 120, 240), strict=True):
         assert pixels.shape[:2] == (3 * SIDE, 3 * (SIDE + 1)) and "background-size: 300% 300%" in attributes["style"]
         for index, value in enumerate(colours.astype(int)):
             middle = pixels[index // 3 * SIDE + SIDE // 2, index % 3 * (SIDE + 1) + SIDE // 2]
             assert np.abs(middle - (value, third, 255 - value)).max() < 20, (index, middle)
-    assert ["hidden" in attributes for attributes, _ in found.values()] == [False, True, True]
+    assert ["hidden" in attributes for attributes, _ in elements.values()] == [False, True, True]
 
 
 def test_report_size(copy):
-    """The page stays small whatever its pictures hold."""
+    """The page stays small whatever its images hold."""
     drawn = np.random.default_rng(0)
 
     def noise(height: int, width: int) -> np.ndarray:
@@ -278,8 +278,8 @@ def test_report_size(copy):
 def test_report_damaged_files(copy):
     """What is missing or damaged is named."""
     (copy / "results" / "turntable.mp4").write_bytes(b"no video")
-    (copy / "results" / "back.png").write_bytes(b"no picture")
-    (copy / "guidance" / "step_000003.png").write_bytes(b"no picture")
+    (copy / "results" / "back.png").write_bytes(b"no image")
+    (copy / "guidance" / "step_000003.png").write_bytes(b"no image")
     (copy / "metrics.jsonl").write_bytes(b'junk\n[]\n{"step": 1, "loss_guidance": null}\n{"ste')
     page = Page(write_report(Workspace(copy)))
     missing = "\n".join(page.texts["p"])

@@ -130,17 +130,17 @@ def test_marching_cubes_slabs(points, monkeypatch):
 @pytest.mark.parametrize(("points", "slabs"), [(1, 6), (2 * 72, 3), (2 * 72 - 1, 6), (5 * 72, 2), (6 * 72, 1)])
 def test_marching_cubes_slab_size(points, slabs, monkeypatch):
     """Layers of 8 x 9 padded points go together up to the limit, and one at least."""
-    asked, triangles = [], module._triangles
+    calls, triangles = [], module._triangles
 
     def watched(volume, level, begin, end, strides):
-        asked.append((begin, end))
+        calls.append((begin, end))
         return triangles(volume, level, begin, end, strides)
 
     monkeypatch.setattr(module, "LAYER_POINTS", points)
     monkeypatch.setattr(module, "_triangles", watched)
     marching_cubes(random_volume(5, 6, 7), 0.0)
     layers = max(1, points // 72)
-    assert asked == [(layers * number, layers * (number + 1)) for number in range(slabs)]
+    assert calls == [(layers * number, layers * (number + 1)) for number in range(slabs)]
 
 
 def faces_of(edge):
@@ -174,9 +174,9 @@ def test_triangulate_diagonals():
             triangles = module._triangulate(polygon)
             assert len(triangles) == len(polygon) - 2
             sides = {frozenset(pair) for pair in zip(polygon, polygon[1:] + polygon[:1], strict=True)}
-            found = {frozenset(pair) for triangle in triangles for pair in combinations(triangle, 2)}
-            assert sides <= found
-            assert not any(module._in_one_face(*diagonal) for diagonal in found - sides)
+            diagonals = {frozenset(pair) for triangle in triangles for pair in combinations(triangle, 2)}
+            assert sides <= diagonals
+            assert not any(module._in_one_face(*diagonal) for diagonal in diagonals - sides)
 
 
 def test_triangulate_polygon_in_one_face():

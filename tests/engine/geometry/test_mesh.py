@@ -67,20 +67,20 @@ def test_mesh_components_by_edges():
 
 
 @pytest.mark.parametrize(
-    ("side", "place", "kept"), [(0.15, 3, True), (0.14, 3, False), (0.05, 0.53, True), (0.04, 0.53, False)]
+    ("side", "place", "stays"), [(0.15, 3, True), (0.14, 3, False), (0.05, 0.53, True), (0.04, 0.53, False)]
 )
-def test_visible_parts_drops_by_area(side, place, kept):
+def test_visible_parts_drops_by_area(side, place, stays):
     """Of a box of side 1, what is apart needs 2 % of its area, and what is at its corner 0.2 %."""
     large, small = box(1), box(side, (place, place, place))
-    assert same(geometry_mesh.visible_parts(together(small, large)), together(small, large) if kept else large)
+    assert same(geometry_mesh.visible_parts(together(small, large)), together(small, large) if stays else large)
 
 
 def test_visible_parts_joins_near_components():
     """Two boxes of 1.2 % of the area each stay where they touch, and go where they are apart."""
     large, first = box(1), box(0.11, (3, 0, 0))
-    for y, kept in ((0.12, True), (1.0, False)):
+    for y, stays in ((0.12, True), (1.0, False)):
         mesh = together(large, first, box(0.11, (3, y, 0)))
-        assert same(geometry_mesh.visible_parts(mesh), mesh if kept else large)
+        assert same(geometry_mesh.visible_parts(mesh), mesh if stays else large)
 
 
 def test_visible_parts_drops_cavities():
@@ -257,10 +257,10 @@ class Linear:
 
 def test_sample_density(monkeypatch):
     """By x, y, z; in layers that fit a sixteenth of the points on a CPU, with the part that is done."""
-    told, field = [], Linear()
+    progress, field = [], Linear()
     monkeypatch.setattr(isosurface, "LAYER_POINTS", 16 * (2 * 25 + 3))
-    volume = isosurface.sample_density(field, 5, progress=told.append)
-    assert [len(points) for points in field.asked] == [50, 50, 25] and told == [2 / 5, 4 / 5, 1.0]
+    volume = isosurface.sample_density(field, 5, progress=progress.append)
+    assert [len(points) for points in field.asked] == [50, 50, 25] and progress == [2 / 5, 4 / 5, 1.0]
     axis = torch.linspace(-0.5, 0.5, 5)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
     assert torch.equal(volume, field.density(points.view(-1, 3)).view(5, 5, 5))
@@ -319,13 +319,13 @@ def test_smooth_volume(passes):
 @pytest.mark.parametrize(("finest", "passes"), [(None, 1), (8, 6), (6, 8), (14, 2), (100, 1)])
 def test_make_volume_passes(finest, passes, monkeypatch):
     """1.5 of the square of the cells in a detail of the field, between 1 and 8; only what is near the level counts."""
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        isosurface, "smooth_volume", lambda values, passes: (asked.append((values, passes)), values + 1)[1]
+        isosurface, "smooth_volume", lambda values, passes: (calls.append((values, passes)), values + 1)[1]
     )
     values = torch.linspace(-20, 20, 17).repeat(17, 17, 1)
     volume = make_volume(values, 2.0, SimpleNamespace(finest=finest, bound=0.75))
-    (near, count), *more = asked
+    (near, count), *more = calls
     assert count == passes and not more
     assert torch.equal(near, values.clamp(math.log(2.0) - 3, math.log(2.0) + 3))
     assert torch.equal(volume.values, values) and torch.equal(volume.smooth, near + 1)
@@ -333,7 +333,7 @@ def test_make_volume_passes(finest, passes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("found", "turns", "level"),
+    ("isovalue", "turns", "level"),
     [
         ([None], 1, 1.0),
         ([0.25], 1, math.exp(0.25)),
@@ -343,23 +343,23 @@ def test_make_volume_passes(finest, passes, monkeypatch):
         ([1.0, 2, 3, 4, 5, 6, 7], 6, math.exp(6)),
     ],
 )
-def test_make_volume_isovalue_search(found, turns, level, monkeypatch):
+def test_make_volume_isovalue_search(isovalue, turns, level, monkeypatch):
     """Each turn begins at the level of the one before; it ends where it moved by less than 0.3, or after six."""
-    asked, silhouettes = [], object()
+    calls, silhouettes = [], object()
 
     def silhouette_isovalue(values, bound, of):
         assert (bound, of) == (0.75, silhouettes)
-        asked.append((values.min().item(), values.max().item()))
-        return found[len(asked) - 1]
+        calls.append((values.min().item(), values.max().item()))
+        return isovalue[len(calls) - 1]
 
     monkeypatch.setattr(isosurface, "silhouette_isovalue", silhouette_isovalue)
     monkeypatch.setattr(isosurface, "smooth_volume", lambda values, passes: values)
     volume = make_volume(
         torch.linspace(-20, 20, 8).view(2, 2, 2), 1.0, SimpleNamespace(finest=2, bound=0.75), silhouettes
     )
-    assert len(asked) == turns and volume.isovalue == level
-    befores = [math.log(math.exp(before)) for before in (0.0, *found[: turns - 1])]
-    assert asked == [tuple(torch.tensor([before - 3, before + 3]).tolist()) for before in befores]
+    assert len(calls) == turns and volume.isovalue == level
+    befores = [math.log(math.exp(before)) for before in (0.0, *isovalue[: turns - 1])]
+    assert calls == [tuple(torch.tensor([before - 3, before + 3]).tolist()) for before in befores]
 
 
 def test_surface_cells():
@@ -399,8 +399,8 @@ def test_sample_volume_fine_grid(layer_points, monkeypatch):
     """Point by point: in a cell near the level the field's own value, elsewhere the coarse grid's trilinear one."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     monkeypatch.setattr(isosurface, "LAYER_POINTS", layer_points)
-    field, told = Ball(), []
-    volume = isosurface.sample_volume(field, 21, 1.0, progress=told.append)
+    field, progress = Ball(), []
+    volume = isosurface.sample_volume(field, 21, 1.0, progress=progress.append)
     whole = isosurface.sample_density(Ball(), 21).log()
     coarse = isosurface.sample_density(Ball(), 9)
     level = isosurface.choose_isovalue(coarse, 1.0)
@@ -412,32 +412,32 @@ def test_sample_volume_fine_grid(layer_points, monkeypatch):
     assert field.asked == 9**3 + exact.sum() and not exact.all()
     check("near", volume.values[exact], whole[exact], whole[exact].double())
     check("between", volume.values[~exact], between[~exact], precise[~exact])
-    assert volume.isovalue == level and told == sorted(told) and told[-1] == 1.0
-    assert 0.5 in told and len(told) >= 4
+    assert volume.isovalue == level and progress == sorted(progress) and progress[-1] == 1.0
+    assert 0.5 in progress and len(progress) >= 4
 
 
 def test_sample_volume_small_grid(monkeypatch):
     """Up to MAX_DENSE_RESOLUTION every point is evaluated once; half of the progress is reported."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
-    field, told = Ball(), []
-    volume = isosurface.sample_volume(field, 9, 1.0, progress=told.append)
-    assert field.asked == 9**3 and told[-1] == 0.5
+    field, progress = Ball(), []
+    volume = isosurface.sample_volume(field, 9, 1.0, progress=progress.append)
+    assert field.asked == 9**3 and progress[-1] == 0.5
     assert torch.equal(volume.values, isosurface._log_density(isosurface.sample_density(Ball(), 9), volume.isovalue))
 
 
 @pytest.mark.parametrize(("resolution", "points"), [(9, [9]), (21, [9, 21])])
 def test_sample_volume_silhouettes(resolution, points, monkeypatch):
     """It decides the level of a whole grid, and of a coarse one before the fine one."""
-    asked, silhouettes = [], object()
+    calls, silhouettes = [], object()
 
     def silhouette_isovalue(values, bound, of):
-        asked.append((len(values), of))
+        calls.append((len(values), of))
         return 0.0
 
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     monkeypatch.setattr(isosurface, "silhouette_isovalue", silhouette_isovalue)
     volume = isosurface.sample_volume(Ball(), resolution, 1.0, silhouettes=silhouettes)
-    assert volume.isovalue == 1.0 and list(dict.fromkeys(asked)) == [(count, silhouettes) for count in points]
+    assert volume.isovalue == 1.0 and list(dict.fromkeys(calls)) == [(count, silhouettes) for count in points]
 
 
 def test_extract_surface_world_units():

@@ -80,7 +80,7 @@ def test_load_mesh_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_mesh(tmp_path / "scene.fbx")
     assert str(caught.value) == (
-        f"{tmp_path / 'scene.fbx'} is no mesh file: they end in .glb, .gltf, .obj, .off, .ply, .stl"
+        f"{tmp_path / 'scene.fbx'} is not a mesh file: they end in .glb, .gltf, .obj, .off, .ply, .stl"
     )
 
 
@@ -105,16 +105,16 @@ def test_load_mesh_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_load_mesh_reader_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its first line; the file is read as it is, without changes by the library."""
-    path, asked = obj(tmp_path / "one.obj", [(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)]), []
+    path, calls = obj(tmp_path / "one.obj", [(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)]), []
 
     def broken(*words: object, **options: object) -> None:
-        asked.append((words, options))
+        calls.append((words, options))
         raise ValueError("no such version\nand more")
 
     monkeypatch.setattr(trimesh, "load_scene", broken)
     with pytest.raises(UserError, match=f"^the mesh file {path} cannot be read: no such version$"):
         load_mesh(path)
-    assert asked == [((path,), {"process": False})]
+    assert calls == [((path,), {"process": False})]
 
 
 @pytest.mark.parametrize(("place", "finite"), [("3.4e38", True), ("3.4028234663852886e38", False), ("-inf", False)])

@@ -118,10 +118,10 @@ def test_distance_of_a_lattice(pairs: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 def boxes(*extents: tuple[tuple[float, float, float], tuple[float, float, float]]) -> TensorMesh:
     """Boxes from one corner to the other, as one mesh."""
-    made = [
+    meshes = [
         trimesh.creation.box(np.subtract(high, low)).apply_translation(np.add(low, high) / 2) for low, high in extents
     ]
-    return surface(trimesh.util.concatenate(made))
+    return surface(trimesh.util.concatenate(meshes))
 
 
 # Between points of the lattice, which has 9 along x from -1, 5 along y from -0.5, and 7 along z from 0.25.

@@ -59,12 +59,12 @@ NAMES = ("prediction", "latents", "gradient")
 
 
 def outputs(components: Components) -> list[Tensor]:
-    """What the UNet predicts, the latents of a picture, and their gradient in the picture."""
-    noisy, prompt, picture = (part.to(components.dtype) for part in draws((2, 4, 8, 8), (2, 5, 32), (1, 3, 32, 32)))
+    """What the UNet predicts, the latents of an image, and their gradient in the image."""
+    noisy, prompt, image = (part.to(components.dtype) for part in draws((2, 4, 8, 8), (2, 5, 32), (1, 3, 32, 32)))
     with torch.no_grad():
         predicted = components.unet(noisy, torch.tensor([3, 500], device=DEVICE), prompt).sample
-    latents = components.vae.encode(picture.requires_grad_()).latent_dist.mean
-    (gradient,) = torch.autograd.grad(latents.square().sum(), picture)
+    latents = components.vae.encode(image.requires_grad_()).latent_dist.mean
+    (gradient,) = torch.autograd.grad(latents.square().sum(), image)
     return [predicted, latents.detach(), gradient]
 
 
@@ -92,20 +92,20 @@ def test_against_diffusers_processors(kind: str, tiny_model: Path, xformers_of_t
 
 def test_channels_last(tiny_model: Path) -> None:
     """Channels last gives the same and stays so."""
-    results, strides, pictures = [], [], []
+    results, strides, images = [], [], []
     for layout in ((), ("unet", "vae")):
         components = load_components(tiny_model, DEVICE, attention="sdpa")
         prepare_components(components, 77, attention="sdpa", channels_last=layout)
         attn = components.vae.encoder.mid_block.attentions[0]
         attn.register_forward_hook(lambda module, inputs, out: strides.append(out.stride()))
         first = components.vae.encoder.conv_in
-        first.register_forward_pre_hook(lambda module, inputs: pictures.append(inputs[0].stride()[1:]))
+        first.register_forward_pre_hook(lambda module, inputs: images.append(inputs[0].stride()[1:]))
         results.append(outputs(components))
     exact = outputs(in_dtype(load_components(tiny_model, DEVICE, attention="sdpa"), torch.float64))
     for name, plain, channels_last, true in zip(NAMES, *results, exact, strict=True):
         check(name, channels_last, plain, true)
     assert strides == [(2048, 64, 8, 1), (2048, 1, 256, 32)]  # no copy between the blocks around the attention
-    assert pictures == [(1024, 32, 1), (1, 96, 3)]  # nor of the gradient behind the first convolution
+    assert images == [(1024, 32, 1), (1, 96, 3)]  # nor of the gradient behind the first convolution
 
 
 def attend(kind: str, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -126,11 +126,13 @@ def test_matmul_attention(dtype: torch.dtype) -> None:
     leaves = [x.detach().requires_grad_() for x in inputs]
     scores = torch.einsum("bmhd,bnhd->bhmn", *leaves[:2]) * 48**-0.5
     out = torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), leaves[2])
-    own = [out, *torch.autograd.grad(out, leaves, upstream)]
+    reference = [out, *torch.autograd.grad(out, leaves, upstream)]
     got = attend("matmul", inputs, upstream)
-    for name, mine, theirs, true in zip(("out", "q", "k", "v"), got, own, exact(inputs, upstream), strict=True):
-        assert mine.dtype == dtype
-        check(name, mine, theirs, true)
+    for name, result, expected, true in zip(
+        ("out", "q", "k", "v"), got, reference, exact(inputs, upstream), strict=True
+    ):
+        assert result.dtype == dtype
+        check(name, result, expected, true)
 
 
 def test_matmul_small_weights() -> None:
@@ -150,8 +152,8 @@ def test_gradcheck() -> None:
 def test_unet_shapes(tiny_model: Path) -> None:
     """Shapes are those of the model."""
     components = load_components(tiny_model, DEVICE, attention="sdpa")
-    found = attention.unet_shapes(components.unet, 2, 8, 77)
-    assert found == {Shape(2, 16, 16, 2, 16): 4, Shape(2, 16, 77, 2, 16): 4}
+    counts = attention.unet_shapes(components.unet, 2, 8, 77)
+    assert counts == {Shape(2, 16, 16, 2, 16): 4, Shape(2, 16, 77, 2, 16): 4}
     assert attention.encoder_shapes(components.vae.encoder, 1, 8) == {Shape(1, 64, 64, 1, 32): 1}
     assert outputs(components)[0].abs().max() > 0  # what only looked is gone
 
@@ -171,8 +173,8 @@ def test_masks_are_refused(tiny_model: Path) -> None:
 def choose(tiny_model: Path):
     components = load_components(tiny_model, "cpu", attention="sdpa")
 
-    def choice(wanted: str, kept: AttentionChoice | None = None) -> AttentionChoice:
-        return choose_attention(wanted, kept, components.unet, components.vae.encoder, 8, 77)
+    def choice(kind: str, previous: AttentionChoice | None = None) -> AttentionChoice:
+        return choose_attention(kind, previous, components.unet, components.vae.encoder, 8, 77)
 
     return choice
 
@@ -261,9 +263,9 @@ def test_graph_replay(kind: str) -> None:
         with torch.no_grad():
             torch._foreach_copy_(places, fresh)
         graph.replay()
-        own, true = attend("sdpa", fresh, upstream), exact(fresh, upstream)
-        for name, mine, theirs, expected in zip(("out", "q", "k", "v"), results, own, true, strict=True):
-            check(name, mine, theirs, expected)
+        reference, true = attend("sdpa", fresh, upstream), exact(fresh, upstream)
+        for name, result, plain, expected in zip(("out", "q", "k", "v"), results, reference, true, strict=True):
+            check(name, result, plain, expected)
 
 
 @pytest.mark.gpu
@@ -295,21 +297,19 @@ def test_auto_on_gpu(tiny_model: Path) -> None:
         components = load_components(tiny_model, "cuda", torch.float16, attention=kind)
         assert components.attention.unet in attention.KINDS and components.attention.vae in attention.VAE_KINDS
         assert kind in ("auto", components.attention.unet)
-        cond, uncond, picture = draws((1, 77, 32), (1, 77, 32), (1, 3, 32, 32))
+        cond, uncond, image = draws((1, 77, 32), (1, 77, 32), (1, 3, 32, 32))
         score = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
         for seed in (0, 1):  # the second replays
-            picture = picture.detach().requires_grad_()
-            score(
-                picture, cond, uncond, StepInputs(generator=torch.Generator("cuda").manual_seed(seed))
-            ).loss.backward()
-        gradients[kind] = picture.grad
+            image = image.detach().requires_grad_()
+            score(image, cond, uncond, StepInputs(generator=torch.Generator("cuda").manual_seed(seed))).loss.backward()
+        gradients[kind] = image.grad
     exact = in_dtype(load_components(tiny_model, "cuda", torch.float32, attention="sdpa"), torch.float64)
     score = ScoreDistillation(exact, GuidanceConfig(guidance_scale=10.0), cuda_graphs=False)
-    picture = picture.detach().requires_grad_()
+    image = image.detach().requires_grad_()
     cond, uncond = cond.double(), uncond.double()
-    score(picture, cond, uncond, StepInputs(generator=torch.Generator("cuda").manual_seed(1))).loss.backward()
+    score(image, cond, uncond, StepInputs(generator=torch.Generator("cuda").manual_seed(1))).loss.backward()
     for kind in kinds:
-        check(kind, gradients[kind], gradients["sdpa"], picture.grad.double())
+        check(kind, gradients[kind], gradients["sdpa"], image.grad.double())
 
 
 @pytest.mark.gpu

@@ -26,13 +26,13 @@ def module(**options: Any) -> Attention:
     """Random attention over 16 channels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = Attention(**PLAIN | options)
-        for parameter in made.parameters():
+        attention = Attention(**PLAIN | options)
+        for parameter in attention.parameters():
             torch.nn.init.normal_(parameter)  # norms too
-    return made.requires_grad_(False)
+    return attention.requires_grad_(False)
 
 
-@pytest.mark.parametrize("size", [(2, 5, 16), (2, 16, 3, 4)], ids=["tokens", "picture"])
+@pytest.mark.parametrize("size", [(2, 5, 16), (2, 16, 3, 4)], ids=["tokens", "image"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -44,23 +44,23 @@ def module(**options: Any) -> Attention:
     ids=["plain", "norm", "residual", "all"],
 )
 def test_processor_equals_diffusers(size: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Of tokens and of pictures: norm, projections, residual and rescaled output, against diffusers' in fp64."""
-    made, rows = module(**options), torch.randn(size, generator=torch.Generator().manual_seed(1))
+    """Of tokens and of images: norm, projections, residual and rescaled output, against diffusers' in fp64."""
+    attention, rows = module(**options), torch.randn(size, generator=torch.Generator().manual_seed(1))
     outs = []
     for processor, dtype in (
         (Processor(OPERATORS["sdpa"]), torch.float32),
         (AttnProcessor(), torch.float32),
         (AttnProcessor(), torch.float64),
     ):
-        made = made.to(dtype)
-        made.set_processor(processor)
-        outs.append(made(rows.to(dtype)))
+        attention = attention.to(dtype)
+        attention.set_processor(processor)
+        outs.append(attention(rows.to(dtype)))
     check("output", *outs)
 
 
 def test_processor_cross_attention() -> None:
     """Cross attention: keys and values of another width and number than the queries."""
-    made = module(cross_attention_dim=12)
+    attention = module(cross_attention_dim=12)
     rows, prompt = (torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in ((2, 5, 16), (2, 7, 12)))
     outs = []
     for processor, dtype in (
@@ -68,9 +68,9 @@ def test_processor_cross_attention() -> None:
         (AttnProcessor(), torch.float32),
         (AttnProcessor(), torch.float64),
     ):
-        made = made.to(dtype)
-        made.set_processor(processor)
-        outs.append(made(rows.to(dtype), encoder_hidden_states=prompt.to(dtype)))
+        attention = attention.to(dtype)
+        attention.set_processor(processor)
+        outs.append(attention(rows.to(dtype), encoder_hidden_states=prompt.to(dtype)))
     check("output", *outs)
 
 
@@ -85,7 +85,7 @@ def test_processor_cross_attention() -> None:
     ids=["space", "queries", "prompt", "further"],
 )
 def test_set_attention_skips_unsupported(options: dict[str, Any]) -> None:
-    """Norms of queries and keys, of the prompt, and by another picture, and further keys: all would be left out."""
+    """Norms of queries and keys, of the prompt, and by another image, and further keys: all would be left out."""
     made = module(**options)
     made.set_processor(AttnProcessor2_0())
     before = made.processor
@@ -130,8 +130,8 @@ class Recorded:
         )
         monkeypatch.setattr(attention, "set_attention", lambda *words: self.operators.append(words))
 
-    def choose(self, wanted: str, kept: AttentionChoice | None = None) -> AttentionChoice:
-        return attention.choose_attention(wanted, kept, self.unet, self.encoder, 64, 77)
+    def choose(self, wanted: str, previous: AttentionChoice | None = None) -> AttentionChoice:
+        return attention.choose_attention(wanted, previous, self.unet, self.encoder, 64, 77)
 
     def model(self) -> list[tuple]:
         return [("unet_shapes", self.unet, 2, 64, 77), ("encoder_shapes", self.encoder, 1, 64)]
@@ -154,9 +154,9 @@ def test_auto_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sdpa_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own works everywhere: it is neither measured nor tried."""
-    for device, wanted in (("cpu", "auto"), ("cuda", "sdpa")):
+    for device, kind in (("cpu", "auto"), ("cuda", "sdpa")):
         model = Recorded(monkeypatch, device, fails="shapes")
-        assert model.choose(wanted) == ("sdpa", "sdpa") and model.asked == []
+        assert model.choose(kind) == ("sdpa", "sdpa") and model.asked == []
         assert model.operators == [(model.unet, OPERATORS["sdpa"]), (model.encoder, OPERATORS["sdpa"])]
 
 
@@ -177,17 +177,17 @@ def test_named_tried_on_both(monkeypatch: pytest.MonkeyPatch, fails: str, chosen
 
 
 @pytest.mark.parametrize(
-    ("wanted", "kept", "named"),
+    ("kind", "previous", "named"),
     [
         ("cudnn", None, "cudnn does not work"),
         ("auto", AttentionChoice("xformers", "matmul"), "xformers, which this run has used so far, does not work"),
     ],
 )
-def test_failing_operator_raises(monkeypatch, wanted: str, kept: AttentionChoice | None, named: str) -> None:
+def test_failing_operator_raises(monkeypatch, kind: str, previous: AttentionChoice | None, named: str) -> None:
     """It names the operator, the device, the precision, the reason and what works always; nothing is set."""
     model = Recorded(monkeypatch, fails="UNet")
     with pytest.raises(UserError) as caught:
-        model.choose(wanted, kept)
+        model.choose(kind, previous)
     assert str(caught.value) == (
         f"--attention {named} here, on cuda in float16 (no such kernel); --attention sdpa always does"
     )
@@ -260,10 +260,10 @@ def test_operator_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     for cudnn."""
     from torch.nn.attention import SDPBackend
 
-    seen = []
-    stub = SimpleNamespace(memory_efficient_attention=lambda *inputs: seen.append(inputs) or "out")
+    strides = []
+    stub = SimpleNamespace(memory_efficient_attention=lambda *inputs: strides.append(inputs) or "out")
     monkeypatch.setitem(sys.modules, "xformers.ops", stub)
-    assert OPERATORS["xformers"]("q", "k", "v") == "out" and seen == [("q", "k", "v")]
+    assert OPERATORS["xformers"]("q", "k", "v") == "out" and strides == [("q", "k", "v")]
     held = []
 
     class Held:

@@ -51,10 +51,10 @@ def asked(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path) -> list[tuple[str, A
         ("https://huggingface.co/nobody/clip/tree/v2", "nobody/clip", {"revision": "v2"}),
     ],
 )
-def test_load_clip_revision(asked, typed: str, name: str, pinned: dict[str, str]) -> None:
+def test_load_clip_revision(calls, typed: str, name: str, pinned: dict[str, str]) -> None:
     """Tokenizer and model come from the same repository and revision, in fp32, from safetensors alone."""
     load_clip(typed, "cpu")
-    (tokenizer, *first), (model, second, options) = asked
+    (tokenizer, *first), (model, second, options) = calls
     assert (tokenizer, model) == ("CLIPTokenizer", "CLIPModel")
     assert first == [name, pinned] and second == name
     assert options == {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True} | pinned
@@ -102,11 +102,11 @@ def test_clip_guidance_passes_everything_on(tiny_clip: Path, monkeypatch: pytest
     """Source and device reach the loader, the texts of sides the views, and the angles the guidance."""
     loaded = load_clip(str(tiny_clip), "cpu")
     views = clip_views(*loaded, "a mug", OWN)
-    asked = []
-    monkeypatch.setattr(clip, "load_clip", lambda *words: asked.append(words) or loaded)
+    calls = []
+    monkeypatch.setattr(clip, "load_clip", lambda *words: calls.append(words) or loaded)
     config = GuidanceConfig(guidance=("clip",))
     guide = clip_guidance("a folder", "a device", "a mug", OWN, config, ViewAngles(20.0, 45.0, 60.0))
-    assert asked == [("a folder", "a device")]
+    assert calls == [("a folder", "a device")]
     assert torch.equal(guide.views, views) and not torch.equal(
         views[2], clip_views(*load_clip(str(tiny_clip), "cpu"), "a mug")[2]
     )
@@ -114,7 +114,7 @@ def test_clip_guidance_passes_everything_on(tiny_clip: Path, monkeypatch: pytest
 
 
 def test_clip_gradient_injected(tiny_clip: Path) -> None:
-    """Besides the loss a call returns no level, and the picture's gradient and its norm."""
+    """Besides the loss a call returns no level, and the image's gradient and its norm."""
     rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
     result = guidance(tiny_clip)(rgb, CAMERAS, StepInputs(progress=0.0))
     result.loss.backward()

@@ -52,9 +52,9 @@ def test_diffusion_guidance_defaults() -> None:
     """No negatives, a blend of 90 degrees, no angle at which a view ends."""
     guide, views = DiffusionGuidance(Score(), Prompts()), cameras([0.0, 100.0])
     inputs = StepInputs(progress=0.25, generator="draws")
-    assert guide("pictures", views, inputs) == "a result"
-    ((pictures, (_, angles), uncond, given, negatives),) = guide.distillation.calls
-    assert (pictures, uncond, negatives) == ("pictures", "uncond", None) and given is inputs
+    assert guide("images", views, inputs) == "a result"
+    ((images, (_, angles), uncond, given, negatives),) = guide.distillation.calls
+    assert (images, uncond, negatives) == ("images", "uncond", None) and given is inputs
     assert angles[0] is views.azimuth and angles[1] is views.polar and angles[2] == (30.0, 90.0, None)
     assert (inputs.step, inputs.latents, inputs.timesteps, inputs.scalars) == (0, False, None, {})
 
@@ -77,7 +77,7 @@ def test_diffusion_guidance_negatives() -> None:
         DiffusionGuidance(Score(perpneg=True, **settings), Prompts(), ViewAngles(*ANGLES[:2])),
         cameras([20.0, 60.0, 150.0]),
     )
-    guide("pictures", views, StepInputs())
+    guide("images", views, StepInputs())
     negatives = guide.distillation.calls[0][-1]
     expected = negative_weights(view_weights(views.azimuth, views.polar, ViewAngles(30.0, 40.0)), -4.0, 1.0, 3.0)
     assert torch.equal(negatives.weights, expected)
@@ -106,9 +106,9 @@ def test_sum_passes_inputs() -> None:
     """What a sum is called with reaches each part."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
     inputs = StepInputs(3, 0.5, "draws", latents=True)
-    guide("pictures", "cameras", inputs)
+    guide("images", "cameras", inputs)
     for part in guide.terms.values():
-        assert part.options == [("pictures", "cameras", inputs)]
+        assert part.options == [("images", "cameras", inputs)]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_sum_passes_inputs() -> None:
 def test_sum_primary_result(latents: bool, losses: dict[str, float], shown: float) -> None:
     """Losses are added, all of them named; the rest is of the first image model, and of parts that take latents."""
     guide = GuidanceSum({"clip": Part(1.0, accepts_latents=False), "a": Image(2.0), "b": Image(4.0)})
-    result = guide("pictures", "cameras", StepInputs(latents=latents))
+    result = guide("images", "cameras", StepInputs(latents=latents))
     assert {name: loss.item() for name, loss in result.losses.items()} == losses
     assert result.loss.item() == sum(losses.values()) and result.gradient.item() == shown
     assert guide.components == "a model"
@@ -127,7 +127,7 @@ def test_sum_primary_result(latents: bool, losses: dict[str, float], shown: floa
 def test_sum_without_diffusion() -> None:
     """Two parts of another kind: levels and gradient are those of the first."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
-    result = guide("pictures", "cameras", StepInputs())
+    result = guide("images", "cameras", StepInputs())
     assert result.gradient.item() == 1.0 and result.loss.item() == 3.0
     assert guide.components is None and object.__new__(ClipGuidance).components is None
 
@@ -137,18 +137,18 @@ def test_guidance_images_order(monkeypatch, options: dict, first: str) -> None:
     """A render at the model's size, or latents resized and decoded; then the decoded latents, side by side."""
     components, names = SimpleNamespace(latent_size=8, image_size=32), {}
 
-    def picture(name: str) -> torch.Tensor:
+    def image(name: str) -> torch.Tensor:
         names[len(names)] = name
         return torch.full((2, 3, 4, 4), len(names) - 1.0)
 
     def decode(model: Any, latents: Any) -> torch.Tensor:
         assert model is components
         name = latents if isinstance(latents, str) else names[int(latents[0, 0, 0, 0])]
-        return picture(f"decoded {name}")
+        return image(f"decoded {name}")
 
     monkeypatch.setattr(snapshots, "decode", decode)
-    monkeypatch.setattr(snapshots, "resize", lambda shown, size: picture(f"{shown} at {size}"))
-    pictures = snapshots.guidance_images(components, "shown", "noisy", "clean", **options)
-    assert pictures.shape == (2, 3, 3, 4, 4)
-    for view in pictures:
+    monkeypatch.setattr(snapshots, "resize", lambda shown, size: image(f"{shown} at {size}"))
+    images = snapshots.guidance_images(components, "shown", "noisy", "clean", **options)
+    assert images.shape == (2, 3, 3, 4, 4)
+    for view in images:
         assert [names[int(one.unique())] for one in view] == [first, "decoded noisy", "decoded clean"]

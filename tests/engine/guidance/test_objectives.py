@@ -92,8 +92,8 @@ def by_hand(components: Components, score: str, z: Tensor, t: int, noise: Tensor
         eps = guided(x, here, -SCALE)
         clean = (x - (1 - a[here]) ** 0.5 * eps) / a[here] ** 0.5
         x = a[there] ** 0.5 * clean + (1 - a[there]) ** 0.5 * eps
-    found = (x - a[t] ** 0.5 * z) / (1 - a[t]) ** 0.5
-    return weight * (guided(x, t, SCALE) - found)
+    predicted = (x - a[t] ** 0.5 * z) / (1 - a[t]) ** 0.5
+    return weight * (guided(x, t, SCALE) - predicted)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -117,7 +117,7 @@ def test_gradient_by_hand(components: Components, in_fp64: Callable, score: str)
         for model in (components, in_fp64(components))
     )
     check(score, result.gradient, reference, exact)
-    # Rows a picture in each call of the UNet.
+    # Rows an image in each call of the UNet.
     assert called == {"sds": [2], "csd": [2], "asd": [3], "sdi": [2] * (STEPS + 1)}[score]
 
 
@@ -127,17 +127,17 @@ def test_image_gradient_through_encoder(
 ) -> None:
     """Through the encoder, by both methods: the gradient of the latents times the encoder's own derivative."""
     cond, uncond = prompts(2)
-    pictures = torch.rand(2, 3, 32, 32, generator=generator(8))
+    images = torch.rand(2, 3, 32, 32, generator=generator(8))
 
     def through_the_encoder(model: Components, gradient: Tensor) -> Tensor:
-        rgb = pictures.detach().clone().to(model.dtype).requires_grad_()
+        rgb = images.detach().clone().to(model.dtype).requires_grad_()
         posterior = model.vae.encode(rgb * 2 - 1).latent_dist
         draw = torch.randn(posterior.mean.shape, generator=generator(3)).to(model.dtype)
         z = (posterior.mean + posterior.std * draw) * 0.18215
         return torch.autograd.grad(z, rgb, gradient.to(model.dtype) / 2)[0]
 
     for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
-        rgb = pictures.clone().requires_grad_()
+        rgb = images.clone().requires_grad_()
         result = cls(components, config(score))(rgb, cond, uncond, StepInputs(generator=generator(3)))
         result.loss.backward()
         models = (components, in_fp64(components))
@@ -278,7 +278,7 @@ def test_objective_default_scale(typed, scale, rescale) -> None:
 @pytest.mark.parametrize("score", ["csd", "asd", "sdi"])
 def test_perp_neg_goes_with_sds_only(score: str) -> None:
     with pytest.raises(
-        UserError, match=f"^--perpneg goes with --objective sds only, not with {score}: leave one of them"
+        UserError, match=f"^--perpneg works only with --objective sds, not with {score}: leave one of them"
     ):
         configure({"guidance": ("SD",), "objective": score, "perpneg": True}, "cpu")
     with pytest.raises(UserError, match="--objective is one of sds, csd, asd, sdi, not 'vsd'"):
@@ -338,5 +338,5 @@ def test_loss_space_x0_rescaled(components: Components, in_fp64: Callable) -> No
 @pytest.mark.parametrize("score", ["csd", "asd"])
 def test_loss_space_x0_raises(score: str) -> None:
     """Scores without a clean latent refuse its loss."""
-    with pytest.raises(UserError, match="--loss_space x0 goes with --objective sds and sdi"):
+    with pytest.raises(UserError, match="--loss_space x0 works only with --objective sds and sdi"):
         config(score, loss_space="x0")

@@ -151,9 +151,9 @@ def by_hand(components: Components, latents: Tensor, prompts: PromptEmbeddings, 
     latents = latents.to(components.dtype)
     front, side, back, _ = prompts.views.to(components.dtype)
     negative = prompts.negative.to(components.dtype)
-    found = []
+    gradients = []
     for i, azimuth in enumerate(azimuths):
-        alpha = components.alphas_cumprod[t[i]].to(components.dtype)
+        alpha = components.process.alphas_cumprod[t[i]].to(components.dtype)
         noisy = alpha.sqrt() * latents[i] + (1 - alpha).sqrt() * noise[i]
 
         def epsilon(prompt: Tensor, noisy: Tensor = noisy, alpha: Tensor = alpha, level: Tensor = t[i]) -> Tensor:
@@ -165,20 +165,20 @@ def by_hand(components: Components, latents: Tensor, prompts: PromptEmbeddings, 
 
         r = 1 - abs(azimuth) / 90 if abs(azimuth) < 90 else 2 - abs(azimuth) / 90
         if abs(azimuth) < 90:
-            seen = r * front + (1 - r) * side
+            blended = r * front + (1 - r) * side
             w_front = 0.0 if r > 0.8 else -2 * math.exp(-2 * r)
             w_side = 0.0 if r < 0.2 else -2 * math.exp(-10 * (1 - r))
         else:
-            seen = r * side + (1 - r) * back
+            blended = r * side + (1 - r) * back
             w_front, w_side = -2.0, 0.0 if r > 0.8 else -math.exp(-10 * r)
         plain = epsilon(negative[0])
-        main = epsilon(seen) - plain
+        main = epsilon(blended) - plain
         guided = main.clone()
         for weight, prompt in ((w_front, front), (w_side, side)):
             delta = epsilon(prompt) - plain
             guided += weight * (delta - (delta * main).sum() / main.square().sum().clamp(min=1e-6) * main)
-        found.append((1 - alpha) * (plain + SCALE * guided - noise[i]))
-    return torch.stack(found)
+        gradients.append((1 - alpha) * (plain + SCALE * guided - noise[i]))
+    return torch.stack(gradients)
 
 
 @pytest.mark.parametrize("azimuths", [[20.0], [0.0, -30.0, 70.0, 88.0, -100.0, 150.0, 180.0]])
@@ -241,7 +241,7 @@ class Recorded(TorchDispatchMode):
 
 def gradient_before_perp_neg(components: Components, z, t, cond, uncond, scale, noise, rescale) -> Tensor:
     """How the gradient of the latents was computed before there was Perp-Neg, line by line."""
-    alpha = components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
+    alpha = components.process.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
     out = components.unet(
         noisy.to(components.dtype).repeat(2, 1, 1, 1),
@@ -250,7 +250,7 @@ def gradient_before_perp_neg(components: Components, z, t, cond, uncond, scale, 
         return_dict=False,
     )[0].float()
     out_uncond, out_cond = out.chunk(2)
-    again = components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
+    again = components.process.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
     signal, spread = again.sqrt(), (1 - again).sqrt()
 
     def split(out: Tensor) -> tuple[Tensor, Tensor]:

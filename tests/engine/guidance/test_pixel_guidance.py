@@ -1,4 +1,4 @@
-"""IF: a model that works on pixels, loaded from disk as diffusers writes it, and what it makes of a picture."""
+"""IF: a model that works on pixels, loaded from disk as diffusers writes it, and what it makes of an image."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model import checks
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.perp_neg import Negatives
-from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import Draws, Prompts, ScoreDistillation, distillation_gradient
 from dream_fast.engine.guidance.snapshots import guidance_images
 
@@ -48,19 +48,19 @@ def test_facts(components: Components) -> None:
 
     assert components.latents_are_pixels and components.vae is None and components.t5
     assert (components.image_size, components.latent_size, components.latent_channels) == (SIZE, SIZE, 3)
-    assert (components.window, components.prediction_type, components.num_train_timesteps) == (77, "epsilon", 1000)
-    # Keys and values of the prompt stand beside those of the picture: another attention would leave them out.
+    assert (components.window, components.prediction_type, components.process.num_timesteps) == (77, "epsilon", 1000)
+    # Keys and values of the prompt stand beside those of the image: another attention would leave them out.
     processors = components.unet.attn_processors.values()
     assert processors and all(type(processor) is AttnAddedKVProcessor2_0 for processor in processors)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     cosine = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2  # the schedule of Nichol and Dhariwal 2021
     betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
-    check("alphas", components.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
+    check("alphas", components.process.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
 
 
 def test_prompts_lower_case_and_masked(tiny_if_model: Path, components: Components, in_fp64: Callable) -> None:
     """Prompts are in lower case and their padding is left out."""
-    (embedded,) = encode(components, ["A Hamburger "])
+    (embedded,) = components.embed(["A Hamburger "])
     assert embedded.shape == (77, 24)
     ids = components.tokenizer(["a hamburger"], return_tensors="pt").input_ids
     assert ids.shape[1] < 20
@@ -88,11 +88,11 @@ def by_hand(
     others: Sequence[Tensor] = (),
     weights: Tensor | None = None,
 ) -> Tensor:
-    """g of pictures ``z`` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of ``components``."""
+    """g of images ``z`` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of ``components``."""
     z, cond, uncond, noise = (x.to(components.dtype) for x in (z, cond, uncond, noise))
-    found = []
+    gradients = []
     for i, level in enumerate(t):
-        a = components.alphas_cumprod[level].to(components.dtype)
+        a = components.process.alphas_cumprod[level].to(components.dtype)
         noisy = a.sqrt() * z[i] + (1 - a).sqrt() * noise[i]
 
         def tell(prompt: Tensor, noisy: Tensor = noisy, level: Tensor = level) -> Tensor:
@@ -107,13 +107,13 @@ def by_hand(
         for j, other in enumerate(others):
             delta = tell(other) - plain
             turned += weights[i, j] * (delta - (delta * main).sum() / main.square().sum() * main)
-        found.append((1 - a) * (plain + 20 * turned - noise[i]))
-    return torch.stack(found)
+        gradients.append((1 - a) * (plain + 20 * turned - noise[i]))
+    return torch.stack(gradients)
 
 
 @pytest.mark.parametrize("side", [SIZE, 40])
 def test_pixel_gradient_by_hand(components: Components, in_fp64: Callable, side: int) -> None:
-    """Also of a picture that shrinks, whose gradient goes back through the averaging."""
+    """Also of an image that shrinks, whose gradient goes back through the averaging."""
     rgb = torch.rand(4, 3, side, side, generator=generator(1)).requires_grad_()
     cond, uncond = torch.randn(2, 4, 77, 24, generator=generator(2))
     score = ScoreDistillation(components, GuidanceConfig(guidance_scale=20.0, lambda_guidance=4.0))
@@ -124,18 +124,18 @@ def test_pixel_gradient_by_hand(components: Components, in_fp64: Callable, side:
     t = score.draw_timesteps(4, StepInputs(generator=drawn))
     noise = torch.randn(4, 3, SIZE, SIZE, generator=drawn)
     assert torch.equal(t, result.t)
-    seen = []
+    expected = []
     for model in (components, in_fp64(components)):
-        picture = rgb.detach().to(model.dtype).requires_grad_()
-        z = F.interpolate(picture, (SIZE, SIZE), mode="bilinear", antialias=True) * 2 - 1
+        image = rgb.detach().to(model.dtype).requires_grad_()
+        z = F.interpolate(image, (SIZE, SIZE), mode="bilinear", antialias=True) * 2 - 1
         gradient = 4 * by_hand(model, z.detach(), t, cond, uncond, noise)
-        seen.append((gradient, torch.autograd.grad(z, picture, gradient / 4)[0]))
-    (reference, picture_reference), (exact, picture_exact) = seen
+        expected.append((gradient, torch.autograd.grad(z, image, gradient / 4)[0]))
+    (reference, image_reference), (exact, image_exact) = expected
     check("latents", result.gradient, reference, exact)
-    check("picture", rgb.grad, picture_reference, picture_exact)
+    check("image", rgb.grad, image_reference, image_exact)
     if side == SIZE:
         # Twice, for [-1, 1], over a batch of four.
-        check("picture and latents", rgb.grad, result.gradient / 2, result.gradient.double() / 2)
+        check("image and latents", rgb.grad, result.gradient / 2, result.gradient.double() / 2)
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_pixel_sampling_and_images(components: Components) -> None:
     images = sample(components, cond, uncond, steps=3, generator=generator())
     assert images.shape == (2, 3, SIZE, SIZE) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
     z = torch.rand(2, 3, SIZE, SIZE, generator=generator()) * 2 - 1
-    seen = guidance_images(components, (z + 1) / 2, z, z)
+    snapshot = guidance_images(components, (z + 1) / 2, z, z)
     for column in (1, 2):
-        check("seen", seen[:, column], (z + 1) / 2, (z.double() + 1) / 2)
+        check("seen", snapshot[:, column], (z + 1) / 2, (z.double() + 1) / 2)
 
 
 def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.guidance.model.components import Components, load_components
-from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings, ViewAngles, encode, view_weights
+from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings, ViewAngles, view_weights
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def test_embeddings_blended(both: tuple[Components, Components]) -> None:
 
 
 def test_a_side_may_have_a_text_of_its_own(both: tuple[Components, Components]) -> None:
-    own = {"back": "the back of a red mug", "overhead": "the inside of a red mug"}
-    prompts = PromptEmbeddings(both[0], "a red mug", view_prompts=own, keep_text_encoder=True)
-    texts = ["a red mug, front view", "a red mug, side view", own["back"], own["overhead"]]
+    view_prompts = {"back": "the back of a red mug", "overhead": "the inside of a red mug"}
+    prompts = PromptEmbeddings(both[0], "a red mug", view_prompts=view_prompts, keep_text_encoder=True)
+    texts = ["a red mug, front view", "a red mug, side view", view_prompts["back"], view_prompts["overhead"]]
     check("views", prompts.views, *(by_diffusers(model, texts) for model in both))
     check("negative", prompts.negative, *(by_diffusers(model, [""]) for model in both))
     with pytest.raises(ValueError, match="view_prompts has texts of front, side, back, overhead, not of below, left"):
@@ -157,7 +157,7 @@ def test_long_view_prompts_cut(components: Components, caplog: pytest.LogCapture
 def test_encode_against_model(both: tuple[Components, Components]) -> None:
     """Short, long and empty prompts, against diffusers' own pipeline."""
     texts = ["a red mug", "", "a very long prompt " * 20]
-    check("embeddings", encode(both[0], texts), *(by_diffusers(model, texts) for model in both))
+    check("embeddings", both[0].embed(texts), *(by_diffusers(model, texts) for model in both))
 
 
 def test_text_encoder_freed(components: Components) -> None:

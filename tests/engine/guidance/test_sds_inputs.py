@@ -136,13 +136,13 @@ def test_clip_grad_latent_limits(components):
 @pytest.mark.parametrize("shape", [(64, 48), (20, 12), (32, 16), (32, 32), (8, 200)])
 def test_resize_bilinear(shape, deterministic):
     """Averaged where a side shrinks, interpolated where both grow, as it is where the size is right; fp32 in all."""
-    picture = torch.rand(2, 3, *shape, generator=generator(), dtype=torch.float64)
+    image = torch.rand(2, 3, *shape, generator=generator(), dtype=torch.float64)
     shrinks = max(shape) > 32
-    exact = F.interpolate(picture, (32, 32), mode="bilinear", antialias=shrinks)
-    reference = F.interpolate(picture.float(), (32, 32), mode="bilinear", antialias=shrinks)
+    exact = F.interpolate(image, (32, 32), mode="bilinear", antialias=shrinks)
+    reference = F.interpolate(image.float(), (32, 32), mode="bilinear", antialias=shrinks)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     try:
-        got = resize(picture.float(), 32)
+        got = resize(image.float(), 32)
     finally:
         torch.use_deterministic_algorithms(False)
     assert got.dtype == torch.float32

@@ -114,8 +114,8 @@ def test_sum_command(tmp_path: Path, keys, capsys) -> None:
     named = [word for key, folder in keys.values() for word in (f"--{key}", folder)]
     words = ["--text", "a mug", *SMALL, "--guidance", "SD", "IF", "clip", *named, "--save_guidance"]
     assert main([*words, "--workspace", str(tmp_path / "trial"), "--save_guidance_interval", "4"]) == 0
-    said = capsys.readouterr().out
-    assert " + ".join(folder for _, folder in keys.values()) in said
+    output = capsys.readouterr().out
+    assert " + ".join(folder for _, folder in keys.values()) in output
     rows = [json.loads(row) for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         losses = {name: value for name, value in row.items() if name.startswith("loss_")}

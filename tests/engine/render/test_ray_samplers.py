@@ -50,12 +50,12 @@ def test_sample_pdf_follows_weights(generator):
     """One sample in each of n equal parts of the distribution: a share is off by two of them, one at each end."""
     n = 20_000
     t = sample_pdf(EDGES, WEIGHTS, n, generator)
-    wanted = WEIGHTS + MIN_WEIGHT
-    wanted = wanted / wanted.sum(1, keepdim=True)
+    expected = WEIGHTS + MIN_WEIGHT
+    expected = expected / expected.sum(1, keepdim=True)
     for ray in range(2):
         cells = torch.bucketize(t[ray], EDGES[ray, 1:-1], right=True)
         share = torch.bincount(cells, minlength=4) / n
-        assert (share - wanted[ray]).abs().max() <= 2.1 / n  # a tenth for the rounding of sums in fp32
+        assert (share - expected[ray]).abs().max() <= 2.1 / n  # a tenth for the rounding of sums in fp32
         for cell in WEIGHTS[ray].nonzero()[:, 0]:  # evenly inside a cell: mean and spread of a uniform variable
             inside = (t[ray][cells == cell] - EDGES[ray, cell]) / (EDGES[ray, cell + 1] - EDGES[ray, cell])
             spread, count = 12**-0.5, len(inside)
@@ -120,8 +120,8 @@ def test_ray_weights_opaque(density):
     out = kernels.composite(sigma.view(-1), colours, dt.cumsum(1).view(-1), dt.view(-1), torch.arange(0, 13, 4))
     check("composite", out.weights.view(3, 4), exact.float(), exact)
     check("opacity", out.opacity, exact.sum(1).float(), exact.sum(1))
-    seen = (exact[..., None] * colours.view(3, 4, 3).double()).sum(1)
-    check("colours", out.values, seen.float(), seen)
+    colour = (exact[..., None] * colours.view(3, 4, 3).double()).sum(1)
+    check("colours", out.values, colour.float(), colour)
 
 
 # Whole samples
@@ -180,7 +180,7 @@ def test_importance_sampler_ray_gradients():
 
 def test_importance_sampler_fixed_gradients():
     """Gradients are those of fixed samples."""
-    found = []
+    gradients = []
     for fixed in (False, True):
         renderer = vanilla()
         if fixed:
@@ -190,8 +190,8 @@ def test_importance_sampler_fixed_gradients():
             )
         out = renderer.train_rays(*some_rays(), background=torch.ones(3), generator=seeded(5))
         (out.rgb.square().sum() + out.depth.sum()).backward()
-        found.append(torch.cat([p.grad.reshape(-1) for p in renderer.field.parameters()]))
-    assert torch.equal(*found) and found[0].abs().max() > 0
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in renderer.field.parameters()]))
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
 
 
 def test_importance_sampler_repeats():
@@ -227,15 +227,15 @@ def test_importance_sampler_view(monkeypatch, background):
     offered = tuple(part.reshape(-1, 3) for part in rays(cameras, 12, 20))
     exactly = vanilla(bg_radius=1.4)
     exactly.field.double()
-    found, normals = [], []
-    for made, dtype in ((renderer, torch.float32), (exactly, torch.float64)):
+    images, normals = [], []
+    for subject, dtype in ((renderer, torch.float32), (exactly, torch.float64)):
         origins, directions = (part.to(dtype) for part in offered)
         colour = None if background is None else background.to(dtype)
-        out = made.train_rays(origins, directions, background=colour)
-        found.append(out)
+        out = subject.train_rays(origins, directions, background=colour)
+        images.append(out)
         surface = origins + (out.depth / out.opacity)[:, None] * directions
-        normals.append(made.field(surface, normals="finite_difference").normal)
-    out, exact = found
+        normals.append(subject.field(surface, normals="finite_difference").normal)
+    out, exact = images
     monkeypatch.setattr(
         "dream_fast.engine.render.volume.INFERENCE_SAMPLES", 600
     )  # 33 rays at a time, the last few alone
@@ -244,9 +244,9 @@ def test_importance_sampler_view(monkeypatch, background):
     for name in ("rgb", "opacity", "depth"):
         got, reference, truth = getattr(view, name).flatten(), getattr(out, name).flatten(), getattr(exact, name)
         check(name, got, reference, truth.flatten())
-    seen = exact.opacity > 0.01
-    check("normal", view.normal.view(-1, 3)[seen], normals[0][seen], normals[1][seen])
-    assert 0 < seen.sum() < len(seen) and (view.normal.view(-1, 3)[out.opacity < 1e-4] == 0).all()
+    covered = exact.opacity > 0.01
+    check("normal", view.normal.view(-1, 3)[covered], normals[0][covered], normals[1][covered])
+    assert 0 < covered.sum() < len(covered) and (view.normal.view(-1, 3)[out.opacity < 1e-4] == 0).all()
 
 
 def test_importance_sampler_state():

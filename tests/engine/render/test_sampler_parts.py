@@ -58,23 +58,23 @@ def test_occupancy_sampler_initial_state():
 
 def test_update_density_per_cell():
     """At the centres without a generator, else somewhere in the cell; with the levels of now, against the threshold."""
-    renderer, asked = make(density_thresh=3.0), []
+    renderer, calls = make(density_thresh=3.0), []
     sampler = renderer.sampler
 
     def density(points, *, active_levels=None):
-        asked.append((points, active_levels))
+        calls.append((points, active_levels))
         return torch.where(points[:, 0] > 0, 8.0, 0.0)
 
     renderer.field.density = density
     renderer.update_occupancy(None, active_levels=1)
     centres = kernels.occupancy_points(16, 1, 1.0, None)
-    assert torch.equal(asked[0][0], centres) and asked[0][1] == 1
+    assert torch.equal(calls[0][0], centres) and calls[0][1] == 1
     assert torch.equal(sampler.density[0] > 0, centres[:, 0] > 0)
     powers = 2 ** torch.arange(8)
     assert torch.equal((sampler.bits[0][:, None] & powers).bool().flatten(), centres[:, 0] > 0)
     renderer.update_occupancy(seeded(5))
-    moved = asked[1][0]
-    assert asked[1][1] is None and not torch.equal(moved, centres)
+    moved = calls[1][0]
+    assert calls[1][1] is None and not torch.equal(moved, centres)
     assert (moved - centres).abs().max() <= 1 / 16 + 1e-6  # half a cell of 2/16
     noise = torch.rand(16**3, 3, generator=seeded(5))
     assert torch.equal(moved, kernels.occupancy_points(16, 1, 1.0, noise))
@@ -181,7 +181,7 @@ def test_largest_components_size():
     cells = torch.zeros(12, 12, 12, dtype=torch.bool)
     cells[0:5, 0:5, 0:4] = True
     cells[8, 8, 8] = cells[9, 9, 9] = True
-    kept = cells.clone()
+    expected = cells.clone()
     cells[11, 11, 11] = True
-    assert torch.equal(largest_components(cells), kept)
-    assert torch.equal(largest_components(kept[8:10, 8:10, 8:10]), kept[8:10, 8:10, 8:10])
+    assert torch.equal(largest_components(cells), expected)
+    assert torch.equal(largest_components(expected[8:10, 8:10, 8:10]), expected[8:10, 8:10, 8:10])

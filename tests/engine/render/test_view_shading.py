@@ -103,7 +103,7 @@ def test_view_one_camera_at_a_time():
     renderer.view(both, 3, 5, normals=False, shading=Shading("textureless"))
     assert [call[1:] for call in calls] == [(3, 5, False)] * 2 + [(3, 5, True)] * 2
     for number, (camera, *_) in enumerate(calls[:2]):
-        assert all(torch.equal(got, own[number : number + 1]) for got, own in zip(camera, both, strict=True))
+        assert all(torch.equal(got, expected[number : number + 1]) for got, expected in zip(camera, both, strict=True))
 
 
 def test_view_operator_arguments(monkeypatch):
@@ -121,8 +121,8 @@ def test_view_operator_arguments(monkeypatch):
         renderer.view(cameras(), 2, 3, background=GREY, normals=False)
         ((inputs, options),) = calls
         field = renderer.field
-        for got, own in zip(inputs[:2], rays(cameras(), 2, 3), strict=True):
-            assert torch.equal(got, own[0])
+        for got, expected in zip(inputs[:2], rays(cameras(), 2, 3), strict=True):
+            assert torch.equal(got, expected[0])
         assert inputs[2] is renderer.sampler.bits and inputs[3] is field.table and inputs[6] is field.spec
         assert [list(part) for part in inputs[4:6]] == [list(field.weights), list(field.biases)]
         assert torch.equal(options.pop("background"), GREY.expand(6, 3))
@@ -140,28 +140,30 @@ def test_view_operator_arguments(monkeypatch):
 
 def test_train_views_field_arguments():
     """Levels, count, kind and step of the normals; of these only where a shading or the caller needs them."""
-    renderer, asked = make(normals="analytic", normal_epsilon=0.07), []
+    renderer, calls = make(normals="analytic", normal_epsilon=0.07), []
     field = renderer.field
 
     def record(x, **options):
-        asked.append(options)
+        calls.append(options)
         return field(x, **options)
 
     renderer.field = record
     through = dict(background=GREY, active_levels=1)
-    seen = [
+    recorded = [
         renderer.train_views(cameras(), 4, 4, **through),
         renderer.train_views(cameras(), 4, 4, need_normals=True, **through),
         renderer.train_views(cameras(), 4, 4, Shading("normal"), **through),
     ]
-    assert [options["normals"] for options in asked] == [None, "analytic", "analytic"]
-    for options, out in zip(asked, seen, strict=True):
+    assert [options["normals"] for options in calls] == [None, "analytic", "analytic"]
+    for options, out in zip(calls, recorded, strict=True):
         assert options["active_levels"] == 1 and options["normal_epsilon"] == 0.07
         assert options["count"] is out.samples.count is out.sample_count and out.overflow is out.samples.overflow
     _, directions = rays(cameras(), 4, 4)
-    assert torch.equal(seen[0].sample_directions, directions[0][seen[0].samples.ray_ids])
-    assert torch.equal(seen[0].rgb, renderer.train_rays(*rays(cameras(), 4, 4), **through).rgb.view(1, 4, 4, 3))
-    assert seen[1].normal.shape == (1, 4, 4, 3) and seen[0].normal is None and seen[0].sample_normals is None
+    assert torch.equal(recorded[0].sample_directions, directions[0][recorded[0].samples.ray_ids])
+    assert torch.equal(recorded[0].rgb, renderer.train_rays(*rays(cameras(), 4, 4), **through).rgb.view(1, 4, 4, 3))
+    assert (
+        recorded[1].normal.shape == (1, 4, 4, 3) and recorded[0].normal is None and recorded[0].sample_normals is None
+    )
 
 
 def test_shade_errors():

@@ -92,9 +92,9 @@ def test_largest_components_neighbours():
     cells[1:6, 1:6, 1:6] = True  # 125 cells
     cells[6, 6, 6] = True  # touches its corner
     cells[9, 9:11, 9:12] = True  # 6 cells, apart, more than 2 %
-    kept = cells.clone()
+    expected = cells.clone()
     cells[0, 11, 0] = cells[11, 0, 11] = True  # the last cell of the grid and one beside a border
-    assert torch.equal(largest_components(cells), kept)
+    assert torch.equal(largest_components(cells), expected)
     assert not largest_components(torch.zeros(4, 4, 4, dtype=torch.bool)).any()
 
 
@@ -137,10 +137,10 @@ def test_adapt_capacity_follows_use():
     renderer.sampler.samples_per_ray = 4 * int(used)
     renderer.sampler.adapt_capacity(256)
     assert used < renderer.sampler.samples_per_ray <= 1.5 * used + 1
-    kept = renderer.sampler.samples_per_ray
+    capacity = renderer.sampler.samples_per_ray
     render(renderer)
     renderer.sampler.adapt_capacity(256)
-    assert renderer.sampler.samples_per_ray == kept  # it fits, so buffers and captured graphs stay
+    assert renderer.sampler.samples_per_ray == capacity  # it fits, so buffers and captured graphs stay
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_background_gradient():
     found = []
     for dtype in (torch.float32, torch.float64):
         renderer = in_fp64() if dtype == torch.float64 else make_renderer()
-        seen = [part.reshape(-1, 3) for part in rays(camera(), 16, 16)]
+        ray_pair = [part.reshape(-1, 3) for part in rays(camera(), 16, 16)]
         for background, value in ((WHITE, "rgb"), (BLACK, "rgb"), (BLACK, "opacity")):
             renderer.field.zero_grad(set_to_none=True)
-            out = renderer.train_rays(*(part.to(dtype) for part in seen), background=background.to(dtype))
+            out = renderer.train_rays(*(part.to(dtype) for part in ray_pair), background=background.to(dtype))
             getattr(out, value).sum().backward()
             found.append(gradients(renderer))
     white, black, opacity, *exact = found

@@ -28,9 +28,9 @@ def test_cpu_bf16(fp16, amx, dtype, name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
-    found = choose_runtime(reference().override({"device": "cpu", "fp16": fp16}))
-    assert (found.device.type, found.dtype, found.fp16) == ("cpu", dtype, False)
-    assert found.description.endswith(f", {name}")
+    runtime = choose_runtime(reference().override({"device": "cpu", "fp16": fp16}))
+    assert (runtime.device.type, runtime.dtype, runtime.fp16) == ("cpu", dtype, False)
+    assert runtime.description.endswith(f", {name}")
 
 
 @pytest.mark.parametrize(
@@ -121,16 +121,16 @@ def test_quiet_diffusers():
         "from diffusers import UNet2DConditionModel; import logging;"
         "logging.getLogger('xformers').warning('another matter')"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
-    assert "XFORMERS" not in done.stderr + done.stdout
-    assert "another matter" in done.stderr
+    process = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert "XFORMERS" not in process.stderr + process.stdout
+    assert "another matter" in process.stderr
 
 
 @pytest.mark.parametrize(
-    ("vram_O", "variable", "wanted"),
+    ("vram_O", "variable", "expected"),
     [(True, None, ["expandable_segments:True"]), (False, None, []), (True, "PYTORCH_CUDA_ALLOC_CONF", [])],
 )
-def test_allocator_settings(vram_O, variable, wanted, monkeypatch):
+def test_allocator_settings(vram_O, variable, expected, monkeypatch):
     """Memory in growing segments is for vram O and the environment wins."""
     given = []
     monkeypatch.setattr(runtime, "_set_allocator", given.append)
@@ -143,4 +143,4 @@ def test_allocator_settings(vram_O, variable, wanted, monkeypatch):
         prepare(Runtime(device=torch.device("cuda"), dtype=torch.float16, description=""), 0, vram_O=vram_O)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    assert given == wanted
+    assert given == expected

@@ -32,10 +32,10 @@ def test_bar_without_terminal(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     reporter, out = make_reporter(terminal=False)
     with reporter.bar("start", 100) as bar:
-        for done in range(1, 101):
+        for completed in range(1, 101):
             now[0] += 1.0
             bar.show("albedo", 1.0, {"guidance": 12.345})
-            bar.advance(done)
+            bar.advance(completed)
     lines = out.getvalue().splitlines()
     assert lines[0] == "albedo: 15/100, 1.00 it/s, 85 s left, guidance 12.3"
     assert len(lines) == 7 and lines[-1].startswith("albedo: 100/100")

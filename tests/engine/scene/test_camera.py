@@ -114,25 +114,25 @@ def test_rays_wide_image():
 def test_sample_cameras_ranges():
     """Sampled cameras stay in their ranges and are stratified."""
     limits = config(radius_range=(2.0, 2.5), theta_range=(50.0, 80.0), phi_range=(-90.0, 90.0), fovy_range=(15.0, 25.0))
-    seen = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
+    drawn = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
     for values, (low, high) in [
-        (seen.radius, limits.radius_range),
-        (seen.polar, limits.theta_range),
-        (seen.azimuth, limits.phi_range),
-        (seen.fovy, limits.fovy_range),
+        (drawn.radius, limits.radius_range),
+        (drawn.polar, limits.theta_range),
+        (drawn.azimuth, limits.phi_range),
+        (drawn.fovy, limits.fovy_range),
     ]:
         assert low <= values.min() and values.max() <= high
         assert values.max() - values.min() > 0.8 * (high - low)
-    sector = ((seen.azimuth + 90) / 180 * 64).floor()
+    sector = ((drawn.azimuth + 90) / 180 * 64).floor()
     assert torch.equal(sector, torch.arange(64.0))
     again = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
-    assert torch.equal(seen.c2w, again.c2w)
+    assert torch.equal(drawn.c2w, again.c2w)
 
 
 def test_sample_cameras_uniform_sphere():
     """Uniform sphere covers the upper hemisphere evenly."""
-    seen = sample_cameras(config(uniform_sphere_rate=1.0), 4000, torch.Generator().manual_seed(2))
-    height = seen.c2w[:, 1, 3] / seen.radius
+    drawn = sample_cameras(config(uniform_sphere_rate=1.0), 4000, torch.Generator().manual_seed(2))
+    height = drawn.c2w[:, 1, 3] / drawn.radius
     assert height.min() > -ULP
     # Uniform in y: mean, spread, and as many in each tenth, to five standard errors.
     n = len(height)
@@ -146,12 +146,12 @@ def test_sample_cameras_sphere_rate(batch):
     narrow = dict(radius_range=(2.0, 2.5), theta_range=(85.0, 95.0), phi_range=(-10.0, 10.0))
     limits, spheres, generator = config(**narrow, uniform_sphere_rate=0.3), 0, torch.Generator().manual_seed(9)
     for _ in range(400):
-        seen = sample_cameras(limits, batch, generator)
-        inside = (seen.polar - 90).abs().le(5) & seen.azimuth.abs().le(10)
+        drawn = sample_cameras(limits, batch, generator)
+        inside = (drawn.polar - 90).abs().le(5) & drawn.azimuth.abs().le(10)
         spheres += not inside.all()
         # Outside for one camera is the sphere for all: of four azimuths, a sector each, at most one can be near 0.
         assert inside.all() or inside.sum() <= max(1, batch // 4)
-        assert seen.radius.min() >= 2 and seen.radius.max() <= 2.5  # those of the run, in either case
+        assert drawn.radius.min() >= 2 and drawn.radius.max() <= 2.5  # those of the run, in either case
     assert abs(spheres / 400 - 0.3) < 5 * (0.3 * 0.7 / 400) ** 0.5  # five standard errors
     never, always = (config(**narrow, uniform_sphere_rate=rate) for rate in (0.0, 1.0))
     a, b = (sample_cameras(limits, batch, torch.Generator().manual_seed(3)) for limits in (never, always))
@@ -187,8 +187,8 @@ def test_view_ranges_widen(start, progress, ranges):
     limits = config(**NARROW, progressive_view_init_ratio=start)
     for got, expected in zip(view_ranges(limits, progress), ranges, strict=True):
         check_rounded("range", torch.tensor(got, dtype=torch.float64), torch.tensor(expected))
-    seen = sample_cameras(limits, 500, torch.Generator().manual_seed(6), progress=progress)
-    for values, (low, high) in zip((seen.radius, seen.polar, seen.azimuth, seen.fovy), ranges, strict=True):
+    drawn = sample_cameras(limits, 500, torch.Generator().manual_seed(6), progress=progress)
+    for values, (low, high) in zip((drawn.radius, drawn.polar, drawn.azimuth, drawn.fovy), ranges, strict=True):
         rounding = 2 * ULP * max(abs(low), abs(high))
         assert low - rounding <= values.min() and values.max() <= high + rounding
         assert values.max() - values.min() >= 0.9 * (high - low)
@@ -199,8 +199,8 @@ def test_view_ranges_constant():
     fixed = config(**NARROW | {"progressive_view": False})
     assert view_ranges(fixed, 0.0) == [fixed.radius_range, fixed.theta_range, fixed.phi_range, fixed.fovy_range]
     sphere = config(**NARROW, uniform_sphere_rate=1.0)
-    seen = sample_cameras(sphere, 500, torch.Generator().manual_seed(7), progress=0.0)
-    assert seen.azimuth.max() - seen.azimuth.min() > 350 and seen.polar.min() < 20
+    drawn = sample_cameras(sphere, 500, torch.Generator().manual_seed(7), progress=0.0)
+    assert drawn.azimuth.max() - drawn.azimuth.min() > 350 and drawn.polar.min() < 20
 
 
 # All around, the poles among them.
@@ -267,19 +267,19 @@ def test_jitter_at_the_target():
 def test_sample_cameras_jitter_width():
     """Jitter is as wide as it says and off by default."""
     sizes = dict(jitter_center=0.4, jitter_target=0.1, jitter_up=0.05)
-    plain, switched_off, seen = (
+    plain, switched_off, drawn = (
         sample_cameras(config(**changes), 4000, torch.Generator().manual_seed(4))
         for changes in ({}, sizes, sizes | {"jitter_pose": True})
     )
     assert all(torch.equal(one, other) for one, other in zip(plain, switched_off, strict=True))
-    assert_rotations(seen.c2w)
-    shift = seen.c2w[:, :3, 3] - plain.c2w[:, :3, 3]
+    assert_rotations(drawn.c2w)
+    shift = drawn.c2w[:, :3, 3] - plain.c2w[:, :3, 3]
     assert shift.abs().max() <= 0.2 + 8 * ULP  # the difference of places at 3.5 and less
     # Mean and spread to five standard errors of 4000: of a mean s / sqrt(n), of a spread s sqrt((k - 1) / 4n), with the
     # kurtosis k of 1.8 for even and of 3 for normal numbers.
-    target = seen.c2w[:, :3, 3] - seen.radius[:, None] * seen.c2w[:, :3, 2]
-    level = look_at(seen.polar, seen.azimuth, seen.radius)
-    roll = torch.asin((seen.c2w[:, :3, 1] * level[:, :3, 0]).sum(dim=-1))
+    target = drawn.c2w[:, :3, 3] - drawn.radius[:, None] * drawn.c2w[:, :3, 2]
+    level = look_at(drawn.polar, drawn.azimuth, drawn.radius)
+    roll = torch.asin((drawn.c2w[:, :3, 1] * level[:, :3, 0]).sum(dim=-1))
     for values, spread, kurtosis in ((shift, 0.4 / 12**0.5, 1.8), (target, 0.1, 3.0), (roll, 0.05, 3.0)):
         assert (values.std(dim=0) / spread - 1).abs().max() < 5 * ((kurtosis - 1) / 16000) ** 0.5
         assert values.mean(dim=0).abs().max() < 5 * spread / 4000**0.5

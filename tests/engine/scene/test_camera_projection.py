@@ -115,10 +115,10 @@ def test_six_views_default_distance():
 def test_sample_cameras_independent(rate):
     """No two of radius, polar angle, place in the sector and field of view go together, to five standard errors."""
     count = 4000
-    seen = sample_cameras(config(uniform_sphere_rate=rate), count, torch.Generator().manual_seed(8))
-    sectors = (seen.azimuth.double() + 180) / 360 * count
+    drawn = sample_cameras(config(uniform_sphere_rate=rate), count, torch.Generator().manual_seed(8))
+    sectors = (drawn.azimuth.double() + 180) / 360 * count
     assert ((sectors - 0.5 - torch.arange(count)).abs() < 0.6).all()  # one camera in each sector, all around
-    numbers = [seen.radius, seen.polar, sectors - torch.arange(count), seen.fovy]
+    numbers = [drawn.radius, drawn.polar, sectors - torch.arange(count), drawn.fovy]
     for one, other in itertools.combinations(numbers, 2):
         together = torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]
         assert abs(together) < 5 / count**0.5

@@ -128,14 +128,14 @@ def test_hash_grid_field_operator_arguments(backbone, normals, name, monkeypatch
 
 def test_backend_description(monkeypatch):
     """How a GPU computes the field is asked with its weights, its dtype and its normals."""
-    asked = []
-    monkeypatch.setattr(kernels, "field_plan", lambda *words: asked.append(words) or "fused")
+    calls = []
+    monkeypatch.setattr(kernels, "field_plan", lambda *words: calls.append(words) or "fused")
     field = make()
     assert field.backend_description("analytic") == "fused"
     field.compute_dtype = torch.float16
     assert field.backend_description("finite_difference") == "fused"
     for (spec, weights, dtype, normals), expected in zip(
-        asked, ((torch.float32, "analytic"), (torch.float16, "finite_difference")), strict=True
+        calls, ((torch.float32, "analytic"), (torch.float16, "finite_difference")), strict=True
     ):
         assert spec is field.spec and (dtype, normals) == expected
         assert all(one is other for one, other in zip(weights, field.weights, strict=True))
@@ -144,7 +144,7 @@ def test_backend_description(monkeypatch):
         == make("vanilla").backend_description("analytic")
         == "on PyTorch's operators"
     )
-    assert len(asked) == 2
+    assert len(calls) == 2
 
 
 def test_without_padding():

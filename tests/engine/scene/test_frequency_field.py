@@ -132,11 +132,11 @@ def test_frequency_field_normals(activation):
 
 def test_frequency_field_differences_in_cube(monkeypatch):
     """Differences stay inside the cube."""
-    field, asked = make(bound=0.5), []
+    field, calls = make(bound=0.5), []
     network = field._network
-    monkeypatch.setattr(field, "_network", lambda x, active: asked.append(x) or network(x, active))
+    monkeypatch.setattr(field, "_network", lambda x, active: calls.append(x) or network(x, active))
     field(torch.tensor([[0.5, 0.0, -0.5]]), normals="finite_difference", normal_epsilon=0.1)
-    assert len(asked) == 7 and torch.cat(asked).abs().max() == 0.5
+    assert len(calls) == 7 and torch.cat(calls).abs().max() == 0.5
 
 
 @pytest.mark.parametrize("normals", ["analytic", "finite_difference"])
@@ -205,10 +205,10 @@ def test_make_field_grid_torch(normals):
         field.table.data.normal_(generator=torch.Generator().manual_seed(1))
     fields[2].double()
     options = dict(normals=normals, active_levels=2, count=torch.tensor(150))
-    asked = [x.requires_grad_() for x in (points(200), points(200), points(200).double())]
-    values = [field(x, **options) for field, x in zip(fields, asked, strict=True)]
+    inputs = [x.requires_grad_() for x in (points(200), points(200), points(200).double())]
+    values = [field(x, **options) for field, x in zip(fields, inputs, strict=True)]
     # A normal loses digits where the density is flat: its weight is the size of the slope.
-    (slope,) = torch.autograd.grad(values[2].sigma.clamp(min=1e-30).log().sum(), asked[2], retain_graph=True)
+    (slope,) = torch.autograd.grad(values[2].sigma.clamp(min=1e-30).log().sum(), inputs[2], retain_graph=True)
     for name in ("sigma", "albedo", "normal")[: 2 if normals is None else 3]:
         weight = slope.norm(dim=1, keepdim=True) if name == "normal" else None
         check(name, *(getattr(one, name).detach() for one in values), weight)

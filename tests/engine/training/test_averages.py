@@ -30,13 +30,13 @@ RED, BLUE = (8.0, -8.0, -8.0), (-8.0, -8.0, 8.0)  # logits
 def trainer() -> Trainer:
     """A run whose averaged weights show a red object, and whose last step one that is blue."""
     config = reference().override(SMALL)
-    made = Trainer(config, choose_runtime(config), 0)
-    logits = made.field.biases[-1].data[1:]
+    built = Trainer(config, choose_runtime(config), 0)
+    logits = built.field.biases[-1].data[1:]
     logits.copy_(torch.tensor(RED))
-    made.optimizer.state.ema.copy_(made.optimizer.params)
-    made.renderer.update_occupancy(None)
+    built.optimizer.state.ema.copy_(built.optimizer.params)
+    built.renderer.update_occupancy(None)
     logits.copy_(torch.tensor(BLUE))
-    return made
+    return built
 
 
 def assert_red(pixels: np.ndarray) -> None:
@@ -67,7 +67,7 @@ def test_outputs_show_average(trainer, tmp_path):
 
 
 def test_validation_shows_average(trainer, tmp_path):
-    """The strip of pictures in the middle of a run is of the averaged weights."""
+    """The strip of images in the middle of a run is of the averaged weights."""
     strip = np.asarray(Image.open(loop(trainer, tmp_path).validate()).convert("RGB"))
     assert_red(strip[:24])  # colours above, depths below
 

@@ -64,10 +64,10 @@ def test_nonfinite_steps_counted(tmp_path, tiny_model, monkeypatch, capsys):
     gradients = Trainer.gradients
 
     def spoiled(self, *given):
-        done = gradients(self, *given)
+        result = gradients(self, *given)
         if self.step in (2, 3):
             self.optimizer.grads[5] = float("inf")
-        return done
+        return result
 
     monkeypatch.setattr(Trainer, "gradients", spoiled)
     assert main(command(tmp_path, tiny_model, "--iters", "6")) == 0
@@ -78,8 +78,8 @@ def test_nonfinite_steps_counted(tmp_path, tiny_model, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("row", "fp16", "cause", "advice"),
     [
-        ({"loss_guidance": None, "grad_norm": None}, True, "the image model's answer is not finite", "--no-fp16"),
-        ({"loss_guidance": None, "grad_norm": None}, False, "the image model's answer", "--guidance_scale 50"),
+        ({"loss_guidance": None, "grad_norm": None}, True, "the image model's prediction is not finite", "--no-fp16"),
+        ({"loss_guidance": None, "grad_norm": None}, False, "the image model's prediction", "--guidance_scale 50"),
         (
             {"loss_guidance": 1.0, "loss_orient": None, "grad_norm": 1.0},
             True,
@@ -119,20 +119,20 @@ def test_degenerate_warning_once(tmp_path, tiny_model, monkeypatch, capsys, type
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, *typed)) == 0
     out = capsys.readouterr().out
-    assert out.count(f"warning: the object {kind}") == 1 and "--rescue starts again with --lr 0.0" in out
+    assert out.count(f"warning: the object {kind}") == 1 and "--rescue restarts with --lr 0.0" in out
     assert f"the object {kind}" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("typed", "kind"), [(VANISHING, "has vanished"), (FILLING, "fills the whole box")])
 def test_rescue_restarts(tmp_path, tiny_model, monkeypatch, capsys, typed, kind):
-    """Rescue starts again with settings under which there is an object."""
+    """Rescue restarts with settings under which there is an object."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     words = command(tmp_path, tiny_model, *typed, "--rescue")
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert f"the object {kind}: starting again with" in out
-    found = rows(tmp_path)
-    assert [row["step"] for row in found] == list(range(1, 31)) and 0.01 < found[-1]["opacity"] < 0.95
+    assert f"the object {kind}: restarting with" in out
+    logged = rows(tmp_path)
+    assert [row["step"] for row in logged] == list(range(1, 31)) and 0.01 < logged[-1]["opacity"] < 0.95
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["loss"]["lambda_opacity"] != 1e7 and stored["optim"]["lr"] < 0.05
     assert main([*words, "--iters", "31"]) == 0  # taken up with the settings of the rescue
@@ -143,8 +143,10 @@ def test_outweighed_warning_once(tmp_path, tiny_model, monkeypatch, capsys):
     """With the weight that would not, which is not warned of in its turn."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, "--lambda_tv", "1e3", "--log_every", "2")) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "times as hard as the guidance" in line]
-    assert len(said) == 1 and "--lambda_tv 1000 pulls" in said[0] and "would pull as hard as that" in said[0]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "times as hard as the guidance" in line]
+    assert (
+        len(warnings) == 1 and "--lambda_tv 1000 pulls" in warnings[0] and "would pull as hard as that" in warnings[0]
+    )
     gentle = command(
         tmp_path / "gentle", tiny_model, "--lambda_tv", "1", "--regularizers", "guided", "--log_every", "2"
     )
@@ -221,14 +223,17 @@ def test_oom_in_step(tmp_path, tiny_model, monkeypatch, capsys):
     words = command(tmp_path, tiny_model, "--iters", "5", "--batch_size", "4")
     assert main(words) == 2
     error = error_of(capsys)
-    assert "asked for 2.50 GiB more: give --vram_O --batch_size 2 (this step: --batch_size 4 --w 12 --h 12)" in error
+    assert (
+        "(2.50 GiB more were requested): give --vram_O --batch_size 2 (this step: --batch_size 4 --w 12 --h 12)"
+        in error
+    )
     assert "the checkpoint of step 3 is saved" in error
     assert main([*words, "--vram_O", "--batch_size", "1"]) == 0
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_oom_outside_steps(tmp_path, tiny_model, monkeypatch, capsys):
-    """No memory for the model or the pictures is one sentence too."""
+    """No memory for the model or the images is one sentence too."""
 
     def full(*_, **__):
         raise torch.OutOfMemoryError(OOM)
@@ -241,11 +246,11 @@ def test_oom_outside_steps(tmp_path, tiny_model, monkeypatch, capsys):
 
 def test_low_memory_overrides_end():
     """What takes less memory ends where nothing does."""
-    config, seen = reference().override({"batch_size": 2, "cuda_graph": True}), []
+    config, overrides = reference().override({"batch_size": 2, "cuda_graph": True}), []
     while less := low_memory_overrides(config):
-        seen.append(format_flags(less))
+        overrides.append(format_flags(less))
         config = config.override(less)
-    assert seen == ["--vram_O --batch_size 1 --no-cuda_graph", "--w 32 --h 32"]
+    assert overrides == ["--vram_O --batch_size 1 --no-cuda_graph", "--w 32 --h 32"]
     assert "a smaller image model" in memory_message(config, RuntimeError("?"), "that is all")
 
 

@@ -46,17 +46,17 @@ MESH = SMALL | DMTET_OVERRIDES | dict(dmtet=True, dmtet_reso_scale=2.0, tet_grid
 
 
 def disc(radius):
-    """A guidance that asks for a white disc on black, `radius` of half the picture's height."""
+    """A guidance that asks for a white disc on black, `radius` of half the image's height."""
 
-    def guidance(pictures, cameras, inputs):
-        height, width = pictures.shape[2:]
+    def guidance(images, cameras, inputs):
+        height, width = images.shape[2:]
         y, x = torch.meshgrid(
             (torch.arange(height) + 0.5) * 2 / height - 1, (torch.arange(width) + 0.5 - width / 2) * 2 / height,
             indexing="ij",
         )  # fmt: skip
-        difference = pictures - (torch.hypot(x, y) < radius).float()
-        loss = difference.square().sum() / len(pictures)
-        return GuidanceResult(loss, torch.zeros(len(pictures), dtype=torch.int64), loss.detach(), difference)
+        difference = images - (torch.hypot(x, y) < radius).float()
+        loss = difference.square().sum() / len(images)
+        return GuidanceResult(loss, torch.zeros(len(images), dtype=torch.int64), loss.detach(), difference)
 
     return guidance
 
@@ -100,8 +100,8 @@ def test_ball_depth(size):
     normal = torch.nn.functional.normalize(origins + at[..., None] * directions - middle, dim=-1).view(6, *size, 3)
     assert (view.normal[core] * normal[core]).sum(-1).min() > math.cos(longest / radius)  # a triangle's turn
     assert not view.normal[miss > 1.2 * radius].any() and not view.rgb[miss > 1.2 * radius].any()
-    picture = depth_image(view, cameras.radius, 0.6)
-    assert picture[core].min() > picture[miss > 1.2 * radius].max() == 0
+    image = depth_image(view, cameras.radius, 0.6)
+    assert image[core].min() > image[miss > 1.2 * radius].max() == 0
 
 
 def test_shadings_and_backgrounds():
@@ -232,8 +232,8 @@ def test_start_from_a_mesh_file(tmp_path):
         surface = shape.surface()
         found = trimesh.Trimesh(surface.vertices.detach(), surface.faces, process=False)
         size = torch.tensor(found.extents)
-        seen = 3.2 * math.tan(math.radians(10)) * 0.8
-        longest, scale = float(2 * shape.half_extent.max() / 16), seen / 2
+        visible = 3.2 * math.tan(math.radians(10)) * 0.8
+        longest, scale = float(2 * shape.half_extent.max() / 16), visible / 2
         # Sharp edges are cut by half an edge of the grid at most.
         assert (size - torch.tensor([4, 3.6, 3]).double() * scale).abs().max() < longest
         assert found.is_watertight and abs(found.bounds.mean(0)).max() < longest / 2
@@ -289,10 +289,10 @@ def test_init_from_run(tmp_path):
     assert before.field.density(points).log().std() < 0.1
     cameras = six_views(trainer.config.camera)
     before.renderer.update_occupancy(None)
-    seen, field = (t.renderer.view(cameras, 24, 24) for t in (trainer, before))
-    assert (seen.opacity[:, 12, 12] == 1).all() and (seen.rgb[:, 12, 12, 0] > 0.9).all()
-    both = (seen.opacity > 0.5) & (field.opacity > 0.5)
-    either = (seen.opacity > 0.5) | (field.opacity > 0.5)
+    view, field = (t.renderer.view(cameras, 24, 24) for t in (trainer, before))
+    assert (view.opacity[:, 12, 12] == 1).all() and (view.rgb[:, 12, 12, 0] > 0.9).all()
+    both = (view.opacity > 0.5) & (field.opacity > 0.5)
+    either = (view.opacity > 0.5) | (field.opacity > 0.5)
     assert both.sum() / either.sum() > 0.6
     for changes, sentence in (
         ({"n_levels": 4}, "n_levels 3 there, 4 here"),
@@ -304,7 +304,7 @@ def test_init_from_run(tmp_path):
         with pytest.raises(UserError, match=sentence):
             make_trainer(init_with=str(tmp_path), **({"blob_density": 10.0} | changes)).start_shape()
     trainer.save(Workspace(tmp_path / "mesh"))
-    with pytest.raises(UserError, match="of a mesh refinement already"):
+    with pytest.raises(UserError, match="is already a mesh refinement"):
         make_trainer(init_with=str(tmp_path / "mesh")).start_shape()
 
 
@@ -368,8 +368,8 @@ def test_load_replaces_surface(locked, tmp_path):
     trainer.load(path)
     assert volume(trainer) == volume(smaller) < 0.8 * before
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.2, 20.0)))
-    seen = [made.renderer.view(cameras, 20, 20).opacity for made in (trainer, smaller)]
-    assert torch.equal(*seen)
+    opacities = [each.renderer.view(cameras, 20, 20).opacity for each in (trainer, smaller)]
+    assert torch.equal(*opacities)
 
 
 def test_outputs_without_floaters():
@@ -446,8 +446,8 @@ def test_command_to_mesh(tiny_model, tmp_path, capsys):
 def test_bad_settings_raise(tiny_model, tmp_path, capsys):
     """Mistakes are told."""
     base = command(tmp_path / "run", tiny_model)
-    assert "it goes with --dmtet only" in refused(capsys, [*base, "--init_with", "x.glb"])
-    assert "it goes with --dmtet only" in refused(capsys, [*base, "--lock_geo"])
+    assert "it works only with --dmtet" in refused(capsys, [*base, "--init_with", "x.glb"])
+    assert "it works only with --dmtet" in refused(capsys, [*base, "--lock_geo"])
     assert "--tet_grid_size must be even, not 33" in refused(capsys, [*base, "--dmtet", "--tet_grid_size", "33"])
     assert "no such file" in refused(capsys, [*base, "--dmtet", "--init_with", str(tmp_path / "none.glb")])
     assert not (tmp_path / "run").exists()

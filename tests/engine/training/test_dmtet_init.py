@@ -170,9 +170,9 @@ def test_find_init_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("folder", ": the folder holds no checkpoint of a run"),
         ("gone.glb", ": there is no such file"),
-        ("old.pth", ": checkpoints of other programs cannot be read; give a run's or a mesh file"),
-        ("old.PT", ": checkpoints of other programs cannot be read; give a run's or a mesh file"),
-        ("old.ckpt", ": checkpoints of other programs cannot be read; give a run's or a mesh file"),
+        ("old.pth", ": checkpoints of other programs cannot be read; name a run of dream-fast or a mesh file"),
+        ("old.PT", ": checkpoints of other programs cannot be read; name a run of dream-fast or a mesh file"),
+        ("old.ckpt", ": checkpoints of other programs cannot be read; name a run of dream-fast or a mesh file"),
         (
             "note.txt",
             " is neither a checkpoint (.safetensors, or the folder of a run) nor a mesh file "
@@ -198,14 +198,14 @@ def test_field_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         "backbone": "grid",
         "seed": 4,
     }
-    asked = []
-    monkeypatch.setattr(dmtet_init, "read_architecture", lambda path: asked.append(path) or architecture)
+    calls = []
+    monkeypatch.setattr(dmtet_init, "read_architecture", lambda path: calls.append(path) or architecture)
     start = InitSource(Path("step.safetensors"), True)
     assert field_settings(start) == {name: architecture[name] for name in architecture if name != "seed"}
-    assert asked == [start.path]
-    assert field_settings(InitSource(Path("shape.glb"), False)) == {} and len(asked) == 1
+    assert calls == [start.path]
+    assert field_settings(InitSource(Path("shape.glb"), False)) == {} and len(calls) == 1
     architecture["tet_grid_size"] = 32
-    with pytest.raises(UserError, match="^--init_with step.safetensors is of a mesh refinement already: "):
+    with pytest.raises(UserError, match="^--init_with step.safetensors is already a mesh refinement: "):
         field_settings(start)
 
 
@@ -244,10 +244,10 @@ def ball(points: Tensor, radius: float) -> Tensor:
 def test_mesh_grid_extent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the cube around the largest places, no farther than the cube; the distance at corners and centres is
     ten times that of the scene, and its sign where that is farther than it is computed."""
-    asked = []
+    calls = []
 
     def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
-        asked.append((mesh, reach))
+        calls.append((mesh, reach))
         points = first + step * torch.cartesian_prod(*map(torch.arange, shape)).view(*shape, 3)
         return ball(points, 0.4).clamp(-reach, reach)
 
@@ -258,14 +258,14 @@ def test_mesh_grid_extent(monkeypatch: pytest.MonkeyPatch) -> None:
         shape = TetMesh(size, 2.0)
         with torch.no_grad():
             shape.deformation.fill_(1.0)
-        asked.clear()
+        calls.clear()
         start_from_mesh(shape, mesh)
         check("half", shape.half_extent, torch.tensor([0.7, 0.95, 2.0]), torch.tensor([0.7, 0.95, 2.0]).double())
         assert not shape.center.any() and not shape.deformation.any()
         # Three of the layers of the longest side, 2 / (size / 2), or the distance in the scene that counts as 1.
         reach = 0.1
-        assert [given for _, given in asked] == [reach] * 2
-        assert all(torch.equal(used.vertices, corners) and used.faces is mesh.faces for used, _ in asked)
+        assert [given for _, given in calls] == [reach] * 2
+        assert all(torch.equal(used.vertices, corners) and used.faces is mesh.faces for used, _ in calls)
         far, exact = (
             torch.where(near.abs() >= reach, near.sign(), 10 * near)
             for near in (ball(shape.positions().detach().to(dtype), 0.4) for dtype in (torch.float32, torch.float64))
@@ -275,10 +275,10 @@ def test_mesh_grid_extent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_mesh_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Farther off only the sign counts."""
-    asked = []
+    calls = []
 
     def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
-        asked.append((float(step.max()), shape, reach))
+        calls.append((float(step.max()), shape, reach))
         return torch.ones(shape)
 
     monkeypatch.setattr(dmtet_init, "signed_distance", distance)
@@ -286,7 +286,7 @@ def test_mesh_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> N
     shape = TetMesh(32, 0.25)
     start_from_mesh(shape, mesh)
     step = 2 * 0.25 / 16  # the longest side is cut off by the cube
-    assert asked == [(step, (17, 17, 17), 3 * step), (step, (16, 16, 16), 3 * step)]
+    assert calls == [(step, (17, 17, 17), 3 * step), (step, (16, 16, 16), 3 * step)]
     assert (shape.sdf == 1).all()
 
 
@@ -313,10 +313,10 @@ def test_load_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_from_mesh(expected, normalized(read_surface(tmp_path / "box.obj"), 0.6, named.camera))
     assert torch.equal(shape.sdf, expected.sdf) and torch.equal(shape.half_extent, expected.half_extent)
     touched(tmp_path, "step_000001.safetensors")
-    asked = []
-    monkeypatch.setattr(dmtet_init, "field_settings", asked.append)
+    calls = []
+    monkeypatch.setattr(dmtet_init, "field_settings", calls.append)
     start = InitSource(tmp_path / "step_000001.safetensors", True)
-    assert load_start(config.override({"init_with": str(start.path)}), shape) == start and asked == [start]
+    assert load_start(config.override({"init_with": str(start.path)}), shape) == start and calls == [start]
     assert torch.equal(shape.sdf, expected.sdf)
 
 

@@ -13,16 +13,18 @@ from dream_fast.engine.workspace.folder import Workspace
 @pytest.fixture
 def workspace(tmp_path):
     """A workspace with the checkpoints of steps 3 and 12, by name."""
-    found = Workspace(tmp_path / "run")
-    found.checkpoints.mkdir(parents=True)
+    folder = Workspace(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
     for step in (12, 3):
-        (found.checkpoints / f"step_{step:06d}.safetensors").touch()
-    return found
+        (folder.checkpoints / f"step_{step:06d}.safetensors").touch()
+    return folder
 
 
 def test_resume_hint_newest_checkpoint(workspace):
     """The step is that of the newest one."""
-    assert failures.resume_hint(workspace) == "the checkpoint of step 12 is whole, and the same command goes on from it"
+    assert (
+        failures.resume_hint(workspace) == "the checkpoint of step 12 is complete, and the same command resumes from it"
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -37,7 +39,7 @@ def test_resume_hint_without_checkpoint(tmp_path, monkeypatch, fails):
 @pytest.mark.parametrize(
     ("code", "name", "sentence"),
     [
-        (errno.ENOSPC, None, "there is no room left for --workspace"),
+        (errno.ENOSPC, None, "no space is left for --workspace"),
         (errno.EIO, None, "the system refuses to write --workspace"),
         (errno.EACCES, "run/log.txt", "the system refuses to write --workspace"),
     ],

@@ -87,16 +87,16 @@ def test_normal_image_smoothness_by_view(scene):
 def test_normal_smoothness_near_points(scene, monkeypatch):
     """The neighbour of a sample is 0.01 away in each axis (standard deviation), on the levels that are active."""
     field, rendered = scene
-    asked = []
+    calls = []
     forward = type(field).forward
 
     def watched(self, x, **options):
-        asked.append((x, options))
+        calls.append((x, options))
         return forward(self, x, **options)
 
     monkeypatch.setattr(type(field), "forward", watched)
     got = weighted(scene, lambda_3d_normal_smooth=2.0)["3d_normal_smooth"]
-    ((points, options),) = asked
+    ((points, options),) = calls
     assert options["active_levels"] == 2 and options["normals"] == "finite_difference"
     assert options["normal_epsilon"] == 0.01 and options["count"] is rendered.samples.count
     noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(2))

@@ -58,8 +58,8 @@ def test_step_against_oracle(optim):
     for scale in (1.0, 1024.0):
         parameters, optimizer = make(optim)
         run(parameters, optimizer, 6, scale=scale)
-        own = [parameter.data for parameter in parameters]
-        changes = ([now - then for now, then in zip(one, before, strict=True)] for one in (own, reference, exact))
+        values = [parameter.data for parameter in parameters]
+        changes = ([now - then for now, then in zip(one, before, strict=True)] for one in (values, reference, exact))
         check_together(f"scale {scale}", *changes)
 
 
@@ -147,8 +147,8 @@ def test_parameters_must_be_fp32():
 def test_loss_scale_backs_off_and_grows():
     scaler = LossScaler(True, "cpu", start=1024.0, interval=3)
     good, bad = torch.tensor(False), torch.tensor(True)
-    for found, expected in [(good, 1024), (bad, 512), (good, 512), (good, 512), (good, 1024), (good, 1024)]:
-        scaler.update(found)
+    for found_inf, expected in [(good, 1024), (bad, 512), (good, 512), (good, 512), (good, 1024), (good, 1024)]:
+        scaler.update(found_inf)
         assert scaler.scale == expected and scaler.inverse == 1 / expected
     other = LossScaler(True, "cpu")
     other.load_state_dict(scaler.state_dict())

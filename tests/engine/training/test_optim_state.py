@@ -141,9 +141,9 @@ def test_start_scene():
     """The averaged scene of another run becomes the parameters and the average; the shape keeps its values."""
     shape = parameter(3, 1)
     optimizer = Optimizer(parameter(4, 2), [parameter(2)], config(), [shape])
-    kept, average = shape.detach().clone(), torch.arange(10.0)
+    before, average = shape.detach().clone(), torch.arange(10.0)
     optimizer.start_scene(average)
-    assert torch.equal(optimizer.params[:10], average) and torch.equal(shape, kept)
+    assert torch.equal(optimizer.params[:10], average) and torch.equal(shape, before)
     assert torch.equal(optimizer.state.ema, optimizer.params)
     for wrong in (torch.zeros(13), torch.zeros(9), torch.zeros(10, 1)):
         with pytest.raises(ValueError, match=rf"ema has shape \({wrong.shape[0]}, ?.*expected \(10,\)"):
@@ -208,6 +208,6 @@ def test_loss_scaler_defaults():
 def test_a_disabled_loss_scaler_counts_nothing():
     """It is 1, and so is its inverse, after good and bad steps."""
     scaler = LossScaler(False, "cpu", start=4.0, interval=1)
-    for found in (False, True):
-        scaler.update(torch.tensor(found))
+    for found_inf in (False, True):
+        scaler.update(torch.tensor(found_inf))
         assert scaler.state_dict() == {"scale": 1, "good_steps": 0} and scaler.inverse == 1

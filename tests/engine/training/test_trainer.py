@@ -162,10 +162,10 @@ def test_progressive_frequencies(text_guidance, monkeypatch):
     """Frequencies join during the run."""
     trainer = make_trainer(text_guidance, progressive_level=True, **BACKBONES["vanilla"] | {"n_frequencies": 8})
     assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
-    asked, network = [], trainer.field._network
-    monkeypatch.setattr(trainer.field, "_network", lambda x, active: asked.append(active) or network(x, active))
+    calls, network = [], trainer.field._network
+    monkeypatch.setattr(trainer.field, "_network", lambda x, active: calls.append(active) or network(x, active))
     trainer.train_step()
-    assert len(asked) >= 3 and set(asked) == {2}  # the even samples, the final ones and those of normals
+    assert len(calls) >= 3 and set(calls) == {2}  # the even samples, the final ones and those of normals
     assert trainer.optimizer.grads.view(-1)[: trainer.field.weights[0].numel()].view(16, 51)[:, 9:27].abs().sum() == 0
 
 
@@ -214,16 +214,16 @@ def test_replayed_step_reads_levels_from_device(text_guidance):
 
 def cameras_of_steps(trainer: Trainer, steps: int) -> list[Cameras]:
     """The cameras of the next steps."""
-    seen = []
+    recorded = []
 
-    def guidance(pictures, cameras, inputs):
-        seen.append(cameras)
-        return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+    def guidance(images, cameras, inputs):
+        recorded.append(cameras)
+        return SimpleNamespace(loss=images.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
 
     trainer.guidance = guidance
     for _ in range(steps):
         trainer.train_step()
-    return seen
+    return recorded
 
 
 def test_progressive_views(text_guidance):
@@ -256,9 +256,9 @@ def test_phase_progress_readers(text_guidance, monkeypatch):
         levels.append(progress)
         return active_levels(config, progress)
 
-    def guidance(pictures, cameras, inputs):
+    def guidance(images, cameras, inputs):
         noise.append(inputs.progress)
-        return SimpleNamespace(loss=pictures.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+        return SimpleNamespace(loss=images.sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
 
     def spied_optimiser(*, lr_scale, **named):
         rates.append(lr_scale)
@@ -275,7 +275,7 @@ def test_phase_progress_readers(text_guidance, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "before", "after"),
+    ("settings", "before", "after"),
     [
         ({}, [0.25, 0.5], [0.5, 0.75, 1.0]),
         ({"exp_start_iter": 2}, [0.0, 1 / 3], [1 / 3, 2 / 3, 1.0]),
@@ -283,13 +283,13 @@ def test_phase_progress_readers(text_guidance, monkeypatch):
         ({"exp_start_iter": 2, "exp_end_iter": 18}, [0.0, 0.125], [0.125, 0.5, 0.875]),
     ],
 )
-def test_phases_extended(text_guidance, tmp_path, asked, before, after):
+def test_phases_extended(text_guidance, tmp_path, settings, before, after):
     """A longer run stretches its phases unless their end was asked for."""
-    first = make_trainer(text_guidance, **CHEAP, **asked)
+    first = make_trainer(text_guidance, **CHEAP, **settings)
     check_values("before", [first.phases.progress(step) for step in (2, 4)], before)
     first.step = 4
     path = first.save(Workspace(tmp_path))
-    longer = make_trainer(text_guidance, iters=16, **CHEAP, **asked)
+    longer = make_trainer(text_guidance, iters=16, **CHEAP, **settings)
     longer.load(path)
     check_values("after", [longer.phases.progress(step) for step in (4, 10, 16)], after)
     check_values("schedule", [longer.schedule.progress(step) for step in (4, 10, 16)], [0.5, 0.75, 1.0])
@@ -298,8 +298,8 @@ def test_phases_extended(text_guidance, tmp_path, asked, before, after):
 def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
     """The gradient of the table after one step under a guidance whose gradient in every pixel is ``gradient``."""
 
-    def guidance(pictures, cameras, inputs):
-        return SimpleNamespace(loss=(pictures * gradient).sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
+    def guidance(images, cameras, inputs):
+        return SimpleNamespace(loss=(images * gradient).sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
 
     trainer.guidance = guidance
     trainer.train_step()
@@ -334,8 +334,8 @@ def test_nonfinite_steps_end_run(text_guidance, tmp_path):
     """Steps without a finite gradient change nothing and end the run with a reason."""
     trainer = make_trainer(text_guidance, iters=3 * MAX_NONFINITE_STEPS, log_every=MAX_NONFINITE_STEPS, **CHEAP)
 
-    def guidance(pictures, cameras, inputs):
-        loss = pictures.sum() * float("nan")
+    def guidance(images, cameras, inputs):
+        loss = images.sum() * float("nan")
         return SimpleNamespace(loss=loss, t=torch.zeros(2), grad_norm=loss.detach())
 
     trainer.guidance = guidance
@@ -482,14 +482,14 @@ def test_extended_run_keeps_progress(text_guidance, tmp_path):
     path = first.save(Workspace(tmp_path))
     longer = make_trainer(text_guidance, iters=80, **changes)
     longer.load(path)
-    seen, optimise = {}, longer.optimizer.step
+    recorded, optimise = {}, longer.optimizer.step
     longer.optimizer.step = lambda *, lr_scale, **named: (
-        seen.update(lr=lr_scale) or optimise(lr_scale=lr_scale, **named)
+        recorded.update(lr=lr_scale) or optimise(lr_scale=lr_scale, **named)
     )
     gradients = longer.gradients
-    longer.gradients = lambda inputs: seen.update(up=inputs.scalars["ramp"]) or gradients(inputs)
+    longer.gradients = lambda inputs: recorded.update(up=inputs.scalars["ramp"]) or gradients(inputs)
     assert longer.train_step().phase == "shaded"
-    assert seen["up"] == 1.0 and seen["lr"] == 0.5
+    assert recorded["up"] == 1.0 and recorded["lr"] == 0.5
 
 
 def test_library_seeds_resumed(text_guidance):
@@ -513,17 +513,17 @@ def test_load_other_architecture_raises(text_guidance, tmp_path):
         make_trainer(text_guidance, optim="adam").load(workspace.checkpoints / "step_000001.safetensors")
 
 
-@pytest.mark.parametrize("mine", BACKBONES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("other", BACKBONES)
-def test_load_other_backbone_raises(text_guidance, tmp_path, mine, other):
+def test_load_other_backbone_raises(text_guidance, tmp_path, backbone, other):
     """A checkpoint of another backbone is refused."""
-    workspace = fit(make_trainer(text_guidance, iters=1, **BACKBONES[mine]), tmp_path)
+    workspace = fit(make_trainer(text_guidance, iters=1, **BACKBONES[backbone]), tmp_path)
     path = workspace.checkpoints / "step_000001.safetensors"
     trainer = make_trainer(text_guidance, iters=1, **BACKBONES[other])
-    if mine == other:
+    if backbone == other:
         trainer.load(path)
         return
-    sentence = f"step_000001.safetensors is of another architecture: backbone {mine} there, {other} here$"
+    sentence = f"step_000001.safetensors is of another architecture: backbone {backbone} there, {other} here$"
     with pytest.raises(UserError, match=sentence):
         trainer.load(path)
 

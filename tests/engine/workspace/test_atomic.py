@@ -22,7 +22,7 @@ def disk(monkeypatch) -> list[tuple[str, Path]]:
 
     Fails where a file takes its name before all that was written of it is on the disk.
     """
-    asked: list[tuple[str, Path]] = []
+    operations: list[tuple[str, Path]] = []
     synced: dict[int, tuple[int, int]] = {}  # size and time of change of each inode when it was synced
     opened: dict[int, Path] = {}
     open_, fsync, replace = os.open, os.fsync, os.replace
@@ -35,13 +35,13 @@ def disk(monkeypatch) -> list[tuple[str, Path]]:
     def watched_fsync(handle) -> None:
         status = os.fstat(handle)
         synced[status.st_ino] = (status.st_size, status.st_mtime_ns)
-        asked.append(("sync", opened[handle]))
+        operations.append(("sync", opened[handle]))
         fsync(handle)
 
     def watched_replace(source, target, **options) -> None:
         status = os.stat(source)
         assert synced.get(status.st_ino) == (status.st_size, status.st_mtime_ns), f"{target} is not on the disk yet"
-        asked.append(("rename", Path(target)))
+        operations.append(("rename", Path(target)))
         replace(source, target, **options)
 
     for name in ("rename", "link"):
@@ -49,14 +49,14 @@ def disk(monkeypatch) -> list[tuple[str, Path]]:
     monkeypatch.setattr(os, "open", watched_open)
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", watched_replace)
-    return asked
+    return operations
 
 
-def assert_names_are_synced(asked: list[tuple[str, Path]]) -> None:
+def assert_names_are_synced(operations: list[tuple[str, Path]]) -> None:
     """After each renaming its folder is synced."""
-    for number, (what, path) in enumerate(asked):
+    for number, (what, path) in enumerate(operations):
         if what == "rename":
-            assert ("sync", path.parent) in asked[number + 1 :], path
+            assert ("sync", path.parent) in operations[number + 1 :], path
 
 
 def test_atomic_write_sync_order(tmp_path, disk):

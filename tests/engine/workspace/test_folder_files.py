@@ -62,23 +62,23 @@ def test_clear(tmp_path):
 
 def test_clear_outputs(tmp_path):
     """Results, mesh and report go; turntables of the steps, images and checkpoints stay."""
-    kept = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
-    fill(tmp_path, *kept, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
+    remaining = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
+    fill(tmp_path, *remaining, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
     Workspace(tmp_path).clear_outputs()
-    assert names(tmp_path) == sorted(kept) and not (tmp_path / "mesh").exists()
+    assert names(tmp_path) == sorted(remaining) and not (tmp_path / "mesh").exists()
     Workspace(tmp_path).clear_outputs()
     Workspace(tmp_path / "none").clear_outputs()
 
 
 def test_truncate_after(tmp_path):
     """Checkpoints, images and turntables after the step go, and half-written files; those of the step stay."""
-    kept = ["validation/step_000005.png", "guidance/step_000004.png", "results/turntable_step_000005.mp4"]
-    kept += ["results/front.png", "checkpoints/step_000005.safetensors", "validation/step_last.png", "notes.txt"]
+    remaining = ["validation/step_000005.png", "guidance/step_000004.png", "results/turntable_step_000005.mp4"]
+    remaining += ["results/front.png", "checkpoints/step_000005.safetensors", "validation/step_last.png", "notes.txt"]
     gone = ["validation/step_000006.png", "guidance/step_1000000.png", "results/turntable_step_000006.mp4"]
     gone += ["checkpoints/step_000006.safetensors", ".notes.writing.txt", "results/.front.writing.png"]
-    fill(tmp_path, *kept, *gone)
+    fill(tmp_path, *remaining, *gone)
     Workspace(tmp_path).truncate_after(5)
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted(remaining)
 
 
 def test_truncate_after_writes_changes_only(tmp_path, caplog):
@@ -249,11 +249,11 @@ def test_create_errors(tmp_path, monkeypatch):
 def test_check_usable_advice(tmp_path, monkeypatch):
     """Folder, results, mesh and log are asked for the right to write, a folder for that to enter as well."""
     fill(tmp_path, "config.json", "results/a.png", "mesh/m.obj", "log.txt", "metrics.jsonl")
-    workspace, asked = Workspace(tmp_path), []
-    monkeypatch.setattr("os.access", lambda path, mode: asked.append((path, mode)) or True)
+    workspace, calls = Workspace(tmp_path), []
+    monkeypatch.setattr("os.access", lambda path, mode: calls.append((path, mode)) or True)
     workspace.check_usable()
     folder = os.W_OK | os.X_OK
-    assert asked == [
+    assert calls == [
         (tmp_path, folder),
         (workspace.results, folder),
         (workspace.mesh, folder),
