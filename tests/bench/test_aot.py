@@ -1,4 +1,4 @@
-"""The ahead-of-time gate: every kernel compiled as a GPU would, beside the golden file, and faults planted in it."""
+"""The ahead-of-time gate: every kernel compiled as for a GPU and compared with the golden file, and planted faults."""
 
 import copy
 import re
@@ -137,7 +137,7 @@ def test_resources_of_products(target, instruction):
 
 
 def test_resources_refuse_rows_outside():
-    """What Triton 3.6 makes of 64 rows for 8 warps reads past them; 4 warps are as many as there are rows for."""
+    """Triton 3.6 code for 64 rows and 8 warps reads past them; 4 warps have enough rows."""
     with pytest.raises(ValueError, match="8 warps along the rows of a product of 64 x 64"):
         aot.measure_resources(product(64, _chain_kernel, num_warps=8), "sm_90")
     assert aot.measure_resources(product(64, _chain_kernel, num_warps=4), "sm_90")["matrix"].keys() == {"HGMMA"}
@@ -202,7 +202,7 @@ def test_differences_of_a_worse_kernel(good, field, worse):
 
 
 def test_differences_of_missing_kernels(good):
-    """Kernels that are gone, new or broken are one sentence each."""
+    """A removed, new or broken kernel is one sentence each."""
     golden = aot.select_gated(good)
     assert aot.find_differences(golden, {}) == ["sm_90 a/_scale_kernel: not compiled any more"]
     assert aot.find_differences({}, golden) == ["sm_90 a/_scale_kernel: not in the golden file"]
@@ -216,7 +216,7 @@ def test_differences_of_missing_kernels(good):
     [(112, 110, False), (110, 112, False), (110, 120, True), (110, 0, True), (0, 2, True), (20, 22, True)],
 )
 def test_differences_allow_varying_spills(good, spills, resources, differences):
-    """ptxas gives the same code another number of them from run to run."""
+    """The number of spills of the same code varies between runs of ptxas."""
 
     def row(number):
         return {"sm_90": {"a/_scale_kernel": aot.select_gated(good)["sm_90"]["a/_scale_kernel"] | {"spills": number}}}
@@ -251,7 +251,7 @@ def test_golden_covers_operators(compiled):
 
 
 def test_golden_kernels_compile(compiled):
-    """Every kernel compiles, and no forward kernel spills beside the known ones."""
+    """Every kernel compiles, and no forward kernel spills except the known ones."""
     errors = [f"{target} {name}: {row['error']}" for target in compiled for name, row in compiled[target].items()
               if "error" in row]  # fmt: skip
     assert errors == []
@@ -270,7 +270,7 @@ def test_golden_file_is_current(compiled):
 
 
 def starts(code: str) -> list[str]:
-    """What the products of a kernel start from, other than zero and another product."""
+    """Return the initial values of a kernel's products, other than zero and another product."""
     products = dict(re.findall(r"(%\S+) = tt\.dot \S+ \S+ (%\S+) :", code))
     assert products
     return [start for start in products.values() if start not in products and not start.startswith("%cst")]
@@ -285,7 +285,7 @@ def _biased_product_kernel(a_ptr, b_ptr, SIZE: tl.constexpr):
 
 
 def test_products_start_from_zero():
-    """Its steps would round at the size of the bias, which normals by differences show on a GPU and nowhere else."""
+    """Otherwise steps round at the size of the bias, which shows only in normals by differences on a GPU."""
     forward = next(one for one in aot.record_launches("field/float32") if one.kernel.__name__ == "field_fwd_kernel")
     assert starts(aot.compile_launch(forward, "sm_90").asm["ttir"]) == []
     with recorded_launches() as launches:

@@ -1,4 +1,4 @@
-"""The benchmarks: what they count, what they refuse, and their commands."""
+"""The benchmarks: counts, refusals and commands."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +63,7 @@ def test_views_from_behind():
 def score_views(
     monkeypatch, prompt: str, names: list[str], colors: list[str], views: list[str]
 ) -> dict[str, float | None]:
-    """The scores of eight images in which the classifier sees what the lists say."""
+    """The scores of eight images for which the classifier predicts the given lists."""
     predictions = Predictions(
         torch.tensor([OBJECTS.index(name) for name in names]),
         torch.tensor([SHADES.index(color) for color in colors]),
@@ -175,7 +175,7 @@ def test_quality_refuses_other_settings(bench, capsys):
 
 
 def test_quality_compares_objectives(bench, capsys):
-    """Each objective has runs of its own, and a row in the table."""
+    """Each objective has its own runs and a row of the table."""
     where = ["--work", str(bench.work), "--out", str(bench.out), "--device", "cpu", "--seeds", "1"]
     where += ["--settings", '{"iters": 7}']
     words = [*where, "--prompts", "a mug", "a hat", "--scores", "sds,ism,csd"]

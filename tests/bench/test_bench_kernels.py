@@ -115,7 +115,7 @@ def test_build_refuses_wrong_names():
     ],
 )
 def test_judge_catches_small_faults(op, case, mode):
-    """The reference passes, a factor of 1.001 does not."""
+    """The reference passes, and a factor of 1.001 fails."""
     what = Case(op=op, case=case, mode=mode, dtype="float32")
     reference = bench.find_implementation(what, "reference")
 
@@ -148,7 +148,7 @@ def test_judge_catches_gradients_and_nan():
 
 
 def test_worst_verdict_of_small_gradients():
-    """A bias whose reference is right by luck passes with the network's error; an output, or a wrong bias, does not."""
+    """A bias whose reference is right by luck is judged by the network's error; an output or a wrong bias is not."""
     exact = (torch.ones(4).double(), torch.ones(100).double(), torch.ones(4).double())
     reference = (exact[0], exact[1] * (1 + 1e-5), exact[2])
     got = (exact[0], exact[1], exact[2] * (1 + 1.25e-5))
@@ -200,7 +200,7 @@ def rows_of(tmp_path, *more: str) -> tuple[int, dict]:
 
 @pytest.fixture(autouse=True)
 def no_rates(monkeypatch):
-    """The machine's rates take a second to measure and are not what these tests look at."""
+    """Constant rates of the machine, since measuring them takes a second."""
     monkeypatch.setattr(measure, "copy_rate", lambda device: 10e9)
     monkeypatch.setattr(measure, "matmul_rate", lambda device: 100e9)
 

@@ -19,7 +19,7 @@ ROW = "op case impl mode dtype median_ms p20_ms p80_ms floor_ms pct_of_floor pea
 
 @pytest.fixture(autouse=True)
 def no_rates(monkeypatch):
-    """The machine's rates take a second to measure and are not what these tests look at."""
+    """Constant rates of the machine, since measuring them takes a second."""
     monkeypatch.setattr(measure, "copy_rate", lambda device: 10e9)
     monkeypatch.setattr(measure, "matmul_rate", lambda device: 100e9)
     if not torch.cuda.is_available():
@@ -170,7 +170,7 @@ def test_step_command_without_gpu(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
 @pytest.mark.parametrize(("case", "gib"), [("default", 5.0), ("vram_O", 3.2)])
 def test_step_memory(case: str, gib: float, tmp_path: Path) -> None:
-    """In a process of its own, which may not reserve more."""
+    """A step fits into its limit, in a process that may not reserve more."""
     out = tmp_path / "result.json"
     command = [sys.executable, "-m", "dream_fast.bench", "step", "--case", case, "--no-peer", "--limit", str(gib)]
     process = subprocess.run([*command, "--blocks", "1", "--out", str(out)], capture_output=True, text=True)

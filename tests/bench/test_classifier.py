@@ -1,4 +1,4 @@
-"""The classifier of results: what it recognises, how it was trained, what it counts, and that it can be wrong."""
+"""The classifier of results: its accuracy, its training, its scores, and that it can be wrong."""
 
 import json
 
@@ -36,7 +36,7 @@ def classifier():
 
 
 def render_things(names: list[tuple[str, str | None]], azimuth: float) -> torch.Tensor:
-    """Images [N, 3, 64, 64] of objects of the procedural world, made from a seed that nothing was trained on."""
+    """Images [N, 3, 64, 64] of objects of the procedural world, from a seed that was not used for training."""
     scenes = [make_scene(np.random.default_rng(7), name, color, plain=True) for name, color in names]
     n = len(scenes)
     cameras = make_cameras(*(torch.full((n,), angle) for angle in (75.0, azimuth, 3.2, 22.0)))
@@ -76,7 +76,7 @@ def test_classify_renders(classifier):
 
 
 def test_classifier_reaches_its_accuracy(classifier):
-    """On images from a seed that nothing was trained on: as many right as stated, but for five standard errors."""
+    """On images from an unused seed the accuracy is the stated one, within five standard errors."""
     stated = json.loads(WEIGHTS.with_suffix(".json").read_text())["held_out"]
     colors = ["red", "green", "blue", "yellow"]
     names = [(name, colors[k % 4]) for k, name in enumerate(sorted(OBJECTS)[::3][:24])]
@@ -91,7 +91,7 @@ def test_classifier_reaches_its_accuracy(classifier):
 
 
 def logits(image_classes: list[tuple[int, int, int]]):
-    """A classifier that gives each of the images the classes (object, colour, sector) of its list."""
+    """A classifier that predicts the classes (object, colour, sector) of its list."""
 
     def says(images):
         scores = torch.zeros(3, len(images), 64)
@@ -117,7 +117,7 @@ def test_classify_sums_sectors():
 
 
 def examples(*truth: tuple[str, str | None, str, float]) -> Examples:
-    """Empty images of which (object, colour, view, azimuth) are true."""
+    """Empty images with these true (object, colour, view, azimuth)."""
     names, colors, views, azimuths = zip(*truth, strict=True)
     return Examples(
         torch.zeros(len(truth), 3, SIZE, SIZE, dtype=torch.uint8),
@@ -130,7 +130,7 @@ def examples(*truth: tuple[str, str | None, str, float]) -> Examples:
 
 
 def test_accuracy_of_classes():
-    """Accuracies count what the truth names; confusion gives shares."""
+    """Accuracies count named classes only; the confusion matrix has shares."""
     truth = examples(
         ("robot", "red", "front", 0.0),
         ("robot", None, "side", 50.0),
@@ -192,7 +192,7 @@ def test_mirrored_examples():
 
 
 def test_loss_ignores_unknown_classes():
-    """A mug's view and an unnamed colour leave no gradient where they would be learned; a cat's view does."""
+    """The view of a mug and an unnamed colour give no gradient; the view of a cat does."""
     torch.manual_seed(0)
     learner, fronts = Classifier(), classifier_train.membership(classifier_train.FRONTS, "cpu")
     images = torch.rand(2, 3, SIZE, SIZE)
@@ -208,7 +208,7 @@ def test_loss_ignores_unknown_classes():
 
 
 def test_disturb_repeats():
-    """Disturbed images keep shape and range, and depend on the seed alone."""
+    """Disturbed images keep shape and range, and depend only on the seed."""
     images = torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     once, again, other = (disturb(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert once.shape == images.shape and once.min() >= 0 and once.max() <= 1

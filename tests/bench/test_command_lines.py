@@ -1,4 +1,4 @@
-"""The page about command lines of stable-dreamfusion: every row is what the command says today."""
+"""The page about command lines of stable-dreamfusion: every row has the present result of the command."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ TINY = """
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls the command here: a process for each line would take a minute."""
+    """Run the command in this process, since a process for each line would take a minute."""
 
     def call(words: list[str], folder: Path) -> SimpleNamespace:
         out, error = io.StringIO(), io.StringIO()
@@ -43,7 +43,7 @@ def cells() -> list[list[str]]:
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
 def test_page_is_current(tmp_path: Path) -> None:
-    """Every row of the page is what the command does today."""
+    """Every row of the page has the present result of the command."""
     command_lines.write_files(tmp_path)
     rows = cells()
     assert len(rows) == len(LINES) == 20 and len(set(LINES)) == 20

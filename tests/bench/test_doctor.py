@@ -1,4 +1,4 @@
-"""--doctor on this machine and on machines that lack something; a run goes on without what it can do without."""
+"""--doctor on this machine and on machines that lack something."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from dream_fast.cli import main
 
 @pytest.fixture(scope="module")
 def said() -> list[dict]:
-    """What the self test says of each kernel, in the interpreter as on a machine without a GPU."""
+    """The findings of the self test in the interpreter, as on a machine without a GPU."""
     return list(doctor.check_kernels(on_gpu=False))
 
 
@@ -75,7 +75,7 @@ def test_check_kernels_reports_failures(code, seconds, sentence, monkeypatch):
 
 
 def test_kernels_advice(monkeypatch):
-    """On a GPU the cache in use is named; a CPU run calls no kernel and has no cache, so it is a note without one."""
+    """On a GPU the advice has the cache folder; on a CPU, which calls no kernel, it is a note without one."""
     run, code = subprocess.run, 'print(\'{"kernel": "march", "error": "error 1, allowed 0", "seconds": 1}\'); exit(1)'
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere/else")
@@ -86,7 +86,7 @@ def test_kernels_advice(monkeypatch):
 
 
 def test_selftest_of_normals():
-    """Inputs moved by half a rounding, as another processor rounds, pass; a normal turned by a thousandth does not."""
+    """Inputs moved by half a rounding, as on another processor, pass; a normal turned by a thousandth fails."""
     name = "field_normals (finite_difference)"
     case, problem = selftest.build_all(torch.device("cpu"))[name]
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ def test_selftest_of_normals():
 
 
 def fake_torch(*, built=None, available=False, works=True, capability=(9, 0), warning=None, count=1):
-    """What the doctor asks of torch, on another machine."""
+    """The parts of torch that the doctor reads, as on another machine."""
     import warnings
 
     def is_available():
@@ -164,7 +164,7 @@ def test_check_gpu(machine, driver, state, sentence, advice, monkeypatch):
 
 
 def test_missing_libraries(monkeypatch):
-    """A missing triton or xformers is a note, or wrong where it is needed."""
+    """A missing triton or xformers is a note, or an error where it is needed."""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
@@ -206,7 +206,7 @@ def test_torch_does_not_load(monkeypatch):
 
 
 def test_main_prints_findings(monkeypatch, capsys):
-    """Findings are printed, and the status is 1 if one is wrong."""
+    """Findings are printed, and the status is 1 if there is an error."""
     for finding, status in ((Finding("note", "no GPU"), 0), (Finding("wrong", "no torch", "pip install torch"), 1)):
         monkeypatch.setattr(doctor, "make_findings", lambda finding=finding: iter([Finding("ok", "fine"), finding]))
         assert main(["--doctor"]) == status
@@ -216,7 +216,7 @@ def test_main_prints_findings(monkeypatch, capsys):
 
 
 def test_selftest_prints_json(capsys, monkeypatch):
-    """The self test prints a line of JSON for each kernel, and its status is 1 if one is wrong."""
+    """The self test prints a line of JSON for each kernel, and its status is 1 if one fails."""
     monkeypatch.setattr(selftest, "check", lambda device: iter([{"kernel": "march", "error": "no", "seconds": 0}]))
     assert selftest.main([]) == 1
     assert json.loads(capsys.readouterr().out)["kernel"] == "march"

@@ -1,4 +1,4 @@
-"""The gate of the benchmark: at which sizes it judges, and what of a problem reaches the verdict."""
+"""The gate of the benchmark: the sizes at which it judges, and the parts of a problem that reach the verdict."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ TOO_LARGE = ("rays_128", "rays_256", "rays_512", "uniform_2^20", "uniform_2^22",
 
 
 def test_gate_case():
-    """Nothing large is judged, what is small stays as it is, and nothing but the size changes."""
+    """Large cases are judged at a smaller size, small ones as they are; nothing but the size changes."""
     for case in FULL:
         judged = gate.gate_case(case)
         assert replace(judged, case=case.case) == case
@@ -26,7 +26,7 @@ def test_gate_case():
 
 
 def problem(weights=None):
-    """Twice 100 numbers, computed in the dtype that is asked, with one input that gets a gradient."""
+    """Two times 100 numbers, computed in the given dtype, with one input that gets a gradient."""
     return Problem(
         operator=lambda x: 2 * x,
         reference=lambda x: 2 * x,

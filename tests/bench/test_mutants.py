@@ -1,4 +1,4 @@
-"""The tool of mutation tests: which mutants it draws and keeps, and what it makes of samples."""
+"""The tool for mutation tests: drawing and keeping mutants, and estimates from samples."""
 
 import importlib.util
 import itertools
@@ -20,7 +20,7 @@ def make_verdicts(module: str, caught: int, survived: int, total: int) -> "mutan
 
 
 def test_estimate_share_whole():
-    """Where all mutants are tested the share is that of the caught, without an error."""
+    """When all mutants are tested, the share is exact and has no error."""
     results = [make_verdicts("a", 9, 1, 10), make_verdicts("b", 30, 0, 30)]
     assert mutants.estimate_share(results) == (39 / 40, 0)
 
@@ -49,7 +49,7 @@ def test_draw_mutants_nested(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("source", "known"), [("same", ["a_0", "a_1"]), ("changed", [])])
 def test_read_caught(tmp_path, source, known):
-    """Caught mutants are known as long as their module is the same; survivors never are."""
+    """Caught mutants are remembered while their module is unchanged; survivors are not."""
     verdicts = make_verdicts("a", 2, 1, 3)
     verdicts.source = "same"
     mutants.kept_path(tmp_path, "a").write_text(mutants.json.dumps(mutants.asdict(verdicts)))

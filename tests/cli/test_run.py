@@ -1,4 +1,4 @@
-"""The whole command on a model that nobody trained: what it writes, when it refuses, and that it repeats."""
+"""The whole command on an untrained model: its files, its refusals, and that it repeats."""
 
 import filecmp
 import json
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
-    """The sentence with which the command refuses ``arguments``."""
+    """The message with which the command refuses ``arguments``."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip()
@@ -102,7 +102,7 @@ def test_a_run_writes_everything(finished, tiny_model):
 
 
 def test_file_settings_reach_steps(tiny_model, tmp_path, monkeypatch):
-    """Cameras phases and prompts of a file of arguments reach the steps."""
+    """Cameras, phases and prompts of a file of arguments reach the steps."""
     words = "--jitter_pose --progressive_view --exp_start_iter 1 --exp_end_iter 3 --angle_front 60 --angle_overhead 20"
     (tmp_path / "cameras.txt").write_text(f"# how a run looks at its object\n{words} --view_blend 40\n")
     more, steps = ["--file", str(tmp_path / "cameras.txt"), "--latent_iter_ratio", "0.5"], []
@@ -205,7 +205,7 @@ def test_a_finished_run_needs_no_model(copy, tiny_model, tmp_path, monkeypatch):
 
 
 def test_more_iterations_continue(copy, tiny_model):
-    """More iterations take a run further with its own seed."""
+    """More iterations extend a run, with its own seed."""
     longer = command(copy, tiny_model, "--iters", "6")
     at = longer.index("--seed")
     assert main(longer[:at] + longer[at + 2 :]) == 0  # no seed typed
@@ -238,7 +238,7 @@ def test_scratch_replaces_the_run(copy, tiny_model):
 
 
 def test_ckpt_elsewhere_starts_run(finished, tmp_path, tiny_model):
-    """A checkpoint elsewhere is where a new run starts."""
+    """A new run can start from a checkpoint of another folder."""
     checkpoint = finished / "checkpoints" / "step_000004.safetensors"
     assert main(command(tmp_path, tiny_model, "--ckpt", str(checkpoint), "--iters", "6")) == 0
     assert json.loads((tmp_path / "manifest.json").read_text())["runs"][0]["from_step"] == 4
@@ -261,7 +261,7 @@ def test_resumed_attention(tmp_path, tiny_model, monkeypatch, capsys):
 
 
 def test_unknown_words_by_model(tmp_path, tiny_model, monkeypatch):
-    """Unknown words reach stable diffusion and not the embedded model."""
+    """Unknown words are passed to Stable Diffusion and not to the embedded model."""
     read = []
 
     class Stop(Exception):
@@ -291,14 +291,14 @@ def test_unknown_words_by_model(tmp_path, tiny_model, monkeypatch):
 
 @pytest.mark.parametrize("flags", [["--attention", "cudnn"], ["--compile"]])
 def test_cpu_limits_refused_early(flags, tmp_path, tiny_model, capsys):
-    """What a cpu cannot do is refused before anything is written."""
+    """Settings that a CPU does not support are refused before anything is written."""
     sentence = refused(capsys, command(tmp_path / "new", tiny_model, *flags))
     assert flags[0] in sentence and ("--attention sdpa always does" in sentence or "needs a GPU" in sentence)
     assert not (tmp_path / "new").exists()
 
 
 def test_other_run_refused(copy, tiny_model, capsys):
-    """Another runs workspace is refused and left as it is."""
+    """The workspace of another run is refused and left unchanged."""
     before = contents(copy)
     sentence = refused(capsys, command(copy, tiny_model, "--lr", "0.5", text="a donut"))
     assert "--text a hamburger, not a donut" in sentence and "--lr 0.001, not 0.5" in sentence
@@ -306,7 +306,7 @@ def test_other_run_refused(copy, tiny_model, capsys):
 
 
 def test_impossible_run_refused_early(tmp_path, tiny_model, capsys):
-    """What cannot work is refused before anything is written."""
+    """Impossible settings are refused before anything is written."""
     workspace = tmp_path / "new"
     assert "lacks" in refused(capsys, command(workspace, tmp_path))
     assert "does not exist" in refused(capsys, command(workspace, tmp_path / "gone"))
@@ -337,7 +337,7 @@ def test_broken_model_refused_early(tmp_path, tiny_model, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_hub_name_without_a_network_is_refused(tmp_path, monkeypatch, capsys):
+def test_hub_name_without_network(tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
@@ -346,7 +346,7 @@ def test_a_hub_name_without_a_network_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_ckpt_elsewhere_refused(copy, finished, tiny_model, capsys):
-    """A checkpoint from elsewhere replaces no run."""
+    """A checkpoint of another folder does not replace a stored run."""
     before = contents(copy)
     elsewhere = str(finished / "checkpoints" / "step_000004.safetensors")
     sentence = refused(capsys, command(copy, tiny_model, "--iters", "6", "--ckpt", elsewhere))
@@ -357,7 +357,7 @@ def test_ckpt_elsewhere_refused(copy, finished, tiny_model, capsys):
 
 
 def test_damaged_manifest_refused(copy, tiny_model, capsys):
-    """A damaged manifest is refused and left as it is."""
+    """A damaged manifest is refused and left unchanged."""
     (copy / "manifest.json").write_text("{")
     before = contents(copy)
     assert "manifest.json cannot be used" in refused(capsys, command(copy, tiny_model, "--iters", "6"))
@@ -377,7 +377,7 @@ def test_other_checkpoint_version_refused(copy, tiny_model, capsys):
 
 
 def test_damaged_checkpoint_refused(copy, tiny_model, capsys):
-    """A damaged checkpoint is refused and left as it is."""
+    """A damaged checkpoint is refused and left unchanged."""
     checkpoint = copy / "checkpoints" / "step_000004.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     before = contents(copy)
@@ -430,7 +430,7 @@ def two_threads():
 
 
 def test_same_seed_same_files(tmp_path, tiny_model, two_threads):
-    """Once in this process and once in a fresh one, as two evenings at the same machine are."""
+    """A run in this process and one in a fresh process write the same files."""
     size = ["--w", "48", "--h", "48", "--iters", "3", "--log_every", "1"]  # enough samples to be shared by two threads
     assert main(command(tmp_path / "a", tiny_model, *size, "--save_mesh")) == 0
     words = command(tmp_path / "b", tiny_model, *size, "--save_mesh")

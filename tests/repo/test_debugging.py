@@ -1,4 +1,4 @@
-"""The page about debugging: a debugger attaches to the command that it prints and stops at breakpoints."""
+"""The page about debugging: a debugger attaches to its command and stops at breakpoints."""
 
 import inspect
 import json
@@ -26,7 +26,7 @@ SMALL = """
 
 
 class Client:
-    """A client of the debug adapter protocol, as an editor is one."""
+    """A client of the debug adapter protocol, like an editor."""
 
     def __init__(self, port: int, process: subprocess.Popen):
         while True:  # the server opens its port when it has started
@@ -49,7 +49,7 @@ class Client:
         self.socket.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
 
     def receive(self, kind: str, name: str) -> dict:
-        """The body of the next message of that kind ("event" or "response") and name; others are passed over."""
+        """The body of the next message of this kind ("event" or "response") and name; others are skipped."""
         while True:
             length = 0
             while line := self.stream.readline().strip():
@@ -67,7 +67,7 @@ class Client:
 
 
 def line_of(module, words: str) -> int:
-    """The number of the only line of ``module`` that holds ``words``."""
+    """The number of the only line of ``module`` with ``words``."""
     (number,) = [i for i, line in enumerate(inspect.getsource(module).splitlines(), start=1) if words in line]
     return number
 

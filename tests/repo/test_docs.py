@@ -1,4 +1,4 @@
-"""The page about Python: its code runs as it is printed, and does what the page says."""
+"""The page about Python: its code runs as it is printed, with the stated results."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def blocks(text: str) -> list[str]:
 
 @pytest.fixture
 def names(monkeypatch, tmp_path):
-    """Runs the code of a section in an empty folder and gives what it names."""
+    """Run the code of a section in an empty folder and return its variables."""
     monkeypatch.chdir(tmp_path)
 
     def run(title: str) -> dict:

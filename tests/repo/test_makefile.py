@@ -1,4 +1,4 @@
-"""`make` prepares an environment once, and chooses torch and triton by what the machine and the environment have."""
+"""`make` prepares an environment once, and chooses torch and triton by the machine and the environment."""
 
 import os
 import runpy
@@ -24,7 +24,7 @@ esac
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs make on copies of our files, with a pretend Python and GPU, and returns what pip was told."""
+    """Run make on copies of our files, with a fake Python and GPU, and return the arguments of pip."""
     for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
@@ -63,7 +63,7 @@ def make(tmp_path):
     ],
 )
 def test_make_chooses_torch(make, machine, installed):
-    """Torch and Triton follow the GPU and the torch that the environment has."""
+    """Torch and Triton follow the GPU and the installed torch."""
     assert make(".venv/.installed-test", **machine) == installed
 
 
@@ -100,7 +100,7 @@ exit ${status:-0}
 
 @pytest.fixture
 def make_installed(tmp_path):
-    """Runs make where everything is installed, with pretend programs; returns its exit status and what was started."""
+    """Run make with everything installed and fake programs; returns its exit status and the calls."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     for name in ("pyproject.toml", "constraints-cpu.txt"):
@@ -142,7 +142,7 @@ def test_make_sanitize_fails(make_installed):
 
 
 def test_torch_build_without_import():
-    """The kind of torch is read without importing it."""
+    """The build of torch is read without importing it."""
     command = [sys.executable, "-X", "importtime", ROOT / ".ci" / "torch_build.py"]
     process = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert process.stdout.strip() == ("cpu" if torch.version.cuda is None and torch.version.hip is None else "gpu")
@@ -195,7 +195,7 @@ def test_peak_memory_counts_children(capfd):
     assert capfd.readouterr().err.startswith("peak memory ")
 
 
-def test_scripts_hide_no_module_of_the_standard_library():
+def test_scripts_hide_no_standard_module():
     """A script's folder is searched first, so a `types.py` there breaks every import."""
     scripts = [path for folder in (".ci", "tests/planted") for path in (ROOT / folder).glob("*.py")]
     assert len(scripts) > 3 and not {path.stem for path in scripts} & sys.stdlib_module_names

@@ -1,4 +1,4 @@
-"""The page of options: current, and complete on both sides."""
+"""The page of options is current and complete."""
 
 import re
 import subprocess
@@ -33,12 +33,12 @@ def rows(part: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, dict[str, list[str]]]:
-    """The tables of flags on the page, by the heading they stand under."""
+    """The tables of flags on the page, by their heading."""
     return {part.partition("\n")[0]: rows(part) for part in page().split("\n## ")[1:]}
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
-def test_the_committed_page_is_current_and_linked():
+def test_page_is_current():
     again = "python -m dream_fast.engine.config.options_page > docs/options.md"
     assert PAGE.read_text(encoding="utf-8") == page(), f"write it anew: {again}"
     assert "(docs/options.md)" in (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -52,14 +52,14 @@ def test_every_flag_of_the_command_has_a_row(tables):
 
 
 def test_most_used_flags_come_first(tables):
-    """A dozen flags stand before all others, each with the meaning that its own row has."""
+    """The most used flags are first, with the meanings of their own rows."""
     first, used = next(iter(tables.items()))
     assert first == "The flags that people use" and list(used) == MOST_USED and 12 <= len(used) <= 15
     assert all(meaning == tables["Flags"][flag][-1] for flag, (meaning,) in used.items())
 
 
 def test_learning_rates_on_page():
-    """The table of learning rates holds the rates of each group, as the optimiser uses them."""
+    """The table has the learning rates of each group, as the optimiser uses them."""
     table, other = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
     lines = page().partition("## Learning rates")[2].splitlines()
     shown = [line.strip("| ").split(" | ")[1:] for line in lines if line.startswith(("| MLPs", "| hash", "| shape"))]
@@ -108,7 +108,7 @@ def test_vanilla_defaults_on_page(tables):
 
 
 def test_page_imports_nothing_heavy():
-    """The page is printed without anything heavy."""
+    """Printing the page imports nothing heavy."""
     code = "import runpy, sys; runpy.run_module('dream_fast.engine.config.options_page', run_name='__main__')"
     code += "; print([name for name in ('torch', 'numpy') if name in sys.modules], file=sys.stderr)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

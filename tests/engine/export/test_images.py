@@ -1,4 +1,4 @@
-"""Images by their numbers: colours of normals and depths, strips and grids, names of the views, values of a grid."""
+"""Images: colours of normals and depths, strips and grids, names of the views, interpolated values."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def read(path):
 
 
 def test_to_uint8():
-    """To the nearest of 256 values, from any float dtype and with a gradient."""
+    """Values are rounded to the nearest of 256, from any float dtype and with a gradient."""
     values = torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 127 / 255, 1.0, 7.0], requires_grad=True)
     pixels = images.to_uint8(values)
     assert pixels.dtype == np.uint8 and pixels.tolist() == [0, 0, 0, 1, 127, 255, 255]
@@ -31,7 +31,7 @@ def test_to_uint8():
 
 
 def test_save_png(tmp_path):
-    """Grey and coloured arrays as they are, tensors as uint8, texts beside them."""
+    """Arrays are written as they are, tensors as uint8, with texts."""
     for number, pixels in enumerate((numbered(2, 3), numbered(2, 3, 3))):
         images.save_png(tmp_path / f"{number}.png", pixels, {"t": "1 2", "prompt": "a"})
         found, texts = read(tmp_path / f"{number}.png")
@@ -42,7 +42,7 @@ def test_save_png(tmp_path):
 
 
 def test_save_grid(tmp_path):
-    """Columns from left to right, rows from top to bottom, with the texts."""
+    """Columns go from left to right, rows from top to bottom, with texts."""
     grid = numbered(2, 3, 1, 2, 3)
     images.save_grid(tmp_path / "g.png", torch.from_numpy(grid) / 255, {"t": "5"})
     pixels, texts = read(tmp_path / "g.png")
@@ -51,14 +51,14 @@ def test_save_grid(tmp_path):
 
 
 def test_normal_image():
-    """(n + 1) / 2 by opacity, and white for the rest."""
+    """Normals are (n + 1) / 2 by opacity, over white."""
     normal = torch.tensor([[1.0, -1.0, 0.0]]).double().repeat(3, 1)
     view = SimpleNamespace(normal=normal, opacity=torch.tensor([1.0, 0.5, 0.0]).double())
     check_fp64("colours", images.normal_image(view), torch.tensor([[1, 0, 0.5], [1, 0.5, 0.75], [1, 1, 1]]).double())
 
 
 def test_depth_image():
-    """The sphere has the radius bound * sqrt(3); depths beyond it are clamped, opacity darkens."""
+    """The sphere has the radius bound * sqrt(3); depths beyond it are clamped, and opacity darkens."""
     reach = 2 * 3**0.5
     expected = torch.tensor([[-2.0, -1, 0, 0.5], [1, 2, 0, 0]]).double()
     opacity = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0.5, 0]]).double()
@@ -71,7 +71,7 @@ def test_depth_image():
 
 
 def test_six_view_paths(tmp_path):
-    """Colours, then normals, then all of them: two rows of six."""
+    """Colours come first, then normals, then all of them in two rows of six."""
     views = [f"{name}.png" for name in SIX_VIEWS] + [f"{name}_normal.png" for name in SIX_VIEWS]
     assert images.six_view_paths(tmp_path) == [tmp_path / name for name in [*views, "six_views.png"]]
     rgb, normal = torch.rand(2, 6, 2, 4, 3, generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def test_six_view_paths(tmp_path):
 
 
 def test_trilinear():
-    """A linear function comes back between the points, and the nearest value outside; in the points' shape."""
+    """A linear function is exact between the points, and the nearest value is used outside."""
     bound, axis = 2.0, torch.linspace(-2.0, 2.0, 5).double()
     x, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
     points = 6 * torch.rand(4, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 3

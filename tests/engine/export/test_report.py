@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, says what the run's files say, and in which nothing becomes markup."""
+"""The report: one self-contained file with the content of the run's files, in which nothing becomes markup."""
 
 import base64
 import io
@@ -107,7 +107,7 @@ def sheets(page: Page) -> dict[str, tuple[dict, np.ndarray]]:
 
 
 def test_report_sections(finished):
-    """A run ends with a page of everything."""
+    """A finished run has a page with every section."""
     page = Page(finished / "report.html")
     assert page.texts["h1"] == ["a hamburger"]
     assert page.texts["h2"] == ["Six views", "During the run", "Curves", "Time", "Reproduce"]
@@ -133,7 +133,7 @@ def json_of(workspace: Path) -> dict:
 
 
 def test_report_is_self_contained(finished):
-    """Nothing on the page comes from elsewhere."""
+    """The page loads nothing from elsewhere."""
     page = Page(finished / "report.html")
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe", "object", "embed", "base")
@@ -146,7 +146,7 @@ def test_report_is_self_contained(finished):
 
 
 def test_report_times(tiny_model, tmp_path, monkeypatch):
-    """With a clock that goes on in the loading of the model, the steps and the outputs alone."""
+    """The times are those of loading, steps and outputs."""
     now = [100.0]
     monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
 
@@ -194,7 +194,7 @@ def test_report_escapes_prompt(copy):
 
 
 def test_report_command(finished, tiny_model):
-    """The command on the page makes the run again."""
+    """The command on the page repeats the run."""
     (shown,) = Page(finished / "report.html").texts["pre"]
     config = Workspace(finished).stored_config()
     assert shown == reproduce_command(config)
@@ -203,7 +203,7 @@ def test_report_command(finished, tiny_model):
 
 
 def test_report_commands_of_parts(copy, tiny_model):
-    """A run that was taken further has a command for each part."""
+    """An extended run has a command for each part."""
     assert main(command(copy, tiny_model, "--iters", "8")) == 0
     page = Page(copy / "report.html")
     config = Workspace(copy).stored_config()
@@ -219,7 +219,7 @@ def test_report_without_run(tmp_path):
 
 
 def test_report_rewritten(copy, tiny_model):
-    """Looking at a run writes the report anew and a finished one only what is missing."""
+    """--test writes the report again; a finished run only if it is missing."""
     (copy / "report.html").unlink()
     assert main(command(copy, tiny_model)) == 0
     assert Page(copy / "report.html").texts["h1"] == ["a hamburger"]
@@ -237,7 +237,7 @@ def test_report_rewritten(copy, tiny_model):
 
 
 def test_report_turntable_sheets(copy):
-    """The sheets hold the frames in their order."""
+    """The sheets have the frames in order."""
     colours = np.linspace(0, 240, 7).astype(np.uint8)  # of frame i, in thirds for the three kinds
 
     def frame(value: int) -> np.ndarray:
@@ -259,7 +259,7 @@ def test_report_turntable_sheets(copy):
 
 
 def test_report_size(copy):
-    """The page stays small whatever its images hold."""
+    """The size of the page is bounded."""
     drawn = np.random.default_rng(0)
 
     def noise(height: int, width: int) -> np.ndarray:
@@ -276,7 +276,7 @@ def test_report_size(copy):
 
 
 def test_report_damaged_files(copy):
-    """What is missing or damaged is named."""
+    """Missing or damaged files are named."""
     (copy / "results" / "turntable.mp4").write_bytes(b"no video")
     (copy / "results" / "back.png").write_bytes(b"no image")
     (copy / "guidance" / "step_000003.png").write_bytes(b"no image")
@@ -297,7 +297,7 @@ def test_report_damaged_files(copy):
 
 
 def test_report_refused_images(copy, monkeypatch):
-    """Too many pixels, which `--W` can make, too long a text, and a video without room for three kinds."""
+    """Too many pixels, too long a text, and a video that is too narrow are named."""
     long = PngInfo()
     long.add_text("t", "x" * 2_000_000, zip=True)
     Image.new("RGB", (4, 4)).save(copy / "results" / "back.png", pnginfo=long)
@@ -327,12 +327,12 @@ def points(path: ElementTree.Element) -> list[list[tuple[float, float]]]:
 
 
 def assert_there(point: tuple[float, float], place: tuple[float, float]) -> None:
-    """Both are written with a digit after the point, so that each is off by up to a twentieth."""
+    """Both have one digit after the point, so each is off by up to 0.05."""
     assert max(abs(a - b) for a, b in zip(point, place, strict=True)) < 0.11
 
 
 def test_chart_points():
-    """Points lie where the ticks say."""
+    """Points lie at the values of the ticks."""
     root = drawn([Series("a", [0, 5, 10], [0.0, 5.0, 10.0]), Series("b", [0, 10], [10.0, None])])
     (first, second) = lines(root)
     ticks = {text.text: float(text.get("y")) - 3.5 for text in root.iter("text") if text.get("text-anchor") == "end"}
@@ -349,7 +349,7 @@ def test_chart_points():
 
 
 def test_chart_logarithmic_axis():
-    """Far apart positive values have a logarithmic axis."""
+    """Positive values that differ widely have a logarithmic axis."""
     root = drawn([Series("a", [1, 2, 3], [0.01, 1.0, 100.0])])
     (path,) = lines(root)
     ((low, middle, high),) = points(path)
@@ -361,7 +361,7 @@ def test_chart_logarithmic_axis():
 
 
 def test_chart_missing_values():
-    """A missing value breaks the line and a lone one is a dot."""
+    """A missing value interrupts the line, and a single point is a dot."""
     (path,) = lines(drawn([Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, None, 1.0, 2.0])]))
     assert [len(stroke) for stroke in points(path)] == [2, 2]
     (dot,) = lines(drawn([Series("a", [7], [3.0])]))
@@ -382,7 +382,7 @@ def test_chart_long_lines():
 
 
 def test_chart_marks(finished):
-    """Marks stand where a phase begins."""
+    """Marks are at the first step of a phase."""
     page = Page(finished / "report.html")
     assert page.source.count('class="phase"') == 2 * len(page.of("svg"))
     assert page.texts["text"].count("latent") == page.texts["text"].count("shaded") == len(page.of("svg")) == 6
@@ -394,7 +394,7 @@ def test_chart_marks(finished):
 @pytest.mark.parametrize("low", [0.0, -3.7, 12.0, 1e-7, 1e6, 5.0])
 @pytest.mark.parametrize("reach", [0.0, 1e-6, 0.3, 1.0, 17.0, 1e5])
 def test_linear_axis_ticks(low, reach):
-    """An axis holds its values with a few even ticks."""
+    """An axis includes its values and has a few even ticks."""
     axis = linear_axis(low, low + reach)
     unseen = 1e-6 * (axis.high - axis.low)
     assert axis.low - unseen <= low <= low + reach <= axis.high + unseen and 2 <= len(axis.ticks) <= 9

@@ -8,7 +8,7 @@ from dream_fast.engine.export import video
 
 
 def test_write_video_odd_sides(tmp_path):
-    """Video holds every frame also with odd sides."""
+    """A video has every frame, also with odd sides."""
     frames = [np.full((21, 33, 3), value, dtype=np.uint8) for value in (0, 120, 240)]
     frames_written = []
     codec = video.write_video(tmp_path / "v.mp4", iter(frames), 25, on_frame=lambda: frames_written.append(1))

@@ -1,4 +1,4 @@
-"""Score distillation as a run computes it against plain diffusers: same weights, images, levels and noise.
+"""Score distillation as in a run against plain diffusers: same weights, images, timesteps and noise.
 
 The plain computation is written here from the paper (DreamFusion, Poole et al. 2022, equation 3) with the modules of
 diffusers and torch's autograd; it shares no code with the engine but the weights.
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.gpu
 
 
 def gradients(components: Components, *, graphs: bool) -> list[Tensor]:
-    """Of STEPS images [1, 3, 64, 64], each with its own prompt, level and noise."""
+    """Gradients [1, 3, 64, 64] in STEPS images, each with its own prompt, timestep and noise."""
     score = ScoreDistillation(components, GuidanceConfig(guidance_scale=SCALE), cuda_graphs=graphs)
     gradients_of_steps = []
     for step in range(STEPS):
@@ -48,7 +48,7 @@ def gradients(components: Components, *, graphs: bool) -> list[Tensor]:
 
 
 def plain_gradients(components: Components) -> list[Tensor]:
-    """The same of the modules of `components` alone, in their dtype; sums of latents in fp32 at least."""
+    """The same gradients by the modules of `components` alone, in their dtype; sums of latents are at least fp32."""
     sums = torch.promote_types(components.dtype, torch.float32)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = (1 - betas).cumprod(0).to(DEVICE, sums)
@@ -93,7 +93,7 @@ def plain() -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_against_diffusers(kind: str, plain: tuple[list[Tensor], list[Tensor]]) -> None:
-    """A run computes what plain diffusers does."""
+    """A run is as accurate as plain diffusers."""
     components = random_components(DEVICE, OWN, tiny=not GPU)
     prepare_components(components, TOKENS, **KINDS[kind])
     for step, (got, reference, exact) in enumerate(zip(gradients(components, graphs=True), *plain, strict=True)):

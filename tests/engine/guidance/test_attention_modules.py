@@ -1,4 +1,4 @@
-"""Attention in diffusers' modules: the processor against diffusers' own, which modules get it, how one is chosen."""
+"""Attention in diffusers' modules: the processor against diffusers' own, its modules, and the choice of operators."""
 
 import sys
 from collections import Counter
@@ -44,7 +44,7 @@ def module(**options: Any) -> Attention:
     ids=["plain", "norm", "residual", "all"],
 )
 def test_processor_equals_diffusers(size: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Of tokens and of images: norm, projections, residual and rescaled output, against diffusers' in fp64."""
+    """For tokens and images, norm, projections, residual and rescaled output equal diffusers' in fp64."""
     attention, rows = module(**options), torch.randn(size, generator=torch.Generator().manual_seed(1))
     outs = []
     for processor, dtype in (
@@ -59,7 +59,7 @@ def test_processor_equals_diffusers(size: tuple[int, ...], options: dict[str, An
 
 
 def test_processor_cross_attention() -> None:
-    """Cross attention: keys and values of another width and number than the queries."""
+    """Keys and values may have another width and number than the queries."""
     attention = module(cross_attention_dim=12)
     rows, prompt = (torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in ((2, 5, 16), (2, 7, 12)))
     outs = []
@@ -85,7 +85,7 @@ def test_processor_cross_attention() -> None:
     ids=["space", "queries", "prompt", "further"],
 )
 def test_set_attention_skips_unsupported(options: dict[str, Any]) -> None:
-    """Norms of queries and keys, of the prompt, and by another image, and further keys: all would be left out."""
+    """Modules with parts that the processor lacks are left alone."""
     made = module(**options)
     made.set_processor(AttnProcessor2_0())
     before = made.processor
@@ -94,7 +94,7 @@ def test_set_attention_skips_unsupported(options: dict[str, Any]) -> None:
 
 
 def test_set_attention() -> None:
-    """Those of diffusers' usual processor and those that have ours; not those of others, of normed keys, or a layer."""
+    """Modules with diffusers' usual processor or ours are replaced, and no others."""
     known = [module(processor=AttnProcessor2_0()), module(processor=Processor(OPERATORS["matmul"]))]
     keys, other = module(processor=AttnProcessor2_0()), module(processor=AttnProcessor())
     keys.norm_k = torch.nn.LayerNorm(8)
@@ -107,7 +107,7 @@ def test_set_attention() -> None:
 
 
 class Recorded:
-    """Records the questions that a choice has about a model, and what it sets; ``fails``: whose shapes fail."""
+    """Records the calls of a choice for a model; ``fails``: shapes that fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str = "cuda", fails: str = ""):
         like = SimpleNamespace(device=torch.device(device), dtype=torch.float16)
@@ -138,7 +138,7 @@ class Recorded:
 
 
 def test_auto_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows of the UNet without gradients and one of the encoder with them, each with its operators."""
+    """Two rows of the UNet without gradients and one of the encoder with them are measured."""
     model = Recorded(monkeypatch)
     assert model.choose("auto") == ("cudnn", "matmul")
     on = (torch.device("cuda"), torch.float16)
@@ -153,7 +153,7 @@ def test_auto_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sdpa_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own works everywhere: it is neither measured nor tried."""
+    """torch's own attention works everywhere, so it is neither measured nor tried."""
     for device, kind in (("cpu", "auto"), ("cuda", "sdpa")):
         model = Recorded(monkeypatch, device, fails="shapes")
         assert model.choose(kind) == ("sdpa", "sdpa") and model.asked == []
@@ -162,7 +162,7 @@ def test_sdpa_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("fails", "chosen"), [("", ("xformers", "xformers")), ("encoder", ("xformers", "sdpa"))])
 def test_named_tried_on_both(monkeypatch: pytest.MonkeyPatch, fails: str, chosen: tuple) -> None:
-    """With the model's shapes, device and dtype, the encoder with gradients; where that fails it keeps torch's own."""
+    """It is tried with the model's shapes, device and dtype; an encoder where it fails keeps torch's own."""
     model = Recorded(monkeypatch, fails=fails)
     assert model.choose("xformers") == chosen
     on = (torch.device("cuda"), torch.float16)
@@ -184,7 +184,7 @@ def test_named_tried_on_both(monkeypatch: pytest.MonkeyPatch, fails: str, chosen
     ],
 )
 def test_failing_operator_raises(monkeypatch, kind: str, previous: AttentionChoice | None, named: str) -> None:
-    """It names the operator, the device, the precision, the reason and what works always; nothing is set."""
+    """The message has the operator, device, precision, reason and alternative; nothing is set."""
     model = Recorded(monkeypatch, fails="UNet")
     with pytest.raises(UserError) as caught:
         model.choose(kind, previous)
@@ -198,7 +198,7 @@ def test_failing_operator_raises(monkeypatch, kind: str, previous: AttentionChoi
 
 
 def test_unsupported_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the ways in which a library refuses; a defect of the program is none of them."""
+    """Errors by which libraries refuse are reasons; errors of our code are raised."""
     shapes = Counter({Shape(1, 2, 2, 1, 4): 1})
 
     def raises(error: Exception) -> Any:
@@ -218,7 +218,7 @@ def test_unsupported_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_run_shapes_counts(monkeypatch, dtype: torch.dtype, gradient: bool) -> None:
-    """Once at each shape to try it, then all of them: inputs of the dtype, and gradients where they are wanted."""
+    """Each shape runs once, then all as often as counted, with gradients if requested."""
     calls, backward = [], []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def test_run_shapes_counts(monkeypatch, dtype: torch.dtype, gradient: bool) -> N
 
 
 def test_run_shapes_hides_warnings(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warnings of kernels that do not take a shape do not reach the user."""
+    """Warnings of kernels that do not support a shape are suppressed."""
     import warnings
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -256,8 +256,7 @@ def test_run_shapes_hides_warnings(recwarn: pytest.WarningsRecorder, monkeypatch
 
 
 def test_operator_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """xformers takes [rows, tokens, heads, width] as it is, and cuDNN's kernels are the only ones that torch may take
-    for cudnn."""
+    """xformers gets [rows, tokens, heads, width] unchanged, and cudnn allows only cuDNN's kernels."""
     from torch.nn.attention import SDPBackend
 
     strides = []

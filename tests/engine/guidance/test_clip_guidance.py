@@ -1,4 +1,4 @@
-"""Guidance by CLIP: the loss against transformers' own features, the sides of the prompt, and a run of the command."""
+"""Guidance by CLIP: the loss against transformers' own features, view prompts, and a run of the command."""
 
 import json
 import shutil
@@ -43,7 +43,8 @@ def texts(folder: Path, *words: str, dtype: torch.dtype = torch.float32) -> torc
 
 
 def by_hand(folder: Path, rgb: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [B] of images, one a view of a turntable, and the gradient of their mean, by transformers' model."""
+    """Losses [B] of images, one for each view of a turntable, and the gradient of their mean, by transformers'
+    model."""
     from transformers import CLIPImageProcessorPil, CLIPModel
 
     prepare = CLIPImageProcessorPil()
@@ -62,7 +63,7 @@ def by_hand(folder: Path, rgb: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
 
 
 def test_clip_loss_and_gradient(tiny_clip: Path) -> None:
-    """Against transformers' own features of images all around, whose texts are blended in between."""
+    """They equal those of transformers' features, with blended texts between views."""
     rgb, cameras = random_images(12), turntable(CameraConfig(), 12, "cpu")
     guide = guidance(tiny_clip)
     result = guide(rgb, cameras, StepInputs(progress=0.0))
@@ -96,7 +97,7 @@ def test_clip_gradient_direction(tiny_clip: Path) -> None:
 
 
 def test_clip_view_prompts(tiny_clip: Path) -> None:
-    """The prompt follows the view and a side may have its own."""
+    """The prompt follows the view, and a side may have its own."""
     model, tokenizer = load_clip(str(tiny_clip), "cpu")
     views = clip_views(model, tokenizer, "a mug", {"back": "its rear"})
     prompts = ["a mug, front view", "a mug, side view", "its rear", "a mug, overhead view"]
@@ -105,7 +106,7 @@ def test_clip_view_prompts(tiny_clip: Path) -> None:
 
 
 def test_clip_lambda_guidance(tiny_clip: Path) -> None:
-    """Lambda guidance is its weight and may be a schedule."""
+    """lambda_guidance is the weight and may be a schedule."""
     cameras = turntable(CameraConfig(), 1, "cpu")
     plain = guidance(tiny_clip)(random_images(1), cameras, StepInputs(progress=0.0)).loss
     for weight, step, progress, factor in (
@@ -121,7 +122,7 @@ def test_clip_lambda_guidance(tiny_clip: Path) -> None:
 
 
 def test_clip_long_prompt(tiny_clip: Path, caplog) -> None:
-    """A long prompt keeps its side and says what is left out."""
+    """A long prompt keeps the name of its view, and a warning has the words left out."""
     model, tokenizer = load_clip(str(tiny_clip), "cpu")
     views = clip_views(model, tokenizer, "a very tasty hamburger " * 10)
     assert "longer than the 77 tokens" in caplog.text
@@ -152,7 +153,7 @@ def test_clip_bad_shape_raises(tiny_clip: Path) -> None:
 
 
 def test_load_clip_raises(tiny_clip: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A model that does not load is one sentence."""
+    """A model that does not load is refused with one sentence."""
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(UserError, match="the CLIP folder .*gone does not exist"):
@@ -174,7 +175,7 @@ def test_load_clip_raises(tiny_clip: Path, tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_clip_command(tmp_path: Path, tiny_clip: Path, capsys) -> None:
-    """The command optimises by clip alone."""
+    """The command optimises by CLIP alone."""
     from dream_fast.cli import main
 
     words = """--device cpu --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --n_levels 3

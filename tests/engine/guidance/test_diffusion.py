@@ -1,4 +1,4 @@
-"""What guidance by a prompt hands on: options to the score, prompts and weights of the sides, parts of a sum."""
+"""Guidance by a prompt: arguments of score distillation, view weights, and sums."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ ANGLES = (30.0, 40.0, 50.0)
 
 
 class Score:
-    """Records what it is called with."""
+    """Records its calls."""
 
     def __init__(self, **settings: Any):
         self.config = GuidanceConfig(**settings)
@@ -35,7 +35,7 @@ class Score:
 
 
 class Prompts:
-    """Embeddings that hold the angles of the call."""
+    """Embeddings that record the angles of the call."""
 
     views = torch.arange(4.0).view(4, 1, 1).expand(4, 5, 32)
 
@@ -60,7 +60,7 @@ def test_diffusion_guidance_defaults() -> None:
 
 
 def test_diffusion_guidance_passes_on() -> None:
-    """All that a call names reaches the score, and all angles the prompts."""
+    """Arguments of a call reach score distillation, and angles the prompts."""
     guide = DiffusionGuidance(Score(), Prompts(), ViewAngles(*ANGLES))
     inputs = StepInputs(7, 0.5, "draws", latents=True, timesteps="timesteps", scalars={"scale": 2.0})
     guide("latents", cameras([0.0]), inputs)
@@ -71,7 +71,7 @@ def test_diffusion_guidance_passes_on() -> None:
 
 
 def test_diffusion_guidance_negatives() -> None:
-    """With Perp-Neg the first two views go along, weighted by the sides that the cameras see at these angles."""
+    """With Perp-Neg the first two views are passed on, weighted by the views of the cameras."""
     settings = dict(negative_w=-4.0, front_decay_factor=1.0, side_decay_factor=3.0)
     guide, views = (
         DiffusionGuidance(Score(perpneg=True, **settings), Prompts(), ViewAngles(*ANGLES[:2])),
@@ -85,7 +85,7 @@ def test_diffusion_guidance_negatives() -> None:
 
 
 class Part(Guidance):
-    """A guidance of a known loss that records its options."""
+    """A guidance with a known loss that records its calls."""
 
     def __init__(self, loss: float, accepts_latents: bool = True):
         self.loss, self.accepts_latents, self.options = loss, accepts_latents, []
@@ -97,13 +97,13 @@ class Part(Guidance):
 
 
 class Image(Part):
-    """As `Part`, of a diffusion model."""
+    """As `Part`, with a diffusion model."""
 
     components = "a model"
 
 
 def test_sum_passes_inputs() -> None:
-    """What a sum is called with reaches each part."""
+    """Arguments of a sum reach each guidance."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
     inputs = StepInputs(3, 0.5, "draws", latents=True)
     guide("images", "cameras", inputs)
@@ -116,7 +116,7 @@ def test_sum_passes_inputs() -> None:
     [(False, {"clip": 1.0, "a": 2.0, "b": 4.0}, 2.0), (True, {"a": 2.0, "b": 4.0}, 2.0)],
 )
 def test_sum_primary_result(latents: bool, losses: dict[str, float], shown: float) -> None:
-    """Losses are added, all of them named; the rest is of the first image model, and of parts that take latents."""
+    """Losses are added and named; the rest is of the first diffusion model, among guidances that accept latents."""
     guide = GuidanceSum({"clip": Part(1.0, accepts_latents=False), "a": Image(2.0), "b": Image(4.0)})
     result = guide("images", "cameras", StepInputs(latents=latents))
     assert {name: loss.item() for name, loss in result.losses.items()} == losses
@@ -125,7 +125,7 @@ def test_sum_primary_result(latents: bool, losses: dict[str, float], shown: floa
 
 
 def test_sum_without_diffusion() -> None:
-    """Two parts of another kind: levels and gradient are those of the first."""
+    """Without a diffusion model the rest is of the first guidance."""
     guide = GuidanceSum({"a": Part(1.0), "b": Part(2.0)})
     result = guide("images", "cameras", StepInputs())
     assert result.gradient.item() == 1.0 and result.loss.item() == 3.0
@@ -134,7 +134,7 @@ def test_sum_without_diffusion() -> None:
 
 @pytest.mark.parametrize(("options", "first"), [({}, "shown at 32"), ({"latents": True}, "decoded shown at 8")])
 def test_guidance_images_order(monkeypatch, options: dict, first: str) -> None:
-    """A render at the model's size, or latents resized and decoded; then the decoded latents, side by side."""
+    """The render, or decoded latents, comes first, then the other decoded latents, side by side."""
     components, names = SimpleNamespace(latent_size=8, image_size=32), {}
 
     def image(name: str) -> torch.Tensor:

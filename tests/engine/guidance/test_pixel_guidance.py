@@ -1,4 +1,4 @@
-"""IF: a model that works on pixels, loaded from disk as diffusers writes it, and what it makes of an image."""
+"""IF: a model that works on pixels, loaded in the layout of diffusers, and its guidance."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def test_facts(components: Components) -> None:
 
 
 def test_prompts_lower_case_and_masked(tiny_if_model: Path, components: Components, in_fp64: Callable) -> None:
-    """Prompts are in lower case and their padding is left out."""
+    """Prompts are in lower case and their padding is masked."""
     (embedded,) = components.embed(["A Hamburger "])
     assert embedded.shape == (77, 24)
     ids = components.tokenizer(["a hamburger"], return_tensors="pt").input_ids
@@ -72,7 +72,7 @@ def test_prompts_lower_case_and_masked(tiny_if_model: Path, components: Componen
 
 
 def test_prompt_cut_at_77_tokens(components: Components, caplog) -> None:
-    """A longer prompt is cut at 77 tokens though t5 reads more."""
+    """A longer prompt is cut at 77 tokens, though T5 supports more."""
     prompts = PromptEmbeddings(components, "a hamburger " * 12, keep_text_encoder=True)
     assert prompts.views.shape[1] == 77
     assert "longer than the 77 tokens that the text encoder reads; left out: " in caplog.text
@@ -113,7 +113,7 @@ def by_hand(
 
 @pytest.mark.parametrize("side", [SIZE, 40])
 def test_pixel_gradient_by_hand(components: Components, in_fp64: Callable, side: int) -> None:
-    """Also of an image that shrinks, whose gradient goes back through the averaging."""
+    """The gradient also goes through the averaging of an image that shrinks."""
     rgb = torch.rand(4, 3, side, side, generator=generator(1)).requires_grad_()
     cond, uncond = torch.randn(2, 4, 77, 24, generator=generator(2))
     score = ScoreDistillation(components, GuidanceConfig(guidance_scale=20.0, lambda_guidance=4.0))
@@ -151,7 +151,7 @@ def test_every_score_guides_pixels(components: Components, options: dict) -> Non
 
 
 def test_perp_neg_by_hand(components: Components, in_fp64: Callable) -> None:
-    """A batch is the loop over its samples, each with weights of its own, and weights of 0 are none."""
+    """A batch equals the loop over its samples, each with its own weights."""
     z, noise = torch.randn(2, 3, 3, SIZE, SIZE, generator=generator(1))
     cond, uncond = torch.randn(2, 3, 77, 24, generator=generator(2))
     others, weights = torch.randn(2, 77, 24, generator=generator(4)), torch.tensor([[-1.0, 0], [0, -2.0], [0, 0]])
@@ -177,7 +177,7 @@ def test_latents_are_refused(components: Components) -> None:
 
 
 def test_pixel_sampling_and_images(components: Components) -> None:
-    """It paints and shows what it sees without a decoder."""
+    """Sampling and snapshots need no decoder."""
     cond, uncond = torch.randn(2, 2, 77, 24, generator=generator(2))
     images = sample(components, cond, uncond, steps=3, generator=generator())
     assert images.shape == (2, 3, SIZE, SIZE) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
@@ -188,7 +188,7 @@ def test_pixel_sampling_and_images(components: Components) -> None:
 
 
 def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:
-    """Half precision shards load under the names that the libraries write."""
+    """Half-precision shards load under the names that libraries write."""
     whole = load_components(tiny_if_model, "cpu", kind="IF")
     for part, name in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
         model = getattr(whole, part)
@@ -207,10 +207,10 @@ def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_download_takes_one_set_of_weights(
+def test_download_one_set_of_weights(
     broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """The hub has each model in fp32 and in fp16, the text encoder in shards, and files that nobody needs."""
+    """One set of weights is downloaded, though the hub has fp32, fp16 and other files."""
     import huggingface_hub
 
     whole = load_components(broken, "cpu", kind="IF")
@@ -240,7 +240,7 @@ def test_a_download_takes_one_set_of_weights(
 
 
 def test_other_stages_raise(broken: Path, tiny_if_model: Path, tiny_model: Path) -> None:
-    """What is no first stage of if is one sentence."""
+    """Other stages of IF are refused with one sentence."""
     from diffusers import UNet2DConditionModel
 
     with pytest.raises(UserError, match="is a StableDiffusionPipeline; only IFPipeline models can guide as IF"):
@@ -257,7 +257,7 @@ def test_other_stages_raise(broken: Path, tiny_if_model: Path, tiny_model: Path)
 
 
 def test_sentencepiece_missing(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer of sentencepiece says what to install."""
+    """A SentencePiece tokenizer without its reader is refused with the package to install."""
     (broken / "tokenizer" / "tokenizer.json").rename(broken / "tokenizer" / "spiece.model")
     for missing in ("sentencepiece", "google.protobuf"):
         monkeypatch.setattr(checks, "_installed", lambda package, missing=missing: package != missing)
@@ -269,7 +269,7 @@ def test_sentencepiece_missing(broken: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_package_lookup_without_import() -> None:
-    """A package is looked for without importing it."""
+    """A package is found without importing it."""
     assert checks._installed("json") and not checks._installed("nobody_has.this") and not checks._installed("nobodys")
 
 

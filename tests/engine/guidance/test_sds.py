@@ -96,7 +96,7 @@ def test_gradient_by_hand(
     scaling: float,
     shift: float,
 ) -> None:
-    """Image and latents get the gradient of DreamFusion's equation 3, also where the VAE has a shift."""
+    """The gradients of image and latents are those of DreamFusion's equation 3, also with a shift of the VAE."""
     components = dataclasses.replace(components, scaling_factor=scaling, shift_factor=shift)
     cond, uncond = prompts(4)
     reference, exact = (
@@ -119,7 +119,7 @@ def test_gradient_by_hand(
 
 @pytest.mark.parametrize(("scaling", "shift"), [(0.18215, 0.0), (0.5, 0.4)])
 def test_latents_scaled_and_shifted(components: Components, in_fp64: Callable, scaling: float, shift: float) -> None:
-    """The latents of a noisy image, and an image of latents, as diffusers' pipelines with a shift have them."""
+    """Encoded and decoded latents equal those of diffusers' pipelines with a shift."""
     components = dataclasses.replace(components, scaling_factor=scaling, shift_factor=shift)
     (cond, uncond), rgb = prompts(4), random_image(4)
     config = GuidanceConfig(guidance_scale=1.0)
@@ -141,7 +141,7 @@ def test_latents_scaled_and_shifted(components: Components, in_fp64: Callable, s
 
 
 def test_weight_and_loss_scale(components: Components) -> None:
-    """Factors that are powers of two change no digit."""
+    """Factors that are powers of two change no bit."""
 
     def gradient(loss_scale: float, **options: float) -> Tensor:
         rgb = random_image(1)
@@ -157,7 +157,7 @@ def test_weight_and_loss_scale(components: Components) -> None:
 
 
 def test_half_precision_large_gradients(tiny_model: Path) -> None:
-    """A weight whose product with the gradient overflows fp16 costs nothing: the encoder sees a peak of 1."""
+    """A weight whose product with the gradient overflows fp16 works: the encoder gets a peak of 1."""
     components = load_components(tiny_model, "cpu", torch.float16)
     assert components.vae.dtype == torch.float16
     gradients = []
@@ -188,7 +188,7 @@ def test_latents_without_encoder(components: Components, mse_distillation: type,
 
 
 def test_shrinking_reads_every_pixel(components: Components) -> None:
-    """At four times the model's size, sampling four neighbours an output pixel would leave three in four unseen."""
+    """Every pixel of an image four times the model's size gets a gradient."""
     rgb = random_image(1, 128, 128)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
     sds(rgb, *prompts(1), StepInputs(generator=generator())).loss.backward()
@@ -196,7 +196,7 @@ def test_shrinking_reads_every_pixel(components: Components) -> None:
 
 
 def test_vae_slicing(tiny_model: Path, in_fp64: Callable) -> None:
-    """Slices of the VAE, as --vram_O asks for, are as accurate as one image a call by hand."""
+    """Slices of the VAE (--vram_O) are as accurate as single images."""
     plain = load_components(tiny_model, "cpu")
     models = (plain, in_fp64(plain))
     hand = [by_hand(model, random_image(3), *prompts(3), 10.0, generator())[0] for model in models]
@@ -210,7 +210,7 @@ def test_vae_slicing(tiny_model: Path, in_fp64: Callable) -> None:
 
 
 def test_gradient_checkpointing(tiny_model: Path) -> None:
-    """Recomputation keeps less and gives the same gradient bit for bit."""
+    """Recomputation stores less and gives the same gradient bit for bit."""
     gradients, saved = [], []
     for again in (False, True):
         components = load_components(tiny_model, "cpu")
@@ -226,7 +226,7 @@ def test_gradient_checkpointing(tiny_model: Path) -> None:
 
 
 def test_nonfinite_gradient_reported(components: Components) -> None:
-    """Gradient that is not finite is reported."""
+    """A gradient that is not finite is reported."""
     rgb = random_image(1)
     cond, uncond = prompts(1)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
@@ -248,14 +248,14 @@ def test_a_seed_repeats_bit_for_bit(components: Components) -> None:
 
 
 def test_bad_images_raise(components: Components) -> None:
-    """Wrong image."""
+    """Images of a wrong shape are refused."""
     sds = ScoreDistillation(components, GuidanceConfig())
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], not \[1, 4, 8, 8\]"):
         sds(torch.zeros(1, 4, 8, 8), *prompts(1))
 
 
 def test_timesteps_uniform(components: Components) -> None:
-    """Levels are uniform in the range."""
+    """Timesteps are uniform in the range."""
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.1, 0.2)))
     levels = sds.draw_timesteps(20000, StepInputs(progress=0.9, generator=generator()))
     counts = levels.bincount(minlength=1000)
@@ -269,7 +269,7 @@ def test_timesteps_uniform(components: Components) -> None:
 
 @pytest.mark.parametrize(("anneal", "at_half"), [("linear", 500), ("sqrt", 301), ("square", 740)])
 def test_timesteps_annealed(components: Components, anneal: str, at_half: int) -> None:
-    """Levels fall with progress."""
+    """Timesteps fall with progress."""
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.02, 0.98), t_anneal=anneal))
     steps = [StepInputs(progress=progress, generator=generator()) for progress in (0.0, 0.25, 0.5, 0.75, 0.999)]
     drawn = [sds.draw_timesteps(2000, inputs) for inputs in steps]
@@ -282,7 +282,7 @@ def test_timesteps_annealed(components: Components, anneal: str, at_half: int) -
 
 
 def test_guidance_rescale(components: Components, in_fp64: Callable) -> None:
-    """As in diffusers' `rescale_noise_cfg`, of the clean latent; the guided noise then belongs to it."""
+    """The clean latents equal those of diffusers' `rescale_noise_cfg`, and the guided noise belongs to them."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     cond, uncond = prompts(2)
@@ -359,7 +359,7 @@ def test_sample_against_diffusers(components: Components, in_fp64: Callable) -> 
 
 
 def test_sample_raises(components: Components, tiny_model: Path) -> None:
-    """Sampling refuses what it cannot do."""
+    """Sampling refuses impossible arguments."""
     with pytest.raises(ValueError, match="no VAE decoder"):
         sample(load_components(tiny_model, "cpu"), *prompts(1))
     with pytest.raises(ValueError, match="steps must lie in 1 to 1000, not 0"):
@@ -368,7 +368,7 @@ def test_sample_raises(components: Components, tiny_model: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="host synchronisations are a matter of GPUs")
 def test_never_synchronizes(tiny_model: Path) -> None:
-    """Guidance never waits for the gpu."""
+    """Guidance never waits for the GPU."""
     components = load_components(tiny_model, "cuda", torch.float16)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, t_anneal="linear", guidance_rescale=0.5))
     cond, uncond = (embedding.cuda() for embedding in prompts(2))
@@ -384,7 +384,7 @@ def test_never_synchronizes(tiny_model: Path) -> None:
 
 
 def test_deterministic_resize(components: Components) -> None:
-    """torch's own gradient adds up in any order on a GPU; the products in its place are the same map and gradient."""
+    """The matrix products of deterministic mode give the same map and gradient as torch's resize."""
 
     def resized(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rgb = random_image(2, 80, 128).detach().to(dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""A call of score distillation: its defaults and refusals, what it computes with, and what a graph of it would hold."""
+"""A call of score distillation: defaults, refusals, dtypes, and CUDA graphs."""
 
 import dataclasses
 from pathlib import Path
@@ -37,7 +37,7 @@ def random_image(batch: int = 1, side: int = 32) -> torch.Tensor:
 
 
 def test_graphs_are_for_gpus(components: Components) -> None:
-    """On a GPU the encoder and the UNet are a CUDA graph unless that is not wanted; on a CPU they never are."""
+    """On a GPU encoder and UNet are a CUDA graph unless switched off; on a CPU never."""
     config, on_gpu = GuidanceConfig(), dataclasses.replace(components, device=torch.device("cuda"))
     assert isinstance(ScoreDistillation(on_gpu, config).graphs, StepGraphs)
     assert ScoreDistillation(on_gpu, config, cuda_graphs=False).graphs is None
@@ -45,8 +45,10 @@ def test_graphs_are_for_gpus(components: Components) -> None:
 
 
 def test_encoder_graph_freed(components: Components, mse_distillation: type) -> None:
-    """The loss of "sds" carries a gradient that is computed already; that of "mse" is differentiated through the
-    encoder, so that it keeps more between the call and `backward`."""
+    """The gradient of "sds" is computed in the call; "mse" is differentiated through the encoder and keeps more
+    until
+    `backward`.
+    """
     nodes = {}
     for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
         result = cls(components, GuidanceConfig())(random_image(), *prompts(1), StepInputs(generator=generator()))
@@ -61,7 +63,7 @@ def test_encoder_graph_freed(components: Components, mse_distillation: type) -> 
 
 
 def test_parts_marked(components: Components) -> None:
-    """The benchmark of a step divides it where the encoder and where the UNet end."""
+    """The ends of encoder and UNet are marked for the benchmark of a step."""
     score, marked = ScoreDistillation(components, GuidanceConfig()), []
     with on_part_end(marked.append):
         score(random_image(), *prompts(1), StepInputs(generator=generator()))
@@ -70,8 +72,7 @@ def test_parts_marked(components: Components) -> None:
 
 
 def test_half_precision_small_gradients(tiny_model: Path) -> None:
-    """A gradient of which most is subnormal in fp16 reaches the image with all its digits: the encoder sees a peak
-    of 1."""
+    """A gradient that is mostly subnormal in fp16 reaches the image accurately: the encoder gets a peak of 1."""
     components, gradients = load_components(tiny_model, "cpu", torch.float16), []
     for weight in (1.0, 2.0**-24):
         rgb = random_image()
@@ -82,7 +83,7 @@ def test_half_precision_small_gradients(tiny_model: Path) -> None:
 
 
 def test_autocast_changes_nothing(components: Components, mse_distillation: type) -> None:
-    """Latents and models keep their dtypes inside a caller's autocast, bit for bit, by both methods."""
+    """Inside autocast latents and models keep their dtypes, bit for bit."""
     for cls in (ScoreDistillation, mse_distillation):
         score = cls(components, GuidanceConfig())
         plain = score(random_image(), *prompts(1), StepInputs(generator=generator()))
@@ -94,7 +95,7 @@ def test_autocast_changes_nothing(components: Components, mse_distillation: type
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 12), (16, 32)])
 def test_resize_by_products(monkeypatch, shape: tuple[int, int], deterministic: bool) -> None:
-    """Bit for bit torch's own, but for images that shrink where results have to repeat: those are two products."""
+    """Resizing equals torch's bit for bit, except shrinking in deterministic mode, by two products."""
     image, resized, interpolate = torch.rand(1, 3, *shape, generator=generator()), [], sds._interpolate
     plain = F.interpolate(image, (32, 32), mode="bilinear", antialias=max(shape) > 32)
 
@@ -115,8 +116,7 @@ def test_resize_by_products(monkeypatch, shape: tuple[int, int], deterministic: 
 
 
 def test_pixels_are_their_own_latents(components: Components) -> None:
-    """Where a model works on pixels its latents are the image, resized, in [-1, 1]; those of an image that has the
-    model's size exactly so."""
+    """The latents of a model of pixels are the image, resized, in [-1, 1]."""
     score = ScoreDistillation(dataclasses.replace(components, vae=None, latent_size=16), GuidanceConfig())
     rgb = random_image(2, 16).detach()
     assert torch.equal(score.encode(rgb, None), rgb * 2 - 1)
@@ -134,20 +134,20 @@ def test_pixels_are_their_own_latents(components: Components) -> None:
     ],
 )
 def test_bad_shape_raises(components, shape, latents, sentence) -> None:
-    """Each of the number of dimensions and of channels is enough, and the message has both shapes."""
+    """A wrong number of dimensions or channels is refused with both shapes."""
     with pytest.raises(ValueError, match=sentence):
         ScoreDistillation(components, GuidanceConfig())(torch.zeros(shape), *prompts(1), StepInputs(latents=latents))
 
 
 def test_latents_of_pixel_model_raise(components: Components) -> None:
-    """A model that works on pixels is shown images alone."""
+    """A model of pixels refuses latents."""
     score = ScoreDistillation(dataclasses.replace(components, vae=None), GuidanceConfig())
     with pytest.raises(ValueError, match="latents must be False"):
         score(torch.zeros(1, 4, 8, 8), *prompts(1), StepInputs(latents=True))
 
 
 def test_learned_variance_ignored(components: Components) -> None:
-    """Of an output with more channels than a latent has, the first are the noise."""
+    """Channels beyond those of the latents are ignored."""
     noisy, t = torch.randn(2, 4, 8, 8, generator=generator()), torch.tensor([300, 800])
     expected = guided_prediction(components, noisy, t, *prompts(2), scale=5.0)
 
@@ -161,7 +161,7 @@ def test_learned_variance_ignored(components: Components) -> None:
 
 
 def test_clip_grad_latent_zero(components: Components) -> None:
-    """Zero clamps nothing, as a negative limit does."""
+    """A limit of zero clamps nothing, like a negative one."""
     z = torch.randn(1, 4, 8, 8, generator=generator())
     free, zero = (
         ScoreDistillation(components, GuidanceConfig(clip_grad_latent=limit))(

@@ -1,4 +1,4 @@
-"""Images of known meshes in known colours: a wall in closed form, and what is kept, handed on and handed back."""
+"""Images of known meshes in known colours, and the state of the renderer."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ CAMERAS = make_cameras(*(torch.tensor(v) for v in ([90.0, 60.0], [0.0, 30.0], [3
 
 
 class Field:
-    """Colours that are a function of the place; records the points and levels that it is asked for."""
+    """Colours that are a function of the position; records its points and levels."""
 
     device = torch.device("cpu")
 
@@ -60,7 +60,7 @@ def renderer(surface: TensorMesh | None = None, locked: bool = False, **settings
 
 
 def test_train_views_wall() -> None:
-    """Everywhere: opaque, its normal, the distance of ray and plane, and the field's colour at their meeting."""
+    """A wall is opaque, with the normal, distance and colour of the ray's intersection."""
     surface = wall()
     subject = renderer(surface)
     rendered = subject.train_views(CAMERAS, *SIZE, background=torch.zeros(3))
@@ -86,7 +86,7 @@ def test_train_views_wall() -> None:
 
 
 def test_train_views_field_points() -> None:
-    """Once each, at their places, without a gradient into the shape; levels are passed on."""
+    """Each visible point is evaluated once, without a gradient into the shape; levels are passed on."""
     subject = renderer(box())
     subject.shape.surface = lambda: box()._replace(vertices=box().vertices.requires_grad_())
     rendered = subject.train_views(CAMERAS, 20, 20, active_levels=3)
@@ -100,7 +100,7 @@ def test_train_views_field_points() -> None:
 
 
 def test_train_views_background() -> None:
-    """One that is given, [3] or [B, H, W, 3], or the field's for the rays; silhouettes are between."""
+    """A given background, [3] or [B, H, W, 3], or the field's is used; silhouettes are blended."""
     subject = renderer(box())
     _, directions = (part.view(2, 20, 20, 3) for part in rays(CAMERAS, 20, 20))
     black = subject.train_views(CAMERAS, 20, 20, background=torch.zeros(3))
@@ -114,7 +114,7 @@ def test_train_views_background() -> None:
 
 
 def test_train_views_shading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its options are those of the call, albedo without a light unless others are named."""
+    """The shading is that of the call, albedo by default."""
     calls = []
 
     def shade(shading: Shading, albedo: Tensor, normal: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def test_train_views_shading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("min_near", "near"), [(0.0, 0.01), (0.005, 0.01), (0.3, 0.3)])
 def test_train_views_near_plane(monkeypatch: pytest.MonkeyPatch, min_near: float, near: float) -> None:
-    """At least a hundredth, so that depths differ; else where samples may begin."""
+    """The near plane is at min_near, and at least at 0.01."""
     calls, positions = [], mesh_renderer.clip_positions
 
     def recorded(*words: Any) -> Tensor:
@@ -145,7 +145,7 @@ def test_train_views_near_plane(monkeypatch: pytest.MonkeyPatch, min_near: float
 
 
 def test_view_normals() -> None:
-    """Also at silhouettes, where a pixel is covered in part; colours, depths and opacities are the image's."""
+    """Normals have unit length also at silhouettes; colours, depths and opacities are those of the image."""
     subject, black = renderer(box()), torch.zeros(3)
     view = subject.view(CAMERAS, 20, 20, background=black)
     rendered = subject.train_views(CAMERAS, 20, 20, background=black)
@@ -166,14 +166,14 @@ def test_view_normals() -> None:
 
 
 def test_surface_unlocked() -> None:
-    """Each surface is that of the distances now, and differentiable."""
+    """Each surface is that of the present distances, and differentiable."""
     subject = renderer()
     first, second = subject.surface(), subject.surface()
     assert first is not second and torch.equal(first.vertices, second.vertices) and first.vertices.requires_grad
 
 
 def test_surface_locked() -> None:
-    """From the second time on it is the same surface, without a gradient."""
+    """A locked surface is computed once and has no gradient."""
     subject = renderer(locked=True)
     first = subject.surface()
     again = subject.surface()
@@ -182,7 +182,7 @@ def test_surface_locked() -> None:
 
 
 def test_surface_vanished() -> None:
-    """With the settings that can be changed."""
+    """The message has the settings that can be changed."""
     subject = renderer(TensorMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
     with pytest.raises(UserError) as caught:
         subject.surface()
@@ -202,7 +202,7 @@ def with_floater() -> TensorMesh:
 
 
 def test_mesh_without_floaters() -> None:
-    """Places in fp64 and corners on the host, without a gradient."""
+    """The mesh is on the host in fp64, without gradients and floaters."""
     mesh = renderer(with_floater()).mesh()
     assert type(mesh.vertices) is type(mesh.faces) is np.ndarray
     assert mesh.vertices.dtype == np.float64 and mesh.faces.dtype == np.int64
@@ -212,7 +212,7 @@ def test_mesh_without_floaters() -> None:
 
 @pytest.mark.parametrize("locked", [False, True])
 def test_without_floaters_restores(locked: bool) -> None:
-    """Inside of it the surface is one, in fp32 and without them; an error inside changes nothing."""
+    """Inside the block the surface has no floaters; an error restores the former one."""
     subject = renderer(with_floater(), locked=locked)
     whole = subject.surface()
     with pytest.raises(KeyError), subject.without_floaters():
@@ -225,7 +225,7 @@ def test_without_floaters_restores(locked: bool) -> None:
 
 
 def test_load_state_dict() -> None:
-    """A locked shape is computed again after another state is loaded."""
+    """A locked surface is computed again after a state is loaded."""
     smaller, subject = (renderer(locked=True) for _ in range(2))
     with torch.no_grad():
         smaller.shape.sdf.sub_(0.5)
@@ -237,7 +237,7 @@ def test_load_state_dict() -> None:
 
 
 def test_no_occupancy() -> None:
-    """Neither an occupancy grid nor buffers for samples."""
+    """It has neither an occupancy grid nor sample buffers."""
     subject = renderer(box())
     subject.update_occupancy(None, active_levels=1)
     subject.adapt_capacity(10)

@@ -1,4 +1,4 @@
-"""Views by their formulas from what is seen unshaded, and what the renderer passes on."""
+"""Shading of views, and the arguments that the renderer passes on."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def cameras(count: int = 1):
 @pytest.mark.parametrize("shading", ["albedo", "lambertian", "textureless", "normal"])
 @pytest.mark.parametrize("light", [None, torch.tensor([0.0, 0.6, 0.8])], ids=["camera", "light"])
 def test_view_shading(backbone, shading, light):
-    """The part of a pixel that the object covers is shaded with its normal, and the background is not."""
+    """The covered part of a pixel is shaded, and the background is not."""
     renderer = make(backbone)
     plain = renderer.view(cameras(2), 5, 6, background=GREY)
     got = renderer.view(cameras(2), 5, 6, background=GREY, shading=Shading(shading, 0.3, light))
@@ -65,7 +65,7 @@ def test_view_shading(backbone, shading, light):
 
 @pytest.mark.parametrize("backbone", ["grid", "vanilla"])
 def test_view_without_normals(backbone):
-    """They are zeros where neither they nor a shading are wanted."""
+    """Normals are zero if neither they nor a shading are requested."""
     renderer = make(backbone)
     bare, plain = (renderer.view(cameras(), 4, 4, background=GREY, normals=normals) for normals in (False, True))
     assert (bare.normal == 0).all() and plain.normal.abs().sum() > 0 and torch.equal(bare.rgb, plain.rgb)
@@ -77,7 +77,7 @@ def test_view_without_normals(backbone):
 
 @pytest.mark.parametrize("backbone", ["grid", "vanilla"])
 def test_view_background(backbone):
-    """A given colour counts first, then the network, then white."""
+    """A given colour is used first, then the network, then white."""
     for background in (1.4, -1.0):
         renderer = make(backbone, background)
         _, directions = rays(cameras(), 4, 4)
@@ -88,7 +88,7 @@ def test_view_background(backbone):
 
 
 def test_view_one_camera_at_a_time():
-    """What looks at the scene gets one camera at a time, the size, its rays, and whether normals are wanted."""
+    """Each camera is rendered alone, with its size, rays and the request for normals."""
     renderer, calls = make(), []
     render = renderer.render_unshaded
 
@@ -107,7 +107,7 @@ def test_view_one_camera_at_a_time():
 
 
 def test_view_operator_arguments(monkeypatch):
-    """Grid, parameters, background, precision, step of the normals and lattice reach the operator of a view."""
+    """Grid, parameters, background, precision and steps reach the operator."""
     for name, backbone in (("render", "grid"), ("render_reference", "grid_torch")):
         renderer, calls = make(backbone, normal_epsilon=0.07, dt_gamma=0.01, min_near=0.2), []
         renderer.field.compute_dtype = torch.bfloat16
@@ -139,7 +139,7 @@ def test_view_operator_arguments(monkeypatch):
 
 
 def test_train_views_field_arguments():
-    """Levels, count, kind and step of the normals; of these only where a shading or the caller needs them."""
+    """Levels, count and normals reach the field; normals only where they are needed."""
     renderer, calls = make(normals="analytic", normal_epsilon=0.07), []
     field = renderer.field
 
@@ -167,7 +167,7 @@ def test_train_views_field_arguments():
 
 
 def test_shade_errors():
-    """Normals first, then a light, by the name of the shading; ambient light alone lights all sides."""
+    """The message has the shading and what it lacks; ambient light alone is uniform."""
     albedo, normal = torch.rand(4, 3, generator=seeded()), torch.eye(3)[[0, 1, 2, 0]]
     for shading in ("lambertian", "textureless", "normal"):
         with pytest.raises(ValueError, match=f"^{shading} shading needs normals$"):

@@ -1,4 +1,4 @@
-"""Looking while it runs: what is shown is right, and the run is the run that nobody looks at."""
+"""Callbacks: their images and numbers are right, and they do not change the run."""
 
 import gzip
 import json
@@ -73,7 +73,7 @@ def components(request: pytest.FixtureRequest, tiny_model: Path, tiny_velocity_m
 
 @pytest.fixture(scope="module")
 def unwatched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace of a run that nobody looks at."""
+    """The workspace of a run without callbacks."""
     workspace = tmp_path_factory.mktemp("runs") / "unwatched"
     assert main(command(workspace, tiny_model)) == 0
     return workspace
@@ -89,7 +89,7 @@ def alphas() -> Tensor:
 
 
 def test_estimate_of_perfect_model(components, monkeypatch):
-    """A model that knows the noise estimates the latent itself at every level."""
+    """The estimate of a model that knows the noise is the clean latents, at every timestep."""
     z, noise = torch.randn(2, len(LEVELS), 4, 8, 8, generator=generator())
     t = torch.tensor(LEVELS)
     a = alphas()[t].view(-1, 1, 1, 1)
@@ -115,7 +115,7 @@ def test_estimate_of_perfect_model(components, monkeypatch):
 @pytest.mark.parametrize("score", ["sds", "csd", "asd", "sdi"])
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
 def test_estimate_is_guided(components, in_fp64, score, rescale):
-    """(x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t), in fp64, with one call of the UNet for each prompt of each view."""
+    """It is (x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t), with one call of the UNet for each prompt and view."""
     config = GuidanceConfig(objective=score, guidance_scale=7.5, inversion_steps=2, guidance_rescale=rescale)
     rgb = torch.rand(2, 3, IMAGE, IMAGE, generator=generator(1))
     cond, uncond = torch.randn(2, 2, 5, 32, generator=generator(2))
@@ -144,7 +144,7 @@ def test_estimate_is_guided(components, in_fp64, score, rescale):
 
 
 def test_guidance_images(components, in_fp64):
-    """The three images of a view."""
+    """A view has three images."""
     noisy, clean, latents = torch.randn(3, 2, 4, 8, 8, generator=generator())
     shown = torch.rand(2, 3, 10, 12, generator=generator(1))
     images = guidance_images(components, shown, noisy, clean)
@@ -170,7 +170,7 @@ def test_guidance_images(components, in_fp64):
 
 
 def test_save_guidance_changes_nothing(unwatched, tiny_model, tmp_path):
-    """Saving the guidance changes no bit of the run."""
+    """Saving guidance images changes no bit of the run."""
     assert main(command(tmp_path, tiny_model, "--save_guidance", "--save_guidance_interval", "2")) == 0
     assert checkpoint(tmp_path) == checkpoint(unwatched)
     paths = sorted((tmp_path / "guidance").iterdir())
@@ -184,7 +184,7 @@ def test_save_guidance_changes_nothing(unwatched, tiny_model, tmp_path):
 
 
 def test_decoder_loaded_for_images(tiny_model, tmp_path, monkeypatch):
-    """The decoder is loaded for the images only."""
+    """The decoder is loaded only for the images."""
     calls = []
     load = registry.load_components
     monkeypatch.setattr(registry, "load_components", lambda *a, **named: calls.append(named) or load(*a, **named))
@@ -195,7 +195,7 @@ def test_decoder_loaded_for_images(tiny_model, tmp_path, monkeypatch):
 
 
 class Overwriting:
-    """Stands in for the CUDA graphs of a step: what a step returned is gone when the next one is replayed."""
+    """A substitute for the CUDA graphs of a step, which overwrites a result at the next replay."""
 
     def __init__(self):
         self.given: list[Tensor] = []
@@ -223,7 +223,7 @@ def make_trainer(components: Components, **changes) -> Trainer:
 
 
 def test_save_guidance_of_replayed_steps(components, tmp_path):
-    """A graph's latents are decoded before the next replay, outside of the graph."""
+    """Latents of a graph are decoded before the next replay, outside of the graph."""
     trainer = make_trainer(components, save_guidance=True, save_guidance_interval=1)
     trainer.graphs = graphs = Overwriting()
     fit(trainer, tmp_path)
@@ -243,7 +243,7 @@ def fit(trainer: Trainer, path: Path) -> Workspace:
 
 
 def test_save_guidance_without_latents_raises(components, tmp_path):
-    """A guidance without latents has nothing to show."""
+    """A guidance without latents is refused."""
     trainer = make_trainer(components, save_guidance=True)
     trainer.guidance = lambda *_, **__: pytest.fail("a step was taken")
     with pytest.raises(UserError, match="--save_guidance shows the latents"):
@@ -254,7 +254,7 @@ def test_save_guidance_without_latents_raises(components, tmp_path):
 
 
 def test_test_interval_videos(unwatched, tiny_model, tmp_path, monkeypatch):
-    """Test videos come during the run and the last at its end."""
+    """Test videos are written during the run, and the last at its end."""
     monkeypatch.setattr(run, "run", partial(run.run, loop=LoopOptions(epoch_steps=2)))
     assert main(command(tmp_path / "a", tiny_model, "--test_interval", "2")) == 0
     videos = sorted(path.name for path in (tmp_path / "a" / "results").glob("*.mp4"))
@@ -270,7 +270,7 @@ def test_test_interval_videos(unwatched, tiny_model, tmp_path, monkeypatch):
 
 
 def test_tensorboard_rows(unwatched, tiny_model, tmp_path):
-    """The board shows the rows of the metrics."""
+    """TensorBoard gets the rows of the metrics."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert main(command(tmp_path, tiny_model, "--tensorboard", "--iters", "4")) == 0
@@ -294,7 +294,7 @@ def board_of(trainer: Trainer, path: Path) -> callbacks.RunCallbacks:
 
 
 def test_tensorboard_nonfinite(components, tmp_path):
-    """A number that is not finite is one on the board."""
+    """A number that is not finite is NaN in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = make_trainer(components, tensorboard=True)
@@ -306,7 +306,7 @@ def test_tensorboard_nonfinite(components, tmp_path):
 
 
 def test_tensorboard_resumed(components, tmp_path):
-    """A run that was stopped in the middle goes on from its last checkpoint, and repeats the steps since."""
+    """A resumed run repeats the steps after its checkpoint."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, steps, value in ((0, (2, 4, 6), 1.0), (4, (6, 8), 2.0)):
@@ -321,7 +321,7 @@ def test_tensorboard_resumed(components, tmp_path):
 
 
 def test_tensorboard_not_installed(tiny_model, tmp_path, monkeypatch, capsys):
-    """Without the package a sentence and nothing written."""
+    """Without the package the run is refused before anything is written."""
     monkeypatch.setattr(validate, "find_spec", lambda name: None)
     assert main(command(tmp_path / "new", tiny_model, "--tensorboard")) == 2
     assert "pip install 'dream-fast[tensorboard]'" in capsys.readouterr().err
@@ -330,7 +330,7 @@ def test_tensorboard_not_installed(tiny_model, tmp_path, monkeypatch, capsys):
 
 
 def test_learning_rate_of_row(tiny_model, tmp_path):
-    """The learning rate of a row is that of its step."""
+    """A row has the learning rate of its step."""
     assert main(command(tmp_path, tiny_model, "--lr", "0.01", "--lr_decay", "0.1", "--log_every", "4")) == 0
     rates = torch.tensor([row["lr"] for row in rows(tmp_path)], dtype=torch.float64)
     exact = 0.01 * 0.1 ** (torch.tensor([3.0, 7.0], dtype=torch.float64) / 8)
@@ -346,7 +346,7 @@ def traced(workspace: Path) -> list[str]:
 
 
 def test_profile_after_warm_up(tiny_model, tmp_path, monkeypatch, capsys):
-    """A profile is of some steps after the warm up and the run goes on."""
+    """A profile has some steps after the warm-up, and the run continues."""
     assert (profiler.WARM_UP, profiler.STEPS) == (20, 20)  # as the help says; fewer here, to be quick
     monkeypatch.setattr(profiler, "WARM_UP", 5)
     monkeypatch.setattr(profiler, "STEPS", 4)
@@ -374,7 +374,7 @@ def test_profile_after_warm_up(tiny_model, tmp_path, monkeypatch, capsys):
 
 
 def test_profile_of_short_run(tiny_model, tmp_path, capsys):
-    """A short run is traced from its first step on and says so."""
+    """A short run is traced from its first step, with a warning."""
     assert main(command(tmp_path, tiny_model, "--profile", "--six_views", "--iters", "3")) == 0
     output = capsys.readouterr().out
     assert "trace of steps 1 to 3 of this start" in output and "warning: the trace began after 0 steps" in output
@@ -383,7 +383,7 @@ def test_profile_of_short_run(tiny_model, tmp_path, capsys):
 
 @pytest.mark.parametrize("steps", [0, 1, 17, 18, 20, 21, 30])
 def test_profile_of_stopped_run(steps, tmp_path):
-    """A profile of a run that is stopped holds the steps until then."""
+    """The profile of a stopped run has the steps until then."""
     with profiler.Profile(tmp_path, torch.device("cpu"), 100, Reporter(Console(quiet=True))) as profile:
         for _ in range(steps):
             torch.ones(3).sum()
@@ -392,7 +392,7 @@ def test_profile_of_stopped_run(steps, tmp_path):
 
 
 def test_imports_without_flags(tiny_model, tmp_path):
-    """Nothing of it is imported by a run without it."""
+    """A run without the flags imports nothing of it."""
     code = "import sys; from dream_fast.cli import main; assert main(sys.argv[1:]) == 0"
     code += "; print([name for name in ('tensorboard', 'debugpy') if name in sys.modules], file=sys.stderr)"
     words = command(tmp_path, tiny_model, "--iters", "1", "--six_views")

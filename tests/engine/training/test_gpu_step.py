@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def make_trainer(**changes) -> Trainer:
-    """dream-mini's run of a hamburger with the GPU's defaults."""
+    """dream-mini's run of a hamburger with the defaults of a GPU."""
     typed = {"text": "a hamburger", "seed": 0, "fp16": True, **changes}
     config: Config = configure(typed, "cuda")
     runtime = choose_runtime(config)
@@ -115,7 +115,7 @@ def test_trace_without_synchronization(trainer):
 
 
 def test_step_gradients_against_reference(trainer):
-    """Same parameters, samples and upstream gradient: kernels in fp16 against the references in fp16 and fp64."""
+    """With the same inputs, kernels in fp16 are compared with references in fp16 and fp64."""
     field, renderer, config = trainer.field, trainer.renderer, trainer.config
     spec, params = field.spec, [field.table, *field.weights, *field.biases]
     layers = len(field.weights)
@@ -163,13 +163,13 @@ def test_step_gradients_against_reference(trainer):
 
 
 def length_apart(got, exact):
-    """|got - exact| / |exact| of tensors that are one vector."""
+    """|got - exact| / |exact| of tensors as one vector."""
     got, exact = (torch.cat([tensor.double().flatten() for tensor in some]) for some in (got, exact))
     return float((got - exact).norm() / exact.norm())
 
 
 def test_guidance_graph_equals_call(trainer):
-    """Guidance in a graph is the guidance."""
+    """Guidance from a graph equals the call."""
     components = trainer.guidance.components
     drawn = torch.randn(2, 1, *trainer.guidance.prompts.negative.shape[1:], device="cuda")
     results = []
@@ -204,7 +204,7 @@ def test_guidance_graph_equals_call(trainer):
     ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table", "levels"],
 )
 def test_replay_equals_call(changes):
-    """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
+    """With the same draws, gradients of a graph equal those of calls."""
     trainer = make_trainer(**changes)
     for _ in range(20):
         trainer.train_step()
@@ -232,7 +232,7 @@ def test_replay_equals_call(changes):
 
 
 def test_grown_buffers_captured_again():
-    """Buffers that grow are captured anew."""
+    """After buffers grow graphs are captured again."""
     trainer = make_trainer()
     for _ in range(3):
         trainer.train_step()
@@ -247,7 +247,7 @@ def test_grown_buffers_captured_again():
 
 
 def test_overflow_skips_step(trainer):
-    """A step that overflows is not taken."""
+    """A step with an overflow is skipped."""
     before, counted = trainer.optimizer.params.clone(), int(trainer.overflowed)
     scale, capacity = trainer.scaler.scale.clone(), trainer.renderer.sampler.samples_per_ray
     trainer.renderer.sampler.samples_per_ray = 1
@@ -278,7 +278,7 @@ def test_deterministic_runs_repeat():
 
 @pytest.mark.parametrize("graph", ["--cuda_graph", "--no-cuda_graph"])
 def test_run_with_callbacks(graph, tmp_path, capsys):
-    """Images beside the graph of the step, and a trace that sees the kernels inside it."""
+    """Images are saved beside the graph of the step, and a trace has the kernels inside it."""
     words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()
     assert main(["--text", "a hamburger", "--workspace", str(tmp_path), *words, graph]) == 0
     output = capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_run_with_callbacks(graph, tmp_path, capsys):
 
 
 def test_mesh_refinement_steps():
-    """Its surface asks the host how large it is; everything else is as for a field."""
+    """Only the size of its surface is read on the host."""
     trainer = make_trainer(dmtet=True, tet_grid_size=32)
     before = [part.detach().clone() for part in (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)]
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""What a run compiles before its first step is what the step and the images start."""
+"""Kernels that are compiled before the first step are those of steps and images."""
 
 import pytest
 import torch
@@ -25,14 +25,14 @@ def sum_of(images, *_, **__):
 
 @pytest.fixture
 def filled():
-    """What torch.empty gives holds the largest numbers, and not whatever lay there."""
+    """Fill the results of torch.empty with the largest numbers."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def test_collect_launches_of_a_run(filled):
-    """Every part of a run is there and nothing runs."""
+    """Launches of every part of a run are collected and none is run."""
     config = small_config("cpu")
     names = {launch.kernel.__name__ for launch in collect_launches(config, choose_runtime(config))}
     for part in (

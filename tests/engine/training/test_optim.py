@@ -52,7 +52,7 @@ def oracle(optim, dtype, lr=1e-3, steps=6):
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
 def test_step_against_oracle(optim):
-    """What six steps change, against pytorch-optimizer's Adan and torch's Adam."""
+    """Six steps equal those of pytorch-optimizer's Adan and torch's Adam."""
     before = [parameter.data.double() for parameter in make_parameters()]
     reference, exact = (oracle(optim, dtype) for dtype in (torch.float32, torch.float64))
     for scale in (1.0, 1024.0):
@@ -88,7 +88,7 @@ def test_a_bad_gradient_changes_nothing(optim, bad, grad_clip):
 
 
 def test_grad_clip_unscaled():
-    """Gradient clip limits the unscaled gradient."""
+    """The limit applies to the unscaled gradient."""
     parameters, optimizer = make("adam")
     optimizer.grads.fill_(64.0 * 3)
     optimizer.step(inverse_scale=1 / 64, grad_clip=0.25)
@@ -98,7 +98,7 @@ def test_grad_clip_unscaled():
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
 def test_ema_warm_up(optim):
-    """The average of every step with a warm up."""
+    """The average has a warm-up."""
     parameters, optimizer = make(optim, ema_decay=0.5)
     averages = [optimizer.params.clone(), optimizer.params.double()]
     for step in range(12):
@@ -117,7 +117,7 @@ def test_ema_warm_up(optim):
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
 def test_resume_repeats(optim):
-    """Resume repeats the run bit for bit."""
+    """A resumed run is the same bit for bit."""
     parameters, optimizer = make(optim)
     run(parameters, optimizer, 3)
     saved = copy.deepcopy(optimizer.state_dict())

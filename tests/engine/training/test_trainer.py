@@ -1,4 +1,4 @@
-"""The loop: phases, schedule, metrics that repeat, resume that equals the uninterrupted run, interruption."""
+"""The trainer and its loop: phases, schedules, metrics, resuming, interruption."""
 
 import filecmp
 import json
@@ -116,7 +116,7 @@ def rows_without_times(workspace: Workspace) -> bytes:
 
 
 def check_values(name: str, got, exact) -> None:
-    """Compares numbers of the host with those that they should be."""
+    """Compare numbers of the host with the expected ones."""
     got, exact = (torch.as_tensor(values, dtype=torch.float64) for values in (got, exact))
     check(name, got, exact, exact)
 
@@ -139,7 +139,7 @@ def same_state(a: Trainer, b: Trainer) -> bool:
 @pytest.mark.parametrize("normals", ["finite_difference", "analytic"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_phases_logged(text_guidance, tmp_path, backbone, normals):
-    """Every phase is logged with its terms and moves the weights."""
+    """Every phase is logged with its terms and changes the weights."""
     terms = dict.fromkeys(("opacity", "2d_normal_smooth", "3d_normal_smooth", "entropy_weights"), 0.1)
     changes = {weight_setting(name): weight for name, weight in terms.items()} | BACKBONES[backbone]
     trainer = make_trainer(text_guidance, bg_radius=1.0, normals=normals, **changes)
@@ -159,7 +159,7 @@ def test_phases_logged(text_guidance, tmp_path, backbone, normals):
 
 
 def test_progressive_frequencies(text_guidance, monkeypatch):
-    """Frequencies join during the run."""
+    """Frequencies are added during the run."""
     trainer = make_trainer(text_guidance, progressive_level=True, **BACKBONES["vanilla"] | {"n_frequencies": 8})
     assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     calls, network = [], trainer.field._network
@@ -170,7 +170,7 @@ def test_progressive_frequencies(text_guidance, monkeypatch):
 
 
 def test_learning_rates(text_guidance):
-    """The table learns ten times as fast and a network alone at its rate."""
+    """The table has ten times the rate of the networks."""
     grid, vanilla = (make_trainer(text_guidance, lr=0.01, **BACKBONES[name]) for name in ("grid", "vanilla"))
     check_values("grid", grid.optimizer.lrs, [0.5, 0.05])
     check_values("vanilla", vanilla.optimizer.lrs, [0.05])
@@ -179,7 +179,7 @@ def test_learning_rates(text_guidance):
 
 
 def test_progressive_levels(text_guidance):
-    """Progressive levels join during the run."""
+    """Levels are added during the run."""
     trainer = make_trainer(text_guidance, progressive_level=True, n_levels=8)
     assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     assert active_levels(make_trainer(text_guidance).config, 0.0) is None
@@ -243,7 +243,7 @@ PHASED = dict(exp_start_iter=2, exp_end_iter=6, progressive_view=True, progressi
 
 
 def test_phase_progress_readers(text_guidance, monkeypatch):
-    """Phases views and levels go from their start to their end and nothing else does."""
+    """Only phases, views and levels depend on the progress of phases."""
     trainer = make_trainer(text_guidance, lr_decay=0.5, **PHASED)
     views, levels, noise, rates = [], [], [], []
     optimise = trainer.optimizer.step
@@ -284,7 +284,7 @@ def test_phase_progress_readers(text_guidance, monkeypatch):
     ],
 )
 def test_phases_extended(text_guidance, tmp_path, settings, before, after):
-    """A longer run stretches its phases unless their end was asked for."""
+    """An extended run stretches its phases unless their end is set."""
     first = make_trainer(text_guidance, **CHEAP, **settings)
     check_values("before", [first.phases.progress(step) for step in (2, 4)], before)
     first.step = 4
@@ -296,7 +296,7 @@ def test_phases_extended(text_guidance, tmp_path, settings, before, after):
 
 
 def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
-    """The gradient of the table after one step under a guidance whose gradient in every pixel is ``gradient``."""
+    """The gradient of the table after one step with a constant ``gradient`` in every pixel."""
 
     def guidance(images, cameras, inputs):
         return SimpleNamespace(loss=(images * gradient).sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
@@ -308,7 +308,7 @@ def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
 def test_grad_clip_rgb(text_guidance, loss_scale):
-    """A pull of 2 with a limit of 1/2 is a pull of 1/2, bit for bit, whatever the loss scale (powers of two)."""
+    """A gradient of 2 with a limit of 1/2 equals one of 1/2, bit for bit, whatever the loss scale."""
     free, limited = (make_trainer(text_guidance, grad_clip_rgb=limit, **CHEAP) for limit in (-1.0, 0.5))
     limited.scaler = LossScaler(True, "cpu", start=loss_scale)
     expected = constant_pull(free, 2.0) * (loss_scale / 4)
@@ -317,8 +317,8 @@ def test_grad_clip_rgb(text_guidance, loss_scale):
 
 
 @pytest.mark.parametrize("grad_clip", [-1.0, 1e-3])
-def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
-    """Whatever has a gradient is scaled by it and back: a step with a scale of 1024 is one without, bit for bit."""
+def test_loss_scale_changes_nothing(text_guidance, grad_clip):
+    """A step with a loss scale of 1024 equals one without, bit for bit."""
     weights = {weight_setting(name): 0.25 for name in ("entropy", "opacity", "orient", "tv", "wd", "3d_normal_smooth")}
     trainers = [make_trainer(text_guidance, grad_clip=grad_clip, **CHEAP | weights) for _ in range(2)]
     trainers[1].scaler = LossScaler(True, "cpu", start=1024.0)
@@ -348,7 +348,7 @@ def test_nonfinite_steps_end_run(text_guidance, tmp_path):
 
 
 class Direct:
-    """As `StepGraphs`, but calls what would be captured, with what a graph would read."""
+    """As `StepGraphs`, but calls the function with the static inputs."""
 
     def __init__(self):
         self.keys = []
@@ -362,7 +362,7 @@ class Direct:
 
 
 def test_replay_reads_step_inputs(text_guidance, tmp_path):
-    """What a graph of a step reads from the device are the numbers of the step."""
+    """A graph of a step reads the numbers of the step from the device."""
     trainer = make_trainer(text_guidance, bg_radius=1.0, lambda_opacity_entropy=1.0, t_anneal="linear", **ANNEALED)
     trainer.graphs = Direct()
     for step in range(8):
@@ -396,7 +396,7 @@ def test_replay_reads_step_inputs(text_guidance, tmp_path):
     ids=lambda guided: "-".join(guided) or "default",
 )
 def test_replayed_run(text_guidance, tmp_path, guided):
-    """A run of replayed steps takes every kind of step."""
+    """A replayed run takes every kind of step."""
     trainer = make_trainer(text_guidance, bg_radius=1.0, iters=16, **guided)
     trainer.graphs = Direct()
     workspace = fit(trainer, tmp_path)
@@ -410,7 +410,7 @@ def test_replayed_run(text_guidance, tmp_path, guided):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_seed_repeats(text_guidance, tmp_path, backbone):
-    """The same seed gives the same bytes and another seed does not."""
+    """The same seed gives the same bytes, and another seed does not."""
     torch.manual_seed(1)  # what the process drew before is no part of the run
     first = make_trainer(text_guidance, **BACKBONES[backbone])
     one = rows_without_times(fit(first, tmp_path / "a"))
@@ -426,7 +426,7 @@ def test_seed_repeats(text_guidance, tmp_path, backbone):
 
 
 class Interrupting:
-    """Sends a signal to the process in the middle of the step with number ``at``."""
+    """Sends a signal to the process in the middle of step ``at``."""
 
     def __init__(self, guidance, at: int, number: int = signal.SIGINT):
         self.guidance, self.at, self.number, self.calls = guidance, at, number, 0
@@ -440,7 +440,7 @@ class Interrupting:
 
 @pytest.mark.parametrize("kind", [*BACKBONES, "schedules"])
 def test_resume_after_interrupt(text_guidance, tmp_path, kind):
-    """Ctrl c leaves a checkpoint and resuming repeats the uninterrupted run."""
+    """Ctrl-C leaves a checkpoint, and the resumed run equals the uninterrupted one."""
     in_parts = {name: value for name, value in ANNEALED.items() if name != "lambda_guidance"}  # of no DiffusionGuidance
     changes = (BACKBONES | {"schedules": in_parts})[kind] | {"progressive_level": True}
     whole = make_trainer(text_guidance, **changes)
@@ -465,7 +465,7 @@ def test_resume_after_interrupt(text_guidance, tmp_path, kind):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves(text_guidance, tmp_path, number, status):
-    """A signal lets the step finish saves it and leaves with its status."""
+    """After a signal the step is finished and saved, and the exit status is that of the signal."""
     trainer = make_trainer(text_guidance, **CHEAP)
     trainer.guidance = Interrupting(trainer.guidance, at=2, number=number)
     with pytest.raises(Stopped) as stopped:
@@ -475,7 +475,7 @@ def test_signal_saves(text_guidance, tmp_path, number, status):
 
 
 def test_extended_run_keeps_progress(text_guidance, tmp_path):
-    """Learning rate, regularisers' ramp and phase at step 4 of 8 go on from there when 80 steps are asked for."""
+    """Learning rate, ramp and phase at step 4 of 8 continue when the run is extended to 80 steps."""
     changes = dict(lr_decay=0.25, lambda_opacity_entropy=1.0, latent_iter_ratio=0.25, albedo_iter_ratio=0.4)
     first = make_trainer(text_guidance, iters=8, **changes)
     first.step = 4
@@ -493,7 +493,7 @@ def test_extended_run_keeps_progress(text_guidance, tmp_path):
 
 
 def test_library_seeds_resumed(text_guidance):
-    """Libraries draw the same in a step that is taken up."""
+    """Libraries draw the same numbers in a resumed step."""
     drawn = []
     for step in (0, 2):
         trainer = make_trainer(text_guidance, **CHEAP)
@@ -529,7 +529,7 @@ def test_load_other_backbone_raises(text_guidance, tmp_path, backbone, other):
 
 
 def test_architecture_of_backbone(text_guidance):
-    """What a backbone does not read is no part of its architecture."""
+    """Settings that a backbone does not read are not in its architecture."""
     grid, vanilla = (make_trainer(text_guidance, **BACKBONES[name]).architecture() for name in ("grid", "vanilla"))
     assert "n_frequencies" not in grid and grid["n_levels"] == 3 and grid["occupancy_resolution"] == 16
     assert vanilla["n_frequencies"] == 4 and not {"n_levels", "max_resolution", "occupancy_resolution"} & set(vanilla)
@@ -566,7 +566,7 @@ def test_load_bad_state_raises(text_guidance, tmp_path, part, broken):
 
 
 def test_schedules_read_at_step(text_guidance, monkeypatch):
-    """What the host reads itself: the limit of the gradient, the light, and the weights of the table's regularisers."""
+    """The host reads the gradient limit, the light and the weights of the table's regularisers at the step."""
     steps = LinearSchedule.parse("0:1:5:4")
     trainer = make_trainer(text_guidance, grad_clip=steps, lambda_tv=steps, lambda_wd=steps)
     limits, weights, step = [], [], trainer.optimizer.step

@@ -1,4 +1,4 @@
-"""Files are on the disk before they take their names, and nothing half-written is left."""
+"""Files are on the disk before they are renamed, and no half-written file is left."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ SMALL = """
 
 @pytest.fixture
 def disk(monkeypatch) -> list[tuple[str, Path]]:
-    """What is asked of the disk, in order: ("sync", path) and ("rename", new path).
+    """Operations on the disk, in order: ("sync", path) and ("rename", new path).
 
     Fails where a file takes its name before all that was written of it is on the disk.
     """
@@ -60,7 +60,7 @@ def assert_names_are_synced(operations: list[tuple[str, Path]]) -> None:
 
 
 def test_atomic_write_sync_order(tmp_path, disk):
-    """The file, the renaming, the folder: in this order."""
+    """The file is synced, then renamed, then the folder is synced."""
     path = tmp_path / "new" / "notes.txt"
     for text in ("one", "two"):
         disk.clear()
@@ -72,7 +72,7 @@ def test_atomic_write_sync_order(tmp_path, disk):
 
 
 def test_atomic_write_after_an_error(tmp_path, disk):
-    """What a writer had begun when it failed is gone, and nothing is renamed."""
+    """After an error the temporary file is removed, and nothing is renamed."""
     path = tmp_path / "notes.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(path) as aside:
@@ -83,7 +83,7 @@ def test_atomic_write_after_an_error(tmp_path, disk):
 
 
 def test_atomic_writes_sync_order(tmp_path, disk):
-    """Files that belong together are all on the disk before one of them is renamed."""
+    """Files that belong together are all synced before one of them is renamed."""
     paths = [tmp_path / name for name in ("a.obj", "b.mtl", "c.png")]
     with atomic_writes(paths) as asides:
         for aside in asides:
@@ -112,7 +112,7 @@ def test_save_checkpoint_sync_order(tmp_path, disk, monkeypatch):
 
 
 def test_run_syncs_every_file(tmp_path, tiny_model, disk):
-    """Checkpoint, settings, manifest, images, video, mesh and report of a whole run."""
+    """Checkpoint, settings, manifest, images, video, mesh and report of a run are synced."""
     command = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", str(tmp_path), *SMALL]
     assert main(command) == 0
     renamed = {str(path.relative_to(tmp_path)) for what, path in disk if what == "rename"}
