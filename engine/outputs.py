@@ -10,6 +10,7 @@ from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_textured
 from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.files import is_regular
 from dream_fast.engine.geometry.mesh import NoSurface, simplify
 from dream_fast.engine.render.mesh import MeshRenderer
 from dream_fast.engine.runtime.paths import expand_user
@@ -47,6 +48,32 @@ def choose_output_folder(config: Config, workspace: Workspace) -> Workspace:
     return workspace if os.path.realpath(target.path) == os.path.realpath(workspace.path) else target
 
 
+def paths_of_outputs(config: Config, workspace: Workspace, *, only_missing: bool = False) -> list[Path]:
+    """Return the files that the outputs of a run are written to, with `only_missing` those of outputs that lack one."""
+    outputs = [output for output in _output_paths(config, workspace) if not (only_missing and _all_there(output))]
+    return [path for output in outputs for path in output] + [workspace.report] * bool(outputs)
+
+
+def paths_of_run(config: Config, workspace: Workspace, step: int) -> list[Path]:
+    """Return the files that a run from `step` on writes, as far as their names are known."""
+    trace = [workspace.profile / "trace.json.gz"] if config.output.profile else []
+    return [*paths_of_outputs(config, workspace), *trace, *workspace.later_files(step, config.run.iters)]
+
+
+def _output_paths(config: Config, workspace: Workspace) -> list[list[Path]]:
+    """Return the files of each output of the settings, in the order of `_list_outputs`."""
+    paths = [six_view_paths(workspace.results)]
+    if not config.run.six_views:
+        paths.append([workspace.results / "turntable.mp4"])
+    if config.run.save_mesh:
+        paths.append(mesh_paths(workspace.mesh / "mesh.glb", normals=not config.dmtet.dmtet))
+    return paths
+
+
+def _all_there(paths: list[Path]) -> bool:
+    return all(map(is_regular, paths))
+
+
 def write_outputs(
     trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False
 ) -> OutputStatus:
@@ -54,7 +81,7 @@ def write_outputs(
     any_written, no_surface = False, None
     with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
         for output in _list_outputs(trainer, workspace, reporter):
-            if only_missing and all(path.exists() for path in output.paths):
+            if only_missing and _all_there(output.paths):
                 continue
             any_written = True
             try:

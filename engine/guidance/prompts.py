@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.config.sections import CameraConfig
+from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.model.components import Components
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,10 @@ def view_weights(azimuth: Tensor, polar: Tensor, angles: ViewAngles | None = Non
 
 @torch.no_grad()
 def encode(components: Components, prompts: list[str]) -> Tensor:
-    """Last hidden states [len(prompts), T, D] of the text encoder, prompts padded or cut to its window of T tokens."""
+    """Last hidden states [len(prompts), T, D] of the text encoder, prompts padded or cut to its window of T tokens.
+
+    Raises UserError: the tokenizer has tokens that the text encoder does not have, or the states are not finite.
+    """
     if components.t5:
         prompts = [prompt.lower().strip() for prompt in prompts]  # as IF was trained
     tokens = components.tokenizer(
@@ -112,7 +116,20 @@ def encode(components: Components, prompts: list[str]) -> Tensor:
     if components.t5 or getattr(components.text_encoder.config, "use_attention_mask", False):
         mask = tokens.attention_mask.to(components.device)
     # Stable Diffusion's own pipeline leaves the padding unmasked: that is what its UNet was trained with.
-    return components.text_encoder(tokens.input_ids.to(components.device), attention_mask=mask)[0]
+    check_tokens(components.name, tokens.input_ids, components.text_encoder.config)
+    encoded = components.text_encoder(tokens.input_ids.to(components.device), attention_mask=mask)[0]
+    if not bool(torch.isfinite(encoded).all()):
+        raise UserError(
+            f"the text encoder of the model {components.name} makes numbers that are not finite of a prompt"
+        )
+    return encoded
+
+
+def check_tokens(model: str, ids: Tensor, config: Any) -> None:
+    """Raises UserError: some `ids` are no tokens of the text encoder with that configuration."""
+    count = getattr(config, "vocab_size", None)
+    if count is not None and not (0 <= int(ids.min()) and int(ids.max()) < count):
+        raise UserError(f"the tokenizer of the model {model} is of another one: its text encoder has {count} tokens")
 
 
 def fit(tokenizer: Any, window: int, text: str, endings: list[str]) -> str:

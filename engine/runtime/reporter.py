@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from dream_fast.engine.files import open_append
 from dream_fast.engine.text import one_line
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class Reporter:
         if self._log is None:
             self._waiting.append(line)
             return
-        with self._log.open("a", encoding="utf-8") as log:
+        with open_append(self._log) as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 

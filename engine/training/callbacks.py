@@ -59,7 +59,8 @@ class RunCallbacks:
             from torch.utils.tensorboard import SummaryWriter
 
             # A resumed run records the steps after its checkpoint again.
-            self._writer = SummaryWriter(str(workspace.tensorboard), purge_step=self._step + 1)
+            with workspace.recording(workspace.tensorboard):
+                self._writer = SummaryWriter(str(workspace.tensorboard), purge_step=self._step + 1)
             self._open.callback(self._writer.close)
         if output.profile:
             left = self._config.run.iters - self._step

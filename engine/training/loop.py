@@ -14,6 +14,7 @@ from torch import Tensor
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.files import open_append
 from dream_fast.engine.runtime.reporter import Bar, Reporter
 from dream_fast.engine.runtime.signals import stop_after_current_step
 from dream_fast.engine.training.callbacks import RunCallbacks
@@ -67,7 +68,7 @@ class Loop:
         logged_step = first_step
         with (
             stop_after_current_step() as stop,
-            self.workspace.metrics.open("a", encoding="utf-8") as metrics,
+            open_append(self.workspace.metrics) as metrics,
             self.reporter.bar("start", run.iters, first_step) as bar,
             self._callbacks() as callbacks,
         ):

@@ -22,6 +22,7 @@ from dream_fast.engine import outputs
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.workspace.checkpoint import FORMAT
+from dream_fast.engine.workspace.record import MARK
 
 SIDE, FRAMES = 24, 5
 SMALL = f"""
@@ -98,7 +99,7 @@ def test_a_run_writes_everything(finished, tiny_model):
     mesh = trimesh.load(finished / "mesh" / "mesh.glb", force="mesh")
     mesh.merge_vertices(merge_tex=True, merge_norm=True)  # those that seams of the texture double
     assert len(mesh.faces) > 0 and mesh.is_watertight
-    assert not list(finished.rglob(".*"))  # nothing half-written is left
+    assert [path.name for path in finished.rglob(".*")] == [MARK]  # nothing half-written is left
 
 
 def test_file_settings_reach_steps(tiny_model, tmp_path, monkeypatch):
@@ -184,7 +185,8 @@ def test_finished_run_writes_missing(copy, tiny_model, capsys):
     after = contents(copy)
     assert after["mesh/mesh.glb"] == before["mesh/mesh.glb"]
     assert after["results/back.png"] == b"kept"
-    assert {name for name in after if after[name] != before.get(name)} == {"results/back.png", "report.html", "log.txt"}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"results/back.png", "report.html", "log.txt", MARK}
 
 
 def test_missing_view_written(copy, tiny_model):

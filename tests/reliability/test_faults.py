@@ -21,6 +21,7 @@ from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import list_checkpoints
 from dream_fast.engine.workspace.folder import Workspace
 from dream_fast.engine.workspace.lock import LOCK, Lock
+from dream_fast.engine.workspace.record import MARK
 
 SMALL = """
     --device cpu --iters 6 --log_every 1 --seed 7 --w 12 --h 12 --W 32 --H 32 --dataset_size_test 2
@@ -173,7 +174,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
     assert main(words) == 0
     rows = [json.loads(row)["step"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4, 5, 6]
-    assert not list((tmp_path / "trial").rglob(".*"))
+    assert [path.name for path in (tmp_path / "trial").rglob(".*")] == [MARK]
 
 
 @pytest.fixture
@@ -224,6 +225,7 @@ def test_what_a_killed_run_had_half_written_goes_when_it_is_taken_up(tmp_path, t
     later = [tmp_path / "validation" / "step_000009.png", tmp_path / "results" / "turntable_step_000009.mp4"]
     for path in [*half, *later]:
         path.write_bytes(b"half")
+    (tmp_path / MARK).unlink()  # as a version without a record left it
     assert main(command(tmp_path, tiny_model, "--iters", "2")) == 0
     assert not [path for path in [*half, *later] if path.exists()]
 

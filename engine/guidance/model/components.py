@@ -25,10 +25,12 @@ from dream_fast.engine.guidance.model.attention import AttentionChoice, choose_a
 from dream_fast.engine.guidance.model.checks import check_folder, check_sentencepiece
 from dream_fast.engine.guidance.model.fused_blocks import ResidualBlock, fuse_group_norms, fuse_residual_blocks
 from dream_fast.engine.guidance.model.hub import find_folder
+from dream_fast.engine.guidance.model.settings import check_finite, check_schedule
 from dream_fast.engine.runtime.quiet import quiet_diffusers
 
 logger = logging.getLogger(__name__)
 
+MIN_WINDOW = 4  # tokens: two of a prompt, its begin and its end
 IF_TOKENS = 77  # of the prompts that IF was trained with; its T5 supports longer ones
 
 # Modules in channels-last layout on a GPU. Convolutions are faster so, and with fused norms the rest is as fast: a step
@@ -137,9 +139,12 @@ def load_components(
         constants = _model_constants(
             folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler
         )
-        window = min(tokenizer.model_max_length, longest)
-    except (TypeError, ValueError) as error:
+        window = min(int(tokenizer.model_max_length), longest)
+        if window < MIN_WINDOW:
+            raise ValueError(f"model_max_length is {window}")
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"the settings of the model {folder} cannot be used: {first_line(error)}") from error
+    check_schedule(f"the scheduler of the model {folder}", scheduler.alphas_cumprod, constants["num_train_timesteps"])
     if vae is not None and not need_vae_decoder:
         vae.decoder = None
         vae.post_quant_conv = None
@@ -157,6 +162,9 @@ def load_components(
         **constants,
     )
     prepare_components(components, longest, vram_O=vram_O, attention=attention, previous=previous, compiled=compiled)
+    for part, model in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
+        if model is not None:
+            check_finite(f"the {part} of the model {folder}", model)
     return components
 
 
