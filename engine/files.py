@@ -38,11 +38,11 @@ class BadFile(UserError):
 
 def kind_of(mode: int) -> str:
     """Return the kind of a file by its mode, as in "a folder"; "" for a regular file."""
-    return next((name for is_kind, name in KINDS if is_kind(mode)), "" if stat.S_ISREG(mode) else "no regular file")
+    return next((name for is_kind, name in KINDS if is_kind(mode)), "" if stat.S_ISREG(mode) else "not a regular file")
 
 
 def is_regular(path: Path) -> bool:
-    """Return True for a regular file that is no link."""
+    """Return True for a regular file that is not a link."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):  # no such name, and one that no file can have
@@ -52,7 +52,7 @@ def is_regular(path: Path) -> bool:
 def open_regular(path: Path, most: int | None = None, *, folder: Path | None = None) -> BinaryIO:
     """Open a regular file to read, of at most `most` bytes, following links; with `folder` only inside that folder.
 
-    Raises BadFile: it is no regular file, larger, or outside. Raises OSError: it is missing or not readable.
+    Raises BadFile: when it is not a regular file, is larger, or lies outside. Raises OSError: when it cannot be opened.
     """
     kind = kind_of(os.stat(path).st_mode)  # before it is opened, since opening a device can do something
     if kind:
@@ -93,7 +93,7 @@ def _open_below(folder: Path, real: Path, path: Path) -> int:
 
 
 def read_regular(path: Path, most: int = MAX_TEXT_BYTES, *, folder: Path | None = None) -> bytes:
-    """Return the bytes of a file. Raises as `open_regular`; BadFile also where it turns out to be longer."""
+    """Return the bytes of a file. Raises as `open_regular`; BadFile also when it turns out to be longer."""
     with open_regular(path, most, folder=folder) as file:
         data = file.read(most + 1)  # files of the system state no size
     if len(data) > most:
@@ -104,7 +104,7 @@ def read_regular(path: Path, most: int = MAX_TEXT_BYTES, *, folder: Path | None 
 def open_append(path: Path) -> TextIO:
     """Open a text file to append to, and create it where it is missing. Links are not followed.
 
-    Raises BadFile: it is no regular file, or has several names, so that another file would be written into.
+    Raises BadFile: when it is not a regular file, or has several names, so that another file would be written into.
     """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | CAREFUL, 0o666)
@@ -128,4 +128,4 @@ def _kind_at(path: Path) -> str:
     try:
         return kind_of(os.lstat(path).st_mode)
     except OSError as error:
-        return "" if error.errno == errno.ENOENT else "no regular file"
+        return "" if error.errno == errno.ENOENT else "not a regular file"

@@ -19,9 +19,9 @@ GLB_MAGIC, GLB_JSON = b"glTF", b"JSON"
 
 
 def glb_json(data: bytes) -> bytes:
-    """Return the JSON of a .glb. Raises ValueError: there is none."""
+    """Return the JSON of a .glb. Raises ValueError: when there is none."""
     if len(data) < 20 or data[:4] != GLB_MAGIC or data[16:20] != GLB_JSON:
-        raise ValueError("it is no binary glTF")
+        raise ValueError("it is not a binary glTF file")
     (length,) = struct.unpack("<I", data[12:16])
     if length > len(data) - 20:
         raise ValueError("it is cut short")
@@ -31,7 +31,7 @@ def glb_json(data: bytes) -> bytes:
 def check_gltf(text: bytes, max_faces: int, max_parts: int) -> None:
     """Check the JSON of a glTF file against the limits.
 
-    Raises UserError: it states more. Raises ValueError: it is not glTF; both continue "the mesh file ...".
+    Raises UserError: when it states more. Raises ValueError: when it is not glTF. Both continue "the mesh file ...".
     """
     if len(text) > MAX_JSON_BYTES:
         raise UserError(f"has {len(text)} bytes of JSON, of at most {MAX_JSON_BYTES}: save it as .glb")
@@ -40,7 +40,7 @@ def check_gltf(text: bytes, max_faces: int, max_parts: int) -> None:
     except (ValueError, RecursionError) as error:
         raise ValueError(first_line(error)) from error
     if not isinstance(header, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     accessors = [_count(accessor) for accessor in _objects(header, "accessors")]
     meshes = [[_faces(part, accessors) for part in _objects(mesh, "primitives")] for mesh in _objects(header, "meshes")]
     most = 3 * max_faces
@@ -62,14 +62,14 @@ def check_gltf(text: bytes, max_faces: int, max_parts: int) -> None:
 def _objects(holder: dict[str, Any], name: str) -> list[dict[str, Any]]:
     entries = holder.get(name, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"its {name} are no list of objects")
+        raise ValueError(f"its {name} are not a list of objects")
     return entries
 
 
 def _whole(value: Any) -> int:
-    """Return a whole number that is not negative. Raises ValueError: it is none."""
+    """Return a whole number that is not negative. Raises ValueError: when it is not one."""
     if type(value) is not int or value < 0:
-        raise ValueError(f"{str(value)[:40]} is no number of things")
+        raise ValueError(f"{str(value)[:40]} is not a count")
     return value
 
 
@@ -99,13 +99,13 @@ def _mesh(node: dict[str, Any], meshes: list[list[int]]) -> list[int]:
 
 
 def _depths(nodes: list[dict[str, Any]]) -> list[int]:
-    """Return the number of nodes above each. Raises ValueError: the nodes are no forest."""
+    """Return the number of nodes above each. Raises ValueError: when the nodes do not form trees."""
     parents: list[int | None] = [None] * len(nodes)
     for index, node in enumerate(nodes):
         children = node.get("children", [])
         for child in children if isinstance(children, list) else [None]:
             if _whole(child) >= len(nodes) or parents[child] is not None:
-                raise ValueError("its nodes are no tree")
+                raise ValueError("its nodes do not form trees")
             parents[child] = index
     depths: list[float] = [math.nan] * len(nodes)
     for index in range(len(nodes)):
@@ -113,7 +113,7 @@ def _depths(nodes: list[dict[str, Any]]) -> list[int]:
         at: int | None = index
         while at is not None and math.isnan(depths[at]):
             if len(path) > len(nodes):
-                raise ValueError("its nodes are no tree")
+                raise ValueError("its nodes do not form trees")
             path.append(at)
             at = parents[at]
         depth = -1 if at is None else int(depths[at])

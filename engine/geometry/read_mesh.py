@@ -64,7 +64,7 @@ def load_mesh(path: Path) -> Mesh:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path} is no mesh file: they end in {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} is not a mesh file: they end in {', '.join(SUFFIXES)}")
     vertices, faces = _read_triangles(path)
     if len(faces) == 0:
         raise UserError(f"the mesh file {path} has no triangles that can be read")
@@ -79,7 +79,7 @@ def load_mesh(path: Path) -> Mesh:
     count = len(np.unique(mesh_components(mesh)))
     if count > MAX_PARTS:
         raise UserError(
-            f"the mesh file {path} falls into {count} separate parts, of at most {MAX_PARTS}: it is no object"
+            f"the mesh file {path} falls into {count} separate parts, of at most {MAX_PARTS}: it is not one object"
         )
     return mesh
 

@@ -173,11 +173,11 @@ def load_checkpoint(
             raise damaged(path, first_line(error)) from error
     if "checksum" in header or header["version"] > 2:
         if header.pop("checksum", None) != _checksum(header, flat):
-            raise damaged(path, "its checksum is another")
+            raise damaged(path, "its checksum is wrong")
     _check_name(path, header)
     for name, tensor in flat.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise damaged(path, f"{name} holds numbers that are not finite")
+            raise damaged(path, f"{name} has values that are not finite")
     try:
         return header["step"], _nest(flat | header["values"])
     except (AttributeError, TypeError) as error:
@@ -227,7 +227,7 @@ def _header(path: Path, file) -> dict[str, Any]:
         if type(header.get(name)) is not kind:
             raise damaged(path, f"its header has no {name}")
     if header["step"] < 0:
-        raise damaged(path, f"its header says step {header['step']}")
+        raise damaged(path, f"its header has step {header['step']}")
     return header
 
 

@@ -81,7 +81,7 @@ class Record:
     def read(cls, root: Path) -> "Record | None":
         """Return the record of the workspace at `root`, or None in a folder without the mark.
 
-        Raises BadFile: the mark is no file of dream-fast.
+        Raises BadFile: when the mark is not a file of dream-fast.
         """
         root = Path(os.path.realpath(root))
         path = root / MARK
@@ -111,10 +111,10 @@ class Record:
                 for line in lines:
                     record._take(line)
                 return record
-        raise BadFile(root / MARK, "is no mark of dream-fast: move it away, or choose another folder")
+        raise BadFile(root / MARK, "is not a mark of dream-fast: move it away, or choose another folder")
 
     def _take(self, line: str) -> None:
-        """Take over a line of the file; one that was cut short or is none of ours says nothing."""
+        """Take over a line of the file; one that was cut short is left out."""
         try:
             entry = json.loads(line)
             name, size, temporary = entry["file"], entry.get("size"), entry.get("temporary")

@@ -55,7 +55,7 @@ COUNTERS = ("position_ids", "num_batches_tracked")  # tensors that are whole num
 def check_weight_file(path: Path) -> list[str]:
     """Return the names of the tensors in a safetensors file, whose header accounts for its length.
 
-    Raises UserError: it is missing, damaged, or a weight is no floating-point number.
+    Raises UserError: when it is missing or damaged, or a weight is not a floating-point number.
     """
     if not path.exists():
         raise UserError(f"the model file {path} is missing")
@@ -122,7 +122,7 @@ def _check_numbers(place: str, settings: Mapping[str, Any]) -> None:
             if isinstance(entry, bool) or not isinstance(entry, int | float):
                 continue
             if not (abs(entry) <= MAX_WHOLE if type(entry) is int else math.isfinite(entry)):
-                raise UserError(f"{place} states {name} {str(entry)[:40]}, which is no number to compute with")
+                raise UserError(f"{place} states {name} {str(entry)[:40]}, which cannot be computed with")
             low, high = RANGES.get(name, (-math.inf, math.inf))
             if not low <= entry <= high:
                 raise UserError(f"{place} states {name} {entry}, of {low:g} to {high:g}")
@@ -154,4 +154,11 @@ def check_schedule(place: str, alphas_cumprod: Tensor, timesteps: int) -> None:
     falls = bool((alphas_cumprod[1:] <= alphas_cumprod[:-1]).all()) and last < 0.99 * first
     faster = last <= first * float(alphas_cumprod[-2])  # the last step adds no less noise than the first one
     if not (falls and faster and 0 < first <= 1 and 0 <= last):
-        raise UserError(f"{place} states a noise schedule that is none: its signal does not fall from 1 to 0")
+        raise UserError(f"{place} states a noise schedule whose signal does not fall from 1 to 0")
+
+
+def check_tokens(model: str, ids: Tensor, config: Any) -> None:
+    """Raises UserError: some `ids` are no tokens of the text encoder with that configuration."""
+    count = getattr(config, "vocab_size", None)
+    if count is not None and not (0 <= int(ids.min()) and int(ids.max()) < count):
+        raise UserError(f"the tokenizer of the model {model} does not fit its text encoder, which has {count} tokens")
