@@ -88,8 +88,8 @@ class Components:
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Last hidden states [N, T, D] of the text encoder for N prompts, padded or cut to its window of T tokens.
 
-        Raises ValueError: when the text encoder was freed. Raises UserError: when the tokenizer has tokens that the text
-        encoder lacks, or the states are not finite.
+        Raises ValueError: when the text encoder was freed. Raises UserError: when the tokenizer does not fit it, or the
+        states are not finite.
         """
         if self.text_encoder is None:
             raise ValueError("the text encoder was freed: load the model again, or keep_text_encoder=True")
