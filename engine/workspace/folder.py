@@ -411,7 +411,9 @@ def _has_type(kind: Any, value: Any) -> bool:
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(_has_type(kind[str], part) for part in value.values())
     if kind is float:
-        return isinstance(value, int | float) and abs(value) < float("inf")
+        return isinstance(value, int | float) and abs(value) < 1e200
+    if kind is int:
+        return isinstance(value, int) and abs(value) < 2**63
     return isinstance(value, kind)
 
 
