@@ -186,6 +186,8 @@ class Record:
         _READ[self.root / MARK] = self
 
     def _append(self, entry: dict[str, Any], *, sync: bool) -> None:
+        if os.lstat(self.root / MARK).st_nlink > 1:  # a backup has a hard link to it, and stays as it is
+            self._write(self._lines())
         with open_append(self.root / MARK) as file:
             file.write(f"{json.dumps(entry)}\n")
             file.flush()
