@@ -11,10 +11,11 @@ from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_te
 from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.files import is_regular
-from dream_fast.engine.geometry.mesh import NoSurface, simplify
+from dream_fast.engine.geometry.mesh import simplify
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import six_views
+from dream_fast.engine.training.failures import translate_oom
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -24,19 +25,6 @@ class Output(NamedTuple):
 
     paths: list[Path]
     write: Callable[[], object]
-
-
-class OutputStatus(NamedTuple):
-    """Outcome of `write_outputs`."""
-
-    any_written: bool
-    no_surface: NoSurface | None  # why there is no mesh
-
-    def exit_status(self) -> int:
-        """Return 0. Raises NoSurface: when the mesh is missing and everything else is written."""
-        if self.no_surface is not None:
-            raise self.no_surface
-        return 0
 
 
 def choose_output_folder(config: Config, workspace: Workspace) -> Workspace:
@@ -73,21 +61,24 @@ def _all_there(paths: list[Path]) -> bool:
     return all(map(is_regular, paths))
 
 
-def write_outputs(
-    trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False
-) -> OutputStatus:
-    """Write the outputs of a run from the averaged weights, without floaters."""
-    any_written, no_surface = False, None
-    with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
-        for output in _list_outputs(trainer, workspace, reporter):
-            if only_missing and _all_there(output.paths):
-                continue
-            any_written = True
-            try:
-                output.write()
-            except NoSurface as error:
-                no_surface = error
-    return OutputStatus(any_written, no_surface)
+def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> bool:
+    """Write the outputs of a run from the averaged weights, without floaters. Return True if there were any to write.
+
+    The reporter collects what cannot be written.
+    """
+    outputs = _list_outputs(trainer, workspace, reporter)
+    if only_missing:
+        outputs = [output for output in outputs if not _all_there(output.paths)]
+    if outputs:
+        with (
+            reporter.collect(workspace.results),
+            trainer.optimizer.ema_weights(),
+            trainer.renderer.without_floaters(),
+        ):
+            for output in outputs:
+                with reporter.collect(output.paths[0]), translate_oom(trainer.config, workspace):
+                    output.write()
+    return bool(outputs)
 
 
 def _list_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[Output]:

@@ -20,7 +20,7 @@ def numbers(*shape, seed=0):
 
 
 def two_roundings(exact, dtype):
-    """`exact` rounded to `dtype`, and thrice its rounded third: equally good, with other errors."""
+    """`exact` rounded to `dtype`, and three times its rounded third: equally accurate, with different errors."""
     return (exact / 3).to(dtype).double() * 3, exact.to(dtype)
 
 
@@ -41,7 +41,7 @@ def test_error_of_two_dimensions_is_that_of_the_flat_vector():
 @pytest.mark.parametrize("size", [BLOCK, BLOCK + 1, 10 * BLOCK + 3])
 @pytest.mark.parametrize("at", [0, -1])
 def test_one_wrong_element_counts_as_among_a_block(size, at):
-    """Beyond a block, one element's error does not depend on how many others there are, nor on its place."""
+    """Beyond a block, the error of one element depends neither on the number of others nor on its position."""
     exact = torch.ones(size, dtype=torch.float64)
     got = exact.clone()
     got[at] += 0.5
@@ -62,7 +62,7 @@ def test_error_of_nothing_is_zero():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_error_is_infinite_where_a_number_is_not_finite(value):
-    """One NaN or infinity is never accurate, even with a weight of zero."""
+    """A NaN or infinity is never accurate, even with a weight of zero."""
     got = tensor(1, 2, value)
     assert error(got, tensor(1, 2, 3)) == math.inf
     assert error(got, tensor(1, 2, 3), weight=tensor(1, 1, 0)) == math.inf
@@ -71,14 +71,14 @@ def test_error_is_infinite_where_a_number_is_not_finite(value):
 
 
 def test_error_is_infinite_where_the_shape_differs():
-    """A shape that would broadcast, or hold as many numbers, is wrong."""
+    """A shape that would broadcast, or has the same number of elements, is wrong."""
     assert error(torch.ones(3, 1), torch.ones(3)) == math.inf
     assert error(torch.ones(1), torch.ones(3)) == math.inf
     assert error(torch.ones(0), torch.ones(3)) == math.inf
 
 
 def test_tolerance_is_twice_the_error_of_the_reference_and_a_millionth():
-    """Factor and floor, exactly."""
+    """The factor and the floor are exact."""
     exact = tensor(3, 4)
     assert tolerance(exact, exact) == 1e-6
     assert tolerance(tensor(3, 4.5), exact) == 2 * 0.1 + 1e-6
@@ -101,7 +101,7 @@ def test_a_broken_reference_allows_nothing(reference):
 
 
 def test_exact_values_and_weights_must_be_finite():
-    """Nothing is compared with NaN, which no error would be larger than."""
+    """Nothing is compared with NaN, since no error is larger than NaN."""
     with pytest.raises(AssertionError, match="exact and weight must be finite"):
         error(tensor(1, 2), tensor(1, math.nan))
     with pytest.raises(AssertionError, match="exact and weight must be finite"):
@@ -109,7 +109,7 @@ def test_exact_values_and_weights_must_be_finite():
 
 
 def test_weight_multiplies_deviation_and_exact():
-    """Rows are weighted by a broadcast column, in the error as in the tolerance."""
+    """A column of weights broadcasts over rows, in the error and in the tolerance."""
     exact, got = torch.tensor([[3.0, 4], [6, 8]]), torch.tensor([[3.0, 4.5], [6, 10]])
     weight = torch.tensor([[1.0], [0.0]])
     assert error(got, exact, weight) == 0.5 / 5
@@ -158,7 +158,7 @@ def test_check_together_wants_as_many_of_each():
 
 
 def test_weights_reach_every_check():
-    """With a weight of 0 a wrong element is right for each of the functions, and allows nothing in a reference."""
+    """With a weight of 0 every function accepts a wrong element, and a wrong reference allows nothing."""
     exact, wrong, weight = tensor(1, 1), tensor(1, 5), tensor(1, 0)
     assert check_fp64("one", wrong, exact, weight) == 0
     assert check("one", wrong, exact, exact, weight) == 0
@@ -208,7 +208,7 @@ FAULTS = [shifted_element, masked_element, one_ray, masked_block, stale_tail]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_among_a_million_is_caught(fault, dtype):
-    """One element, one ray, one block of an image of 1.2 million numbers: each fails, though most is right."""
+    """A wrong element, ray or block of an image of 1.2 million numbers fails, though most of it is right."""
     exact = numbers(640, 640, 3)
     reference, got = two_roundings(exact, dtype)
     fault(got)

@@ -1,4 +1,5 @@
-"""What a disk and other processes do to a run: it ends in a sentence, and nothing half-done looks done."""
+"""Faults of the disk and of other processes: the run ends with a sentence, and nothing incomplete passes for
+complete."""
 
 import fcntl
 import json
@@ -36,13 +37,13 @@ def command(workspace: Path, model: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def often(monkeypatch):
-    """Checkpoints after every second step."""
+    """Save checkpoints after every second step."""
     options = LoopOptions(epoch_steps=2, checkpoint_seconds=0.0)
     monkeypatch.setattr(run, "run", partial(run.run, loop=options))
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Calls ``act`` before the step of that number (from 0)."""
+    """Call ``act`` before step ``step`` (from 0)."""
     take = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self: (act() if self.step == step else None, take(self))[1])
 
@@ -57,10 +58,10 @@ def sentence(capsys) -> str:
 
 
 def test_the_second_process_on_a_workspace_is_told_who_holds_it(tmp_path, tiny_model, monkeypatch, capsys):
-    seen = []
-    at_step(monkeypatch, 3, lambda: seen.append(main(command(tmp_path / "trial", tiny_model))))
+    messages = []
+    at_step(monkeypatch, 3, lambda: messages.append(main(command(tmp_path / "trial", tiny_model))))
     assert main(command(tmp_path / "trial", tiny_model)) == 0
-    assert seen == [2]
+    assert messages == [2]
     error = capsys.readouterr().err
     assert f"is in use by process {os.getpid()} on " in error and "choose another --workspace" in error
     assert not (tmp_path / "trial" / LOCK).exists()
@@ -79,15 +80,15 @@ def test_looking_at_a_run_that_goes_on_is_refused_too(tmp_path, tiny_model, caps
 def test_a_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
     imported = "import sys, os, pathlib; from dream_fast.engine.workspace.lock import Lock"
     code = f"{imported}; Lock(pathlib.Path(sys.argv[1])); os.kill("
-    done = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
-    assert done.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
+    process = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
+    assert process.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
     lock = Lock(tmp_path)
     assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
     lock.release()
 
 
 def test_a_file_that_is_removed_before_it_is_locked_is_no_lock(tmp_path, monkeypatch):
-    """As where the holder before ends just then: the lock would be on a file that nobody else finds."""
+    """A lock on a file that the previous holder has just removed is not used."""
     flock, removed = fcntl.flock, []
 
     def late(handle, how):
@@ -179,7 +180,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 64 kB, which is taken away whatever happens to the test, also while a file on it is still open."""
+    """A disk of 64 kB, unmounted at the end whatever happens."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]

@@ -139,12 +139,12 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Return the groups of modules that import each other (strongly connected components of more than one)."""
     reachable = {}
     for start in graph:
-        seen, stack = set(), [start]
+        visited, stack = set(), [start]
         while stack:
-            for target in graph[stack.pop()] - seen:
-                seen.add(target)
+            for target in graph[stack.pop()] - visited:
+                visited.add(target)
                 stack.append(target)
-        reachable[start] = seen
+        reachable[start] = visited
     groups = {tuple(sorted(b for b in reachable[a] if a in reachable[b])) for a in graph if a in reachable[a]}
     return sorted(map(list, groups))
 

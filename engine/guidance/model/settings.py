@@ -84,6 +84,23 @@ def check_settings(place: str, settings: Mapping[str, Any], tensors: Iterable[st
         _check_layers(place, settings, "\n".join(tensors))
 
 
+def check_pipeline_settings(place: str, settings: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Check the settings of a component of any architecture: finite numbers, and no more layers than any index of its
+    tensors. Raises UserError: a value that cannot be right.
+    """
+    layers = _count(r"\.(\d+)\.", "\n".join(tensors))
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            check_pipeline_settings(place, value, [f".{layers - 1}."] if layers else [])
+            continue
+        for entry in _flatten(value):
+            if type(entry) is float and not math.isfinite(entry):
+                raise UserError(f"{place} states {name} {entry}, which cannot be computed with")
+            counts = name in LAYERS or name in ("num_single_layers", "num_refiner_layers", "n_layers", "depth")
+            if counts and layers and type(entry) is int and not 0 <= entry <= max(1, layers):
+                raise UserError(f"{place} states {name} {entry}, and its weights have at most {layers}")
+
+
 def _check_layers(place: str, settings: Mapping[str, Any], tensors: str) -> None:
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -130,7 +147,7 @@ def _check_numbers(place: str, settings: Mapping[str, Any]) -> None:
 
 def check_finite(place: str, module: nn.Module) -> None:
     """Raises UserError: a weight of `module` is not finite. Waits for the device once."""
-    tensors = {n: t for n, t in module.state_dict().items() if t.is_floating_point() and t.numel()}
+    tensors = {n: t for n, t in module.state_dict().items() if t.is_floating_point() and t.numel() and not t.is_meta}
     if not tensors:
         return
     # The least and the largest value are NaN where a value is: one pass over the weights, and no copy of them.

@@ -1,4 +1,4 @@
-"""Schedules at their borders: what is read, how it is written, and what a range of two may become."""
+"""Schedules at their borders: parsing, formatting, and ranges of two schedules."""
 
 import dataclasses
 import re
@@ -40,7 +40,7 @@ def test_parse_tells_fractions_by_their_point(text, schedule):
     ],
 )
 def test_schedule_is_written_as_it_is_read(schedule, text):
-    """Whole values without a point, fractions with one, and every digit; a format changes nothing."""
+    """Steps have no point, fractions have one, and every digit is kept; a format spec has no effect."""
     assert str(schedule) == f"{schedule}" == f"{schedule:g}" == text
     assert LinearSchedule.parse(text) == schedule
 
@@ -65,13 +65,13 @@ def test_schedule_is_written_as_it_is_read(schedule, text):
     ],
 )
 def test_bad_schedule_is_refused_as_it_was_typed(text, sentence):
-    """The sentence holds the schedule and what is wrong with it."""
+    """The message has the schedule and the reason."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
         LinearSchedule.parse(text)
 
 
 def test_schedule_made_in_python_is_checked_too():
-    """Ends are fractions unless something else is said; those of steps are whole; 0 and 1 are in the run."""
+    """Ends are fractions unless steps are chosen; steps are whole; 0 and 1 are allowed."""
     assert LinearSchedule(0, 1, 2, 1).fractions
     for start, end in ((0.5, 3), (0, 2.5)):
         with pytest.raises(UserError, match="whole steps from 0 on"):
@@ -81,7 +81,7 @@ def test_schedule_made_in_python_is_checked_too():
 
 
 def test_value_of_a_step_follows_its_own_ends():
-    """Steps follow the step, fractions the progress, and a plain number neither."""
+    """Steps depend on the step, fractions on the progress, and a plain number on neither."""
     by_step, by_part = steps(2, 10, 20, 4), LinearSchedule(0.25, 10, 20, 0.75)
     assert [by_step.at(step, 0.5) for step in (1, 2, 3, 4, 5)] == [10, 10, 15, 20, 20]
     assert [by_part.at(3, progress) for progress in (0, 0.25, 0.5, 0.75, 1)] == [10, 10, 15, 20, 20]
@@ -110,12 +110,12 @@ def test_value_of_a_step_follows_its_own_ends():
     ],
 )
 def test_ever_below_at_both_ends(low, high, below):
-    """Schedules of the same ends are compared at both, others by their extremes."""
+    """Schedules with the same ends are compared at both, others by their extremes."""
     assert ever_below(low, high) is below
 
 
 def test_values_at_names_the_schedules_of_a_room():
-    """Plain numbers are left out, and each schedule has its value of the step."""
+    """Plain numbers are left out, and each schedule has its value at the step."""
 
     @dataclasses.dataclass
     class Section:

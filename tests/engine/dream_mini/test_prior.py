@@ -1,4 +1,4 @@
-"""The embedded model: its words, the world that it learned from, and the folder that is shipped."""
+"""The embedded model: its words, its world, and the folder that is shipped."""
 
 import json
 import math
@@ -21,7 +21,6 @@ from dream_fast.engine.dream_mini.vocabulary import COLORS, SHADES, THINGS, VIEW
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model.components import load_components
-from dream_fast.engine.guidance.prompts import encode
 from dream_fast.engine.scene.camera import Cameras, make_cameras, rays
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -152,9 +151,9 @@ def test_a_scene_repeats_by_its_seed_and_obeys_what_is_asked() -> None:
         again.hat,
     )
     assert all(np.array_equal(p.center, q.center) for p, q in zip(first.primitives, again.primitives, strict=True))
-    asked = [make_scene(np.random.default_rng(seed), "cat", "purple", plain=True) for seed in range(30)]
-    assert {(s.name, s.color, s.attribute, s.hat) for s in asked} == {("cat", "purple", None, None)}
-    body = [next(p.color for p in s.primitives if p.main) for s in asked]
+    scenes = [make_scene(np.random.default_rng(seed), "cat", "purple", plain=True) for seed in range(30)]
+    assert {(s.name, s.color, s.attribute, s.hat) for s in scenes} == {("cat", "purple", None, None)}
+    body = [next(p.color for p in s.primitives if p.main) for s in scenes]
     assert np.abs(np.array(body) - COLORS["purple"]).max() < 0.12
     free = [make_scene(np.random.default_rng(seed)) for seed in range(400)]
     assert {s.attribute for s in free} == {None, "tall", "wide", "striped", "spotted"}
@@ -280,7 +279,7 @@ def test_a_rotation_turns_about_x_then_y_then_z() -> None:
 
 
 def test_stretched_balls_and_tapered_boxes_end_where_they_should(points: np.ndarray) -> None:
-    """Their distances are inexact off the surface; the tracer takes shorter steps for that."""
+    """Their distances are inexact off the surface, so the tracer takes shorter steps."""
     radii = np.array([0.2, 0.5, 0.35])
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
     ball = primitive("ball", tuple(radii))
@@ -312,7 +311,7 @@ def cameras(azimuth: list[float]) -> Cameras:
 def views(
     scenes: list[Scene], azimuth: list[float], side: int, *, shading=0, light=(0.0, 0.0, 0.0), background=1.0
 ) -> torch.Tensor:
-    """Pictures [N, side, side, 3] without ambient light."""
+    """Images [N, side, side, 3] without ambient light."""
     n = len(scenes)
     return render(
         pack(scenes, "cpu"), cameras(azimuth), side, shading=torch.full((n,), shading), ambient=torch.zeros(n),
@@ -320,8 +319,8 @@ def views(
     )  # fmt: skip
 
 
-def count(picture: torch.Tensor, color: tuple[float, float, float]) -> int:
-    return int(((picture - torch.tensor(color)).abs().amax(-1) < 0.03).sum())
+def count(image: torch.Tensor, color: tuple[float, float, float]) -> int:
+    return int(((image - torch.tensor(color)).abs().amax(-1) < 0.03).sum())
 
 
 @pytest.mark.parametrize(
@@ -339,8 +338,8 @@ def test_the_front_faces_plus_z(name: str, part: str) -> None:
 def test_every_face_looks_to_the_front() -> None:
     faces = [name for name, thing in THINGS.items() if thing.face]
     scenes = [make_scene(np.random.default_rng(1), name, "blue", plain=True) for name in faces]
-    pictures = views(scenes * 2, [0.0] * len(faces) + [180.0] * len(faces), 32)
-    for name, front, back in zip(faces, *pictures.chunk(2), strict=True):
+    images = views(scenes * 2, [0.0] * len(faces) + [180.0] * len(faces), 32)
+    for name, front, back in zip(faces, *images.chunk(2), strict=True):
         eye = COLORS["white"] if name == "robot" else SHADES["dark"]  # its hands are dark too
         assert count(front, eye) >= 2 and count(back, eye) == 0, name
 
@@ -364,7 +363,7 @@ def test_light_and_patterns() -> None:
     assert side[12, 18] > 0.5 > side[12, 6]  # light from +x is light from the right
 
     patterns = [scene_of(ball, pattern=pattern) for pattern in (None, "striped", "spotted")]
-    plain, striped, spotted = (count(picture, (1.0, 0.0, 0.0)) for picture in views(patterns, [0.0] * 3, 24))
+    plain, striped, spotted = (count(image, (1.0, 0.0, 0.0)) for image in views(patterns, [0.0] * 3, 24))
     assert 0.2 * plain < striped < 0.8 * plain and 0.2 * plain < spotted < 0.95 * plain
 
 
@@ -372,7 +371,7 @@ def test_light_and_patterns() -> None:
 
 
 class Here:
-    """A pool of workers that works at once and in this process."""
+    """A pool of workers that runs in this process."""
 
     def submit(self, function, *arguments):
         result = function(*arguments)
@@ -477,34 +476,34 @@ def test_the_tokenizer_makes_a_token_of_each_known_word(dream_mini, tmp_path) ->
 
 
 def test_words_move_the_embedding_and_padding_does_not(dream_mini) -> None:
-    car, again, apple = encode(dream_mini, ["a red car", "a red car", "a red apple"])
+    car, again, apple = dream_mini.embed(["a red car", "a red car", "a red apple"])
     assert torch.equal(car, again) and error(apple, car.double()) > 0.1
     assert car.shape == (24, dream_mini.unet.config.cross_attention_dim)
 
 
-def test_its_own_pictures_have_the_colour_that_was_asked_for(dream_mini) -> None:
-    asked = ["red", "green", "blue", "yellow"]
-    cond = encode(dream_mini, [f"a {color} apple, front view" for color in asked])
-    uncond = encode(dream_mini, [""]).expand(len(asked), -1, -1)
-    pictures = sample(dream_mini, cond, uncond, steps=6, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
-    assert pictures.shape == (4, 3, 128, 128)
-    middle = pictures[:, :, 56:80, 52:76].mean(dim=(2, 3))  # on the apple, whatever the background
-    nearest = torch.cdist(middle, torch.tensor([COLORS[color] for color in asked])).argmin(1)
+def test_sample_has_the_colour_of_the_prompt(dream_mini) -> None:
+    names = ["red", "green", "blue", "yellow"]
+    cond = dream_mini.embed([f"a {color} apple, front view" for color in names])
+    uncond = dream_mini.embed([""]).expand(len(names), -1, -1)
+    images = sample(dream_mini, cond, uncond, steps=6, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
+    assert images.shape == (4, 3, 128, 128)
+    middle = images[:, :, 56:80, 52:76].mean(dim=(2, 3))  # on the apple, whatever the background
+    nearest = torch.cdist(middle, torch.tensor([COLORS[color] for color in names])).argmin(1)
     assert nearest.tolist() == [0, 1, 2, 3], middle
 
 
-def test_its_autoencoder_keeps_a_picture(dream_mini) -> None:
+def test_autoencoder_keeps_an_image(dream_mini) -> None:
     scene = make_scene(np.random.default_rng(3), "duck", "yellow", plain=True)
-    picture = views([scene], [30.0], 128, background=0.5).permute(0, 3, 1, 2)
+    image = views([scene], [30.0], 128, background=0.5).permute(0, 3, 1, 2)
     with torch.no_grad():
-        latent = dream_mini.vae.encode(picture * 2 - 1).latent_dist.mean
+        latent = dream_mini.vae.encode(image * 2 - 1).latent_dist.mean
         back = dream_mini.vae.decode(latent).sample / 2 + 0.5
-    assert 0.3 < (latent * dream_mini.scaling_factor).std() < 3  # about 1 over all pictures
-    assert -10 * torch.log10((back - picture).square().mean()) > 22  # dB
+    assert 0.3 < (latent * dream_mini.scaling_factor).std() < 3  # about 1 over all images
+    assert -10 * torch.log10((back - image).square().mean()) > 22  # dB
 
 
 def test_kinds_are_all_drawn() -> None:
-    """Every kind of primitive occurs in the world, so the tests above speak of what it is made of."""
+    """Every kind of primitive occurs in the world."""
     used = {p.kind for name in THINGS for p in make_scene(np.random.default_rng(0), name).primitives}
     assert used == set(KINDS)
 
