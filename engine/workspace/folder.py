@@ -158,6 +158,8 @@ class Workspace:
     def _check_known(self) -> None:
         """Raises UserError: when files have the names of those of a run, and dream-fast did not write them."""
         if (record := self.record()) is not None:
+            if not record.owns(self.manifest):
+                self.read_manifest()  # says what is wrong with it
             record.check_free([self.config, self.manifest, self.metrics, self.log])
             return
         names = [path.name for path in self._paths() if os.path.lexists(path)]
