@@ -37,7 +37,7 @@ def noisy(normal: torch.Tensor, degrees: float) -> torch.Tensor:
     return torch.nn.functional.normalize(normal + math.tan(math.radians(degrees)) * noise / math.sqrt(2), dim=-1)
 
 
-def test_roughness_of_a_plane_is_nothing_and_of_a_sphere_little() -> None:
+def test_roughness_of_plane_and_sphere() -> None:
     """A plane has 0; a sphere less the larger it is; pixels outside do not count."""
     normal, opacity = sphere(55)
     flat = torch.zeros_like(normal)
@@ -49,7 +49,7 @@ def test_roughness_of_a_plane_is_nothing_and_of_a_sphere_little() -> None:
     assert roughness(normal, torch.zeros_like(opacity)) is None
 
 
-def test_roughness_grows_with_noise_as_it_should() -> None:
+def test_roughness_of_noise() -> None:
     """Noise of a known angle is measured: a pixel is one of the nine of its mean, hence 8/9."""
     normal, opacity = sphere(55)
     flat = torch.zeros_like(normal)
@@ -63,7 +63,7 @@ def test_roughness_grows_with_noise_as_it_should() -> None:
     assert roughness(noisy(normal, 20.0), opacity) > 10 * roughness(normal, opacity)
 
 
-def test_roughness_of_a_step_is_that_of_its_edge() -> None:
+def test_roughness_of_an_edge() -> None:
     """At the edge of two orthogonal planes two columns are off by atan(3/6), all others by 0."""
     normal = torch.zeros(1, SIZE, SIZE, 3)
     normal[:, :, : SIZE // 2, 0], normal[:, :, SIZE // 2 :, 2] = 1, 1
@@ -72,7 +72,7 @@ def test_roughness_of_a_step_is_that_of_its_edge() -> None:
     assert roughness(normal, torch.ones(1, SIZE, SIZE)) == pytest.approx(expected)
 
 
-def test_edge_ratio_is_one_for_smooth_shapes_and_more_for_fur() -> None:
+def test_edge_ratio_of_fur() -> None:
     """A disc and a square have 1; each hair of one pixel adds two sides a row."""
     y, x = grid()
     disc = (x * x + y * y < 40**2).float()[None]
@@ -87,7 +87,7 @@ def test_edge_ratio_is_one_for_smooth_shapes_and_more_for_fur() -> None:
     assert edge_ratio(torch.ones(1, 40, 40)) < 1.1  # cut off by the image's border
 
 
-def test_floaters_are_counted_in_each_view() -> None:
+def test_floaters_in_views() -> None:
     """Groups other than the largest count, with eight neighbours; a spiral is one group."""
     opacity = torch.zeros(3, 40, 40)
     opacity[0, 5:20, 5:20] = 1
@@ -99,7 +99,7 @@ def test_floaters_are_counted_in_each_view() -> None:
     assert floaters(opacity[1:]) == 0
 
 
-def test_delta_e_is_that_of_skimage() -> None:
+def test_delta_e_against_skimage() -> None:
     """CIEDE2000 of random colours, grays and pairs whose hues lie on both sides of 0."""
     rng = np.random.default_rng(0)
     first, second = rng.random((2, 4000, 3))
@@ -129,7 +129,7 @@ def test_part_color() -> None:
     assert torch.equal(part_color(palette[1:2].expand(3, 3), palette), palette[1])  # nothing is red: of all
 
 
-def test_kid_is_nothing_for_one_distribution_and_what_a_loop_says() -> None:
+def test_kid_definition() -> None:
     """It equals its definition over pairs; it is about 0 for two draws of one distribution and grows with their
     distance."""
     generator = torch.Generator().manual_seed(0)

@@ -97,7 +97,7 @@ def test_read_world_of_another_classifier(tmp_path, monkeypatch) -> None:
     assert world.read_world(["a mug"], path) is None
 
 
-def test_named_measurements_are_of_the_fixed_prompts() -> None:
+def test_named_measurements_prompts() -> None:
     """A column of the page has only the fixed prompts."""
     for name, stored in quality_page.read_records().items():
         prompts = {line["prompt"] for line in stored["prompts"]}

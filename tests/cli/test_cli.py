@@ -240,7 +240,7 @@ def test_file_order(engine, tmp_path):
         (b"--guidance SD", "--text cat --file run.txt dream-mini", "unexpected 'dream-mini' after --file"),
     ],
 )
-def test_a_bad_file_of_arguments_is_one_sentence(content, words, sentence, engine, tmp_path, capsys):
+def test_bad_argument_file(content, words, sentence, engine, tmp_path, capsys):
     if content is not None:
         (tmp_path / "run.txt").write_bytes(content)
     assert main(words.split()) == 2
@@ -250,7 +250,7 @@ def test_a_bad_file_of_arguments_is_one_sentence(content, words, sentence, engin
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_of_arguments_that_may_not_be_read(tmp_path):
+def test_unreadable_argument_file(tmp_path):
     (tmp_path / "run.txt").touch(mode=0)
     with pytest.raises(UserError, match="cannot be read \\(Permission denied\\)"):
         parse(["--file", str(tmp_path / "run.txt")])
@@ -308,7 +308,7 @@ def test_print_config_without_prompt(engine, capsys):
     assert engine == []
 
 
-def test_test_takes_the_settings_of_the_workspace(engine, tmp_path):
+def test_test_uses_stored_settings(engine, tmp_path):
     typed = {"text": "a cat", "lr": 0.25, "hf_key": "folder", "seed": 1, "W": 32}
     stored = configure(
         {"guidance": ("SD",)} | typed | {"save_mesh": True, "ckpt": "scratch", "workspace": "old"}, "cpu"
@@ -364,7 +364,7 @@ def test_help_lists_every_setting_by_room(capsys):
         "--file /dev/null",
     ],
 )
-def test_help_and_refusals_load_nothing_heavy(words):
+def test_help_imports_nothing_heavy(words):
     code = f"""
 import sys
 from dream_fast.cli import main

@@ -47,7 +47,7 @@ def test_test_default_workspace(handed, monkeypatch):
     assert main(["--test", *CPU]) == 0 and handed[2].run.output is None
 
 
-def test_no_run_to_look_at_is_named_by_its_folder(handed, capsys):
+def test_test_without_run(handed, capsys):
     """The message has the typed folder or the default one."""
     for words, folder in (([], "workspace"), (["--workspace", "~/none"], "~/none")):
         assert main(["--test", *words, *CPU]) == 2

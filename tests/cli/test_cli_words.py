@@ -62,7 +62,7 @@ def test_help_groups():
         ("--guidance_scale", "X|START:V0:V1:END"),
     ],
 )
-def test_help_shows_what_a_flag_takes(flag, metavar):
+def test_help_metavars(flag, metavar):
     """Whole numbers, numbers, texts, choices, ranges and schedules have their own forms."""
     assert build_parser()._option_string_actions[flag].metavar == metavar
 
@@ -75,7 +75,7 @@ def test_help_may_name_a_percentage(monkeypatch):
     assert "50 % of it" in build_parser().format_help()
 
 
-def test_help_shows_its_examples_as_they_are(capsys):
+def test_help_examples(capsys):
     """Usage, description and examples keep their lines, and --version shows one line."""
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -155,7 +155,7 @@ def test_refused_values_messages():
         ),
     ],
 )
-def test_unknown_word_gets_its_sentence(words, sentence):
+def test_unexpected_word_advice(words, sentence):
     """Each kind of unexpected word has its own advice."""
     assert refusal(*words) == sentence
 
@@ -176,7 +176,7 @@ def test_unknown_word_gets_its_sentence(words, sentence):
         ),
     ],
 )
-def test_word_is_read_by_the_kind_of_its_flag(words, typed):
+def test_words_by_type(words, typed):
     """Ranges and lists become tuples, a negative number is not a flag, and models get the names of the hub."""
     assert parse(words) == typed
 
@@ -194,7 +194,7 @@ def test_word_is_read_by_the_kind_of_its_flag(words, typed):
         (["--print-config"], {"print_config": True}),
     ],
 )  # fmt: skip
-def test_earlier_names_of_flags_are_read(words, typed):
+def test_aliases_read(words, typed):
     """An earlier name of a flag sets the same setting; the later one wins."""
     assert parse(words) == typed
     name, value = next(iter(typed.items()))

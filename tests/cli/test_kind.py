@@ -110,13 +110,13 @@ def test_module_is_the_command(tmp_path):
         (["--text", "a cat", "--zero123-config", "x"], UNSUPPORTED_FLAGS["--zero123_config"]),
     ],
 )
-def test_flag_of_another_program_is_answered(words, flag, capsys):
+def test_flag_of_another_program(words, flag, capsys):
     """A flag of another program is refused with the equivalent here, and without another suggestion."""
     message = refusal(capsys, words)
     assert flag in message and "did you mean" not in message
 
 
-def test_tables_of_other_programs_are_sound():
+def test_tables_of_other_programs():
     """No name is one of our flags, none occurs twice, and every flag in an answer exists."""
     flags = set(build_parser()._option_string_actions)
     names = [name for names in other_programs.ANSWERS for name in names.split()]
@@ -150,7 +150,7 @@ def test_tables_of_other_programs_are_sound():
         ("--sd_verison", "--sd_version"),
     ],
 )
-def test_mistyped_flag_gets_the_one_that_is_meant(typed, meant, capsys):
+def test_mistyped_flag_suggestion(typed, meant, capsys):
     """A typing error, or another spelling of a name, is answered with the flag."""
     assert refusal(capsys, ["--text", "a cat", typed, "x"]) == f"unknown flag {typed}; did you mean {meant}?"
 
@@ -161,7 +161,7 @@ def test_flag_without_suggestion(typed, capsys):
     assert refusal(capsys, ["--text", "a cat", typed, "x"]) == f"unknown flag {typed}; see --help"
 
 
-def test_slips_are_counted_as_they_are_made():
+def test_slips_count():
     """An inserted, missing, different or swapped letter is one slip each."""
     pairs = {("iters", "itres"): 1, ("iter", "iters"): 1, ("iterss", "iters"): 1, ("itars", "iters"): 1, ("", "abc"): 3}
     assert all(slips(*pair) == count == slips(*pair[::-1]) for pair, count in pairs.items())
@@ -245,7 +245,7 @@ def test_outputs_of_test_go_elsewhere(finished, tmp_path, capsys):
     assert (stored.run.test, stored.camera.W) == (True, 16) and "--output" not in reproduce_command(stored)
 
 
-def test_workspace_that_may_only_be_read(finished, tmp_path, capsys, monkeypatch):
+def test_read_only_workspace(finished, tmp_path, capsys, monkeypatch):
     """A read-only run is refused with advice to use --output, which works."""
     allowed = os.access
     words = ["--test", "--six_views", "--workspace", str(finished), "--device", "cpu"]
@@ -292,7 +292,7 @@ def two_gpus(monkeypatch) -> Iterator[list[torch.device]]:
 
 
 @pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 0), ("auto", 0)])
-def test_gpu_of_a_number_is_the_current_one(device, number, two_gpus):
+def test_gpu_number_becomes_current(device, number, two_gpus):
     """The run uses the GPU with the typed number, also for code that names no device."""
     runtime = choose_runtime(reference().override({"device": device}))
     assert runtime.device == torch.device("cuda", number) and f"NVIDIA {number}" in runtime.description
@@ -315,13 +315,13 @@ def test_missing_gpu_refused(two_gpus, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cuda:", "cuda:-1", "cuda:x", "cuda:01", "cuda1", "cuda:1,2", "CUDA:1", "cpu:0"])
-def test_device_that_is_no_device_is_refused(device):
+def test_bad_device_refused(device):
     """Only cuda with a whole number names one of several GPUs."""
     with pytest.raises(UserError, match="--device is one of auto, cpu, cuda, cuda:N, not "):
         reference().override({"device": device})
 
 
-def test_number_of_the_gpu_is_not_part_of_a_run():
+def test_gpu_number_not_in_run():
     """Defaults are the same on each GPU, a run continues on another one, and its command has no number."""
     first, other = (configure({"text": "a cat", "seed": 1}, device) for device in ("cuda", "cuda:1"))
     assert other.run.device == "cuda:1" and other.override({"device": "cuda"}) == first
@@ -343,7 +343,7 @@ def test_kernels_start_on_their_gpu(monkeypatch):
     assert entered == [torch.device("cuda", 1)]
 
 
-def test_no_code_names_a_gpu_without_its_number():
+def test_code_names_no_current_gpu():
     """Nothing in the engine and the kernels puts a tensor on the current GPU."""
     root = Path(dream_fast.__file__).parent
     for path in [*(root / "engine").rglob("*.py"), *(root / "kernels").rglob("*.py")]:
@@ -409,7 +409,7 @@ def test_lease_taken_over(tmp_path, no_locks, monkeypatch, caplog):
     held.release()
 
 
-def test_run_goes_on_where_nothing_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
+def test_run_without_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
     """A whole run works on such a disk, with a lease and without, with one warning."""
     words = ["--test", "--six_views", "--workspace", str(shutil.copytree(finished, tmp_path / "trial"))]
     assert main([*words, "--device", "cpu"]) == 0

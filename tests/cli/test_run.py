@@ -339,7 +339,7 @@ def test_broken_model_refused_early(tmp_path, tiny_model, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_hub_name_without_a_network_is_refused(tmp_path, monkeypatch, capsys):
+def test_hub_name_without_network(tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there

@@ -30,7 +30,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_a_prompt_stays_text_everywhere(prompt, tmp_path, tiny_model, capsys):
+def test_prompt_stays_text(prompt, tmp_path, tiny_model, capsys):
     words = [
         "--text",
         prompt,
@@ -54,7 +54,7 @@ def test_a_prompt_stays_text_everywhere(prompt, tmp_path, tiny_model, capsys):
         assert prompt in output.out
 
 
-def test_links_that_lead_out_of_a_workspace_are_refused(tmp_path, tiny_model, capsys):
+def test_links_out_of_workspace(tmp_path, tiny_model, capsys):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "back.png").write_text("mine")
     trial = tmp_path / "trial"
@@ -68,7 +68,7 @@ def test_links_that_lead_out_of_a_workspace_are_refused(tmp_path, tiny_model, ca
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
-def test_a_name_that_no_folder_can_have_is_refused(name):
+def test_impossible_folder_name(name):
     with pytest.raises(UserError, match="cannot be a folder"):
         Workspace(Path(name)).check_usable()
 
@@ -83,14 +83,14 @@ def test_a_name_that_no_folder_can_have_is_refused(name):
         (["--text", "a cat", "--hf_key", "~nobody-has-this-name/x"], "there is no home folder of that name"),
     ],
 )
-def test_bytes_that_are_no_text_and_homes_of_nobody_are_refused(words, message, tmp_path, monkeypatch, capsys):
+def test_undecodable_bytes_and_unknown_homes(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*words, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("named", [["../../secret.safetensors"], ["/etc/passwd"], [3], []])
-def test_an_index_of_weights_names_files_beside_it_alone(tmp_path, tiny_model, named):
+def test_weight_index_outside_folder(tmp_path, tiny_model, named):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
@@ -100,7 +100,7 @@ def test_an_index_of_weights_names_files_beside_it_alone(tmp_path, tiny_model, n
         load_components(model, "cpu")
 
 
-def test_a_pickle_in_place_of_weights_runs_nothing(tmp_path, tiny_model):
+def test_pickled_weights_not_run(tmp_path, tiny_model):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
@@ -115,7 +115,7 @@ def test_a_pickle_in_place_of_weights_runs_nothing(tmp_path, tiny_model):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_revision_pins_what_is_taken_from_the_hub(monkeypatch, tiny_model):
+def test_hub_revision(monkeypatch, tiny_model):
     calls = []
 
     def download(name, *, revision, allow_patterns):
@@ -131,7 +131,7 @@ def test_a_revision_pins_what_is_taken_from_the_hub(monkeypatch, tiny_model):
             find_folder(source, "SD", half=False)
 
 
-def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):
+def test_endless_argument_file(tmp_path, capsys):
     (tmp_path / "long.txt").write_text("x " * LARGEST)
     for name, sentence in (
         ("/dev/zero", "is not a text file"),
@@ -141,7 +141,7 @@ def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
 
 
-def test_settings_of_a_model_of_other_kinds_end_in_a_sentence(tmp_path, tiny_model):
+def test_model_settings_of_wrong_types(tmp_path, tiny_model):
     """Each setting of each component with a value of another type is refused or ignored."""
     refused = 0
     shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)

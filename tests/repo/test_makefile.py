@@ -195,7 +195,7 @@ def test_peak_memory_counts_children(capfd):
     assert capfd.readouterr().err.startswith("peak memory ")
 
 
-def test_scripts_hide_no_module_of_the_standard_library():
+def test_scripts_hide_no_standard_module():
     """A script's folder is searched first, so a `types.py` there breaks every import."""
     scripts = [path for folder in (".ci", "tests/planted") for path in (ROOT / folder).glob("*.py")]
     assert len(scripts) > 3 and not {path.stem for path in scripts} & sys.stdlib_module_names

@@ -34,14 +34,14 @@ def test_split_words_of_a_shell(text, words):
     ("text", "sign", "line"),
     [("'a", "'", 1), ("a\n\n  b 'c\nd", "'", 3), ('#\'\n"\\"', '"', 2), ("a\nb\nc\\", "\\", 3)],
 )
-def test_split_names_the_place_of_an_open_quote(text, sign, line):
+def test_split_open_quote(text, sign, line):
     """The message has the sign and the line of an open quote."""
     sentence = f"--file run.txt: the {sign} in line {line} is not closed"
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         split(text, "run.txt")
 
 
-def test_read_arguments_up_to_the_longest_file(tmp_path, monkeypatch):
+def test_read_arguments_longest_file(tmp_path, monkeypatch):
     """A file of the maximum length is read, whatever its bytes; a longer one is refused."""
     monkeypatch.setattr(argument_file, "LARGEST", 12)
     path = tmp_path / "run.txt"
@@ -52,7 +52,7 @@ def test_read_arguments_up_to_the_longest_file(tmp_path, monkeypatch):
         read_arguments(str(path))
 
 
-def test_read_arguments_finds_the_file_at_home(tmp_path, monkeypatch):
+def test_read_arguments_at_home(tmp_path, monkeypatch):
     """~ is the home folder; an unknown user is refused with the reason."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.txt").write_text("--seed 3", encoding="utf-8")
@@ -81,7 +81,7 @@ def test_read_arguments_pipe(tmp_path):
         (None, "cannot be read (No such file or directory)"),
     ],
 )
-def test_read_arguments_refuses_what_is_no_text(content, reason, tmp_path):
+def test_read_arguments_not_text(content, reason, tmp_path):
     """The message names the file and the reason."""
     path = tmp_path / "run.txt"
     if content is not None:

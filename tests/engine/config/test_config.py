@@ -143,7 +143,7 @@ def test_vanilla_defaults():
     assert (config.field.hidden_layers, config.optim.lr_decay, config.render.num_steps) == (1, 0.5, 7)
 
 
-def test_a_setting_of_another_backbone_is_refused():
+def test_check_typed_other_backbone():
     assert (
         settings_unused_by("grid")
         == settings_unused_by("grid_torch")

@@ -127,13 +127,13 @@ def test_graph_breaking_flags_order():
         ({"guidance": ("clip",)}, False, False),
     ],
 )
-def test_guidance_tells_the_kind_of_its_models(values, embedded, accepts_latents):
+def test_guidance_kinds(values, embedded, accepts_latents):
     """Typed settings choose the models; a latent phase needs a diffusion model, and all of them to accept latents."""
     specs = chosen_guidances(values)
     assert (DREAM_MINI in specs, accept_latents(specs)) == (embedded, accepts_latents)
 
 
-def test_train_size_is_scaled_for_a_mesh_only():
+def test_train_size_of_a_mesh():
     """Height and width are rounded, and at least one pixel."""
     base = reference().override({"h": 10, "w": 7, "dmtet_reso_scale": 1.5})
     assert base.train_size == (10, 7)
@@ -142,7 +142,7 @@ def test_train_size_is_scaled_for_a_mesh_only():
     assert mesh.override({"dmtet_reso_scale": 0.01}).train_size == (1, 1)
 
 
-def test_prompts_of_the_sides_are_named_by_side():
+def test_view_prompts_by_side():
     """Only sides with their own prompt are listed."""
     typed = {"text_front": "f", "text_side": "s", "text_back": "b", "text_overhead": "o"}
     assert reference().run.view_prompts == {}
@@ -192,7 +192,7 @@ def test_from_dict_damaged(damage, sentence):
         Config.from_dict(data)
 
 
-def test_differences_are_of_what_is_learned():
+def test_differences_of_learned_settings():
     """All GPUs are the same device, schedules are shown as typed, and a view counts where training starts from it."""
     base = reference().override({"device": "cuda:1"})
     assert base.differences(base.override({"device": "cuda:0"})) == []
@@ -208,7 +208,7 @@ def test_differences_are_of_what_is_learned():
     assert reference().differences(moved) == ["--progressive_view False, not True"]
 
 
-def test_devices_and_backbones_have_their_names():
+def test_device_kind_and_unused_settings():
     """The number of a GPU is cut off, and each backbone lacks the settings of the others."""
     assert [device_kind(name) for name in ("cuda:1", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
     assert {"n_levels", "max_steps", "lambda_tv", "lambda_wd"} <= settings_unused_by("vanilla")

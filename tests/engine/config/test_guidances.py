@@ -15,13 +15,13 @@ ROOT = Path(dream_fast.__file__).parent
 OTHERS = {"engine/config/guidances.py", "engine/config/model_names.py", "engine/guidance/registry.py"}
 
 
-def test_guidances_have_a_builder_each():
+def test_guidances_have_builders():
     """Every guidance of the table has a builder, and no other has."""
     assert BUILDERS.keys() == GUIDANCES.keys()
 
 
 @pytest.mark.parametrize("spec", GUIDANCES.values(), ids=lambda spec: spec.name)
-def test_guidance_names_settings_that_there_are(spec: GuidanceSpec):
+def test_guidance_settings_exist(spec: GuidanceSpec):
     """Settings of a guidance and its model are fields of the configuration."""
     names = {field.name for _, field in settings()}
     assert spec.settings_read | set(spec.model_settings) | spec.default_model.keys() <= names

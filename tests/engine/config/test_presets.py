@@ -52,7 +52,7 @@ def values_of(config) -> dict:
         ({"backbone": "vanilla"}, {"backbone": "vanilla"}),
     ],
 )
-def test_shortcuts_stand_for_settings(typed, meant):
+def test_shortcuts_expand(typed, meant):
     """Their settings are added below typed ones, and their names are removed."""
     assert expand_shortcuts(typed) == meant
 
@@ -91,7 +91,7 @@ def test_shortcuts_contradicted(typed, sentence):
         ({"guidance": ("SD", "clip"), "t_range": (0.1, 0.5)}, "stable-diffusion"),
     ],
 )
-def test_chosen_guidances_decide_the_presets(typed, family):
+def test_chosen_guidances(typed, family):
     """dream-mini is used unless --guidance or a key names another model."""
     assert family_of(chosen_guidances(typed)) == family
     check_typed(typed)
@@ -248,7 +248,7 @@ def test_vanilla_and_dmtet_overrides(typed, model, device, expected):
 
 
 @pytest.mark.parametrize("device", ["mps", "", "auto"])
-def test_configure_takes_a_device_that_there_is(device):
+def test_configure_unknown_device(device):
     """The message has the value of an unknown device."""
     with pytest.raises(ValueError, match=f"^device must be cpu, cuda or cuda:N, not {device!r}$"):
         configure({}, device)

@@ -33,7 +33,7 @@ def test_reproduce_without_machine():
         ({"fp16": True}, "-O"),
     ],
 )
-def test_command_writes_a_setting_as_it_is_typed(typed, words):
+def test_command_formats_settings(typed, words):
     """Switches have their name, values with a dash an =, ranges two words, and --ckpt only a path."""
     plain = ["dream-fast", "--text", "cat", "--seed", "3"]
     added = [word for word in command(**typed).replace(" --device cpu", "").split() if word not in plain]
@@ -85,7 +85,7 @@ def test_escape_controls_hidden(code, shown):
     assert escape_controls(chr(code)) == shown
 
 
-def test_in_a_line_leaves_out_the_middle():
+def test_one_line_cuts_the_middle():
     """A text of the maximum length is kept; a longer one is cut in the middle, with a count."""
     assert one_line("abcdef\n", 7) == "abcdef\\x0a"
     assert one_line("abcdefghijk", 6) == "abc ... (5 characters) ... ijk"

@@ -10,7 +10,7 @@ from dream_fast.engine.errors import UserError
 
 
 @pytest.mark.parametrize("text", ["0:8:4:500", "0.0:8:4:1.0", "100:0.1:1e-05:400", "0.25:-1.5:2:0.75"])
-def test_what_is_written_is_what_is_read(text):
+def test_schedule_round_trip(text):
     result = LinearSchedule.parse(text)
     assert LinearSchedule.parse(str(result)) == result
     assert result.fractions == ("." in text.split(":")[0] + text.split(":")[3])

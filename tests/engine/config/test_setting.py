@@ -60,7 +60,7 @@ UP, DOWN = LinearSchedule(0.0, 0.25, 0.75, 1.0), LinearSchedule(0.0, 0.75, 0.25,
         ("switch", True),
     ],
 )
-def test_value_on_its_border_is_taken(name, value):
+def test_check_value_at_bound(name, value):
     """Closed bounds include their value, open ones exclude it."""
     assert getattr(Sample(**{name: value}), name) == value
 
@@ -113,7 +113,7 @@ def test_value_on_its_border_is_taken(name, value):
         ("scalars", (0.5, DOWN), "may be reversed during the run: from 0.5 to 0.0:0.75:0.25:1.0"),
     ],
 )
-def test_value_past_its_border_is_refused(name, value, sentence):
+def test_check_value_past_bound(name, value, sentence):
     """The message has the flag, the bound and the value."""
     with pytest.raises(UserError, match=f"^{re.escape(f'--{name} {sentence}')}"):
         Sample(**{name: value})
@@ -122,13 +122,13 @@ def test_value_past_its_border_is_refused(name, value, sentence):
 @pytest.mark.parametrize(
     "word", ["", "cuda:", "cuda:01", "cuda:10000", "cuda:-1", "cuda:N", "xcuda:1", "cuda:1x", "cpu2", "v1x5", "CUDA"]
 )
-def test_choice_is_the_whole_word(word):
+def test_check_value_choice(word):
     """The N of a choice is a whole number of up to four digits, and a choice matches whole words."""
     with pytest.raises(UserError, match=f"^--place is one of cpu, cuda, cuda:N, v1.5, not {re.escape(repr(word))}$"):
         Sample(place=word)
 
 
-def test_field_holds_what_was_said_of_it():
+def test_setting_metadata():
     """Default, help and bounds are stored; by default there are none, and a resumed run may not change it."""
     nothing = dict(choices=None, low=None, above=None, high=None, below=None, resumable=False, backbones=None)
     nothing |= dict(is_limit=False, aliases=())

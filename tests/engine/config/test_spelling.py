@@ -72,7 +72,7 @@ def test_slips_of_known_pairs(a, b, count):
         ("abcd", [], None),
     ],
 )
-def test_nearest_is_one_choice_with_few_slips(word, choices, meant):
+def test_nearest_single_choice(word, choices, meant):
     """One slip is allowed for four letters, two at most, and only a single nearest choice."""
     assert nearest(word, {choice: f"--{choice}" for choice in choices}) == (meant and f"--{meant}")
 

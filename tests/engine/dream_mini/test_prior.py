@@ -55,7 +55,7 @@ def test_the_object_of_a_prompt(text: str, name: str | None) -> None:
     assert find_object(text) == name
 
 
-def test_a_prompt_without_a_known_object_is_refused_with_all_that_is_known() -> None:
+def test_check_prompt_unknown_object() -> None:
     with pytest.raises(UserError) as refused:
         check_prompt("a marble statue\nof a zebra")
     sentence = str(refused.value)
@@ -64,7 +64,7 @@ def test_a_prompt_without_a_known_object_is_refused_with_all_that_is_known() -> 
     assert "--sd_version" in sentence and "--hf_key" in sentence
 
 
-def test_a_word_that_the_model_does_not_know_is_warned_about_once() -> None:
+def test_check_prompt_unknown_word() -> None:
     assert check_prompt("a small grey robot wearing a blue hat, back view") == []
     many = check_prompt("a hamburger " + " ".join(f"word{'x' * i}" for i in range(9000)))
     assert len(many) == 11 and many[-1] == "nor does it know 8990 other words"
@@ -88,7 +88,7 @@ def test_what_the_model_reads_of_a_prompt(text: str, read: str) -> None:
     assert known_words(read) == read
 
 
-def test_words_of_the_negative_prompt_are_warned_about_too() -> None:
+def test_check_prompt_negative() -> None:
     assert check_prompt("a cat", "blue, side view") == []
     (warning,) = check_prompt("a cat", "blurry")
     assert '"blurry"' in warning
@@ -132,7 +132,7 @@ def reach(p: Primitive) -> float:
 
 
 @pytest.mark.parametrize("name", THINGS)
-def test_a_recipe_stays_in_its_sphere_and_in_the_tracers_room(name: str) -> None:
+def test_recipes_fit_sphere_and_tracer(name: str) -> None:
     scenes = [make_scene(np.random.default_rng(seed), name) for seed in range(50)]
     pack(scenes, "cpu")  # refuses more primitives than it has room for
     sizes = [max(reach(p) for p in scene.primitives if not p.cut) for scene in scenes[::5]]
@@ -142,7 +142,7 @@ def test_a_recipe_stays_in_its_sphere_and_in_the_tracers_room(name: str) -> None
     assert all(math.isfinite(v) and v > 0 for scene in scenes for p in scene.primitives for v in p.size[:3])
 
 
-def test_a_scene_repeats_by_its_seed_and_obeys_what_is_asked() -> None:
+def test_make_scene_seed_and_arguments() -> None:
     first, again = (make_scene(np.random.default_rng(4)) for _ in range(2))
     assert (first.name, first.color, first.attribute, first.hat) == (
         again.name,
@@ -192,7 +192,7 @@ def test_the_border_between_two_views_varies() -> None:
     assert seen(134) == seen(136) == {"side", "back"} and seen(129) == {"side"} and seen(141) == {"back"}
 
 
-def test_captions_say_what_is_there_in_words_that_a_prompt_may_use() -> None:
+def test_captions_known_words() -> None:
     rng = np.random.default_rng(0)
     written = set()
     for _ in range(500):
@@ -270,7 +270,7 @@ def test_distance_of_a_primitive_is_exact(
         check(kind, *(torch.from_numpy(one) for one in (got, exact(at.astype(np.float32)), exact(at))))
 
 
-def test_a_rotation_turns_about_x_then_y_then_z() -> None:
+def test_rotation_order() -> None:
     """Against trimesh's rotations by Euler angles about fixed axes; of a row vector, so transposed."""
     for angles in ((90, 0, 0), (0, 90, 0), (0, 0, 90), (90, 0, 90), (90, 90, 0), (20, -35, 60)):
         exact = trimesh.transformations.euler_matrix(*np.radians(angles), "sxyz")[:3, :3].T
@@ -278,7 +278,7 @@ def test_a_rotation_turns_about_x_then_y_then_z() -> None:
         check(str(angles), torch.from_numpy(np.asarray(rotation(angles))), exact, exact)
 
 
-def test_stretched_balls_and_tapered_boxes_end_where_they_should(points: np.ndarray) -> None:
+def test_distance_of_stretched_primitives(points: np.ndarray) -> None:
     """Their distances are inexact off the surface, so the tracer takes shorter steps."""
     radii = np.array([0.2, 0.5, 0.35])
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
@@ -386,7 +386,7 @@ def few(monkeypatch) -> None:
     torch.set_num_threads(threads)
 
 
-def test_batches_are_labelled_and_repeat_by_their_seed(few: None) -> None:
+def test_rendered_batches_repeat(few: None) -> None:
     drawn = list(dataset.rendered(5, 1, 2, 16, torch.device("cpu"), Here()))
     assert len(drawn) == 2
     again = next(dataset.rendered(5, 1, 1, 16, torch.device("cpu"), Here()))
@@ -429,7 +429,7 @@ def dream_mini():
     return load_components(MODEL_FOLDER, "cpu", need_vae_decoder=True)
 
 
-def test_the_model_is_small_and_in_half_precision() -> None:
+def test_model_size_and_dtype() -> None:
     files = [path for path in MODEL_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 24e6
     weights = [path for path in files if path.suffix == ".safetensors"]
@@ -457,7 +457,7 @@ def is_one_token(tokenizer, word: str) -> bool:
     return len(inside) == 1 and (start, end) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
-def test_the_tokenizer_makes_a_token_of_each_known_word(dream_mini, tmp_path) -> None:
+def test_tokenizer_known_words(dream_mini, tmp_path) -> None:
     fresh = save_tokenizer(tmp_path / "fresh")
     for tokenizer in (dream_mini.tokenizer, fresh):
         split = [word for word in words() if not is_one_token(tokenizer, word)]
@@ -475,13 +475,13 @@ def test_the_tokenizer_makes_a_token_of_each_known_word(dream_mini, tmp_path) ->
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
-def test_words_move_the_embedding_and_padding_does_not(dream_mini) -> None:
+def test_embedding_depends_on_words(dream_mini) -> None:
     car, again, apple = dream_mini.embed(["a red car", "a red car", "a red apple"])
     assert torch.equal(car, again) and error(apple, car.double()) > 0.1
     assert car.shape == (24, dream_mini.unet.config.cross_attention_dim)
 
 
-def test_sample_has_the_colour_of_the_prompt(dream_mini) -> None:
+def test_sample_colour_of_prompt(dream_mini) -> None:
     names = ["red", "green", "blue", "yellow"]
     cond = dream_mini.embed([f"a {color} apple, front view" for color in names])
     uncond = dream_mini.embed([""]).expand(len(names), -1, -1)
@@ -508,7 +508,7 @@ def test_kinds_are_all_drawn() -> None:
     assert used == set(KINDS)
 
 
-def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path):
+def test_save_model_without_paths(tmp_path):
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     model.make_vae().save_pretrained(tmp_path / "cache")
     vae = model.AutoencoderKL.from_pretrained(tmp_path / "cache")

@@ -62,7 +62,7 @@ def ordered(places):
     return torch.from_numpy(places[np.lexsort(places.round(9).T)])
 
 
-def test_marching_cubes_every_case_is_closed():
+def test_marching_cubes_every_case():
     """All 256 cases of a cube have the right winding number at every corner."""
     module._cases.cache_clear()
     for case in range(256):
@@ -73,7 +73,7 @@ def test_marching_cubes_every_case_is_closed():
 
 
 @pytest.mark.parametrize("level", [0.0, 0.7, -3.0, 2.5])
-def test_marching_cubes_vertices_on_crossed_edges(level):
+def test_marching_cubes_vertices(level):
     """Vertices agree with a search edge by edge, on a grid with three different sides."""
     volume = random_volume(4, 5, 7)
     vertices, faces = marching_cubes(volume, level)
@@ -82,7 +82,7 @@ def test_marching_cubes_vertices_on_crossed_edges(level):
     assert_around_what_is_above(volume, level)
 
 
-def test_marching_cubes_random_values_are_closed():
+def test_marching_cubes_random_values():
     """In a large random grid, with all pairs of neighbouring cases, every edge has two triangles."""
     assert is_closed(Mesh(*marching_cubes(random_volume(24, 24, 24), 0.0)))
 
@@ -110,7 +110,7 @@ def test_marching_cubes_empty(value):
     assert vertices.shape == faces.shape == (0, 3)
 
 
-def test_marching_cubes_diagonal_points_are_apart():
+def test_marching_cubes_diagonal_points():
     """Two inside corners across a face are separated."""
     for plane in range(3):
         flat = np.array([[1.0, -1.0], [-1.0, 1.0]])

@@ -274,7 +274,7 @@ ALL_FUSED = [(model, step) for model in ("unet", "encoder") for step in FUSED]
 AUTO = ("attention", "auto", None)
 
 
-def test_a_large_model_on_a_gpu_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_large_model_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """From MIN_FUSED_IMAGE_SIZE pixels on UNet and encoder are fused and channels last, on a GPU only."""
     assert CHANNELS_LAST == ("unet", "vae")
     assert Prepared(monkeypatch)()[0] == [*ALL_FUSED, AUTO]
@@ -330,7 +330,7 @@ def test_memory_efficient_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         (("unet", "vae"), True, ["unet"]),
     ],
 )
-def test_what_is_named_is_compiled(monkeypatch, compiled: tuple[str, ...], vram_O: bool, models: list[str]) -> None:
+def test_prepare_compiled_modules(monkeypatch, compiled: tuple[str, ...], vram_O: bool, models: list[str]) -> None:
     """Named modules are compiled for static shapes, except an encoder that recomputes blocks."""
     calls, _ = Prepared(monkeypatch, size=64)(compiled=compiled, vram_O=vram_O)
     assert [step for step in calls if "compile" in step] == [(name, "compile", {"dynamic": False}) for name in models]
@@ -344,7 +344,7 @@ def test_compile_without_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepared.calls == []
 
 
-def test_a_text_encoder_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is freed on a GPU."""
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))

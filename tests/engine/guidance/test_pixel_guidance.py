@@ -207,7 +207,7 @@ def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_download_takes_one_set_of_weights(
+def test_download_one_set_of_weights(
     broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """One set of weights is downloaded, though the hub has fp32, fp16 and other files."""

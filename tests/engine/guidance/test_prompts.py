@@ -129,7 +129,7 @@ def test_embeddings_blended(both: tuple[Components, Components]) -> None:
     assert (front - back).abs().max() > 1e-2  # the sides differ at all
 
 
-def test_a_side_may_have_a_text_of_its_own(both: tuple[Components, Components]) -> None:
+def test_view_prompts_of_sides(both: tuple[Components, Components]) -> None:
     view_prompts = {"back": "the back of a red mug", "overhead": "the inside of a red mug"}
     prompts = PromptEmbeddings(both[0], "a red mug", view_prompts=view_prompts, keep_text_encoder=True)
     texts = ["a red mug, front view", "a red mug, side view", view_prompts["back"], view_prompts["overhead"]]

@@ -90,7 +90,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     return captured
 
 
-def test_step_graphs_capture_once_for_each_kind(fake_cuda: list[FakeGraph]) -> None:
+def test_step_graphs_capture_once(fake_cuda: list[FakeGraph]) -> None:
     """A key and shapes are captured at their first call and replayed from then on, with inputs filled before."""
     generator, calls = torch.Generator().manual_seed(3), []
     state = generator.get_state()

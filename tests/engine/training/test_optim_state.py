@@ -195,7 +195,7 @@ def test_loss_scaler_defaults():
     assert scaler.state_dict() == {"scale": 8, "good_steps": 0}
 
 
-def test_a_disabled_loss_scaler_counts_nothing():
+def test_loss_scaler_disabled():
     """Its scale and inverse stay 1."""
     scaler = LossScaler(False, "cpu", start=4.0, interval=1)
     for found_inf in (False, True):

@@ -36,6 +36,8 @@ from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import load_checkpoint, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
+ULP = torch.finfo(torch.float32).eps  # relative distance of neighbours in fp32
+
 SMALL = {
     "text": "a hamburger",
     "device": "cpu",
@@ -205,7 +207,7 @@ def test_progressive_views(text_guidance):
     assert (azimuths[0] == 30).all()
     for step in range(4):
         width = 2 * step / 8
-        assert (azimuths[step] - 30 * (1 - width)).abs().max() <= 180 * width + 1e-3
+        assert (azimuths[step] - 30 * (1 - width)).abs().max() <= 180 * width + 360 * 4 * ULP  # of angles up to 360
     assert max(float(azimuth.abs().max()) for azimuth in azimuths[4:]) > 120
     plain = cameras_of_steps(make_trainer(text_guidance, **CHEAP), 1)
     assert (plain[0].azimuth != 30).all()
@@ -289,7 +291,7 @@ def test_grad_clip_rgb(text_guidance, loss_scale):
 
 
 @pytest.mark.parametrize("grad_clip", [-1.0, 1e-3])
-def test_a_loss_scale_changes_nothing(text_guidance, grad_clip):
+def test_loss_scale_changes_nothing(text_guidance, grad_clip):
     """A step with a loss scale of 1024 equals one without, bit for bit."""
     weights = {weight_setting(name): 0.25 for name in ("entropy", "opacity", "orient", "tv", "wd", "3d_normal_smooth")}
     trainers = [make_trainer(text_guidance, grad_clip=grad_clip, **CHEAP | weights) for _ in range(2)]

@@ -62,7 +62,7 @@ def test_tables_cover_every_version():
     assert re.search(r"^\| (\d+(?:\.\d+)+) \|", page, re.MULTILINE)[1] == __version__
 
 
-def test_first_version_is_read():
+def test_read_run_first_version():
     """Settings of the first version are kept, newer ones reproduce it, and removed ones are listed."""
     values = settings_of(FIRST) | {"run.text": "a cat", "optim.lr": 0.25, "shading.light_phi": 12.0}
     run = read_run(json.loads(json.dumps(stored(values))))
@@ -80,7 +80,7 @@ def test_stored_missing_setting(monkeypatch):
 
 
 @pytest.mark.parametrize("end", [None, 2.0])
-def test_scale_to_an_end_is_a_schedule(end):
+def test_read_run_guidance_scale_end(end):
     """--guidance_scale_end of 0.1.0 becomes a linear schedule over the run."""
     values = settings_of(FIRST) | {"guidance.guidance_scale": 8.0, "guidance.guidance_scale_end": end}
     run = read_run(stored(values))
@@ -112,13 +112,13 @@ def test_plain_rename(monkeypatch):
         (__version__, "optim.lrr", r"does not know: optim\.lrr$"),
     ],
 )
-def test_unknown_setting_is_refused(version, name, sentence):
+def test_read_run_unknown_setting(version, name, sentence):
     """Settings of a newer version, of the field, and misspelt ones are refused with the version that reads them."""
     with pytest.raises(UserError, match=sentence):
         read_run(stored(settings_of("0.1.0") | {name: 3}, version))
 
 
-def test_newer_run_of_known_settings_is_read():
+def test_read_run_newer_known_settings():
     """A newer version with only known settings is read."""
     run = read_run(stored(settings_of(__version__) | {"run.text": "a cat"}, NEWER))
     assert run.config.run.text == "a cat" and run.version == NEWER and not run.is_of_this_version
@@ -131,7 +131,7 @@ def test_stored_value_out_of_bounds():
 
 
 @pytest.mark.parametrize("version", [3, "", "newest", "1", "1.2.x", "1" * 5000 + ".0", None, ["0.2.0"]])
-def test_version_that_is_none_is_refused(version):
+def test_read_run_bad_version(version):
     """A bad version is refused without a traceback."""
     data = stored(settings_of("0.1.0")) | {"version": version}
     with pytest.raises(UserError, match="is not a version of dream-fast"):
@@ -139,7 +139,7 @@ def test_version_that_is_none_is_refused(version):
 
 
 @pytest.mark.parametrize("data", [{}, [], {"model_type": "bert"}, {"run": {"text": "a cat"}}, {"optim": {"lr": 1}}])
-def test_settings_of_another_program_are_refused(data):
+def test_read_run_of_another_program(data):
     """A config.json without the settings of every version is not a run."""
     with pytest.raises(UserError, match="settings of a run|settings that every version stores"):
         read_run(data)

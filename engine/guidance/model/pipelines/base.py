@@ -69,8 +69,8 @@ class PipelineModel(ABC):
         self.dtype = self.half if dtype == torch.float16 else dtype
         self.need_vae_decoder, self.vram_O, self.compiled = need_vae_decoder, vram_O, compiled
         self.attention = AttentionChoice("sdpa", "sdpa")
-        self.pipeline = self._load({self.network_part: None, "vae": None})
-        network, vae = (self._settings(part) for part in (self.network_part, "vae"))
+        self.pipeline = self.load_pipeline({self.network_part: None, "vae": None})
+        network, vae = (self.read_settings(part) for part in (self.network_part, "vae"))
         self.latent_channels, self.latent_size, self.image_size = self.sizes(network, vae)
         self.process = self._read_process()
         self.freed = False
@@ -134,7 +134,7 @@ class PipelineModel(ABC):
         del self.pipeline
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.pipeline = self._load(text)
+        self.pipeline = self.load_pipeline(text)
         vae = self.pipeline.vae
         vae.to(self.vae_dtype(vae.config))
         if not self.need_vae_decoder:
@@ -172,7 +172,7 @@ class PipelineModel(ABC):
 
     # Loading
 
-    def _load(self, without: dict[str, None]) -> Any:
+    def load_pipeline(self, without: dict[str, None]) -> Any:
         """Load the pipeline without some of its components, for inference on the device."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
         options = {"torch_dtype": self.dtype, "variant": pipeline_variant(self.folder), **without}
@@ -192,7 +192,7 @@ class PipelineModel(ABC):
             check_finite(f"the {name} of the model {self.folder}", model)
         return pipeline
 
-    def _settings(self, part: str) -> dict[str, Any]:
+    def read_settings(self, part: str) -> dict[str, Any]:
         path = self.folder / part / "config.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))

@@ -22,8 +22,8 @@ class StableDiffusionXL(PipelineModel):
         return vae["latent_channels"], side, side * 2 ** (len(vae["block_out_channels"]) - 1)
 
     def vae_dtype(self, settings: dict[str, Any]) -> torch.dtype:
-        # The published VAE overflows in fp16, and says so by this setting.
-        return torch.float32 if settings.get("force_upcast") and self.dtype == torch.float16 else self.dtype
+        # The published VAE, which has this setting, overflows in fp16. bf16 has the range of fp32.
+        return torch.bfloat16 if settings.get("force_upcast") and self.dtype == torch.float16 else self.dtype
 
     def embed_positive(self, prompts: list[str]) -> dict[str, Tensor]:
         states, _, pooled, _ = self.pipeline.encode_prompt(
