@@ -9,8 +9,10 @@ counts are of instructions in the code, not of their executions.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,9 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+# The same for nvdisasm, and the size of an instruction.
+MACHINES = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}
+INSTRUCTION_BYTES = 16
 GATED = ("sm_80", "sm_90")
 RECORD = "(record)"  # replaces a kernel's name where an operator raised before it launched any
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", re.MULTILINE)
@@ -39,6 +44,7 @@ WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128)\b")
 LAYOUT = re.compile(r"^(#\w+) = #ttg\.nvidia_mma<{versionMajor = 3,.*?warpsPerCTA = \[(\d+),", re.MULTILINE)
 PRODUCT = re.compile(r"warp_group_dot .*-> tensor<(\d+)x(\d+)xf\d+, (#\w+)>")
 Resources = dict[str, dict[str, dict[str, Any]]]  # {target: {"entry/kernel": {field: value}}}
+Kernels = dict[str, frozenset[str]]  # {entry: names of kernels in it, as `unique_launches` gives them}
 MATRIX = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
 
 
@@ -87,24 +93,54 @@ def describe_variant(launch: Launch) -> str:
     return " ".join(words)
 
 
-def disassemble(compiled: Any) -> str:
-    """SASS of a compiled kernel, after its resource usage."""
+def find_code(cubin: bytes) -> bytes:
+    """The machine code of a cubin: its ELF sections `.text.*`, one after the other."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, index = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<I20xQQ", cubin, table + i * size) for i in range(count)]  # name, offset, length
+    names = headers[index][1]
+    return b"".join(
+        cubin[start : start + length] for name, start, length in headers if cubin.startswith(b".text.", names + name)
+    )
+
+
+def disassemble(cubins: list[bytes], target: str) -> list[list[str]]:
+    """Machine instructions of each cubin, in order, as opcodes with modifiers.
+
+    One call of nvdisasm, which starts for a third of a second, serves all.
+    """
+    import triton
+
+    codes = [find_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", MACHINES[target], file.name]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    instructions = iter(INSTRUCTION.findall(sass))
+    listed = [list(itertools.islice(instructions, len(code) // INSTRUCTION_BYTES)) for code in codes]
+    assert [len(one) * INSTRUCTION_BYTES for one in listed] == [len(code) for code in codes], "nvdisasm left some out"
+    assert next(instructions, None) is None, "nvdisasm lists more instructions than there are"
+    return listed
+
+
+def find_usage(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of local memory of a kernel."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.kernel)
+        file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def count_instructions(sass: str) -> dict[str, Any]:
-    """Count resources and instructions in the output of `disassemble`."""
-    usage = USAGE.search(sass)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = USAGE.search(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert usage is not None, "cuobjdump prints no resource usage"
     registers, stack, _, local = map(int, usage.groups())
+    return {"registers": registers, "local_bytes": stack + local}
+
+
+def count_instructions(codes: list[str]) -> dict[str, Any]:
+    """Count instructions of each kind in a list of `disassemble`."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
-    codes = INSTRUCTION.findall(sass)
     spills = 0
     for code in codes:
         name, *modifiers = code.split(".")
@@ -123,9 +159,7 @@ def count_instructions(sass: str) -> dict[str, Any]:
         elif name in ("LDL", "STL"):
             spills += 1
     return {
-        "registers": registers,
         "spills": spills,
-        "local_bytes": stack + local,
         **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
         "shared_loads": sum(code.startswith(("LDS", "LDSM")) for code in codes),
         "shared_stores": sum(code.startswith(("STS", "STSM")) for code in codes),
@@ -150,8 +184,8 @@ def find_rows_outside(code: str) -> list[str]:
     return sorted(products)
 
 
-def measure_resources(launch: Launch, target: str) -> dict[str, Any]:
-    """Compile a launch and count its resources; for targets other than NVIDIA's only shared memory.
+def measure_shared(launch: Launch, target: str) -> dict[str, Any]:
+    """Compile a launch: its shared memory, and for NVIDIA's targets its "cubin", which `count_resources` replaces.
 
     Raises ValueError: when a product reads past its tile.
     """
@@ -159,7 +193,15 @@ def measure_resources(launch: Launch, target: str) -> dict[str, Any]:
     if products := find_rows_outside(compiled.asm["ttgir"]):
         raise ValueError("; ".join(products))
     shared = {"shared": compiled.metadata.shared}
-    return {**shared, **count_instructions(disassemble(compiled))} if target.startswith("sm_") else shared
+    return shared | {"cubin": compiled.kernel} if target.startswith("sm_") else shared
+
+
+def count_resources(rows: Iterable[dict[str, Any]], target: str) -> None:
+    """Replace the "cubin" of each row of `measure_shared` by the counts of its registers and instructions."""
+    rows = [row for row in rows if "cubin" in row]
+    cubins = [row.pop("cubin") for row in rows]
+    for row, cubin, codes in zip(rows, cubins, disassemble(cubins, target) if cubins else [], strict=True):
+        row |= find_usage(cubin) | count_instructions(codes)
 
 
 def unique_launches(launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
@@ -185,59 +227,79 @@ def record_launches(key: str) -> list[Launch]:
     return launches
 
 
-def measure_entry(key: str, target: str, only: frozenset[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Resources of the kernels of one entry, {kernel: {"variant", ...}}; a broken one has "error" instead.
-
-    only: names, as `unique_launches` gives them, of the kernels to measure; None: all.
-    """
-    import torch
-
-    torch.set_num_threads(1)
-    kernels = {}
-    try:
-        launches = record_launches(key)
-    except Exception as error:  # anything that an operator raises is a result
-        return {RECORD: {"error": f"{type(error).__name__}: {error}"}}
-    for name, launch in unique_launches(launches):
-        if only is not None and name not in only:
-            continue
-        try:
-            kernels[name] = {"variant": describe_variant(launch), **measure_resources(launch, target)}
-        except Exception as error:  # anything that the compiler raises is a result
-            kernels[name] = {"variant": describe_variant(launch), "error": f"{type(error).__name__}: {error}"[-4000:]}
-    return kernels
-
-
-def distinct_kernels(keys: Iterable[str], *, variants: bool = True) -> dict[str, frozenset[str]]:
-    """Entries and names of kernels in them, chosen so that each variant (or just each kernel) occurs once."""
+def distinct_kernels(keys: Iterable[str]) -> Kernels:
+    """Choose entries and kernels in them so that each variant of each kernel occurs once."""
     known: set[str] = set()
-    chosen: dict[str, frozenset[str]] = {}
+    chosen: Kernels = {}
     for key in keys:
         try:
             launches = record_launches(key)
-        except Exception:  # `measure_entry` reports it
+        except Exception:  # `measure_entries` reports it
             chosen[key] = frozenset({RECORD})
             continue
         for name, launch in unique_launches(launches):
-            kernel = f"{launch.kernel.__module__}.{launch.kernel.__name__}"
-            if variants:
-                kernel += f" {describe_variant(launch)}"
+            kernel = f"{launch.kernel.__module__}.{launch.kernel.__name__} {describe_variant(launch)}"
             if kernel not in known:
                 known.add(kernel)
                 chosen[key] = chosen.get(key, frozenset()) | {name}
     return chosen
 
 
-def measure_entries(kernels: dict[str, frozenset[str]], targets: Iterable[str], workers: int = 2) -> Resources:
-    """Compile the kernels that `distinct_kernels` lists; {target: {"entry/kernel": resources}}."""
-    compiled: Resources = {target: {} for target in targets}
-    jobs = [(key, target, names) for target in compiled for key, names in kernels.items()]
-    # The slowest first, so that no process ends with them alone.
-    jobs.sort(key=lambda job: -len(job[2]))
-    if jobs:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for (key, target, _), rows in zip(jobs, pool.map(measure_entry, *zip(*jobs, strict=True)), strict=True):
-                compiled[target] |= {f"{key}/{name}": row for name, row in rows.items()}
+def first_variants(kernels: Kernels) -> Kernels:
+    """Of the kernels that `distinct_kernels` chose, the first variant of each."""
+    first: dict[str, tuple[str, str]] = {}
+    for key, names in kernels.items():
+        for name in sorted(names):
+            first.setdefault(f"{key} {name}" if name == RECORD else name.split()[0], (key, name))
+    return {key: frozenset(name for at, name in first.values() if at == key) for key, _ in first.values()}
+
+
+def measure_share(share: dict[str, dict[str, frozenset[str]]]) -> Resources:
+    """Measure the kernels {entry: {target: names}}; each entry is recorded once.
+
+    A row has "variant" and the resources, a broken kernel's "error" instead; so does the row of an entry that raises.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    compiled: Resources = {target: {} for targets in share.values() for target in targets}
+    for key, targets in share.items():
+        try:
+            launches = dict(unique_launches(record_launches(key)))
+        except Exception as error:  # anything that an operator raises is a result
+            for target in targets:
+                compiled[target][f"{key}/{RECORD}"] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        for target, name in ((target, name) for target, names in targets.items() for name in names):
+            row = {"variant": describe_variant(launches[name])}
+            try:
+                row |= measure_shared(launches[name], target)
+            except Exception as error:  # anything that the compiler raises is a result
+                row["error"] = f"{type(error).__name__}: {error}"[-4000:]
+            compiled[target][f"{key}/{name}"] = row
+    for target, rows in compiled.items():
+        count_resources(rows.values(), target)
+    return compiled
+
+
+def measure_entries(kernels: dict[str, Kernels], workers: int = 2) -> Resources:
+    """Compile kernels {target: kernels that `distinct_kernels` chose}; {target: {"entry/kernel": resources}}."""
+    entries: dict[str, dict[str, frozenset[str]]] = {}
+    for target, chosen in kernels.items():
+        for key, names in chosen.items():
+            entries.setdefault(key, {})[target] = names
+    # The slowest first, so that the shares are alike.
+    order = sorted(entries, key=lambda key: -sum(map(len, entries[key].values())))
+    shares = [{key: entries[key] for key in order[i::workers]} for i in range(min(workers, len(order)))]
+    compiled: Resources = {target: {} for target in kernels}
+    if len(shares) < 2:
+        measured = map(measure_share, shares)
+    else:
+        with ProcessPoolExecutor(len(shares), mp_context=get_context("spawn")) as pool:
+            measured = list(pool.map(measure_share, shares))
+    for share in measured:
+        for target, rows in share.items():
+            compiled[target] |= rows
     return {target: dict(sorted(rows.items())) for target, rows in compiled.items()}
 
 
@@ -357,9 +419,9 @@ def load_golden() -> Resources:
     return json.loads(golden_path().read_text(encoding="utf-8"))["targets"]
 
 
-def check_golden(kernels: dict[str, frozenset[str]], *, everything: bool, write: bool) -> int:
+def check_golden(kernels: Kernels, *, everything: bool, write: bool) -> int:
     """Compare with the golden file, or write it (of some entries: only theirs) if no kernel is broken."""
-    compiled = select_gated(measure_entries(kernels, GATED))
+    compiled = select_gated(measure_entries(dict.fromkeys(GATED, kernels)))
     sentences = [
         f"{target} {name}: {row['error']}"
         for target, rows in compiled.items()
@@ -416,7 +478,7 @@ def main(argv: list[str] | None = None) -> int:
     kernels = distinct_kernels(keys)
     failed = False
     for target in args.arch or ["sm_90"]:
-        compiled = measure_entries(kernels, [target])[target]
+        compiled = measure_entries({target: kernels})[target]
         failed |= any("error" in row for row in compiled.values())
         print(f"{target}\n{format_table(compiled)}")
         if args.variants:
