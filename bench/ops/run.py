@@ -4,6 +4,7 @@ Three implementations of each case: `triton`, the PyTorch `reference`, and the r
 mode, `compiled`). Peers are slow to compile and to run, so they are timed on a few cases only (on all with --peers
 all). Results go to results/<gpu>.json. The table shows the time beside the floor, which is the larger of compulsory
 bytes over the measured rate of a copy and FLOPs over the measured rate of a matrix product, and beside the targets.
+The field `call` is `graph` for a call that is replayed from a CUDA graph, and `eager` for one from Python.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def find_implementation(case: Case, name: str) -> Callable[..., Any]:
-    """One of IMPLEMENTATIONS of this case's operator."""
+    """Return an implementation, one of IMPLEMENTATIONS, of this case's operator."""
     spec = SPECS[case.op]
     if name == "triton":
         return spec.operator
@@ -81,6 +82,7 @@ def time_row(
         "case": case.case,
         "impl": name,
         "mode": case.mode,
+        "call": "graph" if timing.graph else "eager",
         "dtype": case.dtype,
         "median_ms": round(timing.median, 5),
         "p20_ms": round(timing.p20, 5),
@@ -128,7 +130,7 @@ def release(device: torch.device) -> None:
 
 
 class Suite:
-    """One run of the benchmark: its rows in their order, and the reasons for missing ones."""
+    """A run of the benchmark: its rows in their order, and the reasons for missing ones."""
 
     def __init__(self, device: torch.device, *, seconds: float, peer_seconds: float, milliseconds: float) -> None:
         self.device, self.milliseconds, self.peer_seconds = device, milliseconds, peer_seconds
@@ -219,7 +221,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--impl", action="append", choices=IMPLEMENTATIONS, help="only this one (also several times)")
     parser.add_argument(
         "--compile_seconds",
-        "--compile-seconds",
         "--compile-seconds",
         type=float,
         default=0,
