@@ -9,13 +9,9 @@ counts are of instructions in the code, not of their executions.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
-import struct
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +21,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from dream_fast.bench.ops.machine_code import count_instructions, disassemble, find_usage
 from dream_fast.bench.results import RESULTS
 from dream_fast.kernels._core.launch import INTERPRETED, Launch, recorded_launches
 
@@ -34,20 +31,13 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-# The same for nvdisasm, and the size of an instruction.
-MACHINES = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}
-INSTRUCTION_BYTES = 16
 GATED = ("sm_80", "sm_90")
 RECORD = "(record)"  # replaces a kernel's name where an operator raised before it launched any
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", re.MULTILINE)
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128)\b")
 # In Triton's code for sm_90: the layouts of products with their warps along the rows, and the products.
 LAYOUT = re.compile(r"^(#\w+) = #ttg\.nvidia_mma<{versionMajor = 3,.*?warpsPerCTA = \[(\d+),", re.MULTILINE)
 PRODUCT = re.compile(r"warp_group_dot .*-> tensor<(\d+)x(\d+)xf\d+, (#\w+)>")
 Resources = dict[str, dict[str, dict[str, Any]]]  # {target: {"entry/kernel": {field: value}}}
 Kernels = dict[str, frozenset[str]]  # {entry: names of kernels in it, as `unique_launches` gives them}
-MATRIX = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
 
 
 def bind_launch(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -108,82 +98,6 @@ def describe_variant(launch: Launch) -> str:
             divisible = "" if source.attrs.get((index,)) else "!"
             words.append(f"{name}:{kind}{divisible}")
     return " ".join(words)
-
-
-def find_code(cubin: bytes) -> bytes:
-    """The machine code of a cubin: its ELF sections `.text.*`, one after the other."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, count, index = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [struct.unpack_from("<I20xQQ", cubin, table + i * size) for i in range(count)]  # name, offset, length
-    names = headers[index][1]
-    return b"".join(
-        cubin[start : start + length] for name, start, length in headers if cubin.startswith(b".text.", names + name)
-    )
-
-
-def disassemble(cubins: list[bytes], target: str) -> list[list[str]]:
-    """Machine instructions of each cubin, in order, as opcodes with modifiers.
-
-    One call of nvdisasm, which starts for a third of a second, serves all.
-    """
-    import triton
-
-    codes = [find_code(cubin) for cubin in cubins]
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(codes))
-        file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", MACHINES[target], file.name]
-        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    instructions = iter(INSTRUCTION.findall(sass))
-    listed = [list(itertools.islice(instructions, len(code) // INSTRUCTION_BYTES)) for code in codes]
-    assert [len(one) * INSTRUCTION_BYTES for one in listed] == [len(code) for code in codes], "nvdisasm left some out"
-    assert next(instructions, None) is None, "nvdisasm lists more instructions than there are"
-    return listed
-
-
-def find_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of local memory of a kernel."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = USAGE.search(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert usage is not None, "cuobjdump prints no resource usage"
-    registers, stack, _, local = map(int, usage.groups())
-    return {"registers": registers, "local_bytes": stack + local}
-
-
-def count_instructions(codes: list[str]) -> dict[str, Any]:
-    """Count instructions of each kind in a list of `disassemble`."""
-    counts: dict[str, Counter[str]] = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
-    spills = 0
-    for code in codes:
-        name, *modifiers = code.split(".")
-        width = next(iter(WIDTH.findall(code)), "32")
-        if name in ("LDG", "LDGSTS"):
-            counts["loads"][width if name == "LDG" else f"{width} to shared"] += 1
-        elif name == "STG":
-            counts["stores"][width] += 1
-        elif name in ("UBLKCP", "UTMALDG", "UTMASTG", "UTMAREDG"):
-            counts["stores" if "STG" in name else "loads"][name] += 1
-        elif name in ("RED", "REDG", "ATOM", "ATOMG"):
-            kind = [m for m in modifiers if m not in ("E", "STRONG", "GPU", "SYS", "FTZ", "RN", "PT", "CTA")]
-            counts["atomics"][".".join([name.rstrip("G"), *kind])] += 1
-        elif name in MATRIX:
-            counts["matrix"][name] += 1
-        elif name in ("LDL", "STL"):
-            spills += 1
-    return {
-        "spills": spills,
-        **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
-        "shared_loads": sum(code.startswith(("LDS", "LDSM")) for code in codes),
-        "shared_stores": sum(code.startswith(("STS", "STSM")) for code in codes),
-        "shuffles": sum(code.startswith("SHFL") for code in codes),
-        "barriers": sum(code.startswith("BAR") for code in codes),
-        "instructions": len(codes),
-    }
 
 
 def find_rows_outside(code: str) -> list[str]:

@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch
 
-from dream_fast.bench.ops import aot
+from dream_fast.bench.ops import aot, machine_code
 from dream_fast.bench.ops.cases import AOT_CASES
 from dream_fast.kernels._core.launch import INTERPRETED, jit, launch, recorded_launches, tl
 
@@ -152,14 +152,14 @@ def test_resources_refuse_rows_outside():
 def test_disassemble_order():
     """Each of several kernels in one call has the instructions that it has alone, as cuobjdump lists them."""
     cubins = [aot.compile_launch(launch, "sm_90").kernel for launch in (recorded(), product(64), recorded(num_warps=8))]
-    together = aot.disassemble(cubins, "sm_90")
+    together = machine_code.disassemble(cubins, "sm_90")
     for cubin, codes in zip(cubins, together, strict=True):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
             file.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
             sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        assert codes and codes == aot.INSTRUCTION.findall(sass)
+        assert codes and codes == machine_code.INSTRUCTION.findall(sass)
 
 
 def test_measure_entries_reports_compile_error(monkeypatch):
