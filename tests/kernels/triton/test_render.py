@@ -1,4 +1,4 @@
-"""The kernels of rendering: the same picture as the reference, ray by ray; queues that run over; every setting.
+"""The kernels of rendering: the same image as the reference, ray by ray; queues that run over; every setting.
 
 A ray is judged where rounding cannot change which samples it has: fp32 and fp64 must agree on their number, and a
 `stop` 0.1 % away must not change the ray.
