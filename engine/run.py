@@ -81,7 +81,8 @@ def _run_once(
     damaged = resume(trainer, workspace, reporter)
     if config.dmtet.dmtet and trainer.step == 0:
         reporter.say(f"the surface starts from {config.dmtet.init_with or 'a sphere'}")
-        trainer.start_shape()
+        with reporter.bar("distances", 100) as bar:
+            trainer.start_shape(lambda part: bar.advance(round(100 * part)))
     if config.run.test or trainer.step >= config.run.iters:
         return _write_files(trainer, runtime, workspace, target, reporter)
     return _train(trainer, runtime, workspace, damaged, reporter, loop, started)

@@ -320,10 +320,10 @@ class Trainer:
         }
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
 
-    def start_shape(self) -> None:
+    def start_shape(self, progress: Callable[[float], None] = lambda part: None) -> None:
         """Initialise the shape of a mesh refinement from --init_with. Raises UserError: when that is not possible."""
         assert self.shape is not None and isinstance(self.renderer, MeshRenderer)
-        start = load_start(self.config, self.shape)
+        start = load_start(self.config, self.shape, progress)
         if start is not None and start.checkpoint:
             expected = self.architecture() | {"optim": read_architecture(start.path).get("optim")}  # of any optimiser
             of_mesh = ("tet_grid_size", "lock_geo")
