@@ -15,6 +15,7 @@ from torch import Tensor
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.files import open_append
 from dream_fast.engine.runtime.reporter import Bar, Reporter
 from dream_fast.engine.runtime.signals import Stopped, StopRequest, stop_after_current_step
 from dream_fast.engine.training.callbacks import RunCallbacks
@@ -68,7 +69,7 @@ class Loop:
         started = time.monotonic()
         with (
             stop_after_current_step() as stop,
-            self.workspace.metrics.open("a", encoding="utf-8") as metrics,
+            open_append(self.workspace.metrics) as metrics,
             self.reporter.bar("start", run.iters, trainer.step) as bar,
             self._callbacks() as callbacks,
             self._saved_on_error(),

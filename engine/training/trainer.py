@@ -39,6 +39,7 @@ from dream_fast.engine.training.phases import RunProgress, active_levels, choose
 from dream_fast.engine.workspace.checkpoint import damaged, load_checkpoint, read_architecture, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
+MAX_COPIES, MAX_OTHER_BYTES = 16, 1 << 30  # size of a checkpoint: parameters with moments and average, and the rest
 LATENT_BACKGROUND = 0.5  # background of the latent phase: the middle of the latents' range
 
 GuidanceCall = Guidance | Callable[[Tensor, Cameras, StepInputs], GuidanceResult]
@@ -323,12 +324,13 @@ class Trainer:
             "lost_in_a_row": self.degenerate_in_a_row,
             "attention": None if self.attention is None else list(self.attention),
         }
-        return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
+        run = {"text": self.config.run.text, "seed": self.seed}
+        return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture(), run)
 
-    def start_shape(self) -> None:
+    def start_shape(self, progress: Callable[[float], None] = lambda part: None) -> None:
         """Initialise the shape of a mesh refinement from --init_with. Raises UserError: when that is not possible."""
         assert self.shape is not None and isinstance(self.renderer, MeshRenderer)
-        start = load_start(self.config, self.shape)
+        start = load_start(self.config, self.shape, progress)
         if start is not None and start.checkpoint:
             expected = self.architecture() | {"optim": read_architecture(start.path).get("optim")}  # of any optimiser
             of_mesh = ("tet_grid_size", "lock_geo")
@@ -343,7 +345,8 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from the checkpoint at `path`. Raises UserError: when it is damaged or of another architecture."""
-        self.step, state = load_checkpoint(path, self.architecture())
+        most_bytes = MAX_COPIES * self.optimizer.params.nbytes + MAX_OTHER_BYTES
+        self.step, state = load_checkpoint(path, self.architecture(), most_bytes)
         try:
             self._restore(state)
         except torch.OutOfMemoryError:  # a RuntimeError without a fault of the file
