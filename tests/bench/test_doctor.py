@@ -10,6 +10,7 @@ import torch
 
 from dream_fast.bench.doctor import doctor, selftest
 from dream_fast.bench.doctor.doctor import Finding
+from dream_fast.bench.doctor.interpreter import quick_interpreter
 from dream_fast.bench.ops import gate
 from dream_fast.cli import main
 
@@ -83,6 +84,23 @@ def test_kernels_advice(monkeypatch):
     assert (on_gpu.state, on_cpu.state) == ("wrong", "note")
     assert "(/somewhere/else)" in on_gpu.advice and "cache" not in on_cpu.advice
     assert all("error 1, allowed 0" in finding.message and "report" in finding.advice for finding in (on_gpu, on_cpu))
+
+
+@pytest.mark.parametrize("missing", [None, "_LangPatchScope"])
+def test_quick_interpreter_leaves_no_trace(missing, monkeypatch):
+    """Triton's interpreter is changed inside the context alone, and not at all where it is another one."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if missing:
+        monkeypatch.delattr(interpreter, missing)
+
+    def state():
+        builder = interpreter.interpreter_builder
+        return interpreter._patch_lang, interpreter._get_np_dtype, builder.options
+
+    before = state()
+    with quick_interpreter():
+        assert (state() == before) == (missing is not None)
+    assert state() == before
 
 
 def test_selftest_of_normals():
