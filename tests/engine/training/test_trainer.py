@@ -298,7 +298,7 @@ def test_phases_extended(text_guidance, tmp_path, settings, before, after):
 
 
 def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
-    """The gradient of the table after one step with a constant ``gradient`` in every pixel."""
+    """The gradient of the table after one step with a constant `gradient` in every pixel."""
 
     def guidance(images, cameras, inputs):
         return SimpleNamespace(loss=(images * gradient).sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))
@@ -428,7 +428,7 @@ def test_seed_repeats(text_guidance, tmp_path, backbone):
 
 
 class Interrupting:
-    """Sends a signal to the process in the middle of step ``at``."""
+    """Sends a signal to the process in the middle of step `at`."""
 
     def __init__(self, guidance, at: int, number: int = signal.SIGINT):
         self.guidance, self.at, self.number, self.calls = guidance, at, number, 0

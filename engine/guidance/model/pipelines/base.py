@@ -75,8 +75,6 @@ class PipelineModel(ABC):
         self.process = self._read_process()
         self.freed = False
 
-    # Defined by each family
-
     @abstractmethod
     def sizes(self, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
         """Channels and side of the latents, and side of the images, from the settings of the network and the VAE."""
@@ -110,8 +108,6 @@ class PipelineModel(ABC):
     def vae_dtype(self, settings: dict[str, Any]) -> torch.dtype:
         """Dtype of the VAE with these settings."""
         return self.dtype
-
-    # The protocol
 
     def fit_prompt(self, text: str, endings: Sequence[str]) -> str:
         return fit_window(self.pipeline.tokenizer, self.window, text, endings)
@@ -169,8 +165,6 @@ class PipelineModel(ABC):
     def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         assert isinstance(embedding, dict)
         return self.call_network(noisy.to(self.dtype), t, embedding).float()
-
-    # Loading
 
     def load_pipeline(self, without: dict[str, None]) -> Any:
         """Load the pipeline without some of its components, for inference on the device."""
