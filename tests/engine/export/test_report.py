@@ -227,6 +227,9 @@ def test_report_rewritten(copy, tiny_model):
     assert main(command(copy, tiny_model)) == 0
     assert (copy / "report.html").read_text() == "mine"
     (copy / "results" / "turntable.mp4").unlink()
+    assert main(command(copy, tiny_model)) == 2  # it would replace a report that dream-fast did not write
+    assert (copy / "report.html").read_text() == "mine"
+    (copy / "report.html").unlink()
     assert main(command(copy, tiny_model)) == 0
     assert sheets(Page(copy / "report.html"))
     assert main(["--test", "--six_views", "--workspace", str(copy), "--W", "32", "--H", "20"]) == 0

@@ -22,6 +22,7 @@ from dream_fast.engine.guidance.model.attention import AttentionChoice
 from dream_fast.engine.guidance.model.checks import pipeline_variant
 from dream_fast.engine.guidance.model.components import enable_gradient_checkpointing, quiet_progress
 from dream_fast.engine.guidance.model.image_model import Embedding
+from dream_fast.engine.guidance.model.settings import check_finite
 from dream_fast.engine.guidance.model.text import fit_window
 from dream_fast.engine.guidance.noise import FLOW_TIMESTEPS, FlowMatching, NoiseProcess, VariancePreserving
 
@@ -182,10 +183,14 @@ class PipelineModel(ABC):
                 )
         except Exception as error:  # settings that the library does not expect raise any of Python's errors
             raise UserError(f"the model {self.folder} does not load: {first_line(error)}") from error
-        for part in pipeline.components.values():
-            if isinstance(part, (diffusers.ModelMixin, PreTrainedModel)):
-                part.requires_grad_(False).eval()
-        return pipeline.to(self.device)
+        parts = pipeline.components.items()
+        models = {name: part for name, part in parts if isinstance(part, (diffusers.ModelMixin, PreTrainedModel))}
+        for model in models.values():
+            model.requires_grad_(False).eval()
+        pipeline = pipeline.to(self.device)
+        for name, model in models.items():
+            check_finite(f"the {name} of the model {self.folder}", model)
+        return pipeline
 
     def read_settings(self, part: str) -> dict[str, Any]:
         path = self.folder / part / "config.json"
