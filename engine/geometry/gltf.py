@@ -1,6 +1,6 @@
 """Check what a glTF file states before anything is built from it: nodes, instances, triangles and accessors.
 
-glTF 2.0 is JSON with buffers: files beside it (.gltf), text in it, or the rest of the file (.glb). A node places a mesh
+glTF 2.0 is JSON with buffers: separate files (.gltf), text in it, or the rest of the file (.glb). A node places a mesh
 and its children, so a small file can state any number of triangles.
 """
 

@@ -75,8 +75,6 @@ class Record:
         self.temporaries: set[str] = set()
         self._stamp: _Stamp | None = None
 
-    # ------------------------------------------------------------------------------------------------------ the file
-
     @classmethod
     def read(cls, root: Path) -> "Record | None":
         """Return the record of the workspace at `root`, or None in a folder without the mark.
@@ -194,8 +192,6 @@ class Record:
             if sync:
                 os.fsync(file.fileno())
         self._remember()
-
-    # ------------------------------------------------------------------------------------------------------ files
 
     @classmethod
     def around(cls, path: Path) -> "Record | None":

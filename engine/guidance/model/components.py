@@ -134,7 +134,7 @@ class Components:
     def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         """Output [B, C, h, w] fp32 of the UNet for noisy latents at timesteps `t` [B] and the embedding [B, T, D].
 
-        The variance that some models of pixels predict besides is left out.
+        The variance that some pixel models also predict is dropped.
         """
         assert isinstance(embedding, Tensor)
         states = embedding.to(self.dtype)

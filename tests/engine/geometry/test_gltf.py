@@ -135,7 +135,7 @@ def test_load_mesh_reference_refused(uri: str, sentence: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("uri", ["box.bin", "a%20box.bin", "near.bin", "data:application/octet-stream;base64,"])
 def test_load_mesh_reference_accepted(uri: str, tmp_path: Path) -> None:
-    """Buffers beside the file, with an escaped name, by a link inside the folder, and inside the file."""
+    """Buffers in separate files, with an escaped name, by a link inside the folder, and inside the file."""
     for name in ("box.bin", "a box.bin"):
         (tmp_path / name).write_bytes(DATA)
     (tmp_path / "near.bin").symlink_to("box.bin")

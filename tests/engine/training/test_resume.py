@@ -45,7 +45,7 @@ def test_seed_repeats(make_trainer, fit, same_state, tmp_path, backbone):
 
 
 class Interrupting:
-    """Sends a signal to the process in the middle of step ``at``."""
+    """Sends a signal to the process in the middle of step `at`."""
 
     def __init__(self, guidance, at: int, number: int = signal.SIGINT):
         self.guidance, self.at, self.number, self.calls = guidance, at, number, 0

@@ -195,7 +195,7 @@ def test_phases_extended(make_trainer, tmp_path, settings, before, after):
 
 
 def constant_pull(trainer: Trainer, gradient: float) -> torch.Tensor:
-    """The gradient of the table after one step with a constant ``gradient`` in every pixel."""
+    """The gradient of the table after one step with a constant `gradient` in every pixel."""
 
     def guidance(images, cameras, inputs):
         return SimpleNamespace(loss=(images * gradient).sum(), t=torch.zeros(2), grad_norm=torch.zeros(()))

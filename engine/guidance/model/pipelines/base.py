@@ -1,8 +1,8 @@
-"""What the adapters of diffusers' pipelines share: loading in two parts, embedding, and latents of a VAE.
+"""Base class of adapters of diffusers' pipelines: loading in two parts, embedding, and latents of a VAE.
 
 The text encoders of these models are as large as their networks. They are loaded first, embed the prompts of the run
-and are freed before the network and the VAE arrive. The pipeline's own methods embed prompts and arrange latents, so
-that its conventions are its own.
+and are freed before the network and the VAE are loaded. Methods of the pipeline embed prompts and arrange latents, so
+that its conventions are kept.
 """
 
 import json
@@ -75,8 +75,6 @@ class PipelineModel(ABC):
         self.process = self._read_process()
         self.freed = False
 
-    # What a family states
-
     @abstractmethod
     def sizes(self, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
         """Channels and side of the latents, and side of the images, from the settings of the network and the VAE."""
@@ -94,11 +92,11 @@ class PipelineModel(ABC):
         """Output [B, C, h, w] of the network for latents in its dtype, at timesteps `t` [B] in [0, 1000]."""
 
     def guide_natively(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """Apply to a guided output what the pipeline does beyond classifier-free guidance; `cond` is unguided."""
+        """Apply the pipeline's additional steps after classifier-free guidance; `cond` is the unguided output."""
         return guided
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Latents as the network sees them, from those of the VAE."""
+        """Latents of the network from those of the VAE."""
         settings = self.pipeline.vae.config
         return (latents - (settings.get("shift_factor") or 0.0)) * settings.scaling_factor
 
@@ -110,8 +108,6 @@ class PipelineModel(ABC):
     def vae_dtype(self, settings: dict[str, Any]) -> torch.dtype:
         """Dtype of the VAE with these settings."""
         return self.dtype
-
-    # The protocol
 
     def fit_prompt(self, text: str, endings: Sequence[str]) -> str:
         return fit_window(self.pipeline.tokenizer, self.window, text, endings)
@@ -169,8 +165,6 @@ class PipelineModel(ABC):
     def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         assert isinstance(embedding, dict)
         return self.call_network(noisy.to(self.dtype), t, embedding).float()
-
-    # Loading
 
     def load_pipeline(self, without: dict[str, None]) -> Any:
         """Load the pipeline without some of its components, for inference on the device."""
