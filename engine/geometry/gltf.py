@@ -24,7 +24,7 @@ def glb_json(data: bytes) -> bytes:
         raise ValueError("it is not a binary glTF file")
     (length,) = struct.unpack("<I", data[12:16])
     if length > len(data) - 20:
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     return data[20 : 20 + length]
 
 

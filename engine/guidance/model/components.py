@@ -271,7 +271,7 @@ def prepare_components(
     Raises UserError: when an attention does not work on the device, or `compiled` is set without a GPU.
     """
     if compiled and components.device.type != "cuda":
-        raise UserError("--compile needs a GPU: on a CPU it gains nothing; leave it out")
+        raise UserError("--compile needs a GPU: it has no benefit on a CPU; leave it out")
     unet, vae = components.unet, components.vae
     for model in (components.text_encoder, unet, vae):
         if model is not None:
