@@ -72,6 +72,7 @@ class Components:
     window: int = 77
     t5: bool = False
     attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
+    embeds_again = False
 
     @property
     def latents_are_pixels(self) -> bool:
