@@ -9,14 +9,16 @@ Whatever renders the images: an image of pixels, a mesh, Gaussian splats. docs/p
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dream_fast.engine.config.sections import CameraConfig, GuidanceConfig
+from dream_fast.engine.config.presets import dream_mini_cpu, dream_mini_gpu, stable_diffusion
+from dream_fast.engine.config.schema import Config
+from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.dream_mini.vocabulary import check_prompt, known_words
 from dream_fast.engine.guidance.base import StepInputs
@@ -36,21 +38,29 @@ class Distillation:
     """A loss that pulls images towards a prompt by an image model.
 
     `model` is the loaded model, and `settings` those of score distillation with their defaults, such as
-    `guidance_scale=20`, `t_range=(0.02, 0.98)`, `objective="sds"` (docs/options.md, Guidance). `negative` is the prompt
-    to stay away from. With `closed_vocabulary` prompts are read as dream-mini's words.
+    `guidance_scale=20`, `t_range=(0.02, 0.98)`, `objective="sds"` (docs/options.md, Guidance). They replace those of
+    `preset`, which also has the angles at which views change. `negative` is the prompt to stay away from. With
+    `closed_vocabulary` prompts are read as dream-mini's words.
 
     Raises TypeError: for a setting that does not exist.
     """
 
     def __init__(
-        self, model: ImageModel, *, negative: str = "", closed_vocabulary: bool = False, **settings: Any
+        self,
+        model: ImageModel,
+        *,
+        preset: Config | None = None,
+        negative: str = "",
+        closed_vocabulary: bool = False,
+        **settings: Any,
     ) -> None:
+        preset = preset or stable_diffusion()
         known = {field.name for field in fields(GuidanceConfig)} - NOT_SETTINGS
         if unknown := settings.keys() - known:
             raise TypeError(f"no setting of score distillation is called {', '.join(sorted(unknown))}")
         self.model, self.negative, self.closed_vocabulary = model, negative, closed_vocabulary
-        self.score = ScoreDistillation(model, GuidanceConfig(**settings))
-        self.angles = ViewAngles.of(CameraConfig())
+        self.score = ScoreDistillation(model, replace(preset.guidance, **settings))
+        self.angles = ViewAngles.of(preset.camera)
         self._views: dict[str, PromptEmbeddings] = {}
         self._plain: dict[str, tuple[Embedding, Embedding]] = {}
 
@@ -67,14 +77,17 @@ class Distillation:
         """Load the image model at `source`: a folder or a hub name (docs/image_models.md); None: dream-mini.
 
         `device` is the GPU where there is one, and `dtype` then fp16; on a CPU it is fp32. `vram_O` saves memory, and
-        the other arguments are those of the class.
+        the other arguments are those of the class. Settings default to those of the command with this model.
 
         Raises UserError: when the model cannot be loaded.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         model = load_image_model(MODEL_FOLDER if source is None else source, device, dtype, vram_O=vram_O)
-        return cls(model, **{"closed_vocabulary": source is None} | settings)
+        if source is None:
+            mini = dream_mini_gpu() if device.type == "cuda" else dream_mini_cpu()
+            settings = {"preset": mini, "closed_vocabulary": True} | settings
+        return cls(model, **settings)
 
     @torch.compiler.disable
     def __call__(

@@ -73,6 +73,7 @@ class Components:
     t5: bool = False
     attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
     embeds_again = False
+    capturable = True
 
     @property
     def latents_are_pixels(self) -> bool:

@@ -31,6 +31,7 @@ class ImageModel(Protocol):
     attention: the operators of its network's and its VAE's attention.
     embeds_again: prompts can be embedded after `free_text_encoder`, which loads the network; the text encoders are
         loaded for them once more.
+    capturable: a CUDA graph can be made of its encoder and its network.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ImageModel(Protocol):
     prediction_type: str
     attention: AttentionChoice
     embeds_again: bool
+    capturable: bool
 
     @property
     def process(self) -> NoiseProcess: ...

@@ -53,6 +53,7 @@ class PipelineModel(ABC):
 
     latents_are_pixels = False
     embeds_again = True
+    capturable: bool = False  # most networks copy positions of tokens to the device in each call
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class PipelineModel(ABC):
             torch.cuda.empty_cache()
         self.pipeline = self.load_pipeline(text)
         vae = self.pipeline.vae
-        vae.to(self.vae_dtype(vae.config))
+        torch.nn.Module.to(vae, self.vae_dtype(vae.config))  # that of diffusers warns of parts in fp32
         if not self.need_vae_decoder:
             vae.decoder = torch.nn.Identity()
         self.network: Any = getattr(self.pipeline, self.network_part)
