@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import dream_fast
 from dream_fast import __version__
 from dream_fast.engine.config.schema import Config
@@ -63,7 +65,8 @@ def _versions() -> dict[str, str | None]:
             return None
 
     versions: dict[str, str | None] = {"dream_fast": __version__, "python": platform.python_version()}
-    return versions | {package: version(package) for package in PACKAGES}
+    # Of a build for CUDA the package's version may lack what `torch.__version__` ends with: +cu130.
+    return versions | {package: version(package) for package in PACKAGES} | {"torch": torch.__version__}
 
 
 def _git_revision() -> str | None:

@@ -107,7 +107,7 @@ def test_set_attention() -> None:
 
 
 class Recorded:
-    """Records the calls of a choice for a model; ``fails``: shapes that fail."""
+    """Records the calls of a choice for a model; `fails`: shapes that fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str = "cuda", fails: str = ""):
         like = SimpleNamespace(device=torch.device(device), dtype=torch.float16)

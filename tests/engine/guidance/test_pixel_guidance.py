@@ -88,7 +88,7 @@ def by_hand(
     others: Sequence[Tensor] = (),
     weights: Tensor | None = None,
 ) -> Tensor:
-    """g of images ``z`` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of ``components``."""
+    """g of images `z` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of `components`."""
     z, cond, uncond, noise = (x.to(components.dtype) for x in (z, cond, uncond, noise))
     gradients = []
     for i, level in enumerate(t):

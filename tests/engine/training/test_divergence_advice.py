@@ -19,7 +19,7 @@ def test_rescue_of_vanished():
     assert divergence.rescue_overrides(config, "vanished") == {
         "lr": 0.25,
         "lambda_opacity": 0.0,
-        "lambda_opacity_entropy": pytest.approx(0.2),
+        "lambda_opacity_entropy": 0.2,
         "blob_density": 16.0,
     }
     sparse = configured(lr=0.5, lambda_opacity=0.0, lambda_opacity_entropy=0.0, blob_density=3.0)
