@@ -60,7 +60,7 @@ def remember_dtypes(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return look_up
 
 
-def remember_shapes(constexpr: type, find: Callable[..., Any]) -> Callable[..., Any]:
+def remember_shapes(constexpr: Any, find: Callable[..., Any]) -> Callable[..., Any]:
     """`_type_for_tuple_values` that makes the type of each shape once."""
     types: dict[tuple[int, ...], Any] = {}
 

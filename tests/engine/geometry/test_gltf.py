@@ -1,4 +1,4 @@
-"""What a glTF file states is checked before anything is built from it."""
+"""Contents of glTF files are checked before use."""
 
 import base64
 import json
@@ -88,7 +88,7 @@ def test_check_gltf_accepted() -> None:
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"3", b"{", b"[" * 100_000, b"\xff"])
 def test_check_gltf_no_object(text: bytes) -> None:
-    """What is not a JSON object is refused, however deep."""
+    """Values other than JSON objects are refused, at any depth."""
     with pytest.raises(ValueError):
         check_gltf(text, 10, 10)
 

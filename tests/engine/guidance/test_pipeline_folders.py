@@ -77,7 +77,7 @@ def test_run_through_the_command(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_folders_that_cannot_guide(broken: Path, spoil: Callable[[Path], object], sentence: str) -> None:
-    """One sentence names the file or setting."""
+    """The error has one line, with the file or setting."""
     spoil(broken)
     with pytest.raises(UserError, match=sentence):
         load(broken)
