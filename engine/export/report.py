@@ -190,7 +190,7 @@ def _frames(path: Path, side: int) -> list[list[Image.Image]]:
     frames: list[list[Image.Image]] = []
     with (
         open_regular(path, MAX_VIDEO_BYTES, folder=path.parent.parent) as data,
-        av.open(data, mode="r", format="mp4") as video,
+        av.open(data, "r", format="mp4") as video,
     ):
         stream = video.streams.video[0] if video.streams.video else None
         if stream is None or stream.width < len(KINDS) or stream.width * stream.height > MAX_PIXELS:
@@ -273,8 +273,7 @@ def _timestep(path: Path) -> str:
 def _rows(workspace: Workspace) -> list[dict[str, Any]]:
     """The readable rows of metrics.jsonl; of more than MAX_ROWS, evenly spaced ones and the last."""
     rows: list[dict[str, Any]] = []
-    last: dict[str, Any] = {}
-    every, count = 1, 0
+    last, every, count = None, 1, 0
     if not workspace.metrics.exists():
         return rows
     with open_regular(workspace.metrics, MAX_METRICS_BYTES, folder=workspace.path) as file:
@@ -286,7 +285,7 @@ def _rows(workspace: Workspace) -> list[dict[str, Any]]:
                 rows.append(row)
                 if len(rows) > MAX_ROWS:
                     rows, every = rows[::2], 2 * every
-    return rows if not rows or rows[-1] is last else [*rows, last]
+    return rows if last is None or rows[-1] is last else [*rows, last]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -74,6 +74,8 @@ class Components:
     window: int = 77
     t5: bool = False
     attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
+    embeds_again = False
+    capturable = True
 
     @property
     def latents_are_pixels(self) -> bool:
