@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import FLOATS, check_compute_dtype, check_count, check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import live_rows, pad_rows, to_columns
 from dream_fast.kernels.grid.device import PRIMES, level_table, view_as_pairs
 from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
@@ -210,7 +211,7 @@ def _rounds_table(n: int, rows: int) -> bool:
 # schema knows no classes, so a spec travels as `encode_spec` gives it.
 
 
-@torch.library.custom_op("dream_fast::hash_grid", mutates_args=())
+@operator("dream_fast::hash_grid")
 def _encode(
     x: Tensor,
     table: Tensor,
@@ -260,7 +261,7 @@ def _(x, table, tangent, active_levels, count, spec_numbers, active, dtype, roun
     return x.new_empty(decode_spec(spec_numbers).channels, x.shape[0], dtype=getattr(torch, dtype))
 
 
-@torch.library.custom_op("dream_fast::hash_grid_table_gradient", mutates_args=())
+@operator("dream_fast::hash_grid_table_gradient")
 def _table_gradient(
     x: Tensor,
     features: Tensor,
@@ -288,7 +289,7 @@ def _(x, features, tangent, active_levels, count, spec_numbers, active):
     return x.new_empty(spec.rows, spec.features)
 
 
-@torch.library.custom_op("dream_fast::hash_grid_position_gradient", mutates_args=())
+@operator("dream_fast::hash_grid_position_gradient")
 def _position_gradient(
     x: Tensor,
     table: Tensor,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import FLOATS, check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import constant, jit, launch, tl, use_triton
+from dream_fast.kernels._core.operator import operator
 
 # Most programs of the norm kernel: each program of the update reads their sums, 4 KiB.
 MAX_PARTIALS = 1024
@@ -291,9 +292,9 @@ def _scalar(value: float | Tensor) -> tuple[float, Tensor | None]:
     return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
 
 
-@torch.library.custom_op(
+@operator(
     "dream_fast::adan_step",
-    mutates_args=("params", "exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "ema", "step"),
+    mutates=("params", "exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "ema", "step"),
 )
 def _adan_step(
     params: Tensor,

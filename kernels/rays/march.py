@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import gather_rows, pad_rows
 from dream_fast.kernels.rays.march_kernels import (
     march_bwd_kernel,
@@ -242,7 +243,7 @@ def _scan_counts(counts: Tensor, capacity: int, config: MarchConfig) -> tuple[Te
     return offsets, count, overflow
 
 
-@torch.library.custom_op("dream_fast::march", mutates_args=())
+@operator("dream_fast::march")
 def _march(
     origins: Tensor,
     directions: Tensor,
@@ -258,7 +259,7 @@ def _march(
     rays, device, grows = origins.shape[0], origins.device, dt_gamma != 0
     config = _march_config(rays, grows)
     shortest, longest = step_limits(bound, resolution, max_steps)
-    counts, spans = torch.empty(2, rays, dtype=torch.int32, device=device)
+    counts, spans = (torch.empty(rays, dtype=torch.int32, device=device) for _ in range(2))
     marching = {
         "origins": origins.contiguous(),
         "directions": directions.contiguous(),
@@ -326,7 +327,7 @@ def _(origins, directions, bits, perturb, bound, resolution, capacity, max_steps
     )
 
 
-@torch.library.custom_op("dream_fast::march_backward", mutates_args=())
+@operator("dream_fast::march_backward")
 def _march_backward(grad: Tensor, t: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     rays = offsets.shape[0] - 1
     config = _march_config(rays, False)

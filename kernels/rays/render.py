@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dream_fast.kernels._core.checks import check_compute_dtype, check_kernel_dtype, check_positive, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels.fields.encode import (
     BLOCK,
     aligned_rows,
@@ -213,7 +214,7 @@ def _render_config(width: int, dtype: torch.dtype) -> RenderConfig:
     )
 
 
-@torch.library.custom_op("dream_fast::render", mutates_args=())
+@operator("dream_fast::render")
 def _render(
     origins: Tensor,
     directions: Tensor,
