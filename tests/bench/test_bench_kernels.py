@@ -14,10 +14,11 @@ from dream_fast import kernels
 from dream_fast.bench import __main__ as command
 from dream_fast.bench import compare, measure, results
 from dream_fast.bench.accuracy import check_fp64
-from dream_fast.bench.ops import gate, inputs
+from dream_fast.bench.ops import gate, host, inputs
 from dream_fast.bench.ops import run as bench
 from dream_fast.bench.ops.cases import FULL, SMALL, SPECS, build, tiny_cases
 from dream_fast.bench.ops.spec import Case, run
+from dream_fast.kernels._core.launch import INTERPRETED
 
 CPU = torch.device("cpu")
 ROW = "op case impl mode dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
@@ -340,6 +341,60 @@ def test_time_cpu(monkeypatch):
     assert len(calls) == 8 + 1 + 3  # never fewer than three
     assert measure.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 2.0, 5.0, False)
     assert measure.peak_bytes(call, CPU) == 0
+
+
+def test_time_eager(monkeypatch):
+    """Calls follow one another in batches, each of which ends with a wait for the GPU that counts."""
+    now, calls, waits = [0.0], [], []
+
+    def call():
+        calls.append(1)
+        now[0] += 0.001
+
+    def synchronize():
+        waits.append(len(calls))
+        now[0] += 0.001 * (len(waits) % 2 == 0)  # the second wait of a batch is for its work
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    timing = measure.time_eager(call, milliseconds=400)
+    # 8 / (4/3) = 6 calls a batch, which takes 7 ms.
+    assert timing == pytest.approx((7 / 6, 7 / 6, 7 / 6, False))
+    batches = list(zip(waits[2::2], waits[3::2], strict=True))
+    assert len(batches) == math.ceil(400 / 7) and all(after - before == 6 for before, after in batches)
+
+
+def test_ways_to_call():
+    """On a GPU ours has two rows, and a peer one: from a graph where it can be captured. A CPU has no graphs."""
+    cuda, norm, field = (
+        torch.device("cuda"),
+        *(next(c for c in FULL if c.op == op) for op in ("group_norm_silu", "field")),
+    )
+    assert bench.ways_to_call(field, "triton", cuda) == ("graph", "eager")
+    assert bench.ways_to_call(field, "reference", cuda) == ("eager",)
+    assert bench.ways_to_call(norm, "compiled", cuda) == ("graph",)
+    assert bench.ways_to_call(field, "reference", CPU) == ("eager",)
+
+
+# --- the host's part
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not launched")
+def test_time_host(monkeypatch, capsys):
+    """The host's part has the launches of a call, forward and backward, and a row for each operator that is named."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(host, "CALLS", 1)
+    monkeypatch.setattr(host, "BATCHES", 1)
+    assert bench.main(["--host", "--op", "composite", "--op", "march"]) == 0
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["op", "case", "mode", "us", "launching", "launches"]
+    assert [(row[0], row[2], int(row[5])) for row in rows] == [
+        ("march", "forward", 3),
+        ("composite", "forward_backward", 2),
+    ]
+    assert all(float(row[3]) > 0 for row in rows)
+    assert bench.main(["--host", "--op", "nothing"]) == 2
+    assert "no such operator; there are: hash_grid" in capsys.readouterr().err
 
 
 # --- the comparison
