@@ -1,7 +1,7 @@
 """The command `dream-fast`: parses the arguments, makes the configuration of the run, and calls the engine.
 
-Imports nothing heavy before the arguments are good, so that help and a refused argument answer at once.
-Exit status: 0 success, 2 a mistake of the user (one sentence on stderr), 130 interrupted (SIGINT), 143 terminated.
+Nothing heavy is imported until the arguments are valid, so help and errors appear at once.
+Exit status: 0 success, 2 an error of the user (one sentence on stderr), 130 interrupted (SIGINT), 143 terminated.
 """
 
 import argparse
@@ -40,14 +40,14 @@ _EXAMPLES = """examples:
   dream-fast --text "a photo of an owl" -O --sd_version 2.1     (downloads Stable Diffusion)
   dream-fast --test --workspace teapot --six_views
 
-Defaults depend on the model and the device; --print-config shows them."""
+Defaults depend on the model and the device; --print_config shows them."""
 
-# Settings that each are a whole prompt.
+# Settings that hold a whole prompt each.
 _PROMPTS = ("text", "text_front", "text_side", "text_back", "text_overhead")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its messages as UserError."""
+    """argparse whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -77,7 +77,7 @@ def _scalar(word: str) -> Scalar:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser: a group for each section, a flag for each field. Its namespace holds only what was typed."""
+    """Build the parser: a group for each section, a flag for each field. Its namespace has only typed settings."""
     parser = _Parser(
         prog="dream-fast",
         usage="dream-fast --text PROMPT [-O] [--save_mesh] [--workspace FOLDER] [FLAG ...]",
@@ -128,7 +128,7 @@ def _looks_like_flag(word: str) -> bool:
 
 
 def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Raise UserError for a flag or a value that is refused, or an unknown flag, with what does the same here."""
+    """Raise UserError for a refused flag or value and for an unknown flag, with the equivalent here."""
     known = list(parser._option_string_actions)
     flag = ""
     for word in words:
@@ -137,7 +137,7 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             if flag in UNSUPPORTED_FLAGS:
                 raise UserError(f"{flag} is not available: {UNSUPPORTED_FLAGS[flag]}")
             if flag in RENAMED_FLAGS:
-                raise UserError(f"{flag} is gone: {RENAMED_FLAGS[flag]}")
+                raise UserError(f"{flag} was removed: {RENAMED_FLAGS[flag]}")
             if flag not in known:
                 raise UserError(f"unknown flag {flag}{_instead(flag, known)}")
             if sign and _off(flag) in known:
@@ -145,7 +145,7 @@ def _check_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         if (flag, word) in UNSUPPORTED_VALUES:
             raise UserError(f"{flag} {word} is not available: {UNSUPPORTED_VALUES[flag, word]}")
         if (flag, word) in VALUES:
-            raise UserError(f"{flag} {word} is not known here: {VALUES[flag, word]}")
+            raise UserError(f"{flag} {word} is unknown: {VALUES[flag, word]}")
 
 
 def _off(flag: str) -> str:
@@ -154,7 +154,7 @@ def _off(flag: str) -> str:
 
 
 def _instead(flag: str, known: Sequence[str]) -> str:
-    """Return the end of the message about an unknown flag: its name here, or the flag nearest in spelling."""
+    """Return the end of the message about an unknown flag: the equivalent here, or the flag nearest in spelling."""
     name = plain_name(flag)
     same_letters = [other for other in known if len(name) > 1 and plain_name(other) == name]
     if len(same_letters) == 1:
@@ -171,7 +171,7 @@ def _instead(flag: str, known: Sequence[str]) -> str:
 def _why_unexpected(parser: argparse.ArgumentParser, words: Sequence[str], word: str) -> str:
     """Return the end of the message about a word that belongs to no flag."""
     if word.startswith(("\u2013", "\u2014", "\u2212")):
-        return ": it begins with a dash that is no hyphen; type flags as in --text"
+        return ": it begins with a dash that is not a hyphen; type flags as in --text"
     if word == words[0] and word in COMMANDS:
         return f": there are no commands here; {COMMANDS[word]}"
     key, sign, _ = word.partition("=")
@@ -182,15 +182,15 @@ def _why_unexpected(parser: argparse.ArgumentParser, words: Sequence[str], word:
         return ": settings are flags here, as in --iters 5000; see --help"
     flags = [before for before in words[: list(words).index(word)] if _looks_like_flag(before)]
     if any(sign in "\u201c\u201d\u2018\u2019" for sign in " ".join(words)):
-        return ": a prompt stands in straight quotes, as in --text 'a hamburger'"
+        return ": put the prompt in straight quotes, as in --text 'a hamburger'"
     if flags and flags[-1] != "--text":
         off = _off(flags[-1]) in parser._option_string_actions
         return f" after {flags[-1]}" + f", which takes no value: {_off(flags[-1])} turns it off" * off
-    return ": a prompt of several words stands in quotes after --text"
+    return ": put a prompt of several words in quotes after --text"
 
 
 def _parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of `words` by name, each checked alone. Raises UserError: a word or a value that is refused."""
+    """Return the values of `words` by name, each checked alone. Raises UserError: when a word or value is refused."""
     _check_words(parser, words)
     namespace, rest = parser.parse_known_args(words)
     if rest:
@@ -203,7 +203,7 @@ def _parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[
 
 
 def _parse_file(parser: argparse.ArgumentParser, name: str) -> dict[str, Any]:
-    """Return the values of the words in the file `name`. Raises UserError, with its name: as `_parse_words`."""
+    """Return the values of the words in the file `name`. Raises UserError: as `_parse_words`, naming the file."""
     words = read_arguments(name)
     try:
         if any(word.partition("=")[0] == "--file" for word in words):
@@ -214,14 +214,14 @@ def _parse_file(parser: argparse.ArgumentParser, name: str) -> dict[str, Any]:
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
-    """Return the typed values by name, those of `--file` among them, with shortcuts expanded.
+    """Return the typed values by name, including those of `--file`, with shortcuts expanded.
 
-    Raises UserError: a word or a value that is refused.
+    Raises UserError: when a word or a value is refused.
     """
     parser = build_parser()
     starts = [i for i, word in enumerate(words) if word.partition("=")[0] == "--file"]
     typed: dict[str, Any] = {}
-    # Piece by piece, so that no flag takes a value across the border of a file, and what comes later counts.
+    # Piece by piece, so that no flag takes its value from another file, and later values win.
     for start, end in pairwise([0, *starts, len(words)]):
         piece = _parse_words(parser, words[start:end])
         if "file" in piece:
@@ -231,12 +231,12 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         if name in typed:
             typed[name] = typed_name(typed[name])
     if typed.get("O") and typed.get("O2"):
-        print("dream-fast: note: -O2 does nothing beside -O", file=sys.stderr)
+        print("dream-fast: note: -O2 has no effect beside -O", file=sys.stderr)
     return expand_shortcuts(typed)
 
 
 def _choose_device(typed: dict[str, Any]) -> str:
-    """Return the device of the run. torch is imported only where the machine decides it."""
+    """Return the device of the run. torch is imported only for `--device auto`."""
     device = typed.get("device", RunConfig().device)
     if device == "auto":
         from dream_fast.engine.runtime.device import find_gpu
@@ -249,9 +249,12 @@ def _choose_device(typed: dict[str, Any]) -> str:
 
 
 def _check_prompts(typed: dict[str, Any], *, required: bool) -> None:
-    """Print notes and warnings about the prompts. Raises UserError: none, or one that the guidance does not know."""
+    """Print notes and warnings about the prompts.
+
+    Raises UserError: when there is no prompt, or none of its words are in the vocabulary of the guidance.
+    """
     if "text" not in typed and required:
-        raise UserError("no prompt: say what to make with --text, for example --text 'a hamburger'")
+        raise UserError("no prompt: give one with --text, as in --text 'a hamburger'")
     for name in (*_PROMPTS, "negative"):
         for note in foreign_syntax(typed.get(name, "")):
             print(f"dream-fast: note: --{name}: {one_line(note)}", file=sys.stderr)
@@ -263,7 +266,7 @@ def _check_prompts(typed: dict[str, Any], *, required: bool) -> None:
 
 
 def _make_config(typed: dict[str, Any], print_only: bool) -> Config:
-    """Return the configuration of the run: a preset or a stored run, under the typed settings. Raises UserError."""
+    """Return the configuration of the run: a preset or a stored run, overridden by the typed settings."""
     folder = typed.get("workspace", RunConfig().workspace)
     if typed.get("test"):
         return _make_test_config(typed, folder)
@@ -286,17 +289,17 @@ def _make_config(typed: dict[str, Any], print_only: bool) -> Config:
     stored = Workspace(expand_user(folder)).stored_run()
     if stored is None or stored.is_of_this_version:
         return config
-    return override_stored(stored.config, typed, folder, device)  # the defaults of its version were others
+    return override_stored(stored.config, typed, folder, device)  # another version had other defaults
 
 
 def _make_test_config(typed: dict[str, Any], folder: str) -> Config:
-    """Return the configuration of `--test`: that of the run in `folder`, under the typed settings. Raises UserError."""
+    """Return the configuration of `--test`: that of the run in `folder`, overridden by the typed settings."""
     from dream_fast.engine.workspace.folder import Workspace
     from dream_fast.engine.workspace.stored_run import override_stored
 
     stored = Workspace(expand_user(folder)).stored_config()
     if stored is None:
-        raise UserError(f"--test needs a run to look at, and --workspace {folder} holds none")
+        raise UserError(f"--test needs a stored run, but --workspace {folder} holds none")
     return override_stored(stored, typed, folder, _choose_device(typed))
 
 

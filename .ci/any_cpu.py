@@ -2,12 +2,12 @@
 
     python .ci/any_cpu.py                         a covering part of the combinations: each pair of values occurs
     python .ci/any_cpu.py --all                   every combination
-    python .ci/any_cpu.py --jobs 12 --shard 1/2 --out rows_1.json     half of them, twelve test files at a time
+    python .ci/any_cpu.py --jobs 12 --shard 1/2 --out rows_1.json     half of them, in twelve processes
     python .ci/any_cpu.py --only tests/kernels/reference/test_march.py -- -x     one file; options of pytest after --
     python .ci/any_cpu.py --write rows_1.json rows_2.json             their table into docs/testing.md; runs nothing
 
-Each test file is a process of its own, without a GPU; those in tests/kernels/triton run in Triton's interpreter. Exit
-status 1 where a test fails.
+Runs without a GPU, as `make test` does: processes of pytest-xdist, those of tests/kernels/triton in Triton's
+interpreter. What no processor can change (`ONCE`) runs in one combination. Exit status 1 where a test fails.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
@@ -34,6 +33,16 @@ UNSET = "unset"
 FACTORS = {"capability": (UNSET, "default", "avx2"), "threads": (1, 2, 4), "bf16": ("used", "hidden")}
 # oneDNN's newest instruction set that knows no bf16; a processor that has less uses what it has.
 WITHOUT_BF16 = "AVX512_CORE_VNNI"
+# Tests that compare no numbers of tensors: they run in the first combination alone.
+ONCE = {
+    "tests/bench/test_aot.py": "compiles for GPUs, and nothing of it runs",
+    "tests/planted/test_planted.py": "reads the lists of faults",
+    "tests/repo/test_architecture.py": "reads the sources",
+    "tests/repo/test_links.py": "reads the documents",
+    "tests/repo/test_makefile.py": "runs make with other programs in place of Python",
+    "tests/repo/test_packaging.py": "builds a wheel and looks into it",
+    "tests/repo/test_recipes.py": "edits copies of the sources",
+}
 Combination = dict[str, str | int]
 Row = dict[str, object]
 
@@ -65,6 +74,7 @@ def environment(combination: Combination, *, interpreted: bool) -> dict[str, str
     found = {name: value for name, value in os.environ.items() if name not in names}
     threads = str(combination["threads"])
     found |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+    found["OMP_WAIT_POLICY"] = "passive"  # a thread that waits leaves its core to the other processes
     if combination["capability"] != UNSET:
         found["ATEN_CPU_CAPABILITY"] = str(combination["capability"])
     if combination["bf16"] == "hidden":
@@ -74,31 +84,38 @@ def environment(combination: Combination, *, interpreted: bool) -> dict[str, str
     return found
 
 
-def test_files() -> list[Path]:
-    """Every test file; interpreted ones, which take longest, come first."""
+def test_files(combination: Combination) -> list[Path]:
+    """Every test file that counts in a combination."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return sorted(files, key=lambda path: path.parent.name != "triton")
+    first = combination == covering_combinations()[0]
+    return [path for path in files if first or path.relative_to(ROOT).as_posix() not in ONCE]
 
 
-def run_file(combination: Combination, path: Path, options: list[str]) -> Row:
-    """Counts of one test file, its seconds, and the names of the tests that fail."""
-    interpreted = path.parent.name == "triton"
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        started = time.monotonic()
-        ran = subprocess.run(
-            [*command, str(path), *options],
-            cwd=ROOT,
-            env=environment(combination, interpreted=interpreted),
-            capture_output=True,
-            text=True,
-        )
-        row = {"seconds": time.monotonic() - started, **read_report(report)}
-    # 5: no test was selected, as by -k or for want of a GPU.
-    if ran.returncode not in (0, 5) and not row["failures"]:
-        last = (ran.stdout + ran.stderr).strip().splitlines()[-1:]
-        row["failures"] = [f"{path.name} ended with status {ran.returncode}: {' '.join(last)}"]
+def run_files(combination: Combination, files: list[Path], options: list[str], jobs: int) -> Row:
+    """Counts of the tests in `files`, their seconds, and the names and messages of those that fail."""
+    row: Row = {"passed": 0, "skipped": 0, "seconds": 0.0, "failures": []}
+    for interpreted in (True, False):
+        names = [str(path) for path in files if (path.parent.name == "triton") == interpreted]
+        if not names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+            spread = ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
+            started = time.monotonic()
+            ran = subprocess.run(
+                [*command, *spread, *names, *options],
+                cwd=ROOT,
+                env=environment(combination, interpreted=interpreted),
+                capture_output=True,
+                text=True,
+            )
+            found = {"seconds": time.monotonic() - started, **read_report(report)}
+        # 5: no test was selected, as by -k or for want of a GPU.
+        if ran.returncode not in (0, 5) and not found["failures"]:
+            last = (ran.stdout + ran.stderr).strip().splitlines()[-1:]
+            found["failures"] = [f"pytest ended with status {ran.returncode}: {' '.join(last)}"]
+        row = {name: row[name] + found[name] for name in row}
     return row
 
 
@@ -132,17 +149,14 @@ def machine() -> Row:
     }
 
 
-def run_round(combinations: list[Combination], files: list[Path], options: list[str], jobs: int) -> list[Row]:
-    """A row for each combination, of all its files; `jobs` files at a time."""
-    here, rows = machine(), []
-    with ThreadPoolExecutor(jobs) as pool:
-        started = [[pool.submit(run_file, combo, path, options) for path in files] for combo in combinations]
-        for combination, futures in zip(combinations, started, strict=True):
-            results = [future.result() for future in futures]
-            row = {**here, **combination, **{k: sum(r[k] for r in results) for k in ("passed", "skipped", "seconds")}}
-            row["failures"] = sorted(name for result in results for name in result["failures"])
-            rows.append(row)
-            print("\n".join([line(row), *(f"    failed: {name}" for name in row["failures"])]), flush=True)
+def run_round(combinations: list[Combination], only: list[Path], options: list[str], jobs: int) -> list[Row]:
+    """A row for each combination, of the files `only` or of all that count; `jobs` processes at a time."""
+    rows = []
+    for combination in combinations:
+        row = {**machine(), **combination, **run_files(combination, only or test_files(combination), options, jobs)}
+        row["failures"].sort()
+        rows.append(row)
+        print("\n".join([line(row), *(f"    failed: {name}" for name in row["failures"])]), flush=True)
     return rows
 
 
@@ -182,7 +196,7 @@ def take_shard(combinations: list[Combination], shard: str) -> list[Combination]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every combination")
-    parser.add_argument("--jobs", type=int, default=1, help="test files at a time (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--shard", default="1/1", help="I/N: the I-th of N parts of the combinations")
     parser.add_argument("--only", nargs="+", type=Path, metavar="FILE", help="these test files")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -194,9 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         write_table([row for path in arguments.write for row in json.loads(path.read_text())])
         return 0
     combinations = take_shard(all_combinations() if arguments.all else covering_combinations(), arguments.shard)
-    files = [path.resolve() for path in arguments.only] if arguments.only else test_files()
     print(table([]), flush=True)
-    rows = run_round(combinations, files, options, arguments.jobs)
+    rows = run_round(combinations, [path.resolve() for path in arguments.only or ()], options, arguments.jobs)
     if arguments.out:
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     return int(any(row["failures"] for row in rows))

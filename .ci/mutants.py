@@ -2,18 +2,20 @@
 
     python .ci/mutants.py                              # every module of mutants.toml
     python .ci/mutants.py engine/scene/camera.py --jobs 8    # some of them
-    python .ci/mutants.py --sample 40 --seed 1         # at most 40 mutants a module, drawn at random
+    python .ci/mutants.py --sample 40 --out FOLDER     # at most 40 mutants a module, drawn at random; goes on in FOLDER
     python .ci/mutants.py engine/scene/camera.py --show      # the diffs of the mutants that survived
     python .ci/mutants.py --write docs/testing.md --read FOLDER     # the table of what --out FOLDER keeps; runs nothing
 
 Each module is mutated in a temporary copy of the tree and tested with the test files that mutants.toml names, so that
 a mutant counts as caught only where a test of its unit notices it. Messages (strings of three words or more), log
-lines and type hints are not mutated. Survivors that mutants.toml explains are counted apart.
+lines and type hints are not mutated. Survivors that mutants.toml explains are counted apart. A larger sample of a
+seed has all of a smaller one. What FOLDER has as caught is not tested again, unless the module has changed.
 
 Needs `pip install mutmut` (https://mutmut.readthedocs.io). Exit status 1 when fewer than 90 % are caught.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -59,6 +61,19 @@ def skip(self, node):
     return skips(self, node)
 
 file_mutation.MutationVisitor._skip_node_and_children = skip
+
+# The first run of the tests, which counts who calls what, has shown that they pass: no second one, none that must fail.
+import mutmut.__main__ as program
+
+make_runner = program.get_mutant_runner
+
+def make(*children):
+    runner = make_runner(*children)
+    runner.run_clean_tests = lambda tests: 0
+    return runner
+
+program.get_mutant_runner = make
+program.run_forced_fail_test = lambda runner: None
 
 if sys.argv[1] == "diffs":
     from mutmut.__main__ import find_mutant
@@ -177,6 +192,8 @@ class Verdicts:
     explained: list[str] = field(default_factory=list)
     survived: dict[str, str] = field(default_factory=dict)
     failure: str = ""
+    made: int = 0  # mutants of the module, tested or not
+    source: str = ""  # hash of the module
 
     def row(self) -> str:
         if self.failure:
@@ -185,21 +202,40 @@ class Verdicts:
         return f"{self.module:40} {sum(counts):8} {counts[0]:7} {counts[1]:10} {counts[2]:9}"
 
 
-def draw_mutants(folder: Path, module: str, args: argparse.Namespace) -> list[str]:
-    """Names of at most `args.sample` mutants of `module`, drawn at random."""
-    write_settings(folder, module, [], [])
+def draw_mutants(folder: Path, module: str, args: argparse.Namespace) -> tuple[list[str], int]:
+    """Names of at most `args.sample` mutants of `module`, drawn at random, and how many there are."""
+    write_settings(folder, module, ["tests/none.py"], [])
     run_mutmut(folder, "run", "no such mutant")  # makes the mutants and ends
     made = sorted(read_verdicts(folder, module))
-    return random.Random(f"{args.seed} {module}").sample(made, min(args.sample, len(made)))
+    random.Random(f"{args.seed} {module}").shuffle(made)
+    return made[: args.sample], len(made)
+
+
+def kept_path(folder: Path, module: str) -> Path:
+    return folder / f"{module.replace('/', '.')}.json"
+
+
+def read_caught(module: str, args: argparse.Namespace, source: str) -> list[str]:
+    """Mutants of this source that `--out` has as caught."""
+    path = args.out and kept_path(args.out, module)
+    if not path or not path.exists():
+        return []
+    kept = Verdicts(**json.loads(path.read_text(encoding="utf-8")))
+    return kept.caught if kept.source == source else []
 
 
 def test_module(module: str, args: argparse.Namespace, table: dict) -> Verdicts:
     """Mutates one module in a copy of the tree and tests the mutants."""
     entry = table["modules"][module]
+    source = hashlib.sha256((ROOT / module).read_bytes()).hexdigest()
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
         copy_tree(folder)
-        names = draw_mutants(folder, module, args) if args.sample else []
+        drawn, made = draw_mutants(folder, module, args)
+        known = sorted({*read_caught(module, args, source)} & {*drawn})
+        names = sorted({*drawn} - {*known})
+        if not names:
+            return Verdicts(module, known, made=made, source=source)
         deselected: list[str] = []
         for _ in range(RETRIES):
             write_settings(folder, module, entry["tests"], deselected)
@@ -208,16 +244,16 @@ def test_module(module: str, args: argparse.Namespace, table: dict) -> Verdicts:
             if not result.returncode or not failing:
                 break
             deselected += failing
-        codes = {key: code for key, code in read_verdicts(folder, module).items() if code is not None}
-        codes = {key: code for key, code in codes.items() if not names or key in names}
+        verdicts = read_verdicts(folder, module)
+        codes = {key: verdicts[key] for key in names if verdicts.get(key) is not None}
         if result.returncode or not codes:
             return Verdicts(module, failure=f"{result.stdout[-3000:]}\n{result.stderr[-2000:]}")
-        verdicts = Verdicts(module, [key for key, code in codes.items() if code not in UNNOTICED])
+        caught = known + [key for key, code in codes.items() if code not in UNNOTICED]
         lost = [key for key, code in codes.items() if code in UNNOTICED]
         diffs = json.loads(run_mutmut(folder, "diffs", text=json.dumps(lost)).stdout)
-        verdicts.explained = [key for key in lost if explain(module, key, diffs[key], table)]
-        verdicts.survived = {key: diffs[key] for key in lost if key not in verdicts.explained}
-        return verdicts
+        explained = [key for key in lost if explain(module, key, diffs[key], table)]
+        survived = {key: diffs[key] for key in lost if key not in explained}
+        return Verdicts(module, caught, explained, survived, made=made, source=source)
 
 
 def read_results(folder: Path, table: dict) -> list[Verdicts]:
@@ -232,14 +268,41 @@ def read_results(folder: Path, table: dict) -> list[Verdicts]:
     return results
 
 
+def estimate_share(results: list[Verdicts]) -> tuple[float, float]:
+    """Share of all mutants that are caught, those with a reason apart, and its standard error: 0 where all were tested.
+
+    A module weighs as many as it has mutants. The variance is that of samples without replacement.
+    """
+    total = share = variance = 0.0
+    for verdicts in results:
+        caught, survived = len(verdicts.caught), len(verdicts.survived)
+        tested, counted = caught + survived + len(verdicts.explained), caught + survived
+        if not counted:
+            continue
+        part, made = caught / counted, max(verdicts.made, tested)
+        total += made
+        share += made * part
+        variance += made**2 * part * (1 - part) / max(counted - 1, 1) * (1 - tested / made)
+    return share / max(total, 1), variance**0.5 / max(total, 1)
+
+
 def write_table(page: Path, results: list[Verdicts]) -> None:
     """Replaces the table between the markers of `page`."""
-    rows = ["| module | mutants | caught | explained | survived |", "|---|---|---|---|---|"]
     tested = sorted((verdicts for verdicts in results if not verdicts.failure), key=lambda verdicts: verdicts.module)
-    counts = [(len(verdicts.caught), len(verdicts.explained), len(verdicts.survived)) for verdicts in tested]
-    named = [(f"`{verdicts.module}`", numbers) for verdicts, numbers in zip(tested, counts, strict=True)]
-    for name, (caught, explained, survived) in [*named, ("all", tuple(map(sum, zip(*counts, strict=True))))]:
-        rows.append(f"| {name} | {caught + explained + survived} | {caught} | {explained} | {survived} |")
+    rows = [
+        "| module | mutants | tested | caught | explained | survived | share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    sums = [0] * 5
+    for verdicts in tested:
+        counts = len(verdicts.caught), len(verdicts.explained), len(verdicts.survived)
+        numbers = max(verdicts.made, sum(counts)), sum(counts), *counts
+        sums = [total + number for total, number in zip(sums, numbers, strict=True)]
+        part = counts[0] / max(counts[0] + counts[2], 1)
+        rows.append(f"| `{verdicts.module}` | {' | '.join(map(str, numbers))} | {part:.0%} |")
+    share, error = estimate_share(tested)
+    spread = f" ± {1.96 * error:.1%}" if error else ""
+    rows.append(f"| all | {' | '.join(map(str, sums))} | {share:.1%}{spread} |")
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(START)
     after = rest.split(END)[1]
@@ -273,9 +336,9 @@ def main() -> int:
             print(verdicts.row(), flush=True)
             if verdicts.failure or args.show:
                 print("\n".join([verdicts.failure, *verdicts.survived.values()]))
-            if args.out:
+            if args.out and not verdicts.failure:
                 args.out.mkdir(parents=True, exist_ok=True)
-                path = args.out / f"{verdicts.module.replace('/', '.')}.json"
+                path = kept_path(args.out, verdicts.module)
                 path.write_text(json.dumps(asdict(verdicts), indent=1), encoding="utf-8")
     if args.write:
         write_table(args.write, results)

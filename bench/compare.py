@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dream_fast.bench.results import call_of
+
 MEASURED = {"median_ms", "p20_ms", "p80_ms", "floor_ms", "pct_of_floor", "peak_bytes", "max_err", "tol"}
 MEASURED |= {"split_ms", "modules_ms", "samples", "attention", "start_s"}  # of a whole step
 SHARE = 0.05
@@ -36,8 +38,8 @@ def load_run(path: Path) -> dict[str, Any]:
 
 
 def identity(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The fields of a row that are not measured."""
-    return tuple(sorted((name, value) for name, value in row.items() if name not in MEASURED))
+    """The fields of a row that are not measured, with the way of calling also where an earlier version lacks it."""
+    return tuple(sorted((name, value) for name, value in {**row, "call": call_of(row)}.items() if name not in MEASURED))
 
 
 def allowed_slowdown(base: dict[str, Any], new: dict[str, Any]) -> float:
@@ -64,7 +66,7 @@ def compare(base: dict[str, Any], new: dict[str, Any]) -> tuple[list[tuple[dict,
 
 
 def format_name(row: dict[str, Any]) -> str:
-    return " ".join(str(row[field]) for field in ("op", "case", "mode", "dtype", "impl"))
+    return " ".join([*(str(row[field]) for field in ("op", "case", "mode", "dtype", "impl")), call_of(row)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dream_fast.bench.results import RESULTS, ROOT, STEP
+from dream_fast.bench.results import RESULTS, ROOT, STEP, call_of
 
 PAGE = ROOT / "PROFILING.md"
 H100, H200 = "nvidia-h100-80gb-hbm3.json", "nvidia-h200.json"
@@ -106,11 +106,13 @@ def step_table() -> str:
 
 
 def index_rows(result: Result) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
-    """Rows of operators by (operator, case, mode) and implementation."""
+    """Rows of operators by (operator, case, mode) and implementation; `graph` wins where one has both calls."""
     index: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
         if row["op"] != STEP:
-            index.setdefault((row["op"], row["case"], row["mode"]), {})[row["impl"]] = row
+            rows = index.setdefault((row["op"], row["case"], row["mode"]), {})
+            if row["impl"] not in rows or call_of(row) == "graph":
+                rows[row["impl"]] = row
     return index
 
 

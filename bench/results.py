@@ -24,8 +24,9 @@ IN_REPOSITORY = (ROOT / "pyproject.toml").is_file()
 # Commands write here unless `--out` names another place.
 RESULTS = ROOT / "bench" / "results" if IN_REPOSITORY else Path.cwd()
 STEP = "sds_step"  # the operator of a row that measures a whole step
-ROW_NAMES = ("op", "case", "mode", "dtype", "impl")
-SAME = ("torch", "triton", "driver", "git_sha", "dirty")  # where these are equal, rows of two calls go together
+# Operators whose references were captured in a CUDA graph as well, in files without the field `call`.
+CAPTURED_REFERENCES = ("group_norm_silu", "bias_residual")
+SETUP = ("torch", "triton", "driver", "git_sha", "dirty")  # rows of two calls are merged where these are equal
 
 
 def git_state() -> tuple[str, bool | None]:
@@ -99,19 +100,28 @@ def write(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n", encoding="utf-8")
 
 
-def _row_names(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(row[name] for name in ROW_NAMES)
+def call_of(row: dict[str, Any]) -> str:
+    """Return how the calls of a row were timed: `graph`, replayed from a CUDA graph, or `eager`, from Python.
+
+    Files of earlier versions lack this field.
+    """
+    captured = row["impl"] == "triton" or row["op"] in CAPTURED_REFERENCES
+    return row.get("call", "graph" if captured else "eager")
+
+
+def _identity(row: dict[str, Any]) -> tuple[str, ...]:
+    return (*(row[name] for name in ("op", "case", "mode", "dtype", "impl")), call_of(row))
 
 
 def write_kernels(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write rows of operators. Stored ones of the same clean commit stay, and so do those of whole steps."""
     before = read(path, head["gpu"])
-    measured = {_row_names(row): row for row in rows}
+    measured = {_identity(row): row for row in rows}
     steps = [row for row in before.get("rows", []) if row["op"] == STEP]
     others = [row for row in before.get("rows", []) if row["op"] != STEP]
-    if head["dirty"] or any(before.get(name) != head[name] for name in SAME):
+    if head["dirty"] or any(before.get(name) != head[name] for name in SETUP):
         others = []
-    others = [measured.pop(_row_names(row), row) for row in others]  # each in its place
+    others = [measured.pop(_identity(row), row) for row in others]  # each in its place
     write(path, head | ({"steps": before["steps"]} if steps else {}), [*others, *measured.values(), *steps])
 
 

@@ -11,7 +11,6 @@ from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_te
 from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.geometry.mesh import NoSurface, simplify
-from dream_fast.engine.render.mesh import MeshRenderer
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import six_views
@@ -33,7 +32,7 @@ class OutputStatus(NamedTuple):
     no_surface: NoSurface | None  # why there is no mesh
 
     def exit_status(self) -> int:
-        """Return 0. Raises NoSurface: there is no mesh, but everything else."""
+        """Return 0. Raises NoSurface: when the mesh is missing and everything else is written."""
         if self.no_surface is not None:
             raise self.no_surface
         return 0
@@ -87,15 +86,16 @@ def _video_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
 
 
 def _mesh_output(trainer: Trainer, path: Path, reporter: Reporter) -> Output:
-    """Return the mesh of the field's surface, or that of a mesh refinement as it is."""
+    """Return the output of the mesh: that of a refinement, or the extracted surface of the field."""
     config = trainer.config
 
     def write() -> None:
         with reporter.bar("mesh", 100) as bar:
             texture: dict[str, Any] = dict(progress=lambda part: bar.advance(round(100 * part)))
             size, target = config.output.texture_resolution, config.output.decimate_target
-            if isinstance(trainer.renderer, MeshRenderer):
-                write_textured(path, simplify(trainer.renderer.mesh(), target), trainer.field, size, **texture)
+            mesh = trainer.renderer.mesh()
+            if mesh is not None:
+                write_textured(path, simplify(mesh, target), trainer.field, size, **texture)
                 return
             write_mesh(
                 path,

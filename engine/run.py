@@ -1,4 +1,4 @@
-"""The order of a run, from its configuration to its files. The command calls `run` once its arguments are good."""
+"""The order of a run, from its configuration to its files. The command calls `run` with a valid configuration."""
 
 import time
 from pathlib import Path
@@ -30,15 +30,15 @@ MAX_RESCUES = 2
 def run(config: Config, loop: LoopOptions | None = None) -> int:
     """Optimise, unless `--test` is set or all iterations are done, and write the outputs. Return the exit status.
 
-    With `--rescue` a run that loses its object starts again with other settings, at most MAX_RESCUES times. `loop` has
-    other intervals and hooks of the training loop. Everything that can be refused is refused before a file is written.
+    With `--rescue` a run that loses its object restarts with other settings, at most MAX_RESCUES times. `loop` has
+    intervals and hooks of the training loop. Everything is checked before a file is written.
 
-    Raises UserError: what the user can put right.
+    Raises UserError: for every error that the user can fix.
     """
     workspace = Workspace(expand_user(config.run.workspace))
     target = choose_output_folder(config, workspace)
-    elsewhere = "; --output FOLDER takes the outputs of --test elsewhere"
-    target.check_usable(elsewhere if config.run.test and target is workspace else "")
+    hint = "; --output FOLDER writes the outputs of --test elsewhere"
+    target.check_usable(hint if config.run.test and target is workspace else "")
     reporter = Reporter()
     errors = translate_disk_errors(target, workspace), translate_oom(config, workspace)
     with log_warnings_to(reporter), sigterm_raises(), target.locked(), errors[0], errors[1]:
@@ -52,13 +52,13 @@ def run(config: Config, loop: LoopOptions | None = None) -> int:
 
 
 def _restart_rescued(config: Config, kind: str, workspace: Workspace, reporter: Reporter) -> Config:
-    """Clear the workspace for a start with settings against that kind of degeneracy. Return the configuration."""
+    """Clear the workspace and return the configuration of the restart, with settings against that degeneracy."""
     config = workspace.stored_config() or config
     overrides = rescue_overrides(config, kind)
     config = config.override({**overrides, "ckpt": "latest", "rescue": True})
     workspace.clear()
     workspace.write_config(config)
-    reporter.warn(f"{DEGENERACIES[kind]}: starting again with {format_flags(overrides)}")
+    reporter.warn(f"{DEGENERACIES[kind]}: restarting with {format_flags(overrides)}")
     return config
 
 
@@ -70,7 +70,7 @@ def _run_once(
     stored = None if config.run.ckpt == "scratch" else workspace.stored_run()
     config = finalize(config, None if stored is None else stored.config, draw_seed())
     if stored is not None:
-        # A test changes nothing of the run, so another device will do.
+        # --test may run on another device, since it does not change the run.
         same_device = {"device": stored.config.run.device} if config.run.test else {}
         workspace.check_same_run(config.override(same_device))
         report_version(stored, reporter)

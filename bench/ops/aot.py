@@ -17,7 +17,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import reduce
 from multiprocessing import get_context
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,23 @@ def bind_launch(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
     has_maxnreg = gpu.backend == "cuda" and gpu.arch >= 90  # as in `launch`
     chosen = {name: value for name, value in launch.options.items() if name != "maxnreg" or has_maxnreg}
     arguments, specialization, options = binder(**launch.arguments, **chosen, debug=False)
-    options, signature, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
-    return ASTSource(kernel, signature, constants, attributes), gpu, options.__dict__
+    kinds, attributes = zip(*specialization, strict=True)
+    source = ASTSource(
+        kernel,
+        dict(zip(arguments, kinds, strict=True)),
+        {path: reduce(getitem, path, [*arguments.values()]) for path, kind in _leaves(kinds) if kind == "constexpr"},
+        {path: backend.parse_attr(word) for path, word in _leaves(attributes) if isinstance(word, str)},
+    )
+    return source, gpu, vars(backend.parse_options(options))
+
+
+def _leaves(value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Yield the leaves of nested tuples with their paths, by which Triton names constants and attributes."""
+    if not isinstance(value, tuple):
+        yield path, value
+        return
+    for number, item in enumerate(value):
+        yield from _leaves(item, (*path, number))
 
 
 def compile_launch(launch: Launch, target: str) -> Any:

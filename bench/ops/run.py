@@ -55,7 +55,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def find_implementation(case: Case, name: str) -> Callable[..., Any]:
-    """One of IMPLEMENTATIONS of this case's operator."""
+    """Return an implementation, one of IMPLEMENTATIONS, of this case's operator."""
     spec = SPECS[case.op]
     if name == "triton":
         return spec.operator
@@ -100,6 +100,7 @@ def time_row(
         "case": case.case,
         "impl": name,
         "mode": case.mode,
+        "call": "graph" if timing.graph else "eager",
         "dtype": case.dtype,
         "median_ms": round(timing.median, 5),
         "p20_ms": round(timing.p20, 5),
@@ -148,7 +149,7 @@ def release(device: torch.device) -> None:
 
 
 class Suite:
-    """One run of the benchmark: its rows in their order, and the reasons for missing ones."""
+    """A run of the benchmark: its rows in their order, and the reasons for missing ones."""
 
     def __init__(
         self,
@@ -252,7 +253,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--call", action="append", choices=CALLS, help="only from a CUDA graph, or only from Python")
     parser.add_argument(
         "--compile_seconds",
-        "--compile-seconds",
         "--compile-seconds",
         type=float,
         default=0,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.guidance.model.components import Components
+from dream_fast.engine.guidance.noise import VariancePreserving
 from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings
 from dream_fast.engine.runtime.quiet import quiet_diffusers
 
@@ -91,8 +92,7 @@ def random_components(device: torch.device, dtype: torch.dtype, *, tiny: bool = 
         scaling_factor=0.18215,
         shift_factor=0.0,
         prediction_type="epsilon",
-        alphas_cumprod=(1 - betas).cumprod(0).to(device, torch.float32),
-        num_train_timesteps=1000,
+        process=VariancePreserving((1 - betas).cumprod(0).to(device, torch.float32)),
     )
 
 

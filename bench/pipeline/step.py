@@ -68,9 +68,19 @@ def guidance_of(trainer: Trainer) -> DiffusionGuidance:
     return cast(DiffusionGuidance, trainer.guidance)
 
 
+def components_of(guidance: DiffusionGuidance | ScoreDistillation) -> Components:
+    """The image model of a guidance that `make_trainer` made."""
+    return cast(Components, guidance.components)
+
+
+def token_count(guidance: DiffusionGuidance) -> int:
+    """Number of tokens in its prompts."""
+    return cast(Tensor, guidance.prompts.negative).shape[1]
+
+
 def image_gradient(distillation: ScoreDistillation, side: int, tokens: int) -> Tensor:
     """The gradient [1, 3, side, side] in one image; image, prompt, timestep and noise are the same for every model."""
-    components, device = distillation.components, distillation.components.device
+    components, device = components_of(distillation), distillation.components.device
     generator = torch.Generator(device).manual_seed(5)
     image = torch.rand(1, 3, side, side, generator=generator, device=device).requires_grad_()
     # As long as the prompts of the steps, so that no second CUDA graph is made.
@@ -180,7 +190,7 @@ def bound_memory(gib: float | None, device: torch.device) -> None:
 
 def least_bytes(trainer: Trainer) -> int:
     """Compulsory traffic of a step in bytes: the image model's weights once, the optimiser's state read and written."""
-    components = guidance_of(trainer).components
+    components = components_of(guidance_of(trainer))
     weights = [p for model in (components.unet, components.vae.encoder) for p in model.parameters()]
     state = [t for t in trainer.optimizer.state_dict().values() if t.numel() > 1]
     return sum(t.nbytes for t in weights) + 2 * sum(t.nbytes for t in state)
@@ -204,13 +214,13 @@ def our_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str, 
     if lost:
         print(f"{case.name}: {lost} of the timed steps were skipped", flush=True)
     distillation = guidance_of(trainer).distillation
-    tokens = guidance_of(trainer).prompts.negative.shape[1]
+    components, tokens = components_of(distillation), token_count(guidance_of(trainer))
     gradient_error = error(image_gradient(distillation, trainer.config.camera.h, tokens), exact.gradient)
     step = trainer.train_step()
     row = make_row(case, "triton" if device.type == "cuda" else "torch", trainer, timing, peak, exact, head)
     row |= {"max_err": float(f"{gradient_error:.3g}"), "samples": int(step.samples)}
-    row |= {"attention": str(distillation.components.attention), "start_s": round(start_s, 1)}
-    row["modules_ms"] = time_modules(distillation.components, tokens)
+    row |= {"attention": str(components.attention), "start_s": round(start_s, 1)}
+    row["modules_ms"] = time_modules(components, tokens)
     try:
         row["split_ms"] = split_step(trainer, device)
     except RuntimeError as failure:  # events inside a graph need a recent driver; the rest of the row is good
@@ -227,7 +237,7 @@ def peer_row(case: StepCase, device: torch.device, exact: Exact, head: dict[str,
         peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
         row = make_row(case, "reference", trainer, timing, peak, exact, head)
         guidance = guidance_of(trainer)
-        row["modules_ms"] = time_modules(guidance.components, guidance.prompts.negative.shape[1])
+        row["modules_ms"] = time_modules(components_of(guidance), token_count(guidance))
         row["split_ms"] = split_step(trainer, device)
     return row | {"max_err": float(f"{exact.tol / 2:.3g}")}
 
@@ -284,7 +294,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compiled", nargs="+", choices=COMPILED, help="modules that the compiled cases compile")
     parser.add_argument(
         "--cuda_graph",
-        "--cuda-graph",
         "--cuda-graph",
         "--step_graph",
         action=argparse.BooleanOptionalAction,

@@ -15,7 +15,6 @@ from dream_fast.engine.dream_mini import MODEL_FOLDER
 from dream_fast.engine.dream_mini.vocabulary import THINGS, VIEWS
 from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model.components import Components, load_components
-from dream_fast.engine.guidance.prompts import encode
 
 
 def sample_views(
@@ -23,7 +22,7 @@ def sample_views(
 ) -> torch.Tensor:
     """Images [len(prompts), len(views), 3, S, S] in [0, 1]: each prompt from each of the views."""
     texts = [f"{prompt}, {view} view" for prompt in prompts for view in views]
-    cond, uncond = encode(components, texts), encode(components, [""]).expand(len(texts), -1, -1)
+    cond, uncond = components.embed(texts), components.embed([""]).expand(len(texts), -1, -1)
     generator = torch.Generator(components.device).manual_seed(seed)
     images = [
         sample(components, c, u, steps=30, guidance_scale=scale, generator=generator)

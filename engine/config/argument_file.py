@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dream_fast.engine.errors import UserError
 
-# The space between words, or a whole word with its quotes. shlex alone would cut "runs#3" at the sign.
+# White space and comments, or a word with its quotes. shlex alone would cut "runs#3" at the sign.
 _PART = re.compile(
     r"""(?:\s|\\\n|\#[^\n]*)+ | (?P<word>(?:[^\s'"\\] | \\[^\n] | '[^']*' | "(?:[^"\\]|\\.)*")+)""",
     re.VERBOSE | re.DOTALL,
@@ -21,7 +21,10 @@ LARGEST = 1_000_000  # characters
 
 
 def read_arguments(name: str) -> list[str]:
-    """Return the words of the file `name`. Raises UserError: it cannot be read, is no text, or has an open quote."""
+    """Return the words of the file `name`.
+
+    Raises UserError: when it cannot be read, is not text, or has an open quote.
+    """
     try:
         path = Path(name).expanduser()
         if path.exists() and not path.is_file() and not path.is_dir() and not path.is_fifo():
@@ -29,8 +32,8 @@ def read_arguments(name: str) -> list[str]:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
-            raise UserError(f"--file {name} is longer than {LARGEST} characters, so it is no list of arguments")
-    except (OSError, RuntimeError) as error:  # RuntimeError: a home folder that nobody knows
+            raise UserError(f"--file {name} is longer than {LARGEST} characters, so it is not a list of arguments")
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user in ~user
         raise UserError(f"--file {name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except ValueError:
         text = "\0"  # not UTF-8
@@ -40,13 +43,13 @@ def read_arguments(name: str) -> list[str]:
 
 
 def split(text: str, name: str) -> list[str]:
-    """Return the words of `text`, the content of the file `name`. Raises UserError: a quote is not closed."""
+    """Return the words of `text`, the content of the file `name`. Raises UserError: when a quote is not closed."""
     words, position = [], 0
     while position < len(text):
         part = _PART.match(text, position)
         if part is None:
             line = text.count("\n", 0, position) + 1
-            raise UserError(f"--file {name}: what begins with {text[position]} in line {line} is not closed")
+            raise UserError(f"--file {name}: the {text[position]} in line {line} is not closed")
         if part["word"]:
             words += shlex.split(part["word"])
         position = part.end()

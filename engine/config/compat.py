@@ -1,14 +1,14 @@
 """Compatibility with stable-dreamfusion: its flags, those that are refused with the reason, and differences.
 
-A command of the reference means the same here, or is refused. Nothing is ignored silently.
+A command of the reference has the same effect here, or is refused. Nothing is ignored silently.
 """
 
-_IMAGE = "a run starts from a prompt here; image conditioning is not there yet"
+_IMAGE = "image conditioning is not supported; a run starts from a prompt"
 _VIEWER = "there is no viewer; look at results/ or open mesh/mesh.glb"
 
 UNSUPPORTED_FLAGS: dict[str, str] = {
     "--dataset_size_train": "an epoch is always 100 steps; set --iters",
-    "--dont_override_stuff": "nothing that you type is overridden",
+    "--dont_override_stuff": "typed settings are never overridden",
     "--fovy": _VIEWER + " (the output camera has --default_fovy)",
     "--gui": _VIEWER,
     "--image": _IMAGE,
@@ -22,18 +22,18 @@ UNSUPPORTED_FLAGS: dict[str, str] = {
     "--lambda_rgb": _IMAGE,
     "--light_phi": _VIEWER,
     "--light_theta": _VIEWER,
-    "--max_ray_batch": "it never did anything; memory is bounded without it",
+    "--max_ray_batch": "memory is bounded without it",
     "--max_spp": _VIEWER,
     "--radius": _VIEWER + " (the output camera has --default_radius)",
-    "--taichi_ray": "that is another extension's marching; rays march through the occupancy grid anyway",
+    "--taichi_ray": "Taichi is not used; rays always march through the occupancy grid",
     "--zero123_ckpt": _IMAGE,
     "--zero123_config": _IMAGE,
     "--zero123_grad_scale": _IMAGE,
 }
 
 UNSUPPORTED_VALUES: dict[tuple[str, str], str] = {
-    ("--backbone", "grid_taichi"): "that is another extension's grid; use --backbone grid",
-    ("--backbone", "grid_tcnn"): "that is another extension's grid; use --backbone grid",
+    ("--backbone", "grid_taichi"): "that extension is not used; use --backbone grid",
+    ("--backbone", "grid_tcnn"): "that extension is not used; use --backbone grid",
     ("--ckpt", "best"): "every checkpoint here holds the averaged weights; use --ckpt latest",
     ("--ckpt", "latest_model"): "a checkpoint is always resumed whole; use --ckpt latest",
     ("--guidance", "zero123"): _IMAGE,
@@ -66,32 +66,32 @@ REFERENCE_FLAGS = """
 """.split()
 
 
-# Flags of the reference that work with a difference.
+# Flags of the reference that work differently.
 DIFFERENCES = {
-    "--angle_front": "works on the prompt, and only if given; the reference reads it nowhere",
-    "--angle_overhead": "works on the prompt; the reference reads it nowhere",
-    "--IF": "or name IF in --guidance; --if_key takes another model than the XL one",
+    "--angle_front": "changes the prompt, only where it is given; the reference ignores it",
+    "--angle_overhead": "changes the prompt; the reference ignores it",
+    "--IF": "the same as IF in --guidance; --if_key chooses a model other than XL",
     "--ckpt": "latest, scratch or a path",
     "--cuda_ray": "always on with a grid; the vanilla backbone has no occupancy grid, so it is refused there",
     "--dmtet": "also from a sphere; its checkpoints can be resumed, tested and exported as any other",
     "--file": "quotes and # comments work",
-    "--fp16": "on a GPU; a CPU runs in bf16 if it has a unit for it (AMX), else in fp32",
-    "--guidance": "dream-mini needs no download; with clip the prompt follows the view as with the others, so the back "
-    "counts as much as the front",
+    "--fp16": "on a GPU; a CPU with AMX runs in bf16, others in fp32",
+    "--guidance": "dream-mini needs no download; with clip the prompt follows the view, so the back counts as much as "
+    "the front",
     "--init_with": "the folder of a run, its checkpoint (.safetensors), or a mesh file; no .pth",
-    "--jitter_pose": "the prompt follows the moved camera, and its axes stay at right angles",
-    "--lambda_entropy": "is --lambda_opacity_entropy, of the opacity of rays; the reference's, of samples' weights, is "
-    "--lambda_entropy_weights",
-    "--lambda_orient": "always a mean over samples",
-    "--max_steps": "refused with --backbone vanilla, as all that belongs to the grids",
-    "--min_near": "holds for rays, which the reference's never reaches",
-    "--num_steps": "with --backbone vanilla alone: the grids always march through the occupancy grid",
-    "--save_guidance": "the estimate is right at every t; the reference's takes the timesteps of single steps",
+    "--jitter_pose": "the prompt follows the moved camera, whose axes stay orthogonal",
+    "--lambda_entropy": "an alias of --lambda_opacity_entropy, the entropy of the opacity of rays; the reference's, of "
+    "the weights of samples, is --lambda_entropy_weights",
+    "--lambda_orient": "a mean over samples",
+    "--max_steps": "refused with --backbone vanilla, like every setting of the grids",
+    "--min_near": "limits the samples of rays; it has no effect in the reference",
+    "--num_steps": "only with --backbone vanilla: the grids always march through the occupancy grid",
+    "--save_guidance": "the one-step estimate is correct at every t; the reference uses single scheduler steps",
     "--save_mesh": "mesh.glb, and mesh.obj with mesh.mtl, mesh.png and mesh_normal.png",
-    "--sd_version": "2.1 if Stable Diffusion is asked for without a version; from hub names that are alive",
-    "--seed": "drawn when not given, and kept in manifest.json",
-    "--tet_grid_size": "any even number: the grid is made, not read; 128 has 129 layers of vertices across",
+    "--sd_version": "2.1 where Stable Diffusion is chosen without a version; from hub names that still exist",
+    "--seed": "drawn when not given, and stored in manifest.json",
+    "--tet_grid_size": "any even number: the grid is computed, not read; 128 has 129 layers of vertices across",
     "--test_interval": "results/turntable_step_*.mp4",
-    "--upsample_steps": "with --backbone vanilla alone",
+    "--upsample_steps": "only with --backbone vanilla",
     "--vram_O": "xformers attention, VAE in slices, gradient checkpointing in its encoder; no offloading to the CPU",
 }

@@ -14,12 +14,12 @@ RESCUED = ("lambda_opacity", "lambda_opacity_entropy", "blob_density", "blob_rad
 
 
 def expand_shortcuts(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the typed settings with `-O`, `-O2` and `--IF` (names O, O2 and IF) replaced by what they stand for.
+    """Return the typed settings with `-O`, `-O2` and `--IF` (names O, O2 and IF) replaced by the settings they mean.
 
-    They never overrule a setting that was typed as well, but `--IF` takes the place of SD in `--guidance`. As in
-    stable-dreamfusion `-O2` does nothing beside `-O`.
+    A typed setting wins over a shortcut, except that `--IF` replaces SD in `--guidance`. As in stable-dreamfusion `-O2`
+    has no effect beside `-O`.
 
-    Raises UserError: marching through an occupancy grid for a backbone that has none; nothing that IF could replace.
+    Raises UserError: when the backbone has no occupancy grid to march through, or `--IF` has nothing to replace.
     """
     settings = {name: value for name, value in typed.items() if name not in ("O", "O2", "IF")}
     shortcuts: dict[str, Any] = {}
@@ -34,13 +34,13 @@ def expand_shortcuts(typed: Mapping[str, Any]) -> dict[str, Any]:
         names = settings.get("guidance", (STABLE_DIFFUSION.name,))
         if not {STABLE_DIFFUSION.name, DEEPFLOYD_IF.name} & set(names):
             words = f"--guidance {' '.join(names)}"
-            raise UserError(f"--IF takes the place of SD, which {words} does not name: name IF there")
+            raise UserError(f"--IF replaces SD, which {words} does not name: name IF there")
         replaced = (DEEPFLOYD_IF.name if name == STABLE_DIFFUSION.name else name for name in names)
         settings["guidance"] = tuple(dict.fromkeys(replaced))
     for name, flag in (("O", "-O"), ("cuda_ray", "--cuda_ray")):
         if typed.get(name) and settings.get("backbone") == "vanilla":
             raise UserError(
-                f"{flag} marches through the occupancy grid, which the vanilla backbone has not; use --fp16"
+                f"{flag} marches through the occupancy grid, which the vanilla backbone does not have; use --fp16"
             )
     return settings
 
@@ -48,7 +48,7 @@ def expand_shortcuts(typed: Mapping[str, Any]) -> dict[str, Any]:
 def configure(typed: Mapping[str, Any], device: str) -> Config:
     """Return the configuration of a run from the typed settings, by name, on `device` ("cpu", "cuda" or "cuda:N").
 
-    The seed stays None where none was typed: `finalize` draws it. Raises UserError: settings that do not go together.
+    The seed stays None where none was typed: `finalize` sets it. Raises UserError: when settings contradict each other.
     """
     if device_kind(device) not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu, cuda or cuda:N, not {device!r}")
@@ -61,9 +61,9 @@ def configure(typed: Mapping[str, Any], device: str) -> Config:
 
 
 def finalize(config: Config, stored: Config | None, seed: int) -> Config:
-    """Return what a run computes with: the seed, and what a rescue changed, of the stored run that it continues.
+    """Return `config` with a seed and, for a run that continues `stored`, with its rescued settings.
 
-    `seed` is for a new run without `--seed`. Raises UserError as `validate`.
+    `seed` is used for a new run without `--seed`. Raises UserError: as `validate`.
     """
     overrides: dict[str, Any] = {}
     if config.run.seed is None:
@@ -76,16 +76,13 @@ def finalize(config: Config, stored: Config | None, seed: int) -> Config:
 
 
 def _captures_steps(config: Config) -> bool:
-    """Check that steps are captured by default: one guidance that asks for it, on a GPU, the backbone measured with it.
-
-    Replayed, two runs were not the same bit for bit.
-    """
+    """Return whether steps are captured by default: on a GPU, with a grid, and one guidance with that default."""
     specs = specs_of(config.guidance.guidance)
     return (
         device_kind(config.run.device) == "cuda"
         and len(specs) == 1
         and specs[0].captured_by_default
         and config.field.backbone == "grid"
-        and not config.run.deterministic
+        and not config.run.deterministic  # two replayed runs were not the same bit for bit
         and not graph_breaking_flags(config)
     )

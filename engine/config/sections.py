@@ -1,23 +1,17 @@
 """Every setting of a run, in one frozen dataclass a section. The command line is generated from the fields.
 
 A field's name is its flag (`iters` is `--iters`), so names are unique over all sections. The defaults written here are
-the reference's (`--preset reference`); `presets` has the others. Imports nothing heavy, so that `--help` and a refused
-argument answer at once.
+the reference's (`--preset reference`); `presets` has the others. Imports nothing heavy.
 
 Units: angles in degrees, lengths in scene units, ratios in fractions of the run. Axes: docs/conventions.md.
-Raises UserError: a bad value, when a section is made, with the flag and the value.
+A section raises UserError when it is made with a bad value.
 """
 
 from dataclasses import dataclass
 
 from dream_fast.engine.config.guidances import DREAM_MINI, GUIDANCES
 from dream_fast.engine.config.schedule import Scalar
-from dream_fast.engine.config.setting import (
-    ConfigSection,
-    Range,
-    ScalarRange,
-    setting,
-)
+from dream_fast.engine.config.setting import ConfigSection, Range, ScalarRange, setting
 from dream_fast.engine.errors import UserError
 
 BACKBONES = ("grid", "grid_torch", "vanilla")
@@ -31,8 +25,8 @@ class RunConfig(ConfigSection):
     """Run control."""
 
     text: str | None = setting(None, "the prompt")
-    negative: str = setting("", "negative prompt: what the images should not show; it replaces the empty prompt")
-    text_front: str | None = setting(None, "the whole prompt of the front view, instead of TEXT, front view")
+    negative: str = setting("", "negative prompt: what the images should not show; replaces the empty prompt")
+    text_front: str | None = setting(None, "the whole prompt of the front view; default: TEXT, front view")
     text_side: str | None = setting(None, "the whole prompt of the two sides")
     text_back: str | None = setting(None, "the whole prompt of the back")
     text_overhead: str | None = setting(None, "the whole prompt of the view from above")
@@ -44,7 +38,7 @@ class RunConfig(ConfigSection):
     )
     exp_end_iter: int | None = setting(
         None,
-        "step at which they end, also in a run that is continued further later; default: the last",
+        "step at which they end, also in a run that is extended later; default: the last",
         low=1,
     )
     preset: str = setting(
@@ -56,15 +50,17 @@ class RunConfig(ConfigSection):
     test: bool = setting(False, "no optimisation: write the outputs of the workspace's checkpoint", resumable=True)
     output: str | None = setting(
         None,
-        "with --test: the folder to write to instead of the workspace, which is only read",
+        "with --test: folder for the outputs; the workspace is only read",
         resumable=True,
     )
     six_views: bool = setting(False, "write the six views only, no video", resumable=True)
     save_mesh: bool = setting(False, "export a textured mesh to mesh/ at the end, as GLB and as OBJ", resumable=True)
-    ckpt: str = setting("latest", "latest: resume if there is one; scratch: start anew; or a path", resumable=True)
-    fp16: bool = setting(
-        False, "half precision: fp16 on a CUDA GPU, bf16 on a CPU that multiplies it (AMX); other CPUs run in fp32"
+    ckpt: str = setting(
+        "latest",
+        "checkpoint to start from; latest: resume if there is one; scratch: start over; or a path",
+        resumable=True,
     )
+    fp16: bool = setting(False, "half precision: fp16 on a CUDA GPU, bf16 on a CPU with AMX; other CPUs run in fp32")
     vram_O: bool = setting(
         False,
         "less memory: xformers attention, VAE in slices, gradient checkpointing in its encoder",
@@ -79,21 +75,20 @@ class RunConfig(ConfigSection):
     )
     compile: bool = setting(
         False,
-        "torch.compile of the image model, on a GPU: faster steps, after one to three minutes of compiling at each "
-        "start (less with a warm cache), so for long runs with Stable Diffusion",
+        "torch.compile of the image model, on a GPU: faster steps after one to three minutes of compiling at each "
+        "start (less with a warm cache); for long runs with Stable Diffusion",
         resumable=True,
     )
-    deterministic: bool = setting(False, "on a GPU, the same seed gives the same bits, somewhat slower")
+    deterministic: bool = setting(False, "on a GPU, repeat results bit for bit with the same seed; somewhat slower")
     device: str = setting(
         "auto",
-        "device of the run; auto: the GPU if there is one; cuda:N: the GPU of that number among those that "
-        "CUDA_VISIBLE_DEVICES leaves",
+        "device of the run; auto: the GPU if there is one; cuda:N: GPU number N of those in CUDA_VISIBLE_DEVICES",
         choices=("auto", "cpu", "cuda", "cuda:N"),
     )
     cuda_graph: bool = setting(
         False,
-        "on a GPU, replay all of a step up to the optimiser as one CUDA graph: for small image models, whose steps are "
-        "bound by the host; dream-mini's default there",
+        "on a GPU, replay a step up to the optimiser as one CUDA graph: for small image models, whose steps are "
+        "bound by the host; the default of dream-mini there",
         resumable=True,
         aliases=("step_graph",),
     )
@@ -116,16 +111,16 @@ class RunConfig(ConfigSection):
                 f"--exp_end_iter, not {start}"
             )
         if self.output is not None and not self.test:
-            raise UserError("--output goes with --test only: a run writes everything to its --workspace")
+            raise UserError("--output works only with --test: a run writes everything to its --workspace")
         if self.compile and self.deterministic:
             raise UserError(
-                "--compile does not go with --deterministic: compiled kernels are tuned by measuring, so they may sum "
-                "in another order the next time"
+                "--compile cannot be combined with --deterministic: compiled kernels are tuned by measuring, so they "
+                "may sum in another order the next time"
             )
 
     @property
     def drawn_seed(self) -> int:
-        """The seed of a run, which `configure.finalize` draws where none is typed."""
+        """The seed of a run after `configure.finalize`, which sets one where none is typed."""
         assert self.seed is not None
         return self.seed
 
@@ -145,34 +140,36 @@ class CameraConfig(ConfigSection):
     phi_range: Range = setting((-180.0, 180.0), "azimuth: 0 is in front (+z), 90 at +x", low=-360, high=360)
     fovy_range: Range = setting((10.0, 30.0), "vertical field of view", above=0, below=180)
     progressive_view: bool = setting(
-        False, "these four ranges widen from the output camera's default view to their full width as the phases go on"
+        False, "widen these four ranges from the output camera's default view to their full width during the phases"
     )
     progressive_view_init_ratio: float = setting(
-        0.2, "part of their width from which progressive_view starts; it grows by 2 in a whole run", low=0, high=1
+        0.2, "part of their width at which progressive_view starts; it grows by 2 in a whole run", low=0, high=1
     )
     uniform_sphere_rate: float = setting(
         0.0, "probability of a batch spread evenly over the upper half of the sphere", low=0, high=1
     )
-    jitter_pose: bool = setting(False, "training cameras are moved, turned and rolled a little; the prompt follows")
-    jitter_center: float = setting(0.2, "width of the cube in which jitter moves a camera", low=0)
+    jitter_pose: bool = setting(False, "move, turn and roll the training cameras a little; the prompt follows")
+    jitter_center: float = setting(0.2, "with jitter_pose: width of the cube in which a camera is moved", low=0)
     jitter_target: float = setting(
-        0.2, "standard deviation of the point that a camera looks at, along each axis, with jitter", low=0
+        0.2, "with jitter_pose: standard deviation of the point that a camera looks at, along each axis", low=0
     )
     jitter_up: float = setting(
-        0.02, "standard deviation of what jitter adds to a camera's upward unit vector, along each axis", low=0
+        0.02,
+        "with jitter_pose: standard deviation of the change of a camera's upward unit vector, along each axis",
+        low=0,
     )
-    angle_overhead: float = setting(30.0, "polar angle up to which the prompt says overhead view", low=0, high=180)
+    angle_overhead: float = setting(30.0, "polar angle up to which the prompt has overhead view", low=0, high=180)
     view_blend: float = setting(
-        90.0, "degrees around 45 and 135 over which the prompt turns from one side to the next", low=1, high=90
+        90.0, "degrees around azimuths 45 and 135 over which the prompts of two sides are blended", low=1, high=90
     )
     angle_front: float | None = setting(
         None,
-        "the prompt says front or back view within half of this from azimuth 0 or 180 and side view elsewhere, without "
-        "blending; default: blended",
+        "no blending: the prompt has front or back view within half of this angle from azimuth 0 or 180, side view "
+        "elsewhere; default: blended",
         above=0,
         high=180,
     )
-    # These three may change because a GPU's memory may leave no choice.
+    # A resumed run may change these three, to fit into the memory of a GPU.
     w: int = setting(64, "width of a training render", low=1, high=4096, resumable=True)
     h: int = setting(64, "height of a training render", low=1, high=4096, resumable=True)
     batch_size: int = setting(1, "views in a step", low=1, high=1024, resumable=True)
@@ -222,8 +219,8 @@ class FieldConfig(ConfigSection):
     hidden_width: int = setting(64, "width of the MLP's hidden layers", low=1, high=4096)
     hidden_layers: int = setting(2, "number of the MLP's hidden layers", low=0, high=8)
     density_activation: str = setting("exp", "activation of the density", choices=("exp", "softplus"))
-    blob_density: float = setting(5.0, "density of the blob at the centre from which a run starts", low=0)
-    blob_radius: float = setting(0.2, "radius of that blob", above=0)
+    blob_density: float = setting(5.0, "density at the centre of the initial blob", low=0)
+    blob_radius: float = setting(0.2, "radius of the initial blob", above=0)
     bg_radius: float = setting(1.4, "more than 0: a small MLP learns a background; else a plain colour")
 
     def __post_init__(self) -> None:
@@ -243,7 +240,9 @@ class RenderConfig(ConfigSection):
     max_steps: int = setting(
         1024, "most samples of a ray; also sets the step, 2 sqrt(3) / max_steps", low=1, high=16384, backbones=GRIDS
     )
-    dt_gamma: float = setting(0.0, "the step grows with distance by this factor; 0: even steps", low=0, backbones=GRIDS)
+    dt_gamma: float = setting(
+        0.0, "factor by which the step grows with distance; 0: even steps", low=0, backbones=GRIDS
+    )
     num_steps: int = setting(64, "stratified samples of a ray", low=1, high=4096, backbones=VANILLA)
     upsample_steps: int = setting(
         32, "importance samples of a ray, drawn from the weights of the even ones", low=0, high=4096, backbones=VANILLA
@@ -251,8 +250,8 @@ class RenderConfig(ConfigSection):
     min_near: float = setting(0.01, "nearest distance of a sample from the camera", low=0)
     density_thresh: float = setting(
         10.0,
-        "density above which a cell of the grid is occupied, the mean density at most (the isovalue of a mesh follows "
-        "the silhouettes of the images instead)",
+        "density above which a cell of the grid is occupied, at most the mean density (the isovalue of a mesh is found "
+        "from silhouettes instead)",
         above=0,
     )
     update_extra_interval: int = setting(16, "steps between two updates of the occupancy grid", low=1, backbones=GRIDS)
@@ -273,57 +272,55 @@ class ShadingConfig(ConfigSection):
     """Phases of the run and their shading."""
 
     latent_iter_ratio: float = setting(
-        0.2, "first part of the run, in which normals and opacity are the latent", low=0, high=1
+        0.2, "first part of the run, in which normals and opacity are used as latents", low=0, high=1
     )
     albedo_iter_ratio: float = setting(0.0, "part of the run up to which colour is not shaded", low=0, high=1)
     min_ambient_ratio: Scalar = setting(0.1, "least ambient light of a shaded step", low=0, high=1)
     textureless_ratio: Scalar = setting(0.2, "probability that a shaded step has no colour", low=0, high=1)
-    progressive_level: bool = setting(False, "finer levels of the grid, or frequencies, join during the run")
+    progressive_level: bool = setting(False, "add finer levels of the grid, or frequencies, during the run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig(ConfigSection):
-    """The image model that guides, and how."""
+    """Guidance: the image model and its objective."""
 
     guidance: tuple[str, ...] = setting(
         (DREAM_MINI.name,),
-        f"the model that guides: {'; '.join(f'{name}, {spec.description}' for name, spec in GUIDANCES.items())}. "
-        "The losses of several are added",
+        f"image models: {'; '.join(f'{name}, {spec.description}' for name, spec in GUIDANCES.items())}. The losses of "
+        "several are added",
         choices=tuple(GUIDANCES),
     )
     sd_version: str | None = setting(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
     hf_key: str | None = setting(None, "Stable Diffusion from a folder, or from the hub by NAME or NAME@REVISION")
-    if_key: str | None = setting(
-        None, "the first stage of IF, as --hf_key names a model; default: DeepFloyd/IF-I-XL-v1.0"
-    )
-    clip_key: str | None = setting(None, "CLIP, as --hf_key names a model; default: openai/clip-vit-base-patch16")
+    if_key: str | None = setting(None, "the first stage of IF, named as in --hf_key; default: DeepFloyd/IF-I-XL-v1.0")
+    clip_key: str | None = setting(None, "CLIP, named as in --hf_key; default: openai/clip-vit-base-patch16")
     objective: str = setting(
         "sds",
-        "what is taken from the guided prediction: sds the noise, csd the prediction without the prompt (and no "
-        "--guidance_rescale by default), asd the one with it at a later timestep, sdi the noise that inverts "
-        "the image (slower: 2 rows an inversion step); --guidance_scale is by default the model's own for sds and "
-        "csd, 7.5 for asd and sdi",
+        "what is subtracted from the guided prediction: sds the noise, csd the unconditional prediction (without "
+        "--guidance_rescale by default), asd the conditional one at a later timestep, sdi the noise that inverts the "
+        "image (slower: 2 rows an inversion step); --guidance_scale defaults to the model's own for sds and csd, to "
+        "7.5 for asd and sdi",
         choices=("sds", "csd", "asd", "sdi"),
         aliases=("score",),
     )
     loss_space: str = setting(
         "noise",
-        "sds and sdi compare the predicted noise, or the clean latent x0 that it stands for",
+        "with sds and sdi: compare the predicted noise, or the clean latents x0 that it implies",
         choices=("noise", "x0"),
     )
-    inversion_steps: int = setting(10, "with --objective sdi: calls of the model that find the noise", low=1, high=1000)
+    inversion_steps: int = setting(10, "with --objective sdi: calls of the model for the inversion", low=1, high=1000)
     guidance_scale: Scalar = setting(100.0, "s in eps = eps_uncond + s (eps_cond - eps_uncond)", low=0)
     t_range: ScalarRange = setting(
         (0.02, 0.98), "range of the timestep t, as parts of the noise schedule", low=0, high=1
     )
     t_anneal: str = setting(
         "none",
-        "t is drawn from the whole range, or falls with progress",
+        "none: t is drawn from the whole range; others: t falls with progress",
         choices=("none", "linear", "sqrt", "square"),
     )
     guidance_rescale: Scalar = setting(
         0.0,
-        "part to which the guided prediction is rescaled to the standard deviation of the unguided one",
+        "share of a rescale of the guided prediction to the standard deviation of the unguided one",
         low=0,
         high=1,
     )
@@ -332,7 +329,7 @@ class GuidanceConfig(ConfigSection):
         -1.0, "largest element of the gradient in the latents; -1: no limit", low=-1, is_limit=True
     )
     perpneg: bool = setting(
-        False, "Perp-Neg: turn away from the prompts of the front and the side where they are out of sight"
+        False, "Perp-Neg: push away from the prompts of front and side where those are out of sight"
     )
     negative_w: float = setting(-2.0, "with --perpneg: base weight of those prompts, 0 to about -4", high=0)
     front_decay_factor: float = setting(
@@ -347,11 +344,12 @@ class GuidanceConfig(ConfigSection):
                 raise UserError(f"--guidance names {name} twice")
         if self.perpneg and self.objective != "sds":
             raise UserError(
-                f"--perpneg goes with --objective sds only, not with {self.objective}: leave one of them out"
+                f"--perpneg works only with --objective sds, not with {self.objective}: leave one of them out"
             )
         if self.loss_space == "x0" and self.objective not in ("sds", "sdi"):
             raise UserError(
-                f"--loss_space x0 goes with --objective sds and sdi, not with {self.objective}: leave one of them out"
+                f"--loss_space x0 works only with --objective sds and sdi, not with {self.objective}: leave one of "
+                "them out"
             )
 
 
@@ -361,24 +359,24 @@ class LossConfig(ConfigSection):
 
     regularizers: str = setting(
         "plain",
-        "plain: weights as in the reference, to be tuned for each image model; guided: weights are parts of the "
-        "guidance's gradient, so that they transfer between models",
+        "plain: weights as in the reference, to be tuned for each image model; guided: weights are relative to the "
+        "gradient of the guidance, so they transfer between models",
         choices=("plain", "guided"),
     )
-    lambda_opacity_entropy: Scalar = setting(
-        1e-3, "entropy of the rays' opacity: empty or full", low=0, aliases=("lambda_entropy",)
-    )
-    lambda_entropy_weights: Scalar = setting(0.0, "entropy of the samples' weights, as the reference has it", low=0)
+    lambda_opacity_entropy: Scalar = setting(1e-3, "entropy of the opacity of rays", low=0, aliases=("lambda_entropy",))
+    lambda_entropy_weights: Scalar = setting(0.0, "entropy of the weights of samples, as in the reference", low=0)
     lambda_opacity: Scalar = setting(0.0, "mean square of the opacity", low=0)
-    lambda_orient: Scalar = setting(1e-2, "normals that look away from the camera", low=0)
+    lambda_orient: Scalar = setting(1e-2, "normals that face away from the camera", low=0)
     lambda_tv: Scalar = setting(0.0, "total variation of the hash table", low=0, backbones=GRIDS)
     lambda_wd: Scalar = setting(0.0, "weight decay of the hash table, level by level", low=0, backbones=GRIDS)
     lambda_2d_normal_smooth: Scalar = setting(0.0, "total variation of the normal image", low=0)
-    lambda_3d_normal_smooth: Scalar = setting(0.0, "difference of normals at near points", low=0)
+    lambda_3d_normal_smooth: Scalar = setting(0.0, "difference of normals at nearby points", low=0)
     lambda_mesh_normal: Scalar = setting(
         0.5, "with --dmtet, whose only regularisers are these two: angle between neighbouring triangles", low=0
     )
-    lambda_mesh_laplacian: Scalar = setting(0.5, "with --dmtet: vertices that stand out from their neighbours", low=0)
+    lambda_mesh_laplacian: Scalar = setting(
+        0.5, "with --dmtet: distance of vertices from the mean of their neighbours", low=0
+    )
     grad_clip: Scalar = setting(-1.0, "largest gradient of a parameter; -1: no limit", low=-1, is_limit=True)
     grad_clip_rgb: Scalar = setting(-1.0, "largest gradient of a pixel; -1: no limit", low=-1, is_limit=True)
 
@@ -389,8 +387,8 @@ class DMTetConfig(ConfigSection):
 
     dmtet: bool = setting(
         False,
-        "refine a mesh instead of optimising a density: a surface in a grid of tetrahedra, rendered at --w and --h "
-        "times --dmtet_reso_scale; by default with t_range 0.02 0.5 and light on the shape from the start",
+        "refine a mesh instead of a density: a surface in a grid of tetrahedra, rendered at --w and --h times "
+        "--dmtet_reso_scale; by default with t_range 0.02 0.5 and shading from the start",
     )
     init_with: str | None = setting(
         None, "with --dmtet: start from the folder of a run, a checkpoint of it, or a mesh file; default: a sphere"
@@ -400,7 +398,7 @@ class DMTetConfig(ConfigSection):
         128, "with --dmtet: layers of tetrahedra across the grid, an even number", low=4, high=256
     )
     lr_geo: float | None = setting(None, "with --dmtet: learning rate of the shape; default: --lr", above=0)
-    lock_geo: bool = setting(False, "with --dmtet: only the colours are optimised, the shape stays")
+    lock_geo: bool = setting(False, "with --dmtet: optimise only the colours")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -409,7 +407,7 @@ class DMTetConfig(ConfigSection):
         given = {"init_with": self.init_with is not None, "lr_geo": self.lr_geo is not None, "lock_geo": self.lock_geo}
         for name in given:
             if given[name] and not self.dmtet:
-                raise UserError(f"--{name} is of the mesh refinement: it goes with --dmtet only")
+                raise UserError(f"--{name} belongs to the mesh refinement: it works only with --dmtet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,8 +417,8 @@ class OptimConfig(ConfigSection):
     optim: str = setting("adan", "the optimiser", choices=("adan", "adam"))
     lr: float = setting(
         1e-3,
-        "base learning rate: the MLPs learn at 5 times this with adan and at 1 time with adam, the hash table at 10 "
-        "times the rate of the MLPs, the shape of --dmtet at this rate",
+        "base learning rate: the MLPs use 5 times this with adan and 1 time with adam, the hash table 10 times the "
+        "rate of the MLPs, the shape of --dmtet this rate",
         above=0,
     )
     lr_decay: float = setting(1.0, "factor of the learning rates at the end, reached exponentially", above=0, high=1)
@@ -439,13 +437,16 @@ class OptimConfig(ConfigSection):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(ConfigSection):
-    """What is written, and how finely."""
+    """Outputs and their resolution."""
 
     eval_interval: int = setting(
         1, "epochs between two sets of validation images; an epoch is 100 steps", low=1, resumable=True
     )
     test_interval: int = setting(
-        100, "epochs between two test videos during the run; the last is results/turntable.mp4", low=1, resumable=True
+        100,
+        "epochs between two test videos during the run, beside results/turntable.mp4 at its end",
+        low=1,
+        resumable=True,
     )
     save_guidance: bool = setting(
         False,
@@ -456,10 +457,10 @@ class OutputConfig(ConfigSection):
         10, "with --save_guidance: steps between two of these images", low=1, resumable=True
     )
     tensorboard: bool = setting(
-        False, "the numbers of metrics.jsonl for TensorBoard too, in tensorboard/", resumable=True
+        False, "write the numbers of metrics.jsonl for TensorBoard, too, to tensorboard/", resumable=True
     )
     profile: bool = setting(
-        False, "trace 20 steps after the first 20 with torch's profiler, into profile/", resumable=True
+        False, "trace 20 steps after the first 20 with torch's profiler, to profile/", resumable=True
     )
     dataset_size_valid: int = setting(8, "images in a validation set", low=1, high=10_000, resumable=True)
     dataset_size_test: int = setting(100, "frames of the 360-degree video", low=1, high=10_000, resumable=True)

@@ -1,6 +1,6 @@
 """Settings: dataclass fields that are also flags, with their bounds, and the check of a value.
 
-Imports nothing heavy. Raises UserError: a bad value, with its flag and the value.
+Imports nothing heavy. Errors name the flag and the value.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from dream_fast.engine.errors import UserError
 Range = tuple[float, float]
 ScalarRange = tuple[Scalar, Scalar]
 
-# Bounds of a number without bounds of its own, and the least one of those that must be more than 0: single precision
-# can compute with these numbers and with their squares.
+# Bounds of every number, and the smallest one where it must be more than 0: single precision can compute with these
+# numbers and with their squares.
 LARGEST, SMALLEST = 1e9, 1e-9
 
 
@@ -38,8 +38,8 @@ def setting(
     """Make a dataclass field that is also a flag.
 
     choices: the allowed words. The N of a choice such as "cuda:N" is any whole number.
-    low, high: closed bounds of a number; above, below: open ones. Without them its size is at most LARGEST, and at
-        least SMALLEST where it must be more than 0.
+    low, high: closed bounds of a number; above, below: open ones. Its size is at most LARGEST unless `high` is larger,
+        and at least SMALLEST where it must be more than 0.
     resumable: a resumed run may change it, since it does not change what is learned.
     backbones: the backbones that read it; None: all.
     is_limit: a value that is not positive means no limit.
@@ -51,7 +51,7 @@ def setting(
 
 
 def value_type(field: dataclasses.Field) -> Any:
-    """Return the field's type without `| None`: int, float, str, bool, Scalar, or a tuple of two of them or of words"""
+    """Return the field's type without `| None`: int, float, str, bool, Scalar, or a tuple of them."""
     if isinstance(field.type, UnionType) and field.type != Scalar:
         return next(kind for kind in get_args(field.type) if kind is not type(None))
     return field.type
@@ -60,7 +60,7 @@ def value_type(field: dataclasses.Field) -> Any:
 def check_value(field: dataclasses.Field, value: Any) -> None:
     """Check a value against the type and the bounds of its field.
 
-    Raises UserError: another type, out of bounds, a reversed range, or an empty list.
+    Raises UserError: when it has another type, is out of bounds, a reversed range or an empty list.
     """
     flag = f"--{field.name}"
     if value is None and isinstance(field.type, UnionType) and field.type != Scalar:
@@ -76,7 +76,7 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         elif not isinstance(leaf, bool):
             _check_number(flag, leaf, field.metadata)
     if isinstance(value, LinearSchedule) and field.metadata["is_limit"] and smallest(value) <= 0:
-        raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 is no limit to start from")
+        raise UserError(f"{flag} as a schedule takes limits above 0, not {value}: -1 means no limit")
     if kind == ScalarRange and any(isinstance(end, LinearSchedule) for end in value):
         if ever_below(*value):
             raise UserError(f"{flag} may be reversed during the run: from {value[0]} to {value[1]}")

@@ -1,15 +1,15 @@
-"""The word that a mistyped one was meant to be. Imports nothing heavy."""
+"""Corrections of mistyped words. Imports nothing heavy."""
 
 from collections.abc import Mapping
 
-# Letters of a word for each letter that may be wrong: below 4 none, a long word at most MOST.
+# One slip is allowed for so many letters of a word, at most MAX_SLIPS.
 LETTERS_A_SLIP = 4
-MOST = 2
+MAX_SLIPS = 2
 
 
 def nearest(word: str, choices: Mapping[str, str]) -> str | None:
-    """Return the value of the key that `word` is nearly spelled like; None: no key is, or several are as near."""
-    allowed = min(MOST, len(word) // LETTERS_A_SLIP)
+    """Return the value of the key nearest in spelling to `word`, or None where no single key is near."""
+    allowed = min(MAX_SLIPS, len(word) // LETTERS_A_SLIP)
     distances = {key: slips(word, key) for key in choices if abs(len(key) - len(word)) <= allowed}
     least = min(distances.values(), default=allowed + 1)
     near = [choices[key] for key, distance in distances.items() if distance == least]

@@ -1,6 +1,6 @@
-"""Refusals: settings that do not go together, and typed ones that a run would not read. Imports nothing heavy.
+"""Checks of settings against each other, and of typed ones that a run would not read. Imports nothing heavy.
 
-A section checks its own settings when it is made; what concerns several sections is here.
+A section checks its own settings when it is made; checks across sections are here.
 """
 
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ from dream_fast.engine.config.schema import Config, settings_unused_by
 from dream_fast.engine.config.sections import VANILLA, FieldConfig
 from dream_fast.engine.errors import UserError
 
-# Why a setting is refused: with a grid, and with the vanilla backbone.
+# Reasons to refuse a setting of another backbone: with a grid, and with the vanilla backbone.
 REFUSAL_BY_BACKBONE = (
     "its rays march through the occupancy grid, where --max_steps sets the samples of a ray",
-    "that has no hash grid, and its rays take --num_steps and --upsample_steps without an occupancy grid",
+    "it has no hash grid, and its rays take --num_steps and --upsample_steps without an occupancy grid",
 )
 
 
 def check_typed(typed: Mapping[str, Any]) -> None:
     """Check the typed settings against each other.
 
-    Raises UserError: models that contradict each other, and settings that the guidances or the backbone do not read.
+    Raises UserError: when models contradict each other, or the guidances or the backbone do not read a setting.
     """
     specs = chosen_guidances(typed)
     _check_models(typed, specs)
@@ -51,13 +51,14 @@ def _check_models(typed: Mapping[str, Any], specs: tuple[GuidanceSpec, ...]) -> 
         for key in spec.model_settings:
             if key in typed and spec not in specs:
                 raise UserError(
-                    f"--{key} is a model for --guidance {spec.name}, which {words} does not name: leave one out"
+                    f"--{key} names a model for --guidance {spec.name}, which {words} does not name: leave one out"
                 )
     for spec in filter(specs.__contains__, GUIDANCES.values()):
         others = sorted(s.name for s in specs if s.family not in (None, spec.family))
         if spec.family is not None and others:
             raise UserError(
-                f"--guidance {spec.name} does not go with {' and '.join(others)}: they need other settings of a run"
+                f"--guidance {spec.name} cannot be combined with {' and '.join(others)}: they need other settings of a "
+                "run"
             )
 
 
@@ -72,40 +73,40 @@ def _check_settings_read(typed: Mapping[str, Any], specs: tuple[GuidanceSpec, ..
 
 
 def validate(config: Config) -> None:
-    """Check what the sections of a configuration ask of each other.
+    """Check the settings of different sections against each other.
 
-    Raises UserError: settings that do not go together, or that the guidances of the run cannot do.
+    Raises UserError: when settings contradict each other, or the guidances of the run do not support them.
     """
     if config.field.backbone in VANILLA and max(map(largest, (config.loss.lambda_tv, config.loss.lambda_wd))) > 0:
-        raise UserError("--lambda_tv and --lambda_wd are of the hash table, which --backbone vanilla has not")
+        raise UserError("--lambda_tv and --lambda_wd apply to the hash table, which --backbone vanilla does not have")
     specs = specs_of(config.guidance.guidance)
     words = _guidance_words(specs)
     if config.shading.latent_iter_ratio > 0 and not accept_latents(specs):
         raise UserError(
-            f"--latent_iter_ratio {config.shading.latent_iter_ratio:g} does not go with {words}, which cannot be shown "
-            "latents: leave it out"
+            f"--latent_iter_ratio {config.shading.latent_iter_ratio:g} cannot be combined with {words}, which cannot "
+            "guide latents: leave it out"
         )
     if config.run.attention not in ("auto", "sdpa") and not any(spec.has_attention for spec in specs):
         raise UserError(
             f"--attention {config.run.attention} is for Stable Diffusion: the models of {words} keep their own"
         )
     if config.output.save_guidance and not any(spec.saves_latents for spec in specs):
-        raise UserError(f"--save_guidance shows what a diffusion model sees, and {words} has none")
+        raise UserError(f"--save_guidance saves latents of a diffusion model, and {words} has none")
     if config.run.cuda_graph and not (len(specs) == 1 and specs[0].capturable):
         raise UserError(f"--cuda_graph replays steps of one diffusion model, not those of {words}: leave it out")
     breaking = graph_breaking_flags(config)
     if config.run.cuda_graph and breaking:
-        raise UserError(f"--cuda_graph does not go with {breaking[0]}, which changes what a step launches")
+        raise UserError(f"--cuda_graph cannot be combined with {breaking[0]}, which changes what a step launches")
 
 
 def check_packages(config: Config) -> None:
-    """Check that the packages of optional outputs are installed. Raises UserError: one is missing."""
+    """Check that the packages of optional outputs are installed. Raises UserError: when one is missing."""
     if config.output.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install 'dream-fast[tensorboard]'")
 
 
 def graph_breaking_flags(config: Config) -> list[str]:
-    """Return the flags by which a step launches other kernels than the one before, so that no graph can replay it."""
+    """Return the flags in use that change what a step launches, so that no CUDA graph can replay it."""
     flags = {
         "--dmtet": config.dmtet.dmtet,
         "--progressive_level": config.shading.progressive_level,

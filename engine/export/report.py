@@ -31,7 +31,7 @@ from dream_fast.engine.workspace.atomic import atomic_write
 from dream_fast.engine.workspace.folder import Workspace
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MAX_PAGE_BYTES = 6_000_000  # images are made smaller until the page is
+MAX_PAGE_BYTES = 6_000_000  # images are shrunk until the page fits
 IMAGE_SIDES = (384, 288, 192, 128)  # pixels along the longer edge of an image, tried in this order
 MAX_FRAMES = 48  # of the turntable
 MAX_VALIDATION_IMAGES, MAX_GUIDANCE_IMAGES = 4, 6
@@ -256,7 +256,7 @@ class Chart(NamedTuple):
 def _charts(rows: list[dict[str, Any]]) -> str:
     losses = list(dict.fromkeys(name for row in rows for name in row if name.startswith("loss_")))
     rates = list(dict.fromkeys(name for row in rows for name in row if name.startswith("lr_")))
-    draw_chart = [
+    charts = [
         Chart("Losses, weighted", "loss", losses),
         Chart("Gradient of the guidance", "norm in the latents", ["grad_norm"]),
         Chart("Opacity of the rays", "mean", ["opacity"]),
@@ -265,7 +265,7 @@ def _charts(rows: list[dict[str, Any]]) -> str:
         Chart("Speed", "steps a second", ["it_per_s"]),
     ]
     marks = _marks(rows)
-    return "".join(_figure(chart, rows, marks) for chart in draw_chart)
+    return "".join(_figure(chart, rows, marks) for chart in charts)
 
 
 def _marks(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
@@ -303,7 +303,7 @@ def _summary(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, A
         facts["median speed"] = f"{statistics.median(speeds):.2f} steps a second"
     if config.run.negative:
         facts["negative prompt"] = config.run.negative
-    facts |= {f"prompt, {view}": own for view, own in config.run.view_prompts.items()}
+    facts |= {f"prompt, {view}": prompt for view, prompt in config.run.view_prompts.items()}
     return _list(facts)
 
 
@@ -351,10 +351,10 @@ def _reproduce(config: Config, manifest: Mapping[str, Any]) -> str:
 
 def _settings(config: Config) -> str:
     tables = []
-    for room, values in config.to_dict().items():
-        meanings = {field.name: field.metadata["help"] for owner, field in settings() if owner.name == room}
+    for section, values in config.to_dict().items():
+        meanings = {field.name: field.metadata["help"] for owner, field in settings() if owner.name == section}
         lines = [[f"--{name}", _format_value(value), meanings[name]] for name, value in values.items()]
-        tables.append(f"<h3>{text(room)}</h3>" + _table(["setting", "value", "meaning"], lines))
+        tables.append(f"<h3>{text(section)}</h3>" + _table(["setting", "value", "meaning"], lines))
     return "".join(tables)
 
 

@@ -23,7 +23,7 @@ def load_mesh(path: Path) -> Mesh:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path} is no mesh file: they end in {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} is not a mesh file: they end in {', '.join(SUFFIXES)}")
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -57,7 +57,7 @@ def load_mesh(path: Path) -> Mesh:
     count = len(np.unique(mesh_components(mesh)))
     if count > MAX_PARTS:
         raise UserError(
-            f"the mesh file {path} falls into {count} separate parts, of at most {MAX_PARTS}: it is no object"
+            f"the mesh file {path} falls into {count} separate parts, of at most {MAX_PARTS}: it is not one object"
         )
     return mesh
 

@@ -1,1 +1,1 @@
-"""Guidance: an image model, its prompts, and the gradient that they give to a picture of the scene."""
+"""Guidance: image models, their prompts, and the gradient that they give to rendered images."""

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dream_fast.engine.guidance.model.components import Components
+from dream_fast.engine.guidance.model.image_model import ImageModel
 from dream_fast.engine.scene.camera import Cameras
 
 
@@ -20,7 +20,7 @@ class StepInputs(NamedTuple):
     progress: part of the run that lies before it, in [0, 1].
     generator: source of all random draws of the step, on the device; None: torch's default one.
     latents: the images of the step are latents.
-    timesteps: [B] int64 from `Guidance.prepare_step`; None: the guidance draws them in its call.
+    timesteps: [B] from `Guidance.prepare_step`; None: the guidance draws them in its call.
     scalars: the numbers that change from step to step, by name, such as settings with a schedule.
     phase: "latent", "albedo" or "shaded". This and what follows is for the trainer.
     shading: shading of the render.
@@ -44,11 +44,11 @@ class GuidanceResult(NamedTuple):
     """Loss of a step, and what is logged or saved of it. B images, latents [C, h, w].
 
     loss: scalar, differentiable in the images.
-    t: [B] int64 timesteps; [0] without a diffusion model.
+    t: [B] timesteps; [0] without a diffusion model.
     grad_norm: scalar, length of `gradient`; not finite where that is not.
     gradient: [B, C, h, w], of the latents (or of the images, without latents), before the division by B.
     noisy: [B, C, h, w] x_t, or None without a diffusion model.
-    clean: [B, C, h, w] x0 = (x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t), the one-step estimate, or None.
+    clean: [B, C, h, w] x0, the one-step estimate of the clean latents, or None.
     losses: the loss of each guidance by name, of several.
     """
 
@@ -73,7 +73,7 @@ class Guidance(Protocol):
     capturable: bool = False
 
     @property
-    def components(self) -> Components | None:
+    def components(self) -> ImageModel | None:
         return None
 
     def prepare_step(self, inputs: StepInputs, batch: int) -> StepInputs:

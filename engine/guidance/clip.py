@@ -27,7 +27,8 @@ from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
 from dream_fast.engine.guidance.model.components import quiet_progress
-from dream_fast.engine.guidance.prompts import VIEWS, ViewAngles, fit, view_weights
+from dream_fast.engine.guidance.model.text import fit_window
+from dream_fast.engine.guidance.prompts import VIEWS, ViewAngles, view_weights
 from dream_fast.engine.guidance.sds import InjectGradient, resize
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.quiet import quiet_diffusers
@@ -135,8 +136,8 @@ def clip_views(model: Any, tokenizer: Any, text: str, view_prompts: Mapping[str,
     """
     view_prompts, window = view_prompts or {}, model.config.text_config.max_position_embeddings
     endings = {view: f", {view} view" for view in VIEWS if view not in view_prompts}
-    text = fit(tokenizer, window, text, list(endings.values()))
-    texts = [text + endings[v] if v in endings else fit(tokenizer, window, view_prompts[v], [""]) for v in VIEWS]
+    text = fit_window(tokenizer, window, text, list(endings.values()))
+    texts = [text + endings[v] if v in endings else fit_window(tokenizer, window, view_prompts[v], [""]) for v in VIEWS]
     tokens = tokenizer(texts, padding="max_length", max_length=window, truncation=True, return_tensors="pt")
     device = model.text_projection.weight.device
     out = model.text_model(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))

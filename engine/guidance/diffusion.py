@@ -4,7 +4,7 @@ from torch import Tensor
 
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
-from dream_fast.engine.guidance.model.components import Components
+from dream_fast.engine.guidance.model.image_model import ImageModel, first_tensor, map_rows
 from dream_fast.engine.guidance.perp_neg import Negatives, negative_weights
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, ViewAngles, view_weights
 from dream_fast.engine.guidance.sds import ScoreDistillation
@@ -20,7 +20,7 @@ class DiffusionGuidance(Guidance):
         self.distillation, self.prompts, self.angles = distillation, prompts, angles or ViewAngles()
 
     @property
-    def components(self) -> Components:
+    def components(self) -> ImageModel:
         return self.distillation.components
 
     def prepare_step(self, inputs: StepInputs, batch: int) -> StepInputs:
@@ -33,14 +33,15 @@ class DiffusionGuidance(Guidance):
 
     def _negatives(self, cameras: Cameras) -> Negatives:
         """The prompts of front and side, weighted by what the cameras see."""
-        config, embeddings = self.distillation.config, self.prompts.views[:2]  # of VIEWS
+        config = self.distillation.config
+        embeddings = map_rows(lambda rows: rows[:2], self.prompts.views)  # of VIEWS
         views = view_weights(cameras.azimuth, cameras.polar, self.angles)
         weights = negative_weights(views, config.negative_w, config.front_decay_factor, config.side_decay_factor)
-        return Negatives(embeddings, weights.to(embeddings.device))
+        return Negatives(embeddings, weights.to(first_tensor(embeddings).device))
 
 
 def diffusion_guidance(
-    components: Components, prompts: PromptEmbeddings, config: Config, *, cuda_graphs: bool = True
+    components: ImageModel, prompts: PromptEmbeddings, config: Config, *, cuda_graphs: bool = True
 ) -> DiffusionGuidance:
     """Assemble the guidance of a run from a loaded model and its embedded prompts."""
     distillation = ScoreDistillation(components, config.guidance, cuda_graphs=cuda_graphs)

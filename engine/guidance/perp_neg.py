@@ -20,11 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dream_fast.engine.guidance.model.image_model import Embedding
+
 
 class Negatives(NamedTuple):
     """Prompts to push away from."""
 
-    embeddings: Tensor  # [N, T, D], the same for the whole batch
+    embeddings: Embedding  # of N rows, the same for the whole batch
     weights: Tensor  # [B, N]
 
 

@@ -6,18 +6,14 @@ fronts. So the prompt names the view: "..., front view", "..., side view", "...,
 are interpolated linearly in the azimuth, unless an angle is given at which one ends and the next begins.
 """
 
-import logging
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dream_fast.engine.config.sections import CameraConfig
-from dream_fast.engine.guidance.model.components import Components
-
-logger = logging.getLogger(__name__)
+from dream_fast.engine.guidance.model.image_model import Embedding, ImageModel, expand, map_rows
 
 VIEWS = ("front", "side", "back", "overhead")
 
@@ -38,46 +34,50 @@ class ViewAngles(NamedTuple):
 class PromptEmbeddings:
     """Embeddings of one prompt for each view, and of the negative prompt.
 
-    `views` [4, T, D] (in the order of VIEWS) and `negative` [1, T, D] are in the model's dtype on its device; T is the
-    text encoder's window and D its width. The text encoder is freed afterwards unless `keep_text_encoder`. Words that
-    exceed the window are left out with a logged warning; the name of the view is always kept. `view_prompts` has whole
-    texts by view, which replace `text` and the name of the view.
+    `views` has four rows (in the order of VIEWS) and `negative` one, in the model's dtype on its device. The text
+    encoder is freed afterwards unless `keep_text_encoder`. Words beyond what the model reads are left out with a logged
+    warning; the name of the view is always kept. `view_prompts` has whole texts by view, which replace `text` and the
+    name of the view.
 
     Raises ValueError: when the text encoder was freed, or a name in `view_prompts` is unknown.
     """
 
     def __init__(
         self,
-        components: Components,
+        model: ImageModel,
         text: str,
         negative: str = "",
         *,
         view_prompts: Mapping[str, str] | None = None,
         keep_text_encoder: bool = False,
     ) -> None:
-        if components.text_encoder is None:
-            raise ValueError("components.text_encoder was freed: load the components again, or keep_text_encoder=True")
         view_prompts = view_prompts or {}
         if unknown := view_prompts.keys() - set(VIEWS):
             raise ValueError(f"view_prompts has texts of {', '.join(VIEWS)}, not of {', '.join(sorted(unknown))}")
-        fit_window = partial(fit, components.tokenizer, components.window)
         endings = {view: f", {view} view" for view in VIEWS if view not in view_prompts}
-        text, negative = fit_window(text, list(endings.values())), fit_window(negative, [""])
-        texts = [text + endings[view] if view in endings else fit_window(view_prompts[view], [""]) for view in VIEWS]
-        encoded = encode(components, [*texts, negative])
-        self.views = encoded[:-1]
-        self.negative = encoded[-1:]
+        text, negative = model.fit_prompt(text, list(endings.values())), model.fit_prompt(negative, [""])
+        texts = [
+            text + endings[view] if view in endings else model.fit_prompt(view_prompts[view], [""]) for view in VIEWS
+        ]
+        embedded = model.embed([*texts, negative])
+        self.views = map_rows(lambda rows: rows[:-1], embedded)
+        self.negative = map_rows(lambda rows: rows[-1:], embedded)
         if not keep_text_encoder:
-            components.free_text_encoder()
+            model.free_text_encoder()
 
-    def embeddings(self, azimuth: Tensor, polar: Tensor, angles: ViewAngles | None = None) -> tuple[Tensor, Tensor]:
-        """Embeddings (cond, uncond), each [B, T, D], for cameras at `azimuth` [B] and `polar` [B] degrees.
+    def embeddings(
+        self, azimuth: Tensor, polar: Tensor, angles: ViewAngles | None = None
+    ) -> tuple[Embedding, Embedding]:
+        """Embeddings (cond, uncond) of B rows for cameras at `azimuth` [B] and `polar` [B] degrees.
 
         Works on the embeddings' device.
         """
-        weights = view_weights(azimuth, polar, angles).to(self.views.device)
-        cond = torch.tensordot(weights, self.views.float(), dims=1).to(self.views.dtype)
-        return cond, self.negative.expand(len(cond), -1, -1)
+        weights = view_weights(azimuth, polar, angles)
+
+        def blend(views: Tensor) -> Tensor:
+            return torch.tensordot(weights.to(views.device), views.float(), dims=1).to(views.dtype)
+
+        return map_rows(blend, self.views), expand(self.negative, len(weights))
 
 
 def view_weights(azimuth: Tensor, polar: Tensor, angles: ViewAngles | None = None) -> Tensor:
@@ -98,38 +98,3 @@ def view_weights(azimuth: Tensor, polar: Tensor, angles: ViewAngles | None = Non
     overhead = (polar <= angles.overhead).to(front.dtype)
     around = torch.stack([front, 1 - front - back, back], dim=-1) * (1 - overhead)[:, None]
     return torch.cat([around, overhead[:, None]], dim=-1)
-
-
-@torch.no_grad()
-def encode(components: Components, prompts: list[str]) -> Tensor:
-    """Last hidden states [len(prompts), T, D] of the text encoder, prompts padded or cut to its window of T tokens."""
-    if components.t5:
-        prompts = [prompt.lower().strip() for prompt in prompts]  # as IF was trained
-    tokens = components.tokenizer(
-        prompts, padding="max_length", max_length=components.window, truncation=True, return_tensors="pt"
-    )
-    mask = None
-    if components.t5 or getattr(components.text_encoder.config, "use_attention_mask", False):
-        mask = tokens.attention_mask.to(components.device)
-    # Stable Diffusion's own pipeline leaves the padding unmasked: that is what its UNet was trained with.
-    return components.text_encoder(tokens.input_ids.to(components.device), attention_mask=mask)[0]
-
-
-def fit(tokenizer: Any, window: int, text: str, endings: list[str]) -> str:
-    """Cut `text` to the leading words that fit `window` tokens with each of `endings`; a warning names the others."""
-
-    def fits(candidate: str) -> bool:
-        return all(len(tokenizer(candidate + ending, verbose=False).input_ids) <= window for ending in endings)
-
-    words = text.split()
-    if fits(text) or len(words) < 2:
-        return text  # one endless word: the tokenizer cuts it
-    count = min(len(words) - 1, window)  # a word is a token at least
-    while count > 1 and not fits(" ".join(words[:count])):
-        count -= 1
-    logger.warning(
-        "the prompt is longer than the %d tokens that the text encoder reads; left out: %s",
-        window,
-        " ".join(words[count:]),
-    )
-    return " ".join(words[:count])

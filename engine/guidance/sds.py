@@ -1,13 +1,14 @@
 """Score distillation: the gradient that a diffusion model gives to a rendered image.
 
 With z = (vae(x) - shift) * scale the latents of an image x, a timestep t and noise n, the model sees
-x_t = sqrt(a_t) z + sqrt(1 - a_t) n. `distillation_gradient` computes the gradient of the latents
+x_t = signal(t) z + noise(t) n (`noise.py`). `distillation_gradient` computes the gradient of the latents
 
-    g = lambda_guidance * w(t) * (eps_hat(x_t, t) - e),    w(t) = 1 - a_t,
+    g = lambda_guidance * w(t) * (eps_hat(x_t, t) - e),    w(t) = noise^2 / (signal^2 + noise^2),
     eps_hat = eps_uncond + s (eps_cond - eps_uncond)
 
-and `ScoreDistillation` carries it back through the VAE's encoder and the resize to the image, never through the UNet
+and `ScoreDistillation` carries it back through the VAE's encoder and the resize to the image, never through the network
 (DreamFusion, Poole et al. 2022, equation 3; Latent-NeRF, Metzer et al. 2022, for latents). `cfg.py` computes eps_hat.
+With a variance preserving model w(t) is 1 - a_t; a flow gets the weight of the same mixture scaled to variance 1.
 The variants (--objective) differ in the baseline e and in the noise:
 
     sds   e = n, n is random                       Score Distillation Sampling, Poole et al. 2022
@@ -22,7 +23,7 @@ tenth of its distance from the lower end of t_range, and n is that of x_t. In sd
 
 With --loss_space x0 the gradient is that of 1/2 |z - stopgrad(z0_hat)|^2 instead, z0_hat being the clean latents that
 the guided prediction implies, rescaled by --guidance_rescale (MVDream, Shi et al. 2023; Lin et al. 2023):
-g = lambda_guidance (z - z0_hat), which weights eps_hat - n by sqrt((1 - a_t) / a_t) instead of 1 - a_t.
+g = lambda_guidance (z - z0_hat), which weights eps_hat - n by noise / signal instead of w(t).
 
 --clip_grad_latent c clamps each element of g to [-c, c].
 
@@ -42,9 +43,10 @@ from torch.utils import _pytree as pytree
 from dream_fast.engine.config.schedule import LinearSchedule, largest, value_at, values_at
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.guidance.base import GuidanceResult, StepInputs
-from dream_fast.engine.guidance.cfg import apply_cfg, eps_and_x0, predict, sqrt_alphas
+from dream_fast.engine.guidance.cfg import apply_cfg, predict
 from dream_fast.engine.guidance.ddim import invert
-from dream_fast.engine.guidance.model.components import Components
+from dream_fast.engine.guidance.model.image_model import Embedding, ImageModel, expand, map_rows
+from dream_fast.engine.guidance.noise import split
 from dream_fast.engine.guidance.perp_neg import Negatives
 from dream_fast.engine.runtime.cuda_graph import StepGraphs
 from dream_fast.engine.runtime.step_parts import end_part
@@ -60,16 +62,16 @@ Scalars = Mapping[str, float | Tensor]
 class Draws(NamedTuple):
     """Random draws of a step."""
 
-    t: Tensor  # [B] int64 timesteps
+    t: Tensor  # [B] timesteps
     noise: Tensor  # [B, C, h, w] added to the latents
     vae_noise: Tensor | None = None  # [B, C, h, w] of the VAE's posterior; None without an encoder
 
 
 class Prompts(NamedTuple):
-    """Embeddings that a step is guided by."""
+    """Embeddings of B rows that a step is guided by."""
 
-    cond: Tensor  # [B, T, D] guided towards
-    uncond: Tensor  # [B, T, D] guided away from: the negative prompt, or the empty one
+    cond: Embedding  # guided towards
+    uncond: Embedding  # guided away from: the negative prompt, or the empty one
     negatives: Negatives | None = None  # pushed away from besides (Perp-Neg)
 
 
@@ -83,7 +85,7 @@ class LatentGradient(NamedTuple):
 
 @torch.no_grad()
 def distillation_gradient(
-    model: Components, config: GuidanceConfig, z: Tensor, draws: Draws, prompts: Prompts, scalars: Scalars
+    model: ImageModel, config: GuidanceConfig, z: Tensor, draws: Draws, prompts: Prompts, scalars: Scalars
 ) -> LatentGradient:
     """Compute g of the module's docstring for latents z [B, C, h, w].
 
@@ -98,12 +100,11 @@ def distillation_gradient(
     embeddings, weights, later = [prompts.uncond, prompts.cond], None, None
     if prompts.negatives is not None:
         weights = prompts.negatives.weights
-        embeddings += [embedding.expand_as(prompts.cond) for embedding in prompts.negatives.embeddings]
+        embeddings += [_row(prompts.negatives.embeddings, row, len(z)) for row in range(weights.shape[1])]
     if config.objective == "sdi":
         noise = invert(model, z, t, prompts.cond, prompts.uncond, scale=-scale, steps=config.inversion_steps)
-    alpha = model.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
-    signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
-    noisy = signal * z + spread * noise
+    mixture = model.process.mixture(t)
+    noisy = mixture.signal * z + mixture.noise * noise
     if config.objective == "asd":
         later = (*_at_later_timestep(model, config, z, draws, scalars), prompts.cond)
     predictions = predict(model, noisy, t, embeddings, later)
@@ -115,12 +116,18 @@ def distillation_gradient(
         return LatentGradient(_clamp(config, weight * (z - clean), limit), noisy, clean)
     baseline = noise
     if config.objective == "csd":
-        baseline, _ = eps_and_x0(model, predictions[0], noisy, signal, spread)
+        baseline, _ = split(model.prediction_type, predictions[0], noisy, mixture)
     elif config.objective == "asd":
         assert later is not None
         x_later, t_later, _ = later
-        baseline, _ = eps_and_x0(model, predictions[-1], x_later, *sqrt_alphas(model, t_later))
-    return LatentGradient(_clamp(config, weight * (1 - alpha) * (eps - baseline), limit), noisy, clean)
+        baseline, _ = split(model.prediction_type, predictions[-1], x_later, model.process.mixture(t_later))
+    weight = weight * (1 - mixture.signal_share)
+    return LatentGradient(_clamp(config, weight * (eps - baseline), limit), noisy, clean)
+
+
+def _row(embeddings: Embedding, row: int, count: int) -> Embedding:
+    """Row `row` of `embeddings`, repeated `count` times."""
+    return expand(map_rows(lambda rows: rows[row : row + 1], embeddings), count)
 
 
 def _clamp(config: GuidanceConfig, gradient: Tensor, limit: float | Tensor) -> Tensor:
@@ -132,26 +139,27 @@ def _clamp(config: GuidanceConfig, gradient: Tensor, limit: float | Tensor) -> T
 
 
 def _at_later_timestep(
-    model: Components, config: GuidanceConfig, z: Tensor, draws: Draws, scalars: Scalars
+    model: ImageModel, config: GuidanceConfig, z: Tensor, draws: Draws, scalars: Scalars
 ) -> tuple[Tensor, Tensor]:
     """Latents z with the same noise at the later timestep t' of asd, and t' [B]."""
     low = scalars.get("min_timestep")
     if low is None:
         low, _ = timestep_range(model, config, 0, 0.0)  # without a schedule it is the same in every step
-    t = (draws.t + (draws.t - low) // ASYNCHRONY).clamp_max(model.num_train_timesteps - 1)
-    signal, spread = sqrt_alphas(model, t)
-    return signal * z + spread * draws.noise, t
+    process = model.process
+    t = (draws.t + process.fraction(draws.t - low, 1, ASYNCHRONY)).clamp_max(process.last_timestep)
+    mixture = process.mixture(t)
+    return mixture.signal * z + mixture.noise * draws.noise, t
 
 
-def timestep_range(model: Components, config: GuidanceConfig, step: int, progress: float) -> tuple[int, int]:
+def timestep_range(model: ImageModel, config: GuidanceConfig, step: int, progress: float) -> tuple[int, int]:
     """First and last timestep of --t_range at a step."""
-    steps = model.num_train_timesteps
-    low, high = (min(int(steps * value_at(end, step, progress)), steps - 1) for end in config.t_range)
+    steps, last = model.process.num_timesteps, model.process.last_timestep
+    low, high = (min(int(steps * value_at(end, step, progress)), last) for end in config.t_range)
     return low, high
 
 
 class ScoreDistillation:
-    """Guides images by the diffusion model `components` as `config` says.
+    """Guides images by the image model `components` as `config` says.
 
     The gradient of the images is computed at once and injected into the loss by a custom autograd function, so the
     encoder's autograd graph lives no longer than this call and a loss scale never enters fp16 activations. On a GPU
@@ -159,19 +167,19 @@ class ScoreDistillation:
     `cuda_graphs` is False or the caller captures the call itself (`prepare_step`).
     """
 
-    def __init__(self, components: Components, config: GuidanceConfig, *, cuda_graphs: bool = True):
+    def __init__(self, components: ImageModel, config: GuidanceConfig, *, cuda_graphs: bool = True):
         self.components, self.config = components, config
         self.graphs = StepGraphs() if cuda_graphs and components.device.type == "cuda" else None
 
     def __call__(
         self,
         images: Tensor,
-        cond: Tensor,
-        uncond: Tensor,
+        cond: Embedding,
+        uncond: Embedding,
         inputs: StepInputs | None = None,
         negatives: Negatives | None = None,
     ) -> GuidanceResult:
-        """Guide `images` [B, 3, H, W] in [0, 1] towards `cond` [B, T, D] and away from `uncond` [B, T, D].
+        """Guide `images` [B, 3, H, W] in [0, 1] towards `cond` and away from `uncond`, of B rows each.
 
         With `inputs.latents` they are latents [B, C, h, w], which are resized only. `negatives` are prompts to push
         away from besides. A loss scale enters as the upstream gradient of the loss.
@@ -211,14 +219,14 @@ class ScoreDistillation:
         return Draws(t, torch.randn(shape, generator=generator, device=model.device), vae_noise)
 
     def draw_timesteps(self, batch: int, inputs: StepInputs) -> Tensor:
-        """Draw timesteps [batch] int64: uniform in --t_range, or (--t_anneal) near one that falls through the range."""
+        """Draw timesteps [batch]: uniform in --t_range, or (--t_anneal) near one that falls through the range."""
         low, high = timestep_range(self.components, self.config, inputs.step, inputs.progress)
         if self.config.t_anneal != "none":
             fallen = inputs.progress ** {"sqrt": 0.5, "linear": 1.0, "square": 2.0}[self.config.t_anneal]
             middle = high - (high - low) * fallen
             jitter = ANNEAL_JITTER * (high - low)
             low, high = max(low, round(middle - jitter)), min(high, round(middle + jitter))
-        return torch.randint(low, high + 1, (batch,), generator=inputs.generator, device=self.components.device)
+        return self.components.process.draw(low, high, batch, self.components.device, inputs.generator)
 
     def scheduled_scalars(self, step: int, progress: float) -> dict[str, float | Tensor]:
         """Values at a step of the settings with a schedule, by name; for asd also "min_timestep" if that has one."""
@@ -256,10 +264,7 @@ class ScoreDistillation:
             return resize(images, model.latent_size) * 2 - 1
         if vae_noise is None:
             return resize(images, model.latent_size)
-        images = resize(images, model.image_size) * 2 - 1
-        posterior = model.vae.encode(images.to(model.dtype)).latent_dist
-        z = posterior.mean.float() + posterior.std.float() * vae_noise
-        return (z - model.shift_factor) * model.scaling_factor
+        return model.encode(resize(images, model.image_size) * 2 - 1, vae_noise)
 
 
 class InjectGradient(torch.autograd.Function):

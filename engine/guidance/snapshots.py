@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.guidance.ddim import decode
-from dream_fast.engine.guidance.model.components import Components
+from dream_fast.engine.guidance.model.image_model import ImageModel
 from dream_fast.engine.guidance.sds import resize
 
 
@@ -20,7 +20,7 @@ class GuidanceSnapshot(NamedTuple):
 
 @torch.no_grad()
 def guidance_images(
-    components: Components, rendered: Tensor, noisy: Tensor, clean: Tensor, *, latents: bool = False
+    components: ImageModel, rendered: Tensor, noisy: Tensor, clean: Tensor, *, latents: bool = False
 ) -> Tensor:
     """Decode a snapshot to images [B, 3, 3, S, S] in [0, 1]: of each view the render, x_t and the estimate of x_0.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
-from dream_fast.engine.guidance.model.components import Components
+from dream_fast.engine.guidance.model.image_model import ImageModel
 from dream_fast.engine.scene.camera import Cameras
 
 
@@ -17,7 +17,7 @@ class GuidanceSum(Guidance):
         self.terms = dict(terms)
 
     @property
-    def components(self) -> Components | None:
+    def components(self) -> ImageModel | None:
         """Those of the first guidance with a diffusion model."""
         return next((term.components for term in self.terms.values() if term.components is not None), None)
 

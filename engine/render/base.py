@@ -1,4 +1,4 @@
-"""What all renderers share: shadings, the interface `Renderer`, and its inference rendering.
+"""The interface of renderers, their shadings, and inference rendering.
 
 Shadings, with n the normal, l the unit direction to the light and a the ambient share:
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dream_fast.engine.config.sections import RenderConfig
-from dream_fast.engine.geometry.mesh import TensorMesh
+from dream_fast.engine.geometry.mesh import Mesh, TensorMesh
 from dream_fast.engine.scene.camera import Cameras, rays
 from dream_fast.engine.scene.field import Field
 from dream_fast.kernels import Samples
@@ -27,7 +27,7 @@ SHADINGS = ("albedo", "lambertian", "textureless", "normal")
 
 
 class Shading(NamedTuple):
-    """How points are coloured, and the light they are under."""
+    """Colouring of points: a mode and a light."""
 
     mode: str  # one of SHADINGS
     ambient: float | Tensor = 1.0  # share of the light that comes from all sides
@@ -143,6 +143,10 @@ class Renderer(ABC):
 
         Its rays and the background are [H, W, 3]. Without `normals` the normals may be 0.
         """
+
+    def mesh(self) -> Mesh | None:
+        """The rendered mesh as it is exported, on the host; None for a field, which has none."""
+        return None
 
     @abstractmethod
     def without_floaters(self) -> AbstractContextManager[None]:

@@ -199,7 +199,7 @@ class OccupancySampler:
 
 class ImportanceSampler:
     """Divides the part of a ray inside the cube into `num_steps` even intervals, and these at `upsample_steps` further
-    distances that are drawn from the weights of the even ones; a sample lies in the middle of each interval.
+    distances, drawn from the weights of the even ones; a sample lies in the middle of each interval.
 
     Every ray has the same number of samples, also one that misses the cube (their intervals have no length). Distances
     have no gradient, and there is no state. Source: Mildenhall et al., NeRF, 2020, section 5.2; one field is used for
@@ -213,7 +213,7 @@ class ImportanceSampler:
         self.bits = None
 
     def update(self, generator: torch.Generator | None, *, active_levels: int | Tensor | None = None) -> None:
-        """Does nothing: there is no state."""
+        """Do nothing: there is no state."""
 
     def sample(
         self,
@@ -248,11 +248,11 @@ class ImportanceSampler:
 
     @contextmanager
     def without_floaters(self) -> Iterator[None]:
-        """Changes nothing: without an occupancy grid floaters are not known."""
+        """Change nothing: without an occupancy grid floaters cannot be found."""
         yield
 
     def adapt_capacity(self, rays: int) -> None:
-        """Does nothing: the buffers always fit."""
+        """Do nothing: the buffers always fit."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -268,7 +268,7 @@ def points_on_rays(origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
 
 
 def _stratified_samples(rays: int, parts: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """One number in each of `parts` equal parts of [0, 1), [rays, parts]: random with a generator, else the middle."""
+    """Numbers [rays, parts], each in one of `parts` equal parts of [0, 1): random with a generator, else the middle."""
     offset: float | Tensor = 0.5
     if generator is not None:
         offset = torch.rand(rays, parts, generator=generator, device=generator.device).to(like)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NOTICE = b"\ndream-fast: finishing this step and saving; the same once more leaves at once\n"
+_NOTICE = b"\ndream-fast: finishing this step and saving; the same signal again ends the run at once\n"
 
 
 class Stopped(KeyboardInterrupt):

@@ -77,7 +77,7 @@ class Field(nn.Module):
     """
 
     background_bands = 6
-    table: nn.Parameter | None  # of features, in backbones that have one; has a learning rate of its own
+    table: nn.Parameter | None  # of features, where the backbone has one; it has its own learning rate
     weights: nn.ParameterList  # [out, in] of each layer
     biases: nn.ParameterList
     background_weights: nn.ParameterList
@@ -95,9 +95,7 @@ class Field(nn.Module):
             blob_radius=config.blob_radius,
         )
         self.bound = bound
-        self.register_parameter(
-            "table", None
-        )  # of features, in backbones that have one; has a learning rate of its own
+        self.register_parameter("table", None)
         self.compute_dtype: torch.dtype | None = None
         self.has_background = config.bg_radius > 0
 

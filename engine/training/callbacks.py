@@ -1,4 +1,4 @@
-"""Callbacks of a run: what is shown while it trains, each only with its flag.
+"""Callbacks of a run: additional files that it writes while it trains, each with its flag.
 
 | flag | file | content |
 |---|---|---|
@@ -29,7 +29,7 @@ NUMBERS = ("lr", "samples", "opacity", "grad_norm", "it_per_s")
 
 
 class RunCallbacks:
-    """Context around the steps of a run from `step` on, whose `guidance` and `device` the images and the trace need.
+    """Context around the steps of a run from `step` on, with the `guidance` of images and the `device` of traces.
 
     Raises UserError: when --save_guidance is set and no guidance has latents.
     """
@@ -70,7 +70,7 @@ class RunCallbacks:
         self._open.__exit__(*error)
 
     def on_step(self, step: int, result: StepResult) -> None:
-        """Handle the result of a step, after which `step` steps are taken; the next step may overwrite `result`."""
+        """Handle the result of a step; `step` counts the steps taken. The next step may overwrite `result`."""
         output = self._config.output
         if output.save_guidance and step % output.save_guidance_interval == 0:
             with record_function("guidance images"):

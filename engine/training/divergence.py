@@ -1,6 +1,6 @@
-"""Divergence of a run: how it is noticed, what the messages advise, and the settings that --rescue changes.
+"""Divergence of a run: detection, messages with advice, and the settings that --rescue changes.
 
-| divergence | noticed by | answer |
+| divergence | detected by | reaction |
 |---|---|---|
 | gradients that are not finite | a skipped step, MAX_NONFINITE_STEPS in a row | the run ends with a diagnosis |
 | an object that vanishes | mean opacity < MIN_OPACITY, MAX_DEGENERATE_STEPS in a row | a warning, or --rescue |
@@ -30,7 +30,7 @@ DEGENERACIES = {"vanished": "the object has vanished", "full": "the object fills
 
 
 class DegenerateScene(Exception):
-    """Raised when the object is lost; `kind` is one of DEGENERACIES."""
+    """Raised when the object is lost; `kind` is a key of DEGENERACIES."""
 
     def __init__(self, kind: str):
         super().__init__(kind)
@@ -38,7 +38,7 @@ class DegenerateScene(Exception):
 
 
 def rescue_overrides(config: Config, kind: str) -> dict[str, Any]:
-    """Settings to restart with, by name: those that differ from `config`."""
+    """Return the settings of a restart, by name, that differ from `config`."""
     loss, field, optim = config.loss, config.field, config.optim
     overrides: dict[str, Any] = {"lr": optim.lr / 2}
     if kind == "vanished":
@@ -54,15 +54,15 @@ def rescue_overrides(config: Config, kind: str) -> dict[str, Any]:
 
 
 def degenerate_message(config: Config, kind: str, step: int) -> str:
-    """Warning of an object that is lost before `step`."""
+    """Return the warning of an object that is lost before `step`."""
     advice, raised = format_flags(rescue_overrides(config, kind)), raised_weights(config)
     cause = f"{format_flags(raised)} may be too strong; " if raised else ""
     since = f"({MAX_DEGENERATE_STEPS} steps in a row before step {step})"
-    return f"{DEGENERACIES[kind]} {since}; {cause}--rescue starts again with {advice}"
+    return f"{DEGENERACIES[kind]} {since}; {cause}--rescue restarts with {advice}"
 
 
 def outweighed_message(config: Config, times: float, step: int) -> str:
-    """Warning of regularisers of the hash table whose gradient is so many `times` as long as that of the guidance."""
+    """Return the warning of table regularisers whose gradient is `times` as long as that of the guidance."""
     weights = {name: largest(getattr(config.loss, name)) for name in ("lambda_tv", "lambda_wd")}
     weights = {name: weight for name, weight in weights.items() if weight > 0}
     lowered = {name: float(f"{weight / times:.1g}") for name, weight in weights.items()}
@@ -74,7 +74,7 @@ def outweighed_message(config: Config, times: float, step: int) -> str:
 
 
 def raised_weights(config: Config) -> dict[str, float]:
-    """Weights of regularisers, by name, that exceed the defaults of the run's model and device."""
+    """Return weights of regularisers, by name, that exceed the defaults of the run's model and device."""
     typed = {"preset": config.run.preset, "guidance": config.guidance.guidance}
     if config.field.backbone == "vanilla":
         typed["backbone"] = "vanilla"
@@ -105,10 +105,10 @@ def _scaled(value: Scalar, factor: float) -> Scalar:
 
 
 def nonfinite_message(config: Config, steps: int, row: Mapping[str, Any]) -> str:
-    """Diagnosis of `steps` steps in a row without a finite gradient, from the last `row` of the metrics."""
+    """Return the diagnosis of `steps` steps in a row without a finite gradient, from the last `row` of the metrics."""
     terms = [name.removeprefix("loss_") for name, value in row.items() if name.startswith("loss_") and value is None]
     if "guidance" in terms or row.get("grad_norm") is None:
-        cause = "the image model's answer is not finite"
+        cause = "the image model's prediction is not finite"
         advice = "--no-fp16" if config.run.fp16 else f"--guidance_scale {largest(config.guidance.guidance_scale) / 2:g}"
     elif terms:
         cause = f"the regulariser {terms[0]} is not finite"
@@ -117,6 +117,6 @@ def nonfinite_message(config: Config, steps: int, row: Mapping[str, Any]) -> str
         cause = "the losses are finite and their gradients are not"
         advice = "--no-fp16" if config.run.fp16 else f"--grad_clip 1 or --lr {config.optim.lr / 2:g}"
     return (
-        f"the gradients of the last {steps} steps were not finite, so the run cannot go on: {cause}; {advice} may "
+        f"the gradients of the last {steps} steps were not finite, so the run ends: {cause}; {advice} may "
         "help, in a new --workspace with --ckpt and this run's last checkpoint, which those steps have not changed"
     )

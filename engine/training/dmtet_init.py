@@ -29,9 +29,6 @@ MESH_SCALE = 0.8  # size of a mesh file, as a share of the image's height or of 
 VOLUME_SIDE = 64  # points along an edge of the volume in which the object of a field is found
 
 
-# ---------------------------------------------------------------------------------------------------------------- start
-
-
 class InitSource(NamedTuple):
     """File that --init_with names."""
 
@@ -49,7 +46,7 @@ def find_init_source(name: str) -> InitSource:
         return InitSource(checkpoints[-1], True)
     if path.suffix.lower() in (".pth", ".pt", ".ckpt"):
         raise UserError(
-            f"--init_with {name}: checkpoints of other programs cannot be read; give a run's or a mesh file"
+            f"--init_with {name}: checkpoints of other programs cannot be read; name a run of dream-fast or a mesh file"
         )
     if not path.is_file():
         raise UserError(f"--init_with {name}: there is no such file")
@@ -62,10 +59,10 @@ def find_init_source(name: str) -> InitSource:
 
 
 def inherited_settings(init_with: str, folder: str, *, fresh: bool) -> dict[str, Any]:
-    """Return the settings of the field that a mesh refinement from `init_with` takes over, by name.
+    """Return the settings of the field that a mesh refinement inherits from `init_with`, by name.
 
-    A refinement that is under way in the workspace `folder` keeps its own, unless it starts afresh. Raises UserError:
-    `init_with` cannot be used.
+    A stored refinement in the workspace `folder` keeps its own, unless `fresh`. Raises UserError: when `init_with`
+    cannot be used.
     """
     stored = None if fresh else Workspace(expand_user(folder)).stored_config()
     if stored is None or stored.dmtet.init_with != init_with:
@@ -76,7 +73,7 @@ def inherited_settings(init_with: str, folder: str, *, fresh: bool) -> dict[str,
 
 
 def field_settings(start: InitSource) -> dict[str, Any]:
-    """Settings, by flag name, with which a run can load the field of a checkpoint; none for a mesh file.
+    """Return settings, by name, with which a run can load the field of a checkpoint; none for a mesh file.
 
     Raises UserError: when the checkpoint is that of a mesh refinement.
     """
@@ -84,8 +81,11 @@ def field_settings(start: InitSource) -> dict[str, Any]:
         return {}
     architecture = read_architecture(start.path)
     if "tet_grid_size" in architecture:
-        raise UserError(f"--init_with {start.path} is of a mesh refinement already: go on with its --workspace instead")
-    names = {field.name for room, field in settings() if room.type is FieldConfig} | {"bound", "occupancy_resolution"}
+        raise UserError(f"--init_with {start.path} is already a mesh refinement: continue it with its --workspace")
+    names = {field.name for section, field in settings() if section.type is FieldConfig} | {
+        "bound",
+        "occupancy_resolution",
+    }
     return {name: value for name, value in architecture.items() if name in names}
 
 
@@ -162,7 +162,7 @@ def start_from_mesh(shape: TetMesh, mesh: TensorMesh) -> None:
 
 
 def load_start(config: Config, shape: TetMesh) -> InitSource | None:
-    """Initialise the shape from a mesh file; a checkpoint is returned, for its field. None: a sphere."""
+    """Initialise the shape from a mesh file. Return the source of --init_with, or None for a sphere."""
     if config.dmtet.init_with is None:
         return None
     start = find_init_source(config.dmtet.init_with)

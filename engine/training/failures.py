@@ -32,14 +32,14 @@ def translate_disk_errors(target: Workspace, workspace: Workspace) -> Iterator[N
         target.check_not_moved()
         if error.errno not in DISK_ERRORS and not _inside(error.filename, target.path):
             raise
-        problem = "there is no room left for" if error.errno in NO_SPACE else "the system refuses to write"
+        problem = "no space is left for" if error.errno in NO_SPACE else "the system refuses to write"
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"{problem} {target.typed} ({reason}); {resume_hint(workspace)}") from error
 
 
 @contextmanager
 def translate_oom(config: Config, workspace: Workspace) -> Iterator[None]:
-    """Translate a lack of GPU memory outside the steps (loading a model, the outputs) into a UserError."""
+    """Translate running out of GPU memory outside the steps (loading a model, outputs) into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -47,25 +47,25 @@ def translate_oom(config: Config, workspace: Workspace) -> Iterator[None]:
 
 
 def resume_hint(workspace: Workspace) -> str:
-    """Tell which checkpoint is left and what the same command does with it."""
+    """Return the end of an error message: the last checkpoint, and what the same command does with it."""
     try:
         checkpoints = list_checkpoints(workspace.checkpoints)
     except OSError:
         checkpoints = []
     if not checkpoints:
         return "no checkpoint was saved yet, so the same command starts over"
-    return f"the checkpoint of step {step_of(checkpoints[-1])} is whole, and the same command goes on from it"
+    return f"the checkpoint of step {step_of(checkpoints[-1])} is complete, and the same command resumes from it"
 
 
 def _inside(name: object, folder: Path) -> bool:
     return isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(folder.absolute())
 
 
-MIN_RENDER_SIDE = 32  # pixels: an image model sees nothing in a smaller training render
+MIN_RENDER_SIDE = 32  # pixels; smaller training renders show an image model too little
 
 
 def low_memory_overrides(config: Config) -> dict[str, Any]:
-    """Settings with which a step takes less memory and the run can be resumed."""
+    """Return settings that reduce the memory of a step and that a resumed run may change."""
     camera = config.camera
     overrides: dict[str, Any] = {}
     if not config.run.vram_O:
@@ -80,10 +80,10 @@ def low_memory_overrides(config: Config) -> dict[str, Any]:
 
 
 def memory_message(config: Config, error: BaseException, resume_hint: str) -> str:
-    """Message with flags that take less memory, for a torch.OutOfMemoryError."""
+    """Return the message for a torch.OutOfMemoryError, with flags that reduce memory."""
     size = str(error).partition("Tried to allocate ")[2].split(". ")[0]
     camera, overrides = config.camera, low_memory_overrides(config)
     current = f"this step: --batch_size {camera.batch_size} --w {camera.w} --h {camera.h}"
     advice = f"give {format_flags(overrides)}" if overrides else "a smaller image model or another GPU is needed"
-    requested = f", asked for {size.rstrip('.')} more" if size else ""
-    return f"the GPU has no memory left{requested}: {advice} ({current}); {resume_hint}"
+    requested = f" ({size.rstrip('.')} more were requested)" if size else ""
+    return f"the GPU is out of memory{requested}: {advice} ({current}); {resume_hint}"

@@ -1,6 +1,6 @@
 """Compile the Triton kernels of a run before its first step, in parallel.
 
-Triton compiles a kernel at its first launch, one after the other: 15 s for a run with dream-mini and an empty cache.
+Triton compiles a kernel at its first launch, one at a time: 15 s for a run with dream-mini and an empty cache.
 The launches are collected from one step and one image of a spare trainer, in which no kernel is launched.
 """
 

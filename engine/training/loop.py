@@ -51,7 +51,7 @@ class Loop:
         self.trainer, self.workspace, self.reporter = trainer, workspace, reporter
         self.options = options or LoopOptions()
         self.config = trainer.config
-        self._degeneracy = ""  # the one that was warned of last
+        self._degeneracy = ""  # the last one with a warning
         self._warned_of_table = False
 
     def fit(self) -> None:
@@ -111,7 +111,7 @@ class Loop:
                 self.workspace.clear_outputs()  # of an earlier, shorter run
             trainer.save(self.workspace)
         if stop.number is not None:
-            self.reporter.say(f"stopped after step {trainer.step} of {run.iters}; the same command takes it up again")
+            self.reporter.say(f"stopped after step {trainer.step} of {run.iters}; the same command resumes it")
         stop.check()
 
     def _log(self, row: dict[str, Any], result: StepResult, metrics: TextIO, bar: Bar, callbacks: RunCallbacks) -> None:
@@ -145,7 +145,7 @@ class Loop:
             trainer.clear_graphs()
             path = trainer.save(self.workspace)
             hint = (
-                f"the checkpoint of step {trainer.step} is saved ({path.name}), and the same command with them goes on"
+                f"the checkpoint of step {trainer.step} is saved ({path.name}), and the same command with these resumes"
             )
             raise UserError(memory_message(self.config, error, hint)) from error
 
@@ -218,7 +218,7 @@ def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
 
 
 def _finite_number(tensor: Tensor) -> float | None:
-    """The number in a tensor, or None for one that JSON does not have."""
+    """Return the number in a tensor, or None where it is not finite, which JSON cannot store."""
     value = tensor.item()
     return value if math.isfinite(value) else None
 

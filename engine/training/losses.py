@@ -29,7 +29,7 @@ SMOOTH_DISTANCE = 0.01  # world units, standard deviation of the distance to the
 
 
 def weight_setting(term: str) -> str:
-    """Return the name of the setting that weights a term of the loss."""
+    """Return the setting that weights a term of the loss."""
     return "lambda_opacity_entropy" if term == "entropy" else f"lambda_{term}"
 
 

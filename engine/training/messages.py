@@ -1,4 +1,4 @@
-"""Messages of a run: its start, its end, and what another version left to it."""
+"""Messages of a run: its start, its end, and differences of another version."""
 
 from collections.abc import Mapping
 
@@ -40,7 +40,7 @@ def _objective(config: Config) -> str:
 
 
 def outputs_message(config: Config, runtime: Runtime, step: int) -> str:
-    """Return the line of a run without steps: `--test`, or a finished run whose missing files are written."""
+    """Return the line of a run without steps: `--test`, or a finished run."""
     if config.run.test:
         return f"{config.run.text!r} after {step} steps, on {runtime.description}"
     return (

@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from: which one it is, and what happens to damaged ones."""
+"""Resume a run from the newest checkpoint that is not damaged."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dream_fast.engine.workspace.folder import Workspace
 def resume(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[Path]:
     """Load the checkpoint to start from into `trainer`, if there is one. Return newer ones that are damaged.
 
-    Raises UserError: the only checkpoint is damaged, or the one that `--ckpt` names; `--test` without one.
+    Raises UserError: when the only checkpoint, or that of `--ckpt`, is damaged, or `--test` finds none.
     """
     candidates = _find_checkpoints(trainer.config, workspace)
     damaged: list[Path] = []
@@ -27,7 +27,7 @@ def resume(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[P
             if not candidates:
                 raise
             damaged.append(path)
-            reporter.warn(f"{error}: this run goes back to {candidates[-1].name}")
+            reporter.warn(f"{error}: the run resumes from {candidates[-1].name}")
     return damaged
 
 
@@ -38,8 +38,8 @@ def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:
         path = expand_user(config.run.ckpt)
         if stored and not config.run.test and path.resolve() not in [other.resolve() for other in stored]:
             raise UserError(
-                f"--ckpt {path} would replace the run that --workspace {workspace.path} holds; leave it out to go on "
-                "with that run, or choose another --workspace"
+                f"--ckpt {path} would replace the run that --workspace {workspace.path} holds; leave it out to resume "
+                "that run, or choose another --workspace"
             )
         return [path]
     candidates = stored if config.run.ckpt == "latest" else []

@@ -213,7 +213,7 @@ class Trainer:
         return F.normalize(cameras.c2w[:, :3, 3] + noise, dim=-1)
 
     def _background(self, inputs: StepInputs) -> Tensor | None:
-        """One random colour [3], or None for the background network."""
+        """A random colour [3], or None for the background network."""
         if inputs.latents:
             return torch.full((3,), LATENT_BACKGROUND, device=self.device)
         colour = torch.rand(3, generator=self.generator, device=self.device)

@@ -100,7 +100,7 @@ def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, d
             raise damaged(path, first_line(error)) from error
     if "checksum" in header or header["version"] > 2:
         if header.pop("checksum", None) != _checksum(header, flat):
-            raise damaged(path, "its checksum is another")
+            raise damaged(path, "its checksum is wrong")
     try:
         return header["step"], _nest(flat | header["values"])
     except (AttributeError, TypeError) as error:
@@ -144,7 +144,7 @@ def _header(path: Path, file) -> dict[str, Any]:
         if type(header.get(name)) is not kind:
             raise damaged(path, f"its header has no {name}")
     if header["step"] < 0:
-        raise damaged(path, f"its header says step {header['step']}")
+        raise damaged(path, f"its header has step {header['step']}")
     return header
 
 

@@ -252,7 +252,7 @@ class Workspace:
             raise UserError(f"{self.manifest} cannot be used: it lists no runs")
         wrong = {name for run in runs for name, value in run.items() if not _has_type(MANIFEST_TYPES.get(name), value)}
         if wrong:
-            raise UserError(f"{self.manifest} cannot be used: {', '.join(sorted(wrong))} of a run is no such thing")
+            raise UserError(f"{self.manifest} cannot be used: {', '.join(sorted(wrong))} of a run has the wrong type")
         return manifest
 
     def quarantine(self, checkpoint: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Settings that this or another version stored: read as those of this one, and put under those of a command.
+"""Settings stored by this or another version: read as settings of this version, and overridden by a command.
 
 config.json and the header of a checkpoint name the version that wrote them since 0.2.0; without a name it is 0.1.0.
 `RENAMED` and `WITHOUT` grow with each version that changes the settings; docs/compatibility.md has the rules and which
@@ -52,9 +52,9 @@ RENAMED: dict[str, Renamed] = {
     },
 }
 
-# Settings that a stored run may lack, each with the value under which this version does what those without it did.
+# Settings that a stored run may lack, each with the value that reproduces the version without it.
 WITHOUT: dict[str, Any] = {
-    # the prompt of a side was the prompt with the side's name
+    # the prompt of a side was the prompt and the name of the side
     **dict.fromkeys(("run.text_front", "run.text_side", "run.text_back", "run.text_overhead")),
     "run.output": None,
     "run.exp_start_iter": None,
@@ -115,14 +115,14 @@ class StoredRun(NamedTuple):
 
     @property
     def is_of_this_version(self) -> bool:
-        """This very version wrote it, so the defaults of a command were those of now."""
+        """True if this version wrote the run, so its defaults were the present ones."""
         return self.version == __version__
 
 
 def read_run(data: Any) -> StoredRun:
     """Read settings as config.json holds them, of this version or another one.
 
-    Raises UserError: no settings of a run, bad values, or settings that this version would have to know.
+    Raises UserError: when they are not those of a run, have bad values, or this version cannot ignore an unknown one.
     """
     if not isinstance(data, Mapping):
         raise UserError("it holds no settings of a run")
@@ -155,10 +155,10 @@ def read_run(data: Any) -> StoredRun:
 
 
 def override_stored(stored: Config, typed: Mapping[str, Any], workspace: str, device: str) -> Config:
-    """Return the configuration of a stored run under the typed settings, in `workspace` and on `device`.
+    """Return the configuration of a stored run overridden by the typed settings, in `workspace` and on `device`.
 
     `PER_COMMAND` settings come from the command alone. With `--test` the precision is that of the run. Raises
-    UserError: settings that do not go together.
+    UserError: when settings contradict each other.
     """
     typed = {name: value for name, value in typed.items() if not (name == "fp16" and typed.get("test"))}
     here = {"test": bool(typed.get("test")), "workspace": workspace, "device": device}
@@ -189,9 +189,9 @@ def way_to_read(version: Any) -> str:
 
 
 def _parse_version(version: Any) -> tuple[int, ...]:
-    """Return the numbers of a version, for comparing. Raises UserError: it is none."""
+    """Return the numbers of a version, for comparing. Raises UserError: when it is not a version."""
     if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}(\.\d{1,6}){1,3}", version, re.ASCII):
-        raise UserError(f"{version!r} is no version of dream-fast")
+        raise UserError(f"{version!r} is not a version of dream-fast")
     return tuple(map(int, version.split(".")))
 
 
@@ -209,20 +209,20 @@ def _rename(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in RENAMED} | renamed
 
 
-def _check_ignored(names: Mapping[str, Any], version: str) -> None:
-    """Raise UserError where unknown settings may not be ignored: newer ones, those of the field, and misspelt ones."""
-    if not names:
+def _check_ignored(ignored: Mapping[str, Any], version: str) -> None:
+    """Raise UserError for unknown settings of this version, of a newer one, or of the field."""
+    if not ignored:
         return
-    unknown = f"it has settings that this version of dream-fast does not know: {', '.join(names)}"
+    unknown = f"it has settings that this version of dream-fast does not know: {', '.join(ignored)}"
     if version == __version__:
         raise UserError(unknown)
     newer = _parse_version(version) > _parse_version(__version__)
-    if newer or any(name.startswith("field.") for name in names):
+    if newer or any(name.startswith("field.") for name in ignored):
         raise UserError(f"{unknown}; {way_to_read(version)}")
 
 
 def snapshot() -> dict[str, Any]:
-    """Return every setting with its default, and what each preset has instead; ready for JSON."""
+    """Return every setting with its default, and the differences of each preset, for JSON."""
     defaults = _flatten(reference().override({"preset": RunConfig().preset}))
     kinds: dict[str, dict[str, Any]] = {"grid": {}, "vanilla": {"backbone": "vanilla"}, "dmtet": {"dmtet": True}}
     kinds |= {name: {"objective": name} for name in OBJECTIVE_OVERRIDES} | {"reference": {"preset": "reference"}}

@@ -46,11 +46,20 @@ def test_take_shard():
 
 
 def test_test_files():
-    """Every test file once; interpreted ones come first."""
-    files = any_cpu.test_files()
-    interpreted = [path.parent.name == "triton" for path in files]
-    assert set(files) == set((ROOT / "tests").rglob("test_*.py")) and len(files) == len(set(files))
-    assert interpreted == sorted(interpreted, reverse=True) and 5 < sum(interpreted) < len(files)
+    """The first combination has every test file, the others all but those that no processor can change."""
+    first, *others = any_cpu.covering_combinations()
+    files = set((ROOT / "tests").rglob("test_*.py"))
+    once = {ROOT / name for name in any_cpu.ONCE}
+    assert set(any_cpu.test_files(first)) == files and once < files
+    assert all(set(any_cpu.test_files(combination)) == files - once for combination in others)
+
+
+@pytest.mark.parametrize("name", any_cpu.ONCE)
+def test_once_compares_no_numbers(name):
+    """A file that runs in one combination alone has nothing that compares numbers of tensors."""
+    words = ("bench.accuracy", "assert_close", "allclose", "approx(", "torch.equal", "rtol")
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert [word for word in words if word in text] == []
 
 
 TESTS = """
@@ -65,28 +74,31 @@ def test_skipped(): pass
 """
 
 
-def test_run_file_counts(tmp_path):
+def test_run_files_counts(tmp_path):
     """Passed, failed (in a test or its fixture) and skipped tests are told apart, with messages of failures."""
     path, out = tmp_path / "test_some.py", tmp_path / "rows.json"
     path.write_text(TESTS)
-    row = any_cpu.run_file(AS_AMD, path, [])
-    assert (row["passed"], row["skipped"]) == (1, 1)
-    assert [name.split("::")[1] for name in row["failures"]] == [
-        "test_wrong: assert False",
-        'test_of_a_fixture: failed on setup with "OSError"',
-    ]
+    for jobs in (1, 2):
+        row = any_cpu.run_files(AS_AMD, [path], [], jobs)
+        assert (row["passed"], row["skipped"]) == (1, 1)
+        assert {name.split("::")[1] for name in row["failures"]} == {
+            "test_wrong: assert False",
+            'test_of_a_fixture: failed on setup with "OSError"',
+        }
     assert any_cpu.main(["--only", str(path), "--shard", "1/9", "--out", str(out), "--", "-k", "wrong"]) == 1
     assert any_cpu.main(["--only", str(path), "--shard", "1/9", "--out", str(out), "--", "-k", "skipped"]) == 0
     (row,) = json.loads(out.read_text())
     assert (row["passed"], row["skipped"], row["failures"]) == (0, 1, [])
 
 
-def test_run_file_of_a_dead_process(tmp_path):
+def test_run_files_of_a_dead_process(tmp_path):
     """A crash leaves no report of pytest, and is not taken for a file without failures."""
     path = tmp_path / "test_dies.py"
     path.write_text("import os\ndef test_dies(): os._exit(3)\n")
-    (failure,) = any_cpu.run_file(PLAIN, path, [])["failures"]
-    assert failure.startswith("test_dies.py ended with status 3")
+    (failure,) = any_cpu.run_files(PLAIN, [path], [], 1)["failures"]
+    assert failure.startswith("pytest ended with status 3")
+    (failure,) = any_cpu.run_files(PLAIN, [path], [], 2)["failures"]
+    assert "test_dies" in failure and "crashed" in failure
 
 
 def test_table_replaces_markers(tmp_path):

@@ -200,7 +200,7 @@ def test_quality_compares_objectives(bench, capsys):
     wrongs = {
         '{"iters": 0}': "--iters must be",
         '{"itres": 7}': "unknown setting: itres",
-        '{"lambda_tv": "1:2"}': "'1:2' is no schedule",
+        '{"lambda_tv": "1:2"}': "'1:2' is not a schedule",
         "[7]": "a JSON object",
         "{": "Expecting",
     }

@@ -21,7 +21,7 @@ from dream_fast.bench.ops.spec import Case, run
 from dream_fast.kernels._core.launch import INTERPRETED
 
 CPU = torch.device("cpu")
-ROW = "op case impl mode dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
+ROW = "op case impl mode call dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
 NEVER = 1e6  # seconds: no limit ends what these tests run
 HEAD = "schema gpu driver torch triton git_sha dirty utc copy_rate matmul_rate rows".split()
 
@@ -217,7 +217,7 @@ def test_result_file_schema(tmp_path, capsys):
     ]
     for row in found["rows"]:
         assert list(row) == ROW
-        assert row["impl"] == "reference" and row["dtype"] == "float32"
+        assert row["impl"] == "reference" and row["dtype"] == "float32" and row["call"] == "eager"
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["pct_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["median_ms"], rel=0.05, abs=0.01)
         assert row["max_err"] <= row["tol"]

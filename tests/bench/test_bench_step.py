@@ -78,6 +78,19 @@ def test_write_kernels_keeps_rows(tmp_path):
     assert written(head | {"dirty": True}, ("march", 5)) == [("march", 5)]  # two states without a commit may differ
 
 
+def test_write_kernels_keeps_both_calls(tmp_path):
+    """A row replayed from a graph and one called from Python are two; a stored one without the field is the former."""
+    path = tmp_path / "r.json"
+    head = {"gpu": "A", "torch": "2", "triton": "3", "driver": "5", "git_sha": "abc", "dirty": False}
+    row = dict(op="march", case="rays_8", mode="forward", dtype="float32", impl="triton")
+    results.write_kernels(path, head, [row | {"median_ms": 1}])
+    results.write_kernels(
+        path, head, [row | {"call": "eager", "median_ms": 2}, row | {"call": "graph", "median_ms": 3}]
+    )
+    rows = results.read(path, "A")["rows"]
+    assert [(row["call"], row["median_ms"]) for row in rows] == [("graph", 3), ("eager", 2)]
+
+
 def test_step_fails_on_wrong_gradient(tmp_path, monkeypatch, capsys):
     """A biased image model fails the command."""
     genuine = step_cases.our_components

@@ -83,7 +83,7 @@ def test_run_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = run_line(CommandLine("README", "--workspace trial -O --test --six_views"), tmp_path)
     assert looked.verdict == "works" and "`results/six_views.png`" in looked.details
     gone = run_line(CommandLine("README", "--workspace gone -O --test"), tmp_path)
-    assert gone == Outcome("refused", "--test needs a run to look at, and --workspace gone holds none")
+    assert gone == Outcome("refused", "--test needs a stored run, but --workspace gone holds none")
 
 
 def test_run_line_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

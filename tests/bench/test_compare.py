@@ -51,6 +51,25 @@ def test_identity_takes_every_other_field(name):
     assert compare.identity(ROW | {name: "other"}) != compare.identity(ROW)
 
 
+@pytest.mark.parametrize(
+    ("op", "impl", "call"),
+    [
+        ("field", "triton", "graph"),
+        ("field", "reference", "eager"),
+        ("field", "compiled", "eager"),
+        ("bias_residual", "reference", "graph"),
+        ("group_norm_silu", "compiled", "graph"),
+    ],
+)
+def test_rows_of_earlier_files_have_the_call_of_their_time(op, impl, call):
+    """Without the field, a row is the one that was replayed where it could be, and no other."""
+    old = {name: value for name, value in row(1.0, op=op, impl=impl).items() if name != "call"}
+    others = {"graph": "eager", "eager": "graph"}
+    slower, missing = compare.compare(result(old), result(row(2.0, op=op, impl=impl, call=call)))
+    assert len(slower) == 1 and missing == []
+    assert compare.identity(old) != compare.identity(row(1.0, op=op, impl=impl, call=others[call]))
+
+
 def write(path, record):
     path.write_text(json.dumps(record), encoding="utf-8")
     return str(path)
@@ -62,10 +81,11 @@ def test_table_of_slower_rows(tmp_path, capsys):
     new = write(tmp_path / "new", result(row(3.0)))
     assert compare.main([base, new]) == 1
     gone, head, line = capsys.readouterr().out.splitlines()
-    assert gone == f"only in {base}: field gone forward float16 triton"
+    assert gone == f"only in {base}: field gone forward float16 triton eager"
     assert head == f"{'slower on NVIDIA H200':70} {'before':>10} {'after':>10} {'change':>8} {'allowed':>8}"
     assert (
-        line == f"{'field rays_64 forward float16 triton':70} {'2.0000':>10} {'3.0000':>10} {'+50.0%':>8} {'16.0%':>8}"
+        line
+        == f"{'field rays_64 forward float16 triton eager':70} {'2.0000':>10} {'3.0000':>10} {'+50.0%':>8} {'16.0%':>8}"
     )
 
 

@@ -51,6 +51,16 @@ def test_kernels_table_shows_both_gpus(results) -> None:
     assert "NVIDIA H9: commit abcdef0, 2026-11-29, torch 2.11.0" in report.kernels_table()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_index_rows_prefers_the_graph(order):
+    """Of a row replayed from a graph and one called from Python the former counts, in any order."""
+    both = [make_row(call="graph", median_ms=1.0), make_row(call="eager", median_ms=2.0)][::order]
+    only = make_row(case="rays_8", call="eager", median_ms=3.0)
+    index = report.index_rows({"rows": [*both, only]})
+    assert index["field", "rays_64", "forward"]["triton"]["median_ms"] == 1.0
+    assert index["field", "rays_8", "forward"]["triton"]["median_ms"] == 3.0
+
+
 def test_norms_table_has_both_modes_in_a_row(results) -> None:
     """Forward on the left, forward and backward on the right, and an operator without a backward ends early."""
     norm = {"op": "group_norm_silu", "case": "vae_8x8x8"}

@@ -32,19 +32,19 @@ def engine(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "no prompt: say what to make with --text"),
-        (["-O", "--save_mesh"], "no prompt: say what to make with --text"),
+        ([], "no prompt: give one with --text"),
+        (["-O", "--save_mesh"], "no prompt: give one with --text"),
         (["--text", ""], "--text is empty"),
         (["--text", "   "], "--text is empty"),
         (["--text"], "--text: expected one argument"),
-        (["--text", "a", "hamburger"], "unexpected 'hamburger': a prompt of several words stands in quotes"),
-        (["a hamburger"], "unexpected 'a hamburger': a prompt of several words stands in quotes after --text"),
+        (["--text", "a", "hamburger"], "unexpected 'hamburger': put a prompt of several words in quotes"),
+        (["a hamburger"], "unexpected 'a hamburger': put a prompt of several words in quotes after --text"),
         (["--text", "a cat", "--save_mesh", "yes"], "unexpected 'yes' after --save_mesh"),
         (["--text", "a cat", "--phi_range", "-90", "90", "3"], "unexpected '3' after --phi_range"),
         (["--text", "a qwzxlp"], 'does not know what "a qwzxlp" is; it knows hamburger, donut'),
         (["--text", "a cat", "--text_back", "a qwzxlp"], 'does not know what "a qwzxlp" is; it knows hamburger, donut'),
         (["--text", "a cat", "--text_overhead", " "], "--text_overhead is empty"),
-        (["--text_front", "a cat"], "no prompt: say what to make with --text"),
+        (["--text_front", "a cat"], "no prompt: give one with --text"),
         (["--text", "a wizard\nwith a hat"], 'does not know what "a wizard with a hat" is'),
         (["--text", "a cat", "--iter", "5"], "unknown flag --iter; did you mean --iters?"),
         (["--text", "a cat", "--guidence_scale=5"], "unknown flag --guidence_scale; did you mean --guidance_scale?"),
@@ -57,11 +57,11 @@ def engine(monkeypatch, tmp_path):
         ),
         (
             ["--text", "a cat", "-O2", "--max_steps", "64"],
-            "--max_steps has no meaning with --backbone vanilla: that has",
+            "--max_steps has no meaning with --backbone vanilla: it has",
         ),
         (
             ["--text", "a cat", "-O2", "--lambda_tv", "1"],
-            "--lambda_tv has no meaning with --backbone vanilla: that has",
+            "--lambda_tv has no meaning with --backbone vanilla: it has",
         ),
         (["--text", "a cat", "--num_steps", "64"], "--num_steps has no meaning with --backbone grid: its rays march"),
         (
@@ -71,18 +71,24 @@ def engine(monkeypatch, tmp_path):
         (["--text", "a cat", "-O2", "--num_steps", "0"], "--num_steps must be at least 1, not 0"),
         (["--text", "a cat", "-O2", "--upsample_steps", "-1"], "--upsample_steps must be at least 0, not -1"),
         (["--text", "a cat", "-O2", "--n_frequencies", "0"], "--n_frequencies must be at least 1, not 0"),
-        (["--text", "a cat", "--init_with", "a.glb"], "--init_with is of the mesh refinement: it goes with --dmtet"),
+        (
+            ["--text", "a cat", "--init_with", "a.glb"],
+            "--init_with belongs to the mesh refinement: it works only with --dmtet",
+        ),
         (["--text", "a cat", "--dmtet", "--init_with", "a.glb"], "--init_with a.glb: there is no such file"),
         (["--text", "a cat", "--dmtet", "--tet_grid_size", "9"], "--tet_grid_size must be even, not 9"),
         (["--text", "a cat", "--gui"], "--gui is not available: there is no viewer"),
-        (["--image", "a_rgba.png"], "--image is not available: a run starts from a prompt"),
+        (["--image", "a_rgba.png"], "--image is not available: image conditioning is not supported"),
         (["--text", "a cat", "--lambda_rgb=3"], "--lambda_rgb is not available"),
         (["--text", "a cat", "--backbone", "mlp"], "--backbone is one of grid, grid_torch, vanilla, not 'mlp'"),
         (["--text", "a cat", "--backbone=grid_tcnn"], "--backbone grid_tcnn is not available"),
         (["--text", "a cat", "--guidance", "SD", "zero123"], "--guidance zero123 is not available"),
-        (["--text", "a cat", "--guidance", "clip", "--IF"], "--IF takes the place of SD, which --guidance clip does"),
-        (["--text", "a cat", "--IF", "--sd_version", "2.1"], "--sd_version is a model for --guidance SD, which"),
-        (["--text", "a cat", "--IF", "--latent_iter_ratio", "0.1"], "--latent_iter_ratio 0.1 does not go with --guida"),
+        (["--text", "a cat", "--guidance", "clip", "--IF"], "--IF replaces SD, which --guidance clip does"),
+        (["--text", "a cat", "--IF", "--sd_version", "2.1"], "--sd_version names a model for --guidance SD, which"),
+        (
+            ["--text", "a cat", "--IF", "--latent_iter_ratio", "0.1"],
+            "--latent_iter_ratio 0.1 cannot be combined with --guida",
+        ),
         (["--text", "a cat", "--guidance", "clip", "--perpneg"], "--perpneg has no meaning with --guidance clip alone"),
         (["--text", "a cat", "--ckpt", "best"], "--ckpt best is not available"),
         (["--text", "a cat", "--iters", "0"], "--iters must be at least 1, not 0"),
@@ -106,7 +112,7 @@ def engine(monkeypatch, tmp_path):
         (["--text", "a cat", "--optim", "sgd"], "--optim is one of adan, adam, not 'sgd'"),
         (["--text", "a cat", "--sd_version", "3"], "--sd_version is one of 1.5, 2.0, 2.1, not '3'"),
         (["--text", "a cat", "--hf_key", "x", "--sd_version", "2.1"], "give one of them"),
-        (["--test", "--workspace", "empty"], "--test needs a run to look at, and --workspace empty holds none"),
+        (["--test", "--workspace", "empty"], "--test needs a stored run, but --workspace empty holds none"),
     ],
 )
 def test_bad_input_refused(words, sentence, engine, tmp_path, capsys):
@@ -171,7 +177,7 @@ def test_shortcut_below_typed(words, typed, capsys):
 def test_shortcut_O2_beside_O(words, capsys):
     """The second shortcut does nothing beside the first with a message."""
     assert parse(words) == {"fp16": True}
-    assert capsys.readouterr().err == "dream-fast: note: -O2 does nothing beside -O\n"
+    assert capsys.readouterr().err == "dream-fast: note: -O2 has no effect beside -O\n"
 
 
 def test_shortcut_help():
@@ -221,9 +227,9 @@ def test_file_order(engine, tmp_path):
         (None, "--file ~nobody_knows/run.txt", "--file ~nobody_knows/run.txt cannot be read ("),
         (b"--text a\0b", "--file run.txt", "--file run.txt is not a text file"),
         (b"\x89PNG\r\n\xff\xfe", "--file run.txt", "--file run.txt is not a text file"),
-        (b"-O\n--text 'a cat", "--file run.txt", "--file run.txt: what begins with ' in line 2 is not closed"),
-        (b'--text "a cat\n', "--file run.txt", '--file run.txt: what begins with " in line 1 is not closed'),
-        (b"--text cat\\", "--file run.txt", "--file run.txt: what begins with \\ in line 1 is not closed"),
+        (b"-O\n--text 'a cat", "--file run.txt", "--file run.txt: the ' in line 2 is not closed"),
+        (b'--text "a cat\n', "--file run.txt", '--file run.txt: the " in line 1 is not closed'),
+        (b"--text cat\\", "--file run.txt", "--file run.txt: the \\ in line 1 is not closed"),
         (b"--file run.txt", "--file run.txt", "--file run.txt: a file of arguments cannot name another one"),
         (b"--file=x", "--file run.txt", "--file run.txt: a file of arguments cannot name another one"),
         (b"--text cat --itres 5", "--file run.txt", "--file run.txt: unknown flag --itres; did you mean --iters?"),

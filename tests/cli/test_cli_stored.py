@@ -51,7 +51,7 @@ def test_no_run_to_look_at_is_named_by_its_folder(handed, capsys):
     """The folder that was typed, or the default one."""
     for words, folder in (([], "workspace"), (["--workspace", "~/none"], "~/none")):
         assert main(["--test", *words, *CPU]) == 2
-        sentence = f"--test needs a run to look at, and --workspace {folder} holds none"
+        sentence = f"--test needs a stored run, but --workspace {folder} holds none"
         assert capsys.readouterr().err == f"dream-fast: error: {sentence}\n"
 
 

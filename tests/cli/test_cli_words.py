@@ -19,8 +19,8 @@ from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.config.setting import setting
 from dream_fast.engine.errors import UserError
 
-DASH = ": it begins with a dash that is no hyphen; type flags as in --text"
-CURLY = ": a prompt stands in straight quotes, as in --text 'a hamburger'"
+DASH = ": it begins with a dash that is not a hyphen; type flags as in --text"
+CURLY = ": put the prompt in straight quotes, as in --text 'a hamburger'"
 SCHEDULE = LinearSchedule(0, 0.9, 0.5, 10, fractions=False)
 
 
@@ -96,7 +96,7 @@ def test_refused_flags_messages():
     for flag, reason in UNSUPPORTED_FLAGS.items():
         assert refusal("--text", "a cat", flag, "1") == f"{flag} is not available: {reason}"
     for flag, reason in RENAMED_FLAGS.items():
-        assert refusal("--text", "a cat", f"{flag}=1") == f"{flag} is gone: {reason}"
+        assert refusal("--text", "a cat", f"{flag}=1") == f"{flag} was removed: {reason}"
 
 
 def test_refused_values_messages():
@@ -106,7 +106,7 @@ def test_refused_values_messages():
         assert refusal("--text", "a cat", flag, word) == refusal(f"{flag}={word}") == sentence
     for (flag, word), answer in VALUES.items():
         if not word.startswith("-"):
-            sentence = f"{flag} {word} is not known here: {answer}"
+            sentence = f"{flag} {word} is unknown: {answer}"
             assert refusal("--text", "a cat", flag, word) == refusal(f"{flag}={word}") == sentence
     assert refusal("--guidance", "SD", "zero123").startswith("--guidance zero123 is not available: ")
 
@@ -135,22 +135,22 @@ def test_refused_values_messages():
         (["a.b.seed=3"], f"unexpected 'a.b.seed=3': settings are flags here; {KEYS['seed']}"),
         (["max_steps=3"], f"unexpected 'max_steps=3': settings are flags here; {KEYS['max_steps']}"),
         (["my_own.key=3"], "unexpected 'my_own.key=3': settings are flags here, as in --iters 5000; see --help"),
-        (["a b=3"], "unexpected 'a b=3': a prompt of several words stands in quotes after --text"),
-        (["seed"], "unexpected 'seed': a prompt of several words stands in quotes after --text"),
+        (["a b=3"], "unexpected 'a b=3': put a prompt of several words in quotes after --text"),
+        (["seed"], "unexpected 'seed': put a prompt of several words in quotes after --text"),
         (["--text", "\u201ca", "cat\u201d"], f"unexpected 'cat\u201d'{CURLY}"),
         (["--text", "\u2018a", "cat"], f"unexpected 'cat'{CURLY}"),
         (["--save_mesh", "on"], "unexpected 'on' after --save_mesh, which takes no value: --no-save_mesh turns it off"),
         (["--iters", "5", "6"], "unexpected '6' after --iters"),
         (
             ["--iters", "5", "--text", "a", "cat"],
-            "unexpected 'cat': a prompt of several words stands in quotes after --text",
+            "unexpected 'cat': put a prompt of several words in quotes after --text",
         ),
         (["--lr", "0,5"], "--lr: '0,5' is not a number"),
         (["--w", "1.0"], "--w: '1.0' is not a whole number"),
         (["--lambda_tv", "a"], "--lambda_tv: 'a' is not a number"),
         (
             ["--lambda_tv", "1:2:3"],
-            "--lambda_tv: '1:2:3' is no schedule; one is start:v0:v1:end, as in 0.0:8:4:1.0 "
+            "--lambda_tv: '1:2:3' is not a schedule; write start:v0:v1:end, as in 0.0:8:4:1.0 "
             "(fractions of the run) or 0:8:4:500 (steps)",
         ),
     ],
@@ -307,6 +307,8 @@ def test_each_prompt_is_checked_once(handed, capsys):
     notes, warnings = [], []
     for line in capsys.readouterr().err.splitlines():
         (notes if line.startswith("dream-fast: note: ") else warnings).append(line)
-    assert len(notes) == 1 and notes[0].startswith('dream-fast: note: --negative: "(blurry:1.2)" has no meaning')
+    assert len(notes) == 1 and notes[0].startswith(
+        'dream-fast: note: --negative: "(blurry:1.2)" has no special meaning'
+    )
     assert [line.split('"')[1] for line in warnings] == ["shiny", "blurry", "1", "2"]
     assert all(line.startswith("dream-fast: warning: the embedded model does not know the word ") for line in warnings)

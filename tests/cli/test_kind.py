@@ -100,12 +100,12 @@ def test_module_is_the_command(tmp_path):
         (["--text", "a cat", "--sd_version", "1.4"], "--hf_key CompVis/stable-diffusion-v1-4"),
         (["--text", "a cat", "--device", "1"], "--device cuda:1"),
         (["--text", "a cat", "--device", "mps"], "leave --device out"),
-        (["--text", "a cat", "--seed", "-1"], "a seed is drawn where --seed is left out"),
-        (["train", "--text", "a cat"], "no commands here; flags stand alone"),
+        (["--text", "a cat", "--seed", "-1"], "leave --seed out to draw one"),
+        (["train", "--text", "a cat"], "no commands here; begin with --text"),
         (["export", "--workspace", "x"], "--save_mesh"),
         (["--text", "a cat", "--save_mesh", "True"], "--no-save_mesh turns it off"),
         (["--text", "a cat", "--fp16=false"], "--fp16 takes no value, so not 'false': --no-fp16 turns it off"),
-        (["\u2014text", "a cat"], "a dash that is no hyphen"),
+        (["\u2014text", "a cat"], "a dash that is not a hyphen"),
         (["--text", "\u201ca", "cat\u201d"], "straight quotes"),
         (["--text", "a cat", "--zero123-config", "x"], UNSUPPORTED_FLAGS["--zero123_config"]),
     ],
@@ -191,7 +191,7 @@ def test_slips_are_counted_as_they_are_made():
 def test_foreign_syntax_noted(prompt, shown, advice, capsys):
     """It is read as words, and a note names it and what to do, for each prompt and for the negative one."""
     (note,) = foreign_syntax(prompt)
-    assert note.startswith(f'"{shown}" has no meaning of its own here') and advice in note
+    assert note.startswith(f'"{shown}" has no special meaning and is read as words') and advice in note
     words = ["--print-config", "--device", "cpu", "--hf_key", "x", "--text"]
     assert main([*words, prompt]) == 0
     assert capsys.readouterr().err == f"dream-fast: note: --text: {note}\n"
@@ -253,7 +253,7 @@ def test_workspace_that_may_only_be_read(finished, tmp_path, capsys, monkeypatch
         # Root may write everywhere, so a mode bit would show nothing.
         monkeypatch.setattr("os.access", lambda name, mode, path=path: name != path and allowed(name, mode))
         said = refusal(capsys, words)
-        assert f"no permission to write {'in ' * path.is_dir()}{path}; --output FOLDER takes the outputs" in said
+        assert f"no permission to write {'in ' * path.is_dir()}{path}; --output FOLDER writes the outputs" in said
         assert main([*words, "--output", str(tmp_path / "look")]) == 0
     assert "--output" not in refusal(capsys, ["--text", "a cat", "--workspace", str(finished), *SMALL])
 
@@ -270,7 +270,7 @@ def test_output_folder_occupied(finished, tmp_path, capsys):
     assert "config.json cannot be used" in refusal(capsys, [*words, str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "results" / "front.png").read_text() == "mine"
     said = refusal(capsys, ["--text", "a cat", "--output", str(tmp_path / "new"), "--device", "cpu"])
-    assert said == "--output goes with --test only: a run writes everything to its --workspace"
+    assert said == "--output works only with --test: a run writes everything to its --workspace"
 
 
 # ---------------------------------------------------------------------------------------------------------- which GPU

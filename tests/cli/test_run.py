@@ -170,7 +170,7 @@ def test_full_disk_at_mesh(copy, capsys, monkeypatch):
 
     monkeypatch.setattr("dream_fast.engine.export.mesh_files._obj", full)
     said = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--six_views", "--device", "cpu"])
-    assert "there is no room left" in said and "the checkpoint of step 4 is whole" in said
+    assert "no space is left" in said and "the checkpoint of step 4 is complete" in said
     assert contents(copy / "checkpoints") | contents(copy / "mesh") == before
 
 
@@ -397,11 +397,12 @@ def test_damaged_newest_checkpoint_falls_back(copy, tiny_model, capsys):
         metrics.write("junk\n")
     capsys.readouterr()
     assert main(["--test", "--six_views", "--workspace", str(copy)]) == 0  # looking changes nothing
-    assert newest.exists() and "goes back to step_000004.safetensors" in capsys.readouterr().out
+    assert newest.exists() and "the run resumes from step_000004.safetensors" in capsys.readouterr().out
     assert main(longer) == 0
     said = capsys.readouterr().out
-    assert f"warning: the checkpoint {newest} is damaged" in said and "goes back to step_000004.safetensors" in said
-    assert "goes back to step_000004.safetensors" in (copy / "log.txt").read_text() and "cannot be read" in said
+    assert f"warning: the checkpoint {newest} is damaged" in said
+    assert "the run resumes from step_000004.safetensors" in said
+    assert "the run resumes from step_000004.safetensors" in (copy / "log.txt").read_text() and "cannot be read" in said
     assert [json.loads(row)["step"] for row in (copy / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
     assert newest.read_bytes() == whole  # reached once more
     assert newest.with_name("damaged_step_000006.safetensors").exists()

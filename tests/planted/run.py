@@ -2,6 +2,7 @@
 
     make faults                       # all of them, as many at once as there are processors
     make faults FAULTS="-n 8 mlp march"   # eight at once, of the lists mlp.toml and march.toml
+    make faults FAULTS="--results new.jsonl --first old.jsonl"   # what caught a fault earlier runs first
     python tests/planted/run.py --check   # only whether every fault still applies
 
 A list `NAME.toml` beside this file holds the faults of one file of kernels:
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import re
 import shutil
@@ -167,8 +169,11 @@ def copy_tree(folder: Path) -> Path:
     return tree
 
 
-def run_tests(tree: Path, fault: Fault, output: Path) -> NoReturn:
-    """Run the tests in this process, which ends with pytest's status. What it prints goes to `output`."""
+def run_tests(tree: Path, fault: Fault, first: str, output: Path) -> NoReturn:
+    """Run the test `first`, if any, and unless it fails all of the fault's, in this process.
+
+    It ends with pytest's status. What it prints goes to `output`.
+    """
     import pytest
 
     with output.open("wb") as file:
@@ -178,7 +183,10 @@ def run_tests(tree: Path, fault: Fault, output: Path) -> NoReturn:
         sys.path.insert(0, str(tree.parent))
         sys.dont_write_bytecode = True  # it could outlive the fault
         options = ["-q", "-x", "-rf", "--tb=line", "--no-header", "-p", "no:cacheprovider"]
-        status = pytest.main([*options, *fault.tests])
+        for tests in ([first] if first else []), fault.tests:
+            status = pytest.main([*options, *tests]) if tests else 0
+            if status == pytest.ExitCode.TESTS_FAILED:
+                break
         sys.stdout.flush()
         os._exit(status)
 
@@ -194,17 +202,30 @@ def read_verdict(status: int, output: str) -> tuple[str, str]:
     return "broke", f"ended with status {status}: {output.strip()[-200:]}"
 
 
-def run_faults(faults: list[Fault], at_once: int) -> dict[Fault, tuple[str, str]]:
-    """What became of each fault. Prints a line a fault as it ends.
+def read_results(path: Path | None) -> dict[str, tuple[str, str]]:
+    """What `--results` keeps: verdict and detail by the line of a fault; nothing where there is no such file."""
+    text = path.read_text(encoding="utf-8") if path and path.exists() else ""
+    return {line: (verdict, detail) for line, verdict, detail in map(json.loads, text.splitlines())}
 
-    A run is a fork of this process, which has imported what takes longest.
+
+def run_faults(
+    faults: list[Fault], at_once: int, first: dict[str, tuple[str, str]], kept: Path | None = None
+) -> dict[Fault, tuple[str, str]]:
+    """What became of each fault. Prints a line a fault as it ends, and adds it to the file `kept`.
+
+    `first` has earlier results: the test that caught a fault is run before the others. A run is a fork of this process,
+    which has imported what takes longest.
     """
     import pytest  # noqa: F401
     import torch._inductor.config  # noqa: F401  the deterministic mode imports it
     import triton  # noqa: F401
 
     results: dict[Fault, tuple[str, str]] = {}
-    waiting, running = list(reversed(faults)), {}
+    caught = {line: test for line, (verdict, test) in first.items() if verdict == "caught"}
+    waiting, running = (
+        sorted(faults, key=lambda fault: str(fault) not in caught),
+        {},
+    )  # from its end
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         trees = [copy_tree(Path(folder) / str(number)) for number in range(at_once)]
         while waiting or running:
@@ -214,7 +235,7 @@ def run_faults(faults: list[Fault], at_once: int) -> dict[Fault, tuple[str, str]
                 (tree / fault.file).write_text(plant(source, fault), encoding="utf-8")
                 process = os.fork()
                 if process == 0:
-                    run_tests(tree, fault, tree.parent / "output")
+                    run_tests(tree, fault, caught.get(str(fault), ""), tree.parent / "output")
                 running[process] = fault, tree, source, monotonic()
             process, status = os.waitpid(-1, os.WNOHANG)
             if process == 0:
@@ -229,6 +250,9 @@ def run_faults(faults: list[Fault], at_once: int) -> dict[Fault, tuple[str, str]
             output = (tree.parent / "output").read_text(encoding="utf-8", errors="replace")
             results[fault] = verdict, detail = read_verdict(os.waitstatus_to_exitcode(status), output)
             print(f"{verdict:6} {monotonic() - start:4.0f} s  {fault}  {detail}", flush=True)
+            if kept:
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([str(fault), verdict, detail]) + "\n")
     return results
 
 
@@ -268,6 +292,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-k", default="", metavar="TEXT", help="only faults whose line has this text")
     parser.add_argument("--check", action="store_true", help="only check that every fault applies")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the summary into this Markdown page")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="keep what became of each; those in it run no more"
+    )
+    parser.add_argument("--first", type=Path, metavar="FILE", help="earlier results: the test that caught runs first")
     options = parser.parse_args(argv)
     if options.write and (options.lists or options.k):
         parser.error("--write needs all faults: leave out the lists and -k")
@@ -278,7 +306,10 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(wrong))
     chosen = [fault for fault in faults if not fault.gpu and options.k in str(fault)]
     os.environ |= SETTINGS
-    results = run_faults(chosen, options.n)
+    kept = read_results(options.results)
+    results = {fault: kept[str(fault)] for fault in chosen if str(fault) in kept}
+    waiting = [fault for fault in chosen if fault not in results]
+    results |= run_faults(waiting, options.n, read_results(options.first), options.results)
     table = summary([fault for fault in faults if fault.gpu or fault in results], results)
     print(f"\n{table}")
     for fault, (verdict, detail) in results.items():

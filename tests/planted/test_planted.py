@@ -96,21 +96,54 @@ def test_read_verdict(status, output, verdict):
     assert run.read_verdict(status, output)[0] == verdict
 
 
-def test_run_faults_in_copies(monkeypatch):
+def test_run_faults_in_copies(monkeypatch, tmp_path):
     """Each run sees its own fault and no other, and the summary counts what was caught."""
 
-    def pretend(tree, fault, output):
+    def pretend(tree, fault, first, output):
         planted = (tree / fault.file).read_text(encoding="utf-8")
-        output.write_text("FAILED tests/a.py::test_a - assert 0\n")
+        output.write_text(f"FAILED tests/a.py::{first or 'test_a'} - assert 0\n")
         os._exit("(product, 0.0)" in planted)
 
     monkeypatch.setattr(run, "run_tests", pretend)
     common = {"file": "kernels/rays/device.py", "function": "no_fma", "kind": "term", "old": "3.0e38", "tests": ()}
     caught, missed, again = (run.Fault(**common, new=new) for new in ("0.0", "2.0e38", "1.0e38"))
-    verdicts = run.run_faults([caught, missed, again], 2)
+    verdicts = run.run_faults([caught, missed, again], 2, {})
     assert verdicts == {caught: ("caught", "tests/a.py::test_a"), missed: ("missed", ""), again: ("missed", "")}
     table = run.summary([caught, missed, again], verdicts).splitlines()
     assert table[2:] == ["| kernels/rays/device.py | functions of kernels | 3 | 1 | 0 |", "| all |  | 3 | 1 | 0 |"]
+
+    kept, earlier = tmp_path / "kept.jsonl", {str(caught): ("caught", "test_b"), str(missed): ("broke", "test_c")}
+    found = run.run_faults([caught, missed], 1, earlier, kept)
+    assert found[caught] == ("caught", "tests/a.py::test_b")
+    assert run.read_results(kept) == {str(fault): verdict for fault, verdict in found.items()}
+
+
+def test_run_tests_first(tmp_path, capfd):
+    """The test that caught a fault earlier runs alone; where it passes or is gone, the fault's tests follow."""
+    path = tmp_path / "test_two.py"
+    path.write_text("def test_good(): ...\ndef test_bad(): assert not 1\ndef test_worse(): assert not 2\n")
+    fault = run.Fault("", "", "", "", "", (str(path),))
+    for first, caught in (("worse", "not 2"), ("good", "not 1"), ("gone", "not 1"), ("", "not 1")):
+        with capfd.disabled():
+            process = os.fork()
+            if process == 0:
+                run.run_tests(tmp_path, fault, f"{path}::test_{first}" if first else "", tmp_path / "output")
+            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        assert run.read_verdict(status, (tmp_path / "output").read_text())[0] == "caught"
+        assert f"assert {caught}" in (tmp_path / "output").read_text()
+
+
+def test_results_run_no_more(monkeypatch, tmp_path, capsys):
+    """A fault that the file of results has is not run again; it counts in the summary."""
+    faults = run.read_faults(["adan"])
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(run.json.dumps([str(fault), "caught", "a"]) + "\n" for fault in faults[1:]))
+    started = []
+    monkeypatch.setattr(run, "run_faults", lambda waiting, *_: started.extend(waiting) or {faults[0]: ("missed", "")})
+    monkeypatch.setattr(run, "SETTINGS", {})
+    assert run.main(["adan", "--results", str(kept)]) == 1
+    assert started == faults[:1]
+    assert f"| all |  | {len(faults)} | {len(faults) - 1} | 0 |" in capsys.readouterr().out
 
 
 def test_write_summary(tmp_path):

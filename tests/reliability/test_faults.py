@@ -168,7 +168,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
     )
     error = process.stderr.strip().splitlines()[-1]
     assert process.returncode == 2 and "Traceback" not in process.stderr
-    assert "there is no room left for --workspace" in error and "step 2 is whole" in error
+    assert "no space is left for --workspace" in error and "step 2 is complete" in error
     assert [path.name for path in list_checkpoints(tmp_path / "trial" / "checkpoints")] == ["step_000002.safetensors"]
     assert main(words) == 0
     rows = [json.loads(row)["step"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
@@ -191,7 +191,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_really_full(small_disk, tiny_model, often, capsys):
     assert main(command(small_disk / "trial", tiny_model)) == 2
     error = sentence(capsys)
-    assert "there is no room left for --workspace" in error and "(No space left on device)" in error
+    assert "no space is left for --workspace" in error and "(No space left on device)" in error
     assert not list(small_disk.rglob("*.writing*"))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert main(command(small_disk / "trial", tiny_model)) == 2

@@ -135,7 +135,7 @@ def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):
     (tmp_path / "long.txt").write_text("x " * LARGEST)
     for name, sentence in (
         ("/dev/zero", "is not a text file"),
-        (str(tmp_path / "long.txt"), "is no list of arguments"),
+        (str(tmp_path / "long.txt"), "is not a list of arguments"),
     ):
         assert main(["--text", "a cat", "--file", name]) == 2
         assert sentence in capsys.readouterr().err

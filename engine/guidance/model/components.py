@@ -7,12 +7,12 @@ Weights are safetensors only: nothing is unpickled and no code from a model repo
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from dream_fast.engine.guidance.model.attention import AttentionChoice, choose_a
 from dream_fast.engine.guidance.model.checks import check_folder, check_sentencepiece
 from dream_fast.engine.guidance.model.fused_blocks import ResidualBlock, fuse_group_norms, fuse_residual_blocks
 from dream_fast.engine.guidance.model.hub import find_folder
+from dream_fast.engine.guidance.model.image_model import Embedding
+from dream_fast.engine.guidance.model.text import fit_window
+from dream_fast.engine.guidance.noise import VariancePreserving
 from dream_fast.engine.runtime.quiet import quiet_diffusers
 
 logger = logging.getLogger(__name__)
@@ -47,10 +50,9 @@ class Components:
 
     `image_size` and `latent_size` are the sides of its square images and latents. Latents z are
     (vae(x) - shift_factor) * scaling_factor, x being an image in [-1, 1]; without a `vae` (IF) they are x itself.
-    `alphas_cumprod` [num_train_timesteps], fp32 on the device, is the cumulative signal power of the noise schedule:
-    x_t = sqrt(a_t) z + sqrt(1 - a_t) noise. `prediction_type` is "epsilon" or "v_prediction". `attention` has the
-    operators of the UNet and of the VAE. Prompts have `window` tokens; with `t5` they are in lower case and their
-    padding is masked.
+    `process` is their noise process, and `prediction_type` "epsilon" or "v_prediction". `attention` has the operators
+    of the UNet and of the VAE. Prompts have `window` tokens; with `t5` they are in lower case and their padding is
+    masked.
     """
 
     name: str
@@ -66,8 +68,7 @@ class Components:
     scaling_factor: float
     shift_factor: float
     prediction_type: str
-    alphas_cumprod: Tensor
-    num_train_timesteps: int
+    process: VariancePreserving
     window: int = 77
     t5: bool = False
     attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
@@ -76,6 +77,61 @@ class Components:
     def latents_are_pixels(self) -> bool:
         """True for a model that works on pixels (IF)."""
         return self.vae is None
+
+    def fit_prompt(self, text: str, endings: Sequence[str]) -> str:
+        """Cut `text` to the leading words that fit the window with each of `endings`; a warning names the others."""
+        return fit_window(self.tokenizer, self.window, text, endings)
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Last hidden states [N, T, D] of the text encoder for N prompts, padded or cut to its window of T tokens.
+
+        Raises ValueError: when the text encoder was freed.
+        """
+        if self.text_encoder is None:
+            raise ValueError("the text encoder was freed: load the model again, or keep_text_encoder=True")
+        if self.t5:
+            prompts = [prompt.lower().strip() for prompt in prompts]  # as IF was trained
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
+        )
+        mask = None
+        if self.t5 or getattr(self.text_encoder.config, "use_attention_mask", False):
+            mask = tokens.attention_mask.to(self.device)
+        # Stable Diffusion's own pipeline leaves the padding unmasked: that is what its UNet was trained with.
+        return self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+
+    def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
+        """Encode images [B, 3, S, S] in [-1, 1] to latents, by the draw `noise` from the VAE's posterior or its mean.
+
+        Differentiable. Latents are [B, C, h, w] fp32; without a VAE they are the images.
+        """
+        if self.vae is None:
+            return images
+        posterior = self.vae.encode(images.to(self.dtype)).latent_dist
+        z = posterior.mean.float()
+        if noise is not None:
+            z = z + posterior.std.float() * noise
+        return (z - self.shift_factor) * self.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to images [B, 3, S, S] in [-1, 1]. Raises ValueError: without the VAE's decoder."""
+        if self.vae is None:
+            return latents
+        if self.vae.decoder is None:
+            raise ValueError("the model has no VAE decoder; load it with need_vae_decoder=True")
+        latents = latents / self.scaling_factor + self.shift_factor
+        return self.vae.decode(latents.to(self.dtype), return_dict=False)[0]
+
+    def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
+        """Output [B, C, h, w] fp32 of the UNet for noisy latents at timesteps `t` [B] and the embedding [B, T, D].
+
+        The variance that some models of pixels predict besides is left out.
+        """
+        assert isinstance(embedding, Tensor)
+        states = embedding.to(self.dtype)
+        out = self.unet(noisy.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0].float()
+        return out[:, : self.latent_channels] if out.shape[1] > self.latent_channels else out
 
     def free_text_encoder(self) -> None:
         """Free the text encoder, which is not needed once the prompts of a run are embedded."""
@@ -91,6 +147,16 @@ def choose_source(*, sd_version: str | None = None, hf_key: str | None = None) -
     return MODEL_FOLDER if sd_version is None else SD_VERSIONS[sd_version]
 
 
+class PrepareOptions(TypedDict, total=False):
+    """Options of `prepare_components`."""
+
+    vram_O: bool
+    attention: str
+    previous: AttentionChoice | None
+    compiled: Sequence[str]
+    channels_last: Sequence[str] | None
+
+
 def load_components(
     source: str | Path,
     device: torch.device | str,
@@ -98,10 +164,7 @@ def load_components(
     *,
     kind: str = "SD",
     need_vae_decoder: bool = False,
-    vram_O: bool = False,
-    attention: str = "auto",
-    previous: AttentionChoice | None = None,
-    compiled: Sequence[str] = (),
+    **options: Unpack[PrepareOptions],
 ) -> Components:
     """Load the model at `source`, a folder or a hub name, with weights of `dtype` on `device`, for inference.
 
@@ -110,27 +173,10 @@ def load_components(
 
     Raises UserError: when a file is missing, damaged, unreachable, or of another kind of model.
     """
-    quiet_diffusers()
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-
     device = torch.device(device)
     folder = find_folder(source, kind, half=dtype == torch.float16)
     variants = check_folder(folder, kind, typed_name(str(source)))
-    tokenizer_class, encoder_class = CLIPTokenizer, CLIPTextModel
-    if kind == "IF":
-        check_sentencepiece(folder)
-        tokenizer_class, encoder_class = T5TokenizerFast, T5EncoderModel
-
-    with quiet_progress():
-        tokenizer = _load(tokenizer_class, folder, "tokenizer")
-        scheduler = _load(DDIMScheduler, folder, "scheduler")  # read for its noise schedule, which all kinds share
-        text_encoder = _load_model(encoder_class, folder, "text_encoder", dtype=dtype, variant=variants["text_encoder"])
-        unet = _load_model(UNet2DConditionModel, folder, "unet", torch_dtype=dtype, variant=variants["unet"])
-        vae = None
-        if "vae" in variants:
-            vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
-
+    tokenizer, text_encoder, unet, vae, scheduler = _load_modules(folder, kind, dtype, variants)
     text = text_encoder.config
     longest = IF_TOKENS if kind == "IF" else text.max_position_embeddings
     try:
@@ -151,13 +197,36 @@ def load_components(
         vae=vae,
         device=device,
         dtype=dtype,
-        alphas_cumprod=scheduler.alphas_cumprod.to(device=device, dtype=torch.float32),
+        process=VariancePreserving(scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)),
         window=window,
         t5=kind == "IF",
         **constants,
     )
-    prepare_components(components, longest, vram_O=vram_O, attention=attention, previous=previous, compiled=compiled)
+    prepare_components(components, longest, **options)
     return components
+
+
+def _load_modules(
+    folder: Path, kind: str, dtype: torch.dtype, variants: Mapping[str, str | None]
+) -> tuple[Any, Any, Any, Any | None, Any]:
+    """Load tokenizer, text encoder, UNet, VAE (None: the model works on pixels) and scheduler on the CPU."""
+    quiet_diffusers()
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+    tokenizer_class, encoder_class = CLIPTokenizer, CLIPTextModel
+    if kind == "IF":
+        check_sentencepiece(folder)
+        tokenizer_class, encoder_class = T5TokenizerFast, T5EncoderModel
+    with quiet_progress():
+        tokenizer = _load(tokenizer_class, folder, "tokenizer")
+        scheduler = _load(DDIMScheduler, folder, "scheduler")  # read for its noise schedule, which all kinds share
+        text_encoder = _load_model(encoder_class, folder, "text_encoder", dtype=dtype, variant=variants["text_encoder"])
+        unet = _load_model(UNet2DConditionModel, folder, "unet", torch_dtype=dtype, variant=variants["unet"])
+        vae = None
+        if "vae" in variants:
+            vae = _load_model(AutoencoderKL, folder, "vae", torch_dtype=dtype, variant=variants["vae"])
+    return tokenizer, text_encoder, unet, vae, scheduler
 
 
 def prepare_components(
@@ -296,7 +365,6 @@ def _model_constants(folder: Path, text_width: int, unet: Any, vae: Any | None, 
         "scaling_factor": 1.0 if vae is None else float(vae.scaling_factor),
         "shift_factor": 0.0 if vae is None else float(vae.get("shift_factor") or 0.0),
         "prediction_type": prediction,
-        "num_train_timesteps": scheduler.config.num_train_timesteps,
     }
 
 

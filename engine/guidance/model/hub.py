@@ -31,7 +31,7 @@ def find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
     if named is None:
         if is_address(str(source)):
             raise UserError(
-                f"{source} is no address of a model on the hub; download what it shows and name the file or folder"
+                f"{source} is not the address of a model on the hub; download it and name the file or folder"
             )
         owner = "; a name on the hub has an owner, as in OWNER/NAME" * ("/" not in str(source))
         raise UserError(f"the model folder {folder} does not exist{owner}")
@@ -71,9 +71,7 @@ def _download(name: str, revision: str | None, kind: str, *, half: bool) -> Path
     except OSError as error:
         raise UserError(f"the download of the hub model {name} failed: {first_line(error)}") from error
     except Exception as error:
-        if not type(error).__module__.startswith(
-            "httpx"
-        ):  # the client's: a proxy that refuses, an answer that breaks off
+        if not type(error).__module__.startswith("httpx"):  # of the client, such as a proxy that refuses
             raise
         return _in_cache(name, revision, kind, error)
     # Without a network an older client returns whatever the cache has, even if incomplete.
@@ -97,7 +95,7 @@ def _fetch_parts(fetch: Callable[[list[str]], Path], kind: str, half: bool) -> P
 
 
 def _patterns(part: str, stem: str, variant: str | None) -> list[str]:
-    """Patterns of the files of a component's weights, one file or several."""
+    """Return patterns of the files of a component's weights, one file or several."""
     whole, index = weight_files(stem, variant)
     return [f"{part}/{name}" for name in (whole, index, f"{whole.removesuffix('.safetensors')}-0*.safetensors")]
 
@@ -154,7 +152,7 @@ def _because(error: Exception | None) -> str:
 
 
 def _snapshots(name: str, revision: str | None) -> list[Path]:
-    """Folders of `name` in the hub's cache: that of `revision`, or that of main and then the others, newest first."""
+    """Return the folders of `name` in the hub's cache: of `revision`, or of main, then the others, newest first."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -173,7 +171,7 @@ def _snapshots(name: str, revision: str | None) -> list[Path]:
 
 
 def _download_command(name: str, revision: str | None, kind: str, folders: list[Path]) -> str:
-    """Command that downloads what the newest of `folders` lacks, or everything."""
+    """Return the command that downloads the files that the newest of `folders` lacks, or all of them."""
     lacking = missing_files(folders[0], kind) if folders else missing_files(Path("/dev/null"), kind)
     stems = {f"{part}/{stem}.safetensors": (part, stem) for part, (_, _, stem) in KINDS[kind].parts.items() if stem}
     patterns: list[str] = []

@@ -36,7 +36,7 @@ def test_split_words_of_a_shell(text, words):
 )
 def test_split_names_the_place_of_an_open_quote(text, sign, line):
     """The sentence has the sign and the line of what is not closed."""
-    sentence = f"--file run.txt: what begins with {sign} in line {line} is not closed"
+    sentence = f"--file run.txt: the {sign} in line {line} is not closed"
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         split(text, "run.txt")
 

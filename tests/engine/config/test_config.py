@@ -158,7 +158,7 @@ def test_a_setting_of_another_backbone_is_refused():
 def test_table_regularisers_need_table():
     """The hash tables regularisers need a hash table."""
     for name in ("lambda_tv", "lambda_wd"):
-        with pytest.raises(UserError, match="of the hash table, which --backbone vanilla has not"):
+        with pytest.raises(UserError, match="apply to the hash table, which --backbone vanilla does not have"):
             validate(reference().override({"backbone": "vanilla", name: 0.1}))
         validate(reference().override({"backbone": "grid_torch", name: 0.1}))
 
@@ -191,11 +191,11 @@ def test_which_model_guides():
     [
         ({"hf_key": "a", "sd_version": "2.1"}, "give one of them"),
         ({"guidance": ("dream-mini",), "hf_key": "a"}, "--guidance dream-mini does not name: leave one out"),
-        ({"guidance": ("IF", "clip"), "sd_version": "1.5"}, "--sd_version is a model for --guidance SD, which"),
-        ({"if_key": "a"}, "--if_key is a model for --guidance IF, which --guidance dream-mini does not name"),
-        ({"guidance": ("SD",), "clip_key": "a"}, "--clip_key is a model for --guidance clip"),
-        ({"guidance": ("SD", "dream-mini")}, "dream-mini does not go with SD: they need other settings"),
-        ({"guidance": ("IF", "SD", "dream-mini")}, "dream-mini does not go with IF and SD"),
+        ({"guidance": ("IF", "clip"), "sd_version": "1.5"}, "--sd_version names a model for --guidance SD, which"),
+        ({"if_key": "a"}, "--if_key names a model for --guidance IF, which --guidance dream-mini does not name"),
+        ({"guidance": ("SD",), "clip_key": "a"}, "--clip_key names a model for --guidance clip"),
+        ({"guidance": ("SD", "dream-mini")}, "dream-mini cannot be combined with SD: they need other settings"),
+        ({"guidance": ("IF", "SD", "dream-mini")}, "dream-mini cannot be combined with IF and SD"),
         ({"guidance": ("clip",), "t_range": (0.1, 0.5)}, "--t_range has no meaning with --guidance clip alone"),
     ],
 )
@@ -229,7 +229,7 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"guidance": ("SD", "SD")}, "--guidance names SD twice"),
         (
             {"guidance": ("SD", "IF")},
-            "--latent_iter_ratio 0.2 does not go with --guidance SD IF, which cannot be shown latents: leave it out",
+            "--latent_iter_ratio 0.2 cannot be combined with --guidance SD IF, which cannot guide latents",
         ),
         (
             {"guidance": ("IF",), "latent_iter_ratio": 0.0, "attention": "cudnn"},
@@ -241,7 +241,7 @@ def test_two_models_at_once_are_refused(typed, words):
         ),
         (
             {"guidance": ("clip",), "latent_iter_ratio": 0.0, "save_guidance": True},
-            "--save_guidance shows what a diffusion model sees, and --guidance clip has none",
+            "--save_guidance saves latents of a diffusion model, and --guidance clip has none",
         ),
         ({"ema_decay": 1.0}, "--ema_decay must be less than 1, not 1"),
         ({"max_resolution": 8}, "--max_resolution 8 is less than --base_resolution 16: the levels .* coarse to fine"),
@@ -300,7 +300,7 @@ def test_differences_progressive_view():
 
 
 def test_compiled_kernels_do_not_repeat_bits():
-    with pytest.raises(UserError, match="--compile does not go with --deterministic"):
+    with pytest.raises(UserError, match="--compile cannot be combined with --deterministic"):
         reference().override(dict(compile=True, deterministic=True))
 
 
@@ -308,7 +308,7 @@ def test_compiled_kernels_do_not_repeat_bits():
 def test_cuda_graph_refusals(other):
     """A graph of a step needs steps that launch the same."""
     flag = f"--{next(iter(other))}"
-    with pytest.raises(UserError, match=f"--cuda_graph does not go with {flag}"):
+    with pytest.raises(UserError, match=f"--cuda_graph cannot be combined with {flag}"):
         validate(reference().override({"cuda_graph": True, **other}))
 
 

@@ -59,31 +59,40 @@ def test_validate_takes(typed):
 @pytest.mark.parametrize(
     ("typed", "sentence"),
     [
-        ({"output": "elsewhere"}, "--output goes with --test only"),
+        ({"output": "elsewhere"}, "--output works only with --test"),
         ({"exp_end_iter": 9, "exp_start_iter": 10}, "--exp_end_iter must be more than --exp_start_iter 10, not 9"),
         ({"exp_start_iter": 11, "iters": 10}, "--exp_start_iter must be less than --iters 10"),
-        ({"perpneg": True, "objective": "csd"}, "--perpneg goes with --objective sds only, not with csd"),
-        ({"loss_space": "x0", "objective": "csd"}, "--loss_space x0 goes with --objective sds and sdi, not with csd"),
-        ({"loss_space": "x0", "objective": "asd"}, "--loss_space x0 goes with --objective sds and sdi, not with asd"),
+        ({"perpneg": True, "objective": "csd"}, "--perpneg works only with --objective sds, not with csd"),
+        (
+            {"loss_space": "x0", "objective": "csd"},
+            "--loss_space x0 works only with --objective sds and sdi, not with csd",
+        ),
+        (
+            {"loss_space": "x0", "objective": "asd"},
+            "--loss_space x0 works only with --objective sds and sdi, not with asd",
+        ),
         ({"guidance": ("SD", "clip", "clip")}, "--guidance names clip twice"),
-        ({"backbone": "vanilla", "lambda_tv": 0.1}, "--lambda_tv and --lambda_wd are of the hash table"),
-        ({"backbone": "vanilla", "lambda_wd": FADING}, "--lambda_tv and --lambda_wd are of the hash table"),
+        ({"backbone": "vanilla", "lambda_tv": 0.1}, "--lambda_tv and --lambda_wd apply to the hash table"),
+        ({"backbone": "vanilla", "lambda_wd": FADING}, "--lambda_tv and --lambda_wd apply to the hash table"),
         ({"tet_grid_size": 7}, "--tet_grid_size must be even, not 7"),
-        ({"init_with": "a"}, "--init_with is of the mesh refinement"),
-        ({"lr_geo": 0.1}, "--lr_geo is of the mesh refinement"),
-        ({"lock_geo": True}, "--lock_geo is of the mesh refinement"),
-        ({"guidance": ("clip",)}, "--latent_iter_ratio 0.2 does not go with --guidance clip, which cannot be shown"),
-        ({"guidance": ("IF", "clip")}, "--latent_iter_ratio 0.2 does not go with --guidance IF clip"),
+        ({"init_with": "a"}, "--init_with belongs to the mesh refinement"),
+        ({"lr_geo": 0.1}, "--lr_geo belongs to the mesh refinement"),
+        ({"lock_geo": True}, "--lock_geo belongs to the mesh refinement"),
+        (
+            {"guidance": ("clip",)},
+            "--latent_iter_ratio 0.2 cannot be combined with --guidance clip, which cannot guide",
+        ),
+        ({"guidance": ("IF", "clip")}, "--latent_iter_ratio 0.2 cannot be combined with --guidance IF clip"),
         (IF | {"attention": "xformers"}, "--attention xformers is for Stable Diffusion: the models of --guidance IF"),
         (
             CLIP | {"cuda_graph": True},
             "--cuda_graph replays steps of one diffusion model, not those of --guidance clip",
         ),
-        (CLIP | {"save_guidance": True}, "--save_guidance shows what a diffusion model sees"),
-        ({"cuda_graph": True, "dmtet": True}, "--cuda_graph does not go with --dmtet, which"),
+        (CLIP | {"save_guidance": True}, "--save_guidance saves latents of a diffusion model"),
+        ({"cuda_graph": True, "dmtet": True}, "--cuda_graph cannot be combined with --dmtet, which"),
         (
             {"cuda_graph": True, "progressive_view": True, "progressive_level": True},
-            "--cuda_graph does not go with --progressive_level, which",
+            "--cuda_graph cannot be combined with --progressive_level, which",
         ),
         ({"itres": 1, "Iters": 2, "iters": 3}, "unknown setting: Iters, itres"),
     ],
@@ -160,7 +169,7 @@ def test_from_dict_kinds():
         "guidance": ["SD", "clip"],
     }
     assert read_values(values | {"other": "0:1:2:3"}) == typed | {"other": "0:1:2:3"}
-    with pytest.raises(UserError, match="is no schedule"):
+    with pytest.raises(UserError, match="is not a schedule"):
         read_values({"lambda_tv": "fast"})
 
 

@@ -30,5 +30,5 @@ def test_finalize_rescued_settings():
 
 def test_finalize_validates():
     """A configuration made in Python is checked before it runs."""
-    with pytest.raises(UserError, match="--latent_iter_ratio 0.5 does not go with --guidance clip"):
+    with pytest.raises(UserError, match="--latent_iter_ratio 0.5 cannot be combined with --guidance clip"):
         finalize(NEW.override({"guidance": ("clip",), "latent_iter_ratio": 0.5}), None, 9)

@@ -62,13 +62,13 @@ def test_shortcuts_stand_for_settings(typed, meant):
     [
         (
             {"O": True, "backbone": "vanilla"},
-            "-O marches through the occupancy grid, which the vanilla backbone has not",
+            "-O marches through the occupancy grid, which the vanilla backbone does not have",
         ),
         ({"cuda_ray": True, "backbone": "vanilla"}, "--cuda_ray marches through the occupancy grid"),
         ({"cuda_ray": True, "O2": True}, "--cuda_ray marches through the occupancy grid"),
         (
             {"IF": True, "guidance": ("clip", "dream-mini")},
-            "--IF takes the place of SD, which --guidance clip dream-mini does not name: name IF there",
+            "--IF replaces SD, which --guidance clip dream-mini does not name: name IF there",
         ),
     ],
 )
@@ -103,19 +103,19 @@ def test_chosen_guidances_decide_the_presets(typed, family):
         ({"hf_key": "a", "sd_version": "1.5"}, "--hf_key and --sd_version both name a model: give one of them"),
         (
             {"hf_key": "a", "guidance": ("IF", "clip")},
-            "--hf_key is a model for --guidance SD, which --guidance IF clip does not name: leave one out",
+            "--hf_key names a model for --guidance SD, which --guidance IF clip does not name: leave one out",
         ),
         (
             {"hf_key": "a", "if_key": "b"},
-            "--if_key is a model for --guidance IF, which --guidance SD does not name: leave one out",
+            "--if_key names a model for --guidance IF, which --guidance SD does not name: leave one out",
         ),
         (
             {"clip_key": "b"},
-            "--clip_key is a model for --guidance clip, which --guidance dream-mini does not name: leave one out",
+            "--clip_key names a model for --guidance clip, which --guidance dream-mini does not name: leave one out",
         ),
         (
             {"guidance": ("SD", "dream-mini", "IF")},
-            "--guidance dream-mini does not go with IF and SD: they need other settings of a run",
+            "--guidance dream-mini cannot be combined with IF and SD: they need other settings of a run",
         ),
         *[
             (

@@ -444,12 +444,12 @@ def test_the_model_is_small_and_in_half_precision() -> None:
 def test_the_model_loads_as_any_other(dream_mini) -> None:
     assert dream_mini.name == "dream-mini"
     assert (dream_mini.image_size, dream_mini.latent_size, dream_mini.latent_channels) == (128, 32, 4)
-    assert (dream_mini.prediction_type, dream_mini.num_train_timesteps) == ("v_prediction", 1000)
+    assert (dream_mini.prediction_type, dream_mini.process.num_timesteps) == ("v_prediction", 1000)
     stored = json.loads((MODEL_FOLDER / "vae" / "config.json").read_text())
     assert dream_mini.scaling_factor == stored["scaling_factor"] != 0.18215  # its own, from its own data
     assert dream_mini.shift_factor == 0
     assert 6e6 < sum(p.numel() for p in dream_mini.unet.parameters()) < 10e6
-    assert dream_mini.alphas_cumprod[-1] < 0.01 and dream_mini.alphas_cumprod[0] > 0.99
+    assert dream_mini.process.alphas_cumprod[-1] < 0.01 and dream_mini.process.alphas_cumprod[0] > 0.99
     assert len(dream_mini.tokenizer) == dream_mini.text_encoder.config.vocab_size
 
 

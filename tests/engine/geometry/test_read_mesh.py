@@ -65,7 +65,7 @@ BROKEN = {
     "nan.obj": (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
     "large.obj": (b"v 1e39 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
     "point.obj": (b"v 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n", "no triangle with an area"),
-    "scene.blend": (b"BLENDER", "is no mesh file"),
+    "scene.blend": (b"BLENDER", "is not a mesh file"),
 }
 
 

@@ -80,7 +80,7 @@ def test_load_mesh_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_mesh(tmp_path / "scene.fbx")
     assert str(caught.value) == (
-        f"{tmp_path / 'scene.fbx'} is no mesh file: they end in .glb, .gltf, .obj, .off, .ply, .stl"
+        f"{tmp_path / 'scene.fbx'} is not a mesh file: they end in .glb, .gltf, .obj, .off, .ply, .stl"
     )
 
 

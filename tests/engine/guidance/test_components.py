@@ -27,9 +27,10 @@ def broken(tiny_model: Path, tmp_path: Path) -> Path:
 def test_facts(tiny_model: Path) -> None:
     components = load_components(tiny_model, "cpu")
     assert (components.image_size, components.latent_size, components.latent_channels) == (32, 8, 4)
-    assert (components.prediction_type, components.num_train_timesteps) == ("epsilon", 1000)
+    assert (components.prediction_type, components.process.num_timesteps) == ("epsilon", 1000)
     assert components.scaling_factor == 0.18215 and str(components.attention) == "sdpa"
-    assert components.alphas_cumprod.shape == (1000,) and components.alphas_cumprod.dtype == torch.float32
+    alphas = components.process.alphas_cumprod
+    assert alphas.shape == (1000,) and alphas.dtype == torch.float32
     assert components.vae.decoder is None
     for model in (components.unet, components.vae, components.text_encoder):
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
@@ -45,7 +46,7 @@ def test_constants_from_configurations(broken: Path) -> None:
     assert (components.image_size, components.latent_size) == (64, 16)
     assert (components.scaling_factor, components.shift_factor) == (0.5, 0.1)
     assert components.unet.dtype == components.vae.dtype == components.text_encoder.dtype == torch.bfloat16
-    assert components.alphas_cumprod.dtype == torch.float32
+    assert components.process.alphas_cumprod.dtype == torch.float32
 
 
 def test_source() -> None:

@@ -21,6 +21,7 @@ from dream_fast.engine.guidance.model.components import (
     load_components,
     prepare_components,
 )
+from dream_fast.engine.guidance.noise import VariancePreserving
 
 # Loading
 
@@ -81,15 +82,14 @@ def test_options_passed_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     other = load_components(address, "cpu", torch.float16, need_vae_decoder=True, **given)
     assert found == [(("nobody/model", "SD"), {"half": False}), ((address, "SD"), {"half": True})]
     assert checked == [(tiny_model, "SD", "nobody/model"), (tiny_model, "SD", "nobody/model@v2")]
-    defaults = dict(vram_O=False, attention="auto", previous=None, compiled=())
-    assert prepared == [((plain, 77), defaults), ((other, 77), given)]
+    assert prepared == [((plain, 77), {}), ((other, 77), given)]
     assert (plain.name, plain.dtype, plain.device) == ("nobody/model", torch.float32, torch.device("cpu"))
     assert (other.name, other.dtype, other.t5, other.window) == (address, torch.float16, False, 77)
     assert plain.vae.decoder is plain.vae.post_quant_conv is None
     assert other.vae.decoder is not None and other.vae.post_quant_conv is not None
     for name in ("unet", "vae", "text_encoder"):
         assert getattr(plain, name).dtype == torch.float32 and getattr(other, name).dtype == torch.float16
-    assert plain.alphas_cumprod.dtype == other.alphas_cumprod.dtype == torch.float32
+    assert plain.process.alphas_cumprod.dtype == other.process.alphas_cumprod.dtype == torch.float32
 
 
 def test_dream_mini_name() -> None:
@@ -131,7 +131,7 @@ def facts(unet: dict[str, Any], vae: dict[str, Any] | None, width: int = 32, **s
     plain = dict(sample_size=64, in_channels=channels[0], out_channels=channels[1])
     plain |= dict(encoder_hid_dim=None, cross_attention_dim=32)
     settings = dict(latent_channels=4, block_out_channels=(1, 2, 3, 4), scaling_factor=0.5)
-    schedule = SimpleNamespace(**dict(prediction_type="epsilon", num_train_timesteps=1000) | scheduler)
+    schedule = SimpleNamespace(**dict(prediction_type="epsilon") | scheduler)
     return loader._model_constants(
         Path("model"),
         width,
@@ -150,14 +150,12 @@ def test_constants_of_latent_model() -> None:
         "scaling_factor": 0.5,
         "shift_factor": 0.0,
         "prediction_type": "epsilon",
-        "num_train_timesteps": 1000,
     }
     assert facts({}, {}) == facts({"sample_size": [64, 64]}, {"shift_factor": None}) == plain
     got = facts({"sample_size": 24}, {"block_out_channels": (1, 2), "scaling_factor": 2, "shift_factor": 1})
     assert got == plain | {"image_size": 48, "latent_size": 24, "scaling_factor": 2.0, "shift_factor": 1.0}
     assert all(type(got[name]) is float for name in ("scaling_factor", "shift_factor"))
-    other = facts({}, {}, prediction_type="v_prediction", num_train_timesteps=500)
-    assert other == plain | {"prediction_type": "v_prediction", "num_train_timesteps": 500}
+    assert facts({}, {}, prediction_type="v_prediction") == plain | {"prediction_type": "v_prediction"}
 
 
 def test_constants_of_pixel_model() -> None:
@@ -258,7 +256,7 @@ class Prepared:
         components = Components(
             name="a model", tokenizer=None, text_encoder=text, unet=self.unet, vae=self.vae, device=self.device,
             dtype=torch.float16, image_size=self.size, latent_size=8, latent_channels=4, scaling_factor=1.0,
-            shift_factor=0.0, prediction_type="epsilon", alphas_cumprod=torch.ones(1), num_train_timesteps=1,
+            shift_factor=0.0, prediction_type="epsilon", process=VariancePreserving(torch.ones(1)),
         )  # fmt: skip
         prepare_components(components, 77, **options)
         ready = [

@@ -241,7 +241,7 @@ def test_pasted_address_is_understood(typed, name):
     for flag in ("hf_key", "if_key", "clip_key"):
         assert parse([f"--{flag}", typed])[flag] == (name or typed)
     if name is None:
-        assert "is no address of a model on the hub" in sentence(typed)
+        assert "is not the address of a model on the hub" in sentence(typed)
     else:
         assert "@".join(filter(None, hub_name(typed))) == name == typed_name(name)
 

@@ -278,7 +278,7 @@ def test_objective_default_scale(typed, scale, rescale) -> None:
 @pytest.mark.parametrize("score", ["csd", "asd", "sdi"])
 def test_perp_neg_goes_with_sds_only(score: str) -> None:
     with pytest.raises(
-        UserError, match=f"^--perpneg goes with --objective sds only, not with {score}: leave one of them"
+        UserError, match=f"^--perpneg works only with --objective sds, not with {score}: leave one of them"
     ):
         configure({"guidance": ("SD",), "objective": score, "perpneg": True}, "cpu")
     with pytest.raises(UserError, match="--objective is one of sds, csd, asd, sdi, not 'vsd'"):
@@ -338,5 +338,5 @@ def test_loss_space_x0_rescaled(components: Components, in_fp64: Callable) -> No
 @pytest.mark.parametrize("score", ["csd", "asd"])
 def test_loss_space_x0_raises(score: str) -> None:
     """Scores without a clean latent refuse its loss."""
-    with pytest.raises(UserError, match="--loss_space x0 goes with --objective sds and sdi"):
+    with pytest.raises(UserError, match="--loss_space x0 works only with --objective sds and sdi"):
         config(score, loss_space="x0")

@@ -153,7 +153,7 @@ def by_hand(components: Components, latents: Tensor, prompts: PromptEmbeddings, 
     negative = prompts.negative.to(components.dtype)
     found = []
     for i, azimuth in enumerate(azimuths):
-        alpha = components.alphas_cumprod[t[i]].to(components.dtype)
+        alpha = components.process.alphas_cumprod[t[i]].to(components.dtype)
         noisy = alpha.sqrt() * latents[i] + (1 - alpha).sqrt() * noise[i]
 
         def epsilon(prompt: Tensor, noisy: Tensor = noisy, alpha: Tensor = alpha, level: Tensor = t[i]) -> Tensor:
@@ -241,7 +241,7 @@ class Recorded(TorchDispatchMode):
 
 def gradient_before_perp_neg(components: Components, z, t, cond, uncond, scale, noise, rescale) -> Tensor:
     """How the gradient of the latents was computed before there was Perp-Neg, line by line."""
-    alpha = components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
+    alpha = components.process.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
     out = components.unet(
         noisy.to(components.dtype).repeat(2, 1, 1, 1),
@@ -250,7 +250,7 @@ def gradient_before_perp_neg(components: Components, z, t, cond, uncond, scale, 
         return_dict=False,
     )[0].float()
     out_uncond, out_cond = out.chunk(2)
-    again = components.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
+    again = components.process.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
     signal, spread = again.sqrt(), (1 - again).sqrt()
 
     def split(out: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model import checks
 from dream_fast.engine.guidance.model.components import Components, load_components
 from dream_fast.engine.guidance.perp_neg import Negatives
-from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.guidance.sds import Draws, Prompts, ScoreDistillation, distillation_gradient
 from dream_fast.engine.guidance.snapshots import guidance_images
 
@@ -48,19 +48,19 @@ def test_facts(components: Components) -> None:
 
     assert components.latents_are_pixels and components.vae is None and components.t5
     assert (components.image_size, components.latent_size, components.latent_channels) == (SIZE, SIZE, 3)
-    assert (components.window, components.prediction_type, components.num_train_timesteps) == (77, "epsilon", 1000)
+    assert (components.window, components.prediction_type, components.process.num_timesteps) == (77, "epsilon", 1000)
     # Keys and values of the prompt stand beside those of the picture: another attention would leave them out.
     processors = components.unet.attn_processors.values()
     assert processors and all(type(processor) is AttnAddedKVProcessor2_0 for processor in processors)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     cosine = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2  # the schedule of Nichol and Dhariwal 2021
     betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
-    check("alphas", components.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
+    check("alphas", components.process.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
 
 
 def test_prompts_lower_case_and_masked(tiny_if_model: Path, components: Components, in_fp64: Callable) -> None:
     """Prompts are in lower case and their padding is left out."""
-    (embedded,) = encode(components, ["A Hamburger "])
+    (embedded,) = components.embed(["A Hamburger "])
     assert embedded.shape == (77, 24)
     ids = components.tokenizer(["a hamburger"], return_tensors="pt").input_ids
     assert ids.shape[1] < 20
@@ -92,7 +92,7 @@ def by_hand(
     z, cond, uncond, noise = (x.to(components.dtype) for x in (z, cond, uncond, noise))
     found = []
     for i, level in enumerate(t):
-        a = components.alphas_cumprod[level].to(components.dtype)
+        a = components.process.alphas_cumprod[level].to(components.dtype)
         noisy = a.sqrt() * z[i] + (1 - a).sqrt() * noise[i]
 
         def tell(prompt: Tensor, noisy: Tensor = noisy, level: Tensor = level) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from dream_fast.engine.guidance import prompts
+from dream_fast.engine.guidance.model.components import Components
+from dream_fast.engine.guidance.model.text import fit_window
 from dream_fast.engine.guidance.perp_neg import negative_weights
-from dream_fast.engine.guidance.prompts import PromptEmbeddings, encode, fit
+from dream_fast.engine.guidance.prompts import PromptEmbeddings
 
 
 def letters(text: str, verbose: bool) -> SimpleNamespace:
@@ -35,7 +36,7 @@ def letters(text: str, verbose: bool) -> SimpleNamespace:
 def test_fit_keeps_the_words_that_fit(caplog, text: str, window: int, fitting: str, left_out: str | None) -> None:
     """The longest run of leading words that fits with every ending is kept, at least one, and the rest is named."""
     with caplog.at_level(logging.WARNING):
-        assert fit(letters, window, text, ["", "x"]) == fitting
+        assert fit_window(letters, window, text, ["", "x"]) == fitting
     said = [record.getMessage() for record in caplog.records]
     sentence = f"the prompt is longer than the {window} tokens that the text encoder reads; left out: {left_out}"
     assert said == ([] if left_out is None else [sentence])
@@ -49,19 +50,20 @@ def test_fit_tries_no_more_words_than_tokens() -> None:
         tried.append(len(text.split()))
         return letters(text, verbose)
 
-    assert fit(tokenizer, 6, " ".join("a" * 10_000), [""]) == "a a a a"
+    assert fit_window(tokenizer, 6, " ".join("a" * 10_000), [""]) == "a a a a"
     assert tried == [10_000, 6, 5, 4]
     tried.clear()
-    assert fit(tokenizer, 6, "aaaa bbbb cc", [""]) == "aaaa"
+    assert fit_window(tokenizer, 6, "aaaa bbbb cc", [""]) == "aaaa"
     assert tried == [3, 2]  # the whole once, and the first word not at all: it stays anyhow
 
 
-def test_views_and_negative_encoded(monkeypatch, caplog) -> None:
+def test_views_and_negative_encoded(caplog) -> None:
     """In the order of VIEWS, a side's own text as it is, each as long as it may be; the text encoder is freed."""
     encoded, freed = [], []
-    monkeypatch.setattr(prompts, "encode", lambda components, texts: encoded.append(texts) or torch.eye(5)[:, None])
     components = SimpleNamespace(
-        text_encoder="an encoder", tokenizer=letters, window=16, free_text_encoder=lambda: freed.append(True)
+        fit_prompt=lambda text, endings: fit_window(letters, 16, text, endings),
+        embed=lambda texts: encoded.append(texts) or torch.eye(5)[:, None],
+        free_text_encoder=lambda: freed.append(True),
     )
     negative = "n" * 14  # as many as fit beside two markers: nothing comes behind it
     with caplog.at_level(logging.WARNING):
@@ -97,7 +99,7 @@ def test_padding_mask(t5: bool, settings: dict[str, bool], masked: bool) -> None
     components = SimpleNamespace(
         t5=t5, tokenizer=tokenizer, window=2, text_encoder=text_encoder, device=torch.device("cpu")
     )
-    assert torch.equal(encode(components, [" A Mug "]), torch.ones(1, 2, 3))
+    assert torch.equal(Components.embed(components, [" A Mug "]), torch.ones(1, 2, 3))
     options = dict(padding="max_length", max_length=2, truncation=True, return_tensors="pt")
     assert calls == [(["a mug"] if t5 else [" A Mug "], options)]
 

@@ -9,7 +9,7 @@ import torch
 
 from dream_fast.bench.accuracy import check, error
 from dream_fast.engine.guidance.model.components import Components, load_components
-from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings, ViewAngles, encode, view_weights
+from dream_fast.engine.guidance.prompts import VIEWS, PromptEmbeddings, ViewAngles, view_weights
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_long_view_prompts_cut(components: Components, caplog: pytest.LogCapture
 def test_encode_against_model(both: tuple[Components, Components]) -> None:
     """Short, long and empty prompts, against diffusers' own pipeline."""
     texts = ["a red mug", "", "a very long prompt " * 20]
-    check("embeddings", encode(both[0], texts), *(by_diffusers(model, texts) for model in both))
+    check("embeddings", both[0].embed(texts), *(by_diffusers(model, texts) for model in both))
 
 
 def test_text_encoder_freed(components: Components) -> None:

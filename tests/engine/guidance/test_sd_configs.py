@@ -262,8 +262,8 @@ def test_true_configuration_loads(version: str, write_model: Callable[..., Path]
     assert (components.latent_channels, components.scaling_factor, components.shift_factor) == (4, 0.18215, 0.0)
     assert components.prediction_type == schedule.get("prediction_type", "epsilon")
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    check("alphas", components.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
-    assert components.num_train_timesteps == 1000
+    check("alphas", components.process.alphas_cumprod, (1 - betas.float()).cumprod(0), (1 - betas).cumprod(0))
+    assert components.process.num_timesteps == 1000
     ids = components.tokenizer("a", padding="max_length", max_length=4).input_ids
     assert ids[0] == 49406 and ids[2:] == [49407, 49407 if version == "1.5" else 0]
     parameters = sum(parameter.numel() for parameter in components.unet.parameters())

@@ -132,7 +132,7 @@ def test_latents_scaled_and_shifted(components: Components, in_fp64: Callable, s
         torch.randn(z.shape, generator=draws)
         t = torch.randint(20, 981, (4,), generator=draws)
         noise = torch.randn(z.shape, generator=draws).to(z.dtype)
-        alpha = components.alphas_cumprod[t].view(-1, 1, 1, 1).to(z.dtype)
+        alpha = components.process.alphas_cumprod[t].view(-1, 1, 1, 1).to(z.dtype)
         image = model.vae.decode(noisy.to(z.dtype) / scaling + shift).sample
         seen.append((alpha.sqrt() * z + (1 - alpha).sqrt() * noise, (image / 2 + 0.5).clamp(0, 1)))
     (reference, picture_reference), (exact, picture_exact) = seen
@@ -289,7 +289,7 @@ def test_guidance_rescale(components: Components, in_fp64: Callable) -> None:
     noisy, t = torch.randn(2, 4, 8, 8, generator=generator()), torch.tensor([300, 800])
 
     def by_hand(model: Components, rescale: float) -> tuple[Tensor, Tensor]:
-        alpha = model.alphas_cumprod[t].view(-1, 1, 1, 1).to(model.dtype)
+        alpha = model.process.alphas_cumprod[t].view(-1, 1, 1, 1).to(model.dtype)
         signal, spread, x = alpha.sqrt(), (1 - alpha).sqrt(), noisy.to(model.dtype)
         with torch.no_grad():
             outs = [model.unet(x, t, encoder_hidden_states=prompt.to(model.dtype)).sample for prompt in (uncond, cond)]

@@ -78,8 +78,8 @@ def test_nonfinite_steps_counted(tmp_path, tiny_model, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("row", "fp16", "cause", "advice"),
     [
-        ({"loss_guidance": None, "grad_norm": None}, True, "the image model's answer is not finite", "--no-fp16"),
-        ({"loss_guidance": None, "grad_norm": None}, False, "the image model's answer", "--guidance_scale 50"),
+        ({"loss_guidance": None, "grad_norm": None}, True, "the image model's prediction is not finite", "--no-fp16"),
+        ({"loss_guidance": None, "grad_norm": None}, False, "the image model's prediction", "--guidance_scale 50"),
         (
             {"loss_guidance": 1.0, "loss_orient": None, "grad_norm": 1.0},
             True,
@@ -119,18 +119,18 @@ def test_degenerate_warning_once(tmp_path, tiny_model, monkeypatch, capsys, type
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, *typed)) == 0
     out = capsys.readouterr().out
-    assert out.count(f"warning: the object {kind}") == 1 and "--rescue starts again with --lr 0.0" in out
+    assert out.count(f"warning: the object {kind}") == 1 and "--rescue restarts with --lr 0.0" in out
     assert f"the object {kind}" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("typed", "kind"), [(VANISHING, "has vanished"), (FILLING, "fills the whole box")])
 def test_rescue_restarts(tmp_path, tiny_model, monkeypatch, capsys, typed, kind):
-    """Rescue starts again with settings under which there is an object."""
+    """Rescue restarts with settings under which there is an object."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     words = command(tmp_path, tiny_model, *typed, "--rescue")
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert f"the object {kind}: starting again with" in out
+    assert f"the object {kind}: restarting with" in out
     found = rows(tmp_path)
     assert [row["step"] for row in found] == list(range(1, 31)) and 0.01 < found[-1]["opacity"] < 0.95
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -221,7 +221,10 @@ def test_oom_in_step(tmp_path, tiny_model, monkeypatch, capsys):
     words = command(tmp_path, tiny_model, "--iters", "5", "--batch_size", "4")
     assert main(words) == 2
     error = error_of(capsys)
-    assert "asked for 2.50 GiB more: give --vram_O --batch_size 2 (this step: --batch_size 4 --w 12 --h 12)" in error
+    assert (
+        "(2.50 GiB more were requested): give --vram_O --batch_size 2 (this step: --batch_size 4 --w 12 --h 12)"
+        in error
+    )
     assert "the checkpoint of step 3 is saved" in error
     assert main([*words, "--vram_O", "--batch_size", "1"]) == 0
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]

@@ -47,7 +47,7 @@ def test_degenerate_message():
     """Kind, number of steps, step and flags."""
     config = configured(lr=0.5, lambda_opacity=0.0, lambda_opacity_entropy=0.0, blob_density=3.0)
     assert divergence.degenerate_message(config, "vanished", 300) == (
-        "the object has vanished (100 steps in a row before step 300); --rescue starts again with "
+        "the object has vanished (100 steps in a row before step 300); --rescue restarts with "
         "--lr 0.25 --blob_density 10"
     )
     assert "the object fills the whole box (100 steps" in divergence.degenerate_message(config, "full", 300)
@@ -65,10 +65,10 @@ def test_format_flags():
 @pytest.mark.parametrize(
     ("row", "cause", "half", "full"),
     [
-        ({}, "the image model's answer is not finite", "--no-fp16", "--guidance_scale 40"),
+        ({}, "the image model's prediction is not finite", "--no-fp16", "--guidance_scale 40"),
         (
             {"grad_norm": 1.0, "loss_guidance": None, "loss_orient": None},
-            "the image model's answer",
+            "the image model's prediction",
             "--no-fp16",
             "--guidance_scale 40",
         ),
@@ -90,7 +90,7 @@ def test_nonfinite_message(row, cause, half, full):
     """In half precision the advice is to leave it; in single precision another setting."""
     for fp16, advice in ((True, half), (False, full)):
         sentence = divergence.nonfinite_message(configured(fp16=fp16, guidance_scale=80.0, lr=0.5), 50, row)
-        assert sentence.startswith("the gradients of the last 50 steps were not finite, so the run cannot go on: ")
+        assert sentence.startswith("the gradients of the last 50 steps were not finite, so the run ends: ")
         assert f": {cause}" in sentence and f"; {advice} may help, in a new --workspace" in sentence
 
 
@@ -117,16 +117,16 @@ def test_memory_message():
     error = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
     config = configured(batch_size=4, w=64, h=32, vram_O=True)
     assert failures.memory_message(config, error, "go on") == (
-        "the GPU has no memory left, asked for 2.50 GiB more: give --batch_size 2 (this step: --batch_size 4 --w 64 "
-        "--h 32); go on"
+        "the GPU is out of memory (2.50 GiB more were requested): give --batch_size 2 (this step: --batch_size 4 "
+        "--w 64 --h 32); go on"
     )
     smallest = configured(batch_size=1, w=32, h=32, vram_O=True)
     assert failures.memory_message(smallest, RuntimeError("Tried to allocate 2 MiB."), "go on") == (
-        "the GPU has no memory left, asked for 2 MiB more: a smaller image model or another GPU is needed (this step: "
-        "--batch_size 1 --w 32 --h 32); go on"
+        "the GPU is out of memory (2 MiB more were requested): a smaller image model or another GPU is needed (this "
+        "step: --batch_size 1 --w 32 --h 32); go on"
     )
     sentence = failures.memory_message(smallest, RuntimeError("other"), "go on")
-    assert sentence.startswith("the GPU has no memory left: a")
+    assert sentence.startswith("the GPU is out of memory: a")
 
 
 def test_outweighed_message():

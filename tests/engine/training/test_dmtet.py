@@ -304,7 +304,7 @@ def test_init_from_run(tmp_path):
         with pytest.raises(UserError, match=sentence):
             make_trainer(init_with=str(tmp_path), **({"blob_density": 10.0} | changes)).start_shape()
     trainer.save(Workspace(tmp_path / "mesh"))
-    with pytest.raises(UserError, match="of a mesh refinement already"):
+    with pytest.raises(UserError, match="is already a mesh refinement"):
         make_trainer(init_with=str(tmp_path / "mesh")).start_shape()
 
 
@@ -446,8 +446,8 @@ def test_command_to_mesh(tiny_model, tmp_path, capsys):
 def test_bad_settings_raise(tiny_model, tmp_path, capsys):
     """Mistakes are told."""
     base = command(tmp_path / "run", tiny_model)
-    assert "it goes with --dmtet only" in refused(capsys, [*base, "--init_with", "x.glb"])
-    assert "it goes with --dmtet only" in refused(capsys, [*base, "--lock_geo"])
+    assert "it works only with --dmtet" in refused(capsys, [*base, "--init_with", "x.glb"])
+    assert "it works only with --dmtet" in refused(capsys, [*base, "--lock_geo"])
     assert "--tet_grid_size must be even, not 33" in refused(capsys, [*base, "--dmtet", "--tet_grid_size", "33"])
     assert "no such file" in refused(capsys, [*base, "--dmtet", "--init_with", str(tmp_path / "none.glb")])
     assert not (tmp_path / "run").exists()

@@ -170,9 +170,9 @@ def test_find_init_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("folder", ": the folder holds no checkpoint of a run"),
         ("gone.glb", ": there is no such file"),
-        ("old.pth", ": checkpoints of other programs cannot be read; give a run's or a mesh file"),
-        ("old.PT", ": checkpoints of other programs cannot be read; give a run's or a mesh file"),
-        ("old.ckpt", ": checkpoints of other programs cannot be read; give a run's or a mesh file"),
+        ("old.pth", ": checkpoints of other programs cannot be read; name a run of dream-fast or a mesh file"),
+        ("old.PT", ": checkpoints of other programs cannot be read; name a run of dream-fast or a mesh file"),
+        ("old.ckpt", ": checkpoints of other programs cannot be read; name a run of dream-fast or a mesh file"),
         (
             "note.txt",
             " is neither a checkpoint (.safetensors, or the folder of a run) nor a mesh file "
@@ -205,7 +205,7 @@ def test_field_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [start.path]
     assert field_settings(InitSource(Path("shape.glb"), False)) == {} and len(asked) == 1
     architecture["tet_grid_size"] = 32
-    with pytest.raises(UserError, match="^--init_with step.safetensors is of a mesh refinement already: "):
+    with pytest.raises(UserError, match="^--init_with step.safetensors is already a mesh refinement: "):
         field_settings(start)
 
 

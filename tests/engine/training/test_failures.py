@@ -22,7 +22,9 @@ def workspace(tmp_path):
 
 def test_resume_hint_newest_checkpoint(workspace):
     """The step is that of the newest one."""
-    assert failures.resume_hint(workspace) == "the checkpoint of step 12 is whole, and the same command goes on from it"
+    assert (
+        failures.resume_hint(workspace) == "the checkpoint of step 12 is complete, and the same command resumes from it"
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -37,7 +39,7 @@ def test_resume_hint_without_checkpoint(tmp_path, monkeypatch, fails):
 @pytest.mark.parametrize(
     ("code", "name", "sentence"),
     [
-        (errno.ENOSPC, None, "there is no room left for --workspace"),
+        (errno.ENOSPC, None, "no space is left for --workspace"),
         (errno.EIO, None, "the system refuses to write --workspace"),
         (errno.EACCES, "run/log.txt", "the system refuses to write --workspace"),
     ],

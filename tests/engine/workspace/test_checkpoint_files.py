@@ -100,7 +100,7 @@ def test_checksum_of_tensors(tensors, tmp_path):
     """A file whose header is right and whose tensors are others is refused."""
     path = save(tmp_path)
     rewrite(path, header_of(path), tensors)
-    with pytest.raises(Damaged, match=r"\(its checksum is another\)"):
+    with pytest.raises(Damaged, match=r"\(its checksum is wrong\)"):
         load_checkpoint(path, ARCHITECTURE)
 
 
@@ -109,7 +109,7 @@ def test_checksum_of_header(change, tmp_path):
     """Another step, value or version than was written is refused, and so is another checksum."""
     path = save(tmp_path)
     rewrite(path, header_of(path) | change)
-    with pytest.raises(Damaged, match="its checksum is another"):
+    with pytest.raises(Damaged, match="its checksum is wrong"):
         load_checkpoint(path, ARCHITECTURE)
 
 
@@ -142,7 +142,7 @@ def test_readable_versions_message(version, tmp_path):
     [
         ({"step": True}, "its header has no step"),
         ({"step": "7"}, "its header has no step"),
-        ({"step": -1}, "its header says step -1"),
+        ({"step": -1}, "its header has step -1"),
         ({"values": []}, "its header has no values"),
         ({"values": None}, "its header has no values"),
         ({"architecture": []}, "its header has no architecture"),

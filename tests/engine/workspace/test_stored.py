@@ -134,7 +134,7 @@ def test_stored_value_out_of_bounds():
 def test_version_that_is_none_is_refused(version):
     """A version that cannot be compared is a damaged file, not a traceback."""
     data = stored(settings_of("0.1.0")) | {"version": version}
-    with pytest.raises(UserError, match="no version of dream-fast"):
+    with pytest.raises(UserError, match="is not a version of dream-fast"):
         read_run(data)
 
 
