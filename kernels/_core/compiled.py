@@ -37,14 +37,14 @@ _kernels: dict[Callable, _Kernel] = {}
 
 
 def _specialize_number(value: Any) -> Any:
-    """What compiled code depends on of a number."""
+    """Properties of a number that compiled code depends on."""
     if type(value) is int:
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
     return type(value)
 
 
 def specialize(parameters: list[tuple[str, bool]], arguments: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Arguments in the order of `parameters`, tensors as addresses, and what compiled code depends on."""
+    """Arguments in the order of `parameters`, tensors as addresses; and what compiled code depends on of each."""
     values: list[Any] = []
     key: list[Any] = []
     for name, is_constant in parameters:

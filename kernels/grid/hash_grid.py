@@ -196,7 +196,7 @@ def _rounds_table(n: int, rows: int) -> bool:
     return 24 * n >= rows
 
 
-# Three custom operators, whose gradients are each other. With E(x, T)[f] the encoding of x in table T and a tangent t:
+# Three operators, whose gradients are each other. With E(x, T)[f] the encoding of x in table T and a tangent t:
 #
 #   _encode             E(x, T)              or, with a tangent, t . dE(x, T)/dx
 #   _table_gradient     d/dT sum(g * E)      or d/dT sum(g * (t . dE/dx))
@@ -207,8 +207,8 @@ def _rounds_table(n: int, rows: int) -> bool:
 # tangent where it is that of `_position_gradient` itself. Second derivatives (analytic normals of an unfused field need
 # them) thus take no kernels of their own; the backward functions below only pass arguments on. A third order would
 # need two tangents, and raises NotImplementedError.
-# Custom operators, instead of autograd Functions, because torch.compile has to pass them without a graph break; their
-# schema knows no classes, so a spec travels as `encode_spec` gives it.
+# torch.compile has to pass them without a graph break, so they are operators of torch as well. Their schema knows no
+# classes: a spec travels as `encode_spec` gives it.
 
 
 @operator("dream_fast::hash_grid")

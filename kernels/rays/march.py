@@ -19,7 +19,7 @@ Source: Mueller et al., Instant Neural Graphics Primitives, 2022, appendix E.1.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -243,6 +243,34 @@ def _scan_counts(counts: Tensor, capacity: int, config: MarchConfig) -> tuple[Te
     return offsets, count, overflow
 
 
+def _write_samples(
+    marching: dict[str, Any], offsets: Tensor, capacity: int, config: MarchConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions, ray_ids, t and dt of `Samples`; marching: the arguments that counting takes as well."""
+    device = offsets.device
+    positions = torch.empty(capacity, 3, dtype=torch.float32, device=device)
+    ray_ids = torch.empty(capacity, dtype=torch.int64, device=device)
+    t, dt = (torch.empty(capacity, dtype=torch.float32, device=device) for _ in range(2))
+    ray_programs = -(-marching["rays"] // config.write_rays)
+    launch(
+        march_write_fwd_kernel,
+        (ray_programs + -(-capacity // config.padding),),
+        device,
+        **marching,
+        offsets=offsets,
+        positions=positions,
+        ray_ids=ray_ids,
+        t_out=t,
+        dt_out=dt,
+        ray_programs=ray_programs,
+        capacity=capacity,
+        RAYS=config.write_rays,
+        STEPS=config.write_steps,
+        PADDING=config.padding,
+    )
+    return positions, ray_ids, t, dt
+
+
 @operator("dream_fast::march")
 def _march(
     origins: Tensor,
@@ -291,27 +319,7 @@ def _march(
         STEPS=config.count_steps,
     )
     offsets, count, overflow = _scan_counts(counts, capacity, config)
-    positions = torch.empty(capacity, 3, dtype=torch.float32, device=device)
-    ray_ids = torch.empty(capacity, dtype=torch.int64, device=device)
-    t, dt = (torch.empty(capacity, dtype=torch.float32, device=device) for _ in range(2))
-    ray_programs = -(-rays // config.write_rays)
-    launch(
-        march_write_fwd_kernel,
-        (ray_programs + -(-capacity // config.padding),),
-        device,
-        **marching,
-        offsets=offsets,
-        positions=positions,
-        ray_ids=ray_ids,
-        t_out=t,
-        dt_out=dt,
-        ray_programs=ray_programs,
-        capacity=capacity,
-        RAYS=config.write_rays,
-        STEPS=config.write_steps,
-        PADDING=config.padding,
-    )
-    return positions, ray_ids, t, dt, offsets, count, overflow
+    return *_write_samples(marching, offsets, capacity, config), offsets, count, overflow
 
 
 @_march.register_fake

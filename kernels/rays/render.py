@@ -69,10 +69,10 @@ class _Scene(NamedTuple):
     active_levels: int | Tensor | None
     dtype: torch.dtype | None
 
-    def evaluate(self, operator: Callable, positions: Tensor, **options):
-        """`operator` (`field`, `field_normals` or a reference of them) at positions [N, 3]."""
+    def evaluate(self, function: Callable, positions: Tensor, **options: Any) -> Any:
+        """Call `function` (`field`, `field_normals` or a reference of them) at positions [N, 3]."""
         parameters = (self.table, self.weights, self.biases, self.spec)
-        return operator(positions, *parameters, active_levels=self.active_levels, dtype=self.dtype, **options)
+        return function(positions, *parameters, active_levels=self.active_levels, dtype=self.dtype, **options)
 
 
 class _Marching(NamedTuple):
@@ -85,7 +85,7 @@ class _Marching(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """How rays are composited: background [3] or [R, 3]; normal_epsilon None leaves out the normals."""
+    """Settings of compositing: background [3] or [R, 3]; normal_epsilon None leaves out the normals."""
 
     background: Tensor
     stop: float
