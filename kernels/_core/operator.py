@@ -59,7 +59,9 @@ class Operator:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._with_gradient = type(function.__name__, (torch.autograd.Function,), members).apply
+        function_with_gradient = type(function.__name__, (torch.autograd.Function,), members)
+        # Without the preparations of `Function.apply` for transforms of torch.func, which are dispatched.
+        self._with_gradient = super(torch.autograd.Function, function_with_gradient).apply
 
     def __call__(self, *arguments: Any) -> Any:
         if _is_traced() or not _PLAIN.issuperset(map(type, arguments)):
