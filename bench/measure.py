@@ -106,7 +106,7 @@ def time_eager(call: Callable[[], Any], *, milliseconds: float = 100, least: int
     call()
     # A batch is long beside the wait at its end.
     calls = max(1, int(milliseconds / 50 / time_batch(3)))
-    spent, times = 0.0, []
+    spent, times = 0.0, list[float]()
     while spent < milliseconds or len(times) < least:
         times.append(time_batch(calls))
         spent += times[-1] * calls

@@ -21,7 +21,6 @@ from torch.nn import Parameter
 _count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 
-
 # Types of arguments that hold data: no subclass, such as a fake tensor, and no symbolic number.
 _PLAIN = frozenset({Tensor, Parameter, NoneType, bool, int, float, str, list, tuple})
 
@@ -31,6 +30,13 @@ def _is_traced() -> bool:
     if torch.compiler.is_compiling() or _count_dispatch_modes is None or _transforms_active is None:
         return True
     return bool(_count_dispatch_modes() or _transforms_active())
+
+
+class _Function(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """As `Function.apply`, without its preparations for transforms of torch.func, under which nothing gets here."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]  # of its base in C++
 
 
 class Operator:
@@ -59,9 +65,8 @@ class Operator:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function_with_gradient = type(function.__name__, (torch.autograd.Function,), members)
-        # Without the preparations of `Function.apply` for transforms of torch.func, which are dispatched.
-        self._with_gradient = super(torch.autograd.Function, function_with_gradient).apply
+        with_gradient: Any = type(function.__name__, (_Function,), members)
+        self._with_gradient = with_gradient.apply
 
     def __call__(self, *arguments: Any) -> Any:
         if _is_traced() or not _PLAIN.issuperset(map(type, arguments)):

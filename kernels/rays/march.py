@@ -288,7 +288,7 @@ def _march(
     config = _march_config(rays, grows)
     shortest, longest = step_limits(bound, resolution, max_steps)
     counts, spans = (torch.empty(rays, dtype=torch.int32, device=device) for _ in range(2))
-    marching = {
+    marching: dict[str, Any] = {
         "origins": origins.contiguous(),
         "directions": directions.contiguous(),
         "bits": bits.contiguous(),
