@@ -63,6 +63,32 @@ def test_occupancy_bits():
     assert torch.equal(found, centre.norm(dim=1) < inputs.RADIUS) and found.any()
 
 
+@pytest.mark.parametrize("name", inputs.SCENES)
+def test_scene_cases(name):
+    """Samples lie in occupied cells and fill most of the room for them, and every operator takes them."""
+    scene, side = inputs.scene_of(f"{name}_16")
+    positions, t, offsets = inputs.scene_samples(scene, side, CPU)
+    bits = inputs.occupancy_bits(CPU, scene.is_occupied, scene.bound)
+    assert kernels.occupancy_query(bits, positions, scene.bound, inputs.OCCUPANCY).all()
+    assert len(t) % 256 == 0 and 0.5 < len(t) / (side * side * scene.samples_a_ray) <= 1 and offsets[-1] == len(t)
+    for op in ("march", "composite", "hash_grid"):
+        case = Case(op=op, case=f"{name}_16", mode=SPECS[op].modes[-1], dtype="float32")
+        problem = build(case)
+        results = run(problem, problem.operator, case.mode, case.compute_dtype)
+        assert all(torch.isfinite(result).all() for result in results)
+        if op == "march":
+            assert results[5] // 256 * 256 == len(t) and not results[6]  # count, overflow
+        assert problem.least_bytes > 0
+
+
+def test_camera_of_a_scene_looks_at_the_origin():
+    """The mean of a symmetric image's rays points from the camera to the origin."""
+    scene = inputs.SCENES["inside"]
+    origins, directions = inputs.camera(64, CPU, scene.position, scene.field_of_view)
+    mean = directions.double().mean(0)
+    check_fp64("direction", mean / mean.norm(), -origins[0].double() / origins[0].double().norm())
+
+
 def test_specs_are_complete():
     """Every target has a row, and every operator cases for a GPU, a CPU and the self test."""
     rows = {(case.op, case.case, case.mode) for case in FULL}
