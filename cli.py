@@ -1,7 +1,8 @@
 """The command `dream-fast`: parses the arguments, makes the configuration of the run, and calls the engine.
 
 Nothing heavy is imported until the arguments are valid, so help and errors appear at once.
-Exit status: 0 success, 2 an error of the user (one sentence on stderr), 130 interrupted (SIGINT), 143 terminated.
+Exit status: 0 success, 2 an error of the user or files that could not be written (one sentence on stderr), 128 + N the
+signal N, such as 130 (SIGINT).
 """
 
 import argparse
@@ -29,8 +30,9 @@ from dream_fast.engine.config.setting import ScalarRange, check_value, value_typ
 from dream_fast.engine.config.spelling import nearest
 from dream_fast.engine.config.validate import check_typed
 from dream_fast.engine.dream_mini import check_prompt
-from dream_fast.engine.errors import UserError
+from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.runtime.paths import expand_user
+from dream_fast.engine.runtime.streams import safe_output
 from dream_fast.engine.text import one_line
 
 _EXAMPLES = """examples:
@@ -305,27 +307,35 @@ def _make_test_config(typed: dict[str, Any], folder: str) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command on `argv` (default: the arguments of the process) and return its exit status."""
-    try:
-        typed = parse(sys.argv[1:] if argv is None else argv)
-        typed.pop("cuda_ray", None)
-        print_only = typed.pop("print_config", False)
-        if typed.pop("doctor", False):
-            from dream_fast.bench.doctor import doctor
+    with safe_output():
+        try:
+            return _main(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            print(f"dream-fast: error: {one_line(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as signal:
+            print("dream-fast: interrupted", file=sys.stderr)
+            return getattr(signal, "status", 130)
 
-            return doctor.main()
-        config = _make_config(typed, print_only)
-        if print_only:
-            print(json.dumps(config.to_dict(), indent=2))
-            return 0
-        from dream_fast.engine.run import run
 
-        return run(config)
-    except UserError as error:
-        print(f"dream-fast: error: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as signal:
-        print("dream-fast: interrupted", file=sys.stderr)
-        return getattr(signal, "status", 130)
+def _main(words: Sequence[str]) -> int:
+    typed = parse(words)
+    typed.pop("cuda_ray", None)
+    print_only = typed.pop("print_config", False)
+    if typed.pop("doctor", False):
+        from dream_fast.bench.doctor import doctor
+
+        return doctor.main()
+    config = _make_config(typed, print_only)
+    if print_only:
+        print(json.dumps(config.to_dict(), indent=2), flush=True)
+        error = getattr(sys.stdout, "error", None)
+        if error is not None and not isinstance(error, BrokenPipeError):
+            raise UserError(f"--print_config: the standard output takes no more ({first_line(error)})")
+        return 0
+    from dream_fast.engine.run import run
+
+    return run(config)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "kernels": Command("ops.run", "accuracy and speed of every operator on a GPU"),
     "step": Command("pipeline.step", "time, memory and parts of a whole step, also at Stable Diffusion's size"),
+    "models": Command("pipeline.models", "time and memory of a guidance step of SDXL, SD3, PRX and FLUX.2"),
     "end_to_end": Command("pipeline.end_to_end", "time and memory of `dream-fast --text` from start to exit"),
     "compare": Command("compare", "slowdowns of a result of `kernels` against an earlier one"),
     "timing": Command("regression.timing", "speed on a CPU beside an earlier commit, on the same machine"),

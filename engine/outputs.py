@@ -10,10 +10,11 @@ from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_textured
 from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
-from dream_fast.engine.geometry.mesh import NoSurface, simplify
+from dream_fast.engine.geometry.mesh import simplify
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter
 from dream_fast.engine.scene.camera import six_views
+from dream_fast.engine.training.failures import translate_oom
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -25,19 +26,6 @@ class Output(NamedTuple):
     write: Callable[[], object]
 
 
-class OutputStatus(NamedTuple):
-    """Outcome of `write_outputs`."""
-
-    any_written: bool
-    no_surface: NoSurface | None  # why there is no mesh
-
-    def exit_status(self) -> int:
-        """Return 0. Raises NoSurface: when the mesh is missing and everything else is written."""
-        if self.no_surface is not None:
-            raise self.no_surface
-        return 0
-
-
 def choose_output_folder(config: Config, workspace: Workspace) -> Workspace:
     """Return the folder of the outputs: `workspace`, or another one with `--output`."""
     if config.run.output is None:
@@ -46,21 +34,24 @@ def choose_output_folder(config: Config, workspace: Workspace) -> Workspace:
     return workspace if os.path.realpath(target.path) == os.path.realpath(workspace.path) else target
 
 
-def write_outputs(
-    trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False
-) -> OutputStatus:
-    """Write the outputs of a run from the averaged weights, without floaters."""
-    any_written, no_surface = False, None
-    with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
-        for output in _list_outputs(trainer, workspace, reporter):
-            if only_missing and all(path.exists() for path in output.paths):
-                continue
-            any_written = True
-            try:
-                output.write()
-            except NoSurface as error:
-                no_surface = error
-    return OutputStatus(any_written, no_surface)
+def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> bool:
+    """Write the outputs of a run from the averaged weights, without floaters. Return True if there were any to write.
+
+    The reporter collects what cannot be written.
+    """
+    outputs = _list_outputs(trainer, workspace, reporter)
+    if only_missing:
+        outputs = [output for output in outputs if not all(path.is_file() for path in output.paths)]
+    if outputs:
+        with (
+            reporter.collect(workspace.results),
+            trainer.optimizer.ema_weights(),
+            trainer.renderer.without_floaters(),
+        ):
+            for output in outputs:
+                with reporter.collect(output.paths[0]), translate_oom(trainer.config, workspace):
+                    output.write()
+    return bool(outputs)
 
 
 def _list_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter) -> list[Output]:

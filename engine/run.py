@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from dream_fast.engine.config.configure import finalize
 from dream_fast.engine.config.schema import Config
@@ -13,16 +14,17 @@ from dream_fast.engine.runtime.device import Runtime, choose_runtime, peak_memor
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter, log_warnings_to
 from dream_fast.engine.runtime.seeds import draw_seed
-from dream_fast.engine.runtime.signals import sigterm_raises
+from dream_fast.engine.runtime.signals import signals_raise
+from dream_fast.engine.runtime.streams import safe_output
 from dream_fast.engine.training.divergence import DEGENERACIES, DegenerateScene, format_flags, rescue_overrides
 from dream_fast.engine.training.failures import translate_disk_errors, translate_oom
 from dream_fast.engine.training.kernel_warmup import precompile_kernels
-from dream_fast.engine.training.loop import Loop, LoopOptions
+from dream_fast.engine.training.loop import Loop, LoopOptions, validate, validation_path
 from dream_fast.engine.training.messages import end_message, outputs_message, report_version, start_message
 from dream_fast.engine.training.resume import resume
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.folder import Workspace
-from dream_fast.engine.workspace.manifest import finish_manifest, make_manifest
+from dream_fast.engine.workspace.manifest import OUTPUTS_STEP, finish_manifest, make_manifest
 
 MAX_RESCUES = 2
 
@@ -41,7 +43,7 @@ def run(config: Config, loop: LoopOptions | None = None) -> int:
     target.check_usable(hint if config.run.test and target is workspace else "")
     reporter = Reporter()
     errors = translate_disk_errors(target, workspace), translate_oom(config, workspace)
-    with log_warnings_to(reporter), sigterm_raises(), target.locked(), errors[0], errors[1]:
+    with safe_output(), log_warnings_to(reporter), signals_raise(), target.locked(), errors[0], errors[1]:
         for attempt in range(MAX_RESCUES + 1):
             rescue = config.run.rescue and attempt < MAX_RESCUES
             try:
@@ -94,11 +96,31 @@ def _write_files(
         target.create_for_outputs_of(workspace, config)
     reporter.open_log(target.log)
     reporter.say(outputs_message(config, runtime, trainer.step))
-    status = write_outputs(trainer, target, reporter, only_missing=not config.run.test)
-    if status.any_written or not target.report.exists():
-        write_report(target)
+    if not config.run.test:
+        with reporter.collect(workspace.manifest):
+            manifest = workspace.read_manifest()
+            if manifest.get(OUTPUTS_STEP, trainer.step) != trainer.step:  # ended before it cleared them
+                _clear_outputs(trainer, workspace, manifest, reporter)
+        strip = validation_path(workspace, trainer.step)
+        if not strip.exists():
+            with reporter.collect(strip):
+                validate(trainer, strip)
+    any_written = write_outputs(trainer, target, reporter, only_missing=not config.run.test)
+    if any_written or not target.report.is_file():
+        with reporter.collect(target.report):
+            write_report(target)
     reporter.files(target.files())
-    return status.exit_status()
+    reporter.check_failures()
+    return 0
+
+
+def _clear_outputs(trainer: Trainer, workspace: Workspace, manifest: dict[str, Any], reporter: Reporter) -> None:
+    """Remove the outputs of fewer steps, and note in the manifest that those to come are of this step."""
+    with reporter.collect(workspace.results):
+        workspace.clear_outputs()
+    with reporter.collect(workspace.manifest):
+        manifest[OUTPUTS_STEP] = trainer.step
+        workspace.write_manifest(manifest)
 
 
 def _train(
@@ -114,7 +136,7 @@ def _train(
     config = trainer.config
     check_packages(config)
     is_new = config.run.ckpt == "scratch"
-    earlier_runs = [] if is_new else workspace.read_manifest().get("runs", [])
+    earlier = {} if is_new else workspace.read_manifest()
     loaded = load_guidance(config, runtime, trainer.attention)
     trainer.guidance, trainer.attention = loaded.guidance, loaded.attention
 
@@ -126,7 +148,7 @@ def _train(
     workspace.write_config(config)
     workspace.truncate_after(trainer.step)
     reporter.open_log(workspace.log)
-    manifest = make_manifest(config, runtime, loaded.models, loaded.attention, earlier_runs, trainer.step)
+    manifest = make_manifest(config, runtime, loaded.models, loaded.attention, earlier, trainer.step)
     workspace.write_manifest(manifest)
     reporter.say(start_message(trainer, runtime, loaded))
     precompile_kernels(config, runtime, reporter)
@@ -136,13 +158,17 @@ def _train(
     times.append(time.monotonic())
     trainer.guidance = None
     del loaded  # the outputs need its memory
-    status = write_outputs(trainer, workspace, reporter)
+    _clear_outputs(trainer, workspace, manifest, reporter)
+    write_outputs(trainer, workspace, reporter)
     times.append(time.monotonic())
 
     peak = peak_memory(runtime.device)
     finish_manifest(manifest, times, peak)
-    workspace.write_manifest(manifest)
-    write_report(workspace)
+    with reporter.collect(workspace.manifest):
+        workspace.write_manifest(manifest)
+    with reporter.collect(workspace.report):
+        write_report(workspace)
     reporter.say(end_message(times[-1] - started, peak))
     reporter.files(workspace.files())
-    return status.exit_status()
+    reporter.check_failures()
+    return 0

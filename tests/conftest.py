@@ -205,7 +205,7 @@ def write_tiny_clip(folder: Path, *, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_if_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random model that works on pixels, as IF does."""
+    """Folder of a random model that works on pixels, like IF."""
     return write_tiny_if_model(tmp_path_factory.mktemp("models") / "tiny-if")
 
 
@@ -235,7 +235,7 @@ def tokenizer_writer() -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def in_fp64() -> Callable[..., Any]:
-    """A function that copies a model's `Components` in fp64: what is computed with the copy counts as exact."""
+    """A function that copies the `Components` of a model in fp64; results of the copy count as exact."""
     import torch
 
     def copied(components):
@@ -272,7 +272,7 @@ def mse_distillation() -> type:
 
 @pytest.fixture(scope="session")
 def pixels_inside() -> Callable[..., int]:
-    """A function that counts the pixels whose middles are inside of triangles, those in two of them twice."""
+    """A function that counts the pixels whose centres lie in triangles, those in two of them twice."""
     import numpy as np
 
     def counted(uv, faces, resolution: int) -> int:

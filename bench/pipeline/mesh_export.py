@@ -101,7 +101,7 @@ def compare_with_field(renderer: Renderer, mesh: TexturedMesh, cameras: Cameras,
 def split_seconds(start: float, progress: list[tuple[float, float]]) -> dict[str, float]:
     """Seconds of each part of the export, from the moments (fraction done, time) that `write_mesh` reported."""
     ends = [max(moment for part, moment in progress if part < end + 1e-6) for end in (*STAGE_ENDS, 1.0)]
-    parts = zip(("volume", "surface", "atlas", "pictures", "files"), pairwise([start, *ends]), strict=True)
+    parts = zip(("volume", "surface", "atlas", "images", "files"), pairwise([start, *ends]), strict=True)
     return {name: round(after - before, 2) for name, (before, after) in parts}
 
 

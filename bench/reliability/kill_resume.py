@@ -1,8 +1,9 @@
-"""Kill runs (kill -9), resume them, and compare them with a whole one. `python -m dream_fast.bench kill_resume`.
+"""Kill runs, resume them, and compare them with a whole one. `python -m dream_fast.bench kill_resume`.
 
-Each trial is the same small run in a process of its own, with a checkpoint every few steps. It is killed once or twice:
-at a random moment of a random step, or while a checkpoint is written (begun, half written, whole but without its name,
-or just named). The same run resumes it. Its metrics, last checkpoint and images must then equal those of the whole run
+Each trial is the same small run in a process of its own, with a checkpoint every few steps. It is ended once or twice,
+by kill -9 or by a signal that it can catch: at a random moment of a random step, while a checkpoint is written (begun,
+half written, whole but without its name, or just named), or before or after an output, the manifest or the report gets
+its name. The same run resumes it. Its metrics, last checkpoint and images must then equal those of the whole run
 bit for bit (on a GPU in deterministic mode: --device cuda), and no half-written file may be left.
 
 Processes are forked from one that has imported everything, so that a trial takes seconds.
@@ -27,10 +28,12 @@ import torch
 
 from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import Config
+from dream_fast.engine.runtime.signals import SIGNALS, Stopped
 
 STEPS, CHECKPOINT_STEPS = 24, 4  # of a run, and between two checkpoints
 TIMES = ("seconds", "it_per_s")  # entries of a row that are never equal
-STAGES = ("begun", "half", "unnamed", "named")  # of writing a checkpoint
+STAGES = ("begun", "half", "unnamed", "named")  # of writing a checkpoint; an output has the last two
+OUTPUTS = ("front.png", "six_views.png", "turntable.mp4", "mesh.glb", "mesh.png", "manifest.json", "report.html")
 SMALL = {
     **{
         "iters": STEPS,
@@ -50,15 +53,29 @@ SMALL = {
         "bound": 0.6,
     },
     **{"max_steps": 48, "occupancy_resolution": 16, "text": "a hamburger"},
+    **{"save_mesh": True, "mcubes_resolution": 12, "texture_resolution": 32, "decimate_target": 200},
 }
 
 
 class Kill(NamedTuple):
-    """The moment of a kill: `delay` seconds into step `step` (from 1), or a stage of that step's checkpoint."""
+    """The moment of a signal: `delay` seconds into step `step` (from 1), or a stage of writing `file`."""
 
     step: int
     delay: float = 0.0
     stage: str = ""
+    file: str = ""  # default: that step's checkpoint
+    number: int = signal.SIGKILL
+
+    @property
+    def name(self) -> str:
+        return self.file or f"step_{self.step:06d}.safetensors"
+
+    def __str__(self) -> str:
+        when = f"{self.name} {self.stage}" if self.stage else f"step {self.step} + {self.delay * 1e3:.0f} ms"
+        return f"{signal.Signals(self.number).name} at {when}"
+
+    def send(self) -> None:
+        os.kill(os.getpid(), self.number)
 
 
 def plan_kills(rng: random.Random) -> list[Kill]:
@@ -66,16 +83,18 @@ def plan_kills(rng: random.Random) -> list[Kill]:
     kills: list[Kill] = []
     for _ in range(rng.choice((1, 1, 2))):
         first = kills[-1].step if kills else 0
-        if rng.random() < 0.5 and first < STEPS - CHECKPOINT_STEPS:
+        number = rng.choice((signal.SIGKILL, signal.SIGKILL, *SIGNALS))
+        kind = rng.choice(("checkpoint", "step", "output"))
+        if kind == "output" and not (kills and kills[-1].file):
+            kills.append(Kill(STEPS, stage=rng.choice(STAGES[2:]), file=rng.choice(OUTPUTS), number=number))
+        elif kind == "checkpoint" and first < STEPS - CHECKPOINT_STEPS:
             step = rng.randrange(first // CHECKPOINT_STEPS + 1, STEPS // CHECKPOINT_STEPS) * CHECKPOINT_STEPS
-            kills.append(Kill(step, stage=rng.choice(STAGES)))
-        elif first < STEPS:
-            kills.append(Kill(rng.randint(first + 1, STEPS), delay=rng.uniform(0, 0.03)))
+            kills.append(Kill(step, stage=rng.choice(STAGES), number=number))
+        elif first < STEPS - CHECKPOINT_STEPS:  # a later signal leaves another last checkpoint but one
+            kills.append(
+                Kill(rng.randint(first + 1, STEPS - CHECKPOINT_STEPS), delay=rng.uniform(0, 0.03), number=number)
+            )
     return kills
-
-
-def kill_self() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arm_kill(kill: Kill) -> Callable[[int], None]:
@@ -83,27 +102,31 @@ def arm_kill(kill: Kill) -> Callable[[int], None]:
     from dream_fast.engine.workspace import checkpoint
 
     save, replace = checkpoint.save_file, os.replace
+    sent: list[Kill] = []
 
     def before_step(step: int) -> None:
         if not kill.stage and step + 1 == kill.step:
-            threading.Timer(kill.delay, kill_self).start()
+            threading.Timer(kill.delay, kill.send).start()
 
     def save_file(tensors: Any, filename: Any, metadata: dict[str, str] | None = None) -> Any:
         matches = f"step_{kill.step:06d}" in Path(filename).name
         if matches and kill.stage == "begun":
-            kill_self()
+            kill.send()
         save(tensors, filename, metadata)
         if matches and kill.stage == "half":
-            os.truncate(filename, os.path.getsize(filename) // 2)
-            kill_self()
+            if kill.number == signal.SIGKILL:
+                os.truncate(filename, os.path.getsize(filename) // 2)
+            kill.send()
 
     def rename(src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
-        matches = Path(dst).name == f"step_{kill.step:06d}.safetensors"
+        matches = Path(dst).name == kill.name and not sent
         if matches and kill.stage == "unnamed":
-            kill_self()
+            sent.append(kill)
+            kill.send()
         replace(src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
         if matches and kill.stage == "named":
-            kill_self()
+            sent.append(kill)
+            kill.send()
 
     checkpoint.save_file = save_file
     os.replace = rename
@@ -146,6 +169,8 @@ def run_forked(config: Config, log: Path, kill: Kill | None) -> int:
             if kill is not None:
                 options = dataclasses.replace(options, before_step=arm_kill(kill))
             status = run(config, loop=options)
+        except Stopped as stopped:
+            status = stopped.status
         except BaseException:
             traceback.print_exc()
         finally:
@@ -171,7 +196,8 @@ def run_trial(name: str, kills: list[Kill], overrides: dict[str, Any], folder: P
     config = configure(overrides | {"workspace": str(workspace)}, overrides["device"])
     for kill in [*kills, None]:
         status = run_forked(config, log, kill)
-        if kill is None and status != 0 or status not in (0, -signal.SIGKILL):
+        expected = {0} if kill is None else {0, -kill.number, 128 + kill.number}
+        if status not in expected:
             raise SystemExit(f"the run ended with status {status}; its log:\n{log.read_text(encoding='utf-8')}")
     return read_result(workspace)
 
@@ -198,10 +224,9 @@ def main(argv: list[str] | None = None) -> int:
             killed = run_trial(f"killed_{number}", kills, overrides, Path(name))
             unequal = sorted(key for key in killed.keys() | whole.keys() if killed.get(key) != whole.get(key))
             different += bool(unequal)
-            moments = ", ".join(
-                f"checkpoint {k.step} {k.stage}" if k.stage else f"step {k.step} + {k.delay * 1e3:.0f} ms"
-                for k in kills
+            print(
+                f"{', '.join(map(str, kills))}: {'DIFFERS in ' + ', '.join(unequal) if unequal else 'the same'}",
+                flush=True,
             )
-            print(f"killed at {moments}: {'DIFFERS in ' + ', '.join(unequal) if unequal else 'the same'}", flush=True)
     print(json.dumps({"killed": args.times, "different": different}))
     return int(different > 0)

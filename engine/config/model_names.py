@@ -59,6 +59,20 @@ SAME_PARTS: dict[str, tuple[str, ...]] = {
     "IF": ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"),
 }
 
+# Pipelines of diffusers with an adapter in engine/guidance/model/pipelines/.
+PIPELINES = (
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "PRXPipeline",
+    "Flux2KleinPipeline",
+    "FluxPipeline",
+    "ZImagePipeline",
+    "Lumina2Pipeline",
+    "PixArtSigmaPipeline",
+    "SanaPipeline",
+    "QwenImagePipeline",
+)
+
 _NAME = r"\w[\w.-]*/\w[\w.-]*"
 _REVISION = r"\w[\w./-]*"
 _HUB_NAME = re.compile(rf"({_NAME})(?:@({_REVISION}))?")

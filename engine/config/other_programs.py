@@ -25,7 +25,7 @@ _LORA = (
 _EMBEDDING = "textual inversions cannot be added; describe in words what they mean"
 _CONDITION = "a run starts from a prompt alone; images and maps cannot condition it"
 _MODEL = "use --hf_key FOLDER_OR_HUB_NAME for a Stable Diffusion model, or --sd_version 2.1"
-_OTHER_MODEL = "the models are Stable Diffusion 1.x and 2.x (--sd_version, --hf_key) and DeepFloyd IF (--IF)"
+_OTHER_MODEL = "name a model by --hf_key FOLDER_OR_HUB_NAME; docs/image_models.md lists those that can guide"
 _HALF = "use -O for half precision"
 _WHOLE = "single precision is the default: leave out -O and --fp16"
 _MEMORY = "use --vram_O, or a smaller --w and --h, to save memory"
@@ -81,7 +81,8 @@ ANSWERS: dict[str, str] = {
     "model model_id model_name model_path model_key pretrained_model pretrained_model_name_or_path "
     "pretrained_model_name model_name_or_path sd_path sd_model diffusion_model hf_model model_dir ckpt_dir "
     "sd_key": _MODEL,
-    "sdxl xl sd_xl flux sd3 turbo lcm lightning hyper deepfloyd": _OTHER_MODEL,
+    "sdxl xl sd_xl flux sd3 turbo lcm lightning hyper": _OTHER_MODEL,
+    "deepfloyd": "use --IF for DeepFloyd IF",
     "half amp fp_16 bf16 bfloat16 float16 mixed_precision dtype torch_dtype variant weights_dtype precision "
     "autocast use_fp16": _HALF,
     "no_half full_precision fp32 float32 no_half_vae no_fp_16 precision_full": _WHOLE,

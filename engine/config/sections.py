@@ -291,7 +291,11 @@ class GuidanceConfig(ConfigSection):
         choices=tuple(GUIDANCES),
     )
     sd_version: str | None = setting(None, "Stable Diffusion from the hub, by version", choices=("1.5", "2.0", "2.1"))
-    hf_key: str | None = setting(None, "Stable Diffusion from a folder, or from the hub by NAME or NAME@REVISION")
+    hf_key: str | None = setting(
+        None,
+        "Stable Diffusion, SDXL, SD3, FLUX or another pipeline of diffusers (docs/image_models.md), from a folder, or "
+        "from the hub by NAME or NAME@REVISION",
+    )
     if_key: str | None = setting(None, "the first stage of IF, named as in --hf_key; default: DeepFloyd/IF-I-XL-v1.0")
     clip_key: str | None = setting(None, "CLIP, named as in --hf_key; default: openai/clip-vit-base-patch16")
     objective: str = setting(

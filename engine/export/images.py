@@ -1,6 +1,6 @@
 """PNG files: the six views, and several images side by side."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +77,21 @@ def write_six_views(folder: Path, renderer: Renderer, config: CameraConfig) -> l
     return paths
 
 
-def write_validation(path: Path, renderer: Renderer, config: CameraConfig, count: int) -> None:
-    """Write `count` views around the object as one image: colours above, normals below."""
-    view = renderer.view(turntable(config, count, renderer.field.device), config.H, config.W)
-    save_png(
-        path,
-        np.concatenate(
-            [concatenate_images(to_uint8(view.rgb)), concatenate_images(to_uint8(normal_image(view)))], axis=0
-        ),
-    )
+def write_validation(
+    path: Path,
+    renderer: Renderer,
+    config: CameraConfig,
+    count: int,
+    on_view: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `count` views around the object as one image: colours above, normals below.
+
+    `on_view` is called before each view.
+    """
+    colours, normals = [], []
+    for camera in turntable(config, count, renderer.field.device).split():
+        on_view()
+        view = renderer.view(camera, config.H, config.W)
+        colours.append(to_uint8(view.rgb)[0])
+        normals.append(to_uint8(normal_image(view))[0])
+    save_png(path, np.concatenate([concatenate_images(colours), concatenate_images(normals)], axis=0))

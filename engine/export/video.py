@@ -11,15 +11,19 @@ from av.video.stream import VideoStream
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export.images import concatenate_images, depth_image, normal_image, to_uint8
 from dream_fast.engine.render.base import Renderer
-from dream_fast.engine.scene.camera import Cameras, turntable
+from dream_fast.engine.scene.camera import turntable
 from dream_fast.engine.workspace.atomic import atomic_write
 
 
-def turntable_frames(renderer: Renderer, config: CameraConfig, frames: int) -> Iterator[np.ndarray]:
-    """Frames [H, 3 W, 3] uint8 of one turn around the object: colour | normals | depth."""
-    cameras = turntable(config, frames, renderer.field.device)
-    for index in range(frames):
-        camera = Cameras(*(part[index : index + 1] for part in cameras))
+def turntable_frames(
+    renderer: Renderer, config: CameraConfig, frames: int, on_view: Callable[[], None] = lambda: None
+) -> Iterator[np.ndarray]:
+    """Frames [H, 3 W, 3] uint8 of one turn around the object: colour | normals | depth.
+
+    `on_view` is called before each of them.
+    """
+    for camera in turntable(config, frames, renderer.field.device).split():
+        on_view()
         view = renderer.view(camera, config.H, config.W)
         depth = depth_image(view, camera.radius, renderer.config.bound)
         yield concatenate_images([to_uint8(part)[0] for part in (view.rgb, normal_image(view), depth)])

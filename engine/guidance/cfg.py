@@ -82,7 +82,8 @@ def apply_cfg(
     direction = out_cond - out_uncond
     if weights is not None:
         direction = perpendicular_combine(direction, [other - out_uncond for other in others], weights)
-    eps, z0 = split(model.prediction_type, out_uncond + scale * direction, noisy, mixture)
+    guided = model.guide_natively(out_uncond + scale * direction, out_cond)
+    eps, z0 = split(model.prediction_type, guided, noisy, mixture)
     if rescale is not None:
         _, unguided = split(model.prediction_type, out_cond, noisy, mixture)
         ratio = unguided.std(dim=(1, 2, 3), keepdim=True) / z0.std(dim=(1, 2, 3), keepdim=True)

@@ -59,7 +59,7 @@ class PromptEmbeddings:
         texts = [
             text + endings[view] if view in endings else model.fit_prompt(view_prompts[view], [""]) for view in VIEWS
         ]
-        embedded = model.embed([*texts, negative])
+        embedded = model.embed(texts, negative)
         self.views = map_rows(lambda rows: rows[:-1], embedded)
         self.negative = map_rows(lambda rows: rows[-1:], embedded)
         if not keep_text_encoder:

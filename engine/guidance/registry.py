@@ -17,7 +17,9 @@ from dream_fast.engine.guidance.base import Guidance
 from dream_fast.engine.guidance.clip import clip_guidance
 from dream_fast.engine.guidance.diffusion import diffusion_guidance
 from dream_fast.engine.guidance.model.attention import AttentionChoice
-from dream_fast.engine.guidance.model.components import COMPILED, Components, choose_source, load_components
+from dream_fast.engine.guidance.model.components import COMPILED, choose_source
+from dream_fast.engine.guidance.model.image_model import ImageModel
+from dream_fast.engine.guidance.model.load import load_image_model
 from dream_fast.engine.guidance.prompts import PromptEmbeddings, ViewAngles
 from dream_fast.engine.guidance.sum import GuidanceSum
 from dream_fast.engine.runtime.device import Runtime
@@ -47,18 +49,18 @@ def load_guidance(config: Config, runtime: Runtime, previous: AttentionChoice | 
 
 
 def _build_dream_mini(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
-    return _build_diffusion(config, _load_components(config, runtime, MODEL_FOLDER, previous), DREAM_MINI.name)
+    return _build_diffusion(config, _load_model(config, runtime, MODEL_FOLDER, previous), DREAM_MINI.name)
 
 
 def _build_stable_diffusion(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
     source = choose_source(sd_version=config.guidance.sd_version, hf_key=config.guidance.hf_key)
-    return _build_diffusion(config, _load_components(config, runtime, source, previous), STABLE_DIFFUSION.name)
+    return _build_diffusion(config, _load_model(config, runtime, source, previous), STABLE_DIFFUSION.name)
 
 
 def _build_if(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
     source = config.guidance.if_key or IF_MODEL
-    components = _load_components(config, runtime, source, previous, kind="IF")
-    return _build_diffusion(config, components, DEEPFLOYD_IF.name)
+    model = _load_model(config, runtime, source, previous, kind="IF")
+    return _build_diffusion(config, model, DEEPFLOYD_IF.name)
 
 
 def _build_clip(config: Config, runtime: Runtime, previous: AttentionChoice | None) -> LoadedGuidance:
@@ -76,22 +78,22 @@ BUILDERS: Mapping[str, Callable[[Config, Runtime, AttentionChoice | None], Loade
 }
 
 
-def _build_diffusion(config: Config, components: Components, name: str) -> LoadedGuidance:
-    """Embed the prompts of a run for `components`, and assemble the guidance `name`."""
+def _build_diffusion(config: Config, model: ImageModel, name: str) -> LoadedGuidance:
+    """Embed the prompts of a run for `model`, and assemble the guidance `name`."""
     read = known_words if GUIDANCES[name].closed_vocabulary else str
     view_prompts = {view: read(text) for view, text in config.run.view_prompts.items()}
     text, negative = read(config.run.text or ""), read(config.run.negative)
-    prompts = PromptEmbeddings(components, text, negative, view_prompts=view_prompts)
-    attention = components.attention if GUIDANCES[name].has_attention else None
-    return LoadedGuidance(diffusion_guidance(components, prompts, config), components.name, attention)
+    prompts = PromptEmbeddings(model, text, negative, view_prompts=view_prompts)
+    attention = model.attention if GUIDANCES[name].has_attention else None
+    return LoadedGuidance(diffusion_guidance(model, prompts, config), model.name, attention)
 
 
-def _load_components(
+def _load_model(
     config: Config, runtime: Runtime, source: str | Path, previous: AttentionChoice | None, kind: str = "SD"
-) -> Components:
+) -> ImageModel:
     """Load the diffusion model at `source`, a pipeline of that kind."""
     run = config.run
-    components = load_components(
+    model = load_image_model(
         source,
         runtime.device,
         runtime.dtype,
@@ -103,9 +105,9 @@ def _load_components(
         compiled=COMPILED if run.compile else (),
         need_vae_decoder=config.output.save_guidance,
     )
-    if config.shading.latent_iter_ratio > 0 and components.latent_channels != 4:
+    if config.shading.latent_iter_ratio > 0 and model.latent_channels != 4:
         raise UserError(
-            f"the latents of {components.name} have {components.latent_channels} channels; the phase in which normals "
+            f"the latents of {model.name} have {model.latent_channels} channels; the phase in which normals "
             "and opacity are the latent needs 4, so give --latent_iter_ratio 0"
         )
-    return components
+    return model

@@ -187,8 +187,7 @@ class Renderer(ABC):
         """
         check_shading(shading)
         images = []
-        for number in range(len(cameras.fovy)):
-            camera = Cameras(*(part[number : number + 1] for part in cameras))
+        for camera in cameras.split():
             origins, directions = (part[0].view(height, width, 3) for part in rays(camera, height, width))
             behind = self._background(directions, background)
             image = self.render_unshaded(camera, origins, directions, behind, normals or shading.mode != "albedo")

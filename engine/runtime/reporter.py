@@ -1,9 +1,12 @@
-"""Output of a run for people: lines on the terminal and in log.txt, a progress bar, the table of files at the end."""
+"""Output of a run for people: lines on the terminal and in log.txt, a progress bar, the table of files at the end.
+
+None of it can end a run. Files that cannot be written while a run goes on are collected, and reported at its end.
+"""
 
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,11 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dream_fast.engine.text import one_line
+from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.text import escape_controls, one_line
 
 T = TypeVar("T")
 
 QUIET_SECONDS = 15.0  # between two lines of a bar without a terminal
+FAILURES_SHOWN = 4  # in the sentence at the end; warnings have named all
 
 
 class Reporter:
@@ -26,6 +31,8 @@ class Reporter:
         self.console = console or Console(highlight=False)
         self._log: Path | None = None
         self._waiting: list[str] = []
+        self._failures: dict[Path, str] = {}  # sentences about files that could not be written
+        self._may_pass = False  # a failure that another call may not have
 
     def open_log(self, path: Path) -> None:
         self._log = path
@@ -36,11 +43,36 @@ class Reporter:
     def say(self, line: str) -> None:
         """Print `line`, with control characters escaped and long prompts cut."""
         line = "\n".join(one_line(row) for row in line.split("\n"))
-        self.console.print(line, markup=False, emoji=False, soft_wrap=True)
+        with suppress(Exception):  # a terminal without a size, a stream of the caller's
+            self.console.print(line, markup=False, emoji=False, soft_wrap=True)
         self._write(line)
 
     def warn(self, line: str) -> None:
         self.say(f"warning: {line}")
+
+    @contextmanager
+    def collect(self, path: Path) -> Iterator[None]:
+        """Keep an error inside the `with` block, which writes `path`, for the end of the run, and warn of it once."""
+        try:
+            yield
+        except Exception as error:
+            if self._add_failure(path, error):
+                self.warn(f"{self._failures[path]}; the run goes on")
+
+    def _add_failure(self, path: Path, error: Exception) -> bool:
+        """Keep the first error about a path. Return False if there was one."""
+        self._may_pass |= not isinstance(error, UserError)
+        is_new = path not in self._failures
+        self._failures.setdefault(path, _failure(path, error))
+        return is_new
+
+    def check_failures(self) -> None:
+        """Raises UserError: when files could not be written."""
+        if self._failures:
+            hint = ["everything else is whole, and the same command writes what is missing"] * self._may_pass
+            sentences = list(dict.fromkeys(self._failures.values()))
+            more = [f"{len(sentences) - FAILURES_SHOWN} more failed"] * (len(sentences) > FAILURES_SHOWN)
+            raise UserError("; ".join([*sentences[:FAILURES_SHOWN], *more, *hint]))
 
     @contextmanager
     def bar(self, label: str, total: int, completed: int = 0) -> Iterator["Bar"]:
@@ -57,25 +89,45 @@ class Reporter:
             TextColumn("{task.fields[terms]}", style="dim", markup=False),
         )
         # four redraws a second: more would take time from a two-core machine
-        with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
+        progress = Progress(*columns, console=self.console, refresh_per_second=4)
+        with suppress(Exception):
+            progress.start()
+        try:
             yield LiveBar(progress, progress.add_task(label, total=total, completed=completed, speed="", terms=""))
+        finally:
+            with suppress(Exception):
+                progress.stop()
 
     def files(self, files: Sequence[Path]) -> None:
         """Print a table of files with their sizes."""
         table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
         table.columns[1].justify = "right"
         for path in files:
-            size = _size(path.stat().st_size)
-            table.add_row(Text(str(path)), size)
-            self._write(f"{path} {size}")
-        self.console.print(table, soft_wrap=True)
+            with suppress(OSError):  # removed meanwhile
+                size = _size(path.stat().st_size)
+                table.add_row(Text(escape_controls(str(path))), size)
+                self._write(f"{escape_controls(str(path))} {size}")
+        with suppress(Exception):
+            self.console.print(table, soft_wrap=True)
 
     def _write(self, line: str) -> None:
         if self._log is None:
             self._waiting.append(line)
             return
-        with self._log.open("a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        try:
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        except Exception as error:
+            self._add_failure(self._log, error)
+
+
+def _failure(path: Path, error: Exception) -> str:
+    """Return the beginning of a sentence about a file that could not be written."""
+    if isinstance(error, UserError):
+        return str(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return f"{getattr(error, 'filename', None) or path} could not be written ({kind}{reason})"
 
 
 class Bar:
@@ -103,10 +155,13 @@ class LiveBar(Bar):
         self._progress, self._task = progress, task
 
     def advance(self, completed: int) -> None:
-        self._progress.update(self._task, completed=completed)
+        with suppress(Exception):
+            self._progress.update(self._task, completed=completed)
 
     def show(self, label: str, per_second: float, terms: Mapping[str, float | None]) -> None:
-        self._progress.update(self._task, description=label, speed=f"{per_second:.2f} it/s", terms=format_terms(terms))
+        speed = f"{per_second:.2f} it/s"
+        with suppress(Exception):
+            self._progress.update(self._task, description=label, speed=speed, terms=format_terms(terms))
 
 
 class QuietBar(Bar):

@@ -1,10 +1,21 @@
-"""End a run early by Ctrl-C (SIGINT) or a request to terminate (SIGTERM).
+"""End a run early by a signal.
 
-During the steps, the first signal ends the run after the current step, with a checkpoint. A second one has the system's
-default effect: it ends the process at once and leaves the last checkpoint whole. Outside the steps a signal ends the
-run at once. The exit status is 130 or 143, as a shell has it.
+| signal | sent by |
+|---|---|
+| SIGINT, SIGQUIT | Ctrl-C, Ctrl-\\ |
+| SIGTERM | kill, a system that shuts down, a scheduler |
+| SIGHUP | a terminal or a connection that is closed |
+| SIGXCPU | the limit of CPU time |
+| SIGUSR1, SIGUSR2 | a scheduler, some time before it kills |
+
+During the steps, the first signal ends the run after the current step, with a checkpoint. A second one of PERSONAL has
+the system's default effect: it ends the process at once and leaves the last checkpoint whole. Outside the steps a
+signal ends the run at once. The exit status is 128 + the signal's number, as a shell has it.
+
+A signal that the process ignores (nohup, the background of a script) or that another part of it handles stays theirs.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,7 +23,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PERSONAL = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGQUIT") if hasattr(signal, name))
+SIGNALS = PERSONAL + tuple(
+    getattr(signal, name) for name in ("SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 _NOTICE = b"\ndream-fast: finishing this step and saving; the same signal again ends the run at once\n"
 
 
@@ -24,7 +38,14 @@ class Stopped(KeyboardInterrupt):
         self.status = 128 + number
 
 
-class StopRequest:
+class _Handler:
+    """Handler of the SIGNALS of a run."""
+
+    def __call__(self, number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+
+class StopRequest(_Handler):
     """Request to stop, by the signal `number`; None: no signal has come."""
 
     number: int | None = None
@@ -34,14 +55,32 @@ class StopRequest:
         if self.number is not None:
             raise Stopped(self.number)
 
+    def __call__(self, number: int, frame: Any) -> None:
+        """Record the first signal. A second one of PERSONAL has its default effect."""
+        if self.number is None:
+            self.number = number
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                os.write(2, _NOTICE)  # print could be in the middle of another line
+        if number in PERSONAL:
+            for each in PERSONAL:
+                if signal.getsignal(each) is self:
+                    signal.signal(each, signal.SIG_DFL)
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()  # other threads must not handle signals
+
+def _is_free(number: int) -> bool:
+    """True if the run may handle the signal."""
+    present = signal.getsignal(number)
+    if number in (signal.SIGINT, signal.SIGTERM):
+        return present not in (signal.SIG_IGN, None)
+    return present is signal.SIG_DFL or isinstance(present, _Handler)
 
 
 @contextmanager
-def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
-    previous = {number: signal.signal(number, handler) for number in numbers}
+def _handled(handler: _Handler) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # other threads must not handle signals
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in SIGNALS if _is_free(number)}
     try:
         yield
     finally:
@@ -53,29 +92,12 @@ def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[None]:
 def stop_after_current_step() -> Iterator[StopRequest]:
     """Inside the `with` block, record the first signal, so that the loop can end after its step; not a second one."""
     stop = StopRequest()
-    if not _in_main_thread():
-        yield stop
-        return
-
-    def record(number: int, frame: Any) -> None:
-        stop.number = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        os.write(2, _NOTICE)  # print could be in the middle of another line
-
-    with _handled(SIGNALS, record):
+    with _handled(stop):
         yield stop
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Inside the `with` block, SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt, so that clean-up runs."""
-    if not _in_main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number)
-
-    with _handled((signal.SIGTERM,), stop):
+def signals_raise() -> Iterator[None]:
+    """Inside the `with` block, each signal raises Stopped, so that clean-up runs."""
+    with _handled(_Handler()):
         yield

@@ -8,6 +8,7 @@ so azimuth 0 looks from +z (the front), azimuth 90 from +x, polar 0 from above a
 are degrees. Camera axes are OpenGL's: x right, y up, the camera looks along -z. docs/conventions.md has the drawing.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,11 @@ class Cameras(NamedTuple):
     polar: Tensor  # [B]
     azimuth: Tensor  # [B]
     radius: Tensor  # [B] distance from the target
+
+    def split(self) -> Iterator["Cameras"]:
+        """Yield the cameras one by one, as batches of one."""
+        for number in range(len(self.fovy)):
+            yield Cameras(*(part[number : number + 1] for part in self))
 
 
 def look_at(polar: Tensor, azimuth: Tensor, radius: Tensor, device: torch.device | str | None = None) -> Tensor:

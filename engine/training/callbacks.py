@@ -6,10 +6,11 @@
 | --tensorboard | tensorboard/ | the numbers of each row of metrics.jsonl |
 | --profile | profile/ | a trace (`profiler`) |
 
-Callbacks draw no random numbers and change nothing that a step reads, so the run stays the same bit for bit.
+Callbacks draw no random numbers and change nothing that a step reads, so the run stays the same bit for bit. Files that
+they cannot write do not end it.
 """
 
-from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,38 +52,43 @@ class RunCallbacks:
             raise UserError("--save_guidance shows the latents of an image model, and this guidance has none")
         self._writer: Any = None
         self._profile: Profile | None = None
-        self._open = ExitStack()
 
     def __enter__(self) -> "RunCallbacks":
         output, workspace = self._config.output, self._workspace
         if output.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with self._reporter.collect(workspace.tensorboard):
+                from torch.utils.tensorboard import SummaryWriter
 
-            # A resumed run records the steps after its checkpoint again.
-            self._writer = SummaryWriter(str(workspace.tensorboard), purge_step=self._step + 1)
-            self._open.callback(self._writer.close)
+                # A resumed run records the steps after its checkpoint again.
+                self._writer = SummaryWriter(str(workspace.tensorboard), purge_step=self._step + 1)
         if output.profile:
             left = self._config.run.iters - self._step
-            self._profile = self._open.enter_context(Profile(workspace.profile, self._device, left, self._reporter))
+            self._profile = Profile(workspace.profile, self._device, left, self._reporter).__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+        if self._profile is not None:
+            with self._reporter.collect(self._profile.path):
+                self._profile.__exit__(*error)
+        if self._writer is not None:
+            with self._reporter.collect(self._workspace.tensorboard):
+                self._writer.close()
 
     def on_step(self, step: int, result: StepResult) -> None:
         """Handle the result of a step; `step` counts the steps taken. The next step may overwrite `result`."""
         output = self._config.output
         if output.save_guidance and step % output.save_guidance_interval == 0:
-            with record_function("guidance images"):
-                self._save_guidance(step, result)
+            path = self._workspace.guidance / f"step_{step:06d}.png"
+            with record_function("guidance images"), self._reporter.collect(path):
+                self._save_guidance(path, result)
         if self._profile is not None:
-            self._profile.step()
+            with self._reporter.collect(self._profile.path):
+                self._profile.step()
 
-    def _save_guidance(self, step: int, result: StepResult) -> None:
+    def _save_guidance(self, path: Path, result: StepResult) -> None:
         assert self._components is not None and result.snapshot is not None
         images = guidance_images(self._components, *result.snapshot, latents=result.phase == "latent")
         timesteps = " ".join(map(str, result.t.tolist()))
-        path = self._workspace.guidance / f"step_{step:06d}.png"
         save_grid(path, images.permute(0, 1, 3, 4, 2), {"t": timesteps})
 
     def on_log(self, row: dict[str, Any]) -> None:
@@ -90,6 +96,7 @@ class RunCallbacks:
         if self._writer is None:
             return
         losses = {f"loss/{name.removeprefix('loss_')}": row[name] for name in row if name.startswith("loss_")}
-        numbers = {"loss/sum": row["loss"], **losses, **{name: row[name] for name in NUMBERS}}
-        for tag, value in numbers.items():
-            self._writer.add_scalar(tag, float("nan") if value is None else value, row["step"])
+        numbers: dict[str, Any] = {"loss/sum": row["loss"], **losses, **{name: row[name] for name in NUMBERS}}
+        with self._reporter.collect(self._workspace.tensorboard):
+            for tag, value in numbers.items():
+                self._writer.add_scalar(tag, float("nan") if value is None else value, row["step"])

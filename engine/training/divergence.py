@@ -18,6 +18,7 @@ from dream_fast.engine.config.configure import RESCUED
 from dream_fast.engine.config.presets import choose_preset
 from dream_fast.engine.config.schedule import LinearSchedule, Scalar, largest
 from dream_fast.engine.config.schema import Config
+from dream_fast.engine.errors import UserError
 from dream_fast.engine.training.losses import weight_setting
 
 MAX_NONFINITE_STEPS = 50  # more than a loss scale needs to settle
@@ -35,6 +36,10 @@ class DegenerateScene(Exception):
     def __init__(self, kind: str):
         super().__init__(kind)
         self.kind = kind
+
+
+class Diverged(UserError):
+    """Raised when the gradients stay non-finite."""
 
 
 def rescue_overrides(config: Config, kind: str) -> dict[str, Any]:

@@ -39,11 +39,18 @@ def translate_disk_errors(target: Workspace, workspace: Workspace) -> Iterator[N
 
 @contextmanager
 def translate_oom(config: Config, workspace: Workspace) -> Iterator[None]:
-    """Translate running out of GPU memory outside the steps (loading a model, outputs) into a UserError."""
+    """Translate a lack of memory outside the steps (loading a model, the outputs) into a UserError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(memory_message(config, error, resume_hint(workspace))) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if the memory of the GPU or the machine did not suffice. On a CPU torch raises a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def resume_hint(workspace: Workspace) -> str:
@@ -80,10 +87,11 @@ def low_memory_overrides(config: Config) -> dict[str, Any]:
 
 
 def memory_message(config: Config, error: BaseException, resume_hint: str) -> str:
-    """Return the message for a torch.OutOfMemoryError, with flags that reduce memory."""
-    size = str(error).partition("Tried to allocate ")[2].split(". ")[0]
+    """Return the message for an error that `is_out_of_memory`, with flags that reduce memory."""
+    size = str(error).partition("ried to allocate ")[2].split(". ")[0]
+    device = "GPU" if isinstance(error, torch.OutOfMemoryError) else "machine"
     camera, overrides = config.camera, low_memory_overrides(config)
     current = f"this step: --batch_size {camera.batch_size} --w {camera.w} --h {camera.h}"
-    advice = f"give {format_flags(overrides)}" if overrides else "a smaller image model or another GPU is needed"
+    advice = f"give {format_flags(overrides)}" if overrides else f"a smaller image model or another {device} is needed"
     requested = f" ({size.rstrip('.')} more were requested)" if size else ""
-    return f"the GPU is out of memory{requested}: {advice} ({current}); {resume_hint}"
+    return f"the {device} is out of memory{requested}: {advice} ({current}); {resume_hint}"

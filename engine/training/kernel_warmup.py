@@ -24,7 +24,7 @@ def collect_launches(config: Config, runtime: Runtime) -> list[Any]:
 
     Kernels of later phases are left out.
     """
-    spare = Trainer(config.override({"cuda_graph": False}), runtime, 0, _no_guidance)
+    spare = Trainer(config.override({"cuda_graph": False, "save_guidance": False}), runtime, 0, _no_guidance)
     sampler = cast(VolumeRenderer, spare.renderer).sampler
     sample = sampler.sample
 

@@ -1,10 +1,11 @@
-"""The training loop: evaluate, save, step, log, until the last step or a signal."""
+"""The training loop: save, evaluate, step, log, until the last step or a signal."""
 
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,17 +16,18 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
 from dream_fast.engine.runtime.reporter import Bar, Reporter
-from dream_fast.engine.runtime.signals import stop_after_current_step
+from dream_fast.engine.runtime.signals import Stopped, StopRequest, stop_after_current_step
 from dream_fast.engine.training.callbacks import RunCallbacks
 from dream_fast.engine.training.divergence import (
     MAX_DEGENERATE_STEPS,
     MAX_NONFINITE_STEPS,
     DegenerateScene,
+    Diverged,
     degenerate_message,
     nonfinite_message,
     outweighed_message,
 )
-from dream_fast.engine.training.failures import memory_message
+from dream_fast.engine.training.failures import is_out_of_memory, memory_message, resume_hint
 from dream_fast.engine.training.trainer import StepResult, Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -53,41 +55,36 @@ class Loop:
         self.config = trainer.config
         self._degeneracy = ""  # the last one with a warning
         self._warned_of_table = False
+        self._first_step = self._saved_step = trainer.step
 
     def fit(self) -> None:
-        """Train up to the configured iterations. After a signal the loop ends with the current step and a checkpoint.
+        """Train up to the configured iterations. Whatever ends the loop, the state after its last whole step is saved
+        first, except where the object or the gradients are lost.
 
-        Raises Stopped: after a signal. Raises UserError: when the gradients stay non-finite, the GPU's memory does not
+        Raises Stopped: after a signal. Raises UserError: when the gradients stay non-finite, the memory does not
         suffice, or the workspace is moved. Raises DegenerateScene: with --rescue, when the object is lost.
         """
-        trainer, run, output = self.trainer, self.config.run, self.config.output
-        first_step = trainer.step
-        epoch = self.options.epoch_steps
-        started = saved = logged = time.monotonic()
-        logged_step = first_step
+        trainer, run = self.trainer, self.config.run
+        started = time.monotonic()
         with (
             stop_after_current_step() as stop,
             self.workspace.metrics.open("a", encoding="utf-8") as metrics,
-            self.reporter.bar("start", run.iters, first_step) as bar,
+            self.reporter.bar("start", run.iters, trainer.step) as bar,
             self._callbacks() as callbacks,
+            self._saved_on_error(),
         ):
+            saved = logged = started
+            logged_step = trainer.step
             while True:
-                last = trainer.step >= run.iters
-                due = trainer.step > first_step
-
-                # once in a while: evaluate
-                if due and (last or trainer.step % (output.eval_interval * epoch) == 0):
-                    self.validate()
-                if due and not last and trainer.step % (output.test_interval * epoch) == 0 and not run.six_views:
-                    self.write_test_video()
-
-                # once in a while: save
-                if due and not last and trainer.step % epoch == 0:
+                # once in a while: save, then evaluate; both at the end too
+                if trainer.step >= run.iters or stop.number is not None:
+                    self._save()
+                elif self._saved_step < trainer.step and trainer.step % self.options.epoch_steps == 0:
                     if time.monotonic() - saved > self.options.checkpoint_seconds:
-                        trainer.save(self.workspace)
+                        self._save()
                         saved = time.monotonic()
-
-                if last or stop.number is not None:
+                self._evaluate(stop)
+                if trainer.step >= run.iters or stop.number is not None:
                     break
 
                 self.options.before_step(trainer.step)
@@ -103,16 +100,30 @@ class Loop:
                     row["seconds"] = round(now - started, 3)
                     logged_step, logged = trainer.step, now
                     self._log(row, result, metrics, bar, callbacks)
-                if trainer.step % run.log_every == 0 or trainer.step % epoch == 0:
+                if trainer.step % run.log_every == 0 or trainer.step % self.options.epoch_steps == 0:
                     self._check_object()
                 bar.advance(trainer.step)
-
-            if trainer.step >= run.iters:
-                self.workspace.clear_outputs()  # of an earlier, shorter run
-            trainer.save(self.workspace)
         if stop.number is not None:
             self.reporter.say(f"stopped after step {trainer.step} of {run.iters}; the same command resumes it")
         stop.check()
+
+    def _save(self) -> Path:
+        path = self.trainer.save(self.workspace)
+        self._saved_step = self.trainer.step
+        return path
+
+    @contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """Save the state when an exception ends the `with` block, if that is possible."""
+        try:
+            yield
+        except (DegenerateScene, Diverged):  # what ends the run is in the state
+            raise
+        except BaseException:
+            if self.trainer.is_whole and self._saved_step < self.trainer.step:
+                with suppress(Exception):  # the first error is the cause of this one
+                    self._save()
+            raise
 
     def _log(self, row: dict[str, Any], result: StepResult, metrics: TextIO, bar: Bar, callbacks: RunCallbacks) -> None:
         """Write and show a row, and check the numbers of the run."""
@@ -137,43 +148,49 @@ class Loop:
         )
 
     def _step(self) -> StepResult:
-        """Take a step. Raises UserError: when the GPU's memory does not suffice; the steps before it are saved."""
+        """Take a step. Raises UserError: when the memory does not suffice; the steps before it are saved."""
         trainer = self.trainer
         try:
             return trainer.train_step()
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             trainer.clear_graphs()
-            path = trainer.save(self.workspace)
-            hint = (
-                f"the checkpoint of step {trainer.step} is saved ({path.name}), and the same command with these resumes"
-            )
+            hint = resume_hint(self.workspace)
+            if trainer.is_whole:
+                name, step = self._save().name, trainer.step
+                hint = f"the checkpoint of step {step} is saved ({name}), and the same command with these resumes"
             raise UserError(memory_message(self.config, error, hint)) from error
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
-    def validate(self) -> Path:
-        """Write a strip of images around the object, from the averaged weights; returns its path."""
-        trainer, path = self.trainer, self.workspace.validation / f"step_{self.trainer.step:06d}.png"
-        with torch.no_grad(), trainer.optimizer.ema_weights():
-            write_validation(path, trainer.renderer, self.config.camera, self.config.output.dataset_size_valid)
-        return path
+    def _evaluate(self, stop: StopRequest) -> None:
+        """Write the images and videos that are due after this step, until a signal comes.
 
-    def write_test_video(self) -> Path:
-        """Write a turntable of the object, from the averaged weights and without floaters; returns its path."""
-        trainer, output = self.trainer, self.config.output
-        path = self.workspace.results / f"turntable_step_{trainer.step:06d}.mp4"
-        with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
-            frames = turntable_frames(trainer.renderer, self.config.camera, output.dataset_size_test)
-            write_video(path, frames, output.video_fps)
-        return path
+        At the step that the loop starts from, they are written where they are missing.
+        """
+        step, output, epoch = self.trainer.step, self.config.output, self.options.epoch_steps
+        is_last, is_first = step >= self.config.run.iters, step == self._first_step
+        due: list[tuple[bool, Path, Callable[..., None]]] = [
+            (step % (output.eval_interval * epoch) == 0 or is_last, validation_path(self.workspace, step), validate),
+            (
+                step % (output.test_interval * epoch) == 0 and not is_last and not self.config.run.six_views,
+                self.workspace.results / f"turntable_step_{step:06d}.mp4",
+                write_test_video,
+            ),
+        ]
+        for is_due, path, write in due:
+            if is_due and step > 0 and not (is_first and path.exists()):
+                with suppress(Stopped), self.reporter.collect(path):
+                    write(self.trainer, path, stop.check)
 
     # -------------------------------------------------------------------------------------- checks; all read the device
 
     def _check_finite(self, row: dict[str, Any]) -> None:
-        """Raises UserError: when too many steps in a row had no finite gradient."""
+        """Raises Diverged: when too many steps in a row had no finite gradient."""
         skipped = int(self.trainer.skipped_in_a_row)
         if skipped >= MAX_NONFINITE_STEPS:
-            raise UserError(nonfinite_message(self.config, skipped, row))
+            raise Diverged(nonfinite_message(self.config, skipped, row))
 
     def _check_object(self) -> None:
         """Warn of an object that vanished or fills the scene, once for each. Raises DegenerateScene: with --rescue."""
@@ -193,6 +210,27 @@ class Loop:
         self._warned_of_table = True
         assert result.table_pull is not None
         self.reporter.warn(outweighed_message(self.config, float(result.table_pull), self.trainer.step))
+
+
+def validation_path(workspace: Workspace, step: int) -> Path:
+    """Return the path of the validation image after `step` steps."""
+    return workspace.validation / f"step_{step:06d}.png"
+
+
+def validate(trainer: Trainer, path: Path, on_view: Callable[[], None] = lambda: None) -> None:
+    """Write a strip of images around the object, from the averaged weights. `on_view` is called before each view."""
+    with torch.no_grad(), trainer.optimizer.ema_weights():
+        write_validation(
+            path, trainer.renderer, trainer.config.camera, trainer.config.output.dataset_size_valid, on_view
+        )
+
+
+def write_test_video(trainer: Trainer, path: Path, on_view: Callable[[], None] = lambda: None) -> None:
+    """Write a turntable of the object, from the averaged weights and without floaters."""
+    output = trainer.config.output
+    with trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
+        frames = turntable_frames(trainer.renderer, trainer.config.camera, output.dataset_size_test, on_view)
+        write_video(path, frames, output.video_fps)
 
 
 def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:

@@ -92,24 +92,38 @@ class Trainer:
         self.outweighed = torch.zeros_like(self.skipped)  # steps led by the table's regularisers, less the others
         self.graphs = StepGraphs(self.generator) if config.run.cuda_graph and runtime.device.type == "cuda" else None
         self._captured_capacity = 0
+        self._occupancy_before: dict[str, Tensor] = {}  # the renderer's state before its last update
+        self.is_whole = True  # the state is that after `step` steps, also when a step failed
 
     # ------------------------------------------------------------------------------------------------------- a step
 
     def train_step(self) -> StepResult:
-        """Take one step of the optimisation."""
+        """Take one step of the optimisation. One that fails before the optimiser changes nothing."""
         end_part("start")
+        update_due = self.step % self.config.render.update_extra_interval == 0
+        if update_due:
+            self._occupancy_before = {name: tensor.clone() for name, tensor in self.renderer.state_dict().items()}
+        try:
+            return self._train_step(update_due)
+        except BaseException:
+            if update_due and self.is_whole:
+                self.renderer.load_state_dict(self._occupancy_before)
+            raise
+
+    def _train_step(self, update_due: bool) -> StepResult:
         config, progress, phases = self.config, self.schedule.progress(self.step), self.phases.progress(self.step)
         seed = step_seed(self.seed, self.step)
         seed_libraries(seed)
         self.generator.manual_seed(seed)
         inputs = self.step_inputs(random.Random(seed), progress, phases)
-        if self.step % config.render.update_extra_interval == 0:
+        if update_due:
             self.renderer.update_occupancy(self.generator, active_levels=inputs.active_levels)
         if self.graphs is not None and getattr(self.guidance, "capturable", False):  # a function has no attributes
             result = self.replay_gradients(inputs)
         else:
             result = self.gradients(inputs)
 
+        self.is_whole = False
         skipped = self.optimizer.step(
             skip=result.overflow,
             inverse_scale=self.scaler.inverse,
@@ -119,6 +133,7 @@ class Trainer:
         self._count(result, skipped)
         end_part("optimiser")
         self.step += 1
+        self.is_whole = True
         return result
 
     def step_inputs(self, rng: random.Random, progress: float, phases: float) -> StepInputs:

@@ -5,24 +5,27 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import dream_fast
 from dream_fast import __version__
 from dream_fast.engine.config.schema import Config
 from dream_fast.engine.runtime.device import Runtime, machine
 
+OUTPUTS_STEP = "outputs_of_step"  # the step of the outputs that are there
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "safetensors", "numpy")
 
 
 def make_manifest(
-    config: Config, runtime: Runtime, models: str, attention: object, earlier_runs: list[dict[str, Any]], step: int
+    config: Config, runtime: Runtime, models: str, attention: object, earlier: Mapping[str, Any], step: int
 ) -> dict[str, Any]:
-    """Return the manifest of a run at its start. Each command that continues it adds to `earlier_runs`."""
+    """Return the manifest of a run at its start. Each command that continues it adds to the `earlier` manifest."""
     this_run = {
         "command": shlex.join(["dream-fast", *sys.argv[1:]]),
         "started": _now(),
@@ -38,7 +41,8 @@ def make_manifest(
         "text": config.run.text,
         "seed": config.run.seed,
         "model": models,
-        "runs": [*earlier_runs, this_run],
+        OUTPUTS_STEP: earlier.get(OUTPUTS_STEP, step),
+        "runs": [*earlier.get("runs", []), this_run],
     }
 
 
@@ -61,7 +65,8 @@ def _versions() -> dict[str, str | None]:
             return None
 
     versions: dict[str, str | None] = {"dream_fast": __version__, "python": platform.python_version()}
-    return versions | {package: version(package) for package in PACKAGES}
+    # Of a build for CUDA the package's version may lack what `torch.__version__` ends with: +cu130.
+    return versions | {package: version(package) for package in PACKAGES} | {"torch": torch.__version__}
 
 
 def _git_revision() -> str | None:

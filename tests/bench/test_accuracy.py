@@ -20,7 +20,7 @@ def numbers(*shape, seed=0):
 
 
 def two_roundings(exact, dtype):
-    """`exact` rounded to `dtype`, and thrice its rounded third: equally good, with other errors."""
+    """`exact` rounded to `dtype`, and three times its rounded third: equally accurate, with different errors."""
     return (exact / 3).to(dtype).double() * 3, exact.to(dtype)
 
 
@@ -30,7 +30,7 @@ def test_error_is_the_relative_norm():
     assert error(tensor(3, 4), tensor(3, 4)) == 0
 
 
-def test_error_of_two_dimensions_is_that_of_the_flat_vector():
+def test_error_of_two_dimensions():
     """Neither the shape nor a transposed layout changes the error."""
     exact = numbers(7, 11)
     got = exact + 0.1 * numbers(7, 11, seed=1)
@@ -40,15 +40,15 @@ def test_error_of_two_dimensions_is_that_of_the_flat_vector():
 
 @pytest.mark.parametrize("size", [BLOCK, BLOCK + 1, 10 * BLOCK + 3])
 @pytest.mark.parametrize("at", [0, -1])
-def test_one_wrong_element_counts_as_among_a_block(size, at):
-    """Beyond a block, one element's error does not depend on how many others there are, nor on its place."""
+def test_error_of_one_element_in_a_block(size, at):
+    """Beyond a block, the error of one element depends neither on the number of others nor on its position."""
     exact = torch.ones(size, dtype=torch.float64)
     got = exact.clone()
     got[at] += 0.5
     assert error(got, exact) == 0.5 / math.sqrt(BLOCK)
 
 
-def test_error_is_absolute_where_all_is_zero():
+def test_error_of_zeros_is_absolute():
     """Against zeros the error is the root of the mean square of the deviation."""
     assert error(tensor(0, 0), tensor(0, 0)) == 0
     assert error(tensor(0, 0, 0, 3), tensor(0, 0, 0, 0)) == 1.5
@@ -61,8 +61,8 @@ def test_error_of_nothing_is_zero():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_error_is_infinite_where_a_number_is_not_finite(value):
-    """One NaN or infinity is never accurate, even with a weight of zero."""
+def test_error_not_finite(value):
+    """A NaN or infinity is never accurate, even with a weight of zero."""
     got = tensor(1, 2, value)
     assert error(got, tensor(1, 2, 3)) == math.inf
     assert error(got, tensor(1, 2, 3), weight=tensor(1, 1, 0)) == math.inf
@@ -70,21 +70,21 @@ def test_error_is_infinite_where_a_number_is_not_finite(value):
         check("sigma", got, tensor(1, 2, 3), tensor(1, 2, 3))
 
 
-def test_error_is_infinite_where_the_shape_differs():
-    """A shape that would broadcast, or hold as many numbers, is wrong."""
+def test_error_other_shape():
+    """A shape that would broadcast, or has the same number of elements, is wrong."""
     assert error(torch.ones(3, 1), torch.ones(3)) == math.inf
     assert error(torch.ones(1), torch.ones(3)) == math.inf
     assert error(torch.ones(0), torch.ones(3)) == math.inf
 
 
-def test_tolerance_is_twice_the_error_of_the_reference_and_a_millionth():
-    """Factor and floor, exactly."""
+def test_tolerance_factor_and_floor():
+    """The factor and the floor are exact."""
     exact = tensor(3, 4)
     assert tolerance(exact, exact) == 1e-6
     assert tolerance(tensor(3, 4.5), exact) == 2 * 0.1 + 1e-6
 
 
-def test_check_accepts_the_tolerance_itself_and_nothing_above():
+def test_check_at_the_tolerance():
     """An error on the border passes, the next number fails."""
     exact, reference = tensor(1, 0), tensor(1, 2.0**-10)
     border = 2 * 2.0**-10 + 1e-6
@@ -94,22 +94,22 @@ def test_check_accepts_the_tolerance_itself_and_nothing_above():
 
 
 @pytest.mark.parametrize("reference", [tensor(1, math.nan), tensor(1, math.inf), tensor(1, 2, 3)])
-def test_a_broken_reference_allows_nothing(reference):
+def test_tolerance_of_broken_reference(reference):
     """A reference that is not finite or has another shape is refused instead of allowing everything."""
     with pytest.raises(AssertionError, match="reference must be finite"):
         check("sigma", tensor(1, 2), reference, tensor(1, 2))
 
 
-def test_exact_values_and_weights_must_be_finite():
-    """Nothing is compared with NaN, which no error would be larger than."""
+def test_error_refuses_nan_in_exact():
+    """Nothing is compared with NaN, since no error is larger than NaN."""
     with pytest.raises(AssertionError, match="exact and weight must be finite"):
         error(tensor(1, 2), tensor(1, math.nan))
     with pytest.raises(AssertionError, match="exact and weight must be finite"):
         error(tensor(1, 2), tensor(1, 2), weight=tensor(1, math.inf))
 
 
-def test_weight_multiplies_deviation_and_exact():
-    """Rows are weighted by a broadcast column, in the error as in the tolerance."""
+def test_error_weighted():
+    """A column of weights broadcasts over rows, in the error and in the tolerance."""
     exact, got = torch.tensor([[3.0, 4], [6, 8]]), torch.tensor([[3.0, 4.5], [6, 10]])
     weight = torch.tensor([[1.0], [0.0]])
     assert error(got, exact, weight) == 0.5 / 5
@@ -117,7 +117,7 @@ def test_weight_multiplies_deviation_and_exact():
     assert error(got, exact, 2 * weight) == error(got, exact, weight)
 
 
-def test_a_weight_takes_an_ill_conditioned_element_out_of_the_tolerance():
+def test_weight_of_ill_conditioned_element():
     """Without its weight one near-zero direction of the reference would allow a wrong direction elsewhere."""
     gradient = numbers(100, 3)
     gradient[0] *= 1e-7
@@ -132,7 +132,7 @@ def test_a_weight_takes_an_ill_conditioned_element_out_of_the_tolerance():
     check("normal", other, reference, exact, length)
 
 
-def test_check_fp64_allows_a_millionth_of_a_computation_in_fp64():
+def test_check_fp64_tolerance():
     """An error of 1e-6 passes and a larger one fails; numbers in fp32 are refused, even where they are right."""
     exact = tensor(1, 0)
     assert check_fp64("on the border", tensor(1, 1e-6), exact) == 1e-6
@@ -142,7 +142,7 @@ def test_check_fp64_allows_a_millionth_of_a_computation_in_fp64():
         check_fp64("single", exact.float(), exact)
 
 
-def test_check_together_takes_the_worst_of_both_sides():
+def test_check_together_takes_the_worst():
     """A reference right by luck in one tensor of a result is judged by the others; a wrong tensor still fails."""
     exact = [tensor(1, 0), tensor(2, 0)]
     reference = [tensor(1, 0), tensor(2, 0.02)]
@@ -151,14 +151,14 @@ def test_check_together_takes_the_worst_of_both_sides():
         check_together("layers", [tensor(1, 0.03), tensor(2, 0)], reference, exact)
 
 
-def test_check_together_wants_as_many_of_each():
+def test_check_together_missing_tensor():
     """A missing tensor is an error instead of being left out."""
     with pytest.raises(ValueError):
         check_together("layers", [tensor(1)], [tensor(1), tensor(2)], [tensor(1), tensor(2)])
 
 
 def test_weights_reach_every_check():
-    """With a weight of 0 a wrong element is right for each of the functions, and allows nothing in a reference."""
+    """With a weight of 0 every function accepts a wrong element, and a wrong reference allows nothing."""
     exact, wrong, weight = tensor(1, 1), tensor(1, 5), tensor(1, 0)
     assert check_fp64("one", wrong, exact, weight) == 0
     assert check("one", wrong, exact, exact, weight) == 0
@@ -169,7 +169,7 @@ def test_weights_reach_every_check():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [100, 3000, MILLION])
-def test_another_way_to_round_is_accurate(dtype, size):
+def test_check_other_rounding(dtype, size):
     """Two computations of the same numbers in one dtype pass, whichever of them is the reference."""
     for seed in range(20 if size < MILLION else 1):
         exact = numbers(size, seed=seed)
@@ -207,8 +207,8 @@ FAULTS = [shifted_element, masked_element, one_ray, masked_block, stale_tail]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_planted_fault_among_a_million_is_caught(fault, dtype):
-    """One element, one ray, one block of an image of 1.2 million numbers: each fails, though most is right."""
+def test_planted_fault_among_a_million(fault, dtype):
+    """A wrong element, ray or block of an image of 1.2 million numbers fails, though most of it is right."""
     exact = numbers(640, 640, 3)
     reference, got = two_roundings(exact, dtype)
     fault(got)
@@ -217,7 +217,7 @@ def test_a_planted_fault_among_a_million_is_caught(fault, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_factor_of_a_thousandth_is_caught(dtype):
+def test_planted_factor(dtype):
     """A constant factor of 1.001 fails in the dtypes that round to less (bf16 rounds by 1/512)."""
     exact = numbers(640, 640, 3)
     reference, got = two_roundings(exact, dtype)

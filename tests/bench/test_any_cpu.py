@@ -1,4 +1,4 @@
-"""The round over processors: which combinations it takes, what it sets, what it counts and where it writes."""
+"""The runs on several processors: combinations, environment, counts and table."""
 
 import importlib.util
 import itertools
@@ -56,7 +56,7 @@ def test_test_files():
 
 @pytest.mark.parametrize("name", any_cpu.ONCE)
 def test_once_compares_no_numbers(name):
-    """A file that runs in one combination alone has nothing that compares numbers of tensors."""
+    """A file that runs in one combination only does not compare numbers of tensors."""
     words = ("bench.accuracy", "assert_close", "allclose", "approx(", "torch.equal", "rtol")
     text = (ROOT / name).read_text(encoding="utf-8")
     assert [word for word in words if word in text] == []

@@ -1,4 +1,4 @@
-"""The ahead-of-time gate: every kernel compiled as a GPU would, beside the golden file, and faults planted in it."""
+"""The ahead-of-time gate: every kernel compiled as for a GPU and compared with the golden file, and planted faults."""
 
 import copy
 import re
@@ -132,12 +132,12 @@ def test_resources_by_width():
 @pytest.mark.parametrize(("target", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
 def test_resources_of_products(target, instruction):
     """Matrix instructions of each target are counted."""
-    found = aot.measure_resources(product(64), target)
-    assert found["matrix"].keys() == {instruction} and found["shared"] > 0
+    resources = aot.measure_resources(product(64), target)
+    assert resources["matrix"].keys() == {instruction} and resources["shared"] > 0
 
 
 def test_resources_refuse_rows_outside():
-    """What Triton 3.6 makes of 64 rows for 8 warps reads past them; 4 warps are as many as there are rows for."""
+    """Triton 3.6 code for 64 rows and 8 warps reads past them; 4 warps have enough rows."""
     with pytest.raises(ValueError, match="8 warps along the rows of a product of 64 x 64"):
         aot.measure_resources(product(64, _chain_kernel, num_warps=8), "sm_90")
     assert aot.measure_resources(product(64, _chain_kernel, num_warps=4), "sm_90")["matrix"].keys() == {"HGMMA"}
@@ -149,10 +149,10 @@ def test_measure_entry_reports_compile_error(monkeypatch):
     odd, good = recorded(block=1000), recorded()  # no power of two
     short = good._replace(arguments={"x_ptr": torch.empty(16)})
     monkeypatch.setattr(aot, "record_launches", lambda key: [odd, good, short])
-    found = aot.measure_entry("any", "sm_90")
-    assert "power of 2" in found["_scale_kernel"]["error"] and "registers" in found["_scale_kernel 2"]
-    assert "missing 5 required" in found["_scale_kernel 3"]["error"]
-    assert "power of 2" in aot.format_table(found)
+    resources = aot.measure_entry("any", "sm_90")
+    assert "power of 2" in resources["_scale_kernel"]["error"] and "registers" in resources["_scale_kernel 2"]
+    assert "missing 5 required" in resources["_scale_kernel 3"]["error"]
+    assert "power of 2" in aot.format_table(resources)
     assert aot.distinct_kernels(["any", "other"]) == {"any": {"_scale_kernel", "_scale_kernel 2", "_scale_kernel 3"}}
     assert aot.distinct_kernels(["any", "other"], variants=False) == {"any": {"_scale_kernel"}}
 
@@ -196,13 +196,13 @@ def test_differences_of_the_same_kernel(good):
 )
 def test_differences_of_a_worse_kernel(good, field, worse):
     """A planted fault is a difference, with both values."""
-    found = {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(**worse), "sm_90")}}
-    told = aot.find_differences(aot.select_gated(good), aot.select_gated(found))
-    assert any(f"sm_90 a/_scale_kernel: {field} " in line for line in told)
+    resources = {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(**worse), "sm_90")}}
+    differences = aot.find_differences(aot.select_gated(good), aot.select_gated(resources))
+    assert any(f"sm_90 a/_scale_kernel: {field} " in line for line in differences)
 
 
 def test_differences_of_missing_kernels(good):
-    """Kernels that are gone, new or broken are one sentence each."""
+    """A removed, new or broken kernel is one sentence each."""
     golden = aot.select_gated(good)
     assert aot.find_differences(golden, {}) == ["sm_90 a/_scale_kernel: not compiled any more"]
     assert aot.find_differences({}, golden) == ["sm_90 a/_scale_kernel: not in the golden file"]
@@ -212,24 +212,26 @@ def test_differences_of_missing_kernels(good):
 
 
 @pytest.mark.parametrize(
-    ("spills", "found", "told"),
+    ("spills", "resources", "differences"),
     [(112, 110, False), (110, 112, False), (110, 120, True), (110, 0, True), (0, 2, True), (20, 22, True)],
 )
-def test_differences_allow_varying_spills(good, spills, found, told):
-    """ptxas gives the same code another number of them from run to run."""
+def test_differences_allow_varying_spills(good, spills, resources, differences):
+    """The number of spills of the same code varies between runs of ptxas."""
 
     def row(number):
         return {"sm_90": {"a/_scale_kernel": aot.select_gated(good)["sm_90"]["a/_scale_kernel"] | {"spills": number}}}
 
-    assert bool(aot.find_differences(row(spills), row(found))) == told
+    assert bool(aot.find_differences(row(spills), row(resources))) == differences
 
 
 def test_spilling_forwards():
     """A forward kernel that spills is reported, a backward one is not."""
     spilled = aot.measure_resources(product(128, num_warps=1), "sm_80")  # 512 sums a thread
     assert spilled["spills"] > 0 and spilled["local_bytes"] > 0
-    told = aot.find_spilling_forwards({"sm_90": {"a/_scale_fwd_kernel": spilled, "a/_scale_bwd_kernel": spilled}})
-    assert len(told) == 1 and told[0].startswith("sm_90 a/_scale_fwd_kernel: ")
+    differences = aot.find_spilling_forwards(
+        {"sm_90": {"a/_scale_fwd_kernel": spilled, "a/_scale_bwd_kernel": spilled}}
+    )
+    assert len(differences) == 1 and differences[0].startswith("sm_90 a/_scale_fwd_kernel: ")
 
 
 # --- the gate
@@ -249,7 +251,7 @@ def test_golden_covers_operators(compiled):
 
 
 def test_golden_kernels_compile(compiled):
-    """Every kernel compiles, and no forward kernel spills beside the known ones."""
+    """Every kernel compiles, and no forward kernel spills except the known ones."""
     errors = [f"{target} {name}: {row['error']}" for target in compiled for name, row in compiled[target].items()
               if "error" in row]  # fmt: skip
     assert errors == []
@@ -261,12 +263,14 @@ def test_golden_file_is_current(compiled):
     if not GOLDEN.exists() and list(aot.RESULTS.glob("aot-*.json")):
         reason = f"Triton {triton.__version__} has no golden file; another compiler makes other code"
         pytest.skip(reason)  # registers belong to one compiler; the version that CI pins has its file and is compared
-    told = aot.find_differences(aot.load_golden(), aot.select_gated(compiled))
-    assert told == [], "better or worse? If better: python -m dream_fast.bench aot --write\n" + "\n".join(told)
+    differences = aot.find_differences(aot.load_golden(), aot.select_gated(compiled))
+    assert differences == [], "better or worse? If better: python -m dream_fast.bench aot --write\n" + "\n".join(
+        differences
+    )
 
 
 def starts(code: str) -> list[str]:
-    """What the products of a kernel start from, other than zero and another product."""
+    """Return the initial values of a kernel's products, other than zero and another product."""
     products = dict(re.findall(r"(%\S+) = tt\.dot \S+ \S+ (%\S+) :", code))
     assert products
     return [start for start in products.values() if start not in products and not start.startswith("%cst")]
@@ -281,7 +285,7 @@ def _biased_product_kernel(a_ptr, b_ptr, SIZE: tl.constexpr):
 
 
 def test_products_start_from_zero():
-    """Its steps would round at the size of the bias, which normals by differences show on a GPU and nowhere else."""
+    """Otherwise steps round at the size of the bias, which shows only in normals by differences on a GPU."""
     forward = next(one for one in aot.record_launches("field/float32") if one.kernel.__name__ == "field_fwd_kernel")
     assert starts(aot.compile_launch(forward, "sm_90").asm["ttir"]) == []
     with recorded_launches() as launches:

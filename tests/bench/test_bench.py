@@ -1,4 +1,4 @@
-"""The benchmarks: what they count, what they refuse, and their commands."""
+"""The benchmarks: counts, refusals and commands."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -63,13 +63,13 @@ def test_views_from_behind():
 def score_views(
     monkeypatch, prompt: str, names: list[str], colors: list[str], views: list[str]
 ) -> dict[str, float | None]:
-    """The scores of eight images in which the classifier sees what the lists say."""
-    seen = Predictions(
+    """The scores of eight images for which the classifier predicts the given lists."""
+    predictions = Predictions(
         torch.tensor([OBJECTS.index(name) for name in names]),
         torch.tensor([SHADES.index(color) for color in colors]),
         torch.tensor([VIEWS.index(view) for view in views]),
     )
-    monkeypatch.setattr(quality, "classify", lambda classifier, images: seen)
+    monkeypatch.setattr(quality, "classify", lambda classifier, images: predictions)
     return assess(None, torch.zeros(AZIMUTHS, 3, 4, 4), prompt)
 
 
@@ -175,16 +175,16 @@ def test_quality_refuses_other_settings(bench, capsys):
 
 
 def test_quality_compares_objectives(bench, capsys):
-    """Each objective has runs of its own, and a row in the table."""
+    """Each objective has its own runs and a row of the table."""
     where = ["--work", str(bench.work), "--out", str(bench.out), "--device", "cpu", "--seeds", "1"]
     where += ["--settings", '{"iters": 7}']
     words = [*where, "--prompts", "a mug", "a hat", "--scores", "sds,ism,csd"]
     assert quality.main(words) == 0
     assert bench.made == [("a mug", 0), ("a hat", 0)] * 3
     assert bench.others == [{"iters": 7, "objective": score} for score in ("sds", "sdi", "csd") for _ in range(2)]
-    said = capsys.readouterr().out
-    assert "ism is measured as sdi" in said
-    assert "| sdi | 8.000 |  |  |  |  | 2 | 2 |" in said
+    output = capsys.readouterr().out
+    assert "ism is measured as sdi" in output
+    assert "| sdi | 8.000 |  |  |  |  | 2 | 2 |" in output
     records = json.loads((bench.out / "quality_scores.json").read_text())
     assert list(records) == ["sds", "sdi", "csd"] and records["csd"]["objective"] == "csd"
     for score in records:
@@ -261,8 +261,8 @@ def test_contact_sheet(tmp_path):
 def test_command_usage(words, status, capsys):
     """Without a known command the usage lists all of them."""
     assert command.main(words) == status
-    said = capsys.readouterr().out
-    assert said.startswith("usage: ") and all(name in said for name in command.COMMANDS)
+    output = capsys.readouterr().out
+    assert output.startswith("usage: ") and all(name in output for name in command.COMMANDS)
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)

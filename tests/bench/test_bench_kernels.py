@@ -58,9 +58,9 @@ def test_occupancy_bits():
     """Occupied cells are those whose centre lies in the sphere."""
     bits = inputs.occupancy_bits(CPU)
     x = 2 * torch.rand(4096, 3, generator=torch.Generator().manual_seed(0)) - 1
-    found = kernels.occupancy_query(bits, x, 1.0, inputs.OCCUPANCY)
+    occupied = kernels.occupancy_query(bits, x, 1.0, inputs.OCCUPANCY)
     centre = ((x + 1) * 64).floor().add(0.5) / 64 - 1
-    assert torch.equal(found, centre.norm(dim=1) < inputs.RADIUS) and found.any()
+    assert torch.equal(occupied, centre.norm(dim=1) < inputs.RADIUS) and occupied.any()
 
 
 @pytest.mark.parametrize("name", inputs.SCENES)
@@ -142,7 +142,7 @@ def test_build_refuses_wrong_names():
     ],
 )
 def test_judge_catches_small_faults(op, case, mode):
-    """The reference passes, a factor of 1.001 does not."""
+    """The reference passes, and a factor of 1.001 fails."""
     what = Case(op=op, case=case, mode=mode, dtype="float32")
     reference = bench.find_implementation(what, "reference")
 
@@ -175,7 +175,7 @@ def test_judge_catches_gradients_and_nan():
 
 
 def test_worst_verdict_of_small_gradients():
-    """A bias whose reference is right by luck passes with the network's error; an output, or a wrong bias, does not."""
+    """A bias whose reference is right by luck is judged by the network's error; an output or a wrong bias is not."""
     exact = (torch.ones(4).double(), torch.ones(100).double(), torch.ones(4).double())
     reference = (exact[0], exact[1] * (1 + 1e-5), exact[2])
     got = (exact[0], exact[1], exact[2] * (1 + 1.25e-5))
@@ -227,21 +227,21 @@ def rows_of(tmp_path, *more: str) -> tuple[int, dict]:
 
 @pytest.fixture(autouse=True)
 def no_rates(monkeypatch):
-    """The machine's rates take a second to measure and are not what these tests look at."""
+    """Constant rates of the machine, since measuring them takes a second."""
     monkeypatch.setattr(measure, "copy_rate", lambda device: 10e9)
     monkeypatch.setattr(measure, "matmul_rate", lambda device: 100e9)
 
 
 def test_result_file_schema(tmp_path, capsys):
     """Header and rows have the fields of the schema."""
-    status, found = rows_of(tmp_path, "--op", "composite", "--op", "march")
-    assert status == 0 and list(found) == HEAD
-    assert [(row["op"], row["mode"]) for row in found["rows"]] == [
+    status, record = rows_of(tmp_path, "--op", "composite", "--op", "march")
+    assert status == 0 and list(record) == HEAD
+    assert [(row["op"], row["mode"]) for row in record["rows"]] == [
         ("march", "forward"),
         ("composite", "forward"),
         ("composite", "forward_backward"),
     ]
-    for row in found["rows"]:
+    for row in record["rows"]:
         assert list(row) == ROW
         assert row["impl"] == "reference" and row["dtype"] == "float32" and row["call"] == "eager"
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
@@ -303,10 +303,10 @@ def test_suite_reports_failures(monkeypatch):
 
 def test_compile_side_by_side(monkeypatch, tmp_path, capsys):
     """Each case is compiled once, by a command that the parser accepts."""
-    asked = []
+    commands = []
 
     def run(command, *, timeout, **_):
-        asked.append(command)
+        commands.append(command)
         assert timeout <= NEVER
         raise subprocess.TimeoutExpired(command, timeout)  # what takes too long is nobody's fault
 
@@ -318,9 +318,9 @@ def test_compile_side_by_side(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(bench.subprocess, "run", run)
         bench.compile_side_by_side(cases, "cpu", NEVER)
-    assert sorted(command[command.index("--op") + 1] for command in asked) == ["composite", "march"]
+    assert sorted(command[command.index("--op") + 1] for command in commands) == ["composite", "march"]
     # The other process takes these words, for the implementation that is named alone.
-    words = asked[0][asked[0].index("kernels") + 1 :]
+    words = commands[0][commands[0].index("kernels") + 1 :]
     assert words[words.index("--impl") + 1] == "compiled"
     out = tmp_path / "rows.json"
     words[words.index("--impl") + 1], words[words.index("--out") + 1] = "reference", str(out)
@@ -360,9 +360,9 @@ def test_time_cpu(monkeypatch):
         now[0] += 0.05 if len(calls) == 3 else 0.002
 
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = measure.time_cpu(call, milliseconds=61)
+    timing = measure.time_cpu(call, milliseconds=61)
     # One to warm up, then 2, 50, 2, 2, 2, 2 and 2 ms.
-    assert len(calls) == 8 and found == pytest.approx((2, 2, 2, False))
+    assert len(calls) == 8 and timing == pytest.approx((2, 2, 2, False))
     measure.time_cpu(call, milliseconds=0)
     assert len(calls) == 8 + 1 + 3  # never fewer than three
     assert measure.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 2.0, 5.0, False)

@@ -19,7 +19,7 @@ ROW = "op case impl mode dtype median_ms p20_ms p80_ms floor_ms pct_of_floor pea
 
 @pytest.fixture(autouse=True)
 def no_rates(monkeypatch):
-    """The machine's rates take a second to measure and are not what these tests look at."""
+    """Constant rates of the machine, since measuring them takes a second."""
     monkeypatch.setattr(measure, "copy_rate", lambda device: 10e9)
     monkeypatch.setattr(measure, "matmul_rate", lambda device: 100e9)
     if not torch.cuda.is_available():
@@ -35,26 +35,26 @@ def test_step_command_writes_rows(tmp_path, capsys):
     words = ["--device", "cpu", "--blocks", "1", "--out", str(out), "--case", "compile"]
     assert step.main([*words, "--case", "default", "--case", "vram_O"]) == 0
     assert "left out: compile: compiling is for GPUs" in capsys.readouterr().out
-    found = json.loads(out.read_text())
-    assert found["rows"][:1] == before["rows"] and found["utc"] == before["utc"]
-    assert [(row["case"], row["impl"]) for row in found["rows"][1:]] == [
+    record = json.loads(out.read_text())
+    assert record["rows"][:1] == before["rows"] and record["utc"] == before["utc"]
+    assert [(row["case"], row["impl"]) for row in record["rows"][1:]] == [
         ("default", "torch"),
         ("vram_O", "torch"),
         ("default", "reference"),
     ]
-    for row in found["rows"][1:]:
+    for row in record["rows"][1:]:
         assert list(row)[: len(ROW)] == ROW and row["op"] == "sds_step" and row["max_err"] <= row["tol"]
         assert list(row["split_ms"]) == ["render", "encode", "unet", "backward", "optimiser"]
         assert list(row["modules_ms"]) == ["unet", "vae_encoder"]
         assert all(part > 0 for name in ("split_ms", "modules_ms") for part in row[name].values())
-    assert found["steps"].keys() == {"default", "vram_O"} and "git_sha" in found["steps"]["default"]
+    assert record["steps"].keys() == {"default", "vram_O"} and "git_sha" in record["steps"]["default"]
     assert compare.main([str(out)] * 2) == 0
 
     assert step.main([*words[:-1], "vram_O"]) == 0  # its row is replaced, the others stay
     again = json.loads(out.read_text())
     assert [row["case"] for row in again["rows"]] == ["rays_8", "default", "default", "vram_O"]
-    others = [row for row in found["rows"] if row["case"] != "vram_O"]
-    assert again["rows"][:3] == others and again["rows"][3] not in found["rows"]
+    others = [row for row in record["rows"] if row["case"] != "vram_O"]
+    assert again["rows"][:3] == others and again["rows"][3] not in record["rows"]
     assert bench.main(operators) == 0  # and the operators' rows are replaced without those of the steps
     assert [row["op"] for row in json.loads(out.read_text())["rows"]] == ["march"] + 3 * ["sds_step"]
 
@@ -170,10 +170,10 @@ def test_step_command_without_gpu(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
 @pytest.mark.parametrize(("case", "gib"), [("default", 5.0), ("vram_O", 3.2)])
 def test_step_memory(case: str, gib: float, tmp_path: Path) -> None:
-    """In a process of its own, which may not reserve more."""
+    """A step fits into its limit, in a process that may not reserve more."""
     out = tmp_path / "result.json"
     command = [sys.executable, "-m", "dream_fast.bench", "step", "--case", case, "--no-peer", "--limit", str(gib)]
-    done = subprocess.run([*command, "--blocks", "1", "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run([*command, "--blocks", "1", "--out", str(out)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     (row,) = json.loads(out.read_text())["rows"]
     assert 0 < row["peak_bytes"] <= gib * step.GIB

@@ -1,4 +1,4 @@
-"""The timing of a commit beside its base: turns, repeat, verdict and trees, with clocks that are made up."""
+"""The timing of a commit against its base: turns, repeat, verdict and trees, with artificial clocks."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ CALL = 0.05  # seconds of a call on the base
 
 
 class Machine:
-    """Two sides that take `CALL` a call, times what `slower` gives for the moment: (how many samples before, side)."""
+    """Two sides that take `CALL` a call, times the factor `slower(samples taken, side)`."""
 
     def __init__(self, slower=lambda moment, side: 1.0, missing=()):
         self.slower, self.missing, self.moment, self.turns, self.started = slower, missing, 0, "", 0
@@ -39,14 +39,14 @@ class MadeUp:
 
 
 def compared(machine, names=("a",), **options):
-    """Names that are too slow, and what was shown: names and ratios, those of the repeat last."""
+    """Names of slow workloads, and the printed names and ratios, those of the repeat last."""
     shown = []
     slow = timing.compare(list(names), machine.start, lambda row: shown.append((row.name, row.ratio)), **options)
     return slow, shown
 
 
 def test_measure_row_alternates():
-    """After one call that settles the length of a sample each round is base, new, new, base."""
+    """One call sets the length of a sample; then each round is base, new, new, base."""
     machine = Machine()
     assert compared(machine) == ([], [("a", 1.0)])
     rounds = machine.turns[1:]
@@ -55,7 +55,7 @@ def test_measure_row_alternates():
 
 @pytest.mark.parametrize(("factor", "slow"), [(1.2, False), (1.3, True), (0.5, False)])
 def test_compare_confirms_slow_rows(factor, slow):
-    """Only what is above 1.25 is measured again, by processes of its own."""
+    """Only ratios above 1.25 are measured again, in fresh processes."""
     machine = Machine(lambda _, side: factor if side == "new" else 1.0)
     names, shown = compared(machine)
     assert (names == ["a"]) == slow and machine.started == 1 + slow
@@ -63,7 +63,7 @@ def test_compare_confirms_slow_rows(factor, slow):
 
 
 def test_compare_passes_unconfirmed_rows():
-    """Processes that were unlucky once are no fault of the commit."""
+    """A ratio that the repeat does not confirm passes."""
     machine = Machine(lambda _, side: 2.0 if side == "new" and machine.started == 1 else 1.0)
     assert compared(machine) == ([], [("a", 2.0), ("a", 1.0)])
 
@@ -89,13 +89,13 @@ def test_measure_row_under_load(side):
 
 @pytest.mark.parametrize("call", [1e-6, 1e-3, 0.3, 20.0])
 def test_measure_row_plants_work(monkeypatch, call):
-    """Half of the work once more, however long a call takes."""
+    """Half of the work is done once more, however long a call takes."""
     monkeypatch.setitem(globals(), "CALL", call)
     assert compared(Machine(), plant=1.5) == (["a"], [("a", pytest.approx(1.5))] * 2)
 
 
 def test_compare_lists_missing_workloads(capsys):
-    """A new operator has no base; where nothing has one the command fails."""
+    """A new operator has no base; when no workload has one, the command fails."""
     machine = Machine(missing={("base", "b")})
     assert compared(machine, ["a", "b"])[0] == []
     with pytest.raises(UserError, match="nothing could be compared with the base: b: ImportError"):
@@ -104,13 +104,13 @@ def test_compare_lists_missing_workloads(capsys):
 
 
 def test_measure_row_raises_in_this_tree():
-    """What the base can do, the new side has to do as well."""
+    """A workload that the base can run must run on the new side."""
     with pytest.raises(timing.CannotRun, match="a: ImportError: no"):
         compared(Machine(missing={("new", "a")}))
 
 
 def test_answer_requests_times_calls():
-    """Its clock counts neither the preparation nor the call that warms up; what fails is an answer too."""
+    """Preparation and warm-up are not timed, and a failure is answered with its reason."""
     now = [0.0]
 
     def prepare():
@@ -120,13 +120,13 @@ def test_answer_requests_times_calls():
     def broken():
         raise OSError("no\nfile")
 
-    asked = [{"prepare": "good"}, {"calls": 2}, {"prepare": "bad"}]
-    told = timing_side.answer_requests(map(json.dumps, asked), {"good": prepare, "bad": broken}, lambda: now[0])
-    assert list(told) == [{"missing": None}, {"seconds": 6.0}, {"missing": "OSError: no file"}]
+    requests = [{"prepare": "good"}, {"calls": 2}, {"prepare": "bad"}]
+    replies = timing_side.answer_requests(map(json.dumps, requests), {"good": prepare, "bad": broken}, lambda: now[0])
+    assert list(replies) == [{"missing": None}, {"seconds": 6.0}, {"missing": "OSError: no file"}]
 
 
 def test_list_workloads():
-    """The registry of the benchmark decides which, and the step is the last."""
+    """The workloads are those of the registry of the benchmark, then the step."""
     names = list(timing_side.list_workloads())
     assert {name.split()[0] for name in names[:-1]} == {case.op for case in timing_side.SMALL}
     assert names[-1] == timing_side.STEP
@@ -154,7 +154,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_two_trees(repository):
-    """Both folders hold a `dream_fast` with its own kernels and the same bench; nothing stays behind."""
+    """Both folders have a `dream_fast` with its own kernels and the same bench, and are removed at the end."""
     with timing.two_trees("HEAD~1") as trees:
         texts = [
             [(tree / "dream_fast" / name / "__init__.py").read_text() for name in ("kernels", "bench")]
@@ -192,7 +192,7 @@ for line in sys.stdin:
 
 
 def test_main_compares_two_commits(repository, capsys):
-    """Real processes on both trees, which state the times of the kernels that they import."""
+    """Real processes on both trees print the times of their own kernels."""
     (repository / "__init__.py").write_text("")
     (repository / "bench" / "regression").mkdir()
     (repository / "bench" / "regression" / "timing_side.py").write_text(SIDE)

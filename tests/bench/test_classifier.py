@@ -1,4 +1,4 @@
-"""The classifier of results: what it recognises, how it was trained, what it counts, and that it can be wrong."""
+"""The classifier of results: its accuracy, its training, its scores, and that it can be wrong."""
 
 import json
 
@@ -35,9 +35,9 @@ def classifier():
     return load_classifier()
 
 
-def render_things(things: list[tuple[str, str | None]], azimuth: float) -> torch.Tensor:
-    """Images [N, 3, 64, 64] of objects of the procedural world, made from a seed that nothing was trained on."""
-    scenes = [make_scene(np.random.default_rng(7), name, color, plain=True) for name, color in things]
+def render_things(names: list[tuple[str, str | None]], azimuth: float) -> torch.Tensor:
+    """Images [N, 3, 64, 64] of objects of the procedural world, from a seed that was not used for training."""
+    scenes = [make_scene(np.random.default_rng(7), name, color, plain=True) for name, color in names]
     n = len(scenes)
     cameras = make_cameras(*(torch.full((n,), angle) for angle in (75.0, azimuth, 3.2, 22.0)))
     ones = torch.ones(n)
@@ -54,10 +54,10 @@ def test_classify_renders(classifier):
     front = render_things([("robot", "red"), ("penguin", "black"), ("car", "blue")], 0.0)
     back = render_things([("robot", "red"), ("penguin", "black")], 180.0)
     for images, view in ((front, "front"), (back, "back")):
-        found = classify(classifier, images)
-        assert [OBJECTS[k] for k in found.object] == ["robot", "penguin", "car"][: len(images)]
-        assert [VIEWS[k] for k in found.view[:2]] == [view, view]
-        assert [SHADES[k] for k in found.color[:2]] == ["red", "black"]
+        predictions = classify(classifier, images)
+        assert [OBJECTS[k] for k in predictions.object] == ["robot", "penguin", "car"][: len(images)]
+        assert [VIEWS[k] for k in predictions.view[:2]] == [view, view]
+        assert [SHADES[k] for k in predictions.color[:2]] == ["red", "black"]
     assert SHADES[classify(classifier, front).color[2]] == "blue"
 
     # It looks at the image: with red and blue exchanged it says so, and an empty image is nobody's.
@@ -76,22 +76,22 @@ def test_classify_renders(classifier):
 
 
 def test_classifier_reaches_its_accuracy(classifier):
-    """On images from a seed that nothing was trained on: as many right as stated, but for five standard errors."""
+    """On images from an unused seed the accuracy is the stated one, within five standard errors."""
     stated = json.loads(WEIGHTS.with_suffix(".json").read_text())["held_out"]
     colors = ["red", "green", "blue", "yellow"]
-    things = [(name, colors[k % 4]) for k, name in enumerate(sorted(OBJECTS)[::3][:24])]
-    found = classify(classifier, render_things(things, 30.0))
+    names = [(name, colors[k % 4]) for k, name in enumerate(sorted(OBJECTS)[::3][:24])]
+    predictions = classify(classifier, render_things(names, 30.0))
     right = {
-        "object": [OBJECTS[k] == name for k, (name, _) in zip(found.object, things, strict=True)],
-        "color": [SHADES[k] == color for k, (_, color) in zip(found.color, things, strict=True)],
+        "object": [OBJECTS[k] == name for k, (name, _) in zip(predictions.object, names, strict=True)],
+        "color": [SHADES[k] == color for k, (_, color) in zip(predictions.color, names, strict=True)],
     }
     for name, hits in right.items():
-        p, n = stated[name], len(things)
-        assert n >= 16 and sum(hits) >= n * p - 5 * (n * p * (1 - p)) ** 0.5, (name, things, hits)
+        p, n = stated[name], len(names)
+        assert n >= 16 and sum(hits) >= n * p - 5 * (n * p * (1 - p)) ** 0.5, (name, names, hits)
 
 
 def logits(image_classes: list[tuple[int, int, int]]):
-    """A classifier that gives each of the images the classes (object, colour, sector) of its list."""
+    """A classifier that predicts the classes (object, colour, sector) of its list."""
 
     def says(images):
         scores = torch.zeros(3, len(images), 64)
@@ -108,8 +108,8 @@ def test_classify_sums_sectors():
     azimuths = [-172, -136, -134, -50, -46, -44, -1, 1, 44, 46, 91, 134, 136, 179]
     words = ["back"] * 2 + ["side"] * 3 + ["front"] * 4 + ["side"] * 3 + ["back"] * 2 + ["overhead"]
     sectors = [int((a + 180) // 15) for a in azimuths] + [SECTORS]
-    found = classify(logits([(0, 0, k) for k in sectors]), torch.zeros(len(sectors), 3, SIZE, SIZE))
-    assert [VIEWS[k] for k in found.view] == words
+    predictions = classify(logits([(0, 0, k) for k in sectors]), torch.zeros(len(sectors), 3, SIZE, SIZE))
+    assert [VIEWS[k] for k in predictions.view] == words
     level = torch.tensor([90.0] * len(azimuths) + [10.0])
     targets = classifier_train.view_targets(level, torch.tensor([*azimuths, 0]).float())
     check("sums", targets.sum(-1), torch.ones(len(sectors)), torch.ones(len(sectors)).double())
@@ -117,11 +117,11 @@ def test_classify_sums_sectors():
 
 
 def examples(*truth: tuple[str, str | None, str, float]) -> Examples:
-    """Empty images of which (object, colour, view, azimuth) are true."""
-    things, colors, views, azimuths = zip(*truth, strict=True)
+    """Empty images with these true (object, colour, view, azimuth)."""
+    names, colors, views, azimuths = zip(*truth, strict=True)
     return Examples(
         torch.zeros(len(truth), 3, SIZE, SIZE, dtype=torch.uint8),
-        torch.tensor([OBJECTS.index(name) for name in things]),
+        torch.tensor([OBJECTS.index(name) for name in names]),
         torch.tensor([SHADES.index(color) if color else UNNAMED for color in colors]),
         torch.tensor([VIEWS.index(view) for view in views]),
         torch.full((len(truth),), 75.0),
@@ -130,7 +130,7 @@ def examples(*truth: tuple[str, str | None, str, float]) -> Examples:
 
 
 def test_accuracy_of_classes():
-    """Accuracies count what the truth names; confusion gives shares."""
+    """Accuracies count named classes only; the confusion matrix has shares."""
     truth = examples(
         ("robot", "red", "front", 0.0),
         ("robot", None, "side", 50.0),
@@ -138,9 +138,9 @@ def test_accuracy_of_classes():
         ("robot", "blue", "front", -40.0),
     )
     robot_red_front = (OBJECTS.index("robot"), SHADES.index("red"), SECTORS // 2)
-    found = classifier_train.classify_all(logits([robot_red_front] * 4), truth.images)
+    predictions = classifier_train.classify_all(logits([robot_red_front] * 4), truth.images)
     # colours count where there is a word (three of four), sides of faces where there is one (the robots)
-    assert accuracy(found, truth) == pytest.approx(
+    assert accuracy(predictions, truth) == pytest.approx(
         {
             "object": 3 / 4,
             "color": 2 / 3,
@@ -177,9 +177,9 @@ def test_paint_is_the_captions_color():
     arrays, _, ((_, _, _, _, labels),) = dataset._draw(3, 1)
     paint = dataset._paint(arrays)
     assert paint.shape == (dataset.BATCH, 3) and (labels[:, 1] != NATURAL).sum() > 20
-    for mine, (_, color, _) in zip(paint, labels, strict=True):
+    for painted, (_, color, _) in zip(paint, labels, strict=True):
         if color != NATURAL:
-            assert np.abs(mine - list(COLORS.values())[color]).max() < 0.2
+            assert np.abs(painted - list(COLORS.values())[color]).max() < 0.2
 
 
 def test_mirrored_examples():
@@ -192,7 +192,7 @@ def test_mirrored_examples():
 
 
 def test_loss_ignores_unknown_classes():
-    """A mug's view and an unnamed colour leave no gradient where they would be learned; a cat's view does."""
+    """The view of a mug and an unnamed colour give no gradient; the view of a cat does."""
     torch.manual_seed(0)
     learner, fronts = Classifier(), classifier_train.membership(classifier_train.FRONTS, "cpu")
     images = torch.rand(2, 3, SIZE, SIZE)
@@ -208,7 +208,7 @@ def test_loss_ignores_unknown_classes():
 
 
 def test_disturb_repeats():
-    """Disturbed images keep shape and range, and depend on the seed alone."""
+    """Disturbed images keep shape and range, and depend only on the seed."""
     images = torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     once, again, other = (disturb(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert once.shape == images.shape and once.min() >= 0 and once.max() <= 1
@@ -224,13 +224,13 @@ def test_prior_scores():
     view = torch.arange(3).expand(n, 3).clone()
     right = prior.scores(Predictions(thing, color, view))
     assert (right["object"], right["color"], right["view"]) == (1, 1, 1)
-    assert right["pictures"] == 3 * n and right["pictures_of_faces"] == 3 * len(prior.FACES)
+    assert right["images"] == 3 * n and right["images_of_faces"] == 3 * len(prior.FACES)
     view[:, 0] = VIEWS.index("side")  # no front is seen as one
     thing[OBJECTS.index("mug")] = OBJECTS.index("vase")
-    found = prior.scores(Predictions(thing, color, view))
-    assert found["view"] == round(2 / 3, 4)
-    assert found["object"] == round(1 - 1 / n, 4)
-    assert found["views"]["front"]["side"] == 1 and found["faces"]["cat"] == [0, 1, 1]
+    scores = prior.scores(Predictions(thing, color, view))
+    assert scores["view"] == round(2 / 3, 4)
+    assert scores["object"] == round(1 - 1 / n, 4)
+    assert scores["views"]["front"]["side"] == 1 and scores["faces"]["cat"] == [0, 1, 1]
     assert [expected_classes(prompt) for prompt in prior.PROMPTS] == [(k, int(color[k, 0])) for k in range(n)]
     image = prior.sheet(
         torch.rand(2 * n, 3, 3, 16, 16), Predictions(*(torch.cat([c, c]) for c in (thing, color, view)))

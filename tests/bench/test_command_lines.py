@@ -1,4 +1,4 @@
-"""The page about command lines of stable-dreamfusion: every row is what the command says today."""
+"""The page about command lines of stable-dreamfusion: every row has the present result of the command."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ TINY = """
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls the command here: a process for each line would take a minute."""
+    """Run the command in this process, since a process for each line would take a minute."""
 
     def call(words: list[str], folder: Path) -> SimpleNamespace:
         out, error = io.StringIO(), io.StringIO()
@@ -43,7 +43,7 @@ def cells() -> list[list[str]]:
 
 @pytest.mark.skipif(not PAGE.exists(), reason="an installed package carries no docs")
 def test_page_is_current(tmp_path: Path) -> None:
-    """Every row of the page is what the command does today."""
+    """Every row of the page has the present result of the command."""
     command_lines.write_files(tmp_path)
     rows = cells()
     assert len(rows) == len(LINES) == 20 and len(set(LINES)) == 20
@@ -80,8 +80,8 @@ def test_run_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"2 steps; `results/turntable.mp4`, `results/six_views.png`; \d+ s", outcome.details)
     assert (tmp_path / "trial" / "results" / "turntable.mp4").exists()
     monkeypatch.setattr(command_lines, "SHORT", "--device cpu --W 8 --H 8 --mcubes_resolution 16".split())
-    looked = run_line(CommandLine("README", "--workspace trial -O --test --six_views"), tmp_path)
-    assert looked.verdict == "works" and "`results/six_views.png`" in looked.details
+    tested = run_line(CommandLine("README", "--workspace trial -O --test --six_views"), tmp_path)
+    assert tested.verdict == "works" and "`results/six_views.png`" in tested.details
     gone = run_line(CommandLine("README", "--workspace gone -O --test"), tmp_path)
     assert gone == Outcome("refused", "--test needs a stored run, but --workspace gone holds none")
 

@@ -17,15 +17,15 @@ def result(*rows, **changes):
     return {"schema": 1, "gpu": "NVIDIA H200", "rows": list(rows)} | changes
 
 
-def test_allowed_is_a_twentieth_of_the_base_or_twice_the_wider_spread():
-    """The limit belongs to the median of the base, and to the spread of whichever run is noisier."""
+def test_allowed_slowdown():
+    """The limit is relative to the median of the base, and to the wider spread of the two runs."""
     assert compare.allowed_slowdown(row(8.0), row(16.0)) == 0.05 * 8.0
     assert compare.allowed_slowdown(row(8.0, 0.5), row(8.0, 0.25)) == 1.0
     assert compare.allowed_slowdown(row(8.0, 0.25), row(8.0, 0.5)) == 1.0
 
 
-def test_compare_finds_what_exceeds_the_limit_itself_worst_first():
-    """A row at its limit is not slower; of those beyond, the one with the greatest ratio comes first."""
+def test_compare_sorts_slower_rows():
+    """A row at its limit is not slower; rows beyond it are sorted by their ratio."""
     before = [row(8.0, 0.5, case="at"), row(8.0, 0.5, case="a"), row(2.0, case="b"), row(4.0, case="c"), row(1.0)]
     after = [row(9.0, 0.5, case="at"), row(9.5, 0.5, case="a"), row(4.0, case="b"), row(6.0, case="c"), row(0.5)]
     slower, missing = compare.compare(result(*before), result(*reversed(after)))
@@ -33,21 +33,21 @@ def test_compare_finds_what_exceeds_the_limit_itself_worst_first():
     assert missing == []
 
 
-def test_compare_returns_the_rows_that_are_gone():
-    """A row of the base alone is returned; a row of the new run alone is not."""
+def test_compare_missing_rows():
+    """A row that only the base has is returned; one that only the new run has is not."""
     slower, missing = compare.compare(result(row(1.0), row(2.0, case="gone")), result(row(1.0), row(3.0, case="new")))
     assert slower == [] and missing == [row(2.0, case="gone")]
 
 
 @pytest.mark.parametrize("name", sorted(compare.MEASURED))
-def test_identity_leaves_out_what_is_measured(name):
-    """Measurements make no other row."""
+def test_identity_without_measured_fields(name):
+    """Measured fields are not part of a row's identity."""
     assert compare.identity(ROW | {name: 7}) == compare.identity(ROW) == tuple(sorted(ROW.items()))
 
 
 @pytest.mark.parametrize("name", sorted(ROW))
-def test_identity_takes_every_other_field(name):
-    """Another operator, case, way of calling or dtype is another row."""
+def test_identity_with_other_fields(name):
+    """A different operator, case, call or dtype is a different row."""
     assert compare.identity(ROW | {name: "other"}) != compare.identity(ROW)
 
 
@@ -61,8 +61,8 @@ def test_identity_takes_every_other_field(name):
         ("group_norm_silu", "compiled", "graph"),
     ],
 )
-def test_rows_of_earlier_files_have_the_call_of_their_time(op, impl, call):
-    """Without the field, a row is the one that was replayed where it could be, and no other."""
+def test_identity_of_rows_without_call(op, impl, call):
+    """A row without the field is one of a graph if it was captured then, else an eager one."""
     old = {name: value for name, value in row(1.0, op=op, impl=impl).items() if name != "call"}
     others = {"graph": "eager", "eager": "graph"}
     slower, missing = compare.compare(result(old), result(row(2.0, op=op, impl=impl, call=call)))
@@ -75,7 +75,7 @@ def write(path, record):
     return str(path)
 
 
-def test_table_of_slower_rows(tmp_path, capsys):
+def test_main_prints_slower_rows(tmp_path, capsys):
     """Columns of the printed table: row, median before and after in ms, change and limit in per cent of before."""
     base = write(tmp_path / "base", result(row(2.0, 0.16), row(3.0, case="gone")))
     new = write(tmp_path / "new", result(row(3.0)))
@@ -89,7 +89,7 @@ def test_table_of_slower_rows(tmp_path, capsys):
     )
 
 
-def test_summary_counts_the_rows_that_both_have(tmp_path, capsys):
+def test_main_counts_common_rows(tmp_path, capsys):
     """Without a slower row the number of compared rows is printed, and the GPU."""
     base = write(tmp_path / "base", result(row(1.0), row(2.0, case="b"), row(3.0, case="gone")))
     assert compare.main([base, write(tmp_path / "new", result(row(1.0), row(2.0, case="b")))]) == 0
@@ -97,23 +97,23 @@ def test_summary_counts_the_rows_that_both_have(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["schema", "gpu", "rows"])
-def test_load_names_the_field_that_a_result_lacks(name, tmp_path):
-    """A file without one of the fields is no result."""
+def test_load_run_missing_field(name, tmp_path):
+    """A file without one of the fields is not a result."""
     record = {key: value for key, value in result(row(1.0)).items() if key != name}
     with pytest.raises(compare.CannotCompare, match=f"is not a result of `bench kernels`: KeyError\\('{name}'\\)"):
         compare.load_run(tmp_path / write(tmp_path / "run", record))
 
 
 @pytest.mark.parametrize("name", ["median_ms", "p20_ms", "p80_ms"])
-def test_load_refuses_a_row_without_its_times(name, tmp_path):
+def test_load_run_row_without_times(name, tmp_path):
     """Every row has a median and both quantiles."""
     broken = {key: value for key, value in row(1.0).items() if key != name}
     with pytest.raises(compare.CannotCompare, match=f"KeyError\\('{name}'\\)"):
         compare.load_run(tmp_path / write(tmp_path / "run", result(broken)))
 
 
-def test_load_keeps_the_whole_result(tmp_path):
-    """What is read back is what was written."""
+def test_load_run_round_trip(tmp_path):
+    """A result is read back as it was written."""
     record = result(row(1.0), git_sha="a")
     assert compare.load_run(tmp_path / write(tmp_path / "run", record)) == record
 
@@ -121,7 +121,7 @@ def test_load_keeps_the_whole_result(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"), [("{", "{path}: Expecting property name"), ('{"schema": 1}', "{path} is not a result")]
 )
-def test_what_cannot_be_read_is_named_on_the_error_stream(text, complaint, tmp_path, capsys):
+def test_main_unreadable_file(text, complaint, tmp_path, capsys):
     """The exit status is 2, and standard output stays empty."""
     (tmp_path / "run").write_text(text)
     assert compare.main([str(tmp_path / "run")] * 2) == 2
@@ -137,8 +137,8 @@ def test_what_cannot_be_read_is_named_on_the_error_stream(text, complaint, tmp_p
         (result(), "the files have no row in common"),
     ],
 )
-def test_results_of_other_kinds_are_not_compared(other, complaint):
-    """Another schema, another GPU, or no common row: the sentence has both values."""
+def test_compare_other_kinds(other, complaint):
+    """A different schema, a different GPU, or no common row: the message has both values."""
     with pytest.raises(compare.CannotCompare, match=complaint):
         compare.compare(result(row(1.0)), other)
 
@@ -151,7 +151,7 @@ def test_main_describes_itself(capsys):
 
 
 def test_main_asks_for_two_files(capsys):
-    """The usage names the command and both arguments."""
+    """The usage has the command and both arguments."""
     with pytest.raises(SystemExit, match="2"):
         compare.main(["one"])
     printed = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""--doctor on this machine and on machines that lack something; a run goes on without what it can do without."""
+"""--doctor on this machine and on machines that lack something."""
 
 import json
 import subprocess
@@ -16,15 +16,15 @@ from dream_fast.cli import main
 
 @pytest.fixture(scope="module")
 def said() -> list[dict]:
-    """What the self test says of each kernel, in the interpreter as on a machine without a GPU."""
+    """The findings of the self test in the interpreter, as on a machine without a GPU."""
     return list(doctor.check_kernels(on_gpu=False))
 
 
-def test_check_kernels(said):
+def test_check_kernels(findings):
     """Every kernel is right in the interpreter."""
-    (found,) = said
-    assert found.state == "ok"
-    assert {"hash_grid", "march", "render", "adan", "weight_decay"} <= set(found.message.split(": ")[1].split(", "))
+    (finding,) = findings
+    assert finding.state == "ok"
+    assert {"hash_grid", "march", "render", "adan", "weight_decay"} <= set(finding.message.split(": ")[1].split(", "))
 
 
 def test_selftest_catches_faults():
@@ -70,23 +70,23 @@ def test_check_kernels_reports_failures(code, seconds, sentence, monkeypatch):
     """A self test that fails, dies or hangs is a finding with advice."""
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
-    (found,) = doctor.check_kernels(on_gpu=True, seconds=seconds)
-    assert found.state == "wrong" and sentence in found.message and "--backbone grid_torch" in found.advice
+    (finding,) = doctor.check_kernels(on_gpu=True, seconds=seconds)
+    assert finding.state == "wrong" and sentence in finding.message and "--backbone grid_torch" in finding.advice
 
 
 def test_kernels_advice(monkeypatch):
-    """On a GPU the cache in use is named; a CPU run calls no kernel and has no cache, so it is a note without one."""
+    """On a GPU the advice has the cache folder; on a CPU, which calls no kernel, it is a note without one."""
     run, code = subprocess.run, 'print(\'{"kernel": "march", "error": "error 1, allowed 0", "seconds": 1}\'); exit(1)'
     monkeypatch.setattr(subprocess, "run", lambda command, **options: run([sys.executable, "-c", code], **options))
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere/else")
     (on_gpu,), (on_cpu,) = doctor.check_kernels(on_gpu=True), doctor.check_kernels(on_gpu=False)
     assert (on_gpu.state, on_cpu.state) == ("wrong", "note")
     assert "(/somewhere/else)" in on_gpu.advice and "cache" not in on_cpu.advice
-    assert all("error 1, allowed 0" in found.message and "report" in found.advice for found in (on_gpu, on_cpu))
+    assert all("error 1, allowed 0" in finding.message and "report" in finding.advice for finding in (on_gpu, on_cpu))
 
 
 def test_selftest_of_normals():
-    """Inputs moved by half a rounding, as another processor rounds, pass; a normal turned by a thousandth does not."""
+    """Inputs moved by half a rounding, as on another processor, pass; a normal turned by a thousandth fails."""
     name = "field_normals (finite_difference)"
     case, problem = selftest.build_all(torch.device("cpu"))[name]
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ def test_selftest_of_normals():
 
 
 def fake_torch(*, built=None, available=False, works=True, capability=(9, 0), warning=None, count=1):
-    """What the doctor asks of torch, on another machine."""
+    """The parts of torch that the doctor reads, as on another machine."""
     import warnings
 
     def is_available():
@@ -154,20 +154,29 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
 def test_check_gpu(machine, driver, state, sentence, advice, monkeypatch):
     """Findings for GPUs that work, are too old, or do not start."""
     monkeypatch.setattr(doctor, "find_driver", lambda: driver)
-    found = doctor.check_gpu(fake_torch(**machine))
-    assert found.state == state and sentence in found.message and advice in found.advice and "\n" not in found.message
+    finding = doctor.check_gpu(fake_torch(**machine))
+    assert (
+        finding.state == state
+        and sentence in finding.message
+        and advice in finding.advice
+        and "\n" not in finding.message
+    )
 
 
 def test_missing_libraries(monkeypatch):
-    """A missing triton or xformers is a note, or wrong where it is needed."""
+    """A missing triton or xformers is a note, or an error where it is needed."""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     assert doctor.check_triton(on_gpu=False).state == "note"
     missing = doctor.check_triton(on_gpu=True)
     assert missing.state == "wrong" and "pip install triton" in missing.advice
-    found = {found.message.split()[1]: found for found in doctor.check_attention(torch, torch.device("cpu"))}
-    assert found["sdpa"].state == "ok" and found["xformers"].state == "note" and "xformers" in found["xformers"].advice
+    finding = {finding.message.split()[1]: finding for finding in doctor.check_attention(torch, torch.device("cpu"))}
+    assert (
+        finding["sdpa"].state == "ok"
+        and finding["xformers"].state == "note"
+        and "xformers" in finding["xformers"].advice
+    )
 
 
 def test_run_without_triton(tmp_path, tiny_model):
@@ -179,10 +188,10 @@ def test_run_without_triton(tmp_path, tiny_model):
     )
     words += " --max_resolution 32 --log2_hashmap_size 8 --occupancy_resolution 16 --dataset_size_test 1 --max_steps 32"
     words += " --dataset_size_valid 1 --six_views"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", "-c", code, "--text", "a hamburger", *words.split()], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "done in" in done.stdout, done.stderr
+    assert process.returncode == 0 and "done in" in process.stdout, process.stderr
 
 
 def test_torch_does_not_load(monkeypatch):
@@ -192,22 +201,22 @@ def test_torch_does_not_load(monkeypatch):
         raise OSError("libcudart.so.12: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "import_module", broken)
-    found = list(doctor.make_findings())[-1]
-    assert found.state == "wrong" and "libcudart.so.12" in found.message and "reinstall" in found.advice
+    finding = list(doctor.make_findings())[-1]
+    assert finding.state == "wrong" and "libcudart.so.12" in finding.message and "reinstall" in finding.advice
 
 
 def test_main_prints_findings(monkeypatch, capsys):
-    """Findings are printed, and the status is 1 if one is wrong."""
-    for found, status in ((Finding("note", "no GPU"), 0), (Finding("wrong", "no torch", "pip install torch"), 1)):
-        monkeypatch.setattr(doctor, "make_findings", lambda found=found: iter([Finding("ok", "fine"), found]))
+    """Findings are printed, and the status is 1 if there is an error."""
+    for finding, status in ((Finding("note", "no GPU"), 0), (Finding("wrong", "no torch", "pip install torch"), 1)):
+        monkeypatch.setattr(doctor, "make_findings", lambda finding=finding: iter([Finding("ok", "fine"), finding]))
         assert main(["--doctor"]) == status
         out = capsys.readouterr().out
-        assert found.message in out and found.advice in out
+        assert finding.message in out and finding.advice in out
         assert ("ready for a run" in out) == (status == 0)
 
 
 def test_selftest_prints_json(capsys, monkeypatch):
-    """The self test prints a line of JSON for each kernel, and its status is 1 if one is wrong."""
+    """The self test prints a line of JSON for each kernel, and its status is 1 if one fails."""
     monkeypatch.setattr(selftest, "check", lambda device: iter([{"kernel": "march", "error": "no", "seconds": 0}]))
     assert selftest.main([]) == 1
     assert json.loads(capsys.readouterr().out)["kernel"] == "march"

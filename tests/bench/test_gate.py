@@ -1,4 +1,4 @@
-"""The gate of the benchmark: at which sizes it judges, and what of a problem reaches the verdict."""
+"""The gate of the benchmark: the sizes at which it judges, and the parts of a problem that reach the verdict."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ TOO_LARGE += ("shell_256", "inside_256", "noise_256", "bound2_256")
 
 
 def test_gate_case():
-    """Nothing large is judged, what is small stays as it is, and nothing but the size changes."""
+    """Large cases are judged at a smaller size, small ones as they are; nothing but the size changes."""
     for case in FULL:
         judged = gate.gate_case(case)
         assert replace(judged, case=case.case) == case
@@ -27,7 +27,7 @@ def test_gate_case():
 
 
 def problem(weights=None):
-    """Twice 100 numbers, computed in the dtype that is asked, with one input that gets a gradient."""
+    """Two times 100 numbers, computed in the given dtype, with one input that gets a gradient."""
     return Problem(
         operator=lambda x: 2 * x,
         reference=lambda x: 2 * x,
@@ -41,29 +41,29 @@ def problem(weights=None):
 
 def test_judge_problem_weighs_outputs():
     """The weight comes from the problem's tensors: where it is 0 an error does not count."""
-    asked = []
+    calls = []
 
     def weights(tensors):
-        asked.append(tensors["x"].dtype)
+        calls.append(tensors["x"].dtype)
         return ((torch.arange(100) != 7).double(),)
 
     def wrong(x):
         return 2 * x + (torch.arange(100) == 7)
 
     for weighted, good in ((weights, True), (None, False)):
-        found = gate.judge_problem(problem(weighted), "forward", torch.float32, {"wrong": wrong})
-        assert found["wrong"].good == good
-    assert asked == [torch.float64]
+        verdicts = gate.judge_problem(problem(weighted), "forward", torch.float32, {"wrong": wrong})
+        assert verdicts["wrong"].good == good
+    assert calls == [torch.float64]
 
 
 def test_judge_problem_counts_gradients(monkeypatch):
     """The exact result is in fp64, and the number of gradients is that of the leaves, 0 without a backward."""
-    seen = []
+    recorded = []
 
     def record(got, reference, exact, weights, gradients):
-        seen.append((got[0].dtype, exact[0].dtype, len(exact), gradients))
+        recorded.append((got[0].dtype, exact[0].dtype, len(exact), gradients))
 
     monkeypatch.setattr(gate, "worst_verdict", record)
     for mode in ("forward", "forward_backward"):
         gate.judge_problem(problem(), mode, torch.float32, {"ours": lambda x: 2 * x})
-    assert seen == [(torch.float32, torch.float64, 1, 0), (torch.float32, torch.float64, 2, 1)]
+    assert recorded == [(torch.float32, torch.float64, 1, 0), (torch.float32, torch.float64, 2, 1)]

@@ -28,13 +28,13 @@ def advance(clock, seconds):
 
 
 def test_time_once(clock):
-    """One call, in milliseconds, without a warm-up."""
+    """A single call is timed in milliseconds, without a warm-up."""
     assert measure.time_once(advance(clock, 0.25), CPU) == pytest.approx(250)
     assert clock.now == 0.25
 
 
 def test_time_calls(clock):
-    """Several calls, in seconds of the given clock."""
+    """Several calls are timed in seconds of the given clock."""
     assert measure.time_calls(advance(clock, 0.5), 3, lambda: clock.now) == pytest.approx(1.5)
 
 
@@ -51,5 +51,5 @@ def test_part_clock(clock):
 
 
 def test_prepare_synchronous():
-    """On a CPU it is the call itself."""
+    """On a CPU the call is returned unchanged."""
     assert measure.prepare_synchronous(print, CPU) is print

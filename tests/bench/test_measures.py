@@ -1,4 +1,4 @@
-"""Measures of a result's look: on shapes and colours whose answer is known, and on what is worse than those."""
+"""Measures of the look of a result, on shapes and colours with known results and on worse ones."""
 
 import math
 from contextlib import contextmanager
@@ -32,13 +32,13 @@ def sphere(radius: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def noisy(normal: torch.Tensor, degrees: float) -> torch.Tensor:
-    """Each normal turned by a random angle of about so many degrees."""
+    """Normals, each turned by a random angle of about this size in degrees."""
     noise = torch.randn(normal.shape, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.normalize(normal + math.tan(math.radians(degrees)) * noise / math.sqrt(2), dim=-1)
 
 
-def test_roughness_of_a_plane_is_nothing_and_of_a_sphere_little() -> None:
-    """Flat is 0; a sphere turns within a neighbourhood, less the larger it is; the outside does not count."""
+def test_roughness_of_plane_and_sphere() -> None:
+    """A plane has 0; a sphere less the larger it is; pixels outside do not count."""
     normal, opacity = sphere(55)
     flat = torch.zeros_like(normal)
     flat[..., 2] = 3.0  # of any length
@@ -49,22 +49,22 @@ def test_roughness_of_a_plane_is_nothing_and_of_a_sphere_little() -> None:
     assert roughness(normal, torch.zeros_like(opacity)) is None
 
 
-def test_roughness_grows_with_noise_as_it_should() -> None:
-    """Noise of a known angle is found: a pixel's own normal is one of the nine of the mean, hence the 8/9."""
+def test_roughness_of_noise() -> None:
+    """Noise of a known angle is measured: a pixel is one of the nine of its mean, hence 8/9."""
     normal, opacity = sphere(55)
     flat = torch.zeros_like(normal)
     flat[..., 2] = 1.0
     # Two tangent components of deviation s each: the angle to the mean has the mean s sqrt(pi / 2) sqrt(8 / 9).
     deviation = 2.0 / math.sqrt(2)
-    wanted = deviation * math.sqrt(math.pi / 2) * math.sqrt(8 / 9)
-    found = roughness(noisy(flat, 2.0), opacity)
+    expected = deviation * math.sqrt(math.pi / 2) * math.sqrt(8 / 9)
+    result = roughness(noisy(flat, 2.0), opacity)
     pixels = (opacity > 0).sum().item()
-    assert abs(found / wanted - 1) < 5 / math.sqrt(pixels)  # of the sampling, five deviations at least
+    assert abs(result / expected - 1) < 5 / math.sqrt(pixels)  # of the sampling, five deviations at least
     assert roughness(noisy(normal, 20.0), opacity) > 10 * roughness(normal, opacity)
 
 
-def test_roughness_of_a_step_is_that_of_its_edge() -> None:
-    """Of two planes at a right angle, the two columns at the edge are off by atan(3/6), all others by 0."""
+def test_roughness_of_an_edge() -> None:
+    """At the edge of two orthogonal planes two columns are off by atan(3/6), all others by 0."""
     normal = torch.zeros(1, SIZE, SIZE, 3)
     normal[:, :, : SIZE // 2, 0], normal[:, :, SIZE // 2 :, 2] = 1, 1
     inner = SIZE - 4  # two pixels at each side are left out
@@ -72,8 +72,8 @@ def test_roughness_of_a_step_is_that_of_its_edge() -> None:
     assert roughness(normal, torch.ones(1, SIZE, SIZE)) == pytest.approx(expected)
 
 
-def test_edge_ratio_is_one_for_smooth_shapes_and_more_for_fur() -> None:
-    """A disc and a square keep their outline; hairs of one pixel add two sides a row each."""
+def test_edge_ratio_of_fur() -> None:
+    """A disc and a square have 1; each hair of one pixel adds two sides a row."""
     y, x = grid()
     disc = (x * x + y * y < 40**2).float()[None]
     assert edge_ratio(disc) == pytest.approx(1, abs=0.05)
@@ -84,11 +84,11 @@ def test_edge_ratio_is_one_for_smooth_shapes_and_more_for_fur() -> None:
     assert edge_ratio(furry) - edge_ratio(square) == pytest.approx(20 * 2 * 10 / (4 * 60), rel=0.1)
     assert edge_ratio(square) < 1.1
     assert edge_ratio(torch.zeros(1, 8, 8)) is None
-    assert edge_ratio(torch.ones(1, 40, 40)) < 1.1  # cut off by the picture's border
+    assert edge_ratio(torch.ones(1, 40, 40)) < 1.1  # cut off by the image's border
 
 
-def test_floaters_are_counted_in_each_view() -> None:
-    """Groups beside the largest, by eight neighbours, whatever their form: a spiral is one."""
+def test_floaters_in_views() -> None:
+    """Groups other than the largest count, with eight neighbours; a spiral is one group."""
     opacity = torch.zeros(3, 40, 40)
     opacity[0, 5:20, 5:20] = 1
     opacity[0, 30, 30], opacity[0, 31, 31], opacity[0, 2, 35] = 1, 1, 0.6  # two that touch, and one
@@ -99,17 +99,17 @@ def test_floaters_are_counted_in_each_view() -> None:
     assert floaters(opacity[1:]) == 0
 
 
-def test_delta_e_is_that_of_skimage() -> None:
+def test_delta_e_against_skimage() -> None:
     """CIEDE2000 of random colours, grays and pairs whose hues lie on both sides of 0."""
     rng = np.random.default_rng(0)
     first, second = rng.random((2, 4000, 3))
     first[:200] = first[:200, :1]  # gray
     second[100:300] = second[100:300, :1]
     second[300:600] = np.clip(first[300:600] + rng.normal(0, 0.01, (300, 3)), 0, 1)
-    found = delta_e(torch.from_numpy(first), torch.from_numpy(second)).numpy()
+    result = delta_e(torch.from_numpy(first), torch.from_numpy(second)).numpy()
     # From our L*a*b*: the hue of a gray is rounding alone.
     both = (lab(torch.from_numpy(colors)).numpy() for colors in (first, second))
-    assert found == pytest.approx(skimage_color.deltaE_ciede2000(*both))
+    assert result == pytest.approx(skimage_color.deltaE_ciede2000(*both))
     # Near black skimage has the rounded constants of an older text.
     bright = first[(first > 0.1).all(1)]
     check_fp64("lab", lab(torch.from_numpy(bright)), torch.from_numpy(skimage_color.rgb2lab(bright)))
@@ -121,7 +121,7 @@ def test_delta_e_is_that_of_skimage() -> None:
 
 
 def test_part_color() -> None:
-    """The median of the red pixels, darker than the word's red, among white and black ones."""
+    """The result is the median of the red pixels, among white and black ones."""
     palette = torch.tensor([[0.85, 0.1, 0.1], [0.94, 0.94, 0.93], [0.14, 0.14, 0.16]])
     reds = torch.tensor([[0.7, 0.1, 0.1], [0.72, 0.1, 0.1], [0.74, 0.1, 0.1]])
     others = palette[1:].repeat_interleave(10, 0)
@@ -129,8 +129,9 @@ def test_part_color() -> None:
     assert torch.equal(part_color(palette[1:2].expand(3, 3), palette), palette[1])  # nothing is red: of all
 
 
-def test_kid_is_nothing_for_one_distribution_and_what_a_loop_says() -> None:
-    """By its definition over pairs; about 0 for two draws of one distribution, more the further they are apart."""
+def test_kid_definition() -> None:
+    """It equals its definition over pairs; it is about 0 for two draws of one distribution and grows with their
+    distance."""
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(7, 3, generator=generator), torch.randn(5, 3, generator=generator) + 1
 
@@ -151,7 +152,7 @@ def test_kid_is_nothing_for_one_distribution_and_what_a_loop_says() -> None:
 
 
 def test_measure_shape() -> None:
-    """Roughness, edge and floaters of what the renderer shows from front, right, back and left over black."""
+    """Roughness, edge ratio and floaters are those of renders from front, right, back and left over black."""
     entered = []
 
     @contextmanager
@@ -168,15 +169,15 @@ def test_measure_shape() -> None:
     trainer = SimpleNamespace(
         device="cpu", optimizer=SimpleNamespace(ema_weights=ema_weights), renderer=SimpleNamespace(view=view)
     )
-    found = looks.measure_shape(trainer)
-    assert found["roughness_deg"] == pytest.approx(roughness(*sphere(50)))
-    assert found["floaters"] == 0 and found["edge_ratio"] == pytest.approx(1, abs=0.05)
+    result = looks.measure_shape(trainer)
+    assert result["roughness_deg"] == pytest.approx(roughness(*sphere(50)))
+    assert result["floaters"] == 0 and result["edge_ratio"] == pytest.approx(1, abs=0.05)
 
 
 def test_measure_color() -> None:
-    """A robot's red, though most of the image is background and much of the robot is not red."""
+    """The result is the red of a robot, though most of the image is background and much of the robot is not red."""
     images = torch.full((2, 3, 16, 16), 0.75)
     images[:, :, 4:12, 4:12] = torch.tensor([0.15, 0.80, 0.82])[:, None, None]
     images[:, :, 8:12, 4:12] = torch.tensor([0.9, 0.05, 0.05])[:, None, None]
-    found = looks.measure_color(images, "a red robot", 0.75)
-    check_fp64("red", torch.tensor(found).double(), torch.tensor([0.9, 0.05, 0.05]).double())
+    result = looks.measure_color(images, "a red robot", 0.75)
+    check_fp64("red", torch.tensor(result).double(), torch.tensor([0.9, 0.05, 0.05]).double())

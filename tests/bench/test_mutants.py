@@ -1,4 +1,4 @@
-"""The tool of mutation tests: which mutants it draws and keeps, and what it makes of samples."""
+"""The tool for mutation tests: drawing and keeping mutants, and estimates from samples."""
 
 import importlib.util
 import itertools
@@ -14,13 +14,13 @@ sys.modules[SPEC.name] = mutants  # where dataclasses look for it
 SPEC.loader.exec_module(mutants)
 
 
-def make_verdicts(module: str, caught: int, survived: int, made: int) -> "mutants.Verdicts":
+def make_verdicts(module: str, caught: int, survived: int, total: int) -> "mutants.Verdicts":
     names = [f"{module}_{number}" for number in range(caught + survived)]
-    return mutants.Verdicts(module, names[:caught], survived=dict.fromkeys(names[caught:], ""), made=made)
+    return mutants.Verdicts(module, names[:caught], survived=dict.fromkeys(names[caught:], ""), made=total)
 
 
 def test_estimate_share_whole():
-    """Where all mutants are tested the share is that of the caught, without an error."""
+    """When all mutants are tested, the share is exact and has no error."""
     results = [make_verdicts("a", 9, 1, 10), make_verdicts("b", 30, 0, 30)]
     assert mutants.estimate_share(results) == (39 / 40, 0)
 
@@ -29,11 +29,11 @@ def test_estimate_share_samples():
     """Mean and spread of estimates over every sample of 3 of 6 mutants are the share and the stated error."""
     caught = [True] * 4 + [False] * 2
     samples = [sum(sample) for sample in itertools.combinations(caught, 3)]
-    found = [mutants.estimate_share([make_verdicts("a", number, 3 - number, 6)]) for number in samples]
-    mean = sum(share for share, _ in found) / len(found)
-    variance = sum((share - mean) ** 2 for share, _ in found) / len(found)
+    shares = [mutants.estimate_share([make_verdicts("a", number, 3 - number, 6)]) for number in samples]
+    mean = sum(share for share, _ in shares) / len(shares)
+    variance = sum((share - mean) ** 2 for share, _ in shares) / len(shares)
     assert round(mean, 12) == round(4 / 6, 12)
-    assert round(sum(error**2 for _, error in found) / len(found), 12) == round(variance, 12)
+    assert round(sum(error**2 for _, error in shares) / len(shares), 12) == round(variance, 12)
 
 
 def test_draw_mutants_nested(monkeypatch, tmp_path):
@@ -49,10 +49,10 @@ def test_draw_mutants_nested(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("source", "known"), [("same", ["a_0", "a_1"]), ("changed", [])])
 def test_read_caught(tmp_path, source, known):
-    """Caught mutants are known as long as their module is the same; survivors never are."""
-    kept = make_verdicts("a", 2, 1, 3)
-    kept.source = "same"
-    mutants.kept_path(tmp_path, "a").write_text(mutants.json.dumps(mutants.asdict(kept)))
+    """Caught mutants are remembered while their module is unchanged; survivors are not."""
+    verdicts = make_verdicts("a", 2, 1, 3)
+    verdicts.source = "same"
+    mutants.kept_path(tmp_path, "a").write_text(mutants.json.dumps(mutants.asdict(verdicts)))
     assert mutants.read_caught("a", SimpleNamespace(out=tmp_path), source) == known
 
 

@@ -21,13 +21,13 @@ from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
 
 
 def record(**result: float) -> dict:
-    look = {"result": {"roughness_deg": 8.0, **result}, "world": {"roughness_deg": 2.5}}
+    measures = {"result": {"roughness_deg": 8.0, **result}, "world": {"roughness_deg": 2.5}}
     about = {"runs": 2, "device": "a GPU", "commit": "abc", "utc": "2026-11-29T00:00:00Z", "object": 0.5}
-    return about | {"look": look, "held_out": {"runs": 0}, "held_out_look": {"result": {}}}
+    return about | {"look": measures, "held_out": {"runs": 0}, "held_out_look": {"result": {}}}
 
 
 def test_table_columns() -> None:
-    """Measures that nothing has are left out, and so is a set of prompts without runs."""
+    """Measures without values are left out, and so is a set of prompts without runs."""
     records = {"before": record(kid=1.0), "after": record(kid=0.25)}
     lines = format_table(records, "").splitlines()
     assert lines[0] == "| | before | after | the world's own |"
@@ -40,7 +40,7 @@ def test_table_columns() -> None:
 
 
 def test_fill_page() -> None:
-    """Written twice it is the same."""
+    """Filling twice gives the same page."""
     once = fill_page(f"a\n{BEGIN}\nold\n{END}\nb", {"before": record()})
     assert once.startswith(f"a\n{BEGIN}\n### Fixed") and once.endswith(f"{END}\nb") and "old" not in once
     assert fill_page(once, {"before": record()}) == once
@@ -48,7 +48,7 @@ def test_fill_page() -> None:
 
 @pytest.mark.skipif(not quality_page.PAGE.exists(), reason="an installed package carries no docs")
 def test_the_page_is_current() -> None:
-    """What it shows is what the stored measurements say, and its images are there."""
+    """The page has the values of the stored measurements, and its images exist."""
     page, records = quality_page.PAGE.read_text(encoding="utf-8"), quality_page.read_records()
     assert fill_page(page, records) == page, "write it anew: python -m dream_fast.bench quality_page"
     assert all((quality_page.RESULTS / f"quality-{name}.jpg").exists() for name in records)
@@ -59,7 +59,7 @@ def test_the_page_is_current() -> None:
 
 @pytest.mark.parametrize("prompt", ["a hamburger", "a red robot", "a snowman", "a white rabbit"])
 def test_make_scenes(prompt: str) -> None:
-    """The object, in its colour, natural where none is named; the first colour of the palette is that one."""
+    """A scene has the object and its colour, the natural one where none is named; the palette begins with it."""
     scenes, color = make_scenes(prompt, 5), next((name for name in COLORS if name in prompt.split()), None)
     assert {scene.name for scene in scenes} == {find_object(prompt)} and {scene.color for scene in scenes} == {color}
     palette = make_palette(prompt)
@@ -68,37 +68,37 @@ def test_make_scenes(prompt: str) -> None:
     assert (delta_e(palette[1:], palette[0]) > world.SAME).all()
     paints = main_colors(prompt)
     assert len(paints) == PAINTS
-    own = color_error(paints, paints)
-    assert 0 < own < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
+    spread = color_error(paints, paints)
+    assert 0 < spread < 5 < color_error(1 - paints, paints)  # of what is there, and of the opposite
 
 
 def test_read_world_by_prompt(tmp_path) -> None:
-    """In the order asked for; not for a prompt that is not there, nor for features of another classifier."""
+    """Rows are in the requested order; there is no result for unknown prompts or another classifier."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, 3, 5), (2, 3)]
-    look = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
+    stored = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
     path = tmp_path / "world.safetensors"
     assert world.read_world(["a mug"], path) is None
-    world.write_world(path, ["a mug", "a hat"], look)
-    found = world.read_world(["a hat", "a mug"], path)
-    assert torch.equal(found.shapes, look.shapes.flip(0))
-    assert torch.equal(found.features, look.features.half().float().flip(0))
+    world.write_world(path, ["a mug", "a hat"], stored)
+    read = world.read_world(["a hat", "a mug"], path)
+    assert torch.equal(read.shapes, stored.shapes.flip(0))
+    assert torch.equal(read.features, stored.features.half().float().flip(0))
     assert world.read_world(["a cat"], path) is None
-    own = world_summary(found)
-    assert own["roughness_deg"] == pytest.approx(look.shapes[:, 0].mean().item())
-    assert own.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
+    summary = world_summary(read)
+    assert summary["roughness_deg"] == pytest.approx(stored.shapes[:, 0].mean().item())
+    assert summary.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
 
 
 def test_read_world_of_another_classifier(tmp_path, monkeypatch) -> None:
-    """Features mean nothing to other weights."""
+    """Features of other weights are not used."""
     path = tmp_path / "world.safetensors"
     world.write_world(path, ["a mug"], WorldLook(torch.rand(1, 2, 1, 5), torch.rand(1, 3)))
     monkeypatch.setattr(world, "classifier_digest", lambda: "another")
     assert world.read_world(["a mug"], path) is None
 
 
-def test_named_measurements_are_of_the_fixed_prompts() -> None:
-    """A column of the page says nothing of prompts that somebody chose afterwards."""
+def test_named_measurements_prompts() -> None:
+    """A column of the page has only the fixed prompts."""
     for name, stored in quality_page.read_records().items():
         prompts = {line["prompt"] for line in stored["prompts"]}
         assert prompts <= {*PROMPTS, *HELD_OUT}, name

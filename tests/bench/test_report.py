@@ -1,4 +1,4 @@
-"""The tables of PROFILING.md: what they show of stored results, and that the page shows the stored ones."""
+"""The tables of PROFILING.md: their content, and that the page is current."""
 
 import json
 
@@ -28,7 +28,7 @@ def results(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not report.PAGE.exists(), reason="an installed package carries no documents")
 def test_page_is_current() -> None:
-    """PROFILING.md shows what bench/results holds."""
+    """PROFILING.md has the values of bench/results."""
     text = report.PAGE.read_text(encoding="utf-8")
     assert report.fill_page(text) == text, "write it anew: python -m dream_fast.bench report --write"
 
@@ -53,7 +53,7 @@ def test_kernels_table_shows_both_gpus(results) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_index_rows_prefers_the_graph(order):
-    """Of a row replayed from a graph and one called from Python the former counts, in any order."""
+    """Where an implementation has rows of both calls, that of the graph is used, in any order."""
     both = [make_row(call="graph", median_ms=1.0), make_row(call="eager", median_ms=2.0)][::order]
     only = make_row(case="rays_8", call="eager", median_ms=3.0)
     index = report.index_rows({"rows": [*both, only]})
@@ -62,7 +62,7 @@ def test_index_rows_prefers_the_graph(order):
 
 
 def test_norms_table_has_both_modes_in_a_row(results) -> None:
-    """Forward on the left, forward and backward on the right, and an operator without a backward ends early."""
+    """Forward is on the left, forward and backward on the right; cells without a backward are empty."""
     norm = {"op": "group_norm_silu", "case": "vae_8x8x8"}
     rows = make_row(**norm), make_row(**norm, mode="forward_backward", median_ms=0.5), make_row(op="bias_residual")
     (results / report.H100).write_text(json.dumps(make_result(*rows)))

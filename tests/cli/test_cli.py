@@ -1,4 +1,4 @@
-"""The command: what it refuses, with which sentence, and what it hands to the engine."""
+"""The command: refusals with their messages, and the configuration that it passes to the engine."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from dream_fast.engine.workspace.folder import Workspace
 
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
-    """Stands in for the engine: what the command hands over is kept in ``configs``. Runs in an empty folder."""
+    """A substitute for the engine, whose `configs` are those of the command. Runs in an empty folder."""
     configs = []
     fake = SimpleNamespace(run=lambda config: configs.append(config) or 0)
     monkeypatch.setitem(sys.modules, "dream_fast.engine.run", fake)
@@ -118,21 +118,21 @@ def engine(monkeypatch, tmp_path):
 def test_bad_input_refused(words, sentence, engine, tmp_path, capsys):
     """Bad input is one sentence and status 2 and writes nothing."""
     assert main([*words, "--device", "cpu"] if words not in (["--text"],) else words) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("dream-fast: error: ") and said.err.count("\n") == 1
-    assert sentence in said.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("dream-fast: error: ") and output.err.count("\n") == 1
+    assert sentence in output.err
     assert engine == [] and list(tmp_path.iterdir()) == []
 
 
 def test_reference_flags_parsed():
     """Every flag of the reference works or is refused with a reason."""
-    ours = set(build_parser()._option_string_actions)
+    flags = set(build_parser()._option_string_actions)
     refused = set(UNSUPPORTED_FLAGS)
-    assert set(REFERENCE_FLAGS) - ours == refused
-    assert not refused & ours
+    assert set(REFERENCE_FLAGS) - flags == refused
+    assert not refused & flags
     assert all(len(reason) > 15 for reason in [*UNSUPPORTED_FLAGS.values(), *UNSUPPORTED_VALUES.values()])
-    assert {flag for flag, _ in UNSUPPORTED_VALUES} <= ours
+    assert {flag for flag, _ in UNSUPPORTED_VALUES} <= flags
 
 
 def test_config_reaches_engine(engine):
@@ -168,20 +168,20 @@ def test_only_what_was_typed_is_typed():
     ],
 )
 def test_shortcut_below_typed(words, typed, capsys):
-    """A shortcut never overrules what was typed."""
+    """A typed setting wins over a shortcut."""
     assert parse(words.split()) == typed
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("words", [["-O", "-O2"], ["-O2", "-O"]])
 def test_shortcut_O2_beside_O(words, capsys):
-    """The second shortcut does nothing beside the first with a message."""
+    """-O2 has no effect beside -O, with a message."""
     assert parse(words) == {"fp16": True}
     assert capsys.readouterr().err == "dream-fast: note: -O2 has no effect beside -O\n"
 
 
 def test_shortcut_help():
-    """The help of a shortcut names all that it does."""
+    """The help of a shortcut names all of its settings."""
     text = " ".join(build_parser().format_help().split())
     assert "--fp16, --backbone vanilla and --progressive_level" in text
     assert set(parse(["-O2"])) == {"fp16", "backbone", "progressive_level"}
@@ -208,7 +208,7 @@ def test_split_as_shell(content, typed, tmp_path):
 
 
 def test_file_order(engine, tmp_path):
-    """What is typed later counts more than the file and that more than what came before."""
+    """Later arguments win over a file, and a file over earlier ones."""
     (tmp_path / "one.txt").write_text("--seed 2 --w 2 --no-save_mesh --text 'a cat'")
     (tmp_path / "two.txt").write_text("--w 3 -O --lr 0.5")
     words = "--seed 1 --iters 1 --w 1 --save_mesh --file one.txt --h 9 --file two.txt --h 4 --lr 0.25".split()
@@ -240,24 +240,24 @@ def test_file_order(engine, tmp_path):
         (b"--guidance SD", "--text cat --file run.txt dream-mini", "unexpected 'dream-mini' after --file"),
     ],
 )
-def test_a_bad_file_of_arguments_is_one_sentence(content, words, sentence, engine, tmp_path, capsys):
+def test_bad_argument_file(content, words, sentence, engine, tmp_path, capsys):
     if content is not None:
         (tmp_path / "run.txt").write_bytes(content)
     assert main(words.split()) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(f"dream-fast: error: {sentence}") and said.err.count("\n") == 1
-    assert said.out == "" and engine == []
+    output = capsys.readouterr()
+    assert output.err.startswith(f"dream-fast: error: {sentence}") and output.err.count("\n") == 1
+    assert output.out == "" and engine == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_of_arguments_that_may_not_be_read(tmp_path):
+def test_unreadable_argument_file(tmp_path):
     (tmp_path / "run.txt").touch(mode=0)
     with pytest.raises(UserError, match="cannot be read \\(Permission denied\\)"):
         parse(["--file", str(tmp_path / "run.txt")])
 
 
 def test_unknown_words_warned(engine, capsys):
-    """Words that the embedded model does not know are warned about."""
+    """Words that the embedded model does not know give a warning."""
     assert main(["--text", "a shiny hamburger", "--device", "cpu"]) == 0
     warning = 'dream-fast: warning: the embedded model does not know the word "shiny" and will ignore it\n'
     assert capsys.readouterr().err == warning
@@ -308,7 +308,7 @@ def test_print_config_without_prompt(engine, capsys):
     assert engine == []
 
 
-def test_test_takes_the_settings_of_the_workspace(engine, tmp_path):
+def test_test_uses_stored_settings(engine, tmp_path):
     typed = {"text": "a cat", "lr": 0.25, "hf_key": "folder", "seed": 1, "W": 32}
     stored = configure(
         {"guidance": ("SD",)} | typed | {"save_mesh": True, "ckpt": "scratch", "workspace": "old"}, "cpu"
@@ -326,7 +326,7 @@ def test_a_workspace_may_lie_at_home(engine, tmp_path, monkeypatch):
 
 
 def test_main_error_statuses(monkeypatch, capsys):
-    """The engines mistakes and interrupts have their status."""
+    """Errors and interrupts of the engine have their exit status."""
 
     def fail(error):
         def run(config):
@@ -364,7 +364,7 @@ def test_help_lists_every_setting_by_room(capsys):
         "--file /dev/null",
     ],
 )
-def test_help_and_refusals_load_nothing_heavy(words):
+def test_help_imports_nothing_heavy(words):
     code = f"""
 import sys
 from dream_fast.cli import main
@@ -373,5 +373,5 @@ try:
 finally:
     print([name for name in ("torch", "numpy", "diffusers", "transformers", "rich") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert process.stdout.splitlines()[-1] == "[]", process.stderr

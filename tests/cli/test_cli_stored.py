@@ -1,4 +1,4 @@
-"""What the command takes from a run that is there: looked at, taken up, or under refinement as a mesh."""
+"""Settings that the command takes from a stored run: with --test, when resumed, and as a mesh refinement."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ CPU = ["--device", "cpu"]
 
 @pytest.fixture
 def handed(monkeypatch, tmp_path):
-    """The configurations that the command hands to the engine. Runs in an empty folder."""
+    """The configurations that the command passes to the engine. Runs in an empty folder."""
     configs = []
     monkeypatch.setitem(sys.modules, "dream_fast.engine.run", SimpleNamespace(run=lambda c: configs.append(c) or 0))
     monkeypatch.chdir(tmp_path)
@@ -24,7 +24,7 @@ def handed(monkeypatch, tmp_path):
 
 
 def store(folder: str, version: str | None = None, **typed):
-    """Writes the settings of a run as this version, or one of that name, has them."""
+    """Write the settings of a run as this version, or the named one, stores them."""
     config = configure({"text": "a cat", "workspace": folder} | typed, "cpu")
     Workspace(Path(folder)).write_config(config)
     path = Path(folder) / "config.json"
@@ -34,7 +34,7 @@ def store(folder: str, version: str | None = None, **typed):
 
 
 def test_test_default_workspace(handed, monkeypatch):
-    """--test alone takes the run of the default folder, its precision, and the device of now."""
+    """--test alone uses the run of the default folder, with its precision and the present device."""
     config = store("workspace", lr=0.25, fp16=True, save_mesh=True, six_views=True, ckpt="scratch")
     monkeypatch.setattr("dream_fast.engine.runtime.device.find_gpu", lambda: (True, ""))
     assert main(["--test", "--no-fp16", "--seed", "4"]) == 0
@@ -47,8 +47,8 @@ def test_test_default_workspace(handed, monkeypatch):
     assert main(["--test", *CPU]) == 0 and handed[2].run.output is None
 
 
-def test_no_run_to_look_at_is_named_by_its_folder(handed, capsys):
-    """The folder that was typed, or the default one."""
+def test_test_without_run(handed, capsys):
+    """The message has the typed folder or the default one."""
     for words, folder in (([], "workspace"), (["--workspace", "~/none"], "~/none")):
         assert main(["--test", *words, *CPU]) == 2
         sentence = f"--test needs a stored run, but --workspace {folder} holds none"
@@ -56,7 +56,7 @@ def test_no_run_to_look_at_is_named_by_its_folder(handed, capsys):
 
 
 def test_other_version_keeps_defaults(handed):
-    """Its settings count unless they are typed; of this very version the command's do, and so with --ckpt scratch."""
+    """Settings of another version win unless typed; those of this version and with --ckpt scratch do not."""
     words = ["--text", "a cat", "--workspace", "w", "--iters", "9", *CPU]
     old = store("w", version="0.1.0", lr=0.25, save_mesh=True, six_views=True)
     assert main(words) == 0
@@ -72,7 +72,7 @@ def test_other_version_keeps_defaults(handed):
 
 
 def test_other_version_device(handed, monkeypatch):
-    """The device is that of the command, and what --test said of it before is over."""
+    """The device is that of the command, and an earlier --test has no effect."""
     store("workspace", version="0.1.0", test=True, output="before", lr=0.25)
     monkeypatch.setattr("dream_fast.engine.runtime.device.find_gpu", lambda: (True, ""))
     assert main(["--text", "a cat"]) == 0
@@ -84,7 +84,7 @@ def test_other_version_device(handed, monkeypatch):
     "typed", [{"n_levels": 5, "bound": 0.75}, {"backbone": "vanilla", "n_frequencies": 5, "bound": 0.75}]
 )
 def test_refinement_keeps_field(typed, handed, capsys):
-    """The workspace's field counts, not what --init_with named, which may be gone; a typed setting counts more."""
+    """The stored field wins over that of --init_with, which may be missing; a typed setting wins over both."""
     words = ["--text", "a cat", "--dmtet", "--init_with", "gone.glb", *CPU]
     backbone = ["--backbone", typed.get("backbone", "grid")]
     store("workspace", dmtet=True, init_with="gone.glb", **typed)

@@ -1,4 +1,4 @@
-"""The words of the command: its help, the sentences about words that it does not take, and its exit status."""
+"""The words of the command: its help, its messages about words that it refuses, and its exit status."""
 
 import argparse
 import dataclasses
@@ -25,7 +25,7 @@ SCHEDULE = LinearSchedule(0, 0.9, 0.5, 10, fractions=False)
 
 
 def refusal(*words: str) -> str:
-    """The sentence with which `words` are refused."""
+    """The message with which `words` are refused."""
     with pytest.raises(UserError) as error:
         parse(words)
     return str(error.value)
@@ -35,7 +35,7 @@ def refusal(*words: str) -> str:
 
 
 def test_help_groups():
-    """Titles are the sections' first lines, and a flag's help is that of its setting or of the table of flags."""
+    """Titles are the first lines of the sections, and a flag has the help of its setting or of the table of flags."""
     parser = build_parser()
     titles = [group.title for group in parser._action_groups][2:]
     assert titles == list(dict.fromkeys(section.type.__doc__.removesuffix(".") for section, _ in settings()))
@@ -62,20 +62,20 @@ def test_help_groups():
         ("--guidance_scale", "X|START:V0:V1:END"),
     ],
 )
-def test_help_shows_what_a_flag_takes(flag, metavar):
-    """Whole numbers, numbers, texts, choices, ranges and schedules are told apart."""
+def test_help_metavars(flag, metavar):
+    """Whole numbers, numbers, texts, choices, ranges and schedules have their own forms."""
     assert build_parser()._option_string_actions[flag].metavar == metavar
 
 
 def test_help_may_name_a_percentage(monkeypatch):
-    """A percent sign in the help of a setting is no format of argparse."""
+    """A percent sign in the help of a setting is not a format."""
     field = dataclasses.make_dataclass("Section", [("share", float, setting(0.5, "50 % of it"))])
     section = SimpleNamespace(name="section", type=SimpleNamespace(__doc__="A section."))
     monkeypatch.setattr(cli, "settings", lambda: [(section, dataclasses.fields(field)[0])])
     assert "50 % of it" in build_parser().format_help()
 
 
-def test_help_shows_its_examples_as_they_are(capsys):
+def test_help_examples(capsys):
     """Usage, description and examples keep their lines, and --version shows one line."""
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -92,7 +92,7 @@ def test_help_shows_its_examples_as_they_are(capsys):
 
 
 def test_refused_flags_messages():
-    """Flag, colon, and the reason, with a value behind = too."""
+    """The message has the flag, a colon and the reason, also with a value after =."""
     for flag, reason in UNSUPPORTED_FLAGS.items():
         assert refusal("--text", "a cat", flag, "1") == f"{flag} is not available: {reason}"
     for flag, reason in RENAMED_FLAGS.items():
@@ -155,8 +155,8 @@ def test_refused_values_messages():
         ),
     ],
 )
-def test_unknown_word_gets_its_sentence(words, sentence):
-    """Each kind of word that belongs nowhere has its own advice."""
+def test_unexpected_word_advice(words, sentence):
+    """Each kind of unexpected word has its own advice."""
     assert refusal(*words) == sentence
 
 
@@ -176,8 +176,8 @@ def test_unknown_word_gets_its_sentence(words, sentence):
         ),
     ],
 )
-def test_word_is_read_by_the_kind_of_its_flag(words, typed):
-    """Ranges and lists are tuples, a negative number is no flag, and models have the names of the hub."""
+def test_words_by_type(words, typed):
+    """Ranges and lists become tuples, a negative number is not a flag, and models get the names of the hub."""
     assert parse(words) == typed
 
 
@@ -194,8 +194,8 @@ def test_word_is_read_by_the_kind_of_its_flag(words, typed):
         (["--print-config"], {"print_config": True}),
     ],
 )  # fmt: skip
-def test_earlier_names_of_flags_are_read(words, typed):
-    """A flag under the name that an earlier version gave it sets the same setting; the later one counts."""
+def test_aliases_read(words, typed):
+    """An earlier name of a flag sets the same setting; the later one wins."""
     assert parse(words) == typed
     name, value = next(iter(typed.items()))
     if value not in (True, False):
@@ -209,7 +209,7 @@ def test_every_alias_has_a_test():
 
 
 def test_file_between_words(tmp_path):
-    """What comes after a file counts more, a file named later counts more than an earlier one."""
+    """Words after a file win over it, and a later file over an earlier one."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_text("--seed 1 --w 1 --h 1")
     two.write_text("--w 2")
@@ -219,7 +219,7 @@ def test_file_between_words(tmp_path):
 
 
 def test_argument_readers_raise():
-    """The readers of numbers raise what argparse turns into a sentence."""
+    """The readers of numbers raise errors that argparse turns into messages."""
     for reader in (cli._whole, cli._number, cli._scalar):
         with pytest.raises(argparse.ArgumentTypeError, match="'x' is not a"):
             reader("x")
@@ -230,7 +230,7 @@ def test_argument_readers_raise():
 
 @pytest.fixture
 def handed(monkeypatch, tmp_path):
-    """The configurations that the command hands to the engine, whose run returns 7. Runs in an empty folder."""
+    """The configurations that the command passes to the engine, whose run returns 7. Runs in an empty folder."""
     configs = []
     monkeypatch.setitem(sys.modules, "dream_fast.engine.run", SimpleNamespace(run=lambda c: configs.append(c) or 7))
     monkeypatch.chdir(tmp_path)
@@ -238,14 +238,14 @@ def handed(monkeypatch, tmp_path):
 
 
 def test_main_status_and_arguments(handed, monkeypatch):
-    """Without arguments of its own the command takes the process's."""
+    """Without arguments main reads those of the process."""
     monkeypatch.setattr(sys, "argv", ["dream-fast", "--text", "a cat", "--device", "cpu", "--seed", "5"])
     assert main() == 7 and handed[0].run.seed == 5
     assert main(["--text", "a cat", "--device", "cpu", "--seed", "6"]) == 7 and handed[1].run.seed == 6
 
 
 def test_an_interrupt_is_one_line(monkeypatch, handed, capsys):
-    """Status 130, and the line on stderr."""
+    """The status is 130, and stderr has one line."""
 
     def interrupt(_config):
         raise KeyboardInterrupt
@@ -256,13 +256,13 @@ def test_an_interrupt_is_one_line(monkeypatch, handed, capsys):
 
 
 def test_errors_escape_controls(handed, capsys):
-    """What is typed into the terminal does not steer it."""
+    """Control characters of arguments are escaped in messages."""
     assert main(["--text", "a cat", "--zx\x1bqvj"]) == 2
     assert capsys.readouterr() == ("", "dream-fast: error: unknown flag --zx\\x1bqvj; see --help\n")
 
 
 def test_print_config_whole(handed, capsys):
-    """What --print-config prints is the configuration as it is stored."""
+    """--print-config prints the configuration as it is stored."""
     assert main(["--print-config", "--device", "cpu", "--seed", "3", "--cuda_ray"]) == 0
     shown = capsys.readouterr().out
     again = Config.from_dict(json.loads(shown))
@@ -279,7 +279,7 @@ def test_print_config_whole(handed, capsys):
     ],
 )
 def test_device_auto(there, why, device, note, handed, capsys, monkeypatch):
-    """auto takes the GPU that torch finds, and says what torch says of one that it cannot use."""
+    """auto takes the GPU that torch finds, and prints torch's reason for one that it cannot use."""
     monkeypatch.setattr("dream_fast.engine.runtime.device.find_gpu", lambda: (there, why))
     for words in ([], ["--device", "auto"]):
         assert main(["--text", "a cat", *words]) == 7
@@ -293,7 +293,7 @@ def test_device_auto(there, why, device, note, handed, capsys, monkeypatch):
 
 
 def test_doctor_needs_nothing_else(handed, monkeypatch):
-    """--doctor returns the doctor's status, and no run begins."""
+    """--doctor returns the status of the doctor, and no run begins."""
     from dream_fast.bench.doctor import doctor
 
     monkeypatch.setattr(doctor, "main", lambda: 4)
@@ -301,7 +301,7 @@ def test_doctor_needs_nothing_else(handed, monkeypatch):
 
 
 def test_each_prompt_is_checked_once(handed, capsys):
-    """A word that several prompts or the negative one hold is warned about once; syntax is noted by its flag."""
+    """A word in several prompts gives one warning; a note about syntax names its flag."""
     words = ["--text", "a shiny cat", "--text_back", "a shiny cat", "--negative", "shiny (blurry:1.2)"]
     assert main([*words, "--device", "cpu"]) == 7
     notes, warnings = [], []

@@ -1,4 +1,4 @@
-"""What users of such programs type and complain about gets the answer that they need."""
+"""Helpful answers to mistakes that users of similar programs make."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ SMALL = """
 
 
 def refusal(capsys: pytest.CaptureFixture, words: list[str]) -> str:
-    """The one sentence with which the command refuses `words`."""
+    """The message with which the command refuses `words`."""
     capsys.readouterr()
     assert main(words) == 2
     error = capsys.readouterr().err.strip()
@@ -110,18 +110,18 @@ def test_module_is_the_command(tmp_path):
         (["--text", "a cat", "--zero123-config", "x"], UNSUPPORTED_FLAGS["--zero123_config"]),
     ],
 )
-def test_flag_of_another_program_is_answered(words, flag, capsys):
-    """What other programs call it is refused with what does the same here, and with no other suggestion."""
-    said = refusal(capsys, words)
-    assert flag in said and "did you mean" not in said
+def test_flag_of_another_program(words, flag, capsys):
+    """A flag of another program is refused with the equivalent here, and without another suggestion."""
+    message = refusal(capsys, words)
+    assert flag in message and "did you mean" not in message
 
 
-def test_tables_of_other_programs_are_sound():
-    """No name is ours, none stands twice, and every flag that an answer names is one that the command takes."""
-    ours = set(build_parser()._option_string_actions)
+def test_tables_of_other_programs():
+    """No name is one of our flags, none occurs twice, and every flag in an answer exists."""
+    flags = set(build_parser()._option_string_actions)
     names = [name for names in other_programs.ANSWERS for name in names.split()]
     assert len(names) == len(set(names)) and names == list(map(other_programs.plain_name, names))
-    assert not {other_programs.plain_name(flag) for flag in ours} & set(names)
+    assert not {other_programs.plain_name(flag) for flag in flags} & set(names)
     assert not {other_programs.plain_name(flag) for flag in UNSUPPORTED_FLAGS} & set(names)
     answers = [
         *other_programs.FLAGS.values(),
@@ -130,9 +130,9 @@ def test_tables_of_other_programs_are_sound():
         *other_programs.VALUES.values(),
     ]
     for answer in answers:
-        assert set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", answer)) <= ours, answer
+        assert set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", answer)) <= flags, answer
         assert "|" not in answer
-    assert {flag for flag, _ in other_programs.VALUES} <= ours
+    assert {flag for flag, _ in other_programs.VALUES} <= flags
     assert not set(other_programs.VALUES) & set(UNSUPPORTED_VALUES)
 
 
@@ -150,19 +150,19 @@ def test_tables_of_other_programs_are_sound():
         ("--sd_verison", "--sd_version"),
     ],
 )
-def test_mistyped_flag_gets_the_one_that_is_meant(typed, meant, capsys):
-    """A slip of the fingers, and another spelling of the same name, get the flag itself."""
+def test_mistyped_flag_suggestion(typed, meant, capsys):
+    """A typing error, or another spelling of a name, is answered with the flag."""
     assert refusal(capsys, ["--text", "a cat", typed, "x"]) == f"unknown flag {typed}; did you mean {meant}?"
 
 
 @pytest.mark.parametrize("typed", ["--zxqvj", "-x", "--lrr", "--foo", "--quality", "--lambda_mesh", "--theta", "--op"])
 def test_flag_without_suggestion(typed, capsys):
-    """Nothing is suggested where nothing, or more than one flag, is nearly spelled so."""
+    """There is no suggestion where no flag, or more than one, is near."""
     assert refusal(capsys, ["--text", "a cat", typed, "x"]) == f"unknown flag {typed}; see --help"
 
 
-def test_slips_are_counted_as_they_are_made():
-    """A letter too many, too few, another one, and two that changed places are one slip each."""
+def test_slips_count():
+    """An inserted, missing, different or swapped letter is one slip each."""
     pairs = {("iters", "itres"): 1, ("iter", "iters"): 1, ("iterss", "iters"): 1, ("itars", "iters"): 1, ("", "abc"): 3}
     assert all(slips(*pair) == count == slips(*pair[::-1]) for pair, count in pairs.items())
     assert nearest("abcdefgh", {"abcdefgx": "one", "abcdefgy": "two"}) is None
@@ -189,7 +189,7 @@ def test_slips_are_counted_as_they_are_made():
     ],
 )
 def test_foreign_syntax_noted(prompt, shown, advice, capsys):
-    """It is read as words, and a note names it and what to do, for each prompt and for the negative one."""
+    """It is read as words, with a note and advice, for each prompt and the negative one."""
     (note,) = foreign_syntax(prompt)
     assert note.startswith(f'"{shown}" has no special meaning and is read as words') and advice in note
     words = ["--print-config", "--device", "cpu", "--hf_key", "x", "--text"]
@@ -212,7 +212,7 @@ def test_foreign_syntax_noted(prompt, shown, advice, capsys):
     ids=lambda prompt: prompt[:12],
 )
 def test_plain_prompt_has_no_note(prompt):
-    """Brackets, colons and dashes of plain English are nothing to remark on."""
+    """Brackets, colons and dashes of plain English give no note."""
     assert foreign_syntax(prompt) == []
 
 
@@ -228,7 +228,7 @@ def finished(tiny_model, tmp_path_factory) -> Path:
 
 
 def test_outputs_of_test_go_elsewhere(finished, tmp_path, capsys):
-    """`--test --output` reads the workspace alone, also one that another process holds, and may be repeated."""
+    """`--test --output` only reads the workspace, works while another process holds it, and can be repeated."""
     before, folder = contents(finished), tmp_path / "look"
     words = ["--test", "--workspace", str(finished), "--output", str(folder), "--device", "cpu"]
     (finished / ".lock").mkdir()  # nobody can lock it
@@ -245,21 +245,21 @@ def test_outputs_of_test_go_elsewhere(finished, tmp_path, capsys):
     assert (stored.run.test, stored.camera.W) == (True, 16) and "--output" not in reproduce_command(stored)
 
 
-def test_workspace_that_may_only_be_read(finished, tmp_path, capsys, monkeypatch):
-    """A colleague's run is refused with the flag that takes its outputs elsewhere, and looked at with it."""
+def test_read_only_workspace(finished, tmp_path, capsys, monkeypatch):
+    """A read-only run is refused with advice to use --output, which works."""
     allowed = os.access
     words = ["--test", "--six_views", "--workspace", str(finished), "--device", "cpu"]
     for path in (finished, finished / "results", finished / "log.txt"):
         # Root may write everywhere, so a mode bit would show nothing.
         monkeypatch.setattr("os.access", lambda name, mode, path=path: name != path and allowed(name, mode))
-        said = refusal(capsys, words)
-        assert f"no permission to write {'in ' * path.is_dir()}{path}; --output FOLDER writes the outputs" in said
+        message = refusal(capsys, words)
+        assert f"no permission to write {'in ' * path.is_dir()}{path}; --output FOLDER writes the outputs" in message
         assert main([*words, "--output", str(tmp_path / "look")]) == 0
     assert "--output" not in refusal(capsys, ["--text", "a cat", "--workspace", str(finished), *SMALL])
 
 
 def test_output_folder_occupied(finished, tmp_path, capsys):
-    """Neither another run nor another program's files are written over."""
+    """Neither another run nor files of another program are overwritten."""
     other = shutil.copytree(finished, tmp_path / "other")
     words = ["--test", "--six_views", "--workspace", str(finished), "--device", "cpu", "--output"]
     assert "is the workspace of a run; choose another folder" in refusal(capsys, [*words, str(other)])
@@ -269,8 +269,8 @@ def test_output_folder_occupied(finished, tmp_path, capsys):
     (tmp_path / "mine" / "config.json").write_text('{"model_type": "bert"}')
     assert "config.json cannot be used" in refusal(capsys, [*words, str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "results" / "front.png").read_text() == "mine"
-    said = refusal(capsys, ["--text", "a cat", "--output", str(tmp_path / "new"), "--device", "cpu"])
-    assert said == "--output works only with --test: a run writes everything to its --workspace"
+    message = refusal(capsys, ["--text", "a cat", "--output", str(tmp_path / "new"), "--device", "cpu"])
+    assert message == "--output works only with --test: a run writes everything to its --workspace"
 
 
 # ---------------------------------------------------------------------------------------------------------- which GPU
@@ -278,7 +278,7 @@ def test_output_folder_occupied(finished, tmp_path, capsys):
 
 @pytest.fixture
 def two_gpus(monkeypatch) -> Iterator[list[torch.device]]:
-    """A torch that finds two GPUs; returns what is made the current one."""
+    """A torch that finds two GPUs; the result lists the current devices that were set."""
     current: list[torch.device] = []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -292,8 +292,8 @@ def two_gpus(monkeypatch) -> Iterator[list[torch.device]]:
 
 
 @pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 0), ("auto", 0)])
-def test_gpu_of_a_number_is_the_current_one(device, number, two_gpus):
-    """The run's device has the number that was typed, and what names no device goes there too."""
+def test_gpu_number_becomes_current(device, number, two_gpus):
+    """The run uses the GPU with the typed number, also for code that names no device."""
     runtime = choose_runtime(reference().override({"device": device}))
     assert runtime.device == torch.device("cuda", number) and f"NVIDIA {number}" in runtime.description
     prepare(runtime, 0)
@@ -301,7 +301,7 @@ def test_gpu_of_a_number_is_the_current_one(device, number, two_gpus):
 
 
 def test_missing_gpu_refused(two_gpus, monkeypatch):
-    """A number too large gets the list of GPUs, and the variable that hides others."""
+    """A number that is too large is refused with the list of GPUs and the variable that hides others."""
     with pytest.raises(UserError) as refused:
         choose_runtime(reference().override({"device": "cuda:2"}))
     there = "only cuda:0 (NVIDIA 0), cuda:1 (NVIDIA 1)"
@@ -315,14 +315,14 @@ def test_missing_gpu_refused(two_gpus, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cuda:", "cuda:-1", "cuda:x", "cuda:01", "cuda1", "cuda:1,2", "CUDA:1", "cpu:0"])
-def test_device_that_is_no_device_is_refused(device):
+def test_bad_device_refused(device):
     """Only cuda with a whole number names one of several GPUs."""
     with pytest.raises(UserError, match="--device is one of auto, cpu, cuda, cuda:N, not "):
         reference().override({"device": device})
 
 
-def test_number_of_the_gpu_is_not_part_of_a_run():
-    """A run has the defaults of a GPU on each, goes on with another one, and its command names none."""
+def test_gpu_number_not_in_run():
+    """Defaults are the same on each GPU, a run continues on another one, and its command has no number."""
     first, other = (configure({"text": "a cat", "seed": 1}, device) for device in ("cuda", "cuda:1"))
     assert other.run.device == "cuda:1" and other.override({"device": "cuda"}) == first
     assert first.differences(other) == [] == other.differences(first)
@@ -331,7 +331,7 @@ def test_number_of_the_gpu_is_not_part_of_a_run():
 
 
 def test_kernels_start_on_their_gpu(monkeypatch):
-    """A launch makes the device of its tensors the current one, whichever was before."""
+    """A launch makes the device of its tensors the current one."""
     entered = []
 
     class Device(contextlib.nullcontext):
@@ -343,8 +343,8 @@ def test_kernels_start_on_their_gpu(monkeypatch):
     assert entered == [torch.device("cuda", 1)]
 
 
-def test_no_code_names_a_gpu_without_its_number():
-    """Nothing in the engine and the kernels puts a tensor on whichever GPU is current."""
+def test_code_names_no_current_gpu():
+    """Nothing in the engine and the kernels puts a tensor on the current GPU."""
     root = Path(dream_fast.__file__).parent
     for path in [*(root / "engine").rglob("*.py"), *(root / "kernels").rglob("*.py")]:
         named = re.findall(r"""device=["']cuda|torch\.device\(["']cuda["']\)|\.cuda\(\)""", path.read_text("utf-8"))
@@ -356,7 +356,7 @@ def test_no_code_names_a_gpu_without_its_number():
 
 @pytest.fixture(params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
 def no_locks(request, monkeypatch) -> None:
-    """A disk on which a file cannot be locked, and on which a lease expires after half a second."""
+    """A disk on which files cannot be locked, and leases expire after half a second."""
 
     def refuse(handle: int, how: int) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -377,12 +377,12 @@ sys.stdin.read()
 
 
 def test_lock_without_disk_locks(tmp_path, no_locks):
-    """The second process is told who holds the workspace; the end of the first, also by a signal, lets it in."""
-    own = lock.Lock(tmp_path)
-    assert own.is_valid() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
+    """A second process is refused with the holder of the workspace, until the first ends, also by a signal."""
+    held = lock.Lock(tmp_path)
+    assert held.is_valid() and [path.name for path in tmp_path.iterdir()] == [lock.LEASE]
     with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
         lock.Lock(tmp_path)
-    own.release()
+    held.release()
     assert not any(tmp_path.iterdir())
     with subprocess.Popen(
         [sys.executable, "-P", "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -395,22 +395,22 @@ def test_lock_without_disk_locks(tmp_path, no_locks):
 
 
 def test_lease_taken_over(tmp_path, no_locks, monkeypatch, caplog):
-    """A lease that nobody renews is taken over; one that is renewed keeps the workspace."""
-    own = lock.Lock(tmp_path)
+    """A lease that is not renewed is taken over; one that is renewed keeps the workspace."""
+    held = lock.Lock(tmp_path)
     monkeypatch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
     with pytest.raises(UserError, match="is in use by process"):
         lock.Lock(tmp_path)
     assert "waiting up to 1 s in case it has ended" in caplog.text
-    own.release()
+    held.release()
     record = f"filelock/2\npid=1\nhost=node7\nmode=lease\ntoken={'a' * 32}\nduration=0.5\n"
     (tmp_path / lock.LEASE).write_text(record)
-    own = lock.Lock(tmp_path)
+    held = lock.Lock(tmp_path)
     assert "process 1 on node7 holds the workspace" in caplog.text
-    own.release()
+    held.release()
 
 
-def test_run_goes_on_where_nothing_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
-    """A whole run works on such a disk, with a lease and without; one warning says that there is none."""
+def test_run_without_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
+    """A whole run works on such a disk, with a lease and without, with one warning."""
     words = ["--test", "--six_views", "--workspace", str(shutil.copytree(finished, tmp_path / "trial"))]
     assert main([*words, "--device", "cpu"]) == 0
     assert "locks" not in capsys.readouterr().out
@@ -423,8 +423,8 @@ def test_run_goes_on_where_nothing_locks(finished, tmp_path, no_locks, monkeypat
     (tmp_path / "link").symlink_to(tmp_path / "trial")
     words[-1] = str(tmp_path / "link")
     assert main([*words, "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("has no locks") == 1 and "take care that no other run works in this workspace" in said
+    output = capsys.readouterr().out
+    assert output.count("has no locks") == 1 and "take care that no other run works in this workspace" in output
     assert not [path for path in (tmp_path / "trial").iterdir() if path.name.startswith(".lock")]
 
 
@@ -447,8 +447,8 @@ def test_number_out_of_range(name, values, capsys):
 
     Where an earlier run in this process flushes subnormals to zero, 5e-324 is no more than 0.
     """
-    said = refusal(capsys, ["--text", "a cat", "--device", "cpu", "--print-config", f"--{name}", *values])
-    assert re.match(rf"--{name} (must be (at most|at least|more than) [\d.e+-]+, not |is too large a number)", said)
+    message = refusal(capsys, ["--text", "a cat", "--device", "cpu", "--print-config", f"--{name}", *values])
+    assert re.match(rf"--{name} (must be (at most|at least|more than) [\d.e+-]+, not |is too large a number)", message)
 
 
 @pytest.mark.parametrize(
@@ -465,6 +465,6 @@ def test_number_out_of_range(name, values, capsys):
     ],
 )
 def test_largest_and_smallest_numbers_run(words, tiny_model, tmp_path, capsys):
-    """A run with numbers at their bounds ends, and not in a traceback."""
+    """A run with numbers at their bounds ends without a traceback."""
     words = [*SMALL, "--six_views", *words.split()]
     assert main(["--text", "a cat", "--hf_key", str(tiny_model), "--workspace", str(tmp_path / "w"), *words]) == 0

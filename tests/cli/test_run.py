@@ -1,4 +1,4 @@
-"""The whole command on a model that nobody trained: what it writes, when it refuses, and that it repeats."""
+"""The whole command on an untrained model: its files, its refusals, and that it repeats."""
 
 import filecmp
 import json
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
-    """The sentence with which the command refuses ``arguments``."""
+    """The message with which the command refuses ``arguments``."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip()
@@ -102,21 +102,21 @@ def test_a_run_writes_everything(finished, tiny_model):
 
 
 def test_file_settings_reach_steps(tiny_model, tmp_path, monkeypatch):
-    """Cameras phases and prompts of a file of arguments reach the steps."""
-    wanted = "--jitter_pose --progressive_view --exp_start_iter 1 --exp_end_iter 3 --angle_front 60 --angle_overhead 20"
-    (tmp_path / "cameras.txt").write_text(f"# how a run looks at its object\n{wanted} --view_blend 40\n")
-    more, seen = ["--file", str(tmp_path / "cameras.txt"), "--latent_iter_ratio", "0.5"], []
+    """Cameras, phases and prompts of a file of arguments reach the steps."""
+    words = "--jitter_pose --progressive_view --exp_start_iter 1 --exp_end_iter 3 --angle_front 60 --angle_overhead 20"
+    (tmp_path / "cameras.txt").write_text(f"# how a run looks at its object\n{words} --view_blend 40\n")
+    more, steps = ["--file", str(tmp_path / "cameras.txt"), "--latent_iter_ratio", "0.5"], []
     embeddings = PromptEmbeddings.embeddings
 
     def spied(self, azimuth, polar, angles):
-        seen.append((float(polar), tuple(angles)))
+        steps.append((float(polar), tuple(angles)))
         return embeddings(self, azimuth, polar, angles)
 
     monkeypatch.setattr(PromptEmbeddings, "embeddings", spied)
     assert main(command(tmp_path / "trial", tiny_model, *more)) == 0
-    assert [angles for _, angles in seen] == [(20.0, 40.0, 60.0)] * 4
+    assert [angles for _, angles in steps] == [(20.0, 40.0, 60.0)] * 4
     # The first two cameras come from a fifth of the range around the default of 90, and jitter adds to that.
-    assert all(75 < polar < 100 and polar != 90 for polar, *_ in seen[:2])
+    assert all(75 < polar < 100 and polar != 90 for polar, *_ in steps[:2])
     rows = [json.loads(row)["phase"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
     assert rows == ["latent", "shaded"]
     assert main(["--test", "--workspace", str(tmp_path / "trial"), "--six_views", "--default_polar", "60"]) == 0
@@ -131,20 +131,20 @@ def test_vanilla_run_whole(tmp_path, tiny_model, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*start, str(whole), "--iters", "4"]) == 0
     assert [main([*start, str(parts), "--iters", iters]) for iters in ("2", "4")] == [0, 0]
-    found, again = contents(whole), contents(parts)
-    assert {"results/turntable.mp4", "results/six_views.png", "validation/step_000004.png"} <= found.keys()
+    files, again = contents(whole), contents(parts)
+    assert {"results/turntable.mp4", "results/six_views.png", "validation/step_000004.png"} <= files.keys()
     mesh = trimesh.load(whole / "mesh" / "mesh.glb", force="mesh")
     mesh.merge_vertices(merge_tex=True, merge_norm=True)
     assert mesh.is_watertight
-    assert found.keys() <= again.keys()
+    assert files.keys() <= again.keys()
     (whole / "results" / "front.png").unlink()
     assert main(["--test", "-O2", "--six_views", "--workspace", str(whole)]) == 0
-    assert contents(whole)["results/front.png"] == found["results/front.png"]
+    assert contents(whole)["results/front.png"] == files["results/front.png"]
 
     assert "--backbone vanilla, not grid" in refused(capsys, command(whole, tiny_model))
     checkpoint = str(whole / "checkpoints" / "step_000004.safetensors")
-    said = refused(capsys, command(tmp_path / "new", tiny_model, "--ckpt", checkpoint))
-    assert said.endswith("is of another architecture: backbone vanilla there, grid here")
+    message = refused(capsys, command(tmp_path / "new", tiny_model, "--ckpt", checkpoint))
+    assert message.endswith("is of another architecture: backbone vanilla there, grid here")
     assert not (tmp_path / "new").exists()
 
 
@@ -155,8 +155,8 @@ def test_no_surface_costs_mesh(copy, tiny_model, capsys, monkeypatch):
     (copy / "report.html").unlink()
     before = contents(copy / "checkpoints")
     monkeypatch.setattr(Field, "density", lambda self, x, **_: torch.zeros(len(x)))
-    said = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"])
-    assert said.endswith("the field's density is the same everywhere, so it has no surface to export")
+    message = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--device", "cpu"])
+    assert message.endswith("the field's density is the same everywhere, so it has no surface to export")
     assert contents(copy / "checkpoints") == before and not list(copy.glob("mesh/*"))
     assert (copy / "results" / "turntable.mp4").exists() and (copy / "report.html").exists()
 
@@ -169,8 +169,8 @@ def test_full_disk_at_mesh(copy, capsys, monkeypatch):
         raise OSError(28, "No space left on device", str(copy / "mesh" / ".mesh.writing.obj"))
 
     monkeypatch.setattr("dream_fast.engine.export.mesh_files._obj", full)
-    said = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--six_views", "--device", "cpu"])
-    assert "no space is left" in said and "the checkpoint of step 4 is complete" in said
+    message = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--six_views", "--device", "cpu"])
+    assert "no space is left" in message and "the checkpoint of step 4 is complete" in message
     assert contents(copy / "checkpoints") | contents(copy / "mesh") == before
 
 
@@ -188,7 +188,7 @@ def test_finished_run_writes_missing(copy, tiny_model, capsys):
 
 
 def test_missing_view_written(copy, tiny_model):
-    """A missing picture of the six views is written again."""
+    """A missing image of the six views is written again."""
     before = contents(copy)
     for name in ("top_normal.png", "six_views.png"):
         (copy / "results" / name).unlink()
@@ -205,7 +205,7 @@ def test_a_finished_run_needs_no_model(copy, tiny_model, tmp_path, monkeypatch):
 
 
 def test_more_iterations_continue(copy, tiny_model):
-    """More iterations take a run further with its own seed."""
+    """More iterations extend a run, with its own seed."""
     longer = command(copy, tiny_model, "--iters", "6")
     at = longer.index("--seed")
     assert main(longer[:at] + longer[at + 2 :]) == 0  # no seed typed
@@ -238,7 +238,7 @@ def test_scratch_replaces_the_run(copy, tiny_model):
 
 
 def test_ckpt_elsewhere_starts_run(finished, tmp_path, tiny_model):
-    """A checkpoint elsewhere is where a new run starts."""
+    """A new run can start from a checkpoint of another folder."""
     checkpoint = finished / "checkpoints" / "step_000004.safetensors"
     assert main(command(tmp_path, tiny_model, "--ckpt", str(checkpoint), "--iters", "6")) == 0
     assert json.loads((tmp_path / "manifest.json").read_text())["runs"][0]["from_step"] == 4
@@ -249,19 +249,19 @@ def test_resumed_attention(tmp_path, tiny_model, monkeypatch, capsys):
     from dream_fast.engine.guidance.model.attention import OPERATORS
 
     monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=OPERATORS["sdpa"]))
-    for more, said in (
+    for more, note in (
         (["--attention", "xformers", "--iters", "1"], "xformers"),
         (["--iters", "2"], "xformers"),
         (["--iters", "3", "--attention", "sdpa"], "sdpa"),
         (["--iters", "4"], "sdpa"),
     ):
         assert main(command(tmp_path, tiny_model, "--six_views", *more)) == 0
-        assert f"(attention {said})" in capsys.readouterr().out
-        assert json.loads((tmp_path / "manifest.json").read_text())["runs"][-1]["attention"] == said
+        assert f"(attention {note})" in capsys.readouterr().out
+        assert json.loads((tmp_path / "manifest.json").read_text())["runs"][-1]["attention"] == note
 
 
 def test_unknown_words_by_model(tmp_path, tiny_model, monkeypatch):
-    """Unknown words reach stable diffusion and not the embedded model."""
+    """Unknown words are passed to Stable Diffusion and not to the embedded model."""
     read = []
 
     class Stop(Exception):
@@ -291,14 +291,14 @@ def test_unknown_words_by_model(tmp_path, tiny_model, monkeypatch):
 
 @pytest.mark.parametrize("flags", [["--attention", "cudnn"], ["--compile"]])
 def test_cpu_limits_refused_early(flags, tmp_path, tiny_model, capsys):
-    """What a cpu cannot do is refused before anything is written."""
+    """Settings that a CPU does not support are refused before anything is written."""
     sentence = refused(capsys, command(tmp_path / "new", tiny_model, *flags))
     assert flags[0] in sentence and ("--attention sdpa always does" in sentence or "needs a GPU" in sentence)
     assert not (tmp_path / "new").exists()
 
 
 def test_other_run_refused(copy, tiny_model, capsys):
-    """Another runs workspace is refused and left as it is."""
+    """The workspace of another run is refused and left unchanged."""
     before = contents(copy)
     sentence = refused(capsys, command(copy, tiny_model, "--lr", "0.5", text="a donut"))
     assert "--text a hamburger, not a donut" in sentence and "--lr 0.001, not 0.5" in sentence
@@ -306,7 +306,7 @@ def test_other_run_refused(copy, tiny_model, capsys):
 
 
 def test_impossible_run_refused_early(tmp_path, tiny_model, capsys):
-    """What cannot work is refused before anything is written."""
+    """Impossible settings are refused before anything is written."""
     workspace = tmp_path / "new"
     assert "lacks" in refused(capsys, command(workspace, tmp_path))
     assert "does not exist" in refused(capsys, command(workspace, tmp_path / "gone"))
@@ -337,7 +337,7 @@ def test_broken_model_refused_early(tmp_path, tiny_model, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_hub_name_without_a_network_is_refused(tmp_path, monkeypatch, capsys):
+def test_hub_name_without_network(tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
@@ -346,18 +346,18 @@ def test_a_hub_name_without_a_network_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_ckpt_elsewhere_refused(copy, finished, tiny_model, capsys):
-    """A checkpoint from elsewhere replaces no run."""
+    """A checkpoint of another folder does not replace a stored run."""
     before = contents(copy)
     elsewhere = str(finished / "checkpoints" / "step_000004.safetensors")
     sentence = refused(capsys, command(copy, tiny_model, "--iters", "6", "--ckpt", elsewhere))
     assert "would replace the run" in sentence and "leave it out" in sentence
     assert contents(copy) == before
-    own = str(copy / "checkpoints" / "step_000004.safetensors")
-    assert main(command(copy, tiny_model, "--iters", "5", "--ckpt", own)) == 0
+    checkpoint = str(copy / "checkpoints" / "step_000004.safetensors")
+    assert main(command(copy, tiny_model, "--iters", "5", "--ckpt", checkpoint)) == 0
 
 
 def test_damaged_manifest_refused(copy, tiny_model, capsys):
-    """A damaged manifest is refused and left as it is."""
+    """A damaged manifest is refused and left unchanged."""
     (copy / "manifest.json").write_text("{")
     before = contents(copy)
     assert "manifest.json cannot be used" in refused(capsys, command(copy, tiny_model, "--iters", "6"))
@@ -377,7 +377,7 @@ def test_other_checkpoint_version_refused(copy, tiny_model, capsys):
 
 
 def test_damaged_checkpoint_refused(copy, tiny_model, capsys):
-    """A damaged checkpoint is refused and left as it is."""
+    """A damaged checkpoint is refused and left unchanged."""
     checkpoint = copy / "checkpoints" / "step_000004.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     before = contents(copy)
@@ -399,10 +399,12 @@ def test_damaged_newest_checkpoint_falls_back(copy, tiny_model, capsys):
     assert main(["--test", "--six_views", "--workspace", str(copy)]) == 0  # looking changes nothing
     assert newest.exists() and "the run resumes from step_000004.safetensors" in capsys.readouterr().out
     assert main(longer) == 0
-    said = capsys.readouterr().out
-    assert f"warning: the checkpoint {newest} is damaged" in said
-    assert "the run resumes from step_000004.safetensors" in said
-    assert "the run resumes from step_000004.safetensors" in (copy / "log.txt").read_text() and "cannot be read" in said
+    output = capsys.readouterr().out
+    assert f"warning: the checkpoint {newest} is damaged" in output
+    assert "the run resumes from step_000004.safetensors" in output
+    assert (
+        "the run resumes from step_000004.safetensors" in (copy / "log.txt").read_text() and "cannot be read" in output
+    )
     assert [json.loads(row)["step"] for row in (copy / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
     assert newest.read_bytes() == whole  # reached once more
     assert newest.with_name("damaged_step_000006.safetensors").exists()
@@ -428,7 +430,7 @@ def two_threads():
 
 
 def test_same_seed_same_files(tmp_path, tiny_model, two_threads):
-    """Once in this process and once in a fresh one, as two evenings at the same machine are."""
+    """A run in this process and one in a fresh process write the same files."""
     size = ["--w", "48", "--h", "48", "--iters", "3", "--log_every", "1"]  # enough samples to be shared by two threads
     assert main(command(tmp_path / "a", tiny_model, *size, "--save_mesh")) == 0
     words = command(tmp_path / "b", tiny_model, *size, "--save_mesh")

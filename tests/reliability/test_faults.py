@@ -1,4 +1,5 @@
-"""What a disk and other processes do to a run: it ends in a sentence, and nothing half-done looks done."""
+"""Faults of the disk and of other processes: the run ends with a sentence, and nothing incomplete passes for
+complete."""
 
 import fcntl
 import json
@@ -35,13 +36,13 @@ def command(workspace: Path, model: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def often(monkeypatch):
-    """Checkpoints after every second step."""
+    """Save checkpoints after every second step."""
     options = LoopOptions(epoch_steps=2, checkpoint_seconds=0.0)
     monkeypatch.setattr(run, "run", partial(run.run, loop=options))
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Calls ``act`` before the step of that number (from 0)."""
+    """Call ``act`` before step ``step`` (from 0)."""
     take = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self: (act() if self.step == step else None, take(self))[1])
 
@@ -55,17 +56,17 @@ def sentence(capsys) -> str:
 # ------------------------------------------------------------------------------------------------------------- the lock
 
 
-def test_the_second_process_on_a_workspace_is_told_who_holds_it(tmp_path, tiny_model, monkeypatch, capsys):
-    seen = []
-    at_step(monkeypatch, 3, lambda: seen.append(main(command(tmp_path / "trial", tiny_model))))
+def test_lock_second_process(tmp_path, tiny_model, monkeypatch, capsys):
+    messages = []
+    at_step(monkeypatch, 3, lambda: messages.append(main(command(tmp_path / "trial", tiny_model))))
     assert main(command(tmp_path / "trial", tiny_model)) == 0
-    assert seen == [2]
+    assert messages == [2]
     error = capsys.readouterr().err
     assert f"is in use by process {os.getpid()} on " in error and "choose another --workspace" in error
     assert not (tmp_path / "trial" / LOCK).exists()
 
 
-def test_looking_at_a_run_that_goes_on_is_refused_too(tmp_path, tiny_model, capsys):
+def test_lock_test_of_running_run(tmp_path, tiny_model, capsys):
     assert main(command(tmp_path / "trial", tiny_model, "--iters", "1")) == 0
     lock = Lock(tmp_path / "trial")
     capsys.readouterr()
@@ -75,18 +76,18 @@ def test_looking_at_a_run_that_goes_on_is_refused_too(tmp_path, tiny_model, caps
     assert main(["--test", "--workspace", str(tmp_path / "trial")]) == 0
 
 
-def test_a_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
+def test_lock_of_killed_process(tmp_path):
     imported = "import sys, os, pathlib; from dream_fast.engine.workspace.lock import Lock"
     code = f"{imported}; Lock(pathlib.Path(sys.argv[1])); os.kill("
-    done = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
-    assert done.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
+    process = subprocess.run([sys.executable, "-P", "-c", f"{code}os.getpid(), 9)", str(tmp_path)])
+    assert process.returncode == -signal.SIGKILL and (tmp_path / LOCK).read_text().startswith("process ")
     lock = Lock(tmp_path)
     assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
     lock.release()
 
 
-def test_a_file_that_is_removed_before_it_is_locked_is_no_lock(tmp_path, monkeypatch):
-    """As where the holder before ends just then: the lock would be on a file that nobody else finds."""
+def test_lock_file_removed_before_locking(tmp_path, monkeypatch):
+    """A lock on a file that the previous holder has just removed is not used."""
     flock, removed = fcntl.flock, []
 
     def late(handle, how):
@@ -102,7 +103,7 @@ def test_a_file_that_is_removed_before_it_is_locked_is_no_lock(tmp_path, monkeyp
     lock.release()
 
 
-def test_the_lock_says_nothing_of_who_held_it_before(tmp_path):
+def test_lock_file_has_current_holder(tmp_path):
     (tmp_path / LOCK).write_text("process 1 on a machine with a very long name, for which nobody waits any more\n" * 9)
     lock = Lock(tmp_path)
     assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
@@ -110,7 +111,7 @@ def test_the_lock_says_nothing_of_who_held_it_before(tmp_path):
     lock.release()
 
 
-def test_of_many_who_want_a_lock_at_once_one_gets_it(tmp_path):
+def test_lock_many_at_once(tmp_path):
     inside, most, refused = [], [], []
 
     def work() -> None:
@@ -133,7 +134,7 @@ def test_of_many_who_want_a_lock_at_once_one_gets_it(tmp_path):
     assert max(most) == 1 and len(most) + len(refused) == 200
 
 
-def test_two_runs_that_begin_in_a_new_folder_do_not_mix(tmp_path):
+def test_lock_new_folder(tmp_path):
     workspace = Workspace(tmp_path / "new")
     with workspace.locked():
         (tmp_path / "new").mkdir()
@@ -160,7 +161,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path, tiny_model, often):
+def test_full_disk_limit(tmp_path, tiny_model, often):
     words = command(tmp_path / "trial", tiny_model, "--eval_interval", "9")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(
@@ -178,7 +179,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_last_checkpoint_goes_on(tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 64 kB, which is taken away whatever happens to the test, also while a file on it is still open."""
+    """A disk of 64 kB, unmounted at the end whatever happens."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -188,7 +189,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_disk_that_is_really_full(small_disk, tiny_model, often, capsys):
+def test_full_disk_mounted(small_disk, tiny_model, often, capsys):
     assert main(command(small_disk / "trial", tiny_model)) == 2
     error = sentence(capsys)
     assert "no space is left for --workspace" in error and "(No space left on device)" in error
@@ -199,9 +200,7 @@ def test_a_disk_that_is_really_full(small_disk, tiny_model, often, capsys):
 
 
 @pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
-def test_a_workspace_that_vanishes_ends_the_run_and_is_not_made_again(
-    tmp_path, tiny_model, often, monkeypatch, capsys, how
-):
+def test_workspace_vanishes(tmp_path, tiny_model, often, monkeypatch, capsys, how):
     trial, elsewhere = tmp_path / "trial", tmp_path / "elsewhere"
 
     def vanish() -> None:
@@ -218,7 +217,7 @@ def test_a_workspace_that_vanishes_ends_the_run_and_is_not_made_again(
         assert main(command(elsewhere, tiny_model)) == 0
 
 
-def test_what_a_killed_run_had_half_written_goes_when_it_is_taken_up(tmp_path, tiny_model):
+def test_half_written_files_removed(tmp_path, tiny_model):
     assert main(command(tmp_path, tiny_model, "--iters", "1")) == 0
     half = [tmp_path / "checkpoints" / ".step_000002.writing.safetensors", tmp_path / ".config.writing.json"]
     later = [tmp_path / "validation" / "step_000009.png", tmp_path / "results" / "turntable_step_000009.mp4"]
@@ -228,7 +227,7 @@ def test_what_a_killed_run_had_half_written_goes_when_it_is_taken_up(tmp_path, t
     assert not [path for path in [*half, *later] if path.exists()]
 
 
-def test_outputs_of_fewer_steps_do_not_pass_for_those_of_a_longer_run(tmp_path, tiny_model, monkeypatch):
+def test_outputs_of_fewer_steps_removed(tmp_path, tiny_model, monkeypatch):
     assert main(command(tmp_path, tiny_model, "--iters", "1")) == 0
     before = (tmp_path / "results" / "front.png").read_bytes()
 

@@ -40,11 +40,11 @@ STATE = {"optimizer": {"params": torch.arange(6.0)}, "schedule": {"iters": 8, "s
 
 
 class Escape(AssertionError):
-    """Something outside the folder was touched, or code was run."""
+    """Something outside the folder was changed, or code was run."""
 
 
 class Guard:
-    """Watches what Python does while `armed`: an audit hook, which cannot be taken out again."""
+    """Watches Python's audit events while `armed`; an audit hook cannot be removed."""
 
     def __init__(self, folder: Path):
         self.folder, self.armed = folder.resolve(), False
@@ -65,17 +65,17 @@ class Guard:
 
 
 def flags(words: list[str]) -> None:
-    """The command itself, which settles its configuration and stops."""
+    """The command, which makes its configuration and stops."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([*words, "--print-config"])
-    said = err.getvalue()
-    assert escape_controls(said.replace("\n", "")) == said.replace("\n", "") and len(said) < 20_000
+    output = err.getvalue()
+    assert escape_controls(output.replace("\n", "")) == output.replace("\n", "") and len(output) < 20_000
     if status == 0:
         command = reproduce_command(Config.from_dict(json.loads(out.getvalue())))
         assert escape_controls(command) == command and shlex.split(command)
     else:
-        assert status == 2 and said.splitlines()[-1].startswith("dream-fast: error: ")
+        assert status == 2 and output.splitlines()[-1].startswith("dream-fast: error: ")
 
 
 def argument_file(content: str) -> None:
@@ -83,7 +83,7 @@ def argument_file(content: str) -> None:
 
 
 def targets(folder: Path) -> dict[str, Callable]:
-    """What is fed, by name; each takes one input."""
+    """Functions that take an input, by name."""
     good = save_checkpoint(folder / "good", 8, STATE, ARCHITECTURE).read_bytes()
     configuration = json.dumps(reference().override({"text": "a cat", "seed": 1}).to_dict())
     workspace = Workspace(folder)
@@ -128,7 +128,7 @@ def targets(folder: Path) -> dict[str, Callable]:
 
 
 def strategies() -> dict[str, object]:
-    """What hypothesis makes for each of the targets."""
+    """Hypothesis strategies for each of the targets."""
     from hypothesis import strategies as st
 
     names = [(room.name, field.name) for room, field in settings()]
@@ -197,13 +197,14 @@ def as_bytes(content: str | bytes) -> bytes:
 
 
 def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
-    """How many inputs of each kind were tried; raises at the first that is not taken or refused as it should be."""
+    """Try inputs of each kind and return their numbers; raises at the first that is neither accepted nor refused
+    properly."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
 
     guard, counts = Guard(folder), {}
-    made, told = strategies(), targets(folder)
-    for name, target in told.items():
+    made, feeders = strategies(), targets(folder)
+    for name, target in feeders.items():
         counts[name] = 0
 
         def one(data: object) -> None:
@@ -217,7 +218,7 @@ def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
                 guard.armed = False
 
         options = settings(
-            max_examples=inputs // len(told),
+            max_examples=inputs // len(feeders),
             deadline=None,
             database=None,
             phases=[Phase.generate, Phase.shrink],
@@ -229,11 +230,11 @@ def fuzz(inputs: int, seed: int, folder: Path) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def small_numbers():
-    """A run on a CPU takes numbers next to 0 as 0, from then on in the whole process; here they are inputs."""
+    """Restore subnormal numbers, which a run on a CPU flushes to 0 in the whole process."""
     torch.set_flush_denormal(False)
 
 
-def test_hypothesis_finds_no_traceback_no_hang_and_no_way_out(tmp_path, monkeypatch):
+def test_fuzz_hypothesis(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inputs = int(os.environ.get("FUZZ_INPUTS", "2000"))
     counts = fuzz(inputs, int(os.environ.get("FUZZ_SEED", "0")), tmp_path)

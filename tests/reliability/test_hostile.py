@@ -1,4 +1,4 @@
-"""What comes from elsewhere stays text, stays data, and stays in its folder."""
+"""Input from elsewhere stays text and data, and stays in its folder."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_a_prompt_stays_text_everywhere(prompt, tmp_path, tiny_model, capsys):
+def test_prompt_stays_text(prompt, tmp_path, tiny_model, capsys):
     words = [
         "--text",
         prompt,
@@ -42,8 +42,8 @@ def test_a_prompt_stays_text_everywhere(prompt, tmp_path, tiny_model, capsys):
         str(tmp_path / "trial"),
     ]
     assert main([*words, *SMALL]) == 0
-    said = capsys.readouterr()
-    for text in (said.out, said.err, (tmp_path / "trial" / "log.txt").read_text()):
+    output = capsys.readouterr()
+    for text in (output.out, output.err, (tmp_path / "trial" / "log.txt").read_text()):
         assert escape_controls(text.replace("\n", "")) == text.replace("\n", "") and len(text) < 20_000
     page = (tmp_path / "trial" / "report.html").read_text()
     assert "<script>alert" not in page and "\u202e" not in page and "\x1b" not in page
@@ -51,10 +51,10 @@ def test_a_prompt_stays_text_everywhere(prompt, tmp_path, tiny_model, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"trial"}
     assert all(path.name.isascii() and path.name.isprintable() for path in (tmp_path / "trial").rglob("*"))
     if prompt == PROMPTS["rich"]:
-        assert prompt in said.out
+        assert prompt in output.out
 
 
-def test_links_that_lead_out_of_a_workspace_are_refused(tmp_path, tiny_model, capsys):
+def test_links_out_of_workspace(tmp_path, tiny_model, capsys):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "back.png").write_text("mine")
     trial = tmp_path / "trial"
@@ -68,13 +68,13 @@ def test_links_that_lead_out_of_a_workspace_are_refused(tmp_path, tiny_model, ca
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
-def test_a_name_that_no_folder_can_have_is_refused(name):
+def test_impossible_folder_name(name):
     with pytest.raises(UserError, match="cannot be a folder"):
         Workspace(Path(name)).check_usable()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--text", "caf\udce9"], "--text is not text in UTF-8"),
         (["--text", "a cat", "--workspace", "~nobody-has-this-name/x"], "there is no home folder of that name"),
@@ -83,14 +83,14 @@ def test_a_name_that_no_folder_can_have_is_refused(name):
         (["--text", "a cat", "--hf_key", "~nobody-has-this-name/x"], "there is no home folder of that name"),
     ],
 )
-def test_bytes_that_are_no_text_and_homes_of_nobody_are_refused(words, said, tmp_path, monkeypatch, capsys):
+def test_undecodable_bytes_and_unknown_homes(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*words, "--device", "cpu"]) == 2
-    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("named", [["../../secret.safetensors"], ["/etc/passwd"], [3], []])
-def test_an_index_of_weights_names_files_beside_it_alone(tmp_path, tiny_model, named):
+def test_weight_index_outside_folder(tmp_path, tiny_model, named):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
@@ -100,7 +100,7 @@ def test_an_index_of_weights_names_files_beside_it_alone(tmp_path, tiny_model, n
         load_components(model, "cpu")
 
 
-def test_a_pickle_in_place_of_weights_runs_nothing(tmp_path, tiny_model):
+def test_pickled_weights_not_run(tmp_path, tiny_model):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
@@ -115,23 +115,23 @@ def test_a_pickle_in_place_of_weights_runs_nothing(tmp_path, tiny_model):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_revision_pins_what_is_taken_from_the_hub(monkeypatch, tiny_model):
-    asked = []
+def test_hub_revision(monkeypatch, tiny_model):
+    calls = []
 
     def download(name, *, revision, allow_patterns):
-        asked.append((name, revision))
+        calls.append((name, revision))
         return str(tiny_model)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for source in ("somebody/model@0123abc", "somebody/model"):
         load_components(source, "cpu")
-    assert set(asked) == {("somebody/model", "0123abc"), ("somebody/model", None)}
+    assert set(calls) == {("somebody/model", "0123abc"), ("somebody/model", None)}
     for source in ("somebody/model@", "a/b@../x", "a/b@-x"):
         with pytest.raises(UserError, match="does not exist"):
             find_folder(source, "SD", half=False)
 
 
-def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):
+def test_endless_argument_file(tmp_path, capsys):
     (tmp_path / "long.txt").write_text("x " * LARGEST)
     for name, sentence in (
         ("/dev/zero", "is not a text file"),
@@ -141,8 +141,8 @@ def test_a_file_of_arguments_without_an_end_is_refused(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
 
 
-def test_settings_of_a_model_of_other_kinds_end_in_a_sentence(tmp_path, tiny_model):
-    """Every setting of every part, as what none of them is: it is refused in a sentence, or does not matter."""
+def test_model_settings_of_wrong_types(tmp_path, tiny_model):
+    """Each setting of each component with a value of another type is refused or ignored."""
     refused = 0
     shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
     for path in sorted(tiny_model.rglob("*config.json")):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dream_fast.bench.reliability.kill_resume import CHECKPOINT_STEPS, STAGES, STEPS, plan_kills
+from dream_fast.bench.reliability.kill_resume import CHECKPOINT_STEPS, OUTPUTS, STAGES, STEPS, plan_kills
+from dream_fast.engine.runtime.signals import SIGNALS
 from dream_fast.engine.workspace.checkpoint import list_checkpoints
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -40,15 +41,17 @@ TINY = """
 def test_killed_run_resumes_bit_for_bit(tiny_model):
     """`python -m dream_fast.bench kill_resume` with fewer runs, by its old name."""
     command = [sys.executable, "-P", "-m", "dream_fast.bench", "kills", "--times", "3", "--seed", "5"]
-    done = subprocess.run([*command, "--hf_key", str(tiny_model)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"killed": 3, "different": 0}
+    process = subprocess.run([*command, "--hf_key", str(tiny_model)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == {"killed": 3, "different": 0}
 
 
 def test_plan_kills_meets_every_stage():
-    """Kills of one run come one after the other, and those of a checkpoint at its steps."""
-    plans = [plan_kills(random.Random(seed)) for seed in range(60)]
+    """Kills of a run are in order, those of a checkpoint at its steps; every signal and output occurs."""
+    plans = [plan_kills(random.Random(seed)) for seed in range(200)]
     assert {kill.stage for plan in plans for kill in plan} == {"", *STAGES}
+    assert {kill.file for plan in plans for kill in plan} == {"", *OUTPUTS}
+    assert {kill.number for plan in plans for kill in plan} == {signal.SIGKILL, *SIGNALS}
     for plan in plans:
         steps = [kill.step for kill in plan]
         assert plan and steps == sorted(set(steps)) and 1 <= steps[0] and steps[-1] <= STEPS
@@ -63,7 +66,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_ends_at_once(tmp_path, tiny_model, number):
-    """The process ends by the signal although the step never ends, and the last checkpoint is whole."""
+    """The signal ends the process in a step that never ends, and the last checkpoint is complete."""
     words = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", "trial", "--iters", "4", *TINY]
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", STUCK, *words], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True

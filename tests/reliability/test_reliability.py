@@ -1,4 +1,4 @@
-"""The table of faults names tests that are there."""
+"""The tests in the table of faults exist."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The soak run: faults that it finds, and pieces that resume one another."""
+"""The soak run: the faults it finds, and resuming between pieces."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ FLAT = [{"in_piece": i, "host_bytes": 1e9, "device_bytes": 2e9, "files": 9, "it_
 
 
 def test_faults_of_a_flat_run():
-    """A flat run has none, its warm-up does not count, and too few rows are one."""
+    """A flat run has no faults, its warm-up does not count, and too few rows are one."""
     slow = [row | {"it_per_s": 1.0, "host_bytes": 2e9} if row["in_piece"] <= 20 else row for row in FLAT]
     assert soak.find_faults(FLAT, 10) == soak.find_faults(slow, 20) == []
     assert "too few" in soak.find_faults(FLAT, 200)[0]
@@ -21,14 +21,14 @@ def test_faults_of_a_flat_run():
     ("name", "growth"), [("host_bytes", 0.03), ("device_bytes", 0.03), ("files", 0.5), ("it_per_s", -0.12)]
 )
 def test_faults_name_what_grows_or_slows(name, growth):
-    """Growth of memory or files, and a loss of speed, are one sentence each, with the name first."""
+    """Growth of memory or files, and loss of speed, are one sentence each."""
     rows = [row | {name: row[name] * (1 + growth * row["in_piece"] / 100)} for row in FLAT]
     (fault,) = soak.find_faults(rows, 0)
     assert fault.startswith(name)
 
 
 def test_main_resumes_pieces(tmp_path, monkeypatch, capsys):
-    """A second call goes on after the steps of the first; garbage collection skips imported modules during a piece."""
+    """A second call continues after the steps of the first; garbage collection skips imported modules."""
     from dream_fast.engine import run as run_module
 
     def run_fake(config, loop):

@@ -138,12 +138,12 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Return the groups of modules that import each other (strongly connected components of more than one)."""
     reachable = {}
     for start in graph:
-        seen, stack = set(), [start]
+        visited, stack = set(), [start]
         while stack:
-            for target in graph[stack.pop()] - seen:
-                seen.add(target)
+            for target in graph[stack.pop()] - visited:
+                visited.add(target)
                 stack.append(target)
-        reachable[start] = seen
+        reachable[start] = visited
     groups = {tuple(sorted(b for b in reachable[a] if a in reachable[b])) for a in graph if a in reachable[a]}
     return sorted(map(list, groups))
 
@@ -160,7 +160,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("module", "path"), MODULES.items(), ids=MODULES)
-def test_file_keeps_the_import_rules(module, path):
+def test_import_rules(module, path):
     """A file imports only what its package and its layer may, no private names of others, and is not too long."""
     parts = path.relative_to(ROOT).parts
     tree = parse(path)
@@ -250,7 +250,7 @@ def test_circles_are_seen():
     assert circles(graph) == [["a", "b"], ["c", "d", "e"]]
 
 
-def test_everything_imports_without_triton_and_prints_nothing():
+def test_imports_without_triton():
     """The kernels and the engine import on a machine without triton."""
     # None in sys.modules makes every later `import triton` fail.
     modules = [name for name in MODULES if name.split(".")[1:2] in (["kernels"], ["engine"])]

@@ -1,4 +1,4 @@
-"""The page about debugging: a debugger attaches to the command that it prints and stops at breakpoints."""
+"""The page about debugging: a debugger attaches to its command and stops at breakpoints."""
 
 import inspect
 import json
@@ -26,7 +26,7 @@ SMALL = """
 
 
 class Client:
-    """A client of the debug adapter protocol, as an editor is one."""
+    """A client of the debug adapter protocol, like an editor."""
 
     def __init__(self, port: int, process: subprocess.Popen):
         while True:  # the server opens its port when it has started
@@ -49,7 +49,7 @@ class Client:
         self.socket.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
 
     def receive(self, kind: str, name: str) -> dict:
-        """The body of the next message of that kind ("event" or "response") and name; others are passed over."""
+        """The body of the next message of this kind ("event" or "response") and name; others are skipped."""
         while True:
             length = 0
             while line := self.stream.readline().strip():
@@ -67,7 +67,7 @@ class Client:
 
 
 def line_of(module, words: str) -> int:
-    """The number of the only line of ``module`` that holds ``words``."""
+    """The number of the only line of ``module`` with ``words``."""
     (number,) = [i for i, line in enumerate(inspect.getsource(module).splitlines(), start=1) if words in line]
     return number
 
@@ -101,10 +101,10 @@ def test_debugger_stops_run(tmp_path):
         client.receive("event", "initialized")
         places = {run: line_of(run, "Loop(trainer, workspace"), trainer: line_of(trainer, "self.step += 1")}
         for module, number in places.items():
-            source, wanted = {"path": module.__file__}, {"line": number}
+            source, breakpoint_ = {"path": module.__file__}, {"line": number}
             if module is trainer:
-                wanted["condition"] = "self.step == 1"
-            (set_,) = client.ask("setBreakpoints", source=source, breakpoints=[wanted])["breakpoints"]
+                breakpoint_["condition"] = "self.step == 1"
+            (set_,) = client.ask("setBreakpoints", source=source, breakpoints=[breakpoint_])["breakpoints"]
             assert set_["verified"]
         client.ask("configurationDone")
         for module, number in places.items():

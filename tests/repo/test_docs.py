@@ -1,4 +1,4 @@
-"""The page about Python: its code runs as it is printed, and does what the page says."""
+"""The page about Python: its code runs as it is printed, with the stated results."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def blocks(text: str) -> list[str]:
 
 @pytest.fixture
 def names(monkeypatch, tmp_path):
-    """Runs the code of a section in an empty folder and gives what it names."""
+    """Run the code of a section in an empty folder and return its variables."""
     monkeypatch.chdir(tmp_path)
 
     def run(title: str) -> dict:
@@ -41,7 +41,7 @@ def names(monkeypatch, tmp_path):
 
 def test_page_blocks() -> None:
     """Every block of code has a test here, and is short."""
-    assert list(sections()) == ["The operators", "The field", "A guidance of your own", "A whole run"]
+    assert list(sections()) == ["The operators", "The field", "A custom guidance", "A whole run"]
     assert len(blocks(PAGE.read_text(encoding="utf-8"))) == len(sections())
     for code in sections().values():
         assert sum(bool(line.strip()) and "import" not in line for line in code.splitlines()) <= 22
@@ -51,7 +51,7 @@ def test_page_blocks() -> None:
 def test_operators_section(names) -> None:
     """The operators learn a disc."""
     page = names("The operators")
-    opacity, colour, inside = page["seen"].opacity, page["seen"].values, page["inside"] > 0
+    opacity, colour, inside = page["image"].opacity, page["image"].values, page["inside"] > 0
     assert opacity[inside].min() > 0.5 > opacity[~inside].max()
     assert (colour[inside].mean(0) - torch.tensor([1.0, 0.2, 0.1])).abs().max() < 0.15
     assert not page["rays"].overflow and page["table"].grad.abs().sum() > 0
@@ -73,7 +73,7 @@ def test_field_section(names, tmp_path) -> None:
 
 def test_guidance_section(names) -> None:
     """The guidance makes a red ball."""
-    page = names("A guidance of your own")
+    page = names("A custom guidance")
     losses, view = page["losses"], page["view"]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     middle, corner = view.rgb[:, 24, 24], view.opacity[:, 2, 2]

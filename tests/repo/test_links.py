@@ -1,4 +1,4 @@
-"""The documents: their links and the files that they name exist, and the two long ones keep their size."""
+"""The documents: links and files exist, and the two most read ones stay short."""
 
 import re
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_page_links_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_files_exist(page):
-    """Every file of the tree that a page names exists; the log names those of its time."""
+    """Every file of the tree that a page names exists; the log may have earlier names."""
     if page.parent.name == "log":
         pytest.skip("history")
     names = [ROOT / name for name in NAMED_FILE.findall(page.read_text(encoding="utf-8"))]
@@ -51,7 +51,7 @@ def test_page_files_exist(page):
 
 
 def test_readme_names_exist():
-    """What the README says is in a file is defined there."""
+    """Names that the README locates in a file are defined there."""
     places = re.findall(r"`([\w.]+)` in \[([\w/.]+)\]", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(places) >= 3
     for name, path in places:
@@ -60,7 +60,7 @@ def test_readme_names_exist():
 
 
 def test_page_sizes():
-    """The pages that everybody reads stay short."""
+    """README and CONTRIBUTING stay short."""
     lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in MAX_LINES}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES[name]} == {}
     assert (ROOT / "PROFILING.md").stat().st_size <= 12 * 1024

@@ -1,4 +1,4 @@
-"""`make` prepares an environment once, and chooses torch and triton by what the machine and the environment have."""
+"""`make` prepares an environment once, and chooses torch and triton by the machine and the environment."""
 
 import os
 import runpy
@@ -24,7 +24,7 @@ esac
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs make on copies of our files, with a pretend Python and GPU, and returns what pip was told."""
+    """Run make on copies of our files, with a fake Python and GPU, and return the arguments of pip."""
     for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
@@ -63,7 +63,7 @@ def make(tmp_path):
     ],
 )
 def test_make_chooses_torch(make, machine, installed):
-    """Torch and Triton follow the GPU and the torch that the environment has."""
+    """Torch and Triton follow the GPU and the installed torch."""
     assert make(".venv/.installed-test", **machine) == installed
 
 
@@ -100,7 +100,7 @@ exit ${status:-0}
 
 @pytest.fixture
 def make_installed(tmp_path):
-    """Runs make where everything is installed, with pretend programs; returns its exit status and what was started."""
+    """Run make with everything installed and fake programs; returns its exit status and the calls."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     for name in ("pyproject.toml", "constraints-cpu.txt"):
@@ -114,14 +114,14 @@ def make_installed(tmp_path):
         (tmp_path / ".venv" / name).touch()
 
     def run(target: str, failing: str = "nothing") -> tuple[int, str]:
-        seen = tmp_path / "seen"
-        seen.write_text("")
+        log = tmp_path / "seen"
+        log.write_text("")
         path = f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}"
         left_out = ("TRITON_INTERPRET", "OMP_NUM_THREADS")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in left_out}
-        environment |= {"PATH": path, "FAILING": failing, "SEEN": str(seen)}
-        done = subprocess.run(["make", target], cwd=tmp_path, env=environment, capture_output=True)
-        return done.returncode, seen.read_text()
+        environment |= {"PATH": path, "FAILING": failing, "SEEN": str(log)}
+        process = subprocess.run(["make", target], cwd=tmp_path, env=environment, capture_output=True)
+        return process.returncode, log.read_text()
 
     return run
 
@@ -129,28 +129,28 @@ def make_installed(tmp_path):
 @pytest.mark.parametrize("check", CHECKS)
 def test_make_test_runs_checks(make_installed, check):
     """`make test` runs linter, formatter, types, tests and interpreted kernels, and fails if one of them does."""
-    status, seen = make_installed("test")
-    assert status == 0 and all(words in seen for words in CHECKS.values())
-    status, seen = make_installed("test", failing=CHECKS[check])
-    assert status != 0 and CHECKS[check] in seen
+    status, log = make_installed("test")
+    assert status == 0 and all(words in log for words in CHECKS.values())
+    status, log = make_installed("test", failing=CHECKS[check])
+    assert status != 0 and CHECKS[check] in log
 
 
 def test_make_sanitize_fails(make_installed):
     """An error of a kernel's access that the sanitizer reports fails `make sanitize`."""
-    status, seen = make_installed("sanitize")
-    assert status != 0 and "--tool memcheck" in seen and "-m pytest tests/kernels/triton -m gpu" in seen
+    status, log = make_installed("sanitize")
+    assert status != 0 and "--tool memcheck" in log and "-m pytest tests/kernels/triton -m gpu" in log
 
 
 def test_torch_build_without_import():
-    """The kind of torch is read without importing it."""
+    """The build of torch is read without importing it."""
     command = [sys.executable, "-X", "importtime", ROOT / ".ci" / "torch_build.py"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout.strip() == ("cpu" if torch.version.cuda is None and torch.version.hip is None else "gpu")
-    assert "torch._C" not in done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert process.stdout.strip() == ("cpu" if torch.version.cuda is None and torch.version.hip is None else "gpu")
+    assert "torch._C" not in process.stderr
 
 
-@pytest.mark.parametrize(("base", "asked"), [(None, ["test"]), ("", ["test"]), ("v1.0", ["test", "timing BASE=v1.0"])])
-def test_ci_run_timing(tmp_path, base, asked):
+@pytest.mark.parametrize(("base", "target"), [(None, ["test"]), ("", ["test"]), ("v1.0", ["test", "timing BASE=v1.0"])])
+def test_ci_run_timing(tmp_path, base, target):
     """.ci/run compares speed where TIMING_BASE names a commit, and only there."""
     make = tmp_path / "make"
     make.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n')
@@ -159,7 +159,7 @@ def test_ci_run_timing(tmp_path, base, asked):
     environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     environment |= {} if base is None else {"TIMING_BASE": base}
     subprocess.run([ROOT / ".ci" / "run"], env=environment, check=True)
-    assert (tmp_path / "asked").read_text().splitlines() == asked
+    assert (tmp_path / "asked").read_text().splitlines() == target
 
 
 @pytest.mark.parametrize(("words", "end"), [([], "timing "), (["BASE=v1.0"], "timing --base 'v1.0'")])
@@ -167,8 +167,8 @@ def test_make_timing_base(words, end):
     """BASE is passed on; without it the command chooses one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--dry-run", "--no-print-directory", "timing", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1].endswith(f"-m dream_fast.bench {end}")
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1].endswith(f"-m dream_fast.bench {end}")
 
 
 # A process that holds nothing, whose child holds 100 MB until its input ends.
@@ -195,7 +195,7 @@ def test_peak_memory_counts_children(capfd):
     assert capfd.readouterr().err.startswith("peak memory ")
 
 
-def test_scripts_hide_no_module_of_the_standard_library():
+def test_scripts_hide_no_standard_module():
     """A script's folder is searched first, so a `types.py` there breaks every import."""
     scripts = [path for folder in (".ci", "tests/planted") for path in (ROOT / folder).glob("*.py")]
     assert len(scripts) > 3 and not {path.stem for path in scripts} & sys.stdlib_module_names

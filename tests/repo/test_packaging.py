@@ -1,4 +1,4 @@
-"""The wheel: what is in it, how large it is, and that it works outside the repository."""
+"""The wheel: its content and size, and that it works outside the repository."""
 
 import ast
 import functools
@@ -40,13 +40,13 @@ INDIRECT = {
 
 
 def declared(requirements: list[str]) -> set[str]:
-    """Names of distributions, of requirements with versions and markers."""
+    """Names of distributions in requirements with versions and markers."""
     return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
 
 
 @functools.cache
 def imports(path: Path) -> frozenset[str]:
-    """What a file imports, at its top or inside a function."""
+    """Names that a file imports, at its top or inside a function."""
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def imports(path: Path) -> frozenset[str]:
 
 
 def imported(files: list[Path]) -> set[str]:
-    """Names of the distributions that files import; the standard library apart."""
+    """Names of the distributions that files import, without the standard library."""
     names = frozenset().union(*map(imports, files)) - {*sys.stdlib_module_names, "dream_fast"}
     return {DISTRIBUTIONS.get(name, name.lower().replace("_", "-")) for name in names}
 
@@ -68,15 +68,15 @@ TESTS = [*(ROOT / "tests").rglob("*.py"), *(path for path in OWN if path.name.st
 
 
 def test_imports_declared():
-    """What the package imports is installed with it, and what the tests import besides with the extra `test`."""
+    """Imports of the package are dependencies, and those of the tests are in the extra `test`."""
     needs = declared(PROJECT["dependencies"])
-    ours = imported([path for path in OWN if path not in TESTS])
-    assert {"torch", "pillow", "fast-simplification"} <= ours <= needs
+    imports_of_package = imported([path for path in OWN if path not in TESTS])
+    assert {"torch", "pillow", "fast-simplification"} <= imports_of_package <= needs
     assert imported(TESTS) <= needs | declared(PROJECT["optional-dependencies"]["test"])
 
 
 def test_dependencies_needed():
-    """What is installed is imported, or there is another reason."""
+    """Every dependency is imported or has another reason."""
     extras = [name for group in PROJECT["optional-dependencies"].values() for name in group]
     needs = declared([*PROJECT["dependencies"], *extras])
     assert needs <= imported(OWN) | imported(TESTS) | INDIRECT.keys()
@@ -94,8 +94,8 @@ def wheel(tmp_path_factory) -> Path:
     for top in (*PACKAGES, "tests"):
         shutil.copytree(ROOT / top, source / top, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert process.returncode == 0, process.stdout + process.stderr
     return next(folder.glob("*.whl"))
 
 
@@ -108,7 +108,7 @@ def test_packages_declared():
 
 
 def test_wheel_contents(wheel):
-    """The wheel holds every module, the image model and the report's page, and nothing else."""
+    """The wheel has every module, the image model and the template of the report, and nothing else."""
     modules = [*ROOT.glob("*.py"), *(path for top in PACKAGES for path in (ROOT / top).rglob("*.py"))]
     data = [ROOT / REPORT, *(path for path in (ROOT / MODEL).rglob("*") if path.is_file())]
     expected = {f"dream_fast/{path.relative_to(ROOT).as_posix()}" for path in [*modules, *data]}
@@ -118,7 +118,7 @@ def test_wheel_contents(wheel):
 
 
 def test_wheel_size(wheel):
-    """Beside the image model, whose size is that of its weights, the wheel is small."""
+    """Without the weights of the image model the wheel is small."""
     files = zipfile.ZipFile(wheel).infolist()
     model = sum(file.compress_size for file in files if file.filename.startswith(f"dream_fast/{MODEL}/"))
     assert model <= MAX_MODEL_BYTES
@@ -140,7 +140,7 @@ def run_installed(wheel, tmp_path_factory):
 
 
 def test_wheel_finds_the_model(run_installed):
-    """The image model lies in the installed package."""
+    """The image model is found in the installed package."""
     code = (
         "from pathlib import Path; import dream_fast; from dream_fast.engine.dream_mini import MODEL_FOLDER as model;"
         "print(model.relative_to(Path(dream_fast.__file__).parent), (model / 'model_index.json').is_file())"

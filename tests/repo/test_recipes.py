@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: each recipe is followed literally in a copy of the tree, and what it adds works."""
+"""CONTRIBUTING.md: each recipe is followed literally in a copy of the tree, and its result works."""
 
 import json
 import os
@@ -23,8 +23,8 @@ def recipes() -> dict[str, list[tuple[str, str]]]:
     parts = re.split(r"^### (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     blocks = {}
     for title, text in zip(parts[1::2], parts[2::2], strict=True):
-        own = text.partition("\n## ")[0]
-        blocks[title] = re.findall(r"^```(\w+)\n(.*?)^```$", own, flags=re.MULTILINE | re.DOTALL)
+        recipe = text.partition("\n## ")[0]
+        blocks[title] = re.findall(r"^```(\w+)\n(.*?)^```$", recipe, flags=re.MULTILINE | re.DOTALL)
     return blocks
 
 
@@ -60,7 +60,7 @@ def tree(tmp_path) -> Path:
 
 
 def follow(tree: Path, title: str) -> str:
-    """Apply the changes of a recipe and run its commands; returns what they print."""
+    """Apply the changes of a recipe and run its commands; returns their output."""
     output = ""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(tree.parent / "path")}
@@ -77,7 +77,7 @@ def follow(tree: Path, title: str) -> str:
 
 
 def test_recipes_are_tested():
-    """Each recipe of the page has its test here, and is made of changes and commands."""
+    """Each recipe of the page has a test, and consists of changes and commands."""
     assert list(recipes()) == RECIPES
     assert {language for blocks in recipes().values() for language, _ in blocks} == {"diff", "sh"}
 
@@ -90,7 +90,7 @@ def test_setting(tree):
 
 
 def test_guidance(tree):
-    """A run is guided by it: each step has its loss."""
+    """A run uses the guidance, and each step has its loss."""
     follow(tree, "A guidance")
     config = json.loads((tree / "red" / "config.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (tree / "red" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -99,12 +99,12 @@ def test_guidance(tree):
 
 
 def test_preset(tree):
-    """A run starts from it."""
+    """A run starts from the preset."""
     assert '"iters": 200' in follow(tree, "A preset")
 
 
 def test_output(tree):
-    """A run writes it."""
+    """A run writes the output."""
     follow(tree, "An output")
     assert "hamburger" in (tree / "trial" / "results" / "settings.txt").read_text(encoding="utf-8")
 

@@ -98,8 +98,8 @@ def scores(found: Predictions) -> dict:
             for k, name in enumerate(THINGS)
             if name in FACES
         },
-        "pictures": found.object.numel(),
-        "pictures_of_faces": int(face.sum()) * len(SIDES),
+        "images": found.object.numel(),
+        "images_of_faces": int(face.sum()) * len(SIDES),
     }
 
 

@@ -246,7 +246,7 @@ def report(classifier: Classifier, held: Examples) -> dict:
         "held_out": {k: round(v, 4) for k, v in accuracy(found, held).items()},
         "held_out_disturbed": {k: round(v, 4) for k, v in accuracy(disturbed, held).items()},
         "views_of_faces": confusion(found.view[face], held.view[face]),
-        "held_out_pictures": len(held.images),
+        "held_out_images": len(held.images),
         "held_out_faces": int(face.sum()),
     }
 
@@ -276,8 +276,8 @@ def main(argv: list[str] | None = None) -> None:
     save_file({name: t.contiguous().cpu() for name, t in state.items()}, args.out)
     record = {
         **report(classifier, held),
-        "pictures": len(examples.images),
-        "picture_size": SIZE,
+        "images": len(examples.images),
+        "image_size": SIZE,
         "steps": args.steps,
         "parameters": sum(p.numel() for p in classifier.parameters()),
         "seconds": round(time.perf_counter() - start, 1),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from dream_fast.engine.config.model_names import SAME_PARTS, cached_name
+from dream_fast.engine.config.model_names import PIPELINES, SAME_PARTS, cached_name
 from dream_fast.engine.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Kind(NamedTuple):
     parts: dict[str, tuple[tuple[str, ...], str, str | None]]
 
 
+_SETTINGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _UNET = (("UNet2DConditionModel",), "config.json", "diffusion_pytorch_model")
 _SCHEDULER = ((), "scheduler_config.json", None)  # of any class: only its noise schedule is used
 KINDS = {
@@ -75,6 +76,8 @@ def check_folder(folder: Path, kind: str, source: str | Path) -> dict[str, str |
 
 def missing_files(folder: Path, kind: str) -> list[str]:
     """Names, relative to `folder`, of files that a run needs and it lacks; of weights those in full precision."""
+    if kind == "SD" and pipeline_name(folder) is not None:
+        return _missing_of_pipeline(folder)
     _, _, vocabularies, parts = KINDS[kind]
     needed = ["model_index.json", *(f"{part}/{config}" for part, (_, config, _) in parts.items())]
     lacking = [name for name in needed if not (folder / name).exists()]
@@ -90,6 +93,53 @@ def weight_files(stem: str, variant: str | None) -> tuple[str, str]:
     """Names of a component's weights in one file, and of the index of several files."""
     ending = "" if variant is None else f".{variant}"
     return f"{stem}{ending}.safetensors", f"{stem}.safetensors.index{ending}.json"
+
+
+def pipeline_name(folder: Path) -> str | None:
+    """Return the class of a folder's pipeline where it has an adapter of its own, else None."""
+    if not (folder / "model_index.json").exists():
+        return None
+    name = _read_json(folder / "model_index.json").get("_class_name")
+    return name if name in PIPELINES else None
+
+
+def pipeline_parts(folder: Path) -> list[str]:
+    """Names of the components that the index of a pipeline with an adapter lists."""
+    index = _read_json(folder / "model_index.json")
+    return [part for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]]
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raises UserError: when a component of a pipeline with an adapter is missing, damaged, or only pickled."""
+    if lacking := _missing_of_pipeline(folder):
+        pickled = any(path.suffix in PICKLES for path in folder.glob("*/*"))
+        advice = "; pickled weights are not loaded, as a pickle can run code" if pickled else ""
+        raise UserError(f"the model {folder} lacks {lacking[0]}{advice}")
+    for path in folder.glob("*/*.safetensors"):
+        _check_safetensors(path)
+
+
+def _missing_of_pipeline(folder: Path) -> list[str]:
+    """Files that a pipeline with an adapter lacks: settings of each component, and weights of its models."""
+    lacking = []
+    for part in pipeline_parts(folder):
+        settings = _SETTINGS.get(part.rstrip("_23"), "config.json")
+        if not (folder / part / settings).exists():
+            lacking.append(f"{part}/{settings}")
+        elif settings == "config.json" and weights_of(folder, part, weight_stem(part)) is None:
+            lacking.append(f"{part}/{weight_stem(part)}.safetensors")
+    return lacking
+
+
+def weight_stem(part: str) -> str:
+    """Return the stem of the weights of a pipeline's component: that of transformers or that of diffusers."""
+    return "model" if "encoder" in part else "diffusion_pytorch_model"
+
+
+def pipeline_variant(folder: Path) -> str | None:
+    """Return the variant "fp16" where a component of a pipeline has only such weights, else None."""
+    weights = [weights_of(folder, part, weight_stem(part)) for part in pipeline_parts(folder)]
+    return next((found.variant for found in weights if found is not None and found.variant), None)
 
 
 class Weights(NamedTuple):

@@ -83,17 +83,20 @@ class Components:
         return fit_window(self.tokenizer, self.window, text, endings)
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Tensor:
+    def embed(self, prompts: Sequence[str], negative: str | None = None) -> Tensor:
         """Last hidden states [N, T, D] of the text encoder for N prompts, padded or cut to its window of T tokens.
+
+        A `negative` prompt is one more, the last.
 
         Raises ValueError: when the text encoder was freed.
         """
         if self.text_encoder is None:
             raise ValueError("the text encoder was freed: load the model again, or keep_text_encoder=True")
+        prompts = [*prompts] if negative is None else [*prompts, negative]
         if self.t5:
             prompts = [prompt.lower().strip() for prompt in prompts]  # as IF was trained
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
+            prompts, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
         )
         mask = None
         if self.t5 or getattr(self.text_encoder.config, "use_attention_mask", False):
@@ -132,6 +135,10 @@ class Components:
         states = embedding.to(self.dtype)
         out = self.unet(noisy.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0].float()
         return out[:, : self.latent_channels] if out.shape[1] > self.latent_channels else out
+
+    def guide_natively(self, guided: Tensor, cond: Tensor) -> Tensor:
+        """Leave the guided output as it is."""
+        return guided
 
     def free_text_encoder(self) -> None:
         """Free the text encoder, which is not needed once the prompts of a run are embedded."""

@@ -11,7 +11,16 @@ from pathlib import Path
 
 from dream_fast.engine.config.model_names import copies, hub_name, is_address, other_names
 from dream_fast.engine.errors import UserError, first_line
-from dream_fast.engine.guidance.model.checks import KINDS, missing_files, single_file, weight_files, weights_of
+from dream_fast.engine.guidance.model.checks import (
+    KINDS,
+    missing_files,
+    pipeline_name,
+    pipeline_parts,
+    single_file,
+    weight_files,
+    weight_stem,
+    weights_of,
+)
 from dream_fast.engine.runtime.paths import expand_user
 
 logger = logging.getLogger(__name__)
@@ -85,6 +94,10 @@ def _fetch_parts(fetch: Callable[[list[str]], Path], kind: str, half: bool) -> P
     parts = KINDS[kind].parts
     stems = {part: stem for part, (_, _, stem) in parts.items() if stem}
     folder = fetch(["model_index.json", "tokenizer/*", *(f"{part}/{name}" for part, (_, name, _) in parts.items())])
+    if kind == "SD" and pipeline_name(folder) is not None:
+        named = pipeline_parts(folder)
+        folder = fetch([f"{part}/{name}" for part in named for name in ("*.json", "*.txt", "*.model")])
+        stems = {part: weight_stem(part) for part in named if (folder / part / "config.json").exists()}
     missing = stems
     for variant in ("fp16", None) if half else (None, "fp16"):
         if half or variant == "fp16":

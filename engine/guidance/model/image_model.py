@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dream_fast.engine.guidance.model.attention import AttentionChoice
 from dream_fast.engine.guidance.noise import NoiseProcess
 
 # Embedded prompts: one tensor, or several by name (hidden states, a pooled vector, a mask), each with a row a prompt.
@@ -27,6 +28,7 @@ class ImageModel(Protocol):
     latents_are_pixels: its latents are images in [-1, 1] (it has no VAE).
     process: its noise process.
     prediction_type: what its network returns, one of `noise.PREDICTIONS`.
+    attention: the operators of its network's and its VAE's attention.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ImageModel(Protocol):
     latent_size: int
     latent_channels: int
     prediction_type: str
+    attention: AttentionChoice
 
     @property
     def process(self) -> NoiseProcess: ...
@@ -47,12 +50,15 @@ class ImageModel(Protocol):
         """Cut `text` to the leading words that are read with each of `endings`; a warning names the others."""
         ...
 
-    def embed(self, prompts: Sequence[str]) -> Embedding:
-        """Embed prompts, a row each. Raises ValueError: when the text encoder was freed."""
+    def embed(self, prompts: Sequence[str], negative: str | None = None) -> Embedding:
+        """Embed prompts, a row each, and in a last row the `negative` prompt, which some models treat differently.
+
+        Raises ValueError: when the text encoder was freed.
+        """
         ...
 
     def free_text_encoder(self) -> None:
-        """Free the text encoder once the prompts of a run are embedded."""
+        """Free the text encoder once the prompts of a run are embedded. Large models load the rest only then."""
         ...
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
@@ -68,6 +74,13 @@ class ImageModel(Protocol):
 
     def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         """Output [B, C, h, w] fp32 of the network for noisy latents at timesteps `t` [B]."""
+        ...
+
+    def guide_natively(self, guided: Tensor, cond: Tensor) -> Tensor:
+        """Apply to a guided output what the model's pipeline does beyond classifier-free guidance.
+
+        `cond` is the output with the prompt alone. Most models leave `guided` as it is.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""Files of arguments: what is read, where words begin and end, and what is refused."""
+"""Files of arguments: their words, and refusals."""
 
 import os
 import re
@@ -26,7 +26,7 @@ from dream_fast.engine.errors import UserError
     ],
 )
 def test_split_words_of_a_shell(text, words):
-    """Quotes, comments and joined lines mean what they mean to a shell."""
+    """Quotes, comments and joined lines are read as in a shell."""
     assert split(text, "run.txt") == words
 
 
@@ -34,15 +34,15 @@ def test_split_words_of_a_shell(text, words):
     ("text", "sign", "line"),
     [("'a", "'", 1), ("a\n\n  b 'c\nd", "'", 3), ('#\'\n"\\"', '"', 2), ("a\nb\nc\\", "\\", 3)],
 )
-def test_split_names_the_place_of_an_open_quote(text, sign, line):
-    """The sentence has the sign and the line of what is not closed."""
+def test_split_open_quote(text, sign, line):
+    """The message has the sign and the line of an open quote."""
     sentence = f"--file run.txt: the {sign} in line {line} is not closed"
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         split(text, "run.txt")
 
 
-def test_read_arguments_up_to_the_longest_file(tmp_path, monkeypatch):
-    """A file of just so many characters is read, whatever its bytes; one more is too many."""
+def test_read_arguments_longest_file(tmp_path, monkeypatch):
+    """A file of the maximum length is read, whatever its bytes; a longer one is refused."""
     monkeypatch.setattr(argument_file, "LARGEST", 12)
     path = tmp_path / "run.txt"
     path.write_bytes(b"\xef\xbb\xbf" + "--text K\u00e4se".encode())  # twelve characters behind a byte-order mark
@@ -52,8 +52,8 @@ def test_read_arguments_up_to_the_longest_file(tmp_path, monkeypatch):
         read_arguments(str(path))
 
 
-def test_read_arguments_finds_the_file_at_home(tmp_path, monkeypatch):
-    """~ is the home folder, and one that nobody has is named with the reason."""
+def test_read_arguments_at_home(tmp_path, monkeypatch):
+    """~ is the home folder; an unknown user is refused with the reason."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.txt").write_text("--seed 3", encoding="utf-8")
     assert read_arguments("~/run.txt") == ["--seed", "3"]
@@ -81,8 +81,8 @@ def test_read_arguments_pipe(tmp_path):
         (None, "cannot be read (No such file or directory)"),
     ],
 )
-def test_read_arguments_refuses_what_is_no_text(content, reason, tmp_path):
-    """The file is named with what is wrong."""
+def test_read_arguments_not_text(content, reason, tmp_path):
+    """The message names the file and the reason."""
     path = tmp_path / "run.txt"
     if content is not None:
         path.write_bytes(content)

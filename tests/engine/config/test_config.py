@@ -89,14 +89,14 @@ def flat(config: Config) -> dict:
 
 
 def test_setting_names_unique():
-    """A name means one setting and each has a help."""
+    """Names of settings are unique, and each has a help."""
     names = [field.name for _, field in settings()]
     assert len(set(names)) == len(names)
     assert all(field.metadata["help"] for _, field in settings())
 
 
 def test_reference_values():
-    """The reference preset holds the references values."""
+    """The reference preset has the reference's values."""
     preset = flat(configure({"preset": "reference"}, "cpu"))
     assert {name: preset[name] for name in REFERENCE} == REFERENCE
 
@@ -108,7 +108,7 @@ def test_defaults_survive_json(defaults):
 
 
 def test_typed_over_presets():
-    """What was typed counts more than the model and the device."""
+    """Typed settings win over the model and the device."""
     cpu, cuda = configure({}, "cpu"), configure({}, "cuda")
     assert cpu.output != cuda.output
     assert (cpu.run.device, cuda.run.device) == ("cpu", "cuda")
@@ -120,7 +120,7 @@ def test_typed_over_presets():
 
 
 def test_vanilla_defaults():
-    """The vanilla backbone has defaults of its own under every preset."""
+    """The vanilla backbone has its own defaults under every preset."""
     for typed, model, device in (
         ({"preset": "reference"}, "dream-mini", "cpu"),
         ({}, "sd", "cuda"),
@@ -131,8 +131,8 @@ def test_vanilla_defaults():
         assert (vanilla.field.hidden_layers, vanilla.optim.lr_decay, vanilla.render.normals) == (4, 0.1, "analytic")
         if "preset" in typed or model == "sd":
             assert (grid.field.hidden_layers, grid.optim.lr_decay) == (2, 1.0)
-            own = {"backbone", "hidden_layers", "lr_decay", "normals"}
-            assert {name for name, value in flat(vanilla).items() if value != flat(grid)[name]} == own
+            expected = {"backbone", "hidden_layers", "lr_decay", "normals"}
+            assert {name for name, value in flat(vanilla).items() if value != flat(grid)[name]} == expected
             assert (vanilla.render.num_steps, vanilla.render.upsample_steps, vanilla.field.n_frequencies) == (
                 64,
                 32,
@@ -143,7 +143,7 @@ def test_vanilla_defaults():
     assert (config.field.hidden_layers, config.optim.lr_decay, config.render.num_steps) == (1, 0.5, 7)
 
 
-def test_a_setting_of_another_backbone_is_refused():
+def test_check_typed_other_backbone():
     assert (
         settings_unused_by("grid")
         == settings_unused_by("grid_torch")
@@ -156,7 +156,7 @@ def test_a_setting_of_another_backbone_is_refused():
 
 
 def test_table_regularisers_need_table():
-    """The hash tables regularisers need a hash table."""
+    """Regularisers of the hash table need a hash table."""
     for name in ("lambda_tv", "lambda_wd"):
         with pytest.raises(UserError, match="apply to the hash table, which --backbone vanilla does not have"):
             validate(reference().override({"backbone": "vanilla", name: 0.1}))
@@ -229,7 +229,8 @@ def test_two_models_at_once_are_refused(typed, words):
         ({"guidance": ("SD", "SD")}, "--guidance names SD twice"),
         (
             {"guidance": ("SD", "IF")},
-            "--latent_iter_ratio 0.2 cannot be combined with --guidance SD IF, which cannot guide latents",
+            "--latent_iter_ratio 0.2 cannot be combined with --guidance SD IF, which cannot guide latents: "
+            "leave it out",
         ),
         (
             {"guidance": ("IF",), "latent_iter_ratio": 0.0, "attention": "cudnn"},
@@ -260,7 +261,7 @@ def test_a_bad_value_is_refused_by_name(typed, sentence):
 
 
 def test_sections_checked_and_frozen():
-    """Rooms made in python are checked too and stay as they are."""
+    """Sections made in Python are checked and cannot be changed."""
     with pytest.raises(UserError, match="--lr must be more than 0"):
         OptimConfig(lr=-1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -306,7 +307,7 @@ def test_compiled_kernels_do_not_repeat_bits():
 
 @pytest.mark.parametrize("other", [{"progressive_level": True}, {"progressive_view": True}])
 def test_cuda_graph_refusals(other):
-    """A graph of a step needs steps that launch the same."""
+    """A CUDA graph needs steps with the same launches."""
     flag = f"--{next(iter(other))}"
     with pytest.raises(UserError, match=f"--cuda_graph cannot be combined with {flag}"):
         validate(reference().override({"cuda_graph": True, **other}))
@@ -330,5 +331,5 @@ def test_cuda_graph_refusals(other):
     ],
 )
 def test_cuda_graph_default(typed, model, device, graph):
-    """A step is replayed where that pays and nobody chose."""
+    """Steps are replayed by default where that is faster."""
     assert configure(SD[model] | typed, device).run.cuda_graph is graph

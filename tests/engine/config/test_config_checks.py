@@ -1,4 +1,4 @@
-"""What settings may be combined, at the border of each rule, and how settings are read, compared and copied."""
+"""Combinations of settings at the border of each rule; reading, comparing and copying configurations."""
 
 import re
 
@@ -49,7 +49,7 @@ CLIP = {"guidance": ("clip",), "latent_iter_ratio": 0.0}
     ids=str,
 )
 def test_validate_takes(typed):
-    """What each rule leaves is taken as it was typed."""
+    """Allowed combinations keep the typed values."""
     config = reference().override(typed)
     validate(config)
     values = {field.name: getattr(getattr(config, section.name), field.name) for section, field in settings()}
@@ -99,13 +99,13 @@ def test_validate_takes(typed):
     ids=str,
 )
 def test_validate_refuses(typed, sentence):
-    """The sentence begins with the flags that do not go together."""
+    """The message begins with the flags that contradict each other."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
         validate(reference().override(typed))
 
 
 def test_graph_breaking_flags_order():
-    """Each of the three settings is one flag, and none without them."""
+    """Each of the three settings gives a flag, and other settings none."""
     assert graph_breaking_flags(reference()) == []
     every = {"dmtet": True, "progressive_level": True, "progressive_view": True}
     assert graph_breaking_flags(reference().override(every)) == [f"--{name}" for name in every]
@@ -127,14 +127,14 @@ def test_graph_breaking_flags_order():
         ({"guidance": ("clip",)}, False, False),
     ],
 )
-def test_guidance_tells_the_kind_of_its_models(values, embedded, accepts_latents):
-    """Typed settings choose the embedded model or another one; latents need a diffusion model, and all to take them."""
+def test_guidance_kinds(values, embedded, accepts_latents):
+    """Typed settings choose the models; a latent phase needs a diffusion model, and all of them to accept latents."""
     specs = chosen_guidances(values)
     assert (DREAM_MINI in specs, accept_latents(specs)) == (embedded, accepts_latents)
 
 
-def test_train_size_is_scaled_for_a_mesh_only():
-    """Height and width, each rounded, and at least a pixel."""
+def test_train_size_of_a_mesh():
+    """Height and width are rounded, and at least one pixel."""
     base = reference().override({"h": 10, "w": 7, "dmtet_reso_scale": 1.5})
     assert base.train_size == (10, 7)
     mesh = base.override({"dmtet": True})
@@ -142,15 +142,15 @@ def test_train_size_is_scaled_for_a_mesh_only():
     assert mesh.override({"dmtet_reso_scale": 0.01}).train_size == (1, 1)
 
 
-def test_prompts_of_the_sides_are_named_by_side():
-    """Only sides with a prompt of their own are there."""
+def test_view_prompts_by_side():
+    """Only sides with their own prompt are listed."""
     typed = {"text_front": "f", "text_side": "s", "text_back": "b", "text_overhead": "o"}
     assert reference().run.view_prompts == {}
     assert reference().override(typed).run.view_prompts == {"front": "f", "side": "s", "back": "b", "overhead": "o"}
 
 
 def test_from_dict_kinds():
-    """A schedule is one again where a number stands, and stays text in a prompt; lists are tuples again."""
+    """Schedules and tuples are restored; a prompt that looks like a schedule stays text."""
     typed = {
         "text": "0:1:2:3",
         "lambda_tv": LinearSchedule(0, 1.0, 2.0, 3, fractions=False),
@@ -185,15 +185,15 @@ def test_from_dict_kinds():
     ],
 )
 def test_from_dict_damaged(damage, sentence):
-    """Missing, unknown and bad settings are named."""
+    """The message names missing, unknown and bad settings."""
     data = reference().to_dict()
     damage(data)
     with pytest.raises(UserError, match=sentence):
         Config.from_dict(data)
 
 
-def test_differences_are_of_what_is_learned():
-    """Any GPU is the same device, schedules are shown as they are typed, and a view counts where training starts."""
+def test_differences_of_learned_settings():
+    """All GPUs are the same device, schedules are shown as typed, and a view counts where training starts from it."""
     base = reference().override({"device": "cuda:1"})
     assert base.differences(base.override({"device": "cuda:0"})) == []
     assert base.differences(base.override({"device": "cpu"})) == ["--device cuda, not cpu"]
@@ -208,8 +208,8 @@ def test_differences_are_of_what_is_learned():
     assert reference().differences(moved) == ["--progressive_view False, not True"]
 
 
-def test_devices_and_backbones_have_their_names():
-    """The number of a GPU is cut off, and each backbone is without the settings of the others."""
+def test_device_kind_and_unused_settings():
+    """The number of a GPU is cut off, and each backbone lacks the settings of the others."""
     assert [device_kind(name) for name in ("cuda:1", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
     assert {"n_levels", "max_steps", "lambda_tv", "lambda_wd"} <= settings_unused_by("vanilla")
     assert not {"lr", "hidden_width", "n_frequencies"} & settings_unused_by("vanilla")

@@ -1,4 +1,4 @@
-"""What a stored run adds to the configuration of one that continues it."""
+"""The configuration of a run that continues a stored one."""
 
 import pytest
 
@@ -15,12 +15,12 @@ STORED = NEW.override({"seed": 5, "lr": 0.25, "blob_density": 3.0, "lambda_opaci
     [({}, None, 9), ({}, STORED, 5), ({"seed": 3}, STORED, 3), ({"seed": 3}, None, 3), ({"seed": 0}, STORED, 0)],
 )
 def test_finalize_seed(typed, stored, seed):
-    """A typed seed counts most, then that of the stored run; a new run gets the one that was drawn."""
+    """A typed seed wins over that of the stored run; a new run gets the drawn one."""
     assert finalize(NEW.override(typed), stored, 9).run.seed == seed
 
 
 def test_finalize_rescued_settings():
-    """With --rescue what a rescue changed stays, and nothing else of the stored run; without it nothing does."""
+    """With --rescue only the rescued settings of the stored run are kept; without it none."""
     rescued = finalize(NEW.override({"rescue": True}), STORED, 9)
     assert {name: rescued.get(name) for name in RESCUED} == {name: STORED.get(name) for name in RESCUED}
     assert rescued.camera == NEW.camera and rescued.optim.lr == 0.25

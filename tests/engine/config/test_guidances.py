@@ -1,4 +1,4 @@
-"""The table of guidances: complete, and the only place that knows their names."""
+"""The table of guidances is complete and the only place with their names."""
 
 import ast
 from pathlib import Path
@@ -15,14 +15,14 @@ ROOT = Path(dream_fast.__file__).parent
 OTHERS = {"engine/config/guidances.py", "engine/config/model_names.py", "engine/guidance/registry.py"}
 
 
-def test_guidances_have_a_builder_each():
-    """An entry in the table of the settings is one in the table of the builders."""
+def test_guidances_have_builders():
+    """Every guidance of the table has a builder, and no other has."""
     assert BUILDERS.keys() == GUIDANCES.keys()
 
 
 @pytest.mark.parametrize("spec", GUIDANCES.values(), ids=lambda spec: spec.name)
-def test_guidance_names_settings_that_there_are(spec: GuidanceSpec):
-    """Settings that a guidance reads, and those of its model, are fields of the configuration."""
+def test_guidance_settings_exist(spec: GuidanceSpec):
+    """Settings of a guidance and its model are fields of the configuration."""
     names = {field.name for _, field in settings()}
     assert spec.settings_read | set(spec.model_settings) | spec.default_model.keys() <= names
     assert spec.is_diffusion == (spec.settings_read == DIFFUSION_SETTINGS)
@@ -37,8 +37,8 @@ def test_guidance_names_in_table():
             continue
         literals = {node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                     if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # fmt: skip
-        found = literals & (GUIDANCES.keys() - {"dream-mini", "IF"}) | literals & {"dream-mini"}
-        assert not found, f"{name} has {found}"
+        names = literals & (GUIDANCES.keys() - {"dream-mini", "IF"}) | literals & {"dream-mini"}
+        assert not names, f"{name} has {names}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which defaults a run starts from, and what the shortcuts stand for."""
+"""The defaults of a run, and the settings of shortcuts."""
 
 import re
 
@@ -52,8 +52,8 @@ def values_of(config) -> dict:
         ({"backbone": "vanilla"}, {"backbone": "vanilla"}),
     ],
 )
-def test_shortcuts_stand_for_settings(typed, meant):
-    """What they mean is added under what was typed, and their own names are gone."""
+def test_shortcuts_expand(typed, meant):
+    """Their settings are added below typed ones, and their names are removed."""
     assert expand_shortcuts(typed) == meant
 
 
@@ -73,7 +73,7 @@ def test_shortcuts_stand_for_settings(typed, meant):
     ],
 )
 def test_shortcuts_contradicted(typed, sentence):
-    """The sentence names the shortcut."""
+    """The message names the shortcut."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
         expand_shortcuts(typed)
 
@@ -91,8 +91,8 @@ def test_shortcuts_contradicted(typed, sentence):
         ({"guidance": ("SD", "clip"), "t_range": (0.1, 0.5)}, "stable-diffusion"),
     ],
 )
-def test_chosen_guidances_decide_the_presets(typed, family):
-    """dream-mini guides unless another model is named, by --guidance or by its key."""
+def test_chosen_guidances(typed, family):
+    """dream-mini is used unless --guidance or a key names another model."""
     assert family_of(chosen_guidances(typed)) == family
     check_typed(typed)
 
@@ -127,7 +127,7 @@ def test_chosen_guidances_decide_the_presets(typed, family):
     ],
 )
 def test_check_typed_refusals(typed, sentence):
-    """The whole sentence, with the names as they were typed."""
+    """The whole message, with the typed names."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         check_typed(typed)
 
@@ -138,7 +138,7 @@ def of_model(typed: dict, model: str) -> dict:
 
 
 def differences(typed: dict, model: str, device: str, base) -> dict:
-    """What a resolved run has otherwise than its base, beside the device."""
+    """Settings of a resolved run that differ from its base, except the device."""
     plain = values_of(base)
     return {
         name: value
@@ -212,13 +212,13 @@ def differences(typed: dict, model: str, device: str, base) -> dict:
     ],
 )
 def test_choose_preset_differences(typed, model, device, base, other):
-    """What a run has otherwise than the defaults it starts from."""
+    """Settings of a run that differ from its defaults."""
     assert differences(typed, model, device, base()) == other
     assert configure(of_model(typed, model), device).run.device == device
 
 
 @pytest.mark.parametrize(
-    ("typed", "model", "device", "wanted"),
+    ("typed", "model", "device", "expected"),
     [
         ({"backbone": "vanilla"}, "sd", "cuda", VANILLA_OVERRIDES),
         ({"backbone": "vanilla", "preset": "reference"}, "dream-mini", "cuda", VANILLA_OVERRIDES),
@@ -236,20 +236,20 @@ def test_choose_preset_differences(typed, model, device, base, other):
         ),
     ],
 )
-def test_vanilla_and_dmtet_overrides(typed, model, device, wanted):
-    """The tables of the vanilla backbone and of the refinement count more than the model, less than what is typed."""
+def test_vanilla_and_dmtet_overrides(typed, model, device, expected):
+    """Overrides of the vanilla backbone and of refinement win over the model and lose to typed settings."""
     values = values_of(configure(of_model(typed, model), device))
-    assert {name: values[name] for name in wanted} == wanted
+    assert {name: values[name] for name in expected} == expected
     more = values_of(configure(of_model(typed | {"latent_iter_ratio": 0.75, "lr_decay": 0.75}, model), device))
     assert (more["latent_iter_ratio"], more["lr_decay"]) == (0.75, 0.75)
-    without = {"lr_geo", "tet_grid_size", "iters"} - wanted.keys()
+    without = {"lr_geo", "tet_grid_size", "iters"} - expected.keys()
     base = configure(of_model({key: value for key, value in typed.items() if key == "preset"}, model), device)
     assert all(values[key] == values_of(base)[key] for key in without)
 
 
 @pytest.mark.parametrize("device", ["mps", "", "auto"])
-def test_configure_takes_a_device_that_there_is(device):
-    """The message has the value."""
+def test_configure_unknown_device(device):
+    """The message has the value of an unknown device."""
     with pytest.raises(ValueError, match=f"^device must be cpu, cuda or cuda:N, not {device!r}$"):
         configure({}, device)
 
@@ -268,7 +268,7 @@ def test_configure_takes_a_device_that_there_is(device):
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_presets_are_complete(preset, typed, device):
-    """A preset is complete: a run that types what chooses it has the preset's values, beside device and model."""
+    """A run has the values of its preset, except the device and the model."""
     validate(preset)
     config = configure(typed, device)
     assert config.override({name: preset.get(name) for name in ("device", "hf_key", "sd_version")}) == preset

@@ -1,4 +1,4 @@
-"""The command that makes a run again comes out as the run's settings, through a shell too."""
+"""The command that repeats a run resolves to its settings, also through a shell."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def words_of(line: str) -> list[str]:
 
 
 def settings_of(line: str) -> Config:
-    """The settings to which the command ``line`` comes."""
+    """The settings to which the command ``line`` resolves."""
     program, *words = words_of(line)
     assert program == "dream-fast"
     typed = parse(words)
@@ -77,7 +77,7 @@ def test_only_what_differs_is_in_it():
 
 
 def test_reproduce_without_ckpt():
-    """What to do with a run that is there is left out."""
+    """--ckpt latest and scratch are left out."""
     config = configure({"text": "cat", "seed": 3}, "cpu")
     for changes in ({"test": True}, {"ckpt": "scratch"}):
         assert reproduce_command(config.override(changes)) == reproduce_command(config)
@@ -87,7 +87,7 @@ def test_reproduce_without_ckpt():
 
 
 def test_undecodable_bytes_kept():
-    """Bytes of the command line that are no text are kept."""
+    """Bytes of the command line that are not text are kept."""
     word = b"caf\xe9".decode("utf-8", errors="surrogateescape")
     assert quote(word) == "$'caf\\xe9'" and escape_controls(word) == "caf\\xe9"
     assert words_of(quote(word)) == [word]
@@ -97,7 +97,7 @@ def test_undecodable_bytes_kept():
     "code", [0x85, 0xAD, 0x61C, 0x200B, 0x200E, 0x200F, 0x2028, 0x2029, 0x2060, 0x3164, 0xFEFF, 0xE0041]
 )
 def test_invisible_characters(code):
-    """They are escapes wherever a prompt is shown, and the command to copy gives a shell the prompt that was typed."""
+    """They are escaped wherever a prompt is shown, and the printed command has the original prompt for a shell."""
     word = f"a c{chr(code)}at"
     escape = f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
     assert escape_controls(word) == f"a c{escape}at" and quote(word) == f"$'a c{escape}at'"
@@ -108,5 +108,5 @@ def test_invisible_characters(code):
     "word", ["\U0001f469\u200d\U0001f680", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "K\u00e4se \u2764\ufe0f"]
 )
 def test_joiners_of_emoji_and_scripts_stay(word):
-    """What a word is written with is no hidden character."""
+    """Joiners that words need are not hidden characters."""
     assert escape_controls(word) == word

@@ -1,4 +1,4 @@
-"""How the words of a repeating command and of messages are written, character by character."""
+"""Words of the reproducing command and of messages, character by character."""
 
 import subprocess
 
@@ -14,7 +14,7 @@ def command(**typed) -> str:
 
 
 def test_reproduce_without_machine():
-    """The number of a GPU, and where the outputs of a finished run went, are not repeated."""
+    """The number of a GPU and the output folder are left out."""
     plain = "dream-fast --text cat --seed 3"
     assert command(device="cuda:1") == command(device="cuda") == f"{plain} --device cuda"
     assert command(test=True, output="elsewhere") == command() == f"{plain} --device cpu"
@@ -33,8 +33,8 @@ def test_reproduce_without_machine():
         ({"fp16": True}, "-O"),
     ],
 )
-def test_command_writes_a_setting_as_it_is_typed(typed, words):
-    """Switches by their name, values behind a dash with =, ranges as two words, and --ckpt only with a path."""
+def test_command_formats_settings(typed, words):
+    """Switches have their name, values with a dash an =, ranges two words, and --ckpt only a path."""
     plain = ["dream-fast", "--text", "cat", "--seed", "3"]
     added = [word for word in command(**typed).replace(" --device cpu", "").split() if word not in plain]
     assert " ".join(added) == (words or "")
@@ -50,10 +50,10 @@ def test_command_writes_a_setting_as_it_is_typed(typed, words):
     ],
 )
 def test_quote_is_read_back(word, quoted):
-    """Backslashes and quotes beside a hidden character are doubled, and bash gives the word back."""
+    """Backslashes and quotes beside a hidden character are escaped, and bash reads the word back."""
     assert quote(word) == quoted
-    said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, text=True, check=True).stdout
-    assert said == word
+    printed = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, text=True, check=True).stdout
+    assert printed == word
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_quote_is_read_back(word, quoted):
     ],
 )
 def test_escape_controls_hidden(code, shown):
-    """Each kind of hidden character at its borders: controls, formats, separators, bytes that are no text."""
+    """Each kind of hidden character is escaped, at its borders: controls, formats, separators, bytes."""
     assert escape_controls(chr(code)) == shown
 
 
-def test_in_a_line_leaves_out_the_middle():
-    """A text of just so many characters stays; of a longer one both ends and the number of the others are shown."""
+def test_one_line_cuts_the_middle():
+    """A text of the maximum length is kept; a longer one is cut in the middle, with a count."""
     assert one_line("abcdef\n", 7) == "abcdef\\x0a"
     assert one_line("abcdefghijk", 6) == "abc ... (5 characters) ... ijk"
     assert one_line("x" * 1000) == "x" * 1000

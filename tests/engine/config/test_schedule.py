@@ -1,4 +1,4 @@
-"""Schedules of numbers: what is written is what is read, the values, the refusals, and the command line."""
+"""Schedules of numbers: format, values, refusals and the command line."""
 
 import pytest
 
@@ -10,10 +10,10 @@ from dream_fast.engine.errors import UserError
 
 
 @pytest.mark.parametrize("text", ["0:8:4:500", "0.0:8:4:1.0", "100:0.1:1e-05:400", "0.25:-1.5:2:0.75"])
-def test_what_is_written_is_what_is_read(text):
-    found = LinearSchedule.parse(text)
-    assert LinearSchedule.parse(str(found)) == found
-    assert found.fractions == ("." in text.split(":")[0] + text.split(":")[3])
+def test_schedule_round_trip(text):
+    result = LinearSchedule.parse(text)
+    assert LinearSchedule.parse(str(result)) == result
+    assert result.fractions == ("." in text.split(":")[0] + text.split(":")[3])
 
 
 def test_values_before_between_and_after():
@@ -42,7 +42,7 @@ def test_what_is_no_schedule_is_refused(text, words):
 
 
 def test_ever_below_ranges():
-    """Ranges that cross are told from those that do not."""
+    """Ranges that cross are found, and others are not."""
     low, high = LinearSchedule.parse("0.0:0.02:0.6:1.0"), LinearSchedule.parse("0.0:0.5:0.98:1.0")
     assert not ever_below(low, high)  # side by side all the way, although their extremes overlap
     assert ever_below(low, 0.5) and not ever_below(0.02, high)

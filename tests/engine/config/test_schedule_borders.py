@@ -1,4 +1,4 @@
-"""Schedules at their borders: what is read, how it is written, and what a range of two may become."""
+"""Schedules at their borders: parsing, formatting, and ranges of two schedules."""
 
 import dataclasses
 import re
@@ -24,7 +24,7 @@ def steps(start, first, last, end) -> LinearSchedule:
         ("0:1:2:1E0", LinearSchedule(0, 1, 2, 1)),
     ],
 )
-def test_parse_tells_fractions_by_their_point(text, schedule):
+def test_parse_fractions(text, schedule):
     """Either end with a point or an exponent makes both fractions of the run."""
     assert LinearSchedule.parse(text) == schedule
 
@@ -39,8 +39,8 @@ def test_parse_tells_fractions_by_their_point(text, schedule):
         (LinearSchedule(1e-5, 1 / 3, 0, 1), f"1e-05:{1 / 3!r}:0:1.0"),
     ],
 )
-def test_schedule_is_written_as_it_is_read(schedule, text):
-    """Whole values without a point, fractions with one, and every digit; a format changes nothing."""
+def test_schedule_format(schedule, text):
+    """Steps have no point, fractions have one, and every digit is kept; a format spec has no effect."""
     assert str(schedule) == f"{schedule}" == f"{schedule:g}" == text
     assert LinearSchedule.parse(text) == schedule
 
@@ -64,14 +64,14 @@ def test_schedule_is_written_as_it_is_read(schedule, text):
         ("0.5:1:2:0.5", "the schedule 0.5:1:2:0.5 must end after it starts"),
     ],
 )
-def test_bad_schedule_is_refused_as_it_was_typed(text, sentence):
-    """The sentence holds the schedule and what is wrong with it."""
+def test_parse_bad_schedule(text, sentence):
+    """The message has the schedule and the reason."""
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
         LinearSchedule.parse(text)
 
 
-def test_schedule_made_in_python_is_checked_too():
-    """Ends are fractions unless something else is said; those of steps are whole; 0 and 1 are in the run."""
+def test_schedule_made_in_python():
+    """Ends are fractions unless steps are chosen; steps are whole; 0 and 1 are allowed."""
     assert LinearSchedule(0, 1, 2, 1).fractions
     for start, end in ((0.5, 3), (0, 2.5)):
         with pytest.raises(UserError, match="whole steps from 0 on"):
@@ -80,8 +80,8 @@ def test_schedule_made_in_python_is_checked_too():
         LinearSchedule(0, 1, 2, 1).first = 3
 
 
-def test_value_of_a_step_follows_its_own_ends():
-    """Steps follow the step, fractions the progress, and a plain number neither."""
+def test_value_at_step():
+    """Steps depend on the step, fractions on the progress, and a plain number on neither."""
     by_step, by_part = steps(2, 10, 20, 4), LinearSchedule(0.25, 10, 20, 0.75)
     assert [by_step.at(step, 0.5) for step in (1, 2, 3, 4, 5)] == [10, 10, 15, 20, 20]
     assert [by_part.at(3, progress) for progress in (0, 0.25, 0.5, 0.75, 1)] == [10, 10, 15, 20, 20]
@@ -110,12 +110,12 @@ def test_value_of_a_step_follows_its_own_ends():
     ],
 )
 def test_ever_below_at_both_ends(low, high, below):
-    """Schedules of the same ends are compared at both, others by their extremes."""
+    """Schedules with the same ends are compared at both, others by their extremes."""
     assert ever_below(low, high) is below
 
 
-def test_values_at_names_the_schedules_of_a_room():
-    """Plain numbers are left out, and each schedule has its value of the step."""
+def test_values_at_section():
+    """Plain numbers are left out, and each schedule has its value at the step."""
 
     @dataclasses.dataclass
     class Section:

@@ -1,4 +1,4 @@
-"""Fields that are flags: their types and bounds, each at its border."""
+"""Fields that are flags: their types and bounds, at each border."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from dream_fast.engine.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(ConfigSection):
-    """One field of each kind."""
+    """A field of each kind."""
 
     count: int = setting(3, "a count", low=1, high=5)
     big: int = setting(0, "up to 4e9", low=0, high=4 * 10**9)
@@ -60,8 +60,8 @@ UP, DOWN = LinearSchedule(0.0, 0.25, 0.75, 1.0), LinearSchedule(0.0, 0.75, 0.25,
         ("switch", True),
     ],
 )
-def test_value_on_its_border_is_taken(name, value):
-    """Closed bounds hold their own value, open ones all but it."""
+def test_check_value_at_bound(name, value):
+    """Closed bounds include their value, open ones exclude it."""
     assert getattr(Sample(**{name: value}), name) == value
 
 
@@ -113,8 +113,8 @@ def test_value_on_its_border_is_taken(name, value):
         ("scalars", (0.5, DOWN), "may be reversed during the run: from 0.5 to 0.0:0.75:0.25:1.0"),
     ],
 )
-def test_value_past_its_border_is_refused(name, value, sentence):
-    """The sentence names the flag, what it takes, and the value."""
+def test_check_value_past_bound(name, value, sentence):
+    """The message has the flag, the bound and the value."""
     with pytest.raises(UserError, match=f"^{re.escape(f'--{name} {sentence}')}"):
         Sample(**{name: value})
 
@@ -122,20 +122,20 @@ def test_value_past_its_border_is_refused(name, value, sentence):
 @pytest.mark.parametrize(
     "word", ["", "cuda:", "cuda:01", "cuda:10000", "cuda:-1", "cuda:N", "xcuda:1", "cuda:1x", "cpu2", "v1x5", "CUDA"]
 )
-def test_choice_is_the_whole_word(word):
-    """The N of a choice is a whole number of up to four digits, and nothing else stands around a choice."""
+def test_check_value_choice(word):
+    """The N of a choice is a whole number of up to four digits, and a choice matches whole words."""
     with pytest.raises(UserError, match=f"^--place is one of cpu, cuda, cuda:N, v1.5, not {re.escape(repr(word))}$"):
         Sample(place=word)
 
 
-def test_field_holds_what_was_said_of_it():
-    """Default, help and bounds are read back; without a word there are none, and a resumed run may not change it."""
+def test_setting_metadata():
+    """Default, help and bounds are stored; by default there are none, and a resumed run may not change it."""
     nothing = dict(choices=None, low=None, above=None, high=None, below=None, resumable=False, backbones=None)
     nothing |= dict(is_limit=False, aliases=())
     bare = setting(0.5, "a number")
     assert bare.default == 0.5 and dict(bare.metadata) == nothing | {"help": "a number"}
-    said = dict(choices=("a",), low=1, above=2, high=3, below=4, resumable=True, backbones=("grid",))
-    said |= dict(is_limit=True, aliases=("b",))
-    assert dict(setting("a", "a word", **said).metadata) == said | {"help": "a word"}
+    options = dict(choices=("a",), low=1, above=2, high=3, below=4, resumable=True, backbones=("grid",))
+    options |= dict(is_limit=True, aliases=("b",))
+    assert dict(setting("a", "a word", **options).metadata) == options | {"help": "a word"}
     kinds = {field.name: value_type(field) for field in dataclasses.fields(Sample)}
     assert (kinds["maybe"], kinds["scalar"], kinds["span"], kinds["count"]) == (float, Scalar, Range, int)

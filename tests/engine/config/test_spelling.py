@@ -1,4 +1,4 @@
-"""Words that are nearly the same, paths at home, and the names of other programs' flags."""
+"""Similar words, paths in the home folder, and names of other programs' flags."""
 
 import re
 from itertools import product
@@ -15,7 +15,7 @@ WORDS = ["".join(letters) for length in range(4) for letters in product("abc", r
 
 
 def one_slip(word: str) -> set[str]:
-    """All words that one slip makes of `word`."""
+    """All words that are one slip away from `word`."""
     cuts = [(word[:i], word[i:]) for i in range(len(word) + 1)]
     shorter = {left + right[1:] for left, right in cuts if right}
     swapped = {left + right[1] + right[0] + right[2:] for left, right in cuts if len(right) > 1}
@@ -25,7 +25,7 @@ def one_slip(word: str) -> set[str]:
 
 
 def test_slips_short_words():
-    """One slip is what makes the word in one step, and no other two words have one."""
+    """Two words have a distance of one exactly if one slip makes one of the other."""
     for word in WORDS:
         near = one_slip(word)
         for other in WORDS:
@@ -49,7 +49,7 @@ def test_slips_short_words():
     ],
 )
 def test_slips_of_known_pairs(a, b, count):
-    """Pairs from the literature, both ways round."""
+    """Pairs from the literature, in both directions."""
     assert slips(a, b) == slips(b, a) == count
 
 
@@ -72,8 +72,8 @@ def test_slips_of_known_pairs(a, b, count):
         ("abcd", [], None),
     ],
 )
-def test_nearest_is_one_choice_with_few_slips(word, choices, meant):
-    """One slip for four letters and two at most, and a choice is the only one that is so near."""
+def test_nearest_single_choice(word, choices, meant):
+    """One slip is allowed for four letters, two at most, and only a single nearest choice."""
     assert nearest(word, {choice: f"--{choice}" for choice in choices}) == (meant and f"--{meant}")
 
 
@@ -91,12 +91,12 @@ def test_nearest_is_one_choice_with_few_slips(word, choices, meant):
     ],
 )
 def test_plain_name_of_a_flag(flag, name):
-    """Dashes of any kind go from the front only, and only a name of several letters is written small."""
+    """Leading dashes of any kind are removed, and names of several letters become lower case."""
     assert plain_name(flag) == name
 
 
 def test_expand_user_home(monkeypatch, tmp_path):
-    """~ is the home folder of the user, other paths stay, and a home that nobody has is one sentence."""
+    """~ is the home folder of the user, other paths stay, and an unknown user is refused."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expand_user("~/runs") == expand_user(Path("~/runs")) == tmp_path / "runs"
     assert expand_user("runs/~") == Path("runs/~")

@@ -1,4 +1,4 @@
-"""The embedded model: its words, the world that it learned from, and the folder that is shipped."""
+"""The embedded model: its words, its world, and the folder that is shipped."""
 
 import json
 import math
@@ -21,7 +21,6 @@ from dream_fast.engine.dream_mini.vocabulary import COLORS, SHADES, THINGS, VIEW
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.guidance.ddim import sample
 from dream_fast.engine.guidance.model.components import load_components
-from dream_fast.engine.guidance.prompts import encode
 from dream_fast.engine.scene.camera import Cameras, make_cameras, rays
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -56,7 +55,7 @@ def test_the_object_of_a_prompt(text: str, name: str | None) -> None:
     assert find_object(text) == name
 
 
-def test_a_prompt_without_a_known_object_is_refused_with_all_that_is_known() -> None:
+def test_check_prompt_unknown_object() -> None:
     with pytest.raises(UserError) as refused:
         check_prompt("a marble statue\nof a zebra")
     sentence = str(refused.value)
@@ -65,7 +64,7 @@ def test_a_prompt_without_a_known_object_is_refused_with_all_that_is_known() -> 
     assert "--sd_version" in sentence and "--hf_key" in sentence
 
 
-def test_a_word_that_the_model_does_not_know_is_warned_about_once() -> None:
+def test_check_prompt_unknown_word() -> None:
     assert check_prompt("a small grey robot wearing a blue hat, back view") == []
     many = check_prompt("a hamburger " + " ".join(f"word{'x' * i}" for i in range(9000)))
     assert len(many) == 11 and many[-1] == "nor does it know 8990 other words"
@@ -89,7 +88,7 @@ def test_what_the_model_reads_of_a_prompt(text: str, read: str) -> None:
     assert known_words(read) == read
 
 
-def test_words_of_the_negative_prompt_are_warned_about_too() -> None:
+def test_check_prompt_negative() -> None:
     assert check_prompt("a cat", "blue, side view") == []
     (warning,) = check_prompt("a cat", "blurry")
     assert '"blurry"' in warning
@@ -133,7 +132,7 @@ def reach(p: Primitive) -> float:
 
 
 @pytest.mark.parametrize("name", THINGS)
-def test_a_recipe_stays_in_its_sphere_and_in_the_tracers_room(name: str) -> None:
+def test_recipes_fit_sphere_and_tracer(name: str) -> None:
     scenes = [make_scene(np.random.default_rng(seed), name) for seed in range(50)]
     pack(scenes, "cpu")  # refuses more primitives than it has room for
     sizes = [max(reach(p) for p in scene.primitives if not p.cut) for scene in scenes[::5]]
@@ -143,7 +142,7 @@ def test_a_recipe_stays_in_its_sphere_and_in_the_tracers_room(name: str) -> None
     assert all(math.isfinite(v) and v > 0 for scene in scenes for p in scene.primitives for v in p.size[:3])
 
 
-def test_a_scene_repeats_by_its_seed_and_obeys_what_is_asked() -> None:
+def test_make_scene_seed_and_arguments() -> None:
     first, again = (make_scene(np.random.default_rng(4)) for _ in range(2))
     assert (first.name, first.color, first.attribute, first.hat) == (
         again.name,
@@ -152,9 +151,9 @@ def test_a_scene_repeats_by_its_seed_and_obeys_what_is_asked() -> None:
         again.hat,
     )
     assert all(np.array_equal(p.center, q.center) for p, q in zip(first.primitives, again.primitives, strict=True))
-    asked = [make_scene(np.random.default_rng(seed), "cat", "purple", plain=True) for seed in range(30)]
-    assert {(s.name, s.color, s.attribute, s.hat) for s in asked} == {("cat", "purple", None, None)}
-    body = [next(p.color for p in s.primitives if p.main) for s in asked]
+    scenes = [make_scene(np.random.default_rng(seed), "cat", "purple", plain=True) for seed in range(30)]
+    assert {(s.name, s.color, s.attribute, s.hat) for s in scenes} == {("cat", "purple", None, None)}
+    body = [next(p.color for p in s.primitives if p.main) for s in scenes]
     assert np.abs(np.array(body) - COLORS["purple"]).max() < 0.12
     free = [make_scene(np.random.default_rng(seed)) for seed in range(400)]
     assert {s.attribute for s in free} == {None, "tall", "wide", "striped", "spotted"}
@@ -193,7 +192,7 @@ def test_the_border_between_two_views_varies() -> None:
     assert seen(134) == seen(136) == {"side", "back"} and seen(129) == {"side"} and seen(141) == {"back"}
 
 
-def test_captions_say_what_is_there_in_words_that_a_prompt_may_use() -> None:
+def test_captions_known_words() -> None:
     rng = np.random.default_rng(0)
     written = set()
     for _ in range(500):
@@ -271,7 +270,7 @@ def test_distance_of_a_primitive_is_exact(
         check(kind, *(torch.from_numpy(one) for one in (got, exact(at.astype(np.float32)), exact(at))))
 
 
-def test_a_rotation_turns_about_x_then_y_then_z() -> None:
+def test_rotation_order() -> None:
     """Against trimesh's rotations by Euler angles about fixed axes; of a row vector, so transposed."""
     for angles in ((90, 0, 0), (0, 90, 0), (0, 0, 90), (90, 0, 90), (90, 90, 0), (20, -35, 60)):
         exact = trimesh.transformations.euler_matrix(*np.radians(angles), "sxyz")[:3, :3].T
@@ -279,8 +278,8 @@ def test_a_rotation_turns_about_x_then_y_then_z() -> None:
         check(str(angles), torch.from_numpy(np.asarray(rotation(angles))), exact, exact)
 
 
-def test_stretched_balls_and_tapered_boxes_end_where_they_should(points: np.ndarray) -> None:
-    """Their distances are inexact off the surface; the tracer takes shorter steps for that."""
+def test_distance_of_stretched_primitives(points: np.ndarray) -> None:
+    """Their distances are inexact off the surface, so the tracer takes shorter steps."""
     radii = np.array([0.2, 0.5, 0.35])
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
     ball = primitive("ball", tuple(radii))
@@ -312,7 +311,7 @@ def cameras(azimuth: list[float]) -> Cameras:
 def views(
     scenes: list[Scene], azimuth: list[float], side: int, *, shading=0, light=(0.0, 0.0, 0.0), background=1.0
 ) -> torch.Tensor:
-    """Pictures [N, side, side, 3] without ambient light."""
+    """Images [N, side, side, 3] without ambient light."""
     n = len(scenes)
     return render(
         pack(scenes, "cpu"), cameras(azimuth), side, shading=torch.full((n,), shading), ambient=torch.zeros(n),
@@ -320,8 +319,8 @@ def views(
     )  # fmt: skip
 
 
-def count(picture: torch.Tensor, color: tuple[float, float, float]) -> int:
-    return int(((picture - torch.tensor(color)).abs().amax(-1) < 0.03).sum())
+def count(image: torch.Tensor, color: tuple[float, float, float]) -> int:
+    return int(((image - torch.tensor(color)).abs().amax(-1) < 0.03).sum())
 
 
 @pytest.mark.parametrize(
@@ -339,8 +338,8 @@ def test_the_front_faces_plus_z(name: str, part: str) -> None:
 def test_every_face_looks_to_the_front() -> None:
     faces = [name for name, thing in THINGS.items() if thing.face]
     scenes = [make_scene(np.random.default_rng(1), name, "blue", plain=True) for name in faces]
-    pictures = views(scenes * 2, [0.0] * len(faces) + [180.0] * len(faces), 32)
-    for name, front, back in zip(faces, *pictures.chunk(2), strict=True):
+    images = views(scenes * 2, [0.0] * len(faces) + [180.0] * len(faces), 32)
+    for name, front, back in zip(faces, *images.chunk(2), strict=True):
         eye = COLORS["white"] if name == "robot" else SHADES["dark"]  # its hands are dark too
         assert count(front, eye) >= 2 and count(back, eye) == 0, name
 
@@ -364,7 +363,7 @@ def test_light_and_patterns() -> None:
     assert side[12, 18] > 0.5 > side[12, 6]  # light from +x is light from the right
 
     patterns = [scene_of(ball, pattern=pattern) for pattern in (None, "striped", "spotted")]
-    plain, striped, spotted = (count(picture, (1.0, 0.0, 0.0)) for picture in views(patterns, [0.0] * 3, 24))
+    plain, striped, spotted = (count(image, (1.0, 0.0, 0.0)) for image in views(patterns, [0.0] * 3, 24))
     assert 0.2 * plain < striped < 0.8 * plain and 0.2 * plain < spotted < 0.95 * plain
 
 
@@ -372,7 +371,7 @@ def test_light_and_patterns() -> None:
 
 
 class Here:
-    """A pool of workers that works at once and in this process."""
+    """A pool of workers that runs in this process."""
 
     def submit(self, function, *arguments):
         result = function(*arguments)
@@ -387,7 +386,7 @@ def few(monkeypatch) -> None:
     torch.set_num_threads(threads)
 
 
-def test_batches_are_labelled_and_repeat_by_their_seed(few: None) -> None:
+def test_rendered_batches_repeat(few: None) -> None:
     drawn = list(dataset.rendered(5, 1, 2, 16, torch.device("cpu"), Here()))
     assert len(drawn) == 2
     again = next(dataset.rendered(5, 1, 1, 16, torch.device("cpu"), Here()))
@@ -430,7 +429,7 @@ def dream_mini():
     return load_components(MODEL_FOLDER, "cpu", need_vae_decoder=True)
 
 
-def test_the_model_is_small_and_in_half_precision() -> None:
+def test_model_size_and_dtype() -> None:
     files = [path for path in MODEL_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 24e6
     weights = [path for path in files if path.suffix == ".safetensors"]
@@ -458,7 +457,7 @@ def is_one_token(tokenizer, word: str) -> bool:
     return len(inside) == 1 and (start, end) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
-def test_the_tokenizer_makes_a_token_of_each_known_word(dream_mini, tmp_path) -> None:
+def test_tokenizer_known_words(dream_mini, tmp_path) -> None:
     fresh = save_tokenizer(tmp_path / "fresh")
     for tokenizer in (dream_mini.tokenizer, fresh):
         split = [word for word in words() if not is_one_token(tokenizer, word)]
@@ -476,40 +475,40 @@ def test_the_tokenizer_makes_a_token_of_each_known_word(dream_mini, tmp_path) ->
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
-def test_words_move_the_embedding_and_padding_does_not(dream_mini) -> None:
-    car, again, apple = encode(dream_mini, ["a red car", "a red car", "a red apple"])
+def test_embedding_depends_on_words(dream_mini) -> None:
+    car, again, apple = dream_mini.embed(["a red car", "a red car", "a red apple"])
     assert torch.equal(car, again) and error(apple, car.double()) > 0.1
     assert car.shape == (24, dream_mini.unet.config.cross_attention_dim)
 
 
-def test_its_own_pictures_have_the_colour_that_was_asked_for(dream_mini) -> None:
-    asked = ["red", "green", "blue", "yellow"]
-    cond = encode(dream_mini, [f"a {color} apple, front view" for color in asked])
-    uncond = encode(dream_mini, [""]).expand(len(asked), -1, -1)
-    pictures = sample(dream_mini, cond, uncond, steps=6, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
-    assert pictures.shape == (4, 3, 128, 128)
-    middle = pictures[:, :, 56:80, 52:76].mean(dim=(2, 3))  # on the apple, whatever the background
-    nearest = torch.cdist(middle, torch.tensor([COLORS[color] for color in asked])).argmin(1)
+def test_sample_colour_of_prompt(dream_mini) -> None:
+    names = ["red", "green", "blue", "yellow"]
+    cond = dream_mini.embed([f"a {color} apple, front view" for color in names])
+    uncond = dream_mini.embed([""]).expand(len(names), -1, -1)
+    images = sample(dream_mini, cond, uncond, steps=6, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
+    assert images.shape == (4, 3, 128, 128)
+    middle = images[:, :, 56:80, 52:76].mean(dim=(2, 3))  # on the apple, whatever the background
+    nearest = torch.cdist(middle, torch.tensor([COLORS[color] for color in names])).argmin(1)
     assert nearest.tolist() == [0, 1, 2, 3], middle
 
 
-def test_its_autoencoder_keeps_a_picture(dream_mini) -> None:
+def test_autoencoder_keeps_an_image(dream_mini) -> None:
     scene = make_scene(np.random.default_rng(3), "duck", "yellow", plain=True)
-    picture = views([scene], [30.0], 128, background=0.5).permute(0, 3, 1, 2)
+    image = views([scene], [30.0], 128, background=0.5).permute(0, 3, 1, 2)
     with torch.no_grad():
-        latent = dream_mini.vae.encode(picture * 2 - 1).latent_dist.mean
+        latent = dream_mini.vae.encode(image * 2 - 1).latent_dist.mean
         back = dream_mini.vae.decode(latent).sample / 2 + 0.5
-    assert 0.3 < (latent * dream_mini.scaling_factor).std() < 3  # about 1 over all pictures
-    assert -10 * torch.log10((back - picture).square().mean()) > 22  # dB
+    assert 0.3 < (latent * dream_mini.scaling_factor).std() < 3  # about 1 over all images
+    assert -10 * torch.log10((back - image).square().mean()) > 22  # dB
 
 
 def test_kinds_are_all_drawn() -> None:
-    """Every kind of primitive occurs in the world, so the tests above speak of what it is made of."""
+    """Every kind of primitive occurs in the world."""
     used = {p.kind for name in THINGS for p in make_scene(np.random.default_rng(0), name).primitives}
     assert used == set(KINDS)
 
 
-def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path):
+def test_save_model_without_paths(tmp_path):
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     model.make_vae().save_pretrained(tmp_path / "cache")
     vae = model.AutoencoderKL.from_pretrained(tmp_path / "cache")

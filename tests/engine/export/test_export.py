@@ -1,4 +1,4 @@
-"""Meshes, videos and images: closed surfaces, the right way round, whole files."""
+"""Meshes, videos and images: closed surfaces, their orientation, and complete files."""
 
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ def test_marching_cubes_closed_shapes(name):
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_marching_cubes_slabs_of_shapes(layers, monkeypatch):
-    """A surface in slabs is the surface."""
+    """A surface computed in slabs is the same."""
     volume = SHAPES["noise"][0](grid(12))
     whole = marching_cubes(volume, 0.0)
     monkeypatch.setattr(marching_cubes_module, "LAYER_POINTS", layers * 14 * 14)
@@ -83,27 +83,27 @@ def test_marching_cubes_slabs_of_shapes(layers, monkeypatch):
 
 
 def test_marching_cubes_empty_shape():
-    """Nothing above the level is an empty mesh."""
+    """Values below the isovalue give an empty mesh."""
     result = marching_cubes(np.zeros((4, 4, 4)), 1.0)
     assert result.vertices.shape == (0, 3) and result.faces.shape == (0, 3)
 
 
 def test_marching_cubes_sphere():
-    """A sphere agrees with another marching cubes."""
+    """A sphere agrees with another implementation of marching cubes."""
     n, radius = 48, 0.6
     volume = ball(grid(n), (0.03, -0.02, 0.01), radius)
-    own = marching_cubes(volume, 0.0)
-    shape = trimesh.Trimesh(own.vertices, own.faces, process=False)
+    mesh = marching_cubes(volume, 0.0)
+    shape = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     vertices, _, _, _ = measure.marching_cubes(volume, 0.0)
     # Both have a vertex on each edge that crosses: in fp32 there, of coordinates up to n; ours a margin from its ends.
-    assert len(vertices) == len(own.vertices)
-    pairs = (torch.from_numpy(one).double() for one in (vertices.copy(), own.vertices))
+    assert len(vertices) == len(mesh.vertices)
+    pairs = (torch.from_numpy(one).double() for one in (vertices.copy(), mesh.vertices))
     apart = torch.cdist(*pairs, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
     assert apart.median() < 4 * n * np.finfo(np.float32).eps and apart.max() < EDGE_MARGIN
     # In cells: zeros of straight lines over an edge of 1 lie inside by 1 / 8r at most, if the margin does not move
     # them, and the middle of a triangle, whose corners lie on one cube, below them by (sqrt(3) / 2)^2 / 2r.
     cells, cell, margin = radius * (n - 1) / 2, 2 / (n - 1), EDGE_MARGIN
-    distance = np.linalg.norm(own.vertices * cell - 1 - np.array([0.03, -0.02, 0.01]), axis=1) / cell
+    distance = np.linalg.norm(mesh.vertices * cell - 1 - np.array([0.03, -0.02, 0.01]), axis=1) / cell
     outer, inner = cells + margin, cells - margin - 1 / (8 * cells)
     assert inner < distance.min() and distance.max() < outer
     inner -= 3 / (8 * cells)
@@ -126,7 +126,7 @@ def test_visible_parts_of_shapes():
 
 @pytest.mark.parametrize(("gap", "radius", "stays"), [(0.02, 0.06, True), (0.1, 0.06, False), (0.02, 0.02, False)])
 def test_visible_parts_near_components(gap, radius, stays):
-    """What lies beside a part stays unless it is a crumb."""
+    """Components beside a part stay unless they are crumbs."""
     points = grid(160)
     pot, knob = ball(points, (0, -0.2, 0), 0.5), ball(points, (0, 0.3 + gap + radius, 0), radius)
     full = marching_cubes(np.maximum(pot, knob), 0.0)
@@ -135,14 +135,14 @@ def test_visible_parts_near_components(gap, radius, stays):
 
 
 def bumps(points):
-    """A ball and a torus through it, wavy: a surface that is nowhere easy to simplify."""
+    """A wavy ball and torus, a surface that is hard to simplify."""
     waves = np.prod([np.sin(k * points[..., i]) for i, k in enumerate((15, 14, 13))], axis=0)
     return np.maximum(ball(points, (0, 0, 0), 0.5), torus(points)) + 0.02 * waves
 
 
 @pytest.mark.parametrize("target", [200, 3000, 10**6])
 def test_simplify_sphere(target):
-    """A simpler surface is closed and near."""
+    """A simplified surface is closed and near the original."""
     n = 64
     full = marching_cubes(bumps(grid(n)), 0.0)
     simpler = geometry_mesh.simplify(full, target)
@@ -159,16 +159,16 @@ def test_simplify_sphere(target):
 
 
 def test_stage_seconds():
-    """The parts of an export are timed by what it tells."""
+    """The stages of an export are timed by its progress."""
     volume, surface_, atlas_, images = mesh_files.STAGE_ENDS
-    told = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + images) / 2, 7.0)]
-    told += [(atlas_ + (images - atlas_), 8.0), (1.0, 9.5)]
-    parts = bench_mesh.split_seconds(0.5, told)
-    assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "pictures": 2.0, "files": 1.5}
+    progress = [(volume / 2, 1.0), (volume, 2.0), (surface_, 5.0), (atlas_, 6.0), ((atlas_ + images) / 2, 7.0)]
+    progress += [(atlas_ + (images - atlas_), 8.0), (1.0, 9.5)]
+    parts = bench_mesh.split_seconds(0.5, progress)
+    assert parts == {"volume": 1.5, "surface": 3.0, "atlas": 1.0, "images": 2.0, "files": 1.5}
 
 
 def test_drop_folded_faces_of_shapes():
-    """Triangles that lie on each other are dropped."""
+    """Triangles that lie on each other are removed."""
     ball_ = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     flap = np.array([[ball_.faces[0, 0], ball_.faces[0, 1], len(ball_.vertices)]])
     vertices = np.concatenate([ball_.vertices, [[9.0, 9.0, 9.0]]])
@@ -188,14 +188,14 @@ def test_drop_folded_faces_of_shapes():
     ],
 )
 def test_choose_isovalue_values(volume, threshold, level):
-    """Surface level."""
+    """The isovalue is the threshold or the mean density."""
     exact = torch.tensor(level, dtype=torch.float64)
     check("level", torch.tensor(isosurface.choose_isovalue(torch.tensor(volume), threshold)), exact.float(), exact)
 
 
 @pytest.mark.parametrize("volume", [[0.0, 0.0], [1.0, float("nan")]])
 def test_write_mesh_without_surface(volume):
-    """A field without a surface is said."""
+    """A field without a surface is refused."""
     with pytest.raises(UserError, match="no surface"):
         isosurface.choose_isovalue(torch.tensor(volume), 10.0)
 
@@ -272,8 +272,8 @@ def glb(written):
 
 def test_write_mesh_six_views(written):
     """Six views of the mesh are those of the field."""
-    found = bench_mesh.compare_with_field(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
-    assert min(found.iou) > 0.95 and min(found.psnr) > 25
+    likeness = bench_mesh.compare_with_field(fitted_renderer(), bench_mesh.read_glb(written), CAMERAS, 96)
+    assert min(likeness.iou) > 0.95 and min(likeness.psnr) > 25
     # The object is lopsided: seen in a mirror it is another one.
     mirrored = bench_mesh.read_glb(written)
     mirrored.vertices[:, 0] *= -1
@@ -281,7 +281,7 @@ def test_write_mesh_six_views(written):
 
 
 def test_write_mesh_silhouettes(tmp_path):
-    """The mesh has the silhouette of the images whatever the threshold."""
+    """The mesh has the silhouettes of the images, whatever the threshold."""
 
     def worst_overlap(threshold, silhouettes):
         options = dict(silhouettes=silhouettes, decimate_target=4000, texture_resolution=64)
@@ -296,7 +296,7 @@ def test_write_mesh_silhouettes(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".glb", ".obj"])
 def test_write_mesh_files(written, suffix):
-    """The files hold a closed textured surface."""
+    """The files have a closed textured surface."""
     scene = trimesh.load_scene(written.with_suffix(suffix), process=False)
     (shape,) = scene.geometry.values()
     material = shape.visual.material
@@ -322,7 +322,7 @@ def test_write_mesh_material(written, glb):
 
 
 def test_bake_colours_and_charts(written, pixels_inside):
-    """Charts do not overlap and the image has the field s colours."""
+    """Charts do not overlap, and the texture has the colours of the field."""
     field = fitted_renderer().field
     shape = geometry_mesh.simplify(isosurface.extract_surface(isosurface.sample_volume(field, 40, 10.0)), 2000)
     for unwrapped in (uv_atlas.unwrap(shape, 256), uv_atlas._unwrap_by_xatlas(*as_arrays(shape), 256)):
@@ -331,9 +331,9 @@ def test_bake_colours_and_charts(written, pixels_inside):
         uv = torch.from_numpy(unwrapped.uv)
         clip = torch.cat([2 * uv - 1, torch.zeros(len(uv), 1), torch.ones(len(uv), 1)], dim=1)[None]
         faces = torch.from_numpy(unwrapped.faces).int()
-        seen = kernels.rasterize(clip, faces, 1024, 1024)
+        fragments = kernels.rasterize(clip, faces, 1024, 1024)
         # No pixel is inside of two triangles: together they hold no more of them than are covered.
-        covered = int((seen.triangle >= 0).sum())
+        covered = int((fragments.triangle >= 0).sum())
         assert 0.3 * 1024**2 < covered and pixels_inside(unwrapped.uv, unwrapped.faces, 1024) <= covered
         image = texture.bake(field, shape, unwrapped, 256).albedo / 255
         texels = torch.from_numpy(unwrapped.source)[faces.long()]
@@ -348,7 +348,7 @@ def as_arrays(shape):
 
 
 def test_fill_holes():
-    """Holes take the colours around them."""
+    """Holes get the colours around them."""
     image, known = torch.zeros(37, 20, 3), torch.zeros(37, 20, dtype=torch.bool)
     image[:, :6], known[:, :6] = torch.tensor([1.0, 0.2, 0.0]), True
     image[:, -6:], known[:, -6:] = torch.tensor([0.0, 0.2, 1.0]), True
@@ -361,7 +361,7 @@ def test_fill_holes():
 
 
 def test_unwrap_without_uvunwrap(monkeypatch):
-    """Without uvunwrap xatlas lays out and without both that is said."""
+    """xatlas is used without uvunwrap; without both there is an error."""
     shape = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     monkeypatch.setitem(sys.modules, "uvunwrap", None)
     assert len(uv_atlas.unwrap(shape, 64).faces) == len(shape.faces)
@@ -372,7 +372,7 @@ def test_unwrap_without_uvunwrap(monkeypatch):
 
 @pytest.mark.parametrize("panics", [1, 2])
 def test_unwrap_panic(panics, monkeypatch, capfd):
-    """A panic of uvunwrap is tried from the other end and then left to xatlas."""
+    """After a panic uvunwrap is tried with reversed triangles, then xatlas."""
     shape = marching_cubes(SHAPES["sphere"][0](grid(12)), 0.0)
     generate, xatlas, calls = uvunwrap.generate, uv_atlas._unwrap_by_xatlas, []
     panic = type("PanicException", (BaseException,), {})
@@ -396,7 +396,7 @@ def test_unwrap_panic(panics, monkeypatch, capfd):
 
 @pytest.mark.parametrize("fault", ["the last file", "the disk, when the files are flushed"])
 def test_write_mesh_full_disk(fault, tmp_path, monkeypatch):
-    """A full disk leaves the old files."""
+    """A full disk leaves the old files unchanged."""
     field, path = fitted_renderer().field, tmp_path / "mesh.glb"
     for old in mesh_files.mesh_paths(path):
         old.write_text("old")
@@ -423,7 +423,7 @@ def test_write_mesh_full_disk(fault, tmp_path, monkeypatch):
 
 
 def test_write_mesh_without_scipy(tmp_path):
-    """SciPy is no dependency of ours; trimesh falls back noisily and slowly where it asks for it."""
+    """SciPy is not a dependency, though trimesh can use it."""
     code = """
 import sys
 sys.modules["scipy"] = None
@@ -435,8 +435,8 @@ shape = FieldConfig(n_levels=2, log2_hashmap_size=12, max_resolution=32, bg_radi
 write_mesh(sys.argv[1], HashGridField(shape, 0.6, torch.Generator().manual_seed(0)), 24, 10.0, texture_resolution=64)
 """
     path = tmp_path / "mesh.glb"
-    done = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.run([sys.executable, "-P", "-c", code, str(path)], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
     vertices = trimesh.load(path, force="mesh")
     directions = vertices.vertices / np.linalg.norm(vertices.vertices, axis=1, keepdims=True)
     assert (vertices.vertex_normals * directions).sum(axis=1).min() > 0.5  # the first field is a ball
@@ -463,7 +463,7 @@ def test_write_six_views(tmp_path):
 
 
 def test_turntable_frames():
-    """Turntable shows colour normals and depth side by side."""
+    """Frames have colour, normals and depth side by side."""
     config = CameraConfig(W=20, H=20, default_radius=3.0, default_fovy=24.0)
     frames = list(video.turntable_frames(fitted_renderer(), config, 3))
     assert len(frames) == 3 and frames[0].shape == (20, 60, 3) and frames[0].dtype == np.uint8

@@ -1,5 +1,5 @@
-"""Surfaces of fields that we know, closed also where simplification pinches them; atlases that hold every chart once;
-normals that a viewer turns back into the field's.
+"""Surfaces of known fields, closed also where simplification pinches them; atlases without overlaps;
+normal maps that reproduce the field's normals.
 """
 
 import math
@@ -20,9 +20,11 @@ from dream_fast.engine.geometry.marching_cubes import marching_cubes
 from dream_fast.engine.geometry.mesh import Mesh, NoSurface
 from dream_fast.engine.scene.camera import rays, six_views
 
+ULP = torch.finfo(torch.float32).eps  # relative distance of neighbours in fp32
+
 
 class Analytic:
-    """A field with the density exp(-steep * distance(x)) * 10: the surface of level 10 is where the distance is 0."""
+    """A field with the density 10 exp(-steep * distance(x)): at the isovalue 10 the distance is 0."""
 
     device, finest = torch.device("cpu"), None
 
@@ -55,8 +57,10 @@ def in_a_ball(radius):
 
 
 def below(cell, radius):
-    """How far a surface of cubes is below a ball's: zeros of straight lines over an edge by cell^2 / 8r, and middles of
-    triangles, whose corners lie on one cube, by (sqrt(3) / 2 cell)^2 / 2r below those."""
+    """Greatest distance of marching cubes below a ball: cell^2 / 8r for a line over an edge, and (sqrt(3) / 2
+    cell)^2 / 2r
+    below it for the middle of a triangle, whose corners lie on one cube.
+    """
     return cell**2 / (8 * radius) + 3 * cell**2 / (8 * radius)
 
 
@@ -71,20 +75,20 @@ def test_extract_surface_ball(bound):
     shape = found(Analytic(ball(0.5 * bound, centre), bound, 40 / bound), 64)
     cell = 2 * bound / 63
     assert shape.is_watertight and in_a_ball(0.5 * bound - below(cell, 0.5 * bound)) < shape.volume
-    assert shape.volume < in_a_ball(0.5 * bound + 1e-6)
+    assert shape.volume < in_a_ball(0.5 * bound * (1 + 8 * ULP))
     distances = np.linalg.norm(shape.vertices - np.array(centre), axis=1)
     assert np.abs(distances - 0.5 * bound).max() < 0.1 * cell
 
 
 def test_sample_volume_refines_near_surface(monkeypatch):
-    """The fine grid is looked at where the surface is alone."""
+    """The fine grid is evaluated only near the surface."""
     whole, parts = Analytic(bumps), Analytic(bumps)
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 97)
     exact = isosurface.sample_volume(whole, 97, 10.0)
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 40)
     monkeypatch.setattr(isosurface, "LAYER_POINTS", 16 * 10 * 97**2)  # several layers together, and a rest
-    told = []
-    sparse = isosurface.sample_volume(parts, 97, 10.0, progress=told.append)
+    progress = []
+    sparse = isosurface.sample_volume(parts, 97, 10.0, progress=progress.append)
     assert whole.asked == 97**3 and parts.asked < 0.5 * whole.asked
     difference = (sparse.values - exact.values).abs().max().item()
     assert difference < 1.0  # elsewhere it is what the coarse grid has between its points, a cell of which is 2
@@ -92,11 +96,11 @@ def test_sample_volume_refines_near_surface(monkeypatch):
     assert len(one.vertices) == len(other.vertices)
     exact = torch.from_numpy(one.vertices)
     check("vertices", torch.from_numpy(other.vertices), exact, exact)
-    assert told == sorted(told) and told[-1] == 1
+    assert progress == sorted(progress) and progress[-1] == 1
 
 
 def test_extract_surface_thin_plate():
-    """There is nothing around it, which in logarithms is so far off that two points would not hold out against it."""
+    """A plate of two points is kept, though empty space has a very low log density."""
 
     def distance(x):
         plate = torch.maximum(x[:, 0].abs() - 0.02, x[:, 1:].abs().amax(1) - 0.6)
@@ -124,7 +128,7 @@ def test_smooth_volume_noise():
 @pytest.mark.parametrize("radius", [0.3, 0.4, 0.5])
 @pytest.mark.parametrize("coarse", [100, 50])
 def test_sample_volume_silhouette_of_a_ball(coarse, radius, monkeypatch):
-    """A surface has the silhouette that is seen."""
+    """A surface has the rendered silhouette."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", coarse)
     field = Analytic(ball(0.4), steep=10.0)
     origins, directions = rays(six_views(CameraConfig()), 128, 128)
@@ -136,7 +140,7 @@ def test_sample_volume_silhouette_of_a_ball(coarse, radius, monkeypatch):
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_sample_volume_useless_silhouettes(everywhere):
-    """Views without a silhouette leave the level."""
+    """Views without a silhouette do not change the isovalue."""
     origins, directions = rays(six_views(CameraConfig()), 8, 8)
     silhouettes = Silhouettes(origins, directions, torch.full(origins.shape[:2], everywhere))
     level = isosurface.sample_volume(Analytic(ball(0.4)), 24, 7.0, silhouettes=silhouettes).isovalue
@@ -144,18 +148,18 @@ def test_sample_volume_useless_silhouettes(everywhere):
 
 
 def test_extract_surface_drops_cavities():
-    """Walls of cavities are dropped."""
+    """The walls of cavities are removed."""
     shell = Analytic(lambda x: torch.maximum(ball(0.7)(x), -ball(0.4)(x)))
     volume = isosurface.sample_volume(shell, 48, 10.0)
     raw = marching_cubes(volume.smooth.numpy(), math.log(volume.isovalue))
     assert len(np.unique(geometry_mesh.mesh_components(raw))) == 2
     shape = as_trimesh(isosurface.extract_surface(volume))
     assert shape.is_watertight and shape.euler_number == 2
-    assert in_a_ball(0.7 - below(2 / 47, 0.7)) < shape.volume < in_a_ball(0.7 + 1e-6)
+    assert in_a_ball(0.7 - below(2 / 47, 0.7)) < shape.volume < in_a_ball(0.7 * (1 + 8 * ULP))
 
 
 def test_extract_surface_full_box():
-    """A scene that fills the box is closed by it."""
+    """A scene that fills the box is closed at its border."""
     full = Analytic(lambda x: 0.2 * (x.norm(dim=-1) - 3))
     shape = found(full, 32)
     assert shape.is_watertight and np.abs(shape.bounds).max() < 1 + 2 / 31
@@ -163,13 +167,13 @@ def test_extract_surface_full_box():
 
 @pytest.mark.parametrize("distance", [lambda x: torch.full_like(x[:, 0], math.inf), lambda x: x[:, 0] * math.nan])
 def test_sample_volume_no_surface(distance):
-    """Nothing to show is said."""
+    """A constant density is refused."""
     with pytest.raises(NoSurface, match="no surface to export"):
         found(Analytic(distance), 16)
 
 
 def test_sample_volume_not_finite(monkeypatch):
-    """A density that is not finite near the surface alone is said."""
+    """A density that is not finite near the surface is refused."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     hole = Analytic(lambda x: torch.where((x - 0.45).abs().amax(1) < 0.1, math.nan, ball(0.6)(x)))
     with pytest.raises(NoSurface, match="not finite"):
@@ -190,7 +194,7 @@ def check_volume(got, exact):
 
 
 def glued(pairs):
-    """Two balls, with the vertices `pairs` of the second one those of the first."""
+    """Two balls that share the vertices `pairs`."""
     count = len(BALL.vertices)
     faces = BALL.faces + count
     for first, second in pairs:
@@ -199,7 +203,7 @@ def glued(pairs):
 
 
 def test_split_vertices_sheets():
-    """Sheets that meet are taken apart."""
+    """Sheets that meet are separated."""
     a, b, c = BALL.faces[7]
     for pairs in ([(a, a)], [(a, b), (b, a)], [(a, b), (b, a), (c, c)]):
         together = glued(pairs)
@@ -210,7 +214,7 @@ def test_split_vertices_sheets():
 
 
 def test_drop_folded_faces_three():
-    """Of three triangles on each other one is left."""
+    """One of three triangles at the same place is left."""
     extra = np.concatenate([BALL.faces, BALL.faces[3:4], BALL.faces[3:4, ::-1]])
     mended = geometry_mesh._drop_folded_faces(Mesh(BALL.vertices, extra))
     assert geometry_mesh.is_closed(mended) and len(mended.faces) == len(BALL.faces)
@@ -251,8 +255,8 @@ def test_simplify_without_target():
 # Textures
 
 
-def seen_in_the_picture(laid, resolution):
-    """What an image of the atlas shows at each texel."""
+def rasterize_atlas(laid, resolution):
+    """The triangle of an atlas at each texel."""
     uv = torch.from_numpy(laid.uv)
     clip = torch.cat([2 * uv - 1, torch.zeros(len(uv), 1), torch.ones(len(uv), 1)], dim=1)[None]
     return kernels.rasterize(clip, torch.from_numpy(laid.faces).int(), resolution, resolution)
@@ -260,18 +264,18 @@ def seen_in_the_picture(laid, resolution):
 
 @pytest.mark.parametrize("resolution", [16, 48])
 def test_unwrap_small_image(resolution, pixels_inside):
-    """More charts than a small image has room for do not overlap."""
+    """Charts do not overlap, even if the image is too small for them."""
     simple = geometry_mesh.simplify(
         isosurface.extract_surface(isosurface.sample_volume(Analytic(bumps), 40, 10.0)), 3000
     )
     laid = uv_atlas.unwrap(simple, resolution)
-    covered = int((seen_in_the_picture(laid, 2048).triangle >= 0).sum())
+    covered = int((rasterize_atlas(laid, 2048).triangle >= 0).sum())
     assert 0 < covered and pixels_inside(laid.uv, laid.faces, 2048) <= covered
     assert 0 <= laid.uv.min() and laid.uv.max() <= 1
 
 
 def test_unwrap_xatlas_fallback(monkeypatch):
-    """Xatlas takes over where uvunwrap panics."""
+    """xatlas is used where uvunwrap panics."""
     import uvunwrap
 
     def fail(kind):
@@ -289,17 +293,17 @@ def test_unwrap_xatlas_fallback(monkeypatch):
 
 
 def test_bake_normals():
-    """The image of normals gives back what simplification took."""
+    """The normal map restores detail that simplification removed."""
     field, resolution = Analytic(bumps), 512
     volume = isosurface.sample_volume(field, 128, 10.0)
     mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1500)
     laid = uv_atlas.unwrap(mesh, resolution)
     image = texture.bake(field, mesh, laid, resolution, volume).normal
-    seen = seen_in_the_picture(laid, resolution)
-    triangle = seen.triangle[0].numpy()
+    fragments = rasterize_atlas(laid, resolution)
+    triangle = fragments.triangle[0].numpy()
     row, column = np.nonzero(triangle >= 0)
     faces = laid.faces[triangle[row, column]]
-    weights = seen.barycentrics[0].numpy()[row, column][:, :, None]
+    weights = fragments.barycentrics[0].numpy()[row, column][:, :, None]
 
     def between(values):
         return (values[faces] * weights).sum(1)
@@ -332,7 +336,7 @@ def test_bake_normals():
 
 
 def test_bake_layer_colours():
-    """A blue fog around a red ball, which is seen through it: more of it on straight rays than on slanted ones."""
+    """A ball in blue fog: straight rays see more of the fog than slanted ones."""
     field = Analytic(lambda x: (ball(0.6)(x) * 50).clamp(min=0), steep=10.0)  # density 10 inside
     red, blue = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
     field.albedo = lambda x: torch.where((x.norm(dim=-1) < 0.55)[:, None], red, blue)
@@ -341,14 +345,14 @@ def test_bake_layer_colours():
     assert np.linalg.norm(mesh.vertices, axis=1).min() > 0.58
     laid = uv_atlas.unwrap(mesh, 64)
     outside, through = texture.bake(field, mesh, laid, 64), texture.bake(field, mesh, laid, 64, volume)
-    there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()
+    there = (rasterize_atlas(laid, 64).triangle[0] >= 0).numpy()
     assert (outside.albedo[there] == [0, 0, 255]).all() and outside.normal is None
     points, up = (torch.from_numpy(one).float() for one in (mesh.vertices, geometry_mesh.smooth_normals(mesh)))
     depths, _ = texture._trace_layer(field, volume, points, up)
     # Light comes from behind a depth t with exp(-10 t), as far as a ray goes, and four of five rays are slanted.
     cosine = (1 + texture.SIDE_RAY_SLOPE**2) ** -0.5
-    seen = np.array(texture.DEPTH_QUANTILES) * -np.expm1(-10 * texture.LAYER_INSIDE)
-    expected = -np.log(1 - seen) / 10 * (1 + 4 * cosine) / 5
+    light = np.array(texture.DEPTH_QUANTILES) * -np.expm1(-10 * texture.LAYER_INSIDE)
+    expected = -np.log(1 - light) / 10 * (1 + 4 * cosine) / 5
     # The density changes within a cell of the volume, and samples are taken a step apart.
     uncertain = volume.cell + (texture.LAYER_OUTSIDE + texture.LAYER_INSIDE) / texture.RAY_SAMPLES
     assert np.abs(depths.mean(0).numpy() - expected).max() < uncertain
@@ -367,7 +371,7 @@ def test_bake_haze():
     mesh = geometry_mesh.simplify(isosurface.extract_surface(volume), 1000)
     assert np.abs(np.linalg.norm(mesh.vertices, axis=1) - 0.6).mean() < 0.01
     laid = uv_atlas.unwrap(mesh, 64)
-    there = (seen_in_the_picture(laid, 64).triangle[0] >= 0).numpy()
+    there = (rasterize_atlas(laid, 64).triangle[0] >= 0).numpy()
     blue = (texture.bake(field, mesh, laid, 64, volume).albedo[there] / 255)[:, 2].mean()
     # Straight rays cross the shell: 1 - exp(-8 * 0.05) = 0.33. Slanted ones begin 1/16 before: 1 - exp(-8 / 16) = 0.39.
     # The shell ends within a cell of the volume, on both sides, and 8 of its optical depth are in a unit.

@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, says what the run's files say, and in which nothing becomes markup."""
+"""The report: one self-contained file with the content of the run's files, in which nothing becomes markup."""
 
 import base64
 import io
@@ -91,7 +91,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def picture(uri: str) -> np.ndarray:
+def decode_image(uri: str) -> np.ndarray:
     head, data = uri.split(",", 1)
     assert head == "data:image/webp;base64"
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
@@ -99,23 +99,23 @@ def picture(uri: str) -> np.ndarray:
 
 def sheets(page: Page) -> dict[str, tuple[dict, np.ndarray]]:
     """The sheets of frames of the turntable by kind: attributes and pixels."""
-    found = [attributes for attributes in page.of("div") if attributes.get("class") == "sheet"]
-    return {one["data-kind"]: (one, picture(re.search(r"url\((.*?)\)", one["style"])[1])) for one in found}
+    elements = [attributes for attributes in page.of("div") if attributes.get("class") == "sheet"]
+    return {one["data-kind"]: (one, decode_image(re.search(r"url\((.*?)\)", one["style"])[1])) for one in elements}
 
 
 # The page as a whole
 
 
 def test_report_sections(finished):
-    """A run ends with a page of everything."""
+    """A finished run has a page with every section."""
     page = Page(finished / "report.html")
     assert page.texts["h1"] == ["a hamburger"]
     assert page.texts["h2"] == ["Six views", "During the run", "Curves", "Time", "Reproduce"]
-    pictures = [picture(image["src"]) for image in page.of("img")]
+    decoded = [decode_image(image["src"]) for image in page.of("img")]
     # 6 views twice, one strip of the last step, the guidance of steps 3 and 6
-    assert [pixels.shape[:2] for pixels in pictures] == [(SIDE, SIDE)] * 12 + [(2 * SIDE, 2 * SIDE)] + [(32, 96)] * 2
+    assert [pixels.shape[:2] for pixels in decoded] == [(SIDE, SIDE)] * 12 + [(2 * SIDE, 2 * SIDE)] + [(32, 96)] * 2
     expected = np.asarray(Image.open(finished / "results" / "front.png").convert("RGB")).astype(int)
-    assert np.abs(pictures[0] - expected).mean() < 8
+    assert np.abs(decoded[0] - expected).mean() < 8
     captions = "\n".join(page.texts["figcaption"])
     levels = [json.loads(row)["t"] for row in (finished / "metrics.jsonl").read_text().splitlines()]
     assert f"step 3, t = {levels[2][0]}" in captions and f"step 6, t = {levels[5][0]}" in captions
@@ -133,7 +133,7 @@ def json_of(workspace: Path) -> dict:
 
 
 def test_report_is_self_contained(finished):
-    """Nothing on the page comes from elsewhere."""
+    """The page loads nothing from elsewhere."""
     page = Page(finished / "report.html")
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe", "object", "embed", "base")
@@ -146,7 +146,7 @@ def test_report_is_self_contained(finished):
 
 
 def test_report_times(tiny_model, tmp_path, monkeypatch):
-    """With a clock that goes on in the loading of the model, the steps and the outputs alone."""
+    """The times are those of loading, steps and outputs."""
     now = [100.0]
     monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
 
@@ -183,7 +183,7 @@ def test_report_escapes_prompt(copy):
     with (copy / "metrics.jsonl").open("a") as metrics:
         row = {"step": 7, "phase": EVIL, f"loss_{EVIL}": 1.0, "grad_norm": EVIL}
         metrics.write(json.dumps(row) + "\n")
-    (copy / "validation" / f"step_000007{'<b>'}.png").write_bytes(b"no picture")
+    (copy / "validation" / f"step_000007{'<b>'}.png").write_bytes(b"no image")
     page = Page(write_report(Workspace(copy)))
     shown = EVIL.replace("\x1b", "\\x1b").replace("\x00", "\\x00").replace("\u202e", "\\u202e")
     assert page.texts["h1"] == [shown] and page.texts["title"][0] == f"{shown} \u2013 dream-fast"
@@ -194,7 +194,7 @@ def test_report_escapes_prompt(copy):
 
 
 def test_report_command(finished, tiny_model):
-    """The command on the page makes the run again."""
+    """The command on the page repeats the run."""
     (shown,) = Page(finished / "report.html").texts["pre"]
     config = Workspace(finished).stored_config()
     assert shown == reproduce_command(config)
@@ -203,7 +203,7 @@ def test_report_command(finished, tiny_model):
 
 
 def test_report_commands_of_parts(copy, tiny_model):
-    """A run that was taken further has a command for each part."""
+    """An extended run has a command for each part."""
     assert main(command(copy, tiny_model, "--iters", "8")) == 0
     page = Page(copy / "report.html")
     config = Workspace(copy).stored_config()
@@ -219,7 +219,7 @@ def test_report_without_run(tmp_path):
 
 
 def test_report_rewritten(copy, tiny_model):
-    """Looking at a run writes the report anew and a finished one only what is missing."""
+    """--test writes the report again; a finished run only if it is missing."""
     (copy / "report.html").unlink()
     assert main(command(copy, tiny_model)) == 0
     assert Page(copy / "report.html").texts["h1"] == ["a hamburger"]
@@ -230,14 +230,14 @@ def test_report_rewritten(copy, tiny_model):
     assert main(command(copy, tiny_model)) == 0
     assert sheets(Page(copy / "report.html"))
     assert main(["--test", "--six_views", "--workspace", str(copy), "--W", "32", "--H", "20"]) == 0
-    assert picture(Page(copy / "report.html").of("img")[0]["src"]).shape[:2] == (20, 32)
+    assert decode_image(Page(copy / "report.html").of("img")[0]["src"]).shape[:2] == (20, 32)
 
 
-# Pictures
+# Images
 
 
 def test_report_turntable_sheets(copy):
-    """The sheets hold the frames in their order."""
+    """The sheets have the frames in order."""
     colours = np.linspace(0, 240, 7).astype(np.uint8)  # of frame i, in thirds for the three kinds
 
     def frame(value: int) -> np.ndarray:
@@ -248,18 +248,18 @@ def test_report_turntable_sheets(copy):
     page = Page(write_report(Workspace(copy)))
     (table,) = [one for one in page.of("div") if one.get("id") == "turntable"]
     assert [table[f"data-{name}"] for name in ("frames", "columns", "rows")] == ["7", "3", "3"]
-    found = sheets(page)
-    assert list(found) == ["colour", "normals", "depth"]
-    for (_, (attributes, pixels)), third in zip(found.items(), (0, 120, 240), strict=True):
+    elements = sheets(page)
+    assert list(elements) == ["colour", "normals", "depth"]
+    for (_, (attributes, pixels)), third in zip(elements.items(), (0, 120, 240), strict=True):
         assert pixels.shape[:2] == (3 * SIDE, 3 * (SIDE + 1)) and "background-size: 300% 300%" in attributes["style"]
         for index, value in enumerate(colours.astype(int)):
             middle = pixels[index // 3 * SIDE + SIDE // 2, index % 3 * (SIDE + 1) + SIDE // 2]
             assert np.abs(middle - (value, third, 255 - value)).max() < 20, (index, middle)
-    assert ["hidden" in attributes for attributes, _ in found.values()] == [False, True, True]
+    assert ["hidden" in attributes for attributes, _ in elements.values()] == [False, True, True]
 
 
 def test_report_size(copy):
-    """The page stays small whatever its pictures hold."""
+    """The size of the page is bounded."""
     drawn = np.random.default_rng(0)
 
     def noise(height: int, width: int) -> np.ndarray:
@@ -276,10 +276,10 @@ def test_report_size(copy):
 
 
 def test_report_damaged_files(copy):
-    """What is missing or damaged is named."""
+    """Missing or damaged files are named."""
     (copy / "results" / "turntable.mp4").write_bytes(b"no video")
-    (copy / "results" / "back.png").write_bytes(b"no picture")
-    (copy / "guidance" / "step_000003.png").write_bytes(b"no picture")
+    (copy / "results" / "back.png").write_bytes(b"no image")
+    (copy / "guidance" / "step_000003.png").write_bytes(b"no image")
     (copy / "metrics.jsonl").write_bytes(b'junk\n[]\n{"step": 1, "loss_guidance": null}\n{"ste')
     page = Page(write_report(Workspace(copy)))
     missing = "\n".join(page.texts["p"])
@@ -297,7 +297,7 @@ def test_report_damaged_files(copy):
 
 
 def test_report_refused_images(copy, monkeypatch):
-    """Too many pixels, which `--W` can make, too long a text, and a video without room for three kinds."""
+    """Too many pixels, too long a text, and a video that is too narrow are named."""
     long = PngInfo()
     long.add_text("t", "x" * 2_000_000, zip=True)
     Image.new("RGB", (4, 4)).save(copy / "results" / "back.png", pnginfo=long)
@@ -327,12 +327,12 @@ def points(path: ElementTree.Element) -> list[list[tuple[float, float]]]:
 
 
 def assert_there(point: tuple[float, float], place: tuple[float, float]) -> None:
-    """Both are written with a digit after the point, so that each is off by up to a twentieth."""
+    """Both have one digit after the point, so each is off by up to 0.05."""
     assert max(abs(a - b) for a, b in zip(point, place, strict=True)) < 0.11
 
 
 def test_chart_points():
-    """Points lie where the ticks say."""
+    """Points lie at the values of the ticks."""
     root = drawn([Series("a", [0, 5, 10], [0.0, 5.0, 10.0]), Series("b", [0, 10], [10.0, None])])
     (first, second) = lines(root)
     ticks = {text.text: float(text.get("y")) - 3.5 for text in root.iter("text") if text.get("text-anchor") == "end"}
@@ -349,7 +349,7 @@ def test_chart_points():
 
 
 def test_chart_logarithmic_axis():
-    """Far apart positive values have a logarithmic axis."""
+    """Positive values that differ widely have a logarithmic axis."""
     root = drawn([Series("a", [1, 2, 3], [0.01, 1.0, 100.0])])
     (path,) = lines(root)
     ((low, middle, high),) = points(path)
@@ -361,7 +361,7 @@ def test_chart_logarithmic_axis():
 
 
 def test_chart_missing_values():
-    """A missing value breaks the line and a lone one is a dot."""
+    """A missing value interrupts the line, and a single point is a dot."""
     (path,) = lines(drawn([Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, None, 1.0, 2.0])]))
     assert [len(stroke) for stroke in points(path)] == [2, 2]
     (dot,) = lines(drawn([Series("a", [7], [3.0])]))
@@ -382,7 +382,7 @@ def test_chart_long_lines():
 
 
 def test_chart_marks(finished):
-    """Marks stand where a phase begins."""
+    """Marks are at the first step of a phase."""
     page = Page(finished / "report.html")
     assert page.source.count('class="phase"') == 2 * len(page.of("svg"))
     assert page.texts["text"].count("latent") == page.texts["text"].count("shaded") == len(page.of("svg")) == 6
@@ -394,7 +394,7 @@ def test_chart_marks(finished):
 @pytest.mark.parametrize("low", [0.0, -3.7, 12.0, 1e-7, 1e6, 5.0])
 @pytest.mark.parametrize("reach", [0.0, 1e-6, 0.3, 1.0, 17.0, 1e5])
 def test_linear_axis_ticks(low, reach):
-    """An axis holds its values with a few even ticks."""
+    """An axis includes its values and has a few even ticks."""
     axis = linear_axis(low, low + reach)
     unseen = 1e-6 * (axis.high - axis.low)
     assert axis.low - unseen <= low <= low + reach <= axis.high + unseen and 2 <= len(axis.ticks) <= 9

@@ -8,11 +8,11 @@ from dream_fast.engine.export import video
 
 
 def test_write_video_odd_sides(tmp_path):
-    """Video holds every frame also with odd sides."""
+    """A video has every frame, also with odd sides."""
     frames = [np.full((21, 33, 3), value, dtype=np.uint8) for value in (0, 120, 240)]
-    seen = []
-    codec = video.write_video(tmp_path / "v.mp4", iter(frames), 25, on_frame=lambda: seen.append(1))
-    assert codec in ("libx264", "mpeg4") and len(seen) == 3
+    frames_written = []
+    codec = video.write_video(tmp_path / "v.mp4", iter(frames), 25, on_frame=lambda: frames_written.append(1))
+    assert codec in ("libx264", "mpeg4") and len(frames_written) == 3
     with av.open(str(tmp_path / "v.mp4")) as container:
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 25

@@ -24,7 +24,7 @@ def padded(volume, level):
 
 
 def crossings(volume, level):
-    """The vertex of each edge of the grid that crosses the level, found edge by edge."""
+    """The vertex of each edge of the grid that crosses the isovalue, found edge by edge."""
     values, places = padded(volume, level), []
     for point in product(*map(range, values.shape)):
         for step in AXES:
@@ -39,7 +39,8 @@ def crossings(volume, level):
 
 
 def winding(vertices, faces, point):
-    """How often the surface goes around a point: the sum of the triangles' solid angles (Van Oosterom, 1983)."""
+    """Winding number of the surface around a point: the sum of the solid angles of its triangles (Van Oosterom,
+    1983)."""
     a, b, c = (vertices[faces[:, k]] - point for k in range(3))
     la, lb, lc = (np.linalg.norm(side, axis=1) for side in (a, b, c))
     above = (a * np.cross(b, c)).sum(1)
@@ -57,12 +58,12 @@ def assert_around_what_is_above(volume, level):
 
 
 def ordered(places):
-    """The places in one order, whatever their own; rounded numbers decide it."""
+    """Positions sorted after rounding."""
     return torch.from_numpy(places[np.lexsort(places.round(9).T)])
 
 
-def test_marching_cubes_every_case_is_closed():
-    """All 256 cases of a cube, worked out anew, each with the winding number of every corner."""
+def test_marching_cubes_every_case():
+    """All 256 cases of a cube have the right winding number at every corner."""
     module._cases.cache_clear()
     for case in range(256):
         inside = np.array([bool(case >> corner & 1) for corner in range(8)])
@@ -72,7 +73,7 @@ def test_marching_cubes_every_case_is_closed():
 
 
 @pytest.mark.parametrize("level", [0.0, 0.7, -3.0, 2.5])
-def test_marching_cubes_vertices_on_crossed_edges(level):
+def test_marching_cubes_vertices(level):
     """Vertices agree with a search edge by edge, on a grid with three different sides."""
     volume = random_volume(4, 5, 7)
     vertices, faces = marching_cubes(volume, level)
@@ -81,8 +82,8 @@ def test_marching_cubes_vertices_on_crossed_edges(level):
     assert_around_what_is_above(volume, level)
 
 
-def test_marching_cubes_random_values_are_closed():
-    """A large random grid, where every pair of neighbouring cases occurs, has two triangles on each edge."""
+def test_marching_cubes_random_values():
+    """In a large random grid, with all pairs of neighbouring cases, every edge has two triangles."""
     assert is_closed(Mesh(*marching_cubes(random_volume(24, 24, 24), 0.0)))
 
 
@@ -90,27 +91,27 @@ def test_marching_cubes_random_values_are_closed():
     ("value", "level", "distance"), [(1, 0.5, 1 / 3), (1e9, 0, 0.98), (1e-9, 0, 0.02), (3, 0, 0.75)]
 )
 def test_marching_cubes_one_point(value, level, distance):
-    """Around the grid lies level - 1; a vertex keeps 2 % of its edge from both ends."""
+    """Outside of the grid is isovalue - 1; a vertex keeps 2 % of its edge from both ends."""
     vertices, faces = marching_cubes(np.full((1, 1, 1), float(value)), level)
     assert len(faces) == 8
     check_fp64("vertices", ordered(vertices), ordered(distance * np.concatenate([AXES, -AXES])))
 
 
 def test_marching_cubes_outside_is_below():
-    """A value below level - 1 is that of the space around, too: straight edges end alike within and at the border."""
+    """A value below isovalue - 1 is also that of the outside, so edges at the border end like those within."""
     vertices, _ = marching_cubes(np.array([[[1.0, -3.0]]]), 0.0)
     check_fp64("vertices", ordered(vertices), ordered(0.25 * np.concatenate([AXES, -AXES])))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_marching_cubes_empty(value):
-    """A value at the level counts as below."""
+    """A value at the isovalue counts as below."""
     vertices, faces = marching_cubes(np.full((2, 3, 4), value), 0.0)
     assert vertices.shape == faces.shape == (0, 3)
 
 
-def test_marching_cubes_diagonal_points_are_apart():
-    """On a face with two inside corners across from each other each is cut off by itself."""
+def test_marching_cubes_diagonal_points():
+    """Two inside corners across a face are separated."""
     for plane in range(3):
         flat = np.array([[1.0, -1.0], [-1.0, 1.0]])
         mesh = Mesh(*marching_cubes(np.expand_dims(flat, plane), 0.0))
@@ -119,7 +120,7 @@ def test_marching_cubes_diagonal_points_are_apart():
 
 @pytest.mark.parametrize("points", [1, 2 * 9 * 10, 3 * 9 * 10 + 7])
 def test_marching_cubes_slabs(points, monkeypatch):
-    """Taken in slabs of one, two or three layers, the surface has the vertices and triangles it has at once."""
+    """Slabs of one, two or three layers give the vertices and triangles of the whole."""
     volume = random_volume(5, 7, 8)
     vertices, faces = marching_cubes(volume, 0.1)
     monkeypatch.setattr(module, "LAYER_POINTS", points)
@@ -129,18 +130,18 @@ def test_marching_cubes_slabs(points, monkeypatch):
 
 @pytest.mark.parametrize(("points", "slabs"), [(1, 6), (2 * 72, 3), (2 * 72 - 1, 6), (5 * 72, 2), (6 * 72, 1)])
 def test_marching_cubes_slab_size(points, slabs, monkeypatch):
-    """Layers of 8 x 9 padded points go together up to the limit, and one at least."""
-    asked, triangles = [], module._triangles
+    """Slabs have as many layers as the limit allows, and at least one."""
+    calls, triangles = [], module._triangles
 
     def watched(volume, level, begin, end, strides):
-        asked.append((begin, end))
+        calls.append((begin, end))
         return triangles(volume, level, begin, end, strides)
 
     monkeypatch.setattr(module, "LAYER_POINTS", points)
     monkeypatch.setattr(module, "_triangles", watched)
     marching_cubes(random_volume(5, 6, 7), 0.0)
     layers = max(1, points // 72)
-    assert asked == [(layers * number, layers * (number + 1)) for number in range(slabs)]
+    assert calls == [(layers * number, layers * (number + 1)) for number in range(slabs)]
 
 
 def faces_of(edge):
@@ -150,13 +151,13 @@ def faces_of(edge):
 
 
 def test_edges_in_one_face():
-    """Two edges are in one face exactly if both lie in the same of its planes."""
+    """Two edges are in one face exactly if both lie in the same plane of the cube."""
     for one, other in combinations(range(12), 2):
         assert module._in_one_face(one, other) == bool(faces_of(one) & faces_of(other))
 
 
 def test_rings_counter_clockwise():
-    """Six faces; the corners of each follow each other along edges, and turn left seen from outside."""
+    """The corners of each of six faces are connected by edges and turn left seen from outside."""
     rings = [CORNERS[ring] for ring in module._rings()]
     assert len({tuple(ring.sum(0)) for ring in rings}) == len(rings) == 6
     for ring in rings:
@@ -168,19 +169,19 @@ def test_rings_counter_clockwise():
 
 
 def test_triangulate_diagonals():
-    """Every polygon of the 256 cases has two triangles less than corners, and no diagonal within a face."""
+    """Every polygon of the 256 cases has two triangles less than corners, and no diagonal in a face."""
     for case in range(256):
         for polygon in module._polygons([bool(case >> corner & 1) for corner in range(8)]):
             triangles = module._triangulate(polygon)
             assert len(triangles) == len(polygon) - 2
             sides = {frozenset(pair) for pair in zip(polygon, polygon[1:] + polygon[:1], strict=True)}
-            found = {frozenset(pair) for triangle in triangles for pair in combinations(triangle, 2)}
-            assert sides <= found
-            assert not any(module._in_one_face(*diagonal) for diagonal in found - sides)
+            diagonals = {frozenset(pair) for triangle in triangles for pair in combinations(triangle, 2)}
+            assert sides <= diagonals
+            assert not any(module._in_one_face(*diagonal) for diagonal in diagonals - sides)
 
 
 def test_triangulate_polygon_in_one_face():
-    """The four edges of a face have no diagonal outside of it, alone or at the end of a longer polygon."""
+    """Four edges of one face have no diagonal outside of it, alone or at the end of a longer polygon."""
     face = [edge for edge in range(12) if (0, 0) in faces_of(edge)]
     assert len(face) == 4
     assert module._triangulate(face) is None

@@ -1,4 +1,4 @@
-"""Parts, sheets and normals of a mesh, and the volume that a surface is taken from: closed forms and brute force."""
+"""Parts, sheets and normals of a mesh, and the volume of a surface: closed forms and brute force."""
 
 import math
 from itertools import product
@@ -47,7 +47,7 @@ def same(one, other):
 
 
 def test_connected_components_lowest_name():
-    """Random pairs against the closure of who is paired with whom."""
+    """Random pairs are compared with their transitive closure."""
     for seed in range(20):
         random = np.random.default_rng(seed)
         ends = random.integers(0, 30, (2, int(random.integers(0, 30))))
@@ -61,30 +61,30 @@ def test_connected_components_lowest_name():
 
 
 def test_mesh_components_by_edges():
-    """Triangles in a row that share a vertex are one component; a vertex of no triangle is its own."""
+    """Triangles that share a vertex are one component; a vertex without triangles is its own."""
     mesh = Mesh(np.zeros((9, 3)), np.array([[8, 1, 7], [7, 2, 3], [4, 6, 5]]))
     assert geometry_mesh.mesh_components(mesh).tolist() == [0, 1, 1, 1, 4, 4, 4, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("side", "place", "kept"), [(0.15, 3, True), (0.14, 3, False), (0.05, 0.53, True), (0.04, 0.53, False)]
+    ("side", "place", "stays"), [(0.15, 3, True), (0.14, 3, False), (0.05, 0.53, True), (0.04, 0.53, False)]
 )
-def test_visible_parts_drops_by_area(side, place, kept):
-    """Of a box of side 1, what is apart needs 2 % of its area, and what is at its corner 0.2 %."""
+def test_visible_parts_drops_by_area(side, place, stays):
+    """Beside a box of side 1 a part needs 2 % of its area; at its corner 0.2 % are enough."""
     large, small = box(1), box(side, (place, place, place))
-    assert same(geometry_mesh.visible_parts(together(small, large)), together(small, large) if kept else large)
+    assert same(geometry_mesh.visible_parts(together(small, large)), together(small, large) if stays else large)
 
 
 def test_visible_parts_joins_near_components():
-    """Two boxes of 1.2 % of the area each stay where they touch, and go where they are apart."""
+    """Two boxes of 1.2 % of the area each stay if they touch, and are removed if they are apart."""
     large, first = box(1), box(0.11, (3, 0, 0))
-    for y, kept in ((0.12, True), (1.0, False)):
+    for y, stays in ((0.12, True), (1.0, False)):
         mesh = together(large, first, box(0.11, (3, y, 0)))
-        assert same(geometry_mesh.visible_parts(mesh), mesh if kept else large)
+        assert same(geometry_mesh.visible_parts(mesh), mesh if stays else large)
 
 
 def test_visible_parts_drops_cavities():
-    """A component that faces its own inside goes, wherever the origin is; alone it stays."""
+    """A component that faces its own inside is removed, wherever the origin is; alone it stays."""
     shell = together(box(1, (5, 5, 5)), turned(box(0.5, (5, 5, 5))))
     assert same(geometry_mesh.visible_parts(shell), box(1, (5, 5, 5)))
     alone = turned(box(1))
@@ -94,7 +94,7 @@ def test_visible_parts_drops_cavities():
 
 
 def test_join_near_components_distance():
-    """In any direction and place; points over a cell's diagonal apart are not, and what is dropped joins none."""
+    """Points farther apart than the diagonal of a cell are not joined, nor are they by removed components."""
     random = np.random.default_rng(0)
     for _ in range(200):
         way = random.standard_normal(3)
@@ -115,7 +115,7 @@ def test_join_near_components_distance():
 
 
 def test_is_closed():
-    """A hole, a turned triangle, a doubled surface and a flap are not closed."""
+    """A hole, a flipped triangle, a doubled surface and a flap are not closed."""
     mesh = TETRAHEDRON
     assert geometry_mesh.is_closed(mesh) and geometry_mesh.is_closed(together(mesh, box(1)))
     assert not geometry_mesh.is_closed(mesh._replace(faces=mesh.faces[1:]))
@@ -126,7 +126,7 @@ def test_is_closed():
 
 @pytest.mark.parametrize("roll", [0, 1, 2])
 def test_drop_folded_faces(roll):
-    """Two triangles on each other cancel however they begin; the rest keeps its way around."""
+    """Two triangles on each other cancel whatever their first corner; the rest keeps its orientation."""
     flap = np.array([[4, 5, 6], np.roll([6, 5, 4], roll)])
     mesh = Mesh(np.concatenate([TETRAHEDRON.vertices, np.ones((3, 3))]), np.concatenate([TETRAHEDRON.faces, flap]))
     left = geometry_mesh._drop_folded_faces(mesh)
@@ -137,20 +137,20 @@ def test_drop_folded_faces(roll):
 
 
 def test_drop_folded_faces_of_three():
-    """Twice the same triangle stays twice."""
+    """Two copies of a triangle stay."""
     faces = np.array([[0, 1, 2], [1, 2, 0], [3, 2, 1]])
     left = geometry_mesh._drop_folded_faces(Mesh(TETRAHEDRON.vertices, faces))
     assert sorted(np.roll(face, -face.argmin()).tolist() for face in left.faces) == [[0, 1, 2], [0, 1, 2], [1, 3, 2]]
 
 
 def test_split_vertices_open_mesh():
-    """Where edges do not pair up the mesh comes back itself."""
+    """A mesh whose edges do not pair up is returned unchanged."""
     mesh = TETRAHEDRON._replace(faces=TETRAHEDRON.faces[1:])
     assert geometry_mesh._split_vertices(mesh) is mesh
 
 
 def test_split_vertices_shared_vertex():
-    """Two tetrahedra at one corner become eight corners at the same places."""
+    """Two tetrahedra with a common corner get eight vertices at the same positions."""
     other = np.where(TETRAHEDRON.faces == 0, 0, TETRAHEDRON.faces + 3)
     vertices = np.concatenate([TETRAHEDRON.vertices, -TETRAHEDRON.vertices[1:, ::-1]])
     mesh = Mesh(vertices, np.concatenate([TETRAHEDRON.faces, other]))
@@ -161,7 +161,7 @@ def test_split_vertices_shared_vertex():
 
 
 def test_offset_copies():
-    """By a hundredth of the mean first edge of the triangles, against the normal; all others stay."""
+    """Copies move by a hundredth of the mean first edge against the normal; all others stay."""
     mesh = together(TETRAHEDRON, box(2, (-1, -1, -1)))
     moved = geometry_mesh._offset_copies(mesh).vertices - mesh.vertices
     a, b = mesh.vertices[mesh.faces[:, 0]], mesh.vertices[mesh.faces[:, 1]]
@@ -173,7 +173,7 @@ def test_offset_copies():
 
 
 def test_smooth_normals_weighted_by_area():
-    """Of a corner between faces of area 1, 2 and 3 the normal is (1, 2, 3) / sqrt(14); without an area it is zero."""
+    """A corner of faces with areas 1, 2 and 3 has the normal (1, 2, 3) / sqrt(14); one without area has zero."""
     vertices = np.array([[0.0, 0, 0], [3, 0, 0], [0, 1.5, 0], [0, 0, 1], [9, 9, 9]])
     faces = np.array([[0, 2, 3], [0, 3, 1], [0, 1, 2], [4, 4, 4]])
     areas = np.array([1.5, 3, 4.5])
@@ -193,7 +193,7 @@ def test_smooth_normals_weighted_by_area():
 
 @pytest.fixture
 def simplified(monkeypatch):
-    """The targets that the library is asked for, and the meshes that it gives, in order."""
+    """The targets passed to the library, and the meshes that it returns, in order."""
     targets, gives = [], []
 
     def simplify(points, triangles, *, target_count):
@@ -206,7 +206,7 @@ def simplified(monkeypatch):
 
 
 def test_simplify_first_closed(simplified):
-    """An open one is followed by a target that is a little lower."""
+    """After an open mesh the target is a little lower."""
     single = TETRAHEDRON.vertices.astype(np.float32)
     simplified.gives += [(single, TETRAHEDRON.faces[1:]), (single, TETRAHEDRON.faces.astype(np.int32))]
     simpler = geometry_mesh.simplify(together(*[box(1, (2 * k, 0, 0)) for k in range(20)]), 200)
@@ -215,7 +215,7 @@ def test_simplify_first_closed(simplified):
 
 
 def test_simplify_none_closed(simplified):
-    """After six targets; one without triangles is no surface, and the mesh comes back."""
+    """After six targets the first mesh is returned; one without triangles is no surface."""
     mesh = together(*[box(1, (2 * k, 0, 0)) for k in range(20)])
     simplified.gives += [(TETRAHEDRON.vertices, TETRAHEDRON.faces[:3]), (TETRAHEDRON.vertices, TETRAHEDRON.faces[:2])]
     assert len(geometry_mesh.simplify(mesh, 100).faces) == 3
@@ -225,7 +225,7 @@ def test_simplify_none_closed(simplified):
 
 
 def test_simplify_small_mesh(simplified):
-    """A mesh of as many triangles is not touched; fewer than four are never asked for."""
+    """A mesh within the target is unchanged; the target is at least four."""
     mesh = box(1)
     assert (
         geometry_mesh.simplify(mesh, 12) is mesh
@@ -242,7 +242,7 @@ def test_simplify_small_mesh(simplified):
 
 
 class Linear:
-    """A field of density 1000 + x + 10 y + 100 z, with the points it was asked for."""
+    """A field of density 1000 + x + 10 y + 100 z that records its points."""
 
     device, finest, bound = torch.device("cpu"), None, 0.5
 
@@ -256,11 +256,11 @@ class Linear:
 
 
 def test_sample_density(monkeypatch):
-    """By x, y, z; in layers that fit a sixteenth of the points on a CPU, with the part that is done."""
-    told, field = [], Linear()
+    """Densities are ordered by x, y, z and evaluated in layers, with progress."""
+    progress, field = [], Linear()
     monkeypatch.setattr(isosurface, "LAYER_POINTS", 16 * (2 * 25 + 3))
-    volume = isosurface.sample_density(field, 5, progress=told.append)
-    assert [len(points) for points in field.asked] == [50, 50, 25] and told == [2 / 5, 4 / 5, 1.0]
+    volume = isosurface.sample_density(field, 5, progress=progress.append)
+    assert [len(points) for points in field.asked] == [50, 50, 25] and progress == [2 / 5, 4 / 5, 1.0]
     axis = torch.linspace(-0.5, 0.5, 5)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
     assert torch.equal(volume, field.density(points.view(-1, 3)).view(5, 5, 5))
@@ -278,19 +278,19 @@ def test_sample_density(monkeypatch):
     ],
 )
 def test_choose_isovalue(values, threshold, level):
-    """The threshold, the mean below it, or the geometric middle where all is above."""
+    """It is the threshold, the mean below it, or the geometric mean where all values are above."""
     assert isosurface.choose_isovalue(torch.tensor(values), threshold) == level
 
 
 @pytest.mark.parametrize(("values", "word"), [([1, math.nan], "finite"), ([1, math.inf], "finite"), ([2, 2], "same")])
 def test_choose_isovalue_no_surface(values, word):
-    """Densities that are not finite, or the same everywhere, have none."""
+    """Densities that are not finite, or constant, are refused."""
     with pytest.raises(NoSurface, match=f"the field's density is .*{word}.* so it has no surface to export"):
         isosurface.choose_isovalue(torch.tensor(values, dtype=torch.float32), 1.0)
 
 
 def smoothed_by_hand(values, passes):
-    """Along each axis a quarter, half and quarter, with the border's own value beyond it; then Tukey's twicing."""
+    """A quarter, half and quarter along each axis, with the border repeated; then Tukey's twicing."""
 
     def averaged(grid):
         for _, axis in product(range(passes), range(3)):
@@ -308,7 +308,7 @@ def smoothed_by_hand(values, passes):
 
 @pytest.mark.parametrize("passes", [1, 3])
 def test_smooth_volume(passes):
-    """Against sums written out, on a grid of three different sides."""
+    """The result equals written-out sums, on a grid with three different sides."""
     values = np.random.default_rng(0).standard_normal((3, 4, 6))
     exact = torch.from_numpy(smoothed_by_hand(values, passes))
     check_fp64("smoothed", isosurface.smooth_volume(torch.from_numpy(values.copy()), passes), exact)
@@ -318,14 +318,14 @@ def test_smooth_volume(passes):
 
 @pytest.mark.parametrize(("finest", "passes"), [(None, 1), (8, 6), (6, 8), (14, 2), (100, 1)])
 def test_make_volume_passes(finest, passes, monkeypatch):
-    """1.5 of the square of the cells in a detail of the field, between 1 and 8; only what is near the level counts."""
-    asked = []
+    """There are 1.5 times the squared cells of a detail passes, 1 to 8; only values near the isovalue count."""
+    calls = []
     monkeypatch.setattr(
-        isosurface, "smooth_volume", lambda values, passes: (asked.append((values, passes)), values + 1)[1]
+        isosurface, "smooth_volume", lambda values, passes: (calls.append((values, passes)), values + 1)[1]
     )
     values = torch.linspace(-20, 20, 17).repeat(17, 17, 1)
     volume = make_volume(values, 2.0, SimpleNamespace(finest=finest, bound=0.75))
-    (near, count), *more = asked
+    (near, count), *more = calls
     assert count == passes and not more
     assert torch.equal(near, values.clamp(math.log(2.0) - 3, math.log(2.0) + 3))
     assert torch.equal(volume.values, values) and torch.equal(volume.smooth, near + 1)
@@ -333,7 +333,7 @@ def test_make_volume_passes(finest, passes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("found", "turns", "level"),
+    ("isovalue", "turns", "level"),
     [
         ([None], 1, 1.0),
         ([0.25], 1, math.exp(0.25)),
@@ -343,27 +343,27 @@ def test_make_volume_passes(finest, passes, monkeypatch):
         ([1.0, 2, 3, 4, 5, 6, 7], 6, math.exp(6)),
     ],
 )
-def test_make_volume_isovalue_search(found, turns, level, monkeypatch):
-    """Each turn begins at the level of the one before; it ends where it moved by less than 0.3, or after six."""
-    asked, silhouettes = [], object()
+def test_make_volume_isovalue_search(isovalue, turns, level, monkeypatch):
+    """Each round begins at the previous isovalue, until it moves by less than 0.3, at most six times."""
+    calls, silhouettes = [], object()
 
     def silhouette_isovalue(values, bound, of):
         assert (bound, of) == (0.75, silhouettes)
-        asked.append((values.min().item(), values.max().item()))
-        return found[len(asked) - 1]
+        calls.append((values.min().item(), values.max().item()))
+        return isovalue[len(calls) - 1]
 
     monkeypatch.setattr(isosurface, "silhouette_isovalue", silhouette_isovalue)
     monkeypatch.setattr(isosurface, "smooth_volume", lambda values, passes: values)
     volume = make_volume(
         torch.linspace(-20, 20, 8).view(2, 2, 2), 1.0, SimpleNamespace(finest=2, bound=0.75), silhouettes
     )
-    assert len(asked) == turns and volume.isovalue == level
-    befores = [math.log(math.exp(before)) for before in (0.0, *found[: turns - 1])]
-    assert asked == [tuple(torch.tensor([before - 3, before + 3]).tolist()) for before in befores]
+    assert len(calls) == turns and volume.isovalue == level
+    befores = [math.log(math.exp(before)) for before in (0.0, *isovalue[: turns - 1])]
+    assert calls == [tuple(torch.tensor([before - 3, before + 3]).tolist()) for before in befores]
 
 
 def test_surface_cells():
-    """Cells with a corner above and one at the level or below, and their 26 neighbours, found one by one."""
+    """Cells with corners above and at or below the isovalue, and their 26 neighbours, are found."""
     values = torch.zeros(7, 7, 7)
     values[1, 5, 2] = 1.0
     near = torch.zeros(6, 6, 6, dtype=torch.bool)
@@ -375,14 +375,14 @@ def test_surface_cells():
 
 
 def test_log_density_minimum():
-    """A millionth of the level."""
+    """The minimum is a millionth of the isovalue."""
     density = torch.tensor([0.0, 1e-9, 2.0])
     reference = torch.tensor([3e-6, 3e-6, 2.0])
     check("logarithm", isosurface._log_density(density, 3.0), reference.log(), reference.double().log())
 
 
 class Ball:
-    """A field with the density exp(8 (0.5 - |x|)); asked counts its points."""
+    """A field with the density exp(8 (0.5 - |x|)) that counts its points."""
 
     device, finest, bound = torch.device("cpu"), None, 1.0
 
@@ -396,11 +396,11 @@ class Ball:
 
 @pytest.mark.parametrize("layer_points", [16 * 21 * 21 * 4, 1])
 def test_sample_volume_fine_grid(layer_points, monkeypatch):
-    """Point by point: in a cell near the level the field's own value, elsewhere the coarse grid's trilinear one."""
+    """Cells near the isovalue have the values of the field, others the trilinear ones of the coarse grid."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     monkeypatch.setattr(isosurface, "LAYER_POINTS", layer_points)
-    field, told = Ball(), []
-    volume = isosurface.sample_volume(field, 21, 1.0, progress=told.append)
+    field, progress = Ball(), []
+    volume = isosurface.sample_volume(field, 21, 1.0, progress=progress.append)
     whole = isosurface.sample_density(Ball(), 21).log()
     coarse = isosurface.sample_density(Ball(), 9)
     level = isosurface.choose_isovalue(coarse, 1.0)
@@ -412,36 +412,36 @@ def test_sample_volume_fine_grid(layer_points, monkeypatch):
     assert field.asked == 9**3 + exact.sum() and not exact.all()
     check("near", volume.values[exact], whole[exact], whole[exact].double())
     check("between", volume.values[~exact], between[~exact], precise[~exact])
-    assert volume.isovalue == level and told == sorted(told) and told[-1] == 1.0
-    assert 0.5 in told and len(told) >= 4
+    assert volume.isovalue == level and progress == sorted(progress) and progress[-1] == 1.0
+    assert 0.5 in progress and len(progress) >= 4
 
 
 def test_sample_volume_small_grid(monkeypatch):
     """Up to MAX_DENSE_RESOLUTION every point is evaluated once; half of the progress is reported."""
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
-    field, told = Ball(), []
-    volume = isosurface.sample_volume(field, 9, 1.0, progress=told.append)
-    assert field.asked == 9**3 and told[-1] == 0.5
+    field, progress = Ball(), []
+    volume = isosurface.sample_volume(field, 9, 1.0, progress=progress.append)
+    assert field.asked == 9**3 and progress[-1] == 0.5
     assert torch.equal(volume.values, isosurface._log_density(isosurface.sample_density(Ball(), 9), volume.isovalue))
 
 
 @pytest.mark.parametrize(("resolution", "points"), [(9, [9]), (21, [9, 21])])
 def test_sample_volume_silhouettes(resolution, points, monkeypatch):
-    """It decides the level of a whole grid, and of a coarse one before the fine one."""
-    asked, silhouettes = [], object()
+    """They determine the isovalue of a whole grid, and of a coarse one before the fine one."""
+    calls, silhouettes = [], object()
 
     def silhouette_isovalue(values, bound, of):
-        asked.append((len(values), of))
+        calls.append((len(values), of))
         return 0.0
 
     monkeypatch.setattr(isosurface, "MAX_DENSE_RESOLUTION", 9)
     monkeypatch.setattr(isosurface, "silhouette_isovalue", silhouette_isovalue)
     volume = isosurface.sample_volume(Ball(), resolution, 1.0, silhouettes=silhouettes)
-    assert volume.isovalue == 1.0 and list(dict.fromkeys(asked)) == [(count, silhouettes) for count in points]
+    assert volume.isovalue == 1.0 and list(dict.fromkeys(calls)) == [(count, silhouettes) for count in points]
 
 
 def test_extract_surface_world_units():
-    """One point above the level: an octahedron around its place in the cube [-bound, bound]^3."""
+    """A single point above the isovalue gives an octahedron at its position in the cube [-bound, bound]^3."""
     shape = torch.full((5, 5, 5), -1.0)
     shape[1, 2, 4] = 1.0
     mesh = isosurface.extract_surface(Volume(shape, shape, 1.0, 4.0))

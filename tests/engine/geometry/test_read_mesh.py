@@ -1,4 +1,4 @@
-"""Mesh files: what is read as one closed mesh, and one sentence for each that is not."""
+"""Mesh files: reading into one mesh, and messages for bad files."""
 
 import struct
 
@@ -16,7 +16,7 @@ BOX = trimesh.creation.box((1, 2, 3))
 
 @pytest.mark.parametrize("suffix", read_mesh.SUFFIXES)
 def test_load_mesh_two_boxes(suffix, tmp_path):
-    """A scene of two boxes is read closed."""
+    """A scene of two boxes is read as a closed mesh."""
     scene = trimesh.Scene()
     scene.add_geometry(BOX, geom_name="a")
     scene.add_geometry(BOX, geom_name="b", transform=trimesh.transformations.translation_matrix([5, 0, 0]))
@@ -71,7 +71,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_load_mesh_broken_file(name, tmp_path):
-    """A broken file is one sentence."""
+    """A broken file is refused with one sentence."""
     content, sentence = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence) as caught:
@@ -81,7 +81,7 @@ def test_load_mesh_broken_file(name, tmp_path):
 
 
 def test_load_mesh_empty_file(tmp_path):
-    """What is not there is said."""
+    """A missing file or a file without triangles is refused."""
     with pytest.raises(UserError, match="gone.glb cannot be read: there is no file"):
         load_mesh(tmp_path / "gone.glb")
     (tmp_path / "folder.obj").mkdir()
@@ -90,7 +90,7 @@ def test_load_mesh_empty_file(tmp_path):
 
 
 def test_load_mesh_too_large(tmp_path, monkeypatch):
-    """A file that is too large is not even opened."""
+    """A file that is too large is not opened."""
     with open(tmp_path / "huge.stl", "wb") as file:
         file.truncate(read_mesh.MAX_BYTES + 1)  # takes no room on the disk
     monkeypatch.setattr(trimesh, "load_scene", None)
@@ -99,7 +99,7 @@ def test_load_mesh_too_large(tmp_path, monkeypatch):
 
 
 def test_load_mesh_too_many_faces(tmp_path, monkeypatch):
-    """Too many triangles are said."""
+    """Too many triangles are refused."""
     monkeypatch.setattr(read_mesh, "MAX_FACES", 11)
     BOX.export(tmp_path / "box.ply")
     with pytest.raises(UserError, match="has 12 triangles, of at most 11"):
@@ -107,7 +107,7 @@ def test_load_mesh_too_many_faces(tmp_path, monkeypatch):
 
 
 def test_load_mesh_too_many_parts(tmp_path):
-    """Dust is no object."""
+    """Too many parts are refused."""
     count = 200_000
     header = bytes(80) + struct.pack("<I", count)
     rows = np.zeros(count, dtype=np.dtype([("normal", "<3f4"), ("corners", "<3,3f4"), ("more", "<u2")]))

@@ -1,4 +1,4 @@
-"""What a mesh file becomes: places, triangles and their order, at each limit; and the facts of a refusal."""
+"""The content of a mesh read from a file: positions, triangles and their order; limits; messages."""
 
 from pathlib import Path
 
@@ -21,13 +21,13 @@ def obj(path: Path, vertices: list[tuple], faces: list[tuple]) -> Path:
 
 
 def triangles(vertices: np.ndarray, faces: np.ndarray) -> list:
-    """Places of each triangle's corners, of a triangle from its lowest on, in a fixed order."""
+    """Positions of the corners of each triangle, from its lowest corner on, in a fixed order."""
     corners = [[tuple(map(float, vertices[v])) for v in face] for face in faces]
     return sorted(face[k:] + face[:k] for face in corners for k in [face.index(min(face))])
 
 
 def test_load_mesh_merges_vertices(tmp_path: Path) -> None:
-    """Places and the sides of triangles are kept, in fp64; each place is one vertex, 0 and -0 alike."""
+    """Positions and orientation are kept in fp64; each position is one vertex, 0 and -0 alike."""
     places = [(0, 0, 0), (1.125, 0, 0), (0, 2.25, 0), (-0.0, 0, -0.0), (0, 2.25, 0), (0, 0, -3.5)]
     faces = [(0, 1, 2), (3, 4, 5)]
     mesh = load_mesh(obj(tmp_path / "two.obj", places, faces))
@@ -37,7 +37,7 @@ def test_load_mesh_merges_vertices(tmp_path: Path) -> None:
 
 
 def test_load_mesh_drops_degenerate_faces(tmp_path: Path) -> None:
-    """Three places on a line, and two the same; a small triangle stays, wherever it is."""
+    """Collinear and repeated corners are removed; a small triangle stays, wherever it is."""
     places = [(1, 1, 0), (2, 1, 0), (4, 1, 0), (7, 7, 7), (1e-6, 0, 0), (0, 1e-6, 0), (0, 0, 1e-6)]
     mesh = load_mesh(obj(tmp_path / "some.obj", places, [(0, 1, 2), (0, 0, 1), (4, 5, 6)]))
     assert triangles(*mesh) == triangles(np.array(places), np.array([(4, 5, 6)]))
@@ -45,7 +45,7 @@ def test_load_mesh_drops_degenerate_faces(tmp_path: Path) -> None:
 
 
 def test_load_mesh_keeps_positions(tmp_path: Path) -> None:
-    """Three boxes, each counted from its own first vertex in the file, turned and moved by the scene."""
+    """Three boxes, each with its own vertices in the file, are transformed by the scene."""
     scene, moved = trimesh.Scene(), []
     for number in range(3):
         transform = trimesh.transformations.translation_matrix([4 * number, number, 0])
@@ -57,7 +57,7 @@ def test_load_mesh_keeps_positions(tmp_path: Path) -> None:
 
 
 def test_load_mesh_at_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of exactly the most bytes, triangles and parts is read; one more is refused with both numbers."""
+    """A file at the limits of bytes, triangles and parts is read; one more is refused with both numbers."""
     path = tmp_path / "two.ply"
     trimesh.util.concatenate([BOX, BOX.copy().apply_translation((5, 0, 0))]).export(path)
     limits = {"MAX_BYTES": path.stat().st_size, "MAX_FACES": 24, "MAX_PARTS": 2}
@@ -76,7 +76,7 @@ def test_load_mesh_at_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_load_mesh_unknown_suffix(tmp_path: Path) -> None:
-    """All suffixes are named."""
+    """The message has all suffixes."""
     with pytest.raises(UserError) as caught:
         load_mesh(tmp_path / "scene.fbx")
     assert str(caught.value) == (
@@ -85,7 +85,7 @@ def test_load_mesh_unknown_suffix(tmp_path: Path) -> None:
 
 
 def test_load_mesh_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mesh file itself, or one that it needs: by the error's name for it, else by the error's text."""
+    """The message names the missing mesh file, or a file that it needs."""
     path = tmp_path / "model.gltf"
     with pytest.raises(UserError, match=f"^the mesh file {path} cannot be read: there is no file {path}$"):
         load_mesh(path)
@@ -104,22 +104,22 @@ def test_load_mesh_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_load_mesh_reader_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its first line; the file is read as it is, without changes by the library."""
-    path, asked = obj(tmp_path / "one.obj", [(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)]), []
+    """The message has the first line of the reader; the library does not process the file."""
+    path, calls = obj(tmp_path / "one.obj", [(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)]), []
 
     def broken(*words: object, **options: object) -> None:
-        asked.append((words, options))
+        calls.append((words, options))
         raise ValueError("no such version\nand more")
 
     monkeypatch.setattr(trimesh, "load_scene", broken)
     with pytest.raises(UserError, match=f"^the mesh file {path} cannot be read: no such version$"):
         load_mesh(path)
-    assert asked == [((path,), {"process": False})]
+    assert calls == [((path,), {"process": False})]
 
 
 @pytest.mark.parametrize(("place", "finite"), [("3.4e38", True), ("3.4028234663852886e38", False), ("-inf", False)])
 def test_load_mesh_out_of_fp32(tmp_path: Path, place: str, finite: bool) -> None:
-    """Its largest number counts as infinite; a place that no triangle uses does not count at all."""
+    """Positions beyond fp32 count as infinite; unused ones are ignored."""
     path = tmp_path / "far.obj"
     obj(path, [(0, 0, 0), (1, 0, 0), (0, 1, 0), (place, 0, 0)], [(0, 1, 2)])
     assert len(load_mesh(path).faces) == 1
@@ -133,7 +133,7 @@ def test_load_mesh_out_of_fp32(tmp_path: Path, place: str, finite: bool) -> None
 
 @pytest.mark.parametrize("wrong", [(-1, 1, 2), (0, 1, 3)])
 def test_load_mesh_missing_vertex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: tuple) -> None:
-    """Below the first and behind the last: numpy would take the former for one from the end."""
+    """Indices below the first and behind the last vertex are refused."""
     part = trimesh.Trimesh(np.eye(3), [(0, 1, 2), wrong], process=False, validate=False)
 
     class Scene:

@@ -1,4 +1,4 @@
-"""The steps of a signed distance, each against an independent truth: boxes of lattice points, distances, crossings."""
+"""The steps of a signed distance, each against independent results: points in boxes, distances, crossings."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def drawn(*size: int) -> Tensor:
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_pairs_all_points(axes: int) -> None:
-    """Every point of a box once, in any pieces; empty boxes have none."""
+    """Every point of a box occurs once, in any chunks; empty boxes have none."""
     first = torch.tensor([[1, 0, 4], [2, 2, 2], [0, 5, 1], [3, 0, 0], [7, 1, 2]])[:, :axes]
     counts = torch.tensor([[2, 3, 1], [0, 2, 2], [1, 1, 3], [2, 2, 0], [3, 1, 2]])[:, :axes]
     expected = []
@@ -51,7 +51,7 @@ def test_pairs_all_points(axes: int) -> None:
 
 
 def test_boxes_points() -> None:
-    """Points on an end count, and none outside of the lattice."""
+    """Points on the border count, and none outside of the lattice."""
     origin, spacing, shape = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([5])  # points at 1, 1.5, ..., 3
     cases = [(1.5, 2.5), (1.6, 2.4), (1.6, 1.9), (0.0, 1.0), (-9.0, 0.9), (3.0, 9.0), (3.1, 9.0), (-9.0, 9.0)]
     low, high = torch.tensor(cases).T[..., None]
@@ -62,7 +62,7 @@ def test_boxes_points() -> None:
 
 
 def test_squared_distance_closest_point() -> None:
-    """Against trimesh's closest points, near all seven regions of a triangle: inside, edges and corners."""
+    """Distances equal those of trimesh, near all seven regions of a triangle."""
     corners, points = drawn(3000, 3, 3), 1.5 * drawn(3000, 4, 3)[:, 3]
     closest = torch.tensor(trimesh.triangles.closest_point(corners.numpy(), points.numpy()))
     check_fp64("triangles", module._triangle_distance(points, corners), (closest - points).square().sum(1))
@@ -75,7 +75,7 @@ def test_squared_distance_closest_point() -> None:
 
 
 def test_squared_distance_degenerate_triangles() -> None:
-    """Three corners on a line, and all at one place, are at the distance of what they are."""
+    """Triangles that are a line or a point have the distance to it."""
     points, a, b = drawn(3, 500, 3)
     part = torch.linspace(-1, 2, 500, dtype=torch.float64)[:, None]
     on_line = torch.stack([a, b, a + part * (b - a)], 1)
@@ -96,7 +96,7 @@ def test_squared_distance_degenerate_triangles() -> None:
 
 @pytest.mark.parametrize("pairs", [1 << 20, 5])
 def test_distance_of_a_lattice(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axes of other lengths, spacings and starts; what is farther than `reach` has it, and pieces change nothing."""
+    """Axes have their own lengths, spacings and origins; distances are clamped to `reach`, in any chunks."""
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     corners = 0.5 * drawn(6, 3, 3)
     mesh = TensorMesh(corners.view(-1, 3), torch.arange(18).view(6, 3))
@@ -118,10 +118,10 @@ def test_distance_of_a_lattice(pairs: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 def boxes(*extents: tuple[tuple[float, float, float], tuple[float, float, float]]) -> TensorMesh:
     """Boxes from one corner to the other, as one mesh."""
-    made = [
+    meshes = [
         trimesh.creation.box(np.subtract(high, low)).apply_translation(np.add(low, high) / 2) for low, high in extents
     ]
-    return surface(trimesh.util.concatenate(made))
+    return surface(trimesh.util.concatenate(meshes))
 
 
 # Between points of the lattice, which has 9 along x from -1, 5 along y from -0.5, and 7 along z from 0.25.
@@ -137,7 +137,7 @@ def within(low: tuple, high: tuple) -> Tensor:
 @pytest.mark.parametrize("pairs", [1 << 20, 3])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_winding_of_lines(axis: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Along each axis: 1 in a box, 2 in two, also where one goes on beyond the lattice; -1 in one inside out."""
+    """Along each axis the number is 1 in a box, 2 in two, and -1 in one that is inside out."""
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     mesh = boxes((LOW, HIGH), SECOND)
     expected = within(LOW, HIGH).long() + within(*SECOND).long()
@@ -149,7 +149,7 @@ def test_winding_of_lines(axis: int, pairs: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_winding_before_the_lattice() -> None:
-    """A box around the whole lattice is entered before its first point and left behind its last one."""
+    """A box around the whole lattice is entered before its first point."""
     around = boxes(((-3.0, -3.0, -3.0), (4.0, 4.0, 4.0)))
     for axis in range(3):
         assert (module._winding_along(around, axis, ORIGIN, SPACING, SHAPE) == 1).all()
@@ -158,7 +158,7 @@ def test_winding_before_the_lattice() -> None:
 @pytest.mark.parametrize("votes", list(itertools.product([1, 0, 2], repeat=3)))
 @pytest.mark.parametrize("turned", [False, True])
 def test_inside_two_of_three_axes(votes: tuple[int, ...], turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often a line is inside; of a mesh that is inside out, how often it is outside."""
+    """A point is inside by two of three axes; in a mesh that is inside out, signs are reversed."""
     mesh = boxes((LOW, HIGH))
     if turned:
         mesh = mesh._replace(faces=mesh.faces.flip(1))
@@ -171,7 +171,7 @@ def test_inside_two_of_three_axes(votes: tuple[int, ...], turned: bool, monkeypa
 
 
 def test_signed_distance_sign() -> None:
-    """Positive inside, negative outside, and the whole `reach` where the mesh is farther."""
+    """It is positive inside, negative outside, and `reach` where the mesh is farther."""
     mesh = boxes((LOW, HIGH))
     got = signed_distance(mesh, ORIGIN, SPACING, SHAPE, 0.125)
     assert torch.equal(got.abs(), distance(mesh, ORIGIN, SPACING, SHAPE, 0.125))

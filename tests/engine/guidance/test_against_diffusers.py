@@ -1,9 +1,9 @@
-"""Score distillation as a run computes it against plain diffusers: same weights, pictures, levels and noise.
+"""Score distillation as in a run against plain diffusers: same weights, images, timesteps and noise.
 
 The plain computation is written here from the paper (DreamFusion, Poole et al. 2022, equation 3) with the modules of
 diffusers and torch's autograd; it shares no code with the engine but the weights.
 
-The gradient in the picture may be twice as far from the exact one as that of plain diffusers in the model's own dtype.
+The gradient in the image may be twice as far from the exact one as that of plain diffusers in the model's own dtype.
 On a GPU that is the architecture of Stable Diffusion 2.1-base in fp16 against fp32, on a CPU a tiny one in fp32 against
 fp64.
 """
@@ -34,36 +34,36 @@ pytestmark = pytest.mark.gpu
 
 
 def gradients(components: Components, *, graphs: bool) -> list[Tensor]:
-    """Of STEPS pictures [1, 3, 64, 64], each with its own prompt, level and noise."""
+    """Gradients [1, 3, 64, 64] in STEPS images, each with its own prompt, timestep and noise."""
     score = ScoreDistillation(components, GuidanceConfig(guidance_scale=SCALE), cuda_graphs=graphs)
-    found = []
+    gradients_of_steps = []
     for step in range(STEPS):
         generator = torch.Generator(DEVICE).manual_seed(step)
-        picture = torch.rand(1, 3, 64, 64, generator=generator, device=DEVICE).requires_grad_()
+        image = torch.rand(1, 3, 64, 64, generator=generator, device=DEVICE).requires_grad_()
         shape = (2, 1, TOKENS, components.unet.config.cross_attention_dim)
         cond, uncond = torch.randn(shape, generator=generator, device=DEVICE).half().to(components.dtype)
-        score(picture, cond, uncond, StepInputs(generator=generator)).loss.backward()
-        found.append(picture.grad.double())
-    return found
+        score(image, cond, uncond, StepInputs(generator=generator)).loss.backward()
+        gradients_of_steps.append(image.grad.double())
+    return gradients_of_steps
 
 
 def plain_gradients(components: Components) -> list[Tensor]:
-    """The same of the modules of `components` alone, in their dtype; sums of latents in fp32 at least."""
+    """The same gradients by the modules of `components` alone, in their dtype; sums of latents are at least fp32."""
     sums = torch.promote_types(components.dtype, torch.float32)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = (1 - betas).cumprod(0).to(DEVICE, sums)
-    size, found = components.unet.config.sample_size, []
+    size, gradients_of_steps = components.unet.config.sample_size, []
     for step in range(STEPS):
         generator = torch.Generator(DEVICE).manual_seed(step)
-        picture = torch.rand(1, 3, 64, 64, generator=generator, device=DEVICE).to(sums).requires_grad_()
+        image = torch.rand(1, 3, 64, 64, generator=generator, device=DEVICE).to(sums).requires_grad_()
         shape = (2, 1, TOKENS, components.unet.config.cross_attention_dim)
         cond, uncond = torch.randn(shape, generator=generator, device=DEVICE).half().to(components.dtype)
         draw = torch.randn(1, 4, size, size, generator=generator, device=DEVICE)
         t = torch.randint(20, 981, (1,), generator=generator, device=DEVICE)
         noise = torch.randn(1, 4, size, size, generator=generator, device=DEVICE).to(sums)
-        # An encoder of three blocks halves its picture twice, one of four thrice.
+        # An encoder of three blocks halves its image twice, one of four thrice.
         side = size * 2 ** (len(components.vae.config.block_out_channels) - 1)
-        resized = F.interpolate(picture, (side, side), mode="bilinear", antialias=side < 64)
+        resized = F.interpolate(image, (side, side), mode="bilinear", antialias=side < 64)
         posterior = components.vae.encode((2 * resized - 1).to(components.dtype)).latent_dist
         z = 0.18215 * (posterior.mean.to(sums) + posterior.std.to(sums) * draw)
         with torch.no_grad():
@@ -74,9 +74,9 @@ def plain_gradients(components: Components) -> list[Tensor]:
             )
             gradient = (1 - alphas[t]) * (without + SCALE * (with_prompt - without) - noise)
             peak = gradient.abs().max()  # a loss scale, for fp16
-        (grad,) = torch.autograd.grad(z, picture, gradient / peak)
-        found.append((grad * peak).double())
-    return found
+        (grad,) = torch.autograd.grad(z, image, gradient / peak)
+        gradients_of_steps.append((grad * peak).double())
+    return gradients_of_steps
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +93,12 @@ def plain() -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_against_diffusers(kind: str, plain: tuple[list[Tensor], list[Tensor]]) -> None:
-    """A run computes what plain diffusers does."""
+    """A run is as accurate as plain diffusers."""
     components = random_components(DEVICE, OWN, tiny=not GPU)
     prepare_components(components, TOKENS, **KINDS[kind])
-    for step, (got, own, exact) in enumerate(zip(gradients(components, graphs=True), *plain, strict=True)):
+    for step, (got, reference, exact) in enumerate(zip(gradients(components, graphs=True), *plain, strict=True)):
         assert exact.abs().max() > 0
-        check(f"{kind}, step {step}", got, own, exact)
+        check(f"{kind}, step {step}", got, reference, exact)
 
 
 def test_a_changed_weight_is_seen(plain: tuple[list[Tensor], list[Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""Attention in diffusers' modules: the processor against diffusers' own, which modules get it, how one is chosen."""
+"""Attention in diffusers' modules: the processor against diffusers' own, its modules, and the choice of operators."""
 
 import sys
 from collections import Counter
@@ -26,13 +26,13 @@ def module(**options: Any) -> Attention:
     """Random attention over 16 channels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = Attention(**PLAIN | options)
-        for parameter in made.parameters():
+        attention = Attention(**PLAIN | options)
+        for parameter in attention.parameters():
             torch.nn.init.normal_(parameter)  # norms too
-    return made.requires_grad_(False)
+    return attention.requires_grad_(False)
 
 
-@pytest.mark.parametrize("size", [(2, 5, 16), (2, 16, 3, 4)], ids=["tokens", "picture"])
+@pytest.mark.parametrize("size", [(2, 5, 16), (2, 16, 3, 4)], ids=["tokens", "image"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -44,23 +44,23 @@ def module(**options: Any) -> Attention:
     ids=["plain", "norm", "residual", "all"],
 )
 def test_processor_equals_diffusers(size: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Of tokens and of pictures: norm, projections, residual and rescaled output, against diffusers' in fp64."""
-    made, rows = module(**options), torch.randn(size, generator=torch.Generator().manual_seed(1))
+    """For tokens and images, norm, projections, residual and rescaled output equal diffusers' in fp64."""
+    attention, rows = module(**options), torch.randn(size, generator=torch.Generator().manual_seed(1))
     outs = []
     for processor, dtype in (
         (Processor(OPERATORS["sdpa"]), torch.float32),
         (AttnProcessor(), torch.float32),
         (AttnProcessor(), torch.float64),
     ):
-        made = made.to(dtype)
-        made.set_processor(processor)
-        outs.append(made(rows.to(dtype)))
+        attention = attention.to(dtype)
+        attention.set_processor(processor)
+        outs.append(attention(rows.to(dtype)))
     check("output", *outs)
 
 
 def test_processor_cross_attention() -> None:
-    """Cross attention: keys and values of another width and number than the queries."""
-    made = module(cross_attention_dim=12)
+    """Keys and values may have another width and number than the queries."""
+    attention = module(cross_attention_dim=12)
     rows, prompt = (torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in ((2, 5, 16), (2, 7, 12)))
     outs = []
     for processor, dtype in (
@@ -68,9 +68,9 @@ def test_processor_cross_attention() -> None:
         (AttnProcessor(), torch.float32),
         (AttnProcessor(), torch.float64),
     ):
-        made = made.to(dtype)
-        made.set_processor(processor)
-        outs.append(made(rows.to(dtype), encoder_hidden_states=prompt.to(dtype)))
+        attention = attention.to(dtype)
+        attention.set_processor(processor)
+        outs.append(attention(rows.to(dtype), encoder_hidden_states=prompt.to(dtype)))
     check("output", *outs)
 
 
@@ -85,7 +85,7 @@ def test_processor_cross_attention() -> None:
     ids=["space", "queries", "prompt", "further"],
 )
 def test_set_attention_skips_unsupported(options: dict[str, Any]) -> None:
-    """Norms of queries and keys, of the prompt, and by another picture, and further keys: all would be left out."""
+    """Modules with parts that the processor lacks are left alone."""
     made = module(**options)
     made.set_processor(AttnProcessor2_0())
     before = made.processor
@@ -94,7 +94,7 @@ def test_set_attention_skips_unsupported(options: dict[str, Any]) -> None:
 
 
 def test_set_attention() -> None:
-    """Those of diffusers' usual processor and those that have ours; not those of others, of normed keys, or a layer."""
+    """Modules with diffusers' usual processor or ours are replaced, and no others."""
     known = [module(processor=AttnProcessor2_0()), module(processor=Processor(OPERATORS["matmul"]))]
     keys, other = module(processor=AttnProcessor2_0()), module(processor=AttnProcessor())
     keys.norm_k = torch.nn.LayerNorm(8)
@@ -107,7 +107,7 @@ def test_set_attention() -> None:
 
 
 class Recorded:
-    """Records the questions that a choice has about a model, and what it sets; ``fails``: whose shapes fail."""
+    """Records the calls of a choice for a model; ``fails``: shapes that fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str = "cuda", fails: str = ""):
         like = SimpleNamespace(device=torch.device(device), dtype=torch.float16)
@@ -130,15 +130,15 @@ class Recorded:
         )
         monkeypatch.setattr(attention, "set_attention", lambda *words: self.operators.append(words))
 
-    def choose(self, wanted: str, kept: AttentionChoice | None = None) -> AttentionChoice:
-        return attention.choose_attention(wanted, kept, self.unet, self.encoder, 64, 77)
+    def choose(self, wanted: str, previous: AttentionChoice | None = None) -> AttentionChoice:
+        return attention.choose_attention(wanted, previous, self.unet, self.encoder, 64, 77)
 
     def model(self) -> list[tuple]:
         return [("unet_shapes", self.unet, 2, 64, 77), ("encoder_shapes", self.encoder, 1, 64)]
 
 
 def test_auto_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows of the UNet without gradients and one of the encoder with them, each with its operators."""
+    """Two rows of the UNet without gradients and one of the encoder with them are measured."""
     model = Recorded(monkeypatch)
     assert model.choose("auto") == ("cudnn", "matmul")
     on = (torch.device("cuda"), torch.float16)
@@ -153,16 +153,16 @@ def test_auto_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sdpa_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own works everywhere: it is neither measured nor tried."""
-    for device, wanted in (("cpu", "auto"), ("cuda", "sdpa")):
+    """torch's own attention works everywhere, so it is neither measured nor tried."""
+    for device, kind in (("cpu", "auto"), ("cuda", "sdpa")):
         model = Recorded(monkeypatch, device, fails="shapes")
-        assert model.choose(wanted) == ("sdpa", "sdpa") and model.asked == []
+        assert model.choose(kind) == ("sdpa", "sdpa") and model.asked == []
         assert model.operators == [(model.unet, OPERATORS["sdpa"]), (model.encoder, OPERATORS["sdpa"])]
 
 
 @pytest.mark.parametrize(("fails", "chosen"), [("", ("xformers", "xformers")), ("encoder", ("xformers", "sdpa"))])
 def test_named_tried_on_both(monkeypatch: pytest.MonkeyPatch, fails: str, chosen: tuple) -> None:
-    """With the model's shapes, device and dtype, the encoder with gradients; where that fails it keeps torch's own."""
+    """It is tried with the model's shapes, device and dtype; an encoder where it fails keeps torch's own."""
     model = Recorded(monkeypatch, fails=fails)
     assert model.choose("xformers") == chosen
     on = (torch.device("cuda"), torch.float16)
@@ -177,17 +177,17 @@ def test_named_tried_on_both(monkeypatch: pytest.MonkeyPatch, fails: str, chosen
 
 
 @pytest.mark.parametrize(
-    ("wanted", "kept", "named"),
+    ("kind", "previous", "named"),
     [
         ("cudnn", None, "cudnn does not work"),
         ("auto", AttentionChoice("xformers", "matmul"), "xformers, which this run has used so far, does not work"),
     ],
 )
-def test_failing_operator_raises(monkeypatch, wanted: str, kept: AttentionChoice | None, named: str) -> None:
-    """It names the operator, the device, the precision, the reason and what works always; nothing is set."""
+def test_failing_operator_raises(monkeypatch, kind: str, previous: AttentionChoice | None, named: str) -> None:
+    """The message has the operator, device, precision, reason and alternative; nothing is set."""
     model = Recorded(monkeypatch, fails="UNet")
     with pytest.raises(UserError) as caught:
-        model.choose(wanted, kept)
+        model.choose(kind, previous)
     assert str(caught.value) == (
         f"--attention {named} here, on cuda in float16 (no such kernel); --attention sdpa always does"
     )
@@ -198,7 +198,7 @@ def test_failing_operator_raises(monkeypatch, wanted: str, kept: AttentionChoice
 
 
 def test_unsupported_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the ways in which a library refuses; a defect of the program is none of them."""
+    """Errors by which libraries refuse are reasons; errors of our code are raised."""
     shapes = Counter({Shape(1, 2, 2, 1, 4): 1})
 
     def raises(error: Exception) -> Any:
@@ -218,7 +218,7 @@ def test_unsupported_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_run_shapes_counts(monkeypatch, dtype: torch.dtype, gradient: bool) -> None:
-    """Once at each shape to try it, then all of them: inputs of the dtype, and gradients where they are wanted."""
+    """Each shape runs once, then all as often as counted, with gradients if requested."""
     calls, backward = [], []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def test_run_shapes_counts(monkeypatch, dtype: torch.dtype, gradient: bool) -> N
 
 
 def test_run_shapes_hides_warnings(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warnings of kernels that do not take a shape do not reach the user."""
+    """Warnings of kernels that do not support a shape are suppressed."""
     import warnings
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -256,14 +256,13 @@ def test_run_shapes_hides_warnings(recwarn: pytest.WarningsRecorder, monkeypatch
 
 
 def test_operator_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """xformers takes [rows, tokens, heads, width] as it is, and cuDNN's kernels are the only ones that torch may take
-    for cudnn."""
+    """xformers gets [rows, tokens, heads, width] unchanged, and cudnn allows only cuDNN's kernels."""
     from torch.nn.attention import SDPBackend
 
-    seen = []
-    stub = SimpleNamespace(memory_efficient_attention=lambda *inputs: seen.append(inputs) or "out")
+    strides = []
+    stub = SimpleNamespace(memory_efficient_attention=lambda *inputs: strides.append(inputs) or "out")
     monkeypatch.setitem(sys.modules, "xformers.ops", stub)
-    assert OPERATORS["xformers"]("q", "k", "v") == "out" and seen == [("q", "k", "v")]
+    assert OPERATORS["xformers"]("q", "k", "v") == "out" and strides == [("q", "k", "v")]
     held = []
 
     class Held:

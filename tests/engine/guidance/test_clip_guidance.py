@@ -1,4 +1,4 @@
-"""Guidance by CLIP: the loss against transformers' own features, the sides of the prompt, and a run of the command."""
+"""Guidance by CLIP: the loss against transformers' own features, view prompts, and a run of the command."""
 
 import json
 import shutil
@@ -21,12 +21,14 @@ SIZE = 24
 NO_TEXTS: dict[str, str] = {}
 
 
-def guidance(folder: Path, text: str = "a hamburger", own: dict[str, str] = NO_TEXTS, **settings) -> ClipGuidance:
+def guidance(
+    folder: Path, text: str = "a hamburger", view_prompts: dict[str, str] = NO_TEXTS, **settings
+) -> ClipGuidance:
     config = GuidanceConfig(guidance=("clip",), **settings)
-    return clip_guidance(str(folder), "cpu", text, own, config, ViewAngles(30.0))
+    return clip_guidance(str(folder), "cpu", text, view_prompts, config, ViewAngles(30.0))
 
 
-def pictures(batch: int, side: int = SIZE) -> torch.Tensor:
+def random_images(batch: int, side: int = SIZE) -> torch.Tensor:
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
@@ -36,32 +38,33 @@ def texts(folder: Path, *words: str, dtype: torch.dtype = torch.float32) -> torc
 
     tokens = CLIPTokenizer.from_pretrained(folder)(list(words), padding=True, return_tensors="pt")
     with torch.no_grad():
-        found = CLIPModel.from_pretrained(folder).to(dtype).get_text_features(**tokens)
-    return F.normalize(getattr(found, "pooler_output", found), dim=-1)
+        features = CLIPModel.from_pretrained(folder).to(dtype).get_text_features(**tokens)
+    return F.normalize(getattr(features, "pooler_output", features), dim=-1)
 
 
 def by_hand(folder: Path, rgb: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [B] of pictures, one a view of a turntable, and the gradient of their mean, by transformers' model."""
+    """Losses [B] of images, one for each view of a turntable, and the gradient of their mean, by transformers'
+    model."""
     from transformers import CLIPImageProcessorPil, CLIPModel
 
     prepare = CLIPImageProcessorPil()
     mean, spread = (torch.tensor(x, dtype=dtype).view(3, 1, 1) for x in (prepare.image_mean, prepare.image_std))
     rgb = rgb.detach().to(dtype).requires_grad_()
-    found = CLIPModel.from_pretrained(folder).to(dtype).get_image_features(pixel_values=(rgb - mean) / spread)
+    features = CLIPModel.from_pretrained(folder).to(dtype).get_image_features(pixel_values=(rgb - mean) / spread)
     front, side, back = texts(folder, *(f"a hamburger, {side} view" for side in ("front", "side", "back")), dtype=dtype)
-    wanted = []
+    targets = []
     for azimuth in torch.arange(len(rgb)) * (360 / len(rgb)):
         turned = float(min(azimuth, 360 - azimuth)) / 90
         near, far, r = (front, side, 1 - turned) if turned < 1 else (side, back, 2 - turned)
-        wanted.append(F.normalize(r * near + (1 - r) * far, dim=0))
-    found = F.normalize(getattr(found, "pooler_output", found), dim=-1)
-    losses = -10 * (found * torch.stack(wanted)).sum(dim=-1)
+        targets.append(F.normalize(r * near + (1 - r) * far, dim=0))
+    features = F.normalize(getattr(features, "pooler_output", features), dim=-1)
+    losses = -10 * (features * torch.stack(targets)).sum(dim=-1)
     return losses.detach(), *torch.autograd.grad(losses.mean(), rgb)
 
 
 def test_clip_loss_and_gradient(tiny_clip: Path) -> None:
-    """Against transformers' own features of pictures all around, whose texts are blended in between."""
-    rgb, cameras = pictures(12), turntable(CameraConfig(), 12, "cpu")
+    """They equal those of transformers' features, with blended texts between views."""
+    rgb, cameras = random_images(12), turntable(CameraConfig(), 12, "cpu")
     guide = guidance(tiny_clip)
     result = guide(rgb, cameras, StepInputs(progress=0.0))
     (4 * result.loss).backward()
@@ -81,9 +84,9 @@ def test_clip_loss_and_gradient(tiny_clip: Path) -> None:
 
 
 def test_clip_gradient_direction(tiny_clip: Path) -> None:
-    """Following the gradient makes a picture more like the prompt."""
+    """Following the gradient makes an image more like the prompt."""
     guide, cameras = guidance(tiny_clip), turntable(CameraConfig(), 1, "cpu")
-    rgb, losses = pictures(1, 32).detach(), []
+    rgb, losses = random_images(1, 32).detach(), []
     for _ in range(10):
         rgb = rgb.requires_grad_()
         result = guide(rgb, cameras, StepInputs(progress=0.0))
@@ -94,18 +97,18 @@ def test_clip_gradient_direction(tiny_clip: Path) -> None:
 
 
 def test_clip_view_prompts(tiny_clip: Path) -> None:
-    """The prompt follows the view and a side may have its own."""
+    """The prompt follows the view, and a side may have its own."""
     model, tokenizer = load_clip(str(tiny_clip), "cpu")
     views = clip_views(model, tokenizer, "a mug", {"back": "its rear"})
-    said = ["a mug, front view", "a mug, side view", "its rear", "a mug, overhead view"]
-    check("views", views, texts(tiny_clip, *said), texts(tiny_clip, *said, dtype=torch.float64))
+    prompts = ["a mug, front view", "a mug, side view", "its rear", "a mug, overhead view"]
+    check("views", views, texts(tiny_clip, *prompts), texts(tiny_clip, *prompts, dtype=torch.float64))
     assert guidance(tiny_clip, "a mug").model.text_model is None  # its memory is not needed any more
 
 
 def test_clip_lambda_guidance(tiny_clip: Path) -> None:
-    """Lambda guidance is its weight and may be a schedule."""
+    """lambda_guidance is the weight and may be a schedule."""
     cameras = turntable(CameraConfig(), 1, "cpu")
-    plain = guidance(tiny_clip)(pictures(1), cameras, StepInputs(progress=0.0)).loss
+    plain = guidance(tiny_clip)(random_images(1), cameras, StepInputs(progress=0.0)).loss
     for weight, step, progress, factor in (
         (0.5, 0, 0.0, 0.5),
         (LinearSchedule(0.0, 1.0, 3.0, 1.0), 0, 0.5, 2.0),
@@ -113,23 +116,25 @@ def test_clip_lambda_guidance(tiny_clip: Path) -> None:
     ):
         guide = guidance(tiny_clip, lambda_guidance=weight)
         # Exactly, because the factors are powers of two.
-        assert torch.equal(guide(pictures(1), cameras, StepInputs(progress=progress, step=step)).loss, factor * plain)
+        assert torch.equal(
+            guide(random_images(1), cameras, StepInputs(progress=progress, step=step)).loss, factor * plain
+        )
 
 
 def test_clip_long_prompt(tiny_clip: Path, caplog) -> None:
-    """A long prompt keeps its side and says what is left out."""
+    """A long prompt keeps the name of its view, and a warning has the words left out."""
     model, tokenizer = load_clip(str(tiny_clip), "cpu")
     views = clip_views(model, tokenizer, "a very tasty hamburger " * 10)
     assert "longer than the 77 tokens" in caplog.text
-    said = "a very tasty hamburger " * 10
+    prompt = "a very tasty hamburger " * 10
     named = caplog.text.split("left out: ")[1].strip()  # the words at the end
-    cut = " ".join(said.split()).removesuffix(named).strip()
+    cut = " ".join(prompt.split()).removesuffix(named).strip()
     assert torch.equal(views, clip_views(model, tokenizer, cut)) and not torch.equal(views[0], views[2])
 
 
 def test_a_step_reads_no_value(tiny_clip: Path, nothing_read) -> None:
     guide, cameras = guidance(tiny_clip), turntable(CameraConfig(), 2, "cpu")
-    rgb = pictures(2, 40)
+    rgb = random_images(2, 40)
     with nothing_read:
         guide(rgb, cameras, StepInputs(progress=0.5)).loss.backward()
     assert rgb.grad.abs().max() > 0
@@ -148,7 +153,7 @@ def test_clip_bad_shape_raises(tiny_clip: Path) -> None:
 
 
 def test_load_clip_raises(tiny_clip: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A model that does not load is one sentence."""
+    """A model that does not load is refused with one sentence."""
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(UserError, match="the CLIP folder .*gone does not exist"):
@@ -170,7 +175,7 @@ def test_load_clip_raises(tiny_clip: Path, tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_clip_command(tmp_path: Path, tiny_clip: Path, capsys) -> None:
-    """The command optimises by clip alone."""
+    """The command optimises by CLIP alone."""
     from dream_fast.cli import main
 
     words = """--device cpu --log_every 1 --seed 7 --w 16 --h 16 --W 16 --H 16 --six_views --n_levels 3
@@ -179,7 +184,7 @@ def test_clip_command(tmp_path: Path, tiny_clip: Path, capsys) -> None:
     workspace = tmp_path / "trial"
     start = ["--text", "a shiny thing", "--workspace", str(workspace), *words, str(tiny_clip), "--iters"]
     assert main([*start, "3"]) == 0
-    assert "likeness in CLIP" in capsys.readouterr().out
+    assert "CLIP similarity" in capsys.readouterr().out
     assert main([*start, "4"]) == 0  # and is taken up
     rows = [json.loads(row) for row in (workspace / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["t"] == [] for row in rows)

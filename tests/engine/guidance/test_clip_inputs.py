@@ -1,4 +1,4 @@
-"""Guidance by CLIP: what is loaded and with which options, and what a call takes and returns besides the loss."""
+"""Guidance by CLIP: how the model is loaded, and the arguments and results of a call."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def guidance(folder: Path, **settings: Any) -> ClipGuidance:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Names, sources and options that CLIP is loaded with; what is loaded is always the tiny one."""
+    """Names, sources and options of the calls that load CLIP, which return the tiny one."""
     from transformers import CLIPModel, CLIPTokenizer
 
     calls = []
@@ -51,10 +51,10 @@ def asked(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path) -> list[tuple[str, A
         ("https://huggingface.co/nobody/clip/tree/v2", "nobody/clip", {"revision": "v2"}),
     ],
 )
-def test_load_clip_revision(asked, typed: str, name: str, pinned: dict[str, str]) -> None:
-    """Tokenizer and model come from the same repository and revision, in fp32, from safetensors alone."""
+def test_load_clip_revision(calls, typed: str, name: str, pinned: dict[str, str]) -> None:
+    """Tokenizer and model have the same repository and revision, in fp32, from safetensors only."""
     load_clip(typed, "cpu")
-    (tokenizer, *first), (model, second, options) = asked
+    (tokenizer, *first), (model, second, options) = calls
     assert (tokenizer, model) == ("CLIPTokenizer", "CLIPModel")
     assert first == [name, pinned] and second == name
     assert options == {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True} | pinned
@@ -62,7 +62,7 @@ def test_load_clip_revision(asked, typed: str, name: str, pinned: dict[str, str]
 
 @pytest.mark.parametrize(("typed", "revision"), [("nobody/clip", ""), ("nobody/clip@v2", " --revision v2")])
 def test_load_clip_offline(monkeypatch, typed: str, revision: str) -> None:
-    """The sentence gives the reason and the command that fetches what is read, of the same revision."""
+    """The message has the reason and the command that downloads the files of the same revision."""
     from transformers import CLIPTokenizer
 
     def fails(source: Any, **options: Any) -> None:
@@ -78,14 +78,14 @@ def test_load_clip_offline(monkeypatch, typed: str, revision: str) -> None:
 
 
 def test_load_clip_damaged(tmp_path: Path) -> None:
-    """A download would not mend a folder."""
+    """A damaged folder gets no advice to download."""
     with pytest.raises(UserError, match=f"the CLIP model {tmp_path} does not load: ") as caught:
         load_clip(str(tmp_path), "cpu")
     assert "hf download" not in str(caught.value)
 
 
 def test_load_clip_frozen(tiny_clip: Path, tmp_path: Path) -> None:
-    """Nothing of it is trained, whatever its files hold it computes in fp32, and it lies where it is asked to."""
+    """The model is frozen, in fp32 and on the given device."""
     from transformers import CLIPModel
 
     half = tmp_path / "half"
@@ -99,14 +99,14 @@ def test_load_clip_frozen(tiny_clip: Path, tmp_path: Path) -> None:
 
 
 def test_clip_guidance_passes_everything_on(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Source and device reach the loader, the texts of sides the views, and the angles the guidance."""
+    """Source and device reach the loader, view prompts the views, and angles the guidance."""
     loaded = load_clip(str(tiny_clip), "cpu")
     views = clip_views(*loaded, "a mug", OWN)
-    asked = []
-    monkeypatch.setattr(clip, "load_clip", lambda *words: asked.append(words) or loaded)
+    calls = []
+    monkeypatch.setattr(clip, "load_clip", lambda *words: calls.append(words) or loaded)
     config = GuidanceConfig(guidance=("clip",))
     guide = clip_guidance("a folder", "a device", "a mug", OWN, config, ViewAngles(20.0, 45.0, 60.0))
-    assert asked == [("a folder", "a device")]
+    assert calls == [("a folder", "a device")]
     assert torch.equal(guide.views, views) and not torch.equal(
         views[2], clip_views(*load_clip(str(tiny_clip), "cpu"), "a mug")[2]
     )
@@ -114,7 +114,7 @@ def test_clip_guidance_passes_everything_on(tiny_clip: Path, monkeypatch: pytest
 
 
 def test_clip_gradient_injected(tiny_clip: Path) -> None:
-    """Besides the loss a call returns no level, and the picture's gradient and its norm."""
+    """A call returns no timesteps, and the gradient of the image with its norm."""
     rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
     result = guidance(tiny_clip)(rgb, CAMERAS, StepInputs(progress=0.0))
     result.loss.backward()
@@ -124,7 +124,7 @@ def test_clip_gradient_injected(tiny_clip: Path) -> None:
 
 
 def test_clip_default_step(tiny_clip: Path) -> None:
-    """A call without a step is the one at the start of a schedule by steps."""
+    """A call without a step uses the start of a schedule."""
     rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     weight = LinearSchedule(0, 1.0, 5.0, 4, fractions=False)
     guide = guidance(tiny_clip, lambda_guidance=weight)
@@ -134,6 +134,6 @@ def test_clip_default_step(tiny_clip: Path) -> None:
 
 @pytest.mark.parametrize(("shape", "latents"), [((1, 3, 24, 24), True), ((3, 24, 24), False), ((1, 4, 24, 24), False)])
 def test_clip_bad_images_raise(tiny_clip: Path, shape: tuple[int, ...], latents: bool) -> None:
-    """Each reason alone is enough: latents of three channels, three dimensions, four channels."""
+    """Latents of three channels, three dimensions and four channels are each refused."""
     with pytest.raises(ValueError, match="images must be"):
         guidance(tiny_clip)(torch.zeros(shape), CAMERAS, StepInputs(progress=0.0, latents=latents))

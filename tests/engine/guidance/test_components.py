@@ -1,4 +1,4 @@
-"""Loading a model: its facts, its file layouts, and one sentence for each way in which it can be broken."""
+"""Loading a model: its constants, its file layouts, and messages for broken models."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_source() -> None:
 
 
 def test_sharded_and_half_precision(tiny_model: Path, broken: Path) -> None:
-    """Sharded and half precision files load alike."""
+    """Sharded and half-precision files load the same."""
     whole = load_components(tiny_model, "cpu")
     whole.unet.save_pretrained(broken / "unet", max_shard_size="300KB")
     assert len(list((broken / "unet").glob("*-of-*.safetensors"))) > 2
@@ -78,7 +78,7 @@ def test_sharded_and_half_precision(tiny_model: Path, broken: Path) -> None:
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_quiet_progress(broken: Path, capsys, shown: bool) -> None:
-    """Loading shows no bars and leaves the libraries settings."""
+    """Loading shows no progress bars and restores the settings of libraries."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
@@ -152,7 +152,7 @@ def drop_weight(path: Path) -> None:
     ],
 )
 def test_broken_model_raises(broken: Path, damage: Callable[[Path], None], sentence: str) -> None:
-    """Broken model is one sentence."""
+    """A broken model is refused with one sentence."""
     damage(broken)
     with pytest.raises(UserError, match=sentence) as caught:
         load_components(broken, "cpu")
@@ -160,7 +160,7 @@ def test_broken_model_raises(broken: Path, damage: Callable[[Path], None], sente
 
 
 def test_mismatched_models_raise(broken: Path) -> None:
-    """Models that do not fit each other."""
+    """Components that do not fit each other are refused."""
     from diffusers import UNet2DConditionModel
 
     config = UNet2DConditionModel.load_config(broken / "unet")
@@ -182,7 +182,7 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_hub_name_offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
-    """Hub name without a network is answered without a pause."""
+    """A name on the hub is refused at once without a network."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)

@@ -1,4 +1,4 @@
-"""The loader's steps: which files with which options, the facts of a model, and what it is prepared with, by device."""
+"""The steps of the loader: files and options, constants of a model, and its preparation by device."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,26 +27,26 @@ from dream_fast.engine.guidance.noise import VariancePreserving
 
 
 def test_component_local_files_only(tmp_path: Path) -> None:
-    """Nothing is fetched, weights are safetensors, and further options are passed on."""
-    asked = []
+    """Nothing is downloaded, weights are safetensors, and options are passed on."""
+    calls = []
 
     class Part:
         @classmethod
         def from_pretrained(cls, path: Path, **options: Any) -> Any:
-            asked.append((path, options))
+            calls.append((path, options))
             return ("a part", {"missing_keys": set()}) if "output_loading_info" in options else "a part"
 
     assert loader._load(Part, tmp_path, "tokenizer", use_fast=True) == "a part"
     assert loader._load_model(Part, tmp_path, "unet", variant="fp16") == "a part"
     local = {"local_files_only": True}
-    assert asked == [
+    assert calls == [
         (tmp_path / "tokenizer", local | {"use_fast": True}),
         (tmp_path / "unet", local | {"use_safetensors": True, "output_loading_info": True, "variant": "fp16"}),
     ]
 
 
 def test_component_raises(tmp_path: Path) -> None:
-    """It names the component, the folder and the first line of the reason, or a weight that is missing."""
+    """The message has the component, the folder and the first line of the reason, or a missing weight."""
 
     def answering(answer: Callable[[], Any]) -> type:
         return type("Part", (), {"from_pretrained": classmethod(lambda cls, path, **options: answer())})
@@ -64,23 +64,23 @@ def test_component_raises(tmp_path: Path) -> None:
 
 
 def test_options_passed_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To what finds the folder, to what checks it, and to what prepares the model; the defaults as well."""
-    prepared, found, checked = [], [], []
-    find, look = loader.find_folder, loader.check_folder
+    """Options reach the search for the folder, its check, and the preparation of the model."""
+    prepared, folders, checked = [], [], []
+    find, check = loader.find_folder, loader.check_folder
 
     def found_in(*words: Any, **options: Any) -> Any:
-        found.append((words, options))
+        folders.append((words, options))
         return find(tiny_model, "SD", half=False)
 
     monkeypatch.setattr(loader, "find_folder", found_in)
-    monkeypatch.setattr(loader, "check_folder", lambda *words: checked.append(words) or look(*words))
+    monkeypatch.setattr(loader, "check_folder", lambda *words: checked.append(words) or check(*words))
     monkeypatch.setattr(loader, "prepare_components", lambda *words, **options: prepared.append((words, options)))
-    kept = AttentionChoice("cudnn", "matmul")
+    choice = AttentionChoice("cudnn", "matmul")
     plain = load_components("nobody/model", "cpu")
-    given = dict(vram_O=True, attention="xformers", previous=kept, compiled=("unet",))
+    given = dict(vram_O=True, attention="xformers", previous=choice, compiled=("unet",))
     address = "https://huggingface.co/nobody/model/tree/v2"
     other = load_components(address, "cpu", torch.float16, need_vae_decoder=True, **given)
-    assert found == [(("nobody/model", "SD"), {"half": False}), ((address, "SD"), {"half": True})]
+    assert folders == [(("nobody/model", "SD"), {"half": False}), ((address, "SD"), {"half": True})]
     assert checked == [(tiny_model, "SD", "nobody/model"), (tiny_model, "SD", "nobody/model@v2")]
     assert prepared == [((plain, 77), {}), ((other, 77), given)]
     assert (plain.name, plain.dtype, plain.device) == ("nobody/model", torch.float32, torch.device("cpu"))
@@ -93,21 +93,21 @@ def test_options_passed_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_dream_mini_name() -> None:
-    """Reports of a run do not hold the path of the package; a version is a name on the hub."""
+    """dream-mini has its name instead of a path; a version is a name on the hub."""
     assert load_components(MODEL_FOLDER, "cpu").name == "dream-mini"
     assert choose_source() == MODEL_FOLDER and choose_source(hf_key="~/x") == "~/x"
     assert [choose_source(sd_version=version) for version in SD_VERSIONS] == list(SD_VERSIONS.values())
 
 
-@pytest.mark.parametrize(("longest", "asked", "window"), [(77, 77, 77), (20, 77, 20), (77, 512, 77)])
-def test_window(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, longest: int, asked: int, window: int) -> None:
-    """The smaller of the two windows; attention is measured with the encoder's."""
+@pytest.mark.parametrize(("longest", "limit", "window"), [(77, 77, 77), (20, 77, 20), (77, 512, 77)])
+def test_window(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, longest: int, limit: int, window: int) -> None:
+    """The smaller of two windows is used; attention is measured with that of the encoder."""
     prepared, load = [], loader._load
 
     def shortened(cls: type, folder: Path, part: str, **options: Any) -> Any:
         got = load(cls, folder, part, **options)
         if part == "tokenizer":
-            got.model_max_length = asked
+            got.model_max_length = limit
         if part == "text_encoder":
             got[0].config.max_position_embeddings = longest
         return got
@@ -142,7 +142,7 @@ def facts(unet: dict[str, Any], vae: dict[str, Any] | None, width: int = 32, **s
 
 
 def test_constants_of_latent_model() -> None:
-    """Pictures are larger by 2 for each level of the VAE but the first; a missing shift is none."""
+    """Each level of the VAE but the first doubles the image; a missing shift is 0."""
     plain = {
         "image_size": 512,
         "latent_size": 64,
@@ -159,7 +159,7 @@ def test_constants_of_latent_model() -> None:
 
 
 def test_constants_of_pixel_model() -> None:
-    """Without a VAE latents are pictures, with or without a learned variance; the text may be projected first."""
+    """Without a VAE latents are images, with or without a learned variance; the text may be projected."""
     plain = facts({}, None)
     assert plain == facts({"out_channels": 3}, None) == facts({"encoder_hid_dim": 48}, None, width=48)
     assert (plain["image_size"], plain["latent_size"], plain["latent_channels"]) == (64, 64, 3)
@@ -187,7 +187,7 @@ def test_constants_of_pixel_model() -> None:
     ],
 )
 def test_mismatched_parts_raise(unet: dict, vae: dict | None, more: dict, sentence: str) -> None:
-    """Each alone is enough, and both numbers are named."""
+    """Each mismatch is refused with both numbers."""
     with pytest.raises(UserError) as caught:
         facts(unet, vae, **more)
     assert str(caught.value).startswith(sentence)
@@ -197,13 +197,13 @@ def test_mismatched_parts_raise(unet: dict, vae: dict | None, more: dict, senten
 
 
 class Model:
-    """A model that records what is done with it."""
+    """A model that records its calls."""
 
-    def __init__(self, name: str, done: list, encoder: "Model | None" = None):
-        self.name, self.done, self.encoder = name, done, encoder
+    def __init__(self, name: str, calls: list, encoder: "Model | None" = None):
+        self.name, self.done, self.encoder = name, calls, encoder
 
-    def requires_grad_(self, wanted: bool) -> "Model":
-        self.done.append((self.name, "requires_grad_", wanted))
+    def requires_grad_(self, flag: bool) -> "Model":
+        self.done.append((self.name, "requires_grad_", flag))
         return self
 
     def eval(self) -> "Model":
@@ -225,7 +225,7 @@ READY = [("requires_grad_", False), ("eval",)]
 
 
 class Prepared:
-    """Prepares a model on a GPU that need not be there; `done` lists what happened after it was frozen and moved."""
+    """Prepare a model on a substitute for a GPU; returns the calls after it was frozen and moved."""
 
     def __init__(
         self,
@@ -240,12 +240,12 @@ class Prepared:
         for name in ("to_channels_last", "fuse_group_norms", "fuse_residual_blocks", "enable_gradient_checkpointing"):
             monkeypatch.setattr(loader, name, lambda model, name=name: self.calls.append((model.name, name)))
 
-        def choose(wanted: str, kept: AttentionChoice | None, **about: Any) -> AttentionChoice:
-            self.calls.append(("attention", wanted, kept))
+        def choose(kind: str, previous: AttentionChoice | None, **about: Any) -> AttentionChoice:
+            self.calls.append(("attention", kind, previous))
             assert about == dict(unet=self.unet, encoder=self.vae.encoder, size=8, tokens=77)
-            if wanted in self.broken:
-                raise UserError(f"{wanted} does not work")
-            return AttentionChoice(wanted, wanted)
+            if kind in self.broken:
+                raise UserError(f"{kind} does not work")
+            return AttentionChoice(kind, kind)
 
         monkeypatch.setattr(loader, "choose_attention", choose)
 
@@ -274,17 +274,17 @@ ALL_FUSED = [(model, step) for model in ("unet", "encoder") for step in FUSED]
 AUTO = ("attention", "auto", None)
 
 
-def test_a_large_model_on_a_gpu_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channels last: UNet and encoder, from MIN_FUSED_IMAGE_SIZE pixels on; on a CPU nothing is."""
+def test_prepare_large_model_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From MIN_FUSED_IMAGE_SIZE pixels on UNet and encoder are fused and channels last, on a GPU only."""
     assert CHANNELS_LAST == ("unet", "vae")
     assert Prepared(monkeypatch)()[0] == [*ALL_FUSED, AUTO]
     assert Prepared(monkeypatch, size=MIN_FUSED_IMAGE_SIZE - 1)()[0] == [AUTO]
-    done, components = Prepared(monkeypatch, "cpu")()
-    assert done == [AUTO] and components.attention == ("auto", "auto")
+    calls, components = Prepared(monkeypatch, "cpu")()
+    assert calls == [AUTO] and components.attention == ("auto", "auto")
 
 
 def test_channels_last_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a CPU; and none where none is named."""
+    """Named modules are channels last, also on a CPU."""
     assert Prepared(monkeypatch, "cpu")(channels_last=("vae",))[0] == [("encoder", FUSED[0]), AUTO]
     assert Prepared(monkeypatch, "cpu")(channels_last=("unet",))[0] == [("unet", FUSED[0]), AUTO]
     norms = [step for step in ALL_FUSED if step[1] != FUSED[0]]
@@ -292,30 +292,30 @@ def test_channels_last_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pixel_model_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its UNet alone norms are fused; there is no encoder to slice or compile."""
-    done, components = Prepared(monkeypatch, pixels=True)(vram_O=True, compiled=("unet", "vae"))
-    assert done == [*[("unet", step) for step in FUSED], ("unet", "compile", {"dynamic": False})]
+    """Only the norms of its UNet are fused; there is no encoder to slice or compile."""
+    calls, components = Prepared(monkeypatch, pixels=True)(vram_O=True, compiled=("unet", "vae"))
+    assert calls == [*[("unet", step) for step in FUSED], ("unet", "compile", {"dynamic": False})]
     assert components.attention == ("sdpa", "sdpa")
 
 
 def test_attention_named_or_previous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wanted and what an earlier part of the run had reach the choice."""
-    kept = AttentionChoice("cudnn", "matmul")
+    """The named operator and the previous choice are passed on."""
+    choice = AttentionChoice("cudnn", "matmul")
     for options in ({}, {"vram_O": True}):
-        for wanted, earlier in (("cudnn", None), ("auto", kept), ("sdpa", kept)):
-            done, components = Prepared(monkeypatch, size=64)(attention=wanted, previous=earlier, **options)
-            assert done[-1] == ("attention", wanted, earlier) and components.attention == (wanted, wanted)
+        for kind, earlier in (("cudnn", None), ("auto", choice), ("sdpa", choice)):
+            calls, components = Prepared(monkeypatch, size=64)(attention=kind, previous=earlier, **options)
+            assert calls[-1] == ("attention", kind, earlier) and components.attention == (kind, kind)
 
 
 def test_memory_efficient_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --vram_O: one picture at a time, blocks that are computed again, and xformers on a GPU, else torch's own."""
+    """--vram_O slices, recomputes blocks, and uses xformers on a GPU where it works."""
     frugal = [("vae", "enable_slicing"), ("encoder", "enable_gradient_checkpointing")]
     prepared = Prepared(monkeypatch, size=64)
-    done, components = prepared(vram_O=True)
-    assert done == [*frugal, ("attention", "xformers", None)] and components.attention == ("xformers", "xformers")
+    calls, components = prepared(vram_O=True)
+    assert calls == [*frugal, ("attention", "xformers", None)] and components.attention == ("xformers", "xformers")
     prepared.broken = {"xformers"}
-    done, components = prepared(vram_O=True)
-    assert done == [*frugal, ("attention", "xformers", None), ("attention", "sdpa", None)]
+    calls, components = prepared(vram_O=True)
+    assert calls == [*frugal, ("attention", "xformers", None), ("attention", "sdpa", None)]
     assert components.attention == ("sdpa", "sdpa")
     assert Prepared(monkeypatch, "cpu")(vram_O=True)[0] == [*frugal, AUTO]
 
@@ -330,22 +330,22 @@ def test_memory_efficient_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         (("unet", "vae"), True, ["unet"]),
     ],
 )
-def test_what_is_named_is_compiled(monkeypatch, compiled: tuple[str, ...], vram_O: bool, models: list[str]) -> None:
-    """For the shapes of the run alone; not an encoder whose blocks are computed again."""
-    done, _ = Prepared(monkeypatch, size=64)(compiled=compiled, vram_O=vram_O)
-    assert [step for step in done if "compile" in step] == [(name, "compile", {"dynamic": False}) for name in models]
+def test_prepare_compiled_modules(monkeypatch, compiled: tuple[str, ...], vram_O: bool, models: list[str]) -> None:
+    """Named modules are compiled for static shapes, except an encoder that recomputes blocks."""
+    calls, _ = Prepared(monkeypatch, size=64)(compiled=compiled, vram_O=vram_O)
+    assert [step for step in calls if "compile" in step] == [(name, "compile", {"dynamic": False}) for name in models]
 
 
 def test_compile_without_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence, and nothing is moved."""
+    """It is refused with one sentence, and nothing is moved."""
     prepared = Prepared(monkeypatch, "cpu")
     with pytest.raises(UserError, match="^--compile needs a GPU: on a CPU it gains nothing; leave it out$"):
         prepared(compiled=("vae",))
     assert prepared.calls == []
 
 
-def test_a_text_encoder_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory goes back to a GPU."""
+def test_free_text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is freed on a GPU."""
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     for device, times in (("cpu", 0), ("cuda", 1)):
@@ -355,39 +355,39 @@ def test_a_text_encoder_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_to_channels_last() -> None:
-    """The first input of a call is turned, whatever else it is called with; values are the same."""
-    seen = []
+    """The first input of a call is converted, whatever the others are; values stay the same."""
+    inputs = []
 
     class Layer(torch.nn.Conv2d):
-        def forward(self, picture: torch.Tensor, *more: Any) -> torch.Tensor:
-            seen.append((picture.stride(), more))
-            return super().forward(picture)
+        def forward(self, image: torch.Tensor, *more: Any) -> torch.Tensor:
+            inputs.append((image.stride(), more))
+            return super().forward(image)
 
-    layer, picture = Layer(3, 2, 3), torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    layer, image = Layer(3, 2, 3), torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     loader.to_channels_last(layer)
-    layer(picture, "a level", "a prompt")
-    layer(picture)
-    assert seen == [((192, 1, 24, 3), ("a level", "a prompt")), ((192, 1, 24, 3), ())]
+    layer(image, "a level", "a prompt")
+    layer(image)
+    assert inputs == [((192, 1, 24, 3), ("a level", "a prompt")), ((192, 1, 24, 3), ())]
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradient_checkpointing_rng(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading it would end the capture of a CUDA graph; blocks of diffusers and fused ones, and no other module."""
+    """The random state is not read, which would end a capture; only residual blocks are recomputed."""
     from diffusers.models.resnet import ResnetBlock2D
 
     from dream_fast.engine.guidance.model.fused_blocks import ResidualBlock
 
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        loader, "checkpoint", lambda forward, *words, **options: asked.append((words, options)) or forward(*words)
+        loader, "checkpoint", lambda forward, *words, **options: calls.append((words, options)) or forward(*words)
     )
     block = ResnetBlock2D(in_channels=8, groups=2, temb_channels=None)
     fused = ResidualBlock(ResnetBlock2D(in_channels=8, groups=2, temb_channels=None))
     encoder = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), block, torch.nn.Sequential(fused))
     loader.enable_gradient_checkpointing(encoder)
-    picture = torch.ones(1, 8, 2, 2)
-    block(picture, None)
+    image = torch.ones(1, 8, 2, 2)
+    block(image, None)
     options = {"use_reentrant": False, "preserve_rng_state": False}
-    ((words, named),) = asked
-    assert words[0] is picture and named == options
+    ((words, named),) = calls
+    assert words[0] is image and named == options
     assert fused.forward.keywords == options and not hasattr(encoder[0].forward, "keywords")

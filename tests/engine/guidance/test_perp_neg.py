@@ -89,7 +89,7 @@ def test_base_weight_and_decays_count() -> None:
 
 
 def test_overhead_weights_zero() -> None:
-    """From above there is nothing to turn away from."""
+    """Weights are zero from above."""
     azimuth = torch.tensor([0.0, 60.0, 120.0, 180.0])
     above = view_weights(azimuth, torch.full((4,), 30.0), ViewAngles(30.0))
     assert (negative_weights(above, -2.0, 2.0, 10.0) == 0).all()
@@ -98,14 +98,14 @@ def test_overhead_weights_zero() -> None:
 
 
 def test_weights_of_unblended_views() -> None:
-    """With a narrow blend azimuth 30 still says front alone, 60 side alone, 150 back alone."""
+    """With a narrow blend azimuth 30 is front alone, 60 side alone, 150 back alone."""
     azimuth = torch.tensor([30.0, 60.0, 120.0, 150.0])
     got = negative_weights(view_weights(azimuth, torch.full((4,), 90.0), ViewAngles(30.0, 20.0)), -2.0, 2.0, 10.0)
     assert got.tolist() == [[0.0, -2.0], [-2.0, 0.0], [-2.0, 0.0], [-2.0, -1.0]]
 
 
 def test_weights_read_nothing() -> None:
-    """Tensors without values: .item(), a branch or a boolean index on them raises. So a CUDA graph can hold it."""
+    """Tensors without values raise where they are read, so a CUDA graph can capture the weights."""
     azimuth, polar = torch.empty(2, 3, device="meta")
     weights = negative_weights(view_weights(azimuth, polar, ViewAngles(30.0)), -2.0, 2.0, 10.0)
     towards = torch.empty(3, 4, 8, 8, device="meta")
@@ -118,7 +118,7 @@ def test_weights_read_nothing() -> None:
 
 
 def turned_away(towards: Tensor, others: list[Tensor], weights: Tensor) -> Tensor:
-    """`perpendicular_combine` by projection: each other direction in the plane across d_0, from a QR decomposition."""
+    """`perpendicular_combine` by projection, from a QR decomposition."""
     rows = []
     for i, main in enumerate(towards):
         along = torch.linalg.qr(main.reshape(-1, 1)).Q
@@ -128,7 +128,7 @@ def turned_away(towards: Tensor, others: list[Tensor], weights: Tensor) -> Tenso
 
 
 def test_perpendicular_combine() -> None:
-    """What is added has no part along d_0."""
+    """The added part is perpendicular to d_0."""
     towards = torch.randn(3, 4, 8, 8, generator=generator())
     others = [torch.randn(3, 4, 8, 8, generator=generator(seed)) for seed in (1, 2)]
     weights = torch.tensor([[-1.0, -0.5], [0.0, -2.0], [0.0, 0.0]])
@@ -144,14 +144,14 @@ def test_perpendicular_combine() -> None:
 
 
 def by_hand(components: Components, latents: Tensor, prompts: PromptEmbeddings, azimuths: list[float]) -> Tensor:
-    """g of the latents in the dtype of the model, a sample at a time, as stable-dreamfusion's notes write it."""
+    """g of the latents in the dtype of the model, sample by sample, as in stable-dreamfusion."""
     draws = generator(3)
     t = torch.randint(20, 981, (len(latents),), generator=draws)
     noise = torch.randn(latents.shape, generator=draws).to(components.dtype)
     latents = latents.to(components.dtype)
     front, side, back, _ = prompts.views.to(components.dtype)
     negative = prompts.negative.to(components.dtype)
-    found = []
+    gradients = []
     for i, azimuth in enumerate(azimuths):
         alpha = components.process.alphas_cumprod[t[i]].to(components.dtype)
         noisy = alpha.sqrt() * latents[i] + (1 - alpha).sqrt() * noise[i]
@@ -165,25 +165,25 @@ def by_hand(components: Components, latents: Tensor, prompts: PromptEmbeddings, 
 
         r = 1 - abs(azimuth) / 90 if abs(azimuth) < 90 else 2 - abs(azimuth) / 90
         if abs(azimuth) < 90:
-            seen = r * front + (1 - r) * side
+            blended = r * front + (1 - r) * side
             w_front = 0.0 if r > 0.8 else -2 * math.exp(-2 * r)
             w_side = 0.0 if r < 0.2 else -2 * math.exp(-10 * (1 - r))
         else:
-            seen = r * side + (1 - r) * back
+            blended = r * side + (1 - r) * back
             w_front, w_side = -2.0, 0.0 if r > 0.8 else -math.exp(-10 * r)
         plain = epsilon(negative[0])
-        main = epsilon(seen) - plain
+        main = epsilon(blended) - plain
         guided = main.clone()
         for weight, prompt in ((w_front, front), (w_side, side)):
             delta = epsilon(prompt) - plain
             guided += weight * (delta - (delta * main).sum() / main.square().sum().clamp(min=1e-6) * main)
-        found.append((1 - alpha) * (plain + SCALE * guided - noise[i]))
-    return torch.stack(found)
+        gradients.append((1 - alpha) * (plain + SCALE * guided - noise[i]))
+    return torch.stack(gradients)
 
 
 @pytest.mark.parametrize("azimuths", [[20.0], [0.0, -30.0, 70.0, 88.0, -100.0, 150.0, 180.0]])
 def test_gradient_by_hand(components: Components, in_fp64: Callable, azimuths: list[float]) -> None:
-    """A batch is the loop over its samples."""
+    """A batch equals the loop over its samples."""
     prompts = PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
     latents = torch.randn(len(azimuths), 4, 8, 8, generator=generator(8)).requires_grad_()
     guidance = DiffusionGuidance(
@@ -206,7 +206,7 @@ def test_gradient_by_hand(components: Components, in_fp64: Callable, azimuths: l
 
 @pytest.mark.parametrize("polars", [[20.0, 20.0, 20.0], [90.0, 20.0, 90.0]])
 def test_overhead_gradient_unchanged(components: Components, in_fp64: Callable, polars: list[float]) -> None:
-    """Weights belong to a sample each: with Perp-Neg the one from above gets what it gets without, the others not."""
+    """Weights belong to samples: only those that are not from above change."""
     prompts = PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
     latents = torch.randn(3, 4, 8, 8, generator=generator(8))
     views = cameras([0.0, 120.0, 120.0])._replace(polar=torch.tensor(polars))
@@ -228,7 +228,7 @@ def test_overhead_gradient_unchanged(components: Components, in_fp64: Callable, 
 
 
 class Recorded(TorchDispatchMode):
-    """The names of all operators that torch is asked for."""
+    """The names of all operators that torch runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class Recorded(TorchDispatchMode):
 
 
 def gradient_before_perp_neg(components: Components, z, t, cond, uncond, scale, noise, rescale) -> Tensor:
-    """How the gradient of the latents was computed before there was Perp-Neg, line by line."""
+    """The gradient of the latents without Perp-Neg, line by line."""
     alpha = components.process.alphas_cumprod.index_select(0, t).view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
     out = components.unet(
@@ -269,7 +269,7 @@ def gradient_before_perp_neg(components: Components, z, t, cond, uncond, scale, 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
 def test_disabled_changes_nothing(components: Components, rescale: float) -> None:
-    """Without it nothing else is launched and no bit changes."""
+    """Without Perp-Neg nothing else is launched and no bit changes."""
     z, noise = torch.randn(2, 3, 4, 8, 8, generator=generator(1))
     cond, uncond = torch.randn(2, 3, 5, 32, generator=generator(2))
     t, scale = torch.tensor([30, 500, 900]), torch.tensor(20.0)
@@ -289,7 +289,7 @@ def test_disabled_changes_nothing(components: Components, rescale: float) -> Non
 
 
 def test_positive_weight_raises() -> None:
-    """A base weight that pulls is refused."""
+    """A positive base weight is refused."""
     with pytest.raises(UserError, match="--negative_w must be at most 0, not 2"):
         GuidanceConfig(perpneg=True, negative_w=2.0)
     with pytest.raises(UserError, match="--side_decay_factor must be at least 0, not -1"):

@@ -1,4 +1,4 @@
-"""IF: a model that works on pixels, loaded from disk as diffusers writes it, and what it makes of a picture."""
+"""IF: a model that works on pixels, loaded in the layout of diffusers, and its guidance."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_facts(components: Components) -> None:
     assert components.latents_are_pixels and components.vae is None and components.t5
     assert (components.image_size, components.latent_size, components.latent_channels) == (SIZE, SIZE, 3)
     assert (components.window, components.prediction_type, components.process.num_timesteps) == (77, "epsilon", 1000)
-    # Keys and values of the prompt stand beside those of the picture: another attention would leave them out.
+    # Keys and values of the prompt stand beside those of the image: another attention would leave them out.
     processors = components.unet.attn_processors.values()
     assert processors and all(type(processor) is AttnAddedKVProcessor2_0 for processor in processors)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_facts(components: Components) -> None:
 
 
 def test_prompts_lower_case_and_masked(tiny_if_model: Path, components: Components, in_fp64: Callable) -> None:
-    """Prompts are in lower case and their padding is left out."""
+    """Prompts are in lower case and their padding is masked."""
     (embedded,) = components.embed(["A Hamburger "])
     assert embedded.shape == (77, 24)
     ids = components.tokenizer(["a hamburger"], return_tensors="pt").input_ids
@@ -72,7 +72,7 @@ def test_prompts_lower_case_and_masked(tiny_if_model: Path, components: Componen
 
 
 def test_prompt_cut_at_77_tokens(components: Components, caplog) -> None:
-    """A longer prompt is cut at 77 tokens though t5 reads more."""
+    """A longer prompt is cut at 77 tokens, though T5 supports more."""
     prompts = PromptEmbeddings(components, "a hamburger " * 12, keep_text_encoder=True)
     assert prompts.views.shape[1] == 77
     assert "longer than the 77 tokens that the text encoder reads; left out: " in caplog.text
@@ -88,9 +88,9 @@ def by_hand(
     others: Sequence[Tensor] = (),
     weights: Tensor | None = None,
 ) -> Tensor:
-    """g of pictures ``z`` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of ``components``."""
+    """g of images ``z`` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of ``components``."""
     z, cond, uncond, noise = (x.to(components.dtype) for x in (z, cond, uncond, noise))
-    found = []
+    gradients = []
     for i, level in enumerate(t):
         a = components.process.alphas_cumprod[level].to(components.dtype)
         noisy = a.sqrt() * z[i] + (1 - a).sqrt() * noise[i]
@@ -107,13 +107,13 @@ def by_hand(
         for j, other in enumerate(others):
             delta = tell(other) - plain
             turned += weights[i, j] * (delta - (delta * main).sum() / main.square().sum() * main)
-        found.append((1 - a) * (plain + 20 * turned - noise[i]))
-    return torch.stack(found)
+        gradients.append((1 - a) * (plain + 20 * turned - noise[i]))
+    return torch.stack(gradients)
 
 
 @pytest.mark.parametrize("side", [SIZE, 40])
 def test_pixel_gradient_by_hand(components: Components, in_fp64: Callable, side: int) -> None:
-    """Also of a picture that shrinks, whose gradient goes back through the averaging."""
+    """The gradient also goes through the averaging of an image that shrinks."""
     rgb = torch.rand(4, 3, side, side, generator=generator(1)).requires_grad_()
     cond, uncond = torch.randn(2, 4, 77, 24, generator=generator(2))
     score = ScoreDistillation(components, GuidanceConfig(guidance_scale=20.0, lambda_guidance=4.0))
@@ -124,18 +124,18 @@ def test_pixel_gradient_by_hand(components: Components, in_fp64: Callable, side:
     t = score.draw_timesteps(4, StepInputs(generator=drawn))
     noise = torch.randn(4, 3, SIZE, SIZE, generator=drawn)
     assert torch.equal(t, result.t)
-    seen = []
+    expected = []
     for model in (components, in_fp64(components)):
-        picture = rgb.detach().to(model.dtype).requires_grad_()
-        z = F.interpolate(picture, (SIZE, SIZE), mode="bilinear", antialias=True) * 2 - 1
+        image = rgb.detach().to(model.dtype).requires_grad_()
+        z = F.interpolate(image, (SIZE, SIZE), mode="bilinear", antialias=True) * 2 - 1
         gradient = 4 * by_hand(model, z.detach(), t, cond, uncond, noise)
-        seen.append((gradient, torch.autograd.grad(z, picture, gradient / 4)[0]))
-    (reference, picture_reference), (exact, picture_exact) = seen
+        expected.append((gradient, torch.autograd.grad(z, image, gradient / 4)[0]))
+    (reference, image_reference), (exact, image_exact) = expected
     check("latents", result.gradient, reference, exact)
-    check("picture", rgb.grad, picture_reference, picture_exact)
+    check("image", rgb.grad, image_reference, image_exact)
     if side == SIZE:
         # Twice, for [-1, 1], over a batch of four.
-        check("picture and latents", rgb.grad, result.gradient / 2, result.gradient.double() / 2)
+        check("image and latents", rgb.grad, result.gradient / 2, result.gradient.double() / 2)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_every_score_guides_pixels(components: Components, options: dict) -> Non
 
 
 def test_perp_neg_by_hand(components: Components, in_fp64: Callable) -> None:
-    """A batch is the loop over its samples, each with weights of its own, and weights of 0 are none."""
+    """A batch equals the loop over its samples, each with its own weights."""
     z, noise = torch.randn(2, 3, 3, SIZE, SIZE, generator=generator(1))
     cond, uncond = torch.randn(2, 3, 77, 24, generator=generator(2))
     others, weights = torch.randn(2, 77, 24, generator=generator(4)), torch.tensor([[-1.0, 0], [0, -2.0], [0, 0]])
@@ -177,18 +177,18 @@ def test_latents_are_refused(components: Components) -> None:
 
 
 def test_pixel_sampling_and_images(components: Components) -> None:
-    """It paints and shows what it sees without a decoder."""
+    """Sampling and snapshots need no decoder."""
     cond, uncond = torch.randn(2, 2, 77, 24, generator=generator(2))
     images = sample(components, cond, uncond, steps=3, generator=generator())
     assert images.shape == (2, 3, SIZE, SIZE) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
     z = torch.rand(2, 3, SIZE, SIZE, generator=generator()) * 2 - 1
-    seen = guidance_images(components, (z + 1) / 2, z, z)
+    snapshot = guidance_images(components, (z + 1) / 2, z, z)
     for column in (1, 2):
-        check("seen", seen[:, column], (z + 1) / 2, (z.double() + 1) / 2)
+        check("seen", snapshot[:, column], (z + 1) / 2, (z.double() + 1) / 2)
 
 
 def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:
-    """Half precision shards load under the names that the libraries write."""
+    """Half-precision shards load under the names that libraries write."""
     whole = load_components(tiny_if_model, "cpu", kind="IF")
     for part, name in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
         model = getattr(whole, part)
@@ -207,10 +207,10 @@ def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_download_takes_one_set_of_weights(
+def test_download_one_set_of_weights(
     broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """The hub has each model in fp32 and in fp16, the text encoder in shards, and files that nobody needs."""
+    """One set of weights is downloaded, though the hub has fp32, fp16 and other files."""
     import huggingface_hub
 
     whole = load_components(broken, "cpu", kind="IF")
@@ -240,7 +240,7 @@ def test_a_download_takes_one_set_of_weights(
 
 
 def test_other_stages_raise(broken: Path, tiny_if_model: Path, tiny_model: Path) -> None:
-    """What is no first stage of if is one sentence."""
+    """Other stages of IF are refused with one sentence."""
     from diffusers import UNet2DConditionModel
 
     with pytest.raises(UserError, match="is a StableDiffusionPipeline; only IFPipeline models can guide as IF"):
@@ -257,7 +257,7 @@ def test_other_stages_raise(broken: Path, tiny_if_model: Path, tiny_model: Path)
 
 
 def test_sentencepiece_missing(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer of sentencepiece says what to install."""
+    """A SentencePiece tokenizer without its reader is refused with the package to install."""
     (broken / "tokenizer" / "tokenizer.json").rename(broken / "tokenizer" / "spiece.model")
     for missing in ("sentencepiece", "google.protobuf"):
         monkeypatch.setattr(checks, "_installed", lambda package, missing=missing: package != missing)
@@ -269,7 +269,7 @@ def test_sentencepiece_missing(broken: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_package_lookup_without_import() -> None:
-    """A package is looked for without importing it."""
+    """A package is found without importing it."""
     assert checks._installed("json") and not checks._installed("nobody_has.this") and not checks._installed("nobodys")
 
 

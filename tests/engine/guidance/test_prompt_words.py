@@ -1,4 +1,4 @@
-"""Words that fit a text encoder's window, what is encoded and how; where Perp-Neg begins to turn away."""
+"""Words that fit the window of a text encoder, and the limits of Perp-Neg's weights."""
 
 import logging
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from dream_fast.engine.guidance.prompts import PromptEmbeddings
 
 
 def letters(text: str, verbose: bool) -> SimpleNamespace:
-    """A tokenizer: a token a letter, and two markers."""
+    """A tokenizer with a token for each letter, and two markers."""
     assert not verbose  # it would warn of each prompt that is too long
     return SimpleNamespace(input_ids=[0, *range(len(text.replace(" ", ""))), 0])
 
@@ -34,16 +34,16 @@ def letters(text: str, verbose: bool) -> SimpleNamespace:
     ],
 )
 def test_fit_keeps_the_words_that_fit(caplog, text: str, window: int, fitting: str, left_out: str | None) -> None:
-    """The longest run of leading words that fits with every ending is kept, at least one, and the rest is named."""
+    """The longest leading words that fit with every ending are kept; a warning has the rest."""
     with caplog.at_level(logging.WARNING):
         assert fit_window(letters, window, text, ["", "x"]) == fitting
-    said = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     sentence = f"the prompt is longer than the {window} tokens that the text encoder reads; left out: {left_out}"
-    assert said == ([] if left_out is None else [sentence])
+    assert messages == ([] if left_out is None else [sentence])
 
 
 def test_fit_tries_no_more_words_than_tokens() -> None:
-    """A word is a token at least: a prompt of many thousand words is tried whole and from the window's length on."""
+    """A word has at least one token, so a very long prompt is tried from the window's length on."""
     tried = []
 
     def tokenizer(text: str, verbose: bool) -> SimpleNamespace:
@@ -58,18 +58,20 @@ def test_fit_tries_no_more_words_than_tokens() -> None:
 
 
 def test_views_and_negative_encoded(caplog) -> None:
-    """In the order of VIEWS, a side's own text as it is, each as long as it may be; the text encoder is freed."""
+    """Prompts are in the order of VIEWS, view prompts unchanged, and the text encoder is freed."""
     encoded, freed = [], []
     components = SimpleNamespace(
         fit_prompt=lambda text, endings: fit_window(letters, 16, text, endings),
-        embed=lambda texts: encoded.append(texts) or torch.eye(5)[:, None],
+        embed=lambda texts, negative: encoded.append([*texts, negative]) or torch.eye(5)[:, None],
         free_text_encoder=lambda: freed.append(True),
     )
     negative = "n" * 14  # as many as fit beside two markers: nothing comes behind it
     with caplog.at_level(logging.WARNING):
-        made = PromptEmbeddings(components, "ab", negative, view_prompts={"overhead": "o" * 14, "side": "s"})
+        embeddings = PromptEmbeddings(components, "ab", negative, view_prompts={"overhead": "o" * 14, "side": "s"})
     assert encoded == [["ab, front view", "s", "ab, back view", "o" * 14, negative]] and not caplog.records
-    assert torch.equal(made.views, torch.eye(5)[:4, None]) and torch.equal(made.negative, torch.eye(5)[4:, None])
+    assert torch.equal(embeddings.views, torch.eye(5)[:4, None]) and torch.equal(
+        embeddings.negative, torch.eye(5)[4:, None]
+    )
     assert freed == [True]
     PromptEmbeddings(components, "ab", keep_text_encoder=True)
     assert encoded[1] == [f"ab, {side} view" for side in ("front", "side", "back", "overhead")] + [""]
@@ -82,7 +84,7 @@ def test_views_and_negative_encoded(caplog) -> None:
     + [(False, {"use_attention_mask": True}, True)],
 )
 def test_padding_mask(t5: bool, settings: dict[str, bool], masked: bool) -> None:
-    """By T5 and by encoders with that setting; T5 has lower case. All prompts are padded or cut to the window."""
+    """T5 and encoders with that setting get a mask; prompts are padded or cut to the window."""
     calls = []
 
     def tokenizer(texts: list[str], **options: Any) -> SimpleNamespace:
@@ -116,6 +118,6 @@ def test_padding_mask(t5: bool, settings: dict[str, bool], masked: bool) -> None
     ],
 )
 def test_negative_weights_at_limits(views: list[float], weights: list[bool]) -> None:
-    """Shares of 0.8 and 0.2 themselves still turn away: the formulas have r > 0.8 and r < 0.2 for none."""
+    """Shares of exactly 0.8 and 0.2 still have a weight."""
     got = negative_weights(torch.tensor([views], dtype=torch.float64), -2.0, 2.0, 10.0)
     assert (got != 0).tolist() == [weights]

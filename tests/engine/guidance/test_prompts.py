@@ -1,4 +1,4 @@
-"""Prompts: the weights of the sides, the embeddings, and what happens to words that do not fit."""
+"""Prompts: view weights, embeddings, and words that do not fit."""
 
 import logging
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_weights_of_the_views(azimuth: float, polar: float, weights: list[float]
 
 
 def test_view_weights_linear() -> None:
-    """All around: r = 1 - |azimuth| / 90 of front and the rest of side, then of side and back."""
+    """In the front half front weighs r = 1 - |azimuth| / 90 and side the rest; behind, side and back."""
     azimuth = torch.linspace(-180, 180, 501)[:-1]
 
     def expected(dtype: torch.dtype) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_view_weights_linear() -> None:
 
 
 def test_view_weights_blend() -> None:
-    """Views may turn into each other over fewer degrees."""
+    """Views may be blended over fewer degrees."""
     azimuth = torch.tensor([0.0, 34.0, -40.0, 45.0, 50.0, 56.0, 124.0, -135.0, 146.0])
     front, side, back, overhead = view_weights(azimuth, torch.full((9,), 90.0), ViewAngles(30.0, 20.0)).T
     assert front.tolist() == [1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0]
@@ -63,7 +63,7 @@ def test_view_weights_blend() -> None:
 
 
 def names_of(azimuth: list[float], polar: float, angle_front: float) -> list[str]:
-    """The one view of each camera that the thresholded prompt names."""
+    """The view of each camera without blending."""
     weights = view_weights(
         torch.tensor(azimuth), torch.full((len(azimuth),), polar), ViewAngles(30.0, 20.0, angle_front)
     )
@@ -73,7 +73,7 @@ def names_of(azimuth: list[float], polar: float, angle_front: float) -> list[str
 
 
 def test_view_weights_front_angle() -> None:
-    """With a front angle a camera sees one side."""
+    """With a front angle a camera has a single view."""
     front, side, back = [0.0, 30.0, -30.0, 360.0, 335.0], [30.5, -30.5, 90.0, 149.5, -149.5], [150.0, -150.0, 180, 200]
     names = ["front"] * 5 + ["side"] * 5 + ["back"] * 4
     assert names_of(front + side + back, 90.0, 60.0) == names
@@ -83,7 +83,7 @@ def test_view_weights_front_angle() -> None:
 
 
 def test_view_weights_read_nothing(nothing_read) -> None:
-    """Weighing the views reads no value."""
+    """View weights read no value on the host."""
     with nothing_read:
         for angle_front in (None, 60.0):
             view_weights(torch.tensor([0.0, 100.0]), torch.tensor([90.0, 10.0]), ViewAngles(30.0, 90.0, angle_front))
@@ -108,7 +108,7 @@ def both(components: Components, in_fp64: Callable) -> tuple[Components, Compone
 
 
 def test_embeddings_blended(both: tuple[Components, Components]) -> None:
-    """Against diffusers' own encoding of each side's text."""
+    """Embeddings equal the blend of diffusers' own encoding of each view."""
     prompts = PromptEmbeddings(both[0], "a red mug", "blurry", keep_text_encoder=True)
     texts = [f"a red mug, {view} view" for view in VIEWS]
     check("negative", prompts.negative, *(by_diffusers(model, ["blurry"]) for model in both))
@@ -129,10 +129,10 @@ def test_embeddings_blended(both: tuple[Components, Components]) -> None:
     assert (front - back).abs().max() > 1e-2  # the sides differ at all
 
 
-def test_a_side_may_have_a_text_of_its_own(both: tuple[Components, Components]) -> None:
-    own = {"back": "the back of a red mug", "overhead": "the inside of a red mug"}
-    prompts = PromptEmbeddings(both[0], "a red mug", view_prompts=own, keep_text_encoder=True)
-    texts = ["a red mug, front view", "a red mug, side view", own["back"], own["overhead"]]
+def test_view_prompts_of_sides(both: tuple[Components, Components]) -> None:
+    view_prompts = {"back": "the back of a red mug", "overhead": "the inside of a red mug"}
+    prompts = PromptEmbeddings(both[0], "a red mug", view_prompts=view_prompts, keep_text_encoder=True)
+    texts = ["a red mug, front view", "a red mug, side view", view_prompts["back"], view_prompts["overhead"]]
     check("views", prompts.views, *(by_diffusers(model, texts) for model in both))
     check("negative", prompts.negative, *(by_diffusers(model, [""]) for model in both))
     with pytest.raises(ValueError, match="view_prompts has texts of front, side, back, overhead, not of below, left"):
@@ -140,7 +140,7 @@ def test_a_side_may_have_a_text_of_its_own(both: tuple[Components, Components]) 
 
 
 def test_long_view_prompts_cut(components: Components, caplog: pytest.LogCaptureFixture) -> None:
-    """75 letters fit. A text of its own has no ending, and the prompt need not fit where it is not used."""
+    """75 letters fit. A view prompt has no ending, and the prompt need not fit where it is unused."""
     with caplog.at_level(logging.WARNING):
         whole = PromptEmbeddings(components, "x", view_prompts={"back": "a" * 70 + " bbbbb"}, keep_text_encoder=True)
         every = dict.fromkeys(VIEWS, "a red mug")
@@ -155,13 +155,13 @@ def test_long_view_prompts_cut(components: Components, caplog: pytest.LogCapture
 
 
 def test_encode_against_model(both: tuple[Components, Components]) -> None:
-    """Short, long and empty prompts, against diffusers' own pipeline."""
+    """Short, long and empty prompts equal those of diffusers' own pipeline."""
     texts = ["a red mug", "", "a very long prompt " * 20]
     check("embeddings", both[0].embed(texts), *(by_diffusers(model, texts) for model in both))
 
 
 def test_text_encoder_freed(components: Components) -> None:
-    """Text encoder is freed once the prompts are embedded."""
+    """The text encoder is freed after the prompts are embedded."""
     PromptEmbeddings(components, "a red mug", keep_text_encoder=True)
     PromptEmbeddings(components, "a red mug")
     assert components.text_encoder is None
@@ -170,7 +170,7 @@ def test_text_encoder_freed(components: Components) -> None:
 
 
 def test_embeddings_dtype(tiny_model: Path) -> None:
-    """Embeddings take the dtype of the model."""
+    """Embeddings have the dtype of the model."""
     prompts = PromptEmbeddings(load_components(tiny_model, "cpu", torch.bfloat16), "a red mug")
     cond, uncond = prompts.embeddings(torch.tensor([10.0]), torch.tensor([90.0]), ViewAngles(30.0))
     assert cond.dtype == uncond.dtype == torch.bfloat16
@@ -191,7 +191,7 @@ def test_long_prompt_cut(components: Components, caplog: pytest.LogCaptureFixtur
 
 
 def test_long_negative_prompt(components: Components, caplog: pytest.LogCaptureFixture) -> None:
-    """Long negative prompt and endless word."""
+    """A long negative prompt and an endless word are cut."""
     with caplog.at_level(logging.WARNING):
         prompts = PromptEmbeddings(components, "x" * 300, "ugly " * 30)
     assert prompts.views.shape == (4, 77, 32) and torch.isfinite(prompts.views).all()

@@ -36,7 +36,7 @@ def prompts(batch: int, width: int = 32) -> tuple[Tensor, Tensor]:
     return drawn[0], drawn[1]
 
 
-def picture(batch: int, height: int = 32, width: int = 32) -> Tensor:
+def random_image(batch: int, height: int = 32, width: int = 32) -> Tensor:
     return torch.rand(batch, 3, height, width, generator=generator(8)).requires_grad_()
 
 
@@ -46,7 +46,7 @@ def picture(batch: int, height: int = 32, width: int = 32) -> Tensor:
 def by_hand(
     components: Components, rgb: Tensor, cond: Tensor, uncond: Tensor, scale: float, draws: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of a picture of the model's size, latents and their gradient, in the dtype of ``components``.
+    """Gradient of an image of the model's size, latents and their gradient, in the dtype of ``components``.
 
     Written out with diffusers' own schedule and one UNet call a row.
     """
@@ -96,19 +96,19 @@ def test_gradient_by_hand(
     scaling: float,
     shift: float,
 ) -> None:
-    """Picture and latents get the gradient of DreamFusion's equation 3, also where the VAE has a shift."""
+    """The gradients of image and latents are those of DreamFusion's equation 3, also with a shift of the VAE."""
     components = dataclasses.replace(components, scaling_factor=scaling, shift_factor=shift)
     cond, uncond = prompts(4)
     reference, exact = (
-        by_hand(model, picture(4, *size), cond, uncond, 20.0, generator(3))
+        by_hand(model, random_image(4, *size), cond, uncond, 20.0, generator(3))
         for model in (components, in_fp64(components))
     )
     for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
-        rgb = picture(4, *size)
+        rgb = random_image(4, *size)
         sds = cls(components, GuidanceConfig(guidance_scale=20.0))
         result = sds(rgb, cond, uncond, StepInputs(generator=generator(3)))
         result.loss.backward()
-        check(f"{method}, picture", rgb.grad, reference[0], exact[0])
+        check(f"{method}, image", rgb.grad, reference[0], exact[0])
         check(f"{method}, latents", result.gradient, reference[2], exact[2])
         # Sums of 1024 squares, which fp32 adds up to the seventh digit.
         squares = result.gradient.double().square().sum()
@@ -119,12 +119,12 @@ def test_gradient_by_hand(
 
 @pytest.mark.parametrize(("scaling", "shift"), [(0.18215, 0.0), (0.5, 0.4)])
 def test_latents_scaled_and_shifted(components: Components, in_fp64: Callable, scaling: float, shift: float) -> None:
-    """The latents of a noisy picture, and a picture of latents, as diffusers' pipelines with a shift have them."""
+    """Encoded and decoded latents equal those of diffusers' pipelines with a shift."""
     components = dataclasses.replace(components, scaling_factor=scaling, shift_factor=shift)
-    (cond, uncond), rgb = prompts(4), picture(4)
+    (cond, uncond), rgb = prompts(4), random_image(4)
     config = GuidanceConfig(guidance_scale=1.0)
     noisy = ScoreDistillation(components, config)(rgb, cond, uncond, StepInputs(generator=generator(3))).noisy
-    seen = []
+    expected = []
     for model in (components, in_fp64(components)):
         draws = generator(3)
         _, z, _ = by_hand(model, rgb, cond, uncond, 1.0, draws)
@@ -134,17 +134,17 @@ def test_latents_scaled_and_shifted(components: Components, in_fp64: Callable, s
         noise = torch.randn(z.shape, generator=draws).to(z.dtype)
         alpha = components.process.alphas_cumprod[t].view(-1, 1, 1, 1).to(z.dtype)
         image = model.vae.decode(noisy.to(z.dtype) / scaling + shift).sample
-        seen.append((alpha.sqrt() * z + (1 - alpha).sqrt() * noise, (image / 2 + 0.5).clamp(0, 1)))
-    (reference, picture_reference), (exact, picture_exact) = seen
+        expected.append((alpha.sqrt() * z + (1 - alpha).sqrt() * noise, (image / 2 + 0.5).clamp(0, 1)))
+    (reference, image_reference), (exact, image_exact) = expected
     check("noisy latents", noisy, reference, exact)
-    check("decoded", decode(components, noisy), picture_reference, picture_exact)
+    check("decoded", decode(components, noisy), image_reference, image_exact)
 
 
 def test_weight_and_loss_scale(components: Components) -> None:
-    """Factors that are powers of two change no digit."""
+    """Factors that are powers of two change no bit."""
 
     def gradient(loss_scale: float, **options: float) -> Tensor:
-        rgb = picture(1)
+        rgb = random_image(1)
         sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, **options))
         (sds(rgb, *prompts(1), StepInputs(generator=generator())).loss * loss_scale).backward()
         return rgb.grad
@@ -157,12 +157,12 @@ def test_weight_and_loss_scale(components: Components) -> None:
 
 
 def test_half_precision_large_gradients(tiny_model: Path) -> None:
-    """A weight whose product with the gradient overflows fp16 costs nothing: the encoder sees a peak of 1."""
+    """A weight whose product with the gradient overflows fp16 works: the encoder gets a peak of 1."""
     components = load_components(tiny_model, "cpu", torch.float16)
     assert components.vae.dtype == torch.float16
     gradients = []
     for weight in (1.0, 2.0**20):
-        rgb = picture(1)
+        rgb = random_image(1)
         sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, lambda_guidance=weight))
         sds(rgb, *prompts(1), StepInputs(generator=generator())).loss.backward()
         gradients.append(rgb.grad / weight)
@@ -188,46 +188,46 @@ def test_latents_without_encoder(components: Components, mse_distillation: type,
 
 
 def test_shrinking_reads_every_pixel(components: Components) -> None:
-    """At four times the model's size, sampling four neighbours an output pixel would leave three in four unseen."""
-    rgb = picture(1, 128, 128)
+    """Every pixel of an image four times the model's size gets a gradient."""
+    rgb = random_image(1, 128, 128)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
     sds(rgb, *prompts(1), StepInputs(generator=generator())).loss.backward()
     assert (rgb.grad != 0).float().mean() > 0.99
 
 
 def test_vae_slicing(tiny_model: Path, in_fp64: Callable) -> None:
-    """Slices of the VAE, as --vram_O asks for, are as accurate as one image a call by hand."""
+    """Slices of the VAE (--vram_O) are as accurate as single images."""
     plain = load_components(tiny_model, "cpu")
     models = (plain, in_fp64(plain))
-    hand = [by_hand(model, picture(3), *prompts(3), 10.0, generator())[0] for model in models]
+    hand = [by_hand(model, random_image(3), *prompts(3), 10.0, generator())[0] for model in models]
     for vram_O in (False, True):
         components = load_components(tiny_model, "cpu", vram_O=vram_O)
         assert components.vae.use_slicing is vram_O
-        rgb = picture(3)
+        rgb = random_image(3)
         sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
         sds(rgb, *prompts(3), StepInputs(generator=generator())).loss.backward()
         check(f"vram_O {vram_O}", rgb.grad, *hand)
 
 
 def test_gradient_checkpointing(tiny_model: Path) -> None:
-    """Recomputation keeps less and gives the same gradient bit for bit."""
-    gradients, kept = [], []
+    """Recomputation stores less and gives the same gradient bit for bit."""
+    gradients, saved = [], []
     for again in (False, True):
         components = load_components(tiny_model, "cpu")
         if again:
             enable_gradient_checkpointing(components.vae.encoder)
-        rgb, held = picture(1), []
+        rgb, held = random_image(1), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
             latents = components.vae.encode(rgb).latent_dist.mean
-        kept.append(sum(held))
+        saved.append(sum(held))
         gradients += torch.autograd.grad(latents.square().sum(), rgb)
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
-    assert kept[1] < kept[0] / 2
+    assert saved[1] < saved[0] / 2
 
 
 def test_nonfinite_gradient_reported(components: Components) -> None:
-    """Gradient that is not finite is reported."""
-    rgb = picture(1)
+    """A gradient that is not finite is reported."""
+    rgb = random_image(1)
     cond, uncond = prompts(1)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
     result = sds(rgb, cond * float("nan"), uncond, StepInputs(generator=generator()))
@@ -238,7 +238,7 @@ def test_nonfinite_gradient_reported(components: Components) -> None:
 
 def test_a_seed_repeats_bit_for_bit(components: Components) -> None:
     def gradient(seed: int) -> Tensor:
-        rgb = picture(2, 24, 24)
+        rgb = random_image(2, 24, 24)
         sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0))
         sds(rgb, *prompts(2), StepInputs(generator=generator(seed))).loss.backward()
         return rgb.grad
@@ -248,14 +248,14 @@ def test_a_seed_repeats_bit_for_bit(components: Components) -> None:
 
 
 def test_bad_images_raise(components: Components) -> None:
-    """Wrong picture."""
+    """Images of a wrong shape are refused."""
     sds = ScoreDistillation(components, GuidanceConfig())
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], not \[1, 4, 8, 8\]"):
         sds(torch.zeros(1, 4, 8, 8), *prompts(1))
 
 
 def test_timesteps_uniform(components: Components) -> None:
-    """Levels are uniform in the range."""
+    """Timesteps are uniform in the range."""
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.1, 0.2)))
     levels = sds.draw_timesteps(20000, StepInputs(progress=0.9, generator=generator()))
     counts = levels.bincount(minlength=1000)
@@ -269,7 +269,7 @@ def test_timesteps_uniform(components: Components) -> None:
 
 @pytest.mark.parametrize(("anneal", "at_half"), [("linear", 500), ("sqrt", 301), ("square", 740)])
 def test_timesteps_annealed(components: Components, anneal: str, at_half: int) -> None:
-    """Levels fall with progress."""
+    """Timesteps fall with progress."""
     sds = ScoreDistillation(components, GuidanceConfig(t_range=(0.02, 0.98), t_anneal=anneal))
     steps = [StepInputs(progress=progress, generator=generator()) for progress in (0.0, 0.25, 0.5, 0.75, 0.999)]
     drawn = [sds.draw_timesteps(2000, inputs) for inputs in steps]
@@ -282,7 +282,7 @@ def test_timesteps_annealed(components: Components, anneal: str, at_half: int) -
 
 
 def test_guidance_rescale(components: Components, in_fp64: Callable) -> None:
-    """As in diffusers' `rescale_noise_cfg`, of the clean latent; the guided noise then belongs to it."""
+    """The clean latents equal those of diffusers' `rescale_noise_cfg`, and the guided noise belongs to them."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     cond, uncond = prompts(2)
@@ -359,7 +359,7 @@ def test_sample_against_diffusers(components: Components, in_fp64: Callable) -> 
 
 
 def test_sample_raises(components: Components, tiny_model: Path) -> None:
-    """Sampling refuses what it cannot do."""
+    """Sampling refuses impossible arguments."""
     with pytest.raises(ValueError, match="no VAE decoder"):
         sample(load_components(tiny_model, "cpu"), *prompts(1))
     with pytest.raises(ValueError, match="steps must lie in 1 to 1000, not 0"):
@@ -368,11 +368,11 @@ def test_sample_raises(components: Components, tiny_model: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="host synchronisations are a matter of GPUs")
 def test_never_synchronizes(tiny_model: Path) -> None:
-    """Guidance never waits for the gpu."""
+    """Guidance never waits for the GPU."""
     components = load_components(tiny_model, "cuda", torch.float16)
     sds = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, t_anneal="linear", guidance_rescale=0.5))
     cond, uncond = (embedding.cuda() for embedding in prompts(2))
-    rgb = picture(2, 24, 24).detach().cuda().requires_grad_()
+    rgb = random_image(2, 24, 24).detach().cuda().requires_grad_()
     draws = torch.Generator("cuda").manual_seed(0)
     sds(rgb, cond, uncond, StepInputs(progress=0.1, generator=draws)).loss.backward()  # loads kernels
     torch.cuda.set_sync_debug_mode("error")
@@ -384,10 +384,10 @@ def test_never_synchronizes(tiny_model: Path) -> None:
 
 
 def test_deterministic_resize(components: Components) -> None:
-    """torch's own gradient adds up in any order on a GPU; the products in its place are the same map and gradient."""
+    """The matrix products of deterministic mode give the same map and gradient as torch's resize."""
 
     def resized(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        rgb = picture(2, 80, 128).detach().to(dtype).requires_grad_()
+        rgb = random_image(2, 80, 128).detach().to(dtype).requires_grad_()
         size = dict(size=(32, 32), mode="bilinear", antialias=True)
         small = F.interpolate(rgb, **size) if dtype == torch.float64 or plainly else resize(rgb, 32)
         upstream = torch.randn(small.shape, generator=generator(1)).to(dtype)

@@ -1,4 +1,4 @@
-"""A call of score distillation: its defaults and refusals, what it computes with, and what a graph of it would hold."""
+"""A call of score distillation: defaults, refusals, dtypes, and CUDA graphs."""
 
 import dataclasses
 from pathlib import Path
@@ -32,12 +32,12 @@ def prompts(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cond, uncond
 
 
-def picture(batch: int = 1, side: int = 32) -> torch.Tensor:
+def random_image(batch: int = 1, side: int = 32) -> torch.Tensor:
     return torch.rand(batch, 3, side, side, generator=generator(8)).requires_grad_()
 
 
 def test_graphs_are_for_gpus(components: Components) -> None:
-    """On a GPU the encoder and the UNet are a CUDA graph unless that is not wanted; on a CPU they never are."""
+    """On a GPU encoder and UNet are a CUDA graph unless switched off; on a CPU never."""
     config, on_gpu = GuidanceConfig(), dataclasses.replace(components, device=torch.device("cuda"))
     assert isinstance(ScoreDistillation(on_gpu, config).graphs, StepGraphs)
     assert ScoreDistillation(on_gpu, config, cuda_graphs=False).graphs is None
@@ -45,36 +45,37 @@ def test_graphs_are_for_gpus(components: Components) -> None:
 
 
 def test_encoder_graph_freed(components: Components, mse_distillation: type) -> None:
-    """The loss of "sds" carries a gradient that is computed already; that of "mse" is differentiated through the
-    encoder, so that it keeps more between the call and `backward`."""
-    kept = {}
+    """The gradient of "sds" is computed in the call; "mse" is differentiated through the encoder and keeps more
+    until
+    `backward`.
+    """
+    nodes = {}
     for method, cls in (("sds", ScoreDistillation), ("mse", mse_distillation)):
-        result = cls(components, GuidanceConfig())(picture(), *prompts(1), StepInputs(generator=generator()))
-        seen, waiting = set(), [result.loss.grad_fn]
+        result = cls(components, GuidanceConfig())(random_image(), *prompts(1), StepInputs(generator=generator()))
+        visited, waiting = set(), [result.loss.grad_fn]
         while waiting:
             node = waiting.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
+            if node is not None and node not in visited:
+                visited.add(node)
                 waiting += [before for before, _ in node.next_functions]
-        kept[method] = len(seen)
-    assert kept["sds"] == 2 < kept["mse"]  # the injection, and the picture that accumulates
+        nodes[method] = len(visited)
+    assert nodes["sds"] == 2 < nodes["mse"]  # the injection, and the image that accumulates
 
 
 def test_parts_marked(components: Components) -> None:
-    """The benchmark of a step divides it where the encoder and where the UNet end."""
+    """The ends of encoder and UNet are marked for the benchmark of a step."""
     score, marked = ScoreDistillation(components, GuidanceConfig()), []
     with on_part_end(marked.append):
-        score(picture(), *prompts(1), StepInputs(generator=generator()))
-    score(picture(), *prompts(1), StepInputs(generator=generator()))  # outside nothing is marked
+        score(random_image(), *prompts(1), StepInputs(generator=generator()))
+    score(random_image(), *prompts(1), StepInputs(generator=generator()))  # outside nothing is marked
     assert marked == ["encode", "unet"]
 
 
 def test_half_precision_small_gradients(tiny_model: Path) -> None:
-    """A gradient of which most is subnormal in fp16 reaches the picture with all its digits: the encoder sees a peak
-    of 1."""
+    """A gradient that is mostly subnormal in fp16 reaches the image accurately: the encoder gets a peak of 1."""
     components, gradients = load_components(tiny_model, "cpu", torch.float16), []
     for weight in (1.0, 2.0**-24):
-        rgb = picture()
+        rgb = random_image()
         score = ScoreDistillation(components, GuidanceConfig(guidance_scale=10.0, lambda_guidance=weight))
         score(rgb, *prompts(1), StepInputs(generator=generator())).loss.backward()
         gradients.append(rgb.grad / weight)
@@ -82,19 +83,19 @@ def test_half_precision_small_gradients(tiny_model: Path) -> None:
 
 
 def test_autocast_changes_nothing(components: Components, mse_distillation: type) -> None:
-    """Latents and models keep their dtypes inside a caller's autocast, bit for bit, by both methods."""
+    """Inside autocast latents and models keep their dtypes, bit for bit."""
     for cls in (ScoreDistillation, mse_distillation):
         score = cls(components, GuidanceConfig())
-        plain = score(picture(), *prompts(1), StepInputs(generator=generator()))
+        plain = score(random_image(), *prompts(1), StepInputs(generator=generator()))
         with torch.autocast("cpu", torch.bfloat16):
-            cast = score(picture(), *prompts(1), StepInputs(generator=generator()))
+            cast = score(random_image(), *prompts(1), StepInputs(generator=generator()))
         assert torch.equal(cast.gradient, plain.gradient) and torch.equal(cast.loss, plain.loss)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 12), (16, 32)])
 def test_resize_by_products(monkeypatch, shape: tuple[int, int], deterministic: bool) -> None:
-    """Bit for bit torch's own, but for pictures that shrink where results have to repeat: those are two products."""
+    """Resizing equals torch's bit for bit, except shrinking in deterministic mode, by two products."""
     image, resized, interpolate = torch.rand(1, 3, *shape, generator=generator()), [], sds._interpolate
     plain = F.interpolate(image, (32, 32), mode="bilinear", antialias=max(shape) > 32)
 
@@ -115,12 +116,11 @@ def test_resize_by_products(monkeypatch, shape: tuple[int, int], deterministic: 
 
 
 def test_pixels_are_their_own_latents(components: Components) -> None:
-    """Where a model works on pixels its latents are the picture, resized, in [-1, 1]; those of a picture that has the
-    model's size exactly so."""
+    """The latents of a model of pixels are the image, resized, in [-1, 1]."""
     score = ScoreDistillation(dataclasses.replace(components, vae=None, latent_size=16), GuidanceConfig())
-    rgb = picture(2, 16).detach()
+    rgb = random_image(2, 16).detach()
     assert torch.equal(score.encode(rgb, None), rgb * 2 - 1)
-    large = picture(2, 48).detach()
+    large = random_image(2, 48).detach()
     assert torch.equal(score.encode(large, None), resize(large, 16) * 2 - 1)
 
 
@@ -134,20 +134,20 @@ def test_pixels_are_their_own_latents(components: Components) -> None:
     ],
 )
 def test_bad_shape_raises(components, shape, latents, sentence) -> None:
-    """Each of the number of dimensions and of channels is enough, and the message has both shapes."""
+    """A wrong number of dimensions or channels is refused with both shapes."""
     with pytest.raises(ValueError, match=sentence):
         ScoreDistillation(components, GuidanceConfig())(torch.zeros(shape), *prompts(1), StepInputs(latents=latents))
 
 
 def test_latents_of_pixel_model_raise(components: Components) -> None:
-    """A model that works on pixels is shown pictures alone."""
+    """A model of pixels refuses latents."""
     score = ScoreDistillation(dataclasses.replace(components, vae=None), GuidanceConfig())
     with pytest.raises(ValueError, match="latents must be False"):
         score(torch.zeros(1, 4, 8, 8), *prompts(1), StepInputs(latents=True))
 
 
 def test_learned_variance_ignored(components: Components) -> None:
-    """Of an output with more channels than a latent has, the first are the noise."""
+    """Channels beyond those of the latents are ignored."""
     noisy, t = torch.randn(2, 4, 8, 8, generator=generator()), torch.tensor([300, 800])
     expected = guided_prediction(components, noisy, t, *prompts(2), scale=5.0)
 
@@ -161,7 +161,7 @@ def test_learned_variance_ignored(components: Components) -> None:
 
 
 def test_clip_grad_latent_zero(components: Components) -> None:
-    """Zero clamps nothing, as a negative limit does."""
+    """A limit of zero clamps nothing, like a negative one."""
     z = torch.randn(1, 4, 8, 8, generator=generator())
     free, zero = (
         ScoreDistillation(components, GuidanceConfig(clip_grad_latent=limit))(

@@ -1,4 +1,4 @@
-"""What a step of score distillation reads from the host: timesteps and scalars, by schedule; resized images."""
+"""Inputs of score distillation from the host: timesteps and scalars by schedule; resized images."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def arguments(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     [(FALLING, 0, 0.0, 900), (FALLING, 0, 0.5, 650), (FALLING, 7, 1.0, 400), (BY_STEPS, 50, 0.0, 700)],
 )
 def test_t_range_schedule(components, schedule, step, progress, level):
-    """Both ends at one schedule leave one level: that of the step, or of the part of the run."""
+    """Both ends at one schedule leave one timestep, by the step or the progress."""
     score = ScoreDistillation(components, GuidanceConfig(t_range=(schedule, schedule)))
     inputs = StepInputs(step, progress, generator())
     assert score.draw_timesteps(3, inputs).tolist() == [level] * 3
@@ -47,13 +47,13 @@ def test_t_range_schedule(components, schedule, step, progress, level):
 
 
 def test_default_step(components):
-    """A call without a step is the one at the start of a schedule by steps."""
+    """A call without a step uses the start of a schedule."""
     score = ScoreDistillation(components, GuidanceConfig(t_range=(BY_STEPS, BY_STEPS)))
     assert score(*arguments(), StepInputs(generator=generator(), latents=True)).t.tolist() == [900, 900]
 
 
 def test_prepared_step(components):
-    """Levels and scalars that were settled beforehand are those of the call that settles them itself."""
+    """Prepared timesteps and scalars are those that a call draws itself."""
     config = GuidanceConfig(
         t_range=(0.1, 0.9), guidance_scale=LinearSchedule(0.0, 2.0, 10.0, 1.0), guidance_rescale=0.3
     )
@@ -73,7 +73,7 @@ def test_prepared_step(components):
 
 
 def test_guidance_scale_schedule(components):
-    """A call with a schedule is the call with the schedule's value."""
+    """A call with a schedule equals one with its value."""
     rgb, cond, uncond = arguments()
     for schedule, step, progress in (
         (LinearSchedule(0.0, 2.0, 10.0, 1.0), 0, 0.5),
@@ -89,7 +89,7 @@ def test_guidance_scale_schedule(components):
 
 
 def test_min_timestep_schedule(components):
-    """Where the range has a schedule, asd measures its delay from the range's low end in this step."""
+    """With a schedule of the range, asd uses its lower end at this step."""
     low = LinearSchedule(0.0, 0.5, 0.25, 1.0)
     score = ScoreDistillation(components, GuidanceConfig(objective="asd", t_range=(low, 0.9)))
     lowest = [score.scheduled_scalars(0, progress) for progress in (0.0, 0.5, 1.0)]
@@ -106,7 +106,7 @@ def test_min_timestep_schedule(components):
 
 
 def test_tiny_gradients(components):
-    """The peak that is divided out for fp16 comes back, also where the whole gradient is far below 1."""
+    """The peak that is divided out for fp16 is multiplied back, also for tiny gradients."""
     rgb, cond, uncond = arguments()
     small, large = (
         ScoreDistillation(components, GuidanceConfig(lambda_guidance=weight))(
@@ -120,7 +120,7 @@ def test_tiny_gradients(components):
 
 
 def test_clip_grad_latent_limits(components):
-    """A gradient within its limit is left alone, and one beyond it has the limit's size."""
+    """A gradient within its limit is unchanged, and one beyond it is clamped."""
     rgb, cond, uncond = arguments()
     plain, wide, tight = (
         ScoreDistillation(components, GuidanceConfig(clip_grad_latent=limit))(
@@ -135,14 +135,14 @@ def test_clip_grad_latent_limits(components):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (20, 12), (32, 16), (32, 32), (8, 200)])
 def test_resize_bilinear(shape, deterministic):
-    """Averaged where a side shrinks, interpolated where both grow, as it is where the size is right; fp32 in all."""
-    picture = torch.rand(2, 3, *shape, generator=generator(), dtype=torch.float64)
+    """Images are averaged where a side shrinks, interpolated where both grow, unchanged at the right size; fp32."""
+    image = torch.rand(2, 3, *shape, generator=generator(), dtype=torch.float64)
     shrinks = max(shape) > 32
-    exact = F.interpolate(picture, (32, 32), mode="bilinear", antialias=shrinks)
-    reference = F.interpolate(picture.float(), (32, 32), mode="bilinear", antialias=shrinks)
+    exact = F.interpolate(image, (32, 32), mode="bilinear", antialias=shrinks)
+    reference = F.interpolate(image.float(), (32, 32), mode="bilinear", antialias=shrinks)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     try:
-        got = resize(picture.float(), 32)
+        got = resize(image.float(), 32)
     finally:
         torch.use_deterministic_algorithms(False)
     assert got.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Several guidances: a sum of losses and gradients, each logged; one guidance is the plain object."""
+"""Several guidances: the sum of losses and gradients, each logged; a single guidance is not wrapped."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ SMALL = """
 
 @pytest.fixture(scope="module")
 def keys(tiny_model: Path, tiny_if_model: Path, tiny_clip: Path) -> dict[str, tuple[str, str]]:
-    """Where each model is: its setting and its folder."""
+    """The setting and the folder of each model."""
     folders = {"SD": ("hf_key", tiny_model), "IF": ("if_key", tiny_if_model), "clip": ("clip_key", tiny_clip)}
     return {name: (key, str(folder)) for name, (key, folder) in folders.items()}
 
@@ -54,7 +54,7 @@ def gradient(guidance, latents: bool = False) -> tuple[torch.Tensor, object]:
     ("name", "kind"), [("SD", DiffusionGuidance), ("IF", DiffusionGuidance), ("clip", ClipGuidance)]
 )
 def test_load_one_guidance(keys, name: str, kind: type) -> None:
-    """One guidance is the plain object."""
+    """A single guidance is not wrapped."""
     config = configured(keys, name)
     guiding = load_guidance(config, choose_runtime(config))
     assert type(guiding.guidance) is kind and guiding.models == keys[name][1]
@@ -62,7 +62,7 @@ def test_load_one_guidance(keys, name: str, kind: type) -> None:
 
 
 def test_sum_gradient_and_losses(keys) -> None:
-    """The gradient is the sum and every loss is named."""
+    """The gradient is the sum, and every loss is named."""
     config = configured(keys, "SD", "IF", "clip")
     guiding = load_guidance(config, choose_runtime(config))
     whole = guiding.guidance
@@ -88,7 +88,7 @@ def test_sum_gradient_and_losses(keys) -> None:
 
 
 def test_sum_leaves_out_clip(keys) -> None:
-    """What cannot be shown latents waits until they are over."""
+    """Guidances that do not accept latents are left out of the latent phase."""
     config = configured(keys, "clip", "SD")
     whole = load_guidance(config, choose_runtime(config)).guidance
     total, result = gradient(whole, latents=True)
@@ -108,14 +108,14 @@ def test_sum_components() -> None:
 
 
 def test_sum_command(tmp_path: Path, keys, capsys) -> None:
-    """The command adds them up and logs each."""
+    """The command adds losses and logs each."""
     from dream_fast.cli import main
 
     named = [word for key, folder in keys.values() for word in (f"--{key}", folder)]
     words = ["--text", "a mug", *SMALL, "--guidance", "SD", "IF", "clip", *named, "--save_guidance"]
     assert main([*words, "--workspace", str(tmp_path / "trial"), "--save_guidance_interval", "4"]) == 0
-    said = capsys.readouterr().out
-    assert " + ".join(folder for _, folder in keys.values()) in said
+    output = capsys.readouterr().out
+    assert " + ".join(folder for _, folder in keys.values()) in output
     rows = [json.loads(row) for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         losses = {name: value for name, value in row.items() if name.startswith("loss_")}
@@ -127,7 +127,7 @@ def test_sum_command(tmp_path: Path, keys, capsys) -> None:
 
 
 def test_sum_command_with_latent_phase(tmp_path: Path, keys) -> None:
-    """Clip joins after the phase of latents."""
+    """CLIP joins after the latent phase."""
     from dream_fast.cli import main
 
     words = ["--text", "a mug", *SMALL, "--guidance", "SD", "clip", "--latent_iter_ratio", "0.5"]

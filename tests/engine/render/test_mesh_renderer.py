@@ -1,4 +1,4 @@
-"""Images of known meshes in known colours: a wall in closed form, and what is kept, handed on and handed back."""
+"""Images of known meshes in known colours, and the state of the renderer."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ CAMERAS = make_cameras(*(torch.tensor(v) for v in ([90.0, 60.0], [0.0, 30.0], [3
 
 
 class Field:
-    """Colours that are a function of the place; records the points and levels that it is asked for."""
+    """Colours that are a function of the position; records its points and levels."""
 
     device = torch.device("cpu")
 
@@ -48,8 +48,8 @@ def wall() -> TensorMesh:
 
 
 def box(side: float = 0.5) -> TensorMesh:
-    made = trimesh.creation.box((side, side, side))
-    return TensorMesh(torch.tensor(made.vertices).float(), torch.tensor(made.faces))
+    mesh = trimesh.creation.box((side, side, side))
+    return TensorMesh(torch.tensor(mesh.vertices).float(), torch.tensor(mesh.faces))
 
 
 def renderer(surface: TensorMesh | None = None, locked: bool = False, **settings: Any) -> MeshRenderer:
@@ -60,10 +60,10 @@ def renderer(surface: TensorMesh | None = None, locked: bool = False, **settings
 
 
 def test_train_views_wall() -> None:
-    """Everywhere: opaque, its normal, the distance of ray and plane, and the field's colour at their meeting."""
+    """A wall is opaque, with the normal, distance and colour of the ray's intersection."""
     surface = wall()
-    made = renderer(surface)
-    seen = made.train_views(CAMERAS, *SIZE, background=torch.zeros(3))
+    subject = renderer(surface)
+    rendered = subject.train_views(CAMERAS, *SIZE, background=torch.zeros(3))
     depths, colours = [], []
     for dtype in (torch.float32, torch.float64):
         origins, directions = (part.reshape(-1, 3).to(dtype) for part in rays(CAMERAS, *SIZE))
@@ -71,118 +71,121 @@ def test_train_views_wall() -> None:
         depths.append(depth)
         colours.append((origins + depth[:, None] * directions) / 4 + 0.5)
     shape, rows = (2, *SIZE), 2 * SIZE[0] * SIZE[1]
-    assert seen.rgb.shape == seen.normal.shape == (*shape, 3) and seen.opacity.shape == seen.depth.shape == shape
-    assert torch.equal(seen.opacity, torch.ones(shape))
+    assert (
+        rendered.rgb.shape == rendered.normal.shape == (*shape, 3)
+        and rendered.opacity.shape == rendered.depth.shape == shape
+    )
+    assert torch.equal(rendered.opacity, torch.ones(shape))
     normal = torch.tensor([0.0, 0.0, 1.0]).expand(*shape, 3)
-    check("normal", seen.normal, normal, normal.double())
-    check("depth", seen.depth.flatten(), *depths)
-    check("rgb", seen.rgb.view(-1, 3), *colours)
-    assert seen.rgb.dtype == torch.float32
-    assert seen.surface is surface and torch.equal(seen.opposite, opposite_corners(surface.faces))
-    assert int(seen.sample_count) == rows and seen.overflow.dtype == torch.bool and not seen.overflow
+    check("normal", rendered.normal, normal, normal.double())
+    check("depth", rendered.depth.flatten(), *depths)
+    check("rgb", rendered.rgb.view(-1, 3), *colours)
+    assert rendered.rgb.dtype == torch.float32
+    assert rendered.surface is surface and torch.equal(rendered.opposite, opposite_corners(surface.faces))
+    assert int(rendered.sample_count) == rows and rendered.overflow.dtype == torch.bool and not rendered.overflow
 
 
 def test_train_views_field_points() -> None:
-    """Once each, at their places, without a gradient into the shape; levels are passed on."""
-    made = renderer(box())
-    made.shape.surface = lambda: box()._replace(vertices=box().vertices.requires_grad_())
-    seen = made.train_views(CAMERAS, 20, 20, active_levels=3)
-    ((points, levels),) = made.field.asked
-    assert levels == 3 and not points.requires_grad and int(seen.sample_count) == len(points)
+    """Each visible point is evaluated once, without a gradient into the shape; levels are passed on."""
+    subject = renderer(box())
+    subject.shape.surface = lambda: box()._replace(vertices=box().vertices.requires_grad_())
+    rendered = subject.train_views(CAMERAS, 20, 20, active_levels=3)
+    ((points, levels),) = subject.field.asked
+    assert levels == 3 and not points.requires_grad and int(rendered.sample_count) == len(points)
     assert 0 < len(points) < 2 * 20 * 20
     on_box = points.abs().amax(1)
     check("places", on_box, torch.full_like(on_box, 0.25), torch.full_like(on_box, 0.25).double())
-    inside = (seen.opacity == 1).sum()
-    assert inside <= len(points) <= (seen.opacity > 0).sum()
+    inside = (rendered.opacity == 1).sum()
+    assert inside <= len(points) <= (rendered.opacity > 0).sum()
 
 
 def test_train_views_background() -> None:
-    """One that is given, [3] or [B, H, W, 3], or the field's for the rays; silhouettes are between."""
-    made = renderer(box())
+    """A given background, [3] or [B, H, W, 3], or the field's is used; silhouettes are blended."""
+    subject = renderer(box())
     _, directions = (part.view(2, 20, 20, 3) for part in rays(CAMERAS, 20, 20))
-    black = made.train_views(CAMERAS, 20, 20, background=torch.zeros(3))
+    black = subject.train_views(CAMERAS, 20, 20, background=torch.zeros(3))
     assert ((black.opacity > 0) & (black.opacity < 1)).any()
     given = torch.rand(2, 20, 20, 3, generator=torch.Generator().manual_seed(0))
     for background, behind in ((torch.tensor([0.0, 1.0, 0.5]), None), (given, given), (None, directions.abs())):
-        seen = made.train_views(CAMERAS, 20, 20, background=background)
+        rendered = subject.train_views(CAMERAS, 20, 20, background=background)
         behind = background if behind is None else behind
-        assert torch.equal(seen.rgb, black.rgb + (1 - black.opacity)[..., None] * behind)
-        assert torch.equal(seen.opacity, black.opacity)
+        assert torch.equal(rendered.rgb, black.rgb + (1 - black.opacity)[..., None] * behind)
+        assert torch.equal(rendered.opacity, black.opacity)
 
 
 def test_train_views_shading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its options are those of the call, albedo without a light unless others are named."""
-    asked = []
+    """The shading is that of the call, albedo by default."""
+    calls = []
 
     def shade(shading: Shading, albedo: Tensor, normal: Tensor) -> Tensor:
-        asked.append(shading)
+        calls.append(shading)
         assert albedo.shape == normal.shape == (2 * SIZE[0] * SIZE[1], 3)
         return albedo
 
     monkeypatch.setattr(mesh_renderer, "shade", shade)
-    made = renderer(wall())
+    subject = renderer(wall())
     light = torch.tensor([0.0, 0.0, 1.0])
-    made.train_views(CAMERAS, *SIZE)
-    made.train_views(CAMERAS, *SIZE, Shading("normal", 0.25, light))
-    assert asked == [("albedo", 1.0, None), ("normal", 0.25, light)]
+    subject.train_views(CAMERAS, *SIZE)
+    subject.train_views(CAMERAS, *SIZE, Shading("normal", 0.25, light))
+    assert calls == [("albedo", 1.0, None), ("normal", 0.25, light)]
 
 
 @pytest.mark.parametrize(("min_near", "near"), [(0.0, 0.01), (0.005, 0.01), (0.3, 0.3)])
 def test_train_views_near_plane(monkeypatch: pytest.MonkeyPatch, min_near: float, near: float) -> None:
-    """At least a hundredth, so that depths differ; else where samples may begin."""
-    asked, positions = [], mesh_renderer.clip_positions
+    """The near plane is at min_near, and at least at 0.01."""
+    calls, positions = [], mesh_renderer.clip_positions
 
     def recorded(*words: Any) -> Tensor:
-        asked.append(words[2:])
+        calls.append(words[2:])
         return positions(*words)
 
     monkeypatch.setattr(mesh_renderer, "clip_positions", recorded)
     renderer(box(), min_near=min_near).train_views(CAMERAS, *SIZE)
-    assert asked == [(*SIZE, near)]
+    assert calls == [(*SIZE, near)]
 
 
 def test_view_normals() -> None:
-    """Also at silhouettes, where a pixel is covered in part; colours, depths and opacities are the image's."""
-    made, black = renderer(box()), torch.zeros(3)
-    view = made.view(CAMERAS, 20, 20, background=black)
-    seen = made.train_views(CAMERAS, 20, 20, background=black)
+    """Normals have unit length also at silhouettes; colours, depths and opacities are those of the image."""
+    subject, black = renderer(box()), torch.zeros(3)
+    view = subject.view(CAMERAS, 20, 20, background=black)
+    rendered = subject.train_views(CAMERAS, 20, 20, background=black)
     there = view.opacity > 0
     assert ((view.opacity > 0) & (view.opacity < 1)).any() and not there.all()
     length = view.normal.norm(dim=-1)[there]
     check("length", length, torch.ones_like(length), torch.ones_like(length).double())
     assert not view.normal[~there].any()
     for name in ("rgb", "depth", "opacity"):
-        got, expected = getattr(view, name), getattr(seen, name)
+        got, expected = getattr(view, name), getattr(rendered, name)
         check(name, got.reshape(expected.shape), expected, expected.double())
-    partly = seen.normal.norm(dim=-1) < 0.5
-    along = (view.normal * seen.normal).sum(-1)
-    assert (along[partly & there] >= 0).all() and (along[seen.opacity == 1] > 0.99).all()
+    partly = rendered.normal.norm(dim=-1) < 0.5
+    along = (view.normal * rendered.normal).sum(-1)
+    assert (along[partly & there] >= 0).all() and (along[rendered.opacity == 1] > 0.99).all()
 
 
 # What is kept
 
 
 def test_surface_unlocked() -> None:
-    """Each surface is that of the distances now, and differentiable."""
-    made = renderer()
-    first, second = made.surface(), made.surface()
+    """Each surface is that of the present distances, and differentiable."""
+    subject = renderer()
+    first, second = subject.surface(), subject.surface()
     assert first is not second and torch.equal(first.vertices, second.vertices) and first.vertices.requires_grad
 
 
 def test_surface_locked() -> None:
-    """From the second time on it is the same surface, without a gradient."""
-    made = renderer(locked=True)
-    first = made.surface()
-    again = made.surface()
-    assert again is made.surface() and not again.vertices.requires_grad
+    """A locked surface is computed once and has no gradient."""
+    subject = renderer(locked=True)
+    first = subject.surface()
+    again = subject.surface()
+    assert again is subject.surface() and not again.vertices.requires_grad
     assert torch.equal(first.vertices, again.vertices) and torch.equal(first.faces, again.faces)
 
 
 def test_surface_vanished() -> None:
-    """With the settings that can be changed."""
-    made = renderer(TensorMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
+    """The message has the settings that can be changed."""
+    subject = renderer(TensorMesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)))
     with pytest.raises(UserError) as caught:
-        made.surface()
+        subject.surface()
     assert str(caught.value) == (
         "the surface has vanished: every vertex of the tetrahedral grid lies outside (start from something larger "
         "with --init_with, or lower --lr)"
@@ -199,7 +202,7 @@ def with_floater() -> TensorMesh:
 
 
 def test_mesh_without_floaters() -> None:
-    """Places in fp64 and corners on the host, without a gradient."""
+    """The mesh is on the host in fp64, without gradients and floaters."""
     mesh = renderer(with_floater()).mesh()
     assert type(mesh.vertices) is type(mesh.faces) is np.ndarray
     assert mesh.vertices.dtype == np.float64 and mesh.faces.dtype == np.int64
@@ -209,33 +212,33 @@ def test_mesh_without_floaters() -> None:
 
 @pytest.mark.parametrize("locked", [False, True])
 def test_without_floaters_restores(locked: bool) -> None:
-    """Inside of it the surface is one, in fp32 and without them; an error inside changes nothing."""
-    made = renderer(with_floater(), locked=locked)
-    whole = made.surface()
-    with pytest.raises(KeyError), made.without_floaters():
-        inside = made.surface()
-        assert inside is made.surface() and len(inside.faces) == 12
+    """Inside the block the surface has no floaters; an error restores the former one."""
+    subject = renderer(with_floater(), locked=locked)
+    whole = subject.surface()
+    with pytest.raises(KeyError), subject.without_floaters():
+        inside = subject.surface()
+        assert inside is subject.surface() and len(inside.faces) == 12
         assert inside.vertices.dtype == torch.float32 and inside.faces.dtype == torch.int64
         raise KeyError
-    again = made.surface()
+    again = subject.surface()
     assert torch.equal(again.vertices, whole.vertices) and len(again.faces) == 24
 
 
 def test_load_state_dict() -> None:
-    """A locked shape is computed again after another state is loaded."""
-    smaller, made = (renderer(locked=True) for _ in range(2))
+    """A locked surface is computed again after a state is loaded."""
+    smaller, subject = (renderer(locked=True) for _ in range(2))
     with torch.no_grad():
         smaller.shape.sdf.sub_(0.5)
-    before = made.surface()
-    made.load_state_dict(smaller.state_dict())
-    assert sorted(made.state_dict()) == sorted(smaller.shape.checkpoint_state())
-    assert torch.equal(made.surface().vertices, smaller.surface().vertices)
-    assert len(made.surface().vertices) != len(before.vertices)
+    before = subject.surface()
+    subject.load_state_dict(smaller.state_dict())
+    assert sorted(subject.state_dict()) == sorted(smaller.shape.checkpoint_state())
+    assert torch.equal(subject.surface().vertices, smaller.surface().vertices)
+    assert len(subject.surface().vertices) != len(before.vertices)
 
 
 def test_no_occupancy() -> None:
-    """Neither an occupancy grid nor buffers for samples."""
-    made = renderer(box())
-    made.update_occupancy(None, active_levels=1)
-    made.adapt_capacity(10)
-    assert made.field.asked == [] and torch.equal(made.surface().vertices, box().vertices)
+    """It has neither an occupancy grid nor sample buffers."""
+    subject = renderer(box())
+    subject.update_occupancy(None, active_levels=1)
+    subject.adapt_capacity(10)
+    assert subject.field.asked == [] and torch.equal(subject.surface().vertices, box().vertices)

@@ -47,15 +47,15 @@ def some_rays(size=6):
 
 @pytest.mark.parametrize("generator", [None, seeded()], ids=["middle", "random"])
 def test_sample_pdf_follows_weights(generator):
-    """One sample in each of n equal parts of the distribution: a share is off by two of them, one at each end."""
+    """Samples are stratified over the distribution, so a share is off by at most two samples."""
     n = 20_000
     t = sample_pdf(EDGES, WEIGHTS, n, generator)
-    wanted = WEIGHTS + MIN_WEIGHT
-    wanted = wanted / wanted.sum(1, keepdim=True)
+    expected = WEIGHTS + MIN_WEIGHT
+    expected = expected / expected.sum(1, keepdim=True)
     for ray in range(2):
         cells = torch.bucketize(t[ray], EDGES[ray, 1:-1], right=True)
         share = torch.bincount(cells, minlength=4) / n
-        assert (share - wanted[ray]).abs().max() <= 2.1 / n  # a tenth for the rounding of sums in fp32
+        assert (share - expected[ray]).abs().max() <= 2.1 / n  # a tenth for the rounding of sums in fp32
         for cell in WEIGHTS[ray].nonzero()[:, 0]:  # evenly inside a cell: mean and spread of a uniform variable
             inside = (t[ray][cells == cell] - EDGES[ray, cell]) / (EDGES[ray, cell + 1] - EDGES[ray, cell])
             spread, count = 12**-0.5, len(inside)
@@ -95,7 +95,7 @@ def test_stratified_edges():
 
 
 def test_ray_weights():
-    """NeRF's equation 3 in products: w_i = alpha_i (1 - alpha_1) ... (1 - alpha_{i - 1})."""
+    """Weights follow NeRF's equation 3: w_i = alpha_i (1 - alpha_1) ... (1 - alpha_{i - 1})."""
     sigma, dt = 9 * torch.rand(20, 7, generator=seeded()), torch.rand(20, 7, generator=seeded(1))
 
     def products(dtype):
@@ -107,7 +107,7 @@ def test_ray_weights():
 
 @pytest.mark.parametrize("density", [1e10, 1e20, 1e38, float("inf")])
 def test_ray_weights_opaque(density):
-    """A wall, however dense, behind a thin fog: rays before and after it in the buffer are those without it."""
+    """A dense wall behind a thin fog does not change the rays before and after it in the buffer."""
     sigma = torch.tensor([[1.0, 2.0, 0.5, 1.0], [1.0, density, 3.0, 1.0], [1.0, 2.0, 0.5, 1.0]])
     dt = torch.full_like(sigma, 0.5)
     fog = 1 - torch.tensor(-0.5, dtype=torch.float64).exp()
@@ -120,15 +120,15 @@ def test_ray_weights_opaque(density):
     out = kernels.composite(sigma.view(-1), colours, dt.cumsum(1).view(-1), dt.view(-1), torch.arange(0, 13, 4))
     check("composite", out.weights.view(3, 4), exact.float(), exact)
     check("opacity", out.opacity, exact.sum(1).float(), exact.sum(1))
-    seen = (exact[..., None] * colours.view(3, 4, 3).double()).sum(1)
-    check("colours", out.values, seen.float(), seen)
+    colour = (exact[..., None] * colours.view(3, 4, 3).double()).sum(1)
+    check("colours", out.values, colour.float(), colour)
 
 
 # Whole samples
 
 
 def near_far_of_the_cube(origins, directions):
-    """How far rays are inside [-1, 1]^3 in front of them, in fp64: slab by slab."""
+    """Near and far distances of rays in [-1, 1]^3, in fp64, slab by slab."""
     origins, directions = origins.double(), directions.double()
     ends = torch.stack([(side - origins) / directions for side in (-1, 1)])
     return ends.amax(0).amin(1) - ends.amin(0).amax(1).clamp(min=0.01)
@@ -156,7 +156,7 @@ def test_importance_sampler_fills_rays():
 
 
 def test_importance_sampler_second_pass():
-    """The second pass goes where the first found something."""
+    """The second pass samples where the first found density."""
     renderer = vanilla(num_steps=32, upsample_steps=32)
     renderer.field.density = lambda x, **_: 50.0 * (x.norm(dim=-1) < 0.3)
     origins, directions = torch.tensor([[0.0, 0.0, 3.0]]), torch.tensor([[0.0, 0.0, -1.0]])
@@ -165,7 +165,7 @@ def test_importance_sampler_second_pass():
 
 
 def test_importance_sampler_ray_gradients():
-    """Places carry no gradient and rays do."""
+    """Distances have no gradient, and rays do."""
     renderer = vanilla()
     origins, directions = (part.requires_grad_() for part in some_rays())
     samples = renderer.sampler.sample(origins, directions, seeded())
@@ -180,7 +180,7 @@ def test_importance_sampler_ray_gradients():
 
 def test_importance_sampler_fixed_gradients():
     """Gradients are those of fixed samples."""
-    found = []
+    gradients = []
     for fixed in (False, True):
         renderer = vanilla()
         if fixed:
@@ -190,8 +190,8 @@ def test_importance_sampler_fixed_gradients():
             )
         out = renderer.train_rays(*some_rays(), background=torch.ones(3), generator=seeded(5))
         (out.rgb.square().sum() + out.depth.sum()).backward()
-        found.append(torch.cat([p.grad.reshape(-1) for p in renderer.field.parameters()]))
-    assert torch.equal(*found) and found[0].abs().max() > 0
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in renderer.field.parameters()]))
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
 
 
 def test_importance_sampler_repeats():
@@ -202,7 +202,7 @@ def test_importance_sampler_repeats():
 
 
 def test_importance_sampler_one_pass():
-    """No second pass is even samples."""
+    """Without a second pass samples are even."""
     renderer = vanilla(upsample_steps=0)
     renderer.field.density = None  # nobody asks it
     assert renderer.sampler.sample(*some_rays(), None).t.shape == (36 * 12,)
@@ -221,21 +221,21 @@ def test_importance_sampler_does_not_wait(normals, nothing_read):
 
 @pytest.mark.parametrize("background", [None, torch.tensor([0.2, 0.4, 0.6])])
 def test_importance_sampler_view(monkeypatch, background):
-    """A view is what training renders."""
+    """A view equals the render of training."""
     renderer = vanilla(bg_radius=1.4)
     cameras = make_cameras(*torch.tensor([[70.0, 90.0], [20.0, -60.0], [3.0, 3.0], [50.0, 30.0]]))
     offered = tuple(part.reshape(-1, 3) for part in rays(cameras, 12, 20))
     exactly = vanilla(bg_radius=1.4)
     exactly.field.double()
-    found, normals = [], []
-    for made, dtype in ((renderer, torch.float32), (exactly, torch.float64)):
+    images, normals = [], []
+    for subject, dtype in ((renderer, torch.float32), (exactly, torch.float64)):
         origins, directions = (part.to(dtype) for part in offered)
         colour = None if background is None else background.to(dtype)
-        out = made.train_rays(origins, directions, background=colour)
-        found.append(out)
+        out = subject.train_rays(origins, directions, background=colour)
+        images.append(out)
         surface = origins + (out.depth / out.opacity)[:, None] * directions
-        normals.append(made.field(surface, normals="finite_difference").normal)
-    out, exact = found
+        normals.append(subject.field(surface, normals="finite_difference").normal)
+    out, exact = images
     monkeypatch.setattr(
         "dream_fast.engine.render.volume.INFERENCE_SAMPLES", 600
     )  # 33 rays at a time, the last few alone
@@ -244,9 +244,9 @@ def test_importance_sampler_view(monkeypatch, background):
     for name in ("rgb", "opacity", "depth"):
         got, reference, truth = getattr(view, name).flatten(), getattr(out, name).flatten(), getattr(exact, name)
         check(name, got, reference, truth.flatten())
-    seen = exact.opacity > 0.01
-    check("normal", view.normal.view(-1, 3)[seen], normals[0][seen], normals[1][seen])
-    assert 0 < seen.sum() < len(seen) and (view.normal.view(-1, 3)[out.opacity < 1e-4] == 0).all()
+    covered = exact.opacity > 0.01
+    check("normal", view.normal.view(-1, 3)[covered], normals[0][covered], normals[1][covered])
+    assert 0 < covered.sum() < len(covered) and (view.normal.view(-1, 3)[out.opacity < 1e-4] == 0).all()
 
 
 def test_importance_sampler_state():
@@ -265,7 +265,7 @@ def test_importance_sampler_state():
 
 
 class Cloud:
-    """A field with a known density: a soft ball beside the middle, coloured by the place."""
+    """A field with a known density: a soft ball off the centre, coloured by position."""
 
     device, has_background, occupancy_grid = torch.device("cpu"), False, False
 
@@ -285,7 +285,7 @@ class Ball(Cloud):
 
 
 def quadrature(field, origins, directions, steps=20_000) -> torch.Tensor:
-    """Colour on white and depth of rays [R, 4], in fp64, by the middles of many even parts of each ray."""
+    """Colour on white and depth of rays [R, 4], in fp64, by the midpoint rule."""
     origins, directions = origins.double(), directions.double()
     near, far = kernels.near_far(origins, directions, 1.0, 0.01)
     rows = []
@@ -325,7 +325,7 @@ def test_samplers_converge(sampler):
 
 
 def test_importance_sampler_error():
-    """At the same number of samples the image is closer where they follow the weights."""
+    """At the same number of samples the error is smaller where they follow the weights."""
     offered = some_rays()
     exact = quadrature(Ball(), *offered)
 
@@ -337,7 +337,7 @@ def test_importance_sampler_error():
 
 
 def test_make_sampler_by_backbone():
-    """A sampler belongs to the backbone."""
+    """Each backbone has its sampler."""
     assert isinstance(vanilla().sampler, ImportanceSampler)
     grid = make_field(FieldConfig(n_levels=2, log2_hashmap_size=8), 1.0, seeded())
     assert isinstance(VolumeRenderer(grid, RenderConfig(occupancy_resolution=8)).sampler, OccupancySampler)

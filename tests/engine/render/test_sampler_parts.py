@@ -1,4 +1,4 @@
-"""What a sampler keeps and how large it is, and the parts of importance sampling by hand."""
+"""State and capacity of samplers, and the parts of importance sampling."""
 
 import dataclasses
 
@@ -23,6 +23,8 @@ from dream_fast.engine.render.volume import VolumeRenderer
 from dream_fast.engine.scene.camera import make_cameras
 from dream_fast.engine.scene.make_field import make_field
 
+ULP = torch.finfo(torch.float32).eps  # relative distance of neighbours in fp32
+
 GREY = torch.tensor([0.25, 0.5, 0.75])
 
 
@@ -44,7 +46,7 @@ def cameras(count: int = 1):
 
 
 def test_occupancy_sampler_initial_state():
-    """The occupancy grid of each cascade, and the capacity, which is 256 samples a ray at most."""
+    """There is a grid for each cascade, and a capacity of at most 256 samples a ray."""
     assert isinstance(make_sampler(make().field, RenderConfig()), OccupancySampler)
     assert isinstance(make_sampler(make("vanilla").field, RenderConfig()), ImportanceSampler)
     sampler = make(bound=1.5).sampler
@@ -57,31 +59,31 @@ def test_occupancy_sampler_initial_state():
 
 
 def test_update_density_per_cell():
-    """At the centres without a generator, else somewhere in the cell; with the levels of now, against the threshold."""
-    renderer, asked = make(density_thresh=3.0), []
+    """Cells are evaluated at their centres, or at random points with a generator, with the active levels."""
+    renderer, calls = make(density_thresh=3.0), []
     sampler = renderer.sampler
 
     def density(points, *, active_levels=None):
-        asked.append((points, active_levels))
+        calls.append((points, active_levels))
         return torch.where(points[:, 0] > 0, 8.0, 0.0)
 
     renderer.field.density = density
     renderer.update_occupancy(None, active_levels=1)
     centres = kernels.occupancy_points(16, 1, 1.0, None)
-    assert torch.equal(asked[0][0], centres) and asked[0][1] == 1
+    assert torch.equal(calls[0][0], centres) and calls[0][1] == 1
     assert torch.equal(sampler.density[0] > 0, centres[:, 0] > 0)
     powers = 2 ** torch.arange(8)
     assert torch.equal((sampler.bits[0][:, None] & powers).bool().flatten(), centres[:, 0] > 0)
     renderer.update_occupancy(seeded(5))
-    moved = asked[1][0]
-    assert asked[1][1] is None and not torch.equal(moved, centres)
-    assert (moved - centres).abs().max() <= 1 / 16 + 1e-6  # half a cell of 2/16
+    moved = calls[1][0]
+    assert calls[1][1] is None and not torch.equal(moved, centres)
+    assert (moved - centres).abs().max() <= 1 / 16 + 4 * ULP  # half a cell of 2/16
     noise = torch.rand(16**3, 3, generator=seeded(5))
     assert torch.equal(moved, kernels.occupancy_points(16, 1, 1.0, noise))
 
 
 def test_sampler_state_dict():
-    """Five tensors; those of earlier versions lack two, which begin anew; shapes and capacity must fit."""
+    """There are five tensors, of which earlier versions lack two; shapes and capacity must fit."""
     sampler, other = make().sampler, make().sampler
     sampler.samples_per_ray = 17
     sampler.most_samples.fill_(5)
@@ -111,7 +113,7 @@ def test_sampler_state_dict():
 
 
 def test_adapt_capacity_limits():
-    """Eight samples a ray at least, `max_steps` at most, doubled after an overflow, also where no ray was drawn."""
+    """The capacity is 8 to `max_steps` samples a ray, and doubles after an overflow."""
     sampler = make().sampler
     for start, used, overflowed, capacity in (
         (64, 0, False, 8),
@@ -131,7 +133,7 @@ def test_adapt_capacity_limits():
 
 
 def test_use_until_capacity_is_adapted():
-    """The fullest step counts, not the last, and an overflow is not forgotten."""
+    """The fullest step counts, and an overflow is remembered."""
     renderer = make()
     full = renderer.train_views(cameras(), 6, 6, background=GREY)
     renderer.sampler.samples_per_ray = 1
@@ -143,7 +145,7 @@ def test_use_until_capacity_is_adapted():
 
 
 def test_stratified_edges_by_hand():
-    """Edges from near to far; at random each inner one keeps to its half interval, and the ends stay."""
+    """Edges go from near to far; random inner ones stay in their half interval."""
     near, far = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
     edges = stratified_edges(near, far, 4, None)
     assert edges.tolist() == [[1.0, 1.5, 2.0, 2.5, 3.0], [2.0] * 5]
@@ -152,11 +154,11 @@ def test_stratified_edges_by_hand():
     assert (moved[:, 0] == 1).all() and (moved[:, 4] == 3).all()
     for i in (1, 2, 3):
         place = (moved[:, i] - edges[0, i]) / 0.5  # in intervals
-        assert place.abs().max() <= 0.5 + 1e-6 and place.min() < -0.45 and place.max() > 0.45
+        assert place.abs().max() <= 0.5 + 16 * ULP and place.min() < -0.45 and place.max() > 0.45
 
 
 def test_stratified_samples():
-    """In the middle without a generator; of the dtype of what they are for, drawn on the generator's device."""
+    """Samples are midpoints without a generator, in the given dtype."""
     like = torch.zeros(1, dtype=torch.float64)
     middle = _stratified_samples(3, 4, None, like)
     assert middle.dtype == torch.float64 and middle.tolist() == [[0.125, 0.375, 0.625, 0.875]] * 3
@@ -167,7 +169,7 @@ def test_stratified_samples():
 
 
 def test_sample_pdf_two_steps():
-    """Three quarters of the weight in the second interval: places by hand, and evenly where there is no weight."""
+    """With three quarters of the weight in the second interval distances are as computed by hand."""
     edges = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64)
     weights = torch.tensor([[0.25, 0.75]], dtype=torch.float64) - MIN_WEIGHT
     expected = torch.tensor([[0.5, 1 + 2 / 6, 1 + 2 / 2, 1 + 2 * 5 / 6]], dtype=torch.float64)
@@ -177,11 +179,11 @@ def test_sample_pdf_two_steps():
 
 
 def test_largest_components_size():
-    """Of 100 cells two are large enough and one is not, wherever the grid ends; diagonal neighbours are one group."""
+    """Two of 100 cells are enough and one is not, also at the border; diagonal neighbours are connected."""
     cells = torch.zeros(12, 12, 12, dtype=torch.bool)
     cells[0:5, 0:5, 0:4] = True
     cells[8, 8, 8] = cells[9, 9, 9] = True
-    kept = cells.clone()
+    expected = cells.clone()
     cells[11, 11, 11] = True
-    assert torch.equal(largest_components(cells), kept)
-    assert torch.equal(largest_components(kept[8:10, 8:10, 8:10]), kept[8:10, 8:10, 8:10])
+    assert torch.equal(largest_components(cells), expected)
+    assert torch.equal(largest_components(expected[8:10, 8:10, 8:10]), expected[8:10, 8:10, 8:10])

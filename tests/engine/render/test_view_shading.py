@@ -1,4 +1,4 @@
-"""Views by their formulas from what is seen unshaded, and what the renderer passes on."""
+"""Shading of views, and the arguments that the renderer passes on."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def cameras(count: int = 1):
 @pytest.mark.parametrize("shading", ["albedo", "lambertian", "textureless", "normal"])
 @pytest.mark.parametrize("light", [None, torch.tensor([0.0, 0.6, 0.8])], ids=["camera", "light"])
 def test_view_shading(backbone, shading, light):
-    """The part of a pixel that the object covers is shaded with its normal, and the background is not."""
+    """The covered part of a pixel is shaded, and the background is not."""
     renderer = make(backbone)
     plain = renderer.view(cameras(2), 5, 6, background=GREY)
     got = renderer.view(cameras(2), 5, 6, background=GREY, shading=Shading(shading, 0.3, light))
@@ -65,7 +65,7 @@ def test_view_shading(backbone, shading, light):
 
 @pytest.mark.parametrize("backbone", ["grid", "vanilla"])
 def test_view_without_normals(backbone):
-    """They are zeros where neither they nor a shading are wanted."""
+    """Normals are zero if neither they nor a shading are requested."""
     renderer = make(backbone)
     bare, plain = (renderer.view(cameras(), 4, 4, background=GREY, normals=normals) for normals in (False, True))
     assert (bare.normal == 0).all() and plain.normal.abs().sum() > 0 and torch.equal(bare.rgb, plain.rgb)
@@ -77,7 +77,7 @@ def test_view_without_normals(backbone):
 
 @pytest.mark.parametrize("backbone", ["grid", "vanilla"])
 def test_view_background(backbone):
-    """A given colour counts first, then the network, then white."""
+    """A given colour is used first, then the network, then white."""
     for background in (1.4, -1.0):
         renderer = make(backbone, background)
         _, directions = rays(cameras(), 4, 4)
@@ -88,7 +88,7 @@ def test_view_background(backbone):
 
 
 def test_view_one_camera_at_a_time():
-    """What looks at the scene gets one camera at a time, the size, its rays, and whether normals are wanted."""
+    """Each camera is rendered alone, with its size, rays and the request for normals."""
     renderer, calls = make(), []
     render = renderer.render_unshaded
 
@@ -103,11 +103,11 @@ def test_view_one_camera_at_a_time():
     renderer.view(both, 3, 5, normals=False, shading=Shading("textureless"))
     assert [call[1:] for call in calls] == [(3, 5, False)] * 2 + [(3, 5, True)] * 2
     for number, (camera, *_) in enumerate(calls[:2]):
-        assert all(torch.equal(got, own[number : number + 1]) for got, own in zip(camera, both, strict=True))
+        assert all(torch.equal(got, expected[number : number + 1]) for got, expected in zip(camera, both, strict=True))
 
 
 def test_view_operator_arguments(monkeypatch):
-    """Grid, parameters, background, precision, step of the normals and lattice reach the operator of a view."""
+    """Grid, parameters, background, precision and steps reach the operator."""
     for name, backbone in (("render", "grid"), ("render_reference", "grid_torch")):
         renderer, calls = make(backbone, normal_epsilon=0.07, dt_gamma=0.01, min_near=0.2), []
         renderer.field.compute_dtype = torch.bfloat16
@@ -121,8 +121,8 @@ def test_view_operator_arguments(monkeypatch):
         renderer.view(cameras(), 2, 3, background=GREY, normals=False)
         ((inputs, options),) = calls
         field = renderer.field
-        for got, own in zip(inputs[:2], rays(cameras(), 2, 3), strict=True):
-            assert torch.equal(got, own[0])
+        for got, expected in zip(inputs[:2], rays(cameras(), 2, 3), strict=True):
+            assert torch.equal(got, expected[0])
         assert inputs[2] is renderer.sampler.bits and inputs[3] is field.table and inputs[6] is field.spec
         assert [list(part) for part in inputs[4:6]] == [list(field.weights), list(field.biases)]
         assert torch.equal(options.pop("background"), GREY.expand(6, 3))
@@ -139,33 +139,35 @@ def test_view_operator_arguments(monkeypatch):
 
 
 def test_train_views_field_arguments():
-    """Levels, count, kind and step of the normals; of these only where a shading or the caller needs them."""
-    renderer, asked = make(normals="analytic", normal_epsilon=0.07), []
+    """Levels, count and normals reach the field; normals only where they are needed."""
+    renderer, calls = make(normals="analytic", normal_epsilon=0.07), []
     field = renderer.field
 
     def record(x, **options):
-        asked.append(options)
+        calls.append(options)
         return field(x, **options)
 
     renderer.field = record
     through = dict(background=GREY, active_levels=1)
-    seen = [
+    recorded = [
         renderer.train_views(cameras(), 4, 4, **through),
         renderer.train_views(cameras(), 4, 4, need_normals=True, **through),
         renderer.train_views(cameras(), 4, 4, Shading("normal"), **through),
     ]
-    assert [options["normals"] for options in asked] == [None, "analytic", "analytic"]
-    for options, out in zip(asked, seen, strict=True):
+    assert [options["normals"] for options in calls] == [None, "analytic", "analytic"]
+    for options, out in zip(calls, recorded, strict=True):
         assert options["active_levels"] == 1 and options["normal_epsilon"] == 0.07
         assert options["count"] is out.samples.count is out.sample_count and out.overflow is out.samples.overflow
     _, directions = rays(cameras(), 4, 4)
-    assert torch.equal(seen[0].sample_directions, directions[0][seen[0].samples.ray_ids])
-    assert torch.equal(seen[0].rgb, renderer.train_rays(*rays(cameras(), 4, 4), **through).rgb.view(1, 4, 4, 3))
-    assert seen[1].normal.shape == (1, 4, 4, 3) and seen[0].normal is None and seen[0].sample_normals is None
+    assert torch.equal(recorded[0].sample_directions, directions[0][recorded[0].samples.ray_ids])
+    assert torch.equal(recorded[0].rgb, renderer.train_rays(*rays(cameras(), 4, 4), **through).rgb.view(1, 4, 4, 3))
+    assert (
+        recorded[1].normal.shape == (1, 4, 4, 3) and recorded[0].normal is None and recorded[0].sample_normals is None
+    )
 
 
 def test_shade_errors():
-    """Normals first, then a light, by the name of the shading; ambient light alone lights all sides."""
+    """The message has the shading and what it lacks; ambient light alone is uniform."""
     albedo, normal = torch.rand(4, 3, generator=seeded()), torch.eye(3)[[0, 1, 2, 0]]
     for shading in ("lambertian", "textureless", "normal"):
         with pytest.raises(ValueError, match=f"^{shading} shading needs normals$"):

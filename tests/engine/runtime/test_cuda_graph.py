@@ -35,7 +35,7 @@ def test_static_copy_structure() -> None:
 
 
 def test_fill_static_keeps_addresses() -> None:
-    """A filled copy has the values of a new one, in the tensors that a graph reads."""
+    """A filled copy has the new values in the same tensors."""
     static, other = static_copy(inputs(0.1), CPU), inputs(0.7)
     places = [leaf.data_ptr() for leaf in tree_leaves(static) if isinstance(leaf, torch.Tensor)]
     fill_static(tree_leaves(static), tree_leaves(other))
@@ -59,7 +59,7 @@ def test_part_hooks_nest_and_end() -> None:
 
 
 class FakeGraph:
-    """A CUDA graph whose replay is noted; what a GPU would compute is left out."""
+    """A CUDA graph that only records its replays."""
 
     def __init__(self) -> None:
         self.replays, self.generators = 0, []
@@ -73,7 +73,7 @@ class FakeGraph:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
-    """CUDA's part of a capture without a GPU; the graphs that were captured, in their order."""
+    """A substitute for CUDA in a capture; returns the captured graphs in order."""
     captured: list[FakeGraph] = []
 
     @contextmanager
@@ -90,7 +90,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     return captured
 
 
-def test_step_graphs_capture_once_for_each_kind(fake_cuda: list[FakeGraph]) -> None:
+def test_step_graphs_capture_once(fake_cuda: list[FakeGraph]) -> None:
     """A key and shapes are captured at their first call and replayed from then on, with inputs filled before."""
     generator, calls = torch.Generator().manual_seed(3), []
     state = generator.get_state()

@@ -24,13 +24,13 @@ from dream_fast.engine.runtime.seeds import draw_seed, step_seed
     ],
 )
 def test_cpu_bf16(fp16, amx, dtype, name, monkeypatch):
-    """Half precision is bf16 on a cpu that multiplies it."""
+    """Half precision is bf16 on a CPU with AMX."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
-    found = choose_runtime(reference().override({"device": "cpu", "fp16": fp16}))
-    assert (found.device.type, found.dtype, found.fp16) == ("cpu", dtype, False)
-    assert found.description.endswith(f", {name}")
+    runtime = choose_runtime(reference().override({"device": "cpu", "fp16": fp16}))
+    assert (runtime.device.type, runtime.dtype, runtime.fp16) == ("cpu", dtype, False)
+    assert runtime.description.endswith(f", {name}")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_cpu_bf16(fp16, amx, dtype, name, monkeypatch):
     ],
 )
 def test_cpu_fp32_without_amx(variable, newest, used, monkeypatch):
-    """A unit for bf16 that oneDNN is kept from is none; an instruction set that includes it is as no limit."""
+    """Without AMX in oneDNN's instruction set a CPU uses fp32."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
@@ -56,7 +56,7 @@ def test_cpu_fp32_without_amx(variable, newest, used, monkeypatch):
 
 
 def test_missing_gpu_raises(monkeypatch):
-    """A gpu that is not there is refused."""
+    """A missing GPU is refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda"):
         choose_runtime(reference().override({"device": "cuda"}))
@@ -64,7 +64,7 @@ def test_missing_gpu_raises(monkeypatch):
 
 
 def test_driver_warning_in_message(monkeypatch, capsys):
-    """What a driver says is said in one sentence."""
+    """The warning of a driver is in the message, as one sentence."""
 
     def old_driver():
         warnings.warn(
@@ -88,7 +88,7 @@ def test_driver_warning_in_message(monkeypatch, capsys):
 
 
 def test_missing_triton_raises(monkeypatch):
-    """A gpu without triton is refused."""
+    """A GPU without triton is refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton, or run with --device cpu"):
@@ -96,7 +96,7 @@ def test_missing_triton_raises(monkeypatch):
 
 
 def test_step_seeds_differ():
-    """Step seeds differ from step to step and from seed to seed."""
+    """Seeds of steps differ between steps and between seeds."""
     seeds = {step_seed(seed, step) for seed in (0, 1, 2**32 - 1) for step in range(1000)}
     assert len(seeds) == 3000
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -105,7 +105,7 @@ def test_step_seeds_differ():
 
 
 def test_draw_seed_range():
-    """A drawn seed is a seed that can be typed."""
+    """A drawn seed can be typed."""
     reference().override({"seed": draw_seed()})
 
 
@@ -115,23 +115,23 @@ def test_peak_memory_bytes():
 
 
 def test_quiet_diffusers():
-    """Importing diffusers says nothing about xformers."""
+    """Importing diffusers prints nothing about xformers."""
     program = (
         "from dream_fast.engine.runtime.quiet import quiet_diffusers; quiet_diffusers(); quiet_diffusers();"
         "from diffusers import UNet2DConditionModel; import logging;"
         "logging.getLogger('xformers').warning('another matter')"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
-    assert "XFORMERS" not in done.stderr + done.stdout
-    assert "another matter" in done.stderr
+    process = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert "XFORMERS" not in process.stderr + process.stdout
+    assert "another matter" in process.stderr
 
 
 @pytest.mark.parametrize(
-    ("vram_O", "variable", "wanted"),
+    ("vram_O", "variable", "expected"),
     [(True, None, ["expandable_segments:True"]), (False, None, []), (True, "PYTORCH_CUDA_ALLOC_CONF", [])],
 )
-def test_allocator_settings(vram_O, variable, wanted, monkeypatch):
-    """Memory in growing segments is for vram O and the environment wins."""
+def test_allocator_settings(vram_O, variable, expected, monkeypatch):
+    """Expandable segments are set with --vram_O, unless the environment configures the allocator."""
     given = []
     monkeypatch.setattr(runtime, "_set_allocator", given.append)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -143,4 +143,4 @@ def test_allocator_settings(vram_O, variable, wanted, monkeypatch):
         prepare(Runtime(device=torch.device("cuda"), dtype=torch.float16, description=""), 0, vram_O=vram_O)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    assert given == wanted
+    assert given == expected

@@ -1,4 +1,4 @@
-"""What is said: once on the console and once in the log, quietly where there is no terminal."""
+"""Output of a run: each line on the console and in the log, and few lines without a terminal."""
 
 import io
 
@@ -14,7 +14,7 @@ def make_reporter(terminal: bool) -> tuple[Reporter, io.StringIO]:
 
 
 def test_say_before_open_log(tmp_path):
-    """Lines wait for the log and brackets are no markup."""
+    """Lines before the log are written to it later, and brackets are not markup."""
     reporter, out = make_reporter(terminal=False)
     reporter.say("a [bold] hamburger")
     reporter.warn("left out: sauce")
@@ -27,22 +27,22 @@ def test_say_before_open_log(tmp_path):
 
 
 def test_bar_without_terminal(monkeypatch):
-    """Without a terminal a line now and then and one at the end."""
+    """Without a terminal there is a line now and then, and one at the end."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     reporter, out = make_reporter(terminal=False)
     with reporter.bar("start", 100) as bar:
-        for done in range(1, 101):
+        for completed in range(1, 101):
             now[0] += 1.0
             bar.show("albedo", 1.0, {"guidance": 12.345})
-            bar.advance(done)
+            bar.advance(completed)
     lines = out.getvalue().splitlines()
     assert lines[0] == "albedo: 15/100, 1.00 it/s, 85 s left, guidance 12.3"
     assert len(lines) == 7 and lines[-1].startswith("albedo: 100/100")
 
 
 def test_bar_on_terminal():
-    """On a terminal the bar shows step speed and terms."""
+    """On a terminal the bar has step, speed and terms."""
     reporter, out = make_reporter(terminal=True)
     with reporter.bar("start", 10) as bar:
         bar.show("shaded", 2.5, {"guidance": 12.345, "entropy": None})

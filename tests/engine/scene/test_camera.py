@@ -1,4 +1,4 @@
-"""Where the axes point: every test projects known world points into the image of a camera."""
+"""Axes and angles: known world points are projected into the images of cameras."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ def camera(polar, azimuth, radius=3.0, fovy=20.0):
 
 
 def check_rounded(name, got, exact):
-    """Compares with a closed form, of which the plain computation in the dtype of `got` keeps what that holds."""
+    """Compare with a closed form, within the error of the plain computation in the dtype of `got`."""
     check(name, got, exact.to(got.dtype), exact.double())
 
 
@@ -54,7 +54,7 @@ def config(**changes):
     ],
 )
 def test_rays_image_axes(polar, azimuth, right, up):
-    """Points a tenth from the origin, seen where similar triangles put them, and the camera where it should stand."""
+    """Points near the origin appear where similar triangles put them, and the camera is at its position."""
     toward = torch.cross(right, up, dim=0)
     points = 0.1 * torch.stack([right, -right, up, -up, toward, -toward])
     pixels = SIZE / 2 / math.tan(math.radians(10)) * 0.1 / 3  # of a tenth at the distance 3
@@ -66,7 +66,7 @@ def test_rays_image_axes(polar, azimuth, right, up):
 
 
 def test_look_at_is_a_rotation():
-    """Camera is a rotation that looks at the origin."""
+    """The camera matrix is a rotation towards the origin."""
     angles = torch.rand(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     polar, azimuth, radius = angles[0] * 180, angles[1] * 360, 1 + angles[2]
     c2w = look_at(polar, azimuth, radius)
@@ -77,7 +77,7 @@ def test_look_at_is_a_rotation():
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (30, 50), (51, 20)])
 def test_rays_project_to_their_pixels(height, width):
-    """Rays meet their pixels."""
+    """Points on a ray project to its pixel."""
     cameras = make_cameras(*torch.tensor([[70.0, 30.0], [20.0, -120.0], [3.0, 2.0], [20.0, 60.0]]))
     origins, directions = rays(cameras, height, width)
     assert origins.shape == directions.shape == (2, height * width, 3)
@@ -100,7 +100,7 @@ def test_rays_project_to_their_pixels(height, width):
 
 
 def test_rays_wide_image():
-    """Principal point and field of view of a wide image."""
+    """A wide image has the right principal point and field of view."""
     cameras = camera(90, 0, fovy=40)
     _, directions = rays(cameras, 20, 60)
     centre = directions[0].mean(dim=0)
@@ -114,25 +114,25 @@ def test_rays_wide_image():
 def test_sample_cameras_ranges():
     """Sampled cameras stay in their ranges and are stratified."""
     limits = config(radius_range=(2.0, 2.5), theta_range=(50.0, 80.0), phi_range=(-90.0, 90.0), fovy_range=(15.0, 25.0))
-    seen = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
+    drawn = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
     for values, (low, high) in [
-        (seen.radius, limits.radius_range),
-        (seen.polar, limits.theta_range),
-        (seen.azimuth, limits.phi_range),
-        (seen.fovy, limits.fovy_range),
+        (drawn.radius, limits.radius_range),
+        (drawn.polar, limits.theta_range),
+        (drawn.azimuth, limits.phi_range),
+        (drawn.fovy, limits.fovy_range),
     ]:
         assert low <= values.min() and values.max() <= high
         assert values.max() - values.min() > 0.8 * (high - low)
-    sector = ((seen.azimuth + 90) / 180 * 64).floor()
+    sector = ((drawn.azimuth + 90) / 180 * 64).floor()
     assert torch.equal(sector, torch.arange(64.0))
     again = sample_cameras(limits, 64, torch.Generator().manual_seed(1))
-    assert torch.equal(seen.c2w, again.c2w)
+    assert torch.equal(drawn.c2w, again.c2w)
 
 
 def test_sample_cameras_uniform_sphere():
-    """Uniform sphere covers the upper hemisphere evenly."""
-    seen = sample_cameras(config(uniform_sphere_rate=1.0), 4000, torch.Generator().manual_seed(2))
-    height = seen.c2w[:, 1, 3] / seen.radius
+    """Cameras cover the upper hemisphere uniformly."""
+    drawn = sample_cameras(config(uniform_sphere_rate=1.0), 4000, torch.Generator().manual_seed(2))
+    height = drawn.c2w[:, 1, 3] / drawn.radius
     assert height.min() > -ULP
     # Uniform in y: mean, spread, and as many in each tenth, to five standard errors.
     n = len(height)
@@ -142,16 +142,16 @@ def test_sample_cameras_uniform_sphere():
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_sample_cameras_sphere_rate(batch):
-    """A batch is on the sphere as a whole and as often as its rate says."""
+    """Whole batches are on the sphere, with the given probability."""
     narrow = dict(radius_range=(2.0, 2.5), theta_range=(85.0, 95.0), phi_range=(-10.0, 10.0))
     limits, spheres, generator = config(**narrow, uniform_sphere_rate=0.3), 0, torch.Generator().manual_seed(9)
     for _ in range(400):
-        seen = sample_cameras(limits, batch, generator)
-        inside = (seen.polar - 90).abs().le(5) & seen.azimuth.abs().le(10)
+        drawn = sample_cameras(limits, batch, generator)
+        inside = (drawn.polar - 90).abs().le(5) & drawn.azimuth.abs().le(10)
         spheres += not inside.all()
         # Outside for one camera is the sphere for all: of four azimuths, a sector each, at most one can be near 0.
         assert inside.all() or inside.sum() <= max(1, batch // 4)
-        assert seen.radius.min() >= 2 and seen.radius.max() <= 2.5  # those of the run, in either case
+        assert drawn.radius.min() >= 2 and drawn.radius.max() <= 2.5  # those of the run, in either case
     assert abs(spheres / 400 - 0.3) < 5 * (0.3 * 0.7 / 400) ** 0.5  # five standard errors
     never, always = (config(**narrow, uniform_sphere_rate=rate) for rate in (0.0, 1.0))
     a, b = (sample_cameras(limits, batch, torch.Generator().manual_seed(3)) for limits in (never, always))
@@ -187,20 +187,20 @@ def test_view_ranges_widen(start, progress, ranges):
     limits = config(**NARROW, progressive_view_init_ratio=start)
     for got, expected in zip(view_ranges(limits, progress), ranges, strict=True):
         check_rounded("range", torch.tensor(got, dtype=torch.float64), torch.tensor(expected))
-    seen = sample_cameras(limits, 500, torch.Generator().manual_seed(6), progress=progress)
-    for values, (low, high) in zip((seen.radius, seen.polar, seen.azimuth, seen.fovy), ranges, strict=True):
+    drawn = sample_cameras(limits, 500, torch.Generator().manual_seed(6), progress=progress)
+    for values, (low, high) in zip((drawn.radius, drawn.polar, drawn.azimuth, drawn.fovy), ranges, strict=True):
         rounding = 2 * ULP * max(abs(low), abs(high))
         assert low - rounding <= values.min() and values.max() <= high + rounding
         assert values.max() - values.min() >= 0.9 * (high - low)
 
 
 def test_view_ranges_constant():
-    """The ranges stay as they are without progressive view and on the sphere."""
+    """The ranges are constant without progressive view and on the sphere."""
     fixed = config(**NARROW | {"progressive_view": False})
     assert view_ranges(fixed, 0.0) == [fixed.radius_range, fixed.theta_range, fixed.phi_range, fixed.fovy_range]
     sphere = config(**NARROW, uniform_sphere_rate=1.0)
-    seen = sample_cameras(sphere, 500, torch.Generator().manual_seed(7), progress=0.0)
-    assert seen.azimuth.max() - seen.azimuth.min() > 350 and seen.polar.min() < 20
+    drawn = sample_cameras(sphere, 500, torch.Generator().manual_seed(7), progress=0.0)
+    assert drawn.azimuth.max() - drawn.azimuth.min() > 350 and drawn.polar.min() < 20
 
 
 # All around, the poles among them.
@@ -226,7 +226,7 @@ def assert_rotations(c2w: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("sizes", [(0.1, 0.2, 0.02), (5.0, 5.0, 5.0)])
 def test_jitter_is_a_rotation(sizes):
-    """A jittered camera is a rotation that looks at its target from its new place."""
+    """A jittered camera is a rotation towards its target."""
     cameras, (shift, target, tilt) = around(), offsets(*sizes)
     moved = jitter(cameras, shift, target, tilt)
     assert_rotations(moved.c2w)
@@ -236,7 +236,7 @@ def test_jitter_is_a_rotation(sizes):
 
 
 def test_jitter_angles():
-    """The angles of a jittered camera are those under which its target is seen."""
+    """The angles of a jittered camera are relative to its target."""
     cameras, (shift, target, tilt) = around(), offsets(0.1, 0.2, 0.02)
     moved = jitter(cameras, shift, target, tilt)
     seen_from = look_at(moved.polar, moved.azimuth, moved.radius)[:, :3, 3]
@@ -246,7 +246,7 @@ def test_jitter_angles():
 
 
 def test_jitter_tilt():
-    """A tilt to the right rolls the camera to the right and keeps the middle."""
+    """A tilt to the right rolls the camera to the right and keeps the centre."""
     cameras, zero = around(), torch.zeros(len(AROUND), 3, dtype=torch.float64)
     right, up, back = (cameras.c2w[:, :3, i] for i in range(3))
     rolled = jitter(cameras, zero, zero, 0.5 * right + 0.25 * up + 7 * back).c2w
@@ -257,7 +257,7 @@ def test_jitter_tilt():
 
 
 def test_jitter_at_the_target():
-    """A camera that jitter puts at its target is still one."""
+    """A camera at its target is still valid."""
     cameras = around(radius=1.0)
     moved = jitter(cameras, -cameras.c2w[:, :3, 3], *offsets(0.0, 0.0))
     assert_rotations(moved.c2w)
@@ -265,42 +265,42 @@ def test_jitter_at_the_target():
 
 
 def test_sample_cameras_jitter_width():
-    """Jitter is as wide as it says and off by default."""
+    """Jitter has its configured width and is off by default."""
     sizes = dict(jitter_center=0.4, jitter_target=0.1, jitter_up=0.05)
-    plain, switched_off, seen = (
+    plain, switched_off, drawn = (
         sample_cameras(config(**changes), 4000, torch.Generator().manual_seed(4))
         for changes in ({}, sizes, sizes | {"jitter_pose": True})
     )
     assert all(torch.equal(one, other) for one, other in zip(plain, switched_off, strict=True))
-    assert_rotations(seen.c2w)
-    shift = seen.c2w[:, :3, 3] - plain.c2w[:, :3, 3]
+    assert_rotations(drawn.c2w)
+    shift = drawn.c2w[:, :3, 3] - plain.c2w[:, :3, 3]
     assert shift.abs().max() <= 0.2 + 8 * ULP  # the difference of places at 3.5 and less
     # Mean and spread to five standard errors of 4000: of a mean s / sqrt(n), of a spread s sqrt((k - 1) / 4n), with the
     # kurtosis k of 1.8 for even and of 3 for normal numbers.
-    target = seen.c2w[:, :3, 3] - seen.radius[:, None] * seen.c2w[:, :3, 2]
-    level = look_at(seen.polar, seen.azimuth, seen.radius)
-    roll = torch.asin((seen.c2w[:, :3, 1] * level[:, :3, 0]).sum(dim=-1))
+    target = drawn.c2w[:, :3, 3] - drawn.radius[:, None] * drawn.c2w[:, :3, 2]
+    level = look_at(drawn.polar, drawn.azimuth, drawn.radius)
+    roll = torch.asin((drawn.c2w[:, :3, 1] * level[:, :3, 0]).sum(dim=-1))
     for values, spread, kurtosis in ((shift, 0.4 / 12**0.5, 1.8), (target, 0.1, 3.0), (roll, 0.05, 3.0)):
         assert (values.std(dim=0) / spread - 1).abs().max() < 5 * ((kurtosis - 1) / 16000) ** 0.5
         assert values.mean(dim=0).abs().max() < 5 * spread / 4000**0.5
 
 
 def test_sample_cameras_reads_no_value(nothing_read):
-    """Drawing cameras reads no value."""
+    """Drawing cameras reads no value on the host."""
     everything = config(jitter_pose=True, uniform_sphere_rate=0.5)
     with nothing_read:
         sample_cameras(everything, 3, torch.Generator().manual_seed(5))
 
 
 def test_turntable():
-    """Turntable starts at the front and goes round once."""
+    """A turntable starts at the front and turns once."""
     frames = turntable(config(default_azimuth=0.0, default_polar=80.0), 8)
     assert frames.azimuth.tolist() == [0.0, 45, 90, 135, -180, -135, -90, -45]
     assert (frames.polar == 80).all()
 
 
 def test_six_views():
-    """Six views follow their names."""
+    """The six views have the directions of their names."""
     views = six_views(config(default_radius=2.0))
     expected = {"front": Z, "right": X, "back": -Z, "left": -X, "top": Y, "bottom": -Y}
     for name, position in zip(SIX_VIEWS, views.c2w[:, :3, 3], strict=True):

@@ -1,4 +1,4 @@
-"""Clip space against the pinhole, and cameras that come from numbers: turntable, six views, random draws."""
+"""Clip space against a pinhole camera; turntable, six views and random cameras by their numbers."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ def exact(*values: float) -> torch.Tensor:
 
 
 def test_clip_positions_match_rays():
-    """Clip space is that of the rays."""
+    """Clip space agrees with the rays."""
     cameras = make_cameras(*(torch.tensor(v) for v in ([40.0, 100], [10.0, -130], [2.0, 3.1], [20.0, 35])))
     points = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) - 0.5
     clip = clip_positions(cameras, points, 24, 40, 0.1)
@@ -57,7 +57,7 @@ def test_clip_positions_match_rays():
 
 
 def test_clip_positions_pinhole():
-    """A camera on the z axis: points to its right, above it and before it, by similar triangles, for both sizes."""
+    """Points seen from the z axis agree with similar triangles."""
     cameras = make_cameras(exact(90, 90), exact(0, 0), exact(3, 5), exact(40, 60))
     points = torch.tensor([[0.0, 0.0, 2.0], [0.5, 0.0, 1.0], [0.0, -0.25, 0.0]], dtype=torch.float64)
     clip = clip_positions(cameras, points, 20, 50, 0.25)
@@ -74,7 +74,7 @@ def test_clip_positions_pinhole():
 
 
 def test_look_at_precision():
-    """Angles in fp64 give matrices and rays in fp64, of which each column is a unit vector to all its digits."""
+    """Angles in fp64 give matrices with unit columns in fp64."""
     cameras = make_cameras(exact(30, 80), exact(-50, 200), exact(2, 3), exact(20, 30))
     assert cameras.c2w.dtype == torch.float64 and cameras.c2w.shape == (2, 4, 4)
     assert all(part.dtype == torch.float64 for part in rays(cameras, 3, 5))
@@ -85,7 +85,7 @@ def test_look_at_precision():
 
 
 def test_make_cameras_wraps_azimuth():
-    """Azimuths end up in [-180, 180), and the three other numbers are those that were given."""
+    """Azimuths are wrapped to [-180, 180), and other numbers are unchanged."""
     azimuths = exact(0, 179, 180, -180, -181, 540, 725)
     others = [torch.arange(7.0).double() + start for start in (20, 2, 30)]
     cameras = make_cameras(others[0], azimuths, others[1], others[2])
@@ -95,7 +95,7 @@ def test_make_cameras_wraps_azimuth():
 
 
 def test_turntable_default_cameras():
-    """Even steps from the default azimuth, all else as the output camera has it."""
+    """Azimuths are evenly spaced from the default one, all else is that of the output camera."""
     view = config(default_azimuth=30.0, default_polar=60.0, default_radius=2.5, default_fovy=25.0)
     frames = turntable(view, 3)
     assert frames.azimuth.tolist() == [30, 150, -90]
@@ -113,19 +113,19 @@ def test_six_views_default_distance():
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_sample_cameras_independent(rate):
-    """No two of radius, polar angle, place in the sector and field of view go together, to five standard errors."""
+    """Radius, polar angle, sector and field of view are uncorrelated, to five standard errors."""
     count = 4000
-    seen = sample_cameras(config(uniform_sphere_rate=rate), count, torch.Generator().manual_seed(8))
-    sectors = (seen.azimuth.double() + 180) / 360 * count
+    drawn = sample_cameras(config(uniform_sphere_rate=rate), count, torch.Generator().manual_seed(8))
+    sectors = (drawn.azimuth.double() + 180) / 360 * count
     assert ((sectors - 0.5 - torch.arange(count)).abs() < 0.6).all()  # one camera in each sector, all around
-    numbers = [seen.radius, seen.polar, sectors - torch.arange(count), seen.fovy]
+    numbers = [drawn.radius, drawn.polar, sectors - torch.arange(count), drawn.fovy]
     for one, other in itertools.combinations(numbers, 2):
         together = torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]
         assert abs(together) < 5 / count**0.5
 
 
 def test_sample_cameras_whole_ranges():
-    """Where no progress is given the ranges of a progressive view are at their end."""
+    """Without a progress the ranges of a progressive view are full."""
     limits = config(progressive_view=True, progressive_view_init_ratio=0.0)
     whole, end = (sample_cameras(limits, 9, torch.Generator().manual_seed(1), **at) for at in ({}, {"progress": 1.0}))
     assert torch.equal(whole.c2w, end.c2w) and torch.equal(whole.fovy, end.fovy)

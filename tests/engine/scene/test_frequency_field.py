@@ -42,7 +42,7 @@ def test_frequency_encoding():
 
 
 def test_frequency_encoding_active():
-    """Fine bands are left out."""
+    """Inactive bands are zero."""
     x = points(5)
     whole, coarse = frequency_encoding(x, 6), frequency_encoding(x, 6, 2)
     assert torch.equal(coarse[:, :9], whole[:, :9]) and torch.equal(coarse[:, 21:27], whole[:, 21:27])
@@ -52,7 +52,7 @@ def test_frequency_encoding_active():
 
 
 def test_frequency_field_parameters():
-    """Parameters follow the config and the seed."""
+    """Parameters depend on the configuration and the seed."""
     field = make(n_frequencies=12, hidden_width=64, hidden_layers=4)
     assert [tuple(w.shape) for w in field.weights] == [(64, 75), (64, 64), (64, 64), (64, 64), (4, 64)]
     assert [tuple(s.shape) for s in field.scales] == [(64,)] * 3 == [tuple(s.shape) for s in field.shifts]
@@ -62,7 +62,7 @@ def test_frequency_field_parameters():
 
 
 def by_hand(field: FrequencyField, x: torch.Tensor, products: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Density and albedo by the modules that stable-dreamfusion is built of, whose products are in one dtype."""
+    """Density and albedo by the modules of stable-dreamfusion, with products in one dtype."""
 
     def linear(h, layer):
         module = nn.Linear(*field.weights[layer].shape[::-1]).to(h.dtype)
@@ -81,7 +81,7 @@ def by_hand(field: FrequencyField, x: torch.Tensor, products: torch.dtype) -> tu
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_frequency_field_network(products):
-    """Against the modules that stable-dreamfusion is built of, also where the products are in half precision."""
+    """The network equals the modules of stable-dreamfusion, also in half precision."""
     field, exactly, x = make(), make().double(), points(500)
     for one in (field, exactly):
         generator = torch.Generator().manual_seed(3)
@@ -95,13 +95,13 @@ def test_frequency_field_network(products):
 
 @pytest.mark.parametrize("layers", [0, 1])
 def test_frequency_field_few_layers(layers):
-    """Few layers work."""
+    """A network may have few layers."""
     values = make(hidden_layers=layers)(points(5), normals="analytic")
     assert all(part.isfinite().all() for part in values)
 
 
 def test_frequency_field_softplus():
-    """Softplus is a density too."""
+    """The density may be a softplus."""
     x = torch.tensor([[0.0, 0, 0], [0.1, 0, 0], [0.9, 0, 0]])
     sigma = make(density_activation="softplus", blob_density=10.0).density(x)
     assert sigma[0] > 8 > sigma[1] > 3 > 1e-3 > sigma[2]
@@ -109,7 +109,7 @@ def test_frequency_field_softplus():
 
 @pytest.mark.parametrize("activation", ["exp", "softplus"])
 def test_frequency_field_normals(activation):
-    """Normals point down the density."""
+    """Normals point in the direction of falling density."""
     field, x = make(density_activation=activation).double(), points(50).double()
     by_gradient = field(x, normals="analytic").normal
     at = x.clone().requires_grad_()
@@ -132,11 +132,11 @@ def test_frequency_field_normals(activation):
 
 def test_frequency_field_differences_in_cube(monkeypatch):
     """Differences stay inside the cube."""
-    field, asked = make(bound=0.5), []
+    field, calls = make(bound=0.5), []
     network = field._network
-    monkeypatch.setattr(field, "_network", lambda x, active: asked.append(x) or network(x, active))
+    monkeypatch.setattr(field, "_network", lambda x, active: calls.append(x) or network(x, active))
     field(torch.tensor([[0.5, 0.0, -0.5]]), normals="finite_difference", normal_epsilon=0.1)
-    assert len(asked) == 7 and torch.cat(asked).abs().max() == 0.5
+    assert len(calls) == 7 and torch.cat(calls).abs().max() == 0.5
 
 
 @pytest.mark.parametrize("normals", ["analytic", "finite_difference"])
@@ -153,7 +153,7 @@ def test_frequency_field_gradients_through_normals(normals):
 
 
 def test_frequency_field_flat_density():
-    """Where the density is flat there is no normal."""
+    """A flat density has zero normals."""
     field = make(blob_density=0.0)
     for parameter in field.weights:
         parameter.data.zero_()
@@ -173,7 +173,7 @@ def test_frequency_field_padding():
 
 
 def test_frequency_field_compute_dtype():
-    """Compute dtype leaves parameters and results in fp32."""
+    """The compute dtype leaves parameters and results in fp32."""
     field = make()
     exact = field(points(20), normals="analytic")
     field.compute_dtype = torch.bfloat16
@@ -194,7 +194,7 @@ def test_frequency_field_background():
 
 @pytest.mark.parametrize("normals", [None, "finite_difference", "analytic"])
 def test_make_field_grid_torch(normals):
-    """The grid on pytorch is the grid."""
+    """The grid on PyTorch's operators equals the grid."""
     small = dict(n_levels=3, log2_hashmap_size=10, base_resolution=4, max_resolution=16, hidden_width=16)
     fields = [
         make_field(FieldConfig(backbone=name, **small), 1.0, torch.Generator().manual_seed(0))
@@ -205,17 +205,17 @@ def test_make_field_grid_torch(normals):
         field.table.data.normal_(generator=torch.Generator().manual_seed(1))
     fields[2].double()
     options = dict(normals=normals, active_levels=2, count=torch.tensor(150))
-    asked = [x.requires_grad_() for x in (points(200), points(200), points(200).double())]
-    values = [field(x, **options) for field, x in zip(fields, asked, strict=True)]
+    inputs = [x.requires_grad_() for x in (points(200), points(200), points(200).double())]
+    values = [field(x, **options) for field, x in zip(fields, inputs, strict=True)]
     # A normal loses digits where the density is flat: its weight is the size of the slope.
-    (slope,) = torch.autograd.grad(values[2].sigma.clamp(min=1e-30).log().sum(), asked[2], retain_graph=True)
+    (slope,) = torch.autograd.grad(values[2].sigma.clamp(min=1e-30).log().sum(), inputs[2], retain_graph=True)
     for name in ("sigma", "albedo", "normal")[: 2 if normals is None else 3]:
         weight = slope.norm(dim=1, keepdim=True) if name == "normal" else None
         check(name, *(getattr(one, name).detach() for one in values), weight)
 
 
 def test_make_field_kernels():
-    """Where kernels would start: recorded as on a GPU, and not run."""
+    """Launches are recorded as on a GPU and not run."""
     small = dict(
         n_levels=3, log2_hashmap_size=10, base_resolution=4, max_resolution=16, hidden_width=16, bg_radius=-1.0
     )

@@ -1,4 +1,4 @@
-"""The field as a module: shapes, start values, normals, background."""
+"""The hash grid field as a module: shapes, initial values, normals, background."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def points(n, seed=1):
 
 
 def test_hash_grid_field_parameters():
-    """Parameters follow the config and the seed."""
+    """Parameters depend on the configuration and the seed."""
     field = make_field()
     assert [tuple(w.shape) for w in field.weights] == [(16, 6), (16, 16), (4, 16)]
     assert field.table.shape == (field.spec.grid.rows, 2)
@@ -35,12 +35,12 @@ def test_hash_grid_field_parameters():
 
 
 def test_hash_grid_field_no_hidden_layer():
-    """No hidden layer is a linear field."""
+    """A field without hidden layers is linear."""
     assert [tuple(w.shape) for w in make_field(hidden_layers=0).weights] == [(4, 6)]
 
 
 def test_hash_grid_field_starts_as_blob():
-    """Fresh field is the blob."""
+    """A new field is the blob."""
     field = make_field()
     sigma = field.density(torch.tensor([[0.0, 0, 0], [0.2, 0, 0], [0.9, 0, 0]]))
     assert sigma[0] > 3 * sigma[1] > 9 * sigma[2]
@@ -50,7 +50,7 @@ def test_hash_grid_field_starts_as_blob():
 
 @pytest.mark.parametrize("mode", ["finite_difference", "analytic"])
 def test_hash_grid_field_normals(mode):
-    """Normals point out of the blob and carry gradients."""
+    """Normals point out of the blob and have gradients."""
     field = make_field()
     x = points(50)
     values = field(x, normals=mode)
@@ -75,7 +75,7 @@ def test_hash_grid_field_count_and_levels():
 
 
 def test_hash_grid_field_compute_dtype():
-    """Compute dtype leaves parameters and results in fp32."""
+    """The compute dtype leaves parameters and results in fp32."""
     field = make_field()
     field.table.data.normal_(generator=torch.Generator().manual_seed(0))
     exact = field(points(20))
@@ -88,7 +88,7 @@ def test_hash_grid_field_compute_dtype():
 
 
 def test_background_direction():
-    """Background depends on the direction and learns."""
+    """The background depends on the direction and has gradients."""
     field = make_field(bg_radius=1.4)
     directions = torch.nn.functional.normalize(points(20), dim=-1)
     colour = field.background(directions)
@@ -99,7 +99,7 @@ def test_background_direction():
 
 
 def test_background_missing():
-    """No background network is said."""
+    """A field without a background network raises."""
     field = make_field(bg_radius=-1.0)
     with pytest.raises(ValueError, match="bg_radius"):
         field.background(torch.zeros(1, 3))

@@ -1,4 +1,4 @@
-"""Everything that is written for people to see shows the averaged weights, not those of the last step."""
+"""Outputs show the averaged weights instead of those of the last step."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dream_fast.engine.config.presets import reference
 from dream_fast.engine.outputs import write_outputs
 from dream_fast.engine.runtime.device import choose_runtime
 from dream_fast.engine.runtime.reporter import Reporter
-from dream_fast.engine.training.loop import Loop
+from dream_fast.engine.training.loop import validate, write_test_video
 from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.folder import Workspace
 
@@ -28,25 +28,21 @@ RED, BLUE = (8.0, -8.0, -8.0), (-8.0, -8.0, 8.0)  # logits
 
 @pytest.fixture
 def trainer() -> Trainer:
-    """A run whose averaged weights show a red object, and whose last step one that is blue."""
+    """A run whose averaged weights show a red object, and its last step a blue one."""
     config = reference().override(SMALL)
-    made = Trainer(config, choose_runtime(config), 0)
-    logits = made.field.biases[-1].data[1:]
+    built = Trainer(config, choose_runtime(config), 0)
+    logits = built.field.biases[-1].data[1:]
     logits.copy_(torch.tensor(RED))
-    made.optimizer.state.ema.copy_(made.optimizer.params)
-    made.renderer.update_occupancy(None)
+    built.optimizer.state.ema.copy_(built.optimizer.params)
+    built.renderer.update_occupancy(None)
     logits.copy_(torch.tensor(BLUE))
-    return made
+    return built
 
 
 def assert_red(pixels: np.ndarray) -> None:
-    """Of ``pixels`` [..., 3] over white, the object's are red."""
+    """Check that the object in ``pixels`` [..., 3] over white is red."""
     red, _, blue = pixels.reshape(-1, 3).astype(float).T
     assert (red - blue).max() > 150 and (blue - red).max() < 50
-
-
-def loop(trainer: Trainer, path: Path) -> Loop:
-    return Loop(trainer, Workspace(path), Reporter(Console(quiet=True)))
 
 
 def frames(path: Path) -> np.ndarray:
@@ -55,7 +51,7 @@ def frames(path: Path) -> np.ndarray:
 
 
 def test_outputs_show_average(trainer, tmp_path):
-    """Six views, video and mesh of a run are those of the averaged weights, which the run then leaves as they were."""
+    """Six views, video and mesh show the averaged weights, and the run keeps its own."""
     before = trainer.optimizer.params.clone()
     write_outputs(trainer, Workspace(tmp_path), Reporter(Console(quiet=True)))
     for name in ("front", "right", "back", "left", "top", "bottom"):
@@ -67,11 +63,13 @@ def test_outputs_show_average(trainer, tmp_path):
 
 
 def test_validation_shows_average(trainer, tmp_path):
-    """The strip of pictures in the middle of a run is of the averaged weights."""
-    strip = np.asarray(Image.open(loop(trainer, tmp_path).validate()).convert("RGB"))
+    """Validation images show the averaged weights."""
+    validate(trainer, tmp_path / "strip.png")
+    strip = np.asarray(Image.open(tmp_path / "strip.png").convert("RGB"))
     assert_red(strip[:24])  # colours above, depths below
 
 
 def test_test_video_shows_average(trainer, tmp_path):
-    """The video of --test_interval is of the averaged weights."""
-    assert_red(frames(loop(trainer, tmp_path).write_test_video())[:, :, :24])
+    """Videos of --test_interval show the averaged weights."""
+    write_test_video(trainer, tmp_path / "turntable.mp4")
+    assert_red(frames(tmp_path / "turntable.mp4")[:, :, :24])

@@ -1,4 +1,4 @@
-"""Looking while it runs: what is shown is right, and the run is the run that nobody looks at."""
+"""Callbacks: their images and numbers are right, and they do not change the run."""
 
 import gzip
 import json
@@ -44,7 +44,7 @@ SMALL = """
     --dataset_size_valid 2 --n_levels 3 --log2_hashmap_size 10 --max_resolution 32 --hidden_width 16 --hidden_layers 1
     --bound 0.6 --max_steps 48 --occupancy_resolution 16 --latent_iter_ratio 0.25 --albedo_iter_ratio 0.5
 """.split()
-IMAGE = 32  # pixels of the tiny model's pictures
+IMAGE = 32  # pixels of the tiny model's images
 LEVELS = [0, 1, 20, 250, 500, 750, 980, 999]
 
 
@@ -73,7 +73,7 @@ def components(request: pytest.FixtureRequest, tiny_model: Path, tiny_velocity_m
 
 @pytest.fixture(scope="module")
 def unwatched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace of a run that nobody looks at."""
+    """The workspace of a run without callbacks."""
     workspace = tmp_path_factory.mktemp("runs") / "unwatched"
     assert main(command(workspace, tiny_model)) == 0
     return workspace
@@ -89,7 +89,7 @@ def alphas() -> Tensor:
 
 
 def test_estimate_of_perfect_model(components, monkeypatch):
-    """A model that knows the noise estimates the latent itself at every level."""
+    """The estimate of a model that knows the noise is the clean latents, at every timestep."""
     z, noise = torch.randn(2, len(LEVELS), 4, 8, 8, generator=generator())
     t = torch.tensor(LEVELS)
     a = alphas()[t].view(-1, 1, 1, 1)
@@ -115,7 +115,7 @@ def test_estimate_of_perfect_model(components, monkeypatch):
 @pytest.mark.parametrize("score", ["sds", "csd", "asd", "sdi"])
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
 def test_estimate_is_guided(components, in_fp64, score, rescale):
-    """(x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t), in fp64, with one call of the UNet for each prompt of each view."""
+    """It is (x_t - sqrt(1 - a_t) eps_hat) / sqrt(a_t), with one call of the UNet for each prompt and view."""
     config = GuidanceConfig(objective=score, guidance_scale=7.5, inversion_steps=2, guidance_rescale=rescale)
     rgb = torch.rand(2, 3, IMAGE, IMAGE, generator=generator(1))
     cond, uncond = torch.randn(2, 2, 5, 32, generator=generator(2))
@@ -144,11 +144,11 @@ def test_estimate_is_guided(components, in_fp64, score, rescale):
 
 
 def test_guidance_images(components, in_fp64):
-    """The three pictures of a view."""
+    """A view has three images."""
     noisy, clean, latents = torch.randn(3, 2, 4, 8, 8, generator=generator())
     shown = torch.rand(2, 3, 10, 12, generator=generator(1))
-    pictures = guidance_images(components, shown, noisy, clean)
-    assert pictures.shape == (2, 3, 3, IMAGE, IMAGE)
+    images = guidance_images(components, shown, noisy, clean)
+    assert images.shape == (2, 3, 3, IMAGE, IMAGE)
 
     def expected(model: Components) -> Tensor:
         def decoded(z: Tensor) -> Tensor:
@@ -161,41 +161,41 @@ def test_guidance_images(components, in_fp64):
     reference, exact = (expected(model) for model in (components, in_fp64(components)))
     as_latents = guidance_images(components, latents, noisy, clean, latents=True)
     for column in range(3):
-        check("pictures", pictures[:, column], reference[:, column], exact[:, column])
+        check("images", images[:, column], reference[:, column], exact[:, column])
     check("latents", as_latents[:, 0], reference[:, 3], exact[:, 3])
-    assert torch.equal(as_latents[:, 1:], pictures[:, 1:])
+    assert torch.equal(as_latents[:, 1:], images[:, 1:])
 
 
 # --save_guidance
 
 
 def test_save_guidance_changes_nothing(unwatched, tiny_model, tmp_path):
-    """Saving the guidance changes no bit of the run."""
+    """Saving guidance images changes no bit of the run."""
     assert main(command(tmp_path, tiny_model, "--save_guidance", "--save_guidance_interval", "2")) == 0
     assert checkpoint(tmp_path) == checkpoint(unwatched)
     paths = sorted((tmp_path / "guidance").iterdir())
     assert [path.name for path in paths] == [f"step_{step:06d}.png" for step in (2, 4, 6, 8)]
     assert [row["phase"] for row in rows(tmp_path)] == ["latent", "albedo", "shaded", "shaded"]
     for path, row in zip(paths, rows(tmp_path), strict=True):
-        picture = Image.open(path)
-        assert picture.size == (3 * IMAGE, 2 * IMAGE) and picture.info["t"] == " ".join(map(str, row["t"]))
-        tiles = np.asarray(picture).reshape(2, IMAGE, 3, IMAGE, 3).swapaxes(1, 2).reshape(6, -1)
+        image = Image.open(path)
+        assert image.size == (3 * IMAGE, 2 * IMAGE) and image.info["t"] == " ".join(map(str, row["t"]))
+        tiles = np.asarray(image).reshape(2, IMAGE, 3, IMAGE, 3).swapaxes(1, 2).reshape(6, -1)
         assert len({tile.tobytes() for tile in tiles}) == 6 and tiles.std(axis=1).min() > 1
 
 
 def test_decoder_loaded_for_images(tiny_model, tmp_path, monkeypatch):
-    """The decoder is loaded for the pictures only."""
-    asked = []
+    """The decoder is loaded only for the images."""
+    calls = []
     load = registry.load_components
-    monkeypatch.setattr(registry, "load_components", lambda *a, **named: asked.append(named) or load(*a, **named))
+    monkeypatch.setattr(registry, "load_components", lambda *a, **named: calls.append(named) or load(*a, **named))
     assert main(command(tmp_path / "a", tiny_model, "--iters", "1", "--six_views")) == 0
     assert not (tmp_path / "a" / "guidance").exists()
     assert main(command(tmp_path / "b", tiny_model, "--iters", "1", "--six_views", "--save_guidance")) == 0
-    assert [named["need_vae_decoder"] for named in asked] == [False, True]
+    assert [named["need_vae_decoder"] for named in calls] == [False, True]
 
 
 class Overwriting:
-    """Stands in for the CUDA graphs of a step: what a step returned is gone when the next one is replayed."""
+    """A substitute for the CUDA graphs of a step, which overwrites a result at the next replay."""
 
     def __init__(self):
         self.given: list[Tensor] = []
@@ -223,38 +223,38 @@ def make_trainer(components: Components, **changes) -> Trainer:
 
 
 def test_save_guidance_of_replayed_steps(components, tmp_path):
-    """A graph's latents are decoded before the next replay, outside of the graph."""
-    made = make_trainer(components, save_guidance=True, save_guidance_interval=1)
-    made.graphs = graphs = Overwriting()
-    fit(made, tmp_path)
+    """Latents of a graph are decoded before the next replay, outside of the graph."""
+    trainer = make_trainer(components, save_guidance=True, save_guidance_interval=1)
+    trainer.graphs = graphs = Overwriting()
+    fit(trainer, tmp_path)
     paths = sorted((tmp_path / "guidance").iterdir())
     assert len(paths) == len(graphs.copies) == 8
-    for path, (latents, seen) in zip(paths, graphs.copies, strict=True):
-        pictures = to_uint8(guidance_images(components, *seen, latents=latents))  # [B, 3, 3, S, S]
+    for path, (latents, snapshot) in zip(paths, graphs.copies, strict=True):
+        images = to_uint8(guidance_images(components, *snapshot, latents=latents))  # [B, 3, 3, S, S]
         tiles = np.asarray(Image.open(path)).reshape(2, IMAGE, 3, IMAGE, 3).transpose(0, 2, 4, 1, 3)
-        assert np.array_equal(tiles, pictures) and tiles.std() > 1
+        assert np.array_equal(tiles, images) and tiles.std() > 1
 
 
-def fit(made: Trainer, path: Path) -> Workspace:
+def fit(trainer: Trainer, path: Path) -> Workspace:
     workspace = Workspace(path)
-    workspace.write_config(made.config)
-    Loop(made, workspace, Reporter(Console(quiet=True))).fit()
+    workspace.write_config(trainer.config)
+    Loop(trainer, workspace, Reporter(Console(quiet=True))).fit()
     return workspace
 
 
 def test_save_guidance_without_latents_raises(components, tmp_path):
-    """A guidance without latents has nothing to show."""
-    made = make_trainer(components, save_guidance=True)
-    made.guidance = lambda *_, **__: pytest.fail("a step was taken")
+    """A guidance without latents is refused."""
+    trainer = make_trainer(components, save_guidance=True)
+    trainer.guidance = lambda *_, **__: pytest.fail("a step was taken")
     with pytest.raises(UserError, match="--save_guidance shows the latents"):
-        fit(made, tmp_path)
+        fit(trainer, tmp_path)
 
 
 # --test_interval
 
 
 def test_test_interval_videos(unwatched, tiny_model, tmp_path, monkeypatch):
-    """Test videos come during the run and the last at its end."""
+    """Test videos are written during the run, and the last at its end."""
     monkeypatch.setattr(run, "run", partial(run.run, loop=LoopOptions(epoch_steps=2)))
     assert main(command(tmp_path / "a", tiny_model, "--test_interval", "2")) == 0
     videos = sorted(path.name for path in (tmp_path / "a" / "results").glob("*.mp4"))
@@ -270,7 +270,7 @@ def test_test_interval_videos(unwatched, tiny_model, tmp_path, monkeypatch):
 
 
 def test_tensorboard_rows(unwatched, tiny_model, tmp_path):
-    """The board shows the rows of the metrics."""
+    """TensorBoard gets the rows of the metrics."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert main(command(tmp_path, tiny_model, "--tensorboard", "--iters", "4")) == 0
@@ -289,16 +289,16 @@ def test_tensorboard_rows(unwatched, tiny_model, tmp_path):
     assert not (unwatched / "tensorboard").exists()
 
 
-def board_of(made: Trainer, path: Path) -> callbacks.RunCallbacks:
-    return callbacks.RunCallbacks(made.config, Workspace(path), Reporter(Console(quiet=True)), step=made.step)
+def board_of(trainer: Trainer, path: Path) -> callbacks.RunCallbacks:
+    return callbacks.RunCallbacks(trainer.config, Workspace(path), Reporter(Console(quiet=True)), step=trainer.step)
 
 
 def test_tensorboard_nonfinite(components, tmp_path):
-    """A number that is not finite is one on the board."""
+    """A number that is not finite is NaN in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    made = make_trainer(components, tensorboard=True)
-    with board_of(made, tmp_path) as board:
+    trainer = make_trainer(components, tensorboard=True)
+    with board_of(trainer, tmp_path) as board:
         board.on_log(dict.fromkeys(callbacks.NUMBERS, 1.0) | {"step": 1, "loss": None, "grad_norm": None})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -306,13 +306,13 @@ def test_tensorboard_nonfinite(components, tmp_path):
 
 
 def test_tensorboard_resumed(components, tmp_path):
-    """A run that was stopped in the middle goes on from its last checkpoint, and repeats the steps since."""
+    """A resumed run repeats the steps after its checkpoint."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, steps, value in ((0, (2, 4, 6), 1.0), (4, (6, 8), 2.0)):
-        made = make_trainer(components, tensorboard=True)
-        made.step = start
-        with board_of(made, tmp_path) as board:
+        trainer = make_trainer(components, tensorboard=True)
+        trainer.step = start
+        with board_of(trainer, tmp_path) as board:
             for step in steps:
                 board.on_log(dict.fromkeys(callbacks.NUMBERS, value) | {"step": step, "loss": value})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -321,7 +321,7 @@ def test_tensorboard_resumed(components, tmp_path):
 
 
 def test_tensorboard_not_installed(tiny_model, tmp_path, monkeypatch, capsys):
-    """Without the package a sentence and nothing written."""
+    """Without the package the run is refused before anything is written."""
     monkeypatch.setattr(validate, "find_spec", lambda name: None)
     assert main(command(tmp_path / "new", tiny_model, "--tensorboard")) == 2
     assert "pip install 'dream-fast[tensorboard]'" in capsys.readouterr().err
@@ -330,7 +330,7 @@ def test_tensorboard_not_installed(tiny_model, tmp_path, monkeypatch, capsys):
 
 
 def test_learning_rate_of_row(tiny_model, tmp_path):
-    """The learning rate of a row is that of its step."""
+    """A row has the learning rate of its step."""
     assert main(command(tmp_path, tiny_model, "--lr", "0.01", "--lr_decay", "0.1", "--log_every", "4")) == 0
     rates = torch.tensor([row["lr"] for row in rows(tmp_path)], dtype=torch.float64)
     exact = 0.01 * 0.1 ** (torch.tensor([3.0, 7.0], dtype=torch.float64) / 8)
@@ -346,7 +346,7 @@ def traced(workspace: Path) -> list[str]:
 
 
 def test_profile_after_warm_up(tiny_model, tmp_path, monkeypatch, capsys):
-    """A profile is of some steps after the warm up and the run goes on."""
+    """A profile has some steps after the warm-up, and the run continues."""
     assert (profiler.WARM_UP, profiler.STEPS) == (20, 20)  # as the help says; fewer here, to be quick
     monkeypatch.setattr(profiler, "WARM_UP", 5)
     monkeypatch.setattr(profiler, "STEPS", 4)
@@ -354,16 +354,16 @@ def test_profile_after_warm_up(tiny_model, tmp_path, monkeypatch, capsys):
     assert main(command(tmp_path / "a", tiny_model, *size)) == 0
     capsys.readouterr()
     assert main(command(tmp_path / "b", tiny_model, *size, "--profile")) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert checkpoint(tmp_path / "a") == checkpoint(tmp_path / "b")
     names = traced(tmp_path / "b")
-    steps = {int(found[1]) for name in names if (found := re.fullmatch(r"ProfilerStep#(\d+)", name))}
+    steps = {int(match[1]) for name in names if (match := re.fullmatch(r"ProfilerStep#(\d+)", name))}
     assert steps == {5, 6, 7, 8}
     assert "aten::addmm" in names or "aten::linear" in names
-    assert f"steps 6 to 9 of this start: {tmp_path / 'b' / 'profile' / 'trace.json.gz'}" in said
-    assert "warning" not in said
-    (head,) = re.findall(r"^([\d.]+) ms a step on the CPU", said, flags=re.MULTILINE)
-    table = re.findall(r"^ +([\d.]+) +([\d.]+)% +([\d.]+)  (\S.*)$", said, flags=re.MULTILINE)
+    assert f"steps 6 to 9 of this start: {tmp_path / 'b' / 'profile' / 'trace.json.gz'}" in output
+    assert "warning" not in output
+    (head,) = re.findall(r"^([\d.]+) ms a step on the CPU", output, flags=re.MULTILINE)
+    table = re.findall(r"^ +([\d.]+) +([\d.]+)% +([\d.]+)  (\S.*)$", output, flags=re.MULTILINE)
     costs = [float(milliseconds) for milliseconds, *_ in table]
     assert len(table) == profiler.ROWS and costs == sorted(costs, reverse=True) and costs[0] > 0
     for milliseconds, share, calls, name in table:
@@ -374,16 +374,16 @@ def test_profile_after_warm_up(tiny_model, tmp_path, monkeypatch, capsys):
 
 
 def test_profile_of_short_run(tiny_model, tmp_path, capsys):
-    """A short run is traced from its first step on and says so."""
+    """A short run is traced from its first step, with a warning."""
     assert main(command(tmp_path, tiny_model, "--profile", "--six_views", "--iters", "3")) == 0
-    said = capsys.readouterr().out
-    assert "trace of steps 1 to 3 of this start" in said and "warning: the trace began after 0 steps" in said
+    output = capsys.readouterr().out
+    assert "trace of steps 1 to 3 of this start" in output and "warning: the trace began after 0 steps" in output
     assert sum(name.startswith("ProfilerStep") for name in traced(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("steps", [0, 1, 17, 18, 20, 21, 30])
 def test_profile_of_stopped_run(steps, tmp_path):
-    """A profile of a run that is stopped holds the steps until then."""
+    """The profile of a stopped run has the steps until then."""
     with profiler.Profile(tmp_path, torch.device("cpu"), 100, Reporter(Console(quiet=True))) as profile:
         for _ in range(steps):
             torch.ones(3).sum()
@@ -392,9 +392,9 @@ def test_profile_of_stopped_run(steps, tmp_path):
 
 
 def test_imports_without_flags(tiny_model, tmp_path):
-    """Nothing of it is imported by a run without it."""
+    """A run without the flags imports nothing of it."""
     code = "import sys; from dream_fast.cli import main; assert main(sys.argv[1:]) == 0"
     code += "; print([name for name in ('tensorboard', 'debugpy') if name in sys.modules], file=sys.stderr)"
     words = command(tmp_path, tiny_model, "--iters", "1", "--six_views")
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd="/")
-    assert done.stderr.splitlines()[-1] == "[]"
+    process = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd="/")
+    assert process.stderr.splitlines()[-1] == "[]"

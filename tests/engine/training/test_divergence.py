@@ -1,4 +1,4 @@
-"""Numbers that go wrong: counted, shown, diagnosed; an object that is lost; a GPU without memory left."""
+"""Divergence: non-finite steps, lost objects, and running out of GPU memory."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def rows(workspace: Path) -> list[dict]:
 
 
 def pairs(words: list[str]) -> zip:
-    """(name, value) of a list in which they take turns."""
+    """(name, value) of a list of alternating names and values."""
     return zip(words[::2], words[1::2], strict=True)
 
 
@@ -60,14 +60,14 @@ def error_of(capsys) -> str:
 
 
 def test_nonfinite_steps_counted(tmp_path, tiny_model, monkeypatch, capsys):
-    """Steps that are not finite are skipped counted and shown."""
+    """Non-finite steps are skipped, counted and shown."""
     gradients = Trainer.gradients
 
     def spoiled(self, *given):
-        done = gradients(self, *given)
+        result = gradients(self, *given)
         if self.step in (2, 3):
             self.optimizer.grads[5] = float("inf")
-        return done
+        return result
 
     monkeypatch.setattr(Trainer, "gradients", spoiled)
     assert main(command(tmp_path, tiny_model, "--iters", "6")) == 0
@@ -90,13 +90,13 @@ def test_nonfinite_steps_counted(tmp_path, tiny_model, monkeypatch, capsys):
     ],
 )
 def test_nonfinite_message_cause(row, fp16, cause, advice):
-    """The diagnosis names what is not finite and a flag."""
+    """The diagnosis has what is not finite, and a flag."""
     sentence = nonfinite_message(reference().override({"fp16": fp16}), MAX_NONFINITE_STEPS, row)
     assert f"last {MAX_NONFINITE_STEPS} steps were not finite" in sentence and cause in sentence and advice in sentence
 
 
 def test_loss_scale_recovers():
-    """The loss scale recovers."""
+    """The loss scale grows again."""
     scaler = LossScaler(True, "cpu", interval=3)
     for _ in range(10):
         scaler.update(torch.tensor(True))
@@ -115,7 +115,7 @@ FILLING = ["--blob_density", "60", "--blob_radius", "5"]
 
 @pytest.mark.parametrize(("typed", "kind"), [(VANISHING, "has vanished"), (FILLING, "fills the whole box")])
 def test_degenerate_warning_once(tmp_path, tiny_model, monkeypatch, capsys, typed, kind):
-    """A lost object is warned of once with the settings to change."""
+    """A lost object gives one warning, with settings to change."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, *typed)) == 0
     out = capsys.readouterr().out
@@ -125,14 +125,14 @@ def test_degenerate_warning_once(tmp_path, tiny_model, monkeypatch, capsys, type
 
 @pytest.mark.parametrize(("typed", "kind"), [(VANISHING, "has vanished"), (FILLING, "fills the whole box")])
 def test_rescue_restarts(tmp_path, tiny_model, monkeypatch, capsys, typed, kind):
-    """Rescue restarts with settings under which there is an object."""
+    """A rescue restarts with settings that keep the object."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     words = command(tmp_path, tiny_model, *typed, "--rescue")
     assert main(words) == 0
     out = capsys.readouterr().out
     assert f"the object {kind}: restarting with" in out
-    found = rows(tmp_path)
-    assert [row["step"] for row in found] == list(range(1, 31)) and 0.01 < found[-1]["opacity"] < 0.95
+    logged = rows(tmp_path)
+    assert [row["step"] for row in logged] == list(range(1, 31)) and 0.01 < logged[-1]["opacity"] < 0.95
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["loss"]["lambda_opacity"] != 1e7 and stored["optim"]["lr"] < 0.05
     assert main([*words, "--iters", "31"]) == 0  # taken up with the settings of the rescue
@@ -140,11 +140,13 @@ def test_rescue_restarts(tmp_path, tiny_model, monkeypatch, capsys, typed, kind)
 
 
 def test_outweighed_warning_once(tmp_path, tiny_model, monkeypatch, capsys):
-    """With the weight that would not, which is not warned of in its turn."""
+    """The warning has a weight that gives no warning itself."""
     monkeypatch.setattr(loop, "MAX_DEGENERATE_STEPS", 8)
     assert main(command(tmp_path, tiny_model, "--lambda_tv", "1e3", "--log_every", "2")) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "times as hard as the guidance" in line]
-    assert len(said) == 1 and "--lambda_tv 1000 pulls" in said[0] and "would pull as hard as that" in said[0]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "times as hard as the guidance" in line]
+    assert (
+        len(warnings) == 1 and "--lambda_tv 1000 pulls" in warnings[0] and "would pull as hard as that" in warnings[0]
+    )
     gentle = command(
         tmp_path / "gentle", tiny_model, "--lambda_tv", "1", "--regularizers", "guided", "--log_every", "2"
     )
@@ -153,7 +155,7 @@ def test_outweighed_warning_once(tmp_path, tiny_model, monkeypatch, capsys):
 
 
 def test_degenerate_cause_full():
-    """Opacities as a run of an H200 had them, which were never 0.98 for long; a good run's largest is far below."""
+    """Opacities of a lost run on an H200 give the warning, and those of good runs do not."""
     noise = [0.86, 0.94, 0.95, 0.92, 0.89, 1.0, 0.97, 0.93, 0.99, 0.83, 0.82, 0.81]
     assert min(noise) > divergence.MAX_OPACITY > 0.56
     config = configure(
@@ -167,7 +169,7 @@ def test_degenerate_cause_full():
 
 @pytest.mark.parametrize("since", [0, 1, 37, 99, 100])
 def test_degenerate_within_200_steps(since, tmp_path, monkeypatch):
-    """However rarely a row is logged; the steps are pretended, and the object is gone from one of them on."""
+    """The warning comes within 200 steps, however rarely rows are logged."""
 
     def pretended(self) -> StepResult:
         self.step += 1
@@ -176,7 +178,7 @@ def test_degenerate_within_200_steps(since, tmp_path, monkeypatch):
         return StepResult("shaded", "albedo", {}, nothing, nothing, nothing, nothing, nothing)
 
     monkeypatch.setattr(Trainer, "train_step", pretended)
-    monkeypatch.setattr(Loop, "validate", lambda *_: None)
+    monkeypatch.setattr("dream_fast.engine.training.loop.validate", lambda *_: None)
     words = [word.removeprefix("--") for word in SMALL if word != "--six_views"]
     typed = {name: float(value) if "." in value else int(value) for name, value in pairs(words) if name != "device"}
     config = reference().override(
@@ -189,7 +191,7 @@ def test_degenerate_within_200_steps(since, tmp_path, monkeypatch):
 
 
 def test_rescue_overrides():
-    """Settings of a rescue go away from what lost the object."""
+    """Settings of a rescue act against the cause."""
     schedule = LinearSchedule(0.0, 30.0, 10.0, 1.0)
     config = reference().override({"lambda_opacity": 5.0, "lambda_opacity_entropy": schedule, "lr": 0.01})
     vanished, full = (rescue_overrides(config, kind) for kind in divergence.DEGENERACIES)
@@ -209,7 +211,7 @@ OOM = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacit
 
 
 def test_oom_in_step(tmp_path, tiny_model, monkeypatch, capsys):
-    """A gpu without memory left is one sentence and a checkpoint that goes on with less."""
+    """Running out of GPU memory gives one sentence and a checkpoint that resumes with less."""
     gradients = Trainer.gradients
 
     def full(self, *given):
@@ -231,7 +233,7 @@ def test_oom_in_step(tmp_path, tiny_model, monkeypatch, capsys):
 
 
 def test_oom_outside_steps(tmp_path, tiny_model, monkeypatch, capsys):
-    """No memory for the model or the pictures is one sentence too."""
+    """Running out of memory while loading or writing outputs gives one sentence."""
 
     def full(*_, **__):
         raise torch.OutOfMemoryError(OOM)
@@ -243,17 +245,17 @@ def test_oom_outside_steps(tmp_path, tiny_model, monkeypatch, capsys):
 
 
 def test_low_memory_overrides_end():
-    """What takes less memory ends where nothing does."""
-    config, seen = reference().override({"batch_size": 2, "cuda_graph": True}), []
+    """There is no advice when no setting reduces memory."""
+    config, overrides = reference().override({"batch_size": 2, "cuda_graph": True}), []
     while less := low_memory_overrides(config):
-        seen.append(format_flags(less))
+        overrides.append(format_flags(less))
         config = config.override(less)
-    assert seen == ["--vram_O --batch_size 1 --no-cuda_graph", "--w 32 --h 32"]
+    assert overrides == ["--vram_O --batch_size 1 --no-cuda_graph", "--w 32 --h 32"]
     assert "a smaller image model" in memory_message(config, RuntimeError("?"), "that is all")
 
 
 def test_overflow_grows_buffers(tmp_path, tiny_model):
-    """On a GPU a step whose samples did not fit is not taken; the next row doubles the buffers."""
+    """On a GPU a step whose samples do not fit is skipped, and the next row doubles the buffers."""
     from dream_fast.engine.config.sections import RenderConfig
     from dream_fast.engine.render.ray_samplers import OccupancySampler
 

@@ -1,4 +1,4 @@
-"""Mesh refinement: what it starts from, how it is rendered and learned, and the command around it."""
+"""Mesh refinement: initialisation, rendering, optimisation, and the command."""
 
 import json
 import math
@@ -35,6 +35,8 @@ from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
+ULP = torch.finfo(torch.float32).eps  # relative distance of neighbours in fp32
+
 FIELD = dict(
     n_levels=3, log2_hashmap_size=10, max_resolution=32, hidden_width=16, hidden_layers=1, bound=0.6, max_steps=48
 )
@@ -46,17 +48,17 @@ MESH = SMALL | DMTET_OVERRIDES | dict(dmtet=True, dmtet_reso_scale=2.0, tet_grid
 
 
 def disc(radius):
-    """A guidance that asks for a white disc on black, `radius` of half the picture's height."""
+    """A guidance towards a white disc on black, of `radius` half image heights."""
 
-    def guidance(pictures, cameras, inputs):
-        height, width = pictures.shape[2:]
+    def guidance(images, cameras, inputs):
+        height, width = images.shape[2:]
         y, x = torch.meshgrid(
             (torch.arange(height) + 0.5) * 2 / height - 1, (torch.arange(width) + 0.5 - width / 2) * 2 / height,
             indexing="ij",
         )  # fmt: skip
-        difference = pictures - (torch.hypot(x, y) < radius).float()
-        loss = difference.square().sum() / len(pictures)
-        return GuidanceResult(loss, torch.zeros(len(pictures), dtype=torch.int64), loss.detach(), difference)
+        difference = images - (torch.hypot(x, y) < radius).float()
+        loss = difference.square().sum() / len(images)
+        return GuidanceResult(loss, torch.zeros(len(images), dtype=torch.int64), loss.detach(), difference)
 
     return guidance
 
@@ -78,7 +80,7 @@ def volume(trainer: Trainer) -> float:
 
 @pytest.mark.parametrize("size", [(24, 24), (18, 30)])
 def test_ball_depth(size):
-    """A ball is where its rays meet it."""
+    """The depth of a ball is that of its intersection with rays."""
     trainer = make_trainer(tet_grid_size=32)
     trainer.shape.initialize(torch.tensor([0.1, -0.05, 0.15]), torch.full((3,), 0.4), trainer.shape.sdf.detach())
     middle, radius = torch.tensor([0.1, -0.05, 0.15]), 0.2
@@ -86,7 +88,7 @@ def test_ball_depth(size):
     longest = 2 * 0.4 / 16
     missed = longest**2 / (8 * radius) + longest**2 / (6 * radius)
     distances = (trainer.renderer.surface().vertices - middle).norm(dim=1)
-    assert radius - missed < distances.min() and distances.max() < radius + 1e-6
+    assert radius - missed < distances.min() and distances.max() < radius + 4 * ULP
     cameras = six_views(CameraConfig(default_radius=2.0, default_fovy=30.0))
     view = trainer.renderer.view(cameras, *size, background=torch.zeros(3))
     origins, directions = rays(cameras, *size)
@@ -100,8 +102,8 @@ def test_ball_depth(size):
     normal = torch.nn.functional.normalize(origins + at[..., None] * directions - middle, dim=-1).view(6, *size, 3)
     assert (view.normal[core] * normal[core]).sum(-1).min() > math.cos(longest / radius)  # a triangle's turn
     assert not view.normal[miss > 1.2 * radius].any() and not view.rgb[miss > 1.2 * radius].any()
-    picture = depth_image(view, cameras.radius, 0.6)
-    assert picture[core].min() > picture[miss > 1.2 * radius].max() == 0
+    image = depth_image(view, cameras.radius, 0.6)
+    assert image[core].min() > image[miss > 1.2 * radius].max() == 0
 
 
 def test_shadings_and_backgrounds():
@@ -128,7 +130,7 @@ def test_shadings_and_backgrounds():
 
 
 def test_gradients_of_shape_and_field():
-    """Silhouettes move the shape and colours the field."""
+    """The shape has gradients from silhouettes, and the field from colours."""
     trainer = make_trainer(albedo_iter_ratio=1.0)
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.2, 20.0)))
     rendered = trainer.renderer.train_views(cameras, 20, 20, background=torch.zeros(3))
@@ -145,7 +147,7 @@ def test_gradients_of_shape_and_field():
 
 @pytest.mark.parametrize(("radius", "grows"), [(0.2, False), (0.9, True)])
 def test_ball_learns_size(radius, grows):
-    """A ball learns its size."""
+    """A ball reaches the size of the target."""
     changes = dict(iters=30, lr=0.02, lambda_mesh_normal=0.0, bg_radius=-1.0, optim="adam")
     trainer = make_trainer(disc(radius), **changes)
     trainer.start_shape()
@@ -168,7 +170,7 @@ def test_grid_border_stays_outside():
 
 
 def test_vanished_surface_raises():
-    """A surface that is gone is told."""
+    """An empty surface raises."""
     trainer = make_trainer()
     with torch.no_grad():
         trainer.shape.sdf.fill_(-1.0)
@@ -187,7 +189,7 @@ def nerf(**changes) -> Trainer:
 @pytest.mark.parametrize("threshold", [3.0, 1e6])
 @pytest.mark.parametrize("backbone", [{}, {"backbone": "vanilla", "n_frequencies": 4, "max_steps": 1024}])
 def test_start_from_a_field(threshold, backbone):
-    """The blob of a fresh field, also where the threshold leaves nothing."""
+    """A refinement starts from the blob of a new field, whatever the threshold."""
     if backbone:
         backbone = backbone | {"occupancy_resolution": 128}
     trainer = nerf(blob_density=10.0, **backbone)
@@ -211,7 +213,7 @@ def test_start_from_a_field(threshold, backbone):
 
 
 def test_field_without_surface_raises():
-    """A field without a surface is told."""
+    """A field without a surface is refused."""
     trainer = nerf(blob_density=0.0)
     with torch.no_grad():
         for parameter in trainer.field.parameters():
@@ -232,8 +234,8 @@ def test_start_from_a_mesh_file(tmp_path):
         surface = shape.surface()
         found = trimesh.Trimesh(surface.vertices.detach(), surface.faces, process=False)
         size = torch.tensor(found.extents)
-        seen = 3.2 * math.tan(math.radians(10)) * 0.8
-        longest, scale = float(2 * shape.half_extent.max() / 16), seen / 2
+        visible = 3.2 * math.tan(math.radians(10)) * 0.8
+        longest, scale = float(2 * shape.half_extent.max() / 16), visible / 2
         # Sharp edges are cut by half an edge of the grid at most.
         assert (size - torch.tensor([4, 3.6, 3]).double() * scale).abs().max() < longest
         assert found.is_watertight and abs(found.bounds.mean(0)).max() < longest / 2
@@ -247,7 +249,7 @@ def test_start_from_a_mesh_file(tmp_path):
 
 
 def test_bad_init_source_raises(tmp_path):
-    """What is no start is told."""
+    """An unsuitable --init_with is refused."""
     cases = {
         "missing.glb": (None, "there is no such file"),
         "old.pth": (b"x", "checkpoints of other programs cannot be read"),
@@ -273,7 +275,7 @@ def test_bad_init_source_raises(tmp_path):
 
 
 def test_init_from_run(tmp_path):
-    """A run starts with the colours and the shape of another."""
+    """A refinement starts with the colours and the shape of a run."""
     before = nerf(blob_density=10.0)
     with torch.no_grad():
         before.field.biases[-1][1:] = torch.tensor([4.0, -4.0, -4.0])
@@ -289,10 +291,10 @@ def test_init_from_run(tmp_path):
     assert before.field.density(points).log().std() < 0.1
     cameras = six_views(trainer.config.camera)
     before.renderer.update_occupancy(None)
-    seen, field = (t.renderer.view(cameras, 24, 24) for t in (trainer, before))
-    assert (seen.opacity[:, 12, 12] == 1).all() and (seen.rgb[:, 12, 12, 0] > 0.9).all()
-    both = (seen.opacity > 0.5) & (field.opacity > 0.5)
-    either = (seen.opacity > 0.5) | (field.opacity > 0.5)
+    view, field = (t.renderer.view(cameras, 24, 24) for t in (trainer, before))
+    assert (view.opacity[:, 12, 12] == 1).all() and (view.rgb[:, 12, 12, 0] > 0.9).all()
+    both = (view.opacity > 0.5) & (field.opacity > 0.5)
+    either = (view.opacity > 0.5) | (field.opacity > 0.5)
     assert both.sum() / either.sum() > 0.6
     for changes, sentence in (
         ({"n_levels": 4}, "n_levels 3 there, 4 here"),
@@ -359,7 +361,7 @@ def test_resume_equals_uninterrupted(locked, tmp_path):
 
 @pytest.mark.parametrize("locked", [False, True])
 def test_load_replaces_surface(locked, tmp_path):
-    """What was looked at before a checkpoint is loaded is not what is looked at afterwards."""
+    """The surface is computed again after a checkpoint is loaded."""
     smaller, trainer = (make_trainer(lock_geo=locked) for _ in range(2))
     with torch.no_grad():
         smaller.shape.sdf.sub_(0.6)
@@ -368,12 +370,12 @@ def test_load_replaces_surface(locked, tmp_path):
     trainer.load(path)
     assert volume(trainer) == volume(smaller) < 0.8 * before
     cameras = make_cameras(*(torch.tensor([v]) for v in (90.0, 0.0, 3.2, 20.0)))
-    seen = [made.renderer.view(cameras, 20, 20).opacity for made in (trainer, smaller)]
-    assert torch.equal(*seen)
+    opacities = [each.renderer.view(cameras, 20, 20).opacity for each in (trainer, smaller)]
+    assert torch.equal(*opacities)
 
 
 def test_outputs_without_floaters():
-    """Small parts are not looked at and the average is."""
+    """Outputs have no floaters and show the average."""
     trainer = make_trainer(tet_grid_size=16)
     grid = trainer.shape.vertices
     ball = 0.5 - grid.norm(dim=1)
@@ -413,7 +415,7 @@ def refused(capsys, arguments) -> str:
 
 
 def test_command_to_mesh(tiny_model, tmp_path, capsys):
-    """The command from a run to a mesh."""
+    """The command refines a run and writes its mesh."""
     first, second = tmp_path / "nerf", tmp_path / "mesh"
     assert main(command(first, tiny_model, "--six_views", "--occupancy_resolution", "16", *FIELD_FLAGS)) == 0
     refine = command(
@@ -444,7 +446,7 @@ def test_command_to_mesh(tiny_model, tmp_path, capsys):
 
 
 def test_bad_settings_raise(tiny_model, tmp_path, capsys):
-    """Mistakes are told."""
+    """Bad settings are refused."""
     base = command(tmp_path / "run", tiny_model)
     assert "it works only with --dmtet" in refused(capsys, [*base, "--init_with", "x.glb"])
     assert "it works only with --dmtet" in refused(capsys, [*base, "--lock_geo"])

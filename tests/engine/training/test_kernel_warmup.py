@@ -1,4 +1,4 @@
-"""What a run compiles before its first step is what the step and the pictures start."""
+"""Kernels that are compiled before the first step are those of steps and images."""
 
 import pytest
 import torch
@@ -19,20 +19,20 @@ def small_config(device: str):
     return configure(SMALL | {"fp16": True}, "cuda").override({"device": device})
 
 
-def sum_of(pictures, *_, **__):
-    return GuidanceResult(pictures.sum(), torch.zeros(1), pictures.sum().detach(), pictures.detach())
+def sum_of(images, *_, **__):
+    return GuidanceResult(images.sum(), torch.zeros(1), images.sum().detach(), images.detach())
 
 
 @pytest.fixture
 def filled():
-    """What torch.empty gives holds the largest numbers, and not whatever lay there."""
+    """Fill the results of torch.empty with the largest numbers."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def test_collect_launches_of_a_run(filled):
-    """Every part of a run is there and nothing runs."""
+    """Launches of every part of a run are collected and none is run."""
     config = small_config("cpu")
     names = {launch.kernel.__name__ for launch in collect_launches(config, choose_runtime(config))}
     for part in (
@@ -50,6 +50,14 @@ def test_collect_launches_of_a_run(filled):
     assert torch.isfinite(_one_step(config)).all()
 
 
+def test_collect_launches_with_guidance_images(filled):
+    """A run that saves images of its guidance compiles the same kernels; before the first step there are no images."""
+    config = small_config("cpu")
+    saving = config.override({"save_guidance": True})
+    names = [[launch.kernel.__name__ for launch in collect_launches(c, choose_runtime(c))] for c in (config, saving)]
+    assert names[0] == names[1]
+
+
 def _one_step(config):
     trainer = Trainer(config.override({"cuda_graph": False}), choose_runtime(config), 0, sum_of)
     trainer.train_step()
@@ -59,14 +67,14 @@ def _one_step(config):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are compiled for the GPU that is there")
 def test_first_step_compiles_nothing(monkeypatch):
-    """The first step and the pictures compile nothing."""
+    """The first step and the images compile nothing."""
     import triton
 
     config = small_config("cuda").override({"w": 24, "h": 24, "hidden_width": 16})
     runtime = choose_runtime(config)
     precompile_kernels(config, runtime, Reporter())
     compiled = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["repr"]))
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"]))
     trainer = Trainer(config.override({"cuda_graph": False}), runtime, 0, sum_of)
     trainer.train_step()
     trainer.renderer.view(turntable(config.camera, 2, runtime.device), config.camera.H, config.camera.W)

@@ -1,4 +1,4 @@
-"""The weighted terms of a render: each is weight, ramp and formula."""
+"""The weighted terms of a render: weight, ramp and formula."""
 
 import dataclasses
 
@@ -51,12 +51,12 @@ def weighted(scene, up=1.0, scalars=None, **weights):
 
 
 def check_term(name, got, formula, *tensors):
-    """A term against its formula in fp64, by the error of the formula in fp32."""
+    """Compare a term with its formula in fp64, within the error of the formula in fp32."""
     check(name, got, formula(*tensors), formula(*(tensor.double() for tensor in tensors)))
 
 
 def test_entropies_weighted(scene):
-    """Both entropies join with the ramp; the others are there from the start."""
+    """Both entropies are multiplied by the ramp; other terms are not."""
     _, rendered = scene
     count = int(rendered.samples.count)
 
@@ -71,7 +71,7 @@ def test_entropies_weighted(scene):
 
 
 def test_normal_image_smoothness_by_view(scene):
-    """Neighbours are those of one view, down its rows and across its columns."""
+    """Only pixels of the same view are neighbours."""
     _, rendered = scene
 
     def smoothness(normal):
@@ -85,18 +85,18 @@ def test_normal_image_smoothness_by_view(scene):
 
 
 def test_normal_smoothness_near_points(scene, monkeypatch):
-    """The neighbour of a sample is 0.01 away in each axis (standard deviation), on the levels that are active."""
+    """Near points have a standard deviation of 0.01 along each axis, on the active levels."""
     field, rendered = scene
-    asked = []
+    calls = []
     forward = type(field).forward
 
     def watched(self, x, **options):
-        asked.append((x, options))
+        calls.append((x, options))
         return forward(self, x, **options)
 
     monkeypatch.setattr(type(field), "forward", watched)
     got = weighted(scene, lambda_3d_normal_smooth=2.0)["3d_normal_smooth"]
-    ((points, options),) = asked
+    ((points, options),) = calls
     assert options["active_levels"] == 2 and options["normals"] == "finite_difference"
     assert options["normal_epsilon"] == 0.01 and options["count"] is rendered.samples.count
     noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(2))
@@ -112,7 +112,7 @@ def test_normal_smoothness_near_points(scene, monkeypatch):
 
 
 def test_scheduled_weight(scene):
-    """`now` holds what a schedule has for this step."""
+    """The value of a schedule at this step is used."""
     terms = weighted(scene, lambda_opacity=3.0)
     assert torch.equal(
         weighted(scene, scalars={"lambda_opacity": 6.0}, lambda_opacity=3.0)["opacity"], 2 * terms["opacity"]
@@ -125,7 +125,7 @@ def test_sample_mean_of_one():
 
 
 def test_tiny_triangle_normals():
-    """Two triangles at a right angle cost 1 in the edge that they share, whatever their size."""
+    """Two orthogonal triangles cost 1 at their common edge, whatever their size."""
     from dream_fast.engine.geometry.mesh import TensorMesh
 
     corners = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)

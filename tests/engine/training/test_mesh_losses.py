@@ -1,4 +1,4 @@
-"""The regularisers of a mesh, against closed forms and sums written out."""
+"""The regularisers of a mesh, against closed forms and written-out sums."""
 
 import torch
 import trimesh
@@ -13,7 +13,7 @@ from dream_fast.kernels import opposite_corners
 
 
 def check_value(name, got, exact):
-    """Compares a number in fp64 with one that is exact."""
+    """Compare a number in fp64 with an exact one."""
     exact = torch.as_tensor(exact, dtype=torch.float64)
     check(name, got.detach(), exact, exact)
 
@@ -23,7 +23,7 @@ def from_trimesh(mesh: trimesh.Trimesh, dtype=torch.float32) -> TensorMesh:
 
 
 def test_normal_consistency():
-    """Normal consistency of a cube and a plane."""
+    """A cube and a plane have their closed forms."""
     cube = from_trimesh(trimesh.creation.box((1, 1, 1)), torch.float64)
     # 12 edges at right angles, 6 diagonals in a plane.
     check_value("cube", normal_consistency(cube, opposite_corners(cube.faces)), 12 / 18)
@@ -33,7 +33,7 @@ def test_normal_consistency():
 
 
 def test_laplacian():
-    """Laplacian by hand."""
+    """The result equals a written-out sum."""
     mesh = from_trimesh(trimesh.creation.icosphere(1), torch.float64)
     by_hand = []
     for number, place in enumerate(mesh.vertices):
@@ -61,7 +61,7 @@ def test_normal_consistency_small_faces():
 
 
 def test_mesh_regularizers_gradients(monkeypatch):
-    """Gradients of the terms and their weights."""
+    """Terms have gradients and weights."""
     # How much an edge counts is no part of the gradient.
     monkeypatch.setattr(losses, "_edge_weights", lambda area, other: torch.ones_like(other, dtype=area.dtype))
     mesh = from_trimesh(trimesh.creation.icosphere(1), torch.float64)

@@ -52,14 +52,14 @@ def oracle(optim, dtype, lr=1e-3, steps=6):
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
 def test_step_against_oracle(optim):
-    """What six steps change, against pytorch-optimizer's Adan and torch's Adam."""
+    """Six steps equal those of pytorch-optimizer's Adan and torch's Adam."""
     before = [parameter.data.double() for parameter in make_parameters()]
     reference, exact = (oracle(optim, dtype) for dtype in (torch.float32, torch.float64))
     for scale in (1.0, 1024.0):
         parameters, optimizer = make(optim)
         run(parameters, optimizer, 6, scale=scale)
-        own = [parameter.data for parameter in parameters]
-        changes = ([now - then for now, then in zip(one, before, strict=True)] for one in (own, reference, exact))
+        values = [parameter.data for parameter in parameters]
+        changes = ([now - then for now, then in zip(one, before, strict=True)] for one in (values, reference, exact))
         check_together(f"scale {scale}", *changes)
 
 
@@ -88,7 +88,7 @@ def test_a_bad_gradient_changes_nothing(optim, bad, grad_clip):
 
 
 def test_grad_clip_unscaled():
-    """Gradient clip limits the unscaled gradient."""
+    """The limit applies to the unscaled gradient."""
     parameters, optimizer = make("adam")
     optimizer.grads.fill_(64.0 * 3)
     optimizer.step(inverse_scale=1 / 64, grad_clip=0.25)
@@ -98,7 +98,7 @@ def test_grad_clip_unscaled():
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
 def test_ema_warm_up(optim):
-    """The average of every step with a warm up."""
+    """The average has a warm-up."""
     parameters, optimizer = make(optim, ema_decay=0.5)
     averages = [optimizer.params.clone(), optimizer.params.double()]
     for step in range(12):
@@ -117,7 +117,7 @@ def test_ema_warm_up(optim):
 
 @pytest.mark.parametrize("optim", ["adan", "adam"])
 def test_resume_repeats(optim):
-    """Resume repeats the run bit for bit."""
+    """A resumed run is the same bit for bit."""
     parameters, optimizer = make(optim)
     run(parameters, optimizer, 3)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -147,8 +147,8 @@ def test_parameters_must_be_fp32():
 def test_loss_scale_backs_off_and_grows():
     scaler = LossScaler(True, "cpu", start=1024.0, interval=3)
     good, bad = torch.tensor(False), torch.tensor(True)
-    for found, expected in [(good, 1024), (bad, 512), (good, 512), (good, 512), (good, 1024), (good, 1024)]:
-        scaler.update(found)
+    for found_inf, expected in [(good, 1024), (bad, 512), (good, 512), (good, 512), (good, 1024), (good, 1024)]:
+        scaler.update(found_inf)
         assert scaler.scale == expected and scaler.inverse == 1 / expected
     other = LossScaler(True, "cpu")
     other.load_state_dict(scaler.state_dict())

@@ -23,7 +23,7 @@ def config(**changes):
 @pytest.mark.parametrize(("optim", "factor"), [("adam", 1), ("adan", 5)])
 @pytest.mark.parametrize(("shape_lr", "lr"), [(None, 1e-3), (2e-4, 2e-4)])
 def test_groups(optim, factor, shape_lr, lr):
-    """The table learns at ten times the rate, the shape at its own or --lr itself, whatever the optimiser."""
+    """The table has ten times the rate, and the shape its own or --lr, with either optimiser."""
     table, others, shape = parameter(4, 2), [parameter(3), parameter(2, 5)], [parameter(6), parameter(1)]
     optimizer = Optimizer(table, others, config(optim=optim), shape, shape_lr)
     assert optimizer.group_ends == (8, 21, 28) and optimizer.scene == 21
@@ -34,7 +34,7 @@ def test_groups(optim, factor, shape_lr, lr):
 
 
 def test_learning_rates(monkeypatch):
-    """What is logged of a step is what its update multiplies the change by, group by group."""
+    """Logged rates are those of the update, group by group."""
     optimizer, used = Optimizer(parameter(4, 2), [parameter(3)], config(), [parameter(6)], 2e-4), []
     monkeypatch.setattr(optim, "adam_step", lambda *_, lrs, **__: used.append(lrs))
     optimizer.step(lr_scale=0.5)
@@ -43,7 +43,7 @@ def test_learning_rates(monkeypatch):
 
 
 def test_initial_buffers():
-    """Values and shapes stay, gradients are zero views in the order table, others, shape."""
+    """Values and shapes are kept; gradients are zero views in the order table, networks, shape."""
     parameters = [parameter(4, 2), parameter(3), parameter(2, 5)]
     before = [one.detach().clone() for one in parameters]
     optimizer = Optimizer(parameters[0], [parameters[1]], config(), [parameters[2]])
@@ -58,7 +58,7 @@ def test_initial_buffers():
 
 
 def test_step_by_group_rate():
-    """Three groups and an `lr_scale` against torch's Adam with the rates multiplied."""
+    """Three groups and an `lr_scale` equal torch's Adam with these rates."""
     rates = (1e-2, 1e-3, 0.5)
 
     def changes(dtype):
@@ -85,7 +85,7 @@ def test_step_by_group_rate():
 
 @pytest.mark.parametrize("scaling", [{}, {"inverse_scale": 0.5}, {"inverse_scale": torch.tensor(0.5)}])
 def test_grad_clip_both_sides(scaling):
-    """Components beyond the limit are cut to it, others stay; a limit of 0 or less cuts nothing."""
+    """Components beyond the limit are clamped; a limit of 0 or less has no effect."""
     gradient = torch.tensor([-8.0, -0.25, 0.5, 8.0])
     scale = float(scaling.get("inverse_scale", 1.0))
     for clip, expected in ((1.0, gradient.mul(scale).clamp(-1, 1)), (0.0, gradient * scale), (-1.0, gradient * scale)):
@@ -96,7 +96,7 @@ def test_grad_clip_both_sides(scaling):
 
 
 def test_default_step():
-    """Without arguments the gradient counts as it is, at the rate of the settings."""
+    """By default the gradient is unscaled, with the rate of the settings."""
     optimizers = [Optimizer(None, [parameter(50)], config()) for _ in range(2)]
     for optimizer, options in zip(optimizers, ({}, dict(inverse_scale=1.0, grad_clip=-1.0, lr_scale=1.0)), strict=True):
         optimizer.grads.copy_(torch.linspace(-100, 100, 50))
@@ -106,7 +106,7 @@ def test_default_step():
 
 
 def test_skipped_step_counts_for_warm_up():
-    """`steps` counts attempts; Adam's own count, moments and average stay as they are."""
+    """`steps` counts attempts; Adam's count, moments and average are unchanged."""
     optimizer = Optimizer(None, [parameter(5)], config())
     optimizer.grads.fill_(1.0)
     optimizer.step()
@@ -119,7 +119,7 @@ def test_skipped_step_counts_for_warm_up():
 
 
 def test_skipped_first_step():
-    """With no good step yet the bias correction divides by no zero."""
+    """A skipped first step does not divide by zero."""
     optimizer = Optimizer(None, [parameter(5)], config())
     before = optimizer.params.clone()
     optimizer.grads.fill_(torch.nan)
@@ -131,9 +131,9 @@ def test_start_scene():
     """The averaged scene of another run becomes the parameters and the average; the shape keeps its values."""
     shape = parameter(3, 1)
     optimizer = Optimizer(parameter(4, 2), [parameter(2)], config(), [shape])
-    kept, average = shape.detach().clone(), torch.arange(10.0)
+    before, average = shape.detach().clone(), torch.arange(10.0)
     optimizer.start_scene(average)
-    assert torch.equal(optimizer.params[:10], average) and torch.equal(shape, kept)
+    assert torch.equal(optimizer.params[:10], average) and torch.equal(shape, before)
     assert torch.equal(optimizer.state.ema, optimizer.params)
     for wrong in (torch.zeros(13), torch.zeros(9), torch.zeros(10, 1)):
         with pytest.raises(ValueError, match=rf"ema has shape \({wrong.shape[0]}, ?.*expected \(10,\)"):
@@ -156,7 +156,7 @@ def test_load_state_dict_in_place():
 
 
 def test_load_bad_state_raises():
-    """The sentence has both lists of names, or both shapes; nothing is copied before all of it is checked."""
+    """The message has both lists of names, or both shapes; nothing is copied before all is checked."""
     optimizer = Optimizer(None, [parameter(6)], config())
     before = copy.deepcopy(optimizer.state_dict())
     more = {name: torch.ones_like(value) for name, value in before.items()}
@@ -169,7 +169,7 @@ def test_load_bad_state_raises():
 
 
 def test_adam_step_ema():
-    """The average keeps `ema_decay` of itself; groups beyond the last end do not move."""
+    """The average has the decay `ema_decay`; values beyond the last group are unchanged."""
     params = torch.arange(6.0)
     state = AdamState(params)
     skipped = adam_step(params, torch.ones(6), state, group_ends=(2, 4), lrs=(0.5, 0.25), ema_decay=0.75)
@@ -182,7 +182,7 @@ def test_adam_step_ema():
 
 
 def test_loss_scaler_defaults():
-    """The defaults, and the state that a resumed run reads."""
+    """Defaults and state of the loss scale."""
     scaler, good = LossScaler(True, "cpu"), torch.tensor(False)
     assert scaler.scale == 65536 and scaler.inverse == 2.0**-16 and scaler.good_steps == 0
     scaler.load_state_dict({"scale": torch.tensor(8.0), "good_steps": torch.tensor(1998)})
@@ -195,9 +195,9 @@ def test_loss_scaler_defaults():
     assert scaler.state_dict() == {"scale": 8, "good_steps": 0}
 
 
-def test_a_disabled_loss_scaler_counts_nothing():
-    """It is 1, and so is its inverse, after good and bad steps."""
+def test_loss_scaler_disabled():
+    """Its scale and inverse stay 1."""
     scaler = LossScaler(False, "cpu", start=4.0, interval=1)
-    for found in (False, True):
-        scaler.update(torch.tensor(found))
+    for found_inf in (False, True):
+        scaler.update(torch.tensor(found_inf))
         assert scaler.state_dict() == {"scale": 1, "good_steps": 0} and scaler.inverse == 1

@@ -1,4 +1,4 @@
-"""Progress and phases of a run: where they start and end, in a longer run too, and how a phase is drawn."""
+"""Progress and phases of a run: their start and end, also in an extended run, and their random choice."""
 
 import random
 
@@ -11,7 +11,7 @@ from dream_fast.engine.training.phases import RunProgress, choose_phase
 
 
 def test_run_progress_extended():
-    """Progress runs from zero and a longer run never falls back."""
+    """Progress starts at zero, and an extended run never goes back."""
     schedule = RunProgress(100)
     assert [schedule.progress(step) for step in (0, 50, 100)] == [0.0, 0.5, 1.0]
     longer = schedule.extended_to(60, 200)
@@ -22,7 +22,7 @@ def test_run_progress_extended():
 
 
 def test_run_progress_late_start():
-    """A schedule that starts late is at 0 before and at 1 after its end."""
+    """Progress is 0 before a late start and 1 after its end."""
     late = RunProgress(60, 20)
     assert [late.progress(step) for step in (0, 19, 20, 30, 60, 99)] == [0.0, 0.0, 0.0, 0.25, 1.0, 1.0]
     before, inside = late.extended_to(10, 100), late.extended_to(40, 100)
@@ -50,6 +50,6 @@ def test_phase_ratio_zero():
 
 @pytest.mark.parametrize("name", ["latent", "albedo"])
 def test_phase_ratio_one(name):
-    """A ratio of one keeps the phase in a run that goes on after its end."""
+    """A ratio of one keeps the phase also in an extended run."""
     config = ShadingConfig(**{"latent_iter_ratio": 0.0, f"{name}_iter_ratio": 1.0})
     assert choose_phase(config, 1.0, random.Random(0)).name == name

@@ -1,4 +1,4 @@
-"""Files are on the disk before they take their names, and nothing half-written is left."""
+"""Files are on the disk before they are renamed, and no half-written file is left."""
 
 import os
 from pathlib import Path
@@ -18,11 +18,11 @@ SMALL = """
 
 @pytest.fixture
 def disk(monkeypatch) -> list[tuple[str, Path]]:
-    """What is asked of the disk, in order: ("sync", path) and ("rename", new path).
+    """Operations on the disk, in order: ("sync", path) and ("rename", new path).
 
     Fails where a file takes its name before all that was written of it is on the disk.
     """
-    asked: list[tuple[str, Path]] = []
+    operations: list[tuple[str, Path]] = []
     synced: dict[int, tuple[int, int]] = {}  # size and time of change of each inode when it was synced
     opened: dict[int, Path] = {}
     open_, fsync, replace = os.open, os.fsync, os.replace
@@ -35,13 +35,13 @@ def disk(monkeypatch) -> list[tuple[str, Path]]:
     def watched_fsync(handle) -> None:
         status = os.fstat(handle)
         synced[status.st_ino] = (status.st_size, status.st_mtime_ns)
-        asked.append(("sync", opened[handle]))
+        operations.append(("sync", opened[handle]))
         fsync(handle)
 
     def watched_replace(source, target, **options) -> None:
         status = os.stat(source)
         assert synced.get(status.st_ino) == (status.st_size, status.st_mtime_ns), f"{target} is not on the disk yet"
-        asked.append(("rename", Path(target)))
+        operations.append(("rename", Path(target)))
         replace(source, target, **options)
 
     for name in ("rename", "link"):
@@ -49,18 +49,18 @@ def disk(monkeypatch) -> list[tuple[str, Path]]:
     monkeypatch.setattr(os, "open", watched_open)
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", watched_replace)
-    return asked
+    return operations
 
 
-def assert_names_are_synced(asked: list[tuple[str, Path]]) -> None:
+def assert_names_are_synced(operations: list[tuple[str, Path]]) -> None:
     """After each renaming its folder is synced."""
-    for number, (what, path) in enumerate(asked):
+    for number, (what, path) in enumerate(operations):
         if what == "rename":
-            assert ("sync", path.parent) in asked[number + 1 :], path
+            assert ("sync", path.parent) in operations[number + 1 :], path
 
 
 def test_atomic_write_sync_order(tmp_path, disk):
-    """The file, the renaming, the folder: in this order."""
+    """The file is synced, then renamed, then the folder is synced."""
     path = tmp_path / "new" / "notes.txt"
     for text in ("one", "two"):
         disk.clear()
@@ -72,7 +72,7 @@ def test_atomic_write_sync_order(tmp_path, disk):
 
 
 def test_atomic_write_after_an_error(tmp_path, disk):
-    """What a writer had begun when it failed is gone, and nothing is renamed."""
+    """After an error the temporary file is removed, and nothing is renamed."""
     path = tmp_path / "notes.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(path) as aside:
@@ -83,7 +83,7 @@ def test_atomic_write_after_an_error(tmp_path, disk):
 
 
 def test_atomic_writes_sync_order(tmp_path, disk):
-    """Files that belong together are all on the disk before one of them is renamed."""
+    """Files that belong together are all synced before one of them is renamed."""
     paths = [tmp_path / name for name in ("a.obj", "b.mtl", "c.png")]
     with atomic_writes(paths) as asides:
         for aside in asides:
@@ -112,7 +112,7 @@ def test_save_checkpoint_sync_order(tmp_path, disk, monkeypatch):
 
 
 def test_run_syncs_every_file(tmp_path, tiny_model, disk):
-    """Checkpoint, settings, manifest, images, video, mesh and report of a whole run."""
+    """Checkpoint, settings, manifest, images, video, mesh and report of a run are synced."""
     command = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", str(tmp_path), *SMALL]
     assert main(command) == 0
     renamed = {str(path.relative_to(tmp_path)) for what, path in disk if what == "rename"}

@@ -1,4 +1,4 @@
-"""A checkpoint gives back what was put in, and says in a sentence why it cannot."""
+"""A checkpoint returns what was saved, or is refused with one sentence."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def make_state():
 
 
 def test_checkpoint_round_trip(tmp_path):
-    """State comes back bit for bit."""
+    """State is restored bit for bit."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     step, state = load_checkpoint(path, ARCHITECTURE)
     wanted = make_state()
@@ -51,14 +51,14 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 def test_checkpoint_file_mode(tmp_path):
-    """Others may read a checkpoint as far as the umask says."""
+    """The permissions of a checkpoint follow the umask."""
     (tmp_path / "any").touch()
     path = save_checkpoint(tmp_path / "c", 7, make_state(), ARCHITECTURE)
     assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_checkpoint_last_two(tmp_path):
-    """Last two are kept and nothing else is left."""
+    """The last two checkpoints are kept, and nothing else."""
     for step in (5, 10, 1000000):
         save_checkpoint(tmp_path, step, make_state(), ARCHITECTURE)
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 10), checkpoint_path(tmp_path, 1000000)]
@@ -67,7 +67,7 @@ def test_checkpoint_last_two(tmp_path):
 
 @pytest.mark.parametrize("keep", [4, 200, -8])
 def test_checkpoint_truncated(tmp_path, keep):
-    """Truncated file is refused."""
+    """A truncated file is refused."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="damaged.*--ckpt scratch starts over"):
@@ -79,7 +79,7 @@ def test_checkpoint_truncated(tmp_path, keep):
     ['{"a": [', "[]", "{}", "null", "-1", '"x"', '{"version": 2}', '{"version": 2, "step": 7, "architecture": 1}'],
 )
 def test_checkpoint_malformed_header(tmp_path, header):
-    """A header of another form is refused."""
+    """A malformed header is refused."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     save_file(load_file(path), path, metadata={FORMAT: header})
     with pytest.raises(UserError, match="damaged.*its header"):
@@ -87,7 +87,7 @@ def test_checkpoint_malformed_header(tmp_path, header):
 
 
 def test_checkpoint_changed_byte(tmp_path):
-    """A changed byte is noticed wherever it is."""
+    """A changed byte is found wherever it is."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     whole = path.read_bytes()
     for place in range(8, len(whole), 3):
@@ -112,7 +112,7 @@ def test_checkpoint_without_checksum(tmp_path):
 
 
 def test_checkpoint_other_architecture(tmp_path):
-    """Other architecture is refused naming both values."""
+    """Another architecture is refused with both values."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     with pytest.raises(UserError, match="n_levels 8 there, 16 here"):
         load_checkpoint(path, ARCHITECTURE | {"n_levels": 16})
@@ -126,7 +126,7 @@ def rewrite_header(path, **changes):
 
 
 def test_checkpoint_newer_format(tmp_path):
-    """A format that this version does not know is refused with the version that wrote it."""
+    """An unknown format is refused with the version that wrote it."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     rewrite_header(path, version=VERSION + 1, dream_fast="999.0.0")
     with pytest.raises(
@@ -143,7 +143,7 @@ def test_checkpoint_newer_format(tmp_path):
     ],
 )
 def test_checkpoint_unknown_setting(tmp_path, version, sentence):
-    """A field with a setting that this version does not know is refused with the version that reads it."""
+    """An unknown setting of the field is refused with the version that reads it."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     rewrite_header(path, architecture=ARCHITECTURE | {"depth": 3}, **version)
     with pytest.raises(UserError, match=re.escape(f"(depth); {sentence}")):
@@ -151,7 +151,7 @@ def test_checkpoint_unknown_setting(tmp_path, version, sentence):
 
 
 def test_checkpoint_old_header(tmp_path):
-    """A header without a setting that came later is that of a field with the value of then."""
+    """A header without a newer setting has its value of that time."""
     saved = {"backbone": "vanilla", "bg_radius": 1.4}
     path = save_checkpoint(tmp_path, 7, make_state(), saved)
     assert load_checkpoint(path, saved | {"n_frequencies": 12})[0] == 7
@@ -160,7 +160,7 @@ def test_checkpoint_old_header(tmp_path):
 
 
 def test_checkpoint_version(tmp_path):
-    """Each checkpoint names the version that wrote it, under its checksum."""
+    """Each checkpoint has the version that wrote it, under its checksum."""
     path = save_checkpoint(tmp_path, 7, make_state(), ARCHITECTURE)
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()[FORMAT])["dream_fast"] == __version__

@@ -1,4 +1,4 @@
-"""A checkpoint's file: its name, what its checksum covers, which versions are read, and what each refusal names."""
+"""The file of a checkpoint: names, checksum, readable versions, and messages."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def rewrite(path, header, tensors=None):
 
 
 def test_list_checkpoints_order(tmp_path):
-    """Six digits at least; the order is that of the numbers, and no other name counts."""
+    """Names have at least six digits, are sorted by number, and other names do not count."""
     assert checkpoint_path(tmp_path, 7) == tmp_path / "step_000007.safetensors"
     names = ["step_10000000.safetensors", "step_000999.safetensors", "step_9999999.safetensors"]
     others = ["step_00099.safetensors", "step_000001.safetensors.tmp", "old_step_000001.safetensors", "step_000001"]
@@ -56,7 +56,7 @@ def test_list_checkpoints_order(tmp_path):
 
 
 def test_header_contents(tmp_path):
-    """Tensors lie under their path, plain values in the header beside version, step and architecture."""
+    """Tensors are stored by their path, plain values in the header with version, step and architecture."""
     path = save(tmp_path)
     header = header_of(path)
     assert sorted(header) == ["architecture", "checksum", "dream_fast", "step", "values", "version"]
@@ -70,7 +70,7 @@ def test_header_contents(tmp_path):
 
 
 def test_save_keeps_state(tmp_path):
-    """Parameters that require gradients, and views that are not contiguous, are saved as they are."""
+    """Parameters with gradients and non-contiguous views are saved unchanged."""
     weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
     path = save_checkpoint(tmp_path, 1, {"turned": weight.t(), "weight": weight}, {})
     loaded = load_checkpoint(path, {})[1]
@@ -79,7 +79,7 @@ def test_save_keeps_state(tmp_path):
 
 
 def test_save_architecture_order(tmp_path):
-    """The same run gives the same file, however its settings are ordered."""
+    """The file does not depend on the order of settings."""
     one, other = save(tmp_path / "a"), save(tmp_path / "b", architecture=dict(reversed(ARCHITECTURE.items())))
     assert one.read_bytes() == other.read_bytes()
 
@@ -97,7 +97,7 @@ def test_save_architecture_order(tmp_path):
     ids=["value", "shape", "dtype", "name", "another", "none"],
 )
 def test_checksum_of_tensors(tensors, tmp_path):
-    """A file whose header is right and whose tensors are others is refused."""
+    """A file with other tensors is refused."""
     path = save(tmp_path)
     rewrite(path, header_of(path), tensors)
     with pytest.raises(Damaged, match=r"\(its checksum is wrong\)"):
@@ -106,7 +106,7 @@ def test_checksum_of_tensors(tensors, tmp_path):
 
 @pytest.mark.parametrize("change", [{"step": 8}, {"values": {}}, {"version": 2}, {"checksum": "0"}, {"checksum": None}])
 def test_checksum_of_header(change, tmp_path):
-    """Another step, value or version than was written is refused, and so is another checksum."""
+    """Another step, value, version or checksum is refused."""
     path = save(tmp_path)
     rewrite(path, header_of(path) | change)
     with pytest.raises(Damaged, match="its checksum is wrong"):
@@ -125,7 +125,7 @@ def test_checksum_not_required(version, tmp_path):
 
 @pytest.mark.parametrize("version", [0, 4])
 def test_readable_versions_message(version, tmp_path):
-    """Another format version is refused with those that are read, and a header without a version of dream-fast, too."""
+    """Another format version is refused with the readable ones."""
     path = save(tmp_path)
     header = header_of(path) | {"version": version}
     rewrite(path, header)
@@ -149,7 +149,7 @@ def test_readable_versions_message(version, tmp_path):
     ],
 )
 def test_header_wrong_types(change, reason, tmp_path):
-    """The sentence names the field."""
+    """The message names the entry."""
     path = save(tmp_path)
     rewrite(path, header_of(path) | change)
     with pytest.raises(Damaged, match=rf"\({reason}\)"):
@@ -166,7 +166,7 @@ def test_header_step_zero(tmp_path):
     [("{", "its header: Expecting"), ("[1]", "its header has no version"), ("{}", "its header has no version")],
 )
 def test_header_missing(text, reason, tmp_path):
-    """JSON that ends early, and JSON of another kind."""
+    """Truncated JSON, and JSON of another type, are refused."""
     path = save(tmp_path)
     save_file(load_file(path), path, metadata={FORMAT: text})
     with pytest.raises(Damaged, match=rf"\({reason}"):
@@ -184,7 +184,7 @@ def test_state_contradicting_paths(tmp_path):
 
 
 def test_damaged_advice(tmp_path):
-    """With an older one beside it the run can go on from there."""
+    """The advice depends on whether there is an older checkpoint."""
     first, second = save(tmp_path, 5), save(tmp_path, 6)
     advice = "; --ckpt scratch starts over"
     beginning = f"the checkpoint {second} is damaged, cut short or not a safetensors file (why)"
@@ -195,7 +195,7 @@ def test_damaged_advice(tmp_path):
 
 
 def test_damaged_not_safetensors(tmp_path):
-    """The reason is that of the library, and the path is named."""
+    """The message has the reason of the library and the path."""
     path = checkpoint_path(tmp_path, 3)
     path.write_bytes(b"notes")
     for read in (read_architecture, lambda path: load_checkpoint(path, ARCHITECTURE)):
@@ -206,7 +206,7 @@ def test_damaged_not_safetensors(tmp_path):
 
 
 def test_damaged_tensor(tmp_path, monkeypatch):
-    """An error of the library while the tensors are read becomes a sentence with its reason."""
+    """An error of the library while reading tensors becomes a sentence with its reason."""
     path, open_file = save(tmp_path), checkpoint._open
 
     class Broken:
@@ -235,13 +235,13 @@ def test_damaged_tensor(tmp_path, monkeypatch):
 
 
 def test_read_architecture(tmp_path):
-    """The settings of the header, and those that came later."""
+    """It has the settings of the header, and those that are newer."""
     architecture = read_architecture(save(tmp_path, architecture={"backbone": "vanilla", "bg_radius": 1.4}))
     assert architecture == {"backbone": "vanilla", "bg_radius": 1.4, "n_frequencies": 12}
 
 
 def test_architecture_differences(tmp_path):
-    """In the order of the names, with both values; settings that one side lacks are None."""
+    """Differences are sorted by name, with both values; a missing setting is None."""
     path = save(tmp_path, architecture={"backbone": "grid", "n_levels": 8, "hidden_width": 32})
     with pytest.raises(UserError) as refused:
         load_checkpoint(path, {"backbone": "grid", "n_levels": 16, "hidden_width": 64, "bound": 1.0})
@@ -250,7 +250,7 @@ def test_architecture_differences(tmp_path):
 
 
 def test_architecture_backbone(tmp_path):
-    """Another backbone has other settings, none of which is worth a word."""
+    """For another backbone only the backbone is named."""
     path = save(tmp_path, architecture={"backbone": "grid", "n_levels": 8})
     with pytest.raises(UserError) as refused:
         load_checkpoint(path, {"backbone": "vanilla", "n_frequencies": 12})
@@ -258,7 +258,7 @@ def test_architecture_backbone(tmp_path):
 
 
 def test_architecture_unknown_settings(tmp_path):
-    """With the version that reads them; a header without a version is of the first one."""
+    """The message has the version that reads them, 0.1.0 for a header without one."""
     path = save(tmp_path, architecture=ARCHITECTURE | {"zeal": 1, "depth": 3})
     header = header_of(path)
     del header["dream_fast"]
@@ -268,13 +268,13 @@ def test_architecture_unknown_settings(tmp_path):
 
 
 def test_architecture_as_json(tmp_path):
-    """A tuple is written as a list, and is no difference."""
+    """A tuple that was stored as a list is no difference."""
     path = save(tmp_path, architecture={"n_levels": (1, 2)})
     assert load_checkpoint(path, {"n_levels": (1, 2)})[0] == 7
 
 
 def test_save_full_disk(tmp_path, monkeypatch):
-    """The library's message becomes the error of that number, with the name of the file; nothing is left behind."""
+    """The error of the library becomes an OSError with its number and the file name; no file is left."""
     save(tmp_path, 1)
 
     def full(*arguments, **options):
@@ -288,7 +288,7 @@ def test_save_full_disk(tmp_path, monkeypatch):
 
 
 def test_save_other_error(tmp_path, monkeypatch):
-    """An error without a number of the system is raised as it is."""
+    """An error without a number is raised unchanged."""
 
     def broken(*arguments, **options):
         raise SafetensorError("another matter")

@@ -1,4 +1,4 @@
-"""A workspace refuses what would mix two runs, and loses nothing."""
+"""A workspace refuses to mix two runs, and loses nothing."""
 
 import json
 
@@ -21,7 +21,7 @@ def make_workspace(path):
 
 
 def test_check_usable_new_folder(tmp_path):
-    """A fresh folder is usable and checking it writes nothing."""
+    """A new folder is usable, and the check writes nothing."""
     workspace = Workspace(tmp_path / "a" / "b")
     workspace.check_usable()
     workspace.check_same_run(CONFIG)
@@ -30,7 +30,7 @@ def test_check_usable_new_folder(tmp_path):
 
 
 def test_check_usable_file(tmp_path):
-    """A file in its place is refused."""
+    """A file instead of a folder is refused."""
     (tmp_path / "trial").write_text("notes")
     for path in (tmp_path / "trial", tmp_path / "trial" / "inner"):
         with pytest.raises(UserError, match="is a file"):
@@ -39,14 +39,14 @@ def test_check_usable_file(tmp_path):
 
 
 def test_check_usable_not_writable(tmp_path, monkeypatch):
-    """A folder without the right to write is refused."""
+    """A folder that is not writable is refused."""
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere, so a mode bit shows nothing
     with pytest.raises(UserError, match="permission"):
         Workspace(tmp_path).check_usable()
 
 
 def test_check_usable_foreign_files(tmp_path):
-    """Files of others are refused and unrelated files are not."""
+    """Files with our names are refused, and unrelated files are not."""
     (tmp_path / "notes.txt").write_text("mine")
     Workspace(tmp_path).check_usable()
     (tmp_path / "results").mkdir()
@@ -55,12 +55,12 @@ def test_check_usable_foreign_files(tmp_path):
 
 
 def test_config_round_trip(tmp_path):
-    """Configuration comes back."""
+    """A configuration is restored."""
     assert make_workspace(tmp_path).stored_config() == CONFIG
 
 
 def test_check_same_run_differences(tmp_path):
-    """Another run is refused saying what differs."""
+    """Another run is refused with the differences."""
     workspace = make_workspace(tmp_path)
     with pytest.raises(UserError) as refused:
         workspace.check_same_run(CONFIG.override({"text": "a donut", "lr": 0.5}))
@@ -69,7 +69,7 @@ def test_check_same_run_differences(tmp_path):
 
 
 def test_check_same_run_resumable(tmp_path):
-    """Iterations output and memory flags may change."""
+    """Iterations, outputs and memory settings may change."""
     changed = {"iters": 7, "save_mesh": True, "W": 32, "video_fps": 5, "vram_O": True, "log_every": 1}
     make_workspace(tmp_path).check_same_run(CONFIG.override(changed))
 
@@ -101,7 +101,7 @@ def test_read_manifest_damaged(tmp_path):
     ],
 )
 def test_read_manifest_wrong_types(name, value, tmp_path):
-    """A manifest of other kinds of values is refused."""
+    """A manifest with values of wrong types is refused."""
     workspace = make_workspace(tmp_path)
     workspace.manifest.write_text(json.dumps({"runs": [{"to_step": 1}, {name: value}]}))
     with pytest.raises(UserError, match=f"cannot be used: {name} of a run"):
@@ -109,7 +109,7 @@ def test_read_manifest_wrong_types(name, value, tmp_path):
 
 
 def test_truncate_after_later_files(tmp_path, caplog):
-    """Rewind drops what came later."""
+    """Later files are removed."""
     workspace = make_workspace(tmp_path)
     for step in (5, 10):
         save_checkpoint(workspace.checkpoints, step, {"x": torch.zeros(1)}, {})
@@ -122,7 +122,7 @@ def test_truncate_after_later_files(tmp_path, caplog):
 
 
 def test_truncate_after_unreadable_rows(tmp_path, caplog):
-    """Rewind keeps the rows that can be read and warns once of others."""
+    """Readable rows are kept, with one warning about others."""
     workspace = make_workspace(tmp_path)
     good = [json.dumps({"step": step}).encode() + b"\n" for step in (2, 4, 6)]
     junk = [b"junk\n", b"\n", b"[]\n", b"3\n", b'{"step": "4"}\n', b'{"loss": 1.0}\n', b"\xff\x00\n"]
@@ -134,7 +134,7 @@ def test_truncate_after_unreadable_rows(tmp_path, caplog):
 
 
 def test_truncate_after_checkpoint_names(tmp_path):
-    """Rewind needs only the names of checkpoints."""
+    """Only the names of checkpoints are read."""
     workspace = make_workspace(tmp_path)
     workspace.checkpoints.mkdir()
     for step in (5, 10):
@@ -144,7 +144,7 @@ def test_truncate_after_checkpoint_names(tmp_path):
 
 
 def test_clear_keeps_other_files(tmp_path):
-    """Clear removes the run and nothing else."""
+    """The run is removed and nothing else."""
     workspace = make_workspace(tmp_path)
     for folder in (workspace.results, workspace.guidance, workspace.tensorboard, workspace.profile):
         folder.mkdir()

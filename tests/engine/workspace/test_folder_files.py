@@ -1,4 +1,4 @@
-"""The folder of a run: names, what is removed and what is kept, refusals, and the files it hands on."""
+"""The folder of a run: names, removed and kept files, refusals, and copies for outputs."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def fill(folder, *files):
 
 
 def test_files_order(tmp_path):
-    """The order is that of the class; of validation and guidance the last image, of the others every file."""
+    """Files are in the order of the class; of validation and guidance only the last image."""
     order = ["config.json", "manifest.json", "metrics.jsonl", "log.txt"]
     order += ["validation/step_000002.png", "guidance/step_000003.png", "tensorboard/a.1", "tensorboard/b.2"]
     order += ["profile/trace.json", "checkpoints/step_000001.safetensors", "checkpoints/step_000002.safetensors"]
@@ -52,7 +52,7 @@ def test_files_order(tmp_path):
 
 
 def test_clear(tmp_path):
-    """Files and folders of the run go, and everything else stays."""
+    """Files and folders of the run are removed, and everything else is kept."""
     fill(tmp_path, *(path.name for path in Workspace(tmp_path)._paths() if path.suffix), "notes.txt")
     fill(tmp_path, "results/a.png", "checkpoints/x", "mesh/deep/y", "mine/z")
     Workspace(tmp_path).clear()
@@ -61,28 +61,28 @@ def test_clear(tmp_path):
 
 
 def test_clear_outputs(tmp_path):
-    """Results, mesh and report go; turntables of the steps, images and checkpoints stay."""
-    kept = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
-    fill(tmp_path, *kept, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
+    """Results, mesh and report are removed; turntables of steps, images and checkpoints are kept."""
+    remaining = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
+    fill(tmp_path, *remaining, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
     Workspace(tmp_path).clear_outputs()
-    assert names(tmp_path) == sorted(kept) and not (tmp_path / "mesh").exists()
+    assert names(tmp_path) == sorted(remaining) and not (tmp_path / "mesh").exists()
     Workspace(tmp_path).clear_outputs()
     Workspace(tmp_path / "none").clear_outputs()
 
 
 def test_truncate_after(tmp_path):
-    """Checkpoints, images and turntables after the step go, and half-written files; those of the step stay."""
-    kept = ["validation/step_000005.png", "guidance/step_000004.png", "results/turntable_step_000005.mp4"]
-    kept += ["results/front.png", "checkpoints/step_000005.safetensors", "validation/step_last.png", "notes.txt"]
+    """Later checkpoints, images and turntables, and half-written files, are removed."""
+    remaining = ["validation/step_000005.png", "guidance/step_000004.png", "results/turntable_step_000005.mp4"]
+    remaining += ["results/front.png", "checkpoints/step_000005.safetensors", "validation/step_last.png", "notes.txt"]
     gone = ["validation/step_000006.png", "guidance/step_1000000.png", "results/turntable_step_000006.mp4"]
     gone += ["checkpoints/step_000006.safetensors", ".notes.writing.txt", "results/.front.writing.png"]
-    fill(tmp_path, *kept, *gone)
+    fill(tmp_path, *remaining, *gone)
     Workspace(tmp_path).truncate_after(5)
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted(remaining)
 
 
 def test_truncate_after_writes_changes_only(tmp_path, caplog):
-    """Rows up to the step stay as they are written; a file of such rows is not written again."""
+    """A file of rows up to the step is not written again."""
     workspace = Workspace(tmp_path)
     rows = ['{"loss": 1.0,  "step": 0}\n', '{"step": 5}\n', '{"step": 6}\n']
     workspace.metrics.write_text("".join(rows))
@@ -100,14 +100,14 @@ def test_truncate_after_writes_changes_only(tmp_path, caplog):
 
 
 def test_truncate_after_missing_files(tmp_path, monkeypatch):
-    """A half-written file that another process removes in between is no error."""
+    """A file that another process removes at the same time is no error."""
     monkeypatch.setattr(module, "stale_temp_files", lambda folder: [folder / ".gone.writing.txt"])
     Workspace(tmp_path).truncate_after(5)
     assert names(tmp_path) == []
 
 
 def test_write_config_version(tmp_path):
-    """The version comes first; the text ends in a newline and is indented by one."""
+    """The version is first; the text is indented by one and ends in a newline."""
     workspace = make(tmp_path / "a" / "b")
     text = workspace.config.read_text()
     assert text.startswith(f'{{\n "version": "{__version__}",\n') and text.endswith("}\n")
@@ -116,7 +116,7 @@ def test_write_config_version(tmp_path):
 
 
 def test_manifest_round_trip(tmp_path):
-    """Numbers of both kinds, and what is not known, are read again; the text ends in a newline."""
+    """Numbers and unknown entries are restored; the text ends in a newline."""
     workspace = Workspace(tmp_path)
     run = {"from_step": 0, "to_step": 6, "seconds": 1, "seconds_of": {"start": 0.5}, "peak_bytes": {"host": 1.5e9}}
     run |= {"device": "cpu", "finished": "now", "machine": {"cores": 2}, "versions": {}, "anything": [None]}
@@ -129,7 +129,7 @@ def test_manifest_round_trip(tmp_path):
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"runs": {}}', '{"runs": [1]}', '{"runs": null}', "null"])
 def test_read_manifest_without_runs(text, tmp_path):
-    """The sentence names the file."""
+    """The message names the file."""
     workspace = Workspace(tmp_path)
     workspace.manifest.write_text(text)
     with pytest.raises(UserError, match=re.escape(f"{workspace.manifest} cannot be used: it lists no runs")):
@@ -137,7 +137,7 @@ def test_read_manifest_without_runs(text, tmp_path):
 
 
 def test_read_manifest_wrong_entries(tmp_path):
-    """Once each, in order, whichever run has it."""
+    """Each wrong entry is named once, in order."""
     workspace = Workspace(tmp_path)
     runs = [{"to_step": "1", "device": "cpu"}, {"machine": 1, "to_step": 2.5, "seconds": float("inf")}]
     workspace.manifest.write_text(json.dumps({"runs": runs}))
@@ -146,7 +146,7 @@ def test_read_manifest_wrong_entries(tmp_path):
 
 
 def test_check_same_run_flag(tmp_path):
-    """--ckpt scratch is advice for --workspace alone."""
+    """The advice --ckpt scratch is only for --workspace."""
     other = CONFIG.override({"text": "a donut"})
     with pytest.raises(UserError) as refused:
         make(tmp_path).check_same_run(other)
@@ -158,7 +158,7 @@ def test_check_same_run_flag(tmp_path):
 
 
 def test_stored_config_reason(tmp_path):
-    """The file and the reason, whatever is wrong with it."""
+    """The message has the file and the reason."""
     workspace = make(tmp_path)
     for text, reason in (("{", "Expecting"), ("[]", "it holds no settings of a run")):
         workspace.config.write_text(text)
@@ -167,7 +167,7 @@ def test_stored_config_reason(tmp_path):
 
 
 def test_create_for_outputs_of(tmp_path):
-    """What the run has of them is copied; the folder is claimed."""
+    """Manifest and metrics of the run are copied; the folder is locked."""
     run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out" / "deep", flag="--output")
     run.metrics.write_bytes(b'{"step": 1}\n\xff\n')
     outputs.create_for_outputs_of(run, CONFIG)
@@ -180,7 +180,7 @@ def test_create_for_outputs_of(tmp_path):
 
 
 def test_create_for_outputs_of_another_run(tmp_path):
-    """A folder with checkpoints is a workspace, and one with other settings is another run's."""
+    """A folder with checkpoints or other settings is refused."""
     run, outputs = make(tmp_path / "run"), Workspace(tmp_path / "out", flag="--output")
     save_checkpoint(outputs.checkpoints, 1, {"x": torch.zeros(1)}, {})
     with pytest.raises(UserError) as refused:
@@ -193,7 +193,7 @@ def test_create_for_outputs_of_another_run(tmp_path):
 
 
 def test_locked(tmp_path):
-    """A second claim is refused with the flag's folder; a folder that is made in the block is claimed then."""
+    """A second lock is refused with the folder; a folder created in the block is locked then."""
     workspace = Workspace(tmp_path)
     with workspace.locked():
         assert workspace.lock.is_valid()
@@ -211,7 +211,7 @@ def test_locked(tmp_path):
 
 
 def test_check_not_moved(tmp_path):
-    """After the lock's file is gone the run ends with a sentence; without a lock nothing is asked."""
+    """A missing lock file ends the run; without a lock there is no check."""
     workspace = Workspace(tmp_path / "run")
     workspace.check_not_moved()
     workspace.create()
@@ -222,7 +222,7 @@ def test_check_not_moved(tmp_path):
 
 
 def test_create_after_another_run(tmp_path):
-    """The folder got settings after this run had looked."""
+    """A folder that got settings in the meantime is refused."""
     make(tmp_path)
     late = Workspace(tmp_path, flag="--output")
     sentence = f"another run has just begun in --output {tmp_path}; choose another one"
@@ -232,7 +232,7 @@ def test_create_after_another_run(tmp_path):
 
 
 def test_create_errors(tmp_path, monkeypatch):
-    """With the reason of the system."""
+    """The message has the reason of the system."""
     (tmp_path / "file").write_text("notes")
     with pytest.raises(UserError, match=re.escape(f"--workspace {tmp_path / 'file'} cannot be made (")):
         Workspace(tmp_path / "file").create()
@@ -247,13 +247,13 @@ def test_create_errors(tmp_path, monkeypatch):
 
 
 def test_check_usable_advice(tmp_path, monkeypatch):
-    """Folder, results, mesh and log are asked for the right to write, a folder for that to enter as well."""
+    """Folder, results, mesh and log must be writable, and folders accessible."""
     fill(tmp_path, "config.json", "results/a.png", "mesh/m.obj", "log.txt", "metrics.jsonl")
-    workspace, asked = Workspace(tmp_path), []
-    monkeypatch.setattr("os.access", lambda path, mode: asked.append((path, mode)) or True)
+    workspace, calls = Workspace(tmp_path), []
+    monkeypatch.setattr("os.access", lambda path, mode: calls.append((path, mode)) or True)
     workspace.check_usable()
     folder = os.W_OK | os.X_OK
-    assert asked == [
+    assert calls == [
         (tmp_path, folder),
         (workspace.results, folder),
         (workspace.mesh, folder),
@@ -269,7 +269,7 @@ def test_check_usable_advice(tmp_path, monkeypatch):
 
 
 def test_check_usable_links(tmp_path):
-    """Nothing is written through a link out of the folder; links within it, and to the folder, are no harm."""
+    """Links out of the folder are refused; links within it and to the folder are allowed."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     workspace = Workspace(tmp_path / "link")
@@ -282,7 +282,7 @@ def test_check_usable_links(tmp_path):
 
 
 def test_check_usable_no_folder(tmp_path):
-    """A name that is too long, a file, and a folder of another program, each with its sentence."""
+    """A name that is too long, a file, and a folder of another program have their messages."""
     with pytest.raises(UserError, match=r"--workspace .*x cannot be a folder \(.*File name too long"):
         Workspace(tmp_path / ("x" * 300)).check_usable()
     fill(tmp_path, "file", "other/results/a.png", "other/log.txt")
@@ -293,7 +293,7 @@ def test_check_usable_no_folder(tmp_path):
 
 
 def test_quarantine(tmp_path):
-    """Under a name that is no checkpoint's."""
+    """The new name is not that of a checkpoint."""
     fill(tmp_path, "step_000005.safetensors")
     moved = Workspace(tmp_path).quarantine(tmp_path / "step_000005.safetensors")
     assert moved == tmp_path / "damaged_step_000005.safetensors" and names(tmp_path) == [moved.name]

@@ -35,7 +35,7 @@ def named(path: Path) -> str:
 
 @pytest.fixture(params=STORED, ids=named)
 def original(request) -> Path:
-    """A workspace as its version left it."""
+    """A workspace as its version wrote it."""
     return request.param
 
 
@@ -56,12 +56,12 @@ def rows(path: Path) -> list[dict]:
 
 
 def same_images(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two sets of images are as near as rounding to 8 bits lets them be, in the norm of all of them."""
+    """Return whether two sets of images are equal up to rounding to 8 bits, in the norm of all of them."""
     return float(np.linalg.norm(a - b)) <= LEVEL * a.size**0.5
 
 
 def test_old_workspaces_complete():
-    """Each backbone and mesh refinement of 0.1.0 and both older checkpoint formats are here, in a few kilobytes."""
+    """Each backbone and mesh refinement of 0.1.0 and both older checkpoint formats are included."""
     assert {named(path) for path in STORED} >= {"0.1.0/grid", "0.1.0/vanilla", "0.1.0/dmtet"}
     assert len(WITH_MESH) >= 3
     headers = [list_checkpoints(path / "checkpoints")[-1].read_bytes() for path in STORED]
@@ -72,7 +72,7 @@ def test_old_workspaces_complete():
 
 
 def test_old_workspace_images(original, copy, capsys):
-    """--test draws the images that the version drew which wrote the run, and the report reads it."""
+    """--test writes the images of the version that wrote the run, and the report reads it."""
     shutil.rmtree(copy / "results")
     assert main(["--test", "--workspace", str(copy), "--six_views", "--device", "cpu"]) == 0
     before, now = images(original), images(copy)
@@ -87,7 +87,7 @@ def test_old_workspace_images(original, copy, capsys):
 
 @pytest.mark.parametrize("original", [path for path in STORED if path.name == "grid"], ids=named)
 def test_old_workspace_other_weights(original, copy):
-    """The comparison of images notices the table of a grid whose entries are in another order."""
+    """The comparison of images finds permuted entries of a hash table."""
     before, workspace = images(copy), Workspace(copy)
     config = workspace.stored_config()
     trainer = Trainer(config, choose_runtime(config), 1)
@@ -100,7 +100,7 @@ def test_old_workspace_other_weights(original, copy):
 
 
 def test_old_workspace_mesh(original, copy):
-    """--save_mesh gives the surface that the version gave which wrote the run, to a cell of the grid it is found in."""
+    """--save_mesh gives the surface of the version that wrote the run, within a cell of the grid."""
     shutil.rmtree(copy / "mesh", ignore_errors=True)
     assert main(["--test", "--workspace", str(copy), "--six_views", "--save_mesh", "--device", "cpu"]) == 0
     now = trimesh.load(copy / "mesh" / "mesh.obj", force="mesh")
@@ -114,7 +114,7 @@ def test_old_workspace_mesh(original, copy):
 
 
 def test_old_workspace_continued(original, copy):
-    """The same command goes on from the weights, counters and random numbers of the stored run."""
+    """The run continues with its weights, counters and random numbers."""
     continued = rows(FOLDER / original.parent.name / f"{original.name}.continued.jsonl")
     stored = Workspace(copy).stored_config()
     steps = stored.run.iters
@@ -136,7 +136,7 @@ def test_old_workspace_continued(original, copy):
 
 @pytest.fixture
 def grid(tmp_path) -> Path:
-    """A copy of the grid of 0.1.0 whose learning rate fell by a factor that is nobody's default."""
+    """A copy of the grid of 0.1.0 with an unusual decay of the learning rate."""
     copy = Path(shutil.copytree(FOLDER / "0.1.0" / "grid", tmp_path / "grid"))
     change_settings(copy, lambda data: data["optim"].update(lr_decay=0.5))
     return copy
@@ -150,7 +150,7 @@ def change_settings(workspace: Path, change) -> None:
 
 
 def settled(monkeypatch, workspace: Path, *words: str):
-    """The configuration that the command would run with."""
+    """The configuration of the command."""
     configs = []
     monkeypatch.setattr("dream_fast.engine.run.run", lambda config: configs.append(config) or 0)
     assert main(["--text", "a hamburger", "--device", "cpu", "--workspace", str(workspace), *words]) == 0
@@ -158,7 +158,7 @@ def settled(monkeypatch, workspace: Path, *words: str):
 
 
 def test_old_workspace_untyped_settings(monkeypatch, grid):
-    """A default that is another now does not make it another run; what is typed counts, and outputs are asked anew."""
+    """A changed default does not make it another run; typed settings win, and outputs are those of the command."""
     change_settings(grid, lambda data: data["run"].update(save_mesh=True))
     stored = Workspace(grid).stored_config()
     config = settled(monkeypatch, grid, "--iters", "40")
@@ -169,7 +169,7 @@ def test_old_workspace_untyped_settings(monkeypatch, grid):
 
 
 def test_old_workspace_typed_settings(grid, capsys):
-    """What is typed and differs is refused as ever; so is a default of now in a run of this very version."""
+    """A typed setting that differs is refused; so is a default in a run of this version."""
     words = ["--text", "a hamburger", "--device", "cpu", "--workspace", str(grid)]
     assert main([*words, "--lr", "0.25"]) == 2
     assert "it has --lr 0.002, not 0.25 (choose another" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_old_workspace_typed_settings(grid, capsys):
 
 
 def test_old_workspace_gone_settings(grid, capsys):
-    """A setting that no version of now has is one line on the terminal and in the log, and the images are there."""
+    """A removed setting gives one line on the terminal and in the log."""
     change_settings(grid, lambda data: data["shading"].update(light_phi=12.0))
     assert main(["--test", "--workspace", str(grid), "--six_views", "--device", "cpu"]) == 0
     line = f"warning: settings of this run that dream-fast {__version__} does not have are ignored: --light_phi 12.0"
@@ -195,7 +195,7 @@ def test_old_workspace_gone_settings(grid, capsys):
     ],
 )
 def test_old_workspace_refusals(grid, capsys, room, version, sentence):
-    """--test and resuming refuse alike where settings have to be known, and leave the files as they are."""
+    """--test and resuming refuse alike, and leave the files unchanged."""
     change_settings(grid, lambda data: (data.update(version=version), data[room].update(depth=3)))
     before = {path: path.read_bytes() for path in grid.rglob("*") if path.is_file()}
     for words in (["--test"], ["--text", "a hamburger"]):
@@ -207,7 +207,7 @@ def test_old_workspace_refusals(grid, capsys, room, version, sentence):
 
 @pytest.mark.parametrize("start", [path for path in STORED if path.name == "grid"], ids=named)
 def test_old_workspace_init_with(monkeypatch, start, tmp_path):
-    """--dmtet --init_with takes over the very weights of a run of any checkpoint format, and finds its surface."""
+    """--dmtet --init_with uses the weights of a run of any checkpoint format."""
     words = ["--dmtet", "--init_with", str(start), "--seed", "1", "--tet_grid_size", "16"]
     config = settled(monkeypatch, tmp_path / "mesh", *words)
     assert config.field == Workspace(start).stored_config().field

@@ -1,4 +1,4 @@
-"""Runs that other versions stored: which settings they get, and which of them are refused."""
+"""Runs stored by other versions: their settings, and refusals."""
 
 import json
 import re
@@ -26,12 +26,12 @@ NEWER = "999.0.0"
 
 
 def settings_of(version: str) -> dict[str, object]:
-    """The settings of a version with their defaults, by "room.name"."""
+    """The settings of a version with their defaults, by "section.name"."""
     return json.loads((FIXTURES / f"{version}.json").read_text(encoding="utf-8"))["settings"]
 
 
 def stored(values: dict[str, object], version: str | None = None) -> dict[str, object]:
-    """`values` as config.json holds them; 0.1.0 named no version."""
+    """`values` as config.json has them; 0.1.0 stored no version."""
     data: dict[str, object] = {} if version is None else {"version": version}
     for name, value in values.items():
         room, _, setting = name.partition(".")
@@ -50,7 +50,7 @@ def test_snapshot_is_current():
 
 
 def test_tables_cover_every_version():
-    """A setting that came since the first version has a value for runs without it; one that went is named."""
+    """Each newer setting has a value for older runs; removed ones are listed."""
     now = snapshot()["settings"].keys()
     assert WITHOUT.keys() == now - {RENAMED[name].name if name in RENAMED else name for name in settings_of(FIRST)}
     versions = [path.stem for path in FIXTURES.glob("*.json")]
@@ -62,8 +62,8 @@ def test_tables_cover_every_version():
     assert re.search(r"^\| (\d+(?:\.\d+)+) \|", page, re.MULTILINE)[1] == __version__
 
 
-def test_first_version_is_read():
-    """Settings of the first version come out as they were, later ones as it behaved, and gone ones are named."""
+def test_read_run_first_version():
+    """Settings of the first version are kept, newer ones reproduce it, and removed ones are listed."""
     values = settings_of(FIRST) | {"run.text": "a cat", "optim.lr": 0.25, "shading.light_phi": 12.0}
     run = read_run(json.loads(json.dumps(stored(values))))
     assert (run.version, run.is_of_this_version) == ("0.1.0", False)
@@ -73,15 +73,15 @@ def test_first_version_is_read():
 
 
 def test_stored_missing_setting(monkeypatch):
-    """A setting that a run lacks has the value of then, also where its default changes."""
+    """A missing setting has the value of that version, even if its default changed."""
     monkeypatch.setitem(WITHOUT, "camera.view_blend", 45.0)
     assert read_run(stored(settings_of(FIRST))).config.camera.view_blend == 45.0
     assert read_run(stored(settings_of("0.1.0"))).config.camera.view_blend == 90.0
 
 
 @pytest.mark.parametrize("end", [None, 2.0])
-def test_scale_to_an_end_is_a_schedule(end):
-    """--guidance_scale_end of 0.1.0 gives the scales that it gave: a straight line over the run."""
+def test_read_run_guidance_scale_end(end):
+    """--guidance_scale_end of 0.1.0 becomes a linear schedule over the run."""
     values = settings_of(FIRST) | {"guidance.guidance_scale": 8.0, "guidance.guidance_scale_end": end}
     run = read_run(stored(values))
     for progress in (0.0, 0.3, 1.0):
@@ -112,41 +112,41 @@ def test_plain_rename(monkeypatch):
         (__version__, "optim.lrr", r"does not know: optim\.lrr$"),
     ],
 )
-def test_unknown_setting_is_refused(version, name, sentence):
-    """Settings of a newer version, of the field and misspelt ones are refused; the sentence names who reads them."""
+def test_read_run_unknown_setting(version, name, sentence):
+    """Settings of a newer version, of the field, and misspelt ones are refused with the version that reads them."""
     with pytest.raises(UserError, match=sentence):
         read_run(stored(settings_of("0.1.0") | {name: 3}, version))
 
 
-def test_newer_run_of_known_settings_is_read():
-    """A newer version whose settings are all known is no reason to refuse."""
+def test_read_run_newer_known_settings():
+    """A newer version with only known settings is read."""
     run = read_run(stored(settings_of(__version__) | {"run.text": "a cat"}, NEWER))
     assert run.config.run.text == "a cat" and run.version == NEWER and not run.is_of_this_version
 
 
 def test_stored_value_out_of_bounds():
-    """A stored value out of today's bounds is refused, with the version that takes it."""
+    """A value out of the present bounds is refused with the version that accepts it."""
     with pytest.raises(UserError, match=r"--n_levels must be at most 32, not 99; dream-fast 0\.1\.0, which wrote it"):
         read_run(stored(settings_of("0.1.0") | {"field.levels": 99}))
 
 
 @pytest.mark.parametrize("version", [3, "", "newest", "1", "1.2.x", "1" * 5000 + ".0", None, ["0.2.0"]])
-def test_version_that_is_none_is_refused(version):
-    """A version that cannot be compared is a damaged file, not a traceback."""
+def test_read_run_bad_version(version):
+    """A bad version is refused without a traceback."""
     data = stored(settings_of("0.1.0")) | {"version": version}
     with pytest.raises(UserError, match="is not a version of dream-fast"):
         read_run(data)
 
 
 @pytest.mark.parametrize("data", [{}, [], {"model_type": "bert"}, {"run": {"text": "a cat"}}, {"optim": {"lr": 1}}])
-def test_settings_of_another_program_are_refused(data):
-    """A config.json without the settings that every version stores is no run."""
+def test_read_run_of_another_program(data):
+    """A config.json without the settings of every version is not a run."""
     with pytest.raises(UserError, match="settings of a run|settings that every version stores"):
         read_run(data)
 
 
 def test_complete_architecture_earlier():
-    """A header of before a setting of its own field gets the value of then; other backbones' settings stay out."""
+    """An old header gets the values of its version; settings of other backbones are left out."""
     assert complete_architecture({"backbone": "vanilla", "bound": 1.0})["n_frequencies"] == 12
     assert "n_frequencies" not in complete_architecture({"backbone": "grid", "bound": 1.0})
     assert unknown_settings({"backbone": "grid", "depth": 3, "bound": 1.0}) == ["depth"]

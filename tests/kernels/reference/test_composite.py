@@ -50,6 +50,14 @@ def test_composite_definition(channels, stop):
         check_fp64("output", got, expected)
 
 
+def test_composite_opaque_sample():
+    """A sample of any density is opaque, and takes nothing from the rays behind it in the buffer."""
+    sigma, *rest = inputs(lengths=(3, 7, 40))
+    sigma[1] = 1e30
+    for got, expected in zip(composite(sigma, *rest), by_hand(sigma, *rest, 1e-4), strict=True):
+        check_fp64("output", got, expected)
+
+
 @pytest.mark.parametrize("stop", [0.0, 0.3])
 @pytest.mark.parametrize("output", range(4))
 def test_composite_gradients(stop, output):

@@ -22,7 +22,7 @@ def random_table(spec: HashGridSpec, seed: int = 1, dtype: torch.dtype = torch.f
 
 
 def by_hand(x: list[float], table: torch.Tensor, spec: HashGridSpec) -> list[float]:
-    """One point with Python numbers, straight from the definition."""
+    """Features of a point with Python numbers, straight from the definition."""
     out = []
     for level in range(spec.levels):
         resolution, first = spec.resolutions[level], spec.offsets[level]
@@ -191,7 +191,7 @@ def test_hash_grid_errors():
 
 
 def test_total_variation_definition():
-    """One point in one dense level: the gradient at its vertex equals one computed by hand."""
+    """The gradient at the vertex of a point in a dense level equals one computed by hand."""
     spec = HashGridSpec(levels=1, features=2, log2_entries=8, base_resolution=4, max_resolution=4)
     table = random_table(spec)
     grad = hash_grid_total_variation_grad(table, spec, torch.tensor([[0.4, 0.49, 0.99]]).double(), 3.0)

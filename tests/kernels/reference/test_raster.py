@@ -93,7 +93,7 @@ def test_rasterize_axes():
 
 
 def test_rasterize_ties():
-    """Of equally near triangles the first is seen, from both sides."""
+    """The first of equally near triangles is visible, from both sides."""
     clip = flat((0, 0, 0), (8, 0, 0), (0, 8, 0), (8, 8, 0))
     faces = torch.tensor([[1, 2, 0], [0, 1, 2], [2, 1, 3], [1, 2, 3]])
     covered = rasterize(clip, faces, 8, 8).triangle[0]

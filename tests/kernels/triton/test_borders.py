@@ -130,7 +130,7 @@ def test_march_partial_block(device, monkeypatch):
 
 
 def test_rasterize_negative_depths(device):
-    """Of three triangles that fill the image the nearest is visible, also where depths are below 0."""
+    """The nearest of three triangles is visible, also where depths are negative."""
     corners = torch.tensor([[-3.0, -1.0], [1.0, -1.0], [1.0, 3.0]])
     depths = torch.tensor([-0.25, -0.75, -0.5])
     clip = torch.cat([corners.repeat(3, 1), depths.repeat_interleave(3)[:, None], torch.ones(9, 1)], 1)[None]

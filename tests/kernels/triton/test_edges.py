@@ -38,7 +38,7 @@ def compare(names, call, operator, reference, tensors):
 
 
 def together(tensors):
-    """One vector of several tensors: few numbers alone are right by luck, or wrong."""
+    """Several tensors as one vector, since a comparison of few numbers depends on luck."""
     return torch.cat([part.flatten() for part in tensors])
 
 

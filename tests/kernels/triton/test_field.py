@@ -332,6 +332,8 @@ def test_field_random_settings(seed, device):
     least, most = (1, 70) if INTERPRETED else (1, 5000) if dtype == SINGLE else (500, 5000)
     n = pick.randint(least, most)
     inputs, upstream = make(n, grid, (width,) * layers, device=device, seed=seed, reach=spec.bound * 1.05)
+    if dtype == HALF:  # the reference's gradients are in fp16: sums over thousands of points would overflow
+        upstream = [part / 64 for part in upstream]
     count = torch.tensor(pick.randint(n // 2, n), device=device)
     options = {"active_levels": pick.choice([None, levels // 2]), "count": count, "dtype": dtype}
     into = pick.choice([("x",), ("mlp",), ("x", "mlp")]) if INTERPRETED else ("x", "table", "mlp")
@@ -477,8 +479,8 @@ def test_field_second_device(device):
 def test_field_large_buffers(device):
     """Outputs and feature gradients past 2^31 numbers: the last points agree with those points alone."""
     n = 2**31 // 3 + 1000
-    if torch.cuda.mem_get_info()[0] < 60 << 30:
-        pytest.skip("needs 60 GB")
+    if torch.cuda.mem_get_info()[0] < 124 << 30:  # 180 bytes a point
+        pytest.skip("needs 124 GiB of free memory")
     grid = HashGridSpec(levels=2, features=2, log2_entries=10, base_resolution=4, max_resolution=30)
     (x, *rest), _ = make(1000, grid, device=device)
     large = torch.zeros(n, 3, device=device)
@@ -489,7 +491,7 @@ def test_field_large_buffers(device):
     assert torch.equal(sigma[-1000:], expected[0]) and torch.equal(albedo[-1000:], expected[1])
     del sigma, albedo
     table = rest[0].requires_grad_()
-    sigma, _ = field(large, table, *rest[1:], FieldSpec(grid=grid), dtype=HALF)
+    sigma = field(large, table, *rest[1:], FieldSpec(grid=grid), dtype=HALF)[0]
     upstream = torch.zeros(n, device=device)
     upstream[-1000:] = 1
     (grad_table,) = torch.autograd.grad(sigma, table, upstream)

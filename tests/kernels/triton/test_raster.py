@@ -158,7 +158,7 @@ def test_mesh_random_settings(seed, device):
 
 
 def test_rasterize_ties(device, classes):
-    """Of equally near triangles the first is seen, whoever draws them."""
+    """The first of equally near triangles is visible, whichever kernel draws it."""
     corners = torch.tensor([[-1.0, 1, 0, 1], [1, 1, 0, 1], [-1, -1, 0, 1], [1, -1, 0, 1]], device=device)
     faces = torch.tensor([[0, 3, 1], [2, 1, 0], [0, 1, 2], [1, 2, 3], [2, 0, 1], [3, 2, 1]], device=device)
     for small in (0, 100):

@@ -1,4 +1,4 @@
-"""The kernels of rendering: the same picture as the reference, ray by ray; queues that run over; every setting.
+"""The kernels of rendering: the same image as the reference, ray by ray; queues that run over; every setting.
 
 A ray is judged where rounding cannot change which samples it has: fp32 and fp64 must agree on their number, and a
 `stop` 0.1 % away must not change the ray.
@@ -11,11 +11,12 @@ import torch
 
 from dream_fast.bench.accuracy import check
 from dream_fast.kernels import FieldSpec, HashGridSpec, View, cascades, render, render_reference
-from dream_fast.kernels._core.launch import INTERPRETED
+from dream_fast.kernels._core.launch import INTERPRETED, jit, launch, tl
 from dream_fast.kernels.fields.field import field_reference
 from dream_fast.kernels.rays import render as render_module
 from dream_fast.kernels.rays.march import packed_intervals
 from dream_fast.kernels.rays.render import EMPTY_OPACITY
+from dream_fast.kernels.rays.render_kernels import _add
 
 SMALL = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=4, max_resolution=12)
 
@@ -253,6 +254,25 @@ def test_render_bad_arguments(device):
             background=white,
             dtype=torch.float64,
         )
+
+
+@jit
+def _sums_kernel(values, sums, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """Each lane adds its value to a sum COUNT times."""
+    lane = tl.arange(0, LANES)
+    value = tl.load(values + lane)
+    total, error = value * 0, value * 0
+    for _ in range(COUNT):
+        total, error = _add(total, value, error)
+    tl.store(sums + lane, total)
+
+
+def test_render_compensated_sum(device):
+    """Hundreds of equal numbers add up to their product; plain additions are all off to the same side."""
+    values = (1 + torch.rand(64, generator=torch.Generator().manual_seed(0))).to(device)
+    sums, exact = torch.empty_like(values), 700 * values.double()
+    launch(_sums_kernel, (1,), values.device, values=values, sums=sums, COUNT=700, LANES=64)
+    check("sums", sums, exact.float(), exact)
 
 
 def sphere(side, device):
