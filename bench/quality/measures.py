@@ -2,6 +2,7 @@
 
     roughness    angle between a pixel's normal and the mean of its 3 x 3 neighbourhood, inside the silhouette
     edge_ratio   length of the silhouette's boundary over that of the silhouette opened and closed with a disc
+    edge_width   pixels of partial opacity a pixel of the silhouette's boundary
     floaters     connected groups of pixels beside the largest one
     delta_e      CIEDE2000 colour difference
     kid          kernel distance between two sets of features
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 SOLID = 0.5  # opacity from which a pixel is part of the object
 INNER = 2  # pixels from the silhouette's boundary that `roughness` leaves out
+CLEAR, OPAQUE = 0.1, 0.9  # opacities between which a pixel is neither background nor object
 DISC = 3  # pixels, radius of the disc that smooths a silhouette
 _WHITE = (0.95047, 1.0, 1.08883)  # XYZ of D65, the white of sRGB
 _TO_XYZ = (
@@ -57,6 +59,15 @@ def edge_ratio(opacity: Tensor) -> float | None:
     opened = _dilated(_eroded(inside, disc), disc)
     smooth = _boundary(_eroded(_dilated(opened, disc), disc))
     return _boundary(inside) / smooth if smooth else None
+
+
+def edge_width(opacity: Tensor) -> float | None:
+    """Pixels of partial opacity of views [V, H, W] over the boundary length of their silhouettes; None without those.
+
+    An image of a solid object has 0, or about 1 where its pixels are averaged; haze has many times that.
+    """
+    length = _boundary(F.pad(opacity > SOLID, (1,) * 4))
+    return int(((opacity > CLEAR) & (opacity < OPAQUE)).sum()) / length if length else None
 
 
 def floaters(opacity: Tensor) -> float:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.files import open_append
 from dream_fast.engine.text import escape_controls, one_line
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class Reporter:
             self._waiting.append(line)
             return
         try:
-            with self._log.open("a", encoding="utf-8") as log:
+            with open_append(self._log) as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         except Exception as error:
             self._add_failure(self._log, error)

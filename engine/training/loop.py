@@ -15,6 +15,7 @@ from torch import Tensor
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.files import open_append
 from dream_fast.engine.runtime.reporter import Bar, Reporter
 from dream_fast.engine.runtime.signals import Stopped, StopRequest, stop_after_current_step
 from dream_fast.engine.training.callbacks import RunCallbacks
@@ -68,7 +69,7 @@ class Loop:
         started = time.monotonic()
         with (
             stop_after_current_step() as stop,
-            self.workspace.metrics.open("a", encoding="utf-8") as metrics,
+            open_append(self.workspace.metrics) as metrics,
             self.reporter.bar("start", run.iters, trainer.step) as bar,
             self._callbacks() as callbacks,
             self._saved_on_error(),
@@ -236,7 +237,7 @@ def write_test_video(trainer: Trainer, path: Path, on_view: Callable[[], None] =
 def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     """Make a row of metrics.jsonl: the numbers of the last step and counts of the run. Reads the device."""
     terms = {f"loss_{name}": _finite_number(term) for name, term in result.terms.items()}
-    decay = trainer.config.optim.lr_decay ** trainer.schedule.progress(trainer.step - 1)
+    decay = trainer.config.optim.lr_scale(trainer.schedule.progress(trainer.step - 1))
     rates = {f"lr_{group}": rate for group, rate in trainer.optimizer.learning_rates(decay).items()}
     return {
         "step": trainer.step,

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import trimesh
 from skimage import color as skimage_color
 
 from dream_fast.bench.accuracy import check_fp64
+from dream_fast.bench.pipeline.mesh_export import TexturedMesh, render_normals
 from dream_fast.bench.quality import looks
-from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, lab, part_color, roughness
+from dream_fast.bench.quality.measures import delta_e, edge_ratio, edge_width, floaters, kid, lab, part_color, roughness
+from dream_fast.bench.quality.protocol import sides
 from dream_fast.engine.render.base import RenderedImages
 
 SIZE = 128
@@ -85,6 +88,18 @@ def test_edge_ratio_of_fur() -> None:
     assert edge_ratio(square) < 1.1
     assert edge_ratio(torch.zeros(1, 8, 8)) is None
     assert edge_ratio(torch.ones(1, 40, 40)) < 1.1  # cut off by the image's border
+
+
+def test_edge_width_of_a_ramp() -> None:
+    """A straight edge with a ramp of so many pixels; nothing for a solid object, None without one."""
+    solid = torch.zeros(2, 40, 60)
+    solid[:, :, 30:] = 1.0
+    assert edge_width(solid) == 0
+    ramped = solid.clone()
+    ramped[:, :, 26:34] = torch.linspace(0.0, 1.0, 10)[1:-1]  # 1/9 to 8/9: all eight are partial
+    length = 2 * (40 + 2 * 30 + 40)  # of the rest beyond the edge, the image's border included
+    assert edge_width(ramped) == 2 * 40 * 8 / length
+    assert edge_width(torch.zeros(1, 4, 4)) is None
 
 
 def test_floaters_in_views() -> None:
@@ -171,7 +186,22 @@ def test_measure_shape() -> None:
     )
     result = looks.measure_shape(trainer)
     assert result["roughness_deg"] == pytest.approx(roughness(*sphere(50)))
+    assert result["edge_width"] == 0
     assert result["floaters"] == 0 and result["edge_ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_mesh_normals() -> None:
+    """A sphere's normals point away from its centre, between vertices too, and are as smooth as the sphere's own."""
+    sphere_mesh = trimesh.creation.icosphere(subdivisions=5, radius=0.5)
+    corners = torch.tensor(np.asarray(sphere_mesh.vertices)).float()
+    faces = torch.tensor(np.asarray(sphere_mesh.faces)).int()
+    smooth = TexturedMesh(corners, faces, corners / 0.5, corners[:, :2], torch.zeros(2, 2, 3))
+    normal, covered = render_normals(smooth, sides("cpu"), SIZE)
+    for number, axis in enumerate(([0.0, 0, 1], [1.0, 0, 0], [0.0, 0, -1], [-1.0, 0, 0])):
+        middle = normal[number, SIZE // 2, SIZE // 2]
+        assert (middle @ torch.tensor(axis)).item() > 0.999
+    rough = smooth._replace(normals=noisy(smooth.normals, 20.0))
+    assert roughness(normal, covered.float()) < 1.5 < roughness(*render_normals(rough, sides("cpu"), SIZE))
 
 
 def test_measure_color() -> None:

@@ -22,6 +22,7 @@ MODULES = {
 LAYERS = {
     "engine": (
         ("errors", "text"),
+        ("files",),
         ("config",),
         ("runtime", "geometry"),
         ("scene",),

@@ -64,6 +64,7 @@ def occupancy_update(case: Case, device: torch.device, count_bytes: bool) -> Pro
             "density": tiny_random(*cells, device=device, seed=50),
             "fresh": 30 * tiny_random(*cells, device=device, seed=51),
         },
+        mutates=True,
     )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,6 +185,33 @@ def test_progressive_levels(text_guidance):
     trainer = make_trainer(text_guidance, progressive_level=True, n_levels=8)
     assert [active_levels(trainer.config, progress) for progress in (0.0, 0.2, 0.375, 1.0)] == [2, 6, 8, 8]
     assert active_levels(make_trainer(text_guidance).config, 0.0) is None
+
+
+class Replaying:
+    """Stands in for the CUDA graphs of a step: calls the function of the first call with the inputs of the present."""
+
+    def __init__(self):
+        self.first = None
+
+    def clear(self):
+        self.first = None
+
+    def __call__(self, key, function, inputs):
+        self.first = self.first or (key, function)
+        assert key == self.first[0]
+        return self.first[1](inputs)
+
+
+def test_replayed_step_reads_levels_from_device(text_guidance):
+    """A graph that was captured with few levels takes as many as a later step has: they are one of its inputs."""
+    trainer = make_trainer(text_guidance, progressive_level=True, **CHEAP | {"n_levels": 8})
+    trainer.graphs = Replaying()
+    ends = trainer.field.spec.grid.offsets
+    for progress in (0.0, 0.2):
+        trainer.replay_gradients(trainer.step_inputs(random.Random(0), progress, progress))
+        used = trainer.optimizer.grads[: trainer.field.table.numel()].view_as(trainer.field.table).any(1)
+        rows = [bool(used[start:end].any()) for start, end in pairwise(ends)]
+        assert rows == [level < active_levels(trainer.config, progress) for level in range(8)]
 
 
 def cameras_of_steps(trainer: Trainer, steps: int) -> list[Cameras]:

@@ -229,7 +229,7 @@ def test_damaged_tensor(tmp_path, monkeypatch):
         def get_tensor(self, name):
             raise SafetensorError(f"cannot read {name}")
 
-    monkeypatch.setattr(checkpoint, "_open", lambda path: Broken(open_file(path)))
+    monkeypatch.setattr(checkpoint, "_open", lambda path, most=None: Broken(open_file(path)))
     with pytest.raises(Damaged, match=r"\(cannot read x\)"):
         load_checkpoint(path, ARCHITECTURE)
 
