@@ -233,7 +233,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         if name in typed:
             typed[name] = typed_name(typed[name])
     if typed.get("O") and typed.get("O2"):
-        print("dream-fast: note: -O2 has no effect beside -O", file=sys.stderr)
+        print("dream-fast: note: -O2 has no effect with -O", file=sys.stderr)
     return expand_shortcuts(typed)
 
 

@@ -53,7 +53,7 @@ def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
     try:
         with torch.cuda.graph(graph):
             call()
-    except RuntimeError:  # torch raises it for whatever a capture forbids
+    except RuntimeError:  # torch raises it for anything that a capture forbids
         torch.cuda.synchronize()
         return None
     graph.replay()

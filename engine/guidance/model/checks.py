@@ -1,4 +1,4 @@
-"""Check the folder of an image model before anything is loaded; each error says what to do.
+"""Check the folder of an image model before anything is loaded; each error has instructions.
 
 Nothing is unpickled: weights are safetensors, and the error for other files has the command that converts them.
 """
@@ -104,7 +104,7 @@ def weight_files(stem: str, variant: str | None) -> tuple[str, str]:
 
 
 def pipeline_name(folder: Path) -> str | None:
-    """Return the class of a folder's pipeline where it has an adapter of its own, else None."""
+    """Return the class of a folder's pipeline if it has an adapter, else None."""
     if not (folder / "model_index.json").exists():
         return None
     name = read_json(folder / "model_index.json").get("_class_name")
@@ -176,7 +176,7 @@ def weights_of(folder: Path, part: str, stem: str) -> Weights | None:
 
 
 def _check_layout(folder: Path, kind: str) -> None:
-    """Raises UserError: when a folder does not have the layout of diffusers; the message names what it is."""
+    """Raises UserError: when a folder does not have the layout of diffusers; the message identifies it."""
     if (folder / "model_index.json").exists():
         return
     flag = KINDS[kind].flag
@@ -227,7 +227,7 @@ def _check_index(folder: Path, kind: str) -> None:
     index = read_json(folder / "model_index.json")
     pipeline, parts = index.get("_class_name"), KINDS[kind].parts
     if isinstance(pipeline, list) and pipeline:
-        pipeline = pipeline[-1]  # of a pipeline with code of its own, which comes first
+        pipeline = pipeline[-1]  # of a pipeline with its own code, whose name comes first
     if pipeline not in SAME_PARTS[kind]:
         raise UserError(_other_pipeline(folder, kind, pipeline))
     for part, (classes, _, _) in parts.items():
@@ -342,7 +342,7 @@ def _shards(index: Path) -> list[str]:
     named = read_json(index).get("weight_map")
     files = list(named.values()) if isinstance(named, dict) else []
     if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-        raise UserError(f"the model file {index} must name files beside it in its weight_map")
+        raise UserError(f"the model file {index} must name files in its own folder in its weight_map")
     return sorted(set(files))
 
 

@@ -74,6 +74,8 @@ class Components:
     window: int = 77
     t5: bool = False
     attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
+    embeds_again = False
+    capturable = True
 
     @property
     def latents_are_pixels(self) -> bool:
@@ -134,7 +136,7 @@ class Components:
     def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         """Output [B, C, h, w] fp32 of the UNet for noisy latents at timesteps `t` [B] and the embedding [B, T, D].
 
-        The variance that some models of pixels predict besides is left out.
+        The variance that some pixel models also predict is dropped.
         """
         assert isinstance(embedding, Tensor)
         states = embedding.to(self.dtype)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
     """Return the local folder of `source`, after a download when it is a name on the hub.
 
-    Raises UserError: when there is no such folder or model; the message says what to do.
+    Raises UserError: when there is no such folder or model; the message has instructions.
     """
     folder = expand_user(source)
     if folder.is_dir():

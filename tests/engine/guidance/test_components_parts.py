@@ -121,7 +121,7 @@ def test_window(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, longest: int,
 
 
 def facts(unet: dict[str, Any], vae: dict[str, Any] | None, width: int = 32, **scheduler: Any) -> dict[str, Any]:
-    """`_model_constants` of a model like Stable Diffusion, or like IF where ``vae`` is None, with these changes."""
+    """`_model_constants` of a model like Stable Diffusion, or like IF where `vae` is None, with these changes."""
 
     class Vae(SimpleNamespace):
         def get(self, name: str) -> Any:
