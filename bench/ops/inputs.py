@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def scene_of(case: str) -> tuple[Scene, int] | None:
     return (SCENES[kind], size_of(case, kind)) if kind in SCENES else None
 
 
-def scene_rays(scene: Scene, side: int, device: torch.device) -> dict[str, Tensor]:
+def scene_rays(scene: Scene, side: int, device: torch.device) -> dict[str, Any]:
     """Tensors that march takes, by name."""
     origins, directions = camera(side, device, scene.position, scene.field_of_view)
     perturb = random(side * side, device=device, seed=1)
