@@ -20,7 +20,7 @@ def fit_window(tokenizer: Any, window: int, text: str, endings: Sequence[str]) -
     while count > 1 and not fits(" ".join(words[:count])):
         count -= 1
     logger.warning(
-        "the prompt is longer than the %d tokens of the text encoder; ignored: %s",
+        "the prompt is longer than the %d tokens that the text encoder reads; left out: %s",
         window,
         " ".join(words[count:]),
     )
