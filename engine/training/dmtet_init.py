@@ -5,6 +5,7 @@ placed around the object, and its signed distances are taken from the density of
 clamped to [-1, 1], with the slope SDF_SLOPE at the surface.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.isosurface import choose_isovalue, sample_density
 from dream_fast.engine.geometry.mesh import TensorMesh
 from dream_fast.engine.geometry.read_mesh import SUFFIXES, load_mesh
-from dream_fast.engine.geometry.signed_distance import signed_distance
+from dream_fast.engine.geometry.signed_distance import count_pairs, signed_distance
 from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.scene.field import Field
@@ -26,6 +27,7 @@ from dream_fast.engine.workspace.folder import Workspace
 
 MARGIN = 0.1  # between the object and the border of the grid, as a share of the bound
 MESH_SCALE = 0.8  # size of a mesh file, as a share of the image's height or of the scene's cube
+MAX_PAIRS = 300_000_000  # of a triangle and a point; a core of a CPU takes about 2 million a second
 VOLUME_SIDE = 64  # points along an edge of the volume in which the object of a field is found
 
 
@@ -140,19 +142,37 @@ def normalized(mesh: TensorMesh, bound: float, camera: CameraConfig) -> TensorMe
 
 
 @torch.no_grad()
-def start_from_mesh(shape: TetMesh, mesh: TensorMesh) -> None:
-    """Place the grid around a mesh and take the distances to it. Raises UserError: when it encloses nothing."""
+def start_from_mesh(shape: TetMesh, mesh: TensorMesh, progress: Callable[[float], None] = lambda part: None) -> None:
+    """Place the grid around a mesh and take the distances to it. `progress` is called with the finished part.
+
+    Raises UserError: when it encloses nothing, or its triangles are next to too many points of the grid.
+    """
     device, bound = shape.sdf.device, shape.bound
     mesh = TensorMesh(*(tensor.to(device) for tensor in mesh))
     corners = mesh.vertices[mesh.faces].view(-1, 3)
     half = (corners.abs().amax(0) + MARGIN * bound).clamp(max=bound)
     n = shape.size // 2
     step, distances = 2 * half / n, []
-    # The distance has to be exact within a few layers of tetrahedra; farther away only its sign counts.
+    # The distance has to be good within a few layers of tetrahedra; farther away only its sign counts.
     reach = min(1 / SDF_SLOPE, 3 * float(step.amax()))
-    for count, first in ((n + 1, -half), (n, -half + step / 2)):
-        distance = signed_distance(mesh, first, step, (count,) * 3, reach).view(-1)
+    lattices = ((n + 1, -half), (n, -half + step / 2))
+    total = sum(count_pairs(mesh, first, step, (count,) * 3) for count, first in lattices)
+    if total > MAX_PAIRS:
+        raise UserError(
+            f"the triangles of --init_with are next to {total:.1e} points of the grid, of at most {MAX_PAIRS:.0e}: "
+            "they are too many and too large for the surface of an object; simplify the mesh, or reduce --tet_grid_size"
+        )
+    done = 0
+
+    def advance(pairs: int) -> None:
+        nonlocal done
+        done += pairs
+        progress(min(1.0, done / max(1, total)))  # an estimate at the edges of triangles
+
+    for count, first in lattices:
+        distance = signed_distance(mesh, first, step, (count,) * 3, reach, progress=advance).view(-1)
         distances.append(torch.where(distance.abs() >= reach, distance.sign(), SDF_SLOPE * distance))
+    progress(1.0)
     sdf = torch.cat(distances)
     if not (sdf > 0).any():
         raise UserError(
@@ -161,12 +181,17 @@ def start_from_mesh(shape: TetMesh, mesh: TensorMesh) -> None:
     shape.initialize(torch.zeros(3, device=device), half, sdf)
 
 
-def load_start(config: Config, shape: TetMesh) -> InitSource | None:
-    """Initialise the shape from a mesh file. Return the source of --init_with, or None for a sphere."""
+def load_start(
+    config: Config, shape: TetMesh, progress: Callable[[float], None] = lambda part: None
+) -> InitSource | None:
+    """Initialise the shape from a mesh file. Return the source of --init_with, or None for a sphere.
+
+    `progress` as in `start_from_mesh`.
+    """
     if config.dmtet.init_with is None:
         return None
     start = find_init_source(config.dmtet.init_with)
     field_settings(start)  # raises UserError: when the checkpoint is of another kind
     if not start.checkpoint:
-        start_from_mesh(shape, normalized(read_surface(start.path), shape.bound, config.camera))
+        start_from_mesh(shape, normalized(read_surface(start.path), shape.bound, config.camera), progress)
     return start

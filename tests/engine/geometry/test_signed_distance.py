@@ -11,7 +11,7 @@ from torch import Tensor
 from dream_fast.bench.accuracy import check_fp64
 from dream_fast.engine.geometry import signed_distance as module
 from dream_fast.engine.geometry.mesh import TensorMesh
-from dream_fast.engine.geometry.signed_distance import distance, inside, signed_distance
+from dream_fast.engine.geometry.signed_distance import count_pairs, distance, inside, signed_distance
 
 ORIGIN = torch.tensor([-1.0, -0.5, 0.25], dtype=torch.float64)
 SPACING = torch.tensor([0.25, 0.5, 0.125], dtype=torch.float64)
@@ -43,7 +43,8 @@ def test_pairs_all_points(axes: int) -> None:
     for step in (total, 4, 1):
         rows = []
         for start in range(0, total, step):
-            box, point = module._pairs(first, counts, start, min(start + step, total))
+            ends = counts.prod(1).cumsum(0)
+            box, point = module._pairs(first, counts, ends, start, min(start + step, total))
             assert len(box) == min(step, total - start)
             rows += torch.cat([box[:, None], point], 1).tolist()
         assert sorted(map(tuple, rows)) == expected
@@ -61,15 +62,20 @@ def test_boxes_points() -> None:
     assert got == [[1, 2, 3], [2], [], [0], [], [4], [], [0, 1, 2, 3, 4]]
 
 
+def squared_distances(points: Tensor, corners: Tensor) -> Tensor:
+    """Squared distances of points [n, 3] from triangles [n, 3, 3]."""
+    return module._triangle_distance(points.T, corners.permute(1, 2, 0))
+
+
 def test_squared_distance_closest_point() -> None:
     """Distances equal those of trimesh, near all seven regions of a triangle."""
     corners, points = drawn(3000, 3, 3), 1.5 * drawn(3000, 4, 3)[:, 3]
     closest = torch.tensor(trimesh.triangles.closest_point(corners.numpy(), points.numpy()))
-    check_fp64("triangles", module._triangle_distance(points, corners), (closest - points).square().sum(1))
+    check_fp64("triangles", squared_distances(points, corners), (closest - points).square().sum(1))
     small = 1e-4  # world units: an area of 1e-8 is still one
     check_fp64(
         "small",
-        module._triangle_distance(small * points, small * corners),
+        squared_distances(small * points, small * corners),
         small**2 * (closest - points).square().sum(1),
     )
 
@@ -83,37 +89,44 @@ def test_squared_distance_degenerate_triangles() -> None:
     start, end = a + lowest * (b - a), a + highest * (b - a)
     along = (((points - start) * (end - start)).sum(1) / (end - start).square().sum(1)).clamp(0, 1)[:, None]
     exact = (start + along * (end - start) - points).square().sum(1)
-    check_fp64("segments", module._segment_distance(points, start, end), exact)
-    longest = torch.stack(
-        [module._segment_distance(points, *pair) for pair in ((a, b), (b, on_line[:, 2]), (on_line[:, 2], a))]
-    )
+    check_fp64("segments", module._segment_distance((start - points).T, (end - start).T), exact)
+    pairs = ((a, b), (b, on_line[:, 2]), (on_line[:, 2], a))
+    longest = torch.stack([module._segment_distance((x - points).T, (y - x).T) for x, y in pairs])
     check_fp64("parts", longest.amin(0), exact)
-    check_fp64("points", module._triangle_distance(points, a[:, None].expand(-1, 3, -1)), (a - points).square().sum(1))
+    check_fp64("points", squared_distances(points, a[:, None].expand(-1, 3, -1)), (a - points).square().sum(1))
     whole = torch.tensor([[0.0, 0, 0], [1, 0, 0], [3, 0, 0]], dtype=torch.float64).expand(500, 3, 3)
     outside = torch.stack([points[:, 0].clamp(0, 3), *torch.zeros(2, 500, dtype=torch.float64)], 1)
-    check_fp64("on an axis", module._triangle_distance(points, whole), (outside - points).square().sum(1))
+    check_fp64("on an axis", squared_distances(points, whole), (outside - points).square().sum(1))
 
 
 @pytest.mark.parametrize("pairs", [1 << 20, 5])
 def test_distance_of_a_lattice(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axes have their own lengths, spacings and origins; distances are clamped to `reach`, in any chunks."""
+    """Exact within a spacing of the surface along each axis, on axes of other lengths, spacings and starts.
+
+    Farther away no path is shorter than the distance, none longer than the worst, `reach` is the most. Pieces change
+    nothing."""
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
-    corners = 0.5 * drawn(6, 3, 3)
-    mesh = TensorMesh(corners.view(-1, 3), torch.arange(18).view(6, 3))
+    corners = torch.cat([0.5 * drawn(6, 3, 3), 0.5 * drawn(7, 3, 3)[6:] * 0.2 + 0.3])
+    mesh = TensorMesh(corners.view(-1, 3), torch.arange(21).view(7, 3))
     points = lattice().view(-1, 3)
-    each = [
-        np.linalg.norm(
-            trimesh.triangles.closest_point(np.broadcast_to(one, (len(points), 3, 3)), points.numpy()) - points.numpy(),
-            axis=1,
-        )
-        for one in corners.numpy()
-    ]
-    exact = torch.tensor(np.min(each, axis=0)).view(SHAPE)
-    reach = 0.6
-    assert (exact < reach).sum() > 20 and (exact > reach).sum() > 20
+    closest = torch.stack(
+        [
+            torch.tensor(trimesh.triangles.closest_point(np.broadcast_to(one, (len(points), 3, 3)), points.numpy()))
+            for one in corners.numpy()
+        ]
+    )
+    way = closest - points  # [7, n, 3]
+    exact, nearest = way.norm(dim=2).min(0)
+    is_next = (way[nearest, torch.arange(len(points))].abs() <= SPACING).all(1).view(SHAPE)
+    exact, reach = exact.view(SHAPE), 0.6
+    assert (exact < reach).sum() > 20 and (exact > reach).sum() > 20 and (is_next & (exact < reach)).sum() > 20
     got = distance(mesh, ORIGIN, SPACING, SHAPE, reach)
     assert got.shape == SHAPE
-    check_fp64("distance", got, exact.clamp(max=reach))
+    check_fp64("distance", got[is_next], exact.clamp(max=reach)[is_next])
+    worst = 3**0.5 * exact + (1 + 3**0.5) * SPACING.norm() / 2  # from the lattice point nearest to the surface's
+    tiny = 1e-12  # the rounding of fp64
+    assert (got >= exact.clamp(max=reach) - tiny).all() and (got <= worst.clamp(max=reach) + tiny).all()
+    assert count_pairs(mesh, ORIGIN, SPACING, SHAPE) >= is_next.sum()
 
 
 def boxes(*extents: tuple[tuple[float, float, float], tuple[float, float, float]]) -> TensorMesh:
@@ -164,7 +177,9 @@ def test_inside_two_of_three_axes(votes: tuple[int, ...], turned: bool, monkeypa
         mesh = mesh._replace(faces=mesh.faces.flip(1))
     sign = -1 if turned else 1
     monkeypatch.setattr(
-        module, "_winding_along", lambda mesh, axis, *lattice: torch.tensor([sign * votes[axis], -sign * votes[axis]])
+        module,
+        "_winding_along",
+        lambda mesh, axis, *lattice, **_: torch.tensor([sign * votes[axis], -sign * votes[axis]]),
     )
     expected = sum(vote > 0 for vote in votes) >= 2
     assert inside(mesh, ORIGIN, SPACING, SHAPE).tolist() == [expected, False]

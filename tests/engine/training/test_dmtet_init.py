@@ -250,7 +250,7 @@ def test_mesh_grid_extent(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     calls = []
 
-    def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
+    def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float, **_: object) -> Tensor:
         calls.append((mesh, reach))
         points = first + step * torch.cartesian_prod(*map(torch.arange, shape)).view(*shape, 3)
         return ball(points, 0.4).clamp(-reach, reach)
@@ -281,7 +281,7 @@ def test_mesh_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> N
     """Farther away only the sign is right."""
     calls = []
 
-    def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float) -> Tensor:
+    def distance(mesh: TensorMesh, first: Tensor, step: Tensor, shape: tuple, reach: float, **_: object) -> Tensor:
         calls.append((float(step.max()), shape, reach))
         return torch.ones(shape)
 
@@ -297,12 +297,26 @@ def test_mesh_distance_within_three_layers(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("value", [0.0, -0.05])
 def test_open_mesh_raises(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mesh that encloses no vertex is refused, and the shape is unchanged."""
-    monkeypatch.setattr(dmtet_init, "signed_distance", lambda mesh, first, step, shape, reach: torch.full(shape, value))
+    monkeypatch.setattr(
+        dmtet_init, "signed_distance", lambda mesh, first, step, shape, reach, **_: torch.full(shape, value)
+    )
     shape = TetMesh(8, 1.0)
     before = shape.sdf.detach().clone()
     with pytest.raises(UserError, match="^the mesh of --init_with encloses no space that --tet_grid_size resolves"):
         start_from_mesh(shape, TensorMesh(torch.eye(3), torch.tensor([[0, 1, 2]])))
     assert torch.equal(shape.sdf, before)
+
+
+def test_many_large_triangles_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any distance is computed; a mesh within the limit is started from, with its progress up to the end."""
+    corners = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0))
+    mesh = TensorMesh(corners / corners.norm(dim=1, keepdim=True), torch.arange(3000).view(1000, 3))
+    monkeypatch.setattr(dmtet_init, "MAX_PAIRS", 1_000_000)
+    with pytest.raises(UserError, match="simplify the mesh, or reduce --tet_grid_size"):
+        start_from_mesh(TetMesh(64, 1.0), mesh, progress=lambda part: pytest.fail("begun"))
+    parts: list[float] = []
+    start_from_mesh(TetMesh(8, 1.0), mesh, progress=parts.append)
+    assert parts == sorted(parts) and parts[-1] == 1.0
 
 
 def test_load_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
