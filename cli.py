@@ -331,7 +331,7 @@ def _main(words: Sequence[str]) -> int:
         print(json.dumps(config.to_dict(), indent=2), flush=True)
         error = getattr(sys.stdout, "error", None)
         if error is not None and not isinstance(error, BrokenPipeError):
-            raise UserError(f"--print_config: the standard output takes no more ({first_line(error)})")
+            raise UserError(f"--print_config: cannot write to standard output ({first_line(error)})")
         return 0
     from dream_fast.engine.run import run
 

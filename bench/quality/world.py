@@ -199,9 +199,12 @@ def read_probes(path: Path = WORLD) -> dict[str, Probe]:
         if about["judge"] != classifier_digest():
             return {}
         return {
-            prompt: Probe(*(file.get_tensor(f"{prompt}/{name}") for name in ("weight", "bias")), accuracy)
+            prompt: Probe(
+                file.get_tensor(f"{prompt}/weight"),
+                file.get_tensor(f"{prompt}/bias"),
+                file.get_tensor(f"{prompt}/accuracy").item(),
+            )
             for prompt in json.loads(about.get("attributed", "[]"))
-            for accuracy in (file.get_tensor(f"{prompt}/accuracy").item(),)
         }
 
 

@@ -164,12 +164,13 @@ class ScoreDistillation:
     The gradient of the images is computed at once and injected into the loss by a custom autograd function, so the
     encoder's autograd graph lives no longer than this call and a loss scale never enters fp16 activations. On a GPU
     encoder, UNet and the encoder's backward are replayed as one CUDA graph for each size of images, unless
-    `cuda_graphs` is False or the caller captures the call itself (`prepare_step`).
+    `cuda_graphs` is False, the model cannot be captured, or the caller captures the call itself (`prepare_step`).
     """
 
     def __init__(self, components: ImageModel, config: GuidanceConfig, *, cuda_graphs: bool = True):
         self.components, self.config = components, config
-        self.graphs = StepGraphs() if cuda_graphs and components.device.type == "cuda" else None
+        on_gpu = components.device.type == "cuda"
+        self.graphs = StepGraphs() if cuda_graphs and on_gpu and components.capturable else None
 
     def __call__(
         self,

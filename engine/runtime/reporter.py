@@ -58,7 +58,7 @@ class Reporter:
             yield
         except Exception as error:
             if self._add_failure(path, error):
-                self.warn(f"{self._failures[path]}; the run goes on")
+                self.warn(f"{self._failures[path]}; the run continues")
 
     def _add_failure(self, path: Path, error: Exception) -> bool:
         """Keep the first error about a path. Return False if there was one."""

@@ -216,7 +216,7 @@ class Trainer:
             self._captured_capacity = capacity
 
         levels = inputs.active_levels
-        if levels is not None:  # a number would be the same in every replay
+        if isinstance(levels, int):  # a number would be the same in every replay
             levels = torch.full((), levels, dtype=torch.int32, device=self.device)
 
         def gradients(varying: tuple[Tensor, dict[str, Tensor], Tensor | None]) -> StepResult:

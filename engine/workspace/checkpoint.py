@@ -204,7 +204,7 @@ def damaged(path: Path, reason: object) -> Damaged:
     checkpoints = list_checkpoints(path.parent)
     oldest = path not in checkpoints or checkpoints.index(path) == 0
     advice = "; --ckpt scratch starts over" if oldest else ""
-    return Damaged(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({reason}){advice}")
+    return Damaged(f"the checkpoint {path} is damaged, truncated or not a safetensors file ({reason}){advice}")
 
 
 def _header(path: Path, file) -> dict[str, Any]:

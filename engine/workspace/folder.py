@@ -276,7 +276,7 @@ class Workspace:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.typed} cannot be made ({error})") from error
+            raise UserError(f"{self.typed} cannot be created ({error})") from error
         if self.lock is None:
             self._lock()
             if self.config.exists():

@@ -152,10 +152,13 @@ class Record:
         return record
 
     def compact(self) -> None:
-        """Write the file anew with the files that are there."""
-        sizes = {name: {os.lstat(self.root / name).st_size} for name in self.sizes if self.owns(self.root / name)}
+        """Rewrite the file, without entries of files that no longer exist."""
+        sizes: dict[str, set[int | None]] = {
+            name: {os.lstat(self.root / name).st_size} for name in self.sizes if self.owns(self.root / name)
+        }
         sizes |= {name: {None} for name in sizes if name.startswith("tensorboard/")}
-        self.sizes = {name: {None} for name in GROWING} | sizes
+        growing: dict[str, set[int | None]] = {name: {None} for name in GROWING}
+        self.sizes = growing | sizes
         self.temporaries = {name for name in self.temporaries if (self.root / name).exists()}
         self._write(self._lines())
 

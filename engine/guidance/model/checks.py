@@ -197,7 +197,9 @@ def single_file(path: Path, kind: str) -> str:
         return f"{path} is a file; a folder in the layout of diffusers is needed"
     out = path.with_suffix("")
     flag, command = KINDS[kind].flag, _convert(kind, "from_single_file", path, out)
-    return f"{path} is a single file; this makes a folder of it, and then {flag} {out} names the model: {command}"
+    return (
+        f"{path} is a single file; convert it to a folder with the following command, and use {flag} {out}: {command}"
+    )
 
 
 def _is_lora(path: Path) -> bool:
@@ -240,7 +242,7 @@ def _check_index(folder: Path, kind: str) -> None:
         logger.warning("the model %s is used without its ControlNet or adapter", folder)
     if index["scheduler"][1] in ("LCMScheduler", "TCDScheduler"):
         logger.warning(
-            "the model %s samples in few steps (%s), for which it was distilled; models before that guide better",
+            "the model %s was distilled for sampling in few steps (%s); the original model guides better",
             folder,
             index["scheduler"][1],
         )
@@ -264,7 +266,7 @@ def check_sentencepiece(folder: Path) -> None:
     packages = ("sentencepiece", "google.protobuf")
     if not (folder / "tokenizer" / "tokenizer.json").exists() and not all(map(_installed, packages)):
         raise UserError(
-            f"the tokenizer of the model {folder} is a file of SentencePiece, whose reader is missing: "
+            f"the tokenizer of the model {folder} is a file of SentencePiece, whose package is missing: "
             "pip install 'dream-fast[if]'"
         )
 
@@ -332,8 +334,8 @@ def _check_weights(folder: Path, kind: str, part: str, stem: str, source: str | 
     out = f"{Path(source).name.replace('@', '-')}-safetensors" if from_hub else f"{folder}-safetensors"
     command = _convert(kind, "from_pretrained", source, out)
     raise UserError(
-        f"{lacks}, and pickled weights are not loaded, as a pickle can run code; where you trust it, this makes a "
-        f"folder of safetensors, and then {KINDS[kind].flag} {out} names the model: {command}"
+        f"{lacks}, and pickled weights are not loaded, as a pickle can run code; if you trust it, "
+        f"convert it to safetensors with the following command, and use {KINDS[kind].flag} {out}: {command}"
     )
 
 

@@ -74,6 +74,8 @@ class Components:
     window: int = 77
     t5: bool = False
     attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
+    embeds_again = False
+    capturable = True
 
     @property
     def latents_are_pixels(self) -> bool:
@@ -271,7 +273,7 @@ def prepare_components(
     Raises UserError: when an attention does not work on the device, or `compiled` is set without a GPU.
     """
     if compiled and components.device.type != "cuda":
-        raise UserError("--compile needs a GPU: on a CPU it gains nothing; leave it out")
+        raise UserError("--compile needs a GPU: it has no benefit on a CPU; leave it out")
     unet, vae = components.unet, components.vae
     for model in (components.text_encoder, unet, vae):
         if model is not None:

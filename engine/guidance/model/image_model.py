@@ -29,6 +29,9 @@ class ImageModel(Protocol):
     process: its noise process.
     prediction_type: what its network returns, one of `noise.PREDICTIONS`.
     attention: the operators of its network's and its VAE's attention.
+    embeds_again: prompts can be embedded after `free_text_encoder`, which loads the network; the text encoders are
+        loaded for them once more.
+    capturable: a CUDA graph can be made of its encoder and its network.
     """
 
     name: str
@@ -39,6 +42,8 @@ class ImageModel(Protocol):
     latent_channels: int
     prediction_type: str
     attention: AttentionChoice
+    embeds_again: bool
+    capturable: bool
 
     @property
     def process(self) -> NoiseProcess: ...
@@ -53,7 +58,7 @@ class ImageModel(Protocol):
     def embed(self, prompts: Sequence[str], negative: str | None = None) -> Embedding:
         """Embed prompts, a row each, and in a last row the `negative` prompt, which some models treat differently.
 
-        Raises ValueError: when the text encoder was freed.
+        Raises ValueError: when the text encoder was freed for good.
         """
         ...
 

@@ -98,7 +98,7 @@ def test_check_gltf_no_object(text: bytes) -> None:
 )
 def test_glb_json_broken(data: bytes) -> None:
     """A file that is too short, has no JSON, or less than it states."""
-    with pytest.raises(ValueError, match="is not a binary glTF file|is cut short"):
+    with pytest.raises(ValueError, match="is not a binary glTF file|is truncated"):
         glb_json(data)
 
 
@@ -160,7 +160,7 @@ def test_load_mesh_leaves_materials_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["few.ply", "few.off", "many.ply", "many.off", "pipe.stl", "text.obj"])
 def test_load_mesh_stated_count(name: str, tmp_path: Path) -> None:
-    """A file with fewer faces than it states is cut short; one that states too many is refused before it is read."""
+    """A file with fewer faces than it states is truncated; one that states too many is refused before it is read."""
     path, count = tmp_path / name, 9 if name.startswith("few") else 10**9
     if name == "pipe.stl":
         os.mkfifo(path)

@@ -339,7 +339,7 @@ def test_prepare_compiled_modules(monkeypatch, compiled: tuple[str, ...], vram_O
 def test_compile_without_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused with one sentence, and nothing is moved."""
     prepared = Prepared(monkeypatch, "cpu")
-    with pytest.raises(UserError, match="^--compile needs a GPU: on a CPU it gains nothing; leave it out$"):
+    with pytest.raises(UserError, match="^--compile needs a GPU: it has no benefit on a CPU; leave it out$"):
         prepared(compiled=("vae",))
     assert prepared.calls == []
 

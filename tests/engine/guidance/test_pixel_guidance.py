@@ -261,7 +261,7 @@ def test_sentencepiece_missing(broken: Path, monkeypatch: pytest.MonkeyPatch) ->
     (broken / "tokenizer" / "tokenizer.json").rename(broken / "tokenizer" / "spiece.model")
     for missing in ("sentencepiece", "google.protobuf"):
         monkeypatch.setattr(checks, "_installed", lambda package, missing=missing: package != missing)
-        with pytest.raises(UserError, match=r"whose reader is missing: pip install 'dream-fast\[if\]'"):
+        with pytest.raises(UserError, match=r"whose package is missing: pip install 'dream-fast\[if\]'"):
             load_components(broken, "cpu", kind="IF")
     (broken / "tokenizer" / "spiece.model").unlink()
     with pytest.raises(UserError, match="lacks tokenizer/spiece.model"):

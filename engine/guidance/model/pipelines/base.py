@@ -53,6 +53,8 @@ class PipelineModel(ABC):
     half: ClassVar[torch.dtype] = torch.bfloat16
 
     latents_are_pixels = False
+    embeds_again = True
+    capturable: bool = False  # most networks copy positions of tokens to the device in each call
 
     def __init__(
         self,
@@ -114,11 +116,13 @@ class PipelineModel(ABC):
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], negative: str | None = None) -> Embedding:
+        loaded = self.pipeline
         if self.freed:
-            raise ValueError("the text encoder was freed: load the model again, or keep_text_encoder=True")
+            self.pipeline = self.load_pipeline({self.network_part: None, "vae": None})
         parts = [self.embed_positive(list(prompts))]
         if negative is not None:
             parts.append(self.embed_negative(negative))
+        self.pipeline = loaded
         return {name: _pad_and_join([part[name] for part in parts]) for name in parts[0]}
 
     def free_text_encoder(self) -> None:
@@ -132,7 +136,7 @@ class PipelineModel(ABC):
             torch.cuda.empty_cache()
         self.pipeline = self.load_pipeline(text)
         vae = self.pipeline.vae
-        vae.to(self.vae_dtype(vae.config))
+        torch.nn.Module.to(vae, self.vae_dtype(vae.config))  # that of diffusers warns of parts in fp32
         if not self.need_vae_decoder:
             vae.decoder = torch.nn.Identity()
         self.network: Any = getattr(self.pipeline, self.network_part)
