@@ -14,8 +14,8 @@ def quick_interpreter() -> Iterator[None]:
     """Interpret kernels in less time, with the same results.
 
     Triton 3.6 patches `triton.language` again in each call of a function inside a kernel, makes a table of types for
-    each operation and the type of each shape anew, and computes overflows that only `debug` would report. A Triton that
-    is made otherwise is left as it is.
+    each operation and the type of each shape every time, and computes overflows that only `debug` would report. Other
+    versions of Triton are left unchanged.
     """
     from triton.runtime import interpreter
 
@@ -60,7 +60,7 @@ def remember_dtypes(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return look_up
 
 
-def remember_shapes(constexpr: type, find: Callable[..., Any]) -> Callable[..., Any]:
+def remember_shapes(constexpr: Any, find: Callable[..., Any]) -> Callable[..., Any]:
     """`_type_for_tuple_values` that makes the type of each shape once."""
     types: dict[tuple[int, ...], Any] = {}
 

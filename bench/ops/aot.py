@@ -223,6 +223,7 @@ def measure_entries(kernels: dict[str, Kernels], workers: int = 2) -> Resources:
     order = sorted(entries, key=lambda key: -sum(map(len, entries[key].values())))
     shares = [{key: entries[key] for key in order[i::workers]} for i in range(min(workers, len(order)))]
     compiled: Resources = {target: {} for target in kernels}
+    measured: Iterable[Resources]
     if len(shares) < 2:
         measured = map(measure_share, shares)
     else:

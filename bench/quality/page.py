@@ -1,4 +1,4 @@
-"""Write docs/quality.md: results beside the world's own objects. `python -m dream_fast.bench quality_page`.
+"""Write docs/quality.md: results compared with objects of the world. `python -m dream_fast.bench quality_page`.
 
 Tables from results/quality-*.json, a column each, are written between the page's markers; `bench quality --name NAME`
 writes such a file, and its sheet of images.
@@ -25,7 +25,7 @@ MEASURES = {  # name -> title
     "object": "object",
     "object_color": "object and colour",
     "janus_rate": "front seen from behind",
-    "mesh_psnr": "mesh beside field, worst view, dB",
+    "mesh_psnr": "mesh compared with field, worst view, dB",
     "mesh_iou": "the same, overlap",
     "mesh_roughness_deg": "roughness of the mesh, degrees",
 }

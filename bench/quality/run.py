@@ -9,7 +9,7 @@ of backs as backs, are high. The prompts were fixed before any setting was tuned
 The same command resumes there, and at its end writes quality.json from all rows, scored again by the present
 classifier; `--seconds 0` starts no run and only writes.
 
-`--scores sds,csd,asd,ism` does that once for each score, each with its own defaults, in a folder of its own under
+`--scores sds,csd,asd,ism` does that once for each score, each with its own defaults and its own folder under
 --work, and writes quality_scores.json, a contact sheet a score (quality_SCORE.png) and a table. ISM (Interval Score
 Matching) is measured as sdi, which is of the same family and what --objective offers.
 """
@@ -37,7 +37,6 @@ from torch import Tensor
 from dream_fast.bench.finished_run import load_finished
 from dream_fast.bench.quality.attributes import share_with_attribute
 from dream_fast.bench.quality.classifier import WEIGHTS, Classifier, classify, load_classifier
-from dream_fast.bench.quality.looks import measure_color, measure_mesh, measure_shape, round_values, write_strip
 from dream_fast.bench.quality.measures import kid
 from dream_fast.bench.quality.page import write_sheet
 from dream_fast.bench.quality.protocol import (
@@ -51,6 +50,7 @@ from dream_fast.bench.quality.protocol import (
     PROMPTS,
     SIZE,
 )
+from dream_fast.bench.quality.run_measures import measure_color, measure_mesh, measure_shape, round_values, write_strip
 from dream_fast.bench.quality.world import (
     color_error,
     color_spread,
@@ -189,7 +189,7 @@ def make_runs(
 
 
 def _start(work: Path, threads: int) -> None:
-    """Start a worker process: its output goes to a log of its own, and it takes its share of the cores."""
+    """Start a worker process: its output goes to a separate log, and it uses its share of the cores."""
     log = os.open(work / f"worker-{os.getpid()}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -416,7 +416,7 @@ def measure(
     rows.sort(key=lambda row: jobs.index((row["prompt"], row["seed"])))
     missing = len(jobs) - len(rows)
     if missing:
-        print(f"{missing} of {len(jobs)} runs are missing: start the same command again to go on")
+        print(f"{missing} of {len(jobs)} runs are missing: repeat the command to continue")
     classifier = (
         json.loads((Path(__file__).parent / "classifier" / "judge.json").read_text())["held_out"] if full else None
     )

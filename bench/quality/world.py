@@ -1,7 +1,7 @@
 """Render the procedural world for prompts, with the cameras and the light of rendered results.
 
 `bench quality` compares results with these renders, by the same measures of the same views. `python -m dream_fast.bench
-world` stores what it needs of them, in about half an hour on a CPU. Repeat it when the world or the classifier changes.
+world` stores their measures, in about half an hour on a CPU. Repeat it when the world or the classifier changes.
 """
 
 import argparse
@@ -44,10 +44,10 @@ SHAPES = {"cuda": 8, "cpu": 2}  # of them, whose shapes are measured
 PAINTS = 32  # scenes of a prompt whose colours are measured
 SAME = 10.0  # CIEDE2000 below which two colours of an object are one
 FINER = {"cuda": 1.5, "cpu": 1.0}  # rays along an edge of an image, a pixel
-LOOKS = RESULTS / "world.safetensors"
+WORLD = RESULTS / "world.safetensors"
 
 
-class WorldLook(NamedTuple):
+class WorldMeasures(NamedTuple):
     """Features and shapes of the world's objects: P prompts, N scenes of each, V views, D features."""
 
     features: Tensor  # [P, N, V, D] of the classifier
@@ -134,8 +134,8 @@ def render_images(scene: Scene, cameras: Cameras, size: int, background: float, 
 
 def measure_world(
     prompts: Sequence[str], around: Cameras, sides: Cameras, sizes: tuple[int, int], background: float, device: str
-) -> WorldLook:
-    """Looks of the world for the prompts: images from `around`, shapes from `sides`, of these sizes in pixels."""
+) -> WorldMeasures:
+    """Measures of the world for the prompts: images from `around`, shapes from `sides`, of these sizes in pixels."""
     classifier = load_classifier(device)
     features, shapes = [], []
     for prompt in prompts:
@@ -147,7 +147,7 @@ def measure_world(
             seen = surfaces(scene, sides, sizes[1], device)
             of_prompt.append((roughness(seen.normal, seen.opacity), edge_ratio(seen.opacity), floaters(seen.opacity)))
         shapes.append(torch.tensor(of_prompt).mean(0))
-    return WorldLook(torch.stack(features), torch.stack(shapes))
+    return WorldMeasures(torch.stack(features), torch.stack(shapes))
 
 
 def measure_attributes(
@@ -165,8 +165,8 @@ def measure_attributes(
     return probes
 
 
-def write_world(path: Path, prompts: Sequence[str], world: WorldLook, probes: Mapping[str, Probe]) -> None:
-    """Write the world's looks for the prompts and the probes, with the digest of the classifier whose features they
+def write_world(path: Path, prompts: Sequence[str], world: WorldMeasures, probes: Mapping[str, Probe]) -> None:
+    """Write the measures for the prompts and the probes, with the digest of the classifier whose features they
     are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {name: part.half() if name == "features" else part for name, part in world._asdict().items()}
@@ -176,21 +176,21 @@ def write_world(path: Path, prompts: Sequence[str], world: WorldLook, probes: Ma
     save_file(columns, path, metadata=names | {"judge": classifier_digest()})
 
 
-def read_world(prompts: Sequence[str], path: Path = LOOKS) -> WorldLook | None:
-    """Read the looks of these prompts, in their order. None: one is missing, or they are another classifier's."""
+def read_world(prompts: Sequence[str], path: Path = WORLD) -> WorldMeasures | None:
+    """Read the measures of these prompts, in their order. None: one is missing, or they are of another classifier."""
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
         about = file.metadata()
-        stored = {name: file.get_tensor(name).float() for name in WorldLook._fields}
+        stored = {name: file.get_tensor(name).float() for name in WorldMeasures._fields}
     there = json.loads(about["prompts"])
     if about["judge"] != classifier_digest() or not set(prompts) <= set(there):
         return None
     rows = [there.index(prompt) for prompt in prompts]
-    return WorldLook(*(stored[name][rows] for name in WorldLook._fields))
+    return WorldMeasures(*(stored[name][rows] for name in WorldMeasures._fields))
 
 
-def read_probes(path: Path = LOOKS) -> dict[str, Probe]:
+def read_probes(path: Path = WORLD) -> dict[str, Probe]:
     """Read the probes by prompt; empty where there are none of the present classifier."""
     if not path.exists():
         return {}
@@ -199,9 +199,12 @@ def read_probes(path: Path = LOOKS) -> dict[str, Probe]:
         if about["judge"] != classifier_digest():
             return {}
         return {
-            prompt: Probe(*(file.get_tensor(f"{prompt}/{name}") for name in ("weight", "bias")), accuracy)
+            prompt: Probe(
+                file.get_tensor(f"{prompt}/weight"),
+                file.get_tensor(f"{prompt}/bias"),
+                file.get_tensor(f"{prompt}/accuracy").item(),
+            )
             for prompt in json.loads(about.get("attributed", "[]"))
-            for accuracy in (file.get_tensor(f"{prompt}/accuracy").item(),)
         }
 
 
@@ -221,7 +224,7 @@ def color_spread(prompts: Sequence[str]) -> float:
     return sum(color_error(colors, colors) for colors in paints) / len(paints)
 
 
-def world_summary(world: WorldLook) -> dict[str, float]:
+def world_summary(world: WorldMeasures) -> dict[str, float]:
     """The measures of the world's own objects: means over the prompts, and the distance of one half to the other."""
     halves = world.features.chunk(2, dim=1)
     roughness_deg, edge, floating = world.shapes.mean(0).tolist()
@@ -231,7 +234,7 @@ def world_summary(world: WorldLook) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench world", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=LOOKS)
+    parser.add_argument("--out", type=Path, default=WORLD)
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Kill runs, resume them, and compare them with a whole one. `python -m dream_fast.bench kill_resume`.
 
-Each trial is the same small run in a process of its own, with a checkpoint every few steps. It is ended once or twice,
+Each trial is the same small run in a separate process, with a checkpoint every few steps. It is ended once or twice,
 by kill -9 or by a signal that it can catch: at a random moment of a random step, while a checkpoint is written (begun,
 half written, whole but without its name, or just named), or before or after an output, the manifest or the report gets
 its name. The same run resumes it. Its metrics, last checkpoint and images must then equal those of the whole run

@@ -78,7 +78,7 @@ DMTET_OVERRIDES: dict[str, Any] = {
     "t_range": (0.02, 0.5),
     "progressive_view": False,
 }
-# dream-mini reads 128 x 128 pixels. The gradients of its objective are sums over an image, beside which the means of
+# dream-mini reads 128 x 128 pixels. The gradients of its objective are sums over an image, while the means of
 # the two regularisers vanish: these weights make them about half as large. Its runs are short: at --lr the shape would
 # move by no more than a pixel.
 _MINI_DMTET = (

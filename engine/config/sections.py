@@ -428,7 +428,7 @@ class OptimConfig(ConfigSection):
     lr_decay: float = setting(1.0, "factor of the learning rates at the end, reached exponentially", above=0, high=1)
     lr_cooldown: float = setting(
         0.0,
-        "last part of the run, in which the learning rates fall to 0 besides, in proportion to what is left",
+        "last part of the run, in which the learning rates also fall to 0, in proportion to the remaining steps",
         low=0,
         high=1,
     )
@@ -466,7 +466,7 @@ class OutputConfig(ConfigSection):
     )
     test_interval: int = setting(
         100,
-        "epochs between two test videos during the run, beside results/turntable.mp4 at its end",
+        "epochs between two test videos during the run, in addition to results/turntable.mp4 at its end",
         low=1,
         resumable=True,
     )
@@ -476,7 +476,7 @@ class OutputConfig(ConfigSection):
         resumable=True,
     )
     save_guidance_interval: int = setting(
-        10, "with --save_guidance: steps between two of these images", low=1, resumable=True
+        10, "with --save_guidance: interval between these images in steps", low=1, resumable=True
     )
     tensorboard: bool = setting(
         False, "write the numbers of metrics.jsonl for TensorBoard, too, to tensorboard/", resumable=True

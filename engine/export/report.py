@@ -190,7 +190,7 @@ def _frames(path: Path, side: int) -> list[list[Image.Image]]:
     frames: list[list[Image.Image]] = []
     with (
         open_regular(path, MAX_VIDEO_BYTES, folder=path.parent.parent) as data,
-        av.open(data, format="mp4") as video,
+        av.open(data, "r", format="mp4") as video,
     ):
         stream = video.streams.video[0] if video.streams.video else None
         if stream is None or stream.width < len(KINDS) or stream.width * stream.height > MAX_PIXELS:
@@ -285,7 +285,7 @@ def _rows(workspace: Workspace) -> list[dict[str, Any]]:
                 rows.append(row)
                 if len(rows) > MAX_ROWS:
                     rows, every = rows[::2], 2 * every
-    return rows if not rows or rows[-1] is last else [*rows, last]
+    return rows if last is None or rows[-1] is last else [*rows, last]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Check what a glTF file states before anything is built from it: nodes, instances, triangles and accessors.
 
-glTF 2.0 is JSON with buffers: files beside it (.gltf), text in it, or the rest of the file (.glb). A node places a mesh
+glTF 2.0 is JSON with buffers: separate files (.gltf), text in it, or the rest of the file (.glb). A node places a mesh
 and its children, so a small file can state any number of triangles.
 """
 
@@ -24,7 +24,7 @@ def glb_json(data: bytes) -> bytes:
         raise ValueError("it is not a binary glTF file")
     (length,) = struct.unpack("<I", data[12:16])
     if length > len(data) - 20:
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     return data[20 : 20 + length]
 
 
@@ -103,7 +103,7 @@ def _depths(nodes: list[dict[str, Any]]) -> list[int]:
     parents: list[int | None] = [None] * len(nodes)
     for index, node in enumerate(nodes):
         children = node.get("children", [])
-        for child in children if isinstance(children, list) else [None]:
+        for child in children if isinstance(children, list) else [len(nodes)]:  # no list: a node that is not there
             if _whole(child) >= len(nodes) or parents[child] is not None:
                 raise ValueError("its nodes do not form trees")
             parents[child] = index

@@ -126,7 +126,7 @@ def _read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     vertices = np.concatenate([np.asarray(part.vertices, dtype=np.float64) for part in parts])
     faces = np.concatenate([np.asarray(part.faces, np.int64) + at for part, at in zip(parts, offsets, strict=True)])
     if len(faces) and len(faces) < stated:
-        raise UserError(f"the mesh file {path} is cut short: it states {stated} faces and has {len(faces)}")
+        raise UserError(f"the mesh file {path} is truncated: it should have {stated} faces and has {len(faces)}")
     return vertices, faces
 
 

@@ -22,7 +22,7 @@ class StepInputs(NamedTuple):
     latents: the images of the step are latents.
     timesteps: [B] from `Guidance.prepare_step`; None: the guidance draws them in its call.
     scalars: the numbers that change from step to step, by name, such as settings with a schedule.
-    phase: "latent", "albedo" or "shaded". This and what follows is for the trainer.
+    phase: "latent", "albedo" or "shaded". This and the following attributes are for the trainer.
     shading: shading of the render.
     background_network: the background network is rendered, else one colour.
     active_levels: number of hash-grid levels or frequencies in use; None: all.

@@ -9,7 +9,7 @@ where g_b is blended from the views as the prompts of a diffusion model are (`pr
 reference has one text for all views, with a weight of 1 - |azimuth| / 180, which leaves the back without guidance; with
 a text for each view every view has the full weight.
 
-CLIP computes in fp32 whatever the precision of the run: it is small beside a UNet, and the gradient of a pixel would
+CLIP computes in fp32 for any precision of the run: it is small compared with a UNet, and the gradient of a pixel would
 often be too small for fp16.
 """
 

@@ -1,6 +1,6 @@
 """Output of a run for people: lines on the terminal and in log.txt, a progress bar, the table of files at the end.
 
-None of it can end a run. Files that cannot be written while a run goes on are collected, and reported at its end.
+None of it can end a run. Files that cannot be written during a run are collected, and reported at its end.
 """
 
 import logging
@@ -58,7 +58,7 @@ class Reporter:
             yield
         except Exception as error:
             if self._add_failure(path, error):
-                self.warn(f"{self._failures[path]}; the run goes on")
+                self.warn(f"{self._failures[path]}; the run continues")
 
     def _add_failure(self, path: Path, error: Exception) -> bool:
         """Keep the first error about a path. Return False if there was one."""
@@ -104,7 +104,7 @@ class Reporter:
         table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
         table.columns[1].justify = "right"
         for path in files:
-            with suppress(OSError):  # removed meanwhile
+            with suppress(OSError):  # removed by another process
                 size = _size(path.stat().st_size)
                 table.add_row(Text(escape_controls(str(path))), size)
                 self._write(f"{escape_controls(str(path))} {size}")

@@ -25,7 +25,7 @@ from dream_fast.engine.training.profiler import Profile
 from dream_fast.engine.training.trainer import StepResult
 from dream_fast.engine.workspace.folder import Workspace
 
-# Tags in TensorBoard of the numbers of a row, beside its losses.
+# TensorBoard tags of the numbers of a row other than losses.
 NUMBERS = ("lr", "samples", "opacity", "grad_norm", "it_per_s")
 
 

@@ -163,8 +163,6 @@ class Loop:
                 hint = f"the checkpoint of step {step} is saved ({name}), and the same command with these resumes"
             raise UserError(memory_message(self.config, error, hint)) from error
 
-    # ---------------------------------------------------------------------------------------------------- evaluation
-
     def _evaluate(self, stop: StopRequest) -> None:
         """Write the images and videos that are due after this step, until a signal comes.
 
@@ -184,8 +182,6 @@ class Loop:
             if is_due and step > 0 and not (is_first and path.exists()):
                 with suppress(Stopped), self.reporter.collect(path):
                     write(self.trainer, path, stop.check)
-
-    # -------------------------------------------------------------------------------------- checks; all read the device
 
     def _check_finite(self, row: dict[str, Any]) -> None:
         """Raises Diverged: when too many steps in a row had no finite gradient."""

@@ -144,7 +144,7 @@ class Optimizer:
 def table_groups(table: Tensor, config: OptimConfig, level_rows: tuple[int, ...]) -> list[tuple[str, int, float]]:
     """Groups of parameters of a hash table [rows, F]: name, end in the flat buffer, learning rate.
 
-    `level_rows` are the rows at which the levels end. With --lr_finest each level has a rate of its own.
+    `level_rows` are the rows at which the levels end. With --lr_finest each level has its own learning rate.
     """
     if config.lr_finest == 1 or len(level_rows) < 2:
         return [("table", table.numel(), config.table_lr)]

@@ -97,8 +97,6 @@ class Trainer:
         self._occupancy_before: dict[str, Tensor] = {}  # the renderer's state before its last update
         self.is_whole = True  # the state is that after `step` steps, also when a step failed
 
-    # ------------------------------------------------------------------------------------------------------- a step
-
     def train_step(self) -> StepResult:
         """Take one step of the optimisation. One that fails before the optimiser changes nothing."""
         end_part("start")
@@ -218,7 +216,7 @@ class Trainer:
             self._captured_capacity = capacity
 
         levels = inputs.active_levels
-        if levels is not None:  # a number would be the same in every replay
+        if isinstance(levels, int):  # a number would be the same in every replay
             levels = torch.full((), levels, dtype=torch.int32, device=self.device)
 
         def gradients(varying: tuple[Tensor, dict[str, Tensor], Tensor | None]) -> StepResult:
@@ -292,8 +290,6 @@ class Trainer:
         """Forget the CUDA graphs of the step and free their memory; later steps capture them again."""
         if self.graphs is not None:
             self.graphs.clear()
-
-    # -------------------------------------------------------------------------------------------------- checkpoints
 
     def architecture(self) -> dict[str, Any]:
         """Settings that two runs must share for one to load the other's checkpoint: those that shape the state."""

@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of a run in one safetensors file, without pickle.
 
 A state is a nested dict of tensors and plain values (numbers, strings, booleans, None, lists of them). Tensors are
-stored under their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata, beside the
+stored under their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata, with the
 format version, the architecture of the field, the run (its id, prompt and seed) and a SHA-256 of all of it. Writes are
 atomic, so that a run that is killed leaves the previous checkpoint intact.
 """
@@ -39,7 +39,7 @@ class Damaged(UserError):
 
 
 class Foreign(UserError):
-    """A checkpoint that is not of this run, or not what its name says."""
+    """A checkpoint of another run, or one that does not match its name."""
 
 
 def checkpoint_path(directory: Path, step: int, digits: int = 6) -> Path:
@@ -213,7 +213,7 @@ def damaged(path: Path, reason: object) -> Damaged:
     checkpoints = list_checkpoints(path.parent)
     oldest = path not in checkpoints or checkpoints.index(path) == 0
     advice = "; --ckpt scratch starts over" if oldest else ""
-    return Damaged(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({reason}){advice}")
+    return Damaged(f"the checkpoint {path} is damaged, truncated or not a safetensors file ({reason}){advice}")
 
 
 def _header(path: Path, file) -> dict[str, Any]:

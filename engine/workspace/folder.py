@@ -159,7 +159,7 @@ class Workspace:
         """Raises UserError: when files have the names of those of a run, and dream-fast did not write them."""
         if (record := self.record()) is not None:
             if not record.owns(self.manifest):
-                self.read_manifest()  # says what is wrong with it
+                self.read_manifest()  # raises the error
             record.check_free([self.config, self.manifest, self.metrics, self.log])
             return
         names = [path.name for path in self._paths() if os.path.lexists(path)]
@@ -238,7 +238,7 @@ class Workspace:
         if self.lock is not None and not self.lock.is_valid():
             raise UserError(
                 f"{self.typed} is gone: it was moved, removed or unmounted during the run; what was saved "
-                "is where the folder is now, and the same command with that --workspace goes on from there"
+                "is where the folder is now, and the same command with that --workspace continues there"
             )
 
     def stored_config(self) -> Config | None:
@@ -276,7 +276,7 @@ class Workspace:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.typed} cannot be made ({error})") from error
+            raise UserError(f"{self.typed} cannot be created ({error})") from error
         if self.lock is None:
             self._lock()
             if self.config.exists():
@@ -327,7 +327,7 @@ class Workspace:
         return manifest
 
     def later_files(self, step: int, last: int) -> list[Path]:
-        """The files, of whatever kind, with the names of images and videos after `step` and up to step `last`."""
+        """Files (of any type) with the names of images and videos after `step` and up to step `last`."""
         names = re.compile(r"(?:turntable_)?step_(\d{6,12})\.(?:png|mp4)")
         folders = [folder for folder in (self.validation, self.guidance, self.results) if folder.is_dir()]
         matches = [(path, names.fullmatch(path.name)) for folder in folders for path in folder.iterdir()]

@@ -88,7 +88,7 @@ class Lock:
             raise self._in_use(_holder(lease)) from None
         except (OSError, RuntimeError) as error:
             logger.warning(
-                "the disk of %s has no locks (%s): take care that no other run works in this workspace",
+                "the disk of %s has no locks (%s): make sure that no other run uses this workspace",
                 self.folder,
                 first_line(error),
             )

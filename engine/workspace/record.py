@@ -75,8 +75,6 @@ class Record:
         self.temporaries: set[str] = set()
         self._stamp: _Stamp | None = None
 
-    # ------------------------------------------------------------------------------------------------------ the file
-
     @classmethod
     def read(cls, root: Path) -> "Record | None":
         """Return the record of the workspace at `root`, or None in a folder without the mark.
@@ -154,10 +152,13 @@ class Record:
         return record
 
     def compact(self) -> None:
-        """Write the file anew with the files that are there."""
-        sizes = {name: {os.lstat(self.root / name).st_size} for name in self.sizes if self.owns(self.root / name)}
+        """Rewrite the file, without entries of files that no longer exist."""
+        sizes: dict[str, set[int | None]] = {
+            name: {os.lstat(self.root / name).st_size} for name in self.sizes if self.owns(self.root / name)
+        }
         sizes |= {name: {None} for name in sizes if name.startswith("tensorboard/")}
-        self.sizes = {name: {None} for name in GROWING} | sizes
+        growing: dict[str, set[int | None]] = {name: {None} for name in GROWING}
+        self.sizes = growing | sizes
         self.temporaries = {name for name in self.temporaries if (self.root / name).exists()}
         self._write(self._lines())
 
@@ -194,8 +195,6 @@ class Record:
             if sync:
                 os.fsync(file.fileno())
         self._remember()
-
-    # ------------------------------------------------------------------------------------------------------ files
 
     @classmethod
     def around(cls, path: Path) -> "Record | None":

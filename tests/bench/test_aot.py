@@ -190,7 +190,7 @@ def test_measure_entries_reports_operator_error(monkeypatch):
 
 
 def test_first_variants():
-    """One variant of each kernel is left, and each entry that raises."""
+    """The first variant of each kernel remains, and each entry that raises."""
     kernels = {
         "a": frozenset({"x_kernel", "x_kernel 2"}),
         "b": frozenset({"x_kernel 3", "y_kernel 2"}),

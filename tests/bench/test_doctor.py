@@ -16,7 +16,7 @@ from dream_fast.cli import main
 
 
 @pytest.fixture(scope="module")
-def said() -> list[dict]:
+def findings() -> list[Finding]:
     """The findings of the self test in the interpreter, as on a machine without a GPU."""
     return list(doctor.check_kernels(on_gpu=False))
 
@@ -62,9 +62,9 @@ ENOUGH = 1e6  # seconds: only what never ends meets its limit
             ENOUGH,
             "kernel march",
         ),
-        ("import os; os.kill(os.getpid(), 11)", ENOUGH, "ended early, status -11"),
-        ("import signal; signal.pause()", 1, "no end after 1 s"),
-        ("raise SystemExit('no driver')", ENOUGH, "ended early, status 1: no driver"),
+        ("import os; os.kill(os.getpid(), 11)", ENOUGH, "failed with status -11"),
+        ("import signal; signal.pause()", 1, "not finished after 1 s"),
+        ("raise SystemExit('no driver')", ENOUGH, "failed with status 1: no driver"),
     ],
 )
 def test_check_kernels_reports_failures(code, seconds, sentence, monkeypatch):
@@ -152,11 +152,11 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
 @pytest.mark.parametrize(
     ("machine", "driver", "state", "sentence", "advice"),
     [
-        ({}, None, "note", "no NVIDIA GPU: runs take the CPU", ""),
-        ({"built": "12.8"}, None, "note", "built for CUDA 12.8, which does no harm", ""),
-        ({}, "550.1", "wrong", "this torch is a build for CPUs", "built for CUDA: pytorch.org"),
+        ({}, None, "note", "no NVIDIA GPU: runs use the CPU", ""),
+        ({"built": "12.8"}, None, "note", "built for CUDA 12.8, which is harmless", ""),
+        ({}, "550.1", "wrong", "the installed torch is a CPU build", "see pytorch.org"),
         ({"built": "13.0", "warning": OLD_DRIVER}, "470.1", "wrong", "driver on your system is too old", "update the"),
-        ({"built": "12.8"}, "550.1", "wrong", "does not start it (it gives no reason)", "--device cpu"),
+        ({"built": "12.8"}, "550.1", "wrong", "cannot use it (no reason given)", "--device cpu"),
         (
             {"built": "12.8", "available": True, "works": False},
             "550.1",
@@ -166,7 +166,7 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
         ),
         ({"built": "12.8", "available": True, "capability": (7, 0)}, "550.1", "note", "sm_70", ""),
         ({"built": "12.8", "available": True}, "550.1", "ok", "NVIDIA Test, 80 GiB, sm_90, driver 550.1", ""),
-        ({"built": "12.8", "available": True, "count": 2}, "550.1", "ok", "the first of 2, --device cuda:1 takes", ""),
+        ({"built": "12.8", "available": True, "count": 2}, "550.1", "ok", "the first of 2, use --device cuda:1", ""),
     ],
 )
 def test_check_gpu(machine, driver, state, sentence, advice, monkeypatch):

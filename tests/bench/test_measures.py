@@ -12,7 +12,7 @@ from skimage import color as skimage_color
 
 from dream_fast.bench.accuracy import check_fp64
 from dream_fast.bench.pipeline.mesh_export import TexturedMesh, render_normals
-from dream_fast.bench.quality import looks
+from dream_fast.bench.quality import run_measures
 from dream_fast.bench.quality.measures import delta_e, edge_ratio, edge_width, floaters, kid, lab, part_color, roughness
 from dream_fast.bench.quality.protocol import sides
 from dream_fast.engine.render.base import RenderedImages
@@ -176,7 +176,7 @@ def test_measure_shape() -> None:
         yield
 
     def view(cameras, height, width, background):
-        assert entered and height == width == looks.SHAPE_SIZE and not background.any()
+        assert entered and height == width == run_measures.SHAPE_SIZE and not background.any()
         assert cameras.azimuth.tolist() == [0, 90, -180, -90] and (cameras.polar == 90).all()
         normal, opacity = (part.expand(4, *part.shape[1:]) for part in sphere(50))
         return RenderedImages(torch.zeros_like(normal), normal, torch.zeros_like(opacity), opacity)
@@ -184,7 +184,7 @@ def test_measure_shape() -> None:
     trainer = SimpleNamespace(
         device="cpu", optimizer=SimpleNamespace(ema_weights=ema_weights), renderer=SimpleNamespace(view=view)
     )
-    result = looks.measure_shape(trainer)
+    result = run_measures.measure_shape(trainer)
     assert result["roughness_deg"] == pytest.approx(roughness(*sphere(50)))
     assert result["edge_width"] == 0
     assert result["floaters"] == 0 and result["edge_ratio"] == pytest.approx(1, abs=0.05)
@@ -209,5 +209,5 @@ def test_measure_color() -> None:
     images = torch.full((2, 3, 16, 16), 0.75)
     images[:, :, 4:12, 4:12] = torch.tensor([0.15, 0.80, 0.82])[:, None, None]
     images[:, :, 8:12, 4:12] = torch.tensor([0.9, 0.05, 0.05])[:, None, None]
-    result = looks.measure_color(images, "a red robot", 0.75)
+    result = run_measures.measure_color(images, "a red robot", 0.75)
     check_fp64("red", torch.tensor(result).double(), torch.tensor([0.9, 0.05, 0.05]).double())

@@ -11,7 +11,7 @@ from dream_fast.bench.quality.page import BEGIN, END, fill_page, format_attribut
 from dream_fast.bench.quality.protocol import ATTRIBUTED, HELD_OUT, PROMPTS
 from dream_fast.bench.quality.world import (
     PAINTS,
-    WorldLook,
+    WorldMeasures,
     color_error,
     main_colors,
     make_palette,
@@ -94,7 +94,7 @@ def test_read_world_by_prompt(tmp_path) -> None:
     """Rows are in the requested order; there is no result for unknown prompts or another classifier."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, 3, 5), (2, 3)]
-    stored = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
+    stored = WorldMeasures(*(torch.rand(shape, generator=generator) for shape in shapes))
     path = tmp_path / "world.safetensors"
     assert world.read_world(["a mug"], path) is None
     probes = {"a striped mug": Probe(torch.rand(2, 5, generator=generator), torch.rand(2, generator=generator), 0.75)}
@@ -115,7 +115,7 @@ def test_read_world_by_prompt(tmp_path) -> None:
 def test_read_world_of_another_classifier(tmp_path, monkeypatch) -> None:
     """Features of other weights are not used."""
     path = tmp_path / "world.safetensors"
-    world.write_world(path, ["a mug"], WorldLook(torch.rand(1, 2, 1, 5), torch.rand(1, 3)), PROBES)
+    world.write_world(path, ["a mug"], WorldMeasures(torch.rand(1, 2, 1, 5), torch.rand(1, 3)), PROBES)
     assert list(world.read_probes(path)) == list(PROBES)
     monkeypatch.setattr(world, "classifier_digest", lambda: "another")
     assert world.read_world(["a mug"], path) is None and world.read_probes(path) == {}

@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
-    """The message with which the command refuses ``arguments``."""
+    """The message with which the command refuses `arguments`."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip()

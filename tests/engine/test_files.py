@@ -34,7 +34,7 @@ def make(kind: str, path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_open_regular_other_kinds(kind, tmp_path, monkeypatch):
-    """What is not a regular file is refused with its kind, at once, to read and to append to."""
+    """Files other than regular ones are refused with their kind, without waiting, for reading and for appending."""
     monkeypatch.chdir(tmp_path)
     path = make(kind, tmp_path / "name.txt")
     with pytest.raises(BadFile, match=f"name.txt is {SENTENCES[kind.removesuffix('_link')]} instead of a file"):

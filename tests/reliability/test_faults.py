@@ -43,7 +43,7 @@ def often(monkeypatch):
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Call ``act`` before step ``step`` (from 0)."""
+    """Call `act` before step `step` (from 0)."""
     take = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self: (act() if self.step == step else None, take(self))[1])
 

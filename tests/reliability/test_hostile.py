@@ -96,7 +96,7 @@ def test_weight_index_outside_folder(tmp_path, tiny_model, named):
     weights.unlink()
     index = {"weight_map": {str(i): name for i, name in enumerate(named)}}
     (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="must name files beside it"):
+    with pytest.raises(UserError, match="must name files in its own folder"):
         load_components(model, "cpu")
 
 

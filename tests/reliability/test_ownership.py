@@ -1,4 +1,4 @@
-"""What dream-fast did not write is never replaced, removed or shortened, whatever its name and kind."""
+"""Files not written by dream-fast are never replaced, removed or shortened, whatever their names and types."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def use(workspace: Workspace) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FILES)
 def test_file_in_the_way(name: str, kind: str, workspace: Workspace, outside: Path) -> None:
-    """Of each name and kind: it is left as it is, and so is what it leads to; nothing waits for it."""
+    """A file of each name and type is left unchanged, and so is the target of a link; nothing waits for it."""
     path = workspace.path / name
     path.unlink(missing_ok=True)
     place(kind, path, outside)
@@ -127,7 +127,7 @@ def test_file_in_the_way(name: str, kind: str, workspace: Workspace, outside: Pa
 @pytest.mark.parametrize("kind", ["file", "pipe", "link", "broken_link", "folder_link"])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folder_in_the_way(name: str, kind: str, workspace: Workspace, outside: Path) -> None:
-    """What is in place of a folder is refused by name before anything is written, and left."""
+    """A file in place of a folder is refused by name before anything is written, and left unchanged."""
     path = workspace.path / name
     shutil.rmtree(path, ignore_errors=True)
     place(kind, path, outside)

@@ -1,4 +1,4 @@
-"""Check the folder of an image model before anything is loaded; each error says what to do.
+"""Check the folder of an image model before anything is loaded; each error has instructions.
 
 Nothing is unpickled: weights are safetensors, and the error for other files has the command that converts them.
 """
@@ -104,7 +104,7 @@ def weight_files(stem: str, variant: str | None) -> tuple[str, str]:
 
 
 def pipeline_name(folder: Path) -> str | None:
-    """Return the class of a folder's pipeline where it has an adapter of its own, else None."""
+    """Return the class of a folder's pipeline if it has an adapter, else None."""
     if not (folder / "model_index.json").exists():
         return None
     name = read_json(folder / "model_index.json").get("_class_name")
@@ -176,7 +176,7 @@ def weights_of(folder: Path, part: str, stem: str) -> Weights | None:
 
 
 def _check_layout(folder: Path, kind: str) -> None:
-    """Raises UserError: when a folder does not have the layout of diffusers; the message names what it is."""
+    """Raises UserError: when a folder does not have the layout of diffusers; the message identifies it."""
     if (folder / "model_index.json").exists():
         return
     flag = KINDS[kind].flag
@@ -197,7 +197,9 @@ def single_file(path: Path, kind: str) -> str:
         return f"{path} is a file; a folder in the layout of diffusers is needed"
     out = path.with_suffix("")
     flag, command = KINDS[kind].flag, _convert(kind, "from_single_file", path, out)
-    return f"{path} is a single file; this makes a folder of it, and then {flag} {out} names the model: {command}"
+    return (
+        f"{path} is a single file; convert it to a folder with the following command, and use {flag} {out}: {command}"
+    )
 
 
 def _is_lora(path: Path) -> bool:
@@ -227,7 +229,7 @@ def _check_index(folder: Path, kind: str) -> None:
     index = read_json(folder / "model_index.json")
     pipeline, parts = index.get("_class_name"), KINDS[kind].parts
     if isinstance(pipeline, list) and pipeline:
-        pipeline = pipeline[-1]  # of a pipeline with code of its own, which comes first
+        pipeline = pipeline[-1]  # of a pipeline with its own code, whose name comes first
     if pipeline not in SAME_PARTS[kind]:
         raise UserError(_other_pipeline(folder, kind, pipeline))
     for part, (classes, _, _) in parts.items():
@@ -240,7 +242,7 @@ def _check_index(folder: Path, kind: str) -> None:
         logger.warning("the model %s is used without its ControlNet or adapter", folder)
     if index["scheduler"][1] in ("LCMScheduler", "TCDScheduler"):
         logger.warning(
-            "the model %s samples in few steps (%s), for which it was distilled; models before that guide better",
+            "the model %s was distilled for sampling in few steps (%s); the original model guides better",
             folder,
             index["scheduler"][1],
         )
@@ -264,7 +266,7 @@ def check_sentencepiece(folder: Path) -> None:
     packages = ("sentencepiece", "google.protobuf")
     if not (folder / "tokenizer" / "tokenizer.json").exists() and not all(map(_installed, packages)):
         raise UserError(
-            f"the tokenizer of the model {folder} is a file of SentencePiece, whose reader is missing: "
+            f"the tokenizer of the model {folder} is a file of SentencePiece, whose package is missing: "
             "pip install 'dream-fast[if]'"
         )
 
@@ -332,8 +334,8 @@ def _check_weights(folder: Path, kind: str, part: str, stem: str, source: str | 
     out = f"{Path(source).name.replace('@', '-')}-safetensors" if from_hub else f"{folder}-safetensors"
     command = _convert(kind, "from_pretrained", source, out)
     raise UserError(
-        f"{lacks}, and pickled weights are not loaded, as a pickle can run code; where you trust it, this makes a "
-        f"folder of safetensors, and then {KINDS[kind].flag} {out} names the model: {command}"
+        f"{lacks}, and pickled weights are not loaded, as a pickle can run code; if you trust it, "
+        f"convert it to safetensors with the following command, and use {KINDS[kind].flag} {out}: {command}"
     )
 
 
@@ -342,7 +344,7 @@ def _shards(index: Path) -> list[str]:
     named = read_json(index).get("weight_map")
     files = list(named.values()) if isinstance(named, dict) else []
     if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-        raise UserError(f"the model file {index} must name files beside it in its weight_map")
+        raise UserError(f"the model file {index} must name files in its own folder in its weight_map")
     return sorted(set(files))
 
 

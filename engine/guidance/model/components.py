@@ -74,6 +74,8 @@ class Components:
     window: int = 77
     t5: bool = False
     attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
+    embeds_again = False
+    capturable = True
 
     @property
     def latents_are_pixels(self) -> bool:
@@ -134,7 +136,7 @@ class Components:
     def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         """Output [B, C, h, w] fp32 of the UNet for noisy latents at timesteps `t` [B] and the embedding [B, T, D].
 
-        The variance that some models of pixels predict besides is left out.
+        The variance that some pixel models also predict is dropped.
         """
         assert isinstance(embedding, Tensor)
         states = embedding.to(self.dtype)
@@ -271,7 +273,7 @@ def prepare_components(
     Raises UserError: when an attention does not work on the device, or `compiled` is set without a GPU.
     """
     if compiled and components.device.type != "cuda":
-        raise UserError("--compile needs a GPU: on a CPU it gains nothing; leave it out")
+        raise UserError("--compile needs a GPU: it has no benefit on a CPU; leave it out")
     unet, vae = components.unet, components.vae
     for model in (components.text_encoder, unet, vae):
         if model is not None:

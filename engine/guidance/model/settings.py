@@ -1,6 +1,6 @@
 """Check the settings of a model against sense and against its weights, before a module is built from them.
 
-A setting of a few characters can ask for millions of layers, or turn every number into NaN. Layers are counted in the
+A wrong setting can request millions of layers, or turn every number into NaN. Layers are counted in the
 names of the tensors, so nothing is built that the file has no weights for.
 """
 

@@ -268,7 +268,7 @@ def test_report_size(copy):
     def noise(height: int, width: int) -> np.ndarray:
         return drawn.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-    frame = noise(384, 1152)  # each time the same: the video is coded in a moment, the page in pictures each by itself
+    frame = noise(384, 1152)  # a constant image: the video is small, while the page encodes each frame
     write_video(copy / "results" / "turntable.mp4", (frame for _ in range(MAX_FRAMES + 2)), 25)
     for path in [*(copy / "results").glob("*.png"), *(copy / "validation").glob("*.png")]:
         Image.fromarray(noise(400, 400)).save(path)

@@ -1,4 +1,4 @@
-"""What a glTF file states is checked before anything is built from it."""
+"""Contents of glTF files are checked before use."""
 
 import base64
 import json
@@ -88,7 +88,7 @@ def test_check_gltf_accepted() -> None:
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"3", b"{", b"[" * 100_000, b"\xff"])
 def test_check_gltf_no_object(text: bytes) -> None:
-    """What is not a JSON object is refused, however deep."""
+    """Values other than JSON objects are refused, at any depth."""
     with pytest.raises(ValueError):
         check_gltf(text, 10, 10)
 
@@ -98,7 +98,7 @@ def test_check_gltf_no_object(text: bytes) -> None:
 )
 def test_glb_json_broken(data: bytes) -> None:
     """A file that is too short, has no JSON, or less than it states."""
-    with pytest.raises(ValueError, match="is not a binary glTF file|is cut short"):
+    with pytest.raises(ValueError, match="is not a binary glTF file|is truncated"):
         glb_json(data)
 
 
@@ -135,7 +135,7 @@ def test_load_mesh_reference_refused(uri: str, sentence: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("uri", ["box.bin", "a%20box.bin", "near.bin", "data:application/octet-stream;base64,"])
 def test_load_mesh_reference_accepted(uri: str, tmp_path: Path) -> None:
-    """Buffers beside the file, with an escaped name, by a link inside the folder, and inside the file."""
+    """Buffers in separate files, with an escaped name, by a link inside the folder, and inside the file."""
     for name in ("box.bin", "a box.bin"):
         (tmp_path / name).write_bytes(DATA)
     (tmp_path / "near.bin").symlink_to("box.bin")
@@ -160,7 +160,7 @@ def test_load_mesh_leaves_materials_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["few.ply", "few.off", "many.ply", "many.off", "pipe.stl", "text.obj"])
 def test_load_mesh_stated_count(name: str, tmp_path: Path) -> None:
-    """A file with fewer faces than it states is cut short; one that states too many is refused before it is read."""
+    """A file with fewer faces than it states is truncated; one that states too many is refused before it is read."""
     path, count = tmp_path / name, 9 if name.startswith("few") else 10**9
     if name == "pipe.stl":
         os.mkfifo(path)

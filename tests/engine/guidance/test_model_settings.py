@@ -150,7 +150,7 @@ def test_check_weight_file_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_check_finite(value: float, dtype: torch.dtype) -> None:
-    """One bad weight among many is found and its tensor named; a tensor without values is no fault."""
+    """A bad weight among many is found and its tensor named; an empty tensor is valid."""
     module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1, bias=False)).to(dtype)
     module.register_buffer("empty", torch.zeros(0, dtype=dtype))
     check_finite("it", module)

@@ -278,7 +278,7 @@ def test_deterministic_runs_repeat():
 
 @pytest.mark.parametrize("graph", ["--cuda_graph", "--no-cuda_graph"])
 def test_run_with_callbacks(graph, tmp_path, capsys):
-    """Images are saved beside the graph of the step, and a trace has the kernels inside it."""
+    """Images are saved while steps are graphs, and a trace has the kernels inside it."""
     words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()
     assert main(["--text", "a hamburger", "--workspace", str(tmp_path), *words, graph]) == 0
     output = capsys.readouterr().out

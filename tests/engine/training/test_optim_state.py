@@ -43,7 +43,7 @@ def test_learning_rates(monkeypatch):
 
 
 def test_learning_rate_cooldown():
-    """In the last part of a run the rates fall in a straight line to 0, beside their exponential decay."""
+    """In the last part of a run the rates fall linearly to 0, in addition to their exponential decay."""
     plain = config(lr_decay=0.25)
     assert [plain.lr_scale(progress) for progress in (0.0, 0.5, 1.0)] == [1.0, 0.5, 0.25]
     cooling = config(lr_decay=0.25, lr_cooldown=0.5)

@@ -254,7 +254,7 @@ def test_create_after_another_run(tmp_path):
 def test_create_errors(tmp_path, monkeypatch):
     """The message has the reason of the system."""
     (tmp_path / "file").write_text("notes")
-    with pytest.raises(UserError, match=re.escape(f"--workspace {tmp_path / 'file'} cannot be made (")):
+    with pytest.raises(UserError, match=re.escape(f"--workspace {tmp_path / 'file'} cannot be created (")):
         Workspace(tmp_path / "file").create()
 
     def refuse(*_, **__):

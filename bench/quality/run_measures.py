@@ -28,7 +28,7 @@ STRIP_VIEWS = (1, 5)  # of the eight azimuths around the object: from the front'
 
 @torch.no_grad()
 def measure_shape(trainer: Trainer) -> dict[str, float | None]:
-    """Measure shape from four sides, of the averaged weights, before anything is cleaned: the names in `run.SHAPE`."""
+    """Measure shape from four sides, of the averaged weights, without cleaning: the names in `run.SHAPE`."""
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights():
         view = trainer.renderer.view(sides(trainer.device), SHAPE_SIZE, SHAPE_SIZE, background=black)
@@ -51,7 +51,7 @@ def measure_color(images: Tensor, prompt: str, background: float) -> list[float]
 
 @torch.no_grad()
 def write_strip(trainer: Trainer, path: Path, camera: CameraConfig) -> None:
-    """Two views of 512 x 512 pixels, each as it is and as normals, beside one another."""
+    """Two views of 512 x 512 pixels, in colour and as normals, side by side."""
     gray = torch.full((3,), 0.75, device=trainer.device)
     around = turntable(camera, 8, trainer.device)
     chosen = Cameras(*(part[list(STRIP_VIEWS)] for part in around))
@@ -64,8 +64,10 @@ def write_strip(trainer: Trainer, path: Path, camera: CameraConfig) -> None:
 
 
 def measure_mesh(config: Config, workspace: Path, folder: Path, size: int = 256) -> dict[str, float | None]:
-    """Measure the mesh of a finished run: mesh_psnr in dB and mesh_iou are the worst of six views beside the field,
-    mesh_roughness_deg is of the normals that a viewer interpolates.
+    """Measure the mesh of a finished run.
+
+    mesh_psnr in dB and mesh_iou compare it with the field, in the worst of six views; mesh_roughness_deg is that of
+    the normals that a viewer interpolates.
     """
     output, glb = config.output, folder / "mesh.glb"
     finer = config.override({"max_steps": SAMPLE_FACTOR * config.render.max_steps})
