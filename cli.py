@@ -238,7 +238,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         if name in typed:
             typed[name] = typed_name(typed[name])
     if typed.get("O") and typed.get("O2"):
-        print("dream-fast: note: -O2 has no effect beside -O", file=sys.stderr)
+        print("dream-fast: note: -O2 has no effect with -O", file=sys.stderr)
     return expand_shortcuts(typed)
 
 
@@ -336,7 +336,7 @@ def _main(words: Sequence[str]) -> int:
         print(json.dumps(config.to_dict(), indent=2), flush=True)
         error = getattr(sys.stdout, "error", None)
         if error is not None and not isinstance(error, BrokenPipeError):
-            raise UserError(f"--print_config: the standard output takes no more ({first_line(error)})")
+            raise UserError(f"--print_config: cannot write to standard output ({first_line(error)})")
         return 0
     from dream_fast.engine.run import run
 

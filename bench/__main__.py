@@ -20,13 +20,17 @@ COMMANDS = {
     "models": Command("pipeline.models", "time and memory of a guidance step of SDXL, SD3, PRX and FLUX.2"),
     "end_to_end": Command("pipeline.end_to_end", "time and memory of `dream-fast --text` from start to exit"),
     "compare": Command("compare", "slowdowns of a result of `kernels` against an earlier one"),
-    "timing": Command("regression.timing", "speed on a CPU beside an earlier commit, on the same machine"),
+    "timing": Command("regression.timing", "speed on a CPU compared with an earlier commit, on the same machine"),
     "aot": Command("ops.aot", "registers, spills and instructions of every kernel, compiled without a GPU"),
     "quality": Command("quality.run", "whole runs with default settings, scored by the classifier"),
     "world": Command("quality.world", "renders of the procedural world, with which `quality` compares results"),
-    "mesh": Command("pipeline.mesh_export", "meshes of finished runs beside their fields, and the time of the export"),
+    "mesh": Command(
+        "pipeline.mesh_export", "meshes of finished runs compared with their fields, and the time of the export"
+    ),
     "sharpness": Command("pipeline.mesh_sharpness", "mesh refinement against the field that it began from"),
-    "kill_resume": Command("reliability.kill_resume", "runs that are killed and resumed, beside one that is not"),
+    "kill_resume": Command(
+        "reliability.kill_resume", "runs that are killed and resumed, compared with one that is not"
+    ),
     "soak": Command("reliability.soak", "memory, open files and speed of a long run"),
     "selftest": Command("doctor.selftest", "every kernel once against its reference, on tiny inputs"),
     "report": Command("report", "the tables of PROFILING.md, from bench/results"),

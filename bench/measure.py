@@ -1,8 +1,8 @@
 """The timer of every benchmark: CUDA events on a GPU, clocks on a CPU.
 
-A call that takes tens of microseconds starts slower than it runs. On a GPU the whole call, autograd included, is
-therefore captured in a CUDA graph where that is possible. Its replay is timed, with the L2 cache overwritten between
-calls. A call that reads a size on the host cannot be captured; it is timed as it is, waiting included.
+A call that takes tens of microseconds on a GPU starts slower than it runs, so there are two times of it. `time_cuda`
+captures the whole call, autograd included, in a CUDA graph where that is possible, and times the replay, with the L2
+cache overwritten between calls: the kernels' own time. `time_eager` times calls from Python, one after the other.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
     try:
         with torch.cuda.graph(graph):
             call()
-    except RuntimeError:  # torch raises it for whatever a capture forbids
+    except RuntimeError:  # torch raises it for anything that a capture forbids
         torch.cuda.synchronize()
         return None
     graph.replay()
@@ -87,6 +87,30 @@ def time_cuda(call: Callable[[], Any], *, milliseconds: float = 100, graph: bool
     times = [before.elapsed_time(after) for before, after in events]
     del captured, cache
     return quantiles(times, graph=run is not call)
+
+
+def time_eager(call: Callable[[], Any], *, milliseconds: float = 100, least: int = 10) -> Timing:
+    """Time `call` on the current GPU among calls that follow one another, the host's part included, after a warm-up.
+
+    After each batch of calls the host waits for the GPU: for about `milliseconds`, at least `least` batches.
+    """
+
+    def time_batch(calls: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3 / calls
+
+    call()
+    # A batch is long beside the wait at its end.
+    calls = max(1, int(milliseconds / 50 / time_batch(3)))
+    spent, times = 0.0, list[float]()
+    while spent < milliseconds or len(times) < least:
+        times.append(time_batch(calls))
+        spent += times[-1] * calls
+    return quantiles(times)
 
 
 def time_cpu(call: Callable[[], Any], *, milliseconds: float = 100, least: int = 3) -> Timing:

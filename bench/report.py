@@ -17,7 +17,7 @@ from dream_fast.bench.results import RESULTS, ROOT, STEP, call_of
 PAGE = ROOT / "PROFILING.md"
 H100, H200 = "nvidia-h100-80gb-hbm3.json", "nvidia-h200.json"
 END = "<!-- end of table -->"
-NORMS = ("group_norm_silu", "bias_residual")  # operators of the image model, in a table of their own
+NORMS = ("group_norm_silu", "bias_residual")  # operators of the image model, in a separate table
 MODES = {"forward": "fwd", "forward_backward": "fwd + bwd"}
 STEP_GPUS = (H100, H200)
 GIB = 1 << 30
@@ -78,7 +78,7 @@ def end_to_end_table() -> str:
 
 
 def step_table() -> str:
-    """A whole step on each GPU: time beside the target, memory, and the image model's modules alone."""
+    """A whole step on each GPU: time and its target, memory, and the image model's modules alone."""
     from dream_fast.bench.pipeline.step_cases import CASES
 
     cases = {case.name: case for case in CASES}

@@ -10,6 +10,7 @@ from dream_fast.engine.export.images import six_view_paths, write_six_views
 from dream_fast.engine.export.mesh_files import mesh_paths, write_mesh, write_textured
 from dream_fast.engine.export.silhouette import render_silhouettes
 from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.files import is_regular
 from dream_fast.engine.geometry.mesh import simplify
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter
@@ -34,6 +35,32 @@ def choose_output_folder(config: Config, workspace: Workspace) -> Workspace:
     return workspace if os.path.realpath(target.path) == os.path.realpath(workspace.path) else target
 
 
+def paths_of_outputs(config: Config, workspace: Workspace, *, only_missing: bool = False) -> list[Path]:
+    """Return the files that the outputs of a run are written to, with `only_missing` those of outputs that lack one."""
+    outputs = [output for output in _output_paths(config, workspace) if not (only_missing and _all_there(output))]
+    return [path for output in outputs for path in output] + [workspace.report] * bool(outputs)
+
+
+def paths_of_run(config: Config, workspace: Workspace, step: int) -> list[Path]:
+    """Return the files that a run from `step` on writes, as far as their names are known."""
+    trace = [workspace.profile / "trace.json.gz"] if config.output.profile else []
+    return [*paths_of_outputs(config, workspace), *trace, *workspace.later_files(step, config.run.iters)]
+
+
+def _output_paths(config: Config, workspace: Workspace) -> list[list[Path]]:
+    """Return the files of each output of the settings, in the order of `_list_outputs`."""
+    paths = [six_view_paths(workspace.results)]
+    if not config.run.six_views:
+        paths.append([workspace.results / "turntable.mp4"])
+    if config.run.save_mesh:
+        paths.append(mesh_paths(workspace.mesh / "mesh.glb", normals=not config.dmtet.dmtet))
+    return paths
+
+
+def _all_there(paths: list[Path]) -> bool:
+    return all(map(is_regular, paths))
+
+
 def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *, only_missing: bool = False) -> bool:
     """Write the outputs of a run from the averaged weights, without floaters. Return True if there were any to write.
 
@@ -41,7 +68,7 @@ def write_outputs(trainer: Trainer, workspace: Workspace, reporter: Reporter, *,
     """
     outputs = _list_outputs(trainer, workspace, reporter)
     if only_missing:
-        outputs = [output for output in outputs if not all(path.is_file() for path in output.paths)]
+        outputs = [output for output in outputs if not _all_there(output.paths)]
     if outputs:
         with (
             reporter.collect(workspace.results),

@@ -9,7 +9,7 @@ from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.validate import check_packages
 from dream_fast.engine.export.report import write_report
 from dream_fast.engine.guidance.registry import load_guidance
-from dream_fast.engine.outputs import choose_output_folder, write_outputs
+from dream_fast.engine.outputs import choose_output_folder, paths_of_outputs, paths_of_run, write_outputs
 from dream_fast.engine.runtime.device import Runtime, choose_runtime, peak_memory, prepare
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.runtime.reporter import Reporter, log_warnings_to
@@ -95,6 +95,7 @@ def _write_files(
     config = trainer.config
     if target is not workspace:
         target.create_for_outputs_of(workspace, config)
+    target.check_free(paths_of_outputs(config, target, only_missing=not config.run.test))
     reporter.open_log(target.log)
     reporter.say(outputs_message(config, runtime, trainer.step))
     if not config.run.test:
@@ -136,6 +137,7 @@ def _train(
     """Load the guidance, train, and write the outputs."""
     config = trainer.config
     check_packages(config)
+    workspace.check_free(paths_of_run(config, workspace, trainer.step))
     is_new = config.run.ckpt == "scratch"
     earlier = {} if is_new else workspace.read_manifest()
     loaded = load_guidance(config, runtime, trainer.attention)
@@ -145,7 +147,8 @@ def _train(
     if is_new:
         workspace.clear()
     for path in damaged:
-        reporter.warn(f"the damaged checkpoint is kept as {workspace.quarantine(path)}")
+        if (other := workspace.quarantine(path)) is not None:
+            reporter.warn(f"the damaged checkpoint is kept as {other}")
     workspace.write_config(config)
     workspace.truncate_after(trainer.step)
     reporter.open_log(workspace.log)

@@ -1,8 +1,8 @@
 """Run command lines of stable-dreamfusion's README and scripts. `python -m dream_fast.bench command_lines`.
 
-Each is run for 20 steps with dream-mini, small images and few frames, in a folder of its own, and the outcome is
-written to docs/coming_from_stable_dreamfusion.md. A line that names a model that has to be downloaded is run with
-dream-mini instead.
+Each is run for 20 steps with dream-mini, small images and few frames, in a separate folder, and the outcome is written
+to docs/coming_from_stable_dreamfusion.md. A line that names a model to download is run with dream-mini
+instead.
 """
 
 import argparse
@@ -71,42 +71,42 @@ LINES = (
     ),
 )
 
-UNKNOWN = "the embedded model does not know what "  # the begin of its refusal
+UNKNOWN = "the embedded model does not know what "  # the start of the error message
 
 _HEAD = """# Coming from stable-dreamfusion
 
-Write `dream-fast` for `python main.py`. Below are {count} command lines of its README and scripts with what happened
-here to each: `python -m dream_fast.bench command_lines` ran them for {steps} steps with dream-mini on a CPU
-({machine}, two cores that others used too: the seconds measure nothing), with images of
-96 x 96 and 6 frames, each in a folder of its own (those with `--test` in that of the first). A test keeps the sentences
-current. Every single flag: [options.md](options.md).
+Replace `python main.py` with `dream-fast`. The table lists {count} command lines from the README and the scripts of
+stable-dreamfusion, and their results here. `python -m dream_fast.bench command_lines` ran each of them for {steps}
+steps with dream-mini on a CPU ({machine}, two shared cores, so the seconds are no benchmark), with
+images of 96 x 96 and 6 frames. Each ran in its own folder; a line with `--test` ran in the folder of the first. A test
+keeps the messages current. All flags: [options.md](options.md).
 
-What to know besides:
+Differences:
 
-- Without `--sd_version`, `--hf_key`, `--IF` or `--guidance` the embedded model guides, not Stable Diffusion 2.1. It
-  knows {things} things and refuses a prompt without any of them; such a line was run with the prompt "{known}".
-- A line that names a model that has to be downloaded was run with dream-mini instead, everything else as typed.
-  The paths of those models are tested with random weights; their trained ones were not at hand.
-- A workspace holds one run. The README's lines mostly say `--workspace trial`; a second one with other settings is
-  refused, with the settings that differ, where the reference would go on from the first one's checkpoint. Take another
-  folder, or `--ckpt scratch`.
-- The names of models of 2022 are gone from the hub (`runwayml/stable-diffusion-v1-5`, `stabilityai/stable-diffusion-2`,
-  `-2-base`, `-2-1`, `-2-1-base`). `--sd_version` takes their living copies; a name that is gone is refused with its
-  copy.
-- `--device cuda:1` takes the second GPU of several; `CUDA_VISIBLE_DEVICES` works as everywhere. A run takes one GPU.
-- `--test --output FOLDER` writes the outputs of a run to another folder and only reads its workspace.
-- What other programs call a flag (`--prompt`, `--steps`, `--cfg_scale`, `--lora`, `--gpu`) is refused with what does
-  the same here. Weights such as `(red:1.3)` and tags such as `<lora:x:0.8>` in a prompt are words; a note says what to
-  do instead.
+- The default image model is dream-mini, not Stable Diffusion 2.1. It knows {things} things and refuses a prompt without
+  any of them; such a line ran with the prompt "{known}".
+- A line that names a model to download ran with dream-mini and otherwise unchanged. The code for those models is tested
+  with random weights; their trained weights were not available.
+- A workspace holds one run. Many lines of the README share `--workspace trial`. A second run with different settings is
+  refused there, and the message lists them; stable-dreamfusion continues from the first run's checkpoint. Use another
+  folder or `--ckpt scratch`.
+- Model names of 2022 were removed from the hub (`runwayml/stable-diffusion-v1-5`, `stabilityai/stable-diffusion-2`,
+  `-2-base`, `-2-1`, `-2-1-base`). `--sd_version` uses existing copies; a removed name is refused, and the message
+  contains the name of a copy.
+- A run uses one GPU. `--device cuda:1` selects the second one; `CUDA_VISIBLE_DEVICES` works as usual.
+- `--test --output FOLDER` writes the outputs of a run to another folder and leaves its workspace unchanged.
+- Flags of other programs (`--prompt`, `--steps`, `--cfg_scale`, `--lora`, `--gpu`) are refused with the corresponding
+  flag. Weights such as `(red:1.3)` and tags such as `<lora:x:0.8>` in a prompt are treated as words, with a warning
+  that suggests an alternative.
 - Results are `results/turntable.mp4`, `results/six_views.png`, `mesh/mesh.glb` and `report.html`.
 
-| from | line | here | what happened |
+| source | command line | result | details |
 |---|---|---|---|
 """
 
 
 class Outcome(NamedTuple):
-    """verdict: works, works with a remark, or refused. details: the steps and files, or the sentence of the refusal."""
+    """verdict: works, works with a remark, or refused. details: steps and files, or the error message."""
 
     verdict: str
     details: str
@@ -119,7 +119,7 @@ def run_command(words: list[str], folder: Path) -> subprocess.CompletedProcess:
 
 
 def read_refusal(done: subprocess.CompletedProcess) -> str | None:
-    """The sentence of a command that was refused, or None. Raises RuntimeError: when it failed in another way."""
+    """The error message of a refused command, or None. Raises RuntimeError: on any other failure."""
     if done.returncode == 0:
         return None
     if done.returncode != 2:
@@ -128,14 +128,14 @@ def read_refusal(done: subprocess.CompletedProcess) -> str | None:
 
 
 def write_files(folder: Path) -> None:
-    """Write the files that the lines read."""
+    """Write the files that the command lines read."""
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
 
 def find_model(words: list[str], folder: Path) -> tuple[str | None, str | None]:
-    """(sentence, None) for a line that is refused, otherwise (None, the model that it names; None: dream-mini)."""
+    """(error message, None) for a refused line, otherwise (None, the model that it names; None: dream-mini)."""
     done = run_command([*words, "--device", "cpu", "--print-config"], folder)
     if sentence := read_refusal(done):
         return sentence, None
@@ -158,16 +158,16 @@ def with_dream_mini(words: list[str]) -> list[str]:
 
 
 def adapt_words(words: list[str], folder: Path) -> tuple[list[str], Outcome]:
-    """The words that are run instead of a line's, and the outcome so far, without details unless it is refused."""
+    """Words to run in place of those of a line, and its outcome, without details unless it is refused."""
     sentence, model = find_model(words, folder)
     verdict = "works"
     if model:
-        verdict = f"works; it asks for {model}, run with dream-mini"
+        verdict = f"works with dream-mini instead of {model}"
         words = with_dream_mini(words)
         sentence, _ = find_model(words, folder)
     if sentence and sentence.startswith(UNKNOWN):
-        unknown = f'dream-mini does not know the prompt; works with "{KNOWN}" or another model'
-        verdict = f'{verdict} and "{KNOWN}"' if model else unknown
+        unknown = f'dream-mini does not know the prompt; "{KNOWN}" works, and so does another model'
+        verdict = f'{verdict} and the prompt "{KNOWN}"' if model else unknown
         words = list(words)
         words[words.index("--text") + 1] = KNOWN
         sentence, _ = find_model(words, folder)
@@ -192,7 +192,7 @@ def run_line(line: CommandLine, folder: Path) -> Outcome:
 
 
 def list_outputs(output: str, workspace: Path) -> str:
-    """Steps that were taken, and outputs that the command lists."""
+    """The number of steps, and the output files that the command printed."""
     rows = (workspace / "metrics.jsonl").read_text().splitlines()
     names = ("results/turntable.mp4", "results/six_views.png", "mesh/mesh.glb")
     files = ", ".join(f"`{name}`" for name in names if f"/{name} " in re.sub(r"\s+", " ", output))

@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +21,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from dream_fast.bench.ops.machine_code import count_instructions, disassemble, find_usage
 from dream_fast.bench.results import RESULTS
 from dream_fast.kernels._core.launch import INTERPRETED, Launch, recorded_launches
 
@@ -34,14 +33,11 @@ TARGETS = {
 }
 GATED = ("sm_80", "sm_90")
 RECORD = "(record)"  # replaces a kernel's name where an operator raised before it launched any
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", re.MULTILINE)
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-WIDTH = re.compile(r"\.(?:U|S)?(8|16|64|128)\b")
 # In Triton's code for sm_90: the layouts of products with their warps along the rows, and the products.
 LAYOUT = re.compile(r"^(#\w+) = #ttg\.nvidia_mma<{versionMajor = 3,.*?warpsPerCTA = \[(\d+),", re.MULTILINE)
 PRODUCT = re.compile(r"warp_group_dot .*-> tensor<(\d+)x(\d+)xf\d+, (#\w+)>")
 Resources = dict[str, dict[str, dict[str, Any]]]  # {target: {"entry/kernel": {field: value}}}
-MATRIX = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
+Kernels = dict[str, frozenset[str]]  # {entry: names of kernels in it, as `unique_launches` gives them}
 
 
 def bind_launch(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -104,54 +100,6 @@ def describe_variant(launch: Launch) -> str:
     return " ".join(words)
 
 
-def disassemble(compiled: Any) -> str:
-    """SASS of a compiled kernel, after its resource usage."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.kernel)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def count_instructions(sass: str) -> dict[str, Any]:
-    """Count resources and instructions in the output of `disassemble`."""
-    usage = USAGE.search(sass)
-    assert usage is not None, "cuobjdump prints no resource usage"
-    registers, stack, _, local = map(int, usage.groups())
-    counts: dict[str, Counter[str]] = {name: Counter() for name in ("loads", "stores", "atomics", "matrix")}
-    codes = INSTRUCTION.findall(sass)
-    spills = 0
-    for code in codes:
-        name, *modifiers = code.split(".")
-        width = next(iter(WIDTH.findall(code)), "32")
-        if name in ("LDG", "LDGSTS"):
-            counts["loads"][width if name == "LDG" else f"{width} to shared"] += 1
-        elif name == "STG":
-            counts["stores"][width] += 1
-        elif name in ("UBLKCP", "UTMALDG", "UTMASTG", "UTMAREDG"):
-            counts["stores" if "STG" in name else "loads"][name] += 1
-        elif name in ("RED", "REDG", "ATOM", "ATOMG"):
-            kind = [m for m in modifiers if m not in ("E", "STRONG", "GPU", "SYS", "FTZ", "RN", "PT", "CTA")]
-            counts["atomics"][".".join([name.rstrip("G"), *kind])] += 1
-        elif name in MATRIX:
-            counts["matrix"][name] += 1
-        elif name in ("LDL", "STL"):
-            spills += 1
-    return {
-        "registers": registers,
-        "spills": spills,
-        "local_bytes": stack + local,
-        **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
-        "shared_loads": sum(code.startswith(("LDS", "LDSM")) for code in codes),
-        "shared_stores": sum(code.startswith(("STS", "STSM")) for code in codes),
-        "shuffles": sum(code.startswith("SHFL") for code in codes),
-        "barriers": sum(code.startswith("BAR") for code in codes),
-        "instructions": len(codes),
-    }
-
-
 def find_rows_outside(code: str) -> list[str]:
     """List products in Triton's code for sm_90 (`.asm["ttgir"]`) whose warps take more rows than there are.
 
@@ -167,8 +115,8 @@ def find_rows_outside(code: str) -> list[str]:
     return sorted(products)
 
 
-def measure_resources(launch: Launch, target: str) -> dict[str, Any]:
-    """Compile a launch and count its resources; for targets other than NVIDIA's only shared memory.
+def measure_shared(launch: Launch, target: str) -> dict[str, Any]:
+    """Compile a launch: its shared memory, and for NVIDIA's targets its "cubin", which `count_resources` replaces.
 
     Raises ValueError: when a product reads past its tile.
     """
@@ -176,7 +124,15 @@ def measure_resources(launch: Launch, target: str) -> dict[str, Any]:
     if products := find_rows_outside(compiled.asm["ttgir"]):
         raise ValueError("; ".join(products))
     shared = {"shared": compiled.metadata.shared}
-    return {**shared, **count_instructions(disassemble(compiled))} if target.startswith("sm_") else shared
+    return shared | {"cubin": compiled.kernel} if target.startswith("sm_") else shared
+
+
+def count_resources(rows: Iterable[dict[str, Any]], target: str) -> None:
+    """Replace the "cubin" of each row of `measure_shared` by the counts of its registers and instructions."""
+    rows = [row for row in rows if "cubin" in row]
+    cubins = [row.pop("cubin") for row in rows]
+    for row, cubin, codes in zip(rows, cubins, disassemble(cubins, target) if cubins else [], strict=True):
+        row |= find_usage(cubin) | count_instructions(codes)
 
 
 def unique_launches(launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
@@ -202,59 +158,80 @@ def record_launches(key: str) -> list[Launch]:
     return launches
 
 
-def measure_entry(key: str, target: str, only: frozenset[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Resources of the kernels of one entry, {kernel: {"variant", ...}}; a broken one has "error" instead.
-
-    only: names, as `unique_launches` gives them, of the kernels to measure; None: all.
-    """
-    import torch
-
-    torch.set_num_threads(1)
-    kernels = {}
-    try:
-        launches = record_launches(key)
-    except Exception as error:  # anything that an operator raises is a result
-        return {RECORD: {"error": f"{type(error).__name__}: {error}"}}
-    for name, launch in unique_launches(launches):
-        if only is not None and name not in only:
-            continue
-        try:
-            kernels[name] = {"variant": describe_variant(launch), **measure_resources(launch, target)}
-        except Exception as error:  # anything that the compiler raises is a result
-            kernels[name] = {"variant": describe_variant(launch), "error": f"{type(error).__name__}: {error}"[-4000:]}
-    return kernels
-
-
-def distinct_kernels(keys: Iterable[str], *, variants: bool = True) -> dict[str, frozenset[str]]:
-    """Entries and names of kernels in them, chosen so that each variant (or just each kernel) occurs once."""
+def distinct_kernels(keys: Iterable[str]) -> Kernels:
+    """Choose entries and kernels in them so that each variant of each kernel occurs once."""
     known: set[str] = set()
-    chosen: dict[str, frozenset[str]] = {}
+    chosen: Kernels = {}
     for key in keys:
         try:
             launches = record_launches(key)
-        except Exception:  # `measure_entry` reports it
+        except Exception:  # `measure_entries` reports it
             chosen[key] = frozenset({RECORD})
             continue
         for name, launch in unique_launches(launches):
-            kernel = f"{launch.kernel.__module__}.{launch.kernel.__name__}"
-            if variants:
-                kernel += f" {describe_variant(launch)}"
+            kernel = f"{launch.kernel.__module__}.{launch.kernel.__name__} {describe_variant(launch)}"
             if kernel not in known:
                 known.add(kernel)
                 chosen[key] = chosen.get(key, frozenset()) | {name}
     return chosen
 
 
-def measure_entries(kernels: dict[str, frozenset[str]], targets: Iterable[str], workers: int = 2) -> Resources:
-    """Compile the kernels that `distinct_kernels` lists; {target: {"entry/kernel": resources}}."""
-    compiled: Resources = {target: {} for target in targets}
-    jobs = [(key, target, names) for target in compiled for key, names in kernels.items()]
-    # The slowest first, so that no process ends with them alone.
-    jobs.sort(key=lambda job: -len(job[2]))
-    if jobs:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for (key, target, _), rows in zip(jobs, pool.map(measure_entry, *zip(*jobs, strict=True)), strict=True):
-                compiled[target] |= {f"{key}/{name}": row for name, row in rows.items()}
+def first_variants(kernels: Kernels) -> Kernels:
+    """Of the kernels that `distinct_kernels` chose, the first variant of each."""
+    first: dict[str, tuple[str, str]] = {}
+    for key, names in kernels.items():
+        for name in sorted(names):
+            first.setdefault(f"{key} {name}" if name == RECORD else name.split()[0], (key, name))
+    return {key: frozenset(name for at, name in first.values() if at == key) for key, _ in first.values()}
+
+
+def measure_share(share: dict[str, dict[str, frozenset[str]]]) -> Resources:
+    """Measure the kernels {entry: {target: names}}; each entry is recorded once.
+
+    A row has "variant" and the resources, a broken kernel's "error" instead; so does the row of an entry that raises.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    compiled: Resources = {target: {} for targets in share.values() for target in targets}
+    for key, targets in share.items():
+        try:
+            launches = dict(unique_launches(record_launches(key)))
+        except Exception as error:  # anything that an operator raises is a result
+            for target in targets:
+                compiled[target][f"{key}/{RECORD}"] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        for target, name in ((target, name) for target, names in targets.items() for name in names):
+            row = {"variant": describe_variant(launches[name])}
+            try:
+                row |= measure_shared(launches[name], target)
+            except Exception as error:  # anything that the compiler raises is a result
+                row["error"] = f"{type(error).__name__}: {error}"[-4000:]
+            compiled[target][f"{key}/{name}"] = row
+    for target, rows in compiled.items():
+        count_resources(rows.values(), target)
+    return compiled
+
+
+def measure_entries(kernels: dict[str, Kernels], workers: int = 2) -> Resources:
+    """Compile kernels {target: kernels that `distinct_kernels` chose}; {target: {"entry/kernel": resources}}."""
+    entries: dict[str, dict[str, frozenset[str]]] = {}
+    for target, chosen in kernels.items():
+        for key, names in chosen.items():
+            entries.setdefault(key, {})[target] = names
+    # The slowest first, so that the shares are alike.
+    order = sorted(entries, key=lambda key: -sum(map(len, entries[key].values())))
+    shares = [{key: entries[key] for key in order[i::workers]} for i in range(min(workers, len(order)))]
+    compiled: Resources = {target: {} for target in kernels}
+    measured: Iterable[Resources]
+    if len(shares) < 2:
+        measured = map(measure_share, shares)
+    else:
+        with ProcessPoolExecutor(len(shares), mp_context=get_context("spawn")) as pool:
+            measured = list(pool.map(measure_share, shares))
+    for share in measured:
+        for target, rows in share.items():
+            compiled[target] |= rows
     return {target: dict(sorted(rows.items())) for target, rows in compiled.items()}
 
 
@@ -374,9 +351,9 @@ def load_golden() -> Resources:
     return json.loads(golden_path().read_text(encoding="utf-8"))["targets"]
 
 
-def check_golden(kernels: dict[str, frozenset[str]], *, everything: bool, write: bool) -> int:
+def check_golden(kernels: Kernels, *, everything: bool, write: bool) -> int:
     """Compare with the golden file, or write it (of some entries: only theirs) if no kernel is broken."""
-    compiled = select_gated(measure_entries(kernels, GATED))
+    compiled = select_gated(measure_entries(dict.fromkeys(GATED, kernels)))
     sentences = [
         f"{target} {name}: {row['error']}"
         for target, rows in compiled.items()
@@ -433,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     kernels = distinct_kernels(keys)
     failed = False
     for target in args.arch or ["sm_90"]:
-        compiled = measure_entries(kernels, [target])[target]
+        compiled = measure_entries({target: kernels})[target]
         failed |= any("error" in row for row in compiled.values())
         print(f"{target}\n{format_table(compiled)}")
         if args.variants:

@@ -5,6 +5,9 @@ A case's name gives its size; any size works.
 - `rays_64`: a camera at (0, 0, 3.2) looks at the origin, vertical field of view 20 degrees, 64 x 64 rays; a sample
   every 2 sqrt(3) / 1024 along the ray inside the sphere |x| < 0.5, one random offset a ray, samples in ray order. Their
   number is cut to a multiple of 256, as buffers of a run are. `_finite_difference` and `_analytic` name the normals.
+- `shell_256`, `inside_256`, `noise_256`, `bound2_256`: samples that march finds on 256 x 256 rays, as CUDA peers were
+  measured on. Cells with 0.48 < |x| < 0.5; the sphere seen from (0, 0.1, 0.9) with 60 degrees; a tenth of all cells at
+  random; the shell and the camera's distance twice as large, in two cascades.
 - `frame_800`: the same camera and sphere with density 100 inside, 800 x 800 rays; `_normals` adds the normals.
 - `12.2M`: as many parameters.
 - `mesh_50k_512`: the camera before a bumpy ball of about as many triangles, 512 x 512 pixels (M: millions); of

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,16 +55,90 @@ def normal(*shape: int, device: torch.device, seed: int, dtype: torch.dtype = to
     return torch.randn(*shape, generator=generator(device, seed), device=device).to(dtype)
 
 
-def camera(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rays through the centres of side x side pixels, row by row: origins [R, 3], directions [R, 3] (unit)."""
-    half = math.tan(math.radians(FIELD_OF_VIEW / 2))
+class Scene(NamedTuple):
+    """Cells of an occupancy grid over [-bound, bound]^3, and a camera that looks at the origin.
+
+    is_occupied: from centres of cells [n, 3] -> bool [n]. samples_a_ray: room for samples, beyond their mean.
+    """
+
+    is_occupied: Callable[[Tensor], Tensor]
+    samples_a_ray: int
+    bound: float = 1.0
+    position: tuple[float, float, float] = (0.0, 0.0, CAMERA_DISTANCE)
+    field_of_view: float = FIELD_OF_VIEW
+
+
+def _is_inside(centres: Tensor) -> Tensor:
+    return centres.norm(dim=1) < RADIUS
+
+
+def _is_shell(centres: Tensor, radius: float = RADIUS) -> Tensor:
+    distance = centres.norm(dim=1)
+    return (distance > 0.96 * radius) & (distance < radius)
+
+
+def _is_noise(centres: Tensor) -> Tensor:
+    return random(centres.shape[0], device=centres.device, seed=12) < 0.1
+
+
+# Those of the comparison with CUDA peers, beside the sphere of `rays_N`.
+SCENES = {
+    "shell": Scene(_is_shell, 24),
+    "inside": Scene(_is_inside, 256, position=(0.0, 0.1, 0.9), field_of_view=60.0),
+    "noise": Scene(_is_noise, 80),
+    "bound2": Scene(partial(_is_shell, radius=1.0), 48, bound=2.0, position=(0.0, 0.0, 2 * CAMERA_DISTANCE)),
+}
+
+
+def scene_of(case: str) -> tuple[Scene, int] | None:
+    """The scene that a case names, and pixels a side of its camera; None for other cases."""
+    kind = case.split("_")[0]
+    return (SCENES[kind], size_of(case, kind)) if kind in SCENES else None
+
+
+def scene_rays(scene: Scene, side: int, device: torch.device) -> dict[str, Any]:
+    """Tensors that march takes, by name."""
+    origins, directions = camera(side, device, scene.position, scene.field_of_view)
+    perturb = random(side * side, device=device, seed=1)
+    return {
+        "origins": origins,
+        "directions": directions,
+        "bits": occupancy_bits(device, scene.is_occupied, scene.bound),
+        "perturb": perturb,
+    }
+
+
+def scene_samples(scene: Scene, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples of the scene's rays, as `sphere_samples`. Raises AssertionError: for more than `samples_a_ray` a ray."""
+    samples = kernels.march(
+        **scene_rays(scene, side, device),
+        bound=scene.bound,
+        resolution=OCCUPANCY,
+        capacity=side * side * scene.samples_a_ray,
+    )
+    assert not samples.overflow, "samples_a_ray is too small"
+    rows = int(samples.count) // ROW_MULTIPLE * ROW_MULTIPLE
+    return samples.positions[:rows], samples.t[:rows].clone(), samples.offsets.clamp(max=rows)
+
+
+def camera(
+    side: int,
+    device: torch.device,
+    position: tuple[float, float, float] = (0.0, 0.0, CAMERA_DISTANCE),
+    field_of_view: float = FIELD_OF_VIEW,
+) -> tuple[Tensor, Tensor]:
+    """Rays through the centres of side x side pixels, row by row: origins [R, 3], directions [R, 3] (unit).
+
+    The camera looks at the origin from a position with x = 0.
+    """
+    half = math.tan(math.radians(field_of_view / 2))
     axis = ((torch.arange(side, device=device, dtype=torch.float64) + 0.5) * (2 / side) - 1) * half
     y, x = torch.meshgrid(-axis, axis, indexing="ij")
-    directions = torch.stack([x, y, torch.full_like(x, -1)], -1).view(-1, 3)
+    _, height, depth = (number / math.hypot(*position) for number in position)
+    directions = torch.stack([x, depth * y - height, -height * y - depth], -1).view(-1, 3)
     directions = directions / directions.norm(dim=1, keepdim=True)
-    origins = torch.zeros_like(directions)
-    origins[:, 2] = CAMERA_DISTANCE
-    return origins.float(), directions.float()
+    origins = torch.tensor(position, device=device).expand_as(directions).contiguous()
+    return origins, directions.float()
 
 
 def sphere_samples(side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,17 +157,22 @@ def sphere_samples(side: int, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 
 def points(case: str, device: torch.device) -> Tensor:
-    """World positions in [-1, 1]^3 of a rays_ or uniform_ case: [N, 3]."""
+    """Positions in [-1, 1]^3 of a rays_ or uniform_ case, or of a scene as shares of its bound: [N, 3]."""
+    if named := scene_of(case):
+        return scene_samples(*named, device)[0] / named[0].bound
     if case.startswith("uniform"):
         return 2 * random(size_of(case, "uniform"), 3, device=device, seed=2) - 1
     return sphere_samples(size_of(case, "rays"), device)[0]
 
 
-def occupancy_bits(device: torch.device) -> Tensor:
-    """Cells of [-1, 1]^3 whose centre lies inside the sphere: uint8 [1, G^3 / 8]."""
-    inside = kernels.occupancy_points(OCCUPANCY, 1, 1.0, device=device).norm(dim=1) < RADIUS
+def occupancy_bits(
+    device: torch.device, is_occupied: Callable[[Tensor], Tensor] = _is_inside, bound: float = 1.0
+) -> Tensor:
+    """Cells of [-bound, bound]^3 whose centre is occupied, inside the sphere by default: uint8 [C, G^3 / 8]."""
+    levels = kernels.cascades(bound)
+    occupied = is_occupied(kernels.occupancy_points(OCCUPANCY, levels, bound, device=device))
     powers = 2 ** torch.arange(8, device=device)
-    return (inside.view(1, -1, 8) * powers).sum(-1).to(torch.uint8)
+    return (occupied.view(levels, -1, 8) * powers).sum(-1).to(torch.uint8)
 
 
 def parameters(device: torch.device) -> dict[str, Tensor]:

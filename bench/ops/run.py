@@ -1,10 +1,11 @@
 """Speed of the operators, behind a gate on their accuracy. `python -m dream_fast.bench kernels`.
 
 Three implementations of each case: `triton`, the PyTorch `reference`, and the reference under torch.compile (default
-mode, `compiled`). Peers are slow to compile and to run, so they are timed on a few cases only (on all with --peers
-all). Results go to results/<gpu>.json. The table shows the time beside the floor, which is the larger of compulsory
-bytes over the measured rate of a copy and FLOPs over the measured rate of a matrix product, and beside the targets.
-The field `call` is `graph` for a call that is replayed from a CUDA graph, and `eager` for one from Python.
+mode, `compiled`). Ours is timed in two ways: replayed from a CUDA graph (`graph`: the kernels' own time), and called
+from Python over and over (`eager`: what a loop gets, the host's part included). Peers are slow to compile and to run,
+so they are timed in one way and on a few cases only (on all with --peers all). Results go to results/<gpu>.json. The
+table shows the time beside the floor, which is the larger of compulsory bytes over the measured rate of a copy and
+FLOPs over the measured rate of a matrix product, and beside the targets, which are for `graph`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from typing import Any
 import torch
 
 from dream_fast.bench import measure, results
-from dream_fast.bench.ops.cases import FULL, SMALL, SPECS, build, find_target
+from dream_fast.bench.ops import host
+from dream_fast.bench.ops.cases import FULL, SMALL, SPECS, build, find_target, tiny_cases
 from dream_fast.bench.ops.gate import Verdict, gate_case, judge
 from dream_fast.bench.ops.spec import Case, run
+from dream_fast.kernels._core.launch import INTERPRETED
 
 IMPLEMENTATIONS = ("triton", "reference", "compiled")
+CALLS = ("graph", "eager")  # replayed from a CUDA graph; from Python
 
 
 @contextmanager
@@ -58,24 +62,38 @@ def find_implementation(case: Case, name: str) -> Callable[..., Any]:
     return torch.compile(spec.reference, dynamic=False) if name == "compiled" else spec.reference
 
 
+def ways_to_call(case: Case, name: str, device: torch.device) -> tuple[str, ...]:
+    """Those of CALLS in which an implementation is timed."""
+    if device.type != "cuda":
+        return ("eager",)
+    if name == "triton":
+        return CALLS
+    # Only the kernels can always be captured; most references read sizes on the host.
+    return ("graph",) if SPECS[case.op].capturable else ("eager",)
+
+
 def time_row(
     case: Case,
     name: str,
+    way: str,
     operator: Callable[..., Any],
     verdict: Verdict,
     rates: dict[str, Any],
     device: torch.device,
     milliseconds: float,
 ) -> tuple[dict[str, Any], str]:
-    """Time an implementation; returns a row of the results and a remark on it."""
+    """Time an implementation, called in one of the ways of CALLS; returns a row of the results and a remark on it."""
     problem = build(case, device)
     call = lambda: run(problem, operator, case.mode, case.compute_dtype)  # noqa: E731
     call()
     peak = measure.peak_bytes(call, device)
-    # Only the kernels can always be captured; most references read sizes on the host.
-    graph = name == "triton" or SPECS[case.op].capturable
-    options = {"graph": graph, "least": 10 if name == "triton" else 3} if device.type == "cuda" else {}
-    timing = measure.time_call(call, device, milliseconds=milliseconds, **options)
+    least = 10 if name == "triton" else 3
+    if way == "graph":
+        timing = measure.time_cuda(call, milliseconds=milliseconds, least=least)
+    elif device.type == "cuda":
+        timing = measure.time_eager(call, milliseconds=milliseconds, least=least)
+    else:
+        timing = measure.time_cpu(call, milliseconds=milliseconds)
     floor = 1e3 * max(problem.least_bytes / rates["copy_rate"], problem.flops / rates["matmul_rate"])
     row = {
         "op": case.op,
@@ -98,28 +116,29 @@ def time_row(
         remarks.append(f"{problem.gathers / timing.median / 1e6:.0f} G gathers/s")
     if problem.scatters:
         remarks.append(f"{problem.scatters / timing.median / 1e6:.0f} G scatters/s")
-    if name == "triton" and device.type == "cuda" and not timing.graph:
+    if way == "graph" and not timing.graph:
         remarks.append("not capturable: timed without a CUDA graph")
     return row, ", ".join(remarks)
 
 
 HEAD = (
-    f"{'op':15} {'case':29} {'mode':16} {'dtype':8} {'impl':9} {'median':>9} {'p20':>9} {'p80':>9} {'floor':>8} "
-    f"{'% floor':>7} {'peak MB':>8} {'error':>8} {'tol':>8} {'peer*':>7} {'target*':>7} {'stretch*':>8}"
+    f"{'op':15} {'case':29} {'mode':16} {'dtype':8} {'impl':9} {'call':5} {'median':>9} {'p20':>9} {'p80':>9} "
+    f"{'floor':>8} {'% floor':>7} {'peak MB':>8} {'error':>8} {'tol':>8} {'peer*':>7} {'target*':>7} {'stretch*':>8}"
 )
 
 
 def format_row(row: dict[str, Any], remark: str) -> str:
     """A row for the terminal."""
-    target = find_target(row["op"], row["case"], row["mode"]) if row["impl"] == "triton" else None
+    is_ours = row["impl"] == "triton" and row["call"] == "graph"
+    target = find_target(row["op"], row["case"], row["mode"]) if is_ours else None
     columns = ["" if value is None else f"{value:g}" for value in (target or (None, None, None))]
     if target:
         columns[1] += " " if row["median_ms"] <= target.target else "!"
     return (
-        f"{row['op']:15} {row['case']:29} {row['mode']:16} {row['dtype']:8} {row['impl']:9} {row['median_ms']:9.4f} "
-        f"{row['p20_ms']:9.4f} {row['p80_ms']:9.4f} {row['floor_ms']:8.4f} {row['pct_of_floor']:7.1f} "
-        f"{row['peak_bytes'] / 1e6:8.0f} {row['max_err']:8.1e} {row['tol']:8.1e} "
-        f"{columns[0]:>7} {columns[1]:>7} {columns[2]:>8}  {remark}"
+        f"{row['op']:15} {row['case']:29} {row['mode']:16} {row['dtype']:8} {row['impl']:9} {row['call']:5} "
+        f"{row['median_ms']:9.4f} {row['p20_ms']:9.4f} {row['p80_ms']:9.4f} "
+        f"{row['floor_ms']:8.4f} {row['pct_of_floor']:7.1f} {row['peak_bytes'] / 1e6:8.0f} "
+        f"{row['max_err']:8.1e} {row['tol']:8.1e} {columns[0]:>7} {columns[1]:>7} {columns[2]:>8}  {remark}"
     ).rstrip()
 
 
@@ -132,8 +151,16 @@ def release(device: torch.device) -> None:
 class Suite:
     """A run of the benchmark: its rows in their order, and the reasons for missing ones."""
 
-    def __init__(self, device: torch.device, *, seconds: float, peer_seconds: float, milliseconds: float) -> None:
-        self.device, self.milliseconds, self.peer_seconds = device, milliseconds, peer_seconds
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        seconds: float,
+        peer_seconds: float,
+        milliseconds: float,
+        calls: Sequence[str] = CALLS,
+    ) -> None:
+        self.device, self.milliseconds, self.peer_seconds, self.calls = device, milliseconds, peer_seconds, calls
         self.end = time.monotonic() + seconds
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[str] = []
@@ -174,7 +201,14 @@ class Suite:
                     print(reason, flush=True)
                     return
                 release(self.device)
-                row, remark = time_row(case, name, operator, verdict, self.head, self.device, self.milliseconds)
+                for way in ways_to_call(case, name, self.device):
+                    if way in self.calls:
+                        row, remark = time_row(
+                            case, name, way, operator, verdict, self.head, self.device, self.milliseconds
+                        )
+                        self.rows.append(row)
+                        print(format_row(row, remark), flush=True)
+                        release(self.device)
         except AssertionError as failure:
             self.inaccurate.append(f"{label}: {failure}")
             print(self.inaccurate[-1], flush=True)
@@ -185,9 +219,6 @@ class Suite:
             if name == "compiled":
                 self.not_compiled.add((case.op, case.case))
             print(reason, flush=True)
-        else:
-            self.rows.append(row)
-            print(format_row(row, remark), flush=True)
         finally:
             release(self.device)
 
@@ -219,6 +250,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one case of each kind, no peers")
     parser.add_argument("--peers", choices=("none", "some", "all"), default="some", help="cases of the PyTorch peers")
     parser.add_argument("--impl", action="append", choices=IMPLEMENTATIONS, help="only this one (also several times)")
+    parser.add_argument("--call", action="append", choices=CALLS, help="only from a CUDA graph, or only from Python")
     parser.add_argument(
         "--compile_seconds",
         "--compile-seconds",
@@ -233,6 +265,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ms", type=float, default=100, help="time measured for a row")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="a CPU has small cases and no triton")
+    parser.add_argument(
+        "--host", action="store_true", help="the processor's time in each operator's call from Python; needs no GPU"
+    )
     return parser
 
 
@@ -254,8 +289,24 @@ def choose_cases(args: argparse.Namespace) -> dict[str, list[Case]]:
     }
 
 
+def time_hosts(names: Sequence[str] | None) -> int:
+    """Print the host's time in calls of operators, or of those that are named."""
+    cases = [case for case in tiny_cases() if not names or case.op in names]
+    if not cases or INTERPRETED:
+        reason = "interpreted kernels are not launched: unset TRITON_INTERPRET" if INTERPRETED else "no such operator"
+        print(f"error: {reason}; there are: {', '.join(SPECS)}", file=sys.stderr)
+        return 2
+    print(host.HEAD)
+    for case in cases:
+        problem = build(case, count_bytes=False)
+        print(host.format_row(case, host.time_host(problem, case.mode, case.compute_dtype)), flush=True)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    if args.host:
+        return time_hosts(args.op)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: torch finds no GPU on this machine (--device cpu times the references)", file=sys.stderr)
         return 2
@@ -267,7 +318,13 @@ def main(argv: list[str] | None = None) -> int:
     implementations = args.impl or IMPLEMENTATIONS
     if "compiled" in implementations and args.compile_seconds:
         compile_side_by_side(cases["compiled"], args.device, args.compile_seconds)
-    suite = Suite(device, seconds=args.seconds, peer_seconds=args.peer_seconds, milliseconds=args.ms)
+    suite = Suite(
+        device,
+        seconds=args.seconds,
+        peer_seconds=args.peer_seconds,
+        milliseconds=args.ms,
+        calls=args.call or CALLS,
+    )
     print(json.dumps(suite.head))
     print(HEAD)
     for name in implementations:

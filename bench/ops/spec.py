@@ -19,7 +19,7 @@ Results = tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of the benchmark, without the implementation; `dream_fast.bench.ops.cases` has the names."""
+    """A row of the benchmark without the implementation; names are in `dream_fast.bench.ops.cases`."""
 
     op: str
     case: str

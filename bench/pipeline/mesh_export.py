@@ -45,6 +45,7 @@ class TexturedMesh(NamedTuple):
 
     vertices: Tensor  # [V, 3]
     faces: Tensor  # [T, 3]
+    normals: Tensor  # [V, 3] unit
     uv: Tensor  # [V, 2], v up
     texture: Tensor  # [R, R, 3] in [0, 1]
 
@@ -53,9 +54,9 @@ def read_glb(path: Path, device: torch.device | str = "cpu") -> TexturedMesh:
     """Read a GLB file with one mesh and one texture."""
     (shape,) = trimesh.load_scene(path, process=False).geometry.values()
     texture = np.asarray(shape.visual.material.baseColorTexture.convert("RGB"))
-    parts = (np.asarray(shape.vertices), np.asarray(shape.faces), np.asarray(shape.visual.uv), texture / 255)
-    kinds = (torch.float32, torch.int32, torch.float32, torch.float32)
-    return TexturedMesh(*(torch.from_numpy(part).to(device, kind) for part, kind in zip(parts, kinds, strict=True)))
+    parts = (shape.vertices, shape.faces, shape.vertex_normals, shape.visual.uv, texture / 255)
+    kinds = (torch.float32, torch.int32, torch.float32, torch.float32, torch.float32)
+    return TexturedMesh(*(torch.tensor(np.asarray(p)).to(device, kind) for p, kind in zip(parts, kinds, strict=True)))
 
 
 def render_mesh(mesh: TexturedMesh, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
@@ -68,6 +69,12 @@ def render_mesh(mesh: TexturedMesh, cameras: Cameras, size: int) -> tuple[Tensor
     colours = F.grid_sample(texture, places, mode="bilinear", padding_mode="border", align_corners=False)
     covered = fragments.triangle >= 0
     return torch.where(covered[..., None], colours.permute(0, 2, 3, 1), 1.0), covered
+
+
+def render_normals(mesh: TexturedMesh, cameras: Cameras, size: int) -> tuple[Tensor, Tensor]:
+    """Normals [B, size, size, 3], interpolated between vertices, and the silhouette [B, size, size]."""
+    fragments = kernels.rasterize(clip_positions(cameras, mesh.vertices, size, size, NEAR), mesh.faces, size, size)
+    return kernels.interpolate(mesh.normals, mesh.faces, fragments), fragments.triangle >= 0
 
 
 class Likeness(NamedTuple):

@@ -1,8 +1,9 @@
-"""Numbers for how an object looks: shape from normals and silhouettes, colour, and distance between sets of images.
+"""Measures of appearance: shape from normals and silhouettes, colour, and distance between sets of images.
 
     roughness    angle between a pixel's normal and the mean of its 3 x 3 neighbourhood, inside the silhouette
     edge_ratio   length of the silhouette's boundary over that of the silhouette opened and closed with a disc
-    floaters     connected groups of pixels beside the largest one
+    edge_width   pixels of partial opacity a pixel of the silhouette's boundary
+    floaters     connected groups of pixels other than the largest
     delta_e      CIEDE2000 colour difference
     kid          kernel distance between two sets of features
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 SOLID = 0.5  # opacity from which a pixel is part of the object
 INNER = 2  # pixels from the silhouette's boundary that `roughness` leaves out
+CLEAR, OPAQUE = 0.1, 0.9  # opacities between which a pixel is neither background nor object
 DISC = 3  # pixels, radius of the disc that smooths a silhouette
 _WHITE = (0.95047, 1.0, 1.08883)  # XYZ of D65, the white of sRGB
 _TO_XYZ = (
@@ -25,9 +27,6 @@ _TO_XYZ = (
     (0.212671, 0.715160, 0.072169),
     (0.019334, 0.119193, 0.950227),
 )
-
-
-# --------------------------------------------------------------------------------------------------------------- shape
 
 
 def roughness(normal: Tensor, opacity: Tensor) -> float | None:
@@ -59,8 +58,17 @@ def edge_ratio(opacity: Tensor) -> float | None:
     return _boundary(inside) / smooth if smooth else None
 
 
+def edge_width(opacity: Tensor) -> float | None:
+    """Pixels of partial opacity of views [V, H, W] over the boundary length of their silhouettes; None without those.
+
+    An image of a solid object has 0, or about 1 where its pixels are averaged; haze has many times that.
+    """
+    length = _boundary(F.pad(opacity > SOLID, (1,) * 4))
+    return int(((opacity > CLEAR) & (opacity < OPAQUE)).sum()) / length if length else None
+
+
 def floaters(opacity: Tensor) -> float:
-    """Connected groups (8 neighbours) of silhouette pixels beside the largest, the mean over V views [V, H, W]."""
+    """Connected groups (8 neighbours) of silhouette pixels other than the largest, the mean over V views [V, H, W]."""
     return sum(max(0, _groups(view > SOLID) - 1) for view in opacity) / len(opacity)
 
 
@@ -98,9 +106,6 @@ def _boundary(mask: Tensor) -> int:
     return int((mask[:, 1:] != mask[:, :-1]).sum() + (mask[:, :, 1:] != mask[:, :, :-1]).sum())
 
 
-# -------------------------------------------------------------------------------------------------------------- colour
-
-
 def lab(rgb: Tensor) -> Tensor:
     """CIE L*a*b* (D65) of sRGB colours [..., 3]."""
     rgb = rgb.double()
@@ -113,7 +118,7 @@ def lab(rgb: Tensor) -> Tensor:
 
 
 def delta_e(first: Tensor, second: Tensor) -> Tensor:
-    """CIEDE2000 difference of sRGB colours [..., 3]: about 1 is just seen, 100 is black beside white.
+    """CIEDE2000 difference of sRGB colours [..., 3]: about 1 is just visible, 100 is black against white.
 
     Source: Sharma, Wu and Dalal, The CIEDE2000 Color-Difference Formula, 2005, equations 2 to 22.
     """
@@ -150,9 +155,6 @@ def part_color(rgb: Tensor, palette: Tensor) -> Tensor:
     chosen = rgb[distance.argmin(1) == 0]
     # A median over rows that share their memory reads past them (PyTorch 2.13, CPU).
     return (chosen if len(chosen) else rgb).contiguous().median(0).values
-
-
-# ---------------------------------------------------------------------------------------------------- sets of images
 
 
 def kid(first: Tensor, second: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Write docs/quality.md: results beside the world's own objects. `python -m dream_fast.bench quality_page`.
+"""Write docs/quality.md: results compared with objects of the world. `python -m dream_fast.bench quality_page`.
 
 Tables from results/quality-*.json, a column each, are written between the page's markers; `bench quality --name NAME`
 writes such a file, and its sheet of images.
@@ -18,14 +18,16 @@ BEGIN, END = "<!-- generated: quality -->", "<!-- end: quality -->"
 MEASURES = {  # name -> title
     "roughness_deg": "roughness, degrees",
     "edge_ratio": "edge ratio",
+    "edge_width": "edge width, pixels",
     "floaters": "floaters a view",
     "color_error": "colour error, CIEDE2000",
     "kid": "kernel distance",
     "object": "object",
     "object_color": "object and colour",
     "janus_rate": "front seen from behind",
-    "mesh_psnr": "mesh beside field, worst view, dB",
+    "mesh_psnr": "mesh compared with field, worst view, dB",
     "mesh_iou": "the same, overlap",
+    "mesh_roughness_deg": "roughness of the mesh, degrees",
 }
 TILE, ACROSS = 160, 3  # pixels of an image of the sheet, prompts in a row
 
@@ -61,6 +63,22 @@ def format_table(records: Mapping[str, Mapping], part: str) -> str:
     return "\n".join(lines)
 
 
+def format_attributes(records: Mapping[str, Mapping]) -> str:
+    """A Markdown table: a row a prompt that names a part or pattern; empty without records that have any."""
+    measured = {name: record.get("attributes", {}) for name, record in records.items()}
+    measured = {name: shares for name, shares in measured.items() if shares.get("prompts")}
+    if not measured:
+        return ""
+    lines = [f"| | {' | '.join(measured)} |", f"|{'---|' * (len(measured) + 1)}"]
+    prompts = dict.fromkeys(prompt for shares in measured.values() for prompt in shares["prompts"])
+    rows = {prompt: [shares["prompts"].get(prompt) for shares in measured.values()] for prompt in prompts}
+    for title, key in (("mean", "result"), ("renders of the world", "world")):
+        rows[title] = [shares[key] for shares in measured.values()]
+    for title, values in rows.items():
+        lines.append(f"| {title} | {' | '.join('' if v is None else f'{v:.3f}' for v in values)} |")
+    return "\n".join(lines)
+
+
 def format_source(name: str, record: Mapping) -> str:
     """The runs, device, commit and date of a column."""
     runs, held_out = record["runs"], record["held_out"]["runs"]
@@ -73,6 +91,7 @@ def generated(records: Mapping[str, Mapping]) -> str:
         (title, format_table(records, part))
         for title, part in (("Fixed prompts", ""), ("Held-out prompts", "held_out"))
     ]
+    parts.append(("Parts and patterns: share of images that show what the prompt names", format_attributes(records)))
     text = "\n\n".join(f"### {title}\n\n{lines}" for title, lines in parts if lines)
     sources = "\n".join(f"- {format_source(name, record)}" for name, record in records.items())
     sheets = "\n\n".join(f"![{name}](../bench/results/quality-{name}.jpg)" for name in records)

@@ -14,6 +14,10 @@ HELD_OUT = (
     "a blue fish", "a gray cat", "a white robot", "an orange bear", "a brown chair", "a cyan vase", "a black hat",
     "a red apple", "a green turtle",
 )  # fmt: skip
+ATTRIBUTED = (  # with a part or pattern; the other measures leave them out
+    "a striped mug", "a spotted cat", "a striped vase", "a spotted mushroom", "a tall robot", "a wide house",
+    "a snowman with a red hat", "a bear with a blue hat",
+)  # fmt: skip
 AZIMUTHS, SIZE = 8, 128  # views around the object for the classifier, and their pixels
 FRONT, BEHIND, BACK = 0, (3, 4, 5), 4  # of the azimuths 0, 45, ... 315: the front, those from behind, the back
 BACKGROUND = 0.75

@@ -9,7 +9,7 @@ of backs as backs, are high. The prompts were fixed before any setting was tuned
 The same command resumes there, and at its end writes quality.json from all rows, scored again by the present
 classifier; `--seconds 0` starts no run and only writes.
 
-`--scores sds,csd,asd,ism` does that once for each score, each with its own defaults, in a folder of its own under
+`--scores sds,csd,asd,ism` does that once for each score, each with its own defaults and its own folder under
 --work, and writes quality_scores.json, a contact sheet a score (quality_SCORE.png) and a table. ISM (Interval Score
 Matching) is measured as sdi, which is of the same family and what --objective offers.
 """
@@ -35,12 +35,30 @@ from PIL import Image
 from torch import Tensor
 
 from dream_fast.bench.finished_run import load_finished
+from dream_fast.bench.quality.attributes import share_with_attribute
 from dream_fast.bench.quality.classifier import WEIGHTS, Classifier, classify, load_classifier
-from dream_fast.bench.quality.looks import measure_color, measure_mesh, measure_shape, round_values, write_strip
 from dream_fast.bench.quality.measures import kid
 from dream_fast.bench.quality.page import write_sheet
-from dream_fast.bench.quality.protocol import AZIMUTHS, BACK, BACKGROUND, BEHIND, FRONT, HELD_OUT, PROMPTS, SIZE
-from dream_fast.bench.quality.world import color_error, color_spread, main_colors, read_world, world_summary
+from dream_fast.bench.quality.protocol import (
+    ATTRIBUTED,
+    AZIMUTHS,
+    BACK,
+    BACKGROUND,
+    BEHIND,
+    FRONT,
+    HELD_OUT,
+    PROMPTS,
+    SIZE,
+)
+from dream_fast.bench.quality.run_measures import measure_color, measure_mesh, measure_shape, round_values, write_strip
+from dream_fast.bench.quality.world import (
+    color_error,
+    color_spread,
+    main_colors,
+    read_probes,
+    read_world,
+    world_summary,
+)
 from dream_fast.bench.results import RESULTS, git_state
 from dream_fast.engine.config.configure import configure
 from dream_fast.engine.config.schema import read_values
@@ -54,7 +72,8 @@ from dream_fast.engine.scene.camera import turntable
 from dream_fast.engine.training.trainer import Trainer
 
 SCORES = ("object", "object_color", "janus", "front", "back")
-SHAPE = ("roughness_deg", "edge_ratio", "floaters")
+SHAPE = ("roughness_deg", "edge_ratio", "edge_width", "floaters")
+MESH = ("mesh_psnr", "mesh_iou", "mesh_roughness_deg")
 ALIASES = {"ism": "sdi"}  # other names of the scores that guide
 SHOWN = ("object", "object_color", "janus_rate", "front_rate", "back_rate", "runs")  # in the table of several scores
 
@@ -101,7 +120,7 @@ def make_run(prompt: str, seed: int, work: Path, device: str, other: Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_uint8(strip)).save(path)
     write_strip(trainer, work / "strips" / f"{_name(prompt, seed)}.jpg", config.camera)
-    look = measure_shape(trainer) | (measure_mesh(trainer, workspace / "measured") if meshes else {})
+    look = measure_shape(trainer) | (measure_mesh(config, workspace, workspace / "measured") if meshes else {})
     del trainer
     gc.collect()
     torch.cuda.empty_cache()
@@ -170,7 +189,7 @@ def make_runs(
 
 
 def _start(work: Path, threads: int) -> None:
-    """Start a worker process: its output goes to a log of its own, and it takes its share of the cores."""
+    """Start a worker process: its output goes to a separate log, and it uses its share of the cores."""
     log = os.open(work / f"worker-{os.getpid()}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -251,7 +270,7 @@ def compare_with_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -
     """
     rows = [row for row in rows if row["prompt"] in prompts]
     prompts = tuple(prompt for prompt in prompts if any(row["prompt"] == prompt for row in rows))
-    result: dict[str, float | None] = {name: _mean(rows, name) for name in SHAPE}
+    result: dict[str, float | None] = {name: _mean(rows, name) for name in (*SHAPE, *MESH)}
     own: dict[str, float] = {}
     if colored := [row for row in rows if row.get("color")]:
         errors = [color_error(torch.tensor(row["color"]), main_colors(row["prompt"])) for row in colored]
@@ -265,6 +284,23 @@ def compare_with_world(rows: list[dict], work: Path, prompts: tuple[str, ...]) -
             result["kid"] = kid(shown, world.features.flatten(0, 2))
     ratio = {name: value / own[name] for name in SHAPE if (value := result[name]) is not None and own.get(name)}
     return {"result": round_values(result), "world": round_values(own), "ratio": round_values(ratio)}
+
+
+def summarize_attributes(rows: list[dict], work: Path) -> dict[str, object]:
+    """Share of the images of ATTRIBUTED prompts that show the part or pattern: `result`, by prompt, and of renders of
+    the world; without the prompts for which no probe is stored.
+    """
+    classifier, probes, shares = load_classifier(), read_probes(), {}
+    for prompt, probe in probes.items():
+        paths = [_views(work, row["prompt"], row["seed"]) for row in rows if row["prompt"] == prompt]
+        features = [classifier.features(read_views(path)) for path in paths if path.exists()]
+        if features:
+            shares[prompt] = share_with_attribute(torch.cat(features), probe)
+    if not shares:
+        return {"result": None, "world": None, "prompts": {}}
+    own = sum(probes[prompt].accuracy for prompt in shares) / len(shares)
+    values = {"result": sum(shares.values()) / len(shares), "world": own}
+    return round_values(values) | {"prompts": round_values(shares)}
 
 
 def contact_sheet(work: Path, prompts: tuple[str, ...], path: Path) -> None:
@@ -360,14 +396,14 @@ def measure(
 
     full: with the classifier's own accuracy and its scores of dream-mini's images.
     """
-    held_out = () if args.prompts else HELD_OUT
+    held_out, attributed = ((), ()) if args.prompts else (HELD_OUT, ATTRIBUTED)
     prompts = tuple(args.prompts or PROMPTS)
     facts = describe_setup(args.device, other)
     if not matches_work(work, facts):
         parser.error(f"--work {work} holds runs of other settings, another device or another model: name another")
     written = work / "rows.jsonl"
     done = {(row["prompt"], row["seed"]) for row in read_rows(written)}
-    jobs = [(prompt, seed) for seed in range(args.seeds) for prompt in (*prompts, *held_out)]
+    jobs = [(prompt, seed) for seed in range(args.seeds) for prompt in (*prompts, *held_out, *attributed)]
     with written.open("a") as file:
         if written.stat().st_size and not written.read_text().endswith("\n"):
             file.write("\n")  # after a line that a killed command left
@@ -380,13 +416,14 @@ def measure(
     rows.sort(key=lambda row: jobs.index((row["prompt"], row["seed"])))
     missing = len(jobs) - len(rows)
     if missing:
-        print(f"{missing} of {len(jobs)} runs are missing: start the same command again to go on")
+        print(f"{missing} of {len(jobs)} runs are missing: repeat the command to continue")
     classifier = (
         json.loads((Path(__file__).parent / "classifier" / "judge.json").read_text())["held_out"] if full else None
     )
     return {
         **summarize([row for row in rows if row["prompt"] in prompts]),
         "held_out": summarize([row for row in rows if row["prompt"] in held_out]),
+        "attributes": summarize_attributes(rows, work),
         "look": compare_with_world(rows, work, prompts),
         "held_out_look": compare_with_world(rows, work, held_out),
         **(score_prior(work, args.device) if full and not args.no_prior else {}),
@@ -394,7 +431,7 @@ def measure(
         **facts,
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "jobs": args.jobs,
-        "prompts": summarize_prompts(rows, (*prompts, *held_out)),
+        "prompts": summarize_prompts(rows, (*prompts, *held_out, *attributed)),
         "rows": rows,
     }
 

@@ -1,13 +1,13 @@
 """Render the procedural world for prompts, with the cameras and the light of rendered results.
 
 `bench quality` compares results with these renders, by the same measures of the same views. `python -m dream_fast.bench
-world` stores what it needs of them; on a CPU of fewer scenes. Repeat it when the world or the classifier changes.
+world` stores their measures, in about half an hour on a CPU. Repeat it when the world or the classifier changes.
 """
 
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from dream_fast.bench.quality.attributes import Probe, find_variants, fit_probe, make_variant_scenes
 from dream_fast.bench.quality.classifier import WEIGHTS, load_classifier
 from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, roughness
-from dream_fast.bench.quality.protocol import AZIMUTHS, BACKGROUND, HELD_OUT, PROMPTS, SHAPE_SIZE, SIZE, sides
+from dream_fast.bench.quality.protocol import (
+    ATTRIBUTED,
+    AZIMUTHS,
+    BACKGROUND,
+    HELD_OUT,
+    PROMPTS,
+    SHAPE_SIZE,
+    SIZE,
+    sides,
+)
 from dream_fast.bench.results import RESULTS
 from dream_fast.engine.config.configure import configure
 from dream_fast.engine.dream_mini.scenes import RADIUS, Scene, make_scene
@@ -29,15 +39,15 @@ from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
 from dream_fast.engine.scene.camera import Cameras, rays, turntable
 
 SEED = 404  # neither dream-mini nor the classifier has learned from it
-SCENES = {"cuda": 16, "cpu": 2}  # a prompt, of which images are rendered
-SHAPES = {"cuda": 8, "cpu": 1}  # of them, whose shapes are measured
+SCENES = 16  # a prompt, or a variant of one, of which images are rendered
+SHAPES = {"cuda": 8, "cpu": 2}  # of them, whose shapes are measured
 PAINTS = 32  # scenes of a prompt whose colours are measured
 SAME = 10.0  # CIEDE2000 below which two colours of an object are one
 FINER = {"cuda": 1.5, "cpu": 1.0}  # rays along an edge of an image, a pixel
-LOOKS = RESULTS / "world.safetensors"
+WORLD = RESULTS / "world.safetensors"
 
 
-class WorldLook(NamedTuple):
+class WorldMeasures(NamedTuple):
     """Features and shapes of the world's objects: P prompts, N scenes of each, V views, D features."""
 
     features: Tensor  # [P, N, V, D] of the classifier
@@ -124,12 +134,12 @@ def render_images(scene: Scene, cameras: Cameras, size: int, background: float, 
 
 def measure_world(
     prompts: Sequence[str], around: Cameras, sides: Cameras, sizes: tuple[int, int], background: float, device: str
-) -> WorldLook:
-    """Looks of the world for the prompts: images from `around`, shapes from `sides`, of these sizes in pixels."""
+) -> WorldMeasures:
+    """Measures of the world for the prompts: images from `around`, shapes from `sides`, of these sizes in pixels."""
     classifier = load_classifier(device)
     features, shapes = [], []
     for prompt in prompts:
-        scenes = make_scenes(prompt, SCENES[device])
+        scenes = make_scenes(prompt, SCENES)
         shown = [render_images(scene, around, sizes[0], background, device) for scene in scenes]
         features.append(torch.stack([classifier.features(views).cpu() for views in shown]))
         of_prompt = []
@@ -137,28 +147,65 @@ def measure_world(
             seen = surfaces(scene, sides, sizes[1], device)
             of_prompt.append((roughness(seen.normal, seen.opacity), edge_ratio(seen.opacity), floaters(seen.opacity)))
         shapes.append(torch.tensor(of_prompt).mean(0))
-    return WorldLook(torch.stack(features), torch.stack(shapes))
+    return WorldMeasures(torch.stack(features), torch.stack(shapes))
 
 
-def write_world(path: Path, prompts: Sequence[str], world: WorldLook) -> None:
-    """Write the world's looks for the prompts, with the digest of the classifier whose features they are."""
+def measure_attributes(
+    prompts: Sequence[str], around: Cameras, size: int, background: float, device: str
+) -> dict[str, Probe]:
+    """Fit a probe for each prompt, that names a part or pattern, to renders of its variants from `around`."""
+    classifier, probes = load_classifier(device), {}
+    for prompt in prompts:
+        features = []  # [N, V, D] of each variant
+        for variant in find_variants(prompt):
+            scenes = make_variant_scenes(prompt, variant, SCENES, SEED)
+            shown = [render_images(scene, around, size, background, device) for scene in scenes]
+            features.append(torch.stack([classifier.features(views).cpu() for views in shown]))
+        probes[prompt] = fit_probe(torch.stack(features))
+    return probes
+
+
+def write_world(path: Path, prompts: Sequence[str], world: WorldMeasures, probes: Mapping[str, Probe]) -> None:
+    """Write the measures for the prompts and the probes, with the digest of the classifier whose features they
+    are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {name: part.half() if name == "features" else part for name, part in world._asdict().items()}
-    save_file(columns, path, metadata={"prompts": json.dumps(list(prompts)), "judge": classifier_digest()})
+    for prompt, probe in probes.items():
+        columns |= {f"{prompt}/{name}": torch.as_tensor(part) for name, part in probe._asdict().items()}
+    names = {"prompts": json.dumps(list(prompts)), "attributed": json.dumps(list(probes))}
+    save_file(columns, path, metadata=names | {"judge": classifier_digest()})
 
 
-def read_world(prompts: Sequence[str], path: Path = LOOKS) -> WorldLook | None:
-    """Read the looks of these prompts, in their order. None: one is missing, or they are another classifier's."""
+def read_world(prompts: Sequence[str], path: Path = WORLD) -> WorldMeasures | None:
+    """Read the measures of these prompts, in their order. None: one is missing, or they are of another classifier."""
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
         about = file.metadata()
-        stored = {name: file.get_tensor(name).float() for name in WorldLook._fields}
+        stored = {name: file.get_tensor(name).float() for name in WorldMeasures._fields}
     there = json.loads(about["prompts"])
     if about["judge"] != classifier_digest() or not set(prompts) <= set(there):
         return None
     rows = [there.index(prompt) for prompt in prompts]
-    return WorldLook(*(stored[name][rows] for name in WorldLook._fields))
+    return WorldMeasures(*(stored[name][rows] for name in WorldMeasures._fields))
+
+
+def read_probes(path: Path = WORLD) -> dict[str, Probe]:
+    """Read the probes by prompt; empty where there are none of the present classifier."""
+    if not path.exists():
+        return {}
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+        if about["judge"] != classifier_digest():
+            return {}
+        return {
+            prompt: Probe(
+                file.get_tensor(f"{prompt}/weight"),
+                file.get_tensor(f"{prompt}/bias"),
+                file.get_tensor(f"{prompt}/accuracy").item(),
+            )
+            for prompt in json.loads(about.get("attributed", "[]"))
+        }
 
 
 def classifier_digest() -> str:
@@ -177,7 +224,7 @@ def color_spread(prompts: Sequence[str]) -> float:
     return sum(color_error(colors, colors) for colors in paints) / len(paints)
 
 
-def world_summary(world: WorldLook) -> dict[str, float]:
+def world_summary(world: WorldMeasures) -> dict[str, float]:
     """The measures of the world's own objects: means over the prompts, and the distance of one half to the other."""
     halves = world.features.chunk(2, dim=1)
     roughness_deg, edge, floating = world.shapes.mean(0).tolist()
@@ -187,13 +234,16 @@ def world_summary(world: WorldLook) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dream_fast.bench world", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=LOOKS)
+    parser.add_argument("--out", type=Path, default=WORLD)
     parser.add_argument("--prompts", nargs="*", help="these instead of the fixed 32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     around = turntable(configure({}, args.device).camera, AZIMUTHS)
     prompts = tuple(args.prompts or (*PROMPTS, *HELD_OUT))
     world = measure_world(prompts, around, sides("cpu"), (SIZE, SHAPE_SIZE), BACKGROUND, args.device)
-    write_world(args.out, prompts, world)
-    print(json.dumps(world_summary(world)))
+    attributed = () if args.prompts else ATTRIBUTED
+    probes = measure_attributes(attributed, around, SIZE, BACKGROUND, args.device)
+    write_world(args.out, prompts, world, probes)
+    accuracies = {prompt: round(probe.accuracy, 4) for prompt, probe in probes.items()}
+    print(json.dumps(world_summary(world) | {"attribute": accuracies}))
     return 0

@@ -154,7 +154,7 @@ def two_trees(base: str) -> Iterator[tuple[Path, Path]]:
 
 
 class Process:
-    """The side of a tree in a process of its own, which ends with the `with` block."""
+    """The process of a side, which ends with the `with` block."""
 
     def __init__(self, folder: Path) -> None:
         # Hashes determine the order of sets: the same ones on both sides.

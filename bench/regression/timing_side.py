@@ -1,4 +1,4 @@
-"""One side of `python -m dream_fast.bench timing`: prepares a workload and runs it as often as requested.
+"""A process of `python -m dream_fast.bench timing`: prepares a workload and runs it as often as requested.
 
 A line of JSON in, a line of JSON out: `{"prepare": NAME}` gives `{"missing": null}`, or the reason why this commit
 cannot run that workload; `{"calls": N}` gives `{"seconds": processor time of N calls}`.

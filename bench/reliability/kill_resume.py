@@ -1,6 +1,6 @@
 """Kill runs, resume them, and compare them with a whole one. `python -m dream_fast.bench kill_resume`.
 
-Each trial is the same small run in a process of its own, with a checkpoint every few steps. It is ended once or twice,
+Each trial is the same small run in a separate process, with a checkpoint every few steps. It is ended once or twice,
 by kill -9 or by a signal that it can catch: at a random moment of a random step, while a checkpoint is written (begun,
 half written, whole but without its name, or just named), or before or after an output, the manifest or the report gets
 its name. The same run resumes it. Its metrics, last checkpoint and images must then equal those of the whole run
@@ -180,13 +180,27 @@ def run_forked(config: Config, log: Path, kill: Kill | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """All of a checkpoint but the random id of its run, which the checksum covers."""
+    from safetensors import safe_open
+
+    from dream_fast.engine.workspace.checkpoint import FORMAT
+
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[FORMAT])
+        tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}
+    del header["checksum"], header["run"]["id"]
+    return {"header": header, "tensors": tensors}
+
+
 def read_result(workspace: Path) -> dict[str, Any]:
-    """Everything that has to be equal: rows without times, and the bytes of files, by name."""
+    """Everything that has to be equal: rows without times, and the contents of files, by name."""
     rows = [json.loads(line) for line in (workspace / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result: dict[str, Any] = {"metrics": [{k: v for k, v in r.items() if k not in TIMES} for r in rows]}
     for path in sorted(workspace.rglob("*")):
         if path.is_file() and path.parent != workspace:
-            result[str(path.relative_to(workspace))] = path.read_bytes()
+            is_checkpoint = path.suffix == ".safetensors"
+            result[str(path.relative_to(workspace))] = read_checkpoint(path) if is_checkpoint else path.read_bytes()
     return result
 
 

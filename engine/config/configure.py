@@ -17,7 +17,7 @@ def expand_shortcuts(typed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the typed settings with `-O`, `-O2` and `--IF` (names O, O2 and IF) replaced by the settings they mean.
 
     A typed setting wins over a shortcut, except that `--IF` replaces SD in `--guidance`. As in stable-dreamfusion `-O2`
-    has no effect beside `-O`.
+    has no effect together with `-O`.
 
     Raises UserError: when the backbone has no occupancy grid to march through, or `--IF` has nothing to replace.
     """

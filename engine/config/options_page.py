@@ -22,7 +22,7 @@ COMMAND_FLAGS = {
     "--print_config": "print the settings as JSON and stop",
     "--doctor": "check this machine (versions, GPU, attention, each kernel against its reference), advise and stop",
     "-O": "--fp16 and --cuda_ray",
-    "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless it is typed; no effect beside -O",
+    "-O2": "--fp16, --backbone vanilla and --progressive_level, each unless it is typed; no effect with -O",
     "--IF": "DeepFloyd IF instead of SD in --guidance",
     "--cuda_ray": "march through the occupancy grid: always on with a grid, accepted for old commands",
 }

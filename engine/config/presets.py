@@ -45,15 +45,27 @@ VANILLA_OVERRIDES: dict[str, Any] = {
     "lr_decay": 0.1,
     "normals": "analytic",
 }
+# Values with which dream-mini's vanilla backbone and mesh refinements were tuned; those of its hash grid came later.
+_AS_TUNED = {
+    "progressive_level": False,
+    "lr_cooldown": 0.0,
+    "lr_finest": 1.0,
+    "guidance_rescale": 0.5,
+    "density_thresh": 10.0,
+}
 # dream-mini's on top of that. No occupancy grid cuts off thin haze, so softplus and its blob keep empty space empty
 # from the start. The highest band is as fine as the small images. Those of a GPU have not been measured.
-_MINI_VANILLA = VANILLA_OVERRIDES | {
-    "n_frequencies": 6,
-    "hidden_width": 64,
-    "density_activation": "softplus",
-    "blob_density": 30.0,
-    "blob_radius": 0.3,
-}
+_MINI_VANILLA = (
+    VANILLA_OVERRIDES
+    | _AS_TUNED
+    | {
+        "n_frequencies": 6,
+        "hidden_width": 64,
+        "density_activation": "softplus",
+        "blob_density": 30.0,
+        "blob_radius": 0.3,
+    }
+)
 MINI_VANILLA_OVERRIDES: dict[str, dict[str, Any]] = {
     "cpu": _MINI_VANILLA | {"w": 48, "h": 48, "W": 128, "H": 128, "num_steps": 32, "upsample_steps": 16},
     "cuda": _MINI_VANILLA | {"w": 64, "h": 64},
@@ -66,17 +78,21 @@ DMTET_OVERRIDES: dict[str, Any] = {
     "t_range": (0.02, 0.5),
     "progressive_view": False,
 }
-# dream-mini reads 128 x 128 pixels. The gradients of its objective are sums over an image, beside which the means of
+# dream-mini reads 128 x 128 pixels. The gradients of its objective are sums over an image, while the means of
 # the two regularisers vanish: these weights make them about half as large. Its runs are short: at --lr the shape would
 # move by no more than a pixel.
-_MINI_DMTET = DMTET_OVERRIDES | {
-    "dmtet_reso_scale": 2.0,
-    "lambda_mesh_normal": 500.0,
-    "lambda_mesh_laplacian": 1000.0,
-    "lr_geo": 5e-3,
-}
+_MINI_DMTET = (
+    DMTET_OVERRIDES
+    | _AS_TUNED
+    | {
+        "dmtet_reso_scale": 2.0,
+        "lambda_mesh_normal": 500.0,
+        "lambda_mesh_laplacian": 1000.0,
+        "lr_geo": 5e-3,
+    }
+)
 MINI_DMTET_OVERRIDES: dict[str, dict[str, Any]] = {
-    "cpu": _MINI_DMTET | {"iters": 300, "tet_grid_size": 64},
+    "cpu": _MINI_DMTET | {"iters": 300, "tet_grid_size": 64, "w": 80, "h": 80},
     "cuda": _MINI_DMTET,
 }
 
@@ -119,14 +135,14 @@ def dream_mini_cpu() -> Config:
             default_fovy=23.0,
             default_polar=75.0,
             view_blend=20.0,
-            w=80,
-            h=80,
+            w=72,
+            h=72,
             W=192,
             H=192,
             eval_interval=2,
-            n_levels=8,
+            n_levels=5,
             log2_hashmap_size=15,
-            max_resolution=128,
+            max_resolution=64,  # a cell is a pixel of the training images: finer ones hold noise alone
             hidden_width=32,
             hidden_layers=1,
             bg_radius=-1.0,
@@ -134,18 +150,22 @@ def dream_mini_cpu() -> Config:
             bound=0.6,
             max_steps=128,
             occupancy_resolution=64,
+            density_thresh=2.0,  # at 10, edges were cut off along the cells of the occupancy grid, and thin parts lost
             latent_iter_ratio=0.0,
             albedo_iter_ratio=1.0,
             normal_epsilon=0.03,
             guidance_scale=LinearSchedule(
                 0.0, 8.0, 4.0, 1.0
             ),  # a high scale finds the shape, a low one keeps colours natural
-            guidance_rescale=0.5,
+            guidance_rescale=0.8,
             t_range=(0.02, 0.98),
             t_anneal="square",
             lambda_opacity_entropy=30.0,
             lr=1e-3,
             lr_decay=0.3,
+            lr_cooldown=0.5,
+            lr_finest=0.1,
+            progressive_level=True,
             ema_decay=0.99,
             dataset_size_test=48,
             mcubes_resolution=128,
@@ -163,6 +183,7 @@ def dream_mini_gpu() -> Config:
             "iters": 1000,
             "w": 128,
             "h": 128,
+            "n_levels": 8,
             "W": 256,
             "H": 256,
             "occupancy_resolution": 128,

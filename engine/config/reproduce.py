@@ -58,7 +58,7 @@ def _to_words(typed: dict[str, Any]) -> list[str]:
         elif isinstance(value, tuple):
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, str) and value.startswith("-"):
-            words.append(f"--{name}={value}")  # as a word of its own it would be read as a flag
+            words.append(f"--{name}={value}")  # as a separate word it would be parsed as a flag
         else:
             words += [f"--{name}", str(value)]
     return words

@@ -109,8 +109,9 @@ def graph_breaking_flags(config: Config) -> list[str]:
     """Return the flags in use that change what a step launches, so that no CUDA graph can replay it."""
     flags = {
         "--dmtet": config.dmtet.dmtet,
-        "--progressive_level": config.shading.progressive_level,
         "--progressive_view": config.camera.progressive_view,
+        # The references of the hash grid read the number of levels on the host.
+        "--progressive_level": config.shading.progressive_level and config.field.backbone == "grid_torch",
     }
     return [flag for flag, is_on in flags.items() if is_on]
 

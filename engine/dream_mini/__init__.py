@@ -1,6 +1,6 @@
 """The embedded model, dream-mini: what it knows, the world it was trained on, and how it was trained.
 
-Importing this package needs neither torch nor numpy, so that the command can refuse a prompt at once.
+Importing this package needs neither torch nor numpy, so that the command can reject a prompt immediately.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Batches of rendered, captioned objects: what dream-mini and the judge of the benchmark learn from."""
+"""Batches of rendered and captioned objects, to train dream-mini and the classifier of the benchmarks."""
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,13 +15,13 @@ from dream_fast.engine.scene.camera import make_cameras
 
 BATCH, CAPTIONS = 64, 3
 NATURAL = len(COLORS)  # the colour label of an object in its natural colours
-# Things with a face come twice as often: their views are told apart by small parts.
+# Objects with a face are twice as frequent, because only small parts distinguish their views.
 _SHARES = np.array([2.0 if thing.face else 1.0 for thing in THINGS.values()])
 _SHARES /= _SHARES.sum()
 
 
 class Views(NamedTuple):
-    """One view of each of BATCH scenes. Labels [B, 3] int16: object, colour (NATURAL: none named), view."""
+    """A view of each of BATCH scenes. Labels [B, 3] int16: object, colour (NATURAL: none named), view."""
 
     images: torch.Tensor  # [B, size, size, 3] uint8 on the device
     captions: list[list[str]]  # [B][CAPTIONS]

@@ -39,7 +39,7 @@ def _merges(vocabulary: list[str]) -> list[tuple[str, str]]:
     """Byte-pair merges (Sennrich et al. 2016) until each word is one token, the same ones every time.
 
     (The trainer of the tokenizers library breaks ties in the order of a hash table, another one in every process, and
-    training that goes on from its cache needs the tokens that the cache was made with.)
+    training resumed from its cache needs the tokens of that cache.)
     """
     pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in vocabulary]
     merges = []

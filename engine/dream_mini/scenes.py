@@ -1,6 +1,6 @@
-"""The procedural world: an object is a union of signed-distance primitives, made by a recipe with random proportions.
+"""The procedural world: an object is a union of signed-distance primitives with random proportions.
 
-Axes as everywhere: y up, the front faces +z. A finished object lies inside the sphere |x| <= RADIUS around the origin.
+Axes: y up, the front faces +z. A finished object lies inside the sphere |x| <= RADIUS around the origin.
 """
 
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ PATTERNS = ("plain", "striped", "spotted")
 
 
 class Primitive(NamedTuple):
-    """One primitive: `size` holds (rx, ry, rz), (hx, hy, hz, round, top_x, top_z), (r0, r1, h, round) or (R, r)."""
+    """A primitive. size: (rx, ry, rz), (hx, hy, hz, round, top_x, top_z), (r0, r1, h, round) or (R, r)."""
 
     kind: str
     center: np.ndarray  # [3]
     rotation: np.ndarray  # [3, 3], rows are the local axes
     size: tuple[float, ...]
     color: np.ndarray  # [3]
-    main: bool  # carries the object's own colour and pattern
-    cut: bool  # is taken away from the union
+    main: bool  # has the colour and pattern of the object
+    cut: bool  # subtracted from the union
 
 
 def rotation(degrees: tuple[float, float, float]) -> np.ndarray:
@@ -38,10 +38,10 @@ def rotation(degrees: tuple[float, float, float]) -> np.ndarray:
 
 @dataclass
 class Builder:
-    """Collects the primitives of one object; recipes call its methods in any unit of length."""
+    """Collects the primitives of an object; the unit of length is arbitrary."""
 
     rng: np.random.Generator
-    main: np.ndarray  # [3] the object's own colour
+    main: np.ndarray  # [3] the colour of the object
     primitives: list[Primitive] = field(default_factory=list)
     head: tuple[float, float, float, float] | None = None  # x, y, z of the top of the head, and its radius
 
@@ -88,12 +88,12 @@ class Builder:
 
 @dataclass(frozen=True)
 class Scene:
-    """A finished object and what a caption may say about it."""
+    """An object and the attributes that a caption may name."""
 
     name: str
     color: str | None  # a key of COLORS when the colour was chosen, None when it is the natural one
     attribute: str | None  # tall | wide | striped | spotted
-    hat: str | None  # colour of a hat that it wears
+    hat: str | None  # colour of its hat
     primitives: tuple[Primitive, ...]
 
     @property
@@ -102,7 +102,7 @@ class Scene:
 
 
 def make_scene(rng: np.random.Generator, name: str | None = None, color: str | None = None, plain=False) -> Scene:
-    """One random object. `name` and `color` fix what is built; `plain` leaves attributes and hats away."""
+    """Make a random object, of a given `name` and `color` if set; `plain`: without attributes and hats."""
     from dream_fast.engine.dream_mini.objects import RECIPES
 
     name = name or list(THINGS)[rng.integers(len(THINGS))]

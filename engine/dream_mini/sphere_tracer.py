@@ -1,6 +1,6 @@
 """Sphere tracing of the procedural world (Hart 1996), in plain PyTorch; `torch.compile` fuses it on a GPU.
 
-Light, shading and cameras are the engine's, so that a rendered field can look like what the model was trained on.
+Light, shading and cameras are those of the engine, so that rendered fields resemble the training images.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from dream_fast.engine.scene.camera import Cameras, rays
 
 MAIN, OTHER, CUT = 1, 2, 3
 FAR = 10.0
-_SLOTS = {"ball": 24, "box": 12, "cone": 16, "ring": 3}  # room a scene
+_SLOTS = {"ball": 24, "box": 12, "cone": 16, "ring": 3}  # slots per scene
 
 
 class Primitives(NamedTuple):
@@ -22,13 +22,13 @@ class Primitives(NamedTuple):
 
     center: torch.Tensor  # [B, 1, K, 3]
     rotation: torch.Tensor  # [B, 1, K, 9]
-    size: torch.Tensor  # [B, 1, K, 8] world.Primitive's size, and what _prepared adds
+    size: torch.Tensor  # [B, 1, K, 8] size of `scenes.Primitive`, extended by `_prepared`
     color: torch.Tensor  # [B, K, 3]
     role: torch.Tensor  # [B, 1, K] 0 empty | MAIN | OTHER | CUT
 
 
 class Traced(NamedTuple):
-    """What rays hit: all [B, R, ...]."""
+    """Intersections of rays, [B, R, ...]."""
 
     hit: torch.Tensor  # [B, R] bool
     normal: torch.Tensor  # [B, R, 3]
@@ -47,7 +47,9 @@ def pack(scenes: list[Scene], device: torch.device | str) -> tuple[dict[str, Pri
         for b, scene in enumerate(scenes):
             of_kind = [p for p in scene.primitives if p.kind == kind]
             if len(of_kind) > slots:
-                raise ValueError(f"{scene.name} has {len(of_kind)} primitives of kind {kind}, room is for {slots}")
+                raise ValueError(
+                    f"{scene.name} has {len(of_kind)} primitives of kind {kind}, at most {slots} are allowed"
+                )
             for k, p in enumerate(of_kind):
                 center[b, k], turn[b, k], color[b, k] = p.center, p.rotation.reshape(9), p.color
                 size[b, k] = _prepared(kind, p.size)
@@ -132,7 +134,7 @@ def distance(points: torch.Tensor, primitives: dict[str, Primitives]) -> torch.T
 
 
 def _step(points, directions, primitives):
-    """One sphere-tracing step; the factor covers the ellipsoid's and the tapered box's inexact distance."""
+    """Advance points by a step; the factor allows for the inexact distances of ellipsoids and tapered boxes."""
     return points + directions * (0.85 * distance(points, primitives).clamp(min=-0.02))[..., None]
 
 

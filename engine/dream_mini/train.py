@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae_steps", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=6000, help="steps of UNet and text encoder")
     parser.add_argument(
-        "--stop_after", type=float, default=1e9, help="leave after so many seconds; a next call goes on"
+        "--stop_after", type=float, default=1e9, help="stop after this many seconds; the same command continues"
     )
     parser.add_argument("--vae_batch", type=int, default=128)
     parser.add_argument("--batch", type=int, default=512)

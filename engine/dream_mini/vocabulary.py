@@ -1,4 +1,4 @@
-"""The words that dream-mini knows: objects, colours, attributes, and the phrasings of its captions."""
+"""The vocabulary of dream-mini: objects, colours, attributes and filler words."""
 
 import re
 from typing import NamedTuple
@@ -30,7 +30,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 COLOR_SYNONYMS = {"grey": "gray", "teal": "cyan", "turquoise": "cyan", "violet": "purple", "golden": "yellow"}
 
-# Shades that parts of objects have by nature; a caption never names them.
+# Colours of parts of objects, which captions never name.
 SHADES: dict[str, tuple[float, float, float]] = {
     "tan": (0.85, 0.60, 0.30),
     "cream": (0.96, 0.90, 0.75),
@@ -110,7 +110,7 @@ _LONGEST_FIRST = sorted(_NAMES, key=len, reverse=True)
 
 
 def words() -> list[str]:
-    """All words that a caption can hold, sorted: the tokenizer's vocabulary."""
+    """All words of captions, sorted: the vocabulary of the tokenizer."""
     phrases = [*_NAMES, *COLORS, *COLOR_SYNONYMS, *ATTRIBUTES, *FILLER]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
@@ -120,7 +120,7 @@ def _split(text: str) -> list[str]:
 
 
 def find_object(text: str) -> str | None:
-    """The first known object that a prompt names (by its own name), or None. A hat that is worn is no object."""
+    """The name of the first known object in a prompt, or None. A hat that an object wears does not count."""
     plain = f" {' '.join(_split(text))} "
     plain = re.sub(r" (?:with|wearing) (?:\w+ ){0,3}hat ", " ", plain)
     found = [(plain.find(f" {name} "), name) for name in _LONGEST_FIRST if f" {name} " in plain]
@@ -131,15 +131,15 @@ MOST_NAMED = 10  # unknown words, in warnings
 
 
 def known_words(text: str) -> str:
-    """What dream-mini reads of a prompt: the words that it knows, in lower case, without punctuation."""
+    """The known words of a prompt, in lower case, without punctuation."""
     known = set(words())
     return " ".join(word for word in _split(text) if word in known)
 
 
 def check_prompt(text: str, negative: str = "") -> list[str]:
-    """Check a prompt for dream-mini; returns warnings about words, also of ``negative``, that it will ignore.
+    """Check a prompt for dream-mini; returns warnings about words of it and of `negative` that are ignored.
 
-    Raises UserError when the prompt names no object that dream-mini knows.
+    Raises UserError: when the prompt contains no known object.
     """
     if find_object(text) is None:
         shown = " ".join(text.split())[:80]

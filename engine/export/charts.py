@@ -6,7 +6,6 @@ with `raw` and `mean` lines.
 
 import html
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -129,7 +128,7 @@ def _line(line: Series, x: Axis, y: Axis, index: int) -> list[str]:
     smooth = len(points) >= MEAN_WINDOWS
     elements = [_path(points[::every], x, y, f"s{index} {'raw' if smooth else 'mean'}")]
     if smooth:
-        elements.append(_path(running_mean(points, len(points) // MEAN_WINDOWS)[::every], x, y, f"s{index} mean"))
+        elements.append(_path(running_mean(points, len(points) // MEAN_WINDOWS, every), x, y, f"s{index} mean"))
     return elements
 
 
@@ -148,16 +147,14 @@ def _path(points: Sequence[tuple[int, float | None]], x: Axis, y: Axis, kind: st
     return f'<path class="{kind}" d="{"".join(commands)}"/>'
 
 
-def running_mean(points: Sequence[tuple[int, float | None]], width: int) -> list[tuple[int, float | None]]:
-    """Means over the finite values of up to `width` points, each at the step of the last."""
+def running_mean(
+    points: Sequence[tuple[int, float | None]], width: int, every: int = 1
+) -> list[tuple[int, float | None]]:
+    """Means over the finite values of up to `width` points, at the step of the last, for each of `every` points."""
     means: list[tuple[int, float | None]] = []
-    window: deque[float | None] = deque()
-    for step, value in points:
-        window.append(value)
-        if len(window) > width:
-            window.popleft()
-        finite = [number for number in window if number is not None]
-        means.append((step, math.fsum(finite) / len(finite) if finite else None))
+    for end in range(0, len(points), every):
+        finite = [value for _, value in points[max(0, end + 1 - width) : end + 1] if value is not None]
+        means.append((points[end][0], math.fsum(finite) / len(finite) if finite else None))
     return means
 
 

@@ -69,7 +69,7 @@ def write_textured(
     *,
     progress: Callable[[float], None] = lambda part: None,
 ) -> None:
-    """Write a mesh to `path` (.glb), and beside it as .obj, .mtl and .png, without gloss, with the images of `bake`.
+    """Write a mesh to `path` (.glb), and next to it as .obj, .mtl and .png, without gloss, with the images of `bake`.
 
     Without a volume there is no normal map. The files appear together, when all of them are written.
     """
@@ -135,5 +135,5 @@ def _obj(vertices: np.ndarray, normals: np.ndarray, uv: np.ndarray, faces: np.nd
 
 
 def _format_rows(row_format: str, rows: np.ndarray) -> str:
-    """Format each row [C] of `rows` [R, C]. All at once: row by row takes four times as long."""
+    """Format each row [C] of `rows` [R, C]. In one call: row by row takes four times as long."""
     return row_format * len(rows) % tuple(rows.ravel().tolist())

@@ -11,7 +11,9 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from string import Template
@@ -25,6 +27,7 @@ from dream_fast.engine.config.reproduce import reproduce_command
 from dream_fast.engine.config.schema import Config, settings
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.export.charts import COLOURS, Series, draw_chart
+from dream_fast.engine.files import BadFile, open_regular
 from dream_fast.engine.scene.camera import SIX_VIEWS
 from dream_fast.engine.text import escape_controls
 from dream_fast.engine.workspace.atomic import atomic_write
@@ -36,23 +39,31 @@ IMAGE_SIDES = (384, 288, 192, 128)  # pixels along the longer edge of an image, 
 MAX_FRAMES = 48  # of the turntable
 MAX_VALIDATION_IMAGES, MAX_GUIDANCE_IMAGES = 4, 6
 WEBP_QUALITY, WEBP_EFFORT = 82, 2  # effort 4 takes twice the time for 3 % fewer bytes
-# Pillow raises these, beside OSError, for an image with too many pixels and for too long a text in one.
-UNREADABLE = (Image.DecompressionBombError, ValueError)
+MAX_PIXELS = 90_000_000  # of an image or a frame that is read
+MAX_IMAGE_BYTES, MAX_VIDEO_BYTES, MAX_METRICS_BYTES = 500_000_000, 4_000_000_000, 4_000_000_000
+MAX_DECODED_FRAMES = 10_000
+MAX_ROWS = 20_000  # of metrics.jsonl; of more, evenly spaced ones are drawn
+MAX_ROW_BYTES, MAX_ROW_ENTRIES = 100_000, 64
+MAX_LINES, MAX_MARKS = 12, 12  # of a chart
+MAX_RUNS = 50  # of the manifest
+MAX_TEXT = 100_000  # characters of a value on the page
 KINDS = ("colour", "normals", "depth")  # in a frame of the turntable, from left to right
 
 
 def write_report(workspace: Workspace) -> Path:
     """Write the report of the run in `workspace`; returns its path.
 
-    Missing images are left out, and unreadable ones are named on the page. Raises UserError: when the settings or the
-    manifest are missing or damaged.
+    Missing images are left out, and unreadable ones are named on the page. The time is linear in the rows of
+    metrics.jsonl. Raises UserError: when the settings or the manifest are missing or damaged.
     """
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     config, manifest, rows = workspace.stored_config(), workspace.read_manifest(), _rows(workspace)
     if config is None:
         raise UserError(f"{workspace.path} holds no run to report on")
+    manifest = manifest | {"runs": manifest.get("runs", [])[-MAX_RUNS:]}
+    sections = _sections(config, manifest, rows)
     for side in IMAGE_SIDES:
-        page = template.substitute(_sections(workspace, config, manifest, rows, side))
+        page = template.substitute(sections | _images(workspace, config, side))
         if len(page.encode()) <= MAX_PAGE_BYTES:
             break
     with atomic_write(workspace.report) as temporary:
@@ -60,16 +71,20 @@ def write_report(workspace: Workspace) -> Path:
     return workspace.report
 
 
-def _sections(
-    workspace: Workspace, config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]], side: int
-) -> dict[str, str]:
-    """The values of the template's placeholders."""
+def _images(workspace: Workspace, config: Config, side: int) -> dict[str, str]:
+    """The values of the template's placeholders for images, `side` pixels along their longer edge."""
     return {
-        "title": text(config.run.text),
-        "facts": _summary(config, manifest, rows),
         "turntable": _turntable(workspace.results / "turntable.mp4", side),
         "views": _six_views(workspace.results, side),
         "strips": _strips(workspace, config, side),
+    }
+
+
+def _sections(config: Config, manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The values of the template's other placeholders."""
+    return {
+        "title": text(config.run.text),
+        "facts": _summary(config, manifest, rows),
         "curves": _charts(rows),
         "timings": _timings(manifest),
         "repeat": _reproduce(config, manifest),
@@ -80,8 +95,13 @@ def _sections(
 
 def text(value: Any) -> str:
     """Escape a value as text of a page: markup, terminal control characters, and characters that change direction."""
-    shown = "".join(line if line in "\n\t" else escape_controls(line) for line in str(value))
-    return html.escape(shown)
+    words = str(value)
+    if len(words) > MAX_TEXT:
+        words = f"{words[: MAX_TEXT // 2]} ... ({len(words) - MAX_TEXT} characters) ... {words[-MAX_TEXT // 2 :]}"
+    return html.escape("".join(part if part in ("\n", "\t") else escape_controls(part) for part in _PARTS(words)))
+
+
+_PARTS = re.compile(r"[\n\t]|[^\n\t]+").findall
 
 
 def _webp(image: Image.Image) -> str:
@@ -101,12 +121,31 @@ def _shrink(image: Image.Image, width: int, height: int) -> Image.Image:
 def _image(path: Path, width: int, height: int, alt: str) -> str:
     """An <img> of the file, or a sentence when it cannot be read."""
     try:
-        with Image.open(path) as file:
+        with _open_png(path) as file:
             image = _shrink(file, width, height)
             size = f'width="{image.width}" height="{image.height}"'
             return f'<img src="{_webp(image)}" {size} alt="{text(alt)}">'
-    except (OSError, *UNREADABLE) as error:
-        return f'<p class="missing">{text(path.name)} cannot be read: {text(first_line(error))}</p>'
+    except Exception as error:  # the page is complete whatever a file does to the library
+        return _unreadable(path, error)
+
+
+@contextmanager
+def _open_png(path: Path) -> Iterator[Image.Image]:
+    """Open a PNG in a folder of a workspace. Raises any error of the library; OSError: it has too many pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about many pixels, which are counted here
+        with (
+            open_regular(path, MAX_IMAGE_BYTES, folder=path.parent.parent) as data,
+            Image.open(data, formats=("PNG",)) as image,
+        ):
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"it has {image.width} x {image.height} pixels, too many for this page")
+            yield image
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = f"it {error.reason}" if isinstance(error, BadFile) else first_line(error)
+    return f'<p class="missing">{text(path.name)} cannot be read: {text(reason)}</p>'
 
 
 def _turntable(path: Path, side: int) -> str:
@@ -115,8 +154,8 @@ def _turntable(path: Path, side: int) -> str:
         return '<p class="missing">no turntable was made</p>'
     try:
         frames = _frames(path, side)
-    except (av.FFmpegError, OSError) as error:
-        return f'<p class="missing">{text(path.name)} cannot be read: {text(first_line(error))}</p>'
+    except Exception as error:  # the page is complete whatever a file does to the library
+        return _unreadable(path, error)
     columns = math.ceil(math.sqrt(len(frames)))
     rows = math.ceil(len(frames) / columns)
     size = frames[0][0].size
@@ -148,15 +187,20 @@ def _turntable(path: Path, side: int) -> str:
 
 def _frames(path: Path, side: int) -> list[list[Image.Image]]:
     """The frames to show, each as a small image of each kind. Raises OSError: when there are none."""
-    with av.open(str(path)) as video:
-        if not video.streams.video or video.streams.video[0].width < len(KINDS):
+    frames: list[list[Image.Image]] = []
+    with (
+        open_regular(path, MAX_VIDEO_BYTES, folder=path.parent.parent) as data,
+        av.open(data, "r", format="mp4") as video,
+    ):
+        stream = video.streams.video[0] if video.streams.video else None
+        if stream is None or stream.width < len(KINDS) or stream.width * stream.height > MAX_PIXELS:
             raise OSError("it holds no images of the three kinds")
-        chosen = set(_spread(range(video.streams.video[0].frames), MAX_FRAMES))
-        frames = [
-            _split_kinds(frame.to_ndarray(format="rgb24"), side)
-            for number, frame in enumerate(video.decode(video=0))
-            if number in chosen
-        ]
+        chosen = set(_spread(range(min(stream.frames, MAX_DECODED_FRAMES)), MAX_FRAMES))
+        for number, frame in enumerate(video.decode(video=0)):
+            if number in chosen:
+                frames.append(_split_kinds(frame.to_ndarray(format="rgb24"), side))
+            if number >= max(chosen, default=0):
+                break
     if not frames:
         raise OSError("it has no frames")
     return frames
@@ -220,29 +264,46 @@ def _step(path: Path) -> str:
 
 def _timestep(path: Path) -> str:
     try:
-        with Image.open(path) as image:
-            return f", t = {text(image.info['t'])}"
-    except (OSError, KeyError, *UNREADABLE):  # the page names a damaged image already
+        with _open_png(path) as image:
+            return f", t = {text(str(image.info['t'])[:200])}"
+    except Exception:  # the page names a damaged image already
         return ""
 
 
 def _rows(workspace: Workspace) -> list[dict[str, Any]]:
-    """The readable rows of metrics.jsonl."""
-    rows = []
-    if workspace.metrics.exists():
-        for line in workspace.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+    """The readable rows of metrics.jsonl; of more than MAX_ROWS, evenly spaced ones and the last."""
+    rows: list[dict[str, Any]] = []
+    last, every, count = None, 1, 0
+    if not workspace.metrics.exists():
+        return rows
+    with open_regular(workspace.metrics, MAX_METRICS_BYTES, folder=workspace.path) as file:
+        while line := file.readline(MAX_ROW_BYTES):
+            if (row := _row(line)) is None:
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int) and _is_plain(row["step"]):
-                rows.append({name: value for name, value in row.items() if _is_plain(value)})
-    return rows
+            last, count = row, count + 1
+            if (count - 1) % every == 0:
+                rows.append(row)
+                if len(rows) > MAX_ROWS:
+                    rows, every = rows[::2], 2 * every
+    return rows if last is None or rows[-1] is last else [*rows, last]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The entries of a row that can be shown, or None for an unreadable row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not (isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**53):
+        return None
+    return {"step": row["step"]} | {name: row[name] for name in list(row)[:MAX_ROW_ENTRIES] if _is_plain(row[name])}
 
 
 def _is_plain(value: Any) -> bool:
     """True for None, text, and numbers that can be drawn."""
-    return value is None or isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 1e300)
+    if value is None or isinstance(value, str):
+        return True
+    return isinstance(value, int | float) and (value == 0 or 1e-200 < abs(value) < 1e200)
 
 
 class Chart(NamedTuple):
@@ -254,8 +315,8 @@ class Chart(NamedTuple):
 
 
 def _charts(rows: list[dict[str, Any]]) -> str:
-    losses = list(dict.fromkeys(name for row in rows for name in row if name.startswith("loss_")))
-    rates = list(dict.fromkeys(name for row in rows for name in row if name.startswith("lr_")))
+    losses = _names(rows, "loss_")
+    rates = _names(rows, "lr_")
     charts = [
         Chart("Losses, weighted", "loss", losses),
         Chart("Gradient of the guidance", "norm in the latents", ["grad_norm"]),
@@ -268,11 +329,17 @@ def _charts(rows: list[dict[str, Any]]) -> str:
     return "".join(_figure(chart, rows, marks) for chart in charts)
 
 
+def _names(rows: list[dict[str, Any]], prefix: str) -> list[str]:
+    """The first MAX_LINES names of entries that begin with `prefix`."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
+    return list(names)[:MAX_LINES]
+
+
 def _marks(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    """The first step of each phase, if there are several."""
-    phases = [(row["step"], str(row.get("phase", ""))) for row in rows]
+    """The first step of each phase, if there are several; of many the first ones."""
+    phases = [(row["step"], str(row.get("phase", ""))[:40]) for row in rows]
     begins = [*phases[:1], *(now for before, now in pairwise(phases) if before[1] != now[1])]
-    return begins if len(begins) > 1 else []
+    return begins[:MAX_MARKS] if len(begins) > 1 else []
 
 
 def _figure(chart: Chart, rows: list[dict[str, Any]], marks: list[tuple[int, str]]) -> str:
@@ -280,7 +347,7 @@ def _figure(chart: Chart, rows: list[dict[str, Any]], marks: list[tuple[int, str
     for name in chart.names:
         with_name = [row for row in rows if name in row]
         values = [value if isinstance(value := row[name], int | float) else None for row in with_name]
-        series.append(Series(name.removeprefix("loss_"), [row["step"] for row in with_name], values))
+        series.append(Series(name.removeprefix("loss_")[:80], [row["step"] for row in with_name], values))
     keys = "".join(f'<span class="key s{i % COLOURS}">{text(line.name)}</span>' for i, line in enumerate(series))
     legend = f'<div class="keys">{keys}</div>' if len(series) > 1 else ""
     drawing = draw_chart(chart.title, chart.label, series, marks)

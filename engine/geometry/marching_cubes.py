@@ -4,7 +4,7 @@ A cube whose corners lie on both sides of the isovalue has a vertex on every edg
 cube the vertices are joined in pairs, so that each run of inside corners is separated from the others: a rule that
 gives the same pairs in both cubes at a face. The pairs form closed polygons, which are cut into triangles along
 diagonals that lie in no face, so that no diagonal meets one of a neighbour. Thus every edge has two triangles,
-whatever the values.
+for any values.
 Source: Lorensen and Cline, 1987; faces as in Nielson and Hamann, 1991. The 256 cases are computed here.
 """
 
@@ -90,7 +90,8 @@ def marching_cubes(volume: np.ndarray, isovalue: float) -> Mesh:
     """The surface volume = isovalue around the region above it, for values [X, Y, Z] on a grid of unit spacing.
 
     Vertices are in grid coordinates; triangles run counter-clockwise seen from below the isovalue. Outside the grid
-    counts as below. The mesh is empty where nothing is above. Needs the memory of a few layers beside volume and mesh.
+    counts as below. The mesh is empty if nothing is above. Needs the memory of a few layers in addition to
+    volume and mesh.
     """
     shape = np.array(volume.shape) + 2  # with empty space around it
     strides = np.array([shape[1] * shape[2], shape[2], 1])

@@ -13,8 +13,8 @@ from dream_fast.engine.scene.camera import Cameras
 class StepInputs(NamedTuple):
     """Inputs of one optimisation step, made by the trainer on the host once a step.
 
-    A CUDA graph of a step reads `timesteps` and `scalars` from the device; `phase`, `shading` and `background_network`
-    tell the graphs apart, and a captured step reads nothing else that varies.
+    A CUDA graph of a step reads `timesteps`, `scalars` and `active_levels` from the device; `phase`, `shading` and
+    `background_network` tell the graphs apart, and a captured step reads nothing else that varies.
 
     step: number of the step, from 0.
     progress: part of the run that lies before it, in [0, 1].
@@ -22,7 +22,7 @@ class StepInputs(NamedTuple):
     latents: the images of the step are latents.
     timesteps: [B] from `Guidance.prepare_step`; None: the guidance draws them in its call.
     scalars: the numbers that change from step to step, by name, such as settings with a schedule.
-    phase: "latent", "albedo" or "shaded". This and what follows is for the trainer.
+    phase: "latent", "albedo" or "shaded". This and the following attributes are for the trainer.
     shading: shading of the render.
     background_network: the background network is rendered, else one colour.
     active_levels: number of hash-grid levels or frequencies in use; None: all.
@@ -37,7 +37,7 @@ class StepInputs(NamedTuple):
     phase: str = "albedo"
     shading: str = "albedo"
     background_network: bool = False
-    active_levels: int | None = None
+    active_levels: int | Tensor | None = None
 
 
 class GuidanceResult(NamedTuple):

@@ -4,11 +4,11 @@ With eps_c and eps_u the noise predicted with and without the prompt, guidance o
 
     eps_hat = eps_u + s (eps_c - eps_u)
 
-It is the same eps_hat whatever the network predicts, since noise, velocity and clean latents are linear in one another
+eps_hat does not depend on what the network predicts, since noise, velocity and clean latents are linear in one another
 (`noise.py`). The guided prediction may be rescaled towards the spread of the conditional one (MVDream, Shi et al. 2023,
 section 3.3; Lin et al. 2023) and pushed away from other prompts (`perp_neg.py`).
 
-Latents are [B, C, h, w], timesteps t [B]. Arithmetic on latents is fp32 whatever the model's dtype. Nothing here waits
+Latents are [B, C, h, w], timesteps t [B]. Arithmetic on latents is fp32 for any dtype of the model. Nothing here waits
 for the device.
 """
 

@@ -9,7 +9,7 @@ where g_b is blended from the views as the prompts of a diffusion model are (`pr
 reference has one text for all views, with a weight of 1 - |azimuth| / 180, which leaves the back without guidance; with
 a text for each view every view has the full weight.
 
-CLIP computes in fp32 whatever the precision of the run: it is small beside a UNet, and the gradient of a pixel would
+CLIP computes in fp32 for any precision of the run: it is small compared with a UNet, and the gradient of a pixel would
 often be too small for fp16.
 """
 
@@ -26,7 +26,9 @@ from dream_fast.engine.config.schedule import value_at
 from dream_fast.engine.config.sections import GuidanceConfig
 from dream_fast.engine.errors import UserError, first_line
 from dream_fast.engine.guidance.base import Guidance, GuidanceResult, StepInputs
+from dream_fast.engine.guidance.model.checks import check_files, read_json
 from dream_fast.engine.guidance.model.components import quiet_progress
+from dream_fast.engine.guidance.model.settings import check_finite, check_settings, check_tokens, check_weight_file
 from dream_fast.engine.guidance.model.text import fit_window
 from dream_fast.engine.guidance.prompts import VIEWS, ViewAngles, view_weights
 from dream_fast.engine.guidance.sds import InjectGradient, resize
@@ -107,6 +109,8 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
         if on_hub is None:
             raise UserError(f"the CLIP folder {folder} does not exist")
         place, pinned = on_hub[0], {"revision": on_hub[1]} if on_hub[1] else {}
+    else:
+        check_clip_folder(folder)
     try:
         with quiet_progress():
             tokenizer = CLIPTokenizer.from_pretrained(place, **pinned)
@@ -119,7 +123,18 @@ def load_clip(source: str, device: torch.device | str) -> tuple[Any, Any]:
         raise UserError(f"the CLIP model {source} does not load: {first_line(error)}{fetching}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"the CLIP model {source} lacks {len(missing)} of its weights, such as {missing[0]}")
-    return model.requires_grad_(False).eval().to(device), tokenizer
+    model = model.requires_grad_(False).eval().to(device)
+    check_finite(f"the CLIP model {source}", model)
+    return model, tokenizer
+
+
+def check_clip_folder(folder: Path) -> None:
+    """Check the files of a CLIP model before it is built. Raises UserError: one of them cannot be right."""
+    check_files(folder)
+    if (settings := folder / "config.json").exists():
+        files = sorted(folder.glob("*.safetensors"))
+        tensors = [name for file in files for name in check_weight_file(file)]
+        check_settings(f"the CLIP model {folder}", read_json(settings), tensors if files else None)
 
 
 def _download_command(name: str, pinned: Mapping[str, str]) -> str:
@@ -140,5 +155,6 @@ def clip_views(model: Any, tokenizer: Any, text: str, view_prompts: Mapping[str,
     texts = [text + endings[v] if v in endings else fit_window(tokenizer, window, view_prompts[v], [""]) for v in VIEWS]
     tokens = tokenizer(texts, padding="max_length", max_length=window, truncation=True, return_tensors="pt")
     device = model.text_projection.weight.device
+    check_tokens("CLIP", tokens.input_ids, model.config.text_config)
     out = model.text_model(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
     return F.normalize(model.text_projection(out.pooler_output), dim=-1)

@@ -14,10 +14,12 @@ from dream_fast.engine.scene.camera import Cameras
 class DiffusionGuidance(Guidance):
     """Pull images towards a prompt by score distillation. The prompt follows the cameras."""
 
-    capturable = True
-
     def __init__(self, distillation: ScoreDistillation, prompts: PromptEmbeddings, angles: ViewAngles | None = None):
         self.distillation, self.prompts, self.angles = distillation, prompts, angles or ViewAngles()
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]  # a class attribute in the protocol
+        return self.distillation.components.capturable
 
     @property
     def components(self) -> ImageModel:

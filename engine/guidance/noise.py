@@ -1,12 +1,12 @@
-"""Noise processes: how an image model mixes its latents with noise, and what its output means.
+"""Noise processes: mixtures of latents and noise, and the meaning of a network's output.
 
-A process gives the mixture of noisy latents x_t = signal(t) z + noise(t) n, for timesteps t from 0 to the noisiest:
+A process defines noisy latents x_t = signal(t) z + noise(t) n, for timesteps t from 0 to the noisiest:
 
     variance preserving   signal = sqrt(a_t), noise = sqrt(1 - a_t)    Stable Diffusion, SDXL, IF, PixArt
     flow matching         signal = 1 - s, noise = s, s = t / 1000      SD3, FLUX, PRX and other rectified flows
 
 A variance preserving model is trained at whole timesteps, a flow at real ones. `split` turns an output of the network
-into the predicted noise and clean latents, whatever the network predicts:
+into the predicted noise and clean latents, for each type of prediction:
 
     epsilon        out = n                     Ho et al. 2020
     v_prediction   out = signal n - noise z    Salimans and Ho 2022

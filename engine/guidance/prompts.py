@@ -2,7 +2,7 @@
 
 An image model that is prompted with "a car" prefers its front, and a scene guided so from all sides grows several
 fronts. So the prompt names the view: "..., front view", "..., side view", "..., back view", "..., overhead view"
-(DreamFusion, Poole et al. 2022, section 3.2), or each view has a text of its own. Between two views their embeddings
+(DreamFusion, Poole et al. 2022, section 3.2), or each view has its own text. Between two views their embeddings
 are interpolated linearly in the azimuth, unless an angle is given at which one ends and the next begins.
 """
 

@@ -28,7 +28,7 @@ g = lambda_guidance (z - z0_hat), which weights eps_hat - n by noise / signal in
 --clip_grad_latent c clamps each element of g to [-c, c].
 
 For a model that works on pixels (IF) z is the image itself, resized and in [-1, 1]. Arithmetic on latents is fp32
-whatever the model's dtype. Nothing here waits for the device.
+for any dtype of the model. Nothing here waits for the device.
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ class Prompts(NamedTuple):
 
     cond: Embedding  # guided towards
     uncond: Embedding  # guided away from: the negative prompt, or the empty one
-    negatives: Negatives | None = None  # pushed away from besides (Perp-Neg)
+    negatives: Negatives | None = None  # also pushed away from (Perp-Neg)
 
 
 class LatentGradient(NamedTuple):
@@ -159,17 +159,18 @@ def timestep_range(model: ImageModel, config: GuidanceConfig, step: int, progres
 
 
 class ScoreDistillation:
-    """Guides images by the image model `components` as `config` says.
+    """Guides images by the image model `components`, configured by `config`.
 
     The gradient of the images is computed at once and injected into the loss by a custom autograd function, so the
     encoder's autograd graph lives no longer than this call and a loss scale never enters fp16 activations. On a GPU
     encoder, UNet and the encoder's backward are replayed as one CUDA graph for each size of images, unless
-    `cuda_graphs` is False or the caller captures the call itself (`prepare_step`).
+    `cuda_graphs` is False, the model cannot be captured, or the caller captures the call itself (`prepare_step`).
     """
 
     def __init__(self, components: ImageModel, config: GuidanceConfig, *, cuda_graphs: bool = True):
         self.components, self.config = components, config
-        self.graphs = StepGraphs() if cuda_graphs and components.device.type == "cuda" else None
+        on_gpu = components.device.type == "cuda"
+        self.graphs = StepGraphs() if cuda_graphs and on_gpu and components.capturable else None
 
     def __call__(
         self,
@@ -182,7 +183,7 @@ class ScoreDistillation:
         """Guide `images` [B, 3, H, W] in [0, 1] towards `cond` and away from `uncond`, of B rows each.
 
         With `inputs.latents` they are latents [B, C, h, w], which are resized only. `negatives` are prompts to push
-        away from besides. A loss scale enters as the upstream gradient of the loss.
+        away from too. A loss scale enters as the upstream gradient of the loss.
 
         Raises ValueError: when `images` has a wrong shape, or latents are given to a model that works on pixels.
         """

@@ -154,7 +154,7 @@ class Renderer(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """The state that a checkpoint needs beside the optimised parameters."""
+        """State of a checkpoint other than the optimised parameters."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

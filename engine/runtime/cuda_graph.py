@@ -106,7 +106,7 @@ def fill_static(static: list[Any], leaves: list[Any]) -> None:
 
 
 def warm_up(function: Callable[[], Any]) -> None:
-    """Call `function` WARM_UP times on a stream beside torch's current one, as a capture requires."""
+    """Call `function` WARM_UP times on a side stream, as a capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,6 +1,6 @@
 """Output of a run for people: lines on the terminal and in log.txt, a progress bar, the table of files at the end.
 
-None of it can end a run. Files that cannot be written while a run goes on are collected, and reported at its end.
+None of it can end a run. Files that cannot be written during a run are collected, and reported at its end.
 """
 
 import logging
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.files import open_append
 from dream_fast.engine.text import escape_controls, one_line
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class Reporter:
             yield
         except Exception as error:
             if self._add_failure(path, error):
-                self.warn(f"{self._failures[path]}; the run goes on")
+                self.warn(f"{self._failures[path]}; the run continues")
 
     def _add_failure(self, path: Path, error: Exception) -> bool:
         """Keep the first error about a path. Return False if there was one."""
@@ -103,7 +104,7 @@ class Reporter:
         table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
         table.columns[1].justify = "right"
         for path in files:
-            with suppress(OSError):  # removed meanwhile
+            with suppress(OSError):  # removed by another process
                 size = _size(path.stat().st_size)
                 table.add_row(Text(escape_controls(str(path))), size)
                 self._write(f"{escape_controls(str(path))} {size}")
@@ -115,7 +116,7 @@ class Reporter:
             self._waiting.append(line)
             return
         try:
-            with self._log.open("a", encoding="utf-8") as log:
+            with open_append(self._log) as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         except Exception as error:
             self._add_failure(self._log, error)

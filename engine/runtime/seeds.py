@@ -10,7 +10,7 @@ import torch
 def step_seed(seed: int, step: int) -> int:
     """Derive the seed of a step: a 63-bit mix (splitmix64) of the run's seed and the number of the step.
 
-    Every step seeds its generators anew, so a resumed run draws what the uninterrupted run would have drawn, without a
+    Every step reseeds its generators, so a resumed run draws what the uninterrupted run would have drawn, without a
     saved generator state.
     """
     mask = (1 << 64) - 1

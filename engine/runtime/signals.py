@@ -9,8 +9,8 @@
 | SIGUSR1, SIGUSR2 | a scheduler, some time before it kills |
 
 During the steps, the first signal ends the run after the current step, with a checkpoint. A second one of PERSONAL has
-the system's default effect: it ends the process at once and leaves the last checkpoint whole. Outside the steps a
-signal ends the run at once. The exit status is 128 + the signal's number, as a shell has it.
+the system's default effect: it ends the process at once and leaves the last checkpoint intact. Outside the steps a
+signal ends the run at once. The exit status is 128 + the signal's number, as reported by a shell.
 
 A signal that the process ignores (nohup, the background of a script) or that another part of it handles stays theirs.
 """

@@ -113,7 +113,7 @@ def sample_cameras(
 
     Radius, polar angle and field of view are uniform in their `view_ranges`. Azimuths are stratified: each camera of a
     batch has its own equal sector of their range, so that a batch sees the object from all sides. With probability
-    `uniform_sphere_rate` the batch is uniform on the upper hemisphere instead, whatever the ranges are. With
+    `uniform_sphere_rate` the batch is uniform on the upper hemisphere instead, regardless of the ranges. With
     `jitter_pose` each camera is then moved, turned and rolled a little (`jitter`).
     """
     draws = torch.rand(5, batch, generator=generator, device=generator.device)

@@ -65,7 +65,7 @@ class TetMesh(nn.Module):
         self.deformation.zero_()
 
     def checkpoint_state(self) -> dict[str, Tensor]:
-        """The state that a checkpoint needs beside the parameters that are optimised."""
+        """State of a checkpoint other than the optimised parameters."""
         fixed = {"sdf": self.sdf, "deformation": self.deformation} if self.locked else {}
         return {"center": self.center, "half_extent": self.half_extent, **fixed}
 

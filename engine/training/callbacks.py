@@ -25,7 +25,7 @@ from dream_fast.engine.training.profiler import Profile
 from dream_fast.engine.training.trainer import StepResult
 from dream_fast.engine.workspace.folder import Workspace
 
-# Tags in TensorBoard of the numbers of a row, beside its losses.
+# TensorBoard tags of the numbers of a row other than losses.
 NUMBERS = ("lr", "samples", "opacity", "grad_norm", "it_per_s")
 
 
@@ -60,7 +60,8 @@ class RunCallbacks:
                 from torch.utils.tensorboard import SummaryWriter
 
                 # A resumed run records the steps after its checkpoint again.
-                self._writer = SummaryWriter(str(workspace.tensorboard), purge_step=self._step + 1)
+                with workspace.recording(workspace.tensorboard):
+                    self._writer = SummaryWriter(str(workspace.tensorboard), purge_step=self._step + 1)
         if output.profile:
             left = self._config.run.iters - self._step
             self._profile = Profile(workspace.profile, self._device, left, self._reporter).__enter__()

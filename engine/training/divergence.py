@@ -27,6 +27,13 @@ MAX_DEGENERATE_STEPS = 100  # checked every 100 steps at least, so at most 200 s
 MIN_OPACITY, MAX_OPACITY = 0.002, 0.75
 # Length of the regularising gradient over that of the guidance: 1/3 smooths; --lambda_tv 0.001 has 4 to 9 and blurs.
 OUTWEIGHS = 2.0
+# Upper ends of the useful ranges with --regularizers guided (docs/quality.md).
+LARGEST_GUIDED = {
+    "lambda_opacity_entropy": 10.0,
+    "lambda_tv": 0.3,
+    "lambda_2d_normal_smooth": 1.0,
+    "lambda_3d_normal_smooth": 1.0,
+}
 DEGENERACIES = {"vanished": "the object has vanished", "full": "the object fills the whole box"}
 
 
@@ -79,7 +86,10 @@ def outweighed_message(config: Config, times: float, step: int) -> str:
 
 
 def raised_weights(config: Config) -> dict[str, float]:
-    """Return weights of regularisers, by name, that exceed the defaults of the run's model and device."""
+    """Return weights of regularisers, by name, that exceed the defaults of the run's model and device.
+
+    With --regularizers guided, LARGEST_GUIDED replaces those defaults.
+    """
     typed = {"preset": config.run.preset, "guidance": config.guidance.guidance}
     if config.field.backbone == "vanilla":
         typed["backbone"] = "vanilla"
@@ -89,7 +99,10 @@ def raised_weights(config: Config) -> dict[str, float]:
         for field in dataclasses.fields(usual)
         if field.name.startswith("lambda_")
     }
-    return {name: weight for name, weight in weights.items() if weight > largest(getattr(usual, name))}
+    limits = {name: largest(getattr(usual, name)) for name in weights}
+    if config.loss.regularizers == "guided":
+        limits |= LARGEST_GUIDED
+    return {name: weight for name, weight in weights.items() if weight > limits[name]}
 
 
 def format_flags(settings: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Translate disk and out-of-memory errors into a UserError that says how to resume."""
+"""Translate disk and out-of-memory errors into a UserError with instructions to resume."""
 
 import errno
 import os

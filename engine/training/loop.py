@@ -15,6 +15,7 @@ from torch import Tensor
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.export.images import write_validation
 from dream_fast.engine.export.video import turntable_frames, write_video
+from dream_fast.engine.files import open_append
 from dream_fast.engine.runtime.reporter import Bar, Reporter
 from dream_fast.engine.runtime.signals import Stopped, StopRequest, stop_after_current_step
 from dream_fast.engine.training.callbacks import RunCallbacks
@@ -68,7 +69,7 @@ class Loop:
         started = time.monotonic()
         with (
             stop_after_current_step() as stop,
-            self.workspace.metrics.open("a", encoding="utf-8") as metrics,
+            open_append(self.workspace.metrics) as metrics,
             self.reporter.bar("start", run.iters, trainer.step) as bar,
             self._callbacks() as callbacks,
             self._saved_on_error(),
@@ -162,8 +163,6 @@ class Loop:
                 hint = f"the checkpoint of step {step} is saved ({name}), and the same command with these resumes"
             raise UserError(memory_message(self.config, error, hint)) from error
 
-    # ---------------------------------------------------------------------------------------------------- evaluation
-
     def _evaluate(self, stop: StopRequest) -> None:
         """Write the images and videos that are due after this step, until a signal comes.
 
@@ -183,8 +182,6 @@ class Loop:
             if is_due and step > 0 and not (is_first and path.exists()):
                 with suppress(Stopped), self.reporter.collect(path):
                     write(self.trainer, path, stop.check)
-
-    # -------------------------------------------------------------------------------------- checks; all read the device
 
     def _check_finite(self, row: dict[str, Any]) -> None:
         """Raises Diverged: when too many steps in a row had no finite gradient."""
@@ -236,7 +233,7 @@ def write_test_video(trainer: Trainer, path: Path, on_view: Callable[[], None] =
 def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     """Make a row of metrics.jsonl: the numbers of the last step and counts of the run. Reads the device."""
     terms = {f"loss_{name}": _finite_number(term) for name, term in result.terms.items()}
-    decay = trainer.config.optim.lr_decay ** trainer.schedule.progress(trainer.step - 1)
+    decay = trainer.config.optim.lr_scale(trainer.schedule.progress(trainer.step - 1))
     rates = {f"lr_{group}": rate for group, rate in trainer.optimizer.learning_rates(decay).items()}
     return {
         "step": trainer.step,

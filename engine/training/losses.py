@@ -1,4 +1,4 @@
-"""Regularisers beside the guidance: a formula each, and `regularizers`, which weights them by the settings.
+"""Regularisers: a formula for each, and `regularizers`, which weights them by the settings.
 
 S rows of samples, of which the first `count` are real; R rays. Means over samples divide by the count (at least 1), so
 rays without samples cost 0. Formulas and ramp are stable-dreamfusion's.

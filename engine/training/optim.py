@@ -36,6 +36,7 @@ class Optimizer:
         config: OptimConfig,
         shape: list[nn.Parameter] | None = None,
         shape_lr: float | None = None,
+        level_rows: tuple[int, ...] = (),
     ):
         self.config = config
         parameters = [*([] if table is None else [table]), *networks, *(shape or [])]
@@ -51,7 +52,7 @@ class Optimizer:
                 parameter.data = self.params[start:stop].view_as(parameter)
                 parameter.grad = self.grads[start:stop].view_as(parameter)
                 start = stop
-        groups = [] if table is None else [("table", table.numel(), config.table_lr)]
+        groups = [] if table is None else table_groups(table, config, level_rows)
         self.scene = self.params.numel() - sum(parameter.numel() for parameter in shape or [])
         groups.append(("network", self.scene, config.network_lr))
         if shape:
@@ -138,6 +139,20 @@ class Optimizer:
         for name, tensor in current.items():
             tensor.copy_(state[name])
         self.steps = int(state["steps"])
+
+
+def table_groups(table: Tensor, config: OptimConfig, level_rows: tuple[int, ...]) -> list[tuple[str, int, float]]:
+    """Groups of parameters of a hash table [rows, F]: name, end in the flat buffer, learning rate.
+
+    `level_rows` are the rows at which the levels end. With --lr_finest each level has its own learning rate.
+    """
+    if config.lr_finest == 1 or len(level_rows) < 2:
+        return [("table", table.numel(), config.table_lr)]
+    last = len(level_rows) - 1
+    return [
+        (f"table_{level}", rows * table.shape[1], config.table_lr * config.lr_finest ** (level / last))
+        for level, rows in enumerate(level_rows)
+    ]
 
 
 class AdamState:

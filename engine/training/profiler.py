@@ -70,11 +70,11 @@ class Profile:
             profiler.export_chrome_trace(str(temporary))
         self.reporter.say(f"trace of steps {self.warm_up + 1} to {self._taken} of this start: {self.path}")
         if self.warm_up < WARM_UP:
-            self.reporter.warn(f"the trace began after {self.warm_up} steps, so it holds what only first steps do")
+            self.reporter.warn(f"the trace began after {self.warm_up} steps, so it includes work of first steps only")
         kind = DeviceType.CUDA if self.device.type == "cuda" else DeviceType.CPU
         costs = collect_costs(profiler, kind, steps)
         if not costs:
-            self.reporter.warn(f"the trace saw nothing of the {kind.name}: its driver may not let this user profile")
+            self.reporter.warn(f"the trace has no events of the {kind.name}: its driver may not allow profiling")
         for line in format_table(costs, kind.name):
             self.reporter.say(line)
 

@@ -39,6 +39,7 @@ from dream_fast.engine.training.phases import RunProgress, active_levels, choose
 from dream_fast.engine.workspace.checkpoint import damaged, load_checkpoint, read_architecture, save_checkpoint
 from dream_fast.engine.workspace.folder import Workspace
 
+MAX_COPIES, MAX_OTHER_BYTES = 16, 1 << 30  # size of a checkpoint: parameters with moments and average, and the rest
 LATENT_BACKGROUND = 0.5  # background of the latent phase: the middle of the latents' range
 
 GuidanceCall = Guidance | Callable[[Tensor, Cameras, StepInputs], GuidanceResult]
@@ -77,7 +78,8 @@ class Trainer:
             self.renderer = VolumeRenderer(self.field, config.render)
         networks = [parameter for parameter in self.field.parameters() if parameter is not self.field.table]
         shape = [] if self.shape is None or self.shape.locked else list(self.shape.parameters())
-        self.optimizer = Optimizer(self.field.table, networks, config.optim, shape, config.dmtet.lr_geo)
+        levels = () if self.field.table is None else self.field.spec.grid.offsets[1:]
+        self.optimizer = Optimizer(self.field.table, networks, config.optim, shape, config.dmtet.lr_geo, levels)
         self.scaler = LossScaler(runtime.fp16, runtime.device)
         self.generator = torch.Generator(runtime.device)
         self.schedule = RunProgress(config.run.iters)  # of the learning rate and all schedules
@@ -94,8 +96,6 @@ class Trainer:
         self._captured_capacity = 0
         self._occupancy_before: dict[str, Tensor] = {}  # the renderer's state before its last update
         self.is_whole = True  # the state is that after `step` steps, also when a step failed
-
-    # ------------------------------------------------------------------------------------------------------- a step
 
     def train_step(self) -> StepResult:
         """Take one step of the optimisation. One that fails before the optimiser changes nothing."""
@@ -128,7 +128,7 @@ class Trainer:
             skip=result.overflow,
             inverse_scale=self.scaler.inverse,
             grad_clip=value_at(config.loss.grad_clip, self.step, progress),
-            lr_scale=config.optim.lr_decay**progress,
+            lr_scale=config.optim.lr_scale(progress),
         )
         self._count(result, skipped)
         end_part("optimiser")
@@ -215,12 +215,16 @@ class Trainer:
             self.graphs.clear()
             self._captured_capacity = capacity
 
-        def gradients(varying: tuple[Tensor, dict[str, Tensor]]) -> StepResult:
-            timesteps, scalars = varying
-            return self.gradients(inputs._replace(timesteps=timesteps, scalars=scalars))
+        levels = inputs.active_levels
+        if isinstance(levels, int):  # a number would be the same in every replay
+            levels = torch.full((), levels, dtype=torch.int32, device=self.device)
+
+        def gradients(varying: tuple[Tensor, dict[str, Tensor], Tensor | None]) -> StepResult:
+            timesteps, scalars, levels = varying
+            return self.gradients(inputs._replace(timesteps=timesteps, scalars=scalars, active_levels=levels))
 
         graph_key = (inputs.phase, inputs.shading, inputs.background_network)
-        return self.graphs(graph_key, gradients, (inputs.timesteps, inputs.scalars))
+        return self.graphs(graph_key, gradients, (inputs.timesteps, inputs.scalars, levels))
 
     def _light(self, cameras: Cameras) -> Tensor:
         """Unit directions [B, 3] to a light near each camera: its position, moved by one random vector."""
@@ -287,8 +291,6 @@ class Trainer:
         if self.graphs is not None:
             self.graphs.clear()
 
-    # -------------------------------------------------------------------------------------------------- checkpoints
-
     def architecture(self) -> dict[str, Any]:
         """Settings that two runs must share for one to load the other's checkpoint: those that shape the state."""
         config = self.config
@@ -318,7 +320,8 @@ class Trainer:
             "lost_in_a_row": self.degenerate_in_a_row,
             "attention": None if self.attention is None else list(self.attention),
         }
-        return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture())
+        run = {"text": self.config.run.text, "seed": self.seed}
+        return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture(), run)
 
     def start_shape(self, progress: Callable[[float], None] = lambda part: None) -> None:
         """Initialise the shape of a mesh refinement from --init_with. Raises UserError: when that is not possible."""
@@ -338,7 +341,8 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from the checkpoint at `path`. Raises UserError: when it is damaged or of another architecture."""
-        self.step, state = load_checkpoint(path, self.architecture())
+        most_bytes = MAX_COPIES * self.optimizer.params.nbytes + MAX_OTHER_BYTES
+        self.step, state = load_checkpoint(path, self.architecture(), most_bytes)
         try:
             self._restore(state)
         except torch.OutOfMemoryError:  # a RuntimeError without a fault of the file

@@ -1,9 +1,9 @@
 """Checkpoints: the whole state of a run in one safetensors file, without pickle.
 
 A state is a nested dict of tensors and plain values (numbers, strings, booleans, None, lists of them). Tensors are
-stored under their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata, beside the
-format version, the architecture of the field and a SHA-256 of all of it. Writes are atomic, so that a run that is
-killed leaves the previous checkpoint intact.
+stored under their path in the dict ("optimizer/exp_avg"), the plain values as JSON in the file's metadata, with the
+format version, the architecture of the field, the run (its id, prompt and seed) and a SHA-256 of all of it. Writes are
+atomic, so that a run that is killed leaves the previous checkpoint intact.
 """
 
 import hashlib
@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 
 from dream_fast import __version__
 from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.files import BadFile, is_regular, open_regular
 from dream_fast.engine.workspace.atomic import atomic_write
+from dream_fast.engine.workspace.record import Record
 from dream_fast.engine.workspace.stored_run import UNNAMED, complete_architecture, unknown_settings, way_to_read
 
 FORMAT = "dream-fast checkpoint"  # the key of the header in the file's metadata
@@ -36,23 +38,39 @@ class Damaged(UserError):
     """A checkpoint that is damaged."""
 
 
-def checkpoint_path(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:06d}.safetensors"
+class Foreign(UserError):
+    """A checkpoint of another run, or one that does not match its name."""
 
 
-def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], architecture: Mapping[str, Any]) -> Path:
-    """Write the state after `step` steps, remove all but the last two checkpoints of `directory`, return the path."""
+def checkpoint_path(directory: Path, step: int, digits: int = 6) -> Path:
+    return directory / f"step_{step:0{digits}d}.safetensors"
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    state: Mapping[str, Any],
+    architecture: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the state after `step` steps, remove all but the last two checkpoints of `directory`, return the path.
+
+    `run` has the run's prompt and seed ("text", "seed"). In a workspace its id is added, and a file in the way, which
+    dream-fast did not write, stays: the step in the name has more digits then.
+    """
+    record = Record.around(directory / "checkpoint")
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     _flatten(state, "", tensors, values)
     header = {"version": VERSION, "step": step, "architecture": architecture, "values": values}
     header["dream_fast"] = __version__
+    if run is not None:
+        header["run"] = {**run, "id": None if record is None else record.id}
     header["checksum"] = _checksum(header, tensors)
     # one entry, since safetensors writes several in no fixed order and the same run should give the same file
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
-    path = checkpoint_path(directory, step)
+    path = _free_path(directory, step, record)
     with atomic_write(path) as temporary:
-        temporary.touch()
         mode = temporary.stat().st_mode  # by the umask, as of any other file of the run
         try:
             save_file(tensors, temporary, metadata=metadata)  # creates a file that its owner alone can read
@@ -61,16 +79,65 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], archit
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         temporary.chmod(mode)
-    for old in list_checkpoints(directory)[:-CHECKPOINTS_KEPT]:
+    for old in [path for path in list_checkpoints(directory) if is_own(path, record)][:-CHECKPOINTS_KEPT]:
         old.unlink()
     return path
 
 
+def _free_path(directory: Path, step: int, record: Record | None) -> Path:
+    paths = [checkpoint_path(directory, step, digits) for digits in range(6, 13)]
+    if record is not None:
+        for path in paths:
+            if not os.path.lexists(path) or record.owns(path):
+                return path
+    return paths[0]
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of `directory`, oldest step first."""
+    """The files of `directory` with the name of a checkpoint, oldest step first; nothing else than regular files."""
     if not directory.is_dir():
         return []
-    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+    paths = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and is_regular(path)]
+    return sorted(paths, key=lambda path: (step_of(path), path.name))
+
+
+def is_own(path: Path, record: Record | None) -> bool:
+    """True if dream-fast wrote the checkpoint: it is in the `record` or names the record's run.
+
+    Without a record any checkpoint of dream-fast will do.
+    """
+    if record is not None and record.owns(path):
+        return True
+    try:
+        with _open(path) as file:
+            run = _header(path, file).get("run")
+    except UserError:
+        return False
+    return record is None or (isinstance(run, dict) and run.get("id") == record.id)
+
+
+def check_belongs(path: Path, record: Record | None, run: Mapping[str, Any], last_step: int) -> None:
+    """Check that a checkpoint is of the run of `record`, with that prompt and seed (`run`) and at most `last_step`.
+
+    Raises Foreign: it is of another run, or its name is of another step. Raises Damaged: its header cannot be read.
+    """
+    with _open(path) as file:
+        header = _header(path, file)
+    _check_name(path, header)
+    stated = header.get("run")
+    left = "it is left where it is"
+    if stated is None:
+        if record is not None and not record.owns(path):
+            raise Foreign(f"the checkpoint {path} names no run, and dream-fast did not write it here: {left}")
+    else:
+        expected = {**run, "id": None if record is None else record.id}
+        names = {"text": "prompt", "seed": "seed", "id": "run"}
+        stated = stated if isinstance(stated, dict) else {}
+        other = [names[name] for name, value in expected.items() if stated.get(name) != value]
+        if other:
+            raise Foreign(f"the checkpoint {path} is of another run (its {' and '.join(other)}): {left}")
+    if header["step"] > last_step:
+        raise Foreign(f"the checkpoint {path} is of step {header['step']} of a run of {last_step} steps: {left}")
 
 
 def step_of(path: Path) -> int:
@@ -89,9 +156,15 @@ def read_architecture(path: Path) -> dict[str, Any]:
         return complete_architecture(_header(path, file)["architecture"])
 
 
-def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The step and the state (tensors on the CPU). Raises UserError: when the architecture is another one."""
-    with _open(path) as file:
+def load_checkpoint(
+    path: Path, architecture: Mapping[str, Any], most_bytes: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """The step and the state (tensors on the CPU) of a file of at most `most_bytes`.
+
+    Raises UserError: the architecture is another one. Raises Foreign: its name is of another step. Raises Damaged: the
+    file is damaged, larger, or has numbers that are not finite.
+    """
+    with _open(path, most_bytes) as file:
         header = _header(path, file)
         _check_architecture(path, header, json.loads(json.dumps(architecture)))
         try:
@@ -101,15 +174,25 @@ def load_checkpoint(path: Path, architecture: Mapping[str, Any]) -> tuple[int, d
     if "checksum" in header or header["version"] > 2:
         if header.pop("checksum", None) != _checksum(header, flat):
             raise damaged(path, "its checksum is wrong")
+    _check_name(path, header)
+    for name, tensor in flat.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise damaged(path, f"{name} has values that are not finite")
     try:
         return header["step"], _nest(flat | header["values"])
     except (AttributeError, TypeError) as error:
         raise damaged(path, f"its state: {first_line(error)}") from error
 
 
-def _open(path: Path):
-    if not path.is_file():
+def _open(path: Path, most_bytes: int | None = None):
+    if path.is_dir() or not path.exists():
         raise UserError(f"there is no checkpoint at {path}")
+    try:
+        open_regular(path, most_bytes).close()
+    except BadFile as error:
+        raise damaged(path, f"it {error.reason}") from error
+    except OSError as error:
+        raise damaged(path, first_line(error)) from error
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
@@ -121,7 +204,7 @@ def damaged(path: Path, reason: object) -> Damaged:
     checkpoints = list_checkpoints(path.parent)
     oldest = path not in checkpoints or checkpoints.index(path) == 0
     advice = "; --ckpt scratch starts over" if oldest else ""
-    return Damaged(f"the checkpoint {path} is damaged, cut short or not a safetensors file ({reason}){advice}")
+    return Damaged(f"the checkpoint {path} is damaged, truncated or not a safetensors file ({reason}){advice}")
 
 
 def _header(path: Path, file) -> dict[str, Any]:
@@ -146,6 +229,11 @@ def _header(path: Path, file) -> dict[str, Any]:
     if header["step"] < 0:
         raise damaged(path, f"its header has step {header['step']}")
     return header
+
+
+def _check_name(path: Path, header: Mapping[str, Any]) -> None:
+    if _NAME.fullmatch(path.name) and step_of(path) != header["step"]:
+        raise Foreign(f"the checkpoint {path} is of step {header['step']}, which its name does not say: rename it back")
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:

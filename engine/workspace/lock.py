@@ -20,12 +20,14 @@ from pathlib import Path
 from filelock import SoftFileLease, Timeout
 
 from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.files import CAREFUL, BadFile, is_regular, kind_of, read_regular
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LEASE = ".lock.lease"
 LEASE_SECONDS = 120.0  # longer than the longest part of an export in which Python cannot renew it
+HOLDER = b"process "  # the beginning of the file
 MAX_HOLDER_BYTES = 200  # of the file, in messages
 NO_LOCK_ERRORS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -37,7 +39,7 @@ class Lock:
         self.folder, self.path = folder, folder / LOCK
         self._lease: SoftFileLease | None = None
         while True:
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._handle = self._open()
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -55,7 +57,17 @@ class Lock:
             os.close(self._handle)  # the previous holder has just removed the file
         os.ftruncate(self._handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(self._handle, f"process {os.getpid()} on {socket.gethostname()} since {started}\n".encode())
+        os.write(self._handle, HOLDER + f"{os.getpid()} on {socket.gethostname()} since {started}\n".encode())
+
+    def _open(self) -> int:
+        """Return a handle of the file. Raises BadFile: it is none that this program wrote."""
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | CAREFUL, 0o666)
+        info = os.fstat(handle)
+        beginning = b"" if kind_of(info.st_mode) else os.pread(handle, len(HOLDER), 0)
+        if kind_of(info.st_mode) or info.st_nlink > 1 or not HOLDER.startswith(beginning):
+            os.close(handle)
+            raise BadFile(self.path, "is in the way: dream-fast did not write it; move it away")
+        return handle
 
     def _in_use(self, holder: str) -> UserError:
         return UserError(
@@ -67,6 +79,8 @@ class Lock:
         """Take the lease instead of the lock, or neither where the disk does not allow a lease."""
         os.close(self._handle)
         self.path.unlink(missing_ok=True)
+        if os.path.lexists(self.folder / LEASE) and not is_regular(self.folder / LEASE):
+            raise BadFile(self.folder / LEASE, "is in the way: dream-fast did not write it; move it away")
         lease = SoftFileLease(self.folder / LEASE, lease_duration=LEASE_SECONDS, thread_local=False)
         try:
             self._acquire(lease)
@@ -74,7 +88,7 @@ class Lock:
             raise self._in_use(_holder(lease)) from None
         except (OSError, RuntimeError) as error:
             logger.warning(
-                "the disk of %s has no locks (%s): take care that no other run works in this workspace",
+                "the disk of %s has no locks (%s): make sure that no other run uses this workspace",
                 self.folder,
                 first_line(error),
             )
@@ -116,8 +130,9 @@ class Lock:
 def _holder(lease: SoftFileLease) -> str:
     """The holder of the lease, from its file."""
     try:
-        lines = Path(lease.lock_file).read_text(encoding="utf-8", errors="replace")[:MAX_HOLDER_BYTES].splitlines()
-    except OSError:
+        text = read_regular(Path(lease.lock_file)).decode("utf-8", "replace")
+        lines = text[:MAX_HOLDER_BYTES].splitlines()
+    except (OSError, BadFile):
         return ""
     entries = dict(line.split("=", 1) for line in lines if "=" in line)
     return f"process {entries.get('pid', '?')} on {entries.get('host', '?')}"

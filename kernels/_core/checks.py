@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,12 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    matches = value.dim() == len(shape) and all(
-        not isinstance(axis, int) or axis == size for axis, size in zip(shape, value.shape, strict=True)
-    )
-    if not matches:
-        expected = ", ".join(str(axis) for axis in shape)
-        raise ValueError(f"{name} must have shape [{expected}], got {list(value.shape)}")
+    size = value.shape
+    if len(size) != len(shape):
+        raise _wrong_shape(name, size, shape)
+    for axis, length in zip(shape, size, strict=True):
+        if isinstance(axis, int) and axis != length:
+            raise _wrong_shape(name, size, shape)
     if dtypes is not None and value.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
@@ -36,19 +38,25 @@ def check_tensor(
         raise ValueError(f"{name} is on {value.device} but {like[0]} is on {like[1].device}")
 
 
+def _wrong_shape(name: str, size: Sequence[int], shape: Sequence[int | str | None]) -> ValueError:
+    expected = ", ".join(str(axis) for axis in shape)
+    return ValueError(f"{name} must have shape [{expected}], got {list(size)}")
+
+
 def check_kernel_dtype(name: str, value: Tensor) -> None:
     """Check that the kernels compute in the dtype of `value`. Raises TypeError: for float64."""
-    _check_not_fp64(name, value.dtype)
+    if value.dtype == torch.float64:
+        raise _not_computed(name)
 
 
 def check_compute_dtype(dtype: torch.dtype) -> None:
     """Check that the kernels compute in the argument `dtype`. Raises TypeError: for float64."""
-    _check_not_fp64("dtype", dtype)
-
-
-def _check_not_fp64(name: str, dtype: torch.dtype) -> None:
     if dtype == torch.float64:
-        raise TypeError(f"{name} is float64, which the kernels do not compute in: call the operator's reference")
+        raise _not_computed("dtype")
+
+
+def _not_computed(name: str) -> TypeError:
+    return TypeError(f"{name} is float64, which the kernels do not compute in: call the operator's reference")
 
 
 def check_count(count: Tensor | None, like: tuple[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Launching kernels: the choice between Triton and the reference, the launch itself, and recording it.
 
 Every kernel starts through `launch`, on the device of its tensors and torch's current stream. Inside
-`recorded_launches` launches are listed and not run, so that a machine without a GPU can compile exactly what a GPU
-would run.
+`intercepted_launches` a function of the caller's gets them instead; `recorded_launches` lists them, so that a machine
+without a GPU can compile exactly what a GPU would run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dream_fast.kernels._core.compiled import start_compiled
 
 try:
     import triton
@@ -37,7 +39,7 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-_recorded: list[Launch] | None = None
+_intercept: Callable[[Launch], None] | None = None
 
 
 def jit(function: Callable, **options: Any) -> Any:
@@ -51,13 +53,13 @@ def constant(value: Any) -> Any:
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """True where an operator on this tensor runs its kernels: on a GPU, in the interpreter, and while recording.
+    """True where an operator on this tensor runs its kernels: on a GPU, in the interpreter, and while intercepted.
 
     Raises RuntimeError: for a tensor on a GPU where triton is missing.
     """
     if tensor.is_cuda and triton is None:
         raise RuntimeError("tensors on a GPU need triton, which is not installed: pip install triton")
-    return tensor.is_cuda or INTERPRETED or _recorded is not None
+    return tensor.is_cuda or INTERPRETED or _intercept is not None
 
 
 @lru_cache(maxsize=16)
@@ -94,26 +96,37 @@ def launch(
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if not fp_fusion:
         options["enable_fp_fusion"] = False
-    if maxnreg is not None and (_recorded is not None or _at_least_hopper(device)):
+    if maxnreg is not None and (_intercept is not None or _at_least_hopper(device)):
         options["maxnreg"] = maxnreg
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, options))
+    if _intercept is not None:
+        _intercept(Launch(kernel, grid, arguments, options))
     elif device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, **options)
+        if torch.cuda.current_device() == device.index:
+            start_compiled(kernel, grid, device.index, arguments, options)
+        else:
+            with torch.cuda.device(device):
+                start_compiled(kernel, grid, device.index, arguments, options)
     else:
         kernel[grid](**arguments, **options)
 
 
 @contextmanager
+def intercepted_launches(receive: Callable[[Launch], None]) -> Iterator[None]:
+    """Pass the launches of operators on CPU tensors inside the `with` block to `receive`; nothing is run."""
+    global _intercept
+    before, _intercept = _intercept, receive
+    try:
+        yield
+    finally:
+        _intercept = before
+
+
+@contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
     """List the launches of operators on CPU tensors inside the `with` block; nothing is run."""
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
+    launches: list[Launch] = []
+    with intercepted_launches(launches.append):
+        yield launches
 
 
 def compile_launches(launches: Sequence[Launch], on_compiled: Callable[[int], None]) -> None:

@@ -132,7 +132,7 @@ def flatten_parameters(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> T
 def unfused_reason(
     spec: HashGridSpec, weights: Sequence[Tensor], dtype: torch.dtype, normals: str | None = None
 ) -> str:
-    """Why no fused kernel takes these shapes in this compute dtype and mode of normals; empty if one does."""
+    """Name what keeps fused kernels from these shapes, compute dtype and mode of normals; empty if nothing does."""
     hidden = [layer.shape[0] for layer in weights[:-1]]
     if not 1 <= len(hidden) <= MAX_HIDDEN_LAYERS:
         return f"{len(hidden)} hidden layers are not from 1 to {MAX_HIDDEN_LAYERS}"

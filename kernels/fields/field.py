@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import check_compute_dtype, check_kernel_dtype
 from dream_fast.kernels._core.launch import launch, multiprocessors, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import live_rows, pad_rows
 from dream_fast.kernels.fields.activations import MAX_EXPONENT
 from dream_fast.kernels.fields.encode import (
@@ -148,7 +149,7 @@ def _features_shape(grid: HashGridSpec, rows: int) -> tuple[int, ...]:
     return -(-rows // BLOCK), grid.features, padded_levels(grid), BLOCK
 
 
-@torch.library.custom_op("dream_fast::field", mutates_args=())
+@operator("dream_fast::field")
 def _field_fwd(
     x: Tensor,
     table: Tensor,
@@ -202,7 +203,7 @@ def _(
     return x.new_empty(rows), x.new_empty(rows, 3), features
 
 
-@torch.library.custom_op("dream_fast::field_backward", mutates_args=())
+@operator("dream_fast::field_backward")
 def _field_bwd(
     grad_sigma: Tensor,
     grad_albedo: Tensor,

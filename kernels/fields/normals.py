@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import check_compute_dtype, check_kernel_dtype, check_positive
 from dream_fast.kernels._core.launch import launch, multiprocessors, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import live_rows, pad_rows
 from dream_fast.kernels.fields.density_gradient import autograd_gradient, central_differences, normal_of_gradient
 from dream_fast.kernels.fields.encode import (
@@ -117,7 +118,7 @@ def _field_normals_bwd_config(mode: str, width: int, dtype: torch.dtype) -> Tile
 _DIFFERENCES_CHUNK = 1 << 17
 
 
-@torch.library.custom_op("dream_fast::field_normals", mutates_args=())
+@operator("dream_fast::field_normals")
 def _field_normals_fwd(
     x: Tensor,
     table: Tensor,
@@ -176,7 +177,7 @@ def _(x, *arguments):
     return x.new_empty(rows), x.new_empty(rows, 3), x.new_empty(rows, 3), gradient
 
 
-@torch.library.custom_op("dream_fast::field_normals_backward", mutates_args=())
+@operator("dream_fast::field_normals_backward")
 def _field_normals_bwd(
     grad_sigma: Tensor,
     grad_albedo: Tensor,

@@ -13,7 +13,6 @@ nothing overflows, which add up the same in any order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,8 +29,7 @@ from dream_fast.kernels.grid.hash_grid_kernels import (
 from dream_fast.kernels.grid.spec import HashGridSpec
 
 
-@dataclass(frozen=True)
-class GridPoints:
+class GridPoints(NamedTuple):
     """Points of a hash grid, and which of them and of the levels count.
 
     x: [N, 3] fp32; x * scale + shift are unit coordinates. count: rows from here on are padding ([] int64).
@@ -41,7 +39,7 @@ class GridPoints:
     x: Tensor
     scale: float = 1.0
     shift: float = 0.0
-    count: Tensor | None = None
+    count: Tensor | None = None  # type: ignore[assignment]  # in place of tuple.count
     active_levels: int | Tensor | None = None
 
     def levels(self, spec: HashGridSpec) -> tuple[int, Tensor | None]:
@@ -55,7 +53,10 @@ class GridPoints:
 
 def channel_major(features: Tensor, count: Tensor | None) -> Tensor:
     """features [C, N], made contiguous. Columns past `count` of a transposed [N, C] are not copied: any value."""
-    if features.is_contiguous() or not features.t().is_contiguous():
+    if features.is_contiguous():
+        return features
+    source = features.t()
+    if not source.is_contiguous():
         return features.contiguous()
     channels, n = features.shape
     out = torch.empty(channels, n, dtype=features.dtype, device=features.device)
@@ -65,7 +66,7 @@ def channel_major(features: Tensor, count: Tensor | None) -> Tensor:
         transpose_kernel,
         (-(-n // block),),
         features.device,
-        source=features.t(),
+        source=source,
         out=out,
         count=count,
         n=n,

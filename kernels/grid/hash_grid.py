@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import FLOATS, check_compute_dtype, check_count, check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import live_rows, pad_rows, to_columns
 from dream_fast.kernels.grid.device import PRIMES, level_table, view_as_pairs
 from dream_fast.kernels.grid.gradients import GridPoints, position_gradient, scatter_features
@@ -195,7 +196,7 @@ def _rounds_table(n: int, rows: int) -> bool:
     return 24 * n >= rows
 
 
-# Three custom operators, whose gradients are each other. With E(x, T)[f] the encoding of x in table T and a tangent t:
+# Three operators, whose gradients are each other. With E(x, T)[f] the encoding of x in table T and a tangent t:
 #
 #   _encode             E(x, T)              or, with a tangent, t . dE(x, T)/dx
 #   _table_gradient     d/dT sum(g * E)      or d/dT sum(g * (t . dE/dx))
@@ -206,11 +207,11 @@ def _rounds_table(n: int, rows: int) -> bool:
 # tangent where it is that of `_position_gradient` itself. Second derivatives (analytic normals of an unfused field need
 # them) thus take no kernels of their own; the backward functions below only pass arguments on. A third order would
 # need two tangents, and raises NotImplementedError.
-# Custom operators, instead of autograd Functions, because torch.compile has to pass them without a graph break; their
-# schema knows no classes, so a spec travels as `encode_spec` gives it.
+# torch.compile has to pass them without a graph break, so they are operators of torch as well. Their schema knows no
+# classes: a spec travels as `encode_spec` gives it.
 
 
-@torch.library.custom_op("dream_fast::hash_grid", mutates_args=())
+@operator("dream_fast::hash_grid")
 def _encode(
     x: Tensor,
     table: Tensor,
@@ -260,7 +261,7 @@ def _(x, table, tangent, active_levels, count, spec_numbers, active, dtype, roun
     return x.new_empty(decode_spec(spec_numbers).channels, x.shape[0], dtype=getattr(torch, dtype))
 
 
-@torch.library.custom_op("dream_fast::hash_grid_table_gradient", mutates_args=())
+@operator("dream_fast::hash_grid_table_gradient")
 def _table_gradient(
     x: Tensor,
     features: Tensor,
@@ -288,7 +289,7 @@ def _(x, features, tangent, active_levels, count, spec_numbers, active):
     return x.new_empty(spec.rows, spec.features)
 
 
-@torch.library.custom_op("dream_fast::hash_grid_position_gradient", mutates_args=())
+@operator("dream_fast::hash_grid_position_gradient")
 def _position_gradient(
     x: Tensor,
     table: Tensor,

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from dream_fast.kernels._core.checks import FLOATS, check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import gather_rows
 from dream_fast.kernels.mesh import antialias_kernels
 from dream_fast.kernels.mesh.device import (
@@ -226,7 +227,7 @@ def _antialias_config(channels: int) -> AntialiasConfig:
     return AntialiasConfig(group, block=128, num_warps=4)
 
 
-@torch.library.custom_op("dream_fast::antialias", mutates_args=())
+@operator("dream_fast::antialias")
 def _antialias(
     image: Tensor, clip: Tensor, faces: Tensor, opposite: Tensor, triangle: Tensor, depth: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -273,7 +274,7 @@ def _(image, clip, faces, opposite, triangle, depth):
     return image.new_empty(image.shape), image.new_empty(triangle.numel(), 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("dream_fast::antialias_backward", mutates_args=())
+@operator("dream_fast::antialias_backward")
 def _antialias_backward(
     grad_out: Tensor,
     image: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import FLOATS, check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import gather_rows
 from dream_fast.kernels.mesh.device import (
     INDICES,
@@ -176,7 +177,7 @@ def _interpolate_config(channels: int) -> InterpolateConfig:
     return InterpolateConfig(group, block=128, num_warps=4)
 
 
-@torch.library.custom_op("dream_fast::interpolate", mutates_args=())
+@operator("dream_fast::interpolate")
 def _interpolate(attributes: Tensor, faces: Tensor, triangle: Tensor, barycentrics: Tensor) -> Tensor:
     channels, size = attributes.shape[-1], triangle.numel()
     config = _interpolate_config(channels)
@@ -206,7 +207,7 @@ def _(attributes, faces, triangle, barycentrics):
     return attributes.new_empty(*triangle.shape, attributes.shape[-1])
 
 
-@torch.library.custom_op("dream_fast::interpolate_backward", mutates_args=())
+@operator("dream_fast::interpolate_backward")
 def _interpolate_backward(
     grad_out: Tensor,
     attributes: Tensor,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive
 from dream_fast.kernels._core.launch import launch, multiprocessors, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import gather_rows
 from dream_fast.kernels.mesh.device import Fragments, add_at_corners, check_mesh, image_arguments, new_corner_sums
 from dream_fast.kernels.mesh.rasterize_kernels import (
@@ -138,7 +139,7 @@ def _rasterize_config(device: torch.device) -> RasterizeConfig:
     )
 
 
-@torch.library.custom_op("dream_fast::rasterize", mutates_args=())
+@operator("dream_fast::rasterize")
 def _rasterize(clip: Tensor, faces: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     (batch, vertices, _), triangles, device = clip.shape, faces.shape[0], clip.device
     config = _rasterize_config(device)
@@ -212,7 +213,7 @@ def _(clip, faces, height, width):
     )
 
 
-@torch.library.custom_op("dream_fast::rasterize_backward", mutates_args=())
+@operator("dream_fast::rasterize_backward")
 def _rasterize_backward(
     grad_barycentrics: Tensor, clip: Tensor, faces: Tensor, triangle: Tensor, deterministic: bool
 ) -> Tensor:

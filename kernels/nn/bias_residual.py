@@ -20,6 +20,7 @@ from torch import Tensor
 from dream_fast.kernels._core.checks import check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
 from dream_fast.kernels._core.layout import check_feature_map, dense, laid_out_like, power_of_two
+from dream_fast.kernels._core.operator import operator
 
 
 def bias_residual_reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def _bias_residual_config(rows: int, columns: int) -> BiasResidualConfig:
     return BiasResidualConfig(height, width, num_warps=max(1, height * width // 512))
 
 
-@torch.library.custom_op("dream_fast::bias_residual", mutates_args=())
+@operator("dream_fast::bias_residual")
 def _bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     x = dense(x)
     residual, bias, y = laid_out_like(residual, x), bias.contiguous(), torch.empty_like(x)

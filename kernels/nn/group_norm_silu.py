@@ -30,6 +30,7 @@ from torch import Tensor
 from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
 from dream_fast.kernels._core.layout import check_feature_map, dense, laid_out_like, power_of_two
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels.nn.group_norm_kernels import (
     group_norm_apply_bwd_kernel,
     group_norm_apply_fwd_kernel,
@@ -161,7 +162,7 @@ def _new_partials(images: int, groups: int, parts: int, device: torch.device) ->
     return {"partials": partials, "plane": images * groups * parts}
 
 
-@torch.library.custom_op("dream_fast::group_norm_silu", mutates_args=())
+@operator("dream_fast::group_norm_silu")
 def _group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, added: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -226,7 +227,7 @@ def _(x, groups, weight, bias, eps, silu, added):
     return torch.empty_like(dense(x)), x.new_empty(2, x.shape[0], groups, dtype=torch.float32)
 
 
-@torch.library.custom_op("dream_fast::group_norm_silu_backward", mutates_args=())
+@operator("dream_fast::group_norm_silu_backward")
 def _group_norm_silu_backward(
     grad_y: Tensor,
     x: Tensor,

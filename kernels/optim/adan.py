@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import FLOATS, check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import constant, jit, launch, tl, use_triton
+from dream_fast.kernels._core.operator import operator
 
 # Most programs of the norm kernel: each program of the update reads their sums, 4 KiB.
 MAX_PARTIALS = 1024
@@ -291,9 +292,31 @@ def _scalar(value: float | Tensor) -> tuple[float, Tensor | None]:
     return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
 
 
-@torch.library.custom_op(
+def _square_gradient(grads: Tensor, step: Tensor, scale: dict[str, Any], config: AdanConfig) -> tuple[Tensor, Tensor]:
+    """Return partial sums of the squared gradient, fp32, and a copy of `step`; scale: arguments of both kernels."""
+    size = grads.shape[0]
+    programs = max(1, min(config.norm_programs, -(-size // config.norm_block)))
+    partials = torch.empty(programs, dtype=torch.float32, device=grads.device)
+    step_before = torch.empty_like(step)
+    launch(
+        adan_norm_kernel,
+        (programs,),
+        grads.device,
+        grads=grads,
+        step=step,
+        partials=partials,
+        step_before=step_before,
+        size=size,
+        BLOCK=config.norm_block,
+        num_warps=config.num_warps,
+        **scale,
+    )
+    return partials, step_before
+
+
+@operator(
     "dream_fast::adan_step",
-    mutates_args=("params", "exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "ema", "step"),
+    mutates=("params", "exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad", "ema", "step"),
 )
 def _adan_step(
     params: Tensor,
@@ -322,22 +345,7 @@ def _adan_step(
         "SCALE_IS_TENSOR": inverse_scale_tensor is not None,
     }
     config = _adan_config()
-    programs = max(1, min(config.norm_programs, -(-size // config.norm_block)))
-    partials = torch.empty(programs, dtype=torch.float32, device=params.device)
-    step_before = torch.empty_like(step)
-    launch(
-        adan_norm_kernel,
-        (programs,),
-        params.device,
-        grads=grads,
-        step=step,
-        partials=partials,
-        step_before=step_before,
-        size=size,
-        BLOCK=config.norm_block,
-        num_warps=config.num_warps,
-        **scale,
-    )
+    partials, step_before = _square_gradient(grads, step, scale, config)
     found_inf = torch.empty((), dtype=torch.bool, device=params.device)
     logarithms = [math.log(beta) if beta > 0 else -1e30 for beta in betas]
     launch(

@@ -17,6 +17,7 @@ Source: Max, Optical models for direct volume rendering, 1995; Mildenhall et al.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import FLOATS, check_count, check_kernel_dtype, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import gather_rows, live_rows, pad_rows, scatter_rows
 from dream_fast.kernels.rays.composite_kernels import MAX_SAMPLE_TAU, composite_bwd_kernel, composite_fwd_kernel
 
@@ -103,7 +105,15 @@ def _composite_config() -> CompositeConfig:
     )
 
 
-@torch.library.custom_op("dream_fast::composite", mutates_args=())
+@lru_cache(maxsize=64)
+def _largest_tau(stop: float) -> tuple[float, float]:
+    """Optical depth at which a ray ends: T >= stop means tau <= -log(stop). A fp32 number, and what is left of fp64."""
+    limit = min(-math.log(stop), _OPAQUE_TAU) if stop > 0 else _OPAQUE_TAU
+    limit32 = torch.tensor(limit, dtype=torch.float32, device="cpu").item()
+    return limit32, limit - limit32
+
+
+@operator("dream_fast::composite")
 def _composite(
     sigma: Tensor, values: Tensor, t: Tensor, dt: Tensor, offsets: Tensor, count: Tensor | None, stop: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,9 +124,7 @@ def _composite(
     weights = torch.empty(rows, dtype=sigma.dtype, device=device)
     lengths = torch.empty(rays, dtype=torch.int32, device=device)
     ray_tau = torch.empty(rays, dtype=torch.float64, device=device)
-    # T >= stop means tau <= -log(stop). Kernels take numbers as fp32; the rest of the fp64 number is passed separately.
-    limit = min(-math.log(stop), _OPAQUE_TAU) if stop > 0 else _OPAQUE_TAU
-    limit32 = torch.tensor(limit, dtype=torch.float32, device="cpu").item()
+    limit, limit_rest = _largest_tau(stop)
     group = max(1, min(channels, config.group))
     ray_programs = -(-rays // config.fwd_rays)
     launch(
@@ -139,8 +147,8 @@ def _composite(
         rows=rows,
         rays=rays,
         ray_programs=ray_programs,
-        limit=limit32,
-        limit_rest=limit - limit32,
+        limit=limit,
+        limit_rest=limit_rest,
         CHANNELS=channels,
         GROUP=group,
         RAYS=config.fwd_rays,
@@ -163,7 +171,7 @@ def _(sigma, values, t, dt, offsets, count, stop):
     )
 
 
-@torch.library.custom_op("dream_fast::composite_backward", mutates_args=())
+@operator("dream_fast::composite_backward")
 def _composite_backward(
     grad_out: Tensor | None,
     grad_opacity: Tensor | None,

@@ -19,13 +19,14 @@ Source: Mueller et al., Instant Neural Graphics Primitives, 2022, appendix E.1.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels._core.reference import gather_rows, pad_rows
 from dream_fast.kernels.rays.march_kernels import (
     march_bwd_kernel,
@@ -242,7 +243,35 @@ def _scan_counts(counts: Tensor, capacity: int, config: MarchConfig) -> tuple[Te
     return offsets, count, overflow
 
 
-@torch.library.custom_op("dream_fast::march", mutates_args=())
+def _write_samples(
+    marching: dict[str, Any], offsets: Tensor, capacity: int, config: MarchConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions, ray_ids, t and dt of `Samples`; marching: the arguments that counting takes as well."""
+    device = offsets.device
+    positions = torch.empty(capacity, 3, dtype=torch.float32, device=device)
+    ray_ids = torch.empty(capacity, dtype=torch.int64, device=device)
+    t, dt = (torch.empty(capacity, dtype=torch.float32, device=device) for _ in range(2))
+    ray_programs = -(-marching["rays"] // config.write_rays)
+    launch(
+        march_write_fwd_kernel,
+        (ray_programs + -(-capacity // config.padding),),
+        device,
+        **marching,
+        offsets=offsets,
+        positions=positions,
+        ray_ids=ray_ids,
+        t_out=t,
+        dt_out=dt,
+        ray_programs=ray_programs,
+        capacity=capacity,
+        RAYS=config.write_rays,
+        STEPS=config.write_steps,
+        PADDING=config.padding,
+    )
+    return positions, ray_ids, t, dt
+
+
+@operator("dream_fast::march")
 def _march(
     origins: Tensor,
     directions: Tensor,
@@ -258,8 +287,8 @@ def _march(
     rays, device, grows = origins.shape[0], origins.device, dt_gamma != 0
     config = _march_config(rays, grows)
     shortest, longest = step_limits(bound, resolution, max_steps)
-    counts, spans = torch.empty(2, rays, dtype=torch.int32, device=device)
-    marching = {
+    counts, spans = (torch.empty(rays, dtype=torch.int32, device=device) for _ in range(2))
+    marching: dict[str, Any] = {
         "origins": origins.contiguous(),
         "directions": directions.contiguous(),
         "bits": bits.contiguous(),
@@ -290,27 +319,7 @@ def _march(
         STEPS=config.count_steps,
     )
     offsets, count, overflow = _scan_counts(counts, capacity, config)
-    positions = torch.empty(capacity, 3, dtype=torch.float32, device=device)
-    ray_ids = torch.empty(capacity, dtype=torch.int64, device=device)
-    t, dt = (torch.empty(capacity, dtype=torch.float32, device=device) for _ in range(2))
-    ray_programs = -(-rays // config.write_rays)
-    launch(
-        march_write_fwd_kernel,
-        (ray_programs + -(-capacity // config.padding),),
-        device,
-        **marching,
-        offsets=offsets,
-        positions=positions,
-        ray_ids=ray_ids,
-        t_out=t,
-        dt_out=dt,
-        ray_programs=ray_programs,
-        capacity=capacity,
-        RAYS=config.write_rays,
-        STEPS=config.write_steps,
-        PADDING=config.padding,
-    )
-    return positions, ray_ids, t, dt, offsets, count, overflow
+    return *_write_samples(marching, offsets, capacity, config), offsets, count, overflow
 
 
 @_march.register_fake
@@ -326,7 +335,7 @@ def _(origins, directions, bits, perturb, bound, resolution, capacity, max_steps
     )
 
 
-@torch.library.custom_op("dream_fast::march_backward", mutates_args=())
+@operator("dream_fast::march_backward")
 def _march_backward(grad: Tensor, t: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     rays = offsets.shape[0] - 1
     config = _march_config(rays, False)

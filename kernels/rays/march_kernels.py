@@ -56,6 +56,12 @@ def _growing_steps(t, column, shortest, longest, dt_gamma, STEPS: tl.constexpr):
 
 
 @jit
+def _points(ox, oy, oz, dx, dy, dz, t):
+    """The points at t [RAYS, STEPS] of rays, [RAYS, STEPS] an axis."""
+    return ox[:, None] + t * dx[:, None], oy[:, None] + t * dy[:, None], oz[:, None] + t * dz[:, None]
+
+
+@jit
 def march_count_fwd_kernel(
     origins,  # [R, 3] fp32
     directions,  # [R, 3] fp32
@@ -102,11 +108,7 @@ def march_count_fwd_kernel(
             step_bound = tl.where(tl.max(tl.where(start < far, 1, 0)) > 0, step_bound, 0)
         else:
             t = _even_steps(start, number, column, shortest)
-        x, y, z = (
-            ox[:, None] + t * dx[:, None],
-            oy[:, None] + t * dy[:, None],
-            oz[:, None] + t * dz[:, None],
-        )
+        x, y, z = _points(ox, oy, oz, dx, dy, dz, t)
         is_sample = occupied(x, y, z, bits, t < far[:, None], bound, outer_scale, RESOLUTION, CASCADES).to(tl.int32)
         samples += is_sample
         step = (number + column)[None, :]
@@ -172,6 +174,22 @@ def march_offsets_fwd_kernel(
 
 
 @jit
+def _write_padding(positions, ray_ids, t_out, dt_out, begin, end, BLOCK: tl.constexpr):
+    """Fill the rows [begin, end) with zeros."""
+    while begin < end:
+        row = begin + tl.arange(0, BLOCK)
+        here = row < end
+        zero = tl.zeros([BLOCK], tl.float32)
+        tl.store(t_out + row, zero, mask=here)
+        tl.store(dt_out + row, zero, mask=here)
+        tl.store(ray_ids + row, zero.to(tl.int64), mask=here)
+        for part in tl.static_range(3):
+            number = begin * 3 + part * BLOCK + tl.arange(0, BLOCK)
+            tl.store(positions + number, zero, mask=number < end * 3)
+        begin += BLOCK
+
+
+@jit
 def march_write_fwd_kernel(
     origins,  # [R, 3] fp32
     directions,  # [R, 3] fp32
@@ -207,17 +225,7 @@ def march_write_fwd_kernel(
     if program >= ray_programs:
         chunk = tl.load(offsets + rays) + (program - ray_programs) * PADDING
         end = tl.minimum(chunk + PADDING, capacity)
-        while chunk < end:
-            row = chunk + tl.arange(0, RAYS * STEPS)
-            here = row < end
-            zero = tl.zeros([RAYS * STEPS], tl.float32)
-            tl.store(t_out + row, zero, mask=here)
-            tl.store(dt_out + row, zero, mask=here)
-            tl.store(ray_ids + row, zero.to(tl.int64), mask=here)
-            for part in tl.static_range(3):
-                number = chunk * 3 + part * RAYS * STEPS + tl.arange(0, RAYS * STEPS)
-                tl.store(positions + number, zero, mask=number < end * 3)
-            chunk += RAYS * STEPS
+        _write_padding(positions, ray_ids, t_out, dt_out, chunk, end, RAYS * STEPS)
     else:
         ray = program * RAYS + tl.arange(0, RAYS)
         here = ray < rays
@@ -239,11 +247,7 @@ def march_write_fwd_kernel(
             else:
                 t = _even_steps(start, step[:, None] + number, column, shortest)
                 dt = tl.zeros([RAYS, STEPS], tl.float32) + shortest
-            x, y, z = (
-                ox[:, None] + t * dx[:, None],
-                oy[:, None] + t * dy[:, None],
-                oz[:, None] + t * dz[:, None],
-            )
+            x, y, z = _points(ox, oy, oz, dx, dy, dz, t)
             inside = (t < far[:, None]) & ((number + column)[None, :] < span[:, None])
             is_sample = occupied(x, y, z, bits, inside, bound, outer_scale, RESOLUTION, CASCADES).to(tl.int32)
             rank = samples_before[:, None] + tl.cumsum(is_sample, axis=1) - 1

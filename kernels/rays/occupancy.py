@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dream_fast.kernels._core.checks import check_kernel_dtype, check_positive, check_tensor
 from dream_fast.kernels._core.launch import jit, launch, tl, use_triton
+from dream_fast.kernels._core.operator import operator
 
 
 def cascades(bound: float) -> int:
@@ -157,7 +158,7 @@ def _occupancy_config() -> OccupancyConfig:
     return OccupancyConfig(block=4096, blocks=1024, bytes=512, num_warps=4)
 
 
-@torch.library.custom_op("dream_fast::occupancy_update", mutates_args=("density",))
+@operator("dream_fast::occupancy_update", mutates=("density",))
 def _update(density: Tensor, fresh: Tensor, decay: float, threshold: float) -> tuple[Tensor, Tensor]:
     config = _occupancy_config()
     cells = density.numel()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dream_fast.kernels._core.checks import check_compute_dtype, check_kernel_dtype, check_positive, check_tensor
 from dream_fast.kernels._core.launch import launch, use_triton
+from dream_fast.kernels._core.operator import operator
 from dream_fast.kernels.fields.encode import (
     BLOCK,
     aligned_rows,
@@ -68,10 +69,10 @@ class _Scene(NamedTuple):
     active_levels: int | Tensor | None
     dtype: torch.dtype | None
 
-    def evaluate(self, operator: Callable, positions: Tensor, **options):
-        """`operator` (`field`, `field_normals` or a reference of them) at positions [N, 3]."""
+    def evaluate(self, function: Callable, positions: Tensor, **options: Any) -> Any:
+        """Call `function` (`field`, `field_normals` or a reference of them) at positions [N, 3]."""
         parameters = (self.table, self.weights, self.biases, self.spec)
-        return operator(positions, *parameters, active_levels=self.active_levels, dtype=self.dtype, **options)
+        return function(positions, *parameters, active_levels=self.active_levels, dtype=self.dtype, **options)
 
 
 class _Marching(NamedTuple):
@@ -84,7 +85,7 @@ class _Marching(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """How rays are composited: background [3] or [R, 3]; normal_epsilon None leaves out the normals."""
+    """Settings of compositing: background [3] or [R, 3]; normal_epsilon None leaves out the normals."""
 
     background: Tensor
     stop: float
@@ -213,7 +214,7 @@ def _render_config(width: int, dtype: torch.dtype) -> RenderConfig:
     )
 
 
-@torch.library.custom_op("dream_fast::render", mutates_args=())
+@operator("dream_fast::render")
 def _render(
     origins: Tensor,
     directions: Tensor,

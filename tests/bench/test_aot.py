@@ -2,11 +2,13 @@
 
 import copy
 import re
+import subprocess
+import tempfile
 
 import pytest
 import torch
 
-from dream_fast.bench.ops import aot
+from dream_fast.bench.ops import aot, machine_code
 from dream_fast.bench.ops.cases import AOT_CASES
 from dream_fast.kernels._core.launch import INTERPRETED, jit, launch, recorded_launches, tl
 
@@ -80,6 +82,12 @@ def product(size, kernel=_product_kernel, **options):
     return launches[0]
 
 
+def measured(launches, target="sm_90"):
+    rows = [aot.measure_shared(launch, target) for launch in launches]
+    aot.count_resources(rows, target)
+    return rows
+
+
 # --- what is compiled
 
 
@@ -119,10 +127,7 @@ def test_unique_launches():
 
 def test_resources_by_width():
     """Loads and stores are counted by their width."""
-    wide, narrow = (
-        aot.measure_resources(recorded(), "sm_90"),
-        aot.measure_resources(recorded(x=torch.empty(4097)[1:]), "sm_90"),
-    )
+    wide, narrow = measured([recorded(), recorded(x=torch.empty(4097)[1:])])
     assert (wide["loads"], narrow["loads"]) == ({"128": 2}, {"32": 8})
     assert (wide["stores"], narrow["stores"]) == ({"128": 2}, {"32": 8})
     assert wide["atomics"] == {"RED.ADD.F32": 8}
@@ -132,41 +137,71 @@ def test_resources_by_width():
 @pytest.mark.parametrize(("target", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
 def test_resources_of_products(target, instruction):
     """Matrix instructions of each target are counted."""
-    resources = aot.measure_resources(product(64), target)
+    (resources,) = measured([product(64)], target)
     assert resources["matrix"].keys() == {instruction} and resources["shared"] > 0
 
 
 def test_resources_refuse_rows_outside():
     """Triton 3.6 code for 64 rows and 8 warps reads past them; 4 warps have enough rows."""
     with pytest.raises(ValueError, match="8 warps along the rows of a product of 64 x 64"):
-        aot.measure_resources(product(64, _chain_kernel, num_warps=8), "sm_90")
-    assert aot.measure_resources(product(64, _chain_kernel, num_warps=4), "sm_90")["matrix"].keys() == {"HGMMA"}
-    assert aot.measure_resources(product(128, _chain_kernel, num_warps=8), "sm_90")["matrix"].keys() == {"HGMMA"}
+        aot.measure_shared(product(64, _chain_kernel, num_warps=8), "sm_90")
+    enough = measured([product(64, _chain_kernel, num_warps=4), product(128, _chain_kernel, num_warps=8)])
+    assert [row["matrix"].keys() for row in enough] == [{"HGMMA"}] * 2
 
 
-def test_measure_entry_reports_compile_error(monkeypatch):
+def test_disassemble_order():
+    """Each of several kernels in one call has the instructions that it has alone, as cuobjdump lists them."""
+    cubins = [aot.compile_launch(launch, "sm_90").kernel for launch in (recorded(), product(64), recorded(num_warps=8))]
+    together = machine_code.disassemble(cubins, "sm_90")
+    for cubin, codes in zip(cubins, together, strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+            sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert codes and codes == machine_code.INSTRUCTION.findall(sass)
+
+
+def test_measure_entries_reports_compile_error(monkeypatch):
     """A kernel that does not compile has its error as its row."""
     odd, good = recorded(block=1000), recorded()  # no power of two
     short = good._replace(arguments={"x_ptr": torch.empty(16)})
     monkeypatch.setattr(aot, "record_launches", lambda key: [odd, good, short])
-    resources = aot.measure_entry("any", "sm_90")
-    assert "power of 2" in resources["_scale_kernel"]["error"] and "registers" in resources["_scale_kernel 2"]
-    assert "missing 5 required" in resources["_scale_kernel 3"]["error"]
+    kernels = aot.distinct_kernels(["any", "other"])
+    assert kernels == {"any": {"_scale_kernel", "_scale_kernel 2", "_scale_kernel 3"}}
+    resources = aot.measure_entries({"sm_90": kernels}, workers=1)["sm_90"]
+    assert "power of 2" in resources["any/_scale_kernel"]["error"] and "registers" in resources["any/_scale_kernel 2"]
+    assert "missing 5 required" in resources["any/_scale_kernel 3"]["error"]
     assert "power of 2" in aot.format_table(resources)
-    assert aot.distinct_kernels(["any", "other"]) == {"any": {"_scale_kernel", "_scale_kernel 2", "_scale_kernel 3"}}
-    assert aot.distinct_kernels(["any", "other"], variants=False) == {"any": {"_scale_kernel"}}
 
 
-def test_measure_entry_reports_operator_error(monkeypatch):
+def test_measure_entries_reports_operator_error(monkeypatch):
     """An operator that raises before any launch has its error as a row."""
 
     def record(key):
         raise ValueError("no such thing")
 
     monkeypatch.setattr(aot, "record_launches", record)
-    assert aot.distinct_kernels(["any"]) == {"any": {aot.RECORD}}
-    assert aot.measure_entry("any", "sm_90", frozenset({aot.RECORD})) == {
-        aot.RECORD: {"error": "ValueError: no such thing"}
+    kernels = aot.distinct_kernels(["any"])
+    assert kernels == {"any": {aot.RECORD}}
+    assert aot.measure_entries({"sm_90": kernels}, workers=1) == {
+        "sm_90": {f"any/{aot.RECORD}": {"error": "ValueError: no such thing"}}
+    }
+
+
+def test_first_variants():
+    """The first variant of each kernel remains, and each entry that raises."""
+    kernels = {
+        "a": frozenset({"x_kernel", "x_kernel 2"}),
+        "b": frozenset({"x_kernel 3", "y_kernel 2"}),
+        "c": frozenset({aot.RECORD}),
+        "d": frozenset({aot.RECORD}),
+    }
+    assert aot.first_variants(kernels) == {
+        "a": {"x_kernel"},
+        "b": {"y_kernel 2"},
+        "c": {aot.RECORD},
+        "d": {aot.RECORD},
     }
 
 
@@ -175,7 +210,7 @@ def test_measure_entry_reports_operator_error(monkeypatch):
 
 @pytest.fixture(scope="module")
 def good():
-    return {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(), "sm_90")}}
+    return {"sm_90": {"a/_scale_kernel": measured([recorded()])[0]}}
 
 
 def test_differences_of_the_same_kernel(good):
@@ -196,7 +231,7 @@ def test_differences_of_the_same_kernel(good):
 )
 def test_differences_of_a_worse_kernel(good, field, worse):
     """A planted fault is a difference, with both values."""
-    resources = {"sm_90": {"a/_scale_kernel": aot.measure_resources(recorded(**worse), "sm_90")}}
+    resources = {"sm_90": {"a/_scale_kernel": measured([recorded(**worse)])[0]}}
     differences = aot.find_differences(aot.select_gated(good), aot.select_gated(resources))
     assert any(f"sm_90 a/_scale_kernel: {field} " in line for line in differences)
 
@@ -226,7 +261,7 @@ def test_differences_allow_varying_spills(good, spills, resources, differences):
 
 def test_spilling_forwards():
     """A forward kernel that spills is reported, a backward one is not."""
-    spilled = aot.measure_resources(product(128, num_warps=1), "sm_80")  # 512 sums a thread
+    (spilled,) = measured([product(128, num_warps=1)], "sm_80")  # 512 sums a thread
     assert spilled["spills"] > 0 and spilled["local_bytes"] > 0
     differences = aot.find_spilling_forwards(
         {"sm_90": {"a/_scale_fwd_kernel": spilled, "a/_scale_bwd_kernel": spilled}}
@@ -238,10 +273,16 @@ def test_spilling_forwards():
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return aot.measure_entries(
-        aot.distinct_kernels(AOT_CASES), aot.GATED, workers=1
-    )  # beside the suite's other process
+def all_compiled():
+    """All variants for the gated targets, one variant of each kernel for the others."""
+    kernels = aot.distinct_kernels(AOT_CASES)
+    targets = {target: kernels if target in aot.GATED else aot.first_variants(kernels) for target in aot.TARGETS}
+    return aot.measure_entries(targets, workers=1)  # beside the suite's other process
+
+
+@pytest.fixture(scope="module")
+def compiled(all_compiled):
+    return {target: all_compiled[target] for target in aot.GATED}
 
 
 def test_golden_covers_operators(compiled):
@@ -295,8 +336,8 @@ def test_products_start_from_zero():
 
 
 @pytest.mark.parametrize("target", ["gfx942", "sm_100"])
-def test_kernels_compile_for_other_gpus(target):
+def test_kernels_compile_for_other_gpus(target, all_compiled):
     """Every kernel compiles for GPUs that are not gated."""
-    rows = aot.measure_entries(aot.distinct_kernels(AOT_CASES, variants=False), [target], workers=1)[target]
+    rows = all_compiled[target]
     failed = {f"{target} {name.split('/')[-1]}": row["error"] for name, row in rows.items() if "error" in row}
     assert rows and failed.keys() == {name for name in CANNOT if name.startswith(target)}, failed

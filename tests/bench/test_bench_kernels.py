@@ -14,10 +14,11 @@ from dream_fast import kernels
 from dream_fast.bench import __main__ as command
 from dream_fast.bench import compare, measure, results
 from dream_fast.bench.accuracy import check_fp64
-from dream_fast.bench.ops import gate, inputs
+from dream_fast.bench.ops import gate, host, inputs
 from dream_fast.bench.ops import run as bench
 from dream_fast.bench.ops.cases import FULL, SMALL, SPECS, build, tiny_cases
 from dream_fast.bench.ops.spec import Case, run
+from dream_fast.kernels._core.launch import INTERPRETED
 
 CPU = torch.device("cpu")
 ROW = "op case impl mode call dtype median_ms p20_ms p80_ms floor_ms pct_of_floor peak_bytes max_err tol".split()
@@ -60,6 +61,32 @@ def test_occupancy_bits():
     occupied = kernels.occupancy_query(bits, x, 1.0, inputs.OCCUPANCY)
     centre = ((x + 1) * 64).floor().add(0.5) / 64 - 1
     assert torch.equal(occupied, centre.norm(dim=1) < inputs.RADIUS) and occupied.any()
+
+
+@pytest.mark.parametrize("name", inputs.SCENES)
+def test_scene_cases(name):
+    """Samples lie in occupied cells and fill most of the room for them, and every operator takes them."""
+    scene, side = inputs.scene_of(f"{name}_16")
+    positions, t, offsets = inputs.scene_samples(scene, side, CPU)
+    bits = inputs.occupancy_bits(CPU, scene.is_occupied, scene.bound)
+    assert kernels.occupancy_query(bits, positions, scene.bound, inputs.OCCUPANCY).all()
+    assert len(t) % 256 == 0 and 0.5 < len(t) / (side * side * scene.samples_a_ray) <= 1 and offsets[-1] == len(t)
+    for op in ("march", "composite", "hash_grid"):
+        case = Case(op=op, case=f"{name}_16", mode=SPECS[op].modes[-1], dtype="float32")
+        problem = build(case)
+        results = run(problem, problem.operator, case.mode, case.compute_dtype)
+        assert all(torch.isfinite(result).all() for result in results)
+        if op == "march":
+            assert results[5] // 256 * 256 == len(t) and not results[6]  # count, overflow
+        assert problem.least_bytes > 0
+
+
+def test_camera_of_a_scene_looks_at_the_origin():
+    """The mean of a symmetric image's rays points from the camera to the origin."""
+    scene = inputs.SCENES["inside"]
+    origins, directions = inputs.camera(64, CPU, scene.position, scene.field_of_view)
+    mean = directions.double().mean(0)
+    check_fp64("direction", mean / mean.norm(), -origins[0].double() / origins[0].double().norm())
 
 
 def test_specs_are_complete():
@@ -340,6 +367,60 @@ def test_time_cpu(monkeypatch):
     assert len(calls) == 8 + 1 + 3  # never fewer than three
     assert measure.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 2.0, 5.0, False)
     assert measure.peak_bytes(call, CPU) == 0
+
+
+def test_time_eager(monkeypatch):
+    """Calls follow one another in batches, each of which ends with a wait for the GPU that counts."""
+    now, calls, waits = [0.0], [], []
+
+    def call():
+        calls.append(1)
+        now[0] += 0.001
+
+    def synchronize():
+        waits.append(len(calls))
+        now[0] += 0.001 * (len(waits) % 2 == 0)  # the second wait of a batch is for its work
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    timing = measure.time_eager(call, milliseconds=400)
+    # 8 / (4/3) = 6 calls a batch, which takes 7 ms.
+    assert timing == pytest.approx((7 / 6, 7 / 6, 7 / 6, False))
+    batches = list(zip(waits[2::2], waits[3::2], strict=True))
+    assert len(batches) == math.ceil(400 / 7) and all(after - before == 6 for before, after in batches)
+
+
+def test_ways_to_call():
+    """On a GPU ours has two rows, and a peer one: from a graph where it can be captured. A CPU has no graphs."""
+    cuda, norm, field = (
+        torch.device("cuda"),
+        *(next(c for c in FULL if c.op == op) for op in ("group_norm_silu", "field")),
+    )
+    assert bench.ways_to_call(field, "triton", cuda) == ("graph", "eager")
+    assert bench.ways_to_call(field, "reference", cuda) == ("eager",)
+    assert bench.ways_to_call(norm, "compiled", cuda) == ("graph",)
+    assert bench.ways_to_call(field, "reference", CPU) == ("eager",)
+
+
+# --- the host's part
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not launched")
+def test_time_host(monkeypatch, capsys):
+    """The host's part has the launches of a call, forward and backward, and a row for each operator that is named."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(host, "CALLS", 1)
+    monkeypatch.setattr(host, "BATCHES", 1)
+    assert bench.main(["--host", "--op", "composite", "--op", "march"]) == 0
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["op", "case", "mode", "us", "launching", "launches"]
+    assert [(row[0], row[2], int(row[5])) for row in rows] == [
+        ("march", "forward", 3),
+        ("composite", "forward_backward", 2),
+    ]
+    assert all(float(row[3]) > 0 for row in rows)
+    assert bench.main(["--host", "--op", "nothing"]) == 2
+    assert "no such operator; there are: hash_grid" in capsys.readouterr().err
 
 
 # --- the comparison

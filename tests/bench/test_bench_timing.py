@@ -46,7 +46,7 @@ def compared(machine, names=("a",), **options):
 
 
 def test_measure_row_alternates():
-    """One call sets the length of a sample; then each round is base, new, new, base."""
+    """The first call sets the length of a sample; then each round is base, new, new, base."""
     machine = Machine()
     assert compared(machine) == ([], [("a", 1.0)])
     rounds = machine.turns[1:]

@@ -76,7 +76,7 @@ def test_run_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_lines, "SHORT", TINY)
     line = CommandLine("README", '--text "a rose" --negative "red" --workspace trial -O --sd_version 1.5')
     outcome = run_line(line, tmp_path)
-    assert outcome.verdict == 'works; it asks for Stable Diffusion 1.5, run with dream-mini and "a hamburger"'
+    assert outcome.verdict == 'works with dream-mini instead of Stable Diffusion 1.5 and the prompt "a hamburger"'
     assert re.fullmatch(r"2 steps; `results/turntable.mp4`, `results/six_views.png`; \d+ s", outcome.details)
     assert (tmp_path / "trial" / "results" / "turntable.mp4").exists()
     monkeypatch.setattr(command_lines, "SHORT", "--device cpu --W 8 --H 8 --mcubes_resolution 16".split())

@@ -10,12 +10,13 @@ import torch
 
 from dream_fast.bench.doctor import doctor, selftest
 from dream_fast.bench.doctor.doctor import Finding
+from dream_fast.bench.doctor.interpreter import quick_interpreter
 from dream_fast.bench.ops import gate
 from dream_fast.cli import main
 
 
 @pytest.fixture(scope="module")
-def said() -> list[dict]:
+def findings() -> list[Finding]:
     """The findings of the self test in the interpreter, as on a machine without a GPU."""
     return list(doctor.check_kernels(on_gpu=False))
 
@@ -61,9 +62,9 @@ ENOUGH = 1e6  # seconds: only what never ends meets its limit
             ENOUGH,
             "kernel march",
         ),
-        ("import os; os.kill(os.getpid(), 11)", ENOUGH, "ended early, status -11"),
-        ("import signal; signal.pause()", 1, "no end after 1 s"),
-        ("raise SystemExit('no driver')", ENOUGH, "ended early, status 1: no driver"),
+        ("import os; os.kill(os.getpid(), 11)", ENOUGH, "failed with status -11"),
+        ("import signal; signal.pause()", 1, "not finished after 1 s"),
+        ("raise SystemExit('no driver')", ENOUGH, "failed with status 1: no driver"),
     ],
 )
 def test_check_kernels_reports_failures(code, seconds, sentence, monkeypatch):
@@ -83,6 +84,23 @@ def test_kernels_advice(monkeypatch):
     assert (on_gpu.state, on_cpu.state) == ("wrong", "note")
     assert "(/somewhere/else)" in on_gpu.advice and "cache" not in on_cpu.advice
     assert all("error 1, allowed 0" in finding.message and "report" in finding.advice for finding in (on_gpu, on_cpu))
+
+
+@pytest.mark.parametrize("missing", [None, "_LangPatchScope"])
+def test_quick_interpreter_leaves_no_trace(missing, monkeypatch):
+    """Triton's interpreter is changed inside the context alone, and not at all where it is another one."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if missing:
+        monkeypatch.delattr(interpreter, missing)
+
+    def state():
+        builder = interpreter.interpreter_builder
+        return interpreter._patch_lang, interpreter._get_np_dtype, builder.options
+
+    before = state()
+    with quick_interpreter():
+        assert (state() == before) == (missing is not None)
+    assert state() == before
 
 
 def test_selftest_of_normals():
@@ -134,11 +152,11 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
 @pytest.mark.parametrize(
     ("machine", "driver", "state", "sentence", "advice"),
     [
-        ({}, None, "note", "no NVIDIA GPU: runs take the CPU", ""),
-        ({"built": "12.8"}, None, "note", "built for CUDA 12.8, which does no harm", ""),
-        ({}, "550.1", "wrong", "this torch is a build for CPUs", "built for CUDA: pytorch.org"),
+        ({}, None, "note", "no NVIDIA GPU: runs use the CPU", ""),
+        ({"built": "12.8"}, None, "note", "built for CUDA 12.8, which is harmless", ""),
+        ({}, "550.1", "wrong", "the installed torch is a CPU build", "see pytorch.org"),
         ({"built": "13.0", "warning": OLD_DRIVER}, "470.1", "wrong", "driver on your system is too old", "update the"),
-        ({"built": "12.8"}, "550.1", "wrong", "does not start it (it gives no reason)", "--device cpu"),
+        ({"built": "12.8"}, "550.1", "wrong", "cannot use it (no reason given)", "--device cpu"),
         (
             {"built": "12.8", "available": True, "works": False},
             "550.1",
@@ -148,7 +166,7 @@ OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (
         ),
         ({"built": "12.8", "available": True, "capability": (7, 0)}, "550.1", "note", "sm_70", ""),
         ({"built": "12.8", "available": True}, "550.1", "ok", "NVIDIA Test, 80 GiB, sm_90, driver 550.1", ""),
-        ({"built": "12.8", "available": True, "count": 2}, "550.1", "ok", "the first of 2, --device cuda:1 takes", ""),
+        ({"built": "12.8", "available": True, "count": 2}, "550.1", "ok", "the first of 2, use --device cuda:1", ""),
     ],
 )
 def test_check_gpu(machine, driver, state, sentence, advice, monkeypatch):

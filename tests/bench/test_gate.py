@@ -10,6 +10,7 @@ from dream_fast.bench.ops.spec import Problem
 
 CPU = torch.device("cpu")
 TOO_LARGE = ("rays_128", "rays_256", "rays_512", "uniform_2^20", "uniform_2^22", "frame_800", "mesh_50k", "mesh_1M")
+TOO_LARGE += ("shell_256", "inside_256", "noise_256", "bound2_256")
 
 
 def test_gate_case():

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import trimesh
 from skimage import color as skimage_color
 
 from dream_fast.bench.accuracy import check_fp64
-from dream_fast.bench.quality import looks
-from dream_fast.bench.quality.measures import delta_e, edge_ratio, floaters, kid, lab, part_color, roughness
+from dream_fast.bench.pipeline.mesh_export import TexturedMesh, render_normals
+from dream_fast.bench.quality import run_measures
+from dream_fast.bench.quality.measures import delta_e, edge_ratio, edge_width, floaters, kid, lab, part_color, roughness
+from dream_fast.bench.quality.protocol import sides
 from dream_fast.engine.render.base import RenderedImages
 
 SIZE = 128
@@ -85,6 +88,18 @@ def test_edge_ratio_of_fur() -> None:
     assert edge_ratio(square) < 1.1
     assert edge_ratio(torch.zeros(1, 8, 8)) is None
     assert edge_ratio(torch.ones(1, 40, 40)) < 1.1  # cut off by the image's border
+
+
+def test_edge_width_of_a_ramp() -> None:
+    """A straight edge with a ramp of so many pixels; nothing for a solid object, None without one."""
+    solid = torch.zeros(2, 40, 60)
+    solid[:, :, 30:] = 1.0
+    assert edge_width(solid) == 0
+    ramped = solid.clone()
+    ramped[:, :, 26:34] = torch.linspace(0.0, 1.0, 10)[1:-1]  # 1/9 to 8/9: all eight are partial
+    length = 2 * (40 + 2 * 30 + 40)  # of the rest beyond the edge, the image's border included
+    assert edge_width(ramped) == 2 * 40 * 8 / length
+    assert edge_width(torch.zeros(1, 4, 4)) is None
 
 
 def test_floaters_in_views() -> None:
@@ -161,7 +176,7 @@ def test_measure_shape() -> None:
         yield
 
     def view(cameras, height, width, background):
-        assert entered and height == width == looks.SHAPE_SIZE and not background.any()
+        assert entered and height == width == run_measures.SHAPE_SIZE and not background.any()
         assert cameras.azimuth.tolist() == [0, 90, -180, -90] and (cameras.polar == 90).all()
         normal, opacity = (part.expand(4, *part.shape[1:]) for part in sphere(50))
         return RenderedImages(torch.zeros_like(normal), normal, torch.zeros_like(opacity), opacity)
@@ -169,9 +184,24 @@ def test_measure_shape() -> None:
     trainer = SimpleNamespace(
         device="cpu", optimizer=SimpleNamespace(ema_weights=ema_weights), renderer=SimpleNamespace(view=view)
     )
-    result = looks.measure_shape(trainer)
+    result = run_measures.measure_shape(trainer)
     assert result["roughness_deg"] == pytest.approx(roughness(*sphere(50)))
+    assert result["edge_width"] == 0
     assert result["floaters"] == 0 and result["edge_ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_mesh_normals() -> None:
+    """A sphere's normals point away from its centre, between vertices too, and are as smooth as the sphere's own."""
+    sphere_mesh = trimesh.creation.icosphere(subdivisions=5, radius=0.5)
+    corners = torch.tensor(np.asarray(sphere_mesh.vertices)).float()
+    faces = torch.tensor(np.asarray(sphere_mesh.faces)).int()
+    smooth = TexturedMesh(corners, faces, corners / 0.5, corners[:, :2], torch.zeros(2, 2, 3))
+    normal, covered = render_normals(smooth, sides("cpu"), SIZE)
+    for number, axis in enumerate(([0.0, 0, 1], [1.0, 0, 0], [0.0, 0, -1], [-1.0, 0, 0])):
+        middle = normal[number, SIZE // 2, SIZE // 2]
+        assert (middle @ torch.tensor(axis)).item() > 0.999
+    rough = smooth._replace(normals=noisy(smooth.normals, 20.0))
+    assert roughness(normal, covered.float()) < 1.5 < roughness(*render_normals(rough, sides("cpu"), SIZE))
 
 
 def test_measure_color() -> None:
@@ -179,5 +209,5 @@ def test_measure_color() -> None:
     images = torch.full((2, 3, 16, 16), 0.75)
     images[:, :, 4:12, 4:12] = torch.tensor([0.15, 0.80, 0.82])[:, None, None]
     images[:, :, 8:12, 4:12] = torch.tensor([0.9, 0.05, 0.05])[:, None, None]
-    result = looks.measure_color(images, "a red robot", 0.75)
+    result = run_measures.measure_color(images, "a red robot", 0.75)
     check_fp64("red", torch.tensor(result).double(), torch.tensor([0.9, 0.05, 0.05]).double())

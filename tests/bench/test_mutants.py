@@ -20,7 +20,7 @@ def make_verdicts(module: str, caught: int, survived: int, total: int) -> "mutan
 
 
 def test_estimate_share_whole():
-    """When all mutants are tested, the share is exact and has no error."""
+    """The share is exact, without an error, if all mutants are tested."""
     results = [make_verdicts("a", 9, 1, 10), make_verdicts("b", 30, 0, 30)]
     assert mutants.estimate_share(results) == (39 / 40, 0)
 

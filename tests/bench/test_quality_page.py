@@ -5,12 +5,13 @@ import torch
 
 from dream_fast.bench.quality import page as quality_page
 from dream_fast.bench.quality import world
+from dream_fast.bench.quality.attributes import Probe
 from dream_fast.bench.quality.measures import delta_e
-from dream_fast.bench.quality.page import BEGIN, END, fill_page, format_table
-from dream_fast.bench.quality.run import HELD_OUT, PROMPTS
+from dream_fast.bench.quality.page import BEGIN, END, fill_page, format_attributes, format_table
+from dream_fast.bench.quality.protocol import ATTRIBUTED, HELD_OUT, PROMPTS
 from dream_fast.bench.quality.world import (
     PAINTS,
-    WorldLook,
+    WorldMeasures,
     color_error,
     main_colors,
     make_palette,
@@ -18,6 +19,8 @@ from dream_fast.bench.quality.world import (
     world_summary,
 )
 from dream_fast.engine.dream_mini.vocabulary import COLORS, find_object
+
+PROBES = {"a striped mug": Probe(torch.ones(2, 5), torch.zeros(2), 0.5)}
 
 
 def record(**result: float) -> dict:
@@ -37,6 +40,21 @@ def test_table_columns() -> None:
         "| object | 0.5 | 0.5 |  |",
     ]
     assert format_table(records, "held_out") == ""
+
+
+def test_attributes_table() -> None:
+    """A row a prompt, the mean and the world's own; a record without such runs has no column."""
+    shares = {"result": 0.5, "world": 0.96, "prompts": {"a striped mug": 0.25, "a tall robot": 0.75}}
+    records = {"before": record(), "after": record() | {"attributes": shares}}
+    assert format_attributes(records).splitlines() == [
+        "| | after |",
+        "|---|---|",
+        "| a striped mug | 0.250 |",
+        "| a tall robot | 0.750 |",
+        "| mean | 0.500 |",
+        "| renders of the world | 0.960 |",
+    ]
+    assert format_attributes({"before": record()}) == ""
 
 
 def test_fill_page() -> None:
@@ -76,14 +94,19 @@ def test_read_world_by_prompt(tmp_path) -> None:
     """Rows are in the requested order; there is no result for unknown prompts or another classifier."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, 3, 5), (2, 3)]
-    stored = WorldLook(*(torch.rand(shape, generator=generator) for shape in shapes))
+    stored = WorldMeasures(*(torch.rand(shape, generator=generator) for shape in shapes))
     path = tmp_path / "world.safetensors"
     assert world.read_world(["a mug"], path) is None
-    world.write_world(path, ["a mug", "a hat"], stored)
+    probes = {"a striped mug": Probe(torch.rand(2, 5, generator=generator), torch.rand(2, generator=generator), 0.75)}
+    assert world.read_probes(path) == {}
+    world.write_world(path, ["a mug", "a hat"], stored, probes)
     read = world.read_world(["a hat", "a mug"], path)
     assert torch.equal(read.shapes, stored.shapes.flip(0))
     assert torch.equal(read.features, stored.features.half().float().flip(0))
     assert world.read_world(["a cat"], path) is None
+    (probe,) = world.read_probes(path).values()
+    assert all(torch.equal(*both) for both in zip(probe[:2], probes["a striped mug"][:2], strict=True))
+    assert probe.accuracy == 0.75
     summary = world_summary(read)
     assert summary["roughness_deg"] == pytest.approx(stored.shapes[:, 0].mean().item())
     assert summary.keys() == {"roughness_deg", "edge_ratio", "floaters", "kid"}
@@ -92,13 +115,14 @@ def test_read_world_by_prompt(tmp_path) -> None:
 def test_read_world_of_another_classifier(tmp_path, monkeypatch) -> None:
     """Features of other weights are not used."""
     path = tmp_path / "world.safetensors"
-    world.write_world(path, ["a mug"], WorldLook(torch.rand(1, 2, 1, 5), torch.rand(1, 3)))
+    world.write_world(path, ["a mug"], WorldMeasures(torch.rand(1, 2, 1, 5), torch.rand(1, 3)), PROBES)
+    assert list(world.read_probes(path)) == list(PROBES)
     monkeypatch.setattr(world, "classifier_digest", lambda: "another")
-    assert world.read_world(["a mug"], path) is None
+    assert world.read_world(["a mug"], path) is None and world.read_probes(path) == {}
 
 
 def test_named_measurements_prompts() -> None:
     """A column of the page has only the fixed prompts."""
     for name, stored in quality_page.read_records().items():
         prompts = {line["prompt"] for line in stored["prompts"]}
-        assert prompts <= {*PROMPTS, *HELD_OUT}, name
+        assert prompts <= {*PROMPTS, *HELD_OUT, *ATTRIBUTED}, name

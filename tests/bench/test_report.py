@@ -53,7 +53,7 @@ def test_kernels_table_shows_both_gpus(results) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_index_rows_prefers_the_graph(order):
-    """Where an implementation has rows of both calls, that of the graph is used, in any order."""
+    """If an implementation has rows of both calls, that of the graph is used, in any order."""
     both = [make_row(call="graph", median_ms=1.0), make_row(call="eager", median_ms=2.0)][::order]
     only = make_row(case="rays_8", call="eager", median_ms=3.0)
     index = report.index_rows({"rows": [*both, only]})

@@ -175,9 +175,9 @@ def test_shortcut_below_typed(words, typed, capsys):
 
 @pytest.mark.parametrize("words", [["-O", "-O2"], ["-O2", "-O"]])
 def test_shortcut_O2_beside_O(words, capsys):
-    """-O2 has no effect beside -O, with a message."""
+    """-O2 has no effect with -O, with a message."""
     assert parse(words) == {"fp16": True}
-    assert capsys.readouterr().err == "dream-fast: note: -O2 has no effect beside -O\n"
+    assert capsys.readouterr().err == "dream-fast: note: -O2 has no effect with -O\n"
 
 
 def test_shortcut_help():

@@ -424,7 +424,7 @@ def test_run_without_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
     words[-1] = str(tmp_path / "link")
     assert main([*words, "--device", "cpu"]) == 0
     output = capsys.readouterr().out
-    assert output.count("has no locks") == 1 and "take care that no other run works in this workspace" in output
+    assert output.count("has no locks") == 1 and "make sure that no other run uses this workspace" in output
     assert not [path for path in (tmp_path / "trial").iterdir() if path.name.startswith(".lock")]
 
 

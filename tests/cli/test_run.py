@@ -17,11 +17,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dream_fast.bench.reliability.kill_resume import read_checkpoint
 from dream_fast.cli import main
 from dream_fast.engine import outputs
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.workspace.checkpoint import FORMAT
+from dream_fast.engine.workspace.record import MARK
 
 SIDE, FRAMES = 24, 5
 SMALL = f"""
@@ -41,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
-    """The message with which the command refuses ``arguments``."""
+    """The message with which the command refuses `arguments`."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip()
@@ -98,7 +100,7 @@ def test_a_run_writes_everything(finished, tiny_model):
     mesh = trimesh.load(finished / "mesh" / "mesh.glb", force="mesh")
     mesh.merge_vertices(merge_tex=True, merge_norm=True)  # those that seams of the texture double
     assert len(mesh.faces) > 0 and mesh.is_watertight
-    assert not list(finished.rglob(".*"))  # nothing half-written is left
+    assert [path.name for path in finished.rglob(".*")] == [MARK]  # nothing half-written is left
 
 
 def test_file_settings_reach_steps(tiny_model, tmp_path, monkeypatch):
@@ -184,7 +186,8 @@ def test_finished_run_writes_missing(copy, tiny_model, capsys):
     after = contents(copy)
     assert after["mesh/mesh.glb"] == before["mesh/mesh.glb"]
     assert after["results/back.png"] == b"kept"
-    assert {name for name in after if after[name] != before.get(name)} == {"results/back.png", "report.html", "log.txt"}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"results/back.png", "report.html", "log.txt", MARK}
 
 
 def test_missing_view_written(copy, tiny_model):
@@ -446,7 +449,10 @@ def test_same_seed_same_files(tmp_path, tiny_model, two_threads):
     assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
     names = sorted(name for name in contents(tmp_path / "a") if "/" in name)
     same, different, missing = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)
-    assert (different, missing) == ([], [])
+    checkpoints = [name for name in different if name.startswith("checkpoints/")]  # with the random id of the run
+    assert (different, missing) == (checkpoints, [])
+    for name in checkpoints:
+        assert read_checkpoint(tmp_path / "a" / name) == read_checkpoint(tmp_path / "b" / name)
     expected = {"results/turntable.mp4", "results/six_views.png", "results/front.png", "results/front_normal.png"}
-    expected |= {"mesh/mesh.glb", "checkpoints/step_000003.safetensors", "validation/step_000003.png"}
-    assert expected <= set(same)
+    expected |= {"mesh/mesh.glb", "validation/step_000003.png"}
+    assert expected <= set(same) and checkpoints == ["checkpoints/step_000003.safetensors"]

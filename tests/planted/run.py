@@ -64,7 +64,7 @@ ASSERTED = re.compile(r"^(assert |AssertionError|Failed: )|InterpreterError.*Ass
 
 @dataclass(frozen=True)
 class Fault:
-    """One replacement of `old` by `new` in a function of `file`; `tests` are to notice it."""
+    """A replacement of `old` by `new` in a function of `file`, which `tests` have to detect."""
 
     file: str
     function: str
@@ -203,7 +203,7 @@ def read_verdict(status: int, output: str) -> tuple[str, str]:
 
 
 def read_results(path: Path | None) -> dict[str, tuple[str, str]]:
-    """What `--results` keeps: verdict and detail by the line of a fault; nothing where there is no such file."""
+    """The file of `--results`: verdict and detail by the line of a fault; empty if there is no such file."""
     text = path.read_text(encoding="utf-8") if path and path.exists() else ""
     return {line: (verdict, detail) for line, verdict, detail in map(json.loads, text.splitlines())}
 
@@ -211,10 +211,10 @@ def read_results(path: Path | None) -> dict[str, tuple[str, str]]:
 def run_faults(
     faults: list[Fault], at_once: int, first: dict[str, tuple[str, str]], kept: Path | None = None
 ) -> dict[Fault, tuple[str, str]]:
-    """What became of each fault. Prints a line a fault as it ends, and adds it to the file `kept`.
+    """The verdict on each fault. Prints a line for each as it ends, and adds it to the file `kept`.
 
     `first` has earlier results: the test that caught a fault is run before the others. A run is a fork of this process,
-    which has imported what takes longest.
+    which has imported the slow modules.
     """
     import pytest  # noqa: F401
     import torch._inductor.config  # noqa: F401  the deterministic mode imports it

@@ -22,6 +22,7 @@ from dream_fast.engine.training.trainer import Trainer
 from dream_fast.engine.workspace.checkpoint import list_checkpoints
 from dream_fast.engine.workspace.folder import Workspace
 from dream_fast.engine.workspace.lock import LOCK, Lock
+from dream_fast.engine.workspace.record import MARK
 
 SMALL = """
     --device cpu --iters 6 --log_every 1 --seed 7 --w 12 --h 12 --W 32 --H 32 --dataset_size_test 2
@@ -42,7 +43,7 @@ def often(monkeypatch):
 
 
 def at_step(monkeypatch, step: int, act) -> None:
-    """Call ``act`` before step ``step`` (from 0)."""
+    """Call `act` before step `step` (from 0)."""
     take = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self: (act() if self.step == step else None, take(self))[1])
 
@@ -174,7 +175,7 @@ def test_full_disk_limit(tmp_path, tiny_model, often):
     assert main(words) == 0
     rows = [json.loads(row)["step"] for row in (tmp_path / "trial" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4, 5, 6]
-    assert not list((tmp_path / "trial").rglob(".*"))
+    assert [path.name for path in (tmp_path / "trial").rglob(".*")] == [MARK]
 
 
 @pytest.fixture
@@ -223,6 +224,7 @@ def test_half_written_files_removed(tmp_path, tiny_model):
     later = [tmp_path / "validation" / "step_000009.png", tmp_path / "results" / "turntable_step_000009.mp4"]
     for path in [*half, *later]:
         path.write_bytes(b"half")
+    (tmp_path / MARK).unlink()  # as a version without a record left it
     assert main(command(tmp_path, tiny_model, "--iters", "2")) == 0
     assert not [path for path in [*half, *later] if path.exists()]
 

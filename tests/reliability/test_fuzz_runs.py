@@ -20,7 +20,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("fuzz_runs.py")
 RUNS, JOBS, FIRST = (
-    int(os.environ.get(f"FUZZ_{name}", default)) for name, default in (("RUNS", 120), ("JOBS", 1), ("FIRST", 0))
+    int(os.environ.get(f"FUZZ_{name}", default)) for name, default in (("RUNS", 80), ("JOBS", 1), ("FIRST", 0))
 )
 SECONDS, BYTES = 10.0, 2e9  # of the processor, and above the process before its first input
 ENDED = "ended by itself"

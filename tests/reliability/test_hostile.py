@@ -96,7 +96,7 @@ def test_weight_index_outside_folder(tmp_path, tiny_model, named):
     weights.unlink()
     index = {"weight_map": {str(i): name for i, name in enumerate(named)}}
     (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="must name files beside it"):
+    with pytest.raises(UserError, match="must name files in its own folder"):
         load_components(model, "cpu")
 
 
@@ -141,13 +141,46 @@ def test_endless_argument_file(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
 
 
-def test_model_settings_of_wrong_types(tmp_path, tiny_model):
+@pytest.fixture
+def load_once(monkeypatch):
+    """load_once(component): all other components of a model are loaded once from then on."""
+    import diffusers
+    import transformers
+
+    loaded = {}
+    changing = []
+    classes = (
+        transformers.CLIPTokenizer,
+        transformers.CLIPTextModel,
+        diffusers.DDIMScheduler,
+        diffusers.UNet2DConditionModel,
+        diffusers.AutoencoderKL,
+    )
+    for cls in classes:
+
+        def load(path, load=cls.from_pretrained, **options):
+            if path.name in changing:
+                return load(path, **options)
+            if path not in loaded:
+                loaded[path] = load(path, **options)
+            return loaded[path]
+
+        monkeypatch.setattr(cls, "from_pretrained", load)
+
+    def use(part):
+        changing[:] = [part]
+
+    return use
+
+
+def test_model_settings_of_wrong_types(tmp_path, tiny_model, load_once):
     """Each setting of each component with a value of another type is refused or ignored."""
     refused = 0
     shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
     for path in sorted(tiny_model.rglob("*config.json")):
         part = tmp_path / path.relative_to(tiny_model)
         stated = json.loads(path.read_text())
+        load_once(path.parent.name)
         for name in stated:
             for value in (None, [None], "x"):
                 part.write_text(json.dumps(stated | {name: value}))

@@ -67,7 +67,7 @@ class Client:
 
 
 def line_of(module, words: str) -> int:
-    """The number of the only line of ``module`` with ``words``."""
+    """The number of the only line of `module` with `words`."""
     (number,) = [i for i, line in enumerate(inspect.getsource(module).splitlines(), start=1) if words in line]
     return number
 

@@ -41,10 +41,11 @@ def names(monkeypatch, tmp_path):
 
 def test_page_blocks() -> None:
     """Every block of code has a test here, and is short."""
-    assert list(sections()) == ["The operators", "The field", "A custom guidance", "A whole run"]
+    losses = ["Score distillation as a loss", "The loss for Gaussian splats", "The loss for the colours of a mesh"]
+    assert list(sections()) == ["The operators", "The field", *losses, "A custom guidance", "A whole run"]
     assert len(blocks(PAGE.read_text(encoding="utf-8"))) == len(sections())
     for code in sections().values():
-        assert sum(bool(line.strip()) and "import" not in line for line in code.splitlines()) <= 22
+        assert sum(bool(line.strip()) and "import" not in line for line in code.splitlines()) <= 32
         assert max(map(len, code.splitlines())) <= 120
 
 
@@ -69,6 +70,20 @@ def test_field_section(names, tmp_path) -> None:
     mesh = trimesh.load(tmp_path / "blob.glb", force="mesh")
     mesh.merge_vertices(merge_tex=True, merge_norm=True)  # those that seams of the texture double
     assert mesh.is_watertight and 0.1 < mesh.extents.min() and len(mesh.faces) == len(page["mesh"].faces)
+
+
+@pytest.mark.parametrize(
+    "title",
+    ["Score distillation as a loss", "The loss for Gaussian splats", "The loss for the colours of a mesh"],
+)
+def test_loss_sections(names, title: str) -> None:
+    """Each renderer's images turn red where the prompt asks for something red."""
+    page = names(title)
+    images = page["images"].detach()
+    images = images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
+    red, green, blue = images.unbind(1)
+    assert torch.isfinite(images).all() and page["loss"].ndim == 0
+    assert (red - torch.maximum(green, blue) > 0.2).float().mean() > 0.05
 
 
 def test_guidance_section(names) -> None:

@@ -12,6 +12,7 @@ from dream_fast import kernels
 from dream_fast.bench.ops.inputs import (
     FIELD,
     GRID,
+    SCENES,
     TINY_GRID,
     nbytes,
     normal,
@@ -25,9 +26,11 @@ from dream_fast.bench.ops.inputs import (
 from dream_fast.bench.ops.spec import FORWARD, AotCase, Case, OpSpec, Problem, Target, backpropagate
 from dream_fast.kernels import HashGridSpec
 
+SCENE_CASES = tuple(f"{name}_256" for name in SCENES)
 POINTS = ("rays_64", "rays_128", "rays_256", "uniform_2^18", "uniform_2^20", "uniform_2^22")
 POINT_GATE = dict.fromkeys(("rays_128", "rays_256", "rays_512"), "rays_64")
 POINT_GATE |= dict.fromkeys(("uniform_2^20", "uniform_2^22"), "uniform_2^18")
+POINT_GATE |= {case: case.replace("256", "32") for case in SCENE_CASES}
 LINEAR = HashGridSpec(interpolation="linear", features=4, levels=8)
 
 
@@ -102,7 +105,7 @@ SPECS = (
         name="hash_grid",
         inputs=hash_grid,
         dtype="float16",
-        full=POINTS,
+        full=(*POINTS, *SCENE_CASES),
         small=("rays_8", "uniform_2^10"),
         quick=("rays_64", "uniform_2^20"),
         peers=("rays_64", "uniform_2^20"),

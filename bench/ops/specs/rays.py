@@ -31,6 +31,9 @@ from dream_fast.bench.ops.inputs import (
     points,
     random,
     relative_slope,
+    scene_of,
+    scene_rays,
+    scene_samples,
     size_of,
     sphere_samples,
     tiny_normal,
@@ -40,10 +43,10 @@ from dream_fast.bench.ops.inputs import (
     tiny_samples,
 )
 from dream_fast.bench.ops.spec import FORWARD, AotCase, Case, OpSpec, Problem, Results, Target, backpropagate
-from dream_fast.bench.ops.specs.grid import POINT_GATE
+from dream_fast.bench.ops.specs.grid import POINT_GATE, SCENE_CASES
 from dream_fast.kernels import EMPTY_OPACITY
 
-RAYS = ("rays_64", "rays_128", "rays_256", "rays_512")
+RAYS = ("rays_64", "rays_128", "rays_256", "rays_512", *SCENE_CASES)
 CPU = torch.device("cpu")
 # Share of march's rays on which fp32 and fp64 may disagree about a sample at the border of a cell.
 MAX_DIFFERENT_RAYS = 1e-3
@@ -61,14 +64,20 @@ def occupancy_update(case: Case, device: torch.device, count_bytes: bool) -> Pro
             "density": tiny_random(*cells, device=device, seed=50),
             "fresh": 30 * tiny_random(*cells, device=device, seed=51),
         },
+        mutates=True,
     )
 
 
 def march(case: Case, device: torch.device, count_bytes: bool) -> Problem:
     options: dict[str, Any]
+    bound = 1.0
     if case.case == "tiny":
         tensors = tiny_rays(device) | {"perturb": tiny_random(TINY_RAYS, device=device, seed=40)}
         capacity, options = TINY_RAYS * 64, {"resolution": TINY_CELLS, "max_steps": 32}
+    elif named := scene_of(case.case):
+        scene, side = named
+        tensors, bound = scene_rays(scene, side, device), scene.bound
+        capacity, options = side * side * scene.samples_a_ray, {"resolution": OCCUPANCY}
     else:
         side = size_of(case.case, "rays")
         origins, directions = camera(side, device)
@@ -81,7 +90,7 @@ def march(case: Case, device: torch.device, count_bytes: bool) -> Problem:
         # As many samples as in the sphere, give or take the cells on its surface.
         capacity = math.ceil(1.05 * sphere_samples(side, device)[1].shape[0] / 4096) * 4096
         options = {"resolution": OCCUPANCY}
-    options |= {"bound": 1.0, "capacity": capacity}
+    options |= {"bound": bound, "capacity": capacity}
 
     def call(op, tensors, dtype):
         rays = (tensors["origins"], tensors["directions"], tensors["bits"])
@@ -121,8 +130,9 @@ def composite(case: Case, device: torch.device, count_bytes: bool) -> Problem:
         tensors = tiny_samples(device)
         image = tiny_normal(len(tensors["offsets"]) - 1, 3, device=device, seed=33)
     else:
-        side = size_of(case.case, "rays")
-        _, t, offsets = sphere_samples(side, device)
+        named = scene_of(case.case)
+        side = named[1] if named else size_of(case.case, "rays")
+        _, t, offsets = scene_samples(*named, device) if named else sphere_samples(side, device)
         tensors = {
             # Thin enough that no ray ends early: every sample has to be read.
             "sigma": 4 * random(t.shape[0], device=device, seed=21),

@@ -1,7 +1,7 @@
 """Classify dream-mini's own images: `python -m dream_fast.bench.quality.classifier.prior --out FOLDER`.
 
-Beside them, on a GPU, real renders of the same prompts, with cameras that captions with the same word for the view
-have, as they are and through dream-mini's autoencoder: its scores on those are an upper bound.
+On a GPU also renders of the same prompts, by cameras for which a caption has the same word, before and after
+dream-mini's autoencoder: their scores are an upper bound.
 Writes prior.json and a sheet of images with predictions for each kind.
 """
 

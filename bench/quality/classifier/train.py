@@ -89,9 +89,9 @@ def mirrored(examples: Examples, which: Tensor) -> Examples:
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images [N, 3, S, S] in [0, 1] as a rendered field or a decoded latent may look.
+    """Images [N, 3, S, S] in [0, 1] disturbed like rendered fields and decoded latents.
 
-    Shifted, scaled and tilted; blurred; as if seen through fewer pixels; cloudy; with specks in empty space; stronger
+    Shifted, scaled and tilted; blurred; at a lower resolution; cloudy; with floaters in empty space; stronger
     or weaker in contrast and colour; noisy.
     """
     n, _, size, _ = images.shape
@@ -116,8 +116,8 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
     coarse = F.interpolate(images, (size * 5 // 12, size * 5 // 12), mode="bilinear", antialias=True)
     images = torch.lerp(images, enlarged(coarse), draw(1, 1, 1) ** 2)
     images = images + 0.07 * draw(1, 1, 1) ** 2 * enlarged(normal(3, max(1, size // 8), max(1, size // 8)))
-    specks = enlarged((normal(1, size // 3, size // 3) > 2.8).float()) * (draw(1, 1, 1) < 0.3)
-    images = torch.lerp(images, draw(3, 1, 1).expand_as(images), specks)
+    floaters = enlarged((normal(1, size // 3, size // 3) > 2.8).float()) * (draw(1, 1, 1) < 0.3)
+    images = torch.lerp(images, draw(3, 1, 1).expand_as(images), floaters)
     gray = images.mean(1, keepdim=True)
     images = gray + (images - gray) * (0.75 + 0.6 * draw(1, 1, 1))
     middle = gray.mean((2, 3), keepdim=True)

@@ -57,9 +57,6 @@ class Shape(NamedTuple):
     width: int
 
 
-# ------------------------------------------------------------------------------------------------------------ operators
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
@@ -125,9 +122,6 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "xformers": _xformers,
     "matmul": _matmul,
 }
-
-
-# --------------------------------------------------------------------------------------------- modules of diffusers
 
 
 class Processor:
@@ -216,9 +210,6 @@ def encoder_shapes(encoder: torch.nn.Module, rows: int, size: int) -> Counter[Sh
         Shape(rows, size * size, size * size, attn.heads, attn.to_q.out_features // attn.heads)
         for attn in _attentions(encoder)
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- choosing
 
 
 def choose_attention(

@@ -1,10 +1,11 @@
-"""Check the folder of an image model before anything is loaded; each error says what to do.
+"""Check the folder of an image model before anything is loaded; each error has instructions.
 
 Nothing is unpickled: weights are safetensors, and the error for other files has the command that converts them.
 """
 
 import json
 import logging
+import os
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,13 @@ from safetensors import SafetensorError, safe_open
 
 from dream_fast.engine.config.model_names import PIPELINES, SAME_PARTS, cached_name
 from dream_fast.engine.errors import UserError, first_line
+from dream_fast.engine.files import BadFile, is_regular, kind_of, read_regular
+from dream_fast.engine.guidance.model.settings import (
+    MAX_SETTINGS_BYTES,
+    check_pipeline_settings,
+    check_settings,
+    check_weight_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,16 +104,16 @@ def weight_files(stem: str, variant: str | None) -> tuple[str, str]:
 
 
 def pipeline_name(folder: Path) -> str | None:
-    """Return the class of a folder's pipeline where it has an adapter of its own, else None."""
+    """Return the class of a folder's pipeline if it has an adapter, else None."""
     if not (folder / "model_index.json").exists():
         return None
-    name = _read_json(folder / "model_index.json").get("_class_name")
+    name = read_json(folder / "model_index.json").get("_class_name")
     return name if name in PIPELINES else None
 
 
 def pipeline_parts(folder: Path) -> list[str]:
     """Names of the components that the index of a pipeline with an adapter lists."""
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     return [part for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]]
 
 
@@ -115,8 +123,13 @@ def check_pipeline(folder: Path) -> None:
         pickled = any(path.suffix in PICKLES for path in folder.glob("*/*"))
         advice = "; pickled weights are not loaded, as a pickle can run code" if pickled else ""
         raise UserError(f"the model {folder} lacks {lacking[0]}{advice}")
-    for path in folder.glob("*/*.safetensors"):
-        _check_safetensors(path)
+    for part in pipeline_parts(folder):
+        check_files(folder / part)
+        tensors = [name for path in sorted((folder / part).glob("*.safetensors")) for name in check_weight_file(path)]
+        for settings in ("config.json", "scheduler_config.json"):
+            if (folder / part / settings).exists():
+                place = f"the {part} of the model {folder}"
+                check_pipeline_settings(place, read_json(folder / part / settings), tensors)
 
 
 def _missing_of_pipeline(folder: Path) -> list[str]:
@@ -163,7 +176,7 @@ def weights_of(folder: Path, part: str, stem: str) -> Weights | None:
 
 
 def _check_layout(folder: Path, kind: str) -> None:
-    """Raises UserError: when a folder does not have the layout of diffusers; the message names what it is."""
+    """Raises UserError: when a folder does not have the layout of diffusers; the message identifies it."""
     if (folder / "model_index.json").exists():
         return
     flag = KINDS[kind].flag
@@ -184,12 +197,14 @@ def single_file(path: Path, kind: str) -> str:
         return f"{path} is a file; a folder in the layout of diffusers is needed"
     out = path.with_suffix("")
     flag, command = KINDS[kind].flag, _convert(kind, "from_single_file", path, out)
-    return f"{path} is a single file; this makes a folder of it, and then {flag} {out} names the model: {command}"
+    return (
+        f"{path} is a single file; convert it to a folder with the following command, and use {flag} {out}: {command}"
+    )
 
 
 def _is_lora(path: Path) -> bool:
     """Return whether a safetensors file has the tensor names of a LoRA."""
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or not is_regular(Path(os.path.realpath(path))):
         return False
     try:
         with safe_open(path, framework="pt") as file:
@@ -211,10 +226,10 @@ def _string(path: str | Path) -> str:
 
 def _check_index(folder: Path, kind: str) -> None:
     """Raises UserError: when model_index.json describes another pipeline than this kind's."""
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     pipeline, parts = index.get("_class_name"), KINDS[kind].parts
     if isinstance(pipeline, list) and pipeline:
-        pipeline = pipeline[-1]  # of a pipeline with code of its own, which comes first
+        pipeline = pipeline[-1]  # of a pipeline with its own code, whose name comes first
     if pipeline not in SAME_PARTS[kind]:
         raise UserError(_other_pipeline(folder, kind, pipeline))
     for part, (classes, _, _) in parts.items():
@@ -227,7 +242,7 @@ def _check_index(folder: Path, kind: str) -> None:
         logger.warning("the model %s is used without its ControlNet or adapter", folder)
     if index["scheduler"][1] in ("LCMScheduler", "TCDScheduler"):
         logger.warning(
-            "the model %s samples in few steps (%s), for which it was distilled; models before that guide better",
+            "the model %s was distilled for sampling in few steps (%s); the original model guides better",
             folder,
             index["scheduler"][1],
         )
@@ -251,7 +266,7 @@ def check_sentencepiece(folder: Path) -> None:
     packages = ("sentencepiece", "google.protobuf")
     if not (folder / "tokenizer" / "tokenizer.json").exists() and not all(map(_installed, packages)):
         raise UserError(
-            f"the tokenizer of the model {folder} is a file of SentencePiece, whose reader is missing: "
+            f"the tokenizer of the model {folder} is a file of SentencePiece, whose package is missing: "
             "pip install 'dream-fast[if]'"
         )
 
@@ -269,7 +284,10 @@ def _check_part(folder: Path, kind: str, part: str, source: str | Path) -> str |
     _, config, stem = parts[part]
     if not (folder / part).is_dir():
         raise UserError(f"the model {folder} lacks its component {part}/")
-    settings = _read_json(folder / part / config)
+    check_files(folder / part)
+    settings = read_json(folder / part / config)
+    if part == "scheduler":
+        check_settings(f"the scheduler of the model {folder}", settings)
     if stem is None:
         if part == "tokenizer" and not any((folder / part / name).exists() for name in vocabularies):
             raise UserError(f"the model {folder} lacks tokenizer/{vocabularies[0]}")
@@ -279,19 +297,36 @@ def _check_part(folder: Path, kind: str, part: str, source: str | Path) -> str |
             f"the unet of the model {folder} takes the guidance scale as an input (time_cond_proj_dim), as a distilled "
             "model such as LCM does, so it has no unguided prediction; name the model that it was distilled from"
         )
-    return _check_weights(folder, kind, part, stem, source)
+    weights = _check_weights(folder, kind, part, stem, source)
+    tensors = [name for file in weights.files for name in check_weight_file(folder / part / file)]
+    check_settings(f"the {part} of the model {folder}", settings, tensors)
+    return weights.variant
 
 
-def _check_weights(folder: Path, kind: str, part: str, stem: str, source: str | Path) -> str | None:
-    """Return the variant of the weights of `part`. Raises UserError: when they are missing, damaged or pickled."""
+def check_files(folder: Path) -> None:
+    """Check that all that a library may read in the folder of a component is a file of a sensible size.
+
+    Raises UserError: it is something else, such as a pipe, or settings or a vocabulary are too large.
+    """
+    for path in sorted(folder.iterdir()):
+        try:
+            info = path.stat()
+        except OSError as error:
+            raise UserError(f"the model file {path} cannot be read ({error.strerror})") from error
+        if (kind := kind_of(info.st_mode)) and kind != "a folder":
+            raise UserError(f"the model file {path} is {kind} instead of a file")
+        if not kind and path.suffix in (".json", ".txt", ".model") and info.st_size > MAX_SETTINGS_BYTES:
+            raise UserError(f"the model file {path} has {info.st_size} bytes, of at most {MAX_SETTINGS_BYTES}")
+
+
+def _check_weights(folder: Path, kind: str, part: str, stem: str, source: str | Path) -> Weights:
+    """Return the weights of `part`. Raises UserError: when they are missing, damaged or pickled."""
     if (weights := weights_of(folder, part, stem)) is not None:
-        for file in weights.files:
-            _check_safetensors(folder / part / file)
-        return weights.variant
+        return weights
     for index in (weight_files(stem, variant)[1] for variant in (None, "fp16")):
         if (folder / part / index).exists():
             for file in _shards(folder / part / index):
-                _check_safetensors(folder / part / file)
+                check_weight_file(folder / part / file)
     lacks = f"the model {source} lacks {part}/{stem}.safetensors"
     from_hub = folder != Path(source).expanduser()
     if not from_hub and not any(path.suffix in PICKLES for path in (folder / part).iterdir()):
@@ -299,36 +334,28 @@ def _check_weights(folder: Path, kind: str, part: str, stem: str, source: str | 
     out = f"{Path(source).name.replace('@', '-')}-safetensors" if from_hub else f"{folder}-safetensors"
     command = _convert(kind, "from_pretrained", source, out)
     raise UserError(
-        f"{lacks}, and pickled weights are not loaded, as a pickle can run code; where you trust it, this makes a "
-        f"folder of safetensors, and then {KINDS[kind].flag} {out} names the model: {command}"
+        f"{lacks}, and pickled weights are not loaded, as a pickle can run code; if you trust it, "
+        f"convert it to safetensors with the following command, and use {KINDS[kind].flag} {out}: {command}"
     )
 
 
 def _shards(index: Path) -> list[str]:
     """Files that an index names. Raises UserError: when it names none, or files outside its folder."""
-    named = _read_json(index).get("weight_map")
+    named = read_json(index).get("weight_map")
     files = list(named.values()) if isinstance(named, dict) else []
     if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-        raise UserError(f"the model file {index} must name files beside it in its weight_map")
+        raise UserError(f"the model file {index} must name files in its own folder in its weight_map")
     return sorted(set(files))
 
 
-def _check_safetensors(path: Path) -> None:
-    """Raises UserError: when `path` is no complete safetensors file, whose header accounts for its length."""
-    if not path.exists():
-        raise UserError(f"the model file {path} is missing")
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file of settings of a model. Raises UserError: it cannot be read or is another value."""
     try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the model file {path} is damaged or incomplete ({first_line(error)})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, MAX_SETTINGS_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"the model {path.parent} lacks {path.name}") from error
+    except BadFile as error:
+        raise UserError(f"the model file {error}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the model file {path} cannot be read ({first_line(error)})") from error
     if not isinstance(content, dict):

@@ -26,12 +26,14 @@ from dream_fast.engine.guidance.model.checks import check_folder, check_sentence
 from dream_fast.engine.guidance.model.fused_blocks import ResidualBlock, fuse_group_norms, fuse_residual_blocks
 from dream_fast.engine.guidance.model.hub import find_folder
 from dream_fast.engine.guidance.model.image_model import Embedding
+from dream_fast.engine.guidance.model.settings import check_finite, check_schedule, check_tokens
 from dream_fast.engine.guidance.model.text import fit_window
 from dream_fast.engine.guidance.noise import VariancePreserving
 from dream_fast.engine.runtime.quiet import quiet_diffusers
 
 logger = logging.getLogger(__name__)
 
+MIN_WINDOW = 4  # tokens: two of a prompt, its begin and its end
 IF_TOKENS = 77  # of the prompts that IF was trained with; its T5 supports longer ones
 
 # Modules in channels-last layout on a GPU. Convolutions are faster so, and with fused norms the rest is as fast: a step
@@ -72,6 +74,8 @@ class Components:
     window: int = 77
     t5: bool = False
     attention: AttentionChoice = AttentionChoice("sdpa", "sdpa")
+    embeds_again = False
+    capturable = True
 
     @property
     def latents_are_pixels(self) -> bool:
@@ -86,9 +90,8 @@ class Components:
     def embed(self, prompts: Sequence[str], negative: str | None = None) -> Tensor:
         """Last hidden states [N, T, D] of the text encoder for N prompts, padded or cut to its window of T tokens.
 
-        A `negative` prompt is one more, the last.
-
-        Raises ValueError: when the text encoder was freed.
+        A `negative` prompt is one more, the last. Raises ValueError: when the text encoder was freed. Raises UserError:
+        when the tokenizer does not fit it, or the states are not finite.
         """
         if self.text_encoder is None:
             raise ValueError("the text encoder was freed: load the model again, or keep_text_encoder=True")
@@ -102,7 +105,11 @@ class Components:
         if self.t5 or getattr(self.text_encoder.config, "use_attention_mask", False):
             mask = tokens.attention_mask.to(self.device)
         # Stable Diffusion's own pipeline leaves the padding unmasked: that is what its UNet was trained with.
-        return self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        check_tokens(self.name, tokens.input_ids, self.text_encoder.config)
+        states = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        if not bool(torch.isfinite(states).all()):
+            raise UserError(f"the text encoder of the model {self.name} has outputs that are not finite")
+        return states
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
         """Encode images [B, 3, S, S] in [-1, 1] to latents, by the draw `noise` from the VAE's posterior or its mean.
@@ -129,7 +136,7 @@ class Components:
     def predict(self, noisy: Tensor, t: Tensor, embedding: Embedding) -> Tensor:
         """Output [B, C, h, w] fp32 of the UNet for noisy latents at timesteps `t` [B] and the embedding [B, T, D].
 
-        The variance that some models of pixels predict besides is left out.
+        The variance that some pixel models also predict is dropped.
         """
         assert isinstance(embedding, Tensor)
         states = embedding.to(self.dtype)
@@ -190,9 +197,14 @@ def load_components(
         constants = _model_constants(
             folder, text.hidden_size, unet.config, None if vae is None else vae.config, scheduler
         )
-        window = min(tokenizer.model_max_length, longest)
-    except (TypeError, ValueError) as error:
+        window = min(int(tokenizer.model_max_length), longest)
+        if window < MIN_WINDOW:
+            raise ValueError(f"model_max_length is {window}")
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"the settings of the model {folder} cannot be used: {first_line(error)}") from error
+    check_schedule(
+        f"the scheduler of the model {folder}", scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+    )
     if vae is not None and not need_vae_decoder:
         vae.decoder = None
         vae.post_quant_conv = None
@@ -210,6 +222,9 @@ def load_components(
         **constants,
     )
     prepare_components(components, longest, **options)
+    for part, model in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
+        if model is not None:
+            check_finite(f"the {part} of the model {folder}", model)
     return components
 
 
@@ -258,7 +273,7 @@ def prepare_components(
     Raises UserError: when an attention does not work on the device, or `compiled` is set without a GPU.
     """
     if compiled and components.device.type != "cuda":
-        raise UserError("--compile needs a GPU: on a CPU it gains nothing; leave it out")
+        raise UserError("--compile needs a GPU: it has no benefit on a CPU; leave it out")
     unet, vae = components.unet, components.vae
     for model in (components.text_encoder, unet, vae):
         if model is not None:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def find_folder(source: str | Path, kind: str, *, half: bool) -> Path:
     """Return the local folder of `source`, after a download when it is a name on the hub.
 
-    Raises UserError: when there is no such folder or model; the message says what to do.
+    Raises UserError: when there is no such folder or model; the message has instructions.
     """
     folder = expand_user(source)
     if folder.is_dir():
@@ -67,7 +67,7 @@ def _download(name: str, revision: str | None, kind: str, *, half: bool) -> Path
         folder = _fetch_parts(fetch, kind, half)
     except GatedRepoError as error:
         raise UserError(
-            f"the hub model {name} asks to accept its licence, at https://huggingface.co/{name}, and for "
+            f"the hub model {name} is gated: accept its licence at https://huggingface.co/{name} and run "
             "`hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
@@ -134,7 +134,7 @@ def _in_cache(name: str, revision: str | None, kind: str, error: Exception | Non
         if complete[0] != folders[0]:
             lacking = ", ".join(missing_files(folders[0], kind))
             logger.warning(
-                "the cached revision %s of %s lacks %s; revision %s is taken",
+                "the cached revision %s of %s lacks %s; revision %s is used",
                 folders[0].name[:8],
                 name,
                 lacking,

@@ -1,7 +1,7 @@
-"""The protocol of an image model: all that score distillation needs of one. Each family has an adapter of its own.
+"""The protocol of image models, as score distillation uses them. Each family of models has an adapter.
 
-An adapter hides how its pipeline packs, patches, scales or normalises latents, how it embeds prompts and how it is
-told the time. Score distillation, guidance, sampling and previews work on its latents [B, C, h, w] and timesteps [B]
+An adapter hides how a pipeline packs, patches, scales or normalises latents, how it embeds prompts and how it encodes
+timesteps. Score distillation, guidance, sampling and previews work on its latents [B, C, h, w] and timesteps [B]
 alone, with the model's noise process (`engine/guidance/noise.py`).
 """
 
@@ -29,6 +29,9 @@ class ImageModel(Protocol):
     process: its noise process.
     prediction_type: what its network returns, one of `noise.PREDICTIONS`.
     attention: the operators of its network's and its VAE's attention.
+    embeds_again: prompts can be embedded after `free_text_encoder`, which loads the network; the text encoders are
+        loaded for them once more.
+    capturable: a CUDA graph can be made of its encoder and its network.
     """
 
     name: str
@@ -39,6 +42,8 @@ class ImageModel(Protocol):
     latent_channels: int
     prediction_type: str
     attention: AttentionChoice
+    embeds_again: bool
+    capturable: bool
 
     @property
     def process(self) -> NoiseProcess: ...
@@ -47,18 +52,18 @@ class ImageModel(Protocol):
     def latents_are_pixels(self) -> bool: ...
 
     def fit_prompt(self, text: str, endings: Sequence[str]) -> str:
-        """Cut `text` to the leading words that are read with each of `endings`; a warning names the others."""
+        """Cut `text` to the leading words that are read with each of `endings`; a warning lists the others."""
         ...
 
     def embed(self, prompts: Sequence[str], negative: str | None = None) -> Embedding:
         """Embed prompts, a row each, and in a last row the `negative` prompt, which some models treat differently.
 
-        Raises ValueError: when the text encoder was freed.
+        Raises ValueError: when the text encoder was freed for good.
         """
         ...
 
     def free_text_encoder(self) -> None:
-        """Free the text encoder once the prompts of a run are embedded. Large models load the rest only then."""
+        """Free the text encoder after the prompts of a run are embedded. Large models load the rest only then."""
         ...
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
@@ -77,9 +82,9 @@ class ImageModel(Protocol):
         ...
 
     def guide_natively(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """Apply to a guided output what the model's pipeline does beyond classifier-free guidance.
+        """Apply the additional steps of a model's pipeline after classifier-free guidance.
 
-        `cond` is the output with the prompt alone. Most models leave `guided` as it is.
+        `cond` is the output for the prompt alone. Most models return `guided` unchanged.
         """
         ...
 
@@ -100,5 +105,5 @@ def expand(embedding: Embedding, count: int) -> Embedding:
 
 
 def first_tensor(embedding: Embedding) -> Tensor:
-    """One tensor of an embedding; all have its number of rows and its device."""
+    """The first tensor of an embedding; all have the same number of rows and device."""
     return pytree.tree_leaves(embedding)[0]

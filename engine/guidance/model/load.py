@@ -39,7 +39,7 @@ def load_image_model(
             previous=previous, compiled=compiled,
         )  # fmt: skip
     if attention not in ("auto", "sdpa"):
-        raise UserError(f"--attention {attention} is for Stable Diffusion 1 and 2; a {name} has sdpa")
+        raise UserError(f"--attention {attention} is for Stable Diffusion 1 and 2; {name} uses sdpa")
     check_pipeline(folder)
     quiet_diffusers()
     from dream_fast.engine.guidance.model.pipelines import FAMILIES

@@ -8,15 +8,15 @@ logger = logging.getLogger(__name__)
 
 
 def fit_window(tokenizer: Any, window: int, text: str, endings: Sequence[str]) -> str:
-    """Cut `text` to the leading words that fit `window` tokens with each of `endings`; a warning names the others."""
+    """Cut `text` to the leading words that fit `window` tokens with each of `endings`; a warning lists the others."""
 
     def fits(candidate: str) -> bool:
         return all(len(tokenizer(candidate + ending, verbose=False).input_ids) <= window for ending in endings)
 
     words = text.split()
     if fits(text) or len(words) < 2:
-        return text  # one endless word: the tokenizer cuts it
-    count = min(len(words) - 1, window)  # a word is a token at least
+        return text  # a single long word: the tokenizer truncates it
+    count = min(len(words) - 1, window)  # a word has at least one token
     while count > 1 and not fits(" ".join(words[:count])):
         count -= 1
     logger.warning(

@@ -305,7 +305,7 @@ def test_compiled_kernels_do_not_repeat_bits():
         reference().override(dict(compile=True, deterministic=True))
 
 
-@pytest.mark.parametrize("other", [{"progressive_level": True}, {"progressive_view": True}])
+@pytest.mark.parametrize("other", [{"progressive_view": True}, {"dmtet": True}])
 def test_cuda_graph_refusals(other):
     """A CUDA graph needs steps with the same launches."""
     flag = f"--{next(iter(other))}"

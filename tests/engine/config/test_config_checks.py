@@ -92,7 +92,7 @@ def test_validate_takes(typed):
         ({"cuda_graph": True, "dmtet": True}, "--cuda_graph cannot be combined with --dmtet, which"),
         (
             {"cuda_graph": True, "progressive_view": True, "progressive_level": True},
-            "--cuda_graph cannot be combined with --progressive_level, which",
+            "--cuda_graph cannot be combined with --progressive_view, which",
         ),
         ({"itres": 1, "Iters": 2, "iters": 3}, "unknown setting: Iters, itres"),
     ],
@@ -105,12 +105,14 @@ def test_validate_refuses(typed, sentence):
 
 
 def test_graph_breaking_flags_order():
-    """Each of the three settings gives a flag, and other settings none."""
+    """Each of the settings gives a flag, progressive levels with PyTorch's hash grid only, and other settings none."""
     assert graph_breaking_flags(reference()) == []
-    every = {"dmtet": True, "progressive_level": True, "progressive_view": True}
-    assert graph_breaking_flags(reference().override(every)) == [f"--{name}" for name in every]
+    every = {"dmtet": True, "progressive_view": True, "progressive_level": True}
+    torch_grid = reference().override({"backbone": "grid_torch"})
+    assert graph_breaking_flags(torch_grid.override(every)) == [f"--{name}" for name in every]
     for name in every:
-        assert graph_breaking_flags(reference().override({name: True})) == [f"--{name}"]
+        assert graph_breaking_flags(torch_grid.override({name: True})) == [f"--{name}"]
+    assert graph_breaking_flags(reference().override({"progressive_level": True})) == []
 
 
 @pytest.mark.parametrize(

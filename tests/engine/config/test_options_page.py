@@ -104,7 +104,7 @@ def test_vanilla_defaults_on_page(tables):
             before, after = (getattr(getattr(config, section.name), field.name) for config in (grid, vanilla))
             if field.name != "backbone":
                 assert bool(shown.get(f"--{field.name}", [""] * 3)[place]) == (before != after)
-    assert "`--n_levels`, " in page() and "`--lambda_wd`.\n" in page()
+    assert "`--n_levels`, " in page() and "`--lambda_wd`, `--lr_finest`.\n" in page()
 
 
 def test_page_imports_nothing_heavy():

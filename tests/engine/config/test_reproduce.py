@@ -17,14 +17,14 @@ SHELL = "bash"
 
 
 def words_of(line: str) -> list[str]:
-    """The words into which a shell splits ``line``."""
+    """The words into which a shell splits `line`."""
     show = "import json, sys; print(json.dumps(sys.argv[1:]))"
     command = [SHELL, "-c", f'{sys.executable} -c "$0" {line}', show]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def settings_of(line: str) -> Config:
-    """The settings to which the command ``line`` resolves."""
+    """The settings to which the command `line` resolves."""
     program, *words = words_of(line)
     assert program == "dream-fast"
     typed = parse(words)

@@ -73,7 +73,7 @@ def test_slips_of_known_pairs(a, b, count):
     ],
 )
 def test_nearest_single_choice(word, choices, meant):
-    """One slip is allowed for four letters, two at most, and only a single nearest choice."""
+    """A slip per four letters is allowed, at most two, and only a single nearest choice."""
     assert nearest(word, {choice: f"--{choice}" for choice in choices}) == (meant and f"--{meant}")
 
 

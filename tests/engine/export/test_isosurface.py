@@ -214,7 +214,7 @@ def test_split_vertices_sheets():
 
 
 def test_drop_folded_faces_three():
-    """One of three triangles at the same place is left."""
+    """Of three triangles at the same place, one remains."""
     extra = np.concatenate([BALL.faces, BALL.faces[3:4], BALL.faces[3:4, ::-1]])
     mended = geometry_mesh._drop_folded_faces(Mesh(BALL.vertices, extra))
     assert geometry_mesh.is_closed(mended) and len(mended.faces) == len(BALL.faces)

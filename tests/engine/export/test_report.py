@@ -227,6 +227,9 @@ def test_report_rewritten(copy, tiny_model):
     assert main(command(copy, tiny_model)) == 0
     assert (copy / "report.html").read_text() == "mine"
     (copy / "results" / "turntable.mp4").unlink()
+    assert main(command(copy, tiny_model)) == 2  # it would replace a report that dream-fast did not write
+    assert (copy / "report.html").read_text() == "mine"
+    (copy / "report.html").unlink()
     assert main(command(copy, tiny_model)) == 0
     assert sheets(Page(copy / "report.html"))
     assert main(["--test", "--six_views", "--workspace", str(copy), "--W", "32", "--H", "20"]) == 0
@@ -265,7 +268,8 @@ def test_report_size(copy):
     def noise(height: int, width: int) -> np.ndarray:
         return drawn.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-    write_video(copy / "results" / "turntable.mp4", (noise(384, 1152) for _ in range(MAX_FRAMES + 2)), 25)
+    frame = noise(384, 1152)  # a constant image: the video is small, while the page encodes each frame
+    write_video(copy / "results" / "turntable.mp4", (frame for _ in range(MAX_FRAMES + 2)), 25)
     for path in [*(copy / "results").glob("*.png"), *(copy / "validation").glob("*.png")]:
         Image.fromarray(noise(400, 400)).save(path)
     page = Page(write_report(Workspace(copy)))

@@ -114,7 +114,9 @@ def test_load_mesh_reader_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trimesh, "load_scene", broken)
     with pytest.raises(UserError, match=f"^the mesh file {path} cannot be read: no such version$"):
         load_mesh(path)
-    assert calls == [((path,), {"process": False})]
+    ((words, options),) = calls
+    assert words[0].read() == path.read_bytes() and options.pop("resolver").folder == tmp_path
+    assert options == {"file_type": "obj", "process": False, "skip_materials": True}
 
 
 @pytest.mark.parametrize(("place", "finite"), [("3.4e38", True), ("3.4028234663852886e38", False), ("-inf", False)])

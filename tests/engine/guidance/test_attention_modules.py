@@ -32,6 +32,20 @@ def module(**options: Any) -> Attention:
     return attention.requires_grad_(False)
 
 
+def check_processor(attention: Attention, rows: Tensor, **inputs: Tensor) -> None:
+    """Compare the processor with that of diffusers, and with the same in fp64."""
+    outputs = []
+    for processor, dtype in (
+        (Processor(OPERATORS["sdpa"]), torch.float32),
+        (AttnProcessor(), torch.float32),
+        (AttnProcessor(), torch.float64),
+    ):
+        attention = attention.to(dtype)
+        attention.set_processor(processor)
+        outputs.append(attention(rows.to(dtype), **{name: value.to(dtype) for name, value in inputs.items()}))
+    check("output", *outputs)
+
+
 @pytest.mark.parametrize("size", [(2, 5, 16), (2, 16, 3, 4)], ids=["tokens", "image"])
 @pytest.mark.parametrize(
     "options",
@@ -46,32 +60,14 @@ def module(**options: Any) -> Attention:
 def test_processor_equals_diffusers(size: tuple[int, ...], options: dict[str, Any]) -> None:
     """For tokens and images, norm, projections, residual and rescaled output equal diffusers' in fp64."""
     attention, rows = module(**options), torch.randn(size, generator=torch.Generator().manual_seed(1))
-    outs = []
-    for processor, dtype in (
-        (Processor(OPERATORS["sdpa"]), torch.float32),
-        (AttnProcessor(), torch.float32),
-        (AttnProcessor(), torch.float64),
-    ):
-        attention = attention.to(dtype)
-        attention.set_processor(processor)
-        outs.append(attention(rows.to(dtype)))
-    check("output", *outs)
+    check_processor(attention, rows)
 
 
 def test_processor_cross_attention() -> None:
     """Keys and values may have another width and number than the queries."""
     attention = module(cross_attention_dim=12)
     rows, prompt = (torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in ((2, 5, 16), (2, 7, 12)))
-    outs = []
-    for processor, dtype in (
-        (Processor(OPERATORS["sdpa"]), torch.float32),
-        (AttnProcessor(), torch.float32),
-        (AttnProcessor(), torch.float64),
-    ):
-        attention = attention.to(dtype)
-        attention.set_processor(processor)
-        outs.append(attention(rows.to(dtype), encoder_hidden_states=prompt.to(dtype)))
-    check("output", *outs)
+    check_processor(attention, rows, encoder_hidden_states=prompt)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +103,7 @@ def test_set_attention() -> None:
 
 
 class Recorded:
-    """Records the calls of a choice for a model; ``fails``: shapes that fail."""
+    """Records the calls of a choice for a model; `fails`: shapes that fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str = "cuda", fails: str = ""):
         like = SimpleNamespace(device=torch.device(device), dtype=torch.float16)

@@ -26,7 +26,7 @@ def guidance(folder: Path, **settings: Any) -> ClipGuidance:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path) -> list[tuple[str, Any, dict[str, Any]]]:
+def calls(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path) -> list[tuple[str, Any, dict[str, Any]]]:
     """Names, sources and options of the calls that load CLIP, which return the tiny one."""
     from transformers import CLIPModel, CLIPTokenizer
 

@@ -121,7 +121,7 @@ def test_window(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, longest: int,
 
 
 def facts(unet: dict[str, Any], vae: dict[str, Any] | None, width: int = 32, **scheduler: Any) -> dict[str, Any]:
-    """`_model_constants` of a model like Stable Diffusion, or like IF where ``vae`` is None, with these changes."""
+    """`_model_constants` of a model like Stable Diffusion, or like IF where `vae` is None, with these changes."""
 
     class Vae(SimpleNamespace):
         def get(self, name: str) -> Any:
@@ -339,7 +339,7 @@ def test_prepare_compiled_modules(monkeypatch, compiled: tuple[str, ...], vram_O
 def test_compile_without_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused with one sentence, and nothing is moved."""
     prepared = Prepared(monkeypatch, "cpu")
-    with pytest.raises(UserError, match="^--compile needs a GPU: on a CPU it gains nothing; leave it out$"):
+    with pytest.raises(UserError, match="^--compile needs a GPU: it has no benefit on a CPU; leave it out$"):
         prepared(compiled=("vae",))
     assert prepared.calls == []
 

@@ -22,6 +22,8 @@ ANGLES = (30.0, 40.0, 50.0)
 class Score:
     """Records its calls."""
 
+    components = SimpleNamespace(capturable=True)
+
     def __init__(self, **settings: Any):
         self.config = GuidanceConfig(**settings)
         self.calls: list[tuple[tuple, dict]] = []

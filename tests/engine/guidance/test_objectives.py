@@ -68,7 +68,7 @@ def teller(components: Components) -> Callable[[Tensor, int, Tensor], Tensor]:
 
 
 def by_hand(components: Components, score: str, z: Tensor, t: int, noise: Tensor, cond: Tensor, uncond: Tensor):
-    """g of one latent ``z`` [4, 8, 8], in the dtype of the model."""
+    """g of one latent `z` [4, 8, 8], in the dtype of the model."""
     a, tell = alphas().to(components.dtype), teller(components)
     z, noise, cond, uncond = (x.to(components.dtype) for x in (z, noise, cond, uncond))
 
@@ -309,7 +309,7 @@ def test_loss_space_x0_weight(components: Components, in_fp64: Callable, score: 
 
 
 def clean_latents(components: Components, noisy: Tensor, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """The clean latents that the guided noise in ``noisy`` at timestep 500 implies."""
+    """The clean latents that the guided noise in `noisy` at timestep 500 implies."""
     a, tell = alphas()[500].to(components.dtype), teller(components)
     noisy, cond, uncond = (x[0].to(components.dtype) for x in (noisy, cond, uncond))
     eps = scale * tell(noisy, 500, cond) + (1 - scale) * tell(noisy, 500, uncond)

@@ -77,7 +77,7 @@ def test_run_through_the_command(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_folders_that_cannot_guide(broken: Path, spoil: Callable[[Path], object], sentence: str) -> None:
-    """One sentence names the file or setting."""
+    """The error has one line, with the file or setting."""
     spoil(broken)
     with pytest.raises(UserError, match=sentence):
         load(broken)
@@ -110,13 +110,19 @@ def test_half_precision_files_serve(broken: Path) -> None:
 
 
 def test_options_that_do_not_apply(sdxl: Path) -> None:
-    """Another attention is refused; prompts cannot be embedded once the text encoder is gone."""
+    """Another attention than torch's is refused."""
     with pytest.raises(UserError, match="--attention xformers is for Stable Diffusion 1 and 2"):
         load(sdxl, attention="xformers")
+
+
+def test_prompts_are_embedded_again(sdxl: Path) -> None:
+    """Once the network has taken the text encoders' place they are loaded once more, for the same embedding."""
     model = load(sdxl)
+    first = model.embed(["a mug"], "")
     model.free_text_encoder()
-    with pytest.raises(ValueError, match="text encoder was freed"):
-        model.embed(["a mug"])
+    again = model.embed(["a mug"], "")
+    assert model.pipeline.text_encoder is None and model.network is model.pipeline.unet
+    assert all(torch.equal(first[name], again[name]) for name in first) and not first["states"][1].any()
 
 
 def test_memory_saving_changes_nothing(sdxl: Path) -> None:

@@ -88,7 +88,7 @@ def by_hand(
     others: Sequence[Tensor] = (),
     weights: Tensor | None = None,
 ) -> Tensor:
-    """g of images ``z`` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of ``components``."""
+    """g of images `z` [B, 3, S, S] with a guidance scale of 20, one by one, in the dtype of `components`."""
     z, cond, uncond, noise = (x.to(components.dtype) for x in (z, cond, uncond, noise))
     gradients = []
     for i, level in enumerate(t):
@@ -210,7 +210,7 @@ def test_half_precision_shards(tiny_if_model: Path, broken: Path) -> None:
 def test_download_one_set_of_weights(
     broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """One set of weights is downloaded, though the hub has fp32, fp16 and other files."""
+    """A single set of weights is downloaded, although the hub has fp32, fp16 and other files."""
     import huggingface_hub
 
     whole = load_components(broken, "cpu", kind="IF")
@@ -261,7 +261,7 @@ def test_sentencepiece_missing(broken: Path, monkeypatch: pytest.MonkeyPatch) ->
     (broken / "tokenizer" / "tokenizer.json").rename(broken / "tokenizer" / "spiece.model")
     for missing in ("sentencepiece", "google.protobuf"):
         monkeypatch.setattr(checks, "_installed", lambda package, missing=missing: package != missing)
-        with pytest.raises(UserError, match=r"whose reader is missing: pip install 'dream-fast\[if\]'"):
+        with pytest.raises(UserError, match=r"whose package is missing: pip install 'dream-fast\[if\]'"):
             load_components(broken, "cpu", kind="IF")
     (broken / "tokenizer" / "spiece.model").unlink()
     with pytest.raises(UserError, match="lacks tokenizer/spiece.model"):

@@ -90,7 +90,7 @@ def test_view_weights_read_nothing(nothing_read) -> None:
 
 
 def by_diffusers(components: Components, texts: list[str]) -> torch.Tensor:
-    """Embeddings of texts by diffusers' own pipeline, in the dtype of ``components``."""
+    """Embeddings of texts by diffusers' own pipeline, in the dtype of `components`."""
     from diffusers import StableDiffusionPipeline
 
     parts = dict.fromkeys(["vae", "unet", "scheduler", "safety_checker", "feature_extractor"])
@@ -177,7 +177,7 @@ def test_embeddings_dtype(tiny_model: Path) -> None:
 
 
 def test_long_prompt_cut(components: Components, caplog: pytest.LogCaptureFixture) -> None:
-    """The tiny model's tokens are bytes: 75 letters fit beside the two markers, and ", overhead view" takes 14."""
+    """The tiny model's tokens are bytes: 75 letters and the two markers fit, and ", overhead view" takes 14."""
     fitting = "a " + "b" * 30 + " " + "c" * 29  # 60 letters
     with caplog.at_level(logging.WARNING):
         whole = PromptEmbeddings(components, fitting, keep_text_encoder=True)

@@ -202,7 +202,7 @@ def write_holes(path: Path, shapes: dict[str, torch.Size]) -> None:
 
 
 def write_configurations(folder: Path, unet: dict, vae: dict, text: dict, schedule: dict) -> None:
-    """Write what is beside the weights and the tokenizer, as the repositories on the hub have it."""
+    """Write the files other than weights and tokenizer, as in the repositories on the hub."""
     for part, config, file in (
         ("unet", unet, "config.json"),
         ("vae", vae, "config.json"),

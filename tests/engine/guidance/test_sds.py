@@ -46,7 +46,7 @@ def random_image(batch: int, height: int = 32, width: int = 32) -> Tensor:
 def by_hand(
     components: Components, rgb: Tensor, cond: Tensor, uncond: Tensor, scale: float, draws: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of an image of the model's size, latents and their gradient, in the dtype of ``components``.
+    """Gradient of an image of the model's size, latents and their gradient, in the dtype of `components`.
 
     Written out with diffusers' own schedule and one UNet call a row.
     """
@@ -312,7 +312,7 @@ def test_guidance_rescale(components: Components, in_fp64: Callable) -> None:
 
 
 def diffusers_pipeline(components: Components):
-    """diffusers' own pipeline of the parts of ``components``, sampling by DDIM."""
+    """diffusers' own pipeline of the parts of `components`, sampling by DDIM."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     scheduler = DDIMScheduler(

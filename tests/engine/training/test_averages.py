@@ -40,7 +40,7 @@ def trainer() -> Trainer:
 
 
 def assert_red(pixels: np.ndarray) -> None:
-    """Check that the object in ``pixels`` [..., 3] over white is red."""
+    """Check that the object in `pixels` [..., 3] over white is red."""
     red, _, blue = pixels.reshape(-1, 3).astype(float).T
     assert (red - blue).max() > 150 and (blue - red).max() < 50
 

@@ -167,6 +167,16 @@ def test_degenerate_cause_full():
         assert "too strong" not in degenerate_message(usual, "full", 500)
 
 
+def test_degenerate_cause_guided():
+    """Weights relative to the guidance have limits of their own: the plain default is three times too strong."""
+    usual, strong = (
+        configure({"regularizers": "guided", "lambda_opacity_entropy": weight}, "cpu") for weight in (3.0, 30.0)
+    )
+    assert "too strong" not in degenerate_message(usual, "vanished", 500)
+    assert "--lambda_opacity_entropy 30 may be too strong; --rescue" in degenerate_message(strong, "vanished", 500)
+    assert "too strong" not in degenerate_message(configure({"lambda_opacity_entropy": 30.0}, "cpu"), "vanished", 500)
+
+
 @pytest.mark.parametrize("since", [0, 1, 37, 99, 100])
 def test_degenerate_within_200_steps(since, tmp_path, monkeypatch):
     """The warning comes within 200 steps, however rarely rows are logged."""

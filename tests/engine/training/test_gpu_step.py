@@ -73,6 +73,7 @@ TABLE = {"lambda_tv": LinearSchedule.parse("0.0:1e-5:1e-4:1.0"), "lambda_wd": Li
         {"cuda_graph": False},
         AS_SD | {"cuda_graph": False},
         TABLE,
+        {"progressive_level": True, "iters": 50},
         {"perpneg": True},
         {"perpneg": True, "cuda_graph": False},
         {"objective": "csd", "clip_grad_latent": 1.0},
@@ -191,8 +192,16 @@ def test_guidance_graph_equals_call(trainer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"jitter_pose": True, "angle_front": 60.0}, AS_SD, {"perpneg": True}, {"objective": "asd"}, TABLE],
-    ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table"],
+    [
+        {},
+        {"jitter_pose": True, "angle_front": 60.0},
+        AS_SD,
+        {"perpneg": True},
+        {"objective": "asd"},
+        TABLE,
+        {"progressive_level": True, "iters": 100},
+    ],
+    ids=["albedo", "jitter", "shaded", "perpneg", "asd", "table", "levels"],
 )
 def test_replay_equals_call(changes):
     """With the same draws, gradients of a graph equal those of calls."""
@@ -269,7 +278,7 @@ def test_deterministic_runs_repeat():
 
 @pytest.mark.parametrize("graph", ["--cuda_graph", "--no-cuda_graph"])
 def test_run_with_callbacks(graph, tmp_path, capsys):
-    """Images are saved beside the graph of the step, and a trace has the kernels inside it."""
+    """Images are saved while steps are graphs, and a trace has the kernels inside it."""
     words = "--device cuda --iters 60 --seed 1 --save_guidance --profile --six_views -O".split()
     assert main(["--text", "a hamburger", "--workspace", str(tmp_path), *words, graph]) == 0
     output = capsys.readouterr().out

@@ -42,6 +42,16 @@ def test_learning_rates(monkeypatch):
     assert list(optimizer.learning_rates()) == ["table", "network", "shape"]
 
 
+def test_learning_rate_cooldown():
+    """In the last part of a run the rates fall linearly to 0, in addition to their exponential decay."""
+    plain = config(lr_decay=0.25)
+    assert [plain.lr_scale(progress) for progress in (0.0, 0.5, 1.0)] == [1.0, 0.5, 0.25]
+    cooling = config(lr_decay=0.25, lr_cooldown=0.5)
+    assert [cooling.lr_scale(progress) for progress in (0.0, 0.5, 1.0)] == [1.0, 0.5, 0.0]
+    assert cooling.lr_scale(0.75) == 0.25**0.75 / 2
+    assert config(lr_cooldown=1.0).lr_scale(0.25) == 0.75
+
+
 def test_initial_buffers():
     """Values and shapes are kept; gradients are zero views in the order table, networks, shape."""
     parameters = [parameter(4, 2), parameter(3), parameter(2, 5)]

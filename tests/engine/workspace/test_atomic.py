@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from dream_fast.cli import main
-from dream_fast.engine.workspace.atomic import atomic_write, atomic_writes, stale_temp_files
+from dream_fast.engine.workspace.atomic import atomic_write, atomic_writes
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
+from dream_fast.engine.workspace.record import MARK
 
 SMALL = """
     --device cpu --iters 1 --seed 7 --w 8 --h 8 --W 16 --H 16 --dataset_size_test 2 --dataset_size_valid 1 --n_levels 2
@@ -27,22 +28,27 @@ def disk(monkeypatch) -> list[tuple[str, Path]]:
     opened: dict[int, Path] = {}
     open_, fsync, replace = os.open, os.fsync, os.replace
 
-    def watched_open(path, *flags, **options) -> int:
-        handle = open_(path, *flags, **options)
-        opened[handle] = Path(path)
+    def whole(path, folder: int | None) -> Path:
+        return Path(path) if folder is None else opened[folder] / path
+
+    def watched_open(path, *flags, dir_fd: int | None = None) -> int:
+        handle = open_(path, *flags, dir_fd=dir_fd)
+        opened[handle] = whole(path, dir_fd)
         return handle
 
     def watched_fsync(handle) -> None:
         status = os.fstat(handle)
         synced[status.st_ino] = (status.st_size, status.st_mtime_ns)
-        operations.append(("sync", opened[handle]))
+        if not opened[handle].name.startswith(MARK):
+            operations.append(("sync", opened[handle]))
         fsync(handle)
 
-    def watched_replace(source, target, **options) -> None:
-        status = os.stat(source)
+    def watched_replace(source, target, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
+        status = os.stat(source, dir_fd=src_dir_fd)
         assert synced.get(status.st_ino) == (status.st_size, status.st_mtime_ns), f"{target} is not on the disk yet"
-        operations.append(("rename", Path(target)))
-        replace(source, target, **options)
+        if whole(target, dst_dir_fd).name != MARK:
+            operations.append(("rename", whole(target, dst_dir_fd)))
+        replace(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
     for name in ("rename", "link"):
         monkeypatch.setattr(os, name, lambda *_, **__: pytest.fail("a way around os.replace"))
@@ -77,7 +83,7 @@ def test_atomic_write_after_an_error(tmp_path, disk):
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(path) as aside:
         aside.write_text("half")
-        assert stale_temp_files(tmp_path) == [aside]
+        assert set(tmp_path.iterdir()) == {path, aside}
         raise RuntimeError
     assert disk == [] and list(tmp_path.iterdir()) == [path] and path.read_text() == "old"
 
@@ -106,9 +112,9 @@ def test_save_checkpoint_sync_order(tmp_path, disk, monkeypatch):
     monkeypatch.setattr(Path, "unlink", watched_unlink)
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"value": 1.0}, {})
-    aside = tmp_path / ".step_000003.writing.safetensors"
-    expected = [("sync", aside), ("rename", tmp_path / "step_000003.safetensors"), ("sync", tmp_path)]
-    assert disk[-4:] == [*expected, ("remove", tmp_path / "step_000001.safetensors")]
+    assert disk[-4][0] == "sync" and disk[-4][1].name.endswith(".step_000003.writing.safetensors")
+    expected = [("rename", tmp_path / "step_000003.safetensors"), ("sync", tmp_path)]
+    assert disk[-3:] == [*expected, ("remove", tmp_path / "step_000001.safetensors")]
 
 
 def test_run_syncs_every_file(tmp_path, tiny_model, disk):
@@ -116,7 +122,7 @@ def test_run_syncs_every_file(tmp_path, tiny_model, disk):
     command = ["--text", "a hamburger", "--hf_key", str(tiny_model), "--workspace", str(tmp_path), *SMALL]
     assert main(command) == 0
     renamed = {str(path.relative_to(tmp_path)) for what, path in disk if what == "rename"}
-    appended = {"metrics.jsonl", "log.txt"}
+    appended = {"metrics.jsonl", "log.txt", MARK}
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert renamed == files - appended and "checkpoints/step_000001.safetensors" in renamed
     assert_names_are_synced(disk)

@@ -187,7 +187,7 @@ def test_damaged_advice(tmp_path):
     """The advice depends on whether there is an older checkpoint."""
     first, second = save(tmp_path, 5), save(tmp_path, 6)
     advice = "; --ckpt scratch starts over"
-    beginning = f"the checkpoint {second} is damaged, cut short or not a safetensors file (why)"
+    beginning = f"the checkpoint {second} is damaged, truncated or not a safetensors file (why)"
     assert str(damaged(second, "why")) == beginning
     assert str(damaged(first, "why")) == beginning.replace(str(second), str(first)) + advice
     elsewhere = tmp_path / "step_000006.other"
@@ -229,7 +229,7 @@ def test_damaged_tensor(tmp_path, monkeypatch):
         def get_tensor(self, name):
             raise SafetensorError(f"cannot read {name}")
 
-    monkeypatch.setattr(checkpoint, "_open", lambda path: Broken(open_file(path)))
+    monkeypatch.setattr(checkpoint, "_open", lambda path, most=None: Broken(open_file(path)))
     with pytest.raises(Damaged, match=r"\(cannot read x\)"):
         load_checkpoint(path, ARCHITECTURE)
 

@@ -7,8 +7,10 @@ import torch
 
 from dream_fast.engine.config.presets import reference
 from dream_fast.engine.errors import UserError
+from dream_fast.engine.workspace.atomic import atomic_write
 from dream_fast.engine.workspace.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint
-from dream_fast.engine.workspace.folder import Workspace
+from dream_fast.engine.workspace.folder import Workspace, write_text
+from dream_fast.engine.workspace.record import MARK
 
 CONFIG = reference().override({"text": "a hamburger", "seed": 3})
 
@@ -136,9 +138,9 @@ def test_truncate_after_unreadable_rows(tmp_path, caplog):
 def test_truncate_after_checkpoint_names(tmp_path):
     """Only the names of checkpoints are read."""
     workspace = make_workspace(tmp_path)
-    workspace.checkpoints.mkdir()
     for step in (5, 10):
-        checkpoint_path(workspace.checkpoints, step).write_bytes(b"damaged")
+        with atomic_write(checkpoint_path(workspace.checkpoints, step)) as temporary:
+            temporary.write_bytes(b"damaged")
     workspace.truncate_after(5)
     assert list_checkpoints(workspace.checkpoints) == [checkpoint_path(workspace.checkpoints, 5)]
 
@@ -147,9 +149,11 @@ def test_clear_keeps_other_files(tmp_path):
     """The run is removed and nothing else."""
     workspace = make_workspace(tmp_path)
     for folder in (workspace.results, workspace.guidance, workspace.tensorboard, workspace.profile):
-        folder.mkdir()
-        (folder / "video.mp4").write_text("old")
-    workspace.report.write_text("old")
+        with atomic_write(folder / "video.mp4") as temporary:
+            temporary.write_text("old")
+    write_text(workspace.report, "old")
     (tmp_path / "notes.txt").write_text("mine")
+    (workspace.results / "mine.mp4").write_text("mine")
     workspace.clear()
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert names == {MARK, "notes.txt", "results", "results/mine.mp4"}

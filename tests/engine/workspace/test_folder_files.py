@@ -11,10 +11,11 @@ import torch
 from dream_fast import __version__
 from dream_fast.engine.config.presets import reference
 from dream_fast.engine.errors import UserError
-from dream_fast.engine.workspace import folder as module
+from dream_fast.engine.workspace.atomic import atomic_write
 from dream_fast.engine.workspace.checkpoint import save_checkpoint
-from dream_fast.engine.workspace.folder import Workspace
+from dream_fast.engine.workspace.folder import Workspace, write_text
 from dream_fast.engine.workspace.lock import LOCK
+from dream_fast.engine.workspace.record import MARK, Record
 
 CONFIG = reference().override({"text": "a hamburger", "seed": 3})
 
@@ -26,13 +27,20 @@ def make(path, flag="--workspace"):
 
 
 def names(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def fill(folder, *files):
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
+
+
+def fill_recorded(folder, *files):
+    Record.read(folder) or Record.create(folder)
+    for name in files:
+        write_text(folder / name, name)
 
 
 def test_files_order(tmp_path):
@@ -52,22 +60,26 @@ def test_files_order(tmp_path):
 
 
 def test_clear(tmp_path):
-    """Files and folders of the run are removed, and everything else is kept."""
-    fill(tmp_path, *(path.name for path in Workspace(tmp_path)._paths() if path.suffix), "notes.txt")
-    fill(tmp_path, "results/a.png", "checkpoints/x", "mesh/deep/y", "mine/z")
-    Workspace(tmp_path).clear()
-    assert names(tmp_path) == ["mine/z", "notes.txt"]
-    Workspace(tmp_path).clear()
+    """Files and folders of the run go, and everything else stays."""
+    before = Record.create(tmp_path).id
+    workspace = make(tmp_path)
+    fill_recorded(tmp_path, "log.txt", "report.html", "results/a.png", "checkpoints/x", "mesh/y")
+    fill(tmp_path, "mine/z", "notes.txt", "mesh/deep/y", "checkpoints/y")
+    workspace.clear()
+    assert names(tmp_path) == ["checkpoints/y", "mesh/deep/y", "mine/z", "notes.txt"]
+    assert not workspace.results.exists() and workspace.record().id != before
+    workspace.clear()
 
 
 def test_clear_outputs(tmp_path):
-    """Results, mesh and report are removed; turntables of steps, images and checkpoints are kept."""
-    remaining = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
-    fill(tmp_path, *remaining, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
+    """Results, mesh and report go; turntables of the steps, images and checkpoints stay."""
+    kept = ["config.json", "results/turntable_step_000001.mp4", "validation/step_000001.png", "checkpoints/c"]
+    fill_recorded(tmp_path, *kept, "results/turntable.mp4", "results/front.png", "mesh/mesh.obj", "report.html")
     Workspace(tmp_path).clear_outputs()
-    assert names(tmp_path) == sorted(remaining) and not (tmp_path / "mesh").exists()
+    assert names(tmp_path) == sorted(kept) and not (tmp_path / "mesh").exists()
+    fill(tmp_path, "results/mine.png", "mesh/mine.obj")
     Workspace(tmp_path).clear_outputs()
-    Workspace(tmp_path / "none").clear_outputs()
+    assert names(tmp_path) == sorted([*kept, "results/mine.png", "mesh/mine.obj"])
 
 
 def test_truncate_after(tmp_path):
@@ -75,10 +87,17 @@ def test_truncate_after(tmp_path):
     remaining = ["validation/step_000005.png", "guidance/step_000004.png", "results/turntable_step_000005.mp4"]
     remaining += ["results/front.png", "checkpoints/step_000005.safetensors", "validation/step_last.png", "notes.txt"]
     gone = ["validation/step_000006.png", "guidance/step_1000000.png", "results/turntable_step_000006.mp4"]
-    gone += ["checkpoints/step_000006.safetensors", ".notes.writing.txt", "results/.front.writing.png"]
-    fill(tmp_path, *remaining, *gone)
+    gone += ["checkpoints/step_000006.safetensors"]
+    fill_recorded(tmp_path, *remaining, *gone)
+    foreign = [".notes.writing.txt", "results/.front.writing.png", "validation/step_000007.png"]
+    fill(tmp_path, *foreign)
+    with pytest.raises(BaseException, match="killed"), atomic_write(tmp_path / "results" / "half.png") as half:
+        os.link(half, tmp_path / "results" / "again")
+        half.unlink()
+        raise BaseException("killed")
+    (tmp_path / "results" / "again").rename(half)
     Workspace(tmp_path).truncate_after(5)
-    assert names(tmp_path) == sorted(remaining)
+    assert names(tmp_path) == sorted([*remaining, *foreign])
 
 
 def test_truncate_after_writes_changes_only(tmp_path, caplog):
@@ -99,9 +118,10 @@ def test_truncate_after_writes_changes_only(tmp_path, caplog):
     assert caplog.messages[0].endswith("left out: 3")
 
 
-def test_truncate_after_missing_files(tmp_path, monkeypatch):
-    """A file that another process removes at the same time is no error."""
-    monkeypatch.setattr(module, "stale_temp_files", lambda folder: [folder / ".gone.writing.txt"])
+def test_truncate_after_missing_files(tmp_path):
+    """A half-written file that is gone is no error."""
+    record = Record.create(tmp_path)
+    record.claim(tmp_path / "notes.txt", tmp_path / ".gone.writing.txt")
     Workspace(tmp_path).truncate_after(5)
     assert names(tmp_path) == []
 
@@ -175,7 +195,7 @@ def test_create_for_outputs_of(tmp_path):
     assert outputs.metrics.read_text() == '{"step": 1}\n\ufffd\n' and outputs.stored_config() == CONFIG
     run.write_manifest({"runs": []})
     outputs.create_for_outputs_of(run, CONFIG)
-    assert outputs.read_manifest() == {"runs": []}
+    assert outputs.read_manifest() == {"runs": [], "id": run.record().id}
     outputs.lock.release()
 
 
@@ -234,7 +254,7 @@ def test_create_after_another_run(tmp_path):
 def test_create_errors(tmp_path, monkeypatch):
     """The message has the reason of the system."""
     (tmp_path / "file").write_text("notes")
-    with pytest.raises(UserError, match=re.escape(f"--workspace {tmp_path / 'file'} cannot be made (")):
+    with pytest.raises(UserError, match=re.escape(f"--workspace {tmp_path / 'file'} cannot be created (")):
         Workspace(tmp_path / "file").create()
 
     def refuse(*_, **__):
@@ -247,16 +267,19 @@ def test_create_errors(tmp_path, monkeypatch):
 
 
 def test_check_usable_advice(tmp_path, monkeypatch):
-    """Folder, results, mesh and log must be writable, and folders accessible."""
-    fill(tmp_path, "config.json", "results/a.png", "mesh/m.obj", "log.txt", "metrics.jsonl")
-    workspace, calls = Workspace(tmp_path), []
-    monkeypatch.setattr("os.access", lambda path, mode: calls.append((path, mode)) or True)
+    """Folders and files that grow are asked for the right to write, a folder for that to enter as well."""
+    workspace, asked = make(tmp_path), []
+    fill(tmp_path, "results/a.png", "mesh/m.obj", "log.txt", "metrics.jsonl")
+    workspace.log.write_text("2026-11-29 22:20:38 a line\n")
+    workspace.metrics.write_text('{"step": 1}\n')
+    monkeypatch.setattr("os.access", lambda path, mode: asked.append((path, mode)) or True)
     workspace.check_usable()
     folder = os.W_OK | os.X_OK
-    assert calls == [
+    assert asked == [
         (tmp_path, folder),
         (workspace.results, folder),
         (workspace.mesh, folder),
+        (workspace.metrics, os.W_OK),
         (workspace.log, os.W_OK),
     ]
     for place, words in ((tmp_path, "in "), (workspace.mesh, "in "), (workspace.log, "")):
@@ -269,7 +292,7 @@ def test_check_usable_advice(tmp_path, monkeypatch):
 
 
 def test_check_usable_links(tmp_path):
-    """Links out of the folder are refused; links within it and to the folder are allowed."""
+    """Nothing is written through a link; a link to the folder is no harm."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     workspace = Workspace(tmp_path / "link")
@@ -293,8 +316,15 @@ def test_check_usable_no_folder(tmp_path):
 
 
 def test_quarantine(tmp_path):
-    """The new name is not that of a checkpoint."""
-    fill(tmp_path, "step_000005.safetensors")
-    moved = Workspace(tmp_path).quarantine(tmp_path / "step_000005.safetensors")
-    assert moved == tmp_path / "damaged_step_000005.safetensors" and names(tmp_path) == [moved.name]
-    assert moved.read_text() == "step_000005.safetensors"
+    """Under a name that is no checkpoint's; what dream-fast did not write stays, and so does what has the name."""
+    workspace = Workspace(tmp_path)
+    path, moved = (workspace.checkpoints / f"{name}step_000005.safetensors" for name in ("", "damaged_"))
+    fill(tmp_path, "checkpoints/step_000005.safetensors")
+    assert workspace.quarantine(path) is None and path.exists()
+    path.unlink()
+    fill_recorded(tmp_path, "checkpoints/step_000005.safetensors")
+    moved.write_text("mine")
+    assert workspace.quarantine(path) is None and moved.read_text() == "mine"
+    moved.unlink()
+    assert workspace.quarantine(path) == moved and names(tmp_path) == [f"checkpoints/{moved.name}"]
+    assert moved.read_text() == "checkpoints/step_000005.safetensors" and workspace.record().owns(moved)

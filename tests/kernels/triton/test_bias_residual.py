@@ -105,7 +105,7 @@ def test_bias_residual_opcheck(device):
     for last in (False, True):
         leaves = [tensor.requires_grad_() for tensor in inputs((1, 4, 5, 5), device, last=last)[:3]]
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(bias_residual_module._bias_residual, tuple(leaves), test_utils=checks)
+        torch.library.opcheck(bias_residual_module._bias_residual.custom, tuple(leaves), test_utils=checks)
 
 
 def test_bias_residual_refuses_fp64(device):

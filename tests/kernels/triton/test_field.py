@@ -13,8 +13,7 @@ from dream_fast.kernels._core.launch import INTERPRETED, recorded_launches
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 WIDTHS = [16, 32, 64, 128]
-# A dense level and hashed ones.
-GRID = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=5, max_resolution=20)
+GRID = HashGridSpec(levels=3, features=2, log2_entries=8, base_resolution=5, max_resolution=20)  # dense, then hashed
 FULL = HashGridSpec(levels=16, features=2, log2_entries=12, base_resolution=4, max_resolution=100)
 
 

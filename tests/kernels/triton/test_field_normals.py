@@ -21,7 +21,7 @@ from dream_fast.kernels._core.launch import INTERPRETED
 
 MODES = ["finite_difference", "analytic"]
 HALF = torch.float16
-# Of few points one beside the kink of a ReLU decides the largest error.
+# With few points, one near a kink of a ReLU determines the largest error.
 POINTS = 60 if INTERPRETED else 2000
 # A dense level and hashed ones. The interpreter takes its time for every level, and for every tile of 64 points.
 GRID = HashGridSpec(levels=2 if INTERPRETED else 3, features=2, log2_entries=8, base_resolution=5, max_resolution=20)

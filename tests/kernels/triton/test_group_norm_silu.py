@@ -236,12 +236,12 @@ def test_group_norm_opcheck(has_added, device, tiles):
         x, weight, bias, *added = (tensor.requires_grad_() for tensor in leaves)
         added = added[0] if has_added else None
         arguments = (x, 2, weight, bias, 1e-5, True, added)
-        torch.library.opcheck(group_norm_module._group_norm_silu, arguments, test_utils=checks)
+        torch.library.opcheck(group_norm_module._group_norm_silu.custom, arguments, test_utils=checks)
         x, weight, bias, added = (None if tensor is None else tensor.detach() for tensor in (x, weight, bias, added))
         _, moments = group_norm_module._group_norm_silu(x, 2, weight, bias, 1e-5, True, added)
         for needs_channels in (True, False):
             torch.library.opcheck(
-                group_norm_module._group_norm_silu_backward,
+                group_norm_module._group_norm_silu_backward.custom,
                 (upstream, x, weight, bias, added, moments, True, needs_channels),
                 test_utils=checks[:2],
             )

@@ -1,8 +1,8 @@
-"""What the adapters of diffusers' pipelines share: loading in two parts, embedding, and latents of a VAE.
+"""Base class of adapters of diffusers' pipelines: loading in two parts, embedding, and latents of a VAE.
 
 The text encoders of these models are as large as their networks. They are loaded first, embed the prompts of the run
-and are freed before the network and the VAE arrive. The pipeline's own methods embed prompts and arrange latents, so
-that its conventions are its own.
+and are freed before the network and the VAE are loaded. Methods of the pipeline embed prompts and arrange latents, so
+that its conventions are kept.
 """
 
 import json
@@ -22,6 +22,7 @@ from dream_fast.engine.guidance.model.attention import AttentionChoice
 from dream_fast.engine.guidance.model.checks import pipeline_variant
 from dream_fast.engine.guidance.model.components import enable_gradient_checkpointing, quiet_progress
 from dream_fast.engine.guidance.model.image_model import Embedding
+from dream_fast.engine.guidance.model.settings import check_finite
 from dream_fast.engine.guidance.model.text import fit_window
 from dream_fast.engine.guidance.noise import FLOW_TIMESTEPS, FlowMatching, NoiseProcess, VariancePreserving
 
@@ -52,6 +53,8 @@ class PipelineModel(ABC):
     half: ClassVar[torch.dtype] = torch.bfloat16
 
     latents_are_pixels = False
+    embeds_again = True
+    capturable: bool = False  # most networks copy positions of tokens to the device in each call
 
     def __init__(
         self,
@@ -74,8 +77,6 @@ class PipelineModel(ABC):
         self.process = self._read_process()
         self.freed = False
 
-    # What a family states
-
     @abstractmethod
     def sizes(self, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
         """Channels and side of the latents, and side of the images, from the settings of the network and the VAE."""
@@ -93,11 +94,11 @@ class PipelineModel(ABC):
         """Output [B, C, h, w] of the network for latents in its dtype, at timesteps `t` [B] in [0, 1000]."""
 
     def guide_natively(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """Apply to a guided output what the pipeline does beyond classifier-free guidance; `cond` is unguided."""
+        """Apply the pipeline's additional steps after classifier-free guidance; `cond` is the unguided output."""
         return guided
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Latents as the network sees them, from those of the VAE."""
+        """Latents of the network from those of the VAE."""
         settings = self.pipeline.vae.config
         return (latents - (settings.get("shift_factor") or 0.0)) * settings.scaling_factor
 
@@ -110,18 +111,18 @@ class PipelineModel(ABC):
         """Dtype of the VAE with these settings."""
         return self.dtype
 
-    # The protocol
-
     def fit_prompt(self, text: str, endings: Sequence[str]) -> str:
         return fit_window(self.pipeline.tokenizer, self.window, text, endings)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], negative: str | None = None) -> Embedding:
+        loaded = self.pipeline
         if self.freed:
-            raise ValueError("the text encoder was freed: load the model again, or keep_text_encoder=True")
+            self.pipeline = self.load_pipeline({self.network_part: None, "vae": None})
         parts = [self.embed_positive(list(prompts))]
         if negative is not None:
             parts.append(self.embed_negative(negative))
+        self.pipeline = loaded
         return {name: _pad_and_join([part[name] for part in parts]) for name in parts[0]}
 
     def free_text_encoder(self) -> None:
@@ -135,7 +136,7 @@ class PipelineModel(ABC):
             torch.cuda.empty_cache()
         self.pipeline = self.load_pipeline(text)
         vae = self.pipeline.vae
-        vae.to(self.vae_dtype(vae.config))
+        torch.nn.Module.to(vae, self.vae_dtype(vae.config))  # that of diffusers warns of parts in fp32
         if not self.need_vae_decoder:
             vae.decoder = torch.nn.Identity()
         self.network: Any = getattr(self.pipeline, self.network_part)
@@ -169,8 +170,6 @@ class PipelineModel(ABC):
         assert isinstance(embedding, dict)
         return self.call_network(noisy.to(self.dtype), t, embedding).float()
 
-    # Loading
-
     def load_pipeline(self, without: dict[str, None]) -> Any:
         """Load the pipeline without some of its components, for inference on the device."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
@@ -182,10 +181,14 @@ class PipelineModel(ABC):
                 )
         except Exception as error:  # settings that the library does not expect raise any of Python's errors
             raise UserError(f"the model {self.folder} does not load: {first_line(error)}") from error
-        for part in pipeline.components.values():
-            if isinstance(part, (diffusers.ModelMixin, PreTrainedModel)):
-                part.requires_grad_(False).eval()
-        return pipeline.to(self.device)
+        parts = pipeline.components.items()
+        models = {name: part for name, part in parts if isinstance(part, (diffusers.ModelMixin, PreTrainedModel))}
+        for model in models.values():
+            model.requires_grad_(False).eval()
+        pipeline = pipeline.to(self.device)
+        for name, model in models.items():
+            check_finite(f"the {name} of the model {self.folder}", model)
+        return pipeline
 
     def read_settings(self, part: str) -> dict[str, Any]:
         path = self.folder / part / "config.json"

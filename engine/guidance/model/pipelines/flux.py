@@ -1,7 +1,7 @@
 """FLUX.1 (Black Forest Labs 2024): a flow on 2 x 2 patches of latents, with CLIP and T5.
 
 Its guidance is distilled into the network, which takes a scale as an input. Such a model teaches badly: without
-guidance of its own, its predictions with and without the prompt differ little from those of other models.
+its own guidance, its predictions with and without the prompt differ little from those of other models.
 """
 
 from typing import Any

@@ -11,6 +11,7 @@ class PixArtSigma(PipelineModel):
     """Adapter of PixArtSigmaPipeline."""
 
     pipeline_class = "PixArtSigmaPipeline"
+    capturable = True
     prediction_type = "epsilon"
     window = 300
 

@@ -13,6 +13,7 @@ class PRX(PipelineModel):
     """Adapter of PRXPipeline."""
 
     pipeline_class = "PRXPipeline"
+    capturable = True
     window = 256
 
     def sizes(self, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:

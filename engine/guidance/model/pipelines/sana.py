@@ -13,6 +13,7 @@ class Sana(PipelineModel):
     """Adapter of SanaPipeline."""
 
     pipeline_class = "SanaPipeline"
+    capturable = True
     window = 300
 
     def sizes(self, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:

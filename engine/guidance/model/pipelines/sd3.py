@@ -11,6 +11,7 @@ class StableDiffusion3(PipelineModel):
     """Adapter of StableDiffusion3Pipeline."""
 
     pipeline_class = "StableDiffusion3Pipeline"
+    capturable = True
     text_parts = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
 
     def sizes(self, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:

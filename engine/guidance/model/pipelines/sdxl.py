@@ -39,8 +39,9 @@ class StableDiffusionXL(PipelineModel):
 
     def call_network(self, latents: Tensor, t: Tensor, embedding: dict[str, Tensor]) -> Tensor:
         # Original size, corner of the crop and target size: an uncropped image of the model's own size.
-        sizes = latents.new_tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size])
-        added = {"text_embeds": embedding["pooled"], "time_ids": sizes.expand(len(latents), -1)}
+        sizes = latents.new_full((len(latents), 6), self.image_size)
+        sizes[:, 2:4] = 0
+        added = {"text_embeds": embedding["pooled"], "time_ids": sizes}
         return self.network(
             latents, t, encoder_hidden_states=embedding["states"], added_cond_kwargs=added, return_dict=False
         )[0]

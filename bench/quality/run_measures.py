@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dream_fast.bench.pipeline.mesh_export import compare_with_field, read_glb
-from dream_fast.bench.quality.measures import SOLID, edge_ratio, floaters, part_color, roughness
+from dream_fast.bench.finished_run import load_finished
+from dream_fast.bench.pipeline.mesh_export import SAMPLE_FACTOR, compare_with_field, read_glb, render_normals
+from dream_fast.bench.quality.measures import SOLID, edge_ratio, edge_width, floaters, part_color, roughness
 from dream_fast.bench.quality.protocol import SHAPE_SIZE, sides
 from dream_fast.bench.quality.world import make_palette
+from dream_fast.engine.config.schema import Config
 from dream_fast.engine.config.sections import CameraConfig
 from dream_fast.engine.export.images import to_uint8
 from dream_fast.engine.export.mesh_files import write_mesh
@@ -26,13 +28,14 @@ STRIP_VIEWS = (1, 5)  # of the eight azimuths around the object: from the front'
 
 @torch.no_grad()
 def measure_shape(trainer: Trainer) -> dict[str, float | None]:
-    """roughness_deg, edge_ratio and floaters from four sides, of the averaged weights, before anything is cleaned."""
+    """Measure shape from four sides, of the averaged weights, without cleaning: the names in `run.SHAPE`."""
     black = torch.zeros(3, device=trainer.device)
     with trainer.optimizer.ema_weights():
         view = trainer.renderer.view(sides(trainer.device), SHAPE_SIZE, SHAPE_SIZE, background=black)
     return {
         "roughness_deg": roughness(view.normal, view.opacity),
         "edge_ratio": edge_ratio(view.opacity),
+        "edge_width": edge_width(view.opacity),
         "floaters": floaters(view.opacity),
     }
 
@@ -48,7 +51,7 @@ def measure_color(images: Tensor, prompt: str, background: float) -> list[float]
 
 @torch.no_grad()
 def write_strip(trainer: Trainer, path: Path, camera: CameraConfig) -> None:
-    """Two views of 512 x 512 pixels, each as it is and as normals, beside one another."""
+    """Two views of 512 x 512 pixels, in colour and as normals, side by side."""
     gray = torch.full((3,), 0.75, device=trainer.device)
     around = turntable(camera, 8, trainer.device)
     chosen = Cameras(*(part[list(STRIP_VIEWS)] for part in around))
@@ -60,23 +63,35 @@ def write_strip(trainer: Trainer, path: Path, camera: CameraConfig) -> None:
     Image.fromarray(to_uint8(torch.cat(list(images), 1))).save(path, quality=90)
 
 
-def measure_mesh(trainer: Trainer, folder: Path, size: int = 256) -> dict[str, float]:
-    """Worst of six views of the exported mesh beside the field: mesh_psnr in dB, mesh_iou."""
-    output, glb = trainer.config.output, folder / "mesh.glb"
+def measure_mesh(config: Config, workspace: Path, folder: Path, size: int = 256) -> dict[str, float | None]:
+    """Measure the mesh of a finished run.
+
+    mesh_psnr in dB and mesh_iou compare it with the field, in the worst of six views; mesh_roughness_deg is that of
+    the normals that a viewer interpolates.
+    """
+    output, glb = config.output, folder / "mesh.glb"
+    finer = config.override({"max_steps": SAMPLE_FACTOR * config.render.max_steps})
+    trainer = load_finished(finer, workspace)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), trainer.optimizer.ema_weights(), trainer.renderer.without_floaters():
-        cameras = six_views(trainer.config.camera, trainer.device)
+        cameras = six_views(config.camera, trainer.device)
         write_mesh(
             glb,
             trainer.field,
             output.mcubes_resolution,
-            trainer.config.render.density_thresh,
+            config.render.density_thresh,
             silhouettes=render_silhouettes(trainer.renderer, cameras),
             decimate_target=output.decimate_target,
             texture_resolution=output.texture_resolution,
         )
-        likeness = compare_with_field(trainer.renderer, read_glb(glb, trainer.device), cameras, size)
-    return {"mesh_psnr": min(likeness.psnr), "mesh_iou": min(likeness.iou)}
+        mesh = read_glb(glb, trainer.device)
+        likeness = compare_with_field(trainer.renderer, mesh, cameras, size)
+        normal, covered = render_normals(mesh, sides(trainer.device), SHAPE_SIZE)
+    return {
+        "mesh_psnr": min(likeness.psnr),
+        "mesh_iou": min(likeness.iou),
+        "mesh_roughness_deg": roughness(normal, covered.float()),
+    }
 
 
 def round_values(values: Mapping[str, object], digits: int = 4) -> dict[str, Any]:
