@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check
+from dream_fast.bench.reliability.kill_resume import read_checkpoint
 from dream_fast.cli import main
 from dream_fast.engine import run
 from dream_fast.engine.config import validate
@@ -52,9 +53,9 @@ def command(workspace: Path, model: Path, *more: str) -> list[str]:
     return ["--text", "a hamburger", "--hf_key", str(model), "--workspace", str(workspace), *SMALL, *more]
 
 
-def checkpoint(workspace: Path) -> bytes:
+def checkpoint(workspace: Path) -> dict[str, Any]:
     (path,) = (workspace / "checkpoints").iterdir()
-    return path.read_bytes()
+    return read_checkpoint(path)
 
 
 def rows(workspace: Path) -> list[dict]:
@@ -186,8 +187,8 @@ def test_save_guidance_changes_nothing(unwatched, tiny_model, tmp_path):
 def test_decoder_loaded_for_images(tiny_model, tmp_path, monkeypatch):
     """The decoder is loaded only for the images."""
     calls = []
-    load = registry.load_components
-    monkeypatch.setattr(registry, "load_components", lambda *a, **named: calls.append(named) or load(*a, **named))
+    load = registry.load_image_model
+    monkeypatch.setattr(registry, "load_image_model", lambda *a, **named: calls.append(named) or load(*a, **named))
     assert main(command(tmp_path / "a", tiny_model, "--iters", "1", "--six_views")) == 0
     assert not (tmp_path / "a" / "guidance").exists()
     assert main(command(tmp_path / "b", tiny_model, "--iters", "1", "--six_views", "--save_guidance")) == 0
