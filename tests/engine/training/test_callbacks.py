@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +18,6 @@ from rich.console import Console
 from torch import Tensor
 
 from dream_fast.bench.accuracy import check
-from dream_fast.bench.reliability.kill_resume import read_checkpoint
 from dream_fast.cli import main
 from dream_fast.engine import run
 from dream_fast.engine.config import validate
@@ -54,9 +52,9 @@ def command(workspace: Path, model: Path, *more: str) -> list[str]:
     return ["--text", "a hamburger", "--hf_key", str(model), "--workspace", str(workspace), *SMALL, *more]
 
 
-def checkpoint(workspace: Path) -> dict[str, Any]:
+def checkpoint(workspace: Path) -> bytes:
     (path,) = (workspace / "checkpoints").iterdir()
-    return read_checkpoint(path)
+    return path.read_bytes()
 
 
 def rows(workspace: Path) -> list[dict]:

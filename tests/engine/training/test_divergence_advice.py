@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
@@ -115,19 +114,19 @@ def test_low_memory_overrides(settings, less):
 
 def test_memory_message():
     """The message works with and without a size from torch, and without any advice."""
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+    error = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
     config = configured(batch_size=4, w=64, h=32, vram_O=True)
     assert failures.memory_message(config, error, "go on") == (
         "the GPU is out of memory (2.50 GiB more were requested): give --batch_size 2 (this step: --batch_size 4 "
         "--w 64 --h 32); go on"
     )
     smallest = configured(batch_size=1, w=32, h=32, vram_O=True)
-    assert failures.memory_message(smallest, torch.OutOfMemoryError("Tried to allocate 2 MiB."), "go on") == (
+    assert failures.memory_message(smallest, RuntimeError("Tried to allocate 2 MiB."), "go on") == (
         "the GPU is out of memory (2 MiB more were requested): a smaller image model or another GPU is needed (this "
         "step: --batch_size 1 --w 32 --h 32); go on"
     )
     sentence = failures.memory_message(smallest, RuntimeError("other"), "go on")
-    assert sentence.startswith("the machine is out of memory: a")
+    assert sentence.startswith("the GPU is out of memory: a")
 
 
 def test_outweighed_message():
