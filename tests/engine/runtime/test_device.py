@@ -114,6 +114,28 @@ def test_peak_memory_bytes():
     assert 50e6 < peak_memory(torch.device("cpu"))["host"] < 1e12  # a process with torch in it
 
 
+def test_diffusers_import_keeps_no_callers():
+    """What a function holds while it imports diffusers is freed after it, also where xformers does not load."""
+    code = """
+import gc, weakref
+from dream_fast.engine.runtime.quiet import quiet_diffusers
+
+class Model: pass
+
+def load():
+    model = Model()
+    quiet_diffusers()
+    from diffusers import AutoencoderKL
+    return weakref.ref(model)
+
+kept = load()
+gc.collect()
+assert kept() is None
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_quiet_diffusers():
     """Importing diffusers prints nothing about xformers."""
     program = (
