@@ -128,7 +128,7 @@ class Trainer:
             skip=result.overflow,
             inverse_scale=self.scaler.inverse,
             grad_clip=value_at(config.loss.grad_clip, self.step, progress),
-            lr_scale=config.optim.lr_scale(progress),
+            lr_scale=config.optim.lr_decay**progress,
         )
         self._count(result, skipped)
         end_part("optimiser")
