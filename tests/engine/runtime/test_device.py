@@ -16,16 +16,19 @@ from dream_fast.engine.runtime.seeds import draw_seed, step_seed
 
 
 @pytest.mark.parametrize(
-    ("fp16", "amx", "dtype", "name"),
+    ("fp16", "amx", "capability", "dtype", "name"),
     [
-        (True, True, torch.bfloat16, "bf16"),
-        (True, False, torch.float32, "fp32"),
-        (False, True, torch.float32, "fp32"),
+        (True, True, "AVX512", torch.bfloat16, "bf16"),
+        (True, True, "AVX2", torch.float32, "fp32"),
+        (True, True, "DEFAULT", torch.float32, "fp32"),
+        (True, False, "AVX512", torch.float32, "fp32"),
+        (False, True, "AVX512", torch.float32, "fp32"),
     ],
 )
-def test_cpu_bf16(fp16, amx, dtype, name, monkeypatch):
-    """Half precision is bf16 on a CPU with AMX."""
+def test_cpu_bf16(fp16, amx, capability, dtype, name, monkeypatch):
+    """Half precision is bf16 on a CPU with AMX, unless torch is to use an older instruction set."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
     runtime = choose_runtime(reference().override({"device": "cpu", "fp16": fp16}))
@@ -47,6 +50,7 @@ def test_cpu_bf16(fp16, amx, dtype, name, monkeypatch):
 def test_cpu_fp32_without_amx(variable, newest, used, monkeypatch):
     """Without AMX in oneDNN's instruction set a CPU uses fp32."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, newest)
