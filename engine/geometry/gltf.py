@@ -103,10 +103,11 @@ def _depths(nodes: list[dict[str, Any]]) -> list[int]:
     parents: list[int | None] = [None] * len(nodes)
     for index, node in enumerate(nodes):
         children = node.get("children", [])
-        for child in children if isinstance(children, list) else [len(nodes)]:  # no list: a node that is not there
-            if _whole(child) >= len(nodes) or parents[child] is not None:
+        for child in children if isinstance(children, list) else [None]:
+            number = _whole(child)
+            if number >= len(nodes) or parents[number] is not None:
                 raise ValueError("its nodes do not form trees")
-            parents[child] = index
+            parents[number] = index
     depths: list[float] = [math.nan] * len(nodes)
     for index in range(len(nodes)):
         path: list[int] = []

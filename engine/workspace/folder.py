@@ -368,7 +368,8 @@ class Workspace:
         """Remove the recorded files that a run writes at its end."""
         record = self.mark()
         for path in record.files():
-            is_output = path.parent.name in (self.mesh.name, self.results.name) or path.name == self.report.name
+            folder = path.relative_to(record.root).parent.as_posix()  # the workspace itself may be called results
+            is_output = folder in (self.mesh.name, self.results.name) or path.name == self.report.name
             if is_output and not path.name.startswith("turntable_step_"):  # written during the run
                 record.remove(path)
         _remove_empty([self.mesh])

@@ -337,17 +337,6 @@ def test_kernels_command_without_gpu(capsys):
     assert "hash_grid/rays_64" in capsys.readouterr().err
 
 
-def test_git_state_without_git(monkeypatch, tmp_path):
-    """A copy without git takes its commit from GIT_STATE."""
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert results.git_state() == ("unknown", None)
-    monkeypatch.setenv("GIT_STATE", "abc123-dirty")
-    assert results.git_state() == ("abc123", True)
-    monkeypatch.setenv("GIT_STATE", "abc123")
-    assert results.git_state() == ("abc123", False)
-
-
 # --- the timer
 
 

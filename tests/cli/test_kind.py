@@ -338,9 +338,14 @@ def test_kernels_start_on_their_gpu(monkeypatch):
         def __enter__(self):
             entered.append(self.enter_result)
 
+    started = []
     monkeypatch.setattr(torch.cuda, "device", Device)
-    launch({(1,): lambda **options: None}, (1,), torch.device("cuda", 1))
-    assert entered == [torch.device("cuda", 1)]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("dream_fast.kernels._core.launch.start_compiled", lambda *launched: started.append(launched[2]))
+    launch(None, (1,), torch.device("cuda", 1))
+    assert entered == [torch.device("cuda", 1)] and started == [1]
+    launch(None, (1,), torch.device("cuda", 0))
+    assert len(entered) == 1 and started == [1, 0]
 
 
 def test_code_names_no_current_gpu():
@@ -409,7 +414,7 @@ def test_lease_taken_over(tmp_path, no_locks, monkeypatch, caplog):
     held.release()
 
 
-def test_run_without_locks(finished, tmp_path, no_locks, monkeypatch, capsys):
+def test_run_without_flock(finished, tmp_path, no_locks, monkeypatch, capsys):
     """A whole run works on such a disk, with a lease and without, with one warning."""
     words = ["--test", "--six_views", "--workspace", str(shutil.copytree(finished, tmp_path / "trial"))]
     assert main([*words, "--device", "cpu"]) == 0

@@ -171,7 +171,7 @@ def test_full_disk_at_mesh(copy, capsys, monkeypatch):
 
     monkeypatch.setattr("dream_fast.engine.export.mesh_files._obj", full)
     message = refused(capsys, ["--test", "--workspace", str(copy), "--save_mesh", "--six_views", "--device", "cpu"])
-    assert "no space is left" in message and "the checkpoint of step 4 is complete" in message
+    assert "No space left on device" in message and "the checkpoint of step 4 is complete" in message
     assert contents(copy / "checkpoints") | contents(copy / "mesh") == before
 
 
@@ -200,7 +200,7 @@ def test_missing_view_written(copy, tiny_model):
 
 def test_a_finished_run_needs_no_model(copy, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "dream_fast.engine.guidance.registry.load_components", lambda *_, **__: pytest.fail("loaded a model")
+        "dream_fast.engine.guidance.registry.load_image_model", lambda *_, **__: pytest.fail("loaded a model")
     )
     assert main(command(copy, tiny_model)) == 0
     assert main(["--test", "--workspace", str(copy)]) == 0
@@ -275,7 +275,7 @@ def test_unknown_words_by_model(tmp_path, tiny_model, monkeypatch):
 
     monkeypatch.setattr("dream_fast.engine.guidance.registry.PromptEmbeddings", stop)
     monkeypatch.setattr(
-        "dream_fast.engine.guidance.registry.load_components", lambda *_, **__: SimpleNamespace(latent_channels=4)
+        "dream_fast.engine.guidance.registry.load_image_model", lambda *_, **__: SimpleNamespace(latent_channels=4)
     )
     words = ["--text", "A shiny, red robot!", "--negative", "blurry, blue", "--workspace", str(tmp_path / "new")]
     words += ["--text_back", "A red robot from behind!"]

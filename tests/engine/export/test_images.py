@@ -79,7 +79,10 @@ def test_six_view_paths(tmp_path):
 
     def render(cameras, height, width):
         calls.append((len(cameras.radius), height, width))
-        return view
+        if len(cameras.radius) == 6:
+            return view
+        one = slice(len(calls) - 2, len(calls) - 1)  # after the call with all six
+        return SimpleNamespace(rgb=rgb[one], normal=normal[one], opacity=view.opacity[one])
 
     renderer = SimpleNamespace(field=SimpleNamespace(device=torch.device("cpu")), view=render)
     paths = images.write_six_views(tmp_path / "new", renderer, CameraConfig(H=2, W=4))
@@ -90,7 +93,7 @@ def test_six_view_paths(tmp_path):
     together = np.concatenate([np.concatenate(list(row), axis=1) for row in (colours, normals)])
     assert np.array_equal(read(paths[-1])[0], together)
     images.write_validation(tmp_path / "v.png", renderer, CameraConfig(H=2, W=4), 6)
-    assert calls[1] == (6, 2, 4) and np.array_equal(read(tmp_path / "v.png")[0], together)
+    assert calls[1:] == [(1, 2, 4)] * 6 and np.array_equal(read(tmp_path / "v.png")[0], together)
 
 
 def test_trilinear():

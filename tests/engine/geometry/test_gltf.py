@@ -173,6 +173,9 @@ def test_load_mesh_stated_count(name: str, tmp_path: Path) -> None:
         path.write_text(head + "0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
     else:
         path.write_text(f"OFF\n# a comment\n3 {count} 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
-    sentence = {"few": "states 9 faces and has 1|cannot be read", "many": "has 1000000000 triangles"}
+    sentence = {
+        "few": "is truncated: it should have 9 faces and has 1|cannot be read",
+        "many": "has 1000000000 triangles",
+    }
     with pytest.raises(UserError, match=sentence.get(name.split(".")[0], "is a pipe|is too large: 0.26 GB of text")):
         load_mesh(path)
