@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     if name in NEED_REPOSITORY and not IN_REPOSITORY:
         print(
-            f"error: `bench {name}` needs the repository: an installed package does not contain the files that it reads "
+            f"error: `bench {name}` needs the repository: an installed package lacks the files that it reads "
             "and writes; run it in a clone",
             file=sys.stderr,
         )
