@@ -48,6 +48,9 @@ Defaults depend on the model and the device; --print_config shows them."""
 _PROMPTS = ("text", "text_front", "text_side", "text_back", "text_overhead")
 
 
+MAX_WORDS = 2000  # of a command line or a file of arguments; there are some 120 flags
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors."""
 
@@ -193,6 +196,8 @@ def _why_unexpected(parser: argparse.ArgumentParser, words: Sequence[str], word:
 
 def _parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
     """Return the values of `words` by name, each checked alone. Raises UserError: when a word or value is refused."""
+    if len(words) > MAX_WORDS:
+        raise UserError(f"{len(words)} words were typed, of at most {MAX_WORDS}")
     _check_words(parser, words)
     namespace, rest = parser.parse_known_args(words)
     if rest:

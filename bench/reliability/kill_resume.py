@@ -180,27 +180,13 @@ def run_forked(config: Config, log: Path, kill: Kill | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """All of a checkpoint but the random id of its run, which the checksum covers."""
-    from safetensors import safe_open
-
-    from dream_fast.engine.workspace.checkpoint import FORMAT
-
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[FORMAT])
-        tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}
-    del header["checksum"], header["run"]["id"]
-    return {"header": header, "tensors": tensors}
-
-
 def read_result(workspace: Path) -> dict[str, Any]:
-    """Everything that has to be equal: rows without times, and the contents of files, by name."""
+    """Everything that has to be equal: rows without times, and the bytes of files, by name."""
     rows = [json.loads(line) for line in (workspace / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result: dict[str, Any] = {"metrics": [{k: v for k, v in r.items() if k not in TIMES} for r in rows]}
     for path in sorted(workspace.rglob("*")):
         if path.is_file() and path.parent != workspace:
-            is_checkpoint = path.suffix == ".safetensors"
-            result[str(path.relative_to(workspace))] = read_checkpoint(path) if is_checkpoint else path.read_bytes()
+            result[str(path.relative_to(workspace))] = path.read_bytes()
     return result
 
 

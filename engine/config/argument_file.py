@@ -17,7 +17,7 @@ _PART = re.compile(
 )
 
 
-LARGEST = 1_000_000  # characters
+LARGEST = 300_000  # characters
 
 
 def read_arguments(name: str) -> list[str]:

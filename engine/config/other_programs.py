@@ -52,6 +52,8 @@ _ATTENTION = "use --attention xformers, sdpa or cudnn; by default the fastest is
 _BACKBONE = "use --backbone grid, grid_torch or vanilla for the field"
 _INIT = "use --dmtet --init_with FOLDER_OR_MESH to refine a run or a mesh file"
 _CHECK = "use --doctor to check the installation"
+_TEXTURE = "use --texture_resolution N for the mesh's texture"
+_GRID = "use --mcubes_resolution N for the grid of which the mesh is made"
 _SEED = "use --seed N to seed all random numbers"
 
 # Names of a flag in other programs -> the answer.
@@ -124,6 +126,8 @@ ANSWERS: dict[str, str] = {
     "fov": "use --fovy_range LOW HIGH for the training cameras, --default_fovy X for the output camera",
     "elevation azimuth camera_distance": "use --default_polar, --default_azimuth and --default_radius for the output "
     "camera; polar angles count from above, so elevation 0 is polar 90",
+    "texture_size texture_res tex_size tex_resolution texture_map_size": _TEXTURE,
+    "mc_resolution mc_res mesh_resolution mesh_res isosurface_resolution export_resolution": _GRID,
     "quiet q": "the output is in log.txt as well; redirect it to be quiet",
 }
 

@@ -48,7 +48,6 @@ VANILLA_OVERRIDES: dict[str, Any] = {
 # Values with which dream-mini's vanilla backbone and mesh refinements were tuned; those of its hash grid came later.
 _AS_TUNED = {
     "progressive_level": False,
-    "lr_cooldown": 0.0,
     "lr_finest": 1.0,
     "guidance_rescale": 0.5,
     "density_thresh": 10.0,
@@ -163,8 +162,7 @@ def dream_mini_cpu() -> Config:
             lambda_opacity_entropy=30.0,
             lr=1e-3,
             lr_decay=0.3,
-            lr_cooldown=0.5,
-            lr_finest=0.1,
+            lr_finest=0.3,
             progressive_level=True,
             ema_decay=0.99,
             dataset_size_test=48,
@@ -180,7 +178,7 @@ def dream_mini_gpu() -> Config:
         {
             "device": "cuda",
             "cuda_graph": True,
-            "iters": 1000,
+            "iters": 1500,
             "w": 128,
             "h": 128,
             "n_levels": 8,

@@ -1,6 +1,8 @@
 """The configuration of a run: all its sections, and how it is stored and compared. Imports nothing heavy."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +77,18 @@ class Config:
             if mine != theirs and (field.name in learned or not field.metadata["resumable"]):
                 differences.append(f"--{field.name} {_format_value(mine)}, not {_format_value(theirs)}")
         return differences
+
+    def run_facts(self, seed: int) -> dict[str, Any]:
+        """Return what a checkpoint states of its run: its prompt, `seed`, and a digest of its settings.
+
+        The digest changes with the settings of a version, so it compares runs of one version alone.
+        """
+        values = self.to_dict()
+        names = [(section.name, field.name) for section, field in settings() if not field.metadata["resumable"]]
+        decisive = {f"{section}.{name}": values[section][name] for section, name in names if name != "device"}
+        decisive |= {"run.seed": seed}
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+        return {"text": self.run.text, "seed": seed, "settings": digest}
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain dictionaries, section by section, for JSON; schedules are strings."""

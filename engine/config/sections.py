@@ -426,25 +426,14 @@ class OptimConfig(ConfigSection):
         above=0,
     )
     lr_decay: float = setting(1.0, "factor of the learning rates at the end, reached exponentially", above=0, high=1)
-    lr_cooldown: float = setting(
-        0.0,
-        "last part of the run, in which the learning rates also fall to 0, in proportion to the remaining steps",
-        low=0,
-        high=1,
-    )
     lr_finest: float = setting(
         1.0,
-        "factor of the hash table's learning rate at its finest level; levels in between have factors in between",
+        "factor of the hash table's learning rate at its finest level, with a geometric sequence in between",
         above=0,
         high=1,
         backbones=GRIDS,
     )
     ema_decay: float = setting(0.9995, "decay of the averaged weights, a step", low=0, below=1)
-
-    def lr_scale(self, progress: float) -> float:
-        """Return the factor of the learning rates where `progress` of the run lies behind."""
-        cooldown = min(1.0, (1.0 - progress) / self.lr_cooldown) if self.lr_cooldown > 0 else 1.0
-        return self.lr_decay**progress * cooldown
 
     @property
     def network_lr(self) -> float:

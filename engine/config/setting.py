@@ -19,6 +19,7 @@ ScalarRange = tuple[Scalar, Scalar]
 # Bounds of every number, and the smallest one where it must be more than 0: single precision can compute with these
 # numbers and with their squares.
 LARGEST, SMALLEST = 1e9, 1e-9
+MAX_TEXT = 20_000  # characters of a prompt or a name; a model reads some hundred
 
 
 def setting(
@@ -87,6 +88,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
 
 
 def _check_text(flag: str, text: str, *, may_be_empty: bool) -> None:
+    if len(text) > MAX_TEXT:
+        raise UserError(f"{flag} has {len(text)} characters, of at most {MAX_TEXT}")
     if any("\ud800" <= character <= "\udfff" for character in text):  # Python's form of bytes that are not UTF-8
         raise UserError(f"{flag} is not text in UTF-8: {text!r}")
     if not text.strip() and not may_be_empty:

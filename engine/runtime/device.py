@@ -89,11 +89,13 @@ def _gpu_number(device_name: str) -> int:
 def multiplies_bf16() -> bool:
     """Return whether torch multiplies bf16 matrices by a unit of this CPU (Intel's AMX).
 
-    torch uses oneDNN for it, and oneDNN no AMX where `ONEDNN_MAX_CPU_ISA` names an older instruction set.
+    torch uses oneDNN for it, and oneDNN no AMX where `ONEDNN_MAX_CPU_ISA` names an older instruction set. Where
+    `ATEN_CPU_CAPABILITY` names one, torch's attention in bf16 fails beside AMX.
     """
     supports_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not public
     newest = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
     allowed = newest.upper() in ("ALL", "DEFAULT") or "AMX" in newest.upper()
+    allowed = allowed and "AVX512" in torch.backends.cpu.get_cpu_capability()
     return bool(supports_amx and supports_amx() and allowed and torch.backends.mkldnn.is_available())
 
 

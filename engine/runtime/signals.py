@@ -57,14 +57,16 @@ class StopRequest(_Handler):
 
     def __call__(self, number: int, frame: Any) -> None:
         """Record the first signal. A second one of PERSONAL has its default effect."""
+        if number in PERSONAL:  # before the notice, whose reader may answer at once
+            for each in PERSONAL:
+                if signal.getsignal(each) is self:
+                    signal.signal(each, signal.SIG_DFL)
         if self.number is None:
             self.number = number
             with contextlib.suppress(OSError):  # a terminal that is gone
                 os.write(2, _NOTICE)  # print could be in the middle of another line
-        if number in PERSONAL:
-            for each in PERSONAL:
-                if signal.getsignal(each) is self:
-                    signal.signal(each, signal.SIG_DFL)
+        elif number in PERSONAL:  # it came while the first one was handled
+            os.kill(os.getpid(), number)
 
 
 def _is_free(number: int) -> bool:

@@ -22,7 +22,7 @@ from dream_fast.engine.geometry.voxels import largest_components
 from dream_fast.engine.runtime.paths import expand_user
 from dream_fast.engine.scene.field import Field
 from dream_fast.engine.scene.tet_mesh import SDF_SLOPE, TetMesh
-from dream_fast.engine.workspace.checkpoint import list_checkpoints, read_architecture
+from dream_fast.engine.workspace.checkpoint import list_checkpoints, newest_readable, read_architecture
 from dream_fast.engine.workspace.folder import Workspace
 
 MARGIN = 0.1  # between the object and the border of the grid, as a share of the bound
@@ -45,7 +45,7 @@ def find_init_source(name: str) -> InitSource:
         checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
         if not checkpoints:
             raise UserError(f"--init_with {name}: the folder holds no checkpoint of a run")
-        return InitSource(checkpoints[-1], True)
+        return InitSource(newest_readable(checkpoints), True)
     if path.suffix.lower() in (".pth", ".pt", ".ckpt"):
         raise UserError(
             f"--init_with {name}: checkpoints of other programs cannot be read; name a run of dream-fast or a mesh file"

@@ -233,7 +233,7 @@ def write_test_video(trainer: Trainer, path: Path, on_view: Callable[[], None] =
 def make_metrics_row(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     """Make a row of metrics.jsonl: the numbers of the last step and counts of the run. Reads the device."""
     terms = {f"loss_{name}": _finite_number(term) for name, term in result.terms.items()}
-    decay = trainer.config.optim.lr_scale(trainer.schedule.progress(trainer.step - 1))
+    decay = trainer.config.optim.lr_decay ** trainer.schedule.progress(trainer.step - 1)
     rates = {f"lr_{group}": rate for group, rate in trainer.optimizer.learning_rates(decay).items()}
     return {
         "step": trainer.step,

@@ -40,7 +40,7 @@ def _check_belongs(path: Path, trainer: Trainer, workspace: Workspace) -> None:
     """Raises Foreign: the checkpoint is of another run than `workspace` holds, or beyond its last step."""
     config, stored = trainer.config, workspace.stored_config()
     last_step = max(config.run.iters, 0 if stored is None else stored.run.iters)
-    check_belongs(path, workspace.record(), {"text": config.run.text, "seed": trainer.seed}, last_step)
+    check_belongs(path, workspace.record(), config.run_facts(trainer.seed), last_step)
 
 
 def _find_checkpoints(config: Config, workspace: Workspace) -> list[Path]:

@@ -128,7 +128,7 @@ class Trainer:
             skip=result.overflow,
             inverse_scale=self.scaler.inverse,
             grad_clip=value_at(config.loss.grad_clip, self.step, progress),
-            lr_scale=config.optim.lr_scale(progress),
+            lr_scale=config.optim.lr_decay**progress,
         )
         self._count(result, skipped)
         end_part("optimiser")
@@ -320,7 +320,7 @@ class Trainer:
             "lost_in_a_row": self.degenerate_in_a_row,
             "attention": None if self.attention is None else list(self.attention),
         }
-        run = {"text": self.config.run.text, "seed": self.seed}
+        run = self.config.run_facts(self.seed)
         return save_checkpoint(workspace.checkpoints, self.step, state, self.architecture(), run)
 
     def start_shape(self, progress: Callable[[float], None] = lambda part: None) -> None:
@@ -351,6 +351,10 @@ class Trainer:
             raise damaged(path, f"its state: {type(error).__name__}: {first_line(error)}") from error
 
     def _restore(self, state: dict[str, Any]) -> None:
+        counts = {name: int(state.get(name, 0)) for name in ("skipped", "overflowed", "skipped_in_a_row")}
+        counts["the optimiser's steps"] = int(state["optimizer"]["steps"])
+        if wrong := [f"{name} {count}" for name, count in counts.items() if not 0 <= count <= self.step]:
+            raise ValueError(f"{', '.join(wrong)} after {self.step} steps")
         self.optimizer.load_state_dict(state["optimizer"])
         self.renderer.load_state_dict(state.get("renderer", {}))
         self.scaler.load_state_dict(state["scaler"])

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after `step` steps, remove all but the last two checkpoints of `directory`, return the path.
 
-    `run` has the run's prompt and seed ("text", "seed"). In a workspace its id is added, and a file in the way, which
-    dream-fast did not write, stays: the step in the name has more digits then.
+    `run` is `Config.run_facts`. In a workspace a file in the way that dream-fast did not write stays, and the step in
+    the name has more digits.
     """
     record = Record.around(directory / "checkpoint")
     tensors: dict[str, torch.Tensor] = {}
@@ -65,7 +65,7 @@ def save_checkpoint(
     header = {"version": VERSION, "step": step, "architecture": architecture, "values": values}
     header["dream_fast"] = __version__
     if run is not None:
-        header["run"] = {**run, "id": None if record is None else record.id}
+        header["run"] = run
     header["checksum"] = _checksum(header, tensors)
     # one entry, since safetensors writes several in no fixed order and the same run should give the same file
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
@@ -101,43 +101,52 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (step_of(path), path.name))
 
 
-def is_own(path: Path, record: Record | None) -> bool:
-    """True if dream-fast wrote the checkpoint: it is in the `record` or names the record's run.
+def newest_readable(checkpoints: Sequence[Path]) -> Path:
+    """Return the newest of `checkpoints` whose header can be read and fits its name; without one the newest."""
+    for path in reversed(checkpoints):
+        try:
+            with _open(path) as file:
+                _check_name(path, _header(path, file))
+            return path
+        except UserError:
+            continue
+    return checkpoints[-1]
 
-    Without a record any checkpoint of dream-fast will do.
-    """
-    if record is not None and record.owns(path):
-        return True
+
+def is_own(path: Path, record: Record | None) -> bool:
+    """True if dream-fast wrote the checkpoint: it is in the `record`; without one, it has our header."""
+    if record is not None:
+        return record.owns(path)
     try:
         with _open(path) as file:
-            run = _header(path, file).get("run")
+            _header(path, file)
     except UserError:
         return False
-    return record is None or (isinstance(run, dict) and run.get("id") == record.id)
+    return True
 
 
 def check_belongs(path: Path, record: Record | None, run: Mapping[str, Any], last_step: int) -> None:
-    """Check that a checkpoint is of the run of `record`, with that prompt and seed (`run`) and at most `last_step`.
+    """Check that a checkpoint in the workspace of `record` is of its run (`Config.run_facts`) and at most `last_step`.
 
     Raises Foreign: it is of another run, or its name is of another step. Raises Damaged: its header cannot be read.
     """
     with _open(path) as file:
         header = _header(path, file)
     _check_name(path, header)
-    stated = header.get("run")
-    left = "it is left where it is"
+    stated, stays = header.get("run"), ", and stays as it is"
     if stated is None:
         if record is not None and not record.owns(path):
-            raise Foreign(f"the checkpoint {path} names no run, and dream-fast did not write it here: {left}")
+            raise Foreign(f"the checkpoint {path} names no run, and dream-fast did not write it here{stays}")
     else:
-        expected = {**run, "id": None if record is None else record.id}
-        names = {"text": "prompt", "seed": "seed", "id": "run"}
         stated = stated if isinstance(stated, dict) else {}
-        other = [names[name] for name, value in expected.items() if stated.get(name) != value]
+        names = {"text": "prompt", "seed": "seed"}
+        if header.get("dream_fast") == __version__:
+            names["settings"] = "setting"
+        other = [word for name, word in names.items() if stated.get(name) != run.get(name)]
         if other:
-            raise Foreign(f"the checkpoint {path} is of another run (its {' and '.join(other)}): {left}")
+            raise Foreign(f"the checkpoint {path} is of another run, with another {' and '.join(other)}{stays}")
     if header["step"] > last_step:
-        raise Foreign(f"the checkpoint {path} is of step {header['step']} of a run of {last_step} steps: {left}")
+        raise Foreign(f"the checkpoint {path} is of step {header['step']}, beyond the run's {last_step}{stays}")
 
 
 def step_of(path: Path) -> int:
@@ -233,7 +242,7 @@ def _header(path: Path, file) -> dict[str, Any]:
 
 def _check_name(path: Path, header: Mapping[str, Any]) -> None:
     if _NAME.fullmatch(path.name) and step_of(path) != header["step"]:
-        raise Foreign(f"the checkpoint {path} is of step {header['step']}, which its name does not say: rename it back")
+        raise Foreign(f"the checkpoint {path} is of step {header['step']}, unlike its name: rename it back")
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:

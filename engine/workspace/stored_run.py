@@ -95,7 +95,6 @@ WITHOUT: dict[str, Any] = {
     "dmtet.lr_geo": None,
     "dmtet.lock_geo": False,
     "optim.lr_decay": 1.0,
-    "optim.lr_cooldown": 0.0,
     "optim.lr_finest": 1.0,
     "output.test_interval": 100,
     "output.save_guidance": False,

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 try:
     import triton
@@ -50,7 +49,7 @@ def specialize(parameters: list[tuple[str, bool]], arguments: dict[str, Any]) ->
     for name, is_constant in parameters:
         value = arguments[name]
         kind = type(value)
-        if kind is Tensor or kind is Parameter:
+        if isinstance(value, Tensor):
             address = value.data_ptr()
             values.append(address)
             key.append(value.dtype)
@@ -63,8 +62,10 @@ def specialize(parameters: list[tuple[str, bool]], arguments: dict[str, Any]) ->
             key.append(_specialize_number(value))
         elif kind is tuple:
             key.append(tuple(map(_specialize_number, value)))
-        else:
+        elif value is None or kind is float or kind is bool:
             key.append(kind)
+        else:
+            key += kind, value  # no launcher passes it; by its value it cannot be taken for another
     return values, key
 
 

@@ -10,13 +10,13 @@ import pytest
 
 import dream_fast
 from dream_fast import cli
-from dream_fast.cli import build_parser, main, parse
+from dream_fast.cli import MAX_WORDS, build_parser, main, parse
 from dream_fast.engine.config.compat import RENAMED_FLAGS, UNSUPPORTED_FLAGS, UNSUPPORTED_VALUES
 from dream_fast.engine.config.options_page import COMMAND_FLAGS
 from dream_fast.engine.config.other_programs import COMMANDS, FLAGS, KEYS, VALUES
 from dream_fast.engine.config.schedule import LinearSchedule
 from dream_fast.engine.config.schema import Config, settings
-from dream_fast.engine.config.setting import setting
+from dream_fast.engine.config.setting import MAX_TEXT, setting
 from dream_fast.engine.errors import UserError
 
 DASH = ": it begins with a dash that is not a hyphen; type flags as in --text"
@@ -312,3 +312,15 @@ def test_each_prompt_is_checked_once(handed, capsys):
     )
     assert [line.split('"')[1] for line in warnings] == ["shiny", "blurry", "1", "2"]
     assert all(line.startswith("dream-fast: warning: the embedded model does not know the word ") for line in warnings)
+
+
+def test_too_many_words_refused(tmp_path, capsys):
+    """A command line, a file and a prompt beyond their lengths are refused before they are looked at."""
+    (tmp_path / "arguments.txt").write_text("--seed 1 " * MAX_WORDS)
+    for words, sentence in (
+        (["--seed", "1"] * MAX_WORDS, f"{2 * MAX_WORDS + 1} words were typed, of at most {MAX_WORDS}"),
+        (["--file", str(tmp_path / "arguments.txt")], f"{2 * MAX_WORDS} words were typed, of at most {MAX_WORDS}"),
+        (["--text", "a " * MAX_TEXT], f"--text has {2 * MAX_TEXT} characters, of at most {MAX_TEXT}"),
+    ):
+        assert main([*words, "--print_config"]) == 2
+        assert sentence in capsys.readouterr().err

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dream_fast.bench.reliability.kill_resume import read_checkpoint
 from dream_fast.cli import main
 from dream_fast.engine import outputs
 from dream_fast.engine.guidance.prompts import PromptEmbeddings
@@ -449,10 +448,7 @@ def test_same_seed_same_files(tmp_path, tiny_model, two_threads):
     assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
     names = sorted(name for name in contents(tmp_path / "a") if "/" in name)
     same, different, missing = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)
-    checkpoints = [name for name in different if name.startswith("checkpoints/")]  # with the random id of the run
-    assert (different, missing) == (checkpoints, [])
-    for name in checkpoints:
-        assert read_checkpoint(tmp_path / "a" / name) == read_checkpoint(tmp_path / "b" / name)
+    assert (different, missing) == ([], [])
     expected = {"results/turntable.mp4", "results/six_views.png", "results/front.png", "results/front_normal.png"}
-    expected |= {"mesh/mesh.glb", "validation/step_000003.png"}
-    assert expected <= set(same) and checkpoints == ["checkpoints/step_000003.safetensors"]
+    expected |= {"mesh/mesh.glb", "checkpoints/step_000003.safetensors", "validation/step_000003.png"}
+    assert expected <= set(same)

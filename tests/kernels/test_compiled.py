@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,11 +22,16 @@ def example_kernel(x, y, number, pair, SIZE: tl.constexpr, NAME: tl.constexpr):
     pass
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 MEMORY = torch.empty(64)
 # Values that Triton may tell apart: types, alignment, 1, multiples of 16, 32 and 64 bits.
 POINTERS = [MEMORY, MEMORY[1:], MEMORY[4:], MEMORY.view(torch.int32), torch.nn.Parameter(MEMORY), None]
+POINTERS += [tensor.as_subclass(Subclass) for tensor in POINTERS[:4]]
 NUMBERS = [0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 - 16, -(2**31), -(2**31) - 1, 2**40, 2**62, 2**63]
-NUMBERS += [0.0, 1.0, 2.5, True, False]
+NUMBERS += [0.0, 1.0, 2.5, True, False, *map(np.float64, (1.0, 2.5))]
 PAIRS = [(1, 2), (16, 2), (1, 2.0), (0.5, 2.0), (0.25, 4.0), (2**40, 2), (3, 4), (5, 6)]
 CONSTANTS = [(1, "float16"), (2, "float16"), (16, "float16"), (16, "bfloat16")]
 
@@ -60,12 +66,14 @@ def no_kernels(monkeypatch):
     monkeypatch.setattr(compiled, "_kernels", {})
 
 
-def test_start_compiled_passes_arguments_in_order(no_kernels):
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter, Subclass])
+def test_start_compiled_passes_arguments_in_order(kind, no_kernels):
     """The first launch of a kind is Triton's; later ones pass grid, addresses and numbers in the parameters' order."""
     runs = []
     with stubbed_triton(lambda *values: runs.append(values)) as start:
         for number in (3, 5, 16, 32):
-            arguments = example_arguments(MEMORY[4:], None, number, (1, 2.0), (8, "float16"))
+            x = kind(MEMORY[4:]) if kind is torch.nn.Parameter else MEMORY[4:].as_subclass(kind)
+            arguments = example_arguments(x, None, number, (1, 2.0), (8, "float16"))
             start(Launch(example_kernel, (7, number), dict(reversed(arguments.items())), {"num_warps": 4}))
         start(Launch(example_kernel, (1,), arguments, {"num_warps": 8}))
     (kernel,) = compiled._kernels.values()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -155,3 +156,14 @@ def test_write_summary(tmp_path):
     page.write_text("nothing")
     with pytest.raises(ValueError, match="must have the lines"):
         run.write_summary(page, "new")
+
+
+def test_named_tests_exist():
+    """pytest finds every test that a list names, with its parameters."""
+    names = sorted({test for fault in run.read_faults([]) for test in fault.tests if not fault.gpu})
+    command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *names]
+    found = subprocess.run(
+        command, cwd=run.ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    lines = (found.stdout + found.stderr).splitlines()
+    assert [line for line in lines if line.startswith("ERROR")] == [] and found.returncode == 0

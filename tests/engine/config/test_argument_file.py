@@ -43,12 +43,12 @@ def test_split_open_quote(text, sign, line):
 
 def test_read_arguments_longest_file(tmp_path, monkeypatch):
     """A file of the maximum length is read, whatever its bytes; a longer one is refused."""
-    monkeypatch.setattr(argument_file, "LARGEST", 12)
+    monkeypatch.setattr(argument_file, "LARGEST", 11)
     path = tmp_path / "run.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + "--text K\u00e4se".encode())  # twelve characters behind a byte-order mark
+    path.write_bytes(b"\xef\xbb\xbf" + "--text K\u00e4se".encode())  # eleven characters behind a byte-order mark
     assert read_arguments(str(path)) == ["--text", "K\u00e4se"]
-    path.write_text("--text Kekse ", encoding="utf-8")
-    with pytest.raises(UserError, match=f"^--file {re.escape(str(path))} is longer than 12 characters"):
+    path.write_text("--text Kekse", encoding="utf-8")
+    with pytest.raises(UserError, match=f"^--file {re.escape(str(path))} is longer than 11 characters"):
         read_arguments(str(path))
 
 

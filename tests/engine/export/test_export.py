@@ -400,22 +400,22 @@ def test_write_mesh_full_disk(fault, tmp_path, monkeypatch):
     field, path = fitted_renderer().field, tmp_path / "mesh.glb"
     for old in mesh_files.mesh_paths(path):
         old.write_text("old")
-    write, sync = Path.write_bytes, atomic._sync
+    write, sync = Path.write_bytes, atomic._sync_file
 
     def full(to, data):
         if to.name.endswith("_normal.writing.png"):
             raise OSError(28, "No space left on device")
         return write(to, data)
 
-    def flush(file):
+    def flush(file, folder):
         if str(file).endswith(".writing.glb"):
             raise OSError(28, "No space left on device")
-        sync(file)
+        sync(file, folder)
 
     if fault == "the last file":
         monkeypatch.setattr(Path, "write_bytes", full)
     else:
-        monkeypatch.setattr(atomic, "_sync", flush)
+        monkeypatch.setattr(atomic, "_sync_file", flush)
     with pytest.raises(OSError, match="No space"):
         mesh_files.write_mesh(path, field, 16, 10.0, texture_resolution=32)
     assert sorted(tmp_path.iterdir()) == sorted(mesh_files.mesh_paths(path))

@@ -99,7 +99,7 @@ def test_padding_mask(t5: bool, settings: dict[str, bool], masked: bool) -> None
 
     text_encoder.config = SimpleNamespace(**settings)
     components = SimpleNamespace(
-        t5=t5, tokenizer=tokenizer, window=2, text_encoder=text_encoder, device=torch.device("cpu")
+        name="a model", t5=t5, tokenizer=tokenizer, window=2, text_encoder=text_encoder, device=torch.device("cpu")
     )
     assert torch.equal(Components.embed(components, [" A Mug "]), torch.ones(1, 2, 3))
     options = dict(padding="max_length", max_length=2, truncation=True, return_tensors="pt")

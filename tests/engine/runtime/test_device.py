@@ -16,16 +16,19 @@ from dream_fast.engine.runtime.seeds import draw_seed, step_seed
 
 
 @pytest.mark.parametrize(
-    ("fp16", "amx", "dtype", "name"),
+    ("fp16", "amx", "capability", "dtype", "name"),
     [
-        (True, True, torch.bfloat16, "bf16"),
-        (True, False, torch.float32, "fp32"),
-        (False, True, torch.float32, "fp32"),
+        (True, True, "AVX512", torch.bfloat16, "bf16"),
+        (True, True, "AVX2", torch.float32, "fp32"),
+        (True, True, "DEFAULT", torch.float32, "fp32"),
+        (True, False, "AVX512", torch.float32, "fp32"),
+        (False, True, "AVX512", torch.float32, "fp32"),
     ],
 )
-def test_cpu_bf16(fp16, amx, dtype, name, monkeypatch):
-    """Half precision is bf16 on a CPU with AMX."""
+def test_cpu_bf16(fp16, amx, capability, dtype, name, monkeypatch):
+    """Half precision is bf16 on a CPU with AMX, unless torch is to use an older instruction set."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
     runtime = choose_runtime(reference().override({"device": "cpu", "fp16": fp16}))
@@ -47,6 +50,7 @@ def test_cpu_bf16(fp16, amx, dtype, name, monkeypatch):
 def test_cpu_fp32_without_amx(variable, newest, used, monkeypatch):
     """Without AMX in oneDNN's instruction set a CPU uses fp32."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, newest)
@@ -112,6 +116,28 @@ def test_draw_seed_range():
 def test_peak_memory_bytes():
     """Peak memory is in bytes."""
     assert 50e6 < peak_memory(torch.device("cpu"))["host"] < 1e12  # a process with torch in it
+
+
+def test_diffusers_import_keeps_no_callers():
+    """What a function holds while it imports diffusers is freed after it, also where xformers does not load."""
+    code = """
+import gc, weakref
+from dream_fast.engine.runtime.quiet import quiet_diffusers
+
+class Model: pass
+
+def load():
+    model = Model()
+    quiet_diffusers()
+    from diffusers import AutoencoderKL
+    return weakref.ref(model)
+
+kept = load()
+gc.collect()
+assert kept() is None
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_quiet_diffusers():

@@ -186,8 +186,8 @@ def test_save_guidance_changes_nothing(unwatched, tiny_model, tmp_path):
 def test_decoder_loaded_for_images(tiny_model, tmp_path, monkeypatch):
     """The decoder is loaded only for the images."""
     calls = []
-    load = registry.load_components
-    monkeypatch.setattr(registry, "load_components", lambda *a, **named: calls.append(named) or load(*a, **named))
+    load = registry.load_image_model
+    monkeypatch.setattr(registry, "load_image_model", lambda *a, **named: calls.append(named) or load(*a, **named))
     assert main(command(tmp_path / "a", tiny_model, "--iters", "1", "--six_views")) == 0
     assert not (tmp_path / "a" / "guidance").exists()
     assert main(command(tmp_path / "b", tiny_model, "--iters", "1", "--six_views", "--save_guidance")) == 0

@@ -248,7 +248,7 @@ def test_oom_outside_steps(tmp_path, tiny_model, monkeypatch, capsys):
     def full(*_, **__):
         raise torch.OutOfMemoryError(OOM)
 
-    monkeypatch.setattr("dream_fast.engine.guidance.registry.load_components", full)
+    monkeypatch.setattr("dream_fast.engine.guidance.registry.load_image_model", full)
     assert main(command(tmp_path / "new", tiny_model)) == 2
     error = error_of(capsys)
     assert "--vram_O" in error and "no checkpoint was saved yet" in error

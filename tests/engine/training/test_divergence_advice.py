@@ -6,7 +6,7 @@ import pytest
 
 from dream_fast.engine.config.presets import reference
 from dream_fast.engine.config.schedule import LinearSchedule
-from dream_fast.engine.training import divergence, failures
+from dream_fast.engine.training import divergence
 
 
 def configured(**changes):
@@ -92,41 +92,6 @@ def test_nonfinite_message(row, cause, half, full):
         sentence = divergence.nonfinite_message(configured(fp16=fp16, guidance_scale=80.0, lr=0.5), 50, row)
         assert sentence.startswith("the gradients of the last 50 steps were not finite, so the run ends: ")
         assert f": {cause}" in sentence and f"; {advice} may help, in a new --workspace" in sentence
-
-
-@pytest.mark.parametrize(
-    ("settings", "less"),
-    [
-        ({"batch_size": 5}, {"vram_O": True, "batch_size": 2}),
-        ({"batch_size": 2, "vram_O": True}, {"batch_size": 1}),
-        ({"batch_size": 1, "w": 101, "h": 50}, {"vram_O": True, "w": 50, "h": 32}),
-        ({"batch_size": 1, "w": 50, "h": 100}, {"vram_O": True, "w": 32, "h": 50}),
-        ({"batch_size": 1, "w": 33, "h": 33, "vram_O": True}, {"w": 32, "h": 32}),
-        ({"batch_size": 1, "w": 32, "h": 64, "vram_O": True}, {}),
-        ({"batch_size": 1, "w": 32, "h": 32, "cuda_graph": True}, {"vram_O": True, "cuda_graph": False}),
-    ],
-)
-def test_low_memory_overrides(settings, less):
-    """Half of the views, then half of the sides down to 32 pixels, and no CUDA graph."""
-    defaults = {"w": 64, "h": 64, "vram_O": False, "cuda_graph": False}
-    assert failures.low_memory_overrides(configured(**(defaults | settings))) == less
-
-
-def test_memory_message():
-    """The message works with and without a size from torch, and without any advice."""
-    error = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
-    config = configured(batch_size=4, w=64, h=32, vram_O=True)
-    assert failures.memory_message(config, error, "go on") == (
-        "the GPU is out of memory (2.50 GiB more were requested): give --batch_size 2 (this step: --batch_size 4 "
-        "--w 64 --h 32); go on"
-    )
-    smallest = configured(batch_size=1, w=32, h=32, vram_O=True)
-    assert failures.memory_message(smallest, RuntimeError("Tried to allocate 2 MiB."), "go on") == (
-        "the GPU is out of memory (2 MiB more were requested): a smaller image model or another GPU is needed (this "
-        "step: --batch_size 1 --w 32 --h 32); go on"
-    )
-    sentence = failures.memory_message(smallest, RuntimeError("other"), "go on")
-    assert sentence.startswith("the GPU is out of memory: a")
 
 
 def test_outweighed_message():

@@ -1,13 +1,19 @@
-"""Disk errors: which are translated, and the advice about checkpoints."""
+"""Errors of a disk and of memory: which are translated, and the advice."""
 
 import errno
 import os
 
 import pytest
+import torch
 
+from dream_fast.engine.config.presets import reference
 from dream_fast.engine.errors import UserError
 from dream_fast.engine.training import failures
 from dream_fast.engine.workspace.folder import Workspace
+
+
+def configured(**changes):
+    return reference().override(changes)
 
 
 @pytest.fixture
@@ -59,3 +65,39 @@ def test_translate_disk_errors_of_other_files(workspace, tmp_path, name):
     with pytest.raises(OSError) as caught, failures.translate_disk_errors(workspace, workspace):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("settings", "less"),
+    [
+        ({"batch_size": 5}, {"vram_O": True, "batch_size": 2}),
+        ({"batch_size": 2, "vram_O": True}, {"batch_size": 1}),
+        ({"batch_size": 1, "w": 101, "h": 50}, {"vram_O": True, "w": 50, "h": 32}),
+        ({"batch_size": 1, "w": 50, "h": 100}, {"vram_O": True, "w": 32, "h": 50}),
+        ({"batch_size": 1, "w": 33, "h": 33, "vram_O": True}, {"w": 32, "h": 32}),
+        ({"batch_size": 1, "w": 32, "h": 64, "vram_O": True}, {}),
+        ({"batch_size": 1, "w": 32, "h": 32, "cuda_graph": True}, {"vram_O": True, "cuda_graph": False}),
+    ],
+)
+def test_low_memory_overrides(settings, less):
+    """Half of the views, then half of the sides down to 32 pixels, and no CUDA graph."""
+    defaults = {"w": 64, "h": 64, "vram_O": False, "cuda_graph": False}
+    assert failures.low_memory_overrides(configured(**(defaults | settings))) == less
+
+
+@pytest.mark.parametrize(("kind", "device"), [(torch.OutOfMemoryError, "GPU"), (RuntimeError, "machine")])
+def test_memory_message(kind, device):
+    """The message names the GPU or the machine, with and without a size from torch, and without any advice."""
+    error = kind("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+    config = configured(batch_size=4, w=64, h=32, vram_O=True)
+    assert failures.memory_message(config, error, "go on") == (
+        f"the {device} is out of memory (2.50 GiB more were requested): give --batch_size 2 (this step: --batch_size 4 "
+        "--w 64 --h 32); go on"
+    )
+    smallest = configured(batch_size=1, w=32, h=32, vram_O=True)
+    assert failures.memory_message(smallest, kind("Tried to allocate 2 MiB."), "go on") == (
+        f"the {device} is out of memory (2 MiB more were requested): a smaller image model or another {device} is "
+        "needed (this step: --batch_size 1 --w 32 --h 32); go on"
+    )
+    sentence = failures.memory_message(smallest, kind("other"), "go on")
+    assert sentence.startswith(f"the {device} is out of memory: a")

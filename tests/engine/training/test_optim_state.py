@@ -42,14 +42,18 @@ def test_learning_rates(monkeypatch):
     assert list(optimizer.learning_rates()) == ["table", "network", "shape"]
 
 
-def test_learning_rate_cooldown():
-    """In the last part of a run the rates fall linearly to 0, in addition to their exponential decay."""
-    plain = config(lr_decay=0.25)
-    assert [plain.lr_scale(progress) for progress in (0.0, 0.5, 1.0)] == [1.0, 0.5, 0.25]
-    cooling = config(lr_decay=0.25, lr_cooldown=0.5)
-    assert [cooling.lr_scale(progress) for progress in (0.0, 0.5, 1.0)] == [1.0, 0.5, 0.0]
-    assert cooling.lr_scale(0.75) == 0.25**0.75 / 2
-    assert config(lr_cooldown=1.0).lr_scale(0.25) == 0.75
+@pytest.mark.parametrize(("optim", "factor"), [("adam", 1), ("adan", 5)])
+def test_level_learning_rates(optim, factor):
+    """Levels learn the more slowly the finer they are, from the table's rate to its part; one level has the table's."""
+    settings = config(optim=optim, lr=1e-2, lr_finest=0.25)
+    optimizer = Optimizer(parameter(6, 2), [parameter(3)], settings, level_rows=(1, 3, 6))
+    assert optimizer.group_ends == (2, 6, 12, 15)
+    table, network = factor * 1e-1, factor * 1e-2
+    assert optimizer.lrs == (table, table * 0.5, table * 0.25, network)
+    assert list(optimizer.learning_rates()) == ["table_0", "table_1", "table_2", "network"]
+    single = Optimizer(parameter(6, 2), [parameter(3)], settings, level_rows=(6,))
+    assert single.lrs == (table, network) and list(single.learning_rates()) == ["table", "network"]
+    assert Optimizer(parameter(6, 2), [], config(), level_rows=(1, 6)).group_ends == (12, 12)
 
 
 def test_initial_buffers():
