@@ -37,7 +37,7 @@ COMMANDS = {
     "quality_page": Command("quality.page", "docs/quality.md, from the results of `quality --name`"),
     "command_lines": Command("compat.command_lines", "docs/coming_from_stable_dreamfusion.md, from runs of its lines"),
 }
-# These read or write files that an installed package does not carry.
+# These read or write files that an installed package does not contain.
 NEED_REPOSITORY = ("timing", "aot", "quality", "world", "sharpness", "report", "quality_page", "command_lines")
 ALIASES = {
     "main_job": "end_to_end",
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     if name in NEED_REPOSITORY and not IN_REPOSITORY:
         print(
-            f"error: `bench {name}` needs the repository: an installed package does not carry the files that it reads "
+            f"error: `bench {name}` needs the repository: an installed package lacks the files that it reads "
             "and writes; run it in a clone",
             file=sys.stderr,
         )

@@ -177,7 +177,7 @@ def distinct_kernels(keys: Iterable[str]) -> Kernels:
 
 
 def first_variants(kernels: Kernels) -> Kernels:
-    """Of the kernels that `distinct_kernels` chose, the first variant of each."""
+    """The first variant of each kernel that `distinct_kernels` chose."""
     first: dict[str, tuple[str, str]] = {}
     for key, names in kernels.items():
         for name in sorted(names):

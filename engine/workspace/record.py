@@ -1,8 +1,8 @@
 """The mark of a workspace, and the record of the files that dream-fast wrote in it.
 
 The file .dream-fast in a workspace is both. Its first line is the mark, with a random id of the run. Each later line
-has the name of a file: before it is written with the temporary name, afterwards with its size. So the record is right
-whenever a process is killed. Only recorded files of the recorded size are ever replaced, removed or shortened; a file
+has the name of a file: before it is written with the temporary name, afterwards with its size. So the record is correct
+even if the process is killed. Only recorded files of the recorded size are ever replaced, removed or shortened; a file
 that grows or that people edit (GROWING) is known by its content instead.
 """
 
@@ -45,7 +45,7 @@ def _is_json(first: str, *names: str) -> bool:
     return isinstance(content, dict) and any(name in content for name in names)
 
 
-# Files that change without being written anew, each known by its beginning (of JSON files all of it).
+# Files that are edited or appended to, each recognised by its beginning (JSON files by all of it).
 GROWING: dict[str, Callable[[str], bool]] = {
     "config.json": lambda text: _is_json(text, "run"),
     "manifest.json": lambda text: _is_json(text, "runs"),
@@ -55,7 +55,7 @@ GROWING: dict[str, Callable[[str], bool]] = {
 
 
 class _Stamp(NamedTuple):
-    """What tells whether a file is still the one that was read."""
+    """Identity of a file at the time of reading, to detect changes."""
 
     inode: int
     size: int

@@ -25,8 +25,6 @@ ROW = "op case impl mode call dtype median_ms p20_ms p80_ms floor_ms pct_of_floo
 NEVER = 1e6  # seconds: no limit ends what these tests run
 HEAD = "schema gpu driver torch triton git_sha dirty utc copy_rate matmul_rate rows".split()
 
-# --- workloads
-
 
 @pytest.mark.parametrize(("side", "millions"), [(64, 0.51), (128, 2.03)])
 def test_sphere_samples(side, millions):
@@ -129,9 +127,6 @@ def test_build_refuses_wrong_names():
         build(Case(op="field_normals", case="rays_8", mode="forward", dtype="float32"))
 
 
-# --- the gate
-
-
 @pytest.mark.parametrize(
     ("op", "case", "mode"),
     [
@@ -213,9 +208,6 @@ def test_copied_inputs_protect_the_problem():
     run(gate.copy_inputs(problem), problem.operator, "forward", torch.float32)
     run(gate.in_dtype(problem, torch.float32), problem.operator, "forward", torch.float32)
     assert torch.equal(problem.tensors["params"], before)
-
-
-# --- rows
 
 
 def rows_of(tmp_path, *more: str) -> tuple[int, dict]:
@@ -337,9 +329,6 @@ def test_kernels_command_without_gpu(capsys):
     assert "hash_grid/rays_64" in capsys.readouterr().err
 
 
-# --- the timer
-
-
 def test_time_cpu(monkeypatch):
     """The timer warms up, makes at least three calls and takes the median."""
     now, calls = [0.0], []
@@ -391,9 +380,6 @@ def test_ways_to_call():
     assert bench.ways_to_call(field, "reference", CPU) == ("eager",)
 
 
-# --- the host's part
-
-
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not launched")
 def test_time_host(monkeypatch, capsys):
     """The host's part has the launches of a call, forward and backward, and a row for each operator that is named."""
@@ -410,9 +396,6 @@ def test_time_host(monkeypatch, capsys):
     assert all(float(row[3]) > 0 for row in rows)
     assert bench.main(["--host", "--op", "nothing"]) == 2
     assert "no such operator; there are: hash_grid" in capsys.readouterr().err
-
-
-# --- the comparison
 
 
 def result(**changes) -> dict:

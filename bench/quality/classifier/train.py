@@ -226,7 +226,7 @@ def train(examples: Examples, steps: int, batch: int = BATCH) -> Classifier:
         optimizer.step()
         average.update(classifier)
         if step % 500 == 0:
-            print(f"judge step {step}, {time.perf_counter() - start:.0f} s, loss {loss.item():.3f}", flush=True)
+            print(f"classifier step {step}, {time.perf_counter() - start:.0f} s, loss {loss.item():.3f}", flush=True)
     return average.classifier.eval()
 
 
