@@ -57,7 +57,7 @@ def chain(count: int, *, meshes: bool) -> list[dict[str, Any]]:
         ({"nodes": [{"children": [0]}]}, "do not form trees"),
         ({"nodes": [{"children": [2]}, {"children": [2]}, {}]}, "do not form trees"),
         ({"nodes": [{"children": [7]}]}, "do not form trees"),
-        ({"nodes": [{"children": 3}]}, "its nodes do not form trees"),
+        ({"nodes": [{"children": 3}]}, "None is not a count"),
         ({"nodes": [{"mesh": -1}]}, "-1 is not a count"),
         ({"nodes": [{"mesh": 5}]}, "mesh 5 is not there"),
         ({"nodes": {"mesh": 0}}, "its nodes are not a list of objects"),
