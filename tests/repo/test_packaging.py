@@ -28,6 +28,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image"}
 INDIRECT = {
     "accelerate": "diffusers and transformers load weights without a second copy with it",
     "sentencepiece": "transformers reads IF's tokenizer with it",
+    "ftfy": "diffusers cleans the prompts of PRX with it",
     "protobuf": "transformers reads IF's tokenizer with it",
     "tensorboard": "torch.utils.tensorboard writes with it",
     "debugpy": "its command is started",
