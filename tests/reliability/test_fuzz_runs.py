@@ -91,7 +91,7 @@ def follow(process: subprocess.Popen, out: IO[bytes], results: list[tuple[int, s
 
 
 def test_runs_taken_or_refused(tmp_path, tiny_model) -> None:
-    """No traceback, no other status, no hang, no flood of memory; each kind is taken and refused."""
+    """No traceback, no other status, no hang, no flood of memory."""
     with ThreadPoolExecutor(JOBS) as pool:
         jobs = [
             pool.submit(watch, tmp_path / str(job), tiny_model, FIRST + job, FIRST + RUNS, JOBS) for job in range(JOBS)
